@@ -1,0 +1,45 @@
+# make demo | test | lint: each makes the virtual environment itself on first use.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-unit test-e2e test-gpu lint format clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+# Made without ensurepip, which some systems leave out of python3; their own pip fills it.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "veneer needs Python 3.11 or later: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv --without-pip $(VENV)
+	$(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check -c constraints.txt pip -e '.[dev]'
+	touch $@
+
+demo: $(READY)  ## Fine-tune a real model on this machine and see that it got better (5 minutes)
+	$(BIN)/veneer demo
+
+test: test-unit test-e2e  ## All tests that need no GPU
+
+test-unit: $(READY)  ## Unit tests
+	$(BIN)/python -m pytest tests/unit
+
+test-e2e: $(READY)  ## Whole commands on the real SmolLM2
+	$(BIN)/python -m pytest tests/e2e
+
+test-gpu: $(READY)  ## Tests that need a CUDA GPU
+	$(BIN)/python -m pytest tests/gpu
+
+lint: $(READY)  ## ruff, mypy and the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)  ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove the virtual environment and caches
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

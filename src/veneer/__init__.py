@@ -1,0 +1,48 @@
+"""Veneer: fine-tune large language models with LoRA and QLoRA on the GPU you have, and prove each step.
+
+    import veneer
+    run = veneer.Run(model={"base": "smollm2-135m-instruct"}, data={"train": "tickets.jsonl"})
+    veneer.train(run)
+
+Everything here is imported when it is first used, so that `import veneer` costs nothing. `veneer.train` is the
+function although a package `veneer.train` exists too: importing a package sets an attribute on its parent, and for
+these names this module declines. The packages are reached as always: `from veneer.train import TrainingJob`.
+"""
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from veneer.api import evaluate, generate, load, train
+    from veneer.config import JobError, Run, UserError, load_run
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "JobError": "veneer.config",
+    "Run": "veneer.config",
+    "UserError": "veneer.config",
+    "load_run": "veneer.config",
+    "evaluate": "veneer.api",
+    "generate": "veneer.api",
+    "load": "veneer.api",
+    "train": "veneer.api",
+}
+
+__all__ = ["JobError", "Run", "UserError", "__version__", "evaluate", "generate", "load", "load_run", "train"]
+
+
+class _Veneer(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name in _HOMES:
+            return getattr(importlib.import_module(_HOMES[name]), name)
+        raise AttributeError(f"module 'veneer' has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Veneer

@@ -1,0 +1,147 @@
+"""The commands as functions: what `veneer train`, `evaluate` and `generate` do, callable from Python."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from veneer.config import Model, Run, RunFolder, UserError, load_run
+from veneer.config.folder import write_json, write_text
+from veneer.data import Message, Renderer
+from veneer.data.prepare import HeldOut, prepare, read_held_out
+from veneer.engine import ReferenceEngine
+from veneer.evaluate import Evaluation, compare
+from veneer.evaluate import generate as generate_answers
+from veneer.model import load_adapter, load_model, load_tokenizer, locate
+from veneer.plan import find_machine
+from veneer.release import write_card
+from veneer.report import plot_loss
+from veneer.train import Listener, Trained, TrainingJob
+from veneer.train.metrics import read_metrics
+
+
+def train(run: Run, resume: bool = False, listeners: Sequence[Listener] = ()) -> Trained:
+    """Carry out a run: load, train, write the adapter with its card and the picture of its loss.
+
+    Raises:
+        UserError: The run cannot be carried out as it is written; nothing was written.
+        JobError: Training failed.
+    """
+    return finish(TrainingJob(run, resume), listeners)
+
+
+def finish(job: TrainingJob, listeners: Sequence[Listener] = ()) -> Trained:
+    """Train a job that is loaded, and write all that belongs to its folder."""
+    trained = job.fit(tuple(listeners))
+    write_card(job, trained.steps, trained.final_loss)
+    plot_loss(read_metrics(job.folder.metrics), job.folder.loss_plot, f"{job.folder.path.name}: {job.run.model.base}")
+    return trained
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to answer: a run's base with its adapter, or a base alone (`run` is None then)."""
+
+    model: Any
+    renderer: Renderer
+    run: Run | None
+
+
+def load(name: str) -> Loaded:
+    """Load a finished run by its folder, or a base model by any name `model.base` takes.
+
+    Raises:
+        UserError: There is nothing of that name, or the run has no adapter yet.
+    """
+    folder = RunFolder(Path(name))
+    machine = find_machine()
+    if not folder.run.exists():
+        settings = Model(base=name)
+        source = locate(settings)
+        renderer = Renderer(load_tokenizer(source))
+        return Loaded(load_model(source, settings, None, machine), renderer, None)
+    run = load_run(folder.run)
+    if not folder.adapter.is_dir():
+        raise UserError(f"{name}: the run has no adapter yet", "finish it with `veneer train ... --resume`")
+    source = locate(run.model)
+    renderer = Renderer(load_tokenizer(source), run.data.chat_template, run.data.system_prompt)
+    base = load_model(source, run.model, run.quantization, machine)
+    return Loaded(load_adapter(base, folder.adapter), renderer, run)
+
+
+def evaluate(
+    run_dir: str | Path,
+    data: str | None = None,
+    rows: int | None = None,
+    on_done: Callable[[int], None] = lambda done: None,
+) -> Evaluation:
+    """Base against tuned on a run's held-out rows, or on the rows of a file; written into the run's folder.
+
+    Args:
+        run_dir: Folder of a finished run.
+        data: A file of rows to use instead of the run's held-out rows.
+        rows: At most so many rows; None: as `evaluate.rows` in the run.
+        on_done: Called with the number of rows just answered; each row is answered twice.
+
+    Raises:
+        UserError: No such run, no adapter, or no held-out rows.
+    """
+    folder = RunFolder(Path(run_dir))
+    if not folder.run.exists():
+        raise UserError(f"{run_dir}: holds no run (no run.yaml)", "name the folder that `veneer train` wrote")
+    loaded = load(str(run_dir))
+    assert loaded.run is not None
+    held_out = _held_out(loaded.run, loaded.renderer, data)[: rows or loaded.run.evaluate.rows]
+    engine = ReferenceEngine(loaded.model)
+    result = compare(loaded.model, engine, loaded.renderer, held_out, loaded.run.evaluate, on_done)
+    save_evaluation(folder, result)
+    return result
+
+
+def save_evaluation(folder: RunFolder, evaluation: Evaluation) -> None:
+    """Write evaluation.json and samples.jsonl."""
+    write_json(folder.evaluation, evaluation.as_dict())
+    lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in evaluation.samples())
+    write_text(folder.samples, "".join(lines))
+
+
+def generate(
+    name: str,
+    prompts: Sequence[str],
+    compare_with_base: bool = False,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 42,
+) -> list[dict[str, str]]:
+    """Answers of a run (or of a base model) to prompts: `prompt`, `answer`, and `base` where it is compared.
+
+    Raises:
+        UserError: Nothing of that name, or `compare_with_base` without a run.
+    """
+    import torch
+
+    loaded = load(name)
+    if compare_with_base and loaded.run is None:
+        raise UserError(f"{name}: a base model alone, there is nothing to compare", "name a run's folder")
+    ids = [loaded.renderer.prompt_ids([Message("user", prompt)]) for prompt in prompts]
+
+    def answers() -> list[str]:
+        torch.manual_seed(seed)
+        return generate_answers(loaded.model, loaded.renderer, ids, max_new_tokens, temperature=temperature)
+
+    results = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers(), strict=True)]
+    if compare_with_base:
+        with loaded.model.disable_adapter():
+            for result, answer in zip(results, answers(), strict=True):
+                result["base"] = answer
+    return results
+
+
+def _held_out(run: Run, renderer: Renderer, data: str | None) -> list[HeldOut]:
+    if data is not None:
+        return read_held_out(data, run.data, renderer)
+    held_out = prepare(run.data, renderer, run.train.seed).validation
+    if not held_out:
+        raise UserError("the run holds no rows out (data.validation = 0)", "name a file with --data")
+    return held_out

@@ -1,0 +1,36 @@
+"""veneer evaluate: base against tuned on held-out rows."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    data: Annotated[str | None, typer.Option(help="File of rows to use instead of the held-out ones.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="At most so many rows.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON alone on stdout.")] = False,
+) -> None:
+    """Measure exact match of generated answers and perplexity, base against tuned.
+
+    Example: `veneer evaluate runs/tickets --rows 50`
+    """
+    from veneer import api
+    from veneer.cli import show
+
+    out = show.console(as_json)
+    with out.status("answering the held-out rows with the base and the tuned model") as status:
+        answered = 0
+
+        def on_done(count: int) -> None:
+            nonlocal answered
+            answered += count
+            status.update(f"{answered} answers")
+
+        result = api.evaluate(run, data, rows, on_done).as_dict()
+    if as_json:
+        show.print_json(result)
+        return
+    show.show_evaluation(out, result)
+    out.print(f"files  {run}/evaluation.json samples.jsonl")

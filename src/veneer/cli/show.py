@@ -1,0 +1,111 @@
+"""What the commands print for a person: tables, the live progress of a run, scores with intervals.
+
+All of it goes to standard error when a command prints JSON, so that standard output holds JSON alone.
+"""
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+def console(as_json: bool = False) -> Console:
+    """Where text for a person goes."""
+    return Console(stderr=as_json, highlight=False, soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """The command's result, alone on standard output."""
+    print(json.dumps(value, ensure_ascii=False))
+
+
+class LiveProgress:
+    """A listener that draws a run's progress: loss, tokens a second, memory, time left."""
+
+    def __init__(self, out: Console) -> None:
+        self._out = out
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=out,
+        )
+
+    def on_start(self, steps: int, done: int) -> None:
+        self._task = self._progress.add_task("training", total=steps, completed=done, numbers="")
+        self._progress.start()
+
+    def on_record(self, record: dict[str, Any]) -> None:
+        if record["kind"] == "eval":
+            self._out.print(f"  step {record['step']}: held-out loss {record['loss']:.4f}")
+            return
+        numbers = (
+            f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tok/s  {size(record['peak_bytes'])}"
+        )
+        self._progress.update(self._task, completed=record["step"], numbers=numbers)
+        if not self._out.is_terminal and _is_milestone(record["step"], self._progress.tasks[0].total):
+            self._out.print(f"  step {record['step']}: {numbers}")
+
+    def on_end(self) -> None:
+        self._progress.stop()
+
+
+def _is_milestone(step: int, total: float | None) -> bool:
+    """Where nothing can be redrawn (a log file), ten lines tell the story."""
+    return step == total or step % max(1, round((total or 1) / 10)) == 0
+
+
+def show_ledger(out: Console, ledger: dict[str, Any]) -> None:
+    """The ledger as a table, with its warnings."""
+    rows, tokens = ledger["rows"], ledger["tokens"]
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    table.add_row("format", f"{ledger['format']} ({ledger['reason']})")
+    left_out = ", ".join(f"{rows[name]} {name}" for name in ("empty", "overlong") if rows[name])
+    table.add_row("rows", f"{rows['read']} read, {rows['used']} used" + (f" ({left_out} left out)" if left_out else ""))
+    table.add_row("split", f"{rows['training']} to train on, {rows['validation']} held out")
+    share = tokens["trained"] / tokens["total"]
+    table.add_row(
+        "tokens",
+        f"{tokens['total']:,}, of which trained {tokens['trained']:,} ({share:.0%}), "
+        f"end-of-turn {tokens['end_of_turn']:,}; longest row {tokens['longest_row']}",
+    )
+    out.print(table)
+    for warning in ledger["warnings"]:
+        out.print(f"  [yellow]warning:[/yellow] {warning}")
+
+
+def show_evaluation(out: Console, evaluation: dict[str, Any]) -> None:
+    """Base against tuned, with 95% intervals."""
+    table = Table(title=f"{evaluation['rows']} held-out rows, 95% intervals", title_justify="left")
+    for column in ("metric", "base", "tuned"):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for name, values in evaluation["metrics"].items():
+        table.add_row(name.replace("_", " "), *(interval(name, values[which]) for which in ("base", "tuned")))
+    out.print(table)
+
+
+def interval(name: str, value: dict[str, float]) -> str:
+    """A value with its interval: shares in percent, others as they are."""
+    if name == "exact_match":
+        return f"{value['value']:.1%}  ({value['low']:.1%} to {value['high']:.1%})"
+    return f"{value['value']:.3g}  ({value['low']:.3g} to {value['high']:.3g})"
+
+
+def answer_progress(out: Console, rows: int, what: str) -> tuple[Progress, Any]:
+    """A bar for answering rows, and the function that moves it."""
+    progress = Progress(
+        TextColumn(what), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(), console=out, transient=True
+    )
+    task = progress.add_task(what, total=rows)
+    return progress, lambda done: progress.advance(task, done)
+
+
+def size(count: int) -> str:
+    """Bytes for a person."""
+    return f"{count / 2**30:.2f} GiB"

@@ -1,0 +1,17 @@
+"""The exceptions that reach a user. Anything else that escapes is a defect of Veneer."""
+
+
+class UserError(ValueError):
+    """The input is wrong: exit status 2, nothing written.
+
+    Args:
+        message: What is wrong, where, with the value and the limit.
+        fix: What to change; it names the setting.
+    """
+
+    def __init__(self, message: str, fix: str = "") -> None:
+        super().__init__(message if not fix else f"{message}\n  fix: {fix}")
+
+
+class JobError(RuntimeError):
+    """The job itself or one of its gates failed: exit status 1."""

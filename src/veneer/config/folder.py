@@ -1,0 +1,154 @@
+"""A run's folder: the names of its files, and writing them whole or not at all.
+
+Every file is written under a temporary name, flushed to disk and renamed, so that a crash or a full disk leaves
+the old file or none, never half of one. Folders are made the same way.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from veneer.config.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where the files of a run lie; the contract between commands."""
+
+    path: Path
+
+    @property
+    def run(self) -> Path:
+        return self.path / "run.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def loss_plot(self) -> Path:
+        return self.path / "loss.png"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation.json"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.jsonl"
+
+    def holds_run(self) -> bool:
+        """Whether anything is here that a new run would mix with."""
+        return self.path.is_dir() and any(self.path.iterdir())
+
+    def require_free(self) -> None:
+        """Raises UserError if the folder holds a run, or anything else, already."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"train.output_dir = {self.path}: is a file", "name a folder in train.output_dir")
+        if self.holds_run():
+            what = "already holds a run" if self.run.exists() else "is not empty"
+            resume = "--resume to go on with it, or " if self.run.exists() else ""
+            raise UserError(
+                f"train.output_dir = {self.path}: {what}", f"{resume}another train.output_dir for a new run"
+            )
+
+    def require_writable(self, needed_bytes: int) -> None:
+        """Raises UserError if the folder cannot be made and written, or lacks space. Leaves nothing behind."""
+        parent = self.path
+        while not parent.exists():
+            parent = parent.parent
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            raise UserError(
+                f"train.output_dir = {self.path}: cannot be written ({error.strerror})",
+                "name a folder you may write to in train.output_dir",
+            ) from None
+        finally:
+            made = self.path
+            while made != parent and made.is_dir() and not any(made.iterdir()):
+                made.rmdir()
+                made = made.parent
+        free = shutil.disk_usage(parent).free
+        if free < needed_bytes:
+            raise UserError(
+                f"train.output_dir = {self.path}: {free / 2**20:,.0f} MiB free, the run needs about "
+                f"{needed_bytes / 2**20:,.0f} MiB for adapter and checkpoints",
+                "free space, name another train.output_dir, or lower train.save_total_limit",
+            )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `path` when the block ends well, and vanishes when it does not.
+
+    An existing `path` is replaced.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        temporary.chmod(0o755)
+        if path.exists():
+            discarded = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+            os.replace(path, discarded / path.name)
+            os.replace(temporary, path)
+            shutil.rmtree(discarded)
+        else:
+            os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

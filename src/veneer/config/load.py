@@ -1,0 +1,177 @@
+"""Reads a run from YAML and command-line overrides; reports every mistake at once, each with its line.
+
+YAML is read through PyYAML's node tree, because only nodes know their lines. Two of YAML 1.1's traps are
+closed on the way: `2e-4` is a number here, and a key written twice is an error. The resolved run is written
+back with every default spelled out, so that a run's folder never depends on a later version's defaults.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from veneer.config.errors import UserError
+from veneer.config.run import Run
+
+Path_ = tuple[str, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader whose floats may do without a dot (YAML 1.2): 2e-4."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def load_run(path: str | Path, overrides: Iterable[str] = ()) -> Run:
+    """Read a run from a YAML file and apply `section.key=value` overrides.
+
+    Raises:
+        UserError: with every mistake of file and overrides, each with its place and what to write instead.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file", "name an existing YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text ({error})") from None
+    values, places = _parse(text, path)
+    if "train" not in values:
+        values["train"] = {}
+    if isinstance(values["train"], dict):
+        values["train"].setdefault("output_dir", f"runs/{path.stem}")
+    for override in overrides:
+        _apply(override, values, places)
+    return validate(values, places, str(path))
+
+
+def validate(values: dict[str, Any], places: dict[Path_, str], source: str) -> Run:
+    """Build the run from plain values; `places` maps a setting's path to where it was written."""
+    try:
+        return Run.model_validate(values)
+    except ValidationError as error:
+        lines, seen = [], set()
+        for problem in error.errors():
+            line = _describe(problem, places, source)
+            if line not in seen:
+                seen.add(line)
+                lines.append(line)
+    count = f"{len(lines)} mistakes" if len(lines) > 1 else "1 mistake"
+    raise UserError(f"{source}: {count} in the run\n  " + "\n  ".join(lines))
+
+
+def to_yaml(run: Run) -> str:
+    """The resolved run, every default spelled out; `load_run` reads it back to an equal object."""
+    header = "# The run as it was carried out, with every default spelled out.\n"
+    return header + yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _parse(text: str, path: Path) -> tuple[dict[str, Any], dict[Path_, str]]:
+    """Plain values of a YAML mapping, and the place of every key."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            raise UserError(f"{path}: the file is empty", "name at least model.base and data.train")
+        if not isinstance(node, yaml.MappingNode):
+            raise UserError(f"{path}: a run is a mapping of sections (model:, data:, ...)")
+        places: dict[Path_, str] = {}
+        _collect(node, (), path, places)
+        values: dict[str, Any] = loader.construct_document(node)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    finally:
+        loader.dispose()  # type: ignore[no-untyped-call]
+    return values, places
+
+
+def _collect(node: yaml.MappingNode, prefix: Path_, path: Path, places: dict[Path_, str]) -> None:
+    for key_node, value_node in node.value:
+        here = (*prefix, str(key_node.value))
+        place = f"{path}:{key_node.start_mark.line + 1}"
+        if here in places:
+            raise UserError(f"{place}: `{'.'.join(here)}` is set twice (first at {places[here]})", "remove one")
+        places[here] = place
+        if isinstance(value_node, yaml.MappingNode):
+            _collect(value_node, here, path, places)
+
+
+def _apply(override: str, values: dict[str, Any], places: dict[Path_, str]) -> None:
+    key, separator, text = override.partition("=")
+    parts = tuple(key.strip().split("."))
+    if not separator or not all(parts) or len(parts) > 2:
+        raise UserError(f"override `{override}` is not of the form section.key=value", "for example train.seed=1")
+    try:
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError:
+        value = text
+    places[parts] = f"override `{override}`"
+    target = values
+    if len(parts) == 2:
+        if not isinstance(values.get(parts[0]), dict):
+            values[parts[0]] = {}
+        target = values[parts[0]]
+    target[parts[-1]] = value
+
+
+def _describe(problem: Any, places: dict[Path_, str], source: str) -> str:
+    """One mistake in one line: place, setting, value, what it should be, what to do."""
+    location = [str(part) for part in problem["loc"]]
+    # Alternatives of a union carry extra parts (`data.validation.float`): cut to the setting itself.
+    setting = tuple(location[:2])
+    place = next((places[setting[:n]] for n in range(len(setting), 0, -1) if setting[:n] in places), source)
+    name = ".".join(setting)
+    section, field = _section_and_field(setting)
+    if problem["type"] == "extra_forbidden":
+        known = list(section.model_fields) if section else []
+        near = difflib.get_close_matches(setting[-1], known, n=1, cutoff=0.5)
+        elsewhere = _sections_with(setting[-1])
+        if near:
+            hint = f"did you mean `{near[0]}`?"
+        elif elsewhere:
+            hint = f"it belongs into the section `{elsewhere[0]}`"
+        else:
+            hint = f"known here: {', '.join(known)}"
+        return f"{place}: unknown key `{name}`; {hint}"
+    if problem["type"] == "missing":
+        return f"{place}: `{name}` is missing"
+    extra = getattr(field, "json_schema_extra", None)
+    fix = f"; fix: {extra['fix']}" if isinstance(extra, dict) and "fix" in extra else ""
+    expected = "" if fix and len(location) > 2 else ": " + problem["msg"].replace("Input should be", "should be")
+    if problem["type"] in ("model_type", "model_attributes_type") or section is None:
+        expected = ": should be a section with keys of its own"
+    return f"{place}: {name} = {_show(problem['input'])}{expected}{fix}"
+
+
+def _section_and_field(setting: Path_) -> tuple[type[BaseModel] | None, Any]:
+    """The section class that a setting's key stands in, and its field."""
+    if len(setting) == 1:
+        return Run, Run.model_fields.get(setting[0])
+    section = _sections().get(setting[0])
+    return section, section.model_fields.get(setting[1]) if section else None
+
+
+def _sections() -> dict[str, type[BaseModel]]:
+    found: dict[str, type[BaseModel]] = {}
+    for name, field in Run.model_fields.items():
+        candidates = getattr(field.annotation, "__args__", (field.annotation,))
+        found[name] = next(kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel))
+    return found
+
+
+def _sections_with(key: str) -> list[str]:
+    return [name for name, section in _sections().items() if key in section.model_fields]
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

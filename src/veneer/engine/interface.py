@@ -1,0 +1,28 @@
+"""What every engine does. The loop, the evaluation and the checks know nothing else of an engine."""
+
+from typing import Protocol
+
+import torch
+
+from veneer.data import Batch
+
+
+class Engine(Protocol):
+    """Computes losses and gradients of an adapter on a frozen base model."""
+
+    name: str
+
+    def forward_backward(self, batch: Batch, scale: float) -> torch.Tensor:
+        """Add the gradient of `scale` times the batch's summed loss to the adapter's parameters.
+
+        The caller chooses the scale (1 / trained tokens of the whole optimizer step), so that any split of a step
+        into micro-batches gives the same gradient.
+
+        Returns:
+            The summed loss over trained tokens, unscaled; a float64 scalar on the device.
+        """
+        ...
+
+    def losses(self, batch: Batch) -> torch.Tensor:
+        """Summed loss of each document, float64, shape (documents,); no gradients, dropout off."""
+        ...

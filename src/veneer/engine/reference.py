@@ -1,0 +1,130 @@
+"""The reference engine: Transformers' own model with PEFT's own adapters, for any architecture.
+
+It is what faster engines are measured against, so it takes no liberties: the model's code computes everything up to
+the last hidden state. A packed batch is laid out again as right-padded rows, so a document cannot see another
+whatever the attention backend; rows of like length go together, so that little is padding. Padding stands behind
+the tokens and causal attention never looks there, so no mask is passed, and backends that take none stay available.
+
+Only the head is handled here, because logits of untrained positions are the largest waste of a small step. Whether a
+model's head really is one linear layer (some scale or cap their logits) is not assumed but tried on a few tokens;
+where it is not, the model computes its own logits.
+
+Shapes: B rows, L padded length, N trained tokens, D model width, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from veneer.data import Batch
+from veneer.data.batch import UNTRAINED
+from veneer.kernels.linear_cross_entropy import linear_cross_entropy
+
+PADDING = 1.25  # rows go together while their padded tokens are at most so many times the real ones
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Documents of like length as right-padded rows, and where their trained tokens are."""
+
+    documents: list[int]
+    ids_BL: torch.Tensor
+    row_N: torch.Tensor
+    column_N: torch.Tensor
+    targets_N: torch.Tensor
+
+
+class ReferenceEngine:
+    """Runs a PEFT model as it is.
+
+    Args:
+        model: A PEFT model from `veneer.model.attach` or `load_adapter`.
+    """
+
+    name = "reference"
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._base = model.get_base_model()
+        self._device = self._base.get_input_embeddings().weight.device
+        self.chunked_head = self._head_is_linear()
+
+    def forward_backward(self, batch: Batch, scale: float) -> torch.Tensor:
+        """See `Engine.forward_backward`."""
+        self.model.train()
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for rows in _rows(batch.to(str(self._device))):
+            losses_N = self._token_losses(rows)
+            (losses_N.sum() * scale).backward()  # type: ignore[no-untyped-call]
+            total += losses_N.detach().double().sum()
+        return total
+
+    @torch.no_grad()
+    def losses(self, batch: Batch) -> torch.Tensor:
+        """See `Engine.losses`."""
+        self.model.eval()
+        result = torch.zeros(len(batch.lengths), dtype=torch.float64, device=self._device)
+        for rows in _rows(batch.to(str(self._device))):
+            documents_B = torch.tensor(rows.documents, device=self._device)
+            result.index_add_(0, documents_B[rows.row_N], self._token_losses(rows).double())
+        return result
+
+    def _token_losses(self, rows: _Rows) -> torch.Tensor:
+        if not self.chunked_head:
+            logits_BLV = self._base(input_ids=rows.ids_BL, use_cache=False).logits
+            logits_NV = logits_BLV[rows.row_N, rows.column_N].float()
+            return F.cross_entropy(logits_NV, rows.targets_N, reduction="none")
+        hidden_BLD = self._hidden(rows.ids_BL)
+        head = self._base.get_output_embeddings()
+        hidden_ND = hidden_BLD[rows.row_N, rows.column_N]
+        return linear_cross_entropy(hidden_ND, head.weight, head.bias, rows.targets_N)
+
+    def _hidden(self, ids_BL: torch.Tensor) -> torch.Tensor:
+        hidden_BLD: torch.Tensor = self._base.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
+        return hidden_BLD
+
+    @torch.no_grad()
+    def _head_is_linear(self) -> bool:
+        """Whether head(last hidden state) equals the model's logits, tried on eight tokens."""
+        head = self._base.get_output_embeddings()
+        if type(head) is not torch.nn.Linear or head.weight.requires_grad or self._base.base_model is self._base:
+            return False
+        self.model.eval()
+        ids_BL = torch.arange(8, device=self._device)[None] % head.weight.shape[0]
+        logits_BLV = self._base(input_ids=ids_BL, use_cache=False).logits
+        return torch.equal(head(self._hidden(ids_BL)).float(), logits_BLV.float())
+
+
+def _rows(batch: Batch) -> list[_Rows]:
+    """A packed batch as groups of right-padded rows."""
+    starts = [0]
+    for length in batch.lengths:
+        starts.append(starts[-1] + length)
+    groups: list[list[int]] = []
+    real = 0
+    for document in sorted(range(len(batch.lengths)), key=lambda n: (-batch.lengths[n], n)):
+        length = batch.lengths[document]
+        if groups:
+            padded = batch.lengths[groups[-1][0]] * (len(groups[-1]) + 1)
+            if padded <= PADDING * (real + length):
+                groups[-1].append(document)
+                real += length
+                continue
+        groups.append([document])
+        real = length
+    return [_pad(batch, group, starts) for group in groups]
+
+
+def _pad(batch: Batch, documents: list[int], starts: list[int]) -> _Rows:
+    longest = batch.lengths[documents[0]]
+    ids_BL = batch.ids_T.new_zeros((len(documents), longest))
+    targets_BL = torch.full_like(ids_BL, UNTRAINED)
+    for row, document in enumerate(documents):
+        length = batch.lengths[document]
+        place = slice(starts[document], starts[document] + length)
+        ids_BL[row, :length] = batch.ids_T[place]
+        targets_BL[row, :length] = batch.targets_T[place]
+    row_N, column_N = (targets_BL != UNTRAINED).nonzero(as_tuple=True)
+    return _Rows(documents, ids_BL, row_N, column_N, targets_BL[row_N, column_N])

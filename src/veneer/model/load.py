@@ -1,0 +1,105 @@
+"""Loads a base model's tokenizer and weights.
+
+bitsandbytes owns the 4-bit format (blocks of 64, constants quantized again) and works on the CPU too; embeddings
+and head stay in 16 bits. Norms stay in the model's own precision: their kernels compute in float32 anyway, and
+raising their weights would raise every activation behind them. A loaded model is frozen, in evaluation mode and
+without a key-value cache; `attach` puts the adapter on.
+"""
+
+from typing import Any
+
+import torch
+
+from veneer.config import Model, Quantization, UserError
+from veneer.model.locate import Source
+from veneer.model.quiet import quiet
+from veneer.plan import Machine
+
+
+def compute_dtype(model: Model, machine: Machine) -> torch.dtype:
+    """The precision that `model.dtype` means on this machine."""
+    named = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    return named.get(model.dtype, machine.dtype)
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The tokenizer of a base model, always a fast one, padding on the left (as generation needs)."""
+    from transformers import AutoTokenizer
+
+    with quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source.location, revision=source.revision)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise _cannot_load(source, "tokenizer", error) from None
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"model.base = {source.name}: its tokenizer has no fast version",
+            "convert it with Transformers' convert_slow_tokenizer",
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # Only generation pads with it; training never looks at ids.
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def load_model(source: Source, model: Model, quantization: Quantization | None, machine: Machine) -> Any:
+    """The base model on the machine's device, frozen.
+
+    Raises:
+        UserError: It cannot be found or loaded, or its files lack weights.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = compute_dtype(model, machine)
+    settings: dict[str, Any] = {"dtype": dtype, "device_map": {"": machine.device}}
+    if source.revision:
+        settings["revision"] = source.revision
+    if model.attn_implementation != "auto":
+        settings["attn_implementation"] = model.attn_implementation
+    if quantization is not None:
+        settings["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization.quant_type,
+            bnb_4bit_use_double_quant=quantization.double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    with quiet():
+        try:
+            base, report = AutoModelForCausalLM.from_pretrained(
+                source.location, output_loading_info=True, **settings
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise _cannot_load(source, "model", error) from None
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(
+            f"model.base = {source.name}: its files lack {len(missing)} weights ({', '.join(missing[:3])}, ...); "
+            "they would be random",
+            "name a complete model",
+        )
+    base.requires_grad_(False)
+    _keep_4bit_layout(base)
+    base.config.use_cache = False
+    base.eval()
+    return base
+
+
+def _keep_4bit_layout(base: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on CPUs with AVX-512 bf16.
+
+    It would do so at the first forward in evaluation mode, for faster inference: for good, with the blocks'
+    constants rounded to bf16, and without a gradient, so that training after an evaluation would learn nothing.
+    """
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _cannot_load(source: Source, what: str, error: Exception) -> UserError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if source.kind == "hub":
+        return UserError(
+            f"model.base = {source.name}: the {what} cannot be had from the hub: {reason}",
+            "check the name, the network and your access to it (hf auth login), or name a local folder",
+        )
+    return UserError(f"model.base = {source.name}: the {what} cannot be loaded: {reason}", "name another model.base")

@@ -1,0 +1,75 @@
+"""What `model.base` names. The answer is a folder that Transformers can load, or a hub id.
+
+Order: a built-in name, a path that exists, a hub id of the form owner/name. Built-in models and .gguf files are
+converted once to a folder in the user's cache.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from veneer.config import Model, UserError
+from veneer.model.builtin import BUILTIN, builtin_folder
+from veneer.model.gguf import converted_folder
+
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a base model's files are.
+
+    Attributes:
+        kind: builtin, folder, gguf or hub.
+        location: A folder, or a hub id; what `from_pretrained` takes.
+        name: What the user wrote.
+        revision: Of a hub model.
+    """
+
+    kind: str
+    location: str
+    name: str
+    revision: str | None = None
+
+
+def locate(model: Model) -> Source:
+    """Resolve `model.base`; fetches and converts a built-in model or a .gguf file on first use.
+
+    Raises:
+        UserError: Nothing of that name exists, or the folder holds no model.
+    """
+    base = model.base
+    path = Path(base).expanduser()
+    if base.lower() in BUILTIN:
+        return Source("builtin", str(builtin_folder(base.lower())), base)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise UserError(
+                f"model.base = {base}: a file, but not a .gguf file", "name a folder, a .gguf file or a hub id"
+            )
+        return Source("gguf", str(converted_folder(path)), base)
+    if path.is_dir():
+        _require_model(path, base)
+        return Source("folder", str(path), base)
+    looks_like_path = base.startswith((".", "/", "~")) or base.lower().endswith(".gguf") or base.count("/") > 1
+    if looks_like_path or not _HUB_ID.match(base):
+        raise UserError(
+            f"model.base = {base}: no such folder or file, and not a hub id of the form owner/name",
+            f"name an existing folder, a .gguf file, a hub id, or the built-in {', '.join(BUILTIN)}",
+        )
+    return Source("hub", base, base, model.revision)
+
+
+def _require_model(path: Path, base: str) -> None:
+    if (path / "config.json").is_file():
+        return
+    if (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"model.base = {base}: holds an adapter, not a base model", "name the model it was trained on"
+        )
+    held = sorted(entry.name for entry in path.iterdir())
+    listing = ", ".join(held[:6]) + (", ..." if len(held) > 6 else "") if held else "nothing"
+    raise UserError(
+        f"model.base = {base}: the folder has no config.json (it holds {listing})",
+        "name the folder that save_pretrained wrote",
+    )

@@ -1,0 +1,78 @@
+"""What this machine offers a run: device, precision, memory. Looked up once, printed, stored with the run."""
+
+import os
+import platform
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psutil
+import torch
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine as one run sees it. Sizes in bytes; for a GPU, the GPU's memory."""
+
+    device: str
+    name: str
+    cores: int
+    total_bytes: int
+    free_bytes: int
+    has_bfloat16: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of compute where the run leaves it open: bfloat16 where it is fast, else float32."""
+        return torch.bfloat16 if self.has_bfloat16 else torch.float32
+
+    def describe(self) -> str:
+        """One line for a person."""
+        where = f"{self.name}, {self.cores} cores" if self.device == "cpu" else self.name
+        precision = "bfloat16" if self.has_bfloat16 else "float32 (no fast bfloat16)"
+        return f"{where}, {self.total_bytes / 2**30:.0f} GiB ({self.free_bytes / 2**30:.0f} free), {precision}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def find_machine() -> Machine:
+    """The best device here: CUDA, then Apple's MPS, then the CPU."""
+    memory = psutil.virtual_memory()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        name = torch.cuda.get_device_name()
+        return Machine("cuda", name, cores, total, free, torch.cuda.is_bf16_supported(including_emulation=False))
+    if torch.backends.mps.is_available():
+        return Machine("mps", "Apple GPU", cores, memory.total, memory.available, True)
+    return Machine("cpu", _cpu_name(), cores, memory.total, memory.available, _cpu_has_bfloat16())
+
+
+def peak_resident_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def peak_bytes(device: str) -> int:
+    """Largest memory of the run so far: allocated on the GPU, resident on the CPU."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else peak_resident_bytes()
+
+
+def _cpu_name() -> str:
+    if platform.system() == "Linux":
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether matrix products in bfloat16 run on instructions made for them; emulated ones are slower than float32."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if capabilities:
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
+    return bool(torch.cpu._is_avx512_bf16_supported())

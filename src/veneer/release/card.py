@@ -1,0 +1,82 @@
+"""The model card (README.md, with the Hub's metadata) and passport.json of an adapter.
+
+The passport says what the adapter belongs to: base, quantization, tokenizer and template, data, settings, versions.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from veneer.config.folder import write_json, write_text
+from veneer.train.job import TrainingJob, environment
+
+CARD = """\
+---
+{metadata}---
+
+# {name}
+
+A LoRA adapter for `{base}`, trained with Veneer. `passport.json` says what it belongs to, `ledger.json` what it
+was trained on.
+
+| | |
+|---|---|
+| rank, alpha | {r}, {alpha} |
+| trained parameters | {trainable:,} of {total:,} |
+| base weights | {weights} |
+| training rows, trained tokens | {rows:,}, {tokens:,} |
+| steps, final loss | {steps}, {loss:.4f} |
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("ADAPTER")
+base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")
+model = PeftModel.from_pretrained(base, "ADAPTER")
+```
+"""
+
+
+def write_card(job: TrainingJob, steps: int, final_loss: float) -> None:
+    """Write README.md and passport.json into the run's adapter folder."""
+    run, ledger = job.run, job.data.ledger
+    facts: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora", "veneer"]}
+    if job.source.kind == "hub":
+        facts["base_model"] = run.model.base
+    card = CARD.format(
+        metadata=yaml.safe_dump(facts, sort_keys=False),
+        name=job.folder.path.name,
+        base=run.model.base,
+        r=run.adapter.r,
+        alpha=run.adapter.lora_alpha,
+        trainable=job.parameters["trainable"],
+        total=job.parameters["total"],
+        weights=f"{run.quantization.quant_type}, 4 bits" if run.quantization else "16 bits or more",
+        rows=ledger.training,
+        tokens=ledger.tokens_trained,
+        steps=steps,
+        loss=final_loss,
+    )
+    write_text(job.folder.adapter / "README.md", card)
+    write_json(job.folder.adapter / "passport.json", _passport(job))
+
+
+def _passport(job: TrainingJob) -> dict[str, Any]:
+    run = job.run
+    return {
+        "base": {"name": run.model.base, "kind": job.source.kind, "revision": run.model.revision},
+        "quantization": run.quantization.model_dump() if run.quantization else None,
+        "tokenizer_sha256": _sha256(job.folder.adapter / "tokenizer.json"),
+        "chat_template_sha256": hashlib.sha256((job.renderer.template or "").encode()).hexdigest(),
+        "adapter_sha256": _sha256(job.folder.adapter / "adapter_model.safetensors"),
+        "settings": run.model_dump(mode="json"),
+        "environment": environment(),
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,52 @@
+"""The loss of a run as a picture: every step, their running mean, and the held-out losses."""
+
+from pathlib import Path
+from typing import Any
+
+INK, SOFT, ACCENT = "#1f3a5f", "#9db4cc", "#c8553d"
+
+
+def plot_loss(records: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Draw `loss.png` from the records of metrics.jsonl."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    trained = [record for record in records if record["kind"] == "train"]
+    held_out = [record for record in records if record["kind"] == "eval"]
+    figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    steps = [record["step"] for record in trained]
+    losses = [record["loss"] for record in trained]
+    axes.plot(steps, losses, color=SOFT, linewidth=1, label="training, each step")
+    if len(losses) > 10:
+        axes.plot(steps, smooth(losses), color=INK, linewidth=2, label="training, running mean")
+    if held_out:
+        axes.plot(
+            [record["step"] for record in held_out],
+            [record["loss"] for record in held_out],
+            color=ACCENT,
+            marker="o",
+            linewidth=1.5,
+            label="held-out",
+        )
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats a trained token)")
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format="png")
+    temporary.replace(path)
+
+
+def smooth(values: list[float], keep: float = 0.9) -> list[float]:
+    """Exponential running mean without the start's bias (as in Adam, arXiv 1412.6980)."""
+    mean, weight, result = 0.0, 0.0, []
+    for value in values:
+        mean = keep * mean + (1 - keep) * value
+        weight = keep * weight + (1 - keep)
+        result.append(mean / weight)
+    return result

@@ -1,0 +1,98 @@
+"""A resumable state on disk: adapter, optimizer, random numbers and position, with checksums.
+
+A checkpoint folder appears whole or not at all, and its adapter is in PEFT's format, so that it can be used as it
+is. The position is the number of steps done: order, learning rate and masks follow from it (data/batch.py,
+train/schedule.py). Everything is safetensors or JSON; nothing is unpickled.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from veneer.config import UserError
+from veneer.config.folder import whole_folder, write_json
+from veneer.model.quiet import quiet
+from veneer.train.optimizer import get_state, set_state
+
+ADAPTER, OPTIMIZER, RNG, MANIFEST = "adapter_model.safetensors", "optimizer.safetensors", "rng.safetensors", "manifest.json"
+
+
+def save(
+    folder: Path, step: int, model: Any, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, data_hash: str
+) -> Path:
+    """Write the state after `step` steps into `folder`/step-NNNNNN."""
+    path = folder / f"step-{step:06d}"
+    with whole_folder(path) as unfinished:
+        with quiet():
+            model.save_pretrained(str(unfinished), save_embedding_layers=False)
+        save_file(get_state(optimizer, _names(model)), unfinished / OPTIMIZER)
+        save_file(_rng_state(), unfinished / RNG)
+        files = sorted(file for file in unfinished.iterdir() if file.is_file())
+        checksums = {file.name: _sha256(file) for file in files}
+        manifest = {"step": step, "data": data_hash, "loss_scale": scaler.get_scale(), "sha256": checksums}
+        write_json(unfinished / MANIFEST, manifest)
+    return path
+
+
+def load(
+    path: Path, model: Any, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, data_hash: str
+) -> int:
+    """Restore a state; returns the number of steps done.
+
+    Raises:
+        UserError: A file is damaged, or the data is not what the run began with.
+    """
+    from peft import set_peft_model_state_dict
+
+    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    for name, checksum in manifest["sha256"].items():
+        if not (path / name).is_file() or _sha256(path / name) != checksum:
+            raise UserError(f"{path / name}: missing or damaged", f"delete {path} to resume from the one before")
+    if manifest["data"] != data_hash:
+        raise UserError(
+            f"{path}: the data is not what this run began with (other rows, tokenizer or template)",
+            "restore the data, or start a new run in another train.output_dir",
+        )
+    with quiet():
+        set_peft_model_state_dict(model, load_file(path / ADAPTER))
+    set_state(optimizer, _names(model), load_file(path / OPTIMIZER))
+    if scaler.is_enabled():
+        scaler.update(manifest["loss_scale"])
+    rng = load_file(path / RNG)
+    torch.set_rng_state(rng["cpu"])
+    if "cuda" in rng and torch.cuda.is_available():
+        torch.cuda.set_rng_state(rng["cuda"])
+    return int(manifest["step"])
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest checkpoint, or None."""
+    found = sorted(folder.glob("step-*"))
+    return found[-1] if found else None
+
+
+def drop_old(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints."""
+    for path in sorted(folder.glob("step-*"))[:-keep]:
+        shutil.rmtree(path)
+
+
+def _names(model: Any) -> dict[torch.nn.Parameter, str]:
+    return {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _rng_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,216 @@
+"""A training job: everything of a run brought together, in the order in which it can go wrong cheaply.
+
+Settings, then the output folder, the data, the tokenizer and the template, the model, the adapter, the space on
+disk; only then is the run's folder begun. The adapter appears whole at the end.
+"""
+
+import hashlib
+import platform
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import torch
+
+from veneer.config import Run, RunFolder, UserError, load_run
+from veneer.config.folder import whole_folder, write_json, write_text
+from veneer.config.load import to_yaml
+from veneer.data import Batch, Batches, Example, Prepared, Renderer, prepare
+from veneer.engine import ReferenceEngine
+from veneer.model import (
+    attach,
+    compute_dtype,
+    count_parameters,
+    load_model,
+    load_tokenizer,
+    locate,
+    save_adapter,
+)
+from veneer.plan import find_machine
+from veneer.plan.machine import peak_bytes
+from veneer.train import checkpoint
+from veneer.train.loop import Loop
+from veneer.train.metrics import Listener, MetricsFile
+from veneer.train.optimizer import resolve_name
+
+LIBRARIES = ("veneer", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers", "numpy")
+# Settings that may differ when a run is resumed: none of them changes a number of the training.
+MAY_CHANGE = {"train.logging_steps", "train.eval_steps", "train.save_steps", "train.save_total_limit"}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a finished run reports."""
+
+    run_dir: str
+    steps: int
+    final_loss: float
+    tokens_per_second: float
+    peak_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class TrainingJob:
+    """A run, checked and loaded, ready to train.
+
+    Attributes:
+        machine, source, tokenizer, renderer, data, model, engine: The parts, for others to show or evaluate.
+
+    Raises:
+        UserError: Anything the user can mend; nothing has been written then.
+    """
+
+    def __init__(self, run: Run, resume: bool = False) -> None:
+        self.run = run
+        self.folder = RunFolder(run.train.output_dir)
+        self._checkpoint = self._find_checkpoint() if resume else None
+        if not resume:
+            self.folder.require_free()
+        self.machine = find_machine()
+        self.source = locate(run.model)
+        self.tokenizer = load_tokenizer(self.source)
+        self.renderer = Renderer(self.tokenizer, run.data.chat_template, run.data.system_prompt)
+        self.data: Prepared = prepare(run.data, self.renderer, run.train.seed)
+        base = load_model(self.source, run.model, run.quantization, self.machine)
+        self.model = attach(base, run.adapter, run.train.seed, run.train.gradient_checkpointing)
+        self.engine = ReferenceEngine(self.model)
+        self.parameters = count_parameters(self.model)
+        train = run.train
+        self._loop = Loop(
+            model=self.model,
+            engine=self.engine,
+            batches=Batches(
+                self.data.train,
+                train.per_device_train_batch_size,
+                train.gradient_accumulation_steps,
+                train.seed,
+                run.data.max_length if run.data.packing else None,
+            ),
+            held_out=batches_of([row.example for row in self.data.validation], run.evaluate.batch_size),
+            train=train,
+            checkpoints=self.folder.checkpoints,
+            data_hash=_hash(self.data.train),
+            device=self.machine.device,
+            scale_loss=compute_dtype(run.model, self.machine) == torch.float16,
+        )
+        self.folder.require_writable(self._bytes_on_disk())
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self._loop.steps
+
+    def fit(self, listeners: tuple[Listener, ...] = ()) -> Trained:
+        """Train and write the adapter.
+
+        Raises:
+            JobError: Training failed. Interrupted: the user stopped it; it can be resumed.
+        """
+        if self._checkpoint is None:
+            torch.manual_seed(self.run.train.seed)
+            self._begin_folder()
+        else:
+            self._loop.resume(self._checkpoint)
+        record = self._loop.run((MetricsFile(self.folder.metrics), *listeners))
+        with whole_folder(self.folder.adapter) as unfinished:
+            save_adapter(
+                self.model, self.tokenizer, self.renderer.template, self.run.model.base, unfinished
+            )
+            write_json(unfinished / "ledger.json", self.data.ledger.as_dict())
+        self.model.eval()
+        return Trained(
+            run_dir=str(self.folder.path),
+            steps=self.steps,
+            final_loss=record["loss"],
+            tokens_per_second=record["mean_tokens_per_second"],
+            peak_bytes=peak_bytes(self.machine.device),
+        )
+
+    def plan(self) -> dict[str, Any]:
+        """How the run is placed on this machine."""
+        train = self.run.train
+        return {
+            "machine": self.machine.as_dict(),
+            "engine": self.engine.name,
+            "chunked_head": self.engine.chunked_head,
+            "dtype": str(compute_dtype(self.run.model, self.machine)).removeprefix("torch."),
+            "optim": resolve_name(train.optim, self.machine.device),
+            "parameters": self.parameters,
+            "steps": self.steps,
+            "rows_per_step": train.per_device_train_batch_size * train.gradient_accumulation_steps,
+        }
+
+    def _begin_folder(self) -> None:
+        write_json(self.folder.environment, environment() | {"machine": self.machine.as_dict()})
+        write_json(self.folder.plan, self.plan())
+        write_json(self.folder.ledger, self.data.ledger.as_dict())
+        write_text(self.folder.run, to_yaml(self.run))
+
+    def _find_checkpoint(self) -> Any:
+        if not self.folder.run.exists():
+            raise UserError(
+                f"train.output_dir = {self.folder.path}: holds no run to resume", "start it without --resume"
+            )
+        if self.folder.adapter.exists():
+            raise UserError(
+                f"train.output_dir = {self.folder.path}: this run is finished",
+                "start another in a new train.output_dir",
+            )
+        changes = _differences(load_run(self.folder.run), self.run)
+        if changes:
+            raise UserError(
+                f"train.output_dir = {self.folder.path}: the run began with other settings\n  "
+                + "\n  ".join(changes),
+                "resume with the settings it began with, or start a new run in another train.output_dir",
+            )
+        path = checkpoint.latest(self.folder.checkpoints)
+        if path is None:
+            raise UserError(
+                f"train.output_dir = {self.folder.path}: holds no checkpoint to resume from",
+                f"delete {self.folder.path} and start again; train.save_steps sets how often one is written",
+            )
+        return path
+
+    def _bytes_on_disk(self) -> int:
+        """Adapter and checkpoints (adapter and two moments each) in float32, and some room for the rest."""
+        train = self.run.train
+        kept = train.save_total_limit + 1 if train.save_steps and train.save_steps < self.steps else 1
+        return self.parameters["trainable"] * 4 * (1 + 3 * kept) + 16 * 2**20
+
+
+def batches_of(examples: list[Example], size: int) -> list[Batch]:
+    """Examples in batches of like length, for losses whose order does not matter."""
+    ordered = sorted(examples, key=lambda example: -len(example.ids))
+    return [Batch.of(ordered[n : n + size]) for n in range(0, len(ordered), size)]
+
+
+def environment() -> dict[str, Any]:
+    """What the run ran on."""
+    versions = {name: metadata.version(name) for name in LIBRARIES}
+    return {"python": platform.python_version(), "platform": platform.platform(), "libraries": versions}
+
+
+def _hash(examples: list[Example]) -> str:
+    """Fingerprint of the training tokens and targets, in order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(np.array([example.ids, example.targets], dtype=np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def _differences(then: Run, now: Run) -> list[str]:
+    """Settings that differ and may not, as `section.key: was A, is B`."""
+    before, after = then.model_dump(mode="json"), now.model_dump(mode="json")
+    changes = []
+    for section in before:
+        if section == "evaluate":
+            continue
+        old, new = before[section] or {}, after[section] or {}
+        for key in old | new:
+            name = f"{section}.{key}"
+            if old.get(key) != new.get(key) and name not in MAY_CHANGE:
+                changes.append(f"{name}: was {old.get(key)}, is {new.get(key)}")
+    return changes

@@ -1,0 +1,73 @@
+"""AdamW by the names Transformers uses: torch's own, or bitsandbytes' with 8-bit and paged states.
+
+Paged states need CUDA; elsewhere bitsandbytes keeps the same states unpaged, which changes no number.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from veneer.config import Train
+from veneer.model.quiet import quiet
+
+BETAS, EPSILON = (0.9, 0.999), 1e-8
+
+
+def resolve_name(optim: str, device: str) -> str:
+    """What `train.optim: auto` means on a device."""
+    if optim != "auto":
+        return optim
+    return "adamw_8bit" if device == "cuda" else "adamw_torch"
+
+
+def build_optimizer(parameters: Iterable[torch.nn.Parameter], train: Train, device: str) -> torch.optim.Optimizer:
+    """AdamW over the adapter's parameters; the loop sets the learning rate before each step."""
+    name = resolve_name(train.optim, device)
+    settings: dict[str, Any] = {
+        "lr": train.learning_rate,
+        "betas": BETAS,
+        "eps": EPSILON,
+        "weight_decay": train.weight_decay,
+    }
+    if name == "adamw_torch":
+        return torch.optim.AdamW(parameters, fused=device != "mps", **settings)
+    with quiet():
+        from bitsandbytes import optim
+
+        kinds = {
+            "adamw_8bit": optim.AdamW8bit,
+            "adamw_32bit": optim.AdamW32bit,
+            "paged_adamw_8bit": optim.PagedAdamW8bit,
+            "paged_adamw_32bit": optim.PagedAdamW32bit,
+        }
+        optimizer: torch.optim.Optimizer = kinds[name](parameters, **settings)
+        return optimizer
+
+
+def get_state(optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str]) -> dict[str, torch.Tensor]:
+    """The optimizer's state as tensors by name (`<parameter>/<state>`), for safetensors."""
+    tensors = {}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+            tensors[f"{names[parameter]}/{key}"] = tensor.detach().to("cpu", copy=True).contiguous()
+    return tensors
+
+
+def set_state(
+    optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str], tensors: dict[str, torch.Tensor]
+) -> None:
+    """Put back what `get_state` took."""
+    by_name = {name: parameter for parameter, name in names.items()}
+    # torch counts its steps in a tensor, on the device where the update is fused; bitsandbytes in a plain int.
+    is_torch = isinstance(optimizer, torch.optim.AdamW)
+    for key, tensor in tensors.items():
+        name, state = key.rsplit("/", 1)
+        parameter = by_name[name]
+        value: Any = tensor.to(parameter.device)
+        if tensor.dim() == 0 and not is_torch:
+            value = tensor.item()
+        elif tensor.dim() == 0 and not optimizer.defaults["fused"]:
+            value = tensor
+        optimizer.state[parameter][state] = value
