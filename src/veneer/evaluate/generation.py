@@ -4,7 +4,8 @@ Transformers owns generation. Prompts come as token ids from the one renderer th
 the left with an explicit mask, so that a pad token that equals the end token does no harm.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def generate(
         for row, n in enumerate(chosen):
             ids_BL[row, longest - len(prompts[n]) :] = torch.tensor(prompts[n])
             mask_BL[row, longest - len(prompts[n]) :] = 1
-        with quiet():
+        with quiet(), _contiguous_head_input(model):
             output_BL = model.generate(
                 input_ids=ids_BL.to(device), attention_mask=mask_BL.to(device), generation_config=config
             )
@@ -65,3 +66,18 @@ def generate(
             answers[n] = tokenizer.decode(output_BL[row, longest:], skip_special_tokens=True).strip()
         on_done(len(chosen))
     return answers
+
+
+@contextmanager
+def _contiguous_head_input(model: Any) -> Iterator[None]:
+    """Hand the head a contiguous tensor.
+
+    After the prompt Transformers passes it a slice (the last position of each row), for which torch on the CPU
+    copies the head's whole weight once a row: 1.3 GB and two seconds for 24 rows of a 135M model.
+    """
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()

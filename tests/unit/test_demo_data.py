@@ -1,0 +1,104 @@
+"""The promises of the bundled demo data: sizes, schema, balance, and that nothing of the test rows is in training."""
+
+import json
+import re
+from collections import Counter
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+TEAMS = {"billing", "shipping", "technical", "account", "sales"}
+NAMES = json.loads((Path(__file__).parent / "demo_names.json").read_text(encoding="utf-8"))
+Rows = list[tuple[str, dict[str, str | None]]]
+BOTH_WAYS = pytest.mark.parametrize(("part", "other"), [("train", "test"), ("test", "train")])
+
+
+def load(part: str) -> Rows:
+    """Message and answer of each row."""
+    text = resources.files("veneer.data").joinpath(f"demo/{part}.jsonl").read_text(encoding="utf-8")
+    rows = []
+    for line in text.splitlines():
+        system, user, assistant = json.loads(line)["messages"]
+        assert (system["role"], user["role"], assistant["role"]) == ("system", "user", "assistant")
+        answer = json.loads(assistant["content"])
+        assert assistant["content"] == json.dumps(answer)
+        rows.append((user["content"], answer))
+    return rows
+
+
+DATA = {part: load(part) for part in ("train", "test")}
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", re.sub(r"(?<=\w)['’.,-](?=\w)", "", text.lower()))
+
+
+def name_words(text: str) -> set[str]:
+    """Words in both readings: joined at hyphens (`r200`) and split there (`r`, `200`)."""
+    return set(words(text)) | set(re.findall(r"[a-z0-9]+", re.sub(r"(?<=\w)['’](?=\w)", "", text.lower())))
+
+
+def grams(text: str, n: int) -> set[tuple[str, ...]]:
+    found = words(text)
+    return {tuple(found[at : at + n]) for at in range(len(found) - n + 1)}
+
+
+def products(part: str) -> set[str]:
+    return {answer["product"] for _, answer in DATA[part] if answer["product"] is not None}
+
+
+@pytest.mark.parametrize(("part", "rows"), [("train", 480), ("test", 120)])
+def test_sizes_schema_and_balance(part: str, rows: int) -> None:
+    data = DATA[part]
+    assert len(data) == rows
+    for message, answer in data:
+        assert list(answer) == ["team", "urgency", "product"]
+        assert answer["team"] in TEAMS
+        assert answer["urgency"] in {"low", "normal", "high"}
+        assert answer["product"] is None or answer["product"] in message
+    teams = Counter(answer["team"] for _, answer in data)
+    assert all(0.14 <= count / rows <= 0.28 for count in teams.values())
+    assert 0.1 <= sum(answer["product"] is None for _, answer in data) / rows <= 0.15
+
+
+@BOTH_WAYS
+def test_no_word_of_a_product_occurs_on_the_other_side(part: str, other: str) -> None:
+    forbidden = set().union(*map(name_words, products(other)))
+    assert len(products(other)) >= 15
+    for message, _ in DATA[part]:
+        assert not forbidden & name_words(message), message
+
+
+@BOTH_WAYS
+def test_no_person_occurs_on_the_other_side(part: str, other: str) -> None:
+    forbidden = {word for name in NAMES[other] for word in words(name) if len(word) > 1}
+    for message, _ in DATA[part]:
+        capitalised = {word.lower() for word in re.findall(r"[A-Za-z']+", message) if word[0].isupper()}
+        assert not forbidden & capitalised, message
+
+
+def test_no_five_words_in_a_row_are_shared() -> None:
+    seen = set().union(*(grams(message, 5) for message, _ in DATA["train"]))
+    for message, _ in DATA["test"]:
+        assert not seen & grams(message, 5), message
+
+
+def test_no_number_is_shared() -> None:
+    numbers = {part: set(re.findall(r"\d{3}-\d{4}|\d{4,}", " ".join(m for m, _ in DATA[part]))) for part in DATA}
+    assert numbers["train"]
+    assert not numbers["train"] & numbers["test"]
+
+
+def test_no_two_messages_are_alike() -> None:
+    messages = [message for part in DATA.values() for message, _ in part]
+    triples = [grams(message, 3) for message in messages]
+    for n, mine in enumerate(triples):
+        for theirs in triples[:n]:
+            assert len(mine & theirs) <= 0.6 * min(len(mine), len(theirs))
+
+
+def test_nothing_in_it_is_personal() -> None:
+    text = " ".join(message for part in DATA.values() for message, _ in part)
+    assert all(host.rstrip(".") == "example.com" for host in re.findall(r"@([\w.-]+)", text))
+    assert all(re.fullmatch(r"555-01\d\d", phone) for phone in re.findall(r"\b\d{3}-\d{4}\b", text))
