@@ -29,6 +29,9 @@ def rows() -> list[dict[str, Any]]:
     """Sixteen rows of uneven length whose answers follow from their questions."""
     animals = ["cat", "dog", "owl", "hen"]
     return [
-        {"prompt": f"what does the {animals[n % 4]} say" + " please" * (n % 5), "completion": animals[n % 4] * (1 + n % 3)}
+        {
+            "prompt": f"what does the {animals[n % 4]} say" + " please" * (n % 5),
+            "completion": animals[n % 4] * (1 + n % 3),
+        }
         for n in range(16)
     ]

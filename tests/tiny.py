@@ -11,7 +11,11 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-TEXT = ["what does the cat say please", "the dog and the owl and the hen", "route this message to the right team"]
+TEXT = [
+    "what does the cat say please",
+    "the dog and the owl and the hen",
+    "route this message to the right team",
+]
 
 _COMMON: dict[str, Any] = {"vocab_size": 384, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2}
 _LLAMA_LIKE: dict[str, Any] = _COMMON | {
@@ -28,9 +32,24 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", _LLAMA_LIKE | {"sliding_window": 16}),
     "qwen2": ("Qwen2Config", _LLAMA_LIKE),
     "qwen3": ("Qwen3Config", _LLAMA_LIKE | {"head_dim": 16}),
-    "gemma2": ("Gemma2Config", _LLAMA_LIKE | {"head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 16}),
+    "gemma2": (
+        "Gemma2Config",
+        _LLAMA_LIKE | {"head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 16},
+    ),
     "phi3": ("Phi3Config", _LLAMA_LIKE),
-    "gpt2": ("GPT2Config", _COMMON | {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}),
+    "gpt2": (
+        "GPT2Config",
+        _COMMON
+        | {
+            "n_embd": 64,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 256,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+        },
+    ),
     "opt": (
         "OPTConfig",
         _COMMON
@@ -41,6 +60,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_attention_heads": 4,
             "max_position_embeddings": 256,
             "word_embed_proj_dim": 64,
+            "dropout": 0.0,
         },
     ),
 }

@@ -35,7 +35,11 @@ def finish(job: TrainingJob, listeners: Sequence[Listener] = ()) -> Trained:
     """Train a job that is loaded, and write all that belongs to its folder."""
     trained = job.fit(tuple(listeners))
     write_card(job, trained.steps, trained.final_loss)
-    plot_loss(read_metrics(job.folder.metrics), job.folder.loss_plot, f"{job.folder.path.name}: {job.run.model.base}")
+    plot_loss(
+        read_metrics(job.folder.metrics),
+        job.folder.loss_plot,
+        f"{job.folder.path.name}: {job.run.model.base}",
+    )
     return trained
 
 

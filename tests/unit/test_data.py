@@ -13,7 +13,12 @@ from veneer.data import Batch, Batches, Example, Renderer, prepare
 from veneer.data.batch import UNTRAINED, pack
 from veneer.data.recognise import Conversation, Message
 
-CHAT = [("user", "what does the cat say"), ("assistant", "the cat"), ("user", "please"), ("assistant", "the owl")]
+CHAT = [
+    ("user", "what does the cat say"),
+    ("assistant", "the cat"),
+    ("user", "please"),
+    ("assistant", "the owl"),
+]
 
 
 def conversation(turns: list[tuple[str, str]]) -> Conversation:
@@ -83,7 +88,12 @@ def test_named_templates_train_the_answer_and_its_end(name: str) -> None:
     [
         {"instruction": "what does the cat say", "input": "", "output": "the cat"},
         {"prompt": "what does the cat say", "completion": "the cat"},
-        {"messages": [{"role": "user", "content": "what does the cat say"}, {"role": "assistant", "content": "the cat"}]},
+        {
+            "messages": [
+                {"role": "user", "content": "what does the cat say"},
+                {"role": "assistant", "content": "the cat"},
+            ]
+        },
     ],
 )
 def test_each_format_gives_the_same_tokens(tmp_path: Path, row: dict[str, Any]) -> None:
@@ -101,7 +111,12 @@ def test_alpacas_input_follows_its_instruction(tmp_path: Path) -> None:
 
 def test_the_ledger_accounts_for_every_row_and_token(tmp_path: Path) -> None:
     good = {"prompt": "the cat", "completion": "the dog"}
-    rows = [good, good, {"prompt": "the cat", "completion": " "}, {"prompt": "x" * 500, "completion": "the dog"}]
+    rows = [
+        good,
+        good,
+        {"prompt": "the cat", "completion": " "},
+        {"prompt": "x" * 500, "completion": "the dog"},
+    ]
     rows += [{"prompt": f"the cat {n}", "completion": "the owl"} for n in range(6)]
     data = prepared(jsonl(tmp_path, rows), max_length=100, validation=3)
     ledger = data.ledger.as_dict()
@@ -145,7 +160,10 @@ def test_validation_may_be_a_file_and_limit_cuts_the_training_file_alone(tmp_pat
         (['{"prompt": "a"'], "rows.jsonl:1: broken JSON"),
         (["3"], "rows.jsonl:1: a row must be a JSON object, this is a number"),
         ([{"question": "a", "answer": "b"}], "fit no known format"),
-        ([{"prompt": "a", "completion": "b"}, {"prompt": "c"}], "rows.jsonl:2: missing `completion` (fields here: prompt)"),
+        (
+            [{"prompt": "a", "completion": "b"}, {"prompt": "c"}],
+            "rows.jsonl:2: missing `completion` (fields here: prompt)",
+        ),
         ([{"prompt": "a", "completion": "b", "messages": []}], "fit 2 formats: messages, prompt-completion"),
         ([{"prompt": "a", "completion": 3}], "rows.jsonl:1: `completion` must be text, this is int"),
         ([{"messages": [{"role": "user", "content": "a"}]}], "no turn of the role assistant"),
@@ -194,9 +212,14 @@ def test_templates_that_cannot_be_right_are_refused(tmp_path: Path) -> None:
         template.write_text(text)
         return refused(path, chat_template=str(template))
 
-    turns = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
+    turns = (
+        "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant{% endif %}"
+    )
     assert "renders no end-of-turn token" in with_template(turns)
-    rewriting = turns.replace("m['role'] + m['content']", "m['role'] + m['content'] + eos_token + (messages | length | string)")
+    rewriting = turns.replace(
+        "m['role'] + m['content']", "m['role'] + m['content'] + eos_token + (messages | length | string)"
+    )
     assert "renders earlier turns differently" in with_template(rewriting)
     assert "refuses the conversation: no" in with_template("{{ raise_exception('no') }}")
     assert "neither a known template nor a readable file" in refused(path, chat_template="chatxml")
@@ -225,11 +248,7 @@ def test_every_row_stands_once_in_an_epoch_however_a_step_is_cut() -> None:
 
     def rows(batch_size: int, accumulation: int, step: int) -> list[int]:
         batches = Batches(examples, batch_size, accumulation, seed=3)
-        firsts = [
-            int(ids[0])
-            for batch in batches.step(step)
-            for ids in torch.split(batch.ids_T, list(batch.lengths))
-        ]
+        firsts = [int(ids[0]) for batch in batches.step(step) for ids in torch.split(batch.ids_T, list(batch.lengths))]
         return sorted(firsts)
 
     assert Batches(examples, 8, 1, seed=3).steps_per_epoch == 3

@@ -136,4 +136,6 @@ def _show_next(out: Any, folder: Path, prompt: str) -> None:
     out.print("[bold]next[/bold]")
     out.print(f'  veneer generate {folder} --compare --prompt "{prompt}"', markup=False)
     out.print(f"  veneer evaluate {folder} --rows 20", markup=False)
-    out.print("  veneer train recipes/smollm2-demo.yaml train.output_dir=runs/mine   # then put your own file in data.train")
+    out.print(
+        "  veneer train recipes/smollm2-demo.yaml train.output_dir=runs/mine   # then put your own file in data.train"
+    )

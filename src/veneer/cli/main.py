@@ -37,26 +37,28 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _run(arguments: list[str], debug: bool) -> int:
-    from veneer.config.errors import JobError, UserError
-
     try:
         result = app(arguments, standalone_mode=False, prog_name="veneer")
-    except UserError as error:
-        return _fail(str(error), 2, debug)
-    except JobError as error:
-        return _fail(str(error), 1, debug)
-    except (KeyboardInterrupt, typer.Abort) as error:
-        return _fail(str(error) or "interrupted", 130, debug)
-    except Exception as error:  # noqa: BLE001 - the last line of defence: a message instead of a traceback
-        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "show"):
-            error.show()
-            return 2
-        return _fail(f"{type(error).__name__}: {error}\n  run it again with --debug for the traceback", 1, debug)
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            raise
+        return _tell(error)
     return result if isinstance(result, int) else 0
 
 
-def _fail(message: str, status: int, debug: bool) -> int:
-    if debug:
-        raise  # noqa: PLE0704 - called from an except block
+def _tell(error: BaseException) -> int:
+    """Say what ended the command, in one message; returns its exit status."""
+    from veneer.config import JobError, UserError
+
+    if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "show"):
+        error.show()  # a wrong call: the parser says what it expects
+        return 2
+    message, status = str(error), 1
+    if isinstance(error, UserError):
+        status = 2
+    elif isinstance(error, KeyboardInterrupt):
+        message, status = message or "interrupted", 130
+    elif not isinstance(error, JobError):
+        message = f"{type(error).__name__}: {error}\n  run it again with --debug for the traceback"
     print(f"{'stopped' if status == 130 else 'error'}: {message}", file=sys.stderr)
     return status

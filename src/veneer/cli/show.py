@@ -7,8 +7,18 @@ import json
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+
+__all__ = ["escape"]
 
 
 def console(as_json: bool = False) -> Console:
@@ -45,9 +55,7 @@ class LiveProgress:
         if record["kind"] == "eval":
             self._out.print(f"  step {record['step']}: held-out loss {record['loss']:.4f}")
             return
-        numbers = (
-            f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tok/s  {size(record['peak_bytes'])}"
-        )
+        numbers = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tok/s  {size(record['peak_bytes'])}"
         self._progress.update(self._task, completed=record["step"], numbers=numbers)
         if not self._out.is_terminal and _is_milestone(record["step"], self._progress.tasks[0].total):
             self._out.print(f"  step {record['step']}: {numbers}")
@@ -100,7 +108,12 @@ def interval(name: str, value: dict[str, float]) -> str:
 def answer_progress(out: Console, rows: int, what: str) -> tuple[Progress, Any]:
     """A bar for answering rows, and the function that moves it."""
     progress = Progress(
-        TextColumn(what), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(), console=out, transient=True
+        TextColumn(what),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=out,
+        transient=True,
     )
     task = progress.add_task(what, total=rows)
     return progress, lambda done: progress.advance(task, done)

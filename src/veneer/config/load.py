@@ -19,13 +19,29 @@ from veneer.config.run import Run
 
 Path_ = tuple[str, ...]
 
+# What other tools and habit call a setting.
+ALIASES = {
+    "alpha": "lora_alpha",
+    "batch_size": "per_device_train_batch_size",
+    "dropout": "lora_dropout",
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
+    "max_seq_length": "max_length",
+    "model_name_or_path": "base",
+    "optimizer": "optim",
+    "rank": "r",
+    "sequence_len": "max_length",
+}
+
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader whose floats may do without a dot (YAML 1.2): 2e-4."""
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
 )
 
 
@@ -90,7 +106,7 @@ def _parse(text: str, path: Path) -> tuple[dict[str, Any], dict[Path_, str]]:
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()
     return values, places
 
 
@@ -111,7 +127,7 @@ def _apply(override: str, values: dict[str, Any], places: dict[Path_, str]) -> N
     if not separator or not all(parts) or len(parts) > 2:
         raise UserError(f"override `{override}` is not of the form section.key=value", "for example train.seed=1")
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         value = text
     places[parts] = f"override `{override}`"
@@ -133,7 +149,8 @@ def _describe(problem: Any, places: dict[Path_, str], source: str) -> str:
     section, field = _section_and_field(setting)
     if problem["type"] == "extra_forbidden":
         known = list(section.model_fields) if section else []
-        near = difflib.get_close_matches(setting[-1], known, n=1, cutoff=0.5)
+        near = [ALIASES.get(setting[-1], "")] if ALIASES.get(setting[-1]) in known else []
+        near += difflib.get_close_matches(setting[-1], known, n=1, cutoff=0.5)
         elsewhere = _sections_with(setting[-1])
         if near:
             hint = f"did you mean `{near[0]}`?"

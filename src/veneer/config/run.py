@@ -38,9 +38,7 @@ class Quantization(Section):
     bits: Literal[4] = Field(
         4,
         description="4: QLoRA, blocks of 64 weights. Embeddings and head stay as they are.",
-        json_schema_extra={
-            "fix": "write `bits: 4`, or leave the section `quantization` out for LoRA in 16 bits"
-        },
+        json_schema_extra={"fix": "write `bits: 4`, or leave the section `quantization` out for LoRA in 16 bits"},
     )
     quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit format of bitsandbytes.")
     double_quant: bool = Field(True, description="Quantize the blocks' constants too (saves 0.37 bits a weight).")
@@ -65,12 +63,12 @@ class Data(Section):
     """The training data and how rows become tokens."""
 
     train: str = Field(min_length=1, description="JSON or JSONL file.")
-    validation: (
-        Annotated[float, Field(strict=True, ge=0, lt=1)] | Annotated[int, Field(strict=True, ge=0)] | str
-    ) = Field(
-        0.05,
-        description="Held-out part: a fraction of the rows, a number of rows, or a file of its own.",
-        json_schema_extra={"fix": "write a fraction such as 0.05, a number of rows, or a file"},
+    validation: Annotated[float, Field(strict=True, ge=0, lt=1)] | Annotated[int, Field(strict=True, ge=0)] | str = (
+        Field(
+            0.05,
+            description="Held-out part: a fraction of the rows, a number of rows, or a file of its own.",
+            json_schema_extra={"fix": "write a fraction such as 0.05, a number of rows, or a file"},
+        )
     )
     format: Literal["auto", "alpaca", "messages", "prompt-completion"] = Field(
         "auto", description="Shape of a row; auto recognises it from its fields."
@@ -96,20 +94,16 @@ class Train(Section):
     per_device_train_batch_size: int = Field(4, ge=1, description="Rows in a micro-batch.")
     gradient_accumulation_steps: int = Field(4, ge=1, description="Micro-batches in an optimizer step.")
     learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate.")
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="Decay after the warmup."
-    )
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field("cosine", description="Decay after the warmup.")
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Part of the steps in which the rate rises.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled decay.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping by global norm; 0 turns it off.")
-    optim: Literal[
-        "auto", "adamw_torch", "adamw_8bit", "adamw_32bit", "paged_adamw_8bit", "paged_adamw_32bit"
-    ] = Field("auto", description="auto: adamw_8bit on a GPU, adamw_torch elsewhere.")
+    optim: Literal["auto", "adamw_torch", "adamw_8bit", "adamw_32bit", "paged_adamw_8bit", "paged_adamw_32bit"] = Field(
+        "auto", description="auto: adamw_8bit on a GPU, adamw_torch elsewhere."
+    )
     gradient_checkpointing: bool = Field(True, description="Recompute activations: slower, less memory.")
     logging_steps: int = Field(1, ge=1, description="Steps between lines of metrics.jsonl.")
-    eval_steps: int | None = Field(
-        100, ge=1, description="Steps between held-out losses; null: only at the end."
-    )
+    eval_steps: int | None = Field(100, ge=1, description="Steps between held-out losses; null: only at the end.")
     save_steps: int | None = Field(200, ge=1, description="Steps between checkpoints; null: only on interruption.")
     save_total_limit: int = Field(2, ge=1, description="Checkpoints kept.")
     seed: int = Field(42, ge=0, description="Adapter's initial values, order of the rows, dropout.")

@@ -37,10 +37,10 @@ def read_rows(path: str, setting: str, limit: int | None = None) -> list[Row]:
     name = Path(path).name
     if text.lstrip()[:1] == "[":
         values = [(f"{name}[{n}]", value) for n, value in enumerate(_array(text, name), 1)]
-        rows, bad = [], []
+        bad: list[str] = []
     else:
         values, bad = _lines(text, name)
-        rows = []
+    rows = []
     for place, value in values:
         if isinstance(value, dict):
             rows.append(Row(value, place))
@@ -64,7 +64,9 @@ def _text(path: Path, what: str, setting: str) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"{what}: no such file (looked in {Path.cwd()})", f"name an existing file in {setting}") from None
+        raise UserError(
+            f"{what}: no such file (looked in {Path.cwd()})", f"name an existing file in {setting}"
+        ) from None
     except IsADirectoryError:
         raise UserError(f"{what}: is a folder", f"name a JSON or JSONL file in {setting}") from None
     except UnicodeDecodeError as error:

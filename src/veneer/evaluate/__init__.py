@@ -1,8 +1,8 @@
 """Is the tuned model better than its base? Generated answers and losses on held-out rows, with intervals.
 
-    generation.py  answers of a model, in batches
-    intervals.py   95% intervals for a proportion and for a mean over rows
-    compare.py     base against tuned on the same rows
+generation.py  answers of a model, in batches
+intervals.py   95% intervals for a proportion and for a mean over rows
+compare.py     base against tuned on the same rows
 """
 
 from veneer.evaluate.compare import Evaluation, Sample, compare, score

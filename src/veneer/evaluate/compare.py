@@ -86,9 +86,7 @@ def score(
 ) -> Score:
     """Generate an answer to each row and judge it; measure the loss of the references."""
     prompts = [renderer.prompt_ids(row.conversation.prompt()) for row in held_out]
-    answers = generate(
-        model, renderer, prompts, settings.max_new_tokens, settings.batch_size, on_done=on_done
-    )
+    answers = generate(model, renderer, prompts, settings.max_new_tokens, settings.batch_size, on_done=on_done)
     samples = [
         Sample(
             place=row.conversation.place,

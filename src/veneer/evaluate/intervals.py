@@ -26,7 +26,8 @@ def proportion(hits: int, rows: int) -> Interval:
     share = hits / rows
     middle = (share + Z * Z / (2 * rows)) / (1 + Z * Z / rows)
     half = Z / (1 + Z * Z / rows) * math.sqrt(share * (1 - share) / rows + Z * Z / (4 * rows * rows))
-    return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
+    # At 0 and 1 the bound is the share itself, but for rounding.
+    return Interval(share, max(0.0, middle - half) if hits else 0.0, middle + half if hits < rows else 1.0)
 
 
 def perplexity(losses: Sequence[float], tokens: Sequence[int], resamples: int = 2000) -> Interval:

@@ -65,9 +65,7 @@ def load_model(source: Source, model: Model, quantization: Quantization | None, 
         )
     with quiet():
         try:
-            base, report = AutoModelForCausalLM.from_pretrained(
-                source.location, output_loading_info=True, **settings
-            )
+            base, report = AutoModelForCausalLM.from_pretrained(source.location, output_loading_info=True, **settings)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise _cannot_load(source, "model", error) from None
     missing = sorted(report["missing_keys"])

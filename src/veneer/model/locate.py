@@ -45,7 +45,8 @@ def locate(model: Model) -> Source:
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise UserError(
-                f"model.base = {base}: a file, but not a .gguf file", "name a folder, a .gguf file or a hub id"
+                f"model.base = {base}: a file, but not a .gguf file",
+                "name a folder, a .gguf file or a hub id",
             )
         return Source("gguf", str(converted_folder(path)), base)
     if path.is_dir():
@@ -64,9 +65,7 @@ def _require_model(path: Path, base: str) -> None:
     if (path / "config.json").is_file():
         return
     if (path / "adapter_config.json").is_file():
-        raise UserError(
-            f"model.base = {base}: holds an adapter, not a base model", "name the model it was trained on"
-        )
+        raise UserError(f"model.base = {base}: holds an adapter, not a base model", "name the model it was trained on")
     held = sorted(entry.name for entry in path.iterdir())
     listing = ", ".join(held[:6]) + (", ..." if len(held) > 6 else "") if held else "nothing"
     raise UserError(

@@ -43,7 +43,11 @@ model = PeftModel.from_pretrained(base, "ADAPTER")
 def write_card(job: TrainingJob, steps: int, final_loss: float) -> None:
     """Write README.md and passport.json into the run's adapter folder."""
     run, ledger = job.run, job.data.ledger
-    facts: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora", "veneer"]}
+    facts: dict[str, Any] = {
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "veneer"],
+    }
     if job.source.kind == "hub":
         facts["base_model"] = run.model.base
     card = CARD.format(

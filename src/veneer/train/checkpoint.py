@@ -19,11 +19,21 @@ from veneer.config.folder import whole_folder, write_json
 from veneer.model.quiet import quiet
 from veneer.train.optimizer import get_state, set_state
 
-ADAPTER, OPTIMIZER, RNG, MANIFEST = "adapter_model.safetensors", "optimizer.safetensors", "rng.safetensors", "manifest.json"
+ADAPTER, OPTIMIZER, RNG, MANIFEST = (
+    "adapter_model.safetensors",
+    "optimizer.safetensors",
+    "rng.safetensors",
+    "manifest.json",
+)
 
 
 def save(
-    folder: Path, step: int, model: Any, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, data_hash: str
+    folder: Path,
+    step: int,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    data_hash: str,
 ) -> Path:
     """Write the state after `step` steps into `folder`/step-NNNNNN."""
     path = folder / f"step-{step:06d}"
@@ -39,9 +49,7 @@ def save(
     return path
 
 
-def load(
-    path: Path, model: Any, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, data_hash: str
-) -> int:
+def load(path: Path, model: Any, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, data_hash: str) -> int:
     """Restore a state; returns the number of steps done.
 
     Raises:
@@ -82,7 +90,7 @@ def drop_old(folder: Path, keep: int) -> None:
         shutil.rmtree(path)
 
 
-def _names(model: Any) -> dict[torch.nn.Parameter, str]:
+def _names(model: Any) -> dict[torch.Tensor, str]:
     return {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 

@@ -116,9 +116,7 @@ class TrainingJob:
             self._loop.resume(self._checkpoint)
         record = self._loop.run((MetricsFile(self.folder.metrics), *listeners))
         with whole_folder(self.folder.adapter) as unfinished:
-            save_adapter(
-                self.model, self.tokenizer, self.renderer.template, self.run.model.base, unfinished
-            )
+            save_adapter(self.model, self.tokenizer, self.renderer.template, self.run.model.base, unfinished)
             write_json(unfinished / "ledger.json", self.data.ledger.as_dict())
         self.model.eval()
         return Trained(
@@ -162,8 +160,7 @@ class TrainingJob:
         changes = _differences(load_run(self.folder.run), self.run)
         if changes:
             raise UserError(
-                f"train.output_dir = {self.folder.path}: the run began with other settings\n  "
-                + "\n  ".join(changes),
+                f"train.output_dir = {self.folder.path}: the run began with other settings\n  " + "\n  ".join(changes),
                 "resume with the settings it began with, or start a new run in another train.output_dir",
             )
         path = checkpoint.latest(self.folder.checkpoints)

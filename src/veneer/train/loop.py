@@ -116,9 +116,7 @@ class Loop:
     def _step(self, number: int) -> dict[str, Any]:
         started = time.perf_counter()
         train = self._train
-        rate = learning_rate(
-            number, self.steps, train.learning_rate, train.warmup_ratio, train.lr_scheduler_type
-        )
+        rate = learning_rate(number, self.steps, train.learning_rate, train.warmup_ratio, train.lr_scheduler_type)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         micro_batches = self._batches.step(number)
@@ -159,7 +157,13 @@ class Loop:
         tokens = sum(batch.trained for batch in self._held_out)
         loss = total / tokens
         perplexity = math.exp(loss) if loss < 700 else math.inf
-        return {"kind": "eval", "step": self.done, "loss": loss, "perplexity": perplexity, "trained_tokens": tokens}
+        return {
+            "kind": "eval",
+            "step": self.done,
+            "loss": loss,
+            "perplexity": perplexity,
+            "trained_tokens": tokens,
+        }
 
     def _require_gradients(self) -> None:
         bad = [

@@ -1,6 +1,6 @@
 """AdamW by the names Transformers uses: torch's own, or bitsandbytes' with 8-bit and paged states.
 
-Paged states need CUDA; elsewhere bitsandbytes keeps the same states unpaged, which changes no number.
+Paged states need CUDA; elsewhere the same states are kept unpaged, which changes no number.
 """
 
 from collections.abc import Iterable
@@ -15,10 +15,10 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
 def resolve_name(optim: str, device: str) -> str:
-    """What `train.optim: auto` means on a device."""
-    if optim != "auto":
-        return optim
-    return "adamw_8bit" if device == "cuda" else "adamw_torch"
+    """What `train.optim` means on a device."""
+    if optim == "auto":
+        return "adamw_8bit" if device == "cuda" else "adamw_torch"
+    return optim if device == "cuda" else optim.removeprefix("paged_")
 
 
 def build_optimizer(parameters: Iterable[torch.nn.Parameter], train: Train, device: str) -> torch.optim.Optimizer:
@@ -45,7 +45,7 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], train: Train, devi
         return optimizer
 
 
-def get_state(optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str]) -> dict[str, torch.Tensor]:
+def get_state(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str]) -> dict[str, torch.Tensor]:
     """The optimizer's state as tensors by name (`<parameter>/<state>`), for safetensors."""
     tensors = {}
     for parameter, state in optimizer.state.items():
@@ -56,7 +56,7 @@ def get_state(optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, 
 
 
 def set_state(
-    optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str], tensors: dict[str, torch.Tensor]
+    optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str], tensors: dict[str, torch.Tensor]
 ) -> None:
     """Put back what `get_state` took."""
     by_name = {name: parameter for parameter, name in names.items()}

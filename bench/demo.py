@@ -1,0 +1,78 @@
+"""Measures the demo: wall time, peak memory, scores, and the start-up time of the command line.
+
+Each run is a process of its own in a fresh folder. Prints a table and writes bench/results/demo.json.
+
+    .venv/bin/python bench/demo.py --runs 3
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from veneer.plan import find_machine
+from veneer.train.job import environment
+
+RESULTS = Path(__file__).parent / "results"
+VENEER = Path(sys.executable).with_name("veneer")
+
+
+def demo() -> dict[str, Any]:
+    """One demo; exit status 0 is part of the claim."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [str(VENEER), "demo", "--json", "--output-dir", f"{folder}/demo"]
+        started = time.perf_counter()
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        seconds = time.perf_counter() - started
+    report = json.loads(result.stdout)
+    match = report["metrics"]["exact_match"]
+    return {
+        "process_seconds": round(seconds, 1),
+        "peak_resident_gib": round(report["peak_resident_bytes"] / 2**30, 2),
+        "tokens_per_second": report["tokens_per_second"],
+        "exact_match_base": match["base"],
+        "exact_match_tuned": match["tuned"],
+        "points_gained": round(100 * (match["tuned"]["value"] - match["base"]["value"]), 1),
+    }
+
+
+def start_up(arguments: list[str], times: int = 10) -> dict[str, float]:
+    """Seconds until a command has printed its help."""
+    seconds = []
+    for _ in range(times):
+        started = time.perf_counter()
+        subprocess.run([str(VENEER), *arguments], capture_output=True, check=True)
+        seconds.append(time.perf_counter() - started)
+    return {"median": round(statistics.median(seconds), 3), "max": round(max(seconds), 3)}
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--runs", type=int, default=3)
+    runs = parser.parse_args().runs
+    result: dict[str, Any] = {
+        "command": f"bench/demo.py --runs {runs}",
+        "machine": find_machine().describe(),
+        "kernel": platform.release(),
+        "environment": environment(),
+        "help_seconds": start_up(["--help"]),
+        "train_help_seconds": start_up(["train", "--help"]),
+        "demo": [],
+    }
+    print(f"help {result['help_seconds']}, train --help {result['train_help_seconds']}", flush=True)
+    for _ in range(runs):
+        result["demo"].append(demo())
+        print(json.dumps(result["demo"][-1]), flush=True)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "demo.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

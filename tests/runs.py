@@ -1,0 +1,40 @@
+"""Short training runs on tiny models, for the tests."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import veneer
+from veneer.config import RunFolder
+from veneer.train.metrics import read_metrics
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def tiny_run(base: Path, rows_file: str, output_dir: Path, **sections: dict[str, Any] | None) -> veneer.Run:
+    """A run of six steps on a tiny model in float32; `sections` override its settings."""
+    settings: dict[str, Any] = {
+        "model": {"base": str(base), "dtype": "float32"},
+        "adapter": {"r": 4, "lora_alpha": 8},
+        "data": {"train": rows_file, "validation": 0, "max_length": 128},
+        "train": {
+            "output_dir": output_dir,
+            "max_steps": 6,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 1,
+            "learning_rate": 1e-2,
+            "gradient_checkpointing": False,
+        },
+        "evaluate": {"max_new_tokens": 4},
+    }
+    for name, section in sections.items():
+        settings[name] = section if section is None else settings.get(name, {}) | section
+    return veneer.Run.model_validate(settings)
+
+
+def losses(folder: Path, kind: str = "train") -> list[float]:
+    """The losses in a run's metrics.jsonl."""
+    return [record["loss"] for record in read_metrics(RunFolder(folder).metrics) if record["kind"] == kind]

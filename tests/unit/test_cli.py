@@ -1,0 +1,214 @@
+"""The command line: exit statuses, one clear message for bad input, JSON alone on stdout."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.runs import tiny_run, write_rows
+from veneer.cli import demo as demo_module
+from veneer.cli.main import main
+from veneer.config.load import to_yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def call(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command; gives its exit status, standard output and standard error."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main(list(arguments))
+        out, err = capfd.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return run
+
+
+@pytest.fixture
+def run_file(tiny_model: Callable[..., Path], tmp_path: Path, rows: list[dict[str, Any]]) -> Path:
+    """The YAML file of a tiny run with two held-out rows."""
+    train = write_rows(tmp_path / "rows.jsonl", rows)
+    run = tiny_run(tiny_model(), train, tmp_path / "runs" / "tiny", data={"validation": 2})
+    path = tmp_path / "tiny.yaml"
+    path.write_text(to_yaml(run))
+    return path
+
+
+def test_train_evaluate_and_generate_speak_json_alone_on_stdout(
+    call: Callable[..., tuple[int, str, str]], run_file: Path
+) -> None:
+    folder = str(run_file.parent / "runs" / "tiny")
+    status, out, _ = call("train", str(run_file), "--json")
+    assert status == 0
+    assert {"run_dir", "steps", "final_loss", "tokens_per_second", "peak_bytes"} <= set(json.loads(out))
+    status, out, _ = call("evaluate", folder, "--json")
+    assert status == 0
+    evaluation = json.loads(out)
+    assert evaluation["rows"] == 2
+    for metric in ("exact_match", "perplexity"):
+        for which in ("base", "tuned"):
+            assert {"value", "low", "high"} == set(evaluation["metrics"][metric][which])
+    status, out, _ = call("generate", folder, "--prompt", "the cat", "--compare", "--json", "--max-new-tokens", "3")
+    assert status == 0
+    assert set(json.loads(out)["answers"][0]) == {"prompt", "answer", "base"}
+
+
+def test_train_tells_a_person_what_happens(call: Callable[..., tuple[int, str, str]], run_file: Path) -> None:
+    status, out, err = call("train", str(run_file))
+    assert status == 0, err
+    for expected in (
+        "machine",
+        "16 read, 16 used",
+        "14 to train on, 2 held out",
+        "held-out loss",
+        "next",
+        "veneer evaluate",
+    ):
+        assert expected in out
+    assert "Warning" not in out + err
+
+
+BAD: list[tuple[str, list[str]]] = [
+    ("unknown key `train.lr`; did you mean", ["train.lr=1"]),
+    ("quantization.bits = 3: should be 4", ["quantization.bits=3"]),
+    ("train.learning_rate = -1", ["train.learning_rate=-1"]),
+    ("data.train = nothing.jsonl: no such file", ["data.train=nothing.jsonl"]),
+    ("the folder has no config.json", ["model.base=."]),
+    ("model.base = nothing: no such folder or file", ["model.base=nothing"]),
+    ("`q_prj` matches no module of this model; nearest: ", ["adapter.target_modules=[q_prj]"]),
+    ("data.chat_template = x: neither", ["data.chat_template=x"]),
+    ("train.output_dir = /sys/veneer: cannot be written", ["train.output_dir=/sys/veneer"]),
+    ("leave none to train on", ["data.validation=16"]),
+    ("holds no run to resume", ["--resume"]),
+]
+
+
+@pytest.mark.parametrize(("message", "arguments"), BAD)
+def test_bad_input_is_one_message_and_status_2_with_nothing_written(
+    message: str, arguments: list[str], call: Callable[..., tuple[int, str, str]], run_file: Path
+) -> None:
+    status, out, err = call("train", str(run_file), *arguments)
+    assert status == 2
+    assert message in err
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+    assert out == ""
+    assert not (run_file.parent / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "nothing.yaml"],
+        ["train"],
+        ["fly"],
+        ["evaluate", "nothing"],
+        ["generate", "nothing", "--prompt", "x"],
+        ["evaluate", "nothing", "--rows", "0"],
+    ],
+)
+def test_other_wrong_calls_end_with_status_2(arguments: list[str], call: Callable[..., tuple[int, str, str]]) -> None:
+    status, _, err = call(*arguments)
+    assert status == 2
+    assert err
+    assert "Traceback" not in err
+
+
+def test_a_second_run_into_the_same_folder_is_refused(
+    call: Callable[..., tuple[int, str, str]], run_file: Path
+) -> None:
+    assert call("train", str(run_file))[0] == 0
+    status, _, err = call("train", str(run_file))
+    assert status == 2
+    assert "already holds a run" in err
+    assert "another train.output_dir" in err
+
+
+def test_a_failed_job_is_status_1(call: Callable[..., tuple[int, str, str]], run_file: Path) -> None:
+    status, _, err = call(
+        "train", str(run_file), "train.learning_rate=1", "adapter.lora_alpha=1e20", "train.max_grad_norm=0",
+        "train.max_steps=300",
+    )  # fmt: skip
+    assert status == 1
+    assert "the loss of step" in err
+    assert "fix: lower train.learning_rate" in err
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(ValueError, match="no such file"):
+        main(["train", "nothing.yaml", "--debug"])
+
+
+def test_the_demo_fails_when_the_tuned_model_is_not_better(
+    call: Callable[..., tuple[int, str, str]], run_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A random model learns nothing in one step at no learning rate to speak of."""
+    from veneer.config import load_run
+
+    overrides = ["train.learning_rate=1e-12", "train.max_steps=1", "quantization.bits=4"]
+    monkeypatch.setattr(demo_module, "demo_run", lambda output_dir: load_run(run_file, overrides))
+    status, out, err = call("demo", "--json")
+    assert status == 1
+    assert "not better" in err
+    result = json.loads(out)
+    assert {"metrics", "rows", "wall_seconds", "peak_resident_bytes", "run_dir"} <= set(result)
+
+
+def test_the_demo_takes_the_next_free_folder(tmp_path: Path) -> None:
+    assert demo_module._free(tmp_path / "demo") == tmp_path / "demo"
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "run.yaml").touch()
+    assert demo_module._free(tmp_path / "demo") == tmp_path / "demo-2"
+
+
+def test_the_recipe_of_the_demo_says_what_the_demo_does() -> None:
+    from veneer.config import load_run
+
+    recipe = load_run(ROOT / "recipes" / "smollm2-demo.yaml").model_dump(mode="json")
+    demo = demo_module.demo_run(Path("runs/smollm2-demo")).model_dump(mode="json")
+    for run in (recipe, demo):
+        for key in ("train", "validation"):
+            run["data"][key] = Path(run["data"][key]).name
+    assert recipe == demo
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys; from veneer.cli.main import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass\n"
+    code += "print([m for m in ('torch', 'transformers', 'pydantic', 'numpy', 'yaml') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip().endswith("[]")
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "generate"])
+def test_every_command_has_help_with_an_example(command: str, call: Callable[..., tuple[int, str, str]]) -> None:
+    status, out, _ = call(command, "--help")
+    assert status == 0
+    assert f"Example: veneer {command}" in " ".join(out.split())
+
+
+def test_the_readmes_make_commands_exist() -> None:
+    readme = (ROOT / "README.md").read_text()
+    targets = set(re.findall(r"^([a-z0-9-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"^\s*make ([a-z0-9-]+)|`make ([a-z0-9-]+)`", readme, re.MULTILINE))
+    flat = {name for pair in named for name in pair if name}
+    assert {"demo", "test"} <= flat <= targets
+
+
+def test_the_readmes_run_file_is_a_run(tmp_path: Path) -> None:
+    from veneer.config import load_run
+
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        assert yaml.safe_load(block)
+        (tmp_path / "readme.yaml").write_text(block)
+        load_run(tmp_path / "readme.yaml")

@@ -1,0 +1,99 @@
+"""Scores and their intervals, and generation."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import veneer
+from tests.runs import tiny_run, write_rows
+from veneer.config import UserError
+from veneer.data import Message
+from veneer.evaluate import compare, generate
+from veneer.evaluate.compare import Evaluation, Sample, Score
+from veneer.evaluate.intervals import perplexity, proportion
+from veneer.train import TrainingJob
+
+
+def test_wilsons_interval() -> None:
+    # Newcombe 1998, table I: 81 of 263 gives 0.2553 to 0.3662.
+    interval = proportion(81, 263)
+    assert (round(interval.low, 4), round(interval.high, 4)) == (0.2553, 0.3662)
+    assert proportion(0, 10).low == 0.0
+    assert proportion(10, 10).high == 1.0
+
+
+def test_perplexity_weighs_tokens_and_its_interval_holds_the_value() -> None:
+    interval = perplexity([2.0, 9.0], [2, 3])
+    assert interval.value == pytest.approx(math.exp(11 / 5))
+    assert interval.low == pytest.approx(math.e)
+    assert interval.high == pytest.approx(math.exp(3))
+    assert perplexity([1.0] * 9, [1] * 9).low == pytest.approx(math.e)
+
+
+@pytest.fixture
+def job(tiny_model: Callable[..., Path], tmp_path: Path, rows: list[dict[str, Any]]) -> TrainingJob:
+    """A tiny model that has learnt its sixteen rows by heart, which are its held-out rows too."""
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    run = tiny_run(
+        tiny_model(),
+        path,
+        tmp_path / "run",
+        data={"validation": path},
+        train={"max_steps": 120, "per_device_train_batch_size": 8},
+        adapter={"r": 16, "lora_alpha": 32},
+        evaluate={"max_new_tokens": 12},
+    )
+    trained = TrainingJob(run)
+    trained.fit()
+    return trained
+
+
+def test_a_model_that_learnt_its_rows_scores_higher_than_its_base(job: TrainingJob) -> None:
+    result = compare(job.model, job.engine, job.renderer, job.data.validation, job.run.evaluate)
+    metrics = result.as_dict()["metrics"]
+    assert metrics["exact_match"]["base"]["value"] == 0
+    assert metrics["exact_match"]["tuned"]["value"] > 0.9
+    assert metrics["perplexity"]["tuned"]["value"] < metrics["perplexity"]["base"]["value"]
+    assert result.is_better
+    samples = result.samples()
+    assert len(samples) == 16
+    assert all(sample["tuned_right"] == (sample["tuned"] == sample["reference"]) for sample in samples)
+
+    # Answers do not depend on what they are batched with, and come in the order of the prompts.
+    prompts = [job.renderer.prompt_ids([Message("user", sample["prompt"])]) for sample in samples]
+    for size in (1, 5):
+        assert generate(job.model, job.renderer, prompts, 12, size) == [sample["tuned"] for sample in samples]
+    # Generation stops at the end token and not before: the answers are of one to three words.
+    assert {len(answer) for answer in generate(job.model, job.renderer, prompts, 12)} == {3, 6, 9}
+    # Temperature samples.
+    torch.manual_seed(0)
+    assert generate(job.model, job.renderer, prompts, 12, temperature=5.0) != [s["tuned"] for s in samples]
+
+
+def test_commands_on_a_finished_run(job: TrainingJob) -> None:
+    folder = job.folder.path
+    result = veneer.evaluate(folder, rows=6)
+    assert result.as_dict()["rows"] == 6
+    assert (folder / "evaluation.json").exists()
+    assert len((folder / "samples.jsonl").read_text().splitlines()) == 6
+    (answer,) = veneer.generate(str(folder), [result.samples()[0]["prompt"]], compare_with_base=True, max_new_tokens=12)
+    assert answer["answer"] == result.samples()[0]["tuned"]
+    assert answer["base"] != answer["answer"]
+    (plain,) = veneer.generate(job.run.model.base, [answer["prompt"]], max_new_tokens=12)
+    assert plain["answer"] == answer["base"]
+    with pytest.raises(UserError, match="nothing to compare"):
+        veneer.generate(job.run.model.base, ["x"], compare_with_base=True)
+
+
+def test_better_means_beyond_chance() -> None:
+    def score(hits: int) -> Score:
+        samples = [Sample("", "", "a", "a" if n < hits else "b") for n in range(20)]
+        return Score({"exact_match": proportion(sum(sample.is_right for sample in samples), 20)}, samples)
+
+    assert Evaluation(score(1), score(15)).is_better
+    assert not Evaluation(score(9), score(10)).is_better
+    assert not Evaluation(score(10), score(10)).is_better

@@ -1,0 +1,124 @@
+"""Finding and loading base models: what is refused, and how."""
+
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny import FAMILIES
+from veneer.config import Adapter, Model, Quantization, UserError
+from veneer.model import attach, count_parameters, load_model, load_tokenizer, locate
+from veneer.model.cache import cached
+from veneer.model.gguf import PRE_TOKENIZERS
+from veneer.plan import find_machine
+
+
+def load(folder: Path, quantization: Quantization | None = None) -> Any:
+    settings = Model(base=str(folder), dtype="float32")
+    return load_model(locate(settings), settings, quantization, find_machine())
+
+
+def located(base: str | Path) -> str:
+    with pytest.raises(UserError) as caught:
+        locate(Model(base=str(base)))
+    return str(caught.value)
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    assert "the folder has no config.json (it holds notes.txt)" in located(tmp_path)
+    assert "no such folder or file" in located("./nowhere")
+    assert "no such folder or file" in located("smollm3")
+    assert "built-in smollm2-135m-instruct" in located("smollm3")
+    assert "a file, but not a .gguf file" in located(tmp_path / "notes.txt")
+    (tmp_path / "broken.gguf").write_bytes(b"GGUX")
+    assert "not a GGUF file" in located(tmp_path / "broken.gguf")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    assert "holds an adapter, not a base model" in located(tmp_path / "adapter")
+
+
+def test_hub_ids_keep_their_revision() -> None:
+    source = locate(Model(base="owner/name", revision="v2"))
+    assert (source.kind, source.location, source.revision) == ("hub", "owner/name", "v2")
+
+
+def test_a_hub_that_is_not_reached_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"model\.base = owner/name: the tokenizer cannot be had from the hub"):
+        load_tokenizer(locate(Model(base="owner/name")))
+
+
+def test_a_model_with_missing_weights_is_refused(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    shutil.copytree(tiny_model(), tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(UserError, match=r"its files lack 9 weights \(model\.layers\.2"):
+        load(tmp_path / "model")
+
+
+def test_a_target_that_matches_nothing_names_the_nearest(tiny_model: Callable[..., Path]) -> None:
+    with pytest.raises(UserError) as caught:
+        attach(load(tiny_model("opt")), Adapter(target_modules=("q_proj", "o_proj")), seed=0)
+    told = str(caught.value)
+    assert "`o_proj` matches no module of this model; nearest: " in told
+    assert "out_proj" in told.split("nearest")[1].split("\n")[0]
+    assert "or write all-linear" in told
+
+
+def test_four_bits_leave_embeddings_head_and_norms_alone(tiny_model: Callable[..., Path]) -> None:
+    base = load(tiny_model("llama"), Quantization())
+    weight = base.model.layers[0].self_attn.q_proj.weight
+    assert weight.dtype == torch.uint8
+    assert weight.quant_state.blocksize == 64
+    assert weight.quant_state.nested
+    for module in (base.lm_head, base.model.embed_tokens, base.model.norm):
+        assert module.weight.dtype == torch.float32
+    assert not any(parameter.requires_grad for parameter in base.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_are_counted_the_same_in_four_bits_and_sixteen(family: str, tiny_model: Callable[..., Path]) -> None:
+    plain, quantized = load(tiny_model(family)), load(tiny_model(family), Quantization())
+    assert count_parameters(plain) == count_parameters(quantized)
+    assert count_parameters(attach(quantized, Adapter(), 0))["trainable"] > 0
+
+
+def test_a_cache_entry_is_made_once_by_whoever_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path))
+    made = []
+
+    def make(folder: Path) -> None:
+        made.append(folder)
+        (folder / "x").write_text("whole")
+
+    threads = [threading.Thread(target=cached, args=("models/a", make)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1
+    assert (cached("models/a", make) / "x").read_text() == "whole"
+
+
+def test_a_cache_entry_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path))
+
+    def make(folder: Path) -> None:
+        (folder / "half").touch()
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        cached("models/a", make)
+    assert [path.name for path in (tmp_path / "models").iterdir() if path.is_dir()] == []
+
+
+def test_smollms_tokenizer_splits_digits_before_anything_else() -> None:
+    make = PRE_TOKENIZERS["smollm"]
+    assert make is not None
+    assert [piece for piece, _ in make().pre_tokenize_str("a  12")] == ["a", "ĠĠ", "1", "2"]

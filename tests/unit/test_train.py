@@ -1,0 +1,282 @@
+"""The loop: repeatable, resumable, the same however a step is cut, and each setting has its effect."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import veneer
+from tests.runs import losses, tiny_run, write_rows
+from veneer.config import JobError, RunFolder, Train, UserError
+from veneer.train import TrainingJob
+from veneer.train.loop import Interrupted
+from veneer.train.optimizer import build_optimizer, get_state, set_state
+from veneer.train.schedule import learning_rate
+
+Runner = Callable[..., Path]
+
+
+@pytest.fixture
+def train(tiny_model: Callable[..., Path], tmp_path: Path, rows: list[dict[str, Any]]) -> Runner:
+    """Trains a tiny Llama with some settings changed; gives the run's folder."""
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    count = 0
+
+    def run(family: str = "llama", chat: bool = True, listeners: Any = (), **sections: Any) -> Path:
+        nonlocal count
+        count += 1
+        folder = tmp_path / f"run-{count}"
+        TrainingJob(tiny_run(tiny_model(family, chat), path, folder, **sections)).fit(listeners)
+        return folder
+
+    return run
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+class StopAfter:
+    """A listener that sends a signal once a step is done."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_start(self, steps: int, done: int) -> None: ...
+
+    def on_record(self, record: dict[str, Any]) -> None:
+        if record["step"] == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def on_end(self) -> None: ...
+
+
+def test_two_runs_of_the_same_file_give_the_same_losses(train: Runner) -> None:
+    settings: dict[str, Any] = {"quantization": {"bits": 4}, "adapter": {"lora_dropout": 0.2}}
+    assert losses(train(**settings)) == losses(train(**settings))
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_resumed_run_gives_the_losses_of_one_that_was_not(
+    optim: str, packing: bool, train: Runner, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {
+        "train": {"optim": optim, "save_steps": 2, "eval_steps": 2},
+        "adapter": {"lora_dropout": 0.2, "r": 64},
+        "data": {"packing": packing, "max_length": 64, "validation": 2},
+    }
+    whole = train(**settings)
+    with pytest.raises(Interrupted):
+        train(listeners=(StopAfter(3),), **settings)
+    folder = tmp_path / "run-2"
+    assert not (folder / "adapter").exists()
+    run = veneer.load_run(folder / "run.yaml")
+    TrainingJob(run, resume=True).fit()
+    assert losses(folder) == losses(whole)
+    assert losses(folder, "eval") == losses(whole, "eval")
+    for name, tensor in adapter(whole).items():
+        assert torch.equal(tensor, adapter(folder)[name])
+
+
+@pytest.mark.parametrize("cut", [(4, 2), (2, 4), (1, 8)])
+def test_how_a_step_is_cut_changes_nothing(cut: tuple[int, int], train: Runner) -> None:
+    def trained(batch_size: int, accumulation: int) -> dict[str, torch.Tensor]:
+        settings = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+        return adapter(train(train=settings | {"max_steps": 5, "learning_rate": 1e-3}))
+
+    whole, parts = trained(8, 1), trained(*cut)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, rtol=1e-3, atol=2e-5)
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "learning_rate": {"train": {"learning_rate": 5e-3}},
+    "lr_scheduler_type": {"train": {"lr_scheduler_type": "constant"}},
+    "warmup_ratio": {"train": {"warmup_ratio": 0.5}},
+    "weight_decay": {"train": {"weight_decay": 0.5}},
+    "max_grad_norm": {"train": {"max_grad_norm": 1e-9}},
+    "optim 8bit": {"train": {"optim": "adamw_8bit"}, "adapter": {"r": 64}},
+    "seed": {"train": {"seed": 1}},
+    "max_steps": {"train": {"max_steps": 4}},
+    "num_train_epochs": {"train": {"max_steps": None, "num_train_epochs": 1}},
+    "per_device_train_batch_size": {"train": {"per_device_train_batch_size": 2}},
+    "gradient_accumulation_steps": {"train": {"gradient_accumulation_steps": 2}},
+    "logging_steps": {"train": {"logging_steps": 3}},
+    "r": {"adapter": {"r": 8}},
+    "lora_alpha": {"adapter": {"lora_alpha": 16}},
+    "lora_dropout": {"adapter": {"lora_dropout": 0.5}},
+    "target_modules": {"adapter": {"target_modules": ["q_proj", "v_proj"]}},
+    "use_rslora": {"adapter": {"use_rslora": True}},
+    "bits": {"quantization": {"bits": 4}},
+    "quant_type": {"quantization": {"quant_type": "fp4"}},
+    "double_quant": {"quantization": {"double_quant": False}},
+    "dtype": {"model": {"dtype": "bfloat16"}},
+    "max_length": {"data": {"max_length": 29}},
+    "packing": {"data": {"packing": True}},
+    "chat_template": {"data": {"chat_template": "alpaca"}},
+    "system_prompt": {"data": {"system_prompt": "be brief"}},
+    "limit": {"data": {"limit": 9}},
+    "validation": {"data": {"validation": 0.3}},
+}
+
+
+def test_every_setting_changes_the_run(train: Runner) -> None:
+    """No flag without an effect: each of these alone gives other losses than all the others."""
+    seen = {"as it is": losses(train())}
+    for name, change in CHANGES.items():
+        seen[name] = losses(train(**change))
+    for name, values in seen.items():
+        same = [other for other, theirs in seen.items() if other != name and theirs == values]
+        assert not same, f"{name} gives the same losses as {same}"
+
+
+def test_bias_trains_biases(train: Runner) -> None:
+    assert not [name for name in adapter(train("opt")) if name.endswith("bias")]
+    assert [name for name in adapter(train("opt", adapter={"bias": "lora_only"})) if name.endswith("bias")]
+
+
+def test_attention_backend_and_float16_are_used(train: Runner, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    run = tiny_run(tiny_model(), str(tmp_path / "rows.jsonl"), tmp_path / "x", model={"attn_implementation": "eager"})
+    assert TrainingJob(run).model.config._attn_implementation == "eager"
+    seen = losses(train(model={"dtype": "float16"}))
+    assert seen[-1] < seen[0]
+
+
+def test_the_folder_holds_what_the_contract_names(train: Runner) -> None:
+    folder = RunFolder(train(train={"save_steps": 1, "save_total_limit": 2, "eval_steps": 3}, data={"validation": 2}))
+    assert [path.name for path in sorted(folder.checkpoints.iterdir())] == ["step-000004", "step-000005"]
+    assert len(losses(folder.path, "eval")) == 2
+    for path in (folder.run, folder.environment, folder.plan, folder.ledger, folder.metrics):
+        assert path.stat().st_size > 0
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"} <= {
+        path.name for path in folder.adapter.iterdir()
+    }
+    assert not [path for path in folder.path.rglob("*") if path.name.startswith(".")], "nothing half-written is left"
+    plan = json.loads(folder.plan.read_text())
+    assert plan["parameters"]["trainable"] == sum(t.numel() for t in adapter(folder.path).values())
+
+
+def test_the_public_function_writes_card_passport_and_plot(
+    tiny_model: Callable[..., Path], tmp_path: Path, rows: list[dict[str, Any]]
+) -> None:
+    run = tiny_run(tiny_model(), write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "run")
+    result = veneer.train(run)
+    assert result.steps == 6
+    assert result.final_loss == losses(tmp_path / "run")[-1]
+    assert result.tokens_per_second > 0
+    folder = tmp_path / "run"
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "rank, alpha | 4, 8" in (folder / "adapter" / "README.md").read_text()
+    assert json.loads((folder / "adapter" / "passport.json").read_text())["base"]["name"] == str(tiny_model())
+
+
+def test_a_finished_or_foreign_folder_is_refused(train: Runner, tmp_path: Path) -> None:
+    folder = train()
+    run = veneer.load_run(folder / "run.yaml")
+    with pytest.raises(UserError, match="already holds a run"):
+        TrainingJob(run)
+    with pytest.raises(UserError, match="this run is finished"):
+        TrainingJob(run, resume=True)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").touch()
+    moved = run.model_copy(update={"train": run.train.model_copy(update={"output_dir": tmp_path / "photos"})})
+    with pytest.raises(UserError, match="is not empty"):
+        TrainingJob(moved)
+    with pytest.raises(UserError, match="holds no run to resume"):
+        TrainingJob(moved, resume=True)
+
+
+@pytest.fixture
+def stopped(train: Runner, tmp_path: Path) -> Path:
+    """The folder of a run that was interrupted after its third step."""
+    with pytest.raises(Interrupted, match="resumable from"):
+        train(listeners=(StopAfter(3),))
+    return tmp_path / "run-1"
+
+
+def test_resuming_with_other_settings_is_refused(stopped: Path) -> None:
+    run = veneer.load_run(stopped / "run.yaml", ["train.learning_rate=0.5", "train.logging_steps=2"])
+    with pytest.raises(UserError, match=r"train\.learning_rate: was 0\.01, is 0\.5") as caught:
+        TrainingJob(run, resume=True)
+    assert "logging_steps" not in str(caught.value)
+
+
+def test_resuming_on_other_data_is_refused(stopped: Path, tmp_path: Path) -> None:
+    job_rows = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "rows.jsonl").write_text("".join(reversed(job_rows)))
+    with pytest.raises(UserError, match="the data is not what this run began with"):
+        TrainingJob(veneer.load_run(stopped / "run.yaml"), resume=True).fit()
+
+
+def test_a_damaged_checkpoint_is_refused(stopped: Path) -> None:
+    (path,) = (stopped / "checkpoints").glob("*/optimizer.safetensors")
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=r"optimizer\.safetensors: missing or damaged"):
+        TrainingJob(veneer.load_run(stopped / "run.yaml"), resume=True).fit()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(train: Runner, tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="the loss of step"):
+        train(train={"learning_rate": 1.0, "max_grad_norm": 0, "max_steps": 300}, adapter={"lora_alpha": 1e20})
+    assert not (tmp_path / "run-1" / "adapter").exists()
+
+
+def test_an_adapter_without_gradient_ends_the_run(
+    tiny_model: Callable[..., Path], tmp_path: Path, rows: list[dict[str, Any]]
+) -> None:
+    job = TrainingJob(tiny_run(tiny_model(), write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "run"))
+    layer = job.model.get_base_model().model.layers[1].mlp.down_proj
+    layer.base_layer.register_forward_hook(lambda module, inputs, output: output.detach())
+    layer.lora_B["default"].register_forward_hook(lambda module, inputs, output: output.detach())
+    with pytest.raises(JobError, match=r"got no usable gradient.*layers\.1\.mlp\.gate_proj\.lora_B"):
+        job.fit()
+
+
+def test_schedules() -> None:
+    def rates(kind: str, warmup: float = 0.2) -> list[float]:
+        return [learning_rate(step, 10, 1.0, warmup, kind) for step in range(10)]
+
+    assert rates("constant")[2:] == [1.0] * 8
+    assert rates("linear")[2] == rates("cosine")[2] == 1.0
+    assert rates("linear")[6] == pytest.approx(0.5)
+    assert rates("cosine")[6] == pytest.approx(0.5)
+    assert 0 < rates("linear")[0] < rates("linear")[1] < 1
+    assert rates("cosine", 0.0)[0] == 1.0
+    assert rates("cosine")[2:] == sorted(rates("cosine")[2:], reverse=True)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "adamw_32bit", "paged_adamw_8bit", "paged_adamw_32bit"])
+def test_optimizers_by_name_step_and_restore(optim: str) -> None:
+    torch.manual_seed(0)
+    start = torch.randn(80, 64)
+    gradients = [torch.randn(80, 64) for _ in range(4)]
+
+    def fresh() -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
+        parameter = torch.nn.Parameter(start.clone())
+        return parameter, build_optimizer([parameter], Train.model_validate({"optim": optim}), "cpu")
+
+    def advance(parameter: torch.nn.Parameter, optimizer: torch.optim.Optimizer, steps: list[torch.Tensor]) -> None:
+        for gradient in steps:
+            parameter.grad = gradient.clone()
+            optimizer.step()
+
+    parameter, optimizer = fresh()
+    advance(parameter, optimizer, gradients[:2])
+    state, middle = get_state(optimizer, {parameter: "w"}), parameter.detach().clone()
+    advance(parameter, optimizer, gradients[2:])
+
+    other, restored = fresh()
+    other.data.copy_(middle)
+    set_state(restored, {other: "w"}, state)
+    advance(other, restored, gradients[2:])
+    assert torch.equal(other, parameter)
+    reference = torch.nn.Parameter(start.clone())
+    advance(reference, torch.optim.AdamW([reference], lr=2e-4, weight_decay=0.0), gradients)
+    torch.testing.assert_close(parameter.detach(), reference.detach(), atol=2e-4, rtol=0)
