@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 
 import veneer
 from tests.runs import losses, tiny_run, write_rows
-from veneer.config import JobError, RunFolder, Train, UserError
+from veneer.config import Interrupted, JobError, RunFolder, Train, UserError
 from veneer.train import TrainingJob
-from veneer.train.loop import Interrupted
 from veneer.train.optimizer import build_optimizer, get_state, set_state
 from veneer.train.schedule import learning_rate
 
@@ -105,7 +104,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "optim 8bit": {"train": {"optim": "adamw_8bit"}, "adapter": {"r": 64}},
     "seed": {"train": {"seed": 1}},
     "max_steps": {"train": {"max_steps": 4}},
-    "num_train_epochs": {"train": {"max_steps": None, "num_train_epochs": 1}},
+    "num_train_epochs": {"train": {"max_steps": None, "num_train_epochs": 0.75}},
     "per_device_train_batch_size": {"train": {"per_device_train_batch_size": 2}},
     "gradient_accumulation_steps": {"train": {"gradient_accumulation_steps": 2}},
     "logging_steps": {"train": {"logging_steps": 3}},
@@ -196,7 +195,7 @@ def test_a_finished_or_foreign_folder_is_refused(train: Runner, tmp_path: Path) 
 @pytest.fixture
 def stopped(train: Runner, tmp_path: Path) -> Path:
     """The folder of a run that was interrupted after its third step."""
-    with pytest.raises(Interrupted, match="resumable from"):
+    with pytest.raises(Interrupted, match="is where --resume goes on"):
         train(listeners=(StopAfter(3),))
     return tmp_path / "run-1"
 

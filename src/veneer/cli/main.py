@@ -39,16 +39,19 @@ def main(arguments: list[str] | None = None) -> None:
 def _run(arguments: list[str], debug: bool) -> int:
     try:
         result = app(arguments, standalone_mode=False, prog_name="veneer")
-    except (Exception, KeyboardInterrupt) as error:
+    except Exception as error:
         if debug:
             raise
         return _tell(error)
-    return result if isinstance(result, int) else 0
+    status = result if isinstance(result, int) else 0
+    if status == 130:  # a Ctrl-C at any other moment; the parser turns it into this status
+        print("stopped", file=sys.stderr)
+    return status
 
 
-def _tell(error: BaseException) -> int:
+def _tell(error: Exception) -> int:
     """Say what ended the command, in one message; returns its exit status."""
-    from veneer.config import JobError, UserError
+    from veneer.config import Interrupted, JobError, UserError
 
     if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "show"):
         error.show()  # a wrong call: the parser says what it expects
@@ -56,9 +59,13 @@ def _tell(error: BaseException) -> int:
     message, status = str(error), 1
     if isinstance(error, UserError):
         status = 2
-    elif isinstance(error, KeyboardInterrupt):
-        message, status = message or "interrupted", 130
+    elif isinstance(error, Interrupted):
+        status = 130
     elif not isinstance(error, JobError):
         message = f"{type(error).__name__}: {error}\n  run it again with --debug for the traceback"
     print(f"{'stopped' if status == 130 else 'error'}: {message}", file=sys.stderr)
     return status
+
+
+if __name__ == "__main__":
+    main()

