@@ -113,6 +113,7 @@ def save_evaluation(folder: RunFolder, evaluation: Evaluation) -> None:
 def generate(
     name: str,
     prompts: Sequence[str],
+    system: str | None = None,
     compare_with_base: bool = False,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
@@ -128,7 +129,8 @@ def generate(
     loaded = load(name)
     if compare_with_base and loaded.run is None:
         raise UserError(f"{name}: a base model alone, there is nothing to compare", "name a run's folder")
-    ids = [loaded.renderer.prompt_ids([Message("user", prompt)]) for prompt in prompts]
+    before = [] if system is None else [Message("system", system)]
+    ids = [loaded.renderer.prompt_ids([*before, Message("user", prompt)]) for prompt in prompts]
 
     def answers() -> list[str]:
         torch.manual_seed(seed)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.runs import losses
+from veneer.cli.demo import SYSTEM_PROMPT
 from veneer.config import Model
 from veneer.model import load_tokenizer, locate
 from veneer.model.builtin import BUILTIN, _download, builtin_folder
@@ -63,6 +64,7 @@ def test_forty_steps_of_qlora_teach_the_task(trained: tuple[Path, dict[str, Any]
 def test_generate_sets_base_and_tuned_side_by_side(trained: tuple[Path, dict[str, Any]]) -> None:
     prompt = "My Moonhinge arrived with a cracked lid, please send another."
     (answer,) = veneer("generate", str(trained[0]), "--compare", "--prompt", prompt)["answers"]
+    assert json.loads(answer["answer"])["product"] == "Moonhinge", "the run's system prompt goes with it"
     assert answer["answer"] != answer["base"]
 
 
@@ -75,9 +77,8 @@ def test_the_adapter_loads_in_plain_peft(trained: tuple[Path, dict[str, Any]]) -
     base = AutoModelForCausalLM.from_pretrained(builtin_folder(NAME), dtype=torch.bfloat16)
     model = PeftModel.from_pretrained(base, adapter)
     first = json.loads((ROOT / "src/veneer/data/demo/test.jsonl").read_text().splitlines()[0])["messages"]
-    inputs = tokenizer.apply_chat_template(
-        first[:-1], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    turns = [{"role": "system", "content": SYSTEM_PROMPT}, first[0]]
+    inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(**inputs, max_new_tokens=48, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert set(json.loads(tokenizer.decode(output, skip_special_tokens=True))) == {"team", "urgency", "product"}
     assert output[-1] == tokenizer.eos_token_id

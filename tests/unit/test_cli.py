@@ -71,7 +71,7 @@ def test_train_tells_a_person_what_happens(call: Callable[..., tuple[int, str, s
         "14 to train on, 2 held out",
         "held-out loss",
         "next",
-        "veneer evaluate",
+        " evaluate ",
     ):
         assert expected in out
     assert "Warning" not in out + err

@@ -19,8 +19,8 @@ def load(part: str) -> Rows:
     text = resources.files("veneer.data").joinpath(f"demo/{part}.jsonl").read_text(encoding="utf-8")
     rows = []
     for line in text.splitlines():
-        system, user, assistant = json.loads(line)["messages"]
-        assert (system["role"], user["role"], assistant["role"]) == ("system", "user", "assistant")
+        user, assistant = json.loads(line)["messages"]
+        assert (user["role"], assistant["role"]) == ("user", "assistant")
         answer = json.loads(assistant["content"])
         assert assistant["content"] == json.dumps(answer)
         rows.append((user["content"], answer))

@@ -109,7 +109,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gradient_accumulation_steps": {"train": {"gradient_accumulation_steps": 2}},
     "logging_steps": {"train": {"logging_steps": 3}},
     "r": {"adapter": {"r": 8}},
-    "lora_alpha": {"adapter": {"lora_alpha": 16}},
+    "lora_alpha": {"adapter": {"lora_alpha": 12}},
     "lora_dropout": {"adapter": {"lora_dropout": 0.5}},
     "target_modules": {"adapter": {"target_modules": ["q_proj", "v_proj"]}},
     "use_rslora": {"adapter": {"use_rslora": True}},

@@ -4,12 +4,18 @@ A 135M model learns to route customer messages to a small JSON object (team, urg
 use other wordings, names and products than the training rows.
 """
 
+import shlex
 import time
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+SYSTEM_PROMPT = (
+    'Route this message as JSON: {"team": "billing|shipping|technical|account|sales", '
+    '"urgency": "low|normal|high", "product": "name", or null if none is named}'
+)
 
 
 def demo(
@@ -88,6 +94,7 @@ def demo_run(output_dir: Path) -> Any:
             "data": {
                 "train": str(data / "train.jsonl"),
                 "validation": str(data / "test.jsonl"),
+                "system_prompt": SYSTEM_PROMPT,
                 "max_length": 512,
             },
             "train": {
@@ -117,7 +124,7 @@ def _free(output_dir: Path) -> Path:
 
 
 def _show_examples(out: Any, samples: list[dict[str, Any]]) -> None:
-    """Three rows side by side: rows that the tuned model gets right first, as many as there are."""
+    """Three rows side by side, from the beginning, the middle and the end: not picked."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -132,10 +139,11 @@ def _show_examples(out: Any, samples: list[dict[str, Any]]) -> None:
 
 
 def _show_next(out: Any, folder: Path, prompt: str) -> None:
+    from veneer.cli import show
+
+    veneer = show.command_name()
     out.print(f"[bold]files[/bold]  {folder}: adapter/ loss.png evaluation.json samples.jsonl metrics.jsonl run.yaml")
     out.print("[bold]next[/bold]")
-    out.print(f'  veneer generate {folder} --compare --prompt "{prompt}"', markup=False)
-    out.print(f"  veneer evaluate {folder} --rows 20", markup=False)
-    out.print(
-        "  veneer train recipes/smollm2-demo.yaml train.output_dir=runs/mine   # then put your own file in data.train"
-    )
+    out.print(f"  {veneer} generate {folder} --compare --prompt {shlex.quote(prompt)}", markup=False)
+    out.print(f"  {veneer} evaluate {folder} --rows 20", markup=False)
+    out.print(f"  {veneer} train {folder}/run.yaml train.output_dir=runs/mine data.train=YOUR.jsonl", markup=False)

@@ -9,6 +9,7 @@ import typer
 def generate(
     name: Annotated[str, typer.Argument(help="Folder of a run, or a base model.")],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt instead of the run's own.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Show the base's answer beside the tuned one.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest answer; above: sampled.")] = 0.0,
@@ -31,7 +32,7 @@ def generate(
 
     out = show.console(as_json)
     with out.status("answering"):
-        answers = api.generate(name, prompts, compare, max_new_tokens, temperature, seed)
+        answers = api.generate(name, prompts, system, compare, max_new_tokens, temperature, seed)
     if as_json:
         show.print_json({"answers": answers})
         return

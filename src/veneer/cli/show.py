@@ -4,6 +4,9 @@ All of it goes to standard error when a command prints JSON, so that standard ou
 """
 
 import json
+import os
+import shutil
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -24,6 +27,11 @@ __all__ = ["escape"]
 def console(as_json: bool = False) -> Console:
     """Where text for a person goes."""
     return Console(stderr=as_json, highlight=False, soft_wrap=True)
+
+
+def command_name() -> str:
+    """How this shell calls the command: `veneer` where it is on the path, else the path it was started by."""
+    return "veneer" if shutil.which("veneer") else os.path.relpath(sys.argv[0])
 
 
 def print_json(value: Any) -> None:

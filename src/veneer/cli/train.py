@@ -38,4 +38,4 @@ def train(
         f"{result.tokens_per_second:,.0f} tok/s, peak {show.size(result.peak_bytes)}"
     )
     out.print(f"files    {result.run_dir}: adapter/ loss.png metrics.jsonl ledger.json")
-    out.print(f"next     veneer evaluate {result.run_dir}")
+    out.print(f"next     {show.command_name()} evaluate {result.run_dir}")

@@ -5,7 +5,9 @@ how its tokenizer really splits (`tokenizer.ggml.pre`); for the kinds in PRE_TOK
 model that sees other tokens than it was trained on is silently worse. An unknown kind is left as it is, and said.
 """
 
+import contextlib
 import hashlib
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -51,7 +53,8 @@ def convert(file: Path, folder: Path) -> None:
     facts = _facts(file)
     print(f"converting {file.name} to bf16 (once)", file=sys.stderr)
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    with quiet():
+    # redirect_stderr: the reader draws a bar that nothing else turns off.
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):
         try:
             tokenizer = AutoTokenizer.from_pretrained(**where)
             model = AutoModelForCausalLM.from_pretrained(
@@ -63,10 +66,11 @@ def convert(file: Path, folder: Path) -> None:
                 f"{facts.get('general.architecture')}): {error}",
                 "name the model's original folder or hub id in model.base",
             ) from None
-        _mend_tokenizer(tokenizer, str(facts.get("tokenizer.ggml.pre", "default")))
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.config._name_or_path = ""
+    _mend_tokenizer(tokenizer, str(facts.get("tokenizer.ggml.pre", "default")))
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config._name_or_path = ""
+    with quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     source = {"file": file.name, "name": facts.get("general.name"), "license": facts.get("general.license")}

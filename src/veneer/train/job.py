@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import veneer
 from veneer.config import Run, RunFolder, UserError, load_run
 from veneer.config.folder import whole_folder, write_json, write_text
 from veneer.config.load import to_yaml
@@ -34,7 +35,7 @@ from veneer.train.loop import Loop
 from veneer.train.metrics import Listener, MetricsFile
 from veneer.train.optimizer import resolve_name
 
-LIBRARIES = ("veneer", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers", "numpy")
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers", "numpy")
 # Settings that may differ when a run is resumed: none of them changes a number of the training.
 MAY_CHANGE = {"train.logging_steps", "train.eval_steps", "train.save_steps", "train.save_total_limit"}
 
@@ -187,6 +188,7 @@ def batches_of(examples: list[Example], size: int) -> list[Batch]:
 def environment() -> dict[str, Any]:
     """What the run ran on."""
     versions = {name: metadata.version(name) for name in LIBRARIES}
+    versions["veneer"] = veneer.__version__
     return {"python": platform.python_version(), "platform": platform.platform(), "libraries": versions}
 
 
