@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit test-e2e test-gpu lint format clean
+.PHONY: help demo test test-unit test-e2e test-gpu lint docs format clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -36,6 +36,9 @@ lint: $(READY)  ## ruff, mypy and the import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(READY)  ## Write docs/settings.md from the settings
+	$(BIN)/python -m veneer.config.reference > docs/settings.md
 
 format: $(READY)  ## Format the code
 	$(BIN)/ruff check --fix .

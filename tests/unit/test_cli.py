@@ -105,6 +105,18 @@ def test_bad_input_is_one_message_and_status_2_with_nothing_written(
     assert not (run_file.parent / "runs").exists()
 
 
+def test_chat_data_on_a_base_without_template_is_status_2(
+    call: Callable[..., tuple[int, str, str]], run_file: Path, tiny_model: Callable[..., Path]
+) -> None:
+    turns = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "the dog"}]
+    chat = write_rows(run_file.parent / "chat.jsonl", [{"messages": turns}] * 4)
+    status, _, err = call("train", str(run_file), f"model.base={tiny_model('opt', False)}", f"data.train={chat}")
+    assert status == 2
+    assert "the base model has no chat template" in err
+    assert "set data.chat_template to alpaca, guanaco or a Jinja file" in err
+    assert not (run_file.parent / "runs").exists()
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -6,6 +6,7 @@ import pytest
 
 from veneer.config import Run, UserError, load_run
 from veneer.config.load import to_yaml
+from veneer.config.reference import settings_page
 
 SMALLEST = "model: {base: smollm2-135m-instruct}\ndata: {train: tickets.jsonl}\n"
 
@@ -81,6 +82,7 @@ def test_a_missing_section_and_a_missing_key_are_named(tmp_path: Path) -> None:
         (SMALLEST + "lora: {r: 8}\n", "tickets.yaml:3: unknown key `lora`"),
         (SMALLEST + "adapter: {target_modules: all}\n", "fix: write `all-linear` or a list"),
         (SMALLEST + "adapter: {lora_dropout: 1.0}\n", "should be less than 1"),
+        (SMALLEST + "train: {learning_rate: .nan}\n", "train.learning_rate = nan: should be a finite number"),
     ],
 )
 def test_what_is_no_run_is_refused(tmp_path: Path, text: str, expected: str) -> None:
@@ -101,3 +103,8 @@ def test_a_run_is_frozen() -> None:
     run = Run.model_validate({"model": {"base": "x"}, "data": {"train": "y"}})
     with pytest.raises(ValueError, match="frozen"):
         run.train.seed = 1  # type: ignore[misc]
+
+
+def test_the_page_of_settings_is_what_the_settings_are() -> None:
+    page = Path(__file__).parents[2] / "docs" / "settings.md"
+    assert page.read_text() == settings_page(), "run `make docs`"

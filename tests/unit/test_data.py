@@ -70,6 +70,23 @@ def test_generation_sees_the_tokens_that_training_puts_before_the_answer() -> No
     assert "be brief" in tiny_tokenizer().decode(prompt)
 
 
+def test_an_answer_that_would_merge_with_the_prompt_does_not_change_the_prompts_tokens() -> None:
+    """`the ca` + `t`: the whole text has the token ` cat`, the prompt alone has not."""
+    renderer = Renderer(tiny_tokenizer(chat=False))
+    row = renderer.example(conversation([("user", "the ca"), ("assistant", "t says")]))
+    prompt = renderer.prompt_ids([Message("user", "the ca")])
+    assert tiny_tokenizer()("the cat says")["input_ids"][: len(prompt)] != prompt
+    assert list(row.ids[: len(prompt)]) == prompt
+    assert trained_text(row) == "t says<|im_end|>"
+
+
+def test_the_end_of_turn_token_stops_generation_before_any_row_was_seen(tmp_path: Path) -> None:
+    template = tmp_path / "t.jinja"
+    template.write_text(tiny_tokenizer().chat_template.replace("<|im_end|>", "<|endoftext|>"))
+    renderer = Renderer(tiny_tokenizer(), str(template))
+    assert renderer.stop_ids == {tiny_tokenizer().eos_token_id, tiny_tokenizer().bos_token_id}
+
+
 def test_without_a_template_a_row_is_prompt_completion_and_end() -> None:
     example = Renderer(tiny_tokenizer(chat=False)).example(conversation([("user", "the cat"), ("assistant", " says")]))
     assert tiny_tokenizer().decode(list(example.ids)) == "the cat says<|im_end|>"

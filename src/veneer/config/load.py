@@ -173,11 +173,12 @@ def _section_and_field(setting: Path_) -> tuple[type[BaseModel] | None, Any]:
     """The section class that a setting's key stands in, and its field."""
     if len(setting) == 1:
         return Run, Run.model_fields.get(setting[0])
-    section = _sections().get(setting[0])
+    section = sections().get(setting[0])
     return section, section.model_fields.get(setting[1]) if section else None
 
 
-def _sections() -> dict[str, type[BaseModel]]:
+def sections() -> dict[str, type[BaseModel]]:
+    """The sections of a run by name."""
     found: dict[str, type[BaseModel]] = {}
     for name, field in Run.model_fields.items():
         candidates = getattr(field.annotation, "__args__", (field.annotation,))
@@ -186,7 +187,7 @@ def _sections() -> dict[str, type[BaseModel]]:
 
 
 def _sections_with(key: str) -> list[str]:
-    return [name for name, section in _sections().items() if key in section.model_fields]
+    return [name for name, section in sections().items() if key in section.model_fields]
 
 
 def _show(value: Any) -> str:

@@ -1,15 +1,17 @@
 """Renders conversations as tokens and says which of them are trained. The one place where text becomes tokens.
 
 For each answer two texts are rendered with the model's own chat template: everything before it with the
-generation prompt, and everything up to its end. Their difference is the answer. The part before is tokenized
-exactly as it will be when the model generates, then the answer is tokenized by itself, so that training and
-generation cannot disagree about a token. Trained are the answer's tokens and the end-of-turn token after it;
-what the template puts behind the end token (a line break, say) is not. Nothing is found by searching for strings.
+generation prompt, and everything up to its end. Their difference is the answer. The part before has the very tokens
+it will have when the model generates; should the answer change them (a merge across the border), the answer is
+tokenized by itself, so that training and generation cannot disagree. Trained are the answer's tokens and the
+end-of-turn token after it; what the template puts behind the end token (a line break, say) is not. Nothing is found
+by searching for strings.
 
 Without a template (`data.chat_template: none`) a row is prompt + completion + end-of-sequence token.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,9 @@ class Renderer:
             number for number, token in tokenizer.added_tokens_decoder.items() if token.special
         }
         self.stop_ids: set[int] = {tokenizer.eos_token_id}
+        if self.is_chat:
+            with suppress(UserError):  # a template that fails says so on the first real row
+                self.example(Conversation((Message("user", "a"), Message("assistant", "b")), "a trial"))
 
     @property
     def is_chat(self) -> bool:
@@ -71,8 +76,8 @@ class Renderer:
             after = self._text(messages[: n + 1], False, conversation.place)
             _require_prefix(done, before, conversation.place)
             _require_prefix(before, after, conversation.place)
-            prompt_ids = self._tokens(before[len(done) :])
-            answer_ids = self._tokens(after[len(before) :])
+            prompt_ids = self._continue(ids, done, before)
+            answer_ids = self._continue(ids + prompt_ids, before, after)
             ends = [at for at, token in enumerate(answer_ids) if token in self._special]
             if not ends:
                 raise UserError(
@@ -100,10 +105,12 @@ class Renderer:
                 f"{place}: without a chat template a row is one prompt and one completion",
                 "set data.chat_template",
             )
-        prompt_ids = self._bos() + self._tokens("".join(message.content for message in prompt))
-        answer_ids = [*self._tokens(answer.content), self.tokenizer.eos_token_id]
-        trained = [False] * len(prompt_ids) + [True] * len(answer_ids)
-        return _example(prompt_ids + answer_ids, trained, place)
+        before = "".join(message.content for message in prompt)
+        prompt_ids = self._tokens(before)
+        answer_ids = [*self._continue(prompt_ids, before, before + answer.content), self.tokenizer.eos_token_id]
+        bos = self._bos()
+        trained = [False] * len(bos + prompt_ids) + [True] * len(answer_ids)
+        return _example(bos + prompt_ids + answer_ids, trained, place)
 
     def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
         if self.system_prompt is None or (messages and messages[0].role == "system"):
@@ -127,6 +134,11 @@ class Renderer:
                 "mend the row's turns, or set data.chat_template",
             ) from None
         return text
+
+    def _continue(self, ids: list[int], done: str, text: str) -> list[int]:
+        """Tokens that go on from `ids`, which stand for the text `done`, to make `text`."""
+        whole = self._tokens(text)
+        return whole[len(ids) :] if whole[: len(ids)] == ids else self._tokens(text[len(done) :])
 
     def _tokens(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]

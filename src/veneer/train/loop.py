@@ -101,6 +101,12 @@ class Loop:
                         path = self._save()
                         if stopped():
                             raise Interrupted(path)
+        except torch.OutOfMemoryError as error:
+            raise JobError(
+                f"out of memory in step {self.done + 1}: {str(error).split('. ')[0]}\n  fix: halve "
+                "train.per_device_train_batch_size and double train.gradient_accumulation_steps (the same training), "
+                "set train.gradient_checkpointing, or lower data.max_length"
+            ) from None
         finally:
             for listener in listeners:
                 listener.on_end()

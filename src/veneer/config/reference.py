@@ -1,0 +1,65 @@
+"""docs/settings.md, made from the settings themselves: `python -m veneer.config.reference > docs/settings.md`."""
+
+import types
+import typing
+from typing import Any, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from veneer.config.load import sections
+from veneer.config.run import Run
+
+HEAD = """\
+# Settings of a run
+
+A run is one YAML file with these sections; any setting can be overridden on the command line (`train.seed=1`). Unknown
+keys and values out of range are errors. The run's folder keeps the resolved file, every default spelled out.
+"""
+
+
+def settings_page() -> str:
+    """The page: a table for each section."""
+    parts = [HEAD]
+    for name, section in sections().items():
+        optional = "" if Run.model_fields[name].default is not None else " May be left out."
+        parts.append(f"## {name}\n\n{(section.__doc__ or '').splitlines()[0]}{optional}\n")
+        parts.append("| setting | default | values | what it does |\n|---|---|---|---|")
+        parts += [_row(key, field) for key, field in section.model_fields.items()]
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _row(key: str, field: FieldInfo) -> str:
+    default = "required" if field.is_required() else _value(field.default)
+    limits = ", ".join(_limit(item) for item in field.metadata if _limit(item))
+    values = _kind(field.annotation) + (f", {limits}" if limits else "")
+    return f"| `{key}` | {default} | {values} | {field.description} |"
+
+
+def _value(value: Any) -> str:
+    return "null" if value is None else f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def _limit(item: Any) -> str:
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    return ", ".join(f"{sign} {getattr(item, name)}" for name, sign in signs.items() if hasattr(item, name))
+
+
+def _kind(annotation: Any) -> str:
+    origin = get_origin(annotation)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(_kind(part) for part in get_args(annotation))
+    if origin is typing.Literal:
+        return ", ".join(f"`{part}`" for part in get_args(annotation))
+    if origin is typing.Annotated:
+        base, *fields = get_args(annotation)
+        limits = ", ".join(_limit(item) for field in fields for item in field.metadata if _limit(item))
+        return f"{_kind(base)} ({limits})" if base in (int, float) else _kind(base)
+    if origin is tuple:
+        return "list of names"
+    names = {str: "text", int: "number", float: "number", bool: "`true`, `false`", type(None): "null"}
+    return names.get(annotation, "path")
+
+
+if __name__ == "__main__":
+    print(settings_page(), end="")
