@@ -8,12 +8,13 @@ from typing import Any
 
 from veneer.config import Model, Run, RunFolder, UserError, load_run
 from veneer.config.folder import write_json, write_text
-from veneer.data import Message, Renderer
+from veneer.data import Ledger, Message, Renderer
 from veneer.data.prepare import HeldOut, prepare, read_held_out
+from veneer.data.render import NAMED_TEMPLATES
 from veneer.engine import ReferenceEngine
 from veneer.evaluate import Evaluation, compare
 from veneer.evaluate import generate as generate_answers
-from veneer.model import load_adapter, load_model, load_tokenizer, locate
+from veneer.model import Source, load_adapter, load_model, load_tokenizer, locate
 from veneer.plan import find_machine
 from veneer.release import write_card
 from veneer.report import plot_loss
@@ -33,8 +34,7 @@ def train(run: Run, resume: bool = False, listeners: Sequence[Listener] = ()) ->
 
 def finish(job: TrainingJob, listeners: Sequence[Listener] = ()) -> Trained:
     """Train a job that is loaded, and write all that belongs to its folder."""
-    trained = job.fit(tuple(listeners))
-    write_card(job, trained.steps, trained.final_loss)
+    trained = job.fit(tuple(listeners), lambda folder, steps, loss: write_card(job, folder, steps, loss))
     plot_loss(
         read_metrics(job.folder.metrics),
         job.folder.loss_plot,
@@ -69,7 +69,10 @@ def load(name: str) -> Loaded:
     if not folder.adapter.is_dir():
         raise UserError(f"{name}: the run has no adapter yet", "finish it with `veneer train ... --resume`")
     source = locate(run.model)
-    renderer = Renderer(load_tokenizer(source), run.data.chat_template, run.data.system_prompt)
+    # Tokenizer and template as they were in training, whatever has become of the base's or of a template's file.
+    kept = Source("folder", str(folder.adapter), name)
+    named = run.data.chat_template in (*NAMED_TEMPLATES, "none")
+    renderer = Renderer(load_tokenizer(kept), run.data.chat_template if named else "auto", run.data.system_prompt)
     base = load_model(source, run.model, run.quantization, machine)
     return Loaded(load_adapter(base, folder.adapter), renderer, run)
 
@@ -96,7 +99,7 @@ def evaluate(
         raise UserError(f"{run_dir}: holds no run (no run.yaml)", "name the folder that `veneer train` wrote")
     loaded = load(str(run_dir))
     assert loaded.run is not None
-    held_out = _held_out(loaded.run, loaded.renderer, data)[: rows or loaded.run.evaluate.rows]
+    held_out = _held_out(folder, loaded.run, loaded.renderer, data)[: rows or loaded.run.evaluate.rows]
     engine = ReferenceEngine(loaded.model)
     result = compare(loaded.model, engine, loaded.renderer, held_out, loaded.run.evaluate, on_done)
     save_evaluation(folder, result)
@@ -144,10 +147,17 @@ def generate(
     return results
 
 
-def _held_out(run: Run, renderer: Renderer, data: str | None) -> list[HeldOut]:
+def _held_out(folder: RunFolder, run: Run, renderer: Renderer, data: str | None) -> list[HeldOut]:
     if data is not None:
-        return read_held_out(data, run.data, renderer)
-    held_out = prepare(run.data, renderer, run.train.seed).validation
+        return read_held_out(data, "--data", run.data, renderer, Ledger())
+    prepared = prepare(run.data, renderer, run.train.seed)
+    began = json.loads(folder.ledger.read_text(encoding="utf-8"))
+    if began["sha256"] != prepared.ledger.sha256:
+        raise UserError(
+            f"{run.data.train}: not the rows this run was trained on: what is held out now may have been trained on",
+            "restore the data, or name a file of other rows with --data",
+        )
+    held_out = prepared.validation
     if not held_out:
         raise UserError("the run holds no rows out (data.validation = 0)", "name a file with --data")
     return held_out

@@ -57,9 +57,10 @@ def test_a_family_trains_in_four_bits(
     assert veneer.evaluate(tmp_path / "run").as_dict()["rows"] == 2
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("optim", OPTIMIZERS)
 def test_a_resumed_run_gives_the_same_adapter(
-    optim: str, tiny_model: Callable[..., Path], tmp_path: Path, rows: list[dict[str, Any]]
+    optim: str, dtype: str, tiny_model: Callable[..., Path], tmp_path: Path, rows: list[dict[str, Any]]
 ) -> None:
     path = write_rows(tmp_path / "rows.jsonl", rows)
 
@@ -68,6 +69,7 @@ def test_a_resumed_run_gives_the_same_adapter(
             tiny_model(),
             path,
             tmp_path / name,
+            model={"dtype": dtype},
             quantization={"bits": 4},
             adapter={"r": 64, "lora_dropout": 0.1},
             train={"optim": optim, "save_steps": 3},

@@ -42,6 +42,21 @@ def test_overrides_win_and_can_drop_a_section(tmp_path: Path) -> None:
     assert run.adapter.target_modules == ("q_proj", "v_proj")
 
 
+def test_overrides_of_text_are_taken_as_typed(tmp_path: Path) -> None:
+    path = write(tmp_path, SMALLEST)
+    run = load_run(path, ["data.train=rows #1.jsonl", "data.system_prompt=Answer: briefly", "model.revision=123"])
+    assert (run.data.train, run.data.system_prompt) == ("rows #1.jsonl", "Answer: briefly")
+    assert run.model.revision == "123"
+    assert load_run(path, ["data.validation=7"]).data.validation == 7
+    assert load_run(path, ["data.validation=held out.jsonl"]).data.validation == "held out.jsonl"
+    assert load_run(path, ['data.system_prompt="a\\nb"', "model.revision=null"]).data.system_prompt == "a\nb"
+
+
+def test_text_that_looks_like_a_number_stays_text_in_the_resolved_file(tmp_path: Path) -> None:
+    run = load_run(write(tmp_path, SMALLEST), ["model.revision=7e12345"])
+    assert load_run(write(tmp_path, to_yaml(run))).model.revision == "7e12345"
+
+
 def test_the_resolved_file_reads_back_equal(tmp_path: Path) -> None:
     run = load_run(write(tmp_path, SMALLEST + "quantization: {}\nadapter: {target_modules: [q_proj]}\n"))
     assert load_run(write(tmp_path, to_yaml(run))) == run
@@ -75,6 +90,7 @@ def test_a_missing_section_and_a_missing_key_are_named(tmp_path: Path) -> None:
     ("text", "expected"),
     [
         ("", "the file is empty"),
+        ("model: \x00\n", "not valid YAML"),
         ("- a\n", "a run is a mapping of sections"),
         ("model: {base: [}\n", "tickets.yaml:1: not valid YAML"),
         ("model: {base: a}\nmodel: {base: b}\n", "tickets.yaml:2: `model` is set twice (first at"),

@@ -126,6 +126,44 @@ def test_alpacas_input_follows_its_instruction(tmp_path: Path) -> None:
     assert "route this message\n\nthe dog" in tiny_tokenizer().decode(prepared(jsonl(tmp_path, [row])).train[0].ids)
 
 
+def test_answers_within_a_prompt_are_read_and_not_trained(tmp_path: Path) -> None:
+    turns = [{"role": role, "content": text} for role, text in CHAT]
+    (example,) = prepared(jsonl(tmp_path, [{"prompt": turns[:3], "completion": turns[3:]}])).train
+    assert trained_text(example) == "the owl<|im_end|>"
+    assert "the cat<|im_end|>" in tiny_tokenizer().decode(list(example.ids))
+    assert "nothing to learn" in refused(jsonl(tmp_path, [{"prompt": turns[:2], "completion": turns[2:3]}]))
+
+
+def test_named_templates_begin_as_the_tokenizer_does() -> None:
+    class AddsBos:
+        """A tokenizer that puts its begin token before text, as Llama-2's and OPT's do."""
+
+        def __init__(self) -> None:
+            self.plain = tiny_tokenizer(chat=False)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.plain, name)
+
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+            ids = self.plain(text, add_special_tokens=False)["input_ids"]
+            return {"input_ids": [0, *ids] if add_special_tokens else ids}
+
+    for template in ("alpaca", "guanaco", "none"):
+        row = Renderer(AddsBos(), template).example(conversation(CHAT[:2]))
+        assert row.ids.count(0) == 1
+        assert row.ids[0] == 0
+        assert row.targets[0] == UNTRAINED
+        assert Renderer(AddsBos(), template).prompt_ids([Message("user", "the cat")])[0] == 0
+
+
+def test_a_validation_file_is_accounted_for_and_its_overlap_told(tmp_path: Path) -> None:
+    rows = [{"prompt": f"the cat {n}", "completion": "the owl"} for n in range(3)]
+    other = jsonl(tmp_path, [rows[0], {"prompt": "the hen", "completion": ""}], "held_out.jsonl")
+    ledger = prepared(jsonl(tmp_path, rows), validation=other).ledger.as_dict()
+    assert (ledger["rows"]["read"], ledger["rows"]["used"], ledger["rows"]["empty"]) == (5, 4, 1)
+    assert any("1 held-out rows stand in the training data too" in warning for warning in ledger["warnings"])
+
+
 def test_the_ledger_accounts_for_every_row_and_token(tmp_path: Path) -> None:
     good = {"prompt": "the cat", "completion": "the dog"}
     rows = [
@@ -185,6 +223,9 @@ def test_validation_may_be_a_file_and_limit_cuts_the_training_file_alone(tmp_pat
         ([{"prompt": "a", "completion": 3}], "rows.jsonl:1: `completion` must be text, this is int"),
         ([{"messages": [{"role": "user", "content": "a"}]}], "no turn of the role assistant"),
         ([{"messages": [{"role": "robot", "content": "a"}]}], "turn 1 has the role 'robot'; known roles"),
+        ([{"prompt": None, "completion": "b"}], "rows.jsonl:1: `prompt` must be text, this is null"),
+        ([{"prompt": "\ud83d", "completion": "b"}], "rows.jsonl:1: `prompt` holds half a character"),
+        (['{"a": ' + "[" * 100_000], "rows.jsonl:1: JSON that cannot be read"),
         ([{"messages": ["a"]}], "turn 1 needs `role` and `content`"),
         ([{"messages": "a"}], "`messages` must be a list of turns"),
         ([{"prompt": "a", "completion": " "}], "no row is left of 1 (1 with an empty answer"),

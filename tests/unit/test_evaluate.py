@@ -85,6 +85,12 @@ def test_commands_on_a_finished_run(job: TrainingJob) -> None:
     assert answer["base"] != answer["answer"]
     (plain,) = veneer.generate(job.run.model.base, [answer["prompt"]], max_new_tokens=12)
     assert plain["answer"] == answer["base"]
+    # Rows added since would move rows that were trained on into the held-out part.
+    with (folder.parent / "rows.jsonl").open("a") as file:
+        file.write('{"prompt": "new", "completion": "row"}\n')
+    with pytest.raises(UserError, match="not the rows this run was trained on"):
+        veneer.evaluate(folder)
+    assert veneer.evaluate(folder, data=str(folder.parent / "rows.jsonl")).as_dict()["rows"] == 17
     with pytest.raises(UserError, match="nothing to compare"):
         veneer.generate(job.run.model.base, ["x"], compare_with_base=True)
 

@@ -54,6 +54,18 @@ def test_a_hub_that_is_not_reached_is_told(monkeypatch: pytest.MonkeyPatch) -> N
         load_tokenizer(locate(Model(base="owner/name")))
 
 
+def test_a_revision_of_a_folder_is_refused(tiny_model: Callable[..., Path]) -> None:
+    with pytest.raises(UserError, match=r"model\.revision = v2: only a hub model has revisions"):
+        locate(Model(base=str(tiny_model()), revision="v2"))
+
+
+def test_a_damaged_weight_file_is_told(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    shutil.copytree(tiny_model(), tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(UserError, match="the model cannot be loaded"):
+        load(tmp_path / "model")
+
+
 def test_a_model_with_missing_weights_is_refused(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
     shutil.copytree(tiny_model(), tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())

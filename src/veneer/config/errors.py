@@ -24,4 +24,3 @@ class Interrupted(RuntimeError):  # noqa: N818 - it is no error
 
     def __init__(self, checkpoint: Path) -> None:
         super().__init__(f"{checkpoint} is where --resume goes on")
-        self.checkpoint = checkpoint

@@ -9,7 +9,8 @@ import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -38,11 +39,13 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader whose floats may do without a dot (YAML 1.2): 2e-4."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes text which _Loader would take for a number."""
+
+
+_FLOAT = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
 
 
 def load_run(path: str | Path, overrides: Iterable[str] = ()) -> Run:
@@ -86,13 +89,14 @@ def validate(values: dict[str, Any], places: dict[Path_, str], source: str) -> R
 def to_yaml(run: Run) -> str:
     """The resolved run, every default spelled out; `load_run` reads it back to an equal object."""
     header = "# The run as it was carried out, with every default spelled out.\n"
-    return header + yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return header + yaml.dump(run.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _parse(text: str, path: Path) -> tuple[dict[str, Any], dict[Path_, str]]:
     """Plain values of a YAML mapping, and the place of every key."""
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             raise UserError(f"{path}: the file is empty", "name at least model.base and data.train")
@@ -106,7 +110,8 @@ def _parse(text: str, path: Path) -> tuple[dict[str, Any], dict[Path_, str]]:
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     return values, places
 
 
@@ -130,6 +135,8 @@ def _apply(override: str, values: dict[str, Any], places: dict[Path_, str]) -> N
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         value = text
+    if not (isinstance(value, int | float) and (_takes(parts, int) or _takes(parts, float))):
+        value = _text_value(parts, text, value)
     places[parts] = f"override `{override}`"
     target = values
     if len(parts) == 2:
@@ -137,6 +144,26 @@ def _apply(override: str, values: dict[str, Any], places: dict[Path_, str]) -> N
             values[parts[0]] = {}
         target = values[parts[0]]
     target[parts[-1]] = value
+
+
+def _text_value(parts: Path_, text: str, value: Any) -> Any:
+    """For a setting that takes text, what was typed: `#` and `: ` have no meaning of their own there."""
+    is_text = (_takes(parts, str) or _takes(parts, Path)) and text.strip() not in ("", "null", "~")
+    return text if is_text and not text.startswith(("'", '"')) else value
+
+
+def _takes(parts: Path_, kind: type) -> bool:
+    """Whether a setting may be of a kind."""
+    _, field = _section_and_field(parts)
+    return field is not None and kind in _kinds(field.annotation)
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    if annotation in (str, int, float, bool, Path):
+        return {annotation}
+    if get_origin(annotation) in (UnionType, Union, Annotated):
+        return set().union(*(_kinds(part) for part in get_args(annotation)))
+    return set()
 
 
 def _describe(problem: Any, places: dict[Path_, str], source: str) -> str:

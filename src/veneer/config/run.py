@@ -55,7 +55,6 @@ class Adapter(Section):
         description="all-linear, or the names of the modules to adapt.",
         json_schema_extra={"fix": "write `all-linear` or a list such as [q_proj, v_proj]"},
     )
-    bias: Literal["none", "lora_only", "all"] = Field("none", description="Which biases are trained.")
     use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732).")
 
 

@@ -90,7 +90,6 @@ class Batches:
         self._rows_per_step = batch_size * accumulation
         self._seed = seed
         self.steps_per_epoch = math.ceil(len(self._rows) / self._rows_per_step)
-        self.rows = len(self._rows)
 
     def steps(self, epochs: float, max_steps: int | None) -> int:
         """Optimizer steps of the run."""

@@ -8,7 +8,8 @@ from typing import Any
 class Ledger:
     """Counts over all rows read. `duplicate` rows are among those used; every other count is a row's one fate.
 
-    read = used + empty + overlong, and used = training + validation.
+    read = used + empty + overlong, and used = training + validation. `sha256` has fingerprints of the tokens and
+    targets of either part, in order.
     """
 
     format: str = ""
@@ -25,6 +26,7 @@ class Ledger:
     tokens_end_of_turn: int = 0
     longest: int = 0
     warnings: list[str] = field(default_factory=list)
+    sha256: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """The ledger as `ledger.json` has it."""
@@ -50,4 +52,5 @@ class Ledger:
                 "longest_row": self.longest,
             },
             "warnings": self.warnings,
+            "sha256": self.sha256,
         }

@@ -1,5 +1,6 @@
 """Everything from the data settings of a run to examples: reading, recognising, rendering, splitting, counting."""
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,28 +38,37 @@ def prepare(data: Data, renderer: Renderer, seed: int) -> Prepared:
     """
     ledger = Ledger()
     rows = _examples(data.train, "data.train", data, renderer, ledger)
+    recognised = ledger.format, ledger.reason
     if isinstance(data.validation, str):
         train = rows
-        held_out = read_held_out(data.validation, data, renderer)
-        ledger.read += len(held_out)
-        ledger.used += len(held_out)
+        held_out = read_held_out(data.validation, "data.validation", data, renderer, ledger)
+        seen = {row.example.ids for row in train}
+        if both := sum(row.example.ids in seen for row in held_out):
+            ledger.warnings.append(f"{both} held-out rows stand in the training data too: they measure memory")
     else:
         train, held_out = _split(rows, data.validation, seed)
+    ledger.format, ledger.reason = recognised
     ledger.training, ledger.validation = len(train), len(held_out)
     for row in train:
         ledger.tokens_total += len(row.example.ids)
         ledger.tokens_trained += row.example.trained
         ledger.tokens_end_of_turn += sum(target in renderer.stop_ids for target in row.example.targets)
         ledger.longest = max(ledger.longest, len(row.example.ids))
+    ledger.sha256 = {"train": _fingerprint(train), "validation": _fingerprint(held_out)}
     _warn(ledger)
     return Prepared([row.example for row in train], held_out, ledger)
 
 
-def read_held_out(path: str, data: Data, renderer: Renderer) -> list[HeldOut]:
-    """The rows of a file that stands beside the training data; every one must be usable."""
-    ledger = Ledger()
-    rows = _examples(path, "data.validation", data.model_copy(update={"limit": None}), renderer, ledger)
-    return rows
+def read_held_out(path: str, setting: str, data: Data, renderer: Renderer, ledger: Ledger) -> list[HeldOut]:
+    """The usable rows of a file that stands beside the training data, counted into a ledger."""
+    return _examples(path, setting, data.model_copy(update={"limit": None}), renderer, ledger)
+
+
+def _fingerprint(rows: list[HeldOut]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(np.array([row.example.ids, row.example.targets], dtype=np.int64).tobytes())
+    return digest.hexdigest()
 
 
 def _examples(path: str, setting: str, data: Data, renderer: Renderer, ledger: Ledger) -> list[HeldOut]:

@@ -33,7 +33,7 @@ def read_rows(path: str, setting: str, limit: int | None = None) -> list[Row]:
     Raises:
         UserError: The file is missing, a folder, not text, empty, or a row is not a JSON object.
     """
-    text = _text(Path(path), f"{setting} = {path}", setting)
+    text = _text(Path(path).expanduser(), f"{setting} = {path}", setting)
     name = Path(path).name
     if text.lstrip()[:1] == "[":
         values = [(f"{name}[{n}]", value) for n, value in enumerate(_array(text, name), 1)]
@@ -81,6 +81,8 @@ def _array(text: str, name: str) -> list[Any]:
         values: list[Any] = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{name}:{error.lineno}: broken JSON: {error.msg}", "mend the file") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name}: JSON that cannot be read: {error}", "mend the file") from None
     return values
 
 
@@ -93,6 +95,8 @@ def _lines(text: str, name: str) -> tuple[list[tuple[str, Any]], list[str]]:
             values.append((f"{name}:{number}", json.loads(line)))
         except json.JSONDecodeError as error:
             bad.append(f"{name}:{number}: broken JSON: {error.msg} at column {error.colno}: {line.strip()[:60]}")
+        except (ValueError, RecursionError) as error:
+            bad.append(f"{name}:{number}: JSON that cannot be read: {error}")
     return values, bad
 
 

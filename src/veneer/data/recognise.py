@@ -10,7 +10,7 @@ A new format is a new entry in FORMATS: the fields that mark it, and a function 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from veneer.config import UserError
@@ -25,6 +25,7 @@ class Message:
 
     role: str
     content: str
+    trained: bool = True  # of an answer: whether it is learnt, or only read
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Conversation:
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to learn: no answer, or a blank one."""
-        answers = [m.content for m in self.messages if m.role == "assistant"]
+        answers = [m.content for m in self.messages if m.role == "assistant" and m.trained]
         return not answers or not all(answer.strip() for answer in answers)
 
     def prompt(self) -> tuple[Message, ...]:
@@ -102,21 +103,22 @@ class _BadRowError(Exception):
 
 
 def _alpaca(row: dict[str, Any]) -> tuple[Message, ...]:
-    instruction, given, output = (_text(row, key) for key in ("instruction", "input", "output"))
+    instruction, given, output = _text(row, "instruction"), _text(row, "input", True), _text(row, "output", True)
     question = f"{instruction}\n\n{given}" if given else instruction
     return Message("user", question), Message("assistant", output)
 
 
 def _prompt_completion(row: dict[str, Any]) -> tuple[Message, ...]:
     if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
-        return _turns(row["prompt"] + row["completion"])
-    return Message("user", _text(row, "prompt")), Message("assistant", _text(row, "completion"))
+        given = tuple(replace(turn, trained=False) for turn in _turns(row["prompt"]))
+        return given + _require_answer(_turns(row["completion"]))
+    return Message("user", _text(row, "prompt")), Message("assistant", _text(row, "completion", True))
 
 
 def _messages(row: dict[str, Any]) -> tuple[Message, ...]:
     if not isinstance(row["messages"], list):
         raise _BadRowError("`messages` must be a list of turns")
-    return _turns(row["messages"])
+    return _require_answer(_turns(row["messages"]))
 
 
 def _turns(turns: list[Any]) -> tuple[Message, ...]:
@@ -126,18 +128,27 @@ def _turns(turns: list[Any]) -> tuple[Message, ...]:
             raise _BadRowError(f"turn {number} needs `role` and `content`")
         if turn["role"] not in ROLES:
             raise _BadRowError(f"turn {number} has the role {turn['role']!r}; known roles: {', '.join(ROLES)}")
-        messages.append(Message(turn["role"], _text(turn, "content")))
-    if not any(message.role == "assistant" for message in messages):
-        raise _BadRowError("no turn of the role assistant: nothing to learn")
+        messages.append(Message(turn["role"], _text(turn, "content", turn["role"] == "assistant")))
     return tuple(messages)
 
 
-def _text(row: dict[str, Any], key: str) -> str:
-    value = row.get(key, "")
-    if value is None:
+def _require_answer(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    if not any(message.role == "assistant" for message in messages):
+        raise _BadRowError("no turn of the role assistant: nothing to learn")
+    return messages
+
+
+def _text(row: dict[str, Any], key: str, may_be_null: bool = False) -> str:
+    """A field's text. A null answer is an empty one, which is counted; a null question is a mistake."""
+    value = row.get(key)
+    if value is None and may_be_null:
         return ""
     if not isinstance(value, str):
-        raise _BadRowError(f"`{key}` must be text, this is {type(value).__name__}")
+        raise _BadRowError(f"`{key}` must be text, this is {'null' if value is None else type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise _BadRowError(f"`{key}` holds half a character (a lone surrogate, as of a cut emoji)") from None
     return value
 
 

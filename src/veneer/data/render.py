@@ -44,6 +44,8 @@ class Renderer:
                 "the tokenizer has no end-of-sequence token: nothing would tell the model to stop",
                 "set eos_token in the model's tokenizer_config.json",
             )
+        # A tokenizer's own template writes the begin token itself; the named ones fit any tokenizer.
+        self._lead = tokenizer.bos_token if chat_template in NAMED_TEMPLATES and self._bos() else ""
         self._special = set(tokenizer.all_special_ids) | {
             number for number, token in tokenizer.added_tokens_decoder.items() if token.special
         }
@@ -66,29 +68,7 @@ class Renderer:
         messages = self._with_system(conversation.messages)
         if self.template is None:
             return self._plain(messages, conversation.place)
-        ids: list[int] = []
-        trained: list[bool] = []
-        done = ""
-        for n, message in enumerate(messages):
-            if message.role != "assistant":
-                continue
-            before = self._text(messages[:n], True, conversation.place)
-            after = self._text(messages[: n + 1], False, conversation.place)
-            _require_prefix(done, before, conversation.place)
-            _require_prefix(before, after, conversation.place)
-            prompt_ids = self._continue(ids, done, before)
-            answer_ids = self._continue(ids + prompt_ids, before, after)
-            ends = [at for at, token in enumerate(answer_ids) if token in self._special]
-            if not ends:
-                raise UserError(
-                    f"{conversation.place}: the chat template renders no end-of-turn token after an answer: "
-                    "the model would never learn to stop",
-                    "let the template end an answer with eos_token, or set data.chat_template",
-                )
-            self.stop_ids.add(answer_ids[ends[-1]])
-            ids += prompt_ids + answer_ids
-            trained += [False] * len(prompt_ids) + [at <= ends[-1] for at in range(len(answer_ids))]
-            done = after
+        ids, trained, _ = self._turns(messages, conversation.place)
         return _example(ids, trained, conversation.place)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
@@ -96,7 +76,36 @@ class Renderer:
         messages = self._with_system(tuple(messages))
         if self.template is None:
             return self._bos() + self._tokens("".join(message.content for message in messages))
-        return self._tokens(self._text(messages, True, "prompt"))
+        ids, _, done = self._turns(messages, "prompt")
+        return ids + self._continue(ids, done, self._text(messages, True, "prompt"))
+
+    def _turns(self, messages: tuple[Message, ...], place: str) -> tuple[list[int], list[bool], str]:
+        """Tokens up to the end of the last answer, which of them are trained, and the text they stand for."""
+        ids: list[int] = []
+        trained: list[bool] = []
+        done = ""
+        for n, message in enumerate(messages):
+            if message.role != "assistant":
+                continue
+            before = self._text(messages[:n], True, place)
+            after = self._text(messages[: n + 1], False, place)
+            _require_prefix(done, before, place)
+            _require_prefix(before, after, place)
+            prompt_ids = self._continue(ids, done, before)
+            answer_ids = self._continue(ids + prompt_ids, before, after)
+            ends = [at for at, token in enumerate(answer_ids) if token in self._special]
+            if not ends:
+                raise UserError(
+                    f"{place}: the chat template renders no end-of-turn token after an answer: "
+                    "the model would never learn to stop",
+                    "let the template end an answer with eos_token, or set data.chat_template",
+                )
+            self.stop_ids.add(answer_ids[ends[-1]])
+            ids += prompt_ids + answer_ids
+            trained += [False] * len(prompt_ids)
+            trained += [message.trained and at <= ends[-1] for at in range(len(answer_ids))]
+            done = after
+        return ids, trained, done
 
     def _plain(self, messages: tuple[Message, ...], place: str) -> Example:
         *prompt, answer = messages
@@ -128,12 +137,12 @@ class Renderer:
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
-        except TemplateError as error:
+        except (TemplateError, ValueError, TypeError) as error:
             raise UserError(
                 f"{place}: the chat template refuses the conversation: {error}",
                 "mend the row's turns, or set data.chat_template",
             ) from None
-        return text
+        return self._lead + text
 
     def _continue(self, ids: list[int], done: str, text: str) -> list[int]:
         """Tokens that go on from `ids`, which stand for the text `done`, to make `text`."""
@@ -162,8 +171,8 @@ def needs_template(format_name: str, renderer: Renderer) -> None:
 
 def _find_template(tokenizer: Any, name: str) -> str | None:
     if name == "auto":
-        template: str | None = tokenizer.chat_template
-        return template
+        template = tokenizer.chat_template
+        return template.get("default") if isinstance(template, dict) else template
     if name == "none":
         return None
     if name in NAMED_TEMPLATES:

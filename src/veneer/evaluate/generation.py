@@ -43,7 +43,11 @@ def generate(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
         temperature=temperature or None,
-        eos_token_id=sorted(renderer.stop_ids),
+        # Said outright, or Transformers takes them from the base's own generation settings.
+        repetition_penalty=1.0,
+        top_p=1.0,
+        top_k=0 if temperature else None,
+        eos_token_id=sorted(renderer.stop_ids | _stop_ids(model)),
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
     )
@@ -66,6 +70,12 @@ def generate(
             answers[n] = tokenizer.decode(output_BL[row, longest:], skip_special_tokens=True).strip()
         on_done(len(chosen))
     return answers
+
+
+def _stop_ids(model: Any) -> set[int]:
+    """The stop tokens that the base's own generation settings name."""
+    ids = model.generation_config.eos_token_id
+    return set(ids) if isinstance(ids, list) else {ids} - {None}
 
 
 @contextmanager

@@ -32,7 +32,6 @@ def attach(base: Any, adapter: Adapter, seed: int, gradient_checkpointing: bool 
         lora_alpha=adapter.lora_alpha,
         lora_dropout=adapter.lora_dropout,
         target_modules=targets,
-        bias=adapter.bias,
         use_rslora=adapter.use_rslora,
     )
     torch.manual_seed(seed)

@@ -9,6 +9,7 @@ without a key-value cache; `attach` puts the adapter on.
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from veneer.config import Model, Quantization, UserError
 from veneer.model.locate import Source
@@ -66,7 +67,7 @@ def load_model(source: Source, model: Model, quantization: Quantization | None, 
     with quiet():
         try:
             base, report = AutoModelForCausalLM.from_pretrained(source.location, output_loading_info=True, **settings)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise _cannot_load(source, "model", error) from None
     missing = sorted(report["missing_keys"])
     if missing:
@@ -98,6 +99,6 @@ def _cannot_load(source: Source, what: str, error: Exception) -> UserError:
     if source.kind == "hub":
         return UserError(
             f"model.base = {source.name}: the {what} cannot be had from the hub: {reason}",
-            "check the name, the network and your access to it (hf auth login), or name a local folder",
+            "check the name (there is no folder of that name either), the network and your access (hf auth login)",
         )
     return UserError(f"model.base = {source.name}: the {what} cannot be loaded: {reason}", "name another model.base")

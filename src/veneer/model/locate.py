@@ -38,6 +38,16 @@ def locate(model: Model) -> Source:
     Raises:
         UserError: Nothing of that name exists, or the folder holds no model.
     """
+    source = _find(model)
+    if model.revision and source.kind != "hub":
+        raise UserError(
+            f"model.revision = {model.revision}: only a hub model has revisions, {model.base} is a {source.kind} model",
+            "leave model.revision out",
+        )
+    return source
+
+
+def _find(model: Model) -> Source:
     base = model.base
     path = Path(base).expanduser()
     if base.lower() in BUILTIN:

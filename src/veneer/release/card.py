@@ -34,15 +34,27 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("ADAPTER")
-base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")
+base = AutoModelForCausalLM.from_pretrained("{load}", dtype="auto")
 model = PeftModel.from_pretrained(base, "ADAPTER")
+```
+{where}"""
+
+WHERE = """
+`BASE` is the folder that Veneer keeps of `{base}`; this prints it:
+
+```python
+from veneer.config import Model
+from veneer.model import locate
+
+print(locate(Model(base="{base}")).location)
 ```
 """
 
 
-def write_card(job: TrainingJob, steps: int, final_loss: float) -> None:
-    """Write README.md and passport.json into the run's adapter folder."""
+def write_card(job: TrainingJob, folder: Path, steps: int, final_loss: float) -> None:
+    """Write README.md and passport.json into an adapter's folder."""
     run, ledger = job.run, job.data.ledger
+    is_plain = job.source.kind in ("hub", "folder")
     facts: dict[str, Any] = {
         "library_name": "peft",
         "pipeline_tag": "text-generation",
@@ -63,19 +75,21 @@ def write_card(job: TrainingJob, steps: int, final_loss: float) -> None:
         tokens=ledger.tokens_trained,
         steps=steps,
         loss=final_loss,
+        load=run.model.base if is_plain else "BASE",
+        where="" if is_plain else WHERE.format(base=run.model.base),
     )
-    write_text(job.folder.adapter / "README.md", card)
-    write_json(job.folder.adapter / "passport.json", _passport(job))
+    write_text(folder / "README.md", card)
+    write_json(folder / "passport.json", _passport(job, folder))
 
 
-def _passport(job: TrainingJob) -> dict[str, Any]:
+def _passport(job: TrainingJob, folder: Path) -> dict[str, Any]:
     run = job.run
     return {
         "base": {"name": run.model.base, "kind": job.source.kind, "revision": run.model.revision},
         "quantization": run.quantization.model_dump() if run.quantization else None,
-        "tokenizer_sha256": _sha256(job.folder.adapter / "tokenizer.json"),
+        "tokenizer_sha256": _sha256(folder / "tokenizer.json"),
         "chat_template_sha256": hashlib.sha256((job.renderer.template or "").encode()).hexdigest(),
-        "adapter_sha256": _sha256(job.folder.adapter / "adapter_model.safetensors"),
+        "adapter_sha256": _sha256(folder / "adapter_model.safetensors"),
         "settings": run.model_dump(mode="json"),
         "environment": environment(),
     }

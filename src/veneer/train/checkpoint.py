@@ -44,7 +44,7 @@ def save(
         save_file(_rng_state(), unfinished / RNG)
         files = sorted(file for file in unfinished.iterdir() if file.is_file())
         checksums = {file.name: _sha256(file) for file in files}
-        manifest = {"step": step, "data": data_hash, "loss_scale": scaler.get_scale(), "sha256": checksums}
+        manifest = {"step": step, "data": data_hash, "loss_scale": scaler.state_dict(), "sha256": checksums}
         write_json(unfinished / MANIFEST, manifest)
     return path
 
@@ -57,10 +57,14 @@ def load(path: Path, model: Any, optimizer: torch.optim.Optimizer, scaler: torch
     """
     from peft import set_peft_model_state_dict
 
-    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    damaged = f"delete {path} to resume from the one before"
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{path / MANIFEST}: missing or damaged", damaged) from None
     for name, checksum in manifest["sha256"].items():
         if not (path / name).is_file() or _sha256(path / name) != checksum:
-            raise UserError(f"{path / name}: missing or damaged", f"delete {path} to resume from the one before")
+            raise UserError(f"{path / name}: missing or damaged", damaged)
     if manifest["data"] != data_hash:
         raise UserError(
             f"{path}: the data is not what this run began with (other rows, tokenizer or template)",
@@ -70,7 +74,7 @@ def load(path: Path, model: Any, optimizer: torch.optim.Optimizer, scaler: torch
         set_peft_model_state_dict(model, load_file(path / ADAPTER))
     set_state(optimizer, _names(model), load_file(path / OPTIMIZER))
     if scaler.is_enabled():
-        scaler.update(manifest["loss_scale"])
+        scaler.load_state_dict(manifest["loss_scale"])
     rng = load_file(path / RNG)
     torch.set_rng_state(rng["cpu"])
     if "cuda" in rng and torch.cuda.is_available():
@@ -80,14 +84,18 @@ def load(path: Path, model: Any, optimizer: torch.optim.Optimizer, scaler: torch
 
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint, or None."""
-    found = sorted(folder.glob("step-*"))
+    found = _all(folder)
     return found[-1] if found else None
 
 
 def drop_old(folder: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints."""
-    for path in sorted(folder.glob("step-*"))[:-keep]:
+    for path in _all(folder)[:-keep]:
         shutil.rmtree(path)
+
+
+def _all(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _names(model: Any) -> dict[torch.Tensor, str]:

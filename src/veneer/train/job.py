@@ -4,13 +4,14 @@ Settings, then the output folder, the data, the tokenizer and the template, the 
 disk; only then is the run's folder begun. The adapter appears whole at the end.
 """
 
-import hashlib
+import json
 import platform
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import veneer
@@ -32,12 +33,20 @@ from veneer.plan import find_machine
 from veneer.plan.machine import peak_bytes
 from veneer.train import checkpoint
 from veneer.train.loop import Loop
-from veneer.train.metrics import Listener, MetricsFile
+from veneer.train.metrics import Listener, MetricsFile, read_metrics
 from veneer.train.optimizer import resolve_name
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers", "numpy")
+Dress = Callable[[Path, int, float], None]
 # Settings that may differ when a run is resumed: none of them changes a number of the training.
-MAY_CHANGE = {"train.logging_steps", "train.eval_steps", "train.save_steps", "train.save_total_limit"}
+MAY_CHANGE = {
+    "train.output_dir",
+    "train.gradient_checkpointing",
+    "train.logging_steps",
+    "train.eval_steps",
+    "train.save_steps",
+    "train.save_total_limit",
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,7 @@ class TrainingJob:
 
     def __init__(self, run: Run, resume: bool = False) -> None:
         self.run = run
-        self.folder = RunFolder(run.train.output_dir)
+        self.folder = RunFolder(run.train.output_dir.expanduser())
         self._checkpoint = self._find_checkpoint() if resume else None
         if not resume:
             self.folder.require_free()
@@ -76,6 +85,7 @@ class TrainingJob:
         self.renderer = Renderer(self.tokenizer, run.data.chat_template, run.data.system_prompt)
         self.data: Prepared = prepare(run.data, self.renderer, run.train.seed)
         base = load_model(self.source, run.model, run.quantization, self.machine)
+        _require_positions(base.config, self.data)
         self.model = attach(base, run.adapter, run.train.seed, run.train.gradient_checkpointing)
         self.engine = ReferenceEngine(self.model)
         self.parameters = count_parameters(self.model)
@@ -93,38 +103,47 @@ class TrainingJob:
             held_out=batches_of([row.example for row in self.data.validation], run.evaluate.batch_size),
             train=train,
             checkpoints=self.folder.checkpoints,
-            data_hash=_hash(self.data.train),
+            data_hash=self.data.ledger.sha256["train"],
             device=self.machine.device,
             scale_loss=compute_dtype(run.model, self.machine) == torch.float16,
         )
         self.folder.require_writable(self._bytes_on_disk())
+        if resume:
+            self._require_same_placement()
 
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self._loop.steps
 
-    def fit(self, listeners: tuple[Listener, ...] = ()) -> Trained:
+    def fit(self, listeners: tuple[Listener, ...] = (), dress: Dress = lambda folder, steps, loss: None) -> Trained:
         """Train and write the adapter.
+
+        Args:
+            listeners: Hear of each step.
+            dress: Adds files to the adapter's folder before it appears; gets the folder, the steps and the last loss.
 
         Raises:
             JobError: Training failed. Interrupted: the user stopped it; it can be resumed.
         """
         if self._checkpoint is None:
+            self.folder.require_free()  # again: another run may have begun since
             torch.manual_seed(self.run.train.seed)
             self._begin_folder()
         else:
             self._loop.resume(self._checkpoint)
-        record = self._loop.run((MetricsFile(self.folder.metrics), *listeners))
+        speed = self._loop.run((MetricsFile(self.folder.metrics), *listeners))
+        loss = [line["loss"] for line in read_metrics(self.folder.metrics) if line["kind"] == "train"][-1]
         with whole_folder(self.folder.adapter) as unfinished:
             save_adapter(self.model, self.tokenizer, self.renderer.template, self.run.model.base, unfinished)
             write_json(unfinished / "ledger.json", self.data.ledger.as_dict())
+            dress(unfinished, self.steps, loss)
         self.model.eval()
         return Trained(
             run_dir=str(self.folder.path),
             steps=self.steps,
-            final_loss=record["loss"],
-            tokens_per_second=record["mean_tokens_per_second"],
+            final_loss=loss,
+            tokens_per_second=speed,
             peak_bytes=peak_bytes(self.machine.device),
         )
 
@@ -172,10 +191,20 @@ class TrainingJob:
             )
         return path
 
+    def _require_same_placement(self) -> None:
+        """`auto` means other things on other machines; a resumed run must go on in the precision it began with."""
+        began, now = json.loads(self.folder.plan.read_text(encoding="utf-8")), self.plan()
+        for key, setting in (("dtype", "model.dtype"), ("optim", "train.optim")):
+            if began[key].removeprefix("paged_") != now[key].removeprefix("paged_"):
+                raise UserError(
+                    f"{setting}: the run began with {began[key]}, on this machine it would go on with {now[key]}",
+                    "resume it on a machine like the first, or start a new run in another train.output_dir",
+                )
+
     def _bytes_on_disk(self) -> int:
         """Adapter and checkpoints (adapter and two moments each) in float32, and some room for the rest."""
         train = self.run.train
-        kept = train.save_total_limit + 1 if train.save_steps and train.save_steps < self.steps else 1
+        kept = min(train.save_total_limit, self.steps) + 1
         return self.parameters["trainable"] * 4 * (1 + 3 * kept) + 16 * 2**20
 
 
@@ -192,24 +221,27 @@ def environment() -> dict[str, Any]:
     return {"python": platform.python_version(), "platform": platform.platform(), "libraries": versions}
 
 
-def _hash(examples: list[Example]) -> str:
-    """Fingerprint of the training tokens and targets, in order."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(np.array([example.ids, example.targets], dtype=np.int64).tobytes())
-    return digest.hexdigest()
+def _require_positions(config: Any, data: Prepared) -> None:
+    """Raises UserError for rows longer than the model has positions; it would fail, or be silently wrong, there."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(example.ids) for example in [*data.train, *(row.example for row in data.validation)])
+    if positions is not None and longest > positions:
+        raise UserError(
+            f"the longest row has {longest} tokens, the model has positions for {positions}",
+            f"set data.max_length to {positions} or less",
+        )
 
 
 def _differences(then: Run, now: Run) -> list[str]:
     """Settings that differ and may not, as `section.key: was A, is B`."""
-    before, after = then.model_dump(mode="json"), now.model_dump(mode="json")
-    changes = []
-    for section in before:
-        if section == "evaluate":
-            continue
-        old, new = before[section] or {}, after[section] or {}
-        for key in old | new:
-            name = f"{section}.{key}"
-            if old.get(key) != new.get(key) and name not in MAY_CHANGE:
-                changes.append(f"{name}: was {old.get(key)}, is {new.get(key)}")
-    return changes
+    before, after = _settings(then), _settings(now)
+    names = sorted(name for name in before | after if before.get(name) != after.get(name))
+    return [f"{name}: was {before.get(name)}, is {after.get(name)}" for name in names if name not in MAY_CHANGE]
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """All settings that decide the numbers of a training, by name; how a step is cut does not."""
+    sections = run.model_dump(mode="json", exclude={"evaluate"})
+    settings = {f"{name}.{key}": value for name, section in sections.items() for key, value in (section or {}).items()}
+    size = settings.pop("train.per_device_train_batch_size") * settings.pop("train.gradient_accumulation_steps")
+    return settings | {"train.per_device_train_batch_size x gradient_accumulation_steps": size}

@@ -70,24 +70,27 @@ class Loop:
         self._scaler = torch.amp.GradScaler(device, enabled=scale_loss)
         self.steps = batches.steps(train.num_train_epochs, train.max_steps)
         self.done = 0
+        self._has_gradients = False
 
     def resume(self, path: Path) -> None:
         """Restore a checkpoint of this run."""
         self.done = checkpoint.load(path, self._model, self._optimizer, self._scaler, self._data_hash)
 
-    def run(self, listeners: Sequence[Listener]) -> dict[str, Any]:
-        """Train to the end; returns the last training record, with the mean of all steps' tokens per second.
+    def run(self, listeners: Sequence[Listener]) -> float:
+        """Train to the end; returns the mean of all steps' tokens per second.
 
         Raises:
             JobError: A loss is not finite, or an adapter gets no gradient.
             Interrupted: The user stopped the run; a checkpoint was written.
         """
         train = self._train
-        tokens, seconds, record = 0, 0.0, {}
+        tokens, seconds = 0, 0.0
         for listener in listeners:
             listener.on_start(self.steps, self.done)
         try:
             with _stop_signal() as stopped:
+                if self.done == self.steps and self._held_out:  # resumed after the last step
+                    _tell(listeners, self._evaluate())
                 while self.done < self.steps:
                     record = self._step(self.done)
                     self.done += 1
@@ -95,6 +98,8 @@ class Loop:
                     is_last = self.done == self.steps
                     if self.done % train.logging_steps == 0 or is_last:
                         _tell(listeners, record)
+                    if is_last:  # before anything else can fail
+                        self._save()
                     if self._held_out and (is_last or _due(self.done, train.eval_steps)):
                         _tell(listeners, self._evaluate())
                     if not is_last and (stopped() or _due(self.done, train.save_steps)):
@@ -110,7 +115,7 @@ class Loop:
         finally:
             for listener in listeners:
                 listener.on_end()
-        return record | {"mean_tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0}
+        return round(tokens / seconds, 1) if seconds else 0.0
 
     def _step(self, number: int) -> dict[str, Any]:
         started = time.perf_counter()
@@ -130,8 +135,11 @@ class Loop:
             )
         self._scaler.unscale_(self._optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, train.max_grad_norm or math.inf).item()
-        if number == 0:
+        # A float16 step may overflow: the scaler leaves it out and tries a smaller scale.
+        if math.isfinite(norm):
             self._require_gradients()
+        elif not self._scaler.is_enabled():
+            raise JobError(f"the gradient of step {number + 1} is not finite\n  fix: lower train.learning_rate")
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
@@ -143,7 +151,7 @@ class Loop:
             "epoch": round((number + 1) / self._batches.steps_per_epoch, 4),
             "loss": loss,
             "learning_rate": rate,
-            "grad_norm": norm,
+            "grad_norm": norm if math.isfinite(norm) else None,
             "tokens": tokens,
             "trained_tokens": trained,
             "seconds": round(seconds, 4),
@@ -152,10 +160,15 @@ class Loop:
         }
 
     def _evaluate(self) -> dict[str, Any]:
-        total = sum(self._engine.losses(batch).sum().item() for batch in self._held_out)
+        try:
+            total = sum(self._engine.losses(batch).sum().item() for batch in self._held_out)
+        except torch.OutOfMemoryError:
+            raise JobError("out of memory in the held-out loss\n  fix: lower evaluate.batch_size") from None
         tokens = sum(batch.trained for batch in self._held_out)
         loss = total / tokens
-        perplexity = math.exp(loss) if loss < 700 else math.inf
+        if not math.isfinite(loss):
+            raise JobError(f"the held-out loss after step {self.done} is {loss}\n  fix: lower train.learning_rate")
+        perplexity = math.exp(loss) if loss < 700 else None
         return {
             "kind": "eval",
             "step": self.done,
@@ -165,12 +178,16 @@ class Loop:
         }
 
     def _require_gradients(self) -> None:
+        """Checked once, after the first step whose gradients are finite."""
+        if self._has_gradients:
+            return
+        self._has_gradients = True
         bad = [
             name
             for name, parameter in self._named
             if is_lora_b(name) and (parameter.grad is None or not 0 < parameter.grad.abs().max().item() < math.inf)
         ]
-        if bad and not self._scaler.is_enabled():
+        if bad:
             raise JobError(
                 f"{len(bad)} adapter matrices got no usable gradient in the first step, first {bad[0]}: training "
                 "would do nothing there\n  fix: set adapter.target_modules to modules the model uses"

@@ -27,7 +27,12 @@ class MetricsFile:
         self._path = path
 
     def on_start(self, steps: int, done: int) -> None:
-        kept = [line for line in read_metrics(self._path) if line["step"] <= done]
+        # A run resumed after its last step evaluates again.
+        kept = [
+            line
+            for line in read_metrics(self._path)
+            if line["step"] < done or (line["step"] == done and (line["kind"] == "train" or done < steps))
+        ]
         write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def on_record(self, record: dict[str, Any]) -> None:
