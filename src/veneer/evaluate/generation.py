@@ -67,7 +67,10 @@ def generate(
                 input_ids=ids_BL.to(device), attention_mask=mask_BL.to(device), generation_config=config
             )
         for row, n in enumerate(chosen):
-            answers[n] = tokenizer.decode(output_BL[row, longest:], skip_special_tokens=True).strip()
+            text = tokenizer.decode(
+                output_BL[row, longest:], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+            answers[n] = text.strip()
         on_done(len(chosen))
     return answers
 
