@@ -146,4 +146,6 @@ def _show_next(out: Any, folder: Path, prompt: str) -> None:
     out.print("[bold]next[/bold]")
     out.print(f"  {veneer} generate {folder} --compare --prompt {shlex.quote(prompt)}", markup=False)
     out.print(f"  {veneer} evaluate {folder} --rows 20", markup=False)
-    out.print(f"  {veneer} train {folder}/run.yaml train.output_dir=runs/mine data.train=YOUR.jsonl", markup=False)
+    out.print(
+        f"  {veneer} train {folder}/run.yaml train.num_train_epochs=2 train.output_dir={folder}-longer", markup=False
+    )
