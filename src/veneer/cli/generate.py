@@ -26,6 +26,7 @@ def generate(
     prompts = prompt or [line.strip() for line in sys.stdin if line.strip()]
     if not prompts:
         raise UserError("no prompt", 'give one with --prompt "..." or a line on standard input')
+    from rich.markup import escape
     from rich.table import Table
 
     from veneer import api
@@ -44,5 +45,5 @@ def generate(
     for column in ("prompt", "base", "tuned"):
         table.add_column(column, overflow="fold")
     for answer in answers:
-        table.add_row(*(show.escape(answer[key]) for key in ("prompt", "base", "answer")))
+        table.add_row(*(escape(answer[key]) for key in ("prompt", "base", "answer")))
     out.print(table)

@@ -19,10 +19,10 @@ class Engine(Protocol):
         into micro-batches gives the same gradient.
 
         Returns:
-            The summed loss over trained tokens, unscaled; a float64 scalar on the device.
+            The summed loss over trained tokens, unscaled; a scalar on the device, float64 where it has that.
         """
         ...
 
     def losses(self, batch: Batch) -> torch.Tensor:
-        """Summed loss of each document, float64, shape (documents,); no gradients, dropout off."""
+        """Summed loss of each document, shape (documents,), in the same dtype; no gradients, dropout off."""
         ...

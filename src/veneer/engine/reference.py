@@ -49,26 +49,28 @@ class ReferenceEngine:
         self.model = model
         self._base = model.get_base_model()
         self._device = self._base.get_input_embeddings().weight.device
+        # Apple's GPU has no float64.
+        self._sum_dtype = torch.float32 if self._device.type == "mps" else torch.float64
         self.chunked_head = self._head_is_linear()
 
     def forward_backward(self, batch: Batch, scale: float) -> torch.Tensor:
         """See `Engine.forward_backward`."""
         self.model.train()
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        total = torch.zeros((), dtype=self._sum_dtype, device=self._device)
         for rows in _rows(batch.to(str(self._device))):
             losses_N = self._token_losses(rows)
             (losses_N.sum() * scale).backward()  # type: ignore[no-untyped-call]
-            total += losses_N.detach().double().sum()
+            total += losses_N.detach().to(self._sum_dtype).sum()
         return total
 
     @torch.no_grad()
     def losses(self, batch: Batch) -> torch.Tensor:
         """See `Engine.losses`."""
         self.model.eval()
-        result = torch.zeros(len(batch.lengths), dtype=torch.float64, device=self._device)
+        result = torch.zeros(len(batch.lengths), dtype=self._sum_dtype, device=self._device)
         for rows in _rows(batch.to(str(self._device))):
             documents_B = torch.tensor(rows.documents, device=self._device)
-            result.index_add_(0, documents_B[rows.row_N], self._token_losses(rows).double())
+            result.index_add_(0, documents_B[rows.row_N], self._token_losses(rows).to(self._sum_dtype))
         return result
 
     def _token_losses(self, rows: _Rows) -> torch.Tensor:
