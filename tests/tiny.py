@@ -78,6 +78,16 @@ def save_tiny_model(family: tuple[str, dict[str, Any]], folder: Path, chat: bool
 
 
 @cache
+def family_tokenizer() -> Any:
+    """The tiny tokenizer with the end-of-turn tokens of Llama 3, Gemma and Phi-3 as well."""
+    from copy import deepcopy
+
+    tokenizer = deepcopy(tiny_tokenizer())
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot_id|>", "<end_of_turn>", "<|end|>"]})
+    return tokenizer
+
+
+@cache
 def tiny_tokenizer(chat: bool = True) -> Any:
     """A byte-level BPE of 384 tokens with ChatML's control tokens; with ChatML as its template, or without one."""
     from transformers import PreTrainedTokenizerFast

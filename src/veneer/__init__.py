@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from veneer.api import evaluate, generate, load, train
+    from veneer.api import evaluate, generate, inspect_data, load, train
     from veneer.config import JobError, Run, UserError, load_run
 
 __version__ = "0.1.0"
@@ -27,11 +27,23 @@ _HOMES = {
     "load_run": "veneer.config",
     "evaluate": "veneer.api",
     "generate": "veneer.api",
+    "inspect_data": "veneer.api",
     "load": "veneer.api",
     "train": "veneer.api",
 }
 
-__all__ = ["JobError", "Run", "UserError", "__version__", "evaluate", "generate", "load", "load_run", "train"]
+__all__ = [
+    "JobError",
+    "Run",
+    "UserError",
+    "__version__",
+    "evaluate",
+    "generate",
+    "inspect_data",
+    "load",
+    "load_run",
+    "train",
+]
 
 
 class _Veneer(ModuleType):

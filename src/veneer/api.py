@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from veneer.config import Model, Run, RunFolder, UserError, load_run
+from veneer.config import Data, Model, Run, RunFolder, UserError, load_run
 from veneer.config.folder import write_json, write_text
-from veneer.data import Ledger, Message, Renderer
+from veneer.data import Message, Renderer
 from veneer.data.prepare import HeldOut, prepare, read_held_out
-from veneer.data.render import NAMED_TEMPLATES
+from veneer.data.template import NAMED_TEMPLATES
 from veneer.engine import ReferenceEngine
 from veneer.evaluate import Evaluation, compare
 from veneer.evaluate import generate as generate_answers
@@ -72,7 +72,8 @@ def load(name: str) -> Loaded:
     # Tokenizer and template as they were in training, whatever has become of the base's or of a template's file.
     kept = Source("folder", str(folder.adapter), name)
     named = run.data.chat_template in (*NAMED_TEMPLATES, "none")
-    renderer = Renderer(load_tokenizer(kept), run.data.chat_template if named else "auto", run.data.system_prompt)
+    data = run.data if named else run.data.model_copy(update={"chat_template": "auto"})
+    renderer = Renderer(load_tokenizer(kept), data)
     base = load_model(source, run.model, run.quantization, machine)
     return Loaded(load_adapter(base, folder.adapter), renderer, run)
 
@@ -99,7 +100,7 @@ def evaluate(
         raise UserError(f"{run_dir}: holds no run (no run.yaml)", "name the folder that `veneer train` wrote")
     loaded = load(str(run_dir))
     assert loaded.run is not None
-    held_out = _held_out(folder, loaded.run, loaded.renderer, data)[: rows or loaded.run.evaluate.rows]
+    held_out = _held_out(folder, loaded.run, loaded.renderer, data, rows or loaded.run.evaluate.rows)
     engine = ReferenceEngine(loaded.model)
     result = compare(loaded.model, engine, loaded.renderer, held_out, loaded.run.evaluate, on_done)
     save_evaluation(folder, result)
@@ -147,9 +148,51 @@ def generate(
     return results
 
 
-def _held_out(folder: RunFolder, run: Run, renderer: Renderer, data: str | None) -> list[HeldOut]:
+@dataclass(frozen=True)
+class Inspected:
+    """What data becomes for a model: the ledger, and some rows with their tokens."""
+
+    ledger: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.ledger | {"samples": self.rows}
+
+
+def inspect_data(model: Model, data: Data, seed: int = 42, rows: int = 3) -> Inspected:
+    """Render data as a run would, without loading the model.
+
+    Args:
+        model: The base; only its tokenizer is loaded.
+        data: The settings.
+        seed: Of the split and the sample.
+        rows: How many rows to show, spread over the training rows.
+
+    Raises:
+        UserError: The data is not usable.
+    """
+    renderer = Renderer(load_tokenizer(locate(model)), data)
+    prepared = prepare(data, renderer, seed)
+    train = prepared.train
+    count = min(rows, len(train))
+    shown = [train[n * len(train) // count] for n in range(count)]
+    return Inspected(
+        prepared.ledger.as_dict(),
+        [
+            {
+                "place": example.place,
+                "tokens": len(example.ids),
+                "trained": example.trained,
+                "pieces": renderer.pieces(example),
+            }
+            for example in shown
+        ],
+    )
+
+
+def _held_out(folder: RunFolder, run: Run, renderer: Renderer, data: str | None, limit: int | None) -> list[HeldOut]:
     if data is not None:
-        return read_held_out(data, "--data", run.data, renderer, Ledger())
+        return read_held_out(data, "--data", run.data, renderer, limit)
     prepared = prepare(run.data, renderer, run.train.seed)
     began = json.loads(folder.ledger.read_text(encoding="utf-8"))
     if began["sha256"] != prepared.ledger.sha256:
@@ -157,7 +200,7 @@ def _held_out(folder: RunFolder, run: Run, renderer: Renderer, data: str | None)
             f"{run.data.train}: not the rows this run was trained on: what is held out now may have been trained on",
             "restore the data, or name a file of other rows with --data",
         )
-    held_out = prepared.validation
+    held_out = prepared.held_out(limit)
     if not held_out:
         raise UserError("the run holds no rows out (data.validation = 0)", "name a file with --data")
     return held_out

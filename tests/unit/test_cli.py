@@ -67,7 +67,7 @@ def test_train_tells_a_person_what_happens(call: Callable[..., tuple[int, str, s
     assert status == 0, err
     for expected in (
         "machine",
-        "16 read, 16 used",
+        "16 read = 16 used",
         "14 to train on, 2 held out",
         "held-out loss",
         "next",
@@ -113,7 +113,7 @@ def test_chat_data_on_a_base_without_template_is_status_2(
     status, _, err = call("train", str(run_file), f"model.base={tiny_model('opt', False)}", f"data.train={chat}")
     assert status == 2
     assert "the base model has no chat template" in err
-    assert "set data.chat_template to alpaca, guanaco or a Jinja file" in err
+    assert "set data.chat_template to chatml, llama-3, mistral" in err
     assert not (run_file.parent / "runs").exists()
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,11 +12,12 @@ import torch.nn.functional as F
 from tests.tiny import FAMILIES
 from veneer.config import Adapter, Model, Quantization
 from veneer.data import Batch, Example
-from veneer.data.batch import UNTRAINED
 from veneer.engine import ReferenceEngine
 from veneer.kernels import linear_cross_entropy as kernel
 from veneer.model import attach, load_model, locate
 from veneer.plan import find_machine
+
+NO_SDPA = ("gemma2", "sdpa")  # Transformers has none for it
 
 
 def load(folder: Path, bits: int = 16, **settings: Any) -> Any:
@@ -32,9 +34,10 @@ def examples(lengths: list[int]) -> list[Example]:
     generator = torch.Generator().manual_seed(0)
     found = []
     for length in lengths:
-        ids = tuple(torch.randint(3, 384, (length,), generator=generator).tolist())
-        targets = tuple(t if n % 3 else UNTRAINED for n, t in enumerate(ids[1:]))
-        found.append(Example(ids, (*targets, UNTRAINED), ""))
+        ids = torch.randint(3, 384, (length,), generator=generator).numpy().astype(np.int32)
+        weights = np.array([n % 3 != 1 for n in range(length)], dtype=np.float32)
+        weights[0] = 0
+        found.append(Example(ids, weights, ""))
     return found
 
 
@@ -69,7 +72,7 @@ def test_loss_and_gradients_equal_the_plain_models(family: str, tiny_model: Call
     model.train()
     expected = torch.zeros((), dtype=torch.float64)
     for document in documents:
-        logits_LV = model(input_ids=torch.tensor([document.ids])).logits[0].float()
+        logits_LV = model(input_ids=torch.tensor(document.ids[None].astype(np.int64))).logits[0].float()
         loss = F.cross_entropy(logits_LV, torch.tensor(document.targets), reduction="sum")
         torch.autograd.backward(loss / 10)
         expected += loss.detach().double()
@@ -79,6 +82,37 @@ def test_loss_and_gradients_equal_the_plain_models(family: str, tiny_model: Call
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, plain[name], rtol=1e-3, atol=1e-6, msg=name)
     torch.testing.assert_close(engine.losses(Batch.of(documents)).sum(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [(family, attention) for family in FAMILIES for attention in ("eager", "sdpa") if (family, attention) != NO_SDPA],
+)
+def test_packed_rows_are_the_rows_one_by_one(family: str, attention: str, tiny_model: Callable[..., Path]) -> None:
+    """Whatever the attention backend: a pack's loss and gradients are the sums of its documents'."""
+    model = load(tiny_model(family), attn_implementation=attention)
+    engine = ReferenceEngine(model)
+    documents = examples([31, 5, 12, 12, 3, 1 + 2, 25])
+    packed = engine.forward_backward(Batch.of(documents), 0.1)
+    together = gradients(model)
+    alone = sum(engine.forward_backward(Batch.of([document]), 0.1) for document in documents)
+    torch.testing.assert_close(packed, alone, rtol=1e-6, atol=1e-6)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(together[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_a_token_counts_by_its_weight(tiny_model: Callable[..., Path]) -> None:
+    model = load(tiny_model("llama"))
+    engine = ReferenceEngine(model)
+    one, other = examples([9, 17])
+    halved = Example(one.ids, one.weights * 0.5, "")
+    losses = engine.losses(Batch.of([one, other])).tolist()
+    assert engine.losses(Batch.of([halved, other])).tolist() == pytest.approx([losses[0] / 2, losses[1]])
+    engine.forward_backward(Batch.of([one]), 0.5)
+    expected = gradients(model)
+    engine.forward_backward(Batch.of([halved]), 1.0)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], msg=name)
 
 
 def test_a_capped_head_is_noticed(tiny_model: Callable[..., Path]) -> None:

@@ -42,7 +42,7 @@ def job(tiny_model: Callable[..., Path], tmp_path: Path, rows: list[dict[str, An
         tiny_model(),
         path,
         tmp_path / "run",
-        data={"validation": path},
+        data={"validation": path, "duplicates": "keep"},
         train={"max_steps": 120, "per_device_train_batch_size": 8},
         adapter={"r": 16, "lora_alpha": 32},
         evaluate={"max_new_tokens": 12},
@@ -53,7 +53,7 @@ def job(tiny_model: Callable[..., Path], tmp_path: Path, rows: list[dict[str, An
 
 
 def test_a_model_that_learnt_its_rows_scores_higher_than_its_base(job: TrainingJob) -> None:
-    result = compare(job.model, job.engine, job.renderer, job.data.validation, job.run.evaluate)
+    result = compare(job.model, job.engine, job.renderer, job.data.held_out(), job.run.evaluate)
     metrics = result.as_dict()["metrics"]
     assert metrics["exact_match"]["base"]["value"] == 0
     assert metrics["exact_match"]["tuned"]["value"] > 0.9
@@ -98,7 +98,7 @@ def test_commands_on_a_finished_run(job: TrainingJob) -> None:
 def test_better_means_beyond_chance() -> None:
     def score(hits: int) -> Score:
         samples = [Sample("", "", "a", "a" if n < hits else "b") for n in range(20)]
-        return Score({"exact_match": proportion(sum(sample.is_right for sample in samples), 20)}, samples)
+        return Score({"exact_match": proportion(sum(sample.is_right for sample in samples), 20)}, samples, 20)
 
     assert Evaluation(score(1), score(15)).is_better
     assert not Evaluation(score(9), score(10)).is_better

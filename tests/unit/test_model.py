@@ -12,8 +12,8 @@ import torch
 
 from tests.tiny import FAMILIES
 from veneer.config import Adapter, Model, Quantization, UserError
+from veneer.config.cache import cached
 from veneer.model import attach, count_parameters, load_model, load_tokenizer, locate
-from veneer.model.cache import cached
 from veneer.model.gguf import PRE_TOKENIZERS
 from veneer.plan import find_machine
 

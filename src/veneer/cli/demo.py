@@ -45,7 +45,7 @@ def demo(
     out.print("[bold]2  The data[/bold]: customer messages to be routed to a team, an urgency and a product")
     show.show_ledger(out, job.data.ledger.as_dict())
 
-    held_out = job.data.validation[: run.evaluate.rows]
+    held_out = job.data.held_out(run.evaluate.rows)
 
     def scored(what: str, measure: Any) -> Any:
         progress, on_done = show.answer_progress(out, len(held_out), what)

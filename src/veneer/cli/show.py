@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,6 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 
 def console(as_json: bool = False) -> Console:
@@ -76,21 +78,64 @@ def _is_milestone(step: int, total: float | None) -> bool:
 
 def show_ledger(out: Console, ledger: dict[str, Any]) -> None:
     """The ledger as a table, with its warnings."""
-    rows, tokens = ledger["rows"], ledger["tokens"]
+    rows, tokens, lengths = ledger["rows"], ledger["tokens"], ledger["lengths"]["percentiles"]
     table = Table(show_header=False, box=None, padding=(0, 2))
-    table.add_row("format", f"{ledger['format']} ({ledger['reason']})")
-    left_out = ", ".join(f"{rows[name]} {name}" for name in ("empty", "overlong") if rows[name])
-    table.add_row("rows", f"{rows['read']} read, {rows['used']} used" + (f" ({left_out} left out)" if left_out else ""))
-    table.add_row("split", f"{rows['training']} to train on, {rows['validation']} held out")
+    for name, known in list(ledger["files"].items())[:8]:
+        table.add_row("format", escape(f"{name}: {known['format']} ({known['reason']})"))
+    if (more := len(ledger["files"]) - 8) > 0:
+        table.add_row("", f"and {more} more files")
+    fates = ("unreadable", "empty", "duplicate", "overlong", "refused")
+    left_out = ", ".join(f"{rows[name]:,} {name}" for name in fates if rows[name])
+    table.add_row("rows", f"{rows['read']:,} read = {rows['used']:,} used" + (f" + {left_out}" if left_out else ""))
+    table.add_row("split", f"{rows['training']:,} to train on, {rows['validation']:,} held out")
     share = tokens["trained"] / tokens["total"]
     table.add_row(
         "tokens",
         f"{tokens['total']:,}, of which trained {tokens['trained']:,} ({share:.0%}), "
-        f"end-of-turn {tokens['end_of_turn']:,}; longest row {tokens['longest_row']}",
+        f"end-of-turn {tokens['end_of_turn']:,}; longest row {tokens['longest_row']:,}",
     )
+    table.add_row("lengths", ", ".join(f"{name} {value:,}" for name, value in lengths.items()) + " (before any limit)")
+    pack = ledger["packing"]
+    would = "packed" if pack["used"] else "would pack"
+    table.add_row("packing", f"{would} into {pack['packs']:,} sequences, {pack['efficiency']:.1%} full")
+    cached = ", from the cache" if ledger["cached"] else ""
+    table.add_row("time", f"{ledger['seconds']:.1f} s{cached}")
     out.print(table)
     for warning in ledger["warnings"]:
-        out.print(f"  [yellow]warning:[/yellow] {warning}")
+        out.print(f"  [yellow]warning:[/yellow] {escape(warning)}")
+
+
+def show_histogram(out: Console, lengths: dict[str, Any], width: int = 40) -> None:
+    """How many rows are how long, as bars."""
+    bars = lengths["histogram"]
+    most = max(bar["rows"] for bar in bars)
+    out.print("[bold]lengths[/bold] in tokens, before any limit")
+    for bar in bars:
+        drawn = "█" * round(width * bar["rows"] / most) or ("▏" if bar["rows"] else "")
+        out.print(f"  {bar['from']:>7,} to {bar['to'] - 1:<7,} {drawn} {bar['rows']:,}")
+
+
+def show_problems(out: Console, problems: list[dict[str, str]], most: int = 10) -> None:
+    """The first rows that are not used, and why."""
+    table = Table(title=f"first {min(most, len(problems))} rows left out", title_justify="left")
+    for column in ("row", "why", ""):
+        table.add_column(column, overflow="fold")
+    for problem in problems[:most]:
+        table.add_row(escape(problem["place"]), problem["fate"], escape(problem["reason"]))
+    out.print(table)
+
+
+def show_rows(out: Console, rows: list[dict[str, Any]]) -> None:
+    """Rows with their tokens: trained green, masked dim, control tokens reversed."""
+    trained, masked, control = "[green]trained[/green]", "[dim]only read[/dim]", "[reverse]control token[/reverse]"
+    out.print(f"[bold]rows[/bold] as the model sees them: {trained}, {masked}, {control}")
+    for row in rows:
+        out.print(f"[bold]{escape(row['place'])}[/bold]  {row['tokens']} tokens, {row['trained']} trained")
+        text = Text()
+        for piece in row["pieces"]:
+            style = ("green" if piece["weight"] else "dim") + (" reverse" if piece["control"] else "")
+            text.append(piece["text"], style)
+        out.print(text, soft_wrap=False)
 
 
 def show_evaluation(out: Console, evaluation: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ of a run and writes them whole or not at all, `errors.py` has the exceptions tha
 
 from veneer.config.errors import Interrupted, JobError, UserError
 from veneer.config.folder import RunFolder
-from veneer.config.load import load_run
+from veneer.config.load import load_run, run_of
 from veneer.config.run import Adapter, Data, Evaluate, Model, Quantization, Run, Train
 
 __all__ = [
@@ -22,4 +22,5 @@ __all__ = [
     "Train",
     "UserError",
     "load_run",
+    "run_of",
 ]

@@ -40,6 +40,10 @@ class RunFolder:
         return self.path / "ledger.json"
 
     @property
+    def personal(self) -> Path:
+        return self.path / "pii.jsonl"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 

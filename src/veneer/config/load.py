@@ -66,9 +66,22 @@ def load_run(path: str | Path, overrides: Iterable[str] = ()) -> Run:
         values["train"] = {}
     if isinstance(values["train"], dict):
         values["train"].setdefault("output_dir", f"runs/{path.stem}")
+    return _with_overrides(values, places, overrides, str(path))
+
+
+def run_of(values: dict[str, dict[str, Any]], overrides: Iterable[str] = ()) -> Run:
+    """Build a run from plain values, as the command line gives them, and apply overrides.
+
+    Raises:
+        UserError: As `load_run`.
+    """
+    return _with_overrides(values, {}, overrides, "command line")
+
+
+def _with_overrides(values: dict[str, Any], places: dict[Path_, str], overrides: Iterable[str], source: str) -> Run:
     for override in overrides:
         _apply(override, values, places)
-    return validate(values, places, str(path))
+    return validate(values, places, source)
 
 
 def validate(values: dict[str, Any], places: dict[Path_, str], source: str) -> Run:
@@ -148,6 +161,8 @@ def _apply(override: str, values: dict[str, Any], places: dict[Path_, str]) -> N
 
 def _text_value(parts: Path_, text: str, value: Any) -> Any:
     """For a setting that takes text, what was typed: `#` and `: ` have no meaning of their own there."""
+    if isinstance(value, list) and _takes(parts, tuple):
+        return value
     is_text = (_takes(parts, str) or _takes(parts, Path)) and text.strip() not in ("", "null", "~")
     return text if is_text and not text.startswith(("'", '"')) else value
 
@@ -161,6 +176,8 @@ def _takes(parts: Path_, kind: type) -> bool:
 def _kinds(annotation: Any) -> set[Any]:
     if annotation in (str, int, float, bool, Path):
         return {annotation}
+    if get_origin(annotation) is tuple:
+        return {tuple}
     if get_origin(annotation) in (UnionType, Union, Annotated):
         return set().union(*(_kinds(part) for part in get_args(annotation)))
     return set()

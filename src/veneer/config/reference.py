@@ -57,6 +57,8 @@ def _kind(annotation: Any) -> str:
         return f"{_kind(base)} ({limits})" if base in (int, float) else _kind(base)
     if origin is tuple:
         return "list of names"
+    if origin is dict:
+        return "pairs"
     names = {str: "text", int: "number", float: "number", bool: "`true`, `false`", type(None): "null"}
     return names.get(annotation, "path")
 

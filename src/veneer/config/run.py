@@ -58,30 +58,108 @@ class Adapter(Section):
     use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732).")
 
 
+ColumnName = Literal[
+    "prompt",
+    "completion",
+    "system",
+    "messages",
+    "text",
+    "chosen",
+    "rejected",
+    "label",
+    "tools",
+]
+
+
 class Data(Section):
     """The training data and how rows become tokens."""
 
-    train: str = Field(min_length=1, description="JSON or JSONL file.")
-    validation: Annotated[float, Field(strict=True, ge=0, lt=1)] | Annotated[int, Field(strict=True, ge=0)] | str = (
-        Field(
-            0.05,
-            description="Held-out part: a fraction of the rows, a number of rows, or a file of its own.",
-            json_schema_extra={"fix": "write a fraction such as 0.05, a number of rows, or a file"},
-        )
+    train: Annotated[str, Field(min_length=1)] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        description="Files, globs or folders (JSON, JSONL, CSV, TSV, Parquet, Arrow, text; gzip or zstd), or a hub id.",
+        json_schema_extra={"fix": "name a file, or several as [a.jsonl, b.jsonl]"},
     )
-    format: Literal["auto", "alpaca", "messages", "prompt-completion"] = Field(
-        "auto", description="Shape of a row; auto recognises it from its fields."
+    validation: (
+        Annotated[float, Field(strict=True, ge=0, lt=1)]
+        | Annotated[int, Field(strict=True, ge=0)]
+        | str
+        | Annotated[tuple[str, ...], Field(min_length=1)]
+    ) = Field(
+        0.05,
+        description="Held-out part: a fraction of the rows, a number of rows, or files of its own.",
+        json_schema_extra={"fix": "write a fraction such as 0.05, a number of rows, or a file"},
     )
-    max_length: int = Field(2048, ge=8, description="Tokens; longer rows are left out and counted.")
+    split: str = Field("train", description="Split of a hub dataset or of an Arrow folder that has several.")
+    subset: str | None = Field(None, description="Configuration of a hub dataset that has several.")
+    format: Literal[
+        "auto",
+        "messages",
+        "sharegpt",
+        "alpaca",
+        "prompt-completion",
+        "question-answer",
+        "guanaco",
+        "text",
+        "preference",
+        "rated",
+        "chosen",
+    ] = Field(
+        "auto",
+        description="Shape of a row; auto recognises it. chosen: learn the preferred answers of preference pairs.",
+    )
+    columns: dict[ColumnName, str] = Field(
+        {},
+        description="Our name of a field to the file's, as {prompt: query, completion: reply}.",
+        json_schema_extra={"fix": "write pairs such as {prompt: query, completion: reply}"},
+    )
+    text_by: Literal["line", "paragraph", "file"] = Field("line", description="What a row of a plain text file is.")
+    limit: int | None = Field(None, ge=1, description="Use only the first rows.")
+    sample: int | None = Field(None, ge=1, description="Use only so many rows, chosen by train.seed.")
+    max_length: int = Field(2048, ge=8, description="Tokens of the longest row.")
+    overlong: Literal["drop", "truncate", "refuse"] = Field(
+        "drop", description="Rows longer than max_length: leave them out, cut their end off, or refuse the data."
+    )
+    max_cut_rows: float = Field(
+        0.001,
+        ge=0,
+        le=1,
+        description="With truncate: share of rows that may lose all their trained tokens; more is refused.",
+    )
+    bad_rows: Literal["refuse", "drop"] = Field(
+        "refuse", description="Rows that cannot be read or rendered: refuse the data, or leave them out, counted."
+    )
+    duplicates: Literal["keep", "drop", "drop-near"] = Field(
+        "drop", description="Rows equal to an earlier one (drop-near: or nearly): keep, or leave out, counted."
+    )
+    group: str | None = Field(None, description="Column whose equal values stay on one side of the split.")
+    overlap: Literal["report", "refuse"] = Field(
+        "report", description="Held-out files that share 13 words in a row with the training rows: report, or refuse."
+    )
+    pii: Literal["off", "report", "redact", "refuse"] = Field(
+        "report", description="E-mail addresses, phone numbers, cards, IBANs, IPs, national ids, secrets in the rows."
+    )
     packing: bool = Field(
         False, description="Fill sequences of max_length with several rows; rows never see each other."
     )
     chat_template: str = Field(
         "auto",
-        description="auto: the tokenizer's own; alpaca or guanaco; a Jinja file; none: plain prompt + completion.",
+        description="auto: the tokenizer's own; chatml, llama-3, mistral, gemma, phi-3, alpaca or guanaco; a Jinja "
+        "file; none: plain prompt + completion.",
     )
     system_prompt: str | None = Field(None, description="Put before conversations that have none.")
-    limit: int | None = Field(None, ge=1, description="Use only the first rows of the file.")
+    loss_on: Literal["assistant", "last", "completion", "all"] = Field(
+        "assistant",
+        description="assistant: all answers; last: the last; completion: those after the last question; all: every "
+        "token.",
+    )
+    rewritten_history: Literal["refuse", "last", "split"] = Field(
+        "refuse",
+        description="Templates that render earlier turns anew: refuse such rows, learn their last answer alone, or "
+        "make a row of every answer.",
+    )
+    special_tokens_in_text: Literal["text", "control"] = Field(
+        "text", description="Whether `<|im_end|>` and the like within a row's text stay text or become control tokens."
+    )
+    workers: int | None = Field(None, ge=1, description="Processes that tokenize; null: by size of the data.")
 
 
 class Train(Section):

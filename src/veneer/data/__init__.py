@@ -1,17 +1,28 @@
-"""From a file of rows to batches of tokens: read -> recognise -> render -> split -> batch, and the ledger.
+"""From files of rows to batches of tokens, with an account of every row and token.
 
-read.py       rows of a JSON or JSONL file, each with its place
-recognise.py  the shape of a row, and the conversation it stands for
-render.py     a conversation as tokens, and which of them are trained
-prepare.py    all of that for a run: examples for training and held-out rows, with the ledger
-batch.py      which examples stand in which step, and the batch an engine reads
-ledger.py     every row and token accounted for
+source.py        which files a setting names, and what each is
+read.py          their rows, block by block, each with its place
+turns.py         turns as the world writes them
+recognise.py     the shape of a row, and the conversation it stands for
+conversation.py  what that is
+privacy.py       personal data in a text
+intake.py        all of the above for one row: a conversation, or why it is none
+template.py      chat templates, and what they cannot say
+tokens.py        text into tokens, with borders where they must be
+render.py        a conversation as tokens, and which of them are trained
+tokenize.py      blocks of rows as flat arrays, in several processes
+likeness.py      near-duplicates and shared passages
+corpus.py        tokenized rows on disk
+split.py         which rows are held out
+ledger.py        the account;  warn.py what it should make one wary of
+prepare.py       all of that for a run
+batch.py         which examples stand in which step, packing, and the batch an engine reads
 """
 
 from veneer.data.batch import Batch, Batches, Example
+from veneer.data.conversation import Conversation, Message
 from veneer.data.ledger import Ledger
 from veneer.data.prepare import Prepared, prepare
-from veneer.data.recognise import Conversation, Message
 from veneer.data.render import Renderer
 
 __all__ = [

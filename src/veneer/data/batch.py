@@ -5,91 +5,130 @@ beside them. An engine that can attend within documents reads it as it is; anoth
 Either way a document never sees another, and padding never enters the data, so that no real end token can be
 taken for padding.
 
-The order is a pure function of the seed, the epoch and the step: a resumed run finds its place without replaying.
-All rows of an optimizer step are drawn first and then cut into micro-batches by length, so that 1 x 8, 2 x 4 and
-8 x 1 hold the same rows.
+The order is a pure function of the seed and the step: a resumed run finds its place without replaying. The rows of
+an epoch are shuffled, sorted by length within windows of several steps, cut into steps, and the steps shuffled: rows of
+a step are of like length (so little is padded, and few shapes occur), and which step is long or short is chance. An
+optimizer step is drawn whole and then cut into micro-batches, so that 1 x 8, 2 x 4 and 8 x 1 hold the same rows.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
 UNTRAINED = -100  # target of a position that is not trained, as in torch's cross_entropy
+WINDOW = 16  # steps whose rows are sorted by length together
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Example:
-    """One document. targets[i] is the token to predict at position i, or UNTRAINED."""
+    """One document.
 
-    ids: tuple[int, ...]
-    targets: tuple[int, ...]
+    Attributes:
+        ids: Its tokens, int32.
+        weights: Of each token in the loss, float32; 0: not trained.
+        place: Of the row it came from.
+    """
+
+    ids: Any
+    weights: Any
     place: str
 
     @property
     def trained(self) -> int:
         """How many tokens are trained."""
-        return sum(target != UNTRAINED for target in self.targets)
+        return int(np.count_nonzero(self.weights))
+
+    @property
+    def weight(self) -> float:
+        """Sum of its tokens' weights."""
+        return float(self.weights.sum(dtype=float))
+
+    @property
+    def targets(self) -> Any:
+        """The token to predict at each position, or UNTRAINED; int64."""
+        targets = np.full(len(self.ids), UNTRAINED, dtype=np.int64)
+        targets[:-1] = np.where(self.weights[1:] > 0, self.ids[1:], UNTRAINED)
+        return targets
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A packed micro-batch. T tokens in all; int64.
+    """A packed micro-batch. T tokens in all.
 
     Attributes:
-        ids_T: Tokens of the documents, one behind the other.
-        targets_T: Next token where it is trained, else UNTRAINED. Never crosses a document.
+        ids_T: Tokens of the documents, one behind the other; int64.
+        targets_T: Next token where it is trained, else UNTRAINED; int64. Never crosses a document.
+        weights_T: Weight of each target in the loss, float32; 0 where it is not trained.
         lengths: Tokens of each document; they add up to T.
         trained: Number of trained tokens.
+        weight: Sum of their weights; the number of trained tokens where no row says otherwise.
     """
 
     ids_T: torch.Tensor
     targets_T: torch.Tensor
+    weights_T: torch.Tensor
     lengths: tuple[int, ...]
     trained: int
+    weight: float
 
     @staticmethod
     def of(examples: Sequence[Example]) -> "Batch":
         """Lay examples one behind the other."""
-        ids_T = torch.tensor([token for example in examples for token in example.ids])
-        targets_T = torch.tensor([target for example in examples for target in example.targets])
+        ids_T = torch.from_numpy(np.concatenate([example.ids for example in examples]).astype(np.int64))
+        targets_T = torch.from_numpy(np.concatenate([example.targets for example in examples]))
+        weights = np.concatenate([np.append(example.weights[1:], np.float32(0)) for example in examples])
         lengths = tuple(len(example.ids) for example in examples)
-        return Batch(ids_T, targets_T, lengths, int((targets_T != UNTRAINED).sum()))
+        trained = int(np.count_nonzero(weights))
+        return Batch(ids_T, targets_T, torch.from_numpy(weights), lengths, trained, float(weights.sum(dtype=float)))
 
     @property
     def tokens(self) -> int:
         return len(self.ids_T)
 
     def to(self, device: str) -> "Batch":
-        return Batch(self.ids_T.to(device), self.targets_T.to(device), self.lengths, self.trained)
+        ids_T, targets_T, weights_T = (t.to(device) for t in (self.ids_T, self.targets_T, self.weights_T))
+        return replace(self, ids_T=ids_T, targets_T=targets_T, weights_T=weights_T)
 
 
 class Batches:
     """All steps of a run over its examples.
 
     Args:
-        examples: The training examples.
+        examples: The training examples; may lie on disk.
+        lengths: Tokens of each.
         batch_size: Rows (or packs) of a micro-batch.
         accumulation: Micro-batches of an optimizer step.
         seed: Of the order.
         pack_length: Fill packs of so many tokens; None: a row is one example.
+
+    Attributes:
+        sizes: Tokens of each row, or pack.
     """
 
     def __init__(
         self,
         examples: Sequence[Example],
+        lengths: Any,
         batch_size: int,
         accumulation: int,
         seed: int,
         pack_length: int | None = None,
     ) -> None:
-        self._rows = [[example] for example in examples] if pack_length is None else pack(examples, pack_length)
+        self._examples = examples
+        lengths = np.asarray(lengths, dtype=np.int64)
+        pack_of = np.arange(len(lengths)) if pack_length is None else pack(lengths, pack_length)
+        self.sizes = np.bincount(pack_of, weights=lengths).astype(np.int64)
+        self._members = np.argsort(pack_of, kind="stable")
+        self._begin = np.concatenate([[0], np.cumsum(np.bincount(pack_of))])
         self._batch_size = batch_size
         self._rows_per_step = batch_size * accumulation
         self._seed = seed
-        self.steps_per_epoch = math.ceil(len(self._rows) / self._rows_per_step)
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        self.steps_per_epoch = math.ceil(len(self.sizes) / self._rows_per_step)
 
     def steps(self, epochs: float, max_steps: int | None) -> int:
         """Optimizer steps of the run."""
@@ -98,25 +137,54 @@ class Batches:
     def step(self, number: int) -> list[Batch]:
         """Micro-batches of optimizer step `number`, counted from 0, longest rows first."""
         epoch, place = divmod(number, self.steps_per_epoch)
-        order = np.random.default_rng((self._seed, epoch)).permutation(len(self._rows))
-        chosen = order[place * self._rows_per_step : (place + 1) * self._rows_per_step]
-        rows = sorted((self._rows[n] for n in chosen), key=lambda row: -sum(len(example.ids) for example in row))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._ordered(epoch)
+        chosen = self._order[place * self._rows_per_step : (place + 1) * self._rows_per_step]
+        chosen = chosen[np.argsort(-self.sizes[chosen], kind="stable")]
+        rows = [[self._examples[n] for n in self._members[self._begin[row] : self._begin[row + 1]]] for row in chosen]
         micro_batches = [rows[n : n + self._batch_size] for n in range(0, len(rows), self._batch_size)]
         return [Batch.of([example for row in micro for example in row]) for micro in micro_batches]
 
+    def _ordered(self, epoch: int) -> Any:
+        """The rows of an epoch in the order of its steps; the last step may hold fewer."""
+        rng = np.random.default_rng((self._seed, epoch))
+        order = rng.permutation(len(self.sizes))
+        size = self._rows_per_step
+        window = WINDOW * size
+        for start in range(0, len(order), window):
+            part = order[start : start + window]
+            order[start : start + window] = part[np.argsort(-self.sizes[part], kind="stable")]
+        whole = len(order) // size
+        steps = order[: whole * size].reshape(whole, size)[rng.permutation(whole)]
+        return np.concatenate([steps.reshape(-1), order[whole * size :]])
 
-def pack(examples: Sequence[Example], length: int) -> list[list[Example]]:
-    """Best-fit decreasing: the longest example first, each into the fullest pack that still has room for it."""
-    packs: list[list[Example]] = []
-    by_room: list[list[int]] = [[] for _ in range(length + 1)]
-    for example in sorted(examples, key=lambda example: -len(example.ids)):
-        need = len(example.ids)
-        room = next((room for room in range(need, length + 1) if by_room[room]), None)
-        if room is None:
-            packs.append([])
-            number, room = len(packs) - 1, length
+
+def pack(lengths: Any, length: int) -> Any:
+    """Best-fit decreasing: the longest row first, each into the fullest pack that still has room for it.
+
+    Args:
+        lengths: Tokens of each row, at most `length`.
+        length: Tokens of a pack.
+
+    Returns:
+        The number of each row's pack, int64.
+    """
+    pack_of = np.empty(len(lengths), dtype=np.int64)
+    packs = 0
+    with_room: list[list[int]] = [[] for _ in range(length + 1)]
+    rooms = 0  # bit r is set where a pack has room for exactly r tokens
+    for row in np.argsort(-lengths, kind="stable"):
+        need = int(lengths[row])
+        if fitting := rooms >> need:
+            room = need + (fitting & -fitting).bit_length() - 1
+            number = with_room[room].pop()
+            if not with_room[room]:
+                rooms &= ~(1 << room)
         else:
-            number = by_room[room].pop()
-        packs[number].append(example)
-        by_room[room - need].append(number)
-    return packs
+            number, room = packs, length
+            packs += 1
+        pack_of[row] = number
+        if left := room - need:
+            with_room[left].append(number)
+            rooms |= 1 << left
+    return pack_of

@@ -1,16 +1,47 @@
-"""Everything from the data settings of a run to examples: reading, recognising, rendering, splitting, counting."""
+"""Everything from the data settings of a run to examples: tokenized rows, duplicates, the split, the ledger.
+
+Tokenized rows are kept in the user's cache under a fingerprint of the files' content, the tokenizer, the template and
+the settings that matter, so a second start reads them back. What is decided afterwards (duplicates, split, packing)
+is cheap and made anew.
+"""
 
 import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from veneer.config import Data, UserError
-from veneer.data.batch import Example
+from veneer.config.cache import cached
+from veneer.data.batch import Batches, Example
+from veneer.data.conversation import Conversation
+from veneer.data.corpus import Corpus, write
+from veneer.data.intake import Problem, chosen, recognise_source, take_again
 from veneer.data.ledger import Ledger
-from veneer.data.read import read_rows
-from veneer.data.recognise import Conversation, recognise, to_conversations
+from veneer.data.likeness import Overlap, near_duplicates
+from veneer.data.read import Block, read_blocks
 from veneer.data.render import Renderer, needs_template
+from veneer.data.source import Source, find_sources
+from veneer.data.split import Sides, equal_to_earlier, split_rows
+from veneer.data.tokenize import Tokenized, tokenize
+from veneer.data.warn import warnings_of
+
+LAYOUT = 1  # of the cache's files; another number makes them anew
+SHOWN = 5  # bad rows told at once
+SMALL = 8 * 2**20  # bytes of input that one process does sooner than several would start
+MOST_WORKERS = 8
+# Settings that decide what is cached.
+MATTER = (
+    *("format", "columns", "text_by", "limit", "sample", "max_length", "overlong", "bad_rows", "pii", "group"),
+    *("system_prompt", "loss_on", "rewritten_history", "special_tokens_in_text"),
+)
 
 
 @dataclass(frozen=True)
@@ -21,13 +52,62 @@ class HeldOut:
     conversation: Conversation
 
 
+class Part(Sequence[Example]):
+    """The examples of one side of the split, on disk.
+
+    Attributes:
+        lengths: Tokens of each.
+    """
+
+    def __init__(self, corpus: Corpus, rows: Any) -> None:
+        self.corpus = corpus
+        self.rows = rows
+        chosen_rows = np.zeros(len(corpus.rows), dtype=bool)
+        chosen_rows[rows] = True
+        self.examples = np.flatnonzero(chosen_rows[corpus.row_of])
+        self.lengths = corpus.lengths[self.examples].astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return [self.corpus[n] for n in self.examples[at]]
+        return self.corpus[self.examples[at]]
+
+    def fingerprint(self) -> str:
+        """Of tokens and weights of all its rows, in order."""
+        return hashlib.sha256(self.corpus.rows["hash"][self.rows].tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Input:
+    """Files with what they were found to be, and their tokens."""
+
+    setting: str
+    sources: list[Source]
+    formats: list[str]
+    corpus: Corpus
+
+
 @dataclass(frozen=True)
 class Prepared:
-    """The data of a run. Token counts of the ledger are of the training rows."""
+    """The data of a run."""
 
-    train: list[Example]
-    validation: list[HeldOut]
+    train: Part
+    validation: Part
     ledger: Ledger
+    _held_out: _Input
+    _data: Data
+
+    def held_out(self, limit: int | None = None) -> list[HeldOut]:
+        """The first held-out rows with their turns, which are read from their file again."""
+        return _with_turns(self._held_out, self.validation, self._data, limit)
+
+    @property
+    def personal_file(self) -> Path:
+        """Where the personal data that was found stood, a line each."""
+        return self.train.corpus.folder / "pii.jsonl"
 
 
 def prepare(data: Data, renderer: Renderer, seed: int) -> Prepared:
@@ -35,101 +115,263 @@ def prepare(data: Data, renderer: Renderer, seed: int) -> Prepared:
 
     Raises:
         UserError: Files, rows, template or split are not usable; see the modules of this package.
+        JobError: A tokenizing process was killed.
     """
-    ledger = Ledger()
-    rows = _examples(data.train, "data.train", data, renderer, ledger)
-    recognised = ledger.format, ledger.reason
-    if isinstance(data.validation, str):
-        train = rows
-        held_out = read_held_out(data.validation, "data.validation", data, renderer, ledger)
-        seen = {row.example.ids for row in train}
-        if both := sum(row.example.ids in seen for row in held_out):
-            ledger.warnings.append(f"{both} held-out rows stand in the training data too: they measure memory")
+    began = time.perf_counter()
+    ledger = Ledger(was_cached=True)
+    given = _read(data.train, "data.train", data, renderer, seed, ledger)
+    repeats = _duplicates(given.corpus, data, ledger)
+    if isinstance(data.validation, float | int):
+        held_out = given
+        sides = split_rows(given.corpus, repeats, data.validation, seed)
     else:
-        train, held_out = _split(rows, data.validation, seed)
-    ledger.format, ledger.reason = recognised
-    ledger.training, ledger.validation = len(train), len(held_out)
-    for row in train:
-        ledger.tokens_total += len(row.example.ids)
-        ledger.tokens_trained += row.example.trained
-        ledger.tokens_end_of_turn += sum(target in renderer.stop_ids for target in row.example.targets)
-        ledger.longest = max(ledger.longest, len(row.example.ids))
-    ledger.sha256 = {"train": _fingerprint(train), "validation": _fingerprint(held_out)}
-    _warn(ledger)
-    return Prepared([row.example for row in train], held_out, ledger)
+        held_out = read_files(data.validation, "data.validation", data, renderer, ledger)
+        sides = _apart(given, held_out, repeats, data, ledger)
+        _overlap(given, held_out, sides, data, ledger)
+    prepared = Prepared(
+        Part(given.corpus, sides.train), Part(held_out.corpus, sides.validation), ledger, held_out, data
+    )
+    _count(prepared, data, seed)
+    ledger.warnings += warnings_of(ledger, data)
+    ledger.seconds = time.perf_counter() - began
+    return prepared
 
 
-def read_held_out(path: str, setting: str, data: Data, renderer: Renderer, ledger: Ledger) -> list[HeldOut]:
-    """The usable rows of a file that stands beside the training data, counted into a ledger."""
-    return _examples(path, setting, data.model_copy(update={"limit": None}), renderer, ledger)
+def read_held_out(
+    files: str | Sequence[str], setting: str, data: Data, renderer: Renderer, limit: int | None = None
+) -> list[HeldOut]:
+    """The first usable rows of files that stand beside the training data."""
+    given = read_files(files, setting, data, renderer, Ledger())
+    return _with_turns(given, Part(given.corpus, np.arange(len(given.corpus.rows))), data, limit)
 
 
-def _fingerprint(rows: list[HeldOut]) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(np.array([row.example.ids, row.example.targets], dtype=np.int64).tobytes())
-    return digest.hexdigest()
+def read_files(files: str | Sequence[str], setting: str, data: Data, renderer: Renderer, ledger: Ledger) -> _Input:
+    """All rows of held-out files, tokenized; `limit` and `sample` are the training data's."""
+    return _read(files, setting, data.model_copy(update={"limit": None, "sample": None}), renderer, 0, ledger)
 
 
-def _examples(path: str, setting: str, data: Data, renderer: Renderer, ledger: Ledger) -> list[HeldOut]:
-    rows = read_rows(path, setting, data.limit)
-    ledger.format, ledger.reason = recognise(rows, data.format)
-    needs_template(ledger.format, renderer)
-    ledger.read += len(rows)
-    used: list[HeldOut] = []
-    seen: set[tuple[int, ...]] = set()
-    for conversation in to_conversations(rows, ledger.format):
-        if conversation.is_empty:
-            ledger.empty += 1
-            continue
-        example = renderer.example(conversation)
-        if len(example.ids) > data.max_length:
-            ledger.overlong += 1
-            continue
-        ledger.duplicate += example.ids in seen
-        seen.add(example.ids)
-        used.append(HeldOut(example, conversation))
-    ledger.used += len(used)
-    if not used:
+def _read(
+    files: str | Sequence[str], setting: str, data: Data, renderer: Renderer, seed: int, ledger: Ledger
+) -> _Input:
+    sources = find_sources(files, setting, data.split, data.subset)
+    formats = []
+    for source in sources:
+        name, reason = recognise_source(source, setting, data)
+        needs_template(name, renderer)
+        formats.append(name)
+        ledger.formats[source.name] = {"format": name, "reason": reason}
+
+    def make(folder: Path) -> None:
+        ledger.was_cached = False
+        blocks = _chosen_blocks(sources, setting, data, seed)
+        workers = data.workers or _workers(sources)
+        write(folder, _checked(tokenize(blocks, renderer.tokenizer, data, formats, workers), data))
+        corpus = Corpus(folder)
+        near_duplicates(len(corpus.rows), corpus.signatures).astype(np.uint32).tofile(folder / "near.bin")
+
+    key = _fingerprint(sources, formats, data, renderer, seed)
+    corpus = Corpus(cached(f"data/{key}", make))
+    renderer.stop_ids.update(corpus.account["stop_ids"])
+    before = ledger.rows.copy()
+    ledger.add(corpus.account)
+    _require_rows(files, setting, data, corpus)
+    assert ledger.rows["used"] - before["used"] == len(corpus.rows)
+    return _Input(setting, sources, formats, corpus)
+
+
+def _chosen_blocks(sources: Sequence[Source], setting: str, data: Data, seed: int) -> Iterator[tuple[int, Block]]:
+    """Blocks of the rows that `limit` and `sample` leave."""
+    wanted = None
+    if data.sample is not None:
+        counts = [len(block.rows) for source in sources for block in read_blocks(source, setting, data.text_by)]
+        total = min(sum(counts), data.limit or sum(counts))
+        if data.sample < total:
+            wanted = np.sort(np.random.default_rng(seed).choice(total, data.sample, replace=False))
+    row = 0
+    for which, source in enumerate(sources):
+        for block in read_blocks(source, setting, data.text_by):
+            first, row = row, row + len(block.rows)
+            if data.limit is not None and row > data.limit:
+                block = chosen(block, range(data.limit - first))
+            if wanted is not None:
+                low, high = np.searchsorted(wanted, [first, row])
+                block = chosen(block, (wanted[low:high] - first).tolist())
+            if block.rows:
+                yield which, block
+            if data.limit is not None and row >= data.limit:
+                return
+
+
+def _checked(parts: Iterable[tuple[int, Block, Tokenized]], data: Data) -> Iterator[tuple[int, Block, Tokenized]]:
+    """The same, refusing what the settings refuse as soon as it is seen.
+
+    Raises:
+        UserError: Bad rows, or overlong ones, where these are refused.
+    """
+    rows = 0
+    for source, block, part in parts:
+        rows += len(block.rows)
+        bad = [problem for problem in part.problems if problem.fate in ("unreadable", "refused")]
+        if bad and data.bad_rows == "refuse":
+            count = part.fates["unreadable"] + part.fates["refused"]
+            raise _bad_rows(bad, count, rows, "bad", "mend these rows, or leave such rows out with data.bad_rows=drop")
+        if part.fates["overlong"] and data.overlong == "refuse":
+            long = [problem for problem in part.problems if problem.fate == "overlong"]
+            fix = "raise data.max_length, or set data.overlong to drop or truncate"
+            raise _bad_rows(long, part.fates["overlong"], rows, "overlong", fix)
+        yield source, block, part
+
+
+def _bad_rows(problems: list[Problem], count: int, rows: int, what: str, fix: str) -> UserError:
+    lines = [f"{problem.place}: {problem.reason}" for problem in problems[:SHOWN]]
+    if count > len(lines):
+        lines.append(f"... and {count - len(lines)} more")
+    counted = f"1 {what} row" if count == 1 else f"{count} {what} rows"
+    return UserError(f"{counted} among the first {rows:,} of the data\n  " + "\n  ".join(lines), fix)
+
+
+def _require_rows(files: str | Sequence[str], setting: str, data: Data, corpus: Corpus) -> None:
+    fates, notes = corpus.account["fates"], corpus.account["notes"]
+    read = sum(fates.values())
+    cut = notes.get("all_cut", 0)
+    if cut > data.max_cut_rows * read:
         raise UserError(
-            f"{setting} = {path}: no row is left of {len(rows)} ({ledger.empty} with an empty answer, "
-            f"{ledger.overlong} longer than data.max_length = {data.max_length} tokens)",
+            f"{setting} = {files}: {cut} of {read} rows ({cut / read:.1%}) have no trained token within "
+            f"data.max_length = {data.max_length}; at most {data.max_cut_rows:.1%} may (data.max_cut_rows)",
+            "raise data.max_length, or leave such rows out with data.overlong=drop",
+        )
+    if not len(corpus.rows):
+        left = ", ".join(f"{count} {fate}" for fate, count in sorted(fates.items()) if count)
+        raise UserError(
+            f"{setting} = {files}: no row is left of {read} ({left}; data.max_length = {data.max_length} tokens)",
             "raise data.max_length or name other data",
         )
-    return used
 
 
-def _split(rows: list[HeldOut], validation: float | int, seed: int) -> tuple[list[HeldOut], list[HeldOut]]:
-    """A seeded split in which equal rows stand on one side."""
-    wanted = validation if isinstance(validation, int) else round(validation * len(rows))
-    if validation and not wanted and len(rows) > 1:
-        wanted = 1
-    if wanted >= len(rows):
+def _duplicates(corpus: Corpus, data: Data, ledger: Ledger) -> Sides:
+    """Which rows stay, and which of them must stand on one side of a split."""
+    near = np.fromfile(corpus.folder / "near.bin", np.uint32).astype(np.int64)
+    repeats = equal_to_earlier(corpus.rows["hash"])
+    nearly = (near != np.arange(len(near))) & ~repeats
+    drop = np.zeros(len(near), dtype=bool)
+    if data.duplicates != "keep":
+        drop |= repeats
+    if data.duplicates == "drop-near":
+        drop |= nearly
+    ledger.move("duplicate", int(drop.sum()))
+    ledger.notes["near_duplicate_dropped"] += int((drop & nearly).sum())
+    ledger.notes["near_duplicate_kept"] += int((nearly & ~drop).sum())
+    ledger.notes["duplicate_kept"] += int((repeats & ~drop).sum())
+    return Sides(np.flatnonzero(~drop), np.empty(0, np.int64), near)
+
+
+def _apart(given: _Input, held_out: _Input, kept: Sides, data: Data, ledger: Ledger) -> Sides:
+    """Training rows without those that are in the held-out files, or nearly."""
+    both = [given.corpus, held_out.corpus]
+    count = len(both[0].rows)
+
+    def load(start: int, stop: int) -> Any:
+        parts = [both[0].signatures(min(start, count), min(stop, count))]
+        parts.append(both[1].signatures(max(start, count) - count, max(stop, count) - count))
+        return np.concatenate(parts)
+
+    near = near_duplicates(count + len(both[1].rows), load)
+    known = np.isin(near[:count], near[count:]) | np.isin(both[0].rows["hash"], both[1].rows["hash"])
+    inside = known[kept.train]
+    ledger.notes["in_held_out_file"] += int(inside.sum())
+    train = kept.train
+    if data.duplicates != "keep" and inside.any():
+        train = train[~inside]
+        ledger.move("duplicate", int(inside.sum()))
+    if not len(train):
         raise UserError(
-            f"data.validation = {validation}: {wanted} of {len(rows)} usable rows leave none to train on",
-            f"set data.validation below {len(rows)}, or name a file",
+            "data.validation: every training row stands in the held-out files too",
+            "name other files in data.validation, or set data.duplicates=keep to measure memory",
         )
-    groups: dict[tuple[int, ...], list[HeldOut]] = {}
-    for row in rows:
-        groups.setdefault(row.example.ids, []).append(row)
-    held_out: set[tuple[int, ...]] = set()
-    count = 0
-    keys = list(groups)
-    for n in np.random.default_rng(seed).permutation(len(keys)):
-        size = len(groups[keys[n]])
-        if count + size <= wanted:
-            held_out.add(keys[n])
-            count += size
-    train = [row for row in rows if row.example.ids not in held_out]
-    return train, [row for row in rows if row.example.ids in held_out]
+    if data.group is not None:
+        shared = np.isin(both[0].rows["group"][train], both[1].rows["group"])
+        ledger.notes["in_held_out_group"] += int(shared.sum())
+    return Sides(train, np.arange(len(both[1].rows)), near)
 
 
-def _warn(ledger: Ledger) -> None:
-    if ledger.overlong:
-        ledger.warnings.append(f"{ledger.overlong} rows are longer than data.max_length and were left out")
-    if ledger.empty:
-        ledger.warnings.append(f"{ledger.empty} rows have an empty answer and were left out")
-    if ledger.duplicate:
-        ledger.warnings.append(f"{ledger.duplicate} rows repeat an earlier one (kept)")
-    if not ledger.validation:
-        ledger.warnings.append("no row is held out: nothing will show whether the model got better")
+def _overlap(given: _Input, held_out: _Input, sides: Sides, data: Data, ledger: Ledger) -> None:
+    """Report, or refuse, held-out rows that share a passage with training rows."""
+    turns = list(take_again(held_out.sources, held_out.formats, held_out.setting, data, None))
+    overlap = Overlap([conversation.text() for _, conversation in turns])
+    wanted = _keys(given.corpus, sides.train)
+    texts: list[str] = []
+    for _, conversation in take_again(given.sources, given.formats, given.setting, data, wanted):
+        texts.append(conversation.text())
+        if len(texts) == 1000:
+            overlap.look(texts)
+            texts = []
+    overlap.look(texts)
+    places = [turns[n][1].place for n in overlap.rows()]
+    ledger.overlap = {"rows": len(places), "of": len(turns), "places": places[:100]}
+    if places and data.overlap == "refuse":
+        raise UserError(
+            f"data.validation: {len(places)} of {len(turns)} held-out rows share 13 words in a row with training rows: "
+            + ", ".join(places[:SHOWN]),
+            "take these rows out of either side, or set data.overlap to report",
+        )
+
+
+def _count(prepared: Prepared, data: Data, seed: int) -> None:
+    """What the ledger says of the training rows."""
+    ledger, train = prepared.ledger, prepared.train
+    corpus = train.corpus
+    ledger.rows["training"], ledger.rows["validation"] = len(train.rows), len(prepared.validation.rows)
+    ledger.tokens = {
+        "total": int(train.lengths.sum()),
+        "trained": int(corpus.trained[train.examples].sum()),
+        "end_of_turn": int(corpus.ends[train.examples].sum(dtype=np.int64)),
+        "longest_row": int(train.lengths.max()),
+        "examples": len(train),
+    }
+    ledger.sha256 = {"train": train.fingerprint(), "validation": prepared.validation.fingerprint()}
+    sizes = Batches(train, train.lengths, 1, 1, seed, data.max_length).sizes
+    ledger.pack = {
+        "used": data.packing,
+        "packs": len(sizes),
+        "efficiency": round(float(sizes.sum() / (len(sizes) * data.max_length)), 5),
+        "lengths_by_128": len(np.unique(-(-sizes // 128))),
+    }
+
+
+def _with_turns(given: _Input, part: Part, data: Data, limit: int | None) -> list[HeldOut]:
+    rows = part.rows[:limit]
+    turns = dict(take_again(given.sources, given.formats, given.setting, data, _keys(given.corpus, rows)))
+    firsts = np.searchsorted(given.corpus.row_of, rows)
+    keys = zip(given.corpus.rows["source"][rows].tolist(), given.corpus.rows["number"][rows].tolist())
+    return [HeldOut(given.corpus[at], turns[key]) for at, key in zip(firsts, keys, strict=True)]
+
+
+def _keys(corpus: Corpus, rows: Any) -> set[tuple[int, int]]:
+    return set(zip(corpus.rows["source"][rows].tolist(), corpus.rows["number"][rows].tolist()))
+
+
+def _workers(sources: Sequence[Source]) -> int:
+    """Processes for the data's size; one where several would take longer to start than to work."""
+    sizes = [os.path.getsize(s.location) * (4 if s.compression else 1) for s in sources if os.path.isfile(s.location)]
+    if len(sizes) == len(sources) and sum(sizes) < SMALL:
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_WORKERS, cores)
+
+
+def _fingerprint(sources: Sequence[Source], formats: Sequence[str], data: Data, renderer: Renderer, seed: int) -> str:
+    """Of everything that decides the tokens."""
+    tokenizer = renderer.tokenizer
+    facts = {
+        "layout": LAYOUT,
+        "sources": [(source.name, source.fingerprint()) for source in sources],
+        "formats": list(formats),
+        "settings": {name: getattr(data, name) for name in MATTER},
+        "seed": seed if data.sample is not None else None,
+        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "template": renderer.template,
+        "today": date.today().isoformat() if "strftime" in (renderer.template or "") else None,
+        "libraries": [metadata.version(name) for name in ("tokenizers", "transformers", "veneer")],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]

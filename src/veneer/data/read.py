@@ -1,105 +1,457 @@
-"""Reads rows from a JSON array or from JSON Lines, each with the place it came from.
+"""Reads the rows of a source in blocks, each row with the place it came from, in memory that no file can exceed.
 
-Which of the two a file is follows from its first character, not from its name. What is wrong with a row is told
-with file and line; several bad rows are told at once. Rows are held in memory: data larger than that, and other
-file formats, are not read here.
+A row that cannot be read stays in its place as `Unreadable`, so that the ledger can count it. What cannot be resumed
+after a fault (a JSON array, a quote never closed, a damaged archive) is a UserError that tells file and line.
+
+JSON lines come as bytes, not parsed: parsing is what costs, and `parse` runs in worker processes. All other kinds come
+as dicts. CSV is read strictly: a quote in the wrong place makes its record unreadable where the csv module's default
+would change the value in silence. Every CSV value is a str. Line ends of texts become `\\n`. In Parquet, Arrow and hub
+rows, keys whose value is null are left out at every depth, since Arrow fills keys that a row never had with null; a
+row without a key and one with null there cannot be told apart.
+
+Not done here: recognising what a row means, joining files, shuffling.
 """
 
+import codecs
+import csv
+import io
 import json
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from veneer.config import UserError
+from veneer.data.source import Source, chunks, open_dataset, open_plain, told
 
-SHOWN = 5  # bad rows told at once
+ROWS = 1000  # of a block, at most
+BYTES = 4 << 20  # of a block, about; a single row may be larger
+CHUNK = 1 << 20  # bytes read at once
+FIELD = 1 << 28  # characters of a CSV field; beyond that a quote was left open
+BLANK = re.compile(r"[ \t\r\n]*")
+SCAN = json.JSONDecoder().raw_decode
+NUL = "holds NUL bytes: the file is damaged, or not UTF-8 text"
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Stands in place of a row that cannot be read."""
+
+    reason: str
+
+
+Row = bytes | dict[str, Any] | Unreadable
+Item = tuple[int, Row, int]  # number, row, its size in bytes or characters
+Piece = tuple[list[int], list[Row]]  # numbers and rows of a block
 
 
 @dataclass(frozen=True)
-class Row:
-    """One record and where it stands (`tickets.jsonl:12`, or `tickets.json[12]`, counted from 1)."""
+class Block:
+    """Some rows of one source that follow each other.
 
-    value: dict[str, Any]
-    place: str
+    `numbers` count from 1: lines of a text (of its record's first line) if `by_line`, else rows. A row of bytes is a
+    line of JSON for `parse`.
+    """
+
+    name: str
+    by_line: bool
+    numbers: list[int]
+    rows: list[Row]
+
+    def place(self, at: int) -> str:
+        """Where row `at` of this block stands: `tickets.jsonl:12`, or `tickets.json[12]`."""
+        number = self.numbers[at]
+        return f"{self.name}:{number}" if self.by_line else f"{self.name}[{number}]"
 
 
-def read_rows(path: str, setting: str, limit: int | None = None) -> list[Row]:
-    """All rows of a file, or its first `limit`.
+def read_blocks(source: Source, setting: str, text_by: str = "line") -> Iterator[Block]:
+    """The rows of a source, in order, at most 1000 of them and about 4 MiB at a time.
 
     Args:
-        path: The file.
+        source: From `find_sources`.
         setting: The setting that named it, for messages (`data.train`).
+        text_by: What is a row of a text: a `line` that is not blank, a `paragraph` between blank lines, or the `file`.
 
     Raises:
-        UserError: The file is missing, a folder, not text, empty, or a row is not a JSON object.
+        UserError: The source holds no rows, is damaged, or cannot be read. Blocks may have been given before.
     """
-    text = _text(Path(path).expanduser(), f"{setting} = {path}", setting)
-    name = Path(path).name
-    if text.lstrip()[:1] == "[":
-        values = [(f"{name}[{n}]", value) for n, value in enumerate(_array(text, name), 1)]
-        bad: list[str] = []
-    else:
-        values, bad = _lines(text, name)
-    rows = []
-    for place, value in values:
-        if isinstance(value, dict):
-            rows.append(Row(value, place))
-        else:
-            bad.append(f"{place}: a row must be a JSON object, this is {_kind(value)}")
-    raise_bad_rows(bad, "mend these rows or take them out")
-    if not rows:
-        raise UserError(f"{setting} = {path}: the file holds no rows", f"name a file with rows in {setting}")
-    return rows[:limit]
+    by_line = source.kind in ("json lines", "csv", "tsv", "text")
+    empty = True
+    with told(source.location, setting):
+        for numbers, rows in _pieces(source, setting, text_by):
+            empty = False
+            yield Block(source.name, by_line, numbers, rows)
+    if empty:
+        raise UserError(f"{setting} = {source.location}: the file holds no rows", f"name a file with rows in {setting}")
 
 
-def raise_bad_rows(bad: list[str], fix: str) -> None:
-    """Raise one UserError for all bad rows, if there are any."""
-    if bad:
-        more = f"\n  ... and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-        count = "1 bad row" if len(bad) == 1 else f"{len(bad)} bad rows"
-        raise UserError(f"{count} in the data\n  " + "\n  ".join(bad[:SHOWN]) + more, fix)
-
-
-def _text(path: Path, what: str, setting: str) -> str:
+def parse(row: Row) -> dict[str, Any] | Unreadable:
+    """The object that a line of JSON holds; other rows pass as they are."""
+    if not isinstance(row, bytes):
+        return row
+    if b"\0" in row:
+        return Unreadable(NUL)
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(
-            f"{what}: no such file (looked in {Path.cwd()})", f"name an existing file in {setting}"
-        ) from None
-    except IsADirectoryError:
-        raise UserError(f"{what}: is a folder", f"name a JSON or JSONL file in {setting}") from None
+        text = row.decode()
+        return _object(json.loads(text))
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise UserError(f"{what}: line {line} is not UTF-8 text", "save the file as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{what}: cannot be read ({error.strerror})", f"name a readable file in {setting}") from None
-
-
-def _array(text: str, name: str) -> list[Any]:
-    try:
-        values: list[Any] = json.loads(text)
+        return Unreadable(_not_utf8(error))
     except json.JSONDecodeError as error:
-        raise UserError(f"{name}:{error.lineno}: broken JSON: {error.msg}", "mend the file") from None
+        return Unreadable(f"broken JSON: {error.msg} at column {error.colno}: {text.strip()[:60]}")
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{name}: JSON that cannot be read: {error}", "mend the file") from None
-    return values
+        return Unreadable(f"JSON that cannot be read: {error}")
 
 
-def _lines(text: str, name: str) -> tuple[list[tuple[str, Any]], list[str]]:
-    values, bad = [], []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            values.append((f"{name}:{number}", json.loads(line)))
-        except json.JSONDecodeError as error:
-            bad.append(f"{name}:{number}: broken JSON: {error.msg} at column {error.colno}: {line.strip()[:60]}")
-        except (ValueError, RecursionError) as error:
-            bad.append(f"{name}:{number}: JSON that cannot be read: {error}")
-    return values, bad
-
-
-def _kind(value: Any) -> str:
+def _object(value: Any) -> dict[str, Any] | Unreadable:
+    if isinstance(value, dict):
+        return value
     kinds = {list: "an array", str: "a string", int: "a number", float: "a number", bool: "a boolean"}
-    return kinds.get(type(value), "null")
+    return Unreadable(f"a row must be a JSON object, this is {kinds.get(type(value), 'null')}")
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"is not UTF-8 text: byte {error.object[error.start]:#04x} at byte {error.start + 1}"
+
+
+def _pieces(source: Source, setting: str, text_by: str) -> Iterator[Piece]:
+    if source.kind in ("parquet", "arrow", "arrow folder", "hub dataset"):
+        yield from _table_pieces(source, setting)
+        return
+    with open_plain(source.location, source.compression) as stream:
+        if source.kind == "json lines":
+            yield from _json_lines(stream)
+        elif source.kind == "json array":
+            yield from _grouped(_json_array(stream, source.name, setting))
+        elif source.kind == "text":
+            yield from _grouped(_texts(stream, text_by))
+        else:
+            yield from _grouped(_csv(stream, source, setting))
+
+
+def _grouped(items: Iterable[Item]) -> Iterator[Piece]:
+    numbers: list[int] = []
+    rows: list[Row] = []
+    size = 0
+    for number, row, row_size in items:
+        if rows and (len(rows) == ROWS or size + row_size > BYTES):
+            yield numbers, rows
+            numbers, rows, size = [], [], 0
+        numbers.append(number)
+        rows.append(row)
+        size += row_size
+    if rows:
+        yield numbers, rows
+
+
+def _line_batches(stream: BinaryIO) -> Iterator[tuple[int, list[bytes]]]:
+    """Lines without their `\\n`, with the number of the first; below 4 CHUNKs together, or one line alone."""
+    number = 1
+    begun: list[bytes] = []  # a line of which the end is not read yet
+    for chunk in chunks(stream, CHUNK):
+        lines = chunk.split(b"\n")
+        begun.append(lines[0])
+        if len(lines) > 1:
+            lines[0] = b"".join(begun)
+            begun = [lines.pop()]
+            if len(lines[0]) > CHUNK:
+                yield number, lines[:1]
+                number += 1
+                del lines[0]
+            yield number, lines
+            number += len(lines)
+    if last := b"".join(begun):
+        yield number, [last]
+
+
+def _json_lines(stream: BinaryIO) -> Iterator[Piece]:
+    for first, batch in _line_batches(stream):
+        for at in range(0, len(batch), ROWS):
+            lines = batch[at : at + ROWS]
+            numbers = range(first + at, first + at + len(lines))
+            rows: list[Row] = [line for line in lines if line and not line.isspace()]
+            if len(rows) == len(lines):
+                yield list(numbers), rows
+            elif rows:
+                yield [number for number, line in zip(numbers, lines) if line and not line.isspace()], rows
+
+
+class _Text:
+    """The text of a JSON file from where it is read on; what lies behind is dropped."""
+
+    def __init__(self, stream: BinaryIO, name: str, setting: str) -> None:
+        self.stream, self.name, self.setting = stream, name, setting
+        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self.text, self.at, self.ended = "", 0, False
+        self.lines = 1  # the line on which `text` begins
+
+    def more(self) -> None:
+        """Read on: as much again as is held, so that the retries on a large row stay linear in its size."""
+        self.lines += self.text.count("\n", 0, self.at)
+        self.text, self.at = self.text[self.at :], 0
+        chunk = self.stream.read(max(CHUNK, len(self.text)))
+        self.ended = not chunk
+        try:
+            self.text += self.decoder.decode(chunk, final=self.ended)
+        except UnicodeDecodeError as error:
+            self.lines += error.object.count(b"\n", 0, error.start)
+            raise self.broken(len(self.text), "not UTF-8 text", "save the file as UTF-8") from None
+
+    def mark(self) -> str:
+        """The next character that is not blank, without taking it; empty at the end of the file."""
+        while True:
+            blank = BLANK.match(self.text, self.at)
+            assert blank, "matches anything"
+            self.at = blank.end()
+            if self.at < len(self.text) or self.ended:
+                return self.text[self.at : self.at + 1]
+            self.more()
+
+    def value(self) -> tuple[Any, int]:
+        """The JSON value that begins here, taken, and its length."""
+        while True:
+            try:
+                value, end = SCAN(self.text, self.at)
+                # `1.` may go on as `1.5e+3`: so near to what is not read yet, a number may not be whole.
+                if self.ended or end + 8 < len(self.text):
+                    size, self.at = end - self.at, end
+                    return value, size
+            except json.JSONDecodeError as error:
+                # Of a value that is cut off, an open string is told where it begins, all else close to the cut.
+                is_cut = error.msg.startswith("Unterminated string") or error.pos + 64 > len(self.text)
+                if self.ended or not is_cut:
+                    raise self.broken(error.pos, f"broken JSON: {error.msg}") from None
+            except (ValueError, RecursionError) as error:
+                raise self.broken(self.at, f"JSON that cannot be read: {error}") from None
+            self.more()
+
+    def broken(self, at: int, why: str, fix: str = "mend the file") -> UserError:
+        line = self.lines + self.text.count("\n", 0, at)
+        return UserError(f"{self.name}:{line}: {why}", f"{fix}, or name another in {self.setting}")
+
+
+def _json_array(stream: BinaryIO, name: str, setting: str) -> Iterator[Item]:
+    text = _Text(stream, name, setting)
+    number, mark = 0, text.mark()
+    assert mark == "[", "find_sources calls a file an array by its first character"
+    text.at += 1
+    if text.mark() == "]":
+        mark = "]"
+        text.at += 1
+    while mark != "]":
+        if not text.mark():
+            raise text.broken(text.at, "broken JSON: the array is not closed")
+        value, size = text.value()
+        number += 1
+        yield number, _object(value), size
+        mark = text.mark()
+        if mark not in (",", "]"):
+            why = "expecting ',' or ']' after a row" if mark else "the array is not closed"
+            raise text.broken(text.at, f"broken JSON: {why}")
+        text.at += 1
+    if text.mark():
+        raise text.broken(text.at, "broken JSON: more text after the end of the array")
+
+
+def _csv(stream: BinaryIO, source: Source, setting: str) -> Iterator[Item]:
+    header: list[str] | None = None
+    for first, last, record in _records(stream, source, setting):
+        if header is None:
+            header = _header(record, f"{source.name}:{first}", setting)
+            continue
+        row: Row
+        if isinstance(record, Unreadable):
+            row = record
+        elif len(record) == len(header):
+            row = dict(zip(header, record))
+        else:
+            row = Unreadable(f"{len(record)} fields where the header has {len(header)}")
+        if isinstance(row, Unreadable) and last > first:
+            # It may have swallowed rows that were whole: the user must see how far it goes.
+            row = Unreadable(f"{row.reason} (the record goes from line {first} to {last})")
+        yield first, row, 0 if isinstance(record, Unreadable) else sum(map(len, record))
+
+
+def _header(record: list[str] | Unreadable, place: str, setting: str) -> list[str]:
+    fix = f"the first line must name the columns; mend the file that {setting} names"
+    if isinstance(record, Unreadable):
+        raise UserError(f"{place}: the header {record.reason}", fix)
+    if "" in record:
+        raise UserError(f"{place}: column {record.index('') + 1} of {len(record)} has no name", fix)
+    if twins := sorted({name for name in record if record.count(name) > 1}):
+        raise UserError(f"{place}: several columns are named {', '.join(twins)}", fix)
+    return record
+
+
+def _records(stream: BinaryIO, source: Source, setting: str) -> Iterator[tuple[int, int, list[str] | Unreadable]]:
+    """First line, last line and fields of each record that is not blank."""
+    damage: list[str] = []  # found in the lines of the record that is being read
+    ended = False
+
+    def lines() -> Iterator[str]:
+        nonlocal ended
+        buffered = io.BufferedReader(stream, CHUNK)  # type: ignore[type-var]
+        with io.TextIOWrapper(buffered, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+            for line in text:
+                if "\0" in line:
+                    damage.append(NUL)
+                elif not line.isascii() and (why := _undecoded(line)):
+                    damage.append(why)
+                yield line
+        ended = True
+
+    reader = csv.reader(lines(), dialect="excel-tab" if source.kind == "tsv" else "excel", strict=True)
+    while True:
+        damage.clear()
+        first = reader.line_num + 1
+        try:
+            record = _next_record(reader)
+        except csv.Error as error:
+            if ended or "field limit" in str(error):
+                raise UserError(
+                    f"{source.name}:{first}: a quote that opens in this record is never closed",
+                    f"double the quotes within quoted fields of the file that {setting} names",
+                ) from None
+            damage.append(f"has a quote in the wrong place: {error}; quotes within quoted fields must be doubled")
+            record = []
+        if record is None:
+            return
+        if record or damage:
+            yield first, reader.line_num, Unreadable(damage[0]) if damage else record
+
+
+def _next_record(reader: Iterator[list[str]]) -> list[str] | None:
+    # The limit is global state of the csv module; one row may be larger than its 128 KiB.
+    before = csv.field_size_limit(FIELD)
+    try:
+        return next(reader, None)
+    finally:
+        csv.field_size_limit(before)
+
+
+def _undecoded(line: str) -> str:
+    """Why a line that was decoded with surrogateescape is not UTF-8, or nothing."""
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:
+        return f"is not UTF-8 text: byte {ord(line[error.start]) - 0xDC00:#04x} at column {error.start + 1}"
+    return ""
+
+
+def _texts(stream: BinaryIO, text_by: str) -> Iterator[Item]:
+    first, held = 1, list[bytes]()
+    for number, batch in _line_batches(stream):
+        for at, line in enumerate(batch, number):
+            line = line.removesuffix(b"\r")
+            if text_by == "line":
+                if line.strip():
+                    yield at, _text(line), len(line)
+            elif line.strip() or text_by == "file":
+                first = first if held else at
+                held.append(line)
+            elif held:
+                yield first, *_joined(held)
+                held = []
+    if any(line.strip() for line in held):
+        yield first, *_joined(held)
+
+
+def _joined(lines: list[bytes]) -> tuple[Row, int]:
+    joined = b"\n".join(lines)
+    return _text(joined), len(joined)
+
+
+def _text(line: bytes) -> Row:
+    if b"\0" in line:
+        return Unreadable(NUL)
+    try:
+        return {"text": line.decode()}
+    except UnicodeDecodeError as error:
+        return Unreadable(_not_utf8(error))
+
+
+def _table_pieces(source: Source, setting: str) -> Iterator[Piece]:
+    import pyarrow as pa
+
+    at = 1
+    try:
+        for batch in _batches(source, setting):
+            names = batch.schema.names
+            if twins := sorted({name for name in names if names.count(name) > 1}):
+                what = f"{setting} = {source.location}: several columns are named {', '.join(twins)}"
+                raise UserError(what, f"rename them, or name another file in {setting}")
+            batch.validate()
+            for part in _parts(batch):
+                rows = _python(part)
+                yield list(range(at, at + len(rows))), rows
+                at += len(rows)
+    except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter of a damaged schema
+        what = f"{setting} = {source.location}: damaged {source.kind} after row {at - 1} ({error})"
+        raise UserError(what, f"write it again, or name another in {setting}") from error
+
+
+def _batches(source: Source, setting: str) -> Iterator[Any]:
+    """Record batches of whatever size the source is cut into."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if source.kind == "parquet":
+        # Unless both are said, a whole row group, which may be the whole file, is held in memory.
+        small = {"pre_buffer": False, "buffer_size": CHUNK}
+        with pq.ParquetFile(source.location, page_checksum_verification=True, **small) as file:
+            yield from file.iter_batches(batch_size=ROWS)
+    elif source.kind == "arrow":
+        with pa.memory_map(source.location) as mapped:
+            is_file = mapped.read(6) == b"ARROW1"
+            mapped.seek(0)
+            if is_file:
+                reader = pa.ipc.open_file(mapped)
+                yield from (reader.get_batch(n) for n in range(reader.num_record_batches))
+            else:
+                yield from pa.ipc.open_stream(mapped)
+    else:
+        # As Arrow, so that images and audio are not decoded.
+        for table in open_dataset(source, setting).with_format("arrow").iter(batch_size=ROWS):
+            yield from table.to_batches()
+
+
+def _parts(batch: Any) -> Iterator[Any]:
+    """A batch in slices that fit a block."""
+    if batch.num_rows > ROWS:
+        for at in range(0, batch.num_rows, ROWS):
+            yield from _parts(batch.slice(at, ROWS))
+    elif batch.num_rows > 1 and _size(batch) > BYTES:
+        half = batch.num_rows // 2
+        yield from _parts(batch.slice(0, half))
+        yield from _parts(batch.slice(half))
+    elif batch.num_rows:
+        yield batch
+
+
+def _size(batch: Any) -> float:
+    """Bytes of a slice. It counts the whole of its dictionary, so of that the mean value is counted."""
+    import pyarrow as pa
+
+    size = 0.0
+    for column in batch.columns:
+        if pa.types.is_dictionary(column.type):
+            size += column.dictionary.nbytes / max(1, len(column.dictionary)) * len(column)
+        else:
+            size += column.nbytes
+    return size
+
+
+def _python(batch: Any) -> list[Row]:
+    """Rows of a slice. Unchecked offsets would crash the process: a slice that is not sound is read row by row."""
+    try:
+        batch.validate(full=True)
+        return [_without_nulls(row) for row in batch.to_pylist(maps_as_pydicts="strict")]
+    except (ValueError, LookupError, OverflowError) as error:
+        if batch.num_rows == 1:
+            return [Unreadable(f"cannot be read: {str(error).splitlines()[0]}")]
+        return [row for at in range(batch.num_rows) for row in _python(batch.slice(at, 1))]
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

@@ -1,159 +1,289 @@
 """Recognises the shape of the rows and turns each into a conversation.
 
-| format            | fields                                  | becomes                                            |
-|-------------------|-----------------------------------------|----------------------------------------------------|
-| messages          | messages: [{role, content}, ...]        | itself                                             |
-| alpaca            | instruction, output, optionally input   | user: instruction, blank line, input; assistant    |
-| prompt-completion | prompt, completion                      | user, assistant; or plain text where no template is |
+| format            | fields                                      | becomes                                          |
+|-------------------|---------------------------------------------|--------------------------------------------------|
+| messages          | messages: [{role, content}, ...], tools     | itself                                           |
+| sharegpt          | conversations: [{from, value}, ...], tools  | the same turns; function_call is an answer       |
+| alpaca            | instruction, input, output, history         | user: instruction, blank line, input; assistant  |
+| prompt-completion | prompt, completion                          | user, assistant; plain text without a template   |
+| question-answer   | question, answer                            | user, assistant                                  |
+| guanaco           | text: "### Human: ... ### Assistant: ..."   | the turns                                        |
+| text              | text                                        | a document, learnt as a whole                    |
+| preference        | chosen, rejected, prompt or conversations   | two conversations that part at the last answer   |
+| rated             | completion, label, prompt                   | user, assistant, and whether it is good          |
+| chosen            | those of preference (never recognised)      | the chosen side alone, to be learnt              |
 
-A new format is a new entry in FORMATS: the fields that mark it, and a function from row to conversation.
+Fields with other names are mapped by `data.columns`. A format is recognised by the fields of the first rows, and by
+what they hold where fields do not tell. Of two formats that fit, one may be the fuller reading of the other (a
+row with chosen, rejected and conversations is a preference, not a conversation); YIELDS has those. Any other two are
+an error that lists both. A new format is a new entry in FORMATS.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from veneer.config import UserError
-from veneer.data.read import Row, raise_bad_rows
+from veneer.config.run import ColumnName
+from veneer.data.conversation import BadRowError, Conversation, Message
+from veneer.data.turns import read_tools, read_turn, read_turns, text_of
 
-ROLES = ("system", "user", "assistant")
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn."""
-
-    role: str
-    content: str
-    trained: bool = True  # of an answer: whether it is learnt, or only read
+Fields = Mapping[str, Any]
+TURNS = ("messages", "conversations", "conversation")  # fields that hold a list of turns
+MARKER = re.compile(r"### (Human|Assistant):")
+TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """The turns of one row. `place` is where it stands in its file."""
+class Format:
+    """A shape of rows: the fields that mark it, whether a row has it, and what it becomes."""
 
-    messages: tuple[Message, ...]
-    place: str
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing to learn: no answer, or a blank one."""
-        answers = [m.content for m in self.messages if m.role == "assistant" and m.trained]
-        return not answers or not all(answer.strip() for answer in answers)
-
-    def prompt(self) -> tuple[Message, ...]:
-        """The turns before the last answer."""
-        return self.messages[: self._last_answer()]
-
-    def reference(self) -> str:
-        """The last answer."""
-        return self.messages[self._last_answer()].content
-
-    def _last_answer(self) -> int:
-        return max(n for n, message in enumerate(self.messages) if message.role == "assistant")
+    fields: str
+    fits: Callable[[Fields], bool]
+    convert: Callable[[Fields], Conversation]
 
 
-def recognise(rows: list[Row], wanted: str = "auto") -> tuple[str, str]:
-    """The format of the rows and the reason, from the fields of the first row.
+def recognise(rows: Sequence[Fields], wanted: str, columns: Mapping[ColumnName, str], place: str) -> tuple[str, str]:
+    """The format of the rows, and the reason.
+
+    Args:
+        rows: The first rows of a file.
+        wanted: `data.format`.
+        columns: `data.columns`: our name of a field to the file's.
+        place: Of the first row, for messages.
 
     Raises:
-        UserError: No format, or more than one, fits.
+        UserError: No format fits, or more than one.
     """
     if wanted != "auto":
         return wanted, "set by data.format"
-    fields = rows[0].value
-    fits = [name for name, (marks, _) in FORMATS.items() if all(mark in fields for mark in marks)]
-    if len(fits) == 1:
-        return fits[0], "the fields are " + ", ".join(f"`{mark}`" for mark in FORMATS[fits[0]][0])
-    known = "; ".join(f"{name} ({', '.join(marks)})" for name, (marks, _) in FORMATS.items())
-    found = ", ".join(f"`{field}`" for field in fields) or "none"
+    named = [_named(row, columns) for row in rows]
+    fits = {name for name, known in FORMATS.items() if known.fits(named[0])}
+    if "guanaco" in fits and not all(FORMATS["guanaco"].fits(row) for row in named):
+        raise _ambiguous(place, named[0], ["guanaco", "text"])
+    fits -= {weaker for stronger in fits for weaker in YIELDS.get(stronger, ())}
+    if len(fits) > 1:
+        raise _ambiguous(place, named[0], [name for name in FORMATS if name in fits])
     if fits:
-        raise UserError(
-            f"{rows[0].place}: the fields {found} fit {len(fits)} formats: {', '.join(fits)}",
-            f"set data.format to one of {', '.join(fits)}",
-        )
-    raise UserError(f"{rows[0].place}: the fields {found} fit no known format", f"known formats: {known}")
+        (name,) = fits
+        return name, f"the fields {FORMATS[name].fields}" + (" by data.columns" if columns else "")
+    known = "; ".join(f"{name} ({known.fields})" for name, known in FORMATS.items() if name != "chosen")
+    hint = "" if len(rows[0]) > 1 else "; is a header line missing?"
+    raise UserError(
+        f"{place}: the fields {_names(rows[0])} fit no known format{hint}",
+        f"name the columns, as in data.columns={{prompt: ..., completion: ...}}; known formats: {known}",
+    )
 
 
-def to_conversations(rows: list[Row], name: str) -> list[Conversation]:
-    """Every row as a conversation.
+def to_conversation(row: Fields, name: str, columns: Mapping[ColumnName, str]) -> Conversation:
+    """A row as a conversation.
 
     Raises:
-        UserError: Rows with missing or wrong fields, several at once.
+        BadRowError: Fields are missing or hold what they should not.
     """
-    marks, convert = FORMATS[name]
-    conversations, bad = [], []
-    for row in rows:
-        missing = [mark for mark in marks if mark not in row.value]
-        if missing:
-            names = ", ".join(f"`{mark}`" for mark in missing)
-            bad.append(f"{row.place}: missing {names} (fields here: {', '.join(row.value) or 'none'})")
-            continue
-        try:
-            conversations.append(Conversation(convert(row.value), row.place))
-        except _BadRowError as error:
-            bad.append(f"{row.place}: {error}")
-    fields = ", ".join(f"`{mark}`" for mark in marks)
-    raise_bad_rows(bad, f"every row of the format {name} needs {fields}; mend the rows or set data.format")
-    return conversations
-
-
-class _BadRowError(Exception):
-    pass
-
-
-def _alpaca(row: dict[str, Any]) -> tuple[Message, ...]:
-    instruction, given, output = _text(row, "instruction"), _text(row, "input", True), _text(row, "output", True)
-    question = f"{instruction}\n\n{given}" if given else instruction
-    return Message("user", question), Message("assistant", output)
-
-
-def _prompt_completion(row: dict[str, Any]) -> tuple[Message, ...]:
-    if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
-        given = tuple(replace(turn, trained=False) for turn in _turns(row["prompt"]))
-        return given + _require_answer(_turns(row["completion"]))
-    return Message("user", _text(row, "prompt")), Message("assistant", _text(row, "completion", True))
-
-
-def _messages(row: dict[str, Any]) -> tuple[Message, ...]:
-    if not isinstance(row["messages"], list):
-        raise _BadRowError("`messages` must be a list of turns")
-    return _require_answer(_turns(row["messages"]))
-
-
-def _turns(turns: list[Any]) -> tuple[Message, ...]:
-    messages = []
-    for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, dict) or not {"role", "content"} <= set(turn):
-            raise _BadRowError(f"turn {number} needs `role` and `content`")
-        if turn["role"] not in ROLES:
-            raise _BadRowError(f"turn {number} has the role {turn['role']!r}; known roles: {', '.join(ROLES)}")
-        messages.append(Message(turn["role"], _text(turn, "content", turn["role"] == "assistant")))
-    return tuple(messages)
-
-
-def _require_answer(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    if not any(message.role == "assistant" for message in messages):
-        raise _BadRowError("no turn of the role assistant: nothing to learn")
-    return messages
-
-
-def _text(row: dict[str, Any], key: str, may_be_null: bool = False) -> str:
-    """A field's text. A null answer is an empty one, which is counted; a null question is a mistake."""
-    value = row.get(key)
-    if value is None and may_be_null:
-        return ""
-    if not isinstance(value, str):
-        raise _BadRowError(f"`{key}` must be text, this is {'null' if value is None else type(value).__name__}")
+    if columns:
+        if missing := [theirs for theirs in columns.values() if theirs not in row]:
+            raise BadRowError(f"no column {_names(missing)} (fields here: {_names(row)})")
+        row = _named(row, columns)
+    known = FORMATS[name]
     try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise _BadRowError(f"`{key}` holds half a character (a lone surrogate, as of a cut emoji)") from None
-    return value
+        conversation = known.convert(row)
+    except KeyError as error:
+        raise BadRowError(
+            f"missing `{error.args[0]}`; {name} needs {known.fields} (fields here: {_names(row)})"
+        ) from None
+    sides = [conversation.messages] + ([conversation.rejected] if conversation.rejected else [])
+    for side in sides:
+        _check(side)
+    return conversation
 
 
-FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], tuple[Message, ...]]]] = {
-    "messages": (("messages",), _messages),
-    "alpaca": (("instruction", "output"), _alpaca),
-    "prompt-completion": (("prompt", "completion"), _prompt_completion),
+def _named(row: Fields, columns: Mapping[ColumnName, str]) -> Fields:
+    """The row under our names."""
+    return {ours: row.get(theirs) for ours, theirs in columns.items()} if columns else row
+
+
+def _check(messages: tuple[Message, ...]) -> None:
+    if not messages:
+        raise BadRowError("a conversation without turns")
+    if messages[0].role == "document":
+        return
+    if not any(message.role == "assistant" for message in messages):
+        raise BadRowError("no turn of the assistant: nothing to learn")
+    for number, (turn, following) in enumerate(pairwise(messages), 1):
+        if turn.role == following.role == "assistant":
+            raise BadRowError(f"turns {number} and {number + 1} are both the assistant's")
+
+
+def _pair(prompt: str, completion: str) -> Callable[[Fields], Conversation]:
+    """The reader of rows with one question and one answer, by the names of their fields."""
+
+    def convert(row: Fields) -> Conversation:
+        given, answer = row[prompt], row[completion]
+        if isinstance(given, list):
+            before = tuple(replace(turn, weight=0.0) for turn in read_turns(given))
+            answers = read_turns(answer) if isinstance(answer, list) else (_answer(row, completion),)
+            if not any(turn.role == "assistant" for turn in answers):
+                raise BadRowError(f"no turn of the assistant in `{completion}`: nothing to learn")
+            return Conversation(_system(row) + before + answers, tools=read_tools(row.get("tools")))
+        return Conversation((*_system(row), Message("user", text_of(row, prompt)), _answer(row, completion)))
+
+    return convert
+
+
+def _answer(row: Fields, field: str) -> Message:
+    return Message("assistant", text_of(row, field, may_be_null=True))
+
+
+def _system(row: Fields) -> tuple[Message, ...]:
+    return (Message("system", text_of(row, "system")),) if row.get("system") else ()
+
+
+def _alpaca(row: Fields) -> Conversation:
+    messages = list(_system(row))
+    for turn in row.get("history") or ():
+        if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise BadRowError("`history` must be a list of [question, answer]")
+        messages += [Message("user", turn[0]), Message("assistant", turn[1])]
+    instruction, given = text_of(row, "instruction"), text_of(row, "input", may_be_null=True)
+    messages.append(Message("user", f"{instruction}\n\n{given}" if given else instruction))
+    return Conversation((*messages, _answer(row, "output")))
+
+
+def _turns(row: Fields) -> Conversation:
+    field = next((name for name in TURNS if name in row), "messages")
+    if not isinstance(row[field], list):
+        raise BadRowError(f"`{field}` must be a list of turns")
+    messages = read_turns(row[field])
+    if messages and messages[0].role == "system":
+        return Conversation(messages, tools=read_tools(row.get("tools")))
+    return Conversation(_system(row) + messages, tools=read_tools(row.get("tools")))
+
+
+def _guanaco(row: Fields) -> Conversation:
+    return Conversation(_marked(text_of(row, "text"), MARKER))
+
+
+def _marked(text: str, marker: re.Pattern[str]) -> tuple[Message, ...]:
+    """The turns of a text in which a marker with the speaker's name stands before each."""
+    before, *parts = marker.split(text)
+    if before.strip():
+        raise BadRowError(f"the text begins before the first marker: {before.strip()[:40]!r}")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return tuple(Message(roles[who], said.strip()) for who, said in zip(parts[::2], parts[1::2]))
+
+
+def _text(row: Fields) -> Conversation:
+    return Conversation((Message("document", text_of(row, "text")),))
+
+
+def _preference(row: Fields) -> Conversation:
+    chosen, rejected = _side(row, "chosen"), _side(row, "rejected")
+    prompt = _prompt(row)
+    if not prompt or (chosen and chosen[0].role in ("system", "user")):
+        # Both sides are whole conversations: the prompt is what they begin with alike.
+        shared = 0
+        while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+            shared += 1
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    if chosen == rejected:
+        raise BadRowError("`chosen` and `rejected` are the same")
+    if not prompt:
+        raise BadRowError("no prompt: neither a field `prompt` nor a common beginning of `chosen` and `rejected`")
+    before = _system(row) + tuple(replace(turn, weight=0.0) for turn in prompt)
+    return Conversation(before + chosen, tools=read_tools(row.get("tools")), rejected=before + rejected)
+
+
+def _side(row: Fields, field: str) -> tuple[Message, ...]:
+    value = row[field]
+    if isinstance(value, list):
+        return read_turns(value)
+    if isinstance(value, dict):
+        return (read_turn(value, 1),)
+    text = text_of(row, field)
+    return _marked(text, TRANSCRIPT) if TRANSCRIPT.match(text) else (Message("assistant", text),)
+
+
+def _prompt(row: Fields) -> tuple[Message, ...]:
+    field = next((name for name in ("prompt", *TURNS) if row.get(name)), None)
+    if field is None:
+        return ()
+    value = row[field]
+    return read_turns(value) if isinstance(value, list) else (Message("user", text_of(row, field)),)
+
+
+def _chosen(row: Fields) -> Conversation:
+    return replace(_preference(row), rejected=())
+
+
+def _rated(row: Fields) -> Conversation:
+    label = row["label"]
+    if label not in (True, False):
+        raise BadRowError(f"`label` must be true or false, this is {label!r}")
+    conversation = _pair("prompt", "completion")(row)
+    return replace(conversation, label=bool(label))
+
+
+def _has(*fields: str) -> Callable[[Fields], bool]:
+    return lambda row: all(field in row for field in fields)
+
+
+def _has_turns(style: str) -> Callable[[Fields], bool]:
+    """Whether a list of turns is there, in the style of `role` or of `from`; its field tells where it is no list."""
+    by_field = {"messages": "role", "conversations": "from", "conversation": "from"}
+
+    def fits(row: Fields) -> bool:
+        field = next((name for name in TURNS if name in row), None)
+        if field is None or (_is_preference(row) and not isinstance(row["chosen"], list)):
+            return False  # beside a single chosen answer they are its prompt
+        first = row[field][0] if isinstance(row[field], list) and row[field] else None
+        known = [key for key in ("role", "from") if isinstance(first, dict) and key in first]
+        return (known[0] if known else by_field[field]) == style
+
+    return fits
+
+
+def _is_preference(row: Fields) -> bool:
+    return "chosen" in row and "rejected" in row
+
+
+def _is_rated(row: Fields) -> bool:
+    return "prompt" in row and "completion" in row and row.get("label") in (True, False) and row["label"] is not None
+
+
+FORMATS: dict[str, Format] = {
+    "messages": Format("`messages` (turns with role and content)", _has_turns("role"), _turns),
+    "sharegpt": Format("`conversations` (turns with from and value)", _has_turns("from"), _turns),
+    "alpaca": Format("`instruction`, `output`", _has("instruction", "output"), _alpaca),
+    "prompt-completion": Format("`prompt`, `completion`", _has("prompt", "completion"), _pair("prompt", "completion")),
+    "question-answer": Format("`question`, `answer`", _has("question", "answer"), _pair("question", "answer")),
+    "guanaco": Format(
+        "`text` (### Human: ... ### Assistant: ...)",
+        lambda row: isinstance(row.get("text"), str) and bool(MARKER.match(row["text"].lstrip())),
+        _guanaco,
+    ),
+    "text": Format("`text`", _has("text"), _text),
+    "preference": Format("`chosen`, `rejected`", _is_preference, _preference),
+    "rated": Format("`prompt`, `completion`, `label`", _is_rated, _rated),
+    "chosen": Format("`chosen`, `rejected`", lambda row: False, _chosen),
 }
+_CHATS = ("messages", "sharegpt", "alpaca", "prompt-completion", "question-answer")
+# Who gives way to whom: a plain text beside a structured reading of the same row is its rendering.
+YIELDS: dict[str, tuple[str, ...]] = {
+    **{name: ("text", "guanaco") for name in (*_CHATS, "preference")},
+    "guanaco": ("text",),
+    "rated": ("prompt-completion", "text", "guanaco"),
+}
+
+
+def _ambiguous(place: str, row: Fields, names: list[str]) -> UserError:
+    return UserError(
+        f"{place}: the fields {_names(row)} fit {len(names)} formats: {', '.join(names)}",
+        f"set data.format to one of {', '.join(names)}",
+    )
+
+
+def _names(fields: Any) -> str:
+    return ", ".join(f"`{field}`" for field in fields) or "none"

@@ -15,14 +15,15 @@ class Engine(Protocol):
     def forward_backward(self, batch: Batch, scale: float) -> torch.Tensor:
         """Add the gradient of `scale` times the batch's summed loss to the adapter's parameters.
 
-        The caller chooses the scale (1 / trained tokens of the whole optimizer step), so that any split of a step
-        into micro-batches gives the same gradient.
+        The caller chooses the scale (1 / summed weights of the whole optimizer step's tokens), so that any split of a
+        step into micro-batches gives the same gradient.
 
         Returns:
-            The summed loss over trained tokens, unscaled; a scalar on the device, float64 where it has that.
+            The summed loss over trained tokens, each times its weight, unscaled; a scalar on the device, float64
+            where it has that.
         """
         ...
 
     def losses(self, batch: Batch) -> torch.Tensor:
-        """Summed loss of each document, shape (documents,), in the same dtype; no gradients, dropout off."""
+        """Summed weighted loss of each document, shape (documents,), in the same dtype; no gradients, dropout off."""
         ...

@@ -34,6 +34,7 @@ class _Rows:
     row_N: torch.Tensor
     column_N: torch.Tensor
     targets_N: torch.Tensor
+    weights_N: torch.Tensor
 
 
 class ReferenceEngine:
@@ -74,6 +75,9 @@ class ReferenceEngine:
         return result
 
     def _token_losses(self, rows: _Rows) -> torch.Tensor:
+        return self._unweighted_losses(rows) * rows.weights_N
+
+    def _unweighted_losses(self, rows: _Rows) -> torch.Tensor:
         if not self.chunked_head:
             logits_BLV = self._base(input_ids=rows.ids_BL, use_cache=False).logits
             logits_NV = logits_BLV[rows.row_N, rows.column_N].float()
@@ -123,10 +127,12 @@ def _pad(batch: Batch, documents: list[int], starts: list[int]) -> _Rows:
     longest = batch.lengths[documents[0]]
     ids_BL = batch.ids_T.new_zeros((len(documents), longest))
     targets_BL = torch.full_like(ids_BL, UNTRAINED)
+    weights_BL = batch.weights_T.new_zeros(ids_BL.shape)
     for row, document in enumerate(documents):
         length = batch.lengths[document]
         place = slice(starts[document], starts[document] + length)
         ids_BL[row, :length] = batch.ids_T[place]
         targets_BL[row, :length] = batch.targets_T[place]
+        weights_BL[row, :length] = batch.weights_T[place]
     row_N, column_N = (targets_BL != UNTRAINED).nonzero(as_tuple=True)
-    return _Rows(documents, ids_BL, row_N, column_N, targets_BL[row_N, column_N])
+    return _Rows(documents, ids_BL, row_N, column_N, targets_BL[row_N, column_N], weights_BL[row_N, column_N])

@@ -38,6 +38,7 @@ class Score:
 
     metrics: dict[str, Interval]
     samples: list[Sample]
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Evaluation:
             name: {"base": self.base.metrics[name].as_dict(), "tuned": self.tuned.metrics[name].as_dict()}
             for name in self.base.metrics
         }
-        return {"metrics": metrics, "rows": len(self.base.samples)}
+        return {"metrics": metrics, "rows": self.base.rows}
 
     def samples(self) -> list[dict[str, Any]]:
         """Lines of `samples.jsonl`."""
@@ -84,29 +85,30 @@ def score(
     settings: Evaluate,
     on_done: Progress = lambda done: None,
 ) -> Score:
-    """Generate an answer to each row and judge it; measure the loss of the references."""
-    prompts = [renderer.prompt_ids(row.conversation.prompt()) for row in held_out]
+    """Generate an answer to each row and judge it; measure the loss of the references. Documents ask nothing."""
+    asked = [row.conversation for row in held_out if not row.conversation.is_document]
+    prompts = [renderer.prompt_ids(conversation.prompt(), conversation.tools) for conversation in asked]
     answers = generate(model, renderer, prompts, settings.max_new_tokens, settings.batch_size, on_done=on_done)
     samples = [
         Sample(
-            place=row.conversation.place,
-            prompt=row.conversation.prompt()[-1].content if row.conversation.prompt() else "",
-            reference=row.conversation.reference(),
+            place=conversation.place,
+            prompt=conversation.prompt()[-1].content if conversation.prompt() else "",
+            reference=conversation.reference(),
             answer=answer,
         )
-        for row, answer in zip(held_out, answers, strict=True)
+        for conversation, answer in zip(asked, answers, strict=True)
     ]
-    losses, tokens = [], []
+    losses: list[float] = []
+    tokens: list[float] = []
     ordered = sorted((row.example for row in held_out), key=lambda example: -len(example.ids))
     for start in range(0, len(ordered), settings.batch_size):
         examples = ordered[start : start + settings.batch_size]
         losses += engine.losses(Batch.of(examples)).tolist()
-        tokens += [example.trained for example in examples]
-    metrics = {
-        "exact_match": proportion(sum(sample.is_right for sample in samples), len(samples)),
-        "perplexity": perplexity(losses, tokens),
-    }
-    return Score(metrics, samples)
+        tokens += [example.weight for example in examples]
+    metrics = {"perplexity": perplexity(losses, tokens)}
+    if samples:
+        metrics = {"exact_match": proportion(sum(sample.is_right for sample in samples), len(samples))} | metrics
+    return Score(metrics, samples, len(held_out))
 
 
 def compare(

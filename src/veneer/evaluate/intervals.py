@@ -30,7 +30,7 @@ def proportion(hits: int, rows: int) -> Interval:
     return Interval(share, max(0.0, middle - half) if hits else 0.0, middle + half if hits < rows else 1.0)
 
 
-def perplexity(losses: Sequence[float], tokens: Sequence[int], resamples: int = 2000) -> Interval:
+def perplexity(losses: Sequence[float], tokens: Sequence[float], resamples: int = 2000) -> Interval:
     """exp(summed loss / tokens) over rows, with a bootstrap interval that resamples rows (seeded).
 
     Rows, not tokens, are resampled, since the tokens of one row are not independent.

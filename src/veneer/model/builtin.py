@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from veneer.config import JobError
-from veneer.model.cache import cached
+from veneer.config.cache import cached
 from veneer.model.gguf import convert
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from tokenizers import pre_tokenizers
 
 from veneer.config import UserError
-from veneer.model.cache import cached
+from veneer.config.cache import cached
 from veneer.model.quiet import quiet
 
 

@@ -1,5 +1,6 @@
-"""Pictures of a run."""
+"""Pictures and pages of data and runs."""
 
+from veneer.report.data_page import data_page
 from veneer.report.plots import plot_loss
 
-__all__ = ["plot_loss"]
+__all__ = ["data_page", "plot_loss"]

@@ -6,19 +6,21 @@ disk; only then is the run's folder begun. The adapter appears whole at the end.
 
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import veneer
 from veneer.config import Run, RunFolder, UserError, load_run
 from veneer.config.folder import whole_folder, write_json, write_text
 from veneer.config.load import to_yaml
-from veneer.data import Batch, Batches, Example, Prepared, Renderer, prepare
+from veneer.data import Batch, Batches, Prepared, Renderer, prepare
+from veneer.data.prepare import Part
 from veneer.engine import ReferenceEngine
 from veneer.model import (
     attach,
@@ -82,8 +84,9 @@ class TrainingJob:
         self.machine = find_machine()
         self.source = locate(run.model)
         self.tokenizer = load_tokenizer(self.source)
-        self.renderer = Renderer(self.tokenizer, run.data.chat_template, run.data.system_prompt)
+        self.renderer = Renderer(self.tokenizer, run.data)
         self.data: Prepared = prepare(run.data, self.renderer, run.train.seed)
+        _require_objective(self.data)
         base = load_model(self.source, run.model, run.quantization, self.machine)
         _require_positions(base.config, self.data)
         self.model = attach(base, run.adapter, run.train.seed, run.train.gradient_checkpointing)
@@ -95,12 +98,13 @@ class TrainingJob:
             engine=self.engine,
             batches=Batches(
                 self.data.train,
+                self.data.train.lengths,
                 train.per_device_train_batch_size,
                 train.gradient_accumulation_steps,
                 train.seed,
                 run.data.max_length if run.data.packing else None,
             ),
-            held_out=batches_of([row.example for row in self.data.validation], run.evaluate.batch_size),
+            held_out=HeldOutBatches(self.data.validation, run.evaluate.batch_size),
             train=train,
             checkpoints=self.folder.checkpoints,
             data_hash=self.data.ledger.sha256["train"],
@@ -165,6 +169,8 @@ class TrainingJob:
         write_json(self.folder.environment, environment() | {"machine": self.machine.as_dict()})
         write_json(self.folder.plan, self.plan())
         write_json(self.folder.ledger, self.data.ledger.as_dict())
+        if self.data.ledger.personal:
+            write_text(self.folder.personal, self.data.personal_file.read_text(encoding="utf-8"))
         write_text(self.folder.run, to_yaml(self.run))
 
     def _find_checkpoint(self) -> Any:
@@ -208,10 +214,26 @@ class TrainingJob:
         return self.parameters["trainable"] * 4 * (1 + 3 * kept) + 16 * 2**20
 
 
-def batches_of(examples: list[Example], size: int) -> list[Batch]:
-    """Examples in batches of like length, for losses whose order does not matter."""
-    ordered = sorted(examples, key=lambda example: -len(example.ids))
-    return [Batch.of(ordered[n : n + size]) for n in range(0, len(ordered), size)]
+class HeldOutBatches(Sequence[Batch]):
+    """Held-out examples in batches of like length, made as they are asked for.
+
+    Args:
+        part: The examples.
+        size: Rows of a batch.
+    """
+
+    def __init__(self, part: Part, size: int) -> None:
+        self._part = part
+        self._size = size
+        self._order = np.argsort(-part.lengths, kind="stable")
+
+    def __len__(self) -> int:
+        return -(-len(self._order) // self._size)
+
+    def __getitem__(self, at: Any) -> Any:
+        if not 0 <= at < len(self):
+            raise IndexError(at)
+        return Batch.of([self._part[int(n)] for n in self._order[at * self._size : (at + 1) * self._size]])
 
 
 def environment() -> dict[str, Any]:
@@ -221,10 +243,24 @@ def environment() -> dict[str, Any]:
     return {"python": platform.python_version(), "platform": platform.platform(), "libraries": versions}
 
 
+def _require_objective(data: Prepared) -> None:
+    """Raises UserError for rows that supervised training cannot learn from as they are."""
+    fixes = {
+        "preference": "set data.format=chosen to learn the chosen answers",
+        "rated": "keep the good rows alone and set data.format=prompt-completion",
+    }
+    for name, known in data.ledger.formats.items():
+        if fix := fixes.get(known["format"]):
+            raise UserError(
+                f"{name}: rows of the format {known['format']} compare answers, and training learns from single ones",
+                fix,
+            )
+
+
 def _require_positions(config: Any, data: Prepared) -> None:
     """Raises UserError for rows longer than the model has positions; it would fail, or be silently wrong, there."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    longest = max(len(example.ids) for example in [*data.train, *(row.example for row in data.validation)])
+    longest = int(max(part.lengths.max() for part in (data.train, data.validation) if len(part)))
     if positions is not None and longest > positions:
         raise UserError(
             f"the longest row has {longest} tokens, the model has positions for {positions}",

@@ -124,10 +124,10 @@ class Loop:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         micro_batches = self._batches.step(number)
-        trained = sum(batch.trained for batch in micro_batches)
-        scale = self._scaler.scale(torch.ones((), device=self._device)).item() / trained
+        weight = sum(batch.weight for batch in micro_batches)
+        scale = self._scaler.scale(torch.ones((), device=self._device)).item() / weight
         total = torch.stack([self._engine.forward_backward(batch, scale) for batch in micro_batches]).sum()
-        loss = total.item() / trained
+        loss = total.item() / weight
         if not math.isfinite(loss):
             raise JobError(
                 f"the loss of step {number + 1} is {loss}\n  fix: lower train.learning_rate, or set model.dtype to "
@@ -153,7 +153,7 @@ class Loop:
             "learning_rate": rate,
             "grad_norm": norm if math.isfinite(norm) else None,
             "tokens": tokens,
-            "trained_tokens": trained,
+            "trained_tokens": sum(batch.trained for batch in micro_batches),
             "seconds": round(seconds, 4),
             "tokens_per_second": round(tokens / seconds, 1),
             "peak_bytes": peak_bytes(self._device),
@@ -164,8 +164,7 @@ class Loop:
             total = sum(self._engine.losses(batch).sum().item() for batch in self._held_out)
         except torch.OutOfMemoryError:
             raise JobError("out of memory in the held-out loss\n  fix: lower evaluate.batch_size") from None
-        tokens = sum(batch.trained for batch in self._held_out)
-        loss = total / tokens
+        loss = total / sum(batch.weight for batch in self._held_out)
         if not math.isfinite(loss):
             raise JobError(f"the held-out loss after step {self.done} is {loss}\n  fix: lower train.learning_rate")
         perplexity = math.exp(loss) if loss < 700 else None
@@ -174,7 +173,7 @@ class Loop:
             "step": self.done,
             "loss": loss,
             "perplexity": perplexity,
-            "trained_tokens": tokens,
+            "trained_tokens": sum(batch.trained for batch in self._held_out),
         }
 
     def _require_gradients(self) -> None:

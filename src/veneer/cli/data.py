@@ -1,0 +1,60 @@
+"""veneer data: what becomes of every row and token, before anything is trained."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def data(
+    name: Annotated[str, typer.Argument(help="A run's YAML file, or data as data.train takes it.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings: data.max_length=1024 ...")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model; needed where no YAML file names it.")] = None,
+    rows: Annotated[int, typer.Option(min=0, help="Rows to show with their tokens.")] = 3,
+    html: Annotated[Path | None, typer.Option(help="Write the same as a page.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON alone on stdout.")] = False,
+) -> None:
+    """Show the ledger of a data set, and rows with trained and masked tokens in different colours.
+
+    Example: `veneer data tickets.jsonl --model smollm2-135m-instruct --html tickets.html`
+    """
+    from veneer.cli import show
+    from veneer.config import UserError
+
+    run = _settings(name, overrides or [], model)
+    out = show.console(as_json)
+    if html is not None and not html.absolute().parent.is_dir():
+        raise UserError(f"--html {html}: the folder does not exist", "name a file in a folder that exists")
+    from veneer import api
+
+    with out.status("reading"):
+        inspected = api.inspect_data(run.model, run.data, run.train.seed, rows)
+    if html is not None:
+        from veneer.config.folder import write_text
+        from veneer.report import data_page
+
+        title = run.data.train if isinstance(run.data.train, str) else ", ".join(run.data.train)
+        write_text(html, data_page(title, run.model.base, inspected.as_dict()))
+    if as_json:
+        show.print_json(inspected.as_dict())
+        return
+    show.show_ledger(out, inspected.ledger)
+    show.show_histogram(out, inspected.ledger["lengths"])
+    if problems := inspected.ledger["problems"]:
+        show.show_problems(out, problems)
+    if inspected.rows:
+        show.show_rows(out, inspected.rows)
+    if html is not None:
+        out.print(f"page  {html}")
+
+
+def _settings(name: str, overrides: list[str], model: str | None) -> Any:
+    """The run that a YAML file describes, or the smallest one on some data."""
+    from veneer.config import UserError, load_run, run_of
+
+    given = [f"model.base={model}"] if model else []
+    if name.endswith((".yaml", ".yml")):
+        return load_run(Path(name), [*overrides, *given])
+    if model is None:
+        raise UserError(f"{name}: which model is it for? Tokens and template are the model's", "name it with --model")
+    return run_of({"model": {"base": model}, "data": {"train": name}}, overrides)

@@ -1,0 +1,185 @@
+"""From a raw row to a conversation, or to the reason why it is none: the part that needs no tokenizer.
+
+Every row has one fate, and the ledger counts it: usable, unreadable (it could not be read from its file), refused (it
+was read, and cannot be right), or empty.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from veneer.config import Data, UserError
+from veneer.data.conversation import BadRowError, Conversation, Message
+from veneer.data.privacy import find, redact
+from veneer.data.read import Block, Unreadable, parse, read_blocks
+from veneer.data.recognise import recognise, to_conversation
+from veneer.data.source import Source
+
+LOOKED_AT = 100  # rows that a format is recognised by
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A row that is not used, and why."""
+
+    place: str
+    fate: str  # unreadable, refused
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Personal:
+    """Personal data in a row: where it stands and of what kind, never what it is."""
+
+    place: str
+    kind: str
+    turn: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A usable row."""
+
+    conversation: Conversation
+    group: Any
+    personal: tuple[Personal, ...]
+
+
+class Intake:
+    """Turns the raw rows of one source into conversations.
+
+    Args:
+        data: The settings.
+        format_name: Of this source, recognised.
+    """
+
+    def __init__(self, data: Data, format_name: str) -> None:
+        self._data = data
+        self.format_name = format_name
+
+    def take(self, raw: Any, place: str) -> Taken | Problem | None:
+        """A row's conversation, its problem, or None if it is empty."""
+        row = parse(raw)
+        if isinstance(row, Unreadable):
+            return Problem(place, "unreadable", row.reason)
+        try:
+            conversation = replace(to_conversation(row, self.format_name, self._data.columns), place=place)
+            group = self._group(row)
+            if conversation.is_empty:
+                return None
+            conversation, personal = self._privacy(conversation)
+        except BadRowError as error:
+            return Problem(place, "refused", str(error))
+        return Taken(conversation, group, personal)
+
+    def _group(self, row: Mapping[str, Any]) -> Any:
+        if self._data.group is None:
+            return None
+        if self._data.group not in row:
+            raise BadRowError(f"no column `{self._data.group}` (data.group; fields here: {', '.join(row)})")
+        return row[self._data.group]
+
+    def _privacy(self, conversation: Conversation) -> tuple[Conversation, tuple[Personal, ...]]:
+        if self._data.pii == "off":
+            return conversation, ()
+        messages, personal = _searched(conversation.messages, conversation.place)
+        rejected, more = _searched(conversation.rejected, conversation.place)
+        personal += tuple(found for found in more if found not in personal)
+        if not personal:
+            return conversation, ()
+        if self._data.pii == "refuse":
+            kinds = ", ".join(sorted({found.kind for found in personal}))
+            raise BadRowError(f"personal data ({kinds}); data.pii = refuse")
+        if self._data.pii == "redact":
+            conversation = replace(conversation, messages=messages, rejected=rejected)
+        return conversation, personal
+
+
+def _searched(messages: tuple[Message, ...], place: str) -> tuple[tuple[Message, ...], tuple[Personal, ...]]:
+    """The turns with what was found redacted, and what it was."""
+    redacted, personal = [], []
+    for number, message in enumerate(messages, 1):
+        changed = message
+        for part in ("content", "reasoning"):
+            text = getattr(message, part)
+            findings = find(text) if text else []
+            if findings:
+                shown = redact(text, findings)
+                changed = replace(changed, content=shown) if part == "content" else replace(changed, reasoning=shown)
+                personal += [Personal(place, f.kind, number, f.start, f.end) for f in findings]
+        if message.tool_calls:
+            calls, kinds = _searched_value(list(message.tool_calls))
+            changed = replace(changed, tool_calls=tuple(calls))
+            personal += [Personal(place, kind, number, start, end) for kind, start, end in kinds]
+        redacted.append(changed)
+    return tuple(redacted), tuple(personal)
+
+
+def _searched_value(value: Any) -> tuple[Any, list[tuple[str, int, int]]]:
+    """The same for the texts within a tool call's arguments."""
+    if isinstance(value, str):
+        findings = find(value)
+        return redact(value, findings), [(f.kind, f.start, f.end) for f in findings]
+    if isinstance(value, dict):
+        parts = {key: _searched_value(item) for key, item in value.items()}
+        return {key: part[0] for key, part in parts.items()}, [kind for part in parts.values() for kind in part[1]]
+    if isinstance(value, list):
+        items = [_searched_value(item) for item in value]
+        return [item[0] for item in items], [kind for item in items for kind in item[1]]
+    return value, []
+
+
+def recognise_source(source: Source, setting: str, data: Data) -> tuple[str, str]:
+    """The format of a source and the reason, from its first readable rows.
+
+    Raises:
+        UserError: It holds no rows, or none that can be read, or its format is unknown or ambiguous.
+    """
+    first: list[dict[str, Any]] = []
+    place, problem = "", None
+    for block in read_blocks(source, setting, data.text_by):
+        for at, raw in enumerate(block.rows[:LOOKED_AT]):
+            row = parse(raw)
+            if isinstance(row, Unreadable):
+                problem = problem or f"{block.place(at)}: {row.reason}"
+                continue
+            place = place or block.place(at)
+            first.append(row)
+        if first:
+            return recognise(first, data.format, data.columns, place)
+    if problem:
+        raise UserError(f"{setting} = {source.location}: no row can be read; {problem}", "mend the file")
+    raise UserError(f"{setting} = {source.location}: the file holds no rows", f"name a file with rows in {setting}")
+
+
+def take_again(
+    sources: Sequence[Source], formats: Sequence[str], setting: str, data: Data, wanted: set[tuple[int, int]] | None
+) -> Iterator[tuple[tuple[int, int], Conversation]]:
+    """Read rows once more for their conversations: (source, number) and conversation of each usable row.
+
+    Args:
+        wanted: Only these rows; None: all.
+    """
+    left = None if wanted is None else len(wanted)
+    for which, source in enumerate(sources):
+        intake = Intake(data, formats[which])
+        if left == 0:
+            return
+        for block in read_blocks(source, setting, data.text_by):
+            for at, number in enumerate(block.numbers):
+                key = (which, number)
+                if wanted is not None and key not in wanted:
+                    continue
+                taken = intake.take(block.rows[at], block.place(at))
+                if isinstance(taken, Taken):
+                    yield key, taken.conversation
+                left = None if left is None else left - 1
+            if left == 0:
+                return
+
+
+def chosen(block: Block, keep: Sequence[int]) -> Block:
+    """A block with only some of its rows."""
+    return replace(block, numbers=[block.numbers[n] for n in keep], rows=[block.rows[n] for n in keep])

@@ -1,0 +1,383 @@
+"""Finds the files, Arrow folders and hub datasets that a data setting names, and tells what each of them is.
+
+What a file is follows from its content: magic bytes first, then the first character of its text. Its suffix decides
+only between kinds of text that look alike (CSV, TSV, prose). So a renamed or a compressed file reads as it did before,
+and what cannot be read as rows (UTF-16, an archive, a pretty-printed object) is refused here, before any row is read.
+
+Only the first HEAD bytes of a file are looked at; read.py reads the rows. A folder gives the files of known suffixes;
+files that are not data by their name (README.md) are passed over. Which split a file of a folder belongs to is not
+guessed from its name.
+"""
+
+import glob
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO
+
+from veneer.config import UserError
+
+HEAD = 1 << 16  # bytes of a file, after decompression, that tell what it is
+JSON = "json"  # lines or array: the first character tells
+SUFFIXES = {".json": JSON, ".jsonl": JSON, ".ndjson": JSON, ".csv": "csv", ".tsv": "tsv"}
+SUFFIXES |= {".txt": "text", ".text": "text", ".md": "text"}
+SUFFIXES |= {".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow"}
+PACKED = (".gz", ".zst", ".zstd")
+NOT_DATA = {"readme.md", "readme.txt", "license.md", "license.txt", "dataset_info.json", "dataset_infos.json"}
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # a hub's name never begins with a dot: `../data` is a path
+BOM = b"\xef\xbb\xbf"
+UTF_8 = "save the file as UTF-8"
+UNPACK = "unpack it and name what is inside"
+REFUSED = (  # (how the file begins, what that is, what to do)
+    (rb"\xff\xfe|\xfe\xff|\x00\x00\xfe\xff", "text in UTF-16 or UTF-32", UTF_8),
+    (rb"PK\x03\x04", "a zip archive or an office document", UNPACK),
+    (rb"BZh\d1AY&SY", "a bzip2 archive", UNPACK),
+    (rb"\xfd7zXZ\x00", "an xz archive", UNPACK),
+    (rb"(?s).{257}ustar", "a tar archive", UNPACK),
+    (rb"%PDF-", "a PDF document", "save its text as .txt"),
+    (rb"version https://git-lfs", "a Git LFS pointer, not the data itself", "fetch the data with `git lfs pull`"),
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file, Arrow folder or hub dataset.
+
+    `name` stands in places (`tickets.jsonl:12`): the file's name, and of two files of one name as much of the path as
+    tells them apart. `kind` is json lines, json array, csv, tsv, text, parquet, arrow (file or stream), arrow folder
+    (of one split, written by `save_to_disk`) or hub dataset. `location` is a path or a hub id.
+    """
+
+    name: str
+    kind: str
+    location: str
+    compression: str | None = None  # None, gzip or zstd
+    split: str = "train"
+    subset: str | None = None
+
+    def fingerprint(self, setting: str = "data") -> str:
+        """What changes when the content does: sha256 of the bytes on disk; of a hub dataset its own fingerprint.
+
+        Raises:
+            UserError: The source cannot be read.
+        """
+        if self.kind == "hub dataset":
+            return str(open_dataset(self, setting)._fingerprint)
+        digest = hashlib.sha256()
+        with told(self.location, setting):
+            files = [Path(self.location)]
+            if self.kind == "arrow folder":
+                features = json.loads((files[0] / "dataset_info.json").read_bytes()).get("features")
+                digest.update(json.dumps(features, sort_keys=True).encode())
+                files = sorted(files[0].glob("*.arrow"))
+            for path in files:
+                with path.open("rb") as file:
+                    while chunk := file.read(1 << 20):
+                        digest.update(chunk)
+        return digest.hexdigest()
+
+
+def find_sources(
+    named: str | Sequence[str], setting: str, split: str = "train", subset: str | None = None
+) -> list[Source]:
+    """The sources that a setting names, in its order; those of a folder or a glob by path.
+
+    Args:
+        named: A file, a glob (`**` too), a folder, a hub id (`org/name`), or several of them. `~` is the home folder.
+            A name is a hub id only where nothing on disk bears it and it has no suffix of a data file.
+        setting: The setting that named them, for messages (`data.train`).
+        split: Of a hub dataset or a saved DatasetDict. A DatasetDict of a single split gives that one for `train`.
+        subset: Of a hub dataset. The hub is first asked when rows or the fingerprint are read.
+
+    Raises:
+        UserError: A name leads to nothing, to something unreadable, empty or not made of rows, or twice to one file.
+    """
+    names = [named] if isinstance(named, str) else list(named)
+    if not names or not all(name.strip() for name in names):
+        raise UserError(f"{setting} names no data", f"name a file, folder, glob or hub dataset in {setting}")
+    sources: list[Source] = []
+    for name in names:
+        with told(name, setting):
+            if (paths := _paths(name, setting)) is None:
+                sources.append(Source(name, "hub dataset", name, None, split, subset))
+            for path in paths or []:
+                sources.append(_arrow_folder(path, setting, split) if path.is_dir() else _file(path, setting))
+    seen = set()
+    for source in sources:
+        key = source.location if source.kind == "hub dataset" else os.path.realpath(source.location)
+        if key in seen:
+            raise UserError(f"{setting} = {source.location}: is named twice", f"name each file once in {setting}")
+        seen.add(key)
+    return _with_names(sources)
+
+
+@contextmanager
+def told(location: str, setting: str) -> Iterator[None]:
+    """Within the block, what the system or a decompressor says against a file becomes a UserError."""
+    try:
+        yield
+    except OSError as error:
+        # pyarrow's own findings, a truncated archive for one, are OSErrors without a number.
+        why = f"damaged ({error})" if error.errno is None else f"cannot be read ({error.strerror})"
+        fix = f"mend {error.filename or location}, or name another file in {setting}"
+        raise UserError(f"{setting} = {location}: {why}", fix) from error
+
+
+def open_plain(location: str, compression: str | None) -> BinaryIO:
+    """The bytes of a file, decompressed as they are read. Reads may come back short."""
+    if compression is None:
+        return io.FileIO(location)
+    import pyarrow as pa
+
+    stream: BinaryIO = pa.input_stream(location, compression=compression)
+    return stream
+
+
+def chunks(stream: BinaryIO, size: int) -> Iterator[bytes]:
+    """The bytes of a stream, some at a time, without a byte order mark."""
+    first = b""
+    while len(first) < len(BOM) and (more := stream.read(size)):
+        first += more
+    yield first.removeprefix(BOM)
+    while chunk := stream.read(size):
+        yield chunk
+
+
+def open_dataset(source: Source, setting: str) -> Any:
+    """The `datasets.Dataset` of an Arrow folder or hub dataset, memory-mapped.
+
+    Raises:
+        UserError: The folder is damaged; the hub cannot be reached or does not know dataset, subset or split.
+    """
+    with _quiet_datasets():
+        import datasets
+
+        try:
+            if source.kind == "arrow folder":
+                return datasets.load_from_disk(source.location)
+            return datasets.load_dataset(source.location, source.subset, split=source.split)
+        except (OSError, ValueError, LookupError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            why, what = str(error).strip().split("\n")[0][:300], f"{setting} = {source.location}"
+            if source.kind == "arrow folder":
+                raise UserError(
+                    f"{what}: damaged Arrow folder ({why})", f"save it again, or name other data in {setting}"
+                ) from error
+            asked = f"split {source.split}" + (f" of subset {source.subset}" if source.subset else "")
+            found = "cannot be reached" if isinstance(error, ConnectionError) else "does not give it"
+            raise UserError(
+                f"{what}: no such file in {Path.cwd()}, and of the hub dataset of that name the {asked} "
+                f"was asked for: the hub {found} ({why})",
+                f"correct the name, subset or split, or download the dataset and name its files in {setting}",
+            ) from error
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """Within the block, no progress bars and no notices of retries; the switches are global, so they are put back."""
+    import datasets
+    import huggingface_hub
+
+    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    lit = [utils for utils in (datasets.utils, huggingface_hub.utils) if not utils.are_progress_bars_disabled()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for utils in lit:
+            utils.disable_progress_bars()
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels):
+                logger.setLevel(level)
+            for utils in lit:
+                utils.enable_progress_bars()
+
+
+def _paths(name: str, setting: str) -> list[Path] | None:
+    """The files and Arrow folders of one name; None for a hub dataset."""
+    path = Path(os.path.expanduser(name))
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        found = list(_walk(path, set()))
+        if not found:
+            known = " ".join(SUFFIXES)
+            raise UserError(
+                f"{setting} = {name}: the folder holds no data files ({known}; also with {' '.join(PACKED)})",
+                f"name a folder with data, or name the files themselves in {setting}",
+            )
+        return found
+    if path.exists():
+        raise UserError(f"{setting} = {name}: is neither a file nor a folder", f"name a file or a folder in {setting}")
+    if re.search(r"[*?[]", name):
+        return _matches(str(path), f"{setting} = {name}", setting)
+    if HUB_ID.fullmatch(name) and _suffix(path) not in SUFFIXES:
+        return None
+    folder = path.absolute().parent
+    looked = f"looked in {folder}" if folder.is_dir() else f"there is no folder {folder}"
+    raise UserError(f"{setting} = {name}: no such file ({looked})", f"name an existing file in {setting}")
+
+
+def _matches(pattern: str, what: str, setting: str) -> list[Path]:
+    found = [Path(match) for match in glob.glob(pattern, recursive=True)]
+    folders = [path for path in found if _is_saved(path)]
+    # The files of an Arrow folder that is itself a match are read as that folder.
+    files = [path for path in found if path.is_file() and not any(folder in path.parents for folder in folders)]
+    if not files + folders:
+        raise UserError(f"{what}: matches no file (looked from {Path.cwd()})", f"correct the pattern in {setting}")
+    return sorted({*files, *folders})
+
+
+def _walk(folder: Path, seen: set[str]) -> Iterator[Path]:
+    """Data files and Arrow folders below a folder; `seen` ends circles of links."""
+    if _is_saved(folder):
+        yield folder
+        return
+    seen.add(os.path.realpath(folder))
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            if os.path.realpath(path) not in seen:
+                yield from _walk(path, seen)
+        elif _suffix(path) in SUFFIXES and path.name.lower() not in NOT_DATA:
+            yield path
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote this folder."""
+    state, info, splits = (folder / name for name in ("state.json", "dataset_info.json", "dataset_dict.json"))
+    return splits.is_file() or (state.is_file() and info.is_file())
+
+
+def _arrow_folder(folder: Path, setting: str, split: str) -> Source:
+    listed = folder / "dataset_dict.json"
+    if not listed.is_file():
+        return Source(folder.name, "arrow folder", str(folder), split=split)
+    try:
+        splits = list(json.loads(listed.read_bytes())["splits"])
+    except (ValueError, LookupError, TypeError):
+        raise UserError(
+            f"{setting} = {folder}: {listed.name} is damaged", f"save it again, or name other data in {setting}"
+        ) from None
+    if split not in splits:
+        # Only where no split was asked for: a test set that is not there must not become the training set.
+        if len(splits) != 1 or split != "train":
+            raise UserError(
+                f"{setting} = {folder}: has no split {split}; its splits are {', '.join(splits)}",
+                f"name one of its splits beside {setting}, or its folder: {folder / splits[0] if splits else folder}",
+            )
+        split = splits[0]
+    return Source(folder.name, "arrow folder", str(folder / split), split=split)
+
+
+def _suffix(path: PurePath) -> str:
+    name = path.name.lower()
+    for packed in PACKED:
+        name = name.removesuffix(packed)
+    return PurePath(name).suffix
+
+
+def _file(path: Path, setting: str) -> Source:
+    with told(str(path), setting):
+        with path.open("rb") as file:
+            magic = file.read(4)
+        compression = None
+        if magic[:2] == b"\x1f\x8b":
+            compression = "gzip"
+        elif magic == b"\x28\xb5\x2f\xfd" or re.fullmatch(rb"[\x50-\x5f]\x2a\x4d\x18", magic):  # a skippable frame
+            compression = "zstd"
+        with open_plain(str(path), compression) as stream:
+            head = _head(stream)
+    return Source(path.name, _kind(head, path, compression, setting), str(path), compression)
+
+
+def _head(stream: BinaryIO) -> bytes:
+    """The first HEAD bytes, from the first that is not blank."""
+    head = b""
+    for chunk in chunks(stream, HEAD):
+        head = (head + chunk).lstrip()
+        if len(head) >= HEAD:
+            break
+    return head
+
+
+def _kind(head: bytes, path: Path, compression: str | None, setting: str) -> str:
+    what, suffix = f"{setting} = {path}", _suffix(path)
+    if not head:
+        raise UserError(f"{what}: the file holds no rows", f"name a file with rows in {setting}")
+    for begins, is_a, fix in REFUSED:
+        if re.match(begins, head):
+            raise UserError(f"{what}: is {is_a}", f"{fix}, then name that in {setting}")
+    for magic, kind in ((b"PAR1", "parquet"), (b"ARROW1", "arrow"), (b"\xff\xff\xff\xff", "arrow")):
+        if head.startswith(magic):
+            if compression:
+                raise UserError(
+                    f"{what}: is a {kind} file within {compression}", f"unpack it, then name that in {setting}"
+                )
+            return kind
+    kind = _text_kind(head, SUFFIXES.get(suffix, ""), suffix)
+    is_binary = b"\0" in head and suffix not in SUFFIXES and not kind.startswith(JSON)
+    if is_binary or kind in ("parquet", "arrow"):
+        raise UserError(f"{what}: its content is no {suffix or 'text'} data", f"name a data file in {setting}")
+    if kind == "json lines" and _is_pretty_printed(head):
+        raise UserError(
+            f"{what}: one JSON object over several lines",
+            f"write an array of objects, or one object a line, into the file that {setting} names",
+        )
+    return kind
+
+
+def _text_kind(head: bytes, kind: str, suffix: str) -> str:
+    """The kind of a text, of which the suffix says `kind` (or nothing)."""
+    line, newline, _ = head.partition(b"\n")
+    if suffix == ".txt" and head[:1] == b"{":
+        # A first line beyond HEAD cannot be parsed; prose does not begin like this.
+        whole = bool(newline) or len(head) < HEAD
+        is_row = _is_object(line) if whole else re.match(rb'\{\s*"', line)
+        return "json lines" if is_row else kind
+    if kind == JSON or (kind in ("", "parquet", "arrow") and head[:1] in b"{["):
+        return "json array" if head[:1] == b"[" else "json lines"
+    return kind or ("tsv" if b"\t" in line else "csv" if b"," in line else "text")
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line.decode()), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _is_pretty_printed(head: bytes) -> bool:
+    """Whether the first object goes on beyond the first line (a row that is cut off does not)."""
+    line, newline, _ = head.partition(b"\n")
+    if not newline or line[:1] != b"{" or _is_object(line):
+        return False
+    text = head.decode(errors="replace")
+    try:
+        return json.JSONDecoder().raw_decode(text)[1] > text.index("\n")
+    except (ValueError, RecursionError):
+        # Too long to be seen whole: a key stands on the next line, or an array opens; a row stands after a cut one.
+        return len(head) >= HEAD and bool(re.match(rb'[^\n]*([{,]\s*\n\s*"|\[\s*\n)', head))
+
+
+def _with_names(sources: list[Source]) -> list[Source]:
+    """The sources, with names that no two of them share."""
+    depth = [2 if source.kind == "hub dataset" else 1 for source in sources]
+    named = [source.name for source in sources]
+    while len(set(named)) < len(named):
+        shared = [named.count(name) > 1 for name in named]
+        depth = [deep + clash for deep, clash in zip(depth, shared)]
+        tails = [PurePath(source.location).parts[-deep:] for source, deep in zip(sources, depth)]
+        named = [str(PurePath(*tail)) if clash else name for tail, clash, name in zip(tails, shared, named)]
+    return [replace(source, name=name) for source, name in zip(sources, named)]

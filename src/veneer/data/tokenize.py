@@ -1,0 +1,253 @@
+"""Blocks of rows into tokens, in this process or in several, in the order of the rows.
+
+What comes back of a block is a few flat arrays, so that little is sent between processes and nothing is held in memory
+longer than it takes to write it down.
+"""
+
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+from veneer.config import Data, JobError
+from veneer.data.batch import Example
+from veneer.data.conversation import BadRowError, Conversation
+from veneer.data.intake import Intake, Personal, Problem, Taken
+from veneer.data.likeness import signatures
+from veneer.data.read import Block
+from veneer.data.render import Renderer
+
+NOTED = 20  # problems of a block that are kept word for word
+
+SPAN = np.dtype([("start", np.uint32), ("end", np.uint32), ("weight", np.float32)])
+ROW = np.dtype(
+    [
+        ("source", np.uint16),
+        ("examples", np.uint16),
+        ("number", np.uint32),
+        ("hash", np.uint64),  # of its tokens and weights
+        ("group", np.uint64),  # of the group column's value
+    ]
+)
+
+
+@dataclass
+class Tokenized:
+    """A block's rows as tokens.
+
+    Attributes:
+        ids: Tokens of all examples, one behind the other; uint32.
+        lengths: Tokens of each example; uint32.
+        ends: Trained end-of-turn tokens of each example; uint32.
+        spans: Stretches of equal weight in the examples, one behind the other; dtype SPAN.
+        span_counts: Spans of each example; uint32.
+        rows: The rows that are used; dtype ROW.
+        signatures: What their likeness is judged by; uint8, shape (rows, BINS).
+        fates: How many rows were used, unreadable, refused, empty, overlong.
+        notes: How many were truncated, lost all trained tokens, ended with no answer, were rated good or bad.
+        all_lengths: Tokens of every row that was rendered, before any was left out.
+        problems: The first rows that are not used, and why.
+        personal: Personal data found.
+        stop_ids: Tokens that end an answer.
+    """
+
+    ids: Any
+    lengths: Any
+    ends: Any
+    spans: Any
+    span_counts: Any
+    rows: Any
+    signatures: Any
+    fates: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+    all_lengths: Any = None
+    problems: list[Problem] = field(default_factory=list)
+    personal: list[Personal] = field(default_factory=list)
+    stop_ids: set[int] = field(default_factory=set)
+
+
+class Tokenizing:
+    """What a worker does.
+
+    Args:
+        tokenizer: Of the base model.
+        data: The settings.
+        formats: Of each source.
+    """
+
+    def __init__(self, tokenizer: Any, data: Data, formats: Sequence[str]) -> None:
+        self._data = data
+        self.renderer = Renderer(tokenizer, data)
+        self._intakes = [Intake(data, name) for name in formats]
+        self._longest_text = self.renderer.overlong_characters(data.max_length)
+
+    def __call__(self, source: int, block: Block) -> Tokenized:
+        """Tokenize a block of a source."""
+        fates: Counter[str] = Counter()
+        notes: Counter[str] = Counter()
+        problems: list[Problem] = []
+        kept: list[tuple[int, Taken]] = []
+        too_long: list[int] = []
+        for at, raw in enumerate(block.rows):
+            taken = self._intakes[source].take(raw, block.place(at))
+            if taken is None:
+                fates["empty"] += 1
+                problems.append(Problem(block.place(at), "empty", "an answer says nothing"))
+            elif isinstance(taken, Problem):
+                fates[taken.fate] += 1
+                problems.append(taken)
+            elif self._is_hopeless(taken.conversation):
+                fates["overlong"] += 1
+                characters = _characters(taken.conversation)
+                too_long.append(characters * self._data.max_length // self._longest_text)
+                problems.append(Problem(block.place(at), "overlong", f"{characters:,} characters"))
+            else:
+                kept.append((block.numbers[at], taken))
+        used: list[tuple[int, Taken, list[Example]]] = []
+        all_lengths = too_long
+        rendered = self.renderer.render([taken.conversation for _, taken in kept])
+        for (number, taken), made in zip(kept, rendered, strict=True):
+            if isinstance(made, BadRowError):
+                fates["refused"] += 1
+                problems.append(Problem(taken.conversation.place, "refused", str(made)))
+                continue
+            if not all(example.trained for example in made):
+                fates["empty"] += 1
+                problems.append(Problem(taken.conversation.place, "empty", "no token is trained"))
+                continue
+            all_lengths.append(max(len(example.ids) for example in made))
+            examples, is_overlong, is_cut = self._fit(made)
+            if not examples:
+                fates["overlong"] += 1
+                notes["all_cut"] += is_cut
+                reason = f"{all_lengths[-1]:,} tokens" + (", all trained ones at the end" if is_cut else "")
+                problems.append(Problem(taken.conversation.place, "overlong", reason))
+                continue
+            fates["used"] += 1
+            notes["truncated"] += is_overlong
+            notes["ends_without_answer"] += not taken.conversation.ends_with_answer
+            if taken.conversation.label is not None:
+                notes["rated_good" if taken.conversation.label else "rated_bad"] += 1
+            used.append((number, taken, examples))
+        result = _gathered(source, used, self.renderer.stop_ids)
+        result.fates, result.notes = fates, +notes
+        result.all_lengths = np.array(all_lengths, dtype=np.int64)
+        result.problems = problems[:NOTED]
+        result.personal = [found for _, taken, _ in used for found in taken.personal]
+        result.stop_ids = self.renderer.stop_ids
+        return result
+
+    def _is_hopeless(self, conversation: Conversation) -> bool:
+        """Whether a row is too long whatever its tokens are: a row of 50 MB is not tokenized to be left out."""
+        return self._data.overlong != "truncate" and _characters(conversation) > self._longest_text
+
+    def _fit(self, made: list[Example]) -> tuple[list[Example], bool, bool]:
+        """A row's examples within max_length, whether it was longer, and whether no trained token was left."""
+        limit = self._data.max_length
+        if all(len(example.ids) <= limit for example in made):
+            return made, False, False
+        if self._data.overlong != "truncate":
+            return [], True, False
+        cut = [Example(e.ids[:limit], e.weights[:limit], e.place) for e in made]
+        return (cut, True, False) if all(e.trained for e in cut) else ([], True, True)
+
+
+def tokenize(
+    blocks: Iterable[tuple[int, Block]], tokenizer: Any, data: Data, formats: Sequence[str], workers: int
+) -> Iterator[tuple[int, Block, Tokenized]]:
+    """Tokenize blocks with so many processes; each comes back with its source and its block, in order.
+
+    Raises:
+        JobError: A process was killed (for memory, as a rule).
+    """
+    if workers == 1:
+        work = Tokenizing(tokenizer, data, formats)
+        for source, block in blocks:
+            yield source, block, work(source, block)
+        return
+    # Not the standard library's pool: to start cleanly it runs the caller's script again, which must be written for it.
+    from loky import ProcessPoolExecutor
+    from loky.process_executor import TerminatedWorkerError
+
+    pool = ProcessPoolExecutor(workers, initializer=_start, initargs=(tokenizer, data, list(formats)))
+    waiting: deque[tuple[int, Block, Any]] = deque()
+    try:
+        for source, block in blocks:
+            waiting.append((source, block, pool.submit(_work, source, block)))
+            if len(waiting) > 2 * workers:
+                source, block, future = waiting.popleft()
+                yield source, block, future.result()
+        while waiting:
+            source, block, future = waiting.popleft()
+            yield source, block, future.result()
+    except TerminatedWorkerError as error:
+        raise JobError(
+            f"a tokenizing process was killed (out of memory?): {error}\n  fix: lower data.workers"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, kill_workers=True)
+
+
+_worker: list[Tokenizing] = []  # of a worker process: what it does, once it has started
+
+
+def _start(tokenizer: Any, data: Data, formats: list[str]) -> None:
+    _worker.append(Tokenizing(tokenizer, data, formats))
+
+
+def _work(source: int, block: Block) -> Tokenized:
+    return _worker[0](source, block)
+
+
+def _characters(conversation: Conversation) -> int:
+    return sum(len(message.content) for message in conversation.messages)
+
+
+def _gathered(source: int, used: list[tuple[int, Taken, list[Example]]], stop_ids: set[int]) -> Tokenized:
+    rows = np.zeros(len(used), dtype=ROW)
+    examples: list[Example] = []
+    for at, (number, taken, made) in enumerate(used):
+        digest = blake2b(digest_size=8)
+        for example in made:
+            digest.update(example.ids.tobytes())
+            digest.update(example.weights.tobytes())
+        rows[at] = (source, len(made), number, _number(digest), _group_hash(taken.group))
+        examples += made
+    spans = [_spans(example.weights) for example in examples]
+    return Tokenized(
+        ids=np.concatenate([e.ids for e in examples]).astype(np.uint32) if examples else np.empty(0, np.uint32),
+        lengths=np.array([len(example.ids) for example in examples], dtype=np.uint32),
+        ends=np.array([_ends(example, stop_ids) for example in examples], dtype=np.uint32),
+        spans=np.concatenate(spans) if spans else np.empty(0, SPAN),
+        span_counts=np.array([len(part) for part in spans], dtype=np.uint32),
+        rows=rows,
+        signatures=signatures([taken.conversation.text() for _, taken, _ in used]),
+    )
+
+
+def _ends(example: Example, stop_ids: set[int]) -> int:
+    trained = example.ids[example.weights > 0]
+    return sum(int(np.count_nonzero(trained == stop)) for stop in stop_ids)
+
+
+def _spans(weights: Any) -> Any:
+    edges = np.flatnonzero(np.diff(weights)) + 1
+    starts = np.concatenate([[0], edges])
+    ends = np.concatenate([edges, [len(weights)]])
+    kept = weights[starts] > 0
+    spans = np.empty(int(kept.sum()), dtype=SPAN)
+    spans["start"], spans["end"], spans["weight"] = starts[kept], ends[kept], weights[starts[kept]]
+    return spans
+
+
+def _group_hash(group: Any) -> int:
+    if group is None:
+        return 0
+    return _number(blake2b(repr(group).encode("utf-8", "surrogatepass"), digest_size=8)) | 1
+
+
+def _number(digest: Any) -> int:
+    return int.from_bytes(digest.digest(), "little")

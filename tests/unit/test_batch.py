@@ -1,0 +1,90 @@
+"""Which rows stand in which step, and packing."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from veneer.data import Batch, Batches, Example
+from veneer.data.batch import UNTRAINED, pack
+
+
+def example(length: int, first: int = 0) -> Example:
+    ids = np.arange(first, first + length, dtype=np.int32)
+    return Example(ids, np.array([0.0] + [1.0] * (length - 1), dtype=np.float32), "")
+
+
+def batches(examples: list[Example], batch_size: int, accumulation: int, pack_length: int | None = None) -> Batches:
+    lengths = np.array([len(e.ids) for e in examples])
+    return Batches(examples, lengths, batch_size, accumulation, 3, pack_length)
+
+
+def test_a_batch_lays_documents_one_behind_the_other() -> None:
+    batch = Batch.of([example(3), example(2, 10)])
+    assert batch.ids_T.tolist() == [0, 1, 2, 10, 11]
+    assert batch.targets_T.tolist() == [1, 2, UNTRAINED, 11, UNTRAINED]
+    assert batch.weights_T.tolist() == [1, 1, 0, 1, 0]
+    assert (batch.lengths, batch.trained, batch.weight, batch.tokens) == ((3, 2), 3, 3.0, 5)
+
+
+def test_a_tokens_weight_stands_where_it_is_predicted() -> None:
+    batch = Batch.of([Example(np.array([5, 6, 7], np.int32), np.array([0, 0.5, 0], np.float32), "")])
+    assert batch.targets_T.tolist() == [6, UNTRAINED, UNTRAINED]
+    assert batch.weights_T.tolist() == [0.5, 0, 0]
+    assert (batch.trained, batch.weight) == (1, 0.5)
+
+
+def test_every_row_stands_once_in_an_epoch_however_a_step_is_cut() -> None:
+    examples = [example(2 + n % 7, n) for n in range(21)]
+
+    def rows(batch_size: int, accumulation: int, step: int) -> list[int]:
+        made = batches(examples, batch_size, accumulation)
+        firsts = [int(ids[0]) for batch in made.step(step) for ids in torch.split(batch.ids_T, list(batch.lengths))]
+        return sorted(firsts)
+
+    assert batches(examples, 8, 1).steps_per_epoch == 3
+    assert sorted(row for step in range(3) for row in rows(8, 1, step)) == list(range(21))
+    for step in range(6):
+        assert rows(8, 1, step) == rows(4, 2, step) == rows(1, 8, step)
+    assert [rows(8, 1, step) for step in range(3)] != [rows(8, 1, step) for step in range(3, 6)], "another order"
+
+
+def test_a_step_may_be_asked_for_in_any_order() -> None:
+    made = batches([example(2 + n % 7, n) for n in range(40)], 4, 2)
+    forward = [made.step(n)[0].ids_T.tolist() for n in range(12)]
+    assert [made.step(n)[0].ids_T.tolist() for n in reversed(range(12))] == forward[::-1]
+
+
+def test_rows_of_a_step_are_of_like_length_and_long_steps_come_at_any_time() -> None:
+    rng = np.random.default_rng(0)
+    made = batches([example(int(n)) for n in rng.integers(2, 400, 640)], 8, 1)
+    spreads = [max(batch.lengths) - min(batch.lengths) for n in range(80) for batch in made.step(n)]
+    assert np.mean(spreads) < 60  # of about 320 in rows drawn at random
+    longest = [max(made.step(n)[0].lengths) for n in range(80)]
+    assert abs(np.corrcoef(longest, range(80))[0, 1]) < 0.3
+
+
+def packs(lengths: Any, length: int) -> list[list[int]]:
+    lengths = np.array(lengths)
+    pack_of = pack(lengths, length)
+    return [lengths[pack_of == n].tolist() for n in range(pack_of.max() + 1)]
+
+
+def test_packing_fills_packs_and_loses_nothing() -> None:
+    lengths = [3, 9, 5, 2, 7, 4, 10, 1, 6, 8]
+    made = packs(lengths, 10)
+    assert sorted(n for members in made for n in members) == sorted(lengths)
+    assert all(sum(members) <= 10 for members in made)
+    assert len(made) == 6  # 55 tokens
+
+
+def test_packing_takes_the_fullest_pack_that_has_room() -> None:
+    assert packs([6, 5, 4, 3], 10) == [[6, 4], [5, 3]]
+    assert packs([10, 10], 10) == [[10], [10]]
+
+
+def test_packs_of_real_lengths_have_few_shapes() -> None:
+    lengths = np.random.default_rng(1).gamma(3, 70, 5000).astype(int).clip(5, 2048)
+    made = Batches([example(2)] * 5000, lengths, 1, 1, 0, 2048)
+    assert made.sizes.sum() / (len(made.sizes) * 2048) > 0.99
+    assert len(np.unique(-(-made.sizes[:-1] // 128))) <= 3

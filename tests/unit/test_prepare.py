@@ -1,0 +1,426 @@
+"""Files become training and held-out examples, and the ledger accounts for every row and token."""
+
+import csv
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.rows import CHAT, jsonl, prepared, refused, renderer, text_of, trained_text, turns
+from tests.tiny import tiny_tokenizer
+from veneer.config import Data, UserError
+from veneer.data import Renderer, prepare
+from veneer.data.ledger import FATES, length_summary
+from veneer.data.prepare import read_held_out
+
+GOOD = {"prompt": "the cat", "completion": "the dog"}
+WORDS = ["cat", "dog", "owl", "hen", "team", "route", "please", "message", "right", "says"]
+
+
+pytestmark = pytest.mark.usefixtures("empty_cache")
+
+
+def distinct(count: int, start: int = 0) -> list[dict[str, Any]]:
+    """Rows that are not nearly equal."""
+    rng = np.random.default_rng(start)
+    return [
+        {"prompt": f"{n} " + " ".join(rng.choice(WORDS, 12)), "completion": f"answer {n}"}
+        for n in range(start, start + count)
+    ]
+
+
+def test_answers_within_a_prompt_are_read_and_not_trained(tmp_path: Path) -> None:
+    (example,) = prepared(jsonl(tmp_path, [{"prompt": turns(CHAT[:3]), "completion": turns(CHAT[3:])}])).train
+    assert trained_text(example) == "the owl<|im_end|>"
+    assert "the cat<|im_end|>" in text_of(example)
+
+
+WRITERS: dict[str, Callable[[Path, list[dict[str, Any]]], Path]] = {}
+
+
+def writer(name: str) -> Any:
+    def keep(function: Any) -> Any:
+        WRITERS[name] = function
+        return function
+
+    return keep
+
+
+@writer("json lines")
+def _json_lines(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    path = folder / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@writer("gzip")
+def _gzip(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    path = folder / "a.jsonl.gz"
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    return path
+
+
+@writer("zstd")
+def _zstd(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    path = folder / "a.json.zst"
+    with pa.output_stream(str(path), compression="zstd") as stream:
+        stream.write(json.dumps(rows).encode())
+    return path
+
+
+@writer("json array")
+def _json_array(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    path = folder / "a.json"
+    path.write_text(json.dumps(rows, indent=1))
+    return path
+
+
+@writer("csv")
+def _csv(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    path = folder / "a.csv"
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+    return path
+
+
+@writer("parquet")
+def _parquet(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    path = folder / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+@writer("arrow folder")
+def _arrow_folder(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    import datasets
+
+    datasets.Dataset.from_list(rows).save_to_disk(folder / "a")
+    return folder / "a"
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"duplicates": "keep"},
+        {"duplicates": "drop-near"},
+        {"overlong": "truncate", "max_cut_rows": 0.5},
+        {"limit": 7},
+        {"sample": 6},
+        {"validation": 3},
+        {"pii": "refuse", "bad_rows": "drop"},
+    ],
+)
+def test_every_row_of_every_kind_of_file_has_one_fate(tmp_path: Path, kind: str, settings: dict[str, Any]) -> None:
+    """Prompt and completion of every fate; the counts must add up whatever the settings."""
+    rows = [*distinct(8), GOOD, GOOD, GOOD | {"completion": " "}, GOOD | {"completion": "the dog " * 90}]
+    rows += [GOOD | {"prompt": "x " * 200}, GOOD | {"prompt": "mail me: jane.roe@company.com"}]
+    path = WRITERS[kind](tmp_path, rows)
+    ledger = prepared(str(path), max_length=100, **settings).ledger.as_dict()
+    counts = ledger["rows"]
+    assert counts["read"] == settings.get("limit", settings.get("sample", len(rows)))
+    assert counts["read"] == sum(counts[fate] for fate in FATES)
+    assert counts["used"] == counts["training"] + counts["validation"]
+    assert counts["validation"] == settings.get("validation", 0)
+    if not settings:
+        assert [counts[fate] for fate in FATES] == [10, 0, 1, 1, 2, 0]
+        assert ledger["personal"] == {"email": 1}
+    if kind != "json lines":
+        return
+    # Broken rows are counted where they may be left out.
+    with path.open("a") as file:
+        file.write('{"prompt": \n[1]\n{"prompt": "a", "completion": 3}\n')
+    counts = prepared(str(path), max_length=100, **({"bad_rows": "drop"} | settings)).ledger.as_dict()["rows"]
+    assert counts["read"] == sum(counts[fate] for fate in FATES)
+    if not {"limit", "sample"} & set(settings):
+        assert (counts["read"], counts["unreadable"]) == (len(rows) + 3, 2)
+
+
+def test_the_ledger_counts_the_tokens_of_the_training_rows(tmp_path: Path) -> None:
+    data = prepared(jsonl(tmp_path, distinct(12)), validation=3)
+    ledger = data.ledger.as_dict()
+    examples = list(data.train)
+    assert ledger["tokens"] == {
+        "total": sum(len(example.ids) for example in examples),
+        "trained": sum(example.trained for example in examples),
+        "end_of_turn": 9,
+        "longest_row": max(len(example.ids) for example in examples),
+        "examples": 9,
+    }
+    assert data.train.lengths.tolist() == [len(example.ids) for example in examples]
+    assert 0 < ledger["packing"]["efficiency"] <= 1
+    assert sum(bar["rows"] for bar in ledger["lengths"]["histogram"]) == 12
+    assert ledger["format"] == "prompt-completion"
+    assert ledger["files"]["rows.jsonl"]["reason"] == "the fields `prompt`, `completion`"
+
+
+def test_rows_left_out_are_named(tmp_path: Path) -> None:
+    ledger = prepared(jsonl(tmp_path, [GOOD, "{", GOOD | {"completion": ""}]), bad_rows="drop").ledger.as_dict()
+    assert [(problem["place"], problem["fate"]) for problem in ledger["problems"]] == [
+        ("rows.jsonl:2", "unreadable"),
+        ("rows.jsonl:3", "empty"),
+    ]
+    assert "broken JSON" in ledger["problems"][0]["reason"]
+    assert "1 rows cannot be read and were left out" in ledger["warnings"]
+
+
+def test_percentiles_are_those_of_the_rows() -> None:
+    from collections import Counter
+
+    summary = length_summary(Counter(range(1, 101)))
+    assert summary["percentiles"] == {"p50": 50, "p90": 90, "p95": 95, "p99": 99, "max": 100}
+    assert sum(bar["rows"] for bar in summary["histogram"]) == 100
+
+
+# Files
+
+
+def test_several_files_may_have_formats_of_their_own(tmp_path: Path) -> None:
+    first = jsonl(tmp_path, distinct(2), "a.jsonl")
+    second = jsonl(tmp_path, [{"messages": turns(CHAT)}], "b.jsonl")
+    data = prepared([first, second])
+    assert [example.place for example in data.train] == ["a.jsonl:1", "a.jsonl:2", "b.jsonl:1"]
+    assert data.ledger.as_dict()["format"] == "messages, prompt-completion"
+    assert len(prepared(str(tmp_path / "*.jsonl")).train) == 3
+
+
+def test_mixed_formats_in_one_file_are_bad_rows(tmp_path: Path) -> None:
+    told = refused(jsonl(tmp_path, [GOOD, {"messages": turns(CHAT)}]))
+    assert "rows.jsonl:2: missing `prompt`; prompt-completion needs" in told
+    assert "data.bad_rows=drop" in told
+
+
+def test_several_bad_rows_are_told_at_once(tmp_path: Path) -> None:
+    told = refused(jsonl(tmp_path, [GOOD] + [{"prompt": "a"}] * 8))
+    assert "8 bad rows" in told
+    assert "rows.jsonl:2" in told
+    assert "and 3 more" in told
+
+
+def test_a_conversation_that_ends_with_the_user_is_learnt_up_to_the_last_answer(tmp_path: Path) -> None:
+    data = prepared(jsonl(tmp_path, [{"messages": turns([*CHAT, ("user", "and the hen")])}]))
+    assert text_of(data.train[0]).endswith("the owl<|im_end|>\n")
+    assert any("1 conversations go on after the last answer" in warning for warning in data.ledger.warnings)
+
+
+def test_no_row_left_is_an_error_that_says_why(tmp_path: Path) -> None:
+    assert "no row is left of 1 (1 empty" in refused(jsonl(tmp_path, [GOOD | {"completion": " "}]))
+    assert "holds no rows" in refused(jsonl(tmp_path, []))
+
+
+def test_limit_and_sample_choose_rows(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, distinct(50))
+    places = [example.place for example in prepared(path, sample=5).train]
+    assert len(places) == 5
+    assert places == [example.place for example in prepared(path, sample=5).train]
+    assert places != [f"rows.jsonl:{n}" for n in range(1, 6)]
+    assert [example.place for example in prepared(path, limit=2).train] == ["rows.jsonl:1", "rows.jsonl:2"]
+    data = Data(train=path, sample=5, validation=0)
+    other = prepare(data, Renderer(tiny_tokenizer(), data), seed=1)
+    assert [example.place for example in other.train] != places
+
+
+def test_text_files_are_documents(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("the cat says\nthe owl\n\nthe dog\n")
+    assert text_of(prepared(str(path)).train[0]) == "the cat says<|im_end|>"
+    assert len(prepared(str(path)).train) == 3
+    assert len(prepared(str(path), text_by="paragraph").train) == 2
+    assert len(prepared(str(path), text_by="file").train) == 1
+
+
+# Length
+
+
+def test_overlong_rows_are_dropped_truncated_or_refused(tmp_path: Path) -> None:
+    long = GOOD | {"completion": "the dog " * 60}
+    path = jsonl(tmp_path, [*distinct(3), long])
+    assert len(prepared(path, max_length=100).train) == 3
+    (cut,) = [e for e in prepared(path, max_length=100, overlong="truncate").train if e.place == "rows.jsonl:4"]
+    assert len(cut.ids) == 100
+    assert cut.weights[-1] == 1
+    told = refused(path, max_length=100, overlong="refuse")
+    assert "1 overlong row" in told
+    assert "rows.jsonl:4: 1" in told
+
+
+def test_rows_whose_answers_would_all_be_cut_are_refused(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, [*distinct(3), GOOD | {"prompt": "the dog " * 60}])
+    told = refused(path, max_length=100, overlong="truncate")
+    assert "1 of 4 rows (25.0%) have no trained token within data.max_length = 100; at most 0.1% may" in told
+    ledger = prepared(path, max_length=100, overlong="truncate", max_cut_rows=0.3).ledger
+    assert (ledger.rows["overlong"], ledger.notes["all_cut"]) == (1, 1)
+
+
+def test_a_huge_row_is_counted_without_being_tokenized(tmp_path: Path) -> None:
+    data = prepared(jsonl(tmp_path, [GOOD, GOOD | {"prompt": "x" * 5_000_000}]))
+    assert (data.ledger.rows["overlong"], len(data.train)) == (1, 1)
+    assert data.ledger.as_dict()["lengths"]["percentiles"]["max"] > 2048
+
+
+# Duplicates and splits
+
+
+def test_equal_rows_are_left_out_or_kept(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, [GOOD, *distinct(3), GOOD])
+    assert [e.place for e in prepared(path).train] == [f"rows.jsonl:{n}" for n in range(1, 5)]
+    assert len(prepared(path, duplicates="keep").train) == 5
+
+
+def test_like_rows_never_stand_on_both_sides(tmp_path: Path) -> None:
+    base = "route this message to the right team and please say what the cat and the owl and the hen said about it"
+    rows = [{"prompt": f"{n // 4} {base} {n // 4} {base[::-1]}" + "!" * (n % 4), "completion": "x"} for n in range(40)]
+    data = prepared(jsonl(tmp_path, rows), validation=8, duplicates="keep", max_length=500)
+    sides = [{int(e.place.split(":")[1]) - 1 for e in part} for part in (data.train, data.validation)]
+    assert (len(sides[0]), len(sides[1])) == (32, 8)
+    assert not {n // 4 for n in sides[0]} & {n // 4 for n in sides[1]}
+
+
+def test_rows_of_a_group_stand_on_one_side(tmp_path: Path) -> None:
+    rows = [row | {"customer": n % 5} for n, row in enumerate(distinct(40))]
+    data = prepared(jsonl(tmp_path, rows), validation=0.25, group="customer")
+    sides = [{(int(e.place.split(":")[1]) - 1) % 5 for e in part} for part in (data.train, data.validation)]
+    assert sides[1]
+    assert not sides[0] & sides[1]
+    assert "no column `client`" in refused(jsonl(tmp_path, rows), group="client")
+
+
+def test_a_split_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, distinct(4))
+    assert "leave none to train on" in refused(path, validation=4)
+    rows = [row | {"customer": n % 2} for n, row in enumerate(distinct(40))]
+    assert "form 2 groups" in refused(jsonl(tmp_path, rows, "b.jsonl"), validation=3, group="customer")
+
+
+def test_training_rows_that_stand_in_a_held_out_file_are_left_out(tmp_path: Path) -> None:
+    rows = distinct(4)
+    other = jsonl(
+        tmp_path, [rows[0], rows[1] | {"completion": rows[1]["completion"] + "!"}, *distinct(2, 50)], "held.jsonl"
+    )
+    data = prepared(jsonl(tmp_path, rows), validation=other)
+    ledger = data.ledger.as_dict()
+    assert [example.place for example in data.train] == ["rows.jsonl:3", "rows.jsonl:4"]
+    assert (ledger["rows"]["read"], ledger["rows"]["training"], ledger["rows"]["validation"]) == (8, 2, 4)
+    assert ledger["rows"]["duplicate"] == 2
+    assert any("2 training rows stand in the held-out files too (left out" in warning for warning in ledger["warnings"])
+    kept = prepared(jsonl(tmp_path, rows), validation=other, duplicates="keep")
+    assert len(kept.train) == 4
+    assert kept.ledger.overlap["rows"] == 2
+
+
+def test_shared_passages_with_a_held_out_file_are_told_or_refused(tmp_path: Path) -> None:
+    passage = "one two three four five six seven eight nine ten eleven twelve thirteen"
+    train = jsonl(tmp_path, [*distinct(3), {"prompt": f"before {passage}", "completion": "the first answer of all"}])
+    held = jsonl(
+        tmp_path, [{"prompt": f"quite another {passage} it is", "completion": "no"}, *distinct(2, 60)], "h.jsonl"
+    )
+    ledger = prepared(train, validation=held).ledger.as_dict()
+    assert ledger["overlap"] == {"rows": 1, "of": 3, "places": ["h.jsonl:1"]}
+    assert any("1 of 3 held-out rows share 13 words in a row" in warning for warning in ledger["warnings"])
+    assert "h.jsonl:1" in refused(train, validation=held, overlap="refuse")
+
+
+def test_held_out_rows_come_with_their_turns(tmp_path: Path) -> None:
+    path = jsonl(
+        tmp_path,
+        [{"messages": turns(CHAT)}, *({"messages": turns([*CHAT[:3], ("assistant", str(n))])} for n in range(9))],
+    )
+    data = prepared(path, validation=4, duplicates="keep")
+    rows = data.held_out()
+    assert [row.example.place for row in rows] == [row.conversation.place for row in rows]
+    assert [row.example.ids.tolist() for row in rows] == [example.ids.tolist() for example in data.validation]
+    assert len(data.held_out(2)) == 2
+    assert len(read_held_out(path, "--data", Data(train=path), renderer(), 3)) == 3
+
+
+def test_training_refuses_what_it_cannot_learn_from(tmp_path: Path) -> None:
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    data = prepared(jsonl(tmp_path, [pair]))
+    assert [trained_text(example) for example in data.train] == ["b<|im_end|>", "c<|im_end|>"]
+    assert [trained_text(e) for e in prepared(jsonl(tmp_path, [pair]), format="chosen").train] == ["b<|im_end|>"]
+
+
+# Personal data
+
+
+def test_personal_data_is_reported_redacted_or_refused(tmp_path: Path) -> None:
+    secret = "jane.roe@company.com"
+    rows = [{"prompt": f"write to {secret}", "completion": "sent"}, *distinct(2)]
+    path = jsonl(tmp_path, rows)
+    report = prepared(path)
+    assert secret in text_of(report.train[0])
+    redacted = prepared(path, pii="redact", validation=1, group="prompt")
+    everything = [text_of(e) for e in (*redacted.train, *redacted.validation)]
+    assert sum("write to [EMAIL]" in text for text in everything) == 1
+    for data in (report, redacted):
+        assert data.ledger.personal == {"email": 1}
+        (line,) = data.personal_file.read_text().splitlines()
+        assert json.loads(line) == {"place": "rows.jsonl:1", "kind": "email", "turn": 1, "start": 9, "end": 29}
+    assert "rows.jsonl:1: personal data (email)" in refused(path, pii="refuse")
+    assert secret not in refused(path, pii="refuse")
+    assert prepared(path, pii="off").ledger.personal == {}
+    assert (
+        "[EMAIL]" in read_held_out(path, "--data", Data(train=path, pii="redact"), renderer(), 1)[0].conversation.text()
+    )
+
+
+# The cache
+
+
+def test_a_second_start_reads_the_tokens_back(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, distinct(5))
+    first, again = prepared(path), prepared(path)
+    assert (first.ledger.was_cached, again.ledger.was_cached) == (False, True)
+    assert [text_of(e) for e in first.train] == [text_of(e) for e in again.train]
+    assert first.ledger.as_dict() | {"seconds": 0, "cached": True} == again.ledger.as_dict() | {"seconds": 0}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_length": 50},
+        {"loss_on": "all"},
+        {"system_prompt": "x"},
+        {"pii": "redact"},
+        {"chat_template": "alpaca"},
+        {"limit": 2},
+    ],
+)
+def test_whatever_changes_the_tokens_makes_them_anew(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = jsonl(tmp_path, distinct(5))
+    assert not prepared(path).ledger.was_cached
+    assert not prepared(path, **change).ledger.was_cached
+    jsonl(tmp_path, distinct(6))
+    assert not prepared(path).ledger.was_cached
+
+
+def test_refused_data_leaves_nothing_in_the_cache(tmp_path: Path, empty_cache: Path) -> None:
+    refused(jsonl(tmp_path, [GOOD, "{"]))
+    assert [path for path in empty_cache.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
+
+
+def test_several_processes_give_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("veneer.data.read.ROWS", 50, raising=False)
+    path = jsonl(tmp_path, distinct(2500))
+    one = prepared(path, workers=1)
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "other"))
+    two = prepared(path, workers=2)
+    assert not two.ledger.was_cached
+    assert one.ledger.sha256 == two.ledger.sha256
+    assert one.ledger.rows == two.ledger.rows
+
+
+def test_chat_data_without_a_template_is_refused(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, [{"messages": turns(CHAT)}])
+    with pytest.raises(UserError, match="the base model has no chat template"):
+        prepared(path, chat=False)
+    assert len(prepared(jsonl(tmp_path, [GOOD]), chat=False).train) == 1
