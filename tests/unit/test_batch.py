@@ -11,7 +11,7 @@ from veneer.data.batch import UNTRAINED, pack
 
 def example(length: int, first: int = 0) -> Example:
     ids = np.arange(first, first + length, dtype=np.int32)
-    return Example(ids, np.array([0.0] + [1.0] * (length - 1), dtype=np.float32), "")
+    return Example(ids, ((1, length, 1.0),), "")
 
 
 def batches(examples: list[Example], batch_size: int, accumulation: int, pack_length: int | None = None) -> Batches:
@@ -28,7 +28,7 @@ def test_a_batch_lays_documents_one_behind_the_other() -> None:
 
 
 def test_a_tokens_weight_stands_where_it_is_predicted() -> None:
-    batch = Batch.of([Example(np.array([5, 6, 7], np.int32), np.array([0, 0.5, 0], np.float32), "")])
+    batch = Batch.of([Example(np.array([5, 6, 7], np.int32), ((1, 2, 0.5),), "")])
     assert batch.targets_T.tolist() == [6, UNTRAINED, UNTRAINED]
     assert batch.weights_T.tolist() == [0.5, 0, 0]
     assert (batch.trained, batch.weight) == (1, 0.5)

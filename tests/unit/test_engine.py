@@ -35,9 +35,8 @@ def examples(lengths: list[int]) -> list[Example]:
     found = []
     for length in lengths:
         ids = torch.randint(3, 384, (length,), generator=generator).numpy().astype(np.int32)
-        weights = np.array([n % 3 != 1 for n in range(length)], dtype=np.float32)
-        weights[0] = 0
-        found.append(Example(ids, weights, ""))
+        spans = tuple((n, min(n + 2, length), 1.0) for n in range(2, length, 3))
+        found.append(Example(ids, spans, ""))
     return found
 
 
@@ -105,7 +104,7 @@ def test_a_token_counts_by_its_weight(tiny_model: Callable[..., Path]) -> None:
     model = load(tiny_model("llama"))
     engine = ReferenceEngine(model)
     one, other = examples([9, 17])
-    halved = Example(one.ids, one.weights * 0.5, "")
+    halved = Example(one.ids, tuple((start, end, 0.5) for start, end, _ in one.spans), "")
     losses = engine.losses(Batch.of([one, other])).tolist()
     assert engine.losses(Batch.of([halved, other])).tolist() == pytest.approx([losses[0] / 2, losses[1]])
     engine.forward_backward(Batch.of([one]), 0.5)

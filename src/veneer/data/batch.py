@@ -29,30 +29,45 @@ class Example:
 
     Attributes:
         ids: Its tokens, int32.
-        weights: Of each token in the loss, float32; 0: not trained.
+        spans: Its trained tokens: (start, end, weight) of each stretch, rising. The first token of all is in none,
+            since nothing stands before it that could predict it.
         place: Of the row it came from.
     """
 
     ids: Any
-    weights: Any
+    spans: tuple[tuple[int, int, float], ...]
     place: str
 
     @property
     def trained(self) -> int:
         """How many tokens are trained."""
-        return int(np.count_nonzero(self.weights))
+        return sum(end - start for start, end, _ in self.spans)
 
     @property
     def weight(self) -> float:
         """Sum of its tokens' weights."""
-        return float(self.weights.sum(dtype=float))
+        return sum((end - start) * weight for start, end, weight in self.spans)
+
+    @property
+    def weights(self) -> Any:
+        """Weight of each token in the loss, float32; 0: not trained."""
+        weights = np.zeros(len(self.ids), dtype=np.float32)
+        for start, end, weight in self.spans:
+            weights[start:end] = weight
+        return weights
 
     @property
     def targets(self) -> Any:
         """The token to predict at each position, or UNTRAINED; int64."""
         targets = np.full(len(self.ids), UNTRAINED, dtype=np.int64)
-        targets[:-1] = np.where(self.weights[1:] > 0, self.ids[1:], UNTRAINED)
+        for start, end, _ in self.spans:
+            targets[start - 1 : end - 1] = self.ids[start:end]
         return targets
+
+    def cut(self, length: int) -> "Example":
+        """Its first tokens."""
+        kept = tuple((start, min(end, length), weight) for start, end, weight in self.spans if start < length)
+        return Example(self.ids[:length], kept, self.place)
 
 
 @dataclass(frozen=True)

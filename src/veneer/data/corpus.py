@@ -63,10 +63,8 @@ class Corpus(Sequence[Example]):
             return [self[n] for n in range(*at.indices(len(self)))]
         length, begin = int(self.lengths[at]), int(self._begin[at])
         ids = np.frombuffer(os.pread(self._file, 4 * length, 4 * begin), dtype=np.uint32)
-        weights = np.zeros(length, dtype=np.float32)
-        for span in self._spans[self._span_begin[at] : self._span_begin[at + 1]]:
-            weights[span["start"] : span["end"]] = span["weight"]
-        return Example(ids.astype(np.int32), weights, self.place(int(self.row_of[at])))
+        spans = self._spans[self._span_begin[at] : self._span_begin[at + 1]].tolist()
+        return Example(ids.astype(np.int32), tuple(spans), self.place(int(self.row_of[at])))
 
     def place(self, row: int) -> str:
         """Where a row stands in its file."""

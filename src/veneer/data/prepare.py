@@ -165,7 +165,7 @@ def _read(
         ledger.was_cached = False
         blocks = _chosen_blocks(sources, setting, data, seed)
         workers = data.workers or _workers(sources)
-        write(folder, _checked(tokenize(blocks, renderer.tokenizer, data, formats, workers), data))
+        write(folder, _checked(tokenize(blocks, renderer, data, formats, workers), data))
         corpus = Corpus(folder)
         near_duplicates(len(corpus.rows), corpus.signatures).astype(np.uint32).tofile(folder / "near.bin")
 
@@ -368,7 +368,7 @@ def _fingerprint(sources: Sequence[Source], formats: Sequence[str], data: Data, 
         "formats": list(formats),
         "settings": {name: getattr(data, name) for name in MATTER},
         "seed": seed if data.sample is not None else None,
-        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "tokenizer": renderer.fingerprint,
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "template": renderer.template,
         "today": date.today().isoformat() if "strftime" in (renderer.template or "") else None,

@@ -85,6 +85,11 @@ class Renderer:
         return self._template is not None
 
     @property
+    def fingerprint(self) -> str:
+        """Of the tokenizer: equal where the same texts become the same tokens."""
+        return self._encoder.fingerprint
+
+    @property
     def template(self) -> str | None:
         return None if self._template is None else self._template.source
 
@@ -259,10 +264,11 @@ class Renderer:
         """The turns with control strings marked, so that they stay text, and the mark; UNCUT where there are none."""
         if self.settings.special_tokens_in_text == "control":
             return UNCUT, messages, tools
-        values = [(m.content, m.reasoning, m.tool_calls) for m in messages]
-        if not any(self._encoder.holds_control(text) for text in _strings((values, tools))):
+        texts = [message.content for message in messages]
+        if tools or any(message.reasoning or message.tool_calls for message in messages):
+            texts += _strings(([(message.reasoning, message.tool_calls) for message in messages], tools))
+        if not any(map(self._encoder.holds_control, texts)):
             return UNCUT, messages, tools
-        texts = list(_strings((values, tools)))
         mark = next((mark for mark in MARKS if not any(mark in text for text in texts)), None)
         if mark is None:
             raise BadRowError("holds every one of Unicode's noncharacters U+FDD0 to U+FDEF")
@@ -305,15 +311,16 @@ class Renderer:
             counts = [len(self._lead) + count for count in counts]
         if self._lead and ids[:2] == self._lead * 2:
             raise BadRowError("two begin tokens in a row; the chat template writes one too many")
-        weights = np.zeros(len(ids), dtype=np.float32)
         edges = [0, *counts, len(ids)]
+        spans: list[tuple[int, int, float]] = []
         for part, weight in enumerate(draft.weights):
-            start, end = edges[part], edges[part + 1]
-            weights[start:end] = weight
+            start, end = max(1, edges[part]), edges[part + 1]  # nothing stands before the first token to predict it
             if draft.is_chat and part % 2:
-                weights[self._end_of_turn(ids, start, end) + 1 : end] = draft.weights[0]
-        weights[0] = 0.0  # nothing stands before it that could predict it
-        return Example(np.array(ids, dtype=np.int32), weights, draft.place)
+                stop = self._end_of_turn(ids, edges[part], end) + 1
+                _add(spans, start, stop, weight)
+                start, weight = max(1, stop), draft.weights[0]
+            _add(spans, start, end, weight)
+        return Example(np.array(ids, dtype=np.int32), tuple(spans), draft.place)
 
     def _end_of_turn(self, ids: list[int], start: int, end: int) -> int:
         """Where the last control token of an answer stands; it becomes a stop token."""
@@ -348,6 +355,15 @@ def _weighted(messages: tuple[Message, ...], loss_on: str) -> Weighted:
     else:
         return messages
     return tuple(m if n in kept else replace(m, weight=0.0) for n, m in enumerate(messages))
+
+
+def _add(spans: list[tuple[int, int, float]], start: int, end: int, weight: float) -> None:
+    """Put a stretch behind the others; one that continues the last makes it longer."""
+    if not weight or start >= end:
+        return
+    if spans and spans[-1][1:] == (start, weight):
+        start = spans.pop()[0]
+    spans.append((start, end, weight))
 
 
 def _shared(first: str, second: str) -> int:

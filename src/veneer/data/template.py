@@ -49,7 +49,7 @@ class Template:
     """
 
     def __init__(self, tokenizer: Any, source: str) -> None:
-        self._tokenizer = tokenizer
+        self._special = dict(tokenizer.special_tokens_map)
         self.source = source
         if _puts_bos(tokenizer) and not self._trial([Message("user", "a")]).startswith(tokenizer.bos_token):
             self.source = "{{- bos_token -}}" + source
@@ -88,7 +88,7 @@ class Template:
                 tools=list(tools) or None,
                 chat_template=self.source,
                 add_generation_prompt=add_generation_prompt,
-                **self._tokenizer.special_tokens_map,
+                **self._special,
             )
         except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
             raise BadRowError(f"the chat template refuses the conversation: {error}") from None

@@ -4,8 +4,10 @@ What comes back of a block is a few flat arrays, so that little is sent between 
 longer than it takes to write it down.
 """
 
+import gc
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -73,19 +75,23 @@ class Tokenizing:
     """What a worker does.
 
     Args:
-        tokenizer: Of the base model.
+        renderer: Of the base model.
         data: The settings.
         formats: Of each source.
     """
 
-    def __init__(self, tokenizer: Any, data: Data, formats: Sequence[str]) -> None:
+    def __init__(self, renderer: Renderer, data: Data, formats: Sequence[str]) -> None:
         self._data = data
-        self.renderer = Renderer(tokenizer, data)
+        self.renderer = renderer
         self._intakes = [Intake(data, name) for name in formats]
         self._longest_text = self.renderer.overlong_characters(data.max_length)
 
     def __call__(self, source: int, block: Block) -> Tokenized:
         """Tokenize a block of a source."""
+        with _no_garbage_collection():
+            return self._tokenized(source, block)
+
+    def _tokenized(self, source: int, block: Block) -> Tokenized:
         fates: Counter[str] = Counter()
         notes: Counter[str] = Counter()
         problems: list[Problem] = []
@@ -151,12 +157,12 @@ class Tokenizing:
             return made, False, False
         if self._data.overlong != "truncate":
             return [], True, False
-        cut = [Example(e.ids[:limit], e.weights[:limit], e.place) for e in made]
+        cut = [example.cut(limit) for example in made]
         return (cut, True, False) if all(e.trained for e in cut) else ([], True, True)
 
 
 def tokenize(
-    blocks: Iterable[tuple[int, Block]], tokenizer: Any, data: Data, formats: Sequence[str], workers: int
+    blocks: Iterable[tuple[int, Block]], renderer: Renderer, data: Data, formats: Sequence[str], workers: int
 ) -> Iterator[tuple[int, Block, Tokenized]]:
     """Tokenize blocks with so many processes; each comes back with its source and its block, in order.
 
@@ -164,7 +170,7 @@ def tokenize(
         JobError: A process was killed (for memory, as a rule).
     """
     if workers == 1:
-        work = Tokenizing(tokenizer, data, formats)
+        work = Tokenizing(renderer, data, formats)
         for source, block in blocks:
             yield source, block, work(source, block)
         return
@@ -172,7 +178,7 @@ def tokenize(
     from loky import ProcessPoolExecutor
     from loky.process_executor import TerminatedWorkerError
 
-    pool = ProcessPoolExecutor(workers, initializer=_start, initargs=(tokenizer, data, list(formats)))
+    pool = ProcessPoolExecutor(workers, initializer=_start, initargs=(renderer.tokenizer, data, list(formats)))
     waiting: deque[tuple[int, Block, Any]] = deque()
     try:
         for source, block in blocks:
@@ -195,11 +201,23 @@ _worker: list[Tokenizing] = []  # of a worker process: what it does, once it has
 
 
 def _start(tokenizer: Any, data: Data, formats: list[str]) -> None:
-    _worker.append(Tokenizing(tokenizer, data, formats))
+    _worker.append(Tokenizing(Renderer(tokenizer, data), data, formats))
 
 
 def _work(source: int, block: Block) -> Tokenized:
     return _worker[0](source, block)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A block's many small objects hold no cycles; looking for some, through all that torch loads, costs a third."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _characters(conversation: Conversation) -> int:
@@ -207,40 +225,33 @@ def _characters(conversation: Conversation) -> int:
 
 
 def _gathered(source: int, used: list[tuple[int, Taken, list[Example]]], stop_ids: set[int]) -> Tokenized:
-    rows = np.zeros(len(used), dtype=ROW)
+    rows: list[tuple[int, int, int, int, int]] = []
     examples: list[Example] = []
-    for at, (number, taken, made) in enumerate(used):
+    for number, taken, made in used:
         digest = blake2b(digest_size=8)
         for example in made:
-            digest.update(example.ids.tobytes())
-            digest.update(example.weights.tobytes())
-        rows[at] = (source, len(made), number, _number(digest), _group_hash(taken.group))
+            digest.update(example.ids)
+            digest.update(repr(example.spans).encode())
+        rows.append((source, len(made), number, _number(digest), _group_hash(taken.group)))
         examples += made
-    spans = [_spans(example.weights) for example in examples]
+    ids = np.concatenate([e.ids for e in examples]).astype(np.uint32) if examples else np.empty(0, np.uint32)
+    lengths = np.array([len(example.ids) for example in examples], dtype=np.uint32)
+    spans = np.array([span for example in examples for span in example.spans], dtype=SPAN)
+    span_counts = np.array([len(example.spans) for example in examples], dtype=np.uint32)
+    # End tokens up to each place; the difference over a span is how many it holds.
+    ends_before = np.concatenate([[0], np.cumsum(np.isin(ids, list(stop_ids)))])
+    owner = np.repeat(np.arange(len(examples)), span_counts)
+    begin = (np.cumsum(lengths) - lengths)[owner] if len(examples) else np.empty(0, np.int64)
+    ends_of_span = ends_before[begin + spans["end"]] - ends_before[begin + spans["start"]]
     return Tokenized(
-        ids=np.concatenate([e.ids for e in examples]).astype(np.uint32) if examples else np.empty(0, np.uint32),
-        lengths=np.array([len(example.ids) for example in examples], dtype=np.uint32),
-        ends=np.array([_ends(example, stop_ids) for example in examples], dtype=np.uint32),
-        spans=np.concatenate(spans) if spans else np.empty(0, SPAN),
-        span_counts=np.array([len(part) for part in spans], dtype=np.uint32),
-        rows=rows,
+        ids=ids,
+        lengths=lengths,
+        ends=np.bincount(owner, weights=ends_of_span, minlength=len(examples)).astype(np.uint32),
+        spans=spans,
+        span_counts=span_counts,
+        rows=np.array(rows, dtype=ROW),
         signatures=signatures([taken.conversation.text() for _, taken, _ in used]),
     )
-
-
-def _ends(example: Example, stop_ids: set[int]) -> int:
-    trained = example.ids[example.weights > 0]
-    return sum(int(np.count_nonzero(trained == stop)) for stop in stop_ids)
-
-
-def _spans(weights: Any) -> Any:
-    edges = np.flatnonzero(np.diff(weights)) + 1
-    starts = np.concatenate([[0], edges])
-    ends = np.concatenate([edges, [len(weights)]])
-    kept = weights[starts] > 0
-    spans = np.empty(int(kept.sum()), dtype=SPAN)
-    spans["start"], spans["end"], spans["weight"] = starts[kept], ends[kept], weights[starts[kept]]
-    return spans
 
 
 def _group_hash(group: Any) -> int:

@@ -8,13 +8,17 @@ tokens before it are not those that the text before it has by itself, the text i
 are tokenized apart. So the model is asked in training exactly as it is asked when it generates.
 """
 
+import hashlib
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from tokenizers import Tokenizer
+
+from veneer.data.words import WordEncoder
 
 # Noncharacters: Unicode keeps them for a program's own use, so no text should hold them.
 MARKS = tuple(chr(code) for code in range(0xFDD0, 0xFDF0))
@@ -45,14 +49,18 @@ class Encoder:
 
     Attributes:
         control: Ids of control tokens.
+        fingerprint: Of everything that decides the tokens of a text.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         # A copy, without what would add tokens or cut them, and with offsets that hold a token's leading space.
-        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        description = tokenizer.backend_tokenizer.to_str()
+        self.fingerprint = hashlib.sha256(description.encode()).hexdigest()
+        self._backend = Tokenizer.from_str(description)
         self._backend.post_processor = None
         self._backend.no_padding()
         self._backend.no_truncation()
+        self._words = WordEncoder.of(self._backend, description)
         special = {number: token for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.control = set(tokenizer.all_special_ids) | set(special)
         strings = {tokenizer.convert_ids_to_tokens(number) for number in self.control}
@@ -67,7 +75,10 @@ class Encoder:
 
     def holds_control(self, text: str) -> bool:
         """Whether a text holds the string of a control token."""
-        return any(head in text for head in self._heads) and self._pattern.search(text) is not None
+        for head in self._heads:
+            if head in text:
+                return self._pattern.search(text) is not None
+        return False
 
     def marked(self, text: str, mark: str) -> str:
         """The text with a mark in the middle of each string of a control token."""
@@ -85,10 +96,14 @@ class Encoder:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens of plain texts; control strings become control tokens."""
+        if self._words is not None:
+            return self._words.encode(texts)
         return [encoding.ids for encoding in self._backend.encode_batch(texts, add_special_tokens=False)]
 
     def encode_at(self, texts: Sequence[Text]) -> list[tuple[list[int], list[int]]]:
         """Tokens of texts without their marks, and for each border how many tokens stand before it."""
+        if self._words is not None:
+            return self._encode_parts(texts)
         encodings = self._backend.encode_batch([text.text for text in texts], add_special_tokens=False)
         results = []
         for text, encoding in zip(texts, encodings, strict=True):
@@ -96,6 +111,30 @@ class Encoder:
             at = None if text.mark else self._counts(text.text, ids, encoding.offsets, text.borders)
             results.append(self._encode_cut(text) if at is None else (ids, at))
         return results
+
+    def _encode_parts(self, texts: Sequence[Text]) -> list[tuple[list[int], list[int]]]:
+        """The same where tokens of a text's end do not depend on what stands before it: every part by itself."""
+        parts: list[str] = []
+        for text in texts:
+            edges = (0, *text.borders, len(text.text))
+            parts += [text.text[start:end] for start, end in pairwise(edges)]
+        tokens = iter(self.encode(parts) if not any(t.mark for t in texts) else self._encode_marked(texts, parts))
+        results = []
+        for text in texts:
+            ids = list(next(tokens))
+            counts = []
+            for _ in text.borders:
+                counts.append(len(ids))
+                ids += next(tokens)
+            results.append((ids, counts))
+        return results
+
+    def _encode_marked(self, texts: Sequence[Text], parts: list[str]) -> list[list[int]]:
+        """Tokens of parts, cut at their text's marks."""
+        marks = [text.mark for text in texts for _ in range(len(text.borders) + 1)]
+        pieces = [part.split(mark) if mark else [part] for part, mark in zip(parts, marks, strict=True)]
+        tokens = iter(self.encode([piece for part in pieces for piece in part]))
+        return [[token for _ in part for token in next(tokens)] for part in pieces]
 
     def _counts(
         self, text: str, ids: list[int], offsets: list[tuple[int, int]], places: Sequence[int]
