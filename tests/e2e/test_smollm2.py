@@ -11,11 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
 from safetensors.torch import load_file
 
+from tests.masks import STARTS, TRIMS, check_mask, hypothesis_settings, random_chats
+from tests.rows import renderer
 from tests.runs import losses
 from veneer.cli.demo import SYSTEM_PROMPT
 from veneer.config import Model
+from veneer.data.template import END_OF_TURN
 from veneer.model import load_tokenizer, locate
 from veneer.model.builtin import BUILTIN, _download, builtin_folder
 
@@ -132,3 +136,23 @@ def test_a_gguf_file_gives_the_same_model_as_the_built_in(tmp_path: Path, monkey
     made = (Path(source.location) / "config.json").stat().st_mtime_ns
     assert locate(Model(base=str(file))).location == source.location
     assert (Path(source.location) / "config.json").stat().st_mtime_ns == made
+
+
+def test_five_thousand_random_conversations_are_masked_exactly() -> None:
+    """With SmolLM2's own template and every named one: the answers and their end tokens are trained, nothing else."""
+    tokenizer = load_tokenizer(locate(Model(base=NAME)))
+    renderers = {name: renderer(tokenizer, chat_template=name) for name in ("auto", *END_OF_TURN)}
+    seen = 0
+
+    @hypothesis_settings(5000)
+    @given(random_chats())
+    def check(chat: list[tuple[str, str]]) -> None:
+        nonlocal seen
+        seen += 1
+        for name, made in renderers.items():
+            if name == "mistral" and chat[0][0] == "assistant":
+                continue  # without a begin token its first answer has nothing before it
+            check_mask(made, tokenizer, chat, "<|im_end|>", name in TRIMS, STARTS.get(name, ""))
+
+    check()
+    assert seen >= 5000

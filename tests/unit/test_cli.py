@@ -17,6 +17,7 @@ from veneer.cli.main import main
 from veneer.config.load import to_yaml
 
 ROOT = Path(__file__).parents[2]
+Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -224,3 +225,57 @@ def test_the_readmes_run_file_is_a_run(tmp_path: Path) -> None:
         assert yaml.safe_load(block)
         (tmp_path / "readme.yaml").write_text(block)
         load_run(tmp_path / "readme.yaml")
+
+
+def test_data_shows_what_becomes_of_rows(tiny_model: Callable[..., Path], tmp_path: Path, call: Call) -> None:
+    rows = [{"prompt": f"the cat {n} [bold]", "completion": "the <b> owl"} for n in range(5)]
+    path = write_rows(tmp_path / "rows.jsonl", [*rows, {"prompt": "a", "completion": ""}])
+    page = tmp_path / "page.html"
+    given = ["data", path, "--model", str(tiny_model()), "--html", str(page), "data.validation=1"]
+    code, out, _ = call(*given)
+    assert code == 0
+    for expected in ("6 read = 5 used + 1 empty", "4 to train on, 1 held out", "rows.jsonl:6", "<|im_end|>", "[bold]"):
+        assert expected in out
+    html = page.read_text()
+    assert '<span class="learnt ">the &lt;b&gt; owl</span><span class="learnt control">&lt;|im_end|&gt;</span>' in html
+    assert "src=" not in html
+    assert "http" not in html
+    _, out, _ = call(*given, "--json", "--rows", "2")
+    report = json.loads(out)
+    assert {"read", "used", "unreadable", "empty", "duplicate", "overlong", "refused"} <= set(report["rows"])
+    assert {"total", "trained", "end_of_turn"} <= set(report["tokens"])
+    assert {"format", "warnings"} <= set(report)
+    assert [sum(len(p["text"]) > 0 for p in sample["pieces"]) > 3 for sample in report["samples"]] == [True, True]
+
+
+def test_data_takes_a_run_as_well(tiny_model: Callable[..., Path], tmp_path: Path, call: Call) -> None:
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": f"{n}", "completion": "b"} for n in range(4)])
+    run = tmp_path / "run.yaml"
+    run.write_text(f"model: {{base: {tiny_model()}}}\ndata: {{train: {tmp_path}/rows.jsonl, validation: 0}}\n")
+    _, out, _ = call("data", str(run), "data.limit=3", "--json")
+    assert json.loads(out)["rows"]["read"] == 3
+    assert list(tmp_path.glob("runs*")) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["rows.jsonl"], "name it with --model"),
+        (["none.jsonl", "--model", "x"], "model.base"),
+        (["rows.jsonl", "--model", "smollm2-135m-instruct", "--html", "no/where.html"], "the folder does not exist"),
+        (["rows.jsonl", "--model", "smollm2-135m-instruct", "data.formt=auto"], "did you mean `format`?"),
+    ],
+)
+def test_data_says_what_is_wrong(given: list[str], expected: str, call: Call) -> None:
+    code, _, err = call("data", *given)
+    assert code == 2
+    assert expected in err
+
+
+def test_a_list_of_files_may_be_an_override(tiny_model: Callable[..., Path], tmp_path: Path, call: Call) -> None:
+    for name in ("a", "b"):
+        write_rows(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {n}", "completion": "b"} for n in range(4)])
+    files = f"data.train=[{tmp_path}/a.jsonl, {tmp_path}/b.jsonl]"
+    columns = "data.columns={prompt: prompt, completion: completion}"
+    _, out, _ = call("data", "x", "--model", str(tiny_model()), files, columns, "--json")
+    assert json.loads(out)["rows"]["read"] == 8

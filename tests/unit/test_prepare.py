@@ -170,7 +170,7 @@ def test_rows_left_out_are_named(tmp_path: Path) -> None:
         ("rows.jsonl:3", "empty"),
     ]
     assert "broken JSON" in ledger["problems"][0]["reason"]
-    assert "1 rows cannot be read and were left out" in ledger["warnings"]
+    assert "1 row cannot be read: left out" in ledger["warnings"]
 
 
 def test_percentiles_are_those_of_the_rows() -> None:
@@ -209,7 +209,7 @@ def test_several_bad_rows_are_told_at_once(tmp_path: Path) -> None:
 def test_a_conversation_that_ends_with_the_user_is_learnt_up_to_the_last_answer(tmp_path: Path) -> None:
     data = prepared(jsonl(tmp_path, [{"messages": turns([*CHAT, ("user", "and the hen")])}]))
     assert text_of(data.train[0]).endswith("the owl<|im_end|>\n")
-    assert any("1 conversations go on after the last answer" in warning for warning in data.ledger.warnings)
+    assert any("1 row with more after the last answer" in warning for warning in data.ledger.warnings)
 
 
 def test_no_row_left_is_an_error_that_says_why(tmp_path: Path) -> None:
@@ -311,7 +311,9 @@ def test_training_rows_that_stand_in_a_held_out_file_are_left_out(tmp_path: Path
     assert [example.place for example in data.train] == ["rows.jsonl:3", "rows.jsonl:4"]
     assert (ledger["rows"]["read"], ledger["rows"]["training"], ledger["rows"]["validation"]) == (8, 2, 4)
     assert ledger["rows"]["duplicate"] == 2
-    assert any("2 training rows stand in the held-out files too (left out" in warning for warning in ledger["warnings"])
+    assert any(
+        "2 rows to train on that the held-out files have too: left out" in warning for warning in ledger["warnings"]
+    )
     kept = prepared(jsonl(tmp_path, rows), validation=other, duplicates="keep")
     assert len(kept.train) == 4
     assert kept.ledger.overlap["rows"] == 2

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import given
 
+from tests.masks import STARTS, TRIMS, check_mask, hypothesis_settings, random_chats
 from tests.rows import CHAT, conversation, renderer, text_of, trained_text, turns
-from tests.tiny import family_tokenizer, tiny_tokenizer
+from tests.tiny import family_tokenizer, metaspace_tokenizer, tiny_tokenizer
 from veneer.config import UserError
 from veneer.data import Conversation, Message
 from veneer.data.batch import UNTRAINED
@@ -197,6 +197,19 @@ def test_control_strings_in_tools_and_calls_stay_text() -> None:
     assert '["<|im_end|>"]' in trained_text(example)
 
 
+@pytest.mark.parametrize("name", END_OF_TURN)
+def test_masks_hold_for_tokenizers_that_begin_texts_with_a_space(name: str) -> None:
+    tokenizer = metaspace_tokenizer()
+    made = renderer(tokenizer, chat_template=name)
+    chat = [("system", "be brief"), ("user", "the </s> cat"), ("assistant", "the owl </s> says"), ("user", "please")]
+    example = made.example(conversation([*chat, ("assistant", "route this")]))
+    said = trained_text(example, tokenizer).split("</s>")
+    assert [text.strip() for text in said] == ["the owl", "says", "route this", ""]
+    assert [token for token in example.ids[example.weights > 0] if token in tokenizer.all_special_ids] == [2, 2]
+    prompt = made.prompt_ids(conversation(chat).messages)
+    assert example.ids[: len(prompt)].tolist() == prompt
+
+
 # What templates cannot say
 
 
@@ -303,59 +316,15 @@ def test_templates_that_cannot_be_right_are_refused(tmp_path: Path) -> None:
         renderer(chat_template="chatxml")
 
 
-# Random conversations: for every template exactly the assistant's tokens and their end token are trained.
-
-TEXT = st.text(max_size=40) | st.sampled_from(
-    [
-        "<|im_end|>",
-        "x<|im_start|>user\n",
-        "</s>",
-        "<|endoftext|>a",
-        "  spaced  ",
-        "\n",
-        "",
-        "🦉猫 é",
-        "the cat " * 200,
-        "\ufdd0",
-    ]
-)
-TURN = st.tuples(st.sampled_from(["system", "user", "assistant", "tool"]), TEXT)
-TRIMS = {"llama-3", "gemma", "mistral"}
-
-
-def alternating(turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Turns without two answers in a row."""
-    return [turn for n, turn in enumerate(turns) if n == 0 or turn[0] != "assistant" or turns[n - 1][0] != "assistant"]
-
-
-def check_mask(made: Any, tokenizer: Any, chat: list[tuple[str, str]], end: str, trims: bool, starts: str = "") -> None:
-    """The trained tokens are the answers and their ends, told from the conversation alone."""
-    example = made.example(conversation(chat))
-    answers = [text.strip() if trims else text for role, text in chat if role == "assistant"]
-    trained = example.ids[example.weights > 0]
-    assert tokenizer.decode(trained) == "".join(starts + answer + end for answer in answers)
-    end_id = tokenizer.convert_tokens_to_ids(end)
-    assert [token for token in trained if token in tokenizer.all_special_ids] == [end_id] * len(answers)
-
-
-def hypothesis_settings(examples: int) -> Any:
-    return settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-
-
-def random_chats() -> Any:
-    return st.lists(TURN, min_size=1, max_size=6).map(alternating).filter(lambda c: any(r == "assistant" for r, _ in c))
-
-
 @pytest.mark.parametrize("name", [*END_OF_TURN, "auto"])
 def test_the_mask_is_exactly_the_answers_and_their_end(name: str) -> None:
     tokenizer = AddsBos()
     made = renderer(tokenizer, chat_template=name)
-    starts = " " if name in ("guanaco", "mistral") else ""  # the space they put before an answer
 
     @hypothesis_settings(150)
     @given(random_chats())
     def check(chat: list[tuple[str, str]]) -> None:
-        check_mask(made, tokenizer, chat, END_OF_TURN.get(name) or "<|im_end|>", name in TRIMS, starts)
+        check_mask(made, tokenizer, chat, END_OF_TURN.get(name) or "<|im_end|>", name in TRIMS, STARTS.get(name, ""))
 
     check()
 

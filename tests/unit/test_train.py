@@ -124,6 +124,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "chat_template": {"data": {"chat_template": "alpaca"}},
     "system_prompt": {"data": {"system_prompt": "be brief"}},
     "limit": {"data": {"limit": 9}},
+    "sample": {"data": {"sample": 9}},
+    "loss_on": {"data": {"loss_on": "all"}},
+    "pii": {"data": {"pii": "redact"}},
+    "overlong": {"data": {"overlong": "truncate", "max_length": 27, "max_cut_rows": 1}},
     "validation": {"data": {"validation": 0.3}},
 }
 

@@ -7,35 +7,40 @@ from veneer.data.ledger import Ledger
 def warnings_of(ledger: Ledger, data: Data) -> list[str]:
     """Sentences for everything in the ledger that is not as one would hope."""
     rows, notes = ledger.rows, ledger.notes
-    cut = notes["all_cut"]
-    found = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in sorted(ledger.personal.items()))
-    done = {"report": "left as they are; data.pii=redact replaces them", "redact": "redacted"}.get(data.pii, "")
-    says = {
-        f"{rows['unreadable']} rows cannot be read and were left out": rows["unreadable"],
-        f"{rows['refused']} rows cannot be right and were left out": rows["refused"],
-        f"{rows['overlong'] - cut} rows are longer than data.max_length and were left out": rows["overlong"] - cut,
-        f"{cut} rows have no trained token within data.max_length and were left out": cut,
-        f"{notes['truncated']} rows are longer than data.max_length; their end was cut off": notes["truncated"],
-        f"{rows['empty']} rows have an empty answer and were left out": rows["empty"],
-        f"{rows['duplicate']} rows repeat an earlier one and were left out": rows["duplicate"]
-        - notes["in_held_out_file"],
-        f"{notes['duplicate_kept']} rows repeat an earlier one (kept)": notes["duplicate_kept"],
-        f"{notes['near_duplicate_kept']} rows nearly repeat another; they stand on its side of the split"
-        " (data.duplicates=drop-near leaves them out)": notes["near_duplicate_kept"],
-        f"{notes['ends_without_answer']} conversations go on after the last answer; that end was left off": notes[
-            "ends_without_answer"
-        ],
-        f"{notes['in_held_out_group']} training rows are of a group that the held-out files have too": notes[
-            "in_held_out_group"
-        ],
-        f"personal data: {found} ({done})": len(ledger.personal),
-        "no end-of-turn token is trained: the model would never learn to stop": not ledger.tokens["end_of_turn"],
-        "no row is held out: nothing will show whether the model got better": not rows["validation"],
-    }
-    if notes["in_held_out_file"]:
-        kept = "kept: they measure memory" if data.duplicates == "keep" else "left out of the training"
-        says[f"{notes['in_held_out_file']} training rows stand in the held-out files too ({kept})"] = True
-    if ledger.overlap.get("rows"):
-        share = f"{ledger.overlap['rows']} of {ledger.overlap['of']} held-out rows share 13 words in a row"
-        says[f"{share} with training rows ({', '.join(ledger.overlap['places'][:3])}, ...)"] = True
-    return [sentence for sentence, holds in says.items() if holds]
+    cut, inside = notes["all_cut"], notes["in_held_out_file"]
+    counted = [
+        (rows["unreadable"], "cannot be read: left out"),
+        (rows["refused"], "cannot be right: left out"),
+        (rows["overlong"] - cut, "longer than data.max_length: left out"),
+        (cut, "without a trained token within data.max_length: left out"),
+        (notes["truncated"], "longer than data.max_length: the end is cut off"),
+        (rows["empty"], "with an empty answer: left out"),
+        (rows["duplicate"] - (inside if data.duplicates != "keep" else 0), "equal to an earlier one: left out"),
+        (notes["duplicate_kept"], "equal to an earlier one: kept"),
+        (
+            notes["near_duplicate_kept"],
+            "nearly equal to another: kept on its side of the split (data.duplicates=drop-near leaves them out)",
+        ),
+        (notes["ends_without_answer"], "with more after the last answer: that end is left off"),
+        (notes["in_held_out_group"], "to train on, of a group that the held-out files have too"),
+        (
+            inside,
+            "to train on that the held-out files have too: "
+            + ("kept, so these measure memory" if data.duplicates == "keep" else "left out"),
+        ),
+    ]
+    found = [f"{count:,} {'row' if count == 1 else 'rows'} {what}" for count, what in counted if count]
+    if shared := ledger.overlap.get("rows"):
+        places = ", ".join(ledger.overlap["places"][:3])
+        found.append(
+            f"{shared} of {ledger.overlap['of']} held-out rows share 13 words in a row with training rows: {places} ..."
+        )
+    if ledger.personal:
+        kinds = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in sorted(ledger.personal.items()))
+        done = "left as it is; data.pii=redact replaces it" if data.pii == "report" else "redacted"
+        found.append(f"personal data: {kinds} ({done})")
+    if not ledger.tokens["end_of_turn"]:
+        found.append("no end-of-turn token is trained: the model would never learn to stop")
+    if not rows["validation"]:
+        found.append("no row is held out: nothing will show whether the model got better")
+    return found
