@@ -56,6 +56,10 @@ def test_short_texts_are_alike_only_where_they_say_the_same() -> None:
     assert clusters(["yes", "Yes.", "no", "yes please"]) == [0, 0, 2, 3]
 
 
+def test_texts_without_words_are_alike_only_where_they_are_equal() -> None:
+    assert clusters(["+ + +", "? !", "+ + +", ""]) == [0, 1, 0, 3]
+
+
 def test_many_equal_texts_are_one_cluster() -> None:
     assert clusters([" ".join(text(n % 3)) for n in range(300)]) == [n % 3 for n in range(300)]
 

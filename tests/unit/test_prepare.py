@@ -365,7 +365,7 @@ def test_personal_data_is_reported_redacted_or_refused(tmp_path: Path) -> None:
     assert sum("write to [EMAIL]" in text for text in everything) == 1
     for data in (report, redacted):
         assert data.ledger.personal == {"email": 1}
-        (line,) = data.personal_file.read_text().splitlines()
+        (line,) = data.personal().splitlines()
         assert json.loads(line) == {"place": "rows.jsonl:1", "kind": "email", "turn": 1, "start": 9, "end": 29}
     assert "rows.jsonl:1: personal data (email)" in refused(path, pii="refuse")
     assert secret not in refused(path, pii="refuse")

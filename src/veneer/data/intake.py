@@ -63,7 +63,7 @@ class Intake:
         """A row's conversation, its problem, or None if it is empty."""
         row = parse(raw)
         if isinstance(row, Unreadable):
-            return Problem(place, "unreadable", row.reason)
+            return self._problem(place, "unreadable", row.reason)
         try:
             conversation = replace(to_conversation(row, self.format_name, self._data.columns), place=place)
             group = self._group(row)
@@ -71,8 +71,12 @@ class Intake:
                 return None
             conversation, personal = self._privacy(conversation)
         except BadRowError as error:
-            return Problem(place, "refused", str(error))
+            return self._problem(place, "refused", str(error))
         return Taken(conversation, group, personal)
+
+    def _problem(self, place: str, fate: str, reason: str) -> Problem:
+        """A problem whose reason, which may quote the row, holds no personal data."""
+        return Problem(place, fate, reason if self._data.pii == "off" else redact(reason, find(reason)))
 
     def _group(self, row: Mapping[str, Any]) -> Any:
         if self._data.group is None:

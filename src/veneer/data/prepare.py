@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+import veneer
 from veneer.config import Data, UserError
 from veneer.config.cache import cached
 from veneer.data.batch import Batches, Example
@@ -104,10 +105,10 @@ class Prepared:
         """The first held-out rows with their turns, which are read from their file again."""
         return _with_turns(self._held_out, self.validation, self._data, limit)
 
-    @property
-    def personal_file(self) -> Path:
-        """Where the personal data that was found stood, a line each."""
-        return self.train.corpus.folder / "pii.jsonl"
+    def personal(self) -> str:
+        """Where the personal data that was found stood: JSON, a line each."""
+        corpora = {part.corpus.folder: part.corpus for part in (self.train, self.validation)}
+        return "".join((folder / "pii.jsonl").read_text(encoding="utf-8") for folder in corpora)
 
 
 def prepare(data: Data, renderer: Renderer, seed: int) -> Prepared:
@@ -372,6 +373,6 @@ def _fingerprint(sources: Sequence[Source], formats: Sequence[str], data: Data, 
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "template": renderer.template,
         "today": date.today().isoformat() if "strftime" in (renderer.template or "") else None,
-        "libraries": [metadata.version(name) for name in ("tokenizers", "transformers", "veneer")],
+        "libraries": [veneer.__version__, metadata.version("tokenizers"), metadata.version("transformers")],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]

@@ -70,7 +70,9 @@ def recognise(rows: Sequence[Fields], wanted: str, columns: Mapping[ColumnName, 
         (name,) = fits
         return name, f"the fields {FORMATS[name].fields}" + (" by data.columns" if columns else "")
     known = "; ".join(f"{name} ({known.fields})" for name, known in FORMATS.items() if name != "chosen")
-    hint = "" if len(rows[0]) > 1 else "; is a header line missing?"
+    hint = (
+        "; is a header line missing?" if len(rows[0]) == 1 or any(len(field.split()) > 3 for field in rows[0]) else ""
+    )
     raise UserError(
         f"{place}: the fields {_names(rows[0])} fit no known format{hint}",
         f"name the columns, as in data.columns={{prompt: ..., completion: ...}}; known formats: {known}",

@@ -170,7 +170,7 @@ class TrainingJob:
         write_json(self.folder.plan, self.plan())
         write_json(self.folder.ledger, self.data.ledger.as_dict())
         if self.data.ledger.personal:
-            write_text(self.folder.personal, self.data.personal_file.read_text(encoding="utf-8"))
+            write_text(self.folder.personal, self.data.personal())
         write_text(self.folder.run, to_yaml(self.run))
 
     def _find_checkpoint(self) -> Any:
