@@ -76,7 +76,7 @@ def signatures(texts: Sequence[str]) -> Any:
     if len(cells):
         smallest[cells] = np.minimum.reduceat(values[order] << np.uint64(6), firsts)
     bins = smallest.reshape(len(texts), BINS)
-    for row in np.flatnonzero(np.bincount(owner, minlength=len(texts)) == 0):  # no words: alike only if equal
+    for row in np.flatnonzero(np.bincount(owner, minlength=len(texts)) == 0).tolist():  # no words: alike only if equal
         bins[row] = zlib.crc32(texts[row].encode("utf-8", "surrogatepass"))
     filled = bins.copy()
     with np.errstate(over="ignore"):
