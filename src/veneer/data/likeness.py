@@ -100,16 +100,18 @@ def near_duplicates(count: int, load: Callable[[int, int], Any], slab: int = 1 <
     """
     first = np.arange(count)
     for band in range(BINS // BAND):
-        parts = [load(at, min(count, at + slab))[:, band * BAND : (band + 1) * BAND] for at in range(0, count, slab)]
-        keys = np.ascontiguousarray(np.concatenate(parts)).view(np.uint32).reshape(-1) if parts else np.empty(0)
+        keys = np.empty(count, dtype=np.uint32)
+        for at in range(0, count, slab):
+            part = load(at, min(count, at + slab))[:, band * BAND : (band + 1) * BAND]
+            keys[at : at + slab] = np.ascontiguousarray(part).view(np.uint32)[:, 0]
         order = np.argsort(keys, kind="stable")
-        same = np.flatnonzero(keys[order][1:] == keys[order][:-1])
-        if not len(same):
-            continue
+        keys = keys[order]
+        repeats = np.concatenate([[False], keys[1:] == keys[:-1]])
         # Every row of a bucket is compared with the bucket's first.
-        heads = np.flatnonzero(np.concatenate([[True], keys[order][1:] != keys[order][:-1]]))
-        head_of = order[heads[np.searchsorted(heads, same + 1, side="right") - 1]]
-        _join(first, head_of, order[same + 1], load)
+        heads = np.flatnonzero(~repeats)
+        same = np.flatnonzero(repeats)
+        head_of = order[heads[np.searchsorted(heads, same, side="right") - 1]]
+        _join(first, head_of, order[same], load)
     while not np.array_equal(first, first[first]):
         first = first[first]
     return first
