@@ -24,11 +24,8 @@ from typing import Any
 
 import psutil
 
-from veneer.config import Data, Model
+from veneer.config import Data
 from veneer.data import Renderer, prepare
-from veneer.model import load_tokenizer, locate
-from veneer.plan import find_machine
-from veneer.train.job import environment
 
 HERE = Path(__file__).parent
 BASE = "smollm2-135m-instruct"
@@ -36,10 +33,12 @@ FILES = ("gsm8k_train.jsonl", "alpaca_en_demo.json")
 LENGTH = 2048
 
 
-def ours(file: str, workers: int) -> dict[str, Any]:
-    """Prepare a file; what a child process does."""
+def ours(file: str, workers: int, tokenizer_folder: str) -> dict[str, Any]:
+    """Prepare a file; what a child process does. It loads no torch, so its memory is that of the data."""
+    from transformers import AutoTokenizer
+
     data = Data(train=file, validation=0, max_length=LENGTH, packing=True, workers=workers, duplicates="keep")
-    tokenizer = load_tokenizer(locate(Model(base=BASE)))
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     renderer = Renderer(tokenizer, data)
     began = time.perf_counter()
     prepared = prepare(data, renderer, seed=0)
@@ -57,11 +56,6 @@ def ours(file: str, workers: int) -> dict[str, Any]:
 
 def child(cache: str, *arguments: str) -> dict[str, Any]:
     """Run a measurement in a process of its own."""
-    models = os.environ.get("VENEER_CACHE") or str(Path.home() / ".cache" / "veneer")
-    Path(cache).mkdir(exist_ok=True)
-    link = Path(cache) / "models"
-    if not link.exists():
-        link.symlink_to(Path(models) / "models")
     settings = os.environ | {"VENEER_CACHE": cache, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(arguments, capture_output=True, text=True, env=settings)
     if result.returncode:
@@ -70,13 +64,21 @@ def child(cache: str, *arguments: str) -> dict[str, Any]:
     return found
 
 
+def _tokenizer() -> str:
+    """The folder of SmolLM2's tokenizer."""
+    from veneer.config import Model
+    from veneer.model import locate
+
+    return os.environ.get("BENCH_TOKENIZER") or str(locate(Model(base=BASE)).location)
+
+
 def me(cache: str, file: str, workers: int) -> dict[str, Any]:
-    return child(cache, sys.executable, __file__, "--child", file, str(workers))
+    return child(cache, sys.executable, __file__, "--child", file, str(workers), _tokenizer())
 
 
 def against_trl(folder: Path, trl: str, runs: int) -> dict[str, Any]:
     """Tokens a second of both, alternating, and how full the packs are."""
-    tokenizer = str(locate(Model(base=BASE)).location)
+    tokenizer = _tokenizer()
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name in FILES:
@@ -152,8 +154,9 @@ def scaling(folder: Path, runs: int) -> dict[str, Any]:
 def large(gigabytes: float, workers: int) -> dict[str, Any]:
     """Peak memory of this process's children on a file larger than memory should be: generated, then prepared."""
     with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_TMP")) as scratch:
-        file = Path(scratch) / "large.jsonl"
-        _generate(file, int(gigabytes * 1e9))
+        file = Path(os.environ.get("BENCH_FILE") or f"{scratch}/large.jsonl")
+        if not file.exists():
+            _generate(file, int(gigabytes * 1e9))
         peak = {"tree": 0, "main": 0}
         done = threading.Event()
 
@@ -214,24 +217,27 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=0.0, help="size of the large file; 0: leave it out")
     parser.add_argument("--workers", type=int, default=2, help="processes for the large file")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--child", nargs=2, metavar=("FILE", "WORKERS"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, metavar=("FILE", "WORKERS", "TOKENIZER"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
-        print(json.dumps(ours(given.child[0], int(given.child[1]))))
+        print(json.dumps(ours(given.child[0], int(given.child[1]), given.child[2])))
         return
+    from veneer.plan import find_machine
+    from veneer.train.job import environment
+
     path = HERE / "results" / "data.json"
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    result |= {"machine": find_machine().describe(), "environment": environment(), "runs": given.runs}
+    on = {"machine": find_machine().describe(), "environment": environment(), "runs": given.runs}
     if given.trl:
         version = subprocess.run(
             [given.trl, "-c", "import trl; print(trl.__version__)"], capture_output=True, text=True, check=True
         )
-        result["trl_version"] = version.stdout.strip()
-        result["against_trl"] = against_trl(given.data, given.trl, given.runs)
-        result["scaling"] = scaling(given.data, min(3, given.runs))
+        on["trl_version"] = version.stdout.strip()
+        result["against_trl"] = on | against_trl(given.data, given.trl, given.runs)
+        result["scaling"] = on | scaling(given.data, min(3, given.runs))
         print("scaling", json.dumps(result["scaling"]), flush=True)
     if given.gigabytes:
-        result["large"] = large(given.gigabytes, given.workers)
+        result["large"] = on | large(given.gigabytes, given.workers)
         print("large", json.dumps(result["large"]), flush=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
 

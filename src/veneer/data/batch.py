@@ -14,10 +14,12 @@ optimizer step is drawn whole and then cut into micro-batches, so that 1 x 8, 2 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # where it is used it is loaded then: processes that only tokenize do without it
+    import torch
 
 UNTRAINED = -100  # target of a position that is not trained, as in torch's cross_entropy
 WINDOW = 16  # steps whose rows are sorted by length together
@@ -83,9 +85,9 @@ class Batch:
         weight: Sum of their weights; the number of trained tokens where no row says otherwise.
     """
 
-    ids_T: torch.Tensor
-    targets_T: torch.Tensor
-    weights_T: torch.Tensor
+    ids_T: "torch.Tensor"
+    targets_T: "torch.Tensor"
+    weights_T: "torch.Tensor"
     lengths: tuple[int, ...]
     trained: int
     weight: float
@@ -93,6 +95,8 @@ class Batch:
     @staticmethod
     def of(examples: Sequence[Example]) -> "Batch":
         """Lay examples one behind the other."""
+        import torch
+
         ids_T = torch.from_numpy(np.concatenate([example.ids for example in examples]).astype(np.int64))
         targets_T = torch.from_numpy(np.concatenate([example.targets for example in examples]))
         weights = np.concatenate([np.append(example.weights[1:], np.float32(0)) for example in examples])
