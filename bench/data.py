@@ -191,16 +191,16 @@ def large(gigabytes: float, workers: int) -> dict[str, Any]:
 
 
 def _generate(file: Path, size: int) -> None:
-    """Distinct rows of about 1.2 kB of English-like text."""
+    """Distinct rows of about 1.1 kB of made-up words."""
     rng = random.Random(0)
     syllables = [a + b for a in "bcdfghklmnprstvw" for b in ("a", "e", "i", "o", "u", "an", "er", "in", "or", "us")]
-    words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(50_000)]
+    words = ["".join(rng.choices(syllables, k=rng.randint(3, 6))) for _ in range(50_000)]
     written = 0
     with file.open("w", encoding="utf-8") as out:
         while written < size:
             block = []
             for _ in range(1000):
-                said = rng.choices(words, k=rng.randint(80, 240))
+                said = rng.choices(words, k=rng.randint(50, 150))
                 cut = len(said) // 3
                 row = {"prompt": " ".join(said[:cut]) + "?", "completion": " ".join(said[cut:]) + "."}
                 block.append(json.dumps(row) + "\n")

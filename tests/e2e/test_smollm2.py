@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from safetensors.torch import load_file
 
 from tests.masks import STARTS, TRIMS, check_mask, hypothesis_settings, random_chats
@@ -144,15 +145,22 @@ def test_five_thousand_random_conversations_are_masked_exactly() -> None:
     renderers = {name: renderer(tokenizer, chat_template=name) for name in ("auto", *END_OF_TURN)}
     seen = 0
 
+    @cache
+    def is_known(character: str) -> bool:
+        """SmolLM2's vocabulary lacks a few bytes; a tokenizer leaves out what it has no token for."""
+        ids = tokenizer(character, add_special_tokens=False)["input_ids"]
+        return bool(tokenizer.decode(ids, clean_up_tokenization_spaces=False) == character)
+
     @hypothesis_settings(5000)
     @given(random_chats())
     def check(chat: list[tuple[str, str]]) -> None:
         nonlocal seen
+        assume(all(is_known(character) for _, text in chat for character in text))
         seen += 1
         for name, made in renderers.items():
-            if name == "mistral" and chat[0][0] == "assistant":
-                continue  # without a begin token its first answer has nothing before it
-            check_mask(made, tokenizer, chat, "<|im_end|>", name in TRIMS, STARTS.get(name, ""))
+            # Without a begin token mistral's first answer may have nothing before it to be predicted from.
+            asked = [("user", "a"), *chat] if name == "mistral" else chat
+            check_mask(made, tokenizer, asked, "<|im_end|>", name in TRIMS, STARTS.get(name, ""))
 
     check()
     assert seen >= 5000

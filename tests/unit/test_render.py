@@ -276,6 +276,12 @@ def test_a_template_that_closes_the_whole_text_with_one_more_token_rewrites_noth
     assert trained_text(example, family_tokenizer()) == "the cat<|end|>the owl<|end|>\n<|im_end|>"
 
 
+def test_a_conversation_may_begin_with_an_answer() -> None:
+    """SmolLM2's template puts a system turn before the first turn, but nothing before none."""
+    example = renderer(chat_template=fixture("smollm2")).example(conversation([("assistant", "the cat"), *CHAT[2:]]))
+    assert trained_text(example) == "the cat<|im_end|>the owl<|im_end|>"
+
+
 @pytest.mark.parametrize("name", ["llama-3.1", "qwen-2.5", "zephyr", "smollm2", "gemma-2"])
 def test_templates_of_real_models_train_answers_and_their_end(name: str) -> None:
     made = renderer(family_tokenizer(), chat_template=fixture(name))

@@ -230,11 +230,16 @@ class Renderer:
         assert self._template is not None
         after = self._template.render(messages[: n + 1], tools)
         try:
-            return self._template.render(messages[:n], tools, add_generation_prompt=True), after
+            before = self._template.render(messages[:n], tools, add_generation_prompt=True)
         except BadRowError:
             if n > 0:
                 raise
-        # Templates that look at the first turn fail on none: what stands before is what two first answers share.
+            before = None
+        if n > 0 or (before is not None and after.startswith(before)):
+            assert before is not None
+            return before, after
+        # Templates that look at the first turn fail on none, or begin otherwise: what stands before is what two
+        # other first answers share.
         others = [replace(messages[0], content=text, reasoning="", tool_calls=()) for text in ("a", "b")]
         first, second = (self._template.render([other], tools) for other in others)
         return first[: _shared(first, second)], after
