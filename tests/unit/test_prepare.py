@@ -18,6 +18,7 @@ from veneer.config import Data, UserError
 from veneer.data import Renderer, prepare
 from veneer.data.ledger import FATES, length_summary
 from veneer.data.prepare import read_held_out
+from veneer.data.recognise import FORMATS
 
 GOOD = {"prompt": "the cat", "completion": "the dog"}
 WORDS = ["cat", "dog", "owl", "hen", "team", "route", "please", "message", "right", "says"]
@@ -143,6 +144,33 @@ def test_every_row_of_every_kind_of_file_has_one_fate(tmp_path: Path, kind: str,
     assert counts["read"] == sum(counts[fate] for fate in FATES)
     if not {"limit", "sample"} & set(settings):
         assert (counts["read"], counts["unreadable"]) == (len(rows) + 3, 2)
+
+
+ONE_OF_EACH: dict[str, list[dict[str, Any]]] = {  # good, empty, cannot be right
+    "messages": [{"messages": turns([("user", "a"), ("assistant", text)])} for text in ("b", " ")]
+    + [{"messages": [{"role": "robot", "content": "a"}]}],
+    "sharegpt": [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": t}]} for t in ("b", "")]
+    + [{"conversations": [{"from": "human", "value": "a"}]}],
+    "alpaca": [{"instruction": "a", "output": text} for text in ("b", None, 3)],
+    "prompt-completion": [{"prompt": "a", "completion": text} for text in ("b", "", 3)],
+    "question-answer": [{"question": "a", "answer": text} for text in ("b", "", ["c"])],
+    "guanaco": [{"text": "### Human: a" + text} for text in ("### Assistant: b", "### Assistant:", "")],
+    "text": [{"text": text} for text in ("a", " ", None)],
+    "preference": [{"prompt": "a", "chosen": text, "rejected": "c"} for text in ("b", "", "c")],
+    "rated": [
+        {"prompt": "a", "completion": text, "label": label} for text, label in (("b", True), ("", True), ("c", 3))
+    ],
+    "chosen": [{"prompt": "a", "chosen": text, "rejected": "c"} for text in ("b", "", "c")],
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_row_of_every_format_has_one_fate(tmp_path: Path, name: str) -> None:
+    rows = [*ONE_OF_EACH[name], ONE_OF_EACH[name][0], "[1]"]
+    counts = prepared(jsonl(tmp_path, rows), format=name, bad_rows="drop").ledger.as_dict()["rows"]
+    expected = {"used": 1, "empty": 1, "refused": 1, "duplicate": 1, "unreadable": 1, "overlong": 0}
+    assert {fate: counts[fate] for fate in expected} == expected
+    assert counts["read"] == 5
 
 
 def test_the_ledger_counts_the_tokens_of_the_training_rows(tmp_path: Path) -> None:
