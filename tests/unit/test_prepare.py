@@ -234,6 +234,11 @@ def test_several_bad_rows_are_told_at_once(tmp_path: Path) -> None:
     assert "and 3 more" in told
 
 
+def test_many_empty_rows_do_not_hide_a_bad_one(tmp_path: Path) -> None:
+    rows = [GOOD, *(GOOD | {"prompt": str(n), "completion": ""} for n in range(30)), {"prompt": "a"}]
+    assert "rows.jsonl:32: missing `completion`" in refused(jsonl(tmp_path, rows))
+
+
 def test_a_conversation_that_ends_with_the_user_is_learnt_up_to_the_last_answer(tmp_path: Path) -> None:
     data = prepared(jsonl(tmp_path, [{"messages": turns([*CHAT, ("user", "and the hen")])}]))
     assert text_of(data.train[0]).endswith("the owl<|im_end|>\n")

@@ -22,7 +22,7 @@ from veneer.data.likeness import signatures
 from veneer.data.read import Block
 from veneer.data.render import Renderer
 
-NOTED = 20  # problems of a block that are kept word for word
+NOTED = 20  # problems of a block and a fate that are kept word for word
 
 SPAN = np.dtype([("start", np.uint32), ("end", np.uint32), ("weight", np.float32)])
 ROW = np.dtype(
@@ -141,7 +141,7 @@ class Tokenizing:
         result = _gathered(source, used, self.renderer.stop_ids)
         result.fates, result.notes = fates, +notes
         result.all_lengths = np.array(all_lengths, dtype=np.int64)
-        result.problems = problems[:NOTED]
+        result.problems = _first_of_each_fate(problems)
         result.personal = [found for _, taken, _ in used for found in taken.personal]
         result.stop_ids = self.renderer.stop_ids
         return result
@@ -206,6 +206,17 @@ def _start(tokenizer: Any, data: Data, formats: list[str]) -> None:
 
 def _work(source: int, block: Block) -> Tokenized:
     return _worker[0](source, block)
+
+
+def _first_of_each_fate(problems: list[Problem]) -> list[Problem]:
+    """The first problems of each fate, so that many of one do not hide another."""
+    seen: Counter[str] = Counter()
+    kept = []
+    for problem in problems:
+        seen[problem.fate] += 1
+        if seen[problem.fate] <= NOTED:
+            kept.append(problem)
+    return kept
 
 
 @contextmanager
