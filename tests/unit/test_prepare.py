@@ -377,6 +377,23 @@ def test_held_out_rows_come_with_their_turns(tmp_path: Path) -> None:
     assert len(read_held_out(path, "--data", Data(train=path), renderer(), 3)) == 3
 
 
+def test_held_out_rows_of_several_files_come_in_order(tmp_path: Path) -> None:
+    files = [jsonl(tmp_path, distinct(30, 100 * n), f"{n}.jsonl") for n in range(3)]
+    data = prepared(files, validation=40)
+    rows = data.held_out()
+    assert [row.conversation.place for row in rows] == [example.place for example in data.validation]
+    assert len({row.conversation.place.split(":")[0] for row in rows}) == 3
+
+
+def test_a_row_that_teaches_nothing_is_empty(tmp_path: Path) -> None:
+    """Split by answers, of which the last alone would count and has no weight."""
+    template = Path(__file__).parent / "templates" / "qwen-3.jinja"
+    row = {"messages": [*turns(CHAT[:3]), {"role": "assistant", "content": "the owl", "loss_weight": 0}]}
+    path = jsonl(tmp_path, [row, {"messages": turns(CHAT)}])
+    data = prepared(path, rewritten_history="split", loss_on="last", chat_template=str(template))
+    assert (data.ledger.rows["empty"], len(data.train)) == (1, 1)
+
+
 def test_training_refuses_what_it_cannot_learn_from(tmp_path: Path) -> None:
     pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
     data = prepared(jsonl(tmp_path, [pair]))

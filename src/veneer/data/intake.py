@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from veneer.config import Data, UserError
 from veneer.data.conversation import BadRowError, Conversation, Message
 from veneer.data.privacy import find, redact
@@ -159,29 +161,32 @@ def recognise_source(source: Source, setting: str, data: Data) -> tuple[str, str
 
 
 def take_again(
-    sources: Sequence[Source], formats: Sequence[str], setting: str, data: Data, wanted: set[tuple[int, int]] | None
+    sources: Sequence[Source], formats: Sequence[str], setting: str, data: Data, wanted: Mapping[int, Any] | None
 ) -> Iterator[tuple[tuple[int, int], Conversation]]:
     """Read rows once more for their conversations: (source, number) and conversation of each usable row.
 
     Args:
-        wanted: Only these rows; None: all.
+        wanted: For each source the numbers of these rows alone, rising; None: all rows.
     """
-    left = None if wanted is None else len(wanted)
     for which, source in enumerate(sources):
         intake = Intake(data, formats[which])
-        if left == 0:
-            return
+        numbers = None if wanted is None else wanted.get(which, np.empty(0, np.int64))
+        if numbers is not None and not len(numbers):
+            continue
         for block in read_blocks(source, setting, data.text_by):
-            for at, number in enumerate(block.numbers):
-                key = (which, number)
-                if wanted is not None and key not in wanted:
-                    continue
+            for at in range(len(block.rows)) if numbers is None else _places(numbers, block.numbers):
                 taken = intake.take(block.rows[at], block.place(at))
                 if isinstance(taken, Taken):
-                    yield key, taken.conversation
-                left = None if left is None else left - 1
-            if left == 0:
-                return
+                    yield (which, block.numbers[at]), taken.conversation
+            if numbers is not None and block.numbers[-1] >= numbers[-1]:
+                break
+
+
+def _places(wanted: Any, numbers: Sequence[int]) -> list[int]:
+    """Where rising numbers stand in a rising array of those that are wanted."""
+    found = np.minimum(np.searchsorted(wanted, numbers), len(wanted) - 1)
+    places: list[int] = np.flatnonzero(wanted[found] == np.asarray(numbers)).tolist()
+    return places
 
 
 def chosen(block: Block, keep: Sequence[int]) -> Block:

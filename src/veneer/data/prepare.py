@@ -299,7 +299,7 @@ def _overlap(given: _Input, held_out: _Input, sides: Sides, data: Data, ledger: 
     """Report, or refuse, held-out rows that share a passage with training rows."""
     turns = list(take_again(held_out.sources, held_out.formats, held_out.setting, data, None))
     overlap = Overlap([conversation.text() for _, conversation in turns])
-    wanted = _keys(given.corpus, sides.train)
+    wanted = _numbers(given.corpus, sides.train)
     texts: list[str] = []
     for _, conversation in take_again(given.sources, given.formats, given.setting, data, wanted):
         texts.append(conversation.text())
@@ -341,14 +341,19 @@ def _count(prepared: Prepared, data: Data, seed: int) -> None:
 
 def _with_turns(given: _Input, part: Part, data: Data, limit: int | None) -> list[HeldOut]:
     rows = part.rows[:limit]
-    turns = dict(take_again(given.sources, given.formats, given.setting, data, _keys(given.corpus, rows)))
+    turns = dict(take_again(given.sources, given.formats, given.setting, data, _numbers(given.corpus, rows)))
     firsts = np.searchsorted(given.corpus.row_of, rows)
     keys = zip(given.corpus.rows["source"][rows].tolist(), given.corpus.rows["number"][rows].tolist())
     return [HeldOut(given.corpus[at], turns[key]) for at, key in zip(firsts, keys, strict=True)]
 
 
-def _keys(corpus: Corpus, rows: Any) -> set[tuple[int, int]]:
-    return set(zip(corpus.rows["source"][rows].tolist(), corpus.rows["number"][rows].tolist()))
+def _numbers(corpus: Corpus, rows: Any) -> dict[int, Any]:
+    """Of each source the numbers of some rows, rising."""
+    chosen_rows = corpus.rows[rows]
+    return {
+        int(source): np.sort(chosen_rows["number"][chosen_rows["source"] == source])
+        for source in np.unique(chosen_rows["source"])
+    }
 
 
 def _workers(sources: Sequence[Source]) -> int:

@@ -120,7 +120,7 @@ class Tokenizing:
                 fates["refused"] += 1
                 problems.append(Problem(taken.conversation.place, "refused", str(made)))
                 continue
-            if not all(example.trained for example in made):
+            if not made or not all(example.trained for example in made):
                 fates["empty"] += 1
                 problems.append(Problem(taken.conversation.place, "empty", "no token is trained"))
                 continue

@@ -42,6 +42,7 @@ LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "to
 Dress = Callable[[Path, int, float], None]
 # Settings that may differ when a run is resumed: none of them changes a number of the training.
 MAY_CHANGE = {
+    "data.workers",
     "train.output_dir",
     "train.gradient_checkpointing",
     "train.logging_steps",
