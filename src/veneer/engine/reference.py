@@ -26,7 +26,7 @@ PADDING = 1.25  # rows go together while their padded tokens are at most so many
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """Documents of like length as right-padded rows, and where their trained tokens are."""
 
     documents: list[int]
@@ -59,7 +59,7 @@ class ReferenceEngine:
         self.model.train()
         total = torch.zeros((), dtype=self._sum_dtype, device=self._device)
         for rows in _rows(batch.to(str(self._device))):
-            losses_N = self._token_losses(rows)
+            losses_N = token_losses(self._base, rows, self.chunked_head)
             (losses_N.sum() * scale).backward()  # type: ignore[no-untyped-call]
             total += losses_N.detach().to(self._sum_dtype).sum()
         return total
@@ -71,25 +71,10 @@ class ReferenceEngine:
         result = torch.zeros(len(batch.lengths), dtype=self._sum_dtype, device=self._device)
         for rows in _rows(batch.to(str(self._device))):
             documents_B = torch.tensor(rows.documents, device=self._device)
-            result.index_add_(0, documents_B[rows.row_N], self._token_losses(rows).to(self._sum_dtype))
+            result.index_add_(
+                0, documents_B[rows.row_N], token_losses(self._base, rows, self.chunked_head).to(self._sum_dtype)
+            )
         return result
-
-    def _token_losses(self, rows: _Rows) -> torch.Tensor:
-        return self._unweighted_losses(rows) * rows.weights_N
-
-    def _unweighted_losses(self, rows: _Rows) -> torch.Tensor:
-        if not self.chunked_head:
-            logits_BLV = self._base(input_ids=rows.ids_BL, use_cache=False).logits
-            logits_NV = logits_BLV[rows.row_N, rows.column_N].float()
-            return F.cross_entropy(logits_NV, rows.targets_N, reduction="none")
-        hidden_BLD = self._hidden(rows.ids_BL)
-        head = self._base.get_output_embeddings()
-        hidden_ND = hidden_BLD[rows.row_N, rows.column_N]
-        return linear_cross_entropy(hidden_ND, head.weight, head.bias, rows.targets_N)
-
-    def _hidden(self, ids_BL: torch.Tensor) -> torch.Tensor:
-        hidden_BLD: torch.Tensor = self._base.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
-        return hidden_BLD
 
     @torch.no_grad()
     def _head_is_linear(self) -> bool:
@@ -100,10 +85,34 @@ class ReferenceEngine:
         self.model.eval()
         ids_BL = torch.arange(8, device=self._device)[None] % head.weight.shape[0]
         logits_BLV = self._base(input_ids=ids_BL, use_cache=False).logits
-        return torch.equal(head(self._hidden(ids_BL)).float(), logits_BLV.float())
+        return torch.equal(head(_hidden(self._base, ids_BL)).float(), logits_BLV.float())
 
 
-def _rows(batch: Batch) -> list[_Rows]:
+def token_losses(base: Any, rows: Rows, chunked_head: bool) -> torch.Tensor:
+    """Weighted cross-entropy of every trained token, float32, shape (N,).
+
+    Args:
+        base: Transformers' model, with or without adapters in it.
+        rows: The micro-batch.
+        chunked_head: Whether the head is one linear layer, so that its logits need never be there all at once.
+    """
+    if chunked_head:
+        head = base.get_output_embeddings()
+        hidden_ND = _hidden(base, rows.ids_BL)[rows.row_N, rows.column_N]
+        losses_N = linear_cross_entropy(hidden_ND, head.weight, head.bias, rows.targets_N)
+    else:
+        logits_BLV = base(input_ids=rows.ids_BL, use_cache=False).logits
+        logits_NV = logits_BLV[rows.row_N, rows.column_N].float()
+        losses_N = F.cross_entropy(logits_NV, rows.targets_N, reduction="none")
+    return losses_N * rows.weights_N
+
+
+def _hidden(base: Any, ids_BL: torch.Tensor) -> torch.Tensor:
+    hidden_BLD: torch.Tensor = base.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
+    return hidden_BLD
+
+
+def _rows(batch: Batch) -> list[Rows]:
     """A packed batch as groups of right-padded rows."""
     starts = [0]
     for length in batch.lengths:
@@ -123,7 +132,7 @@ def _rows(batch: Batch) -> list[_Rows]:
     return [_pad(batch, group, starts) for group in groups]
 
 
-def _pad(batch: Batch, documents: list[int], starts: list[int]) -> _Rows:
+def _pad(batch: Batch, documents: list[int], starts: list[int]) -> Rows:
     longest = batch.lengths[documents[0]]
     ids_BL = batch.ids_T.new_zeros((len(documents), longest))
     targets_BL = torch.full_like(ids_BL, UNTRAINED)
@@ -135,4 +144,4 @@ def _pad(batch: Batch, documents: list[int], starts: list[int]) -> _Rows:
         targets_BL[row, :length] = batch.targets_T[place]
         weights_BL[row, :length] = batch.weights_T[place]
     row_N, column_N = (targets_BL != UNTRAINED).nonzero(as_tuple=True)
-    return _Rows(documents, ids_BL, row_N, column_N, targets_BL[row_N, column_N], weights_BL[row_N, column_N])
+    return Rows(documents, ids_BL, row_N, column_N, targets_BL[row_N, column_N], weights_BL[row_N, column_N])

@@ -6,6 +6,7 @@ raising their weights would raise every activation behind them. A loaded model i
 without a key-value cache; `attach` puts the adapter on.
 """
 
+import gc
 from typing import Any
 
 import torch
@@ -76,6 +77,7 @@ def load_model(source: Source, model: Model, quantization: Quantization | None, 
             "they would be random",
             "name a complete model",
         )
+    gc.collect()  # loading leaves circles that hold up to 8% of the weights once more
     base.requires_grad_(False)
     _keep_4bit_layout(base)
     base.config.use_cache = False

@@ -1,0 +1,234 @@
+"""The reference engine rehearsed on meta tensors: the memory and the work of a step, before anything is loaded.
+
+Transformers' own model code runs, and the engine's own loss; what stands in is what PEFT and bitsandbytes add to a
+linear layer, operation for operation (a test compares them with the real ones). They are not imported, since a plan
+should answer at once, and bitsandbytes' kernels want data anyway.
+
+Decoder layers are alike, so a deep model is rehearsed with a few of them and carried on in a straight line: each
+stretch of a step (the forward, the head and the loss, the backward of the last layers, of the first) holds the same
+bytes more for each further layer. Where layers differ in a pattern, the pattern is repeated whole; where there is
+none, all layers are rehearsed.
+
+Shapes: B rows, L length, N trained tokens, K inputs and M outputs of a linear layer.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from veneer.engine.reference import Rows, token_losses
+from veneer.plan.memory import QUANT_BLOCK, Rehearsed, Step
+from veneer.plan.trace import FlashAttention, Moment, Trace, Work, is_view
+
+FUSED_TOKENS = 1536  # bitsandbytes multiplies up to so many tokens without first dequantizing the whole weight
+
+
+def rehearse(make: Callable[[int], Any], depth: int, period: int | None, step: Step) -> Rehearsed:
+    """Rehearse a micro-batch, or the held-out loss of one.
+
+    Args:
+        make: Builds the base model on the meta device with so many layers.
+        depth: Layers of the model.
+        period: After so many layers they repeat; None: they do not.
+        step: The micro-batch.
+    """
+    few = depth if period is None else 3 * period + depth % period
+    if period is None or few + period >= depth:
+        moments, work = _run(make(depth), step, depth)
+        return Rehearsed(moments, work)
+    (moments_a, work_a), (moments_b, work_b) = (_run(make(n), step, period) for n in (few, few + period))
+    times = (depth - few - period) / period
+    return Rehearsed(
+        {name: _moment_on(moments_a[name], moments_b[name], times) for name in moments_a},
+        {name: count + (count - work_a.get(name, 0)) * times for name, count in work_b.items()},
+    )
+
+
+def _moment_on(a: Moment, b: Moment, times: float) -> Moment:
+    def on(before: int, after: int) -> int:
+        return round(after + (after - before) * times)
+
+    parts = {name: on(a.components.get(name, 0), count) for name, count in b.components.items()}
+    return Moment(on(a.bytes, b.bytes), parts)
+
+
+def _run(base: Any, step: Step, period: int) -> tuple[dict[str, Moment], Work]:
+    """One micro-batch; the moments of its stretches, and its work.
+
+    The layers between the first two periods and the last one hold no more than these, and have no stretch to themselves.
+    """
+    chunked_head = head_is_linear(base) and step.method != "full"
+    adapt(base, step)
+    trace = Trace()
+    rows = _rows(step)
+    base.base_model.register_forward_hook(lambda *_: trace.mark("loss", "logits and loss"))
+    if not step.training:
+        base.eval()
+        with trace, torch.no_grad():
+            trace.mark("forward", "activations")
+            token_losses(base, rows, chunked_head)
+        return dict(trace.moments), trace.total_work()
+    if step.checkpointing:
+        contexts = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), FlashAttention())}
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=contexts)
+    base.train()
+    _follow_backward(decoder_layers(base), trace, period)
+    for parameter in base.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: trace.call(p.grad, "gradients"))
+            if step.accumulating:
+                parameter.grad = torch.zeros_like(parameter)  # made outside: whoever plans counts it
+    with trace:
+        trace.mark("forward", "activations")
+        losses_N = token_losses(base, rows, chunked_head)
+        trace.mark("loss", "logits and loss")
+        losses_N.sum().backward()  # type: ignore[no-untyped-call]
+    return dict(trace.moments), trace.total_work()
+
+
+def _follow_backward(layers: list[Any], trace: Trace, period: int) -> None:
+    """Begin a stretch where the backward of a layer begins: when the gradient of its output is there."""
+    last = len(layers) - period
+
+    def name(number: int) -> str:
+        if number >= last:
+            return f"backward -{len(layers) - number}"
+        return f"backward {number}" if number < 2 * period else "backward between"
+
+    for number, layer in enumerate(layers):
+
+        def on_output(_: Any, __: Any, output: Any, stretch: str = name(number)) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if hidden.requires_grad:
+                hidden.register_hook(lambda _: trace.mark(stretch, "working set"))
+
+        layer.register_forward_hook(on_output)
+
+
+def decoder_layers(base: Any) -> list[Any]:
+    """The model's decoder layers: its longest list of modules."""
+    lists = [list(module) for module in base.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=len, default=[])
+
+
+def _rows(step: Step) -> Rows:
+    """A micro-batch without content."""
+    with torch.device("meta"):
+        ids_BL = torch.empty((step.rows, step.length), dtype=torch.int64)
+        index_N = torch.empty((step.trained,), dtype=torch.int64)
+        return Rows(list(range(step.rows)), ids_BL, index_N, index_N, index_N, torch.empty((step.trained,)))
+
+
+def head_is_linear(base: Any) -> bool:
+    """Whether a model does nothing between its last hidden state and its logits but one product."""
+    head = base.get_output_embeddings()
+    if type(head) is not torch.nn.Linear or base.base_model is base:
+        return False
+
+    class Names(TorchDispatchMode):
+        between: list[str] | None = None
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if self.between is not None and not is_view(function):
+                self.between.append(str(function))
+            return True if "_local_scalar_dense" in str(function) else function(*args, **(kwargs or {}))
+
+    names = Names()
+    hook = base.base_model.register_forward_hook(lambda *_: setattr(names, "between", []))
+    with names, torch.no_grad():
+        base(input_ids=torch.empty((1, 8), dtype=torch.int64, device="meta"), use_cache=False)
+    hook.remove()
+    return names.between is not None and [name.split(".")[1] for name in names.between] in (["mm"], ["addmm"])
+
+
+def adapt(base: Any, step: Step) -> None:
+    """Put adapters on a model on the meta device and quantize it, in place, as `attach` and `load_model` would."""
+    base.requires_grad_(step.method == "full")
+    for path, module in list(base.named_modules()):
+        if path in step.targets or path in step.quantized:
+            parent, _, name = path.rpartition(".")
+            setattr(base.get_submodule(parent), name, _Linear(module, path, step))
+
+
+class _Linear(torch.nn.Module):
+    """Stands in for a linear layer of bitsandbytes, with or without PEFT's adapter around it, or for PEFT's alone."""
+
+    def __init__(self, base: Any, path: str, step: Step) -> None:
+        super().__init__()
+        self.is_4bit = path in step.quantized
+        # Conv1D of GPT-2 keeps its weight the other way round.
+        inputs, outputs = base.weight.shape if hasattr(base, "nf") else base.weight.shape[::-1]
+        self.shape_MK = (outputs, inputs)
+        self.base = None if self.is_4bit else base
+        self.bias = base.bias
+        self.step = step
+        self.is_adapted = path in step.targets
+        if self.is_adapted:
+            with torch.device("meta"):
+                self.lora_A = torch.nn.Linear(inputs, step.r, bias=False)
+                self.lora_B = torch.nn.Linear(step.r, outputs, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.base is None:
+            result = _FourBit.apply(x, self.bias, self.shape_MK, self.step)  # type: ignore[no-untyped-call]
+        else:
+            result = self.base(x)
+        if not self.is_adapted:
+            return result
+        dtype = result.dtype
+        if self.is_4bit:
+            result = result.clone()
+        x = x.to(torch.float32)  # a name, since PEFT holds it to the end as well
+        output = self.lora_B(self.lora_A(self._dropout(x))) * 2.0
+        if self.is_4bit:
+            output = output.to(dtype)
+        result = result + output
+        return result.to(dtype)
+
+    def _dropout(self, x: torch.Tensor) -> torch.Tensor:
+        # F.dropout takes this kernel on a GPU, and another one on meta tensors.
+        return torch.native_dropout(x, self.step.dropout, True)[0] if self.step.dropout and self.training else x
+
+
+class _FourBit(torch.autograd.Function):
+    """bitsandbytes' product with a 4-bit weight: dequantized whole, used, and dropped; nothing is saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bias: Any, shape_MK: tuple[int, int], step: Step) -> torch.Tensor:
+        ctx.shape_MK, ctx.step = shape_MK, step
+        output = x.new_empty((*x.shape[:-1], shape_MK[0]))
+        if x.numel() // shape_MK[1] > FUSED_TOKENS:
+            _dequantize(shape_MK, x.dtype, step, 2)
+        _note_product(x, shape_MK)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (grad,) = grads
+        result = grad.new_empty((*grad.shape[:-1], ctx.shape_MK[1]))
+        _dequantize(ctx.shape_MK, grad.dtype, ctx.step, 1)
+        _note_product(grad, ctx.shape_MK[::-1])
+        return result, None, None, None
+
+
+def _dequantize(shape_MK: tuple[int, int], dtype: torch.dtype, step: Step, copies: int) -> None:
+    """The weight in full, beside the blocks' constants in float32 where these are quantized too."""
+    weights = shape_MK[0] * shape_MK[1]
+    blocks = weights // QUANT_BLOCK
+    constants = 4 * blocks * copies if step.double_quant else 0
+    trace = Trace.current()
+    trace.hold("dequantized weights", weights * dtype.itemsize + constants)
+    if step.double_quant:
+        trace.note("memory", 0, 5 * blocks)
+        trace.note("memory", 0, 8 * blocks)
+    trace.note("memory", 0, weights * (0.5 + dtype.itemsize) + 4 * blocks)
+
+
+def _note_product(x: torch.Tensor, shape_MK: tuple[int, int]) -> None:
+    kind = str(x.dtype).removeprefix("torch.")
+    rows = x.numel() // shape_MK[1]
+    moved = (x.numel() + rows * shape_MK[0] + shape_MK[0] * shape_MK[1]) * x.element_size()
+    Trace.current().note(kind, 2.0 * rows * shape_MK[0] * shape_MK[1], moved)

@@ -1,0 +1,209 @@
+"""What each part of a run holds, in bytes, from shapes alone; and the fullest moment of each phase.
+
+Frozen weights are counted in the bits they are stored in, the adapter and what the optimizer keeps of it exactly, each
+tensor rounded up as the allocator rounds. What a step holds beside them is rehearsed by the engine that will run it
+(`Rehearsed`), since only its own code knows. An engine that places tensors itself hands over a rehearsal of its own.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil, prod
+from typing import Any
+
+from veneer.plan.trace import BLOCK, Moment, Work
+
+QUANT_BLOCK = 64  # weights that share a constant in bitsandbytes' 4-bit formats
+CONSTANT_BLOCK = 256  # constants that share one of their own under double quantization
+LIBRARIES = {"cuda": 66 * 2**20, "cpu": 0, "mps": 0}  # what cuBLAS takes from the allocator for itself
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A base model's parameters, without the parameters.
+
+    Attributes:
+        architecture: Its class in Transformers.
+        weights: Shape of every parameter, by name; tied ones once.
+        other_bytes: Of its buffers.
+        linears: Inputs and outputs of every linear layer, by path, the head included.
+        embeddings: Rows and width of every embedding, by path.
+        head: Path of the output layer.
+        depth: Decoder layers.
+        period: After so many layers they repeat; None: they do not.
+        key_value_bytes: Of the generation cache, a token, in 16 bits.
+        vocabulary: Tokens.
+        positions: Longest sequence it can read; None: no limit known.
+    """
+
+    architecture: str
+    weights: Mapping[str, tuple[int, ...]]
+    other_bytes: int
+    linears: Mapping[str, tuple[int, int]]
+    embeddings: Mapping[str, tuple[int, int]]
+    head: str | None
+    depth: int
+    period: int | None
+    key_value_bytes: int
+    vocabulary: int
+    positions: int | None
+
+    @property
+    def total(self) -> int:
+        """Parameters in all."""
+        return sum(prod(shape) for shape in self.weights.values())
+
+    def quantizable(self) -> frozenset[str]:
+        """Paths of the layers that bitsandbytes quantizes: all linear ones but the head."""
+        return frozenset(path for path in self.linears if path != self.head)
+
+    def targets(self, target_modules: str | tuple[str, ...]) -> frozenset[str]:
+        """Paths of the modules that an adapter goes on, as PEFT matches them: a name, or the end of a path."""
+        if target_modules == "all-linear":
+            return self.quantizable()
+        known = [*self.linears, *self.embeddings]
+        return frozenset(p for p in known if any(p == t or p.endswith(f".{t}") for t in target_modules))
+
+    def adapter(self, targets: frozenset[str], r: int) -> list[int]:
+        """Sizes of the adapter's matrices, A and B of each target, in parameters."""
+        sizes = []
+        for path in sorted(targets):
+            inputs, outputs = self.linears.get(path) or self.embeddings[path]
+            sizes += [r * inputs, r * outputs]
+        return sizes
+
+
+@dataclass(frozen=True)
+class Step:
+    """A micro-batch to rehearse.
+
+    Attributes:
+        rows, length: Its padded shape: rows, and tokens of each.
+        trained: Trained tokens in it.
+        dtype: Of the compute.
+        method: qlora, lora or full.
+        targets: Paths of the modules the adapter is on.
+        quantized: Paths of the modules whose weights are in 4 bits.
+        r, dropout: Of the adapter.
+        double_quant: Whether the constants of 4-bit blocks are quantized too.
+        checkpointing: Whether activations are recomputed.
+        accumulating: Whether gradients of an earlier micro-batch are there.
+        training: False: the held-out loss alone.
+    """
+
+    rows: int
+    length: int
+    trained: int
+    dtype: Any
+    method: str = "lora"
+    targets: frozenset[str] = frozenset()
+    quantized: frozenset[str] = frozenset()
+    r: int = 16
+    dropout: float = 0.0
+    double_quant: bool = True
+    checkpointing: bool = True
+    accumulating: bool = False
+    training: bool = True
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What a micro-batch would hold beside weights, adapter, and optimizer; and the work it is.
+
+    Attributes:
+        moments: The fullest moment of each of its stretches: `forward`, `loss`, `backward ...`.
+        work: Forward and backward.
+    """
+
+    moments: dict[str, Moment]
+    work: Work
+
+    def fullest(self, phase: str) -> Moment:
+        """Of a phase: `forward` (with the loss) or `backward`."""
+        found = [m for name, m in self.moments.items() if ("backward" in name) == (phase == "backward")]
+        return max(found, key=lambda moment: moment.bytes)
+
+
+def phases(
+    shapes: Shapes, step: Step, optim: str, train: Rehearsed, evaluate: Rehearsed | None, device: str
+) -> dict[str, Moment]:
+    """The fullest moment of each phase of a run, with all its components.
+
+    Args:
+        shapes: The base model.
+        step: The micro-batch of training.
+        optim: The optimizer, as `train.optim` resolves.
+        train: `step` rehearsed.
+        evaluate: The held-out loss rehearsed; None: there is none.
+        device: cuda, cpu or mps.
+    """
+    itemsize = step.dtype.itemsize
+    frozen = frozen_bytes(shapes, step.quantized, step.double_quant, itemsize)
+    if step.method == "full":
+        sizes = [prod(shape) for shape in shapes.weights.values()]
+        trained = {}
+        # The optimizer steps a float32 copy of weights in 16 bits.
+        states = sum(rounded(4 * n) for n in sizes) if itemsize < 4 else 0
+        gradients = sum(rounded(itemsize * n) for n in sizes)
+    else:
+        sizes = shapes.adapter(step.targets, step.r)
+        trained = {"adapter": sum(rounded(4 * n) for n in sizes)}
+        states, gradients = 0, trained["adapter"]
+    states += optimizer_bytes(sizes, optim)
+    base = Counter(frozen) + Counter(trained) + Counter({"libraries": LIBRARIES[device]})
+    resting = base + Counter({"optimizer": states})
+    quantized = [
+        prod(shape) for name, shape in shapes.weights.items() if name.removesuffix(".weight") in step.quantized
+    ]
+    largest = max(quantized, default=0) * itemsize
+    found = {
+        "load": Counter(frozen) + Counter({"weights on their way": largest}),
+        "forward": resting + Counter({"gradients": gradients if step.accumulating else 0}),
+        "optimizer": resting + Counter({"gradients": gradients}),
+    }
+    found["backward"] = found["forward"] + Counter(train.fullest("backward").components)
+    found["forward"] += Counter(train.fullest("forward").components)
+    if evaluate is not None:
+        found["evaluation"] = resting + Counter(evaluate.fullest("forward").components)
+    return {name: Moment(sum(parts.values()), dict(parts)) for name, parts in found.items()}
+
+
+def rounded(count: float) -> int:
+    """Bytes that the allocator takes for a tensor."""
+    return ceil(count / BLOCK) * BLOCK
+
+
+def frozen_bytes(shapes: Shapes, quantized: frozenset[str], double_quant: bool, itemsize: int) -> dict[str, int]:
+    """The base's weights by where they are and how they are stored."""
+    parts = {"4-bit weights": 0, "embeddings and head": 0, "other weights": rounded(shapes.other_bytes)}
+    ends = {f"{path}.weight" for path in (*shapes.embeddings, shapes.head) if path}
+    for name, shape in shapes.weights.items():
+        if name.removesuffix(".weight") in quantized and name.endswith(".weight"):
+            parts["4-bit weights"] += quantized_bytes(prod(shape), double_quant)
+        else:
+            part = "embeddings and head" if name in ends else "other weights"
+            parts[part] += rounded(prod(shape) * itemsize)
+    return {name: count for name, count in parts.items() if count}
+
+
+def quantized_bytes(weights: int, double_quant: bool) -> int:
+    """A 4-bit matrix with its constants: 4.127 bits a weight with double quantization, else 4.5."""
+    blocks = ceil(weights / QUANT_BLOCK)
+    table = rounded(16 * 4)
+    if not double_quant:
+        return rounded(weights / 2) + rounded(blocks * 4) + table
+    groups = ceil(blocks / CONSTANT_BLOCK)
+    return rounded(weights / 2) + rounded(blocks) + rounded(groups * 4) + rounded(256 * 4) + rounded(4) + table
+
+
+def optimizer_bytes(sizes: list[int], name: str) -> int:
+    """What AdamW keeps of parameters of these sizes: two moments, in 32 bits or in 8 with a constant a 256."""
+    if not name.endswith("8bit"):
+        return sum(2 * rounded(4 * n) + (rounded(4) if name == "adamw_torch" else 0) for n in sizes)
+    small, large = [n for n in sizes if n < 4096], [n for n in sizes if n >= 4096]
+    tables = 2 * rounded(256 * 4) if large else 0
+    return (
+        tables
+        + sum(2 * (rounded(n) + rounded(ceil(n / 256) * 4)) for n in large)
+        + 2 * sum(rounded(4 * n) for n in small)
+    )
