@@ -12,13 +12,18 @@ from veneer.data import Message, Renderer
 from veneer.data.prepare import HeldOut, prepare, read_held_out
 from veneer.data.template import NAMED_TEMPLATES
 from veneer.engine import ReferenceEngine
-from veneer.evaluate import Evaluation, compare
+from veneer.evaluate import Evaluation
+from veneer.evaluate import compare as compare_models
 from veneer.evaluate import generate as generate_answers
 from veneer.model import Source, load_adapter, load_model, load_tokenizer, locate
+from veneer.engine.ladder import compare, smaller_bases
 from veneer.plan import find_machine
+from veneer.plan.fit import Fitted, fit
+from veneer.plan.forecast import place_here, place_of
 from veneer.release import write_card
 from veneer.report import plot_loss
 from veneer.train import Listener, Trained, TrainingJob
+from veneer.train.foresight import Foreseen, foresee, read_if_at_hand
 from veneer.train.metrics import read_metrics
 
 
@@ -41,6 +46,46 @@ def finish(job: TrainingJob, listeners: Sequence[Listener] = ()) -> Trained:
         f"{job.folder.path.name}: {job.run.model.base}",
     )
     return trained
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is known of a run before anything is loaded, and what would make it fit.
+
+    Attributes:
+        foreseen: Forecast and advice.
+        fitted: The cheapest changes that make it fit; none in it: it fits as it is; None: nothing makes it fit.
+    """
+
+    foreseen: Foreseen
+    fitted: Fitted | None
+
+    def as_dict(self) -> dict[str, Any]:
+        changes = None
+        if self.fitted is not None:
+            changes = [change.as_dict() for change in self.fitted.changes]
+        return self.foreseen.as_dict() | {"changes": changes}
+
+    def compare(self) -> dict[str, Any]:
+        """Methods side by side on common sizes of GPU: see `veneer.engine.ladder.compare`."""
+        return compare(self.foreseen.run, self.foreseen.planner)
+
+
+def plan(run: Run, gpu: str | None = None, read_data: bool = True) -> Planned:
+    """Foresee a run: memory by phase and component, time, advice, and what to change if it does not fit.
+
+    Args:
+        run: The settings.
+        gpu: A card by name, or its memory as "24GiB"; None: this machine.
+        read_data: Whether to read the data, where that takes nothing from a network.
+
+    Raises:
+        UserError: An unknown card or base, a target that matches nothing, a quantization the base cannot take.
+    """
+    place = place_here() if gpu is None else place_of(gpu)
+    foreseen = foresee(run, place, read_if_at_hand(run) if read_data else "it was not asked for")
+    fitted = fit(run, foreseen.planner, smaller_bases)
+    return Planned(foreseen, fitted)
 
 
 @dataclass(frozen=True)
@@ -102,7 +147,7 @@ def evaluate(
     assert loaded.run is not None
     held_out = _held_out(folder, loaded.run, loaded.renderer, data, rows or loaded.run.evaluate.rows)
     engine = ReferenceEngine(loaded.model)
-    result = compare(loaded.model, engine, loaded.renderer, held_out, loaded.run.evaluate, on_done)
+    result = compare_models(loaded.model, engine, loaded.renderer, held_out, loaded.run.evaluate, on_done)
     save_evaluation(folder, result)
     return result
 

@@ -11,6 +11,7 @@ class Engine(Protocol):
     """Computes losses and gradients of an adapter on a frozen base model."""
 
     name: str
+    isolates_documents: bool  # whether packed documents never see each other
 
     def forward_backward(self, batch: Batch, scale: float) -> torch.Tensor:
         """Add the gradient of `scale` times the batch's summed loss to the adapter's parameters.

@@ -12,6 +12,7 @@ where it is not, the model computes its own logits.
 Shapes: B rows, L padded length, N trained tokens, D model width, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,7 @@ class ReferenceEngine:
     """
 
     name = "reference"
+    isolates_documents = True
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -117,19 +119,24 @@ def _rows(batch: Batch) -> list[Rows]:
     starts = [0]
     for length in batch.lengths:
         starts.append(starts[-1] + length)
+    return [_pad(batch, group, starts) for group in padded_groups(batch.lengths)]
+
+
+def padded_groups(lengths: Sequence[int]) -> list[list[int]]:
+    """Which documents go together: those of like length, the longest first."""
     groups: list[list[int]] = []
     real = 0
-    for document in sorted(range(len(batch.lengths)), key=lambda n: (-batch.lengths[n], n)):
-        length = batch.lengths[document]
+    for document in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):
+        length = lengths[document]
         if groups:
-            padded = batch.lengths[groups[-1][0]] * (len(groups[-1]) + 1)
+            padded = lengths[groups[-1][0]] * (len(groups[-1]) + 1)
             if padded <= PADDING * (real + length):
                 groups[-1].append(document)
                 real += length
                 continue
         groups.append([document])
         real = length
-    return [_pad(batch, group, starts) for group in groups]
+    return groups
 
 
 def _pad(batch: Batch, documents: list[int], starts: list[int]) -> Rows:

@@ -35,7 +35,8 @@ def rehearse(make: Callable[[int], Any], depth: int, period: int | None, step: S
         period: After so many layers they repeat; None: they do not.
         step: The micro-batch.
     """
-    few = depth if period is None else 3 * period + depth % period
+    # The backward has stretches of its own at either end of the decoder.
+    few = depth if period is None else (3 if step.training else 2) * period + depth % period
     if period is None or few + period >= depth:
         moments, work = _run(make(depth), step, depth)
         return Rehearsed(moments, work)

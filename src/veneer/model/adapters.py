@@ -3,7 +3,6 @@
 The adapter's weights are float32 whatever the base is in: they are the master weights of the optimizer.
 """
 
-import difflib
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from veneer.config import Adapter, UserError
 from veneer.model.quiet import quiet
+from veneer.model.shapes import shapes_of
 
 
 def attach(base: Any, adapter: Adapter, seed: int, gradient_checkpointing: bool = False) -> Any:
@@ -25,7 +25,7 @@ def attach(base: Any, adapter: Adapter, seed: int, gradient_checkpointing: bool 
     targets: str | list[str] = "all-linear"
     if adapter.target_modules != "all-linear":
         targets = list(adapter.target_modules)
-        _require_targets(base, targets)
+        shapes_of(base).targets(tuple(targets))
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.r,
@@ -80,30 +80,6 @@ def count_parameters(model: Any) -> dict[str, int]:
         total += count
         trainable += count if parameter.requires_grad else 0
     return {"total": total, "trainable": trainable}
-
-
-def linear_names(base: Any) -> list[str]:
-    """Last parts of the names of all modules LoRA can go on, in order, the head left out."""
-    from transformers.pytorch_utils import Conv1D
-
-    head = base.get_output_embeddings()
-    names: dict[str, None] = {}
-    for name, module in base.named_modules():
-        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head:
-            names[name.rsplit(".", 1)[-1]] = None
-    return list(names)
-
-
-def _require_targets(base: Any, targets: list[str]) -> None:
-    modules = [name for name, _ in base.named_modules()]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in modules):
-            known = linear_names(base)
-            near = difflib.get_close_matches(target, known, n=3, cutoff=0.4) or known
-            raise UserError(
-                f"adapter.target_modules: `{target}` matches no module of this model; nearest: {', '.join(near)}",
-                f"choose from {', '.join(known)}, or write all-linear",
-            )
 
 
 def is_lora_b(name: str) -> bool:

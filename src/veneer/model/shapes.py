@@ -1,17 +1,103 @@
 """A model's shapes without its weights: built on torch's meta device from its configuration.
 
-Any architecture of Transformers, since its own code builds it.
+Any architecture of Transformers, since its own code builds it. The configuration comes from the folder or the .gguf
+file, from the user's cache, from the published shapes in known.py, and only for what is none of these from the hub.
 """
 
+import difflib
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from veneer.config import Model, UserError
+from veneer.config.cache import cache_folder
+from veneer.model.builtin import BUILTIN
+from veneer.model.gguf import config_of
+from veneer.model.known import known_shape
+from veneer.model.locate import find
+from veneer.model.quiet import quiet
 from veneer.plan.memory import Shapes
 
 
-def build(config: Any, dtype: torch.dtype, depth: int | None = None) -> Any:
-    """The base model on the meta device, with its own or another number of layers."""
+def find_config(model: Model) -> Any:
+    """The configuration of a base model; no weights are fetched or read.
+
+    Raises:
+        UserError: There is no such model, its folder holds no configuration, or Transformers knows no such architecture.
+    """
+    kind, place = find(model)
+    if kind == "builtin":
+        folder = cache_folder() / "models" / place
+        return _load(folder, model) if folder.is_dir() else _published(BUILTIN[place].hub_id)
+    if kind == "gguf":
+        return config_of(Path(place))
+    if kind == "hub":
+        from huggingface_hub import try_to_load_from_cache
+
+        kept = try_to_load_from_cache(place, "config.json", revision=model.revision)
+        if isinstance(kept, str):
+            return _load(Path(kept).parent, model)
+        if (published := _published(place)) is not None:
+            return published
+    return _load(place, model)
+
+
+def is_at_hand(model: Model, files: tuple[str, ...] = ("model.safetensors", "model.safetensors.index.json")) -> bool:
+    """Whether one of these files of a base is on this machine; the hub's and the built-in model's are fetched once."""
+    kind, place = find(model)
+    if kind == "builtin":
+        return (cache_folder() / "models" / place).is_dir()
+    if kind == "hub":
+        from huggingface_hub import try_to_load_from_cache
+
+        return any(isinstance(try_to_load_from_cache(place, file, revision=model.revision), str) for file in files)
+    return True
+
+
+def _published(name: str) -> Any:
+    from transformers import AutoConfig
+
+    known = known_shape(name)
+    if known is None:
+        return None
+    return AutoConfig.for_model(known[0], **known[1], dtype="bfloat16")
+
+
+def _load(place: str | Path, model: Model) -> Any:
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    file = Path(place) / "config.json"
+    if file.is_file():
+        try:
+            kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+        except (ValueError, AttributeError):
+            raise UserError(f"model.base = {model.base}: config.json is not a configuration", "name a whole model") from None
+        if kind not in CONFIG_MAPPING:
+            near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=3, cutoff=0.3)
+            raise UserError(
+                f"model.base = {model.base}: Transformers knows no architecture `{kind}` (model_type in config.json); "
+                f"nearest: {', '.join(near)}",
+                "update transformers, or name another model.base",
+            )
+    with quiet():
+        try:
+            return AutoConfig.from_pretrained(str(place), revision=model.revision)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"model.base = {model.base}: its configuration cannot be had: {reason}",
+                "check the name (there is no folder of that name either), the network and your access (hf auth login)",
+            ) from None
+
+
+def build(config: Any, dtype: torch.dtype, depth: int | None = None, attention: str = "auto") -> Any:
+    """The base model on the meta device, with its own or another number of layers.
+
+    Raises:
+        UserError: The architecture is no causal language model.
+    """
     from transformers import AutoModelForCausalLM
 
     if depth is not None:
@@ -20,8 +106,15 @@ def build(config: Any, dtype: torch.dtype, depth: int | None = None) -> Any:
         text.num_hidden_layers = depth
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:depth]
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    try:
+        with quiet(), torch.device("meta"):
+            settings = {"attn_implementation": "eager"} if attention == "eager" else {}
+            base = AutoModelForCausalLM.from_config(config, dtype=dtype, **settings)
+    except ValueError:
+        raise UserError(
+            f"model.base: the architecture {config.model_type} does not write text token by token",
+            "name a causal language model",
+        ) from None
     base.config.use_cache = False
     return base
 

@@ -48,6 +48,19 @@ def find_machine() -> Machine:
     return Machine("cpu", _cpu_name(), cores, memory.total, memory.available, _cpu_has_bfloat16())
 
 
+def named_dtype(setting: str, default: torch.dtype) -> torch.dtype:
+    """The precision that `model.dtype` means where `auto` means `default`."""
+    named = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    return named.get(setting, default)
+
+
+def resolve_optim(setting: str, device: str) -> str:
+    """The optimizer that `train.optim` means on a device. Paged states need CUDA; elsewhere they are kept unpaged."""
+    if setting == "auto":
+        return "adamw_8bit" if device == "cuda" else "adamw_torch"
+    return setting if device == "cuda" else setting.removeprefix("paged_")
+
+
 def peak_resident_bytes() -> int:
     """Largest resident memory of this process so far."""
     import resource  # not on Windows

@@ -5,12 +5,14 @@ tensor rounded up as the allocator rounds. What a step holds beside them is rehe
 (`Rehearsed`), since only its own code knows. An engine that places tensors itself hands over a rehearsal of its own.
 """
 
+import difflib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil, prod
 from typing import Any
 
+from veneer.config import Evaluate, Train, UserError
 from veneer.plan.trace import BLOCK, Moment, Work
 
 QUANT_BLOCK = 64  # weights that share a constant in bitsandbytes' 4-bit formats
@@ -58,11 +60,29 @@ class Shapes:
         return frozenset(path for path in self.linears if path != self.head)
 
     def targets(self, target_modules: str | tuple[str, ...]) -> frozenset[str]:
-        """Paths of the modules that an adapter goes on, as PEFT matches them: a name, or the end of a path."""
+        """Paths of the modules that an adapter goes on, as PEFT matches them: a name, or the end of a path.
+
+        Raises:
+            UserError: An entry matches nothing.
+        """
         if target_modules == "all-linear":
             return self.quantizable()
-        known = [*self.linears, *self.embeddings]
-        return frozenset(p for p in known if any(p == t or p.endswith(f".{t}") for t in target_modules))
+        found: set[str] = set()
+        for target in target_modules:
+            matched = {p for p in (*self.linears, *self.embeddings) if p == target or p.endswith(f".{target}")}
+            if not matched:
+                near = difflib.get_close_matches(target, self.linear_names, n=3, cutoff=0.4) or self.linear_names
+                raise UserError(
+                    f"adapter.target_modules: `{target}` matches no module of this model; nearest: {', '.join(near)}",
+                    f"choose from {', '.join(self.linear_names)}, or write all-linear",
+                )
+            found |= matched
+        return frozenset(found)
+
+    @property
+    def linear_names(self) -> list[str]:
+        """Last parts of the paths of all linear layers, in order, the head left out."""
+        return list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in self.linears if path != self.head))
 
     def adapter(self, targets: frozenset[str], r: int) -> list[int]:
         """Sizes of the adapter's matrices, A and B of each target, in parameters."""
@@ -125,7 +145,13 @@ class Rehearsed:
 
 
 def phases(
-    shapes: Shapes, step: Step, optim: str, train: Rehearsed, evaluate: Rehearsed | None, device: str
+    shapes: Shapes,
+    step: Step,
+    optim: str,
+    train: Rehearsed,
+    held_out: tuple[Step, Rehearsed] | None,
+    device: str,
+    answers: Evaluate,
 ) -> dict[str, Moment]:
     """The fullest moment of each phase of a run, with all its components.
 
@@ -134,8 +160,9 @@ def phases(
         step: The micro-batch of training.
         optim: The optimizer, as `train.optim` resolves.
         train: `step` rehearsed.
-        evaluate: The held-out loss rehearsed; None: there is none.
+        held_out: The held-out loss, and that rehearsed; None: there is none.
         device: cuda, cpu or mps.
+        answers: How answers are generated.
     """
     itemsize = step.dtype.itemsize
     frozen = frozen_bytes(shapes, step.quantized, step.double_quant, itemsize)
@@ -147,9 +174,9 @@ def phases(
         gradients = sum(rounded(itemsize * n) for n in sizes)
     else:
         sizes = shapes.adapter(step.targets, step.r)
-        trained = {"adapter": sum(rounded(4 * n) for n in sizes)}
+        trained = {"adapter": adapter_bytes(sizes)}
         states, gradients = 0, trained["adapter"]
-    states += optimizer_bytes(sizes, optim)
+    states += 0 if optim.startswith("paged") else optimizer_bytes(sizes, optim)
     base = Counter(frozen) + Counter(trained) + Counter({"libraries": LIBRARIES[device]})
     resting = base + Counter({"optimizer": states})
     quantized = [
@@ -163,9 +190,22 @@ def phases(
     }
     found["backward"] = found["forward"] + Counter(train.fullest("backward").components)
     found["forward"] += Counter(train.fullest("forward").components)
-    if evaluate is not None:
-        found["evaluation"] = resting + Counter(evaluate.fullest("forward").components)
+    if held_out is not None:
+        asked, rehearsed = held_out
+        found["evaluation"] = resting + Counter(rehearsed.fullest("forward").components)
+        found["generation"] = base + Counter(_generation(shapes, asked, rehearsed, answers))
     return {name: Moment(sum(parts.values()), dict(parts)) for name, parts in found.items()}
+
+
+def _generation(shapes: Shapes, asked: Step, rehearsed: Rehearsed, answers: Evaluate) -> dict[str, int]:
+    """Of answering a batch of prompts: keys and values of all layers, and while one layer's grow, that layer's again."""
+    tokens = asked.rows * (asked.length + answers.max_new_tokens)
+    cache = shapes.key_value_bytes * tokens * asked.dtype.itemsize // 2
+    logits = asked.rows * shapes.vocabulary * (4 + 4 + asked.dtype.itemsize)
+    return {
+        "generation cache": cache + cache // shapes.depth,
+        "activations": max(rehearsed.moments["forward"].bytes, logits),
+    }
 
 
 def rounded(count: float) -> int:
@@ -207,3 +247,14 @@ def optimizer_bytes(sizes: list[int], name: str) -> int:
         + sum(2 * (rounded(n) + rounded(ceil(n / 256) * 4)) for n in large)
         + 2 * sum(rounded(4 * n) for n in small)
     )
+
+
+def adapter_bytes(sizes: list[int]) -> int:
+    """The adapter's matrices in float32."""
+    return sum(rounded(4 * n) for n in sizes)
+
+
+def run_disk_bytes(trainable: int, steps: int | None, train: Train) -> int:
+    """Adapter and checkpoints (adapter and two moments each) in float32, and some room for the rest."""
+    kept = min(train.save_total_limit, steps or train.save_total_limit) + 1
+    return trainable * 4 * (1 + 3 * kept) + 16 * 2**20

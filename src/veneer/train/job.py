@@ -32,11 +32,11 @@ from veneer.model import (
     save_adapter,
 )
 from veneer.plan import find_machine
-from veneer.plan.machine import peak_bytes
+from veneer.plan.machine import peak_bytes, resolve_optim
+from veneer.plan.memory import run_disk_bytes
 from veneer.train import checkpoint
 from veneer.train.loop import Loop
 from veneer.train.metrics import Listener, MetricsFile, read_metrics
-from veneer.train.optimizer import resolve_name
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers", "numpy")
 Dress = Callable[[Path, int, float], None]
@@ -160,7 +160,7 @@ class TrainingJob:
             "engine": self.engine.name,
             "chunked_head": self.engine.chunked_head,
             "dtype": str(compute_dtype(self.run.model, self.machine)).removeprefix("torch."),
-            "optim": resolve_name(train.optim, self.machine.device),
+            "optim": resolve_optim(train.optim, self.machine.device),
             "parameters": self.parameters,
             "steps": self.steps,
             "rows_per_step": train.per_device_train_batch_size * train.gradient_accumulation_steps,
@@ -209,10 +209,7 @@ class TrainingJob:
                 )
 
     def _bytes_on_disk(self) -> int:
-        """Adapter and checkpoints (adapter and two moments each) in float32, and some room for the rest."""
-        train = self.run.train
-        kept = min(train.save_total_limit, self.steps) + 1
-        return self.parameters["trainable"] * 4 * (1 + 3 * kept) + 16 * 2**20
+        return run_disk_bytes(self.parameters["trainable"], self.steps, self.run.train)
 
 
 class HeldOutBatches(Sequence[Batch]):

@@ -10,20 +10,14 @@ import torch
 
 from veneer.config import Train
 from veneer.model.quiet import quiet
+from veneer.plan.machine import resolve_optim
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
-def resolve_name(optim: str, device: str) -> str:
-    """What `train.optim` means on a device."""
-    if optim == "auto":
-        return "adamw_8bit" if device == "cuda" else "adamw_torch"
-    return optim if device == "cuda" else optim.removeprefix("paged_")
-
-
 def build_optimizer(parameters: Iterable[torch.nn.Parameter], train: Train, device: str) -> torch.optim.Optimizer:
     """AdamW over the adapter's parameters; the loop sets the learning rate before each step."""
-    name = resolve_name(train.optim, device)
+    name = resolve_optim(train.optim, device)
     settings: dict[str, Any] = {
         "lr": train.learning_rate,
         "betas": BETAS,

@@ -1,0 +1,130 @@
+"""What `veneer plan` and `veneer doctor` print for a person: bars of memory, the verdict, advice, tables of methods."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from veneer.cli.show import size
+
+WIDTH = 44  # of the bars
+COLOURS = {"fits": "green", "tight": "yellow", "does not fit": "red"}
+SEVERITY = {"error": "red", "warning": "yellow", "info": "cyan"}
+METHODS = {"full": "full fine-tuning", "lora": "LoRA, 16 bits", "qlora": "QLoRA, 4 bits"}
+
+
+def show_plan(out: Console, run: Any, plan: dict[str, Any]) -> None:
+    """A forecast: components, phases, verdict, time, advice."""
+    total, trainable = plan["parameters"]["total"], plan["parameters"]["trainable"]
+    out.print(f"model    {escape(run.model.base)}: {total:,} parameters, {trainable:,} trained")
+    rows = plan["rows"]
+    fullest = rows["fullest"]
+    known = "as read" if rows["unread"] is None else f"assumed: {escape(rows['unread'])}"
+    out.print(f"data     fullest micro-batch {fullest['rows']} x {fullest['length']:,} tokens ({known})")
+    out.print(f"place    {escape(plan['place']['name'])}")
+    out.print(f"\n[bold]memory at the peak[/bold] ({plan['peak_phase']})")
+    _bars(out, plan["components"], plan["budget_bytes"])
+    out.print("\n[bold]phases[/bold]")
+    _bars(out, {name: moment["bytes"] for name, moment in plan["phases"].items()}, plan["budget_bytes"], False)
+    show_verdict(out, plan)
+    host = f"host {size(plan['host_bytes'])}, " if plan["place"]["device"] == "cuda" else ""
+    fetch = f", to fetch {plan['download_bytes'] / 1e9:.1f} GB" if plan["download_bytes"] else ""
+    out.print(f"besides  {host}disk {size(plan['disk_bytes'])}{fetch}")
+    show_time(out, plan)
+    show_changes(out, plan)
+    show_advice(out, plan["advice"])
+
+
+def show_verdict(out: Console, plan: dict[str, Any]) -> None:
+    """Whether it fits, in one line."""
+    colour = COLOURS[plan["verdict"]]
+    margin = plan["margin_bytes"]
+    left = f"{size(margin)} left" if margin >= 0 else f"{size(-margin)} too much"
+    out.print(
+        f"\nverdict  [bold {colour}]{plan['verdict']}[/bold {colour}]: peak {size(plan['peak_bytes'])} of "
+        f"{size(plan['budget_bytes'])}, {left}"
+    )
+
+
+def show_time(out: Console, plan: dict[str, Any]) -> None:
+    """Speed and duration with their ranges, or why there are none."""
+    if plan["step_seconds"] is None:
+        out.print("time     not known here: `veneer doctor --measure` takes 20 seconds")
+        return
+    step, whole = plan["step_seconds"], plan["run_seconds"]
+    line = f"time     {plan['tokens_per_second']:,.0f} tok/s, a step {duration(step['likely'])}"
+    if whole is not None:
+        steps = plan["rows"]["steps"]
+        line += f", {steps:,} steps in {duration(whole['likely'])} ({duration(whole['low'])} to {duration(whole['high'])})"
+    out.print(f"{line}; by {escape(plan['ceilings'])}")
+
+
+def show_changes(out: Console, plan: dict[str, Any]) -> None:
+    """What makes it fit."""
+    if plan["changes"] is None:
+        out.print("to fit   [red]nothing helps[/red]: not even a smaller base fits")
+    elif plan["changes"]:
+        out.print("to fit   the cheapest changes (--fit FILE writes them):")
+        for change in plan["changes"]:
+            new = ", ".join(f"{name}={value}" for name, value in change["settings"].items() if value is not None)
+            out.print(f"         {escape(new)}  [dim]costs {change['cost']}[/dim]")
+
+
+def show_advice(out: Console, advice: list[dict[str, str]]) -> None:
+    """Findings, a line each with its fix under it."""
+    for found in advice:
+        colour = SEVERITY[found["severity"]]
+        out.print(f"  [{colour}]{found['severity']}[/{colour}] {found['setting']}: {escape(found['message'])}")
+        out.print(f"     fix: {escape(found['fix'])} [dim]{found['id']}[/dim]")
+
+
+def show_comparison(out: Console, compared: dict[str, Any]) -> None:
+    """Methods against sizes of GPU."""
+    title = f"{compared['base']} at {compared['max_length']:,} tokens, rank {compared['r']}, one row at a time"
+    table = Table(title=escape(title), title_justify="left", caption="base: the largest of a family that fits")
+    table.add_column("method")
+    table.add_column("needs", justify="right")
+    sizes = list(next(iter(compared["methods"].values()))["fits"])
+    for name in sizes:
+        table.add_column(name)
+    for method, found in compared["methods"].items():
+        cells = [
+            f"{'[green]fits[/green]' if found['fits'][name] else '[red]no[/red]'}, {short(found['largest'][name])}"
+            for name in sizes
+        ]
+        table.add_row(METHODS[method], size(found["peak_bytes"]), *cells)
+    out.print()
+    out.print(table)
+
+
+def short(base: str | None) -> str:
+    """A base's name without its owner."""
+    return "nothing" if base is None else base.rpartition("/")[2]
+
+
+def duration(seconds: float) -> str:
+    """A time for a person."""
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _bars(out: Console, parts: dict[str, int], budget: int, stacked: bool = True) -> None:
+    """A bar each against the budget; stacked ones begin where the one before ended."""
+    whole = max(budget, sum(parts.values()) if stacked else max(parts.values()))
+    named = max(len(name) for name in parts)
+    at = 0
+    for name, count in sorted(parts.items(), key=lambda part: -part[1]) if stacked else parts.items():
+        begin = round(WIDTH * at / whole)
+        end = max(begin + 1, round(WIDTH * (at + count) / whole))
+        over = count + at > budget
+        bar = " " * begin + ("▓" if over else "█") * (end - begin)
+        limit = min(WIDTH - 1, round(WIDTH * budget / whole))
+        line = (bar + " " * WIDTH)[:WIDTH]
+        line = line[:limit] + ("│" if line[limit] == " " else line[limit]) + line[limit + 1 :]
+        colour = "red" if over else "blue"
+        out.print(f"  {name:<{named}}  {size(count):>10}  [{colour}]{line}[/{colour}]")
+        at += count if stacked else 0

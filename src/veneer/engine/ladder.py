@@ -1,0 +1,101 @@
+"""What a given amount of memory can train: one family of bases from 0.1B to 72B, by method.
+
+Each at its leanest: one row at a time, activations recomputed, 8-bit optimizer, adapters on all linear layers.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from veneer.config import Model, Run
+from veneer.engine.subject import subject_of
+from veneer.model.known import LADDER
+from veneer.plan.forecast import SPARE, Place, Planner, place_of
+
+METHODS = ("full", "lora", "qlora")
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A base and what it needs.
+
+    Attributes:
+        base: Hub id.
+        parameters: Of the base.
+        peak_bytes: At the peak of training, by method; a method that would need more than was asked about is left out.
+    """
+
+    base: str
+    parameters: int
+    peak_bytes: dict[str, int]
+
+    def best(self, budget_bytes: int) -> str | None:
+        """The best method that fits with room to spare: full before lora before qlora."""
+        return next((m for m in METHODS if self.fits(m, budget_bytes)), None)
+
+    def fits(self, method: str, budget_bytes: int) -> bool:
+        return method in self.peak_bytes and self.peak_bytes[method] * (1 + SPARE) <= budget_bytes
+
+
+def leanest(run: Run, base: str | None = None) -> Run:
+    """A run with the least memory that changes nothing but speed."""
+    values = run.model_dump()
+    values["train"] |= {
+        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "gradient_checkpointing": True, "optim": "auto",
+    }  # fmt: skip
+    values["evaluate"] |= {"batch_size": 1}
+    if base is not None:
+        values["model"] |= {"base": base, "revision": None}
+        values["adapter"] |= {"target_modules": "all-linear"}
+    return Run.model_validate(values)
+
+
+def rungs(run: Run, place: Place) -> list[Rung]:
+    """The ladder, with a run's length and rank, up to what a place holds."""
+    found, methods = [], METHODS
+    for base in LADDER:
+        lean = leanest(run, base)
+        planner = Planner(subject_of(Model(base=base), "it is one of many"), place)
+        forecasts = {method: planner.forecast_as(lean, method) for method in methods}
+        # What does not fit does not fit with a larger base either.
+        methods = tuple(m for m in methods if forecasts[m].peak_bytes <= place.budget_bytes)
+        found.append(Rung(base, planner.subject.shapes.total, {m: forecasts[m].peak_bytes for m in methods}))
+        if not methods:
+            break
+    return found
+
+
+def compare(run: Run, planner: Planner, sizes: Sequence[int] = (16, 24, 48, 80)) -> dict[str, Any]:
+    """Full fine-tuning, LoRA in 16 bits and QLoRA of a run's base, and the largest base that each can train.
+
+    Args:
+        run: The settings; its length and rank count.
+        planner: Of its base.
+        sizes: Memory of GPUs, in GiB.
+    """
+    places = {size: place_of(f"{size}GiB") for size in sizes}
+    ladder = rungs(run, places[max(sizes)])
+    lean = leanest(run)
+    methods = {}
+    for method in METHODS:
+        peak = planner.forecast_as(lean, method).peak_bytes
+        here = Rung(run.model.base, 0, {method: peak})
+        largest = {}
+        for size, place in places.items():
+            fitting = [rung for rung in ladder if rung.fits(method, place.budget_bytes)]
+            largest[f"{size}GiB"] = fitting[-1].base if fitting else None
+        methods[method] = {
+            "peak_bytes": peak,
+            "fits": {f"{size}GiB": here.fits(method, place.budget_bytes) for size, place in places.items()},
+            "largest": largest,
+        }
+    return {"base": run.model.base, "max_length": run.data.max_length, "r": run.adapter.r, "methods": methods}
+
+
+def smaller_bases(run: Run, planner: Planner) -> Iterator[tuple[str, Planner]]:
+    """Bases of the ladder that are smaller than a run's, the largest first."""
+    for base in reversed(LADDER):
+        subject = subject_of(Model(base=base), "it is of another base")
+        if subject.shapes.total < 0.9 * planner.subject.shapes.total:
+            yield base, Planner(subject, planner.place)

@@ -1,0 +1,332 @@
+"""A run, foreseen: what it holds at each phase, whether that fits, how long it takes.
+
+A planner knows a base model's shapes, what the data is like, and a place to run. What only others know they hand in: the
+engine rehearses a micro-batch (`Rehearsed`), and says what shapes a run's rows will have when they reach it (`Rows`).
+So this works the same for a model on disk and for a name, for data that was read and for data that was not, for the
+machine at hand and for a card one thinks of buying.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+
+from veneer.config import Run, UserError
+from veneer.plan.cards import Card, parse_budget
+from veneer.plan.machine import Machine, find_machine, named_dtype, resolve_optim
+from veneer.plan.memory import Rehearsed, Shapes, Step, adapter_bytes, phases, run_disk_bytes
+from veneer.plan.time import Ceilings, ceilings_of, kept_ceilings, seconds
+from veneer.plan.trace import Moment
+
+CONTEXT = 790 * 2**20  # of a CUDA process, beside what the allocator has
+LATER = 160 * 2**20  # of that, what comes only with work: a context that is there already has the rest
+SPARE = 0.05  # of the peak: pages the allocator cannot fill, and what a prediction may be under
+QUANTIZABLE = 0.5  # of the weights between embeddings and head; less, and 4 bits change little
+
+
+class Padded(NamedTuple):
+    """Rows that go through the model together: how many, their padded length, their trained tokens."""
+
+    rows: int
+    length: int
+    trained: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is known of a run's data, as the engine will meet it.
+
+    Attributes:
+        fullest: The micro-batch with the most tokens.
+        typical: A usual one, for the time.
+        passes: How many of them an optimizer step is.
+        tokens: Real tokens of an optimizer step.
+        steps: Optimizer steps; None: not known.
+        held_out: The largest batch of the held-out loss; None: there is none.
+        held_out_passes: How many of them the held-out loss takes.
+        unread: Why the data itself was not looked at; None: it was.
+    """
+
+    fullest: Padded
+    typical: Padded
+    passes: float
+    tokens: float
+    steps: int | None
+    held_out: Padded | None
+    held_out_passes: float
+    unread: str | None
+
+
+def assumed_rows(run: Run, why: str) -> Rows:
+    """The worst that a run's settings allow, where its data cannot be looked at."""
+    train, length = run.train, run.data.max_length
+    full = Padded(train.per_device_train_batch_size, length, train.per_device_train_batch_size * (length - 1))
+    passes = train.gradient_accumulation_steps
+    held_out = Padded(run.evaluate.batch_size, length, run.evaluate.batch_size * (length - 1))
+    return Rows(
+        full, full, passes, passes * full.rows * length, train.max_steps, held_out if run.data.validation else None, 0, why
+    )
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is planned for.
+
+    Attributes:
+        name: Of the base, as the run names it.
+        shapes: Of the base.
+        rehearse: The engine's rehearsal of a micro-batch of it.
+        rows: What a run's data will be like; its settings may differ from those the data was read with.
+        stored: Precision its weights are published in; None: not known.
+        download_bytes: What must be fetched first.
+    """
+
+    name: str
+    shapes: Shapes
+    rehearse: Callable[[Step], Rehearsed]
+    rows: Callable[[Run], Rows]
+    stored: torch.dtype | None
+    download_bytes: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where it is to run.
+
+    Attributes:
+        device: cuda, cpu or mps.
+        name: For a person.
+        budget_bytes: What the run may hold there.
+        dtype: Precision of compute where the run leaves it open.
+        ceilings: How fast it is; None: not known.
+        has_bfloat16: Whether bfloat16 is fast there.
+    """
+
+    device: str
+    name: str
+    budget_bytes: int
+    dtype: torch.dtype
+    ceilings: Ceilings | None
+    has_bfloat16: bool
+
+
+def place_here(machine: Machine | None = None) -> Place:
+    """This machine, with what is free on it now."""
+    machine = machine or find_machine()
+    free = machine.free_bytes - (LATER if machine.device == "cuda" else 0)
+    name = f"{machine.name}, {machine.free_bytes / 2**30:.1f} of {machine.total_bytes / 2**30:.1f} GiB free"
+    return Place(machine.device, name, free, machine.dtype, kept_ceilings(machine), machine.has_bfloat16)
+
+
+def place_of(gpu: str) -> Place:
+    """A GPU by its name or its memory, with nothing else on it.
+
+    Raises:
+        UserError: An unknown card, or no amount of memory.
+    """
+    total, card = parse_budget(gpu)
+    name = f"{card.name if card else 'a GPU'}, {total / 2**30:.1f} GiB"
+    return Place("cuda", name, total - CONTEXT, *_precision(card), has_bfloat16=card is None or card.has_bfloat16)
+
+
+def _precision(card: Card | None) -> tuple[torch.dtype, Ceilings | None]:
+    if card is None:
+        return torch.bfloat16, None
+    return (torch.bfloat16 if card.has_bfloat16 else torch.float32), ceilings_of(card)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will hold and take.
+
+    Attributes:
+        total, trainable: Parameters.
+        phases: The fullest moment of each phase, in the order of a run.
+        place: Where.
+        rows: The data it was made for.
+        host_bytes: Memory of the host; on a CPU, the peak itself.
+        disk_bytes: What the run writes.
+        download_bytes: What must be fetched first.
+        step_seconds: Of an optimizer step, and its range; None: the speed of the place is not known.
+        run_seconds: Of the whole run, and its range; None: that, or the number of its steps is not known.
+    """
+
+    total: int
+    trainable: int
+    phases: dict[str, Moment]
+    place: Place
+    rows: Rows
+    host_bytes: int
+    disk_bytes: int
+    download_bytes: int
+    step_seconds: tuple[float, float, float] | None
+    run_seconds: tuple[float, float, float] | None
+
+    @property
+    def peak_phase(self) -> str:
+        """The fullest phase of training; answers are generated afterwards, by another command."""
+        return max((name for name in self.phases if name != "generation"), key=lambda name: self.phases[name].bytes)
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.phases[self.peak_phase].bytes
+
+    @property
+    def margin_bytes(self) -> int:
+        """What is left of the budget at the peak; less than nothing: it does not fit."""
+        return self.place.budget_bytes - self.peak_bytes
+
+    @property
+    def verdict(self) -> str:
+        """fits; tight: it may fail on what cannot be foreseen; does not fit."""
+        if self.margin_bytes < 0:
+            return "does not fit"
+        return "fits" if self.margin_bytes >= SPARE * self.peak_bytes else "tight"
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON; times in seconds as low, likely, high."""
+        times = {"low": 0.0, "likely": 0.0, "high": 0.0}
+        return {
+            "parameters": {"total": self.total, "trainable": self.trainable},
+            "peak_bytes": self.peak_bytes,
+            "peak_phase": self.peak_phase,
+            "fits": self.verdict != "does not fit",
+            "verdict": self.verdict,
+            "budget_bytes": self.place.budget_bytes,
+            "margin_bytes": self.margin_bytes,
+            "components": self.phases[self.peak_phase].components,
+            "phases": {name: asdict(moment) for name, moment in self.phases.items()},
+            "place": {"device": self.place.device, "name": self.place.name},
+            "host_bytes": self.host_bytes,
+            "disk_bytes": self.disk_bytes,
+            "download_bytes": self.download_bytes,
+            "rows": asdict(self.rows)
+            | {name: value._asdict() for name, value in vars(self.rows).items() if isinstance(value, Padded)},
+            "tokens_per_second": self.tokens_per_second and round(self.tokens_per_second, 1),
+            "step_seconds": self.step_seconds and dict(zip(times, self.step_seconds)),
+            "run_seconds": self.run_seconds and dict(zip(times, self.run_seconds)),
+            "ceilings": self.place.ceilings and self.place.ceilings.source,
+        }
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return self.rows.tokens / self.step_seconds[1] if self.step_seconds else None
+
+
+class Planner:
+    """Forecasts of runs of one base at one place; what was rehearsed once is not rehearsed again."""
+
+    def __init__(self, subject: Subject, place: Place) -> None:
+        self.subject = subject
+        self.place = place
+        self._rehearse = cache(subject.rehearse)
+
+    def forecast(self, run: Run) -> Forecast:
+        """Foresee a run.
+
+        Raises:
+            UserError: An adapter target matches nothing, or the architecture cannot take the quantization.
+        """
+        return self.forecast_as(run, "qlora" if run.quantization else "lora")
+
+    def forecast_as(self, run: Run, method: str) -> Forecast:
+        """Foresee a run as full fine-tuning, as LoRA in 16 bits, or as QLoRA: method full, lora or qlora."""
+        shapes, place, rows = self.subject.shapes, self.place, self.subject.rows(run)
+        optim = resolve_optim(run.train.optim, place.device)
+        step = step_of(run, method, shapes, rows.fullest, named_dtype(run.model.dtype, place.dtype))
+        rehearsed = self._rehearse(step)
+        held_out = None
+        if rows.held_out is not None:
+            asked = step_for_held_out(step, rows.held_out)
+            held_out = asked, self._rehearse(asked)
+        found = phases(shapes, step, optim, rehearsed, held_out, place.device, run.evaluate)
+        sizes = shapes.adapter(step.targets, step.r)
+        trainable = shapes.total if method == "full" else sum(sizes)
+        peak = max(moment.bytes for moment in found.values())
+        paged = adapter_bytes(sizes) * 2 if optim.startswith("paged") else 0
+        timed = self._times(step, held_out, rows, run, len(sizes)) if place.ceilings else (None, None)
+        return Forecast(
+            total=shapes.total + (trainable if method != "full" else 0),
+            trainable=trainable,
+            phases=found,
+            place=place,
+            rows=rows,
+            host_bytes=peak if place.device != "cuda" else HOST_BYTES + paged,
+            disk_bytes=run_disk_bytes(trainable, rows.steps, run.train),
+            download_bytes=self.subject.download_bytes,
+            step_seconds=timed[0],
+            run_seconds=timed[1],
+        )
+
+    def _times(
+        self, step: Step, held_out: tuple[Step, Rehearsed] | None, rows: Rows, run: Run, tensors: int
+    ) -> tuple[tuple[float, float, float], tuple[float, float, float] | None]:
+        """Of a step and of the run, with their ranges."""
+        ceilings = self.place.ceilings
+        assert ceilings is not None
+        low, high = ceilings.spread
+        usual = step_of(run, step.method, self.subject.shapes, rows.typical, step.dtype)
+        once = rows.passes * seconds(self._rehearse(usual).work, ceilings)
+        once += UPDATES * tensors * ceilings.host_seconds  # gradients clipped, and each tensor stepped
+        if rows.steps is None:
+            return (low * once, once, high * once), None
+        whole = rows.steps * once
+        if held_out is not None:
+            times = 1 + (rows.steps - 1) // run.train.eval_steps if run.train.eval_steps else 1
+            whole += times * rows.held_out_passes * seconds(held_out[1].work, ceilings)
+        return (low * once, once, high * once), (low * whole, whole, high * whole)
+
+
+HOST_BYTES = 3 * 2**30  # of a process with CUDA's libraries; weights are read through, not held
+UPDATES = 2  # operations a tensor
+
+
+def step_of(run: Run, method: str, shapes: Shapes, batch: Padded, dtype: torch.dtype) -> Step:
+    """The micro-batch of a run, to rehearse.
+
+    Raises:
+        UserError: An adapter target matches nothing, or the architecture cannot take the quantization.
+    """
+    quantized = frozenset[str]()
+    if method == "qlora":
+        quantized = shapes.quantizable()
+        _require_quantizable(shapes)
+    return Step(
+        rows=batch.rows,
+        length=batch.length,
+        trained=batch.trained,
+        dtype=dtype,
+        method=method,
+        targets=frozenset() if method == "full" else shapes.targets(run.adapter.target_modules),
+        quantized=quantized,
+        r=run.adapter.r,
+        dropout=run.adapter.lora_dropout,
+        double_quant=run.quantization.double_quant if run.quantization else True,
+        checkpointing=run.train.gradient_checkpointing,
+        accumulating=run.train.gradient_accumulation_steps > 1,
+    )
+
+
+def step_for_held_out(step: Step, batch: Padded) -> Step:
+    """The same without training."""
+    return Step(
+        batch.rows, batch.length, batch.trained, step.dtype, step.method, step.targets, step.quantized, step.r,
+        double_quant=step.double_quant, training=False,
+    )  # fmt: skip
+
+
+def _require_quantizable(shapes: Shapes) -> None:
+    ends = {f"{path}.weight" for path in (*shapes.embeddings, shapes.head) if path}
+    quantized = {f"{path}.weight" for path in shapes.quantizable()}
+    inner = {name: prod(shape) for name, shape in shapes.weights.items() if name not in ends}
+    share = sum(count for name, count in inner.items() if name in quantized) / max(1, sum(inner.values()))
+    if share < QUANTIZABLE:
+        largest = max((name for name in inner if name not in quantized), key=lambda name: inner[name])
+        raise UserError(
+            f"quantization: only {share:.0%} of {shapes.architecture}'s weights lie in linear layers, which is what 4 "
+            f"bits can store ({largest} is not one)",
+            "leave the section `quantization` out, or name another model.base",
+        )
