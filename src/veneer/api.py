@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,14 @@ from veneer.engine import ReferenceEngine
 from veneer.evaluate import Evaluation
 from veneer.evaluate import compare as compare_models
 from veneer.evaluate import generate as generate_answers
+from veneer.model.known import LADDER
 from veneer.model import Source, load_adapter, load_model, load_tokenizer, locate
-from veneer.engine.ladder import compare, smaller_bases
+from veneer.engine.ladder import Rung, compare, rungs, smaller_bases
 from veneer.plan import find_machine
+from veneer.plan.doctor import Found, Problem, diagnose, look, usable
 from veneer.plan.fit import Fitted, fit
 from veneer.plan.forecast import place_here, place_of
+from veneer.plan.time import Ceilings, keep_ceilings
 from veneer.release import write_card
 from veneer.report import plot_loss
 from veneer.train import Listener, Trained, TrainingJob
@@ -86,6 +89,50 @@ def plan(run: Run, gpu: str | None = None, read_data: bool = True) -> Planned:
     foreseen = foresee(run, place, read_if_at_hand(run) if read_data else "it was not asked for")
     fitted = fit(run, foreseen.planner, smaller_bases)
     return Planned(foreseen, fitted)
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A machine, what is broken on it, and what it can train.
+
+    Attributes:
+        found: As it was found.
+        problems: What is broken, with fixes.
+        trains: Common bases from small to large, with the memory each method needs.
+        budget_bytes: What a run may hold here.
+    """
+
+    found: Found
+    problems: list[Problem]
+    trains: list[Rung]
+    budget_bytes: int
+    ceilings: Ceilings | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.found.as_dict() | {
+            "usable": [asdict(part) for part in usable(self.found)],
+            "problems": [asdict(problem) for problem in self.problems],
+            "budget_bytes": self.budget_bytes,
+            "trains": [asdict(rung) | {"best": rung.best(self.budget_bytes)} for rung in self.trains],
+            "ceilings": self.ceilings and asdict(self.ceilings),
+        }
+
+
+def doctor(measure: bool = False) -> Examined:
+    """Examine this machine.
+
+    Args:
+        measure: Measure its speed too, for the times of later plans; takes about 20 seconds.
+    """
+    found = look()
+    if measure:
+        from veneer.engine.measure import measure_ceilings
+
+        keep_ceilings(found.machine, measure_ceilings(found.machine))
+    place = place_here(found.machine)
+    usual = Run.model_validate({"model": {"base": LADDER[0]}, "data": {"train": "-"}})
+    trains = rungs(usual, place, ("lora", "qlora"))
+    return Examined(found, diagnose(found), trains, place.budget_bytes, place.ceilings)
 
 
 @dataclass(frozen=True)

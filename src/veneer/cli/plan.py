@@ -21,7 +21,7 @@ def plan(
     """
     import gc
 
-    gc.disable()  # a process of two seconds, a fifth of which would go into looking for garbage
+    gc.disable()  # a process of three seconds, a quarter of which would go into looking for garbage
     from veneer.cli import show, show_plan
     from veneer.config import JobError, UserError, load_run
 
@@ -31,9 +31,9 @@ def plan(
     out = show.console(as_json)
     from veneer import api
 
-    with out.status("planning"):
-        planned = api.plan(settings, gpu, not no_data)
-        compared = planned.compare() if compare else None
+    planned = api.plan(settings, gpu, not no_data)
+    gc.freeze()  # at the end of the process, too
+    compared = planned.compare() if compare else None
     result = planned.as_dict() | ({"compare": compared} if compared else {})
     if fit is not None and planned.fitted is not None:
         from veneer.config.folder import write_text

@@ -128,3 +128,52 @@ def _bars(out: Console, parts: dict[str, int], budget: int, stacked: bool = True
         colour = "red" if over else "blue"
         out.print(f"  {name:<{named}}  {size(count):>10}  [{colour}]{line}[/{colour}]")
         at += count if stacked else 0
+
+
+def show_machine(out: Console, found: dict[str, Any]) -> None:
+    """A machine: parts, libraries, what works, what it trains, what is broken."""
+    machine = found["machine"]
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    for gpu in found["gpus"]:
+        free = f"{size(gpu['free_bytes'])} of {size(gpu['total_bytes'])} free"
+        table.add_row("gpu", f"{escape(gpu['name'])}: {free}, compute capability {gpu['capability'] / 10:.1f}")
+    if found["driver"]:
+        table.add_row("driver", f"{found['driver']}, torch built for CUDA {found['torch_cuda'] or 'none'}")
+    if machine["device"] == "cpu":
+        free = f"{size(machine['free_bytes'])} of {size(machine['total_bytes'])} free"
+        table.add_row("cpu", f"{escape(machine['name'])}: {machine['cores']} cores, {free}")
+    for folder, free in found["disk_free_bytes"].items():
+        table.add_row("disk", f"{size(free)} free in {escape(folder)}")
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
+    table.add_row("python", f"{found['python']}: {versions}")
+    for part in dict.fromkeys(part["part"] for part in found["usable"]):
+        names = [
+            f"[green]{p['name']}[/green]" if p["works"] else f"[dim]{p['name']} ({escape(p['why'])})[/dim]"
+            for p in found["usable"]
+            if p["part"] == part
+        ]
+        table.add_row(part, ", ".join(names))
+    if ceilings := found["ceilings"]:
+        table.add_row(
+            "speed",
+            f"{ceilings['half_flops'] / 1e12:.3g} TFLOP/s, {ceilings['bandwidth'] / 1e9:.3g} GB/s ({ceilings['source']})",
+        )
+    else:
+        table.add_row("speed", "[dim]not measured: veneer doctor --measure[/dim]")
+    out.print(table)
+    _show_bases(out, found)
+    for problem in found["problems"]:
+        out.print(f"\n[red]broken[/red]   {escape(problem['message'])}\n     fix: {escape(problem['fix'])}")
+    if not found["problems"]:
+        out.print("\n[green]nothing is broken[/green]")
+
+
+def _show_bases(out: Console, found: dict[str, Any]) -> None:
+    table = Table(title=f"what {size(found['budget_bytes'])} can train, 2,048 tokens a row, rank 16", title_justify="left")
+    for name in ("base", "LoRA, 16 bits", "QLoRA, 4 bits", "best that fits"):
+        table.add_column(name, justify="left" if name == "base" else "right")
+    for rung in found["trains"]:
+        needs = [size(rung["peak_bytes"][m]) if m in rung["peak_bytes"] else "more" for m in ("lora", "qlora")]
+        best = METHODS.get(rung["best"] or "", "[red]none[/red]")
+        table.add_row(f"{short(rung['base'])} ({rung['parameters'] / 1e9:.2g}B)", *needs, best)
+    out.print(table)

@@ -23,7 +23,7 @@ class Rung:
     Attributes:
         base: Hub id.
         parameters: Of the base.
-        peak_bytes: At the peak of training, by method; a method that would need more than was asked about is left out.
+        peak_bytes: At the peak of training, by method; one that did not fit with a smaller base is left out.
     """
 
     base: str
@@ -51,16 +51,16 @@ def leanest(run: Run, base: str | None = None) -> Run:
     return Run.model_validate(values)
 
 
-def rungs(run: Run, place: Place) -> list[Rung]:
+def rungs(run: Run, place: Place, methods: tuple[str, ...] = METHODS) -> list[Rung]:
     """The ladder, with a run's length and rank, up to what a place holds."""
-    found, methods = [], METHODS
+    found = []
     for base in LADDER:
         lean = leanest(run, base)
         planner = Planner(subject_of(Model(base=base), "it is one of many"), place)
         forecasts = {method: planner.forecast_as(lean, method) for method in methods}
         # What does not fit does not fit with a larger base either.
-        methods = tuple(m for m in methods if forecasts[m].peak_bytes <= place.budget_bytes)
         found.append(Rung(base, planner.subject.shapes.total, {m: forecasts[m].peak_bytes for m in methods}))
+        methods = tuple(m for m in methods if forecasts[m].peak_bytes <= place.budget_bytes)
         if not methods:
             break
     return found

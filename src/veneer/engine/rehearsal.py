@@ -20,6 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from veneer.engine.reference import Rows, token_losses
+from veneer.model.quiet import quiet
 from veneer.plan.memory import QUANT_BLOCK, Rehearsed, Step
 from veneer.plan.trace import FlashAttention, Moment, Trace, Work, is_view
 
@@ -37,10 +38,11 @@ def rehearse(make: Callable[[int], Any], depth: int, period: int | None, step: S
     """
     # The backward has stretches of its own at either end of the decoder.
     few = depth if period is None else (3 if step.training else 2) * period + depth % period
+    chunked_head = step.method != "full" and head_is_linear(make(period or depth))
     if period is None or few + period >= depth:
-        moments, work = _run(make(depth), step, depth)
+        moments, work = _run(make(depth), step, depth, chunked_head)
         return Rehearsed(moments, work)
-    (moments_a, work_a), (moments_b, work_b) = (_run(make(n), step, period) for n in (few, few + period))
+    (moments_a, work_a), (moments_b, work_b) = (_run(make(n), step, period, chunked_head) for n in (few, few + period))
     times = (depth - few - period) / period
     return Rehearsed(
         {name: _moment_on(moments_a[name], moments_b[name], times) for name in moments_a},
@@ -56,12 +58,11 @@ def _moment_on(a: Moment, b: Moment, times: float) -> Moment:
     return Moment(on(a.bytes, b.bytes), parts)
 
 
-def _run(base: Any, step: Step, period: int) -> tuple[dict[str, Moment], Work]:
+def _run(base: Any, step: Step, period: int, chunked_head: bool) -> tuple[dict[str, Moment], Work]:
     """One micro-batch; the moments of its stretches, and its work.
 
     The layers between the first two periods and the last one hold no more than these, and have no stretch to themselves.
     """
-    chunked_head = head_is_linear(base) and step.method != "full"
     adapt(base, step)
     trace = Trace()
     rows = _rows(step)
@@ -74,7 +75,8 @@ def _run(base: Any, step: Step, period: int) -> tuple[dict[str, Moment], Work]:
         return dict(trace.moments), trace.total_work()
     if step.checkpointing:
         contexts = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), FlashAttention())}
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=contexts)
+        with quiet():
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=contexts)
     base.train()
     _follow_backward(decoder_layers(base), trace, period)
     for parameter in base.parameters():
