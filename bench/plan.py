@@ -4,28 +4,39 @@ python bench/plan.py gpu --models /tmp/models --out DIR     on a CUDA GPU: memor
 """
 
 import argparse
+import gc
 import json
+import os
 import shutil
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as the command sets it
 
-from veneer.config import Adapter, Model, Quantization, Train
+import torch
+from transformers import GenerationConfig
+
+from veneer.config import Adapter, Model, Quantization, Run, Train
 from veneer.data import Batch
 from veneer.data.batch import Example
 from veneer.engine import ReferenceEngine
-from veneer.engine.rehearsal import rehearse
+from veneer.engine.measure import measure_ceilings
+from veneer.engine.subject import subject_of
 from veneer.model import attach, load_model
 from veneer.model.locate import Source
-from veneer.model.shapes import build, shapes_of
+from veneer.model.quiet import quiet
 from veneer.plan import find_machine
-from veneer.plan.memory import Step, phases
+from veneer.plan.forecast import Forecast, Padded, Place, Planner, Rows, place_here, place_of
+from veneer.plan.machine import peak_resident_bytes
 from veneer.train.optimizer import build_optimizer
 
+HELD_OUT = (16, 512)  # rows and tokens of the held-out loss, and of the prompts that are answered
+NEW_TOKENS = 64
+LIMITS = (0.9, 0.97, 1.0, 1.02, 1.05)  # of the predicted peak, as the allocator's limit
 SHAPES: dict[str, dict[str, Any]] = {
     "1B": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, head_dim=64,
                num_key_value_heads=8, tie_word_embeddings=True),
@@ -104,32 +115,35 @@ def make(name: str, folder: Path) -> Source:
     return Source("folder", str(folder), name)
 
 
-def predict(case: Case, eval_rows: int, eval_length: int) -> dict[str, Any]:
-    config = config_of(case.model)
-    started = time.perf_counter()
-    shapes = shapes_of(build(config, torch.bfloat16))
-    targets = shapes.targets(TARGETS[case.targets])  # type: ignore[arg-type]
-    quantized = shapes.quantizable() if case.method == "qlora" else frozenset()
-    step = Step(
-        case.rows, case.length, round(case.rows * (case.length - 1) * case.trained), torch.bfloat16, case.method,
-        targets, quantized, case.r, case.dropout, True, case.checkpointing, case.accumulation > 1,
-    )  # fmt: skip
-    evaluation = Step(
-        eval_rows, eval_length, eval_rows * (eval_length - 1), torch.bfloat16, case.method,
-        targets, quantized, case.r, training=False,
-    )  # fmt: skip
-    rehearsed = [
-        rehearse(lambda depth: build(config, torch.bfloat16, depth), shapes.depth, shapes.period, which)
-        for which in (step, evaluation)
-    ]
-    found = phases(shapes, step, case.optim, *rehearsed, "cuda")
-    work = [(*operation, count) for operation, count in rehearsed[0].work.items()]
-    return {
-        "phases": {name: moment.bytes for name, moment in found.items()},
-        "components": {name: moment.components for name, moment in found.items()},
-        "seconds": time.perf_counter() - started,
-        "work": work,
-    }
+def run_of_case(case: Case) -> Run:
+    """The settings of a case as a user would write them."""
+    return Run.model_validate(
+        {
+            "model": {"base": case.model, "dtype": "bfloat16"},
+            "quantization": {"bits": 4} if case.method == "qlora" else None,
+            "adapter": {"r": case.r, "lora_dropout": case.dropout, "target_modules": TARGETS[case.targets]},
+            "data": {"train": "-", "max_length": case.length},
+            "train": {
+                "per_device_train_batch_size": case.rows,
+                "gradient_accumulation_steps": case.accumulation,
+                "gradient_checkpointing": case.checkpointing,
+                "optim": case.optim,
+                "max_steps": 1,
+            },
+            "evaluate": {"batch_size": HELD_OUT[0], "max_new_tokens": NEW_TOKENS},
+        }
+    )
+
+
+def predict(case: Case, folder: Path, place: Place) -> Forecast:
+    """As `veneer plan` would, knowing the shapes of the rows."""
+    trained = round((case.length - 1) * case.trained)
+    full = Padded(case.rows, case.length, case.rows * trained)
+    held_out = Padded(HELD_OUT[0], HELD_OUT[1], HELD_OUT[0] * (HELD_OUT[1] - 1))
+    tokens = case.rows * case.length * case.accumulation
+    rows = Rows(full, full, case.accumulation, tokens, 1, held_out, 0, None)
+    subject = replace(subject_of(Model(base=str(folder)), "a bench"), rows=lambda run: rows)
+    return Planner(subject, place).forecast(run_of_case(case))
 
 
 def batch(case: Case) -> Batch:
@@ -142,7 +156,36 @@ def batch(case: Case) -> Batch:
     return Batch.of(examples)
 
 
-def measure(case: Case, base: Any, eval_rows: int, eval_length: int) -> tuple[Any, dict[str, Any]]:
+def train_steps(engine: ReferenceEngine, optimizer: Any, micro: Batch, times: int) -> float:
+    """One optimizer step, as the loop does it; its loss."""
+    parameters = [p for p in engine.model.parameters() if p.requires_grad]
+    scale = 1 / (micro.trained * times)
+    loss = torch.stack([engine.forward_backward(micro, scale) for _ in range(times)]).sum().item() * scale
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    torch.cuda.synchronize()
+    return loss
+
+
+def under_limit(engine: ReferenceEngine, optimizer: Any, case: Case, limit: float) -> bool:
+    """Whether a step passes where the allocator may take no more than a limit, as on a smaller card."""
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.mem_get_info()[1]))
+    try:
+        for _ in range(2):
+            train_steps(engine, optimizer, batch(case), case.accumulation)
+        return True
+    except torch.OutOfMemoryError:
+        optimizer.zero_grad(set_to_none=True)
+        return False
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def measure(case: Case, base: Any, peak: int, limited: bool) -> tuple[Any, dict[str, Any]]:
     cuda = torch.cuda
     result: dict[str, Any] = {"frozen": cuda.memory_allocated()}
     adapter = Adapter(r=case.r, lora_dropout=case.dropout, target_modules=TARGETS[case.targets])  # type: ignore[arg-type]
@@ -152,7 +195,6 @@ def measure(case: Case, base: Any, eval_rows: int, eval_length: int) -> tuple[An
     optimizer = build_optimizer(parameters, Train(optim=case.optim, learning_rate=1e-4), "cuda")  # type: ignore[arg-type]
     result["attached"] = cuda.memory_allocated()
     micro = batch(case)
-    scale = 1 / (micro.trained * case.accumulation)
     seconds, losses = [], []
     for n in range(4):
         if n == 1:
@@ -161,12 +203,7 @@ def measure(case: Case, base: Any, eval_rows: int, eval_length: int) -> tuple[An
             cuda.empty_cache()
             cuda.reset_peak_memory_stats()
         started = time.perf_counter()
-        total = torch.stack([engine.forward_backward(micro, scale) for _ in range(case.accumulation)]).sum()
-        losses.append(total.item() * scale)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        cuda.synchronize()
+        losses.append(train_steps(engine, optimizer, micro, case.accumulation))
         seconds.append(time.perf_counter() - started)
     result["peak"] = cuda.max_memory_allocated()
     result["reserved"] = cuda.max_memory_reserved()
@@ -174,71 +211,103 @@ def measure(case: Case, base: Any, eval_rows: int, eval_length: int) -> tuple[An
     free, total_bytes = cuda.mem_get_info()
     result["process"] = total_bytes - free
     result["losses"] = losses
+    if limited:
+        result["limits"] = {str(part): under_limit(engine, optimizer, case, part * peak) for part in LIMITS}
     cuda.empty_cache()
     cuda.reset_peak_memory_stats()
-    engine.losses(batch(Case(case.model, case.method, eval_rows, eval_length, False, 1)))
+    asked = batch(Case(case.model, case.method, *HELD_OUT, False, 1))
+    engine.losses(asked)
     result["evaluation"] = cuda.max_memory_allocated()
+    optimizer.state.clear()
+    cuda.empty_cache()
+    cuda.reset_peak_memory_stats()
+    model.eval()
+    ids = asked.ids_T.reshape(HELD_OUT).cuda()
+    with torch.no_grad(), quiet():
+        settings = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=True, pad_token_id=2)
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+    result["generation"] = cuda.max_memory_allocated()
     base = model.unload()
     base.gradient_checkpointing_disable()
     base.requires_grad_(False)
     del model, engine, optimizer, parameters, micro
+    gc.collect()
     cuda.empty_cache()
     return base, result
 
 
 def on_gpu(models: Path, out: Path, only: int | None) -> None:
+    """Memory and time of the reference engine on the GPU at hand, into `out`/plan_gpu.json."""
     machine = find_machine()
     torch.zeros(1, device="cuda")
     free, total = torch.cuda.mem_get_info()
+    started = time.perf_counter()
+    measured_ceilings = measure_ceilings(machine)
     results: dict[str, Any] = {
         "machine": machine.as_dict(),
-        "torch": torch.__version__,
-        "context": total - free,
-        "sdp_priority": str(torch._C._get_sdp_priority_order()) if hasattr(torch._C, "_get_sdp_priority_order") else "",
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "triton")},
+        "allocator": os.environ["PYTORCH_ALLOC_CONF"],
+        "context_bytes": total - free,
+        "ceilings": asdict(measured_ceilings),
+        "ceilings_seconds": time.perf_counter() - started,
         "loads": {},
         "cases": [],
     }
-    kinds = list(dict.fromkeys((case.model, case.method) for case in CASES))
-    for name, method in kinds:
+    print(results, flush=True)
+    places = {
+        "measured": replace(place_here(machine), ceilings=measured_ceilings),
+        "data sheet": place_of("h100"),
+    }
+    for name, method in dict.fromkeys((case.model, case.method) for case in CASES):
         source = make(name, models / name)
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
         quantization = Quantization() if method == "qlora" else None
         base = load_model(source, Model(base=name, dtype="bfloat16"), quantization, machine)
         torch.cuda.synchronize()
-        results["loads"][f"{name} {method}"] = {
-            "seconds": time.perf_counter() - started,
-            "allocated": torch.cuda.memory_allocated(),
+        cases = [c for c in CASES if (c.model, c.method) == (name, method)][:only]
+        load = {
+            "predicted": predict(cases[0], models / name, places["measured"]).phases["load"].bytes,
             "peak": torch.cuda.max_memory_allocated(),
+            "allocated": torch.cuda.memory_allocated(),
+            "seconds": time.perf_counter() - started,
         }
-        for case in [c for c in CASES if (c.model, c.method) == (name, method)][:only]:
-            eval_rows, eval_length = (16, 512)
-            predicted = predict(case, eval_rows, eval_length)
-            try:
-                base, measured = measure(case, base, eval_rows, eval_length)
-            except torch.OutOfMemoryError as error:
-                print("OOM", case, str(error)[:100], flush=True)
-                base = None
-                break
-            guess = max(predicted["phases"][p] for p in ("forward", "backward", "optimizer"))
-            error = guess / measured["peak"] - 1
-            eval_error = predicted["phases"]["evaluation"] / measured["evaluation"] - 1
-            tokens = case.rows * case.length * case.accumulation
+        results["loads"][f"{name} {method}"] = load
+        print("load", name, method, f"{load['peak'] / load['predicted'] - 1:+.2%}", load, flush=True)
+        for number, case in enumerate(cases):
+            forecasts = {which: predict(case, models / name, place) for which, place in places.items()}
+            forecast = forecasts["measured"]
+            guess = max(forecast.phases[phase].bytes for phase in ("forward", "backward", "optimizer"))
+            base, measured = measure(case, base, guess, number in (0, 2))
             step = statistics.median(measured["seconds"][1:])
+            row = {
+                "case": asdict(case),
+                "predicted": {phase: moment.bytes for phase, moment in forecast.phases.items()} | {"peak": guess},
+                "components": forecast.phases[forecast.peak_phase].components,
+                "predicted_seconds": {which: f.step_seconds and f.step_seconds[1] for which, f in forecasts.items()},
+                "measured": measured,
+                "step_seconds": step,
+                "error": guess / measured["peak"] - 1,
+            }
             print(
                 f"{name} {method:5} {case.rows}x{case.length}x{case.accumulation} ckpt={case.checkpointing:d} r={case.r:3d} "
-                f"frozen {measured['frozen'] / 2**30:.3f} att {measured['attached'] / 2**30:.3f} rest "
-                f"{measured['resting'] / 2**30:.3f} peak {measured['peak'] / 2**30:.3f} predicted {guess / 2**30:.3f} "
-                f"{error:+.2%} eval {measured['evaluation'] / 2**30:.3f} {eval_error:+.2%} res "
-                f"{measured['reserved'] / 2**30:.2f} proc {measured['process'] / 2**30:.2f} {tokens / step:.0f} tok/s",
+                f"peak {measured['peak'] / 2**30:.3f} {row['error']:+.2%} "
+                f"eval {forecast.phases['evaluation'].bytes / measured['evaluation'] - 1:+.2%} "
+                f"gen {forecast.phases['generation'].bytes / measured['generation'] - 1:+.2%} "
+                f"res {measured['reserved'] / measured['peak']:.3f} proc-res {(measured['process'] - measured['reserved']) >> 20} "
+                f"time {step:.3f} {[round(s / step, 2) for s in row['predicted_seconds'].values()]} {measured.get('limits')}",
                 flush=True,
             )
-            results["cases"].append({"case": case.__dict__, "predicted": predicted, "measured": measured})
+            results["cases"].append(row)
+            results["host_bytes"] = peak_resident_bytes()
             (out / "plan_gpu.json").write_text(json.dumps(results))
         del base
+        gc.collect()
         torch.cuda.empty_cache()
-        shutil.rmtree(models / name) if method == "qlora" else None
+        if method == "qlora":
+            shutil.rmtree(models / name)
 
 
 def main() -> None:

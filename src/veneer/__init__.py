@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from veneer.api import evaluate, generate, inspect_data, load, train
+    from veneer.api import doctor, evaluate, generate, inspect_data, load, plan, train
     from veneer.config import JobError, Run, UserError, load_run
 
 __version__ = "0.1.0"
@@ -28,7 +28,9 @@ _HOMES = {
     "evaluate": "veneer.api",
     "generate": "veneer.api",
     "inspect_data": "veneer.api",
+    "doctor": "veneer.api",
     "load": "veneer.api",
+    "plan": "veneer.api",
     "train": "veneer.api",
 }
 
@@ -39,9 +41,11 @@ __all__ = [
     "__version__",
     "evaluate",
     "generate",
+    "doctor",
     "inspect_data",
     "load",
     "load_run",
+    "plan",
     "train",
 ]
 

@@ -30,14 +30,20 @@ from veneer.train.foresight import Foreseen, foresee, read_if_at_hand
 from veneer.train.metrics import read_metrics
 
 
-def train(run: Run, resume: bool = False, listeners: Sequence[Listener] = ()) -> Trained:
+def train(run: Run, resume: bool = False, listeners: Sequence[Listener] = (), force: bool = False) -> Trained:
     """Carry out a run: load, train, write the adapter with its card and the picture of its loss.
+
+    Args:
+        run: The settings.
+        resume: Go on from the run's last checkpoint.
+        listeners: Hear of each step.
+        force: Start even if it is foreseen not to fit.
 
     Raises:
         UserError: The run cannot be carried out as it is written; nothing was written.
         JobError: Training failed.
     """
-    return finish(TrainingJob(run, resume), listeners)
+    return finish(TrainingJob(run, resume, force), listeners)
 
 
 def finish(job: TrainingJob, listeners: Sequence[Listener] = ()) -> Trained:

@@ -33,6 +33,8 @@ def main(arguments: list[str] | None = None) -> None:
     # Threads that wait for each other give way after a moment. By default they hold their core, and one busy
     # neighbour on a small machine makes training 25 times slower; this costs 5% where there is none.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    # Memory that grows in place leaves no holes: what is allocated decides whether a run fits, not how it came about.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     sys.exit(_run([argument for argument in given if argument != "--debug"], debug))
 
 

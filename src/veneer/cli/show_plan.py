@@ -27,6 +27,7 @@ def show_plan(out: Console, run: Any, plan: dict[str, Any]) -> None:
     _bars(out, plan["components"], plan["budget_bytes"])
     out.print("\n[bold]phases[/bold]")
     _bars(out, {name: moment["bytes"] for name, moment in plan["phases"].items()}, plan["budget_bytes"], False)
+    out.print()
     show_verdict(out, plan)
     host = f"host {size(plan['host_bytes'])}, " if plan["place"]["device"] == "cuda" else ""
     fetch = f", to fetch {plan['download_bytes'] / 1e9:.1f} GB" if plan["download_bytes"] else ""
@@ -42,7 +43,7 @@ def show_verdict(out: Console, plan: dict[str, Any]) -> None:
     margin = plan["margin_bytes"]
     left = f"{size(margin)} left" if margin >= 0 else f"{size(-margin)} too much"
     out.print(
-        f"\nverdict  [bold {colour}]{plan['verdict']}[/bold {colour}]: peak {size(plan['peak_bytes'])} of "
+        f"verdict  [bold {colour}]{plan['verdict']}[/bold {colour}]: peak {size(plan['peak_bytes'])} of "
         f"{size(plan['budget_bytes'])}, {left}"
     )
 

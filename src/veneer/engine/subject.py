@@ -1,12 +1,38 @@
 """What a plan is made for: a base model by its configuration, as the reference engine would train it."""
 
+from functools import lru_cache
+from typing import Any
+
+import torch
+
 from veneer.config import Model, Run
 from veneer.engine.rehearsal import rehearse
 from veneer.engine.survey import Lengths, rows_from
 from veneer.model.shapes import build, find_config, is_at_hand, shapes_of
-from veneer.plan.forecast import Subject, assumed_rows
+from veneer.plan.forecast import Rows, Subject, assumed_rows
 from veneer.plan.machine import named_dtype
 from veneer.plan.memory import Rehearsed, Step
+
+
+class _Known:
+    """A configuration that equals another with the same content."""
+
+    def __init__(self, config: Any, content: tuple[str, str, int, int | None]) -> None:
+        self.config = config
+        self.content = content
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Known) and self.content == other.content
+
+    def __hash__(self) -> int:
+        return hash(self.content)
+
+
+@lru_cache(maxsize=256)
+def _rehearsed(known: _Known, step: Step) -> Rehearsed:
+    """A rehearsal; planning the same again, with another optimizer say, costs nothing."""
+    _, attention, depth, period = known.content
+    return rehearse(lambda layers: build(known.config, step.dtype, layers, attention), depth, period, step)
 
 
 def subject_of(model: Model, data: tuple[Lengths, Lengths] | str) -> Subject:
@@ -19,17 +45,16 @@ def subject_of(model: Model, data: tuple[Lengths, Lengths] | str) -> Subject:
     Raises:
         UserError: There is no such base, or it cannot be planned for.
     """
-    import torch
-
     config = find_config(model)
     shapes = shapes_of(build(config, torch.bfloat16, attention=model.attn_implementation))
 
-    attention = model.attn_implementation
+    # What decides the rehearsal, in a form that can be compared.
+    known = config.to_json_string(use_diff=False), model.attn_implementation, shapes.depth, shapes.period
 
     def rehearse_step(step: Step) -> Rehearsed:
-        return rehearse(lambda depth: build(config, step.dtype, depth, attention), shapes.depth, shapes.period, step)
+        return _rehearsed(_Known(config, known), step)
 
-    def assume(run: Run) -> object:
+    def assume(run: Run) -> Rows:
         return assumed_rows(run, str(data))
 
     stored = getattr(config, "dtype", None)

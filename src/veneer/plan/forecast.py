@@ -8,7 +8,6 @@ machine at hand and for a card one thinks of buying.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -217,12 +216,12 @@ class Forecast:
 
 
 class Planner:
-    """Forecasts of runs of one base at one place; what was rehearsed once is not rehearsed again."""
+    """Forecasts of runs of one base at one place."""
 
     def __init__(self, subject: Subject, place: Place) -> None:
         self.subject = subject
         self.place = place
-        self._rehearse = cache(subject.rehearse)
+        self._rehearse = subject.rehearse
 
     def forecast(self, run: Run) -> Forecast:
         """Foresee a run.

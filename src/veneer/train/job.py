@@ -32,9 +32,11 @@ from veneer.model import (
     save_adapter,
 )
 from veneer.plan import find_machine
+from veneer.plan.forecast import place_here
 from veneer.plan.machine import peak_bytes, resolve_optim
 from veneer.plan.memory import run_disk_bytes
 from veneer.train import checkpoint
+from veneer.train.foresight import Foreseen, Read, foresee
 from veneer.train.loop import Loop
 from veneer.train.metrics import Listener, MetricsFile, read_metrics
 
@@ -71,12 +73,13 @@ class TrainingJob:
 
     Attributes:
         machine, source, tokenizer, renderer, data, model, engine: The parts, for others to show or evaluate.
+        foreseen: What it will hold and take, and what is amiss with its settings.
 
     Raises:
         UserError: Anything the user can mend; nothing has been written then.
     """
 
-    def __init__(self, run: Run, resume: bool = False) -> None:
+    def __init__(self, run: Run, resume: bool = False, force: bool = False) -> None:
         self.run = run
         self.folder = RunFolder(run.train.output_dir.expanduser())
         self._checkpoint = self._find_checkpoint() if resume else None
@@ -88,6 +91,9 @@ class TrainingJob:
         self.renderer = Renderer(self.tokenizer, run.data)
         self.data: Prepared = prepare(run.data, self.renderer, run.train.seed)
         _require_objective(self.data)
+        self.foreseen = foresee(run, place_here(self.machine), Read(self.data, self.renderer))
+        if not force:
+            _require_memory(self.foreseen)
         base = load_model(self.source, run.model, run.quantization, self.machine)
         _require_positions(base.config, self.data)
         self.model = attach(base, run.adapter, run.train.seed, run.train.gradient_checkpointing)
@@ -153,9 +159,9 @@ class TrainingJob:
         )
 
     def plan(self) -> dict[str, Any]:
-        """How the run is placed on this machine."""
+        """How the run is placed on this machine, and what is foreseen of it."""
         train = self.run.train
-        return {
+        return self.foreseen.as_dict() | {
             "machine": self.machine.as_dict(),
             "engine": self.engine.name,
             "chunked_head": self.engine.chunked_head,
@@ -239,6 +245,17 @@ def environment() -> dict[str, Any]:
     versions = {name: metadata.version(name) for name in LIBRARIES}
     versions["veneer"] = veneer.__version__
     return {"python": platform.python_version(), "platform": platform.platform(), "libraries": versions}
+
+
+def _require_memory(foreseen: Foreseen) -> None:
+    """Raises UserError for a run that cannot fit, before an hour is spent on loading it."""
+    if foreseen.is_hopeless:
+        forecast = foreseen.forecast
+        raise UserError(
+            f"the run does not fit: at its peak ({forecast.peak_phase}) it would hold {forecast.peak_bytes / 2**30:.1f} GiB, "
+            f"and there are {forecast.place.budget_bytes / 2**30:.1f} GiB on {forecast.place.name}",
+            "`veneer plan` says what to change; --force tries it all the same",
+        )
 
 
 def _require_objective(data: Prepared) -> None:
