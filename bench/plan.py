@@ -245,7 +245,9 @@ def on_gpu(models: Path, out: Path, only: int | None) -> None:
     measured_ceilings = measure_ceilings(machine)
     results: dict[str, Any] = {
         "machine": machine.as_dict(),
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "triton")},
+        "versions": {
+            name: metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "triton")
+        },
         "allocator": os.environ["PYTORCH_ALLOC_CONF"],
         "context_bytes": total - free,
         "ceilings": asdict(measured_ceilings),

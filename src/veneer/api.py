@@ -12,12 +12,12 @@ from veneer.data import Message, Renderer
 from veneer.data.prepare import HeldOut, prepare, read_held_out
 from veneer.data.template import NAMED_TEMPLATES
 from veneer.engine import ReferenceEngine
+from veneer.engine.ladder import Rung, compare, rungs, smaller_bases
 from veneer.evaluate import Evaluation
 from veneer.evaluate import compare as compare_models
 from veneer.evaluate import generate as generate_answers
-from veneer.model.known import LADDER
 from veneer.model import Source, load_adapter, load_model, load_tokenizer, locate
-from veneer.engine.ladder import Rung, compare, rungs, smaller_bases
+from veneer.model.known import LADDER
 from veneer.plan import find_machine
 from veneer.plan.doctor import Found, Problem, diagnose, look, usable
 from veneer.plan.fit import Fitted, fit

@@ -57,7 +57,9 @@ def show_time(out: Console, plan: dict[str, Any]) -> None:
     line = f"time     {plan['tokens_per_second']:,.0f} tok/s, a step {duration(step['likely'])}"
     if whole is not None:
         steps = plan["rows"]["steps"]
-        line += f", {steps:,} steps in {duration(whole['likely'])} ({duration(whole['low'])} to {duration(whole['high'])})"
+        line += (
+            f", {steps:,} steps in {duration(whole['likely'])} ({duration(whole['low'])} to {duration(whole['high'])})"
+        )
     out.print(f"{line}; by {escape(plan['ceilings'])}")
 
 
@@ -170,7 +172,9 @@ def show_machine(out: Console, found: dict[str, Any]) -> None:
 
 
 def _show_bases(out: Console, found: dict[str, Any]) -> None:
-    table = Table(title=f"what {size(found['budget_bytes'])} can train, 2,048 tokens a row, rank 16", title_justify="left")
+    table = Table(
+        title=f"what {size(found['budget_bytes'])} can train, 2,048 tokens a row, rank 16", title_justify="left"
+    )
     for name in ("base", "LoRA, 16 bits", "QLoRA, 4 bits", "best that fits"):
         table.add_column(name, justify="left" if name == "base" else "right")
     for rung in found["trains"]:

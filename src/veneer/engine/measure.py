@@ -81,7 +81,9 @@ def _host_seconds(machine: Machine, seconds: float) -> float:
     """Host time of an operation: a tiny model's whole step, divided by the operations it is rehearsed to have."""
     from transformers import LlamaConfig
 
-    config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, vocab_size=64)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, vocab_size=64
+    )
     shapes = shapes_of(build(config, machine.dtype))
     step = Step(1, 16, 15, machine.dtype, "lora", shapes.targets("all-linear"))
     operations = sum(rehearse(lambda depth: build(config, machine.dtype, depth), 4, None, step).work.values())

@@ -47,7 +47,9 @@ def rows_of(run: Run, train: Lengths, held_out: Lengths) -> Rows:
     in_step = min(size * settings.gradient_accumulation_steps, count)
     steps_an_epoch = -(-count // (size * settings.gradient_accumulation_steps))
     steps = settings.max_steps or max(1, int(np.ceil(settings.num_train_epochs * steps_an_epoch)))
-    tested = [list(groups) for groups in _micro_batches(held_out, np.arange(len(held_out.tokens)), run.evaluate.batch_size)]
+    tested = [
+        list(groups) for groups in _micro_batches(held_out, np.arange(len(held_out.tokens)), run.evaluate.batch_size)
+    ]
     return Rows(
         fullest=_fullest(batches),
         typical=_typical(batches),

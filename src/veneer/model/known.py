@@ -12,8 +12,15 @@ _QWEN3 = {"vocab_size": 151936, "max_position_embeddings": 40960, "head_dim": 12
 _GEMMA2 = {"vocab_size": 256000, "head_dim": 256, "max_position_embeddings": 8192}
 
 
-def _decoder(hidden: int, inner: int, depth: int, heads: int, kv: int, tied: bool = False, **more: Any) -> dict[str, Any]:
-    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": depth, "num_attention_heads": heads}
+def _decoder(
+    hidden: int, inner: int, depth: int, heads: int, kv: int, tied: bool = False, **more: Any
+) -> dict[str, Any]:
+    sizes = {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+    }
     return sizes | {"num_key_value_heads": kv, "tie_word_embeddings": tied} | more
 
 

@@ -73,7 +73,9 @@ def _load(place: str | Path, model: Model) -> Any:
         try:
             kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
         except (ValueError, AttributeError):
-            raise UserError(f"model.base = {model.base}: config.json is not a configuration", "name a whole model") from None
+            raise UserError(
+                f"model.base = {model.base}: config.json is not a configuration", "name a whole model"
+            ) from None
         if kind not in CONFIG_MAPPING:
             near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=3, cutoff=0.3)
             raise UserError(

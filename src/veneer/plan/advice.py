@@ -166,7 +166,7 @@ def _(s: Situation) -> Found:
 @_rule("rank-for-rows", "warning", "adapter.r", "arXiv 2405.09673: more capacity, more memorised")
 def _(s: Situation) -> Found:
     r = s.run.adapter.r
-    if s.data is None or not (r > 16 and s.data.rows < 1000 or r >= 64 and s.data.rows < 5000):
+    if s.data is None or not ((r > 16 and s.data.rows < 1000) or (r >= 64 and s.data.rows < 5000)):
         return None
     return f"rank {r} is much for {s.data.rows:,} rows", "set adapter.r=8 and adapter.lora_alpha=16"
 
@@ -206,7 +206,9 @@ def _(s: Situation) -> Found:
 # Optimization
 
 
-@_rule("learning-rate", "warning", "train.learning_rate", "arXiv 2106.09685, 2305.14314; ten times that of full training")
+@_rule(
+    "learning-rate", "warning", "train.learning_rate", "arXiv 2106.09685, 2305.14314; ten times that of full training"
+)
 def _(s: Situation) -> Found:
     what = "full fine-tuning" if s.method == "full" else "LoRA"
     low, high = RATES["full" if s.method == "full" else "lora"]
@@ -260,7 +262,10 @@ def _(s: Situation) -> Found:
     if not s.run.train.optim.startswith("paged") or forecast.margin_bytes < 0.25 * forecast.place.budget_bytes:
         return None
     free = forecast.margin_bytes / 2**30
-    return f"with {free:.1f} GiB left, paging only costs time", f"set train.optim={s.run.train.optim.removeprefix('paged_')}"
+    return (
+        f"with {free:.1f} GiB left, paging only costs time",
+        f"set train.optim={s.run.train.optim.removeprefix('paged_')}",
+    )
 
 
 # Precision
@@ -295,14 +300,21 @@ def _(s: Situation) -> Found:
     return "this GPU has no bfloat16, so auto computes in float32", "set model.dtype=float16 for speed"
 
 
-@_rule("quantized-twice", "warning", "quantization", "bench: a 4-bit file read into bf16 and quantized again errs twice")
+@_rule(
+    "quantized-twice", "warning", "quantization", "bench: a 4-bit file read into bf16 and quantized again errs twice"
+)
 def _(s: Situation) -> Found:
     if s.run.quantization is None or not s.run.model.base.lower().endswith(".gguf"):
         return None
     return "a .gguf base is quantized already", "name the original folder or hub id in model.base"
 
 
-@_rule("requantized-merge", "info", "quantization", "arXiv 2305.14314: the adapter makes up for the errors of its 4-bit base")
+@_rule(
+    "requantized-merge",
+    "info",
+    "quantization",
+    "arXiv 2305.14314: the adapter makes up for the errors of its 4-bit base",
+)
 def _(s: Situation) -> Found:
     if s.method != "qlora":
         return None
@@ -327,7 +339,12 @@ def _(s: Situation) -> Found:
 # Speed and memory
 
 
-@_rule("eager-attention", "warning", "model.attn_implementation", "arXiv 2205.14135: memory grows with the square of length")
+@_rule(
+    "eager-attention",
+    "warning",
+    "model.attn_implementation",
+    "arXiv 2205.14135: memory grows with the square of length",
+)
 def _(s: Situation) -> Found:
     if s.run.model.attn_implementation != "eager":
         return None
@@ -338,7 +355,10 @@ def _(s: Situation) -> Found:
 def _(s: Situation) -> Found:
     if s.run.model.attn_implementation != "flash_attention_2" or find_spec("flash_attn") is not None:
         return None
-    return "flash_attention_2 cannot be had here", "set model.attn_implementation=sdpa, which has flash kernels of its own"
+    return (
+        "flash_attention_2 cannot be had here",
+        "set model.attn_implementation=sdpa, which has flash kernels of its own",
+    )
 
 
 @_rule("kv-cache", "error", "train.gradient_checkpointing", "Transformers: a cache cannot be recomputed")
@@ -377,9 +397,17 @@ def _(s: Situation) -> Found:
 
 @_rule("foreign-template", "warning", "data.chat_template", "the base has only ever seen its own")
 def _(s: Situation) -> Found:
-    if s.tokenizer is None or not s.tokenizer.has_template or s.tokenizer.uses_own or s.run.data.chat_template == "none":
+    if (
+        s.tokenizer is None
+        or not s.tokenizer.has_template
+        or s.tokenizer.uses_own
+        or s.run.data.chat_template == "none"
+    ):
         return None
-    return f"a chat model trained with {s.run.data.chat_template} in the place of its own template", "set data.chat_template=auto"
+    return (
+        f"a chat model trained with {s.run.data.chat_template} in the place of its own template",
+        "set data.chat_template=auto",
+    )
 
 
 @_rule("raw-text", "warning", "data.chat_template", "what a chat model knows of turns is unlearned")
@@ -388,28 +416,40 @@ def _(s: Situation) -> Found:
         return None
     if s.run.data.chat_template != "none" and not (s.data and s.data.raw):
         return None
-    return "a chat model trained on text without turns", "set data.chat_template=auto and give rows with turns, or name a base model"
+    return (
+        "a chat model trained on text without turns",
+        "set data.chat_template=auto and give rows with turns, or name a base model",
+    )
 
 
 @_rule("no-template", "info", "data.chat_template", "a base model has no turns of its own")
 def _(s: Situation) -> Found:
     if s.tokenizer is None or s.tokenizer.has_template or s.run.data.chat_template not in ("auto", "none"):
         return None
-    return "this base has no chat template: prompts and answers stand one behind the other", "set data.chat_template=chatml"
+    return (
+        "this base has no chat template: prompts and answers stand one behind the other",
+        "set data.chat_template=chatml",
+    )
 
 
 @_rule("pad-is-end", "info", "model.base", "padding never enters a row here; elsewhere it would mask the end token")
 def _(s: Situation) -> Found:
     if s.tokenizer is None or not s.tokenizer.pad_is_end:
         return None
-    return "the tokenizer pads with its end token", "nothing to do here; set another pad token before you train elsewhere"
+    return (
+        "the tokenizer pads with its end token",
+        "nothing to do here; set another pad token before you train elsewhere",
+    )
 
 
 @_rule("no-end-token", "warning", "data.chat_template", "the ledger counts them")
 def _(s: Situation) -> Found:
     if s.data is None or s.data.end_of_turn:
         return None
-    return "no end-of-turn token is trained: the model would never learn to stop", "use a template that ends turns, as chatml"
+    return (
+        "no end-of-turn token is trained: the model would never learn to stop",
+        "use a template that ends turns, as chatml",
+    )
 
 
 @_rule("max-length-low", "warning", "data.max_length", "the ledger counts them")

@@ -20,7 +20,17 @@ from packaging.requirements import Requirement
 from veneer.config.cache import cache_folder
 from veneer.plan.machine import Machine, find_machine
 
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "tokenizers", "triton")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "safetensors",
+    "tokenizers",
+    "triton",
+)
 # Oldest driver for a major version of CUDA: the CUDA release notes, table "CUDA Toolkit and Minimum Required Driver".
 OLDEST_DRIVER = {11: 450.80, 12: 525.60, 13: 580.65}
 LITTLE_DISK = 5 * 2**30
@@ -143,7 +153,9 @@ def diagnose(found: Found) -> list[Problem]:
         problems.append(
             Problem("libraries", f"missing or too old: {', '.join(found.outdated)}", "pip install --upgrade veneer")
         )
-    full = [f"{folder} ({free / 2**30:.1f} GiB)" for folder, free in found.disk_free_bytes.items() if free < LITTLE_DISK]
+    full = [
+        f"{folder} ({free / 2**30:.1f} GiB)" for folder, free in found.disk_free_bytes.items() if free < LITTLE_DISK
+    ]
     if full:
         problems.append(
             Problem("disk", f"little space left in {', '.join(full)}", "free some, or set VENEER_CACHE elsewhere")
@@ -162,12 +174,21 @@ def usable(found: Found) -> list[Usable]:
         Usable("engine", "reference", True),
         Usable("attention", "sdpa", True),
         Usable("attention", "eager", True),
-        Usable("attention", "flash_attention_2", flash, "" if flash else no_gpu if not cuda else "flash-attn is not installed"),
+        Usable(
+            "attention",
+            "flash_attention_2",
+            flash,
+            "" if flash else no_gpu if not cuda else "flash-attn is not installed",
+        ),
         Usable("optimizer", "adamw_torch", True),
         Usable("optimizer", "adamw_8bit", bits, broken),
-        Usable("optimizer", "paged_adamw_8bit", cuda and bits, broken or ("" if cuda else f"{no_gpu}; kept unpaged here")),
+        Usable(
+            "optimizer", "paged_adamw_8bit", cuda and bits, broken or ("" if cuda else f"{no_gpu}; kept unpaged here")
+        ),
         Usable("quantization", "4 bits", bits, broken),
-        Usable("precision", "bfloat16", found.machine.has_bfloat16, "" if found.machine.has_bfloat16 else "not in hardware"),
+        Usable(
+            "precision", "bfloat16", found.machine.has_bfloat16, "" if found.machine.has_bfloat16 else "not in hardware"
+        ),
     ]
 
 
@@ -207,13 +228,19 @@ def _ask_driver() -> tuple[str | None, list[str]]:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None, []
-    lines = [line.split(", ", 1) for line in answer.stdout.splitlines() if ", " in line] if not answer.returncode else []
+    lines = (
+        [line.split(", ", 1) for line in answer.stdout.splitlines() if ", " in line] if not answer.returncode else []
+    )
     return (lines[0][0], [name for _, name in lines]) if lines else (None, [])
 
 
 def _bitsandbytes() -> str:
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             logging.disable()
             from bitsandbytes.cextension import lib

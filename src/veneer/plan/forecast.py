@@ -66,7 +66,14 @@ def assumed_rows(run: Run, why: str) -> Rows:
     passes = train.gradient_accumulation_steps
     held_out = Padded(run.evaluate.batch_size, length, run.evaluate.batch_size * (length - 1))
     return Rows(
-        full, full, passes, passes * full.rows * length, train.max_steps, held_out if run.data.validation else None, 0, why
+        full,
+        full,
+        passes,
+        passes * full.rows * length,
+        train.max_steps,
+        held_out if run.data.validation else None,
+        0,
+        why,
     )
 
 

@@ -6,7 +6,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-
 from veneer.config import Run, UserError
 from veneer.data import Prepared, Renderer, prepare
 from veneer.engine import ReferenceEngine
@@ -114,5 +113,3 @@ def read_if_at_hand(run: Run) -> Read | str:
         return Read(prepare(run.data, renderer, run.train.seed), renderer)
     except UserError as error:
         return str(error).splitlines()[0]
-
-
