@@ -188,11 +188,11 @@ def under_limit(engine: ReferenceEngine, optimizer: Any, case: Case, limit: floa
 def measure(case: Case, base: Any, peak: int, limited: bool) -> tuple[Any, dict[str, Any]]:
     cuda = torch.cuda
     result: dict[str, Any] = {"frozen": cuda.memory_allocated()}
-    adapter = Adapter(r=case.r, lora_dropout=case.dropout, target_modules=TARGETS[case.targets])  # type: ignore[arg-type]
+    adapter = Adapter(r=case.r, lora_dropout=case.dropout, target_modules=TARGETS[case.targets])
     model = attach(base, adapter, 0, case.checkpointing)
     engine = ReferenceEngine(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = build_optimizer(parameters, Train(optim=case.optim, learning_rate=1e-4), "cuda")  # type: ignore[arg-type]
+    optimizer = build_optimizer(parameters, Train(optim=case.optim, learning_rate=1e-4), "cuda")
     result["attached"] = cuda.memory_allocated()
     micro = batch(case)
     seconds, losses = [], []
@@ -294,12 +294,14 @@ def on_gpu(models: Path, out: Path, only: int | None) -> None:
                 "error": guess / measured["peak"] - 1,
             }
             print(
-                f"{name} {method:5} {case.rows}x{case.length}x{case.accumulation} ckpt={case.checkpointing:d} r={case.r:3d} "
+                f"{name} {method:5} {case.rows}x{case.length}x{case.accumulation} "
+                f"ckpt={case.checkpointing:d} r={case.r:3d} "
                 f"peak {measured['peak'] / 2**30:.3f} {row['error']:+.2%} "
                 f"eval {forecast.phases['evaluation'].bytes / measured['evaluation'] - 1:+.2%} "
                 f"gen {forecast.phases['generation'].bytes / measured['generation'] - 1:+.2%} "
-                f"res {measured['reserved'] / measured['peak']:.3f} proc-res {(measured['process'] - measured['reserved']) >> 20} "
-                f"time {step:.3f} {[round(s / step, 2) for s in row['predicted_seconds'].values()]} {measured.get('limits')}",
+                f"reserved {measured['reserved'] / measured['peak']:.3f} "
+                f"beside {(measured['process'] - measured['reserved']) >> 20} MiB time {step:.3f} "
+                f"{[round(s / step, 2) for s in row['predicted_seconds'].values()]} {measured.get('limits')}",
                 flush=True,
             )
             results["cases"].append(row)

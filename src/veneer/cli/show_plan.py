@@ -159,7 +159,8 @@ def show_machine(out: Console, found: dict[str, Any]) -> None:
     if ceilings := found["ceilings"]:
         table.add_row(
             "speed",
-            f"{ceilings['half_flops'] / 1e12:.3g} TFLOP/s, {ceilings['bandwidth'] / 1e9:.3g} GB/s ({ceilings['source']})",
+            f"{ceilings['half_flops'] / 1e12:.3g} TFLOP/s, {ceilings['bandwidth'] / 1e9:.3g} GB/s "
+            f"({ceilings['source']})",
         )
     else:
         table.add_row("speed", "[dim]not measured: veneer doctor --measure[/dim]")

@@ -42,7 +42,8 @@ def leanest(run: Run, base: str | None = None) -> Run:
     """A run with the least memory that changes nothing but speed."""
     values = run.model_dump()
     values["train"] |= {
-        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "gradient_checkpointing": True, "optim": "auto",
+        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": True, "optim": "auto",
     }  # fmt: skip
     values["evaluate"] |= {"batch_size": 1}
     if base is not None:

@@ -1,7 +1,7 @@
 """The machine's ceilings, measured as the engine meets them: some twenty seconds of products, copies and small steps.
 
-Sustained speed counts: a card at its power limit clocks down within seconds, so each measurement goes on for a while and
-the later half of it is taken.
+Sustained speed counts: a card at its power limit clocks down within seconds, so each measurement goes on for a while,
+and its later half is taken.
 """
 
 import statistics

@@ -61,7 +61,7 @@ def _moment_on(a: Moment, b: Moment, times: float) -> Moment:
 def _run(base: Any, step: Step, period: int, chunked_head: bool) -> tuple[dict[str, Moment], Work]:
     """One micro-batch; the moments of its stretches, and its work.
 
-    The layers between the first two periods and the last one hold no more than these, and have no stretch to themselves.
+    The layers between the first two periods and the last one hold no more than these, and have no stretch of their own.
     """
     adapt(base, step)
     trace = Trace()
@@ -131,7 +131,7 @@ def head_is_linear(base: Any) -> bool:
     if type(head) is not torch.nn.Linear or base.base_model is base:
         return False
 
-    class Names(TorchDispatchMode):
+    class Names(TorchDispatchMode):  # type: ignore[no-untyped-call]
         between: list[str] | None = None
 
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -139,7 +139,7 @@ def head_is_linear(base: Any) -> bool:
                 self.between.append(str(function))
             return True if "_local_scalar_dense" in str(function) else function(*args, **(kwargs or {}))
 
-    names = Names()
+    names = Names()  # type: ignore[no-untyped-call]
     hook = base.base_model.register_forward_hook(lambda *_: setattr(names, "between", []))
     with names, torch.no_grad():
         base(input_ids=torch.empty((1, 8), dtype=torch.int64, device="meta"), use_cache=False)
@@ -175,10 +175,7 @@ class _Linear(torch.nn.Module):
                 self.lora_B = torch.nn.Linear(step.r, outputs, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.base is None:
-            result = _FourBit.apply(x, self.bias, self.shape_MK, self.step)  # type: ignore[no-untyped-call]
-        else:
-            result = self.base(x)
+        result: torch.Tensor = self.base(x) if self.base is not None else self._four_bit(x)
         if not self.is_adapted:
             return result
         dtype = result.dtype
@@ -190,6 +187,9 @@ class _Linear(torch.nn.Module):
             output = output.to(dtype)
         result = result + output
         return result.to(dtype)
+
+    def _four_bit(self, x: torch.Tensor) -> Any:
+        return _FourBit.apply(x, self.bias, self.shape_MK, self.step)  # type: ignore[no-untyped-call]
 
     def _dropout(self, x: torch.Tensor) -> torch.Tensor:
         # F.dropout takes this kernel on a GPU, and another one on meta tensors.

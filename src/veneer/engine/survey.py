@@ -1,7 +1,7 @@
 """What the reference engine will meet in a run's data: the fullest micro-batch there can be, and a usual one.
 
-Rows of a step are of like length (`veneer.data.Batches`), so the fullest micro-batch is one of neighbours in the order of
-length. The rows that go through the model together are those the engine itself would put together.
+Rows of a step are of like length (`veneer.data.Batches`), so the fullest micro-batch is one of neighbours in the order
+of length. The rows that go through the model together are those the engine itself would put together.
 """
 
 from collections.abc import Iterator

@@ -91,7 +91,8 @@ def config_of(file: Path) -> Any:
 
 def _cannot_read(file: Path, facts: dict[str, Any], error: Exception) -> UserError:
     return UserError(
-        f"{file.name}: Transformers cannot read this GGUF file (architecture {facts.get('general.architecture')}): {error}",
+        f"{file.name}: Transformers cannot read this GGUF file "
+        f"(architecture {facts.get('general.architecture')}): {error}",
         "name the model's original folder or hub id in model.base",
     )
 

@@ -1,7 +1,8 @@
 """Published shapes of common base models, so that a plan for one needs no network.
 
 The numbers are those of the models' own config.json on the hub. Only repositories of their makers, and faithful copies
-(unsloth, NousResearch), are known by name; any other base is planned from its own configuration. Training never reads this.
+(unsloth, NousResearch), are known by name; any other base is planned from its own configuration. Training does not
+read this.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ _GEMMA2 = {"vocab_size": 256000, "head_dim": 256, "max_position_embeddings": 819
 
 
 def _decoder(
-    hidden: int, inner: int, depth: int, heads: int, kv: int, tied: bool = False, **more: Any
+    hidden: int, inner: int, depth: int, heads: int, kv: int, tied: Any = False, **more: Any
 ) -> dict[str, Any]:
     sizes = {
         "hidden_size": hidden,

@@ -25,7 +25,7 @@ def find_config(model: Model) -> Any:
     """The configuration of a base model; no weights are fetched or read.
 
     Raises:
-        UserError: There is no such model, its folder holds no configuration, or Transformers knows no such architecture.
+        UserError: There is no such model, its folder holds no configuration, or Transformers does not know its kind.
     """
     kind, place = find(model)
     if kind == "builtin":
@@ -156,7 +156,7 @@ def shapes_of(base: Any) -> Shapes:
 def _period(base: Any) -> int | None:
     """After how many layers the decoder repeats itself; None where it does not, or does so too rarely to matter."""
     lists = [m for m in base.modules() if isinstance(m, torch.nn.ModuleList)]
-    layers = max(lists, key=len, default=[])
+    layers: Any = max(lists, key=len, default=[])
     config = base.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or [""] * len(layers)
     if len(layers) != config.num_hidden_layers:

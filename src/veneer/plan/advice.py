@@ -1,8 +1,8 @@
 """What is likely to go wrong with a run's settings, and what to change: one rule a pitfall.
 
-A rule looks at a `Situation` and says a sentence, or nothing. It fires on what is known: a rule about the data keeps still
-while the data has not been read. `HANDLED` lists the pitfalls of the usual guides that cannot be fallen into here, and how.
-Sources are papers by their arXiv number, or the measurement that a rule rests on.
+A rule looks at a `Situation` and says a sentence, or nothing. It fires on what is known: a rule about the data
+keeps still while the data has not been read. `HANDLED` lists the pitfalls of the usual guides that cannot be fallen
+into here, and how. Sources are papers by their arXiv number, or the measurement that a rule rests on.
 """
 
 from collections.abc import Callable
@@ -191,7 +191,8 @@ def _(s: Situation) -> Found:
     if share >= 0.5:
         return None
     return (
-        f"the adapted layers hold {share:.0%} of the weights; adapters on all linear layers learn more at the same memory",
+        f"the adapted layers hold {share:.0%} of the weights; "
+        "adapters on all linear layers learn more at the same memory",
         "set adapter.target_modules=all-linear",
     )
 
@@ -503,8 +504,8 @@ def _(s: Situation) -> Found:
 HANDLED = {
     "8-bit base": "bits: 8 is refused: it needs twice the memory of 4 bits and is slower",
     "forgotten use_cache=False": "every base is loaded without a key-value cache, and kv-cache would say so",
-    "forgotten prepare_model_for_kbit_training": "gradients reach the adapter without it; the first step is checked for "
-    "that, and a loss that is not a number ends the run",
+    "forgotten prepare_model_for_kbit_training": "gradients reach the adapter without it; the first step is checked "
+    "for that, and a loss that is not a number ends the run",
     "forgotten enable_input_require_grads": "recomputation is of the kind that does not need it, and the first step is "
     "checked for gradients",
     "get_peft_model without a config": "a run without an adapter does not exist",

@@ -1,8 +1,8 @@
 """Known GPUs, and sizes as a person writes them.
 
-Memory is what the driver reports, in MiB. Speeds are the data sheets': dense bf16 (fp16 where there is no bf16) products
-summed in float32, float32 products outside the tensor cores, and memory bandwidth. What is reached in practice is in
-`veneer.plan.time`.
+Memory is what the driver reports, in MiB. Speeds are the data sheets': dense bf16 (fp16 where there is no bf16)
+products summed in float32, float32 products outside the tensor cores, and memory bandwidth. What is reached in
+practice is in `veneer.plan.time`.
 """
 
 import difflib

@@ -244,7 +244,7 @@ def _bitsandbytes() -> str:
             warnings.simplefilter("ignore")
             logging.disable()
             from bitsandbytes.cextension import lib
-    except Exception as error:  # a broken native library fails in many ways, and each is an answer
+    except Exception as error:  # noqa: BLE001 - a broken native library fails in many ways, and each is an answer
         return f"{type(error).__name__}: {error}".splitlines()[0]
     finally:
         logging.disable(logging.NOTSET)

@@ -1,9 +1,9 @@
 """What to change so that a run fits: the changes that cost least come first.
 
-In this order: packing, micro-batch against accumulation, the batch of the held-out loss, recomputation, the optimizer, its
-states on the host, shorter rows, 4 bits, a smaller base. The first six change no number of the training, or hardly one.
-Changes are added one after the other until the run fits; then each that turns out not to be needed is taken back, the
-costliest first.
+In this order: packing, micro-batch against accumulation, the batch of the held-out loss, recomputation, the
+optimizer, its states on the host, shorter rows, 4 bits, a smaller base. The first six change no number of the
+training, or hardly one. Changes are added one after the other until the run fits; then each that turns out not to be
+needed is taken back, the costliest first.
 """
 
 from collections.abc import Callable, Iterator

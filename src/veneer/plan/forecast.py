@@ -1,9 +1,9 @@
 """A run, foreseen: what it holds at each phase, whether that fits, how long it takes.
 
-A planner knows a base model's shapes, what the data is like, and a place to run. What only others know they hand in: the
-engine rehearses a micro-batch (`Rehearsed`), and says what shapes a run's rows will have when they reach it (`Rows`).
-So this works the same for a model on disk and for a name, for data that was read and for data that was not, for the
-machine at hand and for a card one thinks of buying.
+A planner knows a base model's shapes, what the data is like, and a place to run. What only others know they hand in:
+the engine rehearses a micro-batch (`Rehearsed`), and says what shapes a run's rows will have when they reach it
+(`Rows`). So this works the same for a model on disk and for a name, for data that was read and for data that was not,
+for the machine at hand and for a card one thinks of buying.
 """
 
 from collections.abc import Callable

@@ -198,7 +198,7 @@ def phases(
 
 
 def _generation(shapes: Shapes, asked: Step, rehearsed: Rehearsed, answers: Evaluate) -> dict[str, int]:
-    """Of answering a batch of prompts: keys and values of all layers, and while one layer's grow, that layer's again."""
+    """Of answering a batch of prompts: keys and values of all layers, and one layer's again while they grow."""
     tokens = asked.rows * (asked.length + answers.max_new_tokens)
     cache = shapes.key_value_bytes * tokens * asked.dtype.itemsize // 2
     logits = asked.rows * shapes.vocabulary * (4 + 4 + asked.dtype.itemsize)

@@ -56,7 +56,7 @@ class Moment:
     components: dict[str, int] = field(default_factory=dict)
 
 
-class Trace(TorchDispatchMode):
+class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A context in which operations on meta tensors are counted.
 
     `mark` begins a new stretch; `scope` names the component that tensors made within belong to.
@@ -70,7 +70,7 @@ class Trace(TorchDispatchMode):
     _active: ClassVar[list["Trace"]] = []
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.moments: dict[str, Moment] = defaultdict(Moment)
         self.work: dict[str, Work] = defaultdict(lambda: defaultdict(float))
         self.live: dict[str, int] = defaultdict(int)
@@ -96,11 +96,11 @@ class Trace(TorchDispatchMode):
     def __enter__(self) -> "Trace":
         self._active.append(self)
         self._contexts.enter_context(FlashAttention())
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._contexts.close()
         self._active.pop()
 
@@ -198,7 +198,7 @@ class FlashAttention(TorchFunctionMode):
     Torch leaves it while a backward runs; code that is recomputed there must enter it again.
     """
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention and kwargs.get("attn_mask") is None and len(args) <= 3:
             query, key, value = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))
@@ -213,7 +213,7 @@ class _Flash(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Any, key: Any, value: Any) -> torch.Tensor:
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         B, H, T, D = query.shape
         # The kernels write heads within tokens; the view has heads first.
         output = query.new_empty((B, T, H, value.shape[-1])).transpose(1, 2)
@@ -247,7 +247,7 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 
 def _is_accumulation(function: Any) -> bool:
-    """Whether autograd adds up gradients: it does so in the first one's place, but not where it sees a mode like ours."""
+    """Whether autograd adds up gradients: in the first one's place, but not where it sees a mode like ours."""
     in_backward = torch._C._current_graph_task_id() != -1
     return function is torch.ops.aten.add.Tensor and in_backward and not torch.is_grad_enabled()
 

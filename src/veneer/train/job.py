@@ -250,10 +250,10 @@ def environment() -> dict[str, Any]:
 def _require_memory(foreseen: Foreseen) -> None:
     """Raises UserError for a run that cannot fit, before an hour is spent on loading it."""
     if foreseen.is_hopeless:
-        forecast = foreseen.forecast
+        forecast, place = foreseen.forecast, foreseen.forecast.place
         raise UserError(
-            f"the run does not fit: at its peak ({forecast.peak_phase}) it would hold {forecast.peak_bytes / 2**30:.1f} GiB, "
-            f"and there are {forecast.place.budget_bytes / 2**30:.1f} GiB on {forecast.place.name}",
+            f"the run does not fit: at its peak ({forecast.peak_phase}) it would hold "
+            f"{forecast.peak_bytes / 2**30:.1f} GiB, {place.budget_bytes / 2**30:.1f} GiB are there, on {place.name}",
             "`veneer plan` says what to change; --force tries it all the same",
         )
 
