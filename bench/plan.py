@@ -1,6 +1,8 @@
 """How wrong are the plan's predictions? Runs real steps on random weights and compares.
 
 python bench/plan.py gpu --models /tmp/models --out DIR     on a CUDA GPU: memory and time of the reference engine
+python bench/plan.py cpu                                    memory of `veneer train` on the CPU, with SmolLM2
+python bench/plan.py answer                                 how long `veneer plan` takes for a 70B base
 """
 
 import argparse
@@ -9,6 +11,9 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -32,6 +37,7 @@ from veneer.model.quiet import quiet
 from veneer.plan import find_machine
 from veneer.plan.forecast import Forecast, Padded, Place, Planner, Rows, place_here, place_of
 from veneer.plan.machine import peak_resident_bytes
+from veneer.train.job import environment
 from veneer.train.optimizer import build_optimizer
 
 HELD_OUT = (16, 512)  # rows and tokens of the held-out loss, and of the prompts that are answered
@@ -314,14 +320,90 @@ def on_gpu(models: Path, out: Path, only: int | None) -> None:
             shutil.rmtree(models / name)
 
 
+CPU_CASES: dict[str, tuple[str, ...]] = {
+    "1 row": ("train.per_device_train_batch_size=1",),
+    "4 rows": (),
+    "8 rows": ("train.per_device_train_batch_size=8", "train.gradient_accumulation_steps=1"),
+    "2 rows, nothing recomputed": ("train.per_device_train_batch_size=2", "train.gradient_checkpointing=false"),
+    "4 rows, float32": ("model.dtype=float32",),
+    "4 rows, 4-bit": ("quantization.bits=4",),
+    "4 rows, r 64": ("adapter.r=64",),
+    "packed to 2048": ("data.packing=true", "data.max_length=2048", "train.per_device_train_batch_size=1"),
+}
+CPU_RUN = """
+model: {base: smollm2-135m-instruct}
+data: {train: ROWS, validation: 0.2, limit: 40}
+train: {output_dir: RUN, num_train_epochs: 1, per_device_train_batch_size: 4, gradient_accumulation_steps: 2}
+"""
+
+
+def on_cpu(rows: Path) -> None:
+    """Runs `veneer train`, each case in a process of its own, over one epoch of real rows."""
+    cases = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for number, (title, changes) in enumerate(CPU_CASES.items()):
+            output = folder / str(number)
+            written = folder / f"{number}.yaml"
+            written.write_text(CPU_RUN.replace("ROWS", str(rows.resolve())).replace("RUN", str(output)))
+            process = subprocess.Popen(
+                [sys.executable, "-m", "veneer.cli.main", "train", str(written), *changes], stdout=subprocess.DEVNULL
+            )
+            _, status, usage = os.wait4(process.pid, 0)
+            if status:
+                raise SystemExit(f"{title}: `veneer train` ended with status {status}")
+            plan = json.loads((output / "plan.json").read_text())
+            predicted = {phase: moment["bytes"] for phase, moment in plan["phases"].items() if phase != "generation"}
+            peak = usage.ru_maxrss * 1024
+            error = max(predicted.values()) / peak - 1
+            cases.append({"case": title, "settings": changes, "predicted": predicted, "peak": peak, "error": error})
+            print(f"{title:30} predicted {max(predicted.values()) >> 20:5} MiB, held {peak >> 20:5}, {error:+.1%}")
+    keep("cpu", {"machine": find_machine().as_dict(), "versions": environment()["libraries"], "cases": cases})
+
+
+def on_answer(runs: int) -> None:
+    """Runs `veneer plan` for a 70B base that is nowhere on this machine."""
+    taken = []
+    with tempfile.TemporaryDirectory() as name:
+        written = Path(name) / "run.yaml"
+        written.write_text(
+            "model: {base: meta-llama/Llama-3.1-70B-Instruct}\nquantization: {bits: 4}\n"
+            f"data: {{train: rows.jsonl, max_length: 2048}}\ntrain: {{output_dir: {name}/run}}\n"
+        )
+        for _ in range(runs):
+            started = time.perf_counter()
+            subprocess.run(
+                [sys.executable, "-m", "veneer.cli.main", "plan", str(written), "--gpu", "h100", "--no-data"],
+                check=True, stdout=subprocess.DEVNULL,
+            )  # fmt: skip
+            taken.append(time.perf_counter() - started)
+    result = {"seconds": [round(t, 2) for t in taken], "median": round(statistics.median(taken), 2)}
+    print(result)
+    keep("answer", {"machine": find_machine().as_dict(), "versions": environment()["libraries"]} | result)
+
+
+def keep(part: str, result: dict[str, Any]) -> None:
+    """Writes a part of the results."""
+    path = Path(__file__).parent / "results" / "plan.json"
+    whole = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(whole | {part: result}, indent=1) + "\n")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["gpu"])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["gpu", "cpu", "answer"])
+    parser.add_argument("--rows", type=Path, help="cpu: rows to train on, such as gsm8k_train.jsonl")
+    parser.add_argument("--runs", type=int, default=7, help="answer: how many")
     parser.add_argument("--models", type=Path, default=Path("/tmp/models"))
     parser.add_argument("--out", type=Path, default=Path("."))
     parser.add_argument("--only", type=int, help="So many cases of each model and method.")
     arguments = parser.parse_args()
-    on_gpu(arguments.models, arguments.out, arguments.only)
+    if arguments.what == "gpu":
+        on_gpu(arguments.models, arguments.out, arguments.only)
+    elif arguments.what == "cpu":
+        on_cpu(arguments.rows)
+    else:
+        on_answer(arguments.runs)
 
 
 if __name__ == "__main__":

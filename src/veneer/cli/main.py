@@ -35,6 +35,8 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # Memory that grows in place leaves no holes: what is allocated decides whether a run fits, not how it came about.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    # Large buffers of the CPU in large pages: mapping them anew for each costs little then.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     sys.exit(_run([argument for argument in given if argument != "--debug"], debug))
 
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from veneer.data import Batch
 from veneer.data.batch import UNTRAINED
 from veneer.kernels.linear_cross_entropy import linear_cross_entropy
+from veneer.plan.machine import return_freed_memory
 
 PADDING = 1.25  # rows go together while their padded tokens are at most so many times the real ones
 
@@ -64,6 +65,8 @@ class ReferenceEngine:
             losses_N = token_losses(self._base, rows, self.chunked_head)
             (losses_N.sum() * scale).backward()  # type: ignore[no-untyped-call]
             total += losses_N.detach().to(self._sum_dtype).sum()
+            del losses_N
+            self._tidy()
         return total
 
     @torch.no_grad()
@@ -76,7 +79,12 @@ class ReferenceEngine:
             result.index_add_(
                 0, documents_B[rows.row_N], token_losses(self._base, rows, self.chunked_head).to(self._sum_dtype)
             )
+            self._tidy()
         return result
+
+    def _tidy(self) -> None:
+        if self._device.type == "cpu":
+            return_freed_memory()
 
     @torch.no_grad()
     def _head_is_linear(self) -> bool:

@@ -17,7 +17,8 @@ from veneer.plan.trace import BLOCK, Moment, Work
 
 QUANT_BLOCK = 64  # weights that share a constant in bitsandbytes' 4-bit formats
 CONSTANT_BLOCK = 256  # constants that share one of their own under double quantization
-LIBRARIES = {"cuda": 66 * 2**20, "cpu": 0, "mps": 0}  # what cuBLAS takes from the allocator for itself
+# Beside tensors: what cuBLAS takes from the allocator for itself; on a CPU the process, its code, and holes in its heap.
+LIBRARIES = {"cuda": 66 * 2**20, "cpu": 830 * 2**20, "mps": 0}
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from veneer.model import (
 )
 from veneer.plan import find_machine
 from veneer.plan.forecast import place_here
-from veneer.plan.machine import peak_bytes, resolve_optim
+from veneer.plan.machine import map_large_buffers, peak_bytes, resolve_optim
 from veneer.plan.memory import run_disk_bytes
 from veneer.train import checkpoint
 from veneer.train.foresight import Foreseen, Read, foresee
@@ -86,6 +86,8 @@ class TrainingJob:
         if not resume:
             self.folder.require_free()
         self.machine = find_machine()
+        if self.machine.device == "cpu":
+            map_large_buffers()
         self.source = locate(run.model)
         self.tokenizer = load_tokenizer(self.source)
         self.renderer = Renderer(self.tokenizer, run.data)
