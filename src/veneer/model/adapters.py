@@ -20,7 +20,8 @@ def attach(base: Any, adapter: Adapter, seed: int, gradient_checkpointing: bool 
     Raises:
         UserError: An entry of target_modules matches nothing.
     """
-    from peft import LoraConfig, get_peft_model
+    with quiet():
+        from peft import LoraConfig, get_peft_model
 
     targets: str | list[str] = "all-linear"
     if adapter.target_modules != "all-linear":
@@ -48,9 +49,9 @@ def attach(base: Any, adapter: Adapter, seed: int, gradient_checkpointing: bool 
 
 def load_adapter(base: Any, folder: Path) -> Any:
     """Put a saved adapter on a base model, in place, for inference."""
-    from peft import PeftModel
-
     with quiet():
+        from peft import PeftModel
+
         try:
             model = PeftModel.from_pretrained(base, str(folder))
         except (OSError, ValueError, RuntimeError) as error:

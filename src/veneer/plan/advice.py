@@ -197,6 +197,18 @@ def _(s: Situation) -> Found:
     )
 
 
+@_rule("tied-embedding", "warning", "adapter.target_modules", "huggingface/peft issue 2777")
+def _(s: Situation) -> Found:
+    head_is_stored = s.shapes.head is None or f"{s.shapes.head}.weight" in s.shapes.weights
+    adapted = sorted(s.shapes.targets(s.run.adapter.target_modules) & {*s.shapes.embeddings, s.shapes.head})
+    if head_is_stored or not adapted:
+        return None
+    return (
+        f"{adapted[0]} shares its weights with another layer, which a merge would change too",
+        "set adapter.target_modules=all-linear, which leaves both alone",
+    )
+
+
 @_rule("dropout-large-data", "info", "adapter.lora_dropout", "arXiv 2305.14314, section 4: no gain on large models")
 def _(s: Situation) -> Found:
     if not s.run.adapter.lora_dropout or s.data is None or s.data.rows < 50_000:
@@ -486,10 +498,12 @@ def _(s: Situation) -> Found:
     if not s.data.held_out:
         return "nothing is held out, so nothing can show whether the model got better", "set data.validation=0.05"
     width = 98 / sqrt(s.data.held_out)
-    wanted = min(200, s.data.rows // 5)
+    wanted = min(200, (s.data.rows + s.data.held_out) // 5)
     return (
         f"a score on {s.data.held_out} held-out rows is uncertain by {width:.0f} points either way",
-        f"set data.validation={max(wanted, s.data.held_out + 1)}",
+        f"set data.validation={wanted}"
+        if wanted > s.data.held_out
+        else "gather more rows; until then a smaller difference means nothing",
     )
 
 

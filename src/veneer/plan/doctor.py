@@ -32,7 +32,7 @@ LIBRARIES = (
     "triton",
 )
 # Oldest driver for a major version of CUDA: the CUDA release notes, table "CUDA Toolkit and Minimum Required Driver".
-OLDEST_DRIVER = {11: 450.80, 12: 525.60, 13: 580.65}
+OLDEST_DRIVER = {11: (450, 80), 12: (525, 60), 13: (580, 65)}
 LITTLE_DISK = 5 * 2**30
 
 
@@ -203,12 +203,11 @@ def _without_gpu(found: Found) -> Problem:
         )
     major = int(found.torch_cuda.split(".")[0])
     oldest = OLDEST_DRIVER.get(major)
-    version = ".".join((found.driver or "0").split(".")[:2])
-    if oldest is not None and float(version) < oldest:
+    if oldest is not None and tuple(map(int, (found.driver or "0").split(".")[:2])) < oldest:
         return Problem(
             "driver-too-old",
             f"driver {found.driver} is too old for CUDA {found.torch_cuda}, which this torch is built for",
-            f"update NVIDIA's driver to {oldest:.2f} or later, or install a torch built for an older CUDA",
+            f"update NVIDIA's driver to {oldest[0]}.{oldest[1]} or later, or install a torch built for an older CUDA",
         )
     return Problem(
         "gpu-unreachable",
