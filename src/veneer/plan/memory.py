@@ -17,7 +17,7 @@ from veneer.plan.trace import BLOCK, Moment, Work
 
 QUANT_BLOCK = 64  # weights that share a constant in bitsandbytes' 4-bit formats
 CONSTANT_BLOCK = 256  # constants that share one of their own under double quantization
-# Beside tensors: what cuBLAS takes from the allocator for itself; on a CPU the process, its code, and holes in its heap.
+# Beside tensors: what cuBLAS takes of the allocator's; on a CPU the process, its code, and the holes in its heap.
 LIBRARIES = {"cuda": 66 * 2**20, "cpu": 830 * 2**20, "mps": 0}
 
 

@@ -1,0 +1,189 @@
+"""What a step holds, from shapes alone: against PEFT's and bitsandbytes' own tensors, and against every layer run."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bitsandbytes.functional import quantize_4bit
+from peft import LoraConfig, get_peft_model
+
+import veneer.engine.rehearsal as rehearsal
+from tests.tiny import FAMILIES
+from veneer.config import Evaluate, Run, Train
+from veneer.data import Batches, Example
+from veneer.engine.reference import padded_groups
+from veneer.engine.rehearsal import rehearse
+from veneer.engine.survey import Lengths, rows_of
+from veneer.model.shapes import build, shapes_of
+from veneer.plan.memory import Shapes, Step, optimizer_bytes, phases, quantized_bytes, rounded
+from veneer.train.optimizer import build_optimizer
+
+MiB = 2**20
+
+
+def config_of(family: str, depth: int = 2) -> Any:
+    import transformers
+
+    name, settings = FAMILIES[family]
+    config = getattr(transformers, name)(**settings)
+    config.num_hidden_layers = depth
+    if getattr(config, "layer_types", None):
+        config.layer_types = (config.layer_types * depth)[:depth]
+    return config
+
+
+def maker(family: str, depth: int) -> tuple[Callable[[int], Any], Shapes]:
+    config = config_of(family, depth)
+    return lambda layers: build(config, torch.bfloat16, layers), shapes_of(build(config, torch.bfloat16))
+
+
+def step(shapes: Shapes, **changes: Any) -> Step:
+    settings: dict[str, Any] = {
+        "rows": 2, "length": 96, "trained": 60, "r": 4,
+        "dtype": torch.bfloat16, "targets": shapes.targets("all-linear"),
+    }  # fmt: skip
+    return Step(**settings | changes)
+
+
+@pytest.mark.parametrize(("double_quant", "bits"), [(True, 4.127), (False, 4.5)])
+def test_4_bit_weights_take_what_bitsandbytes_keeps(double_quant: bool, bits: float) -> None:
+    weights = torch.randn(1024, 1024)
+    packed, state = quantize_4bit(weights, blocksize=64, quant_type="nf4", compress_statistics=double_quant)
+    kept = [packed, state.absmax, state.code]
+    if double_quant:
+        kept += [state.state2.absmax, state.state2.code, state.offset]
+    assert quantized_bytes(2**20, double_quant) == sum(rounded(t.numel() * t.element_size()) for t in kept)
+    large = 2**26
+    assert 8 * quantized_bytes(large, double_quant) / large == pytest.approx(bits, abs=0.001)
+
+
+@pytest.mark.parametrize("name", ["adamw_torch", "adamw_8bit", "adamw_32bit"])
+def test_optimizer_states_take_what_the_optimizer_keeps(name: str) -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (100, 4096, 70_000)]
+    if name == "adamw_32bit":
+        pytest.importorskip("bitsandbytes")
+    optimizer = build_optimizer(parameters, Train(optim=name, output_dir="-"), "cpu")
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    kept = {
+        tensor.data_ptr(): tensor
+        for state in optimizer.state.values()
+        for tensor in state.values()
+        if isinstance(tensor, torch.Tensor)
+    }
+    expected = sum(rounded(t.numel() * t.element_size()) for t in kept.values())
+    assert optimizer_bytes([p.numel() for p in parameters], name) == expected
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi3", "gpt2", "opt"])
+def test_the_stand_in_for_peft_holds_what_peft_holds(
+    family: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, shapes = maker(family, 2)
+    asked = step(shapes, checkpointing=checkpointing)
+    ours, work = rehearsal._run(make(2), asked, 2, True)
+
+    def adapt(base: Any, step: Step) -> None:
+        base.requires_grad_(False)
+        conv1d = family == "gpt2"
+        config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", fan_in_fan_out=conv1d)
+        with torch.device("meta"):
+            get_peft_model(base, config)
+
+    monkeypatch.setattr(rehearsal, "adapt", adapt)
+    real, real_work = rehearsal._run(make(2), asked, 2, True)
+    assert ours == real
+    assert work == real_work
+
+
+@pytest.mark.parametrize("changes", [{}, {"checkpointing": False}, {"training": False}, {"accumulating": True}])
+@pytest.mark.parametrize(("family", "period"), [("llama", 1), ("gemma2", 2)])
+def test_a_deep_model_is_carried_on_as_if_every_layer_were_run(
+    family: str, period: int, changes: dict[str, Any]
+) -> None:
+    depth = 13 if period == 1 else 14
+    make, shapes = maker(family, depth)
+    assert shapes.period == period
+    asked = step(shapes, quantized=shapes.quantizable(), method="qlora", **changes)
+    short = rehearse(make, depth, shapes.period, asked)
+    whole = rehearse(make, depth, None, asked)
+    for phase in ("forward", "backward") if asked.training else ("forward",):
+        assert short.fullest(phase).bytes == whole.fullest(phase).bytes
+    for kind, count in whole.work.items():
+        assert short.work[kind] == pytest.approx(count)
+
+
+def test_recomputation_saves_memory_and_costs_work() -> None:
+    make, shapes = maker("llama", 4)
+    keep = rehearse(make, 4, 1, step(shapes, checkpointing=False))
+    again = rehearse(make, 4, 1, step(shapes))
+    assert again.fullest("backward").bytes < keep.fullest("backward").bytes
+    assert sum(again.work.values()) > 1.2 * sum(keep.work.values())
+
+
+def test_phases_name_every_component() -> None:
+    make, shapes = maker("llama", 4)
+    held = step(shapes, training=False, rows=1)
+    asked = step(shapes, accumulating=True, quantized=shapes.quantizable(), method="qlora")
+    found = phases(
+        shapes, asked, "adamw_8bit", rehearse(make, 4, 1, asked), (held, rehearse(make, 4, 1, held)), "cuda", Evaluate()
+    )
+    assert set(found) == {"load", "forward", "backward", "optimizer", "evaluation", "generation"}
+    for moment in found.values():
+        assert moment.bytes == sum(moment.components.values())
+    parts = {"4-bit weights", "embeddings and head", "other weights", "adapter", "optimizer", "gradients", "libraries"}
+    assert parts <= set(found["backward"].components)
+    assert "weights on their way" in found["load"].components
+    assert "generation cache" in found["generation"].components
+    assert "optimizer" not in found["generation"].components, "answers are generated from a saved adapter"
+    paged = phases(shapes, asked, "paged_adamw_8bit", rehearse(make, 4, 1, asked), None, "cuda", Evaluate())
+    assert not paged["backward"].components.get("optimizer"), "paged states are on the host"
+    assert "evaluation" not in paged
+
+
+def test_full_fine_tuning_trains_all_and_keeps_a_copy_in_float32() -> None:
+    make, shapes = maker("llama", 4)
+    full = step(shapes, method="full", targets=frozenset())
+    found = phases(shapes, full, "adamw_torch", rehearse(make, 4, 1, full), None, "cuda", Evaluate())
+    sixteen = 16 * shapes.total  # weights and gradients in 16 bits, a copy and two moments in 32
+    assert found["optimizer"].bytes - found["optimizer"].components["libraries"] == pytest.approx(sixteen, rel=0.1)
+
+
+@pytest.mark.parametrize(("size", "packing"), [(1, False), (4, False), (3, True)])
+def test_the_fullest_micro_batch_foreseen_is_the_fullest_there_is(size: int, packing: bool) -> None:
+    lengths = np.random.default_rng(0).integers(5, 200, size=150)
+    run = Run.model_validate(
+        {
+            "model": {"base": "-"},
+            "data": {"train": "-", "max_length": 256, "packing": packing},
+            "train": {"output_dir": "-", "per_device_train_batch_size": size, "gradient_accumulation_steps": 3},
+        }
+    )
+    foreseen = rows_of(run, Lengths(lengths, lengths - 3), Lengths(lengths[:7], lengths[:7] - 3))
+
+    examples = [Example(np.zeros(n, dtype=np.int32), ((3, int(n), 1.0),), "rows:1") for n in lengths]
+    met = []
+    batches = Batches(examples, lengths, size, 3, 0, 256 if packing else None)
+    for number in range(foreseen.steps or 0):
+        for batch in batches.step(number):
+            for group in padded_groups(batch.lengths):
+                met.append(len(group) * batch.lengths[group[0]])
+    assert foreseen.fullest.rows * foreseen.fullest.length >= max(met)
+    assert foreseen.fullest.rows * foreseen.fullest.length <= 1.25 * max(met)
+    assert foreseen.steps == batches.steps_per_epoch * run.train.num_train_epochs
+    tested = [int(n) for n in lengths[:7]]
+    fullest = max(padded_groups(tested), key=lambda group: len(group) * tested[group[0]])
+    assert foreseen.held_out is not None
+    assert foreseen.held_out[:2] == (len(fullest), tested[fullest[0]])
+
+
+def test_rows_longer_than_the_limit_count_as_the_run_treats_them() -> None:
+    lengths = np.array([100, 300, 500])
+    settings: dict[str, Any] = {"model": {"base": "-"}, "train": {"output_dir": "-"}}
+    for overlong, longest in (("truncate", 256), ("drop", 100)):
+        run = Run.model_validate(settings | {"data": {"train": "-", "max_length": 256, "overlong": overlong}})
+        assert rows_of(run, Lengths(lengths, lengths), Lengths(lengths[:0], lengths[:0])).fullest.length == longest
