@@ -79,18 +79,21 @@ def test_optimizer_states_take_what_the_optimizer_keeps(name: str) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi3", "gpt2", "opt"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi3", "gpt2", "opt", "llama with embeddings"])
 def test_the_stand_in_for_peft_holds_what_peft_holds(
     family: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    family, _, more = family.partition(" with ")
+    targets: Any = ["q_proj", "embed_tokens"] if more else "all-linear"
     make, shapes = maker(family, 2)
-    asked = step(shapes, checkpointing=checkpointing)
+    found = shapes.targets(tuple(targets) if more else targets)
+    asked = step(shapes, checkpointing=checkpointing, targets=found)
     ours, work = rehearsal._run(make(2), asked, 2, True)
 
     def adapt(base: Any, step: Step) -> None:
         base.requires_grad_(False)
         conv1d = family == "gpt2"
-        config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", fan_in_fan_out=conv1d)
+        config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets, fan_in_fan_out=conv1d)
         with torch.device("meta"):
             get_peft_model(base, config)
 

@@ -153,7 +153,26 @@ def adapt(base: Any, step: Step) -> None:
     for path, module in list(base.named_modules()):
         if path in step.targets or path in step.quantized:
             parent, _, name = path.rpartition(".")
-            setattr(base.get_submodule(parent), name, _Linear(module, path, step))
+            stand_in = (
+                _Embedding(module, step) if isinstance(module, torch.nn.Embedding) else _Linear(module, path, step)
+            )
+            setattr(base.get_submodule(parent), name, stand_in)
+
+
+class _Embedding(torch.nn.Module):
+    """Stands in for PEFT's adapter on an embedding."""
+
+    def __init__(self, base: torch.nn.Embedding, step: Step) -> None:
+        super().__init__()
+        self.base = base
+        with torch.device("meta"):
+            self.lora_embedding_A = torch.nn.Parameter(torch.empty(step.r, base.num_embeddings))
+            self.lora_embedding_B = torch.nn.Parameter(torch.empty(base.embedding_dim, step.r))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        after_A = torch.nn.functional.embedding(ids, self.lora_embedding_A.T, self.base.padding_idx)
+        result: torch.Tensor = self.base(ids) + (after_A @ self.lora_embedding_B.T) * 2.0
+        return result.to(self.base.weight.dtype)
 
 
 class _Linear(torch.nn.Module):
