@@ -12,6 +12,7 @@ from typing import Any
 
 from veneer.config import Run
 from veneer.plan.forecast import Forecast, Planner
+from veneer.plan.memory import frozen_bytes
 
 SHORTEST = 256  # tokens; a shorter max_length is not worth a run
 
@@ -81,6 +82,9 @@ def apply(run: Run, change: Change) -> Run:
 
 
 def _with_changes(run: Run, planner: Planner) -> Fitted | None:
+    shapes = planner.subject.shapes
+    if sum(frozen_bytes(shapes, shapes.quantizable(), True, 2).values()) > planner.place.budget_bytes:
+        return None  # the weights alone are too much, even in 4 bits
     forecast = planner.forecast(run)
     if forecast.verdict == "fits":
         return Fitted(run, [], forecast)
