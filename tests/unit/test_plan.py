@@ -22,7 +22,11 @@ SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 
 def run_of(base: str = "meta-llama/Llama-3.2-1B", **sections: Any) -> Run:
-    values: dict[str, Any] = {"model": {"base": base}, "data": {"train": "-", "max_length": 1024}, "train": {}}
+    values: dict[str, Any] = {
+        "model": {"base": base},
+        "data": {"train": "-", "max_length": 1024, "validation": 0},
+        "train": {},
+    }
     for name, section in sections.items():
         values[name] = values.get(name, {}) | section if section is not None else None
     return Run.model_validate(values)
@@ -136,10 +140,10 @@ def test_the_mildest_change_that_suffices_is_found() -> None:
     assert found == ["4-bit"]
     assert changed is not None
     assert changed.quantization is not None
-    found, changed = kinds(run_of("meta-llama/Llama-3.1-70B", train=only, evaluate={"batch_size": 1}), "24GiB")
+    found, changed = kinds(run_of("Qwen/Qwen2.5-7B", train=only, evaluate={"batch_size": 1}), "5.5GiB")
     assert found[0] == "base"
     assert changed is not None
-    assert changed.model.base == "Qwen/Qwen2.5-32B"
+    assert changed.model.base == "Qwen/Qwen2.5-3B"
     states = only | {"optim": "adamw_torch"}
     adapter = {"r": 256, "lora_alpha": 256}
     tight = run_of("Qwen/Qwen2.5-0.5B", train=states, adapter=adapter, evaluate={"batch_size": 1})

@@ -68,7 +68,10 @@ def test_a_plan_for_a_person_names_phase_verdict_and_advice(call: Call, run_file
 
 def test_what_does_not_fit_is_changed_until_it_does(call: Call, tmp_path: Path) -> None:
     path, fitted = tmp_path / "run.yaml", tmp_path / "fitted.yaml"
-    path.write_text("model: {base: meta-llama/Llama-3.1-8B}\ndata: {train: rows.jsonl, max_length: 1024}\n")
+    path.write_text(
+        "model: {base: meta-llama/Llama-3.1-8B}\ndata: {train: rows.jsonl, max_length: 1024, validation: 0}\n"
+        "train: {per_device_train_batch_size: 1}\n"
+    )
     status, out, _ = call("plan", str(path), "--gpu", "rtx 3060", "--fit", str(fitted), "--json", "--no-data")
     assert status == 0
     plan = json.loads(out)

@@ -21,7 +21,7 @@ from veneer.plan.machine import Machine
 from veneer.plan.memory import Step
 from veneer.plan.time import Ceilings
 
-SECONDS = 3.0  # of each measurement
+SECONDS = 2.0  # of each measurement
 
 
 def measure_ceilings(machine: Machine, seconds: float = SECONDS) -> Ceilings:
