@@ -37,8 +37,9 @@ lint: $(READY)  ## ruff, mypy and the import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-docs: $(READY)  ## Write docs/settings.md from the settings
+docs: $(READY)  ## Write docs/settings.md and docs/advice.md from the code
 	$(BIN)/python -m veneer.config.reference > docs/settings.md
+	$(BIN)/python -m veneer.plan.reference > docs/advice.md
 
 format: $(READY)  ## Format the code
 	$(BIN)/ruff check --fix .

@@ -3,6 +3,7 @@
 python bench/plan.py gpu --models /tmp/models --out DIR     on a CUDA GPU: memory and time of the reference engine
 python bench/plan.py cpu                                    memory of `veneer train` on the CPU, with SmolLM2
 python bench/plan.py answer                                 how long `veneer plan` takes for a 70B base
+python bench/plan.py table                                  the errors as a table
 """
 
 import argparse
@@ -382,6 +383,28 @@ def on_answer(runs: int) -> None:
     keep("answer", {"machine": find_machine().as_dict(), "versions": environment()["libraries"]} | result)
 
 
+def table() -> None:
+    """Prints the errors of the GPU's and the CPU's cases, as docs/planning.md has them."""
+    results = json.loads((Path(__file__).parent / "results" / "plan.json").read_text())
+    print(
+        "| base | method | rows x length x accumulation | recomputed | r | trained tokens | predicted | measured |",
+        end="",
+    )
+    print(" error | time, predicted / measured |\n|---|---|---|---|---|---|---|---|---|---|")
+    for row in results["gpu"]["cases"]:
+        case = row["case"]
+        print(
+            f"| {case['model']} | {case['method']} | {case['rows']} x {case['length']} x {case['accumulation']} "
+            f"| {'yes' if case['checkpointing'] else 'no'} | {case['r']} | {case['trained']:.0%} "
+            f"| {row['predicted']['peak'] / 2**30:.3f} | {row['measured']['peak'] / 2**30:.3f} | {row['error']:+.2%} "
+            f"| {row['predicted_seconds']['measured'] / row['step_seconds']:.2f} |"
+        )
+    print("\n| SmolLM2 on the CPU | predicted, MiB | held, MiB | error |\n|---|---|---|---|")
+    for row in results["cpu"]["cases"]:
+        predicted = max(row["predicted"].values())
+        print(f"| {row['case']} | {predicted >> 20} | {row['peak'] >> 20} | {row['error']:+.1%} |")
+
+
 def keep(part: str, result: dict[str, Any]) -> None:
     """Writes a part of the results."""
     path = Path(__file__).parent / "results" / "plan.json"
@@ -391,7 +414,7 @@ def keep(part: str, result: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["gpu", "cpu", "answer"])
+    parser.add_argument("what", choices=["gpu", "cpu", "answer", "table"])
     parser.add_argument("--rows", type=Path, help="cpu: rows to train on, such as gsm8k_train.jsonl")
     parser.add_argument("--runs", type=int, default=7, help="answer: how many")
     parser.add_argument("--models", type=Path, default=Path("/tmp/models"))
@@ -402,6 +425,8 @@ def main() -> None:
         on_gpu(arguments.models, arguments.out, arguments.only)
     elif arguments.what == "cpu":
         on_cpu(arguments.rows)
+    elif arguments.what == "table":
+        table()
     else:
         on_answer(arguments.runs)
 

@@ -1,6 +1,7 @@
 """What fits, what to change, what is wrong with the settings, and what ails a machine."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from veneer.plan.doctor import Found, Gpu, diagnose, usable
 from veneer.plan.fit import apply, fit
 from veneer.plan.forecast import Planner, place_of
 from veneer.plan.machine import Machine
+from veneer.plan.reference import advice_page
 
 GiB = 2**30
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -439,3 +441,8 @@ def test_what_does_not_work_says_why() -> None:
     broken = {part.name: part for part in usable(Found(CPU, bitsandbytes="OSError: gone"))}
     assert "gone" in broken["4 bits"].why
     assert all(part.works or part.why for found in (SOUND_GPU, Found(CPU)) for part in usable(found))
+
+
+def test_the_page_of_advice_is_what_the_rules_are() -> None:
+    page = Path(__file__).parents[2] / "docs" / "advice.md"
+    assert page.read_text() == advice_page(), "run `make docs`"

@@ -79,7 +79,7 @@ def show_advice(out: Console, advice: list[dict[str, str]]) -> None:
     for found in advice:
         colour = SEVERITY[found["severity"]]
         out.print(f"  [{colour}]{found['severity']}[/{colour}] {found['setting']}: {escape(found['message'])}")
-        out.print(f"     fix: {escape(found['fix'])} [dim]{found['id']}[/dim]")
+        out.print(f"     fix: {escape(found['fix'])} [dim]({found['id']})[/dim]")
 
 
 def show_comparison(out: Console, compared: dict[str, Any]) -> None:
