@@ -18,6 +18,7 @@ from veneer.engine.rehearsal import rehearse
 from veneer.engine.survey import Lengths, rows_of
 from veneer.model.shapes import build, shapes_of
 from veneer.plan.memory import Shapes, Step, optimizer_bytes, phases, quantized_bytes, rounded
+from veneer.plan.trace import Trace
 from veneer.train.optimizer import build_optimizer
 
 MiB = 2**20
@@ -118,6 +119,13 @@ def test_a_deep_model_is_carried_on_as_if_every_layer_were_run(
         assert short.fullest(phase).bytes == whole.fullest(phase).bytes
     for kind, count in whole.work.items():
         assert short.work[kind] == pytest.approx(count)
+
+
+def test_a_question_about_a_real_number_is_answered_truly() -> None:
+    with Trace() as trace:
+        trace.mark("forward", "activations")
+        assert not torch.rand([]) < 0.0, "OPT drops layers by such a question"
+        assert (torch.empty(3, device="meta") < 0.0).all()
 
 
 def test_recomputation_saves_memory_and_costs_work() -> None:

@@ -15,7 +15,7 @@ from veneer.plan.advice import HANDLED, RULES, DataFacts, Situation, TokenizerFa
 from veneer.plan.cards import CARDS, find_card, parse_budget
 from veneer.plan.doctor import Found, Gpu, diagnose, usable
 from veneer.plan.fit import apply, fit
-from veneer.plan.forecast import Planner, place_of
+from veneer.plan.forecast import Planner, place_here, place_of
 from veneer.plan.machine import Machine
 from veneer.plan.reference import advice_page
 
@@ -72,6 +72,11 @@ def test_every_card_is_found_by_its_own_name() -> None:
 
 
 # What fits
+
+
+def test_a_known_gpu_at_hand_has_the_speed_of_its_data_sheet_until_it_is_measured(empty_cache: Path) -> None:
+    assert place_here(CUDA).ceilings == place_of("h100").ceilings
+    assert place_here(CPU).ceilings is None
 
 
 def test_a_forecast_says_which_phase_peaks_and_by_how_much_it_fits() -> None:

@@ -159,7 +159,7 @@ def show_machine(out: Console, found: dict[str, Any]) -> None:
     if ceilings := found["ceilings"]:
         table.add_row(
             "speed",
-            f"{ceilings['half_flops'] / 1e12:.3g} TFLOP/s, {ceilings['bandwidth'] / 1e9:.3g} GB/s "
+            f"{ceilings['half_flops'] / 1e12:.3g} TFLOP/s, {ceilings['bandwidth'] / 1e9:,.0f} GB/s "
             f"({ceilings['source']})",
         )
     else:

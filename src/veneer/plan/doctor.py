@@ -258,8 +258,11 @@ def _version(name: str) -> str | None:
 
 
 def _outdated() -> list[str]:
-    """Of this package's own requirements, those not met."""
-    wanted = [Requirement(text) for text in metadata.requires("veneer") or []]
+    """Of this package's own requirements, those not met; none are known where it runs without being installed."""
+    try:
+        wanted = [Requirement(text) for text in metadata.requires("veneer") or []]
+    except metadata.PackageNotFoundError:
+        return []
     unmet = []
     for requirement in wanted:
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):

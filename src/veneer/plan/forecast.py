@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from veneer.config import Run, UserError
-from veneer.plan.cards import Card, parse_budget
+from veneer.plan.cards import Card, find_card, parse_budget
 from veneer.plan.machine import Machine, find_machine, named_dtype, resolve_optim
 from veneer.plan.memory import Rehearsed, Shapes, Step, adapter_bytes, phases, run_disk_bytes
 from veneer.plan.time import Ceilings, ceilings_of, kept_ceilings, seconds
@@ -124,7 +124,9 @@ def place_here(machine: Machine | None = None) -> Place:
     machine = machine or find_machine()
     free = machine.free_bytes - (LATER if machine.device == "cuda" else 0)
     name = f"{machine.name}, {machine.free_bytes / 2**30:.1f} of {machine.total_bytes / 2**30:.1f} GiB free"
-    return Place(machine.device, name, free, machine.dtype, kept_ceilings(machine), machine.has_bfloat16)
+    card = find_card(machine.name) if machine.device == "cuda" else None
+    ceilings = kept_ceilings(machine) or (ceilings_of(card) if card else None)
+    return Place(machine.device, name, free, machine.dtype, ceilings, machine.has_bfloat16)
 
 
 def place_of(gpu: str) -> Place:

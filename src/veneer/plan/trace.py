@@ -137,7 +137,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.work[self._stretch][Operation(kind, flops, count)] += 1
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.ops.aten._local_scalar_dense.default:
+        if function is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             # Code asks what is in a tensor: whether all positions start anew (they do), or the like.
             return True
         stand_in = _QUICK.get(function)
