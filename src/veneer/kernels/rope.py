@@ -1,0 +1,210 @@
+"""Rotary positions (arXiv 2104.09864) on the output of the q, k, v product, with Qwen3's norm of each head before.
+
+The three lie side by side in one tensor; the kernel reads and writes its q and k part in place, so nothing is copied.
+Backward gathers the gradients of q, k and v into one such tensor, which the next product reads. A model may rotate
+only the first dimensions of a head (Phi). Positions start anew in every document.
+
+Shapes: T tokens, N = (H + 2K) C, H query heads, K key heads, C dimensions of a head, P positions, S half of the
+dimensions that are rotated.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from veneer.kernels.launch import power_of_2, runs_triton, tl, triton
+
+
+class Heads(NamedTuple):
+    """What q, k and v are made of."""
+
+    query: int
+    key: int
+    size: int
+
+
+class HeadNorm(NamedTuple):
+    """RMSNorm of each head of q and of k."""
+
+    query_C: torch.Tensor
+    key_C: torch.Tensor
+    eps: float
+
+
+def rope(
+    qkv_TN: torch.Tensor,
+    heads: Heads,
+    position_T: torch.Tensor,
+    cos_PS: torch.Tensor,
+    sin_PS: torch.Tensor,
+    norm: HeadNorm | None = None,
+) -> torch.Tensor:
+    """Rotated q and k beside v: in place, or in a new tensor where `norm` is given (backward needs the old one).
+
+    Args:
+        qkv_TN: Output of the q, k, v product.
+        position_T: Position of each token in its document, int32.
+        cos_PS, sin_PS: Tables by position, float32.
+    """
+    T, _ = qkv_TN.shape
+    out_TN = qkv_TN if norm is None else torch.empty_like(qkv_TN)
+    if not runs_triton(qkv_TN):
+        q, k, v = _split(qkv_TN, heads)
+        if norm is not None:
+            q, k = _norm(q, norm.query_C, norm.eps), _norm(k, norm.key_C, norm.eps)
+        cos, sin = cos_PS[position_T.long()][:, None], sin_PS[position_T.long()][:, None]
+        for part, out in zip((q, k), _split(out_TN, heads)):
+            out.copy_(_rotate(part.float(), cos, sin))
+        _split(out_TN, heads)[2].copy_(v)
+        return out_TN
+    S = cos_PS.shape[1]
+    _forward[(T, triton.cdiv(heads.query + 2 * heads.key, 8))](
+        qkv_TN, out_TN, position_T, cos_PS, sin_PS,
+        *((norm.query_C, norm.key_C, norm.eps) if norm else (qkv_TN, qkv_TN, 0.0)),
+        qkv_TN.stride(0), H=heads.query, K=heads.key, C=heads.size, S=S, HAS_NORM=norm is not None,
+        BLOCK_S=power_of_2(S), BLOCK_C=power_of_2(heads.size), num_warps=2,
+    )  # fmt: skip
+    return out_TN
+
+
+def rope_backward(
+    dq_THC: torch.Tensor,
+    dk_TKC: torch.Tensor,
+    dv_TKC: torch.Tensor,
+    heads: Heads,
+    position_T: torch.Tensor,
+    cos_PS: torch.Tensor,
+    sin_PS: torch.Tensor,
+    out_TN: torch.Tensor,
+    raw_TN: torch.Tensor | None = None,
+    norm: HeadNorm | None = None,
+) -> None:
+    """Gradient of the q, k, v product's output, written to `out_TN` (whose rows may lie apart).
+
+    Args:
+        dq_THC, dk_TKC, dv_TKC: Gradients of the rotated q and k and of v, in any layout.
+        raw_TN: The product's output before norm and rotation; needed with `norm`.
+    """
+    T = len(dq_THC)
+    if not runs_triton(out_TN):
+        cos, sin = cos_PS[position_T.long()][:, None], sin_PS[position_T.long()][:, None]
+        outs = _split(out_TN, heads)
+        raws = _split(raw_TN, heads) if raw_TN is not None else (None,) * 3
+        weights = (norm.query_C, norm.key_C) if norm else (None,) * 2
+        for grad, out, raw, weight in zip((dq_THC, dk_TKC), outs, raws, weights):
+            turned = _rotate(grad.float(), cos, -sin)
+            if norm is not None and raw is not None and weight is not None:
+                turned = _norm_backward(turned, raw, weight, norm.eps)
+            out.copy_(turned)
+        outs[2].copy_(dv_TKC)
+        return
+    S = cos_PS.shape[1]
+    # The last dimension is dense in every layout that attention returns.
+    dq_THC, dk_TKC, dv_TKC = (g if g.stride(2) == 1 else g.contiguous() for g in (dq_THC, dk_TKC, dv_TKC))
+    _backward[(T, triton.cdiv(heads.query + 2 * heads.key, 8))](
+        dq_THC, dk_TKC, dv_TKC, out_TN, out_TN if raw_TN is None else raw_TN, position_T, cos_PS, sin_PS,
+        *((norm.query_C, norm.key_C, norm.eps) if norm else (out_TN, out_TN, 0.0)),
+        dq_THC.stride(0), dq_THC.stride(1), dk_TKC.stride(0), dk_TKC.stride(1), dv_TKC.stride(0), dv_TKC.stride(1),
+        out_TN.stride(0), 0 if raw_TN is None else raw_TN.stride(0),
+        H=heads.query, K=heads.key, C=heads.size, S=S, HAS_NORM=norm is not None,
+        BLOCK_S=power_of_2(S), BLOCK_C=power_of_2(heads.size), num_warps=2,
+    )  # fmt: skip
+
+
+def _split(qkv_TN: torch.Tensor, heads: Heads) -> tuple[torch.Tensor, ...]:
+    """Views (T, heads, C) of q, k and v."""
+    sizes = [heads.query * heads.size, heads.key * heads.size, heads.key * heads.size]
+    return tuple(part.unflatten(1, (-1, heads.size)) for part in qkv_TN.split(sizes, dim=1))
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+def _norm(x: torch.Tensor, weight_C: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = x.float()
+    return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight_C.float()
+
+
+def _norm_backward(dy: torch.Tensor, x: Any, weight_C: Any, eps: float) -> torch.Tensor:
+    wide = x.float()
+    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    unit, g = wide * rstd, dy * weight_C.float()
+    return rstd * (g - unit * (g * unit).mean(-1, keepdim=True))
+
+
+@triton.jit
+def _forward(
+    qkv, out, position, cos, sin, q_weight, k_weight, eps, stride,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, S: tl.constexpr, HAS_NORM: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * 8 + tl.arange(0, 8)[:, None]
+    s, c = tl.arange(0, BLOCK_S)[None, :], tl.arange(0, BLOCK_C)[None, :]
+    turns = (h < H + K) & (s < S)
+    place = tl.load(position + t)
+    co = tl.load(cos + place * S + s, mask=s < S, other=0.0)
+    si = tl.load(sin + place * S + s, mask=s < S, other=0.0)
+    at = t * stride + h * C
+    first = tl.load(qkv + at + s, mask=turns, other=0.0).to(tl.float32)
+    second = tl.load(qkv + at + S + s, mask=turns, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        whole = tl.load(qkv + at + c, mask=(h < H + 2 * K) & (c < C), other=0.0).to(tl.float32)
+        rstd = tl.rsqrt(tl.sum(whole * whole, axis=1) / C + eps)[:, None]
+        is_q = h < H
+        w1 = tl.where(is_q, tl.load(q_weight + s, mask=s < S, other=0.0).to(tl.float32), tl.load(k_weight + s, mask=s < S, other=0.0).to(tl.float32))
+        w2 = tl.where(is_q, tl.load(q_weight + S + s, mask=s < S, other=0.0).to(tl.float32), tl.load(k_weight + S + s, mask=s < S, other=0.0).to(tl.float32))
+        w = tl.where(is_q, tl.load(q_weight + c, mask=c < C, other=0.0).to(tl.float32), tl.load(k_weight + c, mask=c < C, other=0.0).to(tl.float32))
+        first, second = first * rstd * w1, second * rstd * w2
+        # What is not rotated: v whole, and the rest of a head where only its first part turns.
+        stays = (h < H + 2 * K) & (c < C) & ((h >= H + K) | (c >= 2 * S))
+        tl.store(out + at + c, tl.where(h < H + K, whole * rstd * w, whole).to(out.dtype.element_ty), mask=stays)
+    tl.store(out + at + s, (first * co - second * si).to(out.dtype.element_ty), mask=turns)
+    tl.store(out + at + S + s, (second * co + first * si).to(out.dtype.element_ty), mask=turns)
+
+
+@triton.jit
+def _backward(
+    dq, dk, dv, out, raw, position, cos, sin, q_weight, k_weight, eps,
+    q_t, q_h, k_t, k_h, v_t, v_h, stride, raw_stride,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, S: tl.constexpr, HAS_NORM: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * 8 + tl.arange(0, 8)[:, None]
+    s, c = tl.arange(0, BLOCK_S)[None, :], tl.arange(0, BLOCK_C)[None, :]
+    is_q, is_k, is_v = h < H, (h >= H) & (h < H + K), (h >= H + K) & (h < H + 2 * K)
+    q_at, k_at, v_at = t * q_t + h * q_h, t * k_t + (h - H) * k_h, t * v_t + (h - H - K) * v_h
+    at = t * stride + h * C
+    place = tl.load(position + t)
+    co = tl.load(cos + place * S + s, mask=s < S, other=0.0)
+    si = tl.load(sin + place * S + s, mask=s < S, other=0.0)
+    half = s < S
+    g1 = tl.load(dq + q_at + s, mask=is_q & half, other=0.0).to(tl.float32) + tl.load(dk + k_at + s, mask=is_k & half, other=0.0).to(tl.float32)
+    g2 = tl.load(dq + q_at + S + s, mask=is_q & half, other=0.0).to(tl.float32) + tl.load(dk + k_at + S + s, mask=is_k & half, other=0.0).to(tl.float32)
+    d1, d2 = g1 * co + g2 * si, g2 * co - g1 * si
+    rest = (c >= 2 * S) & (c < C)
+    d3 = tl.load(dq + q_at + c, mask=is_q & rest, other=0.0).to(tl.float32) + tl.load(dk + k_at + c, mask=is_k & rest, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        r_at = t * raw_stride + h * C
+        turned = is_q | is_k
+        x1 = tl.load(raw + r_at + s, mask=turned & half, other=0.0).to(tl.float32)
+        x2 = tl.load(raw + r_at + S + s, mask=turned & half, other=0.0).to(tl.float32)
+        x3 = tl.load(raw + r_at + c, mask=turned & rest, other=0.0).to(tl.float32)
+        w1 = tl.where(is_q, tl.load(q_weight + s, mask=half, other=0.0).to(tl.float32), tl.load(k_weight + s, mask=half, other=0.0).to(tl.float32))
+        w2 = tl.where(is_q, tl.load(q_weight + S + s, mask=half, other=0.0).to(tl.float32), tl.load(k_weight + S + s, mask=half, other=0.0).to(tl.float32))
+        w3 = tl.where(is_q, tl.load(q_weight + c, mask=c < C, other=0.0).to(tl.float32), tl.load(k_weight + c, mask=c < C, other=0.0).to(tl.float32))
+        rstd = tl.rsqrt((tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1) + tl.sum(x3 * x3, axis=1)) / C + eps)[:, None]
+        d1, d2, d3 = d1 * w1, d2 * w2, d3 * w3
+        u1, u2, u3 = x1 * rstd, x2 * rstd, x3 * rstd
+        mean = ((tl.sum(d1 * u1, axis=1) + tl.sum(d2 * u2, axis=1) + tl.sum(d3 * u3, axis=1)) / C)[:, None]
+        d1, d2, d3 = rstd * (d1 - u1 * mean), rstd * (d2 - u2 * mean), rstd * (d3 - u3 * mean)
+    tl.store(out + at + s, d1.to(out.dtype.element_ty), mask=(is_q | is_k) & half)
+    tl.store(out + at + S + s, d2.to(out.dtype.element_ty), mask=(is_q | is_k) & half)
+    if 2 * S < C:
+        tl.store(out + at + c, d3.to(out.dtype.element_ty), mask=(is_q | is_k) & rest)
+    value = tl.load(dv + v_at + c, mask=is_v & (c < C), other=0.0)
+    tl.store(out + at + c, value.to(out.dtype.element_ty), mask=is_v & (c < C))
