@@ -1,0 +1,346 @@
+"""The adapters' own products: skinny matrices, whose cost is reading the activations, so each is read once.
+
+Linears that share an input (q, k and v; gate and up) share these: their A matrices are stacked, their B matrices
+stand in blocks on a diagonal. `project` is x A^T (or dy B), `outer` is u^T x, the gradient of A (or of B). Dropout on
+the adapter's input is part of them: its mask is a function of seed, token and column, computed where it is needed and
+stored nowhere. Each linear has its own mask, as in PEFT.
+
+Sums over many tokens are split into a fixed number of parts that are added in a fixed order, so results are the same
+bit for bit each time.
+
+Shapes: T tokens, D width of the activation, R stacked ranks, padded to a multiple of 16; r rank of one linear; P parts.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from veneer.kernels.launch import power_of_2, runs_triton, tl, triton
+
+PARTS = 264  # programs that fill a large GPU twice
+
+
+class Dropout(NamedTuple):
+    """Zeroes an adapter's inputs with probability `p`.
+
+    `seed` is an int64 tensor on the device with one number, so that a recorded graph can be replayed with another.
+    `key` tells apart what shares a step's seed: layers and linears; the mask of stacked slot n has key + n.
+    """
+
+    p: float
+    seed: torch.Tensor
+    key: int
+
+
+def project(
+    x_TD: torch.Tensor,
+    a_RD: torch.Tensor,
+    out_TR: torch.Tensor,
+    rank: int,
+    ones_column: int = -1,
+    dropout: Dropout | None = None,
+) -> None:
+    """out = x a^T, where the columns that are padding come out as 0, and `ones_column` as 1.
+
+    Args:
+        x_TD: Activations; rows may lie apart.
+        a_RD: Any strides; padding is zeros.
+        out_TR: Filled; rows may lie apart.
+        rank: Rank of one linear (with dropout: the slots' width).
+        ones_column: A column that carries biases; -1: none.
+        dropout: On x, a mask for each slot.
+    """
+    T, D = x_TD.shape
+    R = len(a_RD)
+    if not runs_triton(x_TD):
+        out_TR.copy_(_project_torch(x_TD, a_RD, rank, dropout))
+        if ones_column >= 0:
+            out_TR[:, ones_column] = 1
+        return
+    rows = 64 if T >= 8192 else 32 if T >= 4096 else 16
+    slots = 1 if dropout is None else triton.cdiv(R, rank)
+    block_r = power_of_2(R if dropout is None else rank)
+    _project[(triton.cdiv(T, rows), slots)](
+        x_TD, a_RD, out_TR, *(_dropout_arguments(dropout, x_TD)), T, D, R, R if dropout is None else rank, ones_column,
+        x_TD.stride(0), a_RD.stride(0), a_RD.stride(1), out_TR.stride(0),
+        DROPOUT=dropout is not None, BLOCK_T=rows, BLOCK_D=128 if block_r <= 64 else 64, BLOCK_R=block_r,
+        PRECISION="ieee" if x_TD.dtype == torch.float32 else "tf32", num_warps=4, num_stages=4 if block_r <= 64 else 2,
+    )  # fmt: skip
+
+
+def outer(
+    u_TR: torch.Tensor, x_TD: torch.Tensor, rank: int, dropout: Dropout | None = None, norm: Any = None
+) -> torch.Tensor:
+    """u^T x as parts to be added up, float32, shape (P, R, D).
+
+    Args:
+        u_TR: Rows may lie apart.
+        x_TD: Rows may lie apart.
+        rank: Rank of one linear.
+        dropout: On x, a mask for each slot.
+        norm: None, or (rstd_T, weight_D, offset): x is first normalized, as `rms_norm` does.
+    """
+    T, D = x_TD.shape
+    R = u_TR.shape[1]
+    if not runs_triton(x_TD):
+        if norm is not None:
+            rstd_T, weight_D, offset = norm
+            x_TD = (x_TD.float() * rstd_T[:, None] * (weight_D.float() + offset)).to(x_TD.dtype)
+        rows = [
+            u_TR[:, start : start + rank].float().T @ _dropped(x_TD, dropout, start // rank).float()
+            for start in range(0, R, rank)
+        ]
+        return torch.cat(rows)[None]
+    block_d = 128
+    block_r = power_of_2(R if dropout is None else rank)
+    slots = 1 if dropout is None else triton.cdiv(R, rank)
+    tiles = triton.cdiv(D, block_d)
+    parts = max(1, min(triton.cdiv(PARTS, tiles * slots), triton.cdiv(T, 256)))
+    span = triton.cdiv(triton.cdiv(T, parts), 64) * 64
+    parts = triton.cdiv(T, span)
+    out_PRD = torch.empty((parts, R, D), dtype=torch.float32, device=x_TD.device)
+    rstd, weight, offset = norm if norm is not None else (x_TD, x_TD, 0.0)
+    _outer[(tiles, parts, slots)](
+        u_TR, x_TD, out_PRD, rstd, weight, offset, *(_dropout_arguments(dropout, x_TD)),
+        T, D, R, R if dropout is None else rank, span, u_TR.stride(0), x_TD.stride(0),
+        DROPOUT=dropout is not None, HAS_NORM=norm is not None, BLOCK_T=64, BLOCK_D=block_d, BLOCK_R=block_r,
+        PRECISION="ieee" if x_TD.dtype == torch.float32 else "tf32", num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return out_PRD
+
+
+def add_projected(
+    dx_TD: torch.Tensor, u_TR: torch.Tensor, a_RD: torch.Tensor, rank: int, dropout: Dropout
+) -> None:
+    """dx += sum over slots of mask * (u a) / (1 - p): what dropout keeps out of the large product. In place."""
+    T, D = dx_TD.shape
+    R = len(a_RD)
+    if not runs_triton(dx_TD):
+        total = dx_TD.float()
+        for slot, start in enumerate(range(0, R, rank)):
+            part = u_TR[:, start : start + rank].float() @ a_RD[start : start + rank].float()
+            total += _dropped(part, dropout, slot)
+        dx_TD.copy_(total)
+        return
+    _add_projected[(triton.cdiv(T, 64), triton.cdiv(D, 128))](
+        dx_TD, u_TR, a_RD, *_dropout_arguments(dropout, dx_TD), T, D, R, rank,
+        dx_TD.stride(0), u_TR.stride(0), a_RD.stride(0), a_RD.stride(1),
+        SLOTS=triton.cdiv(R, rank), BLOCK_T=64, BLOCK_D=128, BLOCK_R=power_of_2(rank),
+        PRECISION="ieee" if dx_TD.dtype == torch.float32 else "tf32", num_warps=4,
+    )  # fmt: skip
+
+
+class Member(NamedTuple):
+    """One linear of a group, in the group's stacked products.
+
+    Attributes:
+        start, end: Its columns among the group's outputs.
+        slot: Which stacked rank block is its own; -1: it has no adapter.
+    """
+
+    start: int
+    end: int
+    slot: int
+
+
+def add_a(parts_PRD: torch.Tensor, grad_RD: torch.Tensor) -> None:
+    """grad += sum of parts. `grad_RD` holds the adapters' A gradients, stacked, float32; the parts may be wider."""
+    if not runs_triton(parts_PRD):
+        grad_RD += parts_PRD.sum(0)[: len(grad_RD)]
+        return
+    size = grad_RD.numel()
+    _add_a[(triton.cdiv(size, 1024),)](parts_PRD, grad_RD, size, parts_PRD.stride(0), len(parts_PRD), BLOCK=1024)
+
+
+def add_b(parts_PRN: torch.Tensor, grad: torch.Tensor, members: tuple[Member, ...], rank: int, scale: float) -> None:
+    """grad += scale * each adapted linear's own block of the parts, turned round.
+
+    Args:
+        parts_PRN: Of `outer`, over the group's outputs.
+        grad: B gradients of the adapted linears, (outputs, rank) each, one behind the other, float32.
+        scale: lora_alpha / r.
+    """
+    if not runs_triton(parts_PRN):
+        total_RN = parts_PRN.sum(0) * scale
+        at = 0
+        for start, end, slot in members:
+            if slot >= 0:
+                size = (end - start) * rank
+                grad[at : at + size] += total_RN[slot * rank : (slot + 1) * rank, start:end].T.reshape(-1)
+                at += size
+        return
+    padded = (*members, *(Member(1 << 30, 1 << 30, -1),) * (3 - len(members)))
+    skipped, before = [], 0
+    for start, end, slot in padded:
+        skipped.append(before)
+        before += 0 if slot >= 0 else end - start
+    P, R, N = parts_PRN.shape
+    _add_b[(triton.cdiv(N, 64),)](
+        parts_PRN, grad, P, R, N, scale, RANK=rank, BLOCK_R=power_of_2(rank), BLOCK_N=64,
+        START1=padded[1].start, START2=padded[2].start, SLOT0=padded[0].slot, SLOT1=padded[1].slot, SLOT2=padded[2].slot,
+        SKIP0=skipped[0], SKIP1=skipped[1], SKIP2=skipped[2],
+    )  # fmt: skip
+
+
+# The mask
+
+
+def keep_mask(seed: int, key: int, shape: tuple[int, int], p: float, device: Any = None) -> torch.Tensor:
+    """Which elements dropout keeps, as the kernels compute it: a hash of seed, key and place."""
+    T, D = shape
+    mask32 = 0xFFFFFFFF
+    place = (torch.arange(T, device=device)[:, None] * D + torch.arange(D, device=device)[None]) & mask32
+    mixed = place ^ _mix_int((seed + key * 0x9E3779B9) & mask32)
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97), (15, 0x846CA68B)):
+        mixed = ((mixed ^ (mixed >> shift)) * factor) & mask32
+    mixed = mixed ^ (mixed >> 16)
+    return mixed >= int(p * 2**32)
+
+
+def _mix_int(value: int) -> int:
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
+        value = ((value ^ (value >> shift)) * factor) & 0xFFFFFFFF
+    return value ^ (value >> 15)
+
+
+def _dropped(x_TD: torch.Tensor, dropout: Dropout | None, slot: int) -> torch.Tensor:
+    if dropout is None:
+        return x_TD
+    keep_TD = keep_mask(int(dropout.seed.item()), dropout.key + slot, tuple(x_TD.shape), dropout.p, x_TD.device)
+    return torch.where(keep_TD, x_TD.float() / (1 - dropout.p), 0.0).to(x_TD.dtype)
+
+
+def _project_torch(x_TD: torch.Tensor, a_RD: torch.Tensor, rank: int, dropout: Dropout | None) -> torch.Tensor:
+    if dropout is None:
+        return x_TD @ a_RD.T
+    slots = range(0, len(a_RD), rank)
+    return torch.cat([_dropped(x_TD, dropout, n // rank) @ a_RD[n : n + rank].T for n in slots], dim=1)
+
+
+def _dropout_arguments(dropout: Dropout | None, any_tensor: torch.Tensor) -> tuple[Any, ...]:
+    if dropout is None:
+        return any_tensor, 0, 0, 1.0
+    return dropout.seed, dropout.key, int(dropout.p * 2**32), 1 / (1 - dropout.p)
+
+
+@triton.jit
+def _keeps(seed, key, t, d, D, threshold):
+    """See `keep_mask`; all in unsigned 32-bit arithmetic."""
+    k = (tl.load(seed).to(tl.uint64) + key.to(tl.uint64) * 0x9E3779B9).to(tl.uint32)
+    k = (k ^ (k >> 16)) * 0x21F0AAAD
+    k = (k ^ (k >> 15)) * 0x735A2D97
+    k = k ^ (k >> 15)
+    m = (t[:, None].to(tl.uint32) * D.to(tl.uint32) + d[None, :].to(tl.uint32)) ^ k
+    m = (m ^ (m >> 16)) * 0x21F0AAAD
+    m = (m ^ (m >> 15)) * 0x735A2D97
+    m = (m ^ (m >> 15)) * 0x846CA68B
+    m = m ^ (m >> 16)
+    return m.to(tl.int64) >= threshold
+
+
+@triton.jit
+def _project(
+    x, a, out, seed, key, threshold, kept_scale, T, D, R, WIDTH, ones, x_t, a_r, a_d, out_t,
+    DROPOUT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    slot = tl.program_id(1)
+    within = tl.arange(0, BLOCK_R)
+    r = slot * WIDTH + within
+    is_r = (within < WIDTH) & (r < R)
+    rows = t.to(tl.int64)[:, None] * x_t
+    total = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        tile = tl.load(x + rows + d[None, :], mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
+        if DROPOUT:
+            keep = _keeps(seed, key + slot, t, d, D, threshold)
+            tile = tl.where(keep, tile.to(tl.float32) * kept_scale, 0.0).to(tile.dtype)
+        b = tl.load(a + r[None, :] * a_r + d[:, None] * a_d, mask=is_r[None, :] & (d < D)[:, None], other=0.0)
+        total = tl.dot(tile, b, total, input_precision=PRECISION)
+    total = tl.where(r[None, :] == ones, 1.0, total)
+    tl.store(
+        out + t.to(tl.int64)[:, None] * out_t + r[None, :],
+        total.to(out.dtype.element_ty),
+        mask=(t < T)[:, None] & is_r[None, :],
+    )
+
+
+@triton.jit
+def _outer(
+    u, x, out, rstd, weight, offset, seed, key, threshold, kept_scale, T, D, R, WIDTH, span, u_t, x_t,
+    DROPOUT: tl.constexpr, HAS_NORM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    part, slot = tl.program_id(1), tl.program_id(2)
+    within = tl.arange(0, BLOCK_R)
+    r = slot * WIDTH + within
+    is_r = (within < WIDTH) & (r < R)
+    total = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
+    if HAS_NORM:
+        w = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32) + offset
+    first = part * span
+    for start in range(first, tl.minimum(first + span, T), BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        left = tl.load(u + t.to(tl.int64)[None, :] * u_t + r[:, None], mask=is_r[:, None] & (t < T)[None, :], other=0.0)
+        tile = tl.load(x + t.to(tl.int64)[:, None] * x_t + d[None, :], mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
+        if HAS_NORM:
+            inverse = tl.load(rstd + t, mask=t < T, other=0.0)
+            tile = (tile.to(tl.float32) * inverse[:, None] * w[None, :]).to(tile.dtype)
+        if DROPOUT:
+            keep = _keeps(seed, key + slot, t, d, D, threshold)
+            tile = tl.where(keep, tile.to(tl.float32) * kept_scale, 0.0).to(tile.dtype)
+        total = tl.dot(left, tile, total, input_precision=PRECISION)
+    place = (part.to(tl.int64) * R + r[:, None]) * D + d[None, :]
+    tl.store(out + place, total, mask=is_r[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _add_projected(
+    dx, u, a, seed, key, threshold, kept_scale, T, D, R, WIDTH, dx_t, u_t, a_r, a_d,
+    SLOTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = (t < T)[:, None] & (d < D)[None, :]
+    place = dx + t.to(tl.int64)[:, None] * dx_t + d[None, :]
+    total = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    within = tl.arange(0, BLOCK_R)
+    for slot in tl.static_range(SLOTS):
+        r = slot * WIDTH + within
+        is_r = (within < WIDTH) & (r < R)
+        left = tl.load(u + t.to(tl.int64)[:, None] * u_t + r[None, :], mask=(t < T)[:, None] & is_r[None, :], other=0.0)
+        right = tl.load(a + r[:, None] * a_r + d[None, :] * a_d, mask=is_r[:, None] & (d < D)[None, :], other=0.0)
+        keep = _keeps(seed, key + slot, t, d, D, threshold)
+        total += tl.where(keep, tl.dot(left, right, input_precision=PRECISION) * kept_scale, 0.0)
+    tl.store(place, total.to(dx.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_a(parts, grad, size, part_stride, P, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    total = tl.load(parts + at, mask=inside, other=0.0)
+    for part in range(1, P):
+        total += tl.load(parts + part * part_stride + at, mask=inside, other=0.0)
+    tl.store(grad + at, tl.load(grad + at, mask=inside, other=0.0) + total, mask=inside)
+
+
+@triton.jit
+def _add_b(
+    parts, grad, P, R, N, scale, RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    START1: tl.constexpr, START2: tl.constexpr, SLOT0: tl.constexpr, SLOT1: tl.constexpr, SLOT2: tl.constexpr,
+    SKIP0: tl.constexpr, SKIP1: tl.constexpr, SKIP2: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = tl.arange(0, BLOCK_R)
+    slot = tl.where(n >= START2, SLOT2, tl.where(n >= START1, SLOT1, SLOT0))
+    skip = tl.where(n >= START2, SKIP2, tl.where(n >= START1, SKIP1, SKIP0))
+    inside = ((n < N) & (slot >= 0))[:, None] & (r < RANK)[None, :]
+    place = (slot[:, None] * RANK + r[None, :]).to(tl.int64) * N + n[:, None]
+    total = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
+    for part in range(P):
+        total += tl.load(parts + part * R * N + place, mask=inside, other=0.0)
+    at = grad + (n - skip)[:, None] * RANK + r[None, :]
+    tl.store(at, tl.load(at, mask=inside, other=0.0) + total * scale, mask=inside)
