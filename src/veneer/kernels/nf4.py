@@ -1,0 +1,148 @@
+"""4-bit weights to 16-bit ones: both levels of constants, and several matrices, in one launch.
+
+bitsandbytes' format (arXiv 2305.14314): weights in blocks of 64 along the flattened matrix, two to a byte, the first in
+the high half; each is an entry of a table of 16 values times its block's constant. With double quantization the
+constant itself is an 8-bit entry of a table of 256 values times a float32 of 256 blocks, plus an offset.
+
+Shapes: N outputs, D inputs; rows of the result may lie apart.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from veneer.kernels.launch import runs_triton, tl, triton
+
+BLOCK = 64  # weights that share a constant
+ROWS = 64  # blocks a program handles
+FIELDS = 6
+
+
+class Packed(NamedTuple):
+    """A quantized matrix, as bitsandbytes keeps it.
+
+    Attributes:
+        weights: Two to a byte, uint8.
+        constants: One a block: float32, or uint8 entries of `table256`.
+        table16: Values of a weight, float32.
+        table256, scales, offset: Values of a constant, its scales (one a 256 constants) and what is added, float32;
+            None without double quantization.
+        shape: (N, D).
+    """
+
+    weights: torch.Tensor
+    constants: torch.Tensor
+    table16: torch.Tensor
+    table256: torch.Tensor | None
+    scales: torch.Tensor | None
+    offset: torch.Tensor | None
+    shape: tuple[int, int]
+
+    @staticmethod
+    def of(weight: Any) -> "Packed":
+        """Of a bitsandbytes Params4bit; shares its memory."""
+        state = weight.quant_state
+        nested = state.state2
+        return Packed(
+            weight.data.view(-1),
+            state.absmax,
+            state.code,
+            nested.code if nested else None,
+            nested.absmax if nested else None,
+            state.offset.reshape(1) if nested else None,
+            tuple(state.shape),
+        )
+
+
+class Table(NamedTuple):
+    """Addresses of several matrices, for one launch; `keep` holds what they point to."""
+
+    addresses: torch.Tensor
+    programs: int
+    double: bool
+    keep: tuple[Packed, ...]
+
+
+def table_of(matrices: Sequence[Packed]) -> Table:
+    """Of matrices that stand one below the other in the result; all in the same kind of constants."""
+    rows, first, above = [], 0, 0
+    for m in matrices:
+        blocks = m.shape[0] * m.shape[1] // BLOCK
+        pointers = [t.data_ptr() if t is not None else 0 for t in (m.weights, m.constants, m.scales, m.offset)]
+        rows.append([*pointers, first, above])
+        first, above = first + -(-blocks // ROWS), above + m.shape[0]
+    addresses = torch.tensor(rows, dtype=torch.int64, device=matrices[0].weights.device)
+    return Table(addresses, first, matrices[0].scales is not None, tuple(matrices))
+
+
+def dequantize(table: Table, out_ND: torch.Tensor) -> None:
+    """Fill `out_ND`, whose rows may lie apart, with the matrices of a table, one below the other.
+
+    Each matrix's D must be a multiple of 64, and so a block lies within a row.
+    """
+    first = table.keep[0]
+    if not runs_triton(out_ND):
+        above = 0
+        for m in table.keep:
+            out_ND[above : above + m.shape[0]] = _dequantize_torch(m)
+            above += m.shape[0]
+        return
+    D = first.shape[1]
+    counts = [m.shape[0] * D // BLOCK for m in table.keep] + [0, 0]
+    starts = _starts(table)
+    _dequantize[(table.programs,)](
+        table.addresses, first.table16, first.table256 if table.double else first.table16, out_ND,
+        D // BLOCK, out_ND.stride(0), counts[0], counts[1], counts[2], starts[1], starts[2],
+        DOUBLE=table.double, ROWS=ROWS, num_warps=4,
+    )  # fmt: skip
+
+
+def _starts(table: Table) -> list[int]:
+    starts, first = [], 0
+    for m in table.keep:
+        starts.append(first)
+        first += -(-(m.shape[0] * m.shape[1] // BLOCK) // ROWS)
+    return [*starts, 1 << 30, 1 << 30]
+
+
+def _dequantize_torch(m: Packed) -> torch.Tensor:
+    codes = torch.stack([m.weights >> 4, m.weights & 15], dim=1).view(-1)
+    values = m.table16[codes.long()].view(-1, BLOCK)
+    constants = m.constants
+    if m.table256 is not None and m.scales is not None and m.offset is not None:
+        scales = m.scales.repeat_interleave(256)[: len(constants)]
+        constants = m.table256[constants.long()] * scales + m.offset
+    return (values * constants[:, None]).view(m.shape)
+
+
+@triton.jit
+def _dequantize(
+    addresses, table16, table256, out, blocks_a_row, stride, count0, count1, count2, start1, start2,
+    DOUBLE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    member = (program >= start1).to(tl.int32) + (program >= start2).to(tl.int32)
+    count = tl.where(member == 0, count0, tl.where(member == 1, count1, count2))
+    line = addresses + member * 6
+    weights = tl.load(line).to(tl.pointer_type(tl.uint8))
+    block = (program - tl.load(line + 4)) * ROWS + tl.arange(0, ROWS)
+    inside = block < count
+    if DOUBLE:
+        constants = tl.load(line + 1).to(tl.pointer_type(tl.uint8))
+        scales = tl.load(line + 2).to(tl.pointer_type(tl.float32))
+        offset = tl.load(tl.load(line + 3).to(tl.pointer_type(tl.float32)))
+        entry = tl.load(constants + block, mask=inside, other=0).to(tl.int32)
+        scale = tl.load(table256 + entry) * tl.load(scales + block // 256, mask=inside, other=0.0) + offset
+    else:
+        constants = tl.load(line + 1).to(tl.pointer_type(tl.float32))
+        scale = tl.load(constants + block, mask=inside, other=0.0)
+    half = tl.arange(0, 32)
+    packed = tl.load(weights + block.to(tl.int64)[:, None] * 32 + half[None, :], mask=inside[:, None], other=0).to(tl.int32)
+    high = tl.load(table16 + (packed >> 4)) * scale[:, None]
+    low = tl.load(table16 + (packed & 15)) * scale[:, None]
+    values = tl.reshape(tl.join(high, low), (ROWS, 64))
+    row = (tl.load(line + 5) + block // blocks_a_row).to(tl.int64)
+    column = (block % blocks_a_row) * 64
+    place = (row * stride + column)[:, None] + tl.arange(0, 64)[None, :]
+    tl.store(out + place, values.to(out.dtype.element_ty), mask=inside[:, None])
