@@ -161,24 +161,20 @@ class Group:
         kept = None
         if self.margin:
             xa_TR = x_TK[:, self.inputs :]
-            low_rank.project(
-                x_TK[:, : self.inputs], self.a_RD[: self.used] if self.bias_column < 0 else self.a_RD, xa_TR,
-                self.rank or self.margin, self.bias_column, self._dropout(seed),
-            ) if self.margin == self.used else self._project_padded(x_TK, xa_TR, seed)  # fmt: skip
+            self._project(x_TK[:, : self.inputs], xa_TR, seed)
             kept = xa_TR.contiguous()
         torch.mm(x_TK, matrix[: self.outputs].T, out=out_TN)
         return kept
 
-    def _project_padded(self, x_TK: torch.Tensor, xa_TR: torch.Tensor, seed: torch.Tensor | None) -> None:
-        """The same where some columns are padding or the bias."""
+    def _project(self, x_TD: torch.Tensor, xa_TR: torch.Tensor, seed: torch.Tensor | None) -> None:
         dropout = self._dropout(seed)
         if dropout is None:
-            low_rank.project(x_TK[:, : self.inputs], self.a_RD, xa_TR, self.margin, self.bias_column)
+            low_rank.project(x_TD, self.a_RD, xa_TR, self.margin, self.bias_column)
             return
         xa_TR[:, self.used :] = 0
         if self.bias_column >= 0:
             xa_TR[:, self.bias_column] = 1
-        low_rank.project(x_TK[:, : self.inputs], self.a_RD[: self.used], xa_TR[:, : self.used], self.rank, -1, dropout)
+        low_rank.project(x_TD, self.a_RD[: self.used], xa_TR[:, : self.used], self.rank, -1, dropout)
 
     def backward(
         self,
@@ -202,7 +198,8 @@ class Group:
         dy_TN = dy_TK[:, :N]
         if self.used:
             db_TR = dy_TK[:, N:]
-            low_rank.project(dy_TN, self._b_without_bias().T, db_TR, self.margin)
+            # The bias's column meets a row of zeros in the matrix, so it need not be taken out.
+            low_rank.project(dy_TN, self.b_NR.T, db_TR, self.margin)
             parts = low_rank.outer(db_TR[:, :used], x_TD, self.rank, dropout, norm)
             low_rank.add_a(parts, self.grad_a)
             parts = low_rank.outer(xa_TR[:, :used], dy_TN, used)  # type: ignore[index]
@@ -215,7 +212,3 @@ class Group:
         torch.mm(dy_TN, matrix[:N, : self.inputs], out=dx_TD)
         if dropout is not None:
             low_rank.add_projected(dx_TD, dy_TK[:, N : N + used], self.a_RD[:used], self.rank, dropout)
-
-    def _b_without_bias(self) -> torch.Tensor:
-        """B; the bias's column meets a row of zeros in the margin below, so it need not be taken out."""
-        return self.b_NR
