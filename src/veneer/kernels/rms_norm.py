@@ -68,7 +68,7 @@ def rms_norm_backward(
         dy_TD: Gradient of the output.
         x_TD: The input.
         rstd_T: As `rms_norm` returned it; None: computed anew.
-        add_TD: Added, and overwritten with the result; None: the result overwrites `dy_TD`.
+        add_TD: Added, and overwritten with the result (rows may lie apart); None: the result overwrites `dy_TD`.
 
     Returns:
         The tensor that was overwritten.
@@ -79,7 +79,7 @@ def rms_norm_backward(
         return _rms_norm_backward_torch(dy_TD, x_TD, weight_D, eps, offset, out_TD, add_TD is not None)
     block = power_of_2(D)
     _backward[(T,)](
-        dy_TD, x_TD, weight_D, x_TD if rstd_T is None else rstd_T, out_TD, D, eps, offset,
+        dy_TD, x_TD, weight_D, x_TD if rstd_T is None else rstd_T, out_TD, D, out_TD.stride(0), eps, offset,
         HAS_RSTD=rstd_T is not None, HAS_ADD=add_TD is not None, BLOCK=block, num_warps=min(16, max(1, block // 512)),
     )  # fmt: skip
     return out_TD
@@ -140,7 +140,7 @@ def _forward(
 
 @triton.jit
 def _backward(
-    dy, x, weight, rstd, out, D, eps, offset,
+    dy, x, weight, rstd, out, D, out_stride, eps, offset,
     HAS_RSTD: tl.constexpr, HAS_ADD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
@@ -156,5 +156,5 @@ def _backward(
     unit = row * inverse
     dx = inverse * (g - unit * (tl.sum(g * unit) / D))
     if HAS_ADD:
-        dx += tl.load(out + t * D + d, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + t * D + d, dx.to(out.dtype.element_ty), mask=inside)
+        dx += tl.load(out + t * out_stride + d, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + t * out_stride + d, dx.to(out.dtype.element_ty), mask=inside)

@@ -176,39 +176,45 @@ class Group:
             xa_TR[:, self.bias_column] = 1
         low_rank.project(x_TD, self.a_RD[: self.used], xa_TR[:, : self.used], self.rank, -1, dropout)
 
-    def backward(
+    def backward_input(
+        self, dy_TK: torch.Tensor, matrix: torch.Tensor, dx_TD: torch.Tensor, seed: torch.Tensor | None
+    ) -> None:
+        """Fill `dx_TD`, the gradient of the input, after `backward_margin`."""
+        if self.used and not self.dropout_p:
+            torch.mm(dy_TK, matrix[:, : self.inputs], out=dx_TD)
+            return
+        torch.mm(dy_TK[:, : self.outputs], matrix[: self.outputs, : self.inputs], out=dx_TD)
+        if self.used and (dropout := self._dropout(seed)) is not None:
+            db_TR = dy_TK[:, self.outputs : self.outputs + self.used]
+            low_rank.add_projected(dx_TD, db_TR, self.a_RD[: self.used], self.rank, dropout)
+
+    def backward_margin(self, dy_TK: torch.Tensor) -> None:
+        """Fill the columns behind the output's gradient: dy B, which both other parts of backward read."""
+        if self.margin:
+            # The bias's column meets a row of zeros in the matrix, so it need not be taken out.
+            low_rank.project(dy_TK[:, : self.outputs], self.b_NR.T, dy_TK[:, self.outputs :], self.margin)
+
+    def backward_adapters(
         self,
         dy_TK: torch.Tensor,
         x_TD: torch.Tensor,
         xa_TR: torch.Tensor | None,
-        matrix: torch.Tensor | None,
-        dx_TD: torch.Tensor | None,
         seed: torch.Tensor | None,
         norm: Any = None,
     ) -> None:
-        """Add the adapters' gradients to theirs, and fill `dx_TD` where it is given.
+        """Add the adapters' gradients to theirs, after `backward_margin`.
 
         Args:
-            dy_TK: (T, N + R), gradient of the output in its first N columns; the others are filled here.
+            dy_TK: (T, N + R), gradient of the output, and what `backward_margin` put behind it.
             x_TD: The forward's input, or what `norm` makes it from.
             xa_TR: As `forward` returned it.
             norm: See `low_rank.outer`.
         """
-        N, used, dropout = self.outputs, self.used, self._dropout(seed)
-        dy_TN = dy_TK[:, :N]
-        if self.used:
-            db_TR = dy_TK[:, N:]
-            # The bias's column meets a row of zeros in the matrix, so it need not be taken out.
-            low_rank.project(dy_TN, self.b_NR.T, db_TR, self.margin)
-            parts = low_rank.outer(db_TR[:, :used], x_TD, self.rank, dropout, norm)
-            low_rank.add_a(parts, self.grad_a)
-            parts = low_rank.outer(xa_TR[:, :used], dy_TN, used)  # type: ignore[index]
-            low_rank.add_b(parts, self.grad_b, self.members, self.rank, self.scale)
-        if dx_TD is None or matrix is None:
+        if not self.used:
             return
-        if dropout is None and self.used:
-            torch.mm(dy_TK, matrix[:, : self.inputs], out=dx_TD)
-            return
-        torch.mm(dy_TN, matrix[:N, : self.inputs], out=dx_TD)
-        if dropout is not None:
-            low_rank.add_projected(dx_TD, dy_TK[:, N : N + used], self.a_RD[:used], self.rank, dropout)
+        assert xa_TR is not None
+        N, used = self.outputs, self.used
+        parts = low_rank.outer(dy_TK[:, N : N + used], x_TD, self.rank, self._dropout(seed), norm)
+        low_rank.add_a(parts, self.grad_a)
+        parts = low_rank.outer(xa_TR[:, :used], dy_TK[:, :N], used)
+        low_rank.add_b(parts, self.grad_b, self.members, self.rank, self.scale)

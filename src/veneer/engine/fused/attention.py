@@ -1,0 +1,139 @@
+"""Attention within documents, through the fastest backend that can do what is asked.
+
+cuDNN's is nearly twice as fast as flash on a Hopper GPU (docs/engine.md has the table), but wants rows of one length and
+no window; flash takes documents of any length, one behind the other. Neither caps its scores. `plain` does all of it, in
+float32 and on any machine; it is what the others are tested against.
+
+Shapes: T tokens, H query heads, K key heads, C dimensions of a head, B documents, L length of each.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from veneer.kernels.rope import Heads
+
+
+class Documents(NamedTuple):
+    """Where documents begin and end in a packed batch.
+
+    Attributes:
+        lengths: Tokens of each.
+        position_T: Position of each token in its document, int32.
+        bounds: Their bounds, int32, shape (B + 1,), on the device.
+        longest: Tokens of the longest.
+    """
+
+    lengths: tuple[int, ...]
+    position_T: torch.Tensor
+    bounds: torch.Tensor
+    longest: int
+
+    @staticmethod
+    def of(lengths: Sequence[int], device: Any) -> "Documents":
+        positions = torch.cat([torch.arange(length, dtype=torch.int32) for length in lengths])
+        bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return Documents(tuple(lengths), positions.to(device), bounds.to(device), max(lengths))
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all are of one length."""
+        return len(set(self.lengths)) == 1
+
+
+class Attention(NamedTuple):
+    """What a layer's attention is.
+
+    Attributes:
+        heads: Of q, k and v.
+        scale: Of the scores.
+        window: Tokens it looks back, itself included; 0: all.
+        softcap: Of the scores; 0: none.
+    """
+
+    heads: Heads
+    scale: float
+    window: int
+    softcap: float
+
+    def backend(self, documents: Documents, like: torch.Tensor) -> str:
+        """Which backend these documents get."""
+        if not like.is_cuda or self.softcap or like.dtype == torch.float32:
+            return "plain"
+        is_open = not self.window or documents.longest <= self.window
+        fits = self.heads.size % 8 == 0 and self.heads.size <= 128 and torch.cuda.get_device_capability()[0] >= 9
+        return "cudnn" if documents.is_even and is_open and fits and documents.longest >= 256 else "flash"
+
+
+def _views(qkv_TN: torch.Tensor, heads: Heads) -> tuple[torch.Tensor, ...]:
+    sizes = [heads.query * heads.size, heads.key * heads.size, heads.key * heads.size]
+    return tuple(part.unflatten(1, (-1, heads.size)) for part in qkv_TN.split(sizes, dim=1))
+
+
+def attend(qkv_TN: torch.Tensor, documents: Documents, kind: Attention) -> tuple[torch.Tensor, Any]:
+    """Output, shape (T, H C), and what backward needs beside it."""
+    q, k, v = _views(qkv_TN, kind.heads)
+    T = len(qkv_TN)
+    backend = kind.backend(documents, qkv_TN)
+    if backend == "cudnn":
+        B = len(documents.lengths)
+        rows = [x.unflatten(0, (B, -1)).transpose(1, 2) for x in (q, k, v)]
+        out, *rest = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            *rows, None, True, 0.0, True, False, scale=kind.scale
+        )
+        return out.transpose(1, 2).reshape(T, -1), (out, *rest)
+    if backend == "flash":
+        out, *rest = torch.ops.aten._flash_attention_forward(
+            q, k, v, documents.bounds, documents.bounds, documents.longest, documents.longest, 0.0, True, False,
+            scale=kind.scale, window_size_left=kind.window - 1 if kind.window else None, window_size_right=0,
+        )  # fmt: skip
+        return out.reshape(T, -1), (out, *rest)
+    return _plain(q, k, v, documents, kind).reshape(T, -1), None
+
+
+def attend_backward(
+    dout_TO: torch.Tensor, qkv_TN: torch.Tensor, saved: Any, documents: Documents, kind: Attention
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of q (T, H, C), k and v (T, K, C)."""
+    q, k, v = _views(qkv_TN, kind.heads)
+    dout = dout_TO.unflatten(1, (-1, kind.heads.size))
+    backend = kind.backend(documents, qkv_TN)
+    if backend == "cudnn":
+        B = len(documents.lengths)
+        dout, q, k, v = (x.unflatten(0, (B, -1)).transpose(1, 2) for x in (dout, q, k, v))
+        out, lse, bounds_q, bounds_k, max_q, max_k, seed, place, _ = saved
+        grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            dout, q, k, v, out, lse, seed, place, None, bounds_q, bounds_k, max_q, max_k, 0.0, True, scale=kind.scale
+        )
+        return tuple(g.transpose(1, 2).flatten(0, 1) for g in grads)
+    if backend == "flash":
+        out, lse, state, unused, _ = saved
+        grads = torch.ops.aten._flash_attention_backward(
+            dout.contiguous(), q, k, v, out, lse, documents.bounds, documents.bounds, documents.longest,
+            documents.longest, 0.0, True, state, unused, scale=kind.scale,
+            window_size_left=kind.window - 1 if kind.window else None, window_size_right=0,
+        )  # fmt: skip
+        return tuple(grads)
+    with torch.enable_grad():
+        leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+        out = _plain(*leaves, documents, kind)
+        return torch.autograd.grad(out, leaves, dout)
+
+
+def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, kind: Attention) -> torch.Tensor:
+    """Softmax attention written out, document by document, in float32."""
+    outs, start = [], 0
+    repeat = kind.heads.query // kind.heads.key
+    for length in documents.lengths:
+        part = slice(start, start + length)
+        qs = q[part].float().transpose(0, 1)
+        ks, vs = (x[part].float().transpose(0, 1).repeat_interleave(repeat, 0) for x in (k, v))
+        scores = qs @ ks.mT * kind.scale
+        if kind.softcap:
+            scores = kind.softcap * torch.tanh(scores / kind.softcap)
+        back = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)[None]
+        seen = (back >= 0) & (back < (kind.window or length))
+        outs.append((scores.masked_fill(~seen, float("-inf")).softmax(-1) @ vs).transpose(0, 1))
+        start += length
+    return torch.cat(outs).to(q.dtype)
