@@ -42,10 +42,9 @@ def gated_mlp_backward(gate_up_TF: torch.Tensor, dh_TF: torch.Tensor, activation
     if not runs_triton(dh_TF):
         gate, up = gate_up_TF[:, :width].float(), gate_up_TF[:, width : 2 * width].float()
         value, slope = _act_torch(gate, activation)
-        dh = dh_TF.float()
-        gate_up_TF[:, :width] = dh * up * slope
-        gate_up_TF[:, width : 2 * width] = dh * value
-        dh_TF.copy_(value * up)
+        h, dgate, dup = value * up, dh_TF.float() * up * slope, dh_TF.float() * value
+        gate_up_TF[:, :width], gate_up_TF[:, width : 2 * width] = dgate, dup
+        dh_TF.copy_(h)
         return
     _backward[(T, triton.cdiv(width, BLOCK))](
         gate_up_TF, dh_TF, width, gate_up_TF.stride(0), dh_TF.stride(0), ACTIVATION=activation, BLOCK=BLOCK, num_warps=4
