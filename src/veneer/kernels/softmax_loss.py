@@ -60,7 +60,7 @@ def _softmax_loss(
     row = logits + n * stride
     target = tl.load(targets + n)
     columns = tl.arange(0, BLOCK)
-    highest = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
+    highest = tl.full((BLOCK,), -1e30, dtype=tl.float32)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in range(0, V, BLOCK):
         v = start + columns
@@ -68,7 +68,7 @@ def _softmax_loss(
         if HAS_CAP:
             x = tl.where(v < V, cap * (2.0 * tl.sigmoid(2.0 * x / cap) - 1.0), float("-inf"))
         higher = tl.maximum(highest, x)
-        total = total * tl.where(highest == higher, 1.0, tl.exp(highest - higher)) + tl.where(v < V, tl.exp(x - higher), 0.0)
+        total = total * tl.exp(highest - higher) + tl.exp(x - higher)
         highest = higher
     top = tl.max(highest, axis=0)
     log_sum = top + tl.log(tl.sum(total * tl.exp(highest - top), axis=0))

@@ -1,0 +1,61 @@
+"""The fused engine on a GPU: its kernels against their twins, its gradients against float32."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from tests.unit.test_fused import COVERED, batch_of, gradients, model_of, worst
+from veneer.engine import ReferenceEngine
+from veneer.engine.fused import FusedEngine
+from veneer.kernels import nf4
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("family", COVERED)
+def test_float32_on_the_gpu_is_the_reference(family: str) -> None:
+    model, batch = model_of(family).cuda(), batch_of()
+    wanted_loss, wanted = gradients(ReferenceEngine(model), model, batch)
+    loss, found = gradients(FusedEngine(model), model, batch)
+    assert loss == pytest.approx(wanted_loss, rel=1e-4)
+    assert worst(found, wanted)[0] < 5e-3, worst(found, wanted)
+
+
+@pytest.mark.parametrize("family", COVERED)
+@pytest.mark.parametrize("lengths", [(37, 5, 21), (256, 256)])
+def test_bfloat16_errs_at_most_twice_as_much_as_peft(family: str, lengths: tuple[int, ...]) -> None:
+    exact, batch = model_of(family, changes={"hidden_size": 128}).cuda(), batch_of(lengths)
+    exact_loss, wanted = gradients(ReferenceEngine(exact), exact, batch)
+
+    def half() -> Any:
+        model = copy.deepcopy(exact)
+        for name, parameter in model.named_parameters():
+            if "lora" not in name:
+                parameter.data = parameter.data.bfloat16()
+        return model
+
+    peft, fused = half(), half()
+    peft_loss, by_peft = gradients(ReferenceEngine(peft), peft, batch)
+    loss, found = gradients(FusedEngine(fused), fused, batch)
+    for name in wanted:
+        error, allowed = ((grads[name] - wanted[name]).norm().item() for grads in (found, by_peft))
+        assert error <= 2 * allowed, (name, error, allowed)
+    assert abs(loss - exact_loss) <= max(2 * abs(peft_loss - exact_loss), 2e-3 * exact_loss)
+
+
+def test_four_bit_weights_become_what_bitsandbytes_makes_of_them() -> None:
+    import bitsandbytes as bnb
+
+    for double in (True, False):
+        shapes = [(192, 576), (64, 576), (320, 576)]
+        weights = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
+        packed = [
+            bnb.nn.Params4bit(w, requires_grad=False, quant_type="nf4", compress_statistics=double).cuda() for w in weights
+        ]
+        out = torch.full((576, 600), float("nan"), device="cuda", dtype=torch.bfloat16)
+        nf4.dequantize(nf4.table_of([nf4.Packed.of(p) for p in packed]), out[:, :576])
+        wanted = torch.cat([bnb.functional.dequantize_4bit(p.data, p.quant_state) for p in packed])
+        torch.testing.assert_close(out[:, :576], wanted, rtol=1e-2, atol=1e-6)
+        assert (out[:, :576] == wanted).float().mean() > 0.999
