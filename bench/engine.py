@@ -140,7 +140,9 @@ def measure(model: Any, case: str, steps: int, profile: bool) -> dict[str, Any]:
         rows_ = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)[:28]
         total = sum(e.self_device_time_total for e in found.key_averages())
         for e in rows_:
-            print(f"{e.self_device_time_total / 1e3:9.2f} ms {e.self_device_time_total / total:6.1%} {e.count:6d}  {e.key[:90]}")
+            print(
+                f"{e.self_device_time_total / 1e3:9.2f} ms {e.self_device_time_total / total:6.1%} {e.count:6d}  {e.key[:90]}"
+            )
         print(f"{total / 1e3:9.2f} ms in all")
     return result
 
@@ -157,7 +159,9 @@ def main() -> None:
     started = time.perf_counter()
     base = random_base(a.shape, a.layers, not a.bf16)
     model = attach(base, Adapter(r=16, lora_alpha=32), 0)
-    print(f"built in {time.perf_counter() - started:.1f} s, {torch.cuda.memory_allocated() / 2**30:.2f} GiB", flush=True)
+    print(
+        f"built in {time.perf_counter() - started:.1f} s, {torch.cuda.memory_allocated() / 2**30:.2f} GiB", flush=True
+    )
     for case in a.cases:
         torch.cuda.empty_cache()
         print("RESULT " + json.dumps(measure(model, case, a.steps, a.profile)), flush=True)

@@ -37,7 +37,8 @@ def test_bfloat16_errs_at_most_twice_as_much_as_peft(family: str, lengths: tuple
         return model
 
     peft, fused = half(), half()
-    peft_loss, by_peft = gradients(ReferenceEngine(peft), peft, batch)
+    with torch.autocast("cuda", torch.bfloat16):
+        peft_loss, by_peft = gradients(ReferenceEngine(peft), peft, batch)
     loss, found = gradients(FusedEngine(fused), fused, batch)
     for name in wanted:
         error, allowed = ((grads[name] - wanted[name]).norm().item() for grads in (found, by_peft))
@@ -52,7 +53,8 @@ def test_four_bit_weights_become_what_bitsandbytes_makes_of_them() -> None:
         shapes = [(192, 576), (64, 576), (320, 576)]
         weights = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
         packed = [
-            bnb.nn.Params4bit(w, requires_grad=False, quant_type="nf4", compress_statistics=double).cuda() for w in weights
+            bnb.nn.Params4bit(w, requires_grad=False, quant_type="nf4", compress_statistics=double).cuda()
+            for w in weights
         ]
         out = torch.full((576, 600), float("nan"), device="cuda", dtype=torch.bfloat16)
         nf4.dequantize(nf4.table_of([nf4.Packed.of(p) for p in packed]), out[:, :576])

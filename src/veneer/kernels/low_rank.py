@@ -109,9 +109,7 @@ def outer(
     return out_PRD
 
 
-def add_projected(
-    dx_TD: torch.Tensor, u_TR: torch.Tensor, a_RD: torch.Tensor, rank: int, dropout: Dropout
-) -> None:
+def add_projected(dx_TD: torch.Tensor, u_TR: torch.Tensor, a_RD: torch.Tensor, rank: int, dropout: Dropout) -> None:
     """dx += sum over slots of mask * (u a) / (1 - p): what dropout keeps out of the large product. In place."""
     T, D = dx_TD.shape
     R = len(a_RD)
@@ -284,7 +282,9 @@ def _outer(
     for start in range(first, tl.minimum(first + span, T), BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         left = tl.load(u + t.to(tl.int64)[None, :] * u_t + r[:, None], mask=is_r[:, None] & (t < T)[None, :], other=0.0)
-        tile = tl.load(x + t.to(tl.int64)[:, None] * x_t + d[None, :], mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
+        tile = tl.load(
+            x + t.to(tl.int64)[:, None] * x_t + d[None, :], mask=(t < T)[:, None] & (d < D)[None, :], other=0.0
+        )
         if HAS_NORM:
             inverse = tl.load(rstd + t, mask=t < T, other=0.0)
             tile = (tile.to(tl.float32) * inverse[:, None] * w[None, :]).to(tile.dtype)

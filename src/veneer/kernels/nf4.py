@@ -138,7 +138,9 @@ def _dequantize(
         constants = tl.load(line + 1).to(tl.pointer_type(tl.float32))
         scale = tl.load(constants + block, mask=inside, other=0.0)
     half = tl.arange(0, 32)
-    packed = tl.load(weights + block.to(tl.int64)[:, None] * 32 + half[None, :], mask=inside[:, None], other=0).to(tl.int32)
+    packed = tl.load(weights + block.to(tl.int64)[:, None] * 32 + half[None, :], mask=inside[:, None], other=0).to(
+        tl.int32
+    )
     high = tl.load(table16 + (packed >> 4)) * scale[:, None]
     low = tl.load(table16 + (packed & 15)) * scale[:, None]
     values = tl.reshape(tl.join(high, low), (ROWS, 64))

@@ -155,9 +155,21 @@ def _forward(
         whole = tl.load(qkv + at + c, mask=(h < H + 2 * K) & (c < C), other=0.0).to(tl.float32)
         rstd = tl.rsqrt(tl.sum(whole * whole, axis=1) / C + eps)[:, None]
         is_q = h < H
-        w1 = tl.where(is_q, tl.load(q_weight + s, mask=s < S, other=0.0).to(tl.float32), tl.load(k_weight + s, mask=s < S, other=0.0).to(tl.float32))
-        w2 = tl.where(is_q, tl.load(q_weight + S + s, mask=s < S, other=0.0).to(tl.float32), tl.load(k_weight + S + s, mask=s < S, other=0.0).to(tl.float32))
-        w = tl.where(is_q, tl.load(q_weight + c, mask=c < C, other=0.0).to(tl.float32), tl.load(k_weight + c, mask=c < C, other=0.0).to(tl.float32))
+        w1 = tl.where(
+            is_q,
+            tl.load(q_weight + s, mask=s < S, other=0.0).to(tl.float32),
+            tl.load(k_weight + s, mask=s < S, other=0.0).to(tl.float32),
+        )
+        w2 = tl.where(
+            is_q,
+            tl.load(q_weight + S + s, mask=s < S, other=0.0).to(tl.float32),
+            tl.load(k_weight + S + s, mask=s < S, other=0.0).to(tl.float32),
+        )
+        w = tl.where(
+            is_q,
+            tl.load(q_weight + c, mask=c < C, other=0.0).to(tl.float32),
+            tl.load(k_weight + c, mask=c < C, other=0.0).to(tl.float32),
+        )
         first, second = first * rstd * w1, second * rstd * w2
         # What is not rotated: v whole, and the rest of a head where only its first part turns.
         stays = (h < H + 2 * K) & (c < C) & ((h >= H + K) | (c >= 2 * S))
@@ -183,21 +195,41 @@ def _backward(
     co = tl.load(cos + place * S + s, mask=s < S, other=0.0)
     si = tl.load(sin + place * S + s, mask=s < S, other=0.0)
     half = s < S
-    g1 = tl.load(dq + q_at + s, mask=is_q & half, other=0.0).to(tl.float32) + tl.load(dk + k_at + s, mask=is_k & half, other=0.0).to(tl.float32)
-    g2 = tl.load(dq + q_at + S + s, mask=is_q & half, other=0.0).to(tl.float32) + tl.load(dk + k_at + S + s, mask=is_k & half, other=0.0).to(tl.float32)
+    g1 = tl.load(dq + q_at + s, mask=is_q & half, other=0.0).to(tl.float32) + tl.load(
+        dk + k_at + s, mask=is_k & half, other=0.0
+    ).to(tl.float32)
+    g2 = tl.load(dq + q_at + S + s, mask=is_q & half, other=0.0).to(tl.float32) + tl.load(
+        dk + k_at + S + s, mask=is_k & half, other=0.0
+    ).to(tl.float32)
     d1, d2 = g1 * co + g2 * si, g2 * co - g1 * si
     rest = (c >= 2 * S) & (c < C)
-    d3 = tl.load(dq + q_at + c, mask=is_q & rest, other=0.0).to(tl.float32) + tl.load(dk + k_at + c, mask=is_k & rest, other=0.0).to(tl.float32)
+    d3 = tl.load(dq + q_at + c, mask=is_q & rest, other=0.0).to(tl.float32) + tl.load(
+        dk + k_at + c, mask=is_k & rest, other=0.0
+    ).to(tl.float32)
     if HAS_NORM:
         r_at = t * raw_stride + h * C
         turned = is_q | is_k
         x1 = tl.load(raw + r_at + s, mask=turned & half, other=0.0).to(tl.float32)
         x2 = tl.load(raw + r_at + S + s, mask=turned & half, other=0.0).to(tl.float32)
         x3 = tl.load(raw + r_at + c, mask=turned & rest, other=0.0).to(tl.float32)
-        w1 = tl.where(is_q, tl.load(q_weight + s, mask=half, other=0.0).to(tl.float32), tl.load(k_weight + s, mask=half, other=0.0).to(tl.float32))
-        w2 = tl.where(is_q, tl.load(q_weight + S + s, mask=half, other=0.0).to(tl.float32), tl.load(k_weight + S + s, mask=half, other=0.0).to(tl.float32))
-        w3 = tl.where(is_q, tl.load(q_weight + c, mask=c < C, other=0.0).to(tl.float32), tl.load(k_weight + c, mask=c < C, other=0.0).to(tl.float32))
-        rstd = tl.rsqrt((tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1) + tl.sum(x3 * x3, axis=1)) / C + eps)[:, None]
+        w1 = tl.where(
+            is_q,
+            tl.load(q_weight + s, mask=half, other=0.0).to(tl.float32),
+            tl.load(k_weight + s, mask=half, other=0.0).to(tl.float32),
+        )
+        w2 = tl.where(
+            is_q,
+            tl.load(q_weight + S + s, mask=half, other=0.0).to(tl.float32),
+            tl.load(k_weight + S + s, mask=half, other=0.0).to(tl.float32),
+        )
+        w3 = tl.where(
+            is_q,
+            tl.load(q_weight + c, mask=c < C, other=0.0).to(tl.float32),
+            tl.load(k_weight + c, mask=c < C, other=0.0).to(tl.float32),
+        )
+        rstd = tl.rsqrt((tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1) + tl.sum(x3 * x3, axis=1)) / C + eps)[
+            :, None
+        ]
         d1, d2, d3 = d1 * w1, d2 * w2, d3 * w3
         u1, u2, u3 = x1 * rstd, x2 * rstd, x3 * rstd
         mean = ((tl.sum(d1 * u1, axis=1) + tl.sum(d2 * u2, axis=1) + tl.sum(d3 * u3, axis=1)) / C)[:, None]

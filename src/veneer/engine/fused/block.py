@@ -145,9 +145,7 @@ class Block:
                 rms_norm(kept.x, None, norm.weight_D, norm.eps, norm.offset, y_TK[:, : self.qkv.inputs])
             raw_TN = kept.x.new_empty((T, self.qkv.outputs))
             kept.xa_qkv = self.qkv.forward(y_TK, self.qkv.matrix(at.scratch), raw_TN, at.seed)
-            kept.qkv = rope(
-                raw_TN, self.decoder.heads, at.documents.position_T, at.cos_PS, at.sin_PS, layer.head_norm
-            )
+            kept.qkv = rope(raw_TN, self.decoder.heads, at.documents.position_T, at.cos_PS, at.sin_PS, layer.head_norm)
             kept.raw = raw_TN if layer.head_norm else None
         del y_TK
         if kept.out is None:
@@ -235,8 +233,6 @@ class Block:
             return d_TK[:, : D + group.margin]
         dy_TK = d_TK.new_empty((len(d_TK), D + group.margin))
         dy_TK[:, :D] = d_TK[:, :D]
-        result_TD = rms_norm_backward(
-            dy_TK[:, :D].contiguous(), delta_TD, post.weight_D, None, post.eps, post.offset
-        )
+        result_TD = rms_norm_backward(dy_TK[:, :D].contiguous(), delta_TD, post.weight_D, None, post.eps, post.offset)
         dy_TK[:, :D] = result_TD
         return dy_TK

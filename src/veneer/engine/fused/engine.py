@@ -30,9 +30,7 @@ class FusedEngine:
     name = "fused"
     isolates_documents = True
 
-    def __init__(
-        self, model: Any, keep: frozenset[str] = frozenset(TENSORS), keep_dequantized: bool = False
-    ) -> None:
+    def __init__(self, model: Any, keep: frozenset[str] = frozenset(TENSORS), keep_dequantized: bool = False) -> None:
         self.model = model
         self.decoder: Decoder = read(model)
         weight = self.decoder.embed.weight
@@ -96,10 +94,10 @@ class FusedEngine:
         self._refresh()
         if self._has_dropout:
             self._seed.random_(0, 2**31)
-        batch = batch.to(str(self._device))
+        batch, index_N = self._bring(batch)
         at = self._context(batch, training=True)
-        hidden_TD, delta_TD, kept, post = self._forward(batch, at)
-        losses_N, index_N, d_TK = self._head(batch, hidden_TD, delta_TD, post, scale)
+        hidden_TD, delta_TD, kept, post = self._forward(batch, at, True)
+        losses_N, d_TK = self._head(batch, index_N, hidden_TD, delta_TD, post, scale)
         total = (losses_N.double() * batch.weights_T[index_N]).sum()
         for block, of_block in zip(reversed(self.blocks), reversed(kept)):
             kept.pop()
@@ -110,15 +108,18 @@ class FusedEngine:
     def losses(self, batch: Batch) -> torch.Tensor:
         """See `Engine.losses`."""
         self._refresh()
-        batch = batch.to(str(self._device))
+        batch, index_N = self._bring(batch)
         at = self._context(batch, training=False)
-        hidden_TD, delta_TD, _, post = self._forward(batch, at)
-        losses_N, index_N, _ = self._head(batch, hidden_TD, delta_TD, post, None)
-        document_T = torch.repeat_interleave(
-            torch.arange(len(batch.lengths), device=self._device), torch.tensor(batch.lengths, device=self._device)
-        )
+        hidden_TD, delta_TD, _, post = self._forward(batch, at, False)
+        losses_N, _ = self._head(batch, index_N, hidden_TD, delta_TD, post, None)
+        document_T = torch.repeat_interleave(torch.tensor(batch.lengths)).to(self._device)
         result = torch.zeros(len(batch.lengths), dtype=torch.float64, device=self._device)
         return result.index_add_(0, document_T[index_N], losses_N.double() * batch.weights_T[index_N])
+
+    def _bring(self, batch: Batch) -> tuple[Batch, torch.Tensor]:
+        """The batch on the device, and where its trained tokens stand (found on the host: nothing waits)."""
+        index_N = (batch.targets_T >= 0).nonzero().squeeze(1)
+        return batch.to(str(self._device)), index_N.to(self._device, non_blocking=True)
 
     def _context(self, batch: Batch, training: bool) -> Context:
         documents = Documents.of(batch.lengths, self._device)
@@ -135,28 +136,26 @@ class FusedEngine:
             self._tables = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
         return self._tables
 
-    def _forward(self, batch: Batch, at: Context) -> Any:
+    def _forward(self, batch: Batch, at: Context, training: bool) -> Any:
         """Residual stream and last delta (not yet added), kept tensors of each block, the last post-norm."""
         x_TD, delta_TD, post = self.decoder.embed(batch.ids_T), None, None
         kept: list[Kept] = []
-        training = at.seed is not None or torch.is_grad_enabled()
         for block in self.blocks:
             # The last block's tensors are needed at once, whatever the plan keeps of the others.
             keep = frozenset(TENSORS) if block.number == len(self.blocks) - 1 else self.keep
             x_TD, delta_TD, of_block = block.forward(x_TD, delta_TD, post, at, keep)
             post = block.layer.post2
-            kept.append(of_block)
-        del training
+            if training:
+                kept.append(of_block)
         return x_TD, delta_TD, kept, post
 
-    def _head(self, batch: Batch, x_TD: torch.Tensor, delta_TD: Any, post: Any, scale: float | None) -> Any:
-        """Losses of trained tokens, where they stand, and the gradient of the residual stream (with `scale`)."""
+    def _head(
+        self, batch: Batch, index_N: torch.Tensor, x_TD: torch.Tensor, delta_TD: Any, post: Any, scale: float | None
+    ) -> tuple[torch.Tensor, Any]:
+        """Losses of trained tokens, and the gradient of the residual stream (with `scale`)."""
         norm, decoder = self.decoder.norm, self.decoder
         y_TD = torch.empty_like(x_TD)
-        x_TD, rstd_T = rms_norm(
-            x_TD, delta_TD, norm.weight_D, norm.eps, norm.offset, y_TD, post and post.weight_D
-        )
-        index_N = (batch.targets_T >= 0).nonzero().squeeze(1)
+        x_TD, rstd_T = rms_norm(x_TD, delta_TD, norm.weight_D, norm.eps, norm.offset, y_TD, post and post.weight_D)
         hidden_ND, targets_N = y_TD[index_N], batch.targets_T[index_N]
         weight_VD = decoder.head.weight
         factor_N = batch.weights_T[index_N] * (scale or 0.0)
@@ -173,11 +172,11 @@ class FusedEngine:
                 torch.mm(logits_nV, weight_VD, out=d_ND[part])
             del logits_nV
         if d_ND is None:
-            return losses_N, index_N, None
+            return losses_N, None
         y_TD.zero_()
         y_TD[index_N] = d_ND
         D = x_TD.shape[1]
         margin = max(max(block.o.margin, block.down.margin) for block in self.blocks)
         d_TK = x_TD.new_zeros((len(x_TD), D + margin))
         rms_norm_backward(y_TD, x_TD, norm.weight_D, rstd_T, norm.eps, norm.offset, d_TK[:, :D])
-        return losses_N, index_N, d_TK
+        return losses_N, d_TK

@@ -14,7 +14,7 @@ So the adapter rides in the large product: its sum is made in float32 inside it,
 to. A bias is one column more, whose input is 1. Where W is in 4 bits, the matrix is made in a scratch buffer just
 before it is used; where there is room, it stays.
 
-Shapes: T tokens, D inputs, N outputs, R stacked ranks and the bias, padded to a multiple of 16.
+Shapes: T tokens, D inputs, N outputs, R stacked ranks and the bias, padded to a multiple of 64.
 """
 
 from collections.abc import Sequence
@@ -66,7 +66,9 @@ class Group:
         has_bias = any(linear.module.bias is not None for linear in linears)
         used = self.rank * len(adapted)
         self.bias_column = used if has_bias else -1
-        self.margin = -(-(used + has_bias) // 16) * 16
+        # Rows that begin at multiples of 128 bytes: a product whose rows do not is 3% slower on an H100.
+        unit = 16 if first.weight.device.type == "cpu" else 64
+        self.margin = -(-(used + has_bias) // unit) * unit
         self.used = used
         members, at, slot = [], 0, 0
         for linear in linears:
