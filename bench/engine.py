@@ -132,17 +132,17 @@ def measure(model: Any, case: str, steps: int, profile: bool) -> dict[str, Any]:
         "losses": [round(loss, 4) for loss in losses[:4]],
     }  # fmt: skip
     if profile:
-        from torch.profiler import ProfilerActivity, profile as profiler
+        from torch.profiler import ProfilerActivity
+        from torch.profiler import profile as profiler
 
         with profiler(activities=[ProfilerActivity.CUDA]) as found:
             step()
             torch.cuda.synchronize()
-        rows_ = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)[:28]
+        kernels = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)[:28]
         total = sum(e.self_device_time_total for e in found.key_averages())
-        for e in rows_:
-            print(
-                f"{e.self_device_time_total / 1e3:9.2f} ms {e.self_device_time_total / total:6.1%} {e.count:6d}  {e.key[:90]}"
-            )
+        for e in kernels:
+            spent = e.self_device_time_total
+            print(f"{spent / 1e3:9.2f} ms {spent / total:6.1%} {e.count:6d}  {e.key[:90]}")
         print(f"{total / 1e3:9.2f} ms in all")
     return result
 

@@ -6,12 +6,11 @@ import pytest
 import torch
 import transformers
 
-
 from tests.tiny import FAMILIES
 from veneer.config import Adapter
 from veneer.data import Batch
 from veneer.engine import ReferenceEngine
-from veneer.engine.fused import FusedEngine, NotCovered
+from veneer.engine.fused import FusedEngine, NotCoveredError
 from veneer.engine.fused.block import TENSORS
 from veneer.model import attach
 
@@ -104,5 +103,5 @@ def test_packed_equals_unpacked() -> None:
 
 
 def test_a_model_that_is_not_covered_is_named() -> None:
-    with pytest.raises(NotCovered, match="opt"):
+    with pytest.raises(NotCoveredError, match="opt"):
         FusedEngine(model_of("opt"))

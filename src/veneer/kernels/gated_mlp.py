@@ -91,7 +91,7 @@ def _forward(gate_up, h, width, stride, h_stride, ACTIVATION: tl.constexpr, BLOC
     inside = f < width
     gate = tl.load(gate_up + t * stride + f, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + t * stride + width + f, mask=inside, other=0.0).to(tl.float32)
-    value, slope = _act(gate, ACTIVATION)
+    value, _ = _act(gate, ACTIVATION)
     tl.store(h + t * h_stride + f, (value * up).to(h.dtype.element_ty), mask=inside)
 
 

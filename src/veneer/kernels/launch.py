@@ -22,7 +22,7 @@ except ImportError:  # not on every platform; the twins do without
         def jit(self, function: Any) -> Any:
             return function
 
-    triton = tl = _Absent()  # type: ignore[assignment]
+    triton = tl = _Absent()
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -29,9 +29,7 @@ def linear_cross_entropy(
         bias_V: Its frozen bias, or None.
         targets_N: Token ids, int64.
     """
-    losses_N: torch.Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, weight_VD, bias_V, targets_N
-    )
+    losses_N: torch.Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, bias_V, targets_N)
     return losses_N
 
 

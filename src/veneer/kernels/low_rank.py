@@ -175,7 +175,8 @@ def add_b(parts_PRN: torch.Tensor, grad: torch.Tensor, members: tuple[Member, ..
     P, R, N = parts_PRN.shape
     _add_b[(triton.cdiv(N, 64),)](
         parts_PRN, grad, P, R, N, scale, RANK=rank, BLOCK_R=power_of_2(rank), BLOCK_N=64,
-        START1=padded[1].start, START2=padded[2].start, SLOT0=padded[0].slot, SLOT1=padded[1].slot, SLOT2=padded[2].slot,
+        START1=padded[1].start, START2=padded[2].start,
+        SLOT0=padded[0].slot, SLOT1=padded[1].slot, SLOT2=padded[2].slot,
         SKIP0=skipped[0], SKIP1=skipped[1], SKIP2=skipped[2],
     )  # fmt: skip
 
@@ -204,7 +205,9 @@ def _mix_int(value: int) -> int:
 def _dropped(x_TD: torch.Tensor, dropout: Dropout | None, slot: int) -> torch.Tensor:
     if dropout is None:
         return x_TD
-    keep_TD = keep_mask(int(dropout.seed.item()), dropout.key + slot, tuple(x_TD.shape), dropout.p, x_TD.device)
+    keep_TD = keep_mask(
+        int(dropout.seed.item()), dropout.key + slot, (len(x_TD), x_TD.shape[1]), dropout.p, x_TD.device
+    )
     return torch.where(keep_TD, x_TD.float() / (1 - dropout.p), 0.0).to(x_TD.dtype)
 
 

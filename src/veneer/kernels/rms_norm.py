@@ -48,7 +48,8 @@ def rms_norm(
     _forward[(T,)](
         x_TD, x_TD if delta_TD is None else delta_TD, weight_D, weight_D if post_D is None else post_D,
         sum_TD, y_TD, rstd_T, D, y_TD.stride(0), eps, offset,
-        HAS_DELTA=delta_TD is not None, HAS_POST=post_D is not None, BLOCK=block, num_warps=min(16, max(1, block // 512)),
+        HAS_DELTA=delta_TD is not None, HAS_POST=post_D is not None,
+        BLOCK=block, num_warps=min(16, max(1, block // 512)),
     )  # fmt: skip
     return sum_TD, rstd_T
 
@@ -149,10 +150,7 @@ def _backward(
     row = tl.load(x + t * D + d, mask=inside, other=0.0).to(tl.float32)
     w = tl.load(weight + d, mask=inside, other=0.0).to(tl.float32) + offset
     g = tl.load(dy + t * D + d, mask=inside, other=0.0).to(tl.float32) * w
-    if HAS_RSTD:
-        inverse = tl.load(rstd + t)
-    else:
-        inverse = tl.rsqrt(tl.sum(row * row) / D + eps)
+    inverse = tl.load(rstd + t) if HAS_RSTD else tl.rsqrt(tl.sum(row * row) / D + eps)
     unit = row * inverse
     dx = inverse * (g - unit * (tl.sum(g * unit) / D))
     if HAS_ADD:

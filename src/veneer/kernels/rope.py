@@ -49,13 +49,13 @@ def rope(
     T, _ = qkv_TN.shape
     out_TN = qkv_TN if norm is None else torch.empty_like(qkv_TN)
     if not runs_triton(qkv_TN):
-        q, k, v = _split(qkv_TN, heads)
+        q, k, v = split_heads(qkv_TN, heads)
         if norm is not None:
             q, k = _norm(q, norm.query_C, norm.eps), _norm(k, norm.key_C, norm.eps)
         cos, sin = cos_PS[position_T.long()][:, None], sin_PS[position_T.long()][:, None]
-        for part, out in zip((q, k), _split(out_TN, heads)):
+        for part, out in zip((q, k), split_heads(out_TN, heads)):
             out.copy_(_rotate(part.float(), cos, sin))
-        _split(out_TN, heads)[2].copy_(v)
+        split_heads(out_TN, heads)[2].copy_(v)
         return out_TN
     S = cos_PS.shape[1]
     _forward[(T, triton.cdiv(heads.query + 2 * heads.key, 8))](
@@ -88,8 +88,8 @@ def rope_backward(
     T = len(dq_THC)
     if not runs_triton(out_TN):
         cos, sin = cos_PS[position_T.long()][:, None], sin_PS[position_T.long()][:, None]
-        outs = _split(out_TN, heads)
-        raws = _split(raw_TN, heads) if raw_TN is not None else (None,) * 3
+        outs = split_heads(out_TN, heads)
+        raws = split_heads(raw_TN, heads) if raw_TN is not None else (None,) * 3
         weights = (norm.query_C, norm.key_C) if norm else (None,) * 2
         for grad, out, raw, weight in zip((dq_THC, dk_TKC), outs, raws, weights):
             turned = _rotate(grad.float(), cos, -sin)
@@ -111,7 +111,7 @@ def rope_backward(
     )  # fmt: skip
 
 
-def _split(qkv_TN: torch.Tensor, heads: Heads) -> tuple[torch.Tensor, ...]:
+def split_heads(qkv_TN: torch.Tensor, heads: Heads) -> tuple[torch.Tensor, ...]:
     """Views (T, heads, C) of q, k and v."""
     sizes = [heads.query * heads.size, heads.key * heads.size, heads.key * heads.size]
     return tuple(part.unflatten(1, (-1, heads.size)) for part in qkv_TN.split(sizes, dim=1))
@@ -132,7 +132,8 @@ def _norm_backward(dy: torch.Tensor, x: Any, weight_C: Any, eps: float) -> torch
     wide = x.float()
     rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     unit, g = wide * rstd, dy * weight_C.float()
-    return rstd * (g - unit * (g * unit).mean(-1, keepdim=True))
+    dx: torch.Tensor = rstd * (g - unit * (g * unit).mean(-1, keepdim=True))
+    return dx
 
 
 @triton.jit

@@ -7,6 +7,6 @@ the fastest backend (`attention`), and what lies between is fused (`veneer.kerne
 """
 
 from veneer.engine.fused.engine import FusedEngine
-from veneer.engine.fused.family import NotCovered
+from veneer.engine.fused.family import NotCoveredError
 
-__all__ = ["FusedEngine", "NotCovered"]
+__all__ = ["FusedEngine", "NotCoveredError"]

@@ -1,8 +1,8 @@
 """Attention within documents, through the fastest backend that can do what is asked.
 
-cuDNN's is nearly twice as fast as flash on a Hopper GPU (docs/engine.md has the table), but wants rows of one length and
-no window; flash takes documents of any length, one behind the other. Neither caps its scores. `plain` does all of it, in
-float32 and on any machine; it is what the others are tested against.
+cuDNN's is nearly twice as fast as flash on a Hopper GPU, but wants rows of one length and no window; flash takes
+documents of any length, one behind the other. Neither caps its scores. `plain` does all of it, in float32 and on any
+machine; it is what the others are tested against.
 
 Shapes: T tokens, H query heads, K key heads, C dimensions of a head, B documents, L length of each.
 """
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from veneer.kernels.rope import Heads
+from veneer.kernels.rope import Heads, split_heads
 
 
 class Documents(NamedTuple):
@@ -66,19 +66,14 @@ class Attention(NamedTuple):
         return "cudnn" if documents.is_even and is_open and fits and documents.longest >= 256 else "flash"
 
 
-def _views(qkv_TN: torch.Tensor, heads: Heads) -> tuple[torch.Tensor, ...]:
-    sizes = [heads.query * heads.size, heads.key * heads.size, heads.key * heads.size]
-    return tuple(part.unflatten(1, (-1, heads.size)) for part in qkv_TN.split(sizes, dim=1))
-
-
 def attend(qkv_TN: torch.Tensor, documents: Documents, kind: Attention) -> tuple[torch.Tensor, Any]:
     """Output, shape (T, H C), and what backward needs beside it."""
-    q, k, v = _views(qkv_TN, kind.heads)
+    q, k, v = split_heads(qkv_TN, kind.heads)
     T = len(qkv_TN)
     backend = kind.backend(documents, qkv_TN)
     if backend == "cudnn":
         B = len(documents.lengths)
-        rows = [x.unflatten(0, (B, -1)).transpose(1, 2) for x in (q, k, v)]
+        rows = [torch.unflatten(x, 0, (B, -1)).transpose(1, 2) for x in (q, k, v)]
         out, *rest = torch.ops.aten._scaled_dot_product_cudnn_attention(
             *rows, None, True, 0.0, True, False, scale=kind.scale
         )
@@ -96,12 +91,12 @@ def attend_backward(
     dout_TO: torch.Tensor, qkv_TN: torch.Tensor, saved: Any, documents: Documents, kind: Attention
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of q (T, H, C), k and v (T, K, C)."""
-    q, k, v = _views(qkv_TN, kind.heads)
-    dout = dout_TO.unflatten(1, (-1, kind.heads.size))
+    q, k, v = split_heads(qkv_TN, kind.heads)
+    dout = torch.unflatten(dout_TO, 1, (-1, kind.heads.size))
     backend = kind.backend(documents, qkv_TN)
     if backend == "cudnn":
         B = len(documents.lengths)
-        dout, q, k, v = (x.unflatten(0, (B, -1)).transpose(1, 2) for x in (dout, q, k, v))
+        dout, q, k, v = (torch.unflatten(x, 0, (B, -1)).transpose(1, 2) for x in (dout, q, k, v))
         out, lse, bounds_q, bounds_k, max_q, max_k, seed, place, _ = saved
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             dout, q, k, v, out, lse, seed, place, None, bounds_q, bounds_k, max_q, max_k, 0.0, True, scale=kind.scale
@@ -116,9 +111,8 @@ def attend_backward(
         )  # fmt: skip
         return tuple(grads)
     with torch.enable_grad():
-        leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-        out = _plain(*leaves, documents, kind)
-        return torch.autograd.grad(out, leaves, dout)
+        q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
+        return torch.autograd.grad(_plain(q, k, v, documents, kind), (q, k, v), dout)
 
 
 def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, kind: Attention) -> torch.Tensor:

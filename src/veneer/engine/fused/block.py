@@ -214,11 +214,12 @@ class Block:
         del dout_TO
         kept.out = kept.attention = kept.qkv = None
         dqkv_TK = kept.x.new_empty((T, self.qkv.outputs + self.qkv.margin))
+        dq_THC, dk_TKC, dv_TKC = grads
         rope_backward(
-            *grads, self.decoder.heads, at.documents.position_T, at.cos_PS, at.sin_PS,
+            dq_THC, dk_TKC, dv_TKC, self.decoder.heads, at.documents.position_T, at.cos_PS, at.sin_PS,
             dqkv_TK[:, : self.qkv.outputs], kept.raw, layer.head_norm,
         )  # fmt: skip
-        del grads
+        del grads, dq_THC, dk_TKC, dv_TKC
         self.qkv.backward_margin(dqkv_TK)
         norm = layer.norm1
         self.qkv.backward_adapters(dqkv_TK, kept.x, kept.xa_qkv, at.seed, (kept.rstd1, norm.weight_D, norm.offset))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from veneer.data import Batch
 from veneer.engine.fused.attention import Documents
 from veneer.engine.fused.block import TENSORS, Block, Context, Kept
-from veneer.engine.fused.family import Decoder, NotCovered, read
+from veneer.engine.fused.family import Decoder, NotCoveredError, read
 from veneer.kernels.rms_norm import rms_norm, rms_norm_backward
 from veneer.kernels.softmax_loss import softmax_loss
 
@@ -24,7 +24,7 @@ class FusedEngine:
         keep_dequantized: Hold 4-bit weights as 16-bit matrices too.
 
     Raises:
-        NotCovered: The model has parts this engine does not compute.
+        NotCoveredError: The model has parts this engine does not compute.
     """
 
     name = "fused"
@@ -36,7 +36,7 @@ class FusedEngine:
         weight = self.decoder.embed.weight
         self._device, self._dtype = weight.device, weight.dtype
         if self._dtype == torch.float16:
-            raise NotCovered("float16 compute")
+            raise NotCoveredError("float16 compute")
         self.blocks = [Block(layer, self.decoder, n, self._dtype) for n, layer in enumerate(self.decoder.layers)]
         self.keep = keep
         groups = [group for block in self.blocks for group in block.groups]

@@ -2,7 +2,7 @@
 
 Decoders of the Llama kind differ in few ways: biases on q, k and v (Qwen2), a norm on each head (Qwen3), fused
 products (Phi-3), a sliding window (Mistral), four norms with weights around zero, capped scores and logits, scaled
-embeddings (Gemma 2). A model that differs in another way is not covered; `NotCovered` says in which.
+embeddings (Gemma 2). A model that differs in another way is not covered; `NotCoveredError` says in which.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
-class NotCovered(Exception):
+class NotCoveredError(Exception):
     """The model has something the fused engine does not compute; the message says what."""
 
 
@@ -70,21 +70,21 @@ def read(model: Any) -> Decoder:
     """Parts of a PEFT model.
 
     Raises:
-        NotCovered: It has parts that the fused engine does not compute.
+        NotCoveredError: It has parts that the fused engine does not compute.
     """
     base = model.get_base_model()
     config = base.config
     if config.model_type not in FAMILIES:
-        raise NotCovered(f"the architecture {config.model_type} (covered: {', '.join(FAMILIES)})")
+        raise NotCoveredError(f"the architecture {config.model_type} (covered: {', '.join(FAMILIES)})")
     rope = config.rope_parameters or {}
     rope_type = rope.get("rope_type", "default")
     if rope_type not in ROPE_TYPES:
-        raise NotCovered(f"rotary positions of the kind {rope_type}")
+        raise NotCoveredError(f"rotary positions of the kind {rope_type}")
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation not in ACTIVATIONS:
-        raise NotCovered(f"the activation {activation}")
+        raise NotCoveredError(f"the activation {activation}")
     if getattr(config, "attention_dropout", 0.0) or getattr(config, "resid_pdrop", 0.0):
-        raise NotCovered("dropout within the base model")
+        raise NotCoveredError("dropout within the base model")
     inner = base.base_model
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = Heads(config.num_attention_heads, config.num_key_value_heads, size)
@@ -94,13 +94,13 @@ def read(model: Any) -> Decoder:
     head = base.get_output_embeddings()
     for module, what in ((inner.embed_tokens, "embeddings"), (head, "head")):
         if type(module).__module__.startswith("peft") or module.weight.requires_grad:
-            raise NotCovered(f"an adapter on the {what}")
-    if type(head) is not torch.nn.Linear or head.bias is not None:
-        raise NotCovered(f"a head of the kind {type(head).__name__}")
+            raise NotCoveredError(f"an adapter on the {what}")
+    if type(head) is not torch.nn.Linear or getattr(head, "bias", None) is not None:
+        raise NotCoveredError(f"a head of the kind {type(head).__name__}")
     expected = sum(2 for layer in layers for linear in _linears(layer) if linear.a is not None)
     found = sum(1 for parameter in model.parameters() if parameter.requires_grad)
     if expected != found:
-        raise NotCovered(f"{found - expected} trainable parameters outside the blocks' linear layers")
+        raise NotCoveredError(f"{found - expected} trainable parameters outside the blocks' linear layers")
     longest = rope.get("original_max_position_embeddings") if rope_type == "longrope" else None
     return Decoder(
         layers, heads, float(first.scaling), float(getattr(config, "attn_logit_softcapping", None) or 0.0),
@@ -119,7 +119,6 @@ def _layer(layer: Any, number: int, config: Any, offset: float) -> Layer:
     qkv = ("qkv_proj",) if is_fused else ("q_proj", "k_proj", "v_proj")
     gate_up = ("gate_up_proj",) if is_fused else ("gate_proj", "up_proj")
     four = config.model_type == "gemma2"
-    norms = (layer.post_attention_layernorm, layer.post_feedforward_layernorm) if four else (None, None)
     second = layer.pre_feedforward_layernorm if four else layer.post_attention_layernorm
     types = getattr(config, "layer_types", None)
     slides = types[number] == "sliding_attention" if types else getattr(config, "use_sliding_window", True)
@@ -134,7 +133,8 @@ def _layer(layer: Any, number: int, config: Any, offset: float) -> Layer:
         _linear(mlp.down_proj, f"{name}.mlp.down_proj"),
         _norm(layer.input_layernorm, offset),
         _norm(second, offset),
-        *(_norm(norm, offset) if norm is not None else None for norm in norms),
+        _norm(layer.post_attention_layernorm, offset) if four else None,
+        _norm(layer.post_feedforward_layernorm, offset) if four else None,
         head_norm,
         window,
     )
@@ -148,10 +148,10 @@ def _linear(module: Any, name: str) -> Linear:
     if not hasattr(module, "lora_A"):
         return Linear(name, _frozen(module, name))
     if module.active_adapters != ["default"] or module.merged or getattr(module, "use_dora", {}).get("default"):
-        raise NotCovered(f"{name}: an adapter other than one plain LoRA")
+        raise NotCoveredError(f"{name}: an adapter other than one plain LoRA")
     a, b = module.lora_A["default"], module.lora_B["default"]
     if a.bias is not None or b.bias is not None:
-        raise NotCovered(f"{name}: an adapter with biases")
+        raise NotCoveredError(f"{name}: an adapter with biases")
     dropout = getattr(module.lora_dropout["default"], "p", 0.0)
     return Linear(name, _frozen(module.base_layer, name), a.weight, b.weight, module.scaling["default"], dropout)
 
@@ -159,7 +159,7 @@ def _linear(module: Any, name: str) -> Linear:
 def _frozen(module: Any, name: str) -> Any:
     state = getattr(module.weight, "quant_state", None)
     if type(module) is not torch.nn.Linear and state is None:
-        raise NotCovered(f"{name}: a layer of the kind {type(module).__name__}")
+        raise NotCoveredError(f"{name}: a layer of the kind {type(module).__name__}")
     if state is not None and (state.blocksize != 64 or module.in_features % 64):
-        raise NotCovered(f"{name}: 4-bit weights in blocks that cross rows")
+        raise NotCoveredError(f"{name}: 4-bit weights in blocks that cross rows")
     return module

@@ -58,7 +58,8 @@ class Group:
         self.linears = tuple(linears)
         adapted = [linear for linear in linears if linear.a is not None]
         first = linears[0].module
-        self.inputs, self.outputs = first.in_features, sum(linear.module.out_features for linear in linears)
+        self.inputs = int(first.in_features)
+        self.outputs = sum(int(linear.module.out_features) for linear in linears)
         self.rank = len(adapted[0].a) if adapted else 0
         self.scale = adapted[0].scale if adapted else 1.0
         self.dropout_p = adapted[0].dropout if adapted else 0.0
@@ -78,8 +79,8 @@ class Group:
         self.members = tuple(members)
         device = first.weight.device
         self.is_quantized = getattr(first.weight, "quant_state", None) is not None
-        self.table = None
-        self._resident = None
+        self.table: Any = None
+        self._resident: torch.Tensor | None = None
         width = self.inputs + self.margin
         if self.is_quantized:
             self.table = nf4.table_of([nf4.Packed.of(linear.module.weight) for linear in linears])

@@ -1,0 +1,156 @@
+"""Run by test_kernels.py: kernels in Triton's interpreter against their torch twins."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from veneer.kernels import low_rank, nf4, softmax_loss
+from veneer.kernels.gated_mlp import ACTIVATIONS, gated_mlp, gated_mlp_backward
+from veneer.kernels.low_rank import Dropout, Member
+from veneer.kernels.rms_norm import rms_norm, rms_norm_backward
+from veneer.kernels.rope import HeadNorm, Heads, rope, rope_backward
+
+MODULES = ["low_rank", "nf4", "softmax_loss", "gated_mlp", "rms_norm", "rope"]
+
+
+def both(monkeypatch: pytest.MonkeyPatch, compute: Any) -> tuple[Any, Any]:
+    """What `compute` returns by Triton and by its twin; it must make its inputs itself, from a seed."""
+    results = []
+    for by_triton in (True, False):
+        with monkeypatch.context() as patch:
+            for module in MODULES:
+                patch.setattr(f"veneer.kernels.{module}.runs_triton", lambda tensor, answer=by_triton: answer)
+            torch.manual_seed(0)
+            results.append(compute())
+    return results[0], results[1]
+
+
+def check(monkeypatch: pytest.MonkeyPatch, compute: Any) -> None:
+    found, wanted = both(monkeypatch, compute)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-4)
+
+
+def apart(rows: int, columns: int, more: int = 5) -> torch.Tensor:
+    """A matrix whose rows lie apart."""
+    return torch.randn(rows, columns + more)[:, :columns]
+
+
+@pytest.mark.parametrize("width", [48, 100])
+@pytest.mark.parametrize("post", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_rms_norm(monkeypatch: pytest.MonkeyPatch, width: int, post: bool, offset: float) -> None:
+    def compute() -> Any:
+        x, delta, dy, add = (torch.randn(3, width) for _ in range(4))
+        weight, weight2, y = torch.randn(width), torch.randn(width), apart(3, width)
+        total, rstd = rms_norm(x, delta, weight, 1e-5, offset, y, weight2 if post else None)
+        dx = rms_norm_backward(dy.clone(), total, weight, rstd, 1e-5, offset, add)
+        return total, rstd, y, dx, rms_norm_backward(dy, x, weight, None, 1e-5, offset)
+
+    check(monkeypatch, compute)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("half", [8, 5])
+def test_rope(monkeypatch: pytest.MonkeyPatch, normed: bool, half: int) -> None:
+    heads = Heads(6, 2, 16)
+
+    def compute() -> Any:
+        qkv, out = torch.randn(7, heads.size * 10), apart(7, heads.size * 10)
+        angles, position = torch.randn(9, half), torch.tensor([0, 1, 2, 3, 0, 1, 8], dtype=torch.int32)
+        norm = HeadNorm(torch.randn(16), torch.randn(16), 1e-6) if normed else None
+        raw = qkv.clone()
+        turned = rope(qkv, heads, position, angles.cos(), angles.sin(), norm)
+        grads = [torch.randn(7, n, 16) for n in (6, 2, 2)]
+        rope_backward(*grads, heads, position, angles.cos(), angles.sin(), out, raw if normed else None, norm)
+        return turned, out
+
+    check(monkeypatch, compute)
+
+
+@pytest.mark.parametrize("activation", sorted(set(ACTIVATIONS.values())))
+def test_gated_mlp(monkeypatch: pytest.MonkeyPatch, activation: int) -> None:
+    def compute() -> Any:
+        gate_up, h, dh = apart(3, 1102), apart(3, 551), torch.randn(3, 551)
+        gated_mlp(gate_up, h, activation)
+        gated_mlp_backward(gate_up, dh, activation)
+        return h, gate_up, dh
+
+    check(monkeypatch, compute)
+
+
+def test_the_gates_gradient_is_autograds() -> None:
+    functions = {0: torch.nn.functional.silu, 2: torch.nn.functional.gelu}
+    functions[1] = lambda x: torch.nn.functional.gelu(x, approximate="tanh")
+    for activation, function in functions.items():
+        gate_up = torch.randn(3, 14, dtype=torch.float32, requires_grad=True)
+        dh = torch.randn(3, 7)
+        (wanted,) = torch.autograd.grad(function(gate_up[:, :7]) * gate_up[:, 7:], gate_up, dh)
+        found = gate_up.detach().clone()
+        gated_mlp_backward(found, dh.clone(), activation)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_low_rank_products(monkeypatch: pytest.MonkeyPatch, dropout: float) -> None:
+    T, D, rank, N = 70, 150, 5, 21
+    members = (Member(0, 9, 0), Member(9, 13, -1), Member(13, 21, 1))
+
+    def compute() -> Any:
+        mask = Dropout(dropout, torch.tensor([1234567]), 16) if dropout else None
+        x, a = apart(T, D), torch.randn(2 * rank, D)
+        xa, dx = torch.zeros(T, 2 * rank), apart(T, D)
+        low_rank.project(x, a, xa, rank, -1 if dropout else 3, mask)
+        norm = (torch.rand(T), torch.randn(D), 1.0)
+        da = low_rank.outer(xa, x, rank, mask, norm)
+        grad_a, grad_b = torch.randn(2 * rank, D), torch.randn(17 * rank)
+        low_rank.add_a(da, grad_a)
+        low_rank.add_b(low_rank.outer(xa, torch.randn(T, N), rank), grad_b, members, rank, 2.0)
+        if mask is not None:
+            low_rank.add_projected(dx, xa, a, rank, mask)
+        return xa, grad_a, grad_b, dx
+
+    check(monkeypatch, compute)
+
+
+def test_masks_keep_their_share_and_differ() -> None:
+    first, second = (low_rank.keep_mask(7, key, (300, 400), 0.1) for key in (0, 1))
+    other = low_rank.keep_mask(8, 0, (300, 400), 0.1)
+    for mask in (first, second, other):
+        assert mask.float().mean().item() == pytest.approx(0.9, abs=0.005)
+        assert mask.float().mean(0).min() > 0.8
+        assert mask.float().mean(1).min() > 0.8
+    for mask in (second, other, first.roll(1, 0), first.roll(1, 1)):
+        assert (first == mask).float().mean().item() == pytest.approx(0.82, abs=0.01)
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_four_bit_weights(monkeypatch: pytest.MonkeyPatch, double: bool) -> None:
+    import bitsandbytes as bnb
+
+    weights = [torch.randn(rows, 192) for rows in (70, 9, 33)]
+    packed = [
+        bnb.nn.Params4bit(w, requires_grad=False, quant_type="nf4", compress_statistics=double).to("cpu")
+        for w in weights
+    ]
+
+    def compute() -> Any:
+        out = apart(112, 192)
+        nf4.dequantize(nf4.table_of([nf4.Packed.of(p) for p in packed]), out)
+        return (out,)
+
+    check(monkeypatch, compute)
+    wanted = torch.cat([bnb.functional.dequantize_4bit(p.data, p.quant_state) for p in packed])
+    torch.testing.assert_close(compute()[0], wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cap", [0.0, 3.0])
+def test_softmax_loss(monkeypatch: pytest.MonkeyPatch, cap: float) -> None:
+    def compute() -> Any:
+        logits, losses = 4 * torch.randn(5, 131), torch.empty(5)
+        targets = torch.tensor([0, 130, -100, 7, 64])
+        softmax_loss.softmax_loss(logits, targets, torch.rand(5), losses, cap)
+        return logits, losses
+
+    check(monkeypatch, compute)
