@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from veneer.kernels import low_rank, nf4, softmax_loss
-from veneer.kernels.gated_mlp import ACTIVATIONS, gated_mlp, gated_mlp_backward
+from veneer.kernels.gated_mlp import ACTIVATIONS, gated_mlp, gated_mlp_backward, gated_mlp_backward_adapters
 from veneer.kernels.low_rank import Dropout, Member
+from veneer.kernels.place import Place, place, placement_of
 from veneer.kernels.rms_norm import rms_norm, rms_norm_backward
 from veneer.kernels.rope import HeadNorm, Heads, rope, rope_backward
 
-MODULES = ["low_rank", "nf4", "softmax_loss", "gated_mlp", "rms_norm", "rope"]
+MODULES = ["place", "low_rank", "nf4", "softmax_loss", "gated_mlp", "rms_norm", "rope"]
 
 
 def both(monkeypatch: pytest.MonkeyPatch, compute: Any) -> tuple[Any, Any]:
@@ -62,8 +63,8 @@ def test_rope(monkeypatch: pytest.MonkeyPatch, normed: bool, half: int) -> None:
         norm = HeadNorm(torch.randn(16), torch.randn(16), 1e-6) if normed else None
         raw = qkv.clone()
         turned = rope(qkv, heads, position, angles.cos(), angles.sin(), norm)
-        grads = [torch.randn(7, n, 16) for n in (6, 2, 2)]
-        rope_backward(*grads, heads, position, angles.cos(), angles.sin(), out, raw if normed else None, norm)
+        dq, dk, dv = (torch.randn(7, n, 16) for n in (6, 2, 2))
+        rope_backward(dq, dk, dv, heads, position, angles.cos(), angles.sin(), out, raw if normed else None, norm)
         return turned, out
 
     check(monkeypatch, compute)
@@ -80,8 +81,22 @@ def test_gated_mlp(monkeypatch: pytest.MonkeyPatch, activation: int) -> None:
     check(monkeypatch, compute)
 
 
+@pytest.mark.parametrize("joint", [False, True])
+def test_gated_mlp_with_the_adapters_gradients(monkeypatch: pytest.MonkeyPatch, joint: bool) -> None:
+    T, width, rank = 70, 150, 5
+
+    def compute() -> Any:
+        gate_up, dh = apart(T, 2 * width), torch.randn(T, width)
+        xa, db = apart(T, rank if joint else 2 * rank), apart(T, rank)
+        slots = (0, 0) if joint else (0, 1)
+        parts_a, parts_b = gated_mlp_backward_adapters(gate_up, dh, 0, xa, db, rank, slots)
+        return gate_up, parts_a.sum(0), parts_b.sum(0)
+
+    check(monkeypatch, compute)
+
+
 def test_the_gates_gradient_is_autograds() -> None:
-    functions = {0: torch.nn.functional.silu, 2: torch.nn.functional.gelu}
+    functions: dict[int, Any] = {0: torch.nn.functional.silu, 2: torch.nn.functional.gelu}
     functions[1] = lambda x: torch.nn.functional.gelu(x, approximate="tanh")
     for activation, function in functions.items():
         gate_up = torch.randn(3, 14, dtype=torch.float32, requires_grad=True)
@@ -123,6 +138,18 @@ def test_masks_keep_their_share_and_differ() -> None:
         assert mask.float().mean(1).min() > 0.8
     for mask in (second, other, first.roll(1, 0), first.roll(1, 1)):
         assert (first == mask).float().mean().item() == pytest.approx(0.82, abs=0.01)
+
+
+def test_adapters_find_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compute() -> Any:
+        room = torch.zeros(40, 300)
+        sources = [torch.randn(5, 290), torch.randn(30, 3), torch.randn(30, 3)]
+        targets = [room[35:, :290], room[:30, 290:293], room[:30, 293:296]]
+        factors = (1.0, 2.0, 0.5)
+        place(placement_of([Place(t, s, f) for t, s, f in zip(targets, sources, factors, strict=True)]))
+        return (room,)
+
+    check(monkeypatch, compute)
 
 
 @pytest.mark.parametrize("double", [True, False])

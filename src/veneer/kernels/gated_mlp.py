@@ -11,11 +11,12 @@ import math
 import torch
 import torch.nn.functional as F
 
-from veneer.kernels.launch import runs_triton, tl, triton
+from veneer.kernels.launch import power_of_2, runs_triton, tl, triton
 
 SILU, GELU_TANH, GELU = 0, 1, 2
 ACTIVATIONS = {"silu": SILU, "swish": SILU, "gelu_pytorch_tanh": GELU_TANH, "gelu": GELU}
 BLOCK = 1024
+TILE = (64, 64, 4)  # tokens, columns and warps of a program that makes adapters' gradients too
 
 
 def gated_mlp(gate_up_TF: torch.Tensor, h_TF: torch.Tensor, activation: int) -> None:
@@ -49,6 +50,54 @@ def gated_mlp_backward(gate_up_TF: torch.Tensor, dh_TF: torch.Tensor, activation
     _backward[(T, triton.cdiv(width, BLOCK))](
         gate_up_TF, dh_TF, width, gate_up_TF.stride(0), dh_TF.stride(0), ACTIVATION=activation, BLOCK=BLOCK, num_warps=4
     )
+
+
+def gated_mlp_backward_adapters(
+    gate_up_TF: torch.Tensor,
+    dh_TF: torch.Tensor,
+    activation: int,
+    xa_TR: torch.Tensor,
+    db_TS: torch.Tensor,
+    rank: int,
+    slots: tuple[int, int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`gated_mlp_backward`, and the adapters' products with what passes through: three reads of it less.
+
+    Args:
+        gate_up_TF: Overwritten with its gradient.
+        dh_TF: Gradient of h; left as it is or overwritten.
+        xa_TR: What the adapters of gate and up made of their input.
+        db_TS: What down's adapter makes of the gradient of its output, (T, rank).
+        rank: Of each adapter.
+        slots: Which block of xa belongs to gate, which to up.
+
+    Returns:
+        Parts to be added up (see `low_rank.outer`): of down's A gradient, (P, rank, F), and of gate's and up's B
+        gradients, (P, R, 2F), where each column holds its own slot alone.
+    """
+    T, width = dh_TF.shape
+    R = xa_TR.shape[1]
+    if not runs_triton(dh_TF):
+        gated_mlp_backward(gate_up_TF, dh_TF, activation)
+        parts_b = xa_TR.float().T @ gate_up_TF[:, : 2 * width].float()
+        for slot, columns in zip(slots, (slice(0, width), slice(width, 2 * width)), strict=True):
+            own = parts_b[slot * rank : (slot + 1) * rank, columns].clone()
+            parts_b[:, columns] = 0
+            parts_b[slot * rank : (slot + 1) * rank, columns] = own
+        return (db_TS.float().T @ dh_TF.float())[None], parts_b[None]
+    parts = max(1, min(4, T // 512))
+    span = triton.cdiv(triton.cdiv(T, parts), 64) * 64
+    parts = triton.cdiv(T, span)
+    parts_a = torch.empty((parts, rank, width), dtype=torch.float32, device=dh_TF.device)
+    parts_b = torch.zeros((parts, R, 2 * width), dtype=torch.float32, device=dh_TF.device)
+    block_t, block_f, warps = TILE
+    _backward_adapters[(triton.cdiv(width, block_f), parts)](
+        gate_up_TF, dh_TF, xa_TR, db_TS, parts_a, parts_b, T, width, R, rank, slots[0], slots[1], span,
+        gate_up_TF.stride(0), dh_TF.stride(0), xa_TR.stride(0), db_TS.stride(0),
+        ACTIVATION=activation, BLOCK_T=block_t, BLOCK_F=block_f, BLOCK_R=power_of_2(rank),
+        PRECISION="ieee" if dh_TF.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=2,
+    )  # fmt: skip
+    return parts_a, parts_b
 
 
 def _act_torch(gate: torch.Tensor, activation: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,3 +157,46 @@ def _backward(gate_up, dh, width, stride, h_stride, ACTIVATION: tl.constexpr, BL
     tl.store(at, (grad * up * slope).to(gate_up.dtype.element_ty), mask=inside)
     tl.store(at + width, (grad * value).to(gate_up.dtype.element_ty), mask=inside)
     tl.store(dh + t * h_stride + f, (value * up).to(dh.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward_adapters(
+    gate_up, dh, xa, db, parts_a, parts_b, T, width, R, rank, gate_slot, up_slot, span,
+    stride, h_stride, xa_stride, db_stride,
+    ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    part = tl.program_id(1)
+    r = tl.arange(0, BLOCK_R)
+    total_a = tl.zeros((BLOCK_R, BLOCK_F), dtype=tl.float32)
+    total_gate = tl.zeros((BLOCK_R, BLOCK_F), dtype=tl.float32)
+    total_up = tl.zeros((BLOCK_R, BLOCK_F), dtype=tl.float32)
+    first = part * span
+    for start in range(first, tl.minimum(first + span, T), BLOCK_T):
+        t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
+        inside = (t < T)[:, None] & (f < width)[None, :]
+        at = gate_up + t[:, None] * stride + f[None, :]
+        gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(at + width, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(dh + t[:, None] * h_stride + f[None, :], mask=inside, other=0.0).to(tl.float32)
+        value, slope = _act(gate, ACTIVATION)
+        dtype = gate_up.dtype.element_ty
+        d_gate, d_up, h = (grad * up * slope).to(dtype), (grad * value).to(dtype), (value * up).to(dtype)
+        tl.store(at, d_gate, mask=inside)
+        tl.store(at + width, d_up, mask=inside)
+        is_r = (r < rank)[:, None] & (t < T)[None, :]
+        u = tl.load(db + t[None, :] * db_stride + r[:, None], mask=is_r, other=0.0)
+        total_a = tl.dot(u, h, total_a, input_precision=PRECISION)
+        row = xa + t[None, :] * xa_stride + r[:, None]
+        total_gate = tl.dot(
+            tl.load(row + gate_slot * rank, mask=is_r, other=0.0), d_gate, total_gate, input_precision=PRECISION
+        )
+        total_up = tl.dot(
+            tl.load(row + up_slot * rank, mask=is_r, other=0.0), d_up, total_up, input_precision=PRECISION
+        )
+    keep = (r < rank)[:, None] & (f < width)[None, :]
+    tl.store(parts_a + (part * rank + r)[:, None].to(tl.int64) * width + f[None, :], total_a, mask=keep)
+    place = parts_b + (part * R + r)[:, None].to(tl.int64) * (2 * width) + f[None, :]
+    tl.store(place + gate_slot * rank * 2 * width, total_gate, mask=keep)
+    tl.store(place + up_slot * rank * 2 * width + width, total_up, mask=keep)

@@ -24,7 +24,7 @@ import torch
 from veneer.engine.fused.attention import Attention, Documents, attend, attend_backward
 from veneer.engine.fused.family import Decoder, Layer, Norm
 from veneer.engine.fused.group import Group
-from veneer.kernels.gated_mlp import gated_mlp, gated_mlp_backward
+from veneer.kernels.gated_mlp import gated_mlp, gated_mlp_backward, gated_mlp_backward_adapters
 from veneer.kernels.rms_norm import rms_norm, rms_norm_backward
 from veneer.kernels.rope import rope, rope_backward
 
@@ -191,16 +191,18 @@ class Block:
         self.down.backward_margin(dy_TK)
         dh_TF = kept.x.new_empty((T, self.down.inputs))
         self.down.backward_input(dy_TK, self.down.matrix(at.scratch), dh_TF, at.seed)
-        gated_mlp_backward(kept.gate_up, dh_TF, self.decoder.activation)
-        self.down.backward_adapters(dy_TK, dh_TF, kept.xa_down, at.seed)
+        parts = self._gate_backward(kept, dy_TK, dh_TF)
+        self.down.backward_adapters(dy_TK, dh_TF, kept.xa_down, at.seed, parts_a=parts and parts[0])
         del dh_TF, dy_TK
         self.gate_up.backward_margin(kept.gate_up)
         dx_TD = torch.empty_like(kept.x)
         self.gate_up.backward_input(kept.gate_up, self.gate_up.matrix(at.scratch), dx_TD, at.seed)
         norm = layer.norm2
         self.gate_up.backward_adapters(
-            kept.gate_up, kept.mid, kept.xa_gate_up, at.seed, (kept.rstd2, norm.weight_D, norm.offset)
-        )
+            kept.gate_up, kept.mid, kept.xa_gate_up, at.seed, (kept.rstd2, norm.weight_D, norm.offset),
+            parts_b=parts and parts[1],
+        )  # fmt: skip
+        del parts
         kept.gate_up = None
         rms_norm_backward(dx_TD, kept.mid, norm.weight_D, kept.rstd2, norm.eps, norm.offset, d_TK[:, :D])
         kept.mid = None
@@ -226,6 +228,18 @@ class Block:
         if not is_first:
             self.qkv.backward_input(dqkv_TK, self.qkv.matrix(at.scratch), dx_TD, at.seed)
             rms_norm_backward(dx_TD, kept.x, norm.weight_D, kept.rstd1, norm.eps, norm.offset, d_TK[:, :D])
+
+    def _gate_backward(self, kept: Kept, dy_TK: torch.Tensor, dh_TF: torch.Tensor) -> Any:
+        """Gradient of gate and up in their place; where every linear of the MLP has its adapter, theirs on the way."""
+        down, both = self.down, self.gate_up
+        activation = self.decoder.activation
+        slots = both.members[0].slot, both.members[-1].slot
+        if not down.used or min(slots) < 0 or down.dropout_p or down.rank != both.rank:
+            gated_mlp_backward(kept.gate_up, dh_TF, activation)
+            return None
+        db_TR = dy_TK[:, down.outputs : down.outputs + down.used]
+        xa_TR = kept.xa_gate_up[:, : both.used]
+        return gated_mlp_backward_adapters(kept.gate_up, dh_TF, activation, xa_TR, db_TR, down.rank, slots)
 
     def _through_post(self, d_TK: torch.Tensor, delta_TD: Any, post: Norm | None, group: Group) -> torch.Tensor:
         """Gradient of what was added to the residual stream, with the group's margin."""

@@ -9,6 +9,7 @@ from veneer.data import Batch
 from veneer.engine.fused.attention import Documents
 from veneer.engine.fused.block import TENSORS, Block, Context, Kept
 from veneer.engine.fused.family import Decoder, NotCoveredError, read
+from veneer.kernels.place import place, placement_of
 from veneer.kernels.rms_norm import rms_norm, rms_norm_backward
 from veneer.kernels.softmax_loss import softmax_loss
 
@@ -45,8 +46,8 @@ class FusedEngine:
                 group.keep_dequantized()
         quantized = [group.size for group in groups if group.is_quantized and not keep_dequantized]
         self._scratch = weight.new_empty(max(quantized, default=0))
-        self._adapters = [shadow for group in groups for shadow in group.shadows()]
         self._flatten(groups)
+        self._adapters = placement_of([shadow for group in groups for shadow in group.shadows()])
         self._seed = torch.zeros(1, dtype=torch.int64, device=self._device)
         self._has_dropout = any(group.dropout_p for group in groups)
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -77,8 +78,7 @@ class FusedEngine:
 
     def _refresh(self) -> None:
         """Round the adapters to the compute precision, into the margins of the matrices."""
-        places = [place for place, _, _ in self._adapters]
-        torch._foreach_copy_(places, [p.data if scale == 1 else p.data * scale for _, p, scale in self._adapters])
+        place(self._adapters)
 
     def _gradients(self) -> None:
         """Gradients that the optimizer dropped begin at zero, in the flat buffer."""

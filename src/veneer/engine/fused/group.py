@@ -24,6 +24,7 @@ import torch
 
 from veneer.kernels import low_rank, nf4
 from veneer.kernels.low_rank import Dropout, Member
+from veneer.kernels.place import Place
 
 
 class Linear(NamedTuple):
@@ -120,14 +121,14 @@ class Group:
             self._make_resident(matrix)
             self.b_NR.copy_(b_NR)
 
-    def shadows(self) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
-        """(16-bit place, float32 parameter, factor) of every adapter matrix."""
+    def shadows(self) -> list[Place]:
+        """Where each adapter matrix stands in compute precision."""
         pairs = []
         for linear, (start, end, slot) in zip(self.linears, self.members):
             if slot >= 0:
                 ranks = slice(slot * self.rank, (slot + 1) * self.rank)
-                pairs.append((self.a_RD[ranks], linear.a, 1.0))
-                pairs.append((self.b_NR[start:end, ranks], linear.b, self.scale))
+                pairs.append(Place(self.a_RD[ranks], linear.a.data, 1.0))
+                pairs.append(Place(self.b_NR[start:end, ranks], linear.b.data, self.scale))
         return pairs
 
     def matrix(self, scratch: torch.Tensor) -> torch.Tensor:
@@ -204,6 +205,8 @@ class Group:
         xa_TR: torch.Tensor | None,
         seed: torch.Tensor | None,
         norm: Any = None,
+        parts_a: torch.Tensor | None = None,
+        parts_b: torch.Tensor | None = None,
     ) -> None:
         """Add the adapters' gradients to theirs, after `backward_margin`.
 
@@ -212,12 +215,15 @@ class Group:
             x_TD: The forward's input, or what `norm` makes it from.
             xa_TR: As `forward` returned it.
             norm: See `low_rank.outer`.
+            parts_a, parts_b: The A and B gradients where another kernel has made them, as parts to be added up.
         """
         if not self.used:
             return
         assert xa_TR is not None
         N, used = self.outputs, self.used
-        parts = low_rank.outer(dy_TK[:, N : N + used], x_TD, self.rank, self._dropout(seed), norm)
-        low_rank.add_a(parts, self.grad_a)
-        parts = low_rank.outer(xa_TR[:, :used], dy_TK[:, :N], used)
-        low_rank.add_b(parts, self.grad_b, self.members, self.rank, self.scale)
+        if parts_a is None:
+            parts_a = low_rank.outer(dy_TK[:, N : N + used], x_TD, self.rank, self._dropout(seed), norm)
+        low_rank.add_a(parts_a, self.grad_a)
+        if parts_b is None:
+            parts_b = low_rank.outer(xa_TR[:, :used], dy_TK[:, :N], used)
+        low_rank.add_b(parts_b, self.grad_b, self.members, self.rank, self.scale)

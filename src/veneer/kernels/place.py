@@ -1,0 +1,76 @@
+"""Rounds all adapters to the compute precision, each into its place beside the frozen weights, in one launch.
+
+Master weights are float32 and change once a step; the large products read a 16-bit copy of them in the margins of their
+matrices. Some hundred small copies would cost ten milliseconds of host time.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from veneer.kernels.launch import runs_triton, tl, triton
+
+BLOCK = 4096
+
+
+class Place(NamedTuple):
+    """One matrix: `target` (rows may lie apart) = `source` (contiguous, float32) times `factor`."""
+
+    target: torch.Tensor
+    source: torch.Tensor
+    factor: float
+
+
+class Placement(NamedTuple):
+    """Addresses of many, for one launch; they must stay where they are."""
+
+    places: tuple[Place, ...]
+    addresses: torch.Tensor
+    factors: torch.Tensor
+    member_of: torch.Tensor
+
+
+def placement_of(places: Sequence[Place]) -> Placement:
+    """Prepare the launch."""
+    device = places[0].target.device if places else torch.device("cpu")
+    rows, members, first = [], [], 0
+    for number, (target, source, _) in enumerate(places):
+        programs = triton.cdiv(source.numel(), BLOCK) if runs_triton(target) else 1
+        rows.append([target.data_ptr(), source.data_ptr(), source.numel(), source.shape[1], target.stride(0), first])
+        members += [number] * programs
+        first += programs
+    return Placement(
+        tuple(places),
+        torch.tensor(rows, dtype=torch.int64, device=device),
+        torch.tensor([place.factor for place in places], dtype=torch.float32, device=device),
+        torch.tensor(members, dtype=torch.int32, device=device),
+    )
+
+
+def place(placement: Placement) -> None:
+    """Fill every target."""
+    if not placement.places:
+        return
+    target = placement.places[0].target
+    if not runs_triton(target):
+        for target, source, factor in placement.places:
+            target.copy_(source * factor)
+        return
+    dtype = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[target.dtype]
+    _place[(len(placement.member_of),)](
+        placement.addresses, placement.factors, placement.member_of, DTYPE=dtype, BLOCK=BLOCK, num_warps=4
+    )
+
+
+@triton.jit
+def _place(addresses, factors, member_of, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    program = tl.program_id(0)
+    member = tl.load(member_of + program)
+    line = addresses + member * 6
+    target = tl.load(line).to(tl.pointer_type(DTYPE))
+    source = tl.load(line + 1).to(tl.pointer_type(tl.float32))
+    size, width, stride = tl.load(line + 2), tl.load(line + 3), tl.load(line + 4)
+    at = (program - tl.load(line + 5)) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(source + at, mask=at < size, other=0.0) * tl.load(factors + member)
+    tl.store(target + (at // width) * stride + at % width, value.to(DTYPE), mask=at < size)
