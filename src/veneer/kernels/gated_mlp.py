@@ -16,7 +16,7 @@ from veneer.kernels.launch import power_of_2, runs_triton, tl, triton
 SILU, GELU_TANH, GELU = 0, 1, 2
 ACTIVATIONS = {"silu": SILU, "swish": SILU, "gelu_pytorch_tanh": GELU_TANH, "gelu": GELU}
 BLOCK = 1024
-TILE = (64, 64, 4)  # tokens, columns and warps of a program that makes adapters' gradients too
+TILE = (32, 64, 4)  # tokens, columns and warps of a program that makes adapters' gradients too
 
 
 def gated_mlp(gate_up_TF: torch.Tensor, h_TF: torch.Tensor, activation: int) -> None:
