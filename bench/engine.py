@@ -94,7 +94,7 @@ def measure(model: Any, case: str, steps: int, profile: bool) -> dict[str, Any]:
     accumulation = more[0] if more else 1
     keep, _, resident = setting.partition("+")
     engine = FusedEngine(model, SETTINGS[keep], keep_dequantized=resident == "bf16")
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = [engine.master]
     optimizer = build_optimizer(parameters, Train(optim="adamw_8bit"), "cuda")
     batches = [batch_of(rows, length, model.config.vocab_size) for _ in range(accumulation)]
     weight = sum(batch.weight for batch in batches)

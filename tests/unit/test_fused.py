@@ -7,12 +7,13 @@ import torch
 import transformers
 
 from tests.tiny import FAMILIES
-from veneer.config import Adapter
+from veneer.config import Adapter, Train
 from veneer.data import Batch
 from veneer.engine import ReferenceEngine
 from veneer.engine.fused import FusedEngine, NotCoveredError
 from veneer.engine.fused.block import TENSORS
 from veneer.model import attach
+from veneer.train.optimizer import build_optimizer
 
 COVERED = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2")
 
@@ -100,6 +101,25 @@ def test_packed_equals_unpacked() -> None:
         start += length
     assert total == pytest.approx(loss, rel=1e-6)
     assert worst({n: p.grad for n, p in model.named_parameters() if p.requires_grad}, found)[0] < 1e-5
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "adamw_32bit"])
+def test_one_launch_for_all_adapters_is_one_for_each(optim: str) -> None:
+    """Sizes here are multiples of 256, and large enough that bitsandbytes keeps 8-bit states of them."""
+    results = []
+    for flat in (True, False):
+        model = model_of(
+            "llama", changes={"intermediate_size": 256, "hidden_size": 256, "num_key_value_heads": 4}, r=16
+        )
+        engine = FusedEngine(model)
+        parameters = [engine.master] if flat else [p for p in model.parameters() if p.requires_grad]
+        optimizer = build_optimizer(parameters, Train(optim=optim, learning_rate=1e-2, weight_decay=0.1), "cpu")
+        for seed in range(3):
+            engine.forward_backward(batch_of(seed=seed), 0.01)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        results.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
+    assert worst(*results)[0] < 1e-6, worst(*results)
 
 
 def test_a_model_that_is_not_covered_is_named() -> None:

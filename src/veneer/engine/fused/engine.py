@@ -53,27 +53,32 @@ class FusedEngine:
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def _flatten(self, groups: list[Any]) -> None:
-        """One buffer for all gradients, one for all parameters; PEFT's parameters become views of it."""
+        """One buffer for all parameters, one for all gradients; PEFT's become views of them.
+
+        `master` is the first of them: an optimizer of that one parameter updates all adapters in one launch. Its
+        8-bit states (blocks of 256) are those of separate parameters where each one's size is a multiple of 256.
+        """
         ordered = []
         for group in groups:
             adapted = [linear for linear in group.linears if linear.a is not None]
             ordered += [linear.a for linear in adapted] + [linear.b for linear in adapted]
         total = sum(parameter.numel() for parameter in ordered)
-        self.flat = torch.empty(total, dtype=torch.float32, device=self._device)
-        self.flat_grad = torch.zeros_like(self.flat)
+        flat = torch.empty(total, dtype=torch.float32, device=self._device)
+        self._flat_grad = torch.zeros_like(flat)
         self._views, at = [], 0
         for parameter in ordered:
             part = slice(at, at + parameter.numel())
-            self.flat[part] = parameter.data.reshape(-1)
-            parameter.data = self.flat[part].view(parameter.shape)
-            self._views.append((parameter, self.flat_grad[part].view(parameter.shape)))
+            flat[part] = parameter.data.reshape(-1)
+            parameter.data = flat[part].view(parameter.shape)
+            self._views.append((parameter, self._flat_grad[part].view(parameter.shape)))
             at += parameter.numel()
+        self.master = torch.nn.Parameter(flat)
         at = 0
         for group in groups:
             size_a = group.used * group.inputs
             size_b = sum((end - start) * group.rank for start, end, slot in group.members if slot >= 0)
-            group.grad_a = self.flat_grad[at : at + size_a].view(group.used, group.inputs)
-            group.grad_b = self.flat_grad[at + size_a : at + size_a + size_b]
+            group.grad_a = self._flat_grad[at : at + size_a].view(group.used, group.inputs)
+            group.grad_b = self._flat_grad[at + size_a : at + size_a + size_b]
             at += size_a + size_b
 
     def _refresh(self) -> None:
@@ -82,8 +87,9 @@ class FusedEngine:
 
     def _gradients(self) -> None:
         """Gradients that the optimizer dropped begin at zero, in the flat buffer."""
-        if self._views and self._views[0][0].grad is None:
-            self.flat_grad.zero_()
+        if self.master.grad is None or self._views[0][0].grad is None:
+            self._flat_grad.zero_()
+            self.master.grad = self._flat_grad
             for parameter, view in self._views:
                 parameter.grad = view
 
@@ -131,7 +137,7 @@ class FusedEngine:
         """Tables of the model's own rotary module, float32, for the positions there are."""
         if self._tables is None or len(self._tables[0]) < longest:
             places = torch.arange(-(-longest // 1024) * 1024, device=self._device)[None]
-            cos, sin = self.decoder.rotary(self.flat.new_empty(1), places)
+            cos, sin = self.decoder.rotary(self.master.data[:1], places)
             half = cos.shape[-1] // 2
             self._tables = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
         return self._tables
