@@ -88,12 +88,14 @@ def batch_of(rows: int, length: int, vocabulary: int) -> Batch:
 
 
 def measure(model: Any, case: str, steps: int, profile: bool) -> dict[str, Any]:
-    """One case: ROWSxLENGTH[xACCUMULATION]:SETTING[+bf16]."""
+    """One case: ROWSxLENGTH[xACCUMULATION]:SETTING[+bf16][+graph]."""
     sizes, setting = case.split(":")
     rows, length, *more = map(int, sizes.split("x"))
     accumulation = more[0] if more else 1
-    keep, _, resident = setting.partition("+")
-    engine = FusedEngine(model, SETTINGS[keep], keep_dequantized=resident == "bf16")
+    keep, *more_settings = setting.split("+")
+    engine = FusedEngine(
+        model, SETTINGS[keep], keep_dequantized="bf16" in more_settings, graphs="graph" in more_settings
+    )
     parameters = [engine.master]
     optimizer = build_optimizer(parameters, Train(optim="adamw_8bit"), "cuda")
     batches = [batch_of(rows, length, model.config.vocab_size) for _ in range(accumulation)]

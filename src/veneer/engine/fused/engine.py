@@ -9,6 +9,7 @@ from veneer.data import Batch
 from veneer.engine.fused.attention import Documents
 from veneer.engine.fused.block import TENSORS, Block, Context, Kept
 from veneer.engine.fused.family import Decoder, NotCoveredError, read
+from veneer.engine.fused.graphs import Graphs, Inputs
 from veneer.kernels.place import place, placement_of
 from veneer.kernels.rms_norm import rms_norm, rms_norm_backward
 from veneer.kernels.softmax_loss import softmax_loss
@@ -23,6 +24,7 @@ class FusedEngine:
         model: From `veneer.model.attach` or `load_adapter`.
         keep: Tensors of a block that are kept from forward to backward, of `block.TENSORS`.
         keep_dequantized: Hold 4-bit weights as 16-bit matrices too.
+        graphs: Record passes of a shape that comes again.
 
     Raises:
         NotCoveredError: The model has parts this engine does not compute.
@@ -31,7 +33,9 @@ class FusedEngine:
     name = "fused"
     isolates_documents = True
 
-    def __init__(self, model: Any, keep: frozenset[str] = frozenset(TENSORS), keep_dequantized: bool = False) -> None:
+    def __init__(
+        self, model: Any, keep: frozenset[str] = frozenset(TENSORS), keep_dequantized: bool = False, graphs: bool = True
+    ) -> None:
         self.model = model
         self.decoder: Decoder = read(model)
         weight = self.decoder.embed.weight
@@ -50,7 +54,9 @@ class FusedEngine:
         self._adapters = placement_of([shadow for group in groups for shadow in group.shadows()])
         self._seed = torch.zeros(1, dtype=torch.int64, device=self._device)
         self._has_dropout = any(group.dropout_p for group in groups)
-        self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._graphs = Graphs(self._pass) if graphs and self._device.type == "cuda" else None
+        # The last is the longest; the others stay, since recorded passes read them.
+        self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def _flatten(self, groups: list[Any]) -> None:
         """One buffer for all parameters, one for all gradients; PEFT's become views of them.
@@ -81,10 +87,6 @@ class FusedEngine:
             group.grad_b = self._flat_grad[at + size_a : at + size_a + size_b]
             at += size_a + size_b
 
-    def _refresh(self) -> None:
-        """Round the adapters to the compute precision, into the margins of the matrices."""
-        place(self._adapters)
-
     def _gradients(self) -> None:
         """Gradients that the optimizer dropped begin at zero, in the flat buffer."""
         if self.master.grad is None or self._views[0][0].grad is None:
@@ -97,54 +99,59 @@ class FusedEngine:
     def forward_backward(self, batch: Batch, scale: float) -> torch.Tensor:
         """See `Engine.forward_backward`."""
         self._gradients()
-        self._refresh()
         if self._has_dropout:
             self._seed.random_(0, 2**31)
-        batch, index_N = self._bring(batch)
-        at = self._context(batch, training=True)
-        hidden_TD, delta_TD, kept, post = self._forward(batch, at, True)
-        losses_N, d_TK = self._head(batch, index_N, hidden_TD, delta_TD, post, scale)
-        total = (losses_N.double() * batch.weights_T[index_N]).sum()
-        for block, of_block in zip(reversed(self.blocks), reversed(kept)):
-            kept.pop()
-            block.backward(d_TK, of_block, at, block.number == 0)
+        inputs = self._bring(batch, scale)
+        return self._graphs.run(inputs) if self._graphs is not None else self._pass(inputs)
+
+    def _pass(self, inputs: Inputs) -> torch.Tensor:
+        """Forward and backward, on the device alone."""
+        at = self._context(inputs.documents, training=True)
+        place(self._adapters)
+        x_TD, delta_TD, kept, post = self._forward(inputs.ids_T, at, True)
+        losses_N, d_TK = self._head(inputs, x_TD, delta_TD, post, True)
+        total = (losses_N.double() * inputs.weights_N).sum()
+        for block in reversed(self.blocks):
+            block.backward(d_TK, kept.pop(), at, block.number == 0)
         return total
 
     @torch.no_grad()
     def losses(self, batch: Batch) -> torch.Tensor:
         """See `Engine.losses`."""
-        self._refresh()
-        batch, index_N = self._bring(batch)
-        at = self._context(batch, training=False)
-        hidden_TD, delta_TD, _, post = self._forward(batch, at, False)
-        losses_N, _ = self._head(batch, index_N, hidden_TD, delta_TD, post, None)
+        inputs = self._bring(batch, 0.0)
+        place(self._adapters)
+        x_TD, delta_TD, _, post = self._forward(inputs.ids_T, self._context(inputs.documents, training=False), False)
+        losses_N, _ = self._head(inputs, x_TD, delta_TD, post, False)
         document_T = torch.repeat_interleave(torch.tensor(batch.lengths)).to(self._device)
         result = torch.zeros(len(batch.lengths), dtype=torch.float64, device=self._device)
-        return result.index_add_(0, document_T[index_N], losses_N.double() * batch.weights_T[index_N])
+        return result.index_add_(0, document_T[inputs.index_N], losses_N.double() * inputs.weights_N)
 
-    def _bring(self, batch: Batch) -> tuple[Batch, torch.Tensor]:
-        """The batch on the device, and where its trained tokens stand (found on the host: nothing waits)."""
+    def _bring(self, batch: Batch, scale: float) -> Inputs:
+        """The batch on the device; what is trained is found on the host, so that nothing waits."""
         index_N = (batch.targets_T >= 0).nonzero().squeeze(1)
-        return batch.to(str(self._device)), index_N.to(self._device, non_blocking=True)
-
-    def _context(self, batch: Batch, training: bool) -> Context:
+        weights_N = batch.weights_T[index_N]
+        tensors = (batch.ids_T, index_N, batch.targets_T[index_N], weights_N, weights_N * scale)
         documents = Documents.of(batch.lengths, self._device)
+        self._rotary(documents.longest)
+        return Inputs(*(tensor.to(self._device, non_blocking=True) for tensor in tensors), documents=documents)
+
+    def _context(self, documents: Documents, training: bool) -> Context:
         cos_PS, sin_PS = self._rotary(documents.longest)
         seed = self._seed if training and self._has_dropout else None
         return Context(documents, cos_PS, sin_PS, self._scratch, seed)
 
     def _rotary(self, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Tables of the model's own rotary module, float32, for the positions there are."""
-        if self._tables is None or len(self._tables[0]) < longest:
+        if not self._tables or len(self._tables[-1][0]) < longest:
             places = torch.arange(-(-longest // 1024) * 1024, device=self._device)[None]
             cos, sin = self.decoder.rotary(self.master.data[:1], places)
             half = cos.shape[-1] // 2
-            self._tables = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
-        return self._tables
+            self._tables.append((cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()))
+        return self._tables[-1]
 
-    def _forward(self, batch: Batch, at: Context, training: bool) -> Any:
+    def _forward(self, ids_T: torch.Tensor, at: Context, training: bool) -> Any:
         """Residual stream and last delta (not yet added), kept tensors of each block, the last post-norm."""
-        x_TD, delta_TD, post = self.decoder.embed(batch.ids_T), None, None
+        x_TD, delta_TD, post = self.decoder.embed(ids_T), None, None
         kept: list[Kept] = []
         for block in self.blocks:
             # The last block's tensors are needed at once, whatever the plan keeps of the others.
@@ -156,24 +163,22 @@ class FusedEngine:
         return x_TD, delta_TD, kept, post
 
     def _head(
-        self, batch: Batch, index_N: torch.Tensor, x_TD: torch.Tensor, delta_TD: Any, post: Any, scale: float | None
+        self, inputs: Inputs, x_TD: torch.Tensor, delta_TD: Any, post: Any, training: bool
     ) -> tuple[torch.Tensor, Any]:
-        """Losses of trained tokens, and the gradient of the residual stream (with `scale`)."""
+        """Losses of trained tokens, and in training the gradient of the residual stream."""
         norm, decoder = self.decoder.norm, self.decoder
         y_TD = torch.empty_like(x_TD)
         x_TD, rstd_T = rms_norm(x_TD, delta_TD, norm.weight_D, norm.eps, norm.offset, y_TD, post and post.weight_D)
-        hidden_ND, targets_N = y_TD[index_N], batch.targets_T[index_N]
+        index_N, targets_N, factor_N = inputs.index_N, inputs.targets_N, inputs.factor_N
+        hidden_ND = y_TD[index_N]
         weight_VD = decoder.head.weight
-        factor_N = batch.weights_T[index_N] * (scale or 0.0)
         losses_N = torch.empty(len(index_N), dtype=torch.float32, device=self._device)
-        d_ND = torch.empty_like(hidden_ND) if scale is not None else None
+        d_ND = torch.empty_like(hidden_ND) if training else None
         rows = max(16, LOGITS_BYTES // (weight_VD.shape[0] * weight_VD.element_size()) // 16 * 16)
         for start in range(0, len(index_N), rows):
             part = slice(start, start + rows)
             logits_nV = F.linear(hidden_ND[part], weight_VD)
-            softmax_loss(
-                logits_nV, targets_N[part], factor_N[part], losses_N[part], decoder.head_cap, scale is not None
-            )
+            softmax_loss(logits_nV, targets_N[part], factor_N[part], losses_N[part], decoder.head_cap, training)
             if d_ND is not None:
                 torch.mm(logits_nV, weight_VD, out=d_ND[part])
             del logits_nV
