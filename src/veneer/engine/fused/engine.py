@@ -130,10 +130,11 @@ class FusedEngine:
         """The batch on the device; what is trained is found on the host, so that nothing waits."""
         index_N = (batch.targets_T >= 0).nonzero().squeeze(1)
         weights_N = batch.weights_T[index_N]
-        tensors = (batch.ids_T, index_N, batch.targets_T[index_N], weights_N, weights_N * scale)
+        tensors = [batch.ids_T, index_N, batch.targets_T[index_N], weights_N, weights_N * scale]
+        ids_T, index_N, targets_N, weights_N, factor_N = (t.to(self._device, non_blocking=True) for t in tensors)
         documents = Documents.of(batch.lengths, self._device)
         self._rotary(documents.longest)
-        return Inputs(*(tensor.to(self._device, non_blocking=True) for tensor in tensors), documents=documents)
+        return Inputs(ids_T, index_N, targets_N, weights_N, factor_N, documents)
 
     def _context(self, documents: Documents, training: bool) -> Context:
         cos_PS, sin_PS = self._rotary(documents.longest)

@@ -3,13 +3,13 @@
 A pass over a small batch takes the host longer to launch than the GPU to compute. A batch whose documents have the same
 lengths as one before, and as many trained tokens, launches the same kernels on the same addresses; so the second time
 it is recorded, and from then on replayed in one launch. What changes between steps (tokens, targets, weights, the seed
-of dropout, the adapters themselves) is data the kernels read; the learning rate is the optimizer's. All graphs share one
-pool of memory, since only one runs at a time. Of many different shapes none comes twice, and nothing is recorded.
+of dropout, the adapters themselves) is data the kernels read; the learning rate is the optimizer's. All graphs share
+one pool of memory, since only one runs at a time. Of many different shapes none comes twice, and nothing is recorded.
 """
 
 from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -55,7 +55,7 @@ class Graphs:
         self._compute = compute
         self._seen: Counter[tuple[tuple[int, ...], int]] = Counter()
         self._recorded: dict[tuple[tuple[int, ...], int], _Recorded] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def run(self, inputs: Inputs) -> torch.Tensor:
         """The pass, replayed where it can be."""
