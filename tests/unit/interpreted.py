@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from veneer.kernels import low_rank, nf4, softmax_loss
-from veneer.kernels.gated_mlp import ACTIVATIONS, gated_mlp, gated_mlp_backward, gated_mlp_backward_adapters
+from veneer.kernels.gated_mlp import ACTIVATIONS, Parts, gated_mlp, gated_mlp_backward, gated_mlp_backward_adapters
 from veneer.kernels.low_rank import Dropout, Member
 from veneer.kernels.place import Place, place, placement_of
-from veneer.kernels.rms_norm import rms_norm, rms_norm_backward
+from veneer.kernels.rms_norm import normalize, rms_norm, rms_norm_backward
 from veneer.kernels.rope import HeadNorm, Heads, rope, rope_backward
+from veneer.kernels.update import Update
 
 MODULES = ["place", "low_rank", "nf4", "softmax_loss", "gated_mlp", "rms_norm", "rope"]
 
@@ -52,19 +53,37 @@ def test_rms_norm(monkeypatch: pytest.MonkeyPatch, width: int, post: bool, offse
     check(monkeypatch, compute)
 
 
+def update_of(rows: int, columns: int, rank: int = 5) -> Update:
+    return Update(apart(rows, rank), apart(rank, columns))
+
+
+def test_rms_norm_with_an_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    T, width = 19, 300
+
+    def compute() -> Any:
+        x, dy, add = torch.randn(T, width), apart(T, width), apart(T, width)
+        weight, y, again = torch.randn(width), apart(T, width), torch.empty(T, width)
+        total, rstd = rms_norm(x, apart(T, width), weight, 1e-5, 1.0, y, None, update_of(T, width))
+        normalize(total, rstd, weight, 1.0, again)
+        assert torch.equal(y, again)
+        return total, rstd, y, rms_norm_backward(dy, x, weight, rstd, 1e-5, 1.0, add, update_of(T, width))
+
+    check(monkeypatch, compute)
+
+
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("half", [8, 5])
 def test_rope(monkeypatch: pytest.MonkeyPatch, normed: bool, half: int) -> None:
-    heads = Heads(6, 2, 16)
+    heads, T = Heads(6, 2, 16), 7
 
     def compute() -> Any:
-        qkv, out = torch.randn(7, heads.size * 10), apart(7, heads.size * 10)
-        angles, position = torch.randn(9, half), torch.tensor([0, 1, 2, 3, 0, 1, 8], dtype=torch.int32)
+        qkv, out = apart(T, heads.size * 10), apart(T, heads.size * 10)
+        angles, position = torch.randn(9, half), torch.randint(0, 9, (T,), dtype=torch.int32)
         norm = HeadNorm(torch.randn(16), torch.randn(16), 1e-6) if normed else None
         raw = qkv.clone()
         turned = rope(qkv, heads, position, angles.cos(), angles.sin(), norm)
-        dq, dk, dv = (torch.randn(7, n, 16) for n in (6, 2, 2))
-        rope_backward(dq, dk, dv, heads, position, angles.cos(), angles.sin(), out, raw if normed else None, norm)
+        dq, dk, dv = (torch.randn(T, n, 16) for n in (6, 2, 2))
+        rope_backward(dq, dk, dv, heads, position, angles.cos(), angles.sin(), out, raw if norm else None, norm)
         return turned, out
 
     check(monkeypatch, compute)
@@ -73,7 +92,7 @@ def test_rope(monkeypatch: pytest.MonkeyPatch, normed: bool, half: int) -> None:
 @pytest.mark.parametrize("activation", sorted(set(ACTIVATIONS.values())))
 def test_gated_mlp(monkeypatch: pytest.MonkeyPatch, activation: int) -> None:
     def compute() -> Any:
-        gate_up, h, dh = apart(3, 1102), apart(3, 551), torch.randn(3, 551)
+        gate_up, h, dh = apart(3, 1102), apart(3, 551), apart(3, 551)
         gated_mlp(gate_up, h, activation)
         gated_mlp_backward(gate_up, dh, activation)
         return h, gate_up, dh
@@ -83,14 +102,20 @@ def test_gated_mlp(monkeypatch: pytest.MonkeyPatch, activation: int) -> None:
 
 @pytest.mark.parametrize("joint", [False, True])
 def test_gated_mlp_with_the_adapters_gradients(monkeypatch: pytest.MonkeyPatch, joint: bool) -> None:
-    T, width, rank = 70, 150, 5
+    width, rank = 150, 5
 
     def compute() -> Any:
-        gate_up, dh = apart(T, 2 * width), torch.randn(T, width)
-        xa, db = apart(T, rank if joint else 2 * rank), apart(T, rank)
+        stacked = rank if joint else 2 * rank
         slots = (0, 0) if joint else (0, 1)
-        parts_a, parts_b = gated_mlp_backward_adapters(gate_up, dh, 0, xa, db, rank, slots)
-        return gate_up, parts_a.sum(0), parts_b.sum(0)
+        parts = Parts.room(1100, width, rank, stacked, torch.empty(0))
+        results: list[torch.Tensor] = []
+        for is_first, T in ((True, 1100), (False, 70)):
+            gate_up, dh, u, v = apart(T, 2 * width), apart(T, width), apart(T, stacked), apart(T, rank)
+            gated_mlp_backward_adapters(gate_up, dh, 0, u, v, slots, parts, is_first)
+            results.append(gate_up)
+        own = parts.b_PRF.sum(0)
+        sums = parts.a_PrF.sum(0), own[:rank, :width], own[-rank:, width:]
+        return *results, *(total / 10 for total in sums)
 
     check(monkeypatch, compute)
 
@@ -115,8 +140,8 @@ def test_low_rank_products(monkeypatch: pytest.MonkeyPatch, dropout: float) -> N
     def compute() -> Any:
         mask = Dropout(dropout, torch.tensor([1234567]), 16) if dropout else None
         x, a = apart(T, D), torch.randn(2 * rank, D)
-        xa, dx = torch.zeros(T, 2 * rank), apart(T, D)
-        low_rank.project(x, a, xa, rank, -1 if dropout else 3, mask)
+        xa, dx, copy = torch.zeros(T, 2 * rank), apart(T, D), torch.zeros(T, 2 * rank - 1)
+        low_rank.project(x, a, xa, rank, mask, copy)
         norm = (torch.rand(T), torch.randn(D), 1.0)
         da = low_rank.outer(xa, x, rank, mask, norm)
         grad_a, grad_b = torch.randn(2 * rank, D), torch.randn(17 * rank)
@@ -124,7 +149,7 @@ def test_low_rank_products(monkeypatch: pytest.MonkeyPatch, dropout: float) -> N
         low_rank.add_b(low_rank.outer(xa, torch.randn(T, N), rank), grad_b, members, rank, 2.0)
         if mask is not None:
             low_rank.add_projected(dx, xa, a, rank, mask)
-        return xa, grad_a, grad_b, dx
+        return xa, copy, grad_a, grad_b, dx
 
     check(monkeypatch, compute)
 
@@ -162,12 +187,14 @@ def test_four_bit_weights(monkeypatch: pytest.MonkeyPatch, double: bool) -> None
         for w in weights
     ]
 
-    def compute() -> Any:
-        out = apart(112, 192)
-        nf4.dequantize(nf4.table_of([nf4.Packed.of(p) for p in packed]), out)
+    def compute(margins: bool = False) -> Any:
+        out = apart(112 + 16, 192 + 16) if margins else apart(112, 192)
+        a, b = (torch.randn(3, 192), torch.randn(112, 3)) if margins else (None, None)
+        nf4.dequantize(nf4.table_of([nf4.Packed.of(p) for p in packed]), out, a, b)
         return (out,)
 
     check(monkeypatch, compute)
+    check(monkeypatch, lambda: compute(margins=True))
     wanted = torch.cat([bnb.functional.dequantize_4bit(p.data, p.quant_state) for p in packed])
     torch.testing.assert_close(compute()[0], wanted, rtol=1e-5, atol=1e-6)
 

@@ -7,6 +7,7 @@ Shapes: T tokens, F width of the MLP.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,8 @@ from veneer.kernels.launch import power_of_2, runs_triton, tl, triton
 SILU, GELU_TANH, GELU = 0, 1, 2
 ACTIVATIONS = {"silu": SILU, "swish": SILU, "gelu_pytorch_tanh": GELU_TANH, "gelu": GELU}
 BLOCK = 1024
-TILE = (32, 64, 4)  # tokens, columns and warps of a program that makes adapters' gradients too
+TILE = (32, 64, 2)  # tokens, columns and warps of a program that makes adapters' gradients too
+MOST_PARTS = 4
 
 
 def gated_mlp(gate_up_TF: torch.Tensor, h_TF: torch.Tensor, activation: int) -> None:
@@ -52,52 +54,68 @@ def gated_mlp_backward(gate_up_TF: torch.Tensor, dh_TF: torch.Tensor, activation
     )
 
 
+class Parts(NamedTuple):
+    """Sums of adapters' gradients over parts of the tokens, still to be added up; float32. P parts, r rank, R stacked.
+
+    Attributes:
+        a_PrF: Of down's A gradient.
+        b_PRF: Of gate's and up's B gradients, (P, R, 2F); each column holds its own slot's rows alone, the others are
+            not set.
+    """
+
+    a_PrF: torch.Tensor
+    b_PRF: torch.Tensor
+
+    @staticmethod
+    def room(tokens: int, width: int, rank: int, stacked: int, like: torch.Tensor) -> "Parts":
+        """For batches of up to so many tokens at a time."""
+        count = max(1, min(MOST_PARTS, tokens // 512)) if runs_triton(like) else 1
+        shapes = (count, rank, width), (count, stacked, 2 * width)
+        return Parts(*(torch.empty(shape, dtype=torch.float32, device=like.device) for shape in shapes))
+
+
 def gated_mlp_backward_adapters(
     gate_up_TF: torch.Tensor,
     dh_TF: torch.Tensor,
     activation: int,
-    xa_TR: torch.Tensor,
-    db_TS: torch.Tensor,
-    rank: int,
+    u_TR: torch.Tensor,
+    v_Tr: torch.Tensor,
     slots: tuple[int, int],
-) -> tuple[torch.Tensor, torch.Tensor]:
+    parts: Parts,
+    is_first: bool,
+) -> None:
     """`gated_mlp_backward`, and the adapters' products with what passes through: three reads of it less.
 
     Args:
         gate_up_TF: Overwritten with its gradient.
         dh_TF: Gradient of h; left as it is or overwritten.
-        xa_TR: What the adapters of gate and up made of their input.
-        db_TS: What down's adapter makes of the gradient of its output, (T, rank).
-        rank: Of each adapter.
-        slots: Which block of xa belongs to gate, which to up.
-
-    Returns:
-        Parts to be added up (see `low_rank.outer`): of down's A gradient, (P, rank, F), and of gate's and up's B
-        gradients, (P, R, 2F), where each column holds its own slot alone.
+        u_TR: What the adapters of gate and up made of their input.
+        v_Tr: What down's adapter makes of the gradient of its output.
+        slots: Which block of u belongs to gate, which to up.
+        parts: Filled, or added to.
+        is_first: Whether they are filled.
     """
     T, width = dh_TF.shape
-    R = xa_TR.shape[1]
+    rank = v_Tr.shape[1]
     if not runs_triton(dh_TF):
         gated_mlp_backward(gate_up_TF, dh_TF, activation)
-        parts_b = xa_TR.float().T @ gate_up_TF[:, : 2 * width].float()
+        if is_first:
+            for part in parts:
+                part.zero_()
+        parts.a_PrF[0] += v_Tr.float().T @ dh_TF.float()
         for slot, columns in zip(slots, (slice(0, width), slice(width, 2 * width)), strict=True):
-            own = parts_b[slot * rank : (slot + 1) * rank, columns].clone()
-            parts_b[:, columns] = 0
-            parts_b[slot * rank : (slot + 1) * rank, columns] = own
-        return (db_TS.float().T @ dh_TF.float())[None], parts_b[None]
-    parts = max(1, min(4, T // 512))
-    span = triton.cdiv(triton.cdiv(T, parts), 64) * 64
-    parts = triton.cdiv(T, span)
-    parts_a = torch.empty((parts, rank, width), dtype=torch.float32, device=dh_TF.device)
-    parts_b = torch.zeros((parts, R, 2 * width), dtype=torch.float32, device=dh_TF.device)
-    block_t, block_f, warps = TILE
-    _backward_adapters[(triton.cdiv(width, block_f), parts)](
-        gate_up_TF, dh_TF, xa_TR, db_TS, parts_a, parts_b, T, width, R, rank, slots[0], slots[1], span,
-        gate_up_TF.stride(0), dh_TF.stride(0), xa_TR.stride(0), db_TS.stride(0),
-        ACTIVATION=activation, BLOCK_T=block_t, BLOCK_F=block_f, BLOCK_R=power_of_2(rank),
+            own = slice(slot * rank, (slot + 1) * rank)
+            parts.b_PRF[0, own, columns] += u_TR[:, own].float().T @ gate_up_TF[:, columns].float()
+        return
+    count, stacked, _ = parts.b_PRF.shape
+    tokens, columns, warps = TILE
+    span = triton.cdiv(triton.cdiv(T, count), tokens) * tokens
+    _backward_adapters[(triton.cdiv(width, columns), count)](
+        gate_up_TF, dh_TF, u_TR, v_Tr, parts.a_PrF, parts.b_PRF, T, width, stacked, rank, slots[0], slots[1], span,
+        gate_up_TF.stride(0), dh_TF.stride(0), u_TR.stride(0), v_Tr.stride(0),
+        ACTIVATION=activation, IS_FIRST=is_first, BLOCK_T=tokens, BLOCK_F=columns, BLOCK_R=power_of_2(rank),
         PRECISION="ieee" if dh_TF.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=2,
     )  # fmt: skip
-    return parts_a, parts_b
 
 
 def _act_torch(gate: torch.Tensor, activation: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,10 +179,10 @@ def _backward(gate_up, dh, width, stride, h_stride, ACTIVATION: tl.constexpr, BL
 
 @triton.jit
 def _backward_adapters(
-    gate_up, dh, xa, db, parts_a, parts_b, T, width, R, rank, gate_slot, up_slot, span,
-    stride, h_stride, xa_stride, db_stride,
-    ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
+    gate_up, dh, u, v, parts_a, parts_b, T, width, R, rank, gate_slot, up_slot, span,
+    stride, h_stride, u_stride, v_stride,
+    ACTIVATION: tl.constexpr, IS_FIRST: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     part = tl.program_id(1)
@@ -173,30 +191,35 @@ def _backward_adapters(
     total_gate = tl.zeros((BLOCK_R, BLOCK_F), dtype=tl.float32)
     total_up = tl.zeros((BLOCK_R, BLOCK_F), dtype=tl.float32)
     first = part * span
-    for start in range(first, tl.minimum(first + span, T), BLOCK_T):
+    last = tl.minimum(first + span, T)
+    for start in range(first, last, BLOCK_T):
         t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
-        inside = (t < T)[:, None] & (f < width)[None, :]
+        inside = (t < last)[:, None] & (f < width)[None, :]
         at = gate_up + t[:, None] * stride + f[None, :]
         gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(at + width, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(dh + t[:, None] * h_stride + f[None, :], mask=inside, other=0.0).to(tl.float32)
+        is_r = (r < rank)[:, None] & (t < last)[None, :]
+        row = u + t[None, :] * u_stride + r[:, None]
+        of_down = tl.load(v + t[None, :] * v_stride + r[:, None], mask=is_r, other=0.0)
+        of_gate = tl.load(row + gate_slot * rank, mask=is_r, other=0.0)
+        of_up = tl.load(row + up_slot * rank, mask=is_r, other=0.0)
         value, slope = _act(gate, ACTIVATION)
         dtype = gate_up.dtype.element_ty
         d_gate, d_up, h = (grad * up * slope).to(dtype), (grad * value).to(dtype), (value * up).to(dtype)
         tl.store(at, d_gate, mask=inside)
         tl.store(at + width, d_up, mask=inside)
-        is_r = (r < rank)[:, None] & (t < T)[None, :]
-        u = tl.load(db + t[None, :] * db_stride + r[:, None], mask=is_r, other=0.0)
-        total_a = tl.dot(u, h, total_a, input_precision=PRECISION)
-        row = xa + t[None, :] * xa_stride + r[:, None]
-        total_gate = tl.dot(
-            tl.load(row + gate_slot * rank, mask=is_r, other=0.0), d_gate, total_gate, input_precision=PRECISION
-        )
-        total_up = tl.dot(
-            tl.load(row + up_slot * rank, mask=is_r, other=0.0), d_up, total_up, input_precision=PRECISION
-        )
+        total_a = tl.dot(of_down, h, total_a, input_precision=PRECISION)
+        total_gate = tl.dot(of_gate, d_gate, total_gate, input_precision=PRECISION)
+        total_up = tl.dot(of_up, d_up, total_up, input_precision=PRECISION)
     keep = (r < rank)[:, None] & (f < width)[None, :]
-    tl.store(parts_a + (part * rank + r)[:, None].to(tl.int64) * width + f[None, :], total_a, mask=keep)
+    place_a = parts_a + (part * rank + r)[:, None].to(tl.int64) * width + f[None, :]
     place = parts_b + (part * R + r)[:, None].to(tl.int64) * (2 * width) + f[None, :]
-    tl.store(place + gate_slot * rank * 2 * width, total_gate, mask=keep)
-    tl.store(place + up_slot * rank * 2 * width + width, total_up, mask=keep)
+    place_gate, place_up = place + gate_slot * rank * 2 * width, place + up_slot * rank * 2 * width + width
+    if not IS_FIRST:
+        total_a += tl.load(place_a, mask=keep, other=0.0)
+        total_gate += tl.load(place_gate, mask=keep, other=0.0)
+        total_up += tl.load(place_up, mask=keep, other=0.0)
+    tl.store(place_a, total_a, mask=keep)
+    tl.store(place_gate, total_gate, mask=keep)
+    tl.store(place_up, total_up, mask=keep)

@@ -37,31 +37,32 @@ def project(
     a_RD: torch.Tensor,
     out_TR: torch.Tensor,
     rank: int,
-    ones_column: int = -1,
     dropout: Dropout | None = None,
+    copy_TR: torch.Tensor | None = None,
 ) -> None:
-    """out = x a^T, where the columns that are padding come out as 0, and `ones_column` as 1.
+    """out = x a^T.
 
     Args:
         x_TD: Activations; rows may lie apart.
-        a_RD: Any strides; padding is zeros.
+        a_RD: Any strides.
         out_TR: Filled; rows may lie apart.
         rank: Rank of one linear (with dropout: the slots' width).
-        ones_column: A column that carries biases; -1: none.
         dropout: On x, a mask for each slot.
+        copy_TR: Filled too; contiguous, with the first columns of `out_TR`, as many as it has.
     """
     T, D = x_TD.shape
     R = len(a_RD)
     if not runs_triton(x_TD):
         out_TR.copy_(_project_torch(x_TD, a_RD, rank, dropout))
-        if ones_column >= 0:
-            out_TR[:, ones_column] = 1
+        if copy_TR is not None:
+            copy_TR.copy_(out_TR[:, : copy_TR.shape[1]])
         return
     rows = 64 if T >= 8192 else 32 if T >= 4096 else 16
     slots = 1 if dropout is None else triton.cdiv(R, rank)
     block_r = power_of_2(R if dropout is None else rank)
     _project[(triton.cdiv(T, rows), slots)](
-        x_TD, a_RD, out_TR, *(_dropout_arguments(dropout, x_TD)), T, D, R, R if dropout is None else rank, ones_column,
+        x_TD, a_RD, out_TR, out_TR if copy_TR is None else copy_TR, *(_dropout_arguments(dropout, x_TD)),
+        T, D, R, R if dropout is None else rank, 0 if copy_TR is None else copy_TR.shape[1],
         x_TD.stride(0), a_RD.stride(0), a_RD.stride(1), out_TR.stride(0),
         DROPOUT=dropout is not None, BLOCK_T=rows, BLOCK_D=128 if block_r <= 64 else 64, BLOCK_R=block_r,
         PRECISION="ieee" if x_TD.dtype == torch.float32 else "tf32", num_warps=4, num_stages=4 if block_r <= 64 else 2,
@@ -241,7 +242,7 @@ def _keeps(seed, key, t, d, D, threshold):
 
 @triton.jit
 def _project(
-    x, a, out, seed, key, threshold, kept_scale, T, D, R, WIDTH, ones, x_t, a_r, a_d, out_t,
+    x, a, out, copy, seed, key, threshold, kept_scale, T, D, R, WIDTH, copied, x_t, a_r, a_d, out_t,
     DROPOUT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -259,12 +260,14 @@ def _project(
             tile = tl.where(keep, tile.to(tl.float32) * kept_scale, 0.0).to(tile.dtype)
         b = tl.load(a + r[None, :] * a_r + d[:, None] * a_d, mask=is_r[None, :] & (d < D)[:, None], other=0.0)
         total = tl.dot(tile, b, total, input_precision=PRECISION)
-    total = tl.where(r[None, :] == ones, 1.0, total)
     tl.store(
         out + t.to(tl.int64)[:, None] * out_t + r[None, :],
         total.to(out.dtype.element_ty),
         mask=(t < T)[:, None] & is_r[None, :],
     )
+    if copied > 0:
+        place = copy + t.to(tl.int64)[:, None] * copied + r[None, :]
+        tl.store(place, total.to(out.dtype.element_ty), mask=(t < T)[:, None] & (is_r & (r < copied))[None, :])
 
 
 @triton.jit

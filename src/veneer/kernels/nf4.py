@@ -16,7 +16,7 @@ from veneer.kernels.launch import runs_triton, tl, triton
 
 BLOCK = 64  # weights that share a constant
 ROWS = 64  # blocks a program handles
-FIELDS = 6
+COPIED = 4096  # elements of an adapter's matrix that a program copies
 
 
 class Packed(NamedTuple):
@@ -76,25 +76,37 @@ def table_of(matrices: Sequence[Packed]) -> Table:
     return Table(addresses, first, matrices[0].scales is not None, tuple(matrices))
 
 
-def dequantize(table: Table, out_ND: torch.Tensor) -> None:
+def dequantize(
+    table: Table, out_ND: torch.Tensor, a_RD: torch.Tensor | None = None, b_NR: torch.Tensor | None = None
+) -> None:
     """Fill `out_ND`, whose rows may lie apart, with the matrices of a table, one below the other.
 
     Each matrix's D must be a multiple of 64, and so a block lies within a row.
+
+    Args:
+        out_ND: Of shape (N, D), or (N + R, D + R) with the two that follow.
+        a_RD, b_NR: Copied below and beside the matrices in the same launch; contiguous.
     """
     first = table.keep[0]
+    N, D = sum(m.shape[0] for m in table.keep), first.shape[1]
     if not runs_triton(out_ND):
         above = 0
         for m in table.keep:
-            out_ND[above : above + m.shape[0]] = _dequantize_torch(m)
+            out_ND[above : above + m.shape[0], :D] = _dequantize_torch(m)
             above += m.shape[0]
+        if a_RD is not None and b_NR is not None:
+            out_ND[N : N + len(a_RD), :D] = a_RD
+            out_ND[:N, D : D + b_NR.shape[1]] = b_NR
         return
-    D = first.shape[1]
     counts = [m.shape[0] * D // BLOCK for m in table.keep] + [0, 0]
     starts = _starts(table)
-    _dequantize[(table.programs,)](
+    R = 0 if a_RD is None else len(a_RD)
+    copies_a, copies_b = triton.cdiv(R * D, COPIED), triton.cdiv(N * R, COPIED)
+    _dequantize[(table.programs + copies_a + copies_b,)](
         table.addresses, first.table16, first.table256 if table.double else first.table16, out_ND,
+        out_ND if a_RD is None else a_RD, out_ND if b_NR is None else b_NR, N, D, R, table.programs, copies_a,
         D // BLOCK, out_ND.stride(0), counts[0], counts[1], counts[2], starts[1], starts[2],
-        DOUBLE=table.double, ROWS=ROWS, num_warps=4,
+        DOUBLE=table.double, ROWS=ROWS, COPIED=COPIED, num_warps=4,
     )  # fmt: skip
 
 
@@ -118,10 +130,21 @@ def _dequantize_torch(m: Packed) -> torch.Tensor:
 
 @triton.jit
 def _dequantize(
-    addresses, table16, table256, out, blocks_a_row, stride, count0, count1, count2, start1, start2,
-    DOUBLE: tl.constexpr, ROWS: tl.constexpr,
+    addresses, table16, table256, out, a, b, N, D, R, programs, copies_a, blocks_a_row, stride,
+    count0, count1, count2, start1, start2,
+    DOUBLE: tl.constexpr, ROWS: tl.constexpr, COPIED: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
+    if program >= programs + copies_a:
+        at = (program - programs - copies_a) * COPIED + tl.arange(0, COPIED)
+        value = tl.load(b + at, mask=at < N * R, other=0.0)
+        tl.store(out + (at // R).to(tl.int64) * stride + D + at % R, value, mask=at < N * R)
+        return
+    if program >= programs:
+        at = (program - programs) * COPIED + tl.arange(0, COPIED)
+        value = tl.load(a + at, mask=at < R * D, other=0.0)
+        tl.store(out + (N + at // D).to(tl.int64) * stride + at % D, value, mask=at < R * D)
+        return
     member = (program >= start1).to(tl.int32) + (program >= start2).to(tl.int32)
     count = tl.where(member == 0, count0, tl.where(member == 1, count1, count2))
     line = addresses + member * 6

@@ -15,7 +15,7 @@ BLOCK = 4096
 
 
 class Place(NamedTuple):
-    """One matrix: `target` (rows may lie apart) = `source` (contiguous, float32) times `factor`."""
+    """One matrix: `target` (any strides) = `source` (contiguous, float32) times `factor`."""
 
     target: torch.Tensor
     source: torch.Tensor
@@ -37,7 +37,8 @@ def placement_of(places: Sequence[Place]) -> Placement:
     rows, members, first = [], [], 0
     for number, (target, source, _) in enumerate(places):
         programs = triton.cdiv(source.numel(), BLOCK) if runs_triton(target) else 1
-        rows.append([target.data_ptr(), source.data_ptr(), source.numel(), source.shape[1], target.stride(0), first])
+        strides = target.stride()
+        rows.append([target.data_ptr(), source.data_ptr(), source.numel(), source.shape[1], *strides, first])
         members += [number] * programs
         first += programs
     return Placement(
@@ -67,10 +68,11 @@ def place(placement: Placement) -> None:
 def _place(addresses, factors, member_of, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     program = tl.program_id(0)
     member = tl.load(member_of + program)
-    line = addresses + member * 6
+    line = addresses + member * 7
     target = tl.load(line).to(tl.pointer_type(DTYPE))
     source = tl.load(line + 1).to(tl.pointer_type(tl.float32))
-    size, width, stride = tl.load(line + 2), tl.load(line + 3), tl.load(line + 4)
-    at = (program - tl.load(line + 5)) * BLOCK + tl.arange(0, BLOCK)
+    size, width = tl.load(line + 2), tl.load(line + 3)
+    row, column = tl.load(line + 4), tl.load(line + 5)
+    at = (program - tl.load(line + 6)) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(source + at, mask=at < size, other=0.0) * tl.load(factors + member)
-    tl.store(target + (at // width) * stride + at % width, value.to(DTYPE), mask=at < size)
+    tl.store(target + (at // width) * row + (at % width) * column, value.to(DTYPE), mask=at < size)

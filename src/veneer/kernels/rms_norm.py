@@ -2,11 +2,15 @@
 
 A block begins with x + delta, where delta is what the block before it, or its own attention, adds to the residual
 stream; then it normalizes. Both in one kernel read and write each tensor once. Gemma 2 normalizes delta too, before it
-is added. All arithmetic is float32, rounded once at the end; Llama's own code rounds before it multiplies by the
-weight, which is one rounding more.
+is added. Adapters' part of delta (or of the gradient that comes in) may still have to be added: see `update`. All
+arithmetic is float32, rounded once at the end; Llama's own code rounds before it multiplies by the weight, which is one
+rounding more.
 
-Shapes: T tokens, D model width. Rows may lie apart (a stride larger than D), since activations carry the adapters'
-columns behind them.
+A program holds one row in registers; with an update it takes several, since each rank's row of the adapter is read for
+all of them. What has been normalized is made again from 1 / root mean square as it was kept, so that it is the same bit
+for bit.
+
+Shapes: T tokens, D model width. Rows may lie apart, columns are dense.
 """
 
 from typing import Any
@@ -14,6 +18,10 @@ from typing import Any
 import torch
 
 from veneer.kernels.launch import power_of_2, runs_triton, tl, triton
+from veneer.kernels.update import Update, updated
+
+ROWS = 2  # rows of a program with an update
+ELEMENTS = 32  # of a tensor that one of its threads holds
 
 
 def rms_norm(
@@ -24,34 +32,58 @@ def rms_norm(
     offset: float,
     y_TD: torch.Tensor,
     post_D: torch.Tensor | None = None,
+    update: Update | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y = norm(x + delta) * (weight + offset), written to `y_TD`.
 
     Args:
-        x_TD: The residual stream.
+        x_TD: The residual stream; contiguous.
         delta_TD: Added to it first, or None.
         weight_D: The norm's weight.
         eps: Added to the mean square.
         offset: 1 where the weight is stored as its difference from 1 (Gemma), else 0.
-        y_TD: Filled; its rows may lie apart.
+        y_TD: Filled.
         post_D: Weight of a norm on delta itself (Gemma 2), or None.
+        update: Still to be added to delta; not together with `post_D`.
 
     Returns:
         x + delta (x itself where delta is None), and 1 / root mean square of each of its rows, float32, shape (T,).
     """
     T, D = x_TD.shape
+    assert post_D is None or update is None
     if not runs_triton(x_TD):
-        return _rms_norm_torch(x_TD, delta_TD, weight_D, eps, offset, y_TD, post_D)
+        return _rms_norm_torch(x_TD, delta_TD, weight_D, eps, offset, y_TD, post_D, update)
     sum_TD = x_TD if delta_TD is None else torch.empty_like(x_TD)
     rstd_T = torch.empty(T, dtype=torch.float32, device=x_TD.device)
+    if update is not None and delta_TD is not None:
+        _forward_update[(triton.cdiv(T, ROWS),)](
+            x_TD, delta_TD, weight_D, sum_TD, y_TD, rstd_T, *update, update.u_TR.stride(0), update.b_RN.stride(0), T, D,
+            delta_TD.stride(0), y_TD.stride(0), eps, offset, RANKS=len(update.b_RN), **_rows(D),
+        )  # fmt: skip
+        return sum_TD, rstd_T
     block = power_of_2(D)
     _forward[(T,)](
         x_TD, x_TD if delta_TD is None else delta_TD, weight_D, weight_D if post_D is None else post_D,
-        sum_TD, y_TD, rstd_T, D, y_TD.stride(0), eps, offset,
+        sum_TD, y_TD, rstd_T, D, 0 if delta_TD is None else delta_TD.stride(0), y_TD.stride(0), eps, offset,
         HAS_DELTA=delta_TD is not None, HAS_POST=post_D is not None,
         BLOCK=block, num_warps=min(16, max(1, block // 512)),
     )  # fmt: skip
     return sum_TD, rstd_T
+
+
+def normalize(
+    x_TD: torch.Tensor, rstd_T: torch.Tensor, weight_D: torch.Tensor, offset: float, y_TD: torch.Tensor
+) -> None:
+    """y = x * rstd * (weight + offset): what `rms_norm` wrote, once more and bit for bit."""
+    T, D = x_TD.shape
+    if not runs_triton(x_TD):
+        y_TD.copy_(x_TD.float() * rstd_T[:, None] * (weight_D.float() + offset))
+        return
+    block = power_of_2(D)
+    _normalize[(T,)](
+        x_TD, rstd_T, weight_D, y_TD, D, x_TD.stride(0), y_TD.stride(0), offset, BLOCK=block,
+        num_warps=min(16, max(1, block // 512)),
+    )  # fmt: skip
 
 
 def rms_norm_backward(
@@ -62,14 +94,16 @@ def rms_norm_backward(
     eps: float,
     offset: float,
     add_TD: torch.Tensor | None = None,
+    update: Update | None = None,
 ) -> torch.Tensor:
     """Gradient of the norm's input, plus `add_TD` (the gradient that goes past the norm).
 
     Args:
         dy_TD: Gradient of the output.
-        x_TD: The input.
+        x_TD: The input; contiguous.
         rstd_T: As `rms_norm` returned it; None: computed anew.
-        add_TD: Added, and overwritten with the result (rows may lie apart); None: the result overwrites `dy_TD`.
+        add_TD: Added, and overwritten with the result; None: the result overwrites `dy_TD`.
+        update: Still to be added to dy; needs `rstd_T` and `add_TD`.
 
     Returns:
         The tensor that was overwritten.
@@ -77,48 +111,62 @@ def rms_norm_backward(
     T, D = x_TD.shape
     out_TD = dy_TD if add_TD is None else add_TD
     if not runs_triton(x_TD):
-        return _rms_norm_backward_torch(dy_TD, x_TD, weight_D, eps, offset, out_TD, add_TD is not None)
+        return _rms_norm_backward_torch(updated(dy_TD, update), x_TD, weight_D, rstd_T, eps, offset, out_TD, add_TD)
+    if update is not None:
+        assert rstd_T is not None and add_TD is not None
+        _backward_update[(triton.cdiv(T, ROWS),)](
+            dy_TD, x_TD, weight_D, rstd_T, out_TD, *update, update.u_TR.stride(0), update.b_RN.stride(0), T, D,
+            dy_TD.stride(0), out_TD.stride(0), offset, RANKS=len(update.b_RN), **_rows(D),
+        )  # fmt: skip
+        return out_TD
     block = power_of_2(D)
     _backward[(T,)](
-        dy_TD, x_TD, weight_D, x_TD if rstd_T is None else rstd_T, out_TD, D, out_TD.stride(0), eps, offset,
-        HAS_RSTD=rstd_T is not None, HAS_ADD=add_TD is not None, BLOCK=block, num_warps=min(16, max(1, block // 512)),
+        dy_TD, x_TD, weight_D, x_TD if rstd_T is None else rstd_T, out_TD, D, dy_TD.stride(0), out_TD.stride(0), eps,
+        offset, HAS_RSTD=rstd_T is not None, HAS_ADD=add_TD is not None, BLOCK=block,
+        num_warps=min(16, max(1, block // 512)),
     )  # fmt: skip
     return out_TD
 
 
-def _normalize(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, offset: float) -> tuple[Any, Any]:
-    wide_TD = x_TD.float()
-    rstd_T = torch.rsqrt(wide_TD.pow(2).mean(-1) + eps)
-    return wide_TD * rstd_T[:, None] * (weight_D.float() + offset), rstd_T
+def _rows(width: int) -> dict[str, int]:
+    """Constants of a program that holds several rows."""
+    block = power_of_2(width)
+    return {"ROWS": ROWS, "BLOCK": block, "num_warps": min(16, max(1, ROWS * block // (32 * ELEMENTS)))}
 
 
 def _rms_norm_torch(
-    x_TD: torch.Tensor, delta_TD: Any, weight_D: Any, eps: float, offset: float, y_TD: Any, post_D: Any
+    x_TD: torch.Tensor, delta_TD: Any, weight_D: Any, eps: float, offset: float, y_TD: Any, post_D: Any, update: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     sum_TD = x_TD
     if delta_TD is not None:
-        wide_TD = delta_TD.float() if post_D is None else _normalize(delta_TD, post_D, eps, offset)[0]
+        wide_TD = updated(delta_TD, update)
+        if post_D is not None:
+            wide_TD = wide_TD * _rstd(wide_TD, eps)[:, None] * (post_D.float() + offset)
         sum_TD = (x_TD.float() + wide_TD).to(x_TD.dtype)
-    wide_TD, rstd_T = _normalize(sum_TD, weight_D, eps, offset)
-    y_TD.copy_(wide_TD)
+    rstd_T = _rstd(sum_TD.float(), eps)
+    normalize(sum_TD, rstd_T, weight_D, offset, y_TD)
     return sum_TD, rstd_T
 
 
+def _rstd(wide_TD: torch.Tensor, eps: float) -> torch.Tensor:
+    return torch.rsqrt(wide_TD.pow(2).mean(-1) + eps)
+
+
 def _rms_norm_backward_torch(
-    dy_TD: Any, x_TD: Any, weight_D: Any, eps: float, offset: float, out_TD: Any, adds: bool
+    dy_TD: Any, x_TD: Any, weight_D: Any, rstd_T: Any, eps: float, offset: float, out_TD: Any, add_TD: Any
 ) -> torch.Tensor:
     wide_TD = x_TD.float()
-    rstd_T1 = torch.rsqrt(wide_TD.pow(2).mean(-1, keepdim=True) + eps)
+    rstd_T1 = (_rstd(wide_TD, eps) if rstd_T is None else rstd_T)[:, None]
     unit_TD = wide_TD * rstd_T1
-    g_TD = dy_TD.float() * (weight_D.float() + offset)
+    g_TD = dy_TD * (weight_D.float() + offset)
     dx_TD = rstd_T1 * (g_TD - unit_TD * (g_TD * unit_TD).mean(-1, keepdim=True))
-    result: torch.Tensor = out_TD.copy_(out_TD.float() + dx_TD if adds else dx_TD)
+    result: torch.Tensor = out_TD.copy_(dx_TD if add_TD is None else add_TD.float() + dx_TD)
     return result
 
 
 @triton.jit
 def _forward(
-    x, delta, weight, post, total, y, rstd, D, stride_y, eps, offset,
+    x, delta, weight, post, total, y, rstd, D, delta_t, y_t, eps, offset,
     HAS_DELTA: tl.constexpr, HAS_POST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
@@ -126,7 +174,7 @@ def _forward(
     inside = d < D
     row = tl.load(x + t * D + d, mask=inside, other=0.0).to(tl.float32)
     if HAS_DELTA:
-        added = tl.load(delta + t * D + d, mask=inside, other=0.0).to(tl.float32)
+        added = tl.load(delta + t * delta_t + d, mask=inside, other=0.0).to(tl.float32)
         if HAS_POST:
             scale = tl.rsqrt(tl.sum(added * added) / D + eps)
             added = added * scale * (tl.load(post + d, mask=inside, other=0.0).to(tl.float32) + offset)
@@ -136,12 +184,54 @@ def _forward(
     inverse = tl.rsqrt(tl.sum(row * row) / D + eps)
     tl.store(rstd + t, inverse)
     w = tl.load(weight + d, mask=inside, other=0.0).to(tl.float32) + offset
-    tl.store(y + t * stride_y + d, (row * inverse * w).to(y.dtype.element_ty), mask=inside)
+    tl.store(y + t * y_t + d, (row * inverse * w).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _normalize(x, rstd, weight, y, D, x_t, y_t, offset, BLOCK: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK)
+    inside = d < D
+    row = tl.load(x + t * x_t + d, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight + d, mask=inside, other=0.0).to(tl.float32) + offset
+    tl.store(y + t * y_t + d, (row * tl.load(rstd + t) * w).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_update(rows, u, b, t, d, is_t, is_d, u_t, b_r, RANKS: tl.constexpr):
+    """Rows plus u b, rank by rank."""
+    for r in tl.static_range(RANKS):
+        left = tl.load(u + t * u_t + r, mask=is_t, other=0.0).to(tl.float32)
+        right = tl.load(b + r * b_r + d, mask=is_d, other=0.0).to(tl.float32)
+        rows += left[:, None] * right[None, :]
+    return rows
+
+
+@triton.jit
+def _forward_update(
+    x, delta, weight, total, y, rstd, u, b, u_t, b_r, T, D, delta_t, y_t, eps, offset,
+    RANKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    t = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    d = tl.arange(0, BLOCK)
+    is_t, is_d = t < T, d < D
+    inside = is_t[:, None] & is_d[None, :]
+    rows = tl.load(x + t[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    rows += tl.load(delta + t[:, None] * delta_t + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    rows = _add_update(rows, u, b, t, d, is_t, is_d, u_t, b_r, RANKS).to(total.dtype.element_ty)
+    tl.store(total + t[:, None] * D + d[None, :], rows, mask=inside)
+    rows = rows.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(rows * rows, axis=1) / D + eps)
+    tl.store(rstd + t, inverse, mask=is_t)
+    w = tl.load(weight + d, mask=is_d, other=0.0).to(tl.float32) + offset
+    tl.store(
+        y + t[:, None] * y_t + d[None, :], (rows * inverse[:, None] * w[None, :]).to(y.dtype.element_ty), mask=inside
+    )
 
 
 @triton.jit
 def _backward(
-    dy, x, weight, rstd, out, D, out_stride, eps, offset,
+    dy, x, weight, rstd, out, D, dy_t, out_t, eps, offset,
     HAS_RSTD: tl.constexpr, HAS_ADD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
@@ -149,10 +239,30 @@ def _backward(
     inside = d < D
     row = tl.load(x + t * D + d, mask=inside, other=0.0).to(tl.float32)
     w = tl.load(weight + d, mask=inside, other=0.0).to(tl.float32) + offset
-    g = tl.load(dy + t * D + d, mask=inside, other=0.0).to(tl.float32) * w
+    g = tl.load(dy + t * dy_t + d, mask=inside, other=0.0).to(tl.float32) * w
     inverse = tl.load(rstd + t) if HAS_RSTD else tl.rsqrt(tl.sum(row * row) / D + eps)
     unit = row * inverse
     dx = inverse * (g - unit * (tl.sum(g * unit) / D))
     if HAS_ADD:
-        dx += tl.load(out + t * out_stride + d, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + t * out_stride + d, dx.to(out.dtype.element_ty), mask=inside)
+        dx += tl.load(out + t * out_t + d, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + t * out_t + d, dx.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward_update(
+    dy, x, weight, rstd, out, u, b, u_t, b_r, T, D, dy_t, out_t, offset,
+    RANKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    t = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    d = tl.arange(0, BLOCK)
+    is_t, is_d = t < T, d < D
+    inside = is_t[:, None] & is_d[None, :]
+    g = tl.load(dy + t[:, None] * dy_t + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    unit = tl.load(x + t[:, None] * D + d[None, :], mask=inside, other=0.0)
+    inverse = tl.load(rstd + t, mask=is_t, other=0.0)[:, None]
+    g = _add_update(g, u, b, t, d, is_t, is_d, u_t, b_r, RANKS)
+    g *= (tl.load(weight + d, mask=is_d, other=0.0).to(tl.float32) + offset)[None, :]
+    unit = unit.to(tl.float32) * inverse
+    dx = inverse * (g - unit * (tl.sum(g * unit, axis=1) / D)[:, None])
+    dx += tl.load(out + t[:, None] * out_t + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + t[:, None] * out_t + d[None, :], dx.to(out.dtype.element_ty), mask=inside)

@@ -42,12 +42,12 @@ def rope(
     """Rotated q and k beside v: in place, or in a new tensor where `norm` is given (backward needs the old one).
 
     Args:
-        qkv_TN: Output of the q, k, v product.
+        qkv_TN: Output of the q, k, v product; rows may lie apart.
         position_T: Position of each token in its document, int32.
         cos_PS, sin_PS: Tables by position, float32.
     """
-    T, _ = qkv_TN.shape
-    out_TN = qkv_TN if norm is None else torch.empty_like(qkv_TN)
+    T, N = qkv_TN.shape
+    out_TN = qkv_TN if norm is None else qkv_TN.new_empty((T, N))
     if not runs_triton(qkv_TN):
         q, k, v = split_heads(qkv_TN, heads)
         if norm is not None:
@@ -61,7 +61,7 @@ def rope(
     _forward[(T, triton.cdiv(heads.query + 2 * heads.key, 8))](
         qkv_TN, out_TN, position_T, cos_PS, sin_PS,
         *((norm.query_C, norm.key_C, norm.eps) if norm else (qkv_TN, qkv_TN, 0.0)),
-        qkv_TN.stride(0), H=heads.query, K=heads.key, C=heads.size, S=S, HAS_NORM=norm is not None,
+        qkv_TN.stride(0), out_TN.stride(0), H=heads.query, K=heads.key, C=heads.size, S=S, HAS_NORM=norm is not None,
         BLOCK_S=power_of_2(S), BLOCK_C=power_of_2(heads.size), num_warps=2,
     )  # fmt: skip
     return out_TN
@@ -138,7 +138,7 @@ def _norm_backward(dy: torch.Tensor, x: Any, weight_C: Any, eps: float) -> torch
 
 @triton.jit
 def _forward(
-    qkv, out, position, cos, sin, q_weight, k_weight, eps, stride,
+    qkv, out, position, cos, sin, q_weight, k_weight, eps, stride, out_stride,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, S: tl.constexpr, HAS_NORM: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -149,7 +149,7 @@ def _forward(
     place = tl.load(position + t)
     co = tl.load(cos + place * S + s, mask=s < S, other=0.0)
     si = tl.load(sin + place * S + s, mask=s < S, other=0.0)
-    at = t * stride + h * C
+    at, out_at = t * stride + h * C, t * out_stride + h * C
     first = tl.load(qkv + at + s, mask=turns, other=0.0).to(tl.float32)
     second = tl.load(qkv + at + S + s, mask=turns, other=0.0).to(tl.float32)
     if HAS_NORM:
@@ -174,9 +174,9 @@ def _forward(
         first, second = first * rstd * w1, second * rstd * w2
         # What is not rotated: v whole, and the rest of a head where only its first part turns.
         stays = (h < H + 2 * K) & (c < C) & ((h >= H + K) | (c >= 2 * S))
-        tl.store(out + at + c, tl.where(h < H + K, whole * rstd * w, whole).to(out.dtype.element_ty), mask=stays)
-    tl.store(out + at + s, (first * co - second * si).to(out.dtype.element_ty), mask=turns)
-    tl.store(out + at + S + s, (second * co + first * si).to(out.dtype.element_ty), mask=turns)
+        tl.store(out + out_at + c, tl.where(h < H + K, whole * rstd * w, whole).to(out.dtype.element_ty), mask=stays)
+    tl.store(out + out_at + s, (first * co - second * si).to(out.dtype.element_ty), mask=turns)
+    tl.store(out + out_at + S + s, (second * co + first * si).to(out.dtype.element_ty), mask=turns)
 
 
 @triton.jit

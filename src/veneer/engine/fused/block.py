@@ -9,26 +9,33 @@ What a step must hold between the two is a list of named tensors, and for each t
     gate_up    gate and up              <- norm, product                "gate_up"
     h          act(gate) * up           <- element-wise                 made anew by backward in any case
 
-down_proj is never recomputed: nothing in backward needs its output. Adapters' columns (x A^T, T x r) are so small that
-they are kept. Recomputing runs the same code on the same inputs, so that a kept and a recomputed step are equal bit for
-bit. Frozen weights get no gradient.
+down_proj is never recomputed: nothing in backward needs its output. What adapters make of their inputs (x A^T, T x r)
+and the norms' 1 / root mean square are so small that they are kept. The MLP runs over a few thousand tokens at a time, so
+that what it holds does not grow with the batch. Recomputing runs the same code on the same inputs, in the same pieces,
+so that a kept and a recomputed step are equal bit for bit. Frozen weights get no gradient.
 
-Shapes: T tokens, D model width, F width of the MLP, N outputs of q, k, v.
+What a block adds to the residual stream is added by the norm that comes next (`Stream`), within a block and between two.
+
+Shapes: T tokens, D model width, F width of the MLP, N outputs of q, k, v; E a width with the adapters' columns behind it.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from veneer.engine.fused.attention import Attention, Documents, attend, attend_backward
 from veneer.engine.fused.family import Decoder, Layer, Norm
 from veneer.engine.fused.group import Group
-from veneer.kernels.gated_mlp import gated_mlp, gated_mlp_backward, gated_mlp_backward_adapters
-from veneer.kernels.rms_norm import rms_norm, rms_norm_backward
+from veneer.kernels.gated_mlp import Parts, gated_mlp, gated_mlp_backward, gated_mlp_backward_adapters
+from veneer.kernels.low_rank import add_a, add_b
+from veneer.kernels.rms_norm import normalize, rms_norm, rms_norm_backward
 from veneer.kernels.rope import rope, rope_backward
+from veneer.kernels.update import Update
 
 TENSORS = ("qkv", "attention", "mid", "gate_up")
+MOST_RANK = 64  # of adapters whose gradients the gate's backward makes on its way
+MLP_TOKENS = 2048  # at most so many at a time; large products are no slower for it
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class Context:
     Attributes:
         documents: Of the packed batch.
         cos_PS, sin_PS: Rotary tables.
-        scratch: Where 4-bit matrices are made 16-bit, one at a time.
+        scratch: Where 4-bit matrices are made 16-bit.
         seed: Of dropout; None: none.
     """
 
@@ -49,36 +56,59 @@ class Context:
     seed: torch.Tensor | None
 
 
+class Stream(NamedTuple):
+    """The residual stream with what is still to be added to it.
+
+    Attributes:
+        x_TD: The stream.
+        delta_TD: To be added; None: nothing.
+        post: A norm that goes over delta first (Gemma 2), or None.
+        update: What adapters add to delta.
+    """
+
+    x_TD: torch.Tensor
+    delta_TD: torch.Tensor | None = None
+    post: Norm | None = None
+    update: Update | None = None
+
+    def norm(self, norm: Norm, y_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add, and normalize into `y_TD`; returns the sum and 1 / root mean square of its rows."""
+        post_D = self.post.weight_D if self.post is not None else None
+        return rms_norm(
+            self.x_TD, self.delta_TD, norm.weight_D, norm.eps, norm.offset, y_TD, post_D, self.update
+        )  # fmt: skip
+
+
 class Kept:
     """Tensors of one block between forward and backward; None: to be recomputed."""
 
-    def __init__(self, x_TD: torch.Tensor) -> None:
-        self.x: Any = x_TD
-        self.rstd1: Any = None
-        self.raw: Any = None  # before q's and k's norm
+    def __init__(self, x_TD: torch.Tensor, rstd1_T: torch.Tensor) -> None:
+        self.x, self.rstd1 = x_TD, rstd1_T
+        self.qkv_room: Any = None  # the product's output, with a margin
+        self.raw: Any = None  # q, k, v before their norm, where they have one
         self.qkv: Any = None
-        self.xa_qkv: Any = None
+        self.u_qkv: Any = None
         self.out: Any = None
         self.attention: Any = None  # log-sum-exp and the like
-        self.xa_o: Any = None
+        self.u_o: Any = None
         self.delta1: Any = None  # what a post-norm normalizes
         self.mid: Any = None
         self.rstd2: Any = None
         self.gate_up: Any = None
-        self.xa_gate_up: Any = None
-        self.xa_down: Any = None
+        self.u_gate_up: Any = None  # a tensor a piece
+        self.u_down: Any = None
         self.delta2: Any = None
 
     def drop(self, keep: frozenset[str]) -> None:
         """Let go of what the plan does not keep."""
         if "qkv" not in keep:
-            self.raw = self.qkv = None
+            self.qkv_room = self.raw = self.qkv = self.u_qkv = None
         if "attention" not in keep:
             self.out = self.attention = None
         if "mid" not in keep:
-            self.mid = self.delta1 = None
+            self.mid = self.delta1 = self.u_o = None
         if "gate_up" not in keep:
-            self.gate_up = None
+            self.gate_up = self.u_gate_up = None
 
 
 class Block:
@@ -94,160 +124,248 @@ class Block:
     def __init__(self, layer: Layer, decoder: Decoder, number: int, dtype: torch.dtype) -> None:
         self.layer, self.decoder, self.number = layer, decoder, number
         key = number * 16
-        self.qkv = Group(layer.qkv, dtype, key)
-        self.o = Group((layer.o,), dtype, key + 4)
-        self.gate_up = Group(layer.gate_up, dtype, key + 8)
-        self.down = Group((layer.down,), dtype, key + 12)
+        self.qkv = Group(layer.qkv, dtype, key, behind_norm=True)
+        self.o = Group((layer.o,), dtype, key + 4, before_norm=layer.post1 is None)
+        self.gate_up = Group(layer.gate_up, dtype, key + 8, behind_norm=True)
+        self.down = Group((layer.down,), dtype, key + 12, before_norm=layer.post2 is None)
         self.groups = (self.qkv, self.o, self.gate_up, self.down)
         self.attention = Attention(decoder.heads, decoder.scale, layer.window, decoder.softcap)
 
-    def forward(self, x_TD: torch.Tensor, delta_TD: Any, post: Norm | None, at: Context, keep: frozenset[str]) -> Any:
-        """The block on x + delta.
+    @property
+    def scratch(self) -> int:
+        """Elements of scratch it needs: the MLP's two matrices are there together, the others one at a time."""
+        sizes = [group.size if group.needs_scratch else 0 for group in self.groups]
+        return max(sizes[0], sizes[1], sizes[2] + sizes[3])
+
+    def forward(self, stream: Stream, at: Context, keep: frozenset[str]) -> tuple[Stream, Kept]:
+        """The block.
 
         Args:
-            x_TD: The residual stream, without
-            delta_TD: what the block before adds to it (None before the first), through
-            post: that block's post-norm, if it has one.
+            stream: What the blocks before made.
             keep: Of TENSORS.
-
-        Returns:
-            (residual stream behind attention, what the MLP adds to it, what backward needs).
         """
-        kept, y_TK = self._enter(x_TD, delta_TD, post)
-        self._complete(kept, at, y_TK)
-        h_TK = self.down.room(len(x_TD))
-        gated_mlp(kept.gate_up, h_TK[:, : self.down.inputs], self.decoder.activation)
-        delta2_TD = torch.empty_like(kept.x)
-        kept.xa_down = self.down.forward(h_TK, self.down.matrix(at.scratch), delta2_TD, at.seed)
-        if self.layer.post2 is not None:
-            kept.delta2 = delta2_TD
-        mid_TD = kept.mid
+        T, D = stream.x_TD.shape
+        y_TE = _room(stream.x_TD, T, self.qkv.inputs + self.qkv.input_margin)
+        kept = Kept(*stream.norm(self.layer.norm1, y_TE[:, :D]))
+        self._project_qkv(kept, at, y_TE)
+        del y_TE
+        kept.out, kept.attention = attend(kept.qkv, at.documents, self.attention)
+        y_TE = self._project_out(kept, at)
+        delta_TD, update = self._mlp(kept, at, y_TE, "gate_up" in keep)
+        post = self.layer.post2
+        if post is not None:
+            kept.delta2 = delta_TD
+        after = Stream(kept.mid, delta_TD, post, update)
         kept.drop(keep)
-        return mid_TD, delta2_TD, kept
+        return after, kept
 
-    def _enter(self, x_TD: torch.Tensor, delta_TD: Any, post: Norm | None) -> tuple[Kept, torch.Tensor]:
-        norm = self.layer.norm1
-        y_TK = self.qkv.room(len(x_TD))
-        sum_TD, rstd_T = rms_norm(
-            x_TD, delta_TD, norm.weight_D, norm.eps, norm.offset, y_TK[:, : self.qkv.inputs], post and post.weight_D
+    def _project_qkv(self, kept: Kept, at: Context, y_TE: torch.Tensor) -> None:
+        """Rotated q, k, v of the normalized stream, with a margin behind them."""
+        group, norm = self.qkv, self.layer.head_norm
+        raw_TE = _room(y_TE, len(y_TE), group.outputs + group.margin)
+        kept.u_qkv, _ = group.forward(y_TE, group.matrix(at.scratch), raw_TE, at.seed)
+        kept.qkv_room = raw_TE
+        kept.qkv = rope(
+            raw_TE[:, : group.outputs], self.decoder.heads, at.documents.position_T, at.cos_PS, at.sin_PS, norm
         )
-        kept = Kept(sum_TD)
-        kept.rstd1 = rstd_T
-        return kept, y_TK
+        kept.raw = raw_TE[:, : group.outputs] if norm else None
 
-    def _complete(self, kept: Kept, at: Context, y_TK: Any = None) -> None:
-        """Make every tensor that backward needs and that is not there."""
-        layer, T = self.layer, len(kept.x)
-        if kept.qkv is None:
-            if y_TK is None:
-                norm = layer.norm1
-                y_TK = self.qkv.room(T)
-                rms_norm(kept.x, None, norm.weight_D, norm.eps, norm.offset, y_TK[:, : self.qkv.inputs])
-            raw_TN = kept.x.new_empty((T, self.qkv.outputs))
-            kept.xa_qkv = self.qkv.forward(y_TK, self.qkv.matrix(at.scratch), raw_TN, at.seed)
-            kept.qkv = rope(raw_TN, self.decoder.heads, at.documents.position_T, at.cos_PS, at.sin_PS, layer.head_norm)
-            kept.raw = raw_TN if layer.head_norm else None
-        del y_TK
-        if kept.out is None:
-            kept.out, kept.attention = attend(kept.qkv, at.documents, self.attention)
-        y2_TK = None
-        if kept.mid is None:
-            out_TK = self.o.room(T)
-            out_TK[:, : self.o.inputs] = kept.out
-            delta1_TD = torch.empty_like(kept.x)
-            kept.xa_o = self.o.forward(out_TK, self.o.matrix(at.scratch), delta1_TD, at.seed)
-            del out_TK
-            y2_TK = self._norm2(kept, kept.x, delta1_TD)
-            if layer.post1 is not None:
-                kept.delta1 = delta1_TD
-        if kept.gate_up is None:
-            if y2_TK is None:
-                y2_TK = self._norm2(kept, kept.mid, None)
-            room_TK = kept.x.new_empty((T, self.gate_up.outputs + self.gate_up.margin))
-            matrix = self.gate_up.matrix(at.scratch)
-            kept.xa_gate_up = self.gate_up.forward(y2_TK, matrix, room_TK[:, : self.gate_up.outputs], at.seed)
-            kept.gate_up = room_TK
+    def _project_out(self, kept: Kept, at: Context) -> torch.Tensor:
+        """The stream behind attention; returns it normalized, with a margin behind."""
+        group, post = self.o, self.layer.post1
+        T, D = kept.x.shape
+        delta_TE = _room(kept.x, T, D + group.margin)
+        out_TE = kept.out
+        if group.input_margin:
+            out_TE = _room(kept.x, T, group.inputs + group.input_margin)
+            out_TE[:, : group.inputs] = kept.out
+        kept.u_o, update = group.forward(out_TE, group.matrix(at.scratch), delta_TE, at.seed)
+        del out_TE
+        delta_TD = delta_TE[:, :D]
+        y_TE = _room(kept.x, T, D + self.gate_up.input_margin)
+        kept.mid, kept.rstd2 = Stream(kept.x, delta_TD, post, update).norm(self.layer.norm2, y_TE[:, :D])
+        if post is not None:
+            kept.delta1 = delta_TD
+        return y_TE
 
-    def _norm2(self, kept: Kept, x_TD: torch.Tensor, delta_TD: Any) -> torch.Tensor:
-        norm, post = self.layer.norm2, self.layer.post1
-        y_TK = self.gate_up.room(len(x_TD))
-        kept.mid, kept.rstd2 = rms_norm(
-            x_TD, delta_TD, norm.weight_D, norm.eps, norm.offset, y_TK[:, : self.gate_up.inputs],
-            post.weight_D if post is not None and delta_TD is not None else None,
-        )  # fmt: skip
-        return y_TK
+    def _mlp_matrices(self, at: Context) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of gate and up, and of down, both there at a time."""
+        behind = self.gate_up.size if self.gate_up.needs_scratch else 0
+        return self.gate_up.matrix(at.scratch), self.down.matrix(at.scratch[behind:])
 
-    def backward(self, d_TK: torch.Tensor, kept: Kept, at: Context, is_first: bool) -> None:
+    def _mlp(self, kept: Kept, at: Context, y_TE: torch.Tensor, keeps: bool) -> tuple[torch.Tensor, Update | None]:
+        """What the MLP adds to the stream, but for what adapters add to that."""
+        T, both, down = len(y_TE), self.gate_up, self.down
+        both_matrix, down_matrix = self._mlp_matrices(at)
+        delta_TE = _room(y_TE, T, down.outputs + down.margin)
+        room_TE = _room(y_TE, T if keeps else _longest(T), both.outputs + both.margin)
+        h_TE = _room(y_TE, _longest(T), down.inputs + down.input_margin)
+        u_both, u_down = [], []
+        for start, end in _pieces(T):
+            gate_up_TE = room_TE[start:end] if keeps else room_TE[: end - start]
+            u, _ = both.forward(y_TE[start:end], both_matrix, gate_up_TE, at.seed)
+            u_both.append(u)
+            h = h_TE[: end - start]
+            gated_mlp(gate_up_TE, h[:, : down.inputs], self.decoder.activation)
+            u, update = down.forward(h, down_matrix, delta_TE[start:end], at.seed)
+            u_down.append(u)
+        kept.gate_up, kept.u_gate_up = (room_TE, u_both) if keeps else (None, None)
+        kept.u_down = _joined(u_down)
+        if update is not None:  # that of the last piece, over all
+            update = Update(delta_TE[:, down.outputs : down.outputs + down.used], update.b_RN)
+        return delta_TE[:, : down.outputs], update
+
+    def backward(self, d_TE: torch.Tensor, kept: Kept, at: Context, is_first: bool) -> None:
         """Adds the adapters' gradients to theirs, and turns the gradient behind the block into that before it.
 
         Args:
-            d_TK: Gradient of the residual stream, shape (T, D + margin), in place; the margin is scratch.
+            d_TE: Gradient of the residual stream, in place; the columns behind it are scratch.
             kept: Used up.
             is_first: Nothing before this block is trained, so that the gradient of its input is not needed.
         """
-        layer, D, T = self.layer, kept.x.shape[1], len(kept.x)
-        self._complete(kept, at)
-        dy_TK = self._through_post(d_TK, kept.delta2, layer.post2, self.down)
-        self.down.backward_margin(dy_TK)
-        dh_TF = kept.x.new_empty((T, self.down.inputs))
-        self.down.backward_input(dy_TK, self.down.matrix(at.scratch), dh_TF, at.seed)
-        parts = self._gate_backward(kept, dy_TK, dh_TF)
-        self.down.backward_adapters(dy_TK, dh_TF, kept.xa_down, at.seed, parts_a=parts and parts[0])
-        del dh_TF, dy_TK
-        self.gate_up.backward_margin(kept.gate_up)
-        dx_TD = torch.empty_like(kept.x)
-        self.gate_up.backward_input(kept.gate_up, self.gate_up.matrix(at.scratch), dx_TD, at.seed)
-        norm = layer.norm2
-        self.gate_up.backward_adapters(
-            kept.gate_up, kept.mid, kept.xa_gate_up, at.seed, (kept.rstd2, norm.weight_D, norm.offset),
-            parts_b=parts and parts[1],
-        )  # fmt: skip
-        del parts
+        self._recompute(kept, at)
+        self._mlp_backward(d_TE, kept, at)
+        self._attention_backward(d_TE, kept, at, is_first)
+
+    def _recompute(self, kept: Kept, at: Context) -> None:
+        """Make every tensor that backward needs and that is not there, but gate and up."""
+        norm = self.layer.norm1
+        T, D = kept.x.shape
+        if kept.qkv is None:
+            y_TE = _room(kept.x, T, D + self.qkv.input_margin)
+            normalize(kept.x, kept.rstd1, norm.weight_D, norm.offset, y_TE[:, :D])
+            self._project_qkv(kept, at, y_TE)
+            del y_TE
+        if kept.out is None:
+            kept.out, kept.attention = attend(kept.qkv, at.documents, self.attention)
+        if kept.mid is None:
+            self._project_out(kept, at)
+
+    def _mlp_backward(self, d_TE: torch.Tensor, kept: Kept, at: Context) -> None:
+        """Turns the gradient behind the MLP into that before it."""
+        layer, T, D = self.layer, len(kept.x), kept.x.shape[1]
+        both, down, norm = self.gate_up, self.down, layer.norm2
+        both_matrix, down_matrix = self._mlp_matrices(at)
+        dy_TE = self._through_post(d_TE, kept.delta2, layer.post2, down)
+        down.add_b(kept.u_down, dy_TE[:, :D])
+        longest, parts = _longest(T), self._gate_parts(T, kept.x)
+        dx_TE = _room(kept.x, T, D + both.margin)
+        dh_TE = _room(kept.x, longest, down.inputs + down.margin)
+        made = kept.gate_up is None
+        room_TE = _room(kept.x, longest, both.outputs + both.margin) if made else kept.gate_up
+        y_TE = _room(kept.x, longest if made else 0, D + both.input_margin)
+        v_both = []
+        for number, (start, end) in enumerate(_pieces(T)):
+            size = end - start
+            if made:
+                gate_up_TE, y = room_TE[:size], y_TE[:size]
+                normalize(kept.mid[start:end], kept.rstd2[start:end], norm.weight_D, norm.offset, y[:, :D])
+                u_both, _ = both.forward(y, both_matrix, gate_up_TE, at.seed)
+            else:
+                gate_up_TE, u_both = room_TE[start:end], kept.u_gate_up[number]
+            v_down, _ = down.backward(dy_TE[start:end], down_matrix, dh_TE[:size], at.seed)
+            self._gate_backward(gate_up_TE, dh_TE[:size], u_both, v_down, parts, number == 0, at)
+            v, update = both.backward(gate_up_TE, both_matrix, dx_TE[start:end], at.seed)
+            v_both.append(v)
+        if parts is not None:
+            add_a(parts.a_PrF, down.grad_a)
+            add_b(parts.b_PRF, both.grad_b, both.members, both.rank, both.scale)
         kept.gate_up = None
-        rms_norm_backward(dx_TD, kept.mid, norm.weight_D, kept.rstd2, norm.eps, norm.offset, d_TK[:, :D])
+        v = _joined(v_both)
+        del dh_TE, room_TE, gate_up_TE, y_TE, parts, v_both
+        if update is not None:  # that of the last piece, over all
+            update = Update(dx_TE[:, D : D + both.used], update.b_RN)
+        both.add_a(v, kept.mid, at.seed, (kept.rstd2, norm.weight_D, norm.offset))
+        self._norm_backward(dx_TE[:, :D], kept.mid, kept.rstd2, norm, d_TE, update)
         kept.mid = None
-        dy_TK = self._through_post(d_TK, kept.delta1, layer.post1, self.o)
-        self.o.backward_margin(dy_TK)
-        dout_TO = torch.empty_like(kept.out)
-        self.o.backward_input(dy_TK, self.o.matrix(at.scratch), dout_TO, at.seed)
-        self.o.backward_adapters(dy_TK, kept.out, kept.xa_o, at.seed)
-        del dy_TK
-        grads = attend_backward(dout_TO, kept.qkv, kept.attention, at.documents, self.attention)
-        del dout_TO
-        kept.out = kept.attention = kept.qkv = None
-        dqkv_TK = kept.x.new_empty((T, self.qkv.outputs + self.qkv.margin))
-        dq_THC, dk_TKC, dv_TKC = grads
+
+    def _gate_parts(self, tokens: int, like: torch.Tensor) -> Parts | None:
+        """Room for the gradients that the gate's backward makes on its way, where every linear of the MLP has its
+        adapter; None: it makes none."""
+        down, both = self.down, self.gate_up
+        if not down.used or min(member.slot for member in both.members) < 0:
+            return None
+        if both.dropout_p or down.dropout_p or down.rank != both.rank or both.rank > MOST_RANK:
+            return None
+        return Parts.room(_longest(tokens), down.inputs, down.rank, both.used, like)
+
+    def _gate_backward(
+        self, gate_up_TE: torch.Tensor, dh_TE: torch.Tensor, u_both: torch.Tensor, v_down: torch.Tensor,
+        parts: Parts | None, is_first: bool, at: Context,
+    ) -> None:  # fmt: skip
+        """Gradient of gate and up in their place, with the adapters' gradients that lie on the way."""
+        both, down = self.gate_up, self.down
+        dh_TF, activation = dh_TE[:, : down.inputs], self.decoder.activation
+        if parts is not None:
+            slots = both.members[0].slot, both.members[-1].slot
+            gated_mlp_backward_adapters(gate_up_TE, dh_TF, activation, u_both, v_down, slots, parts, is_first)
+            return
+        gated_mlp_backward(gate_up_TE, dh_TF, activation)
+        down.add_a(v_down, dh_TF, at.seed)
+        both.add_b(u_both, gate_up_TE[:, : both.outputs])
+
+    def _attention_backward(self, d_TE: torch.Tensor, kept: Kept, at: Context, is_first: bool) -> None:
+        """Turns the gradient behind attention into that before it."""
+        layer, T, D = self.layer, len(kept.x), kept.x.shape[1]
+        dy_TE = self._through_post(d_TE, kept.delta1, layer.post1, self.o)
+        dout_TE = _room(kept.x, T, self.o.inputs + self.o.margin)
+        v_o, _ = self.o.backward(dy_TE, self.o.matrix(at.scratch), dout_TE, at.seed)
+        self.o.backward_adapters(dy_TE[:, :D], kept.out, kept.u_o, v_o, at.seed)
+        dq_THC, dk_TKC, dv_TKC = attend_backward(
+            dout_TE[:, : self.o.inputs], kept.qkv, kept.attention, at.documents, self.attention
+        )
+        del dout_TE, dy_TE
+        # q, k and v are of no more use: their gradient takes the place of what they were made from.
+        room_TE, norm, outputs = kept.qkv_room, layer.norm1, self.qkv.outputs
+        raw_TN = kept.raw.clone() if kept.raw is not None else None
+        kept.out = kept.attention = kept.qkv = kept.raw = kept.qkv_room = None
         rope_backward(
             dq_THC, dk_TKC, dv_TKC, self.decoder.heads, at.documents.position_T, at.cos_PS, at.sin_PS,
-            dqkv_TK[:, : self.qkv.outputs], kept.raw, layer.head_norm,
+            room_TE[:, :outputs], raw_TN, layer.head_norm,
         )  # fmt: skip
-        del grads, dq_THC, dk_TKC, dv_TKC
-        self.qkv.backward_margin(dqkv_TK)
-        norm = layer.norm1
-        self.qkv.backward_adapters(dqkv_TK, kept.x, kept.xa_qkv, at.seed, (kept.rstd1, norm.weight_D, norm.offset))
+        del dq_THC, dk_TKC, dv_TKC
+        scaling = (kept.rstd1, norm.weight_D, norm.offset)
+        if is_first:
+            v_qkv = self.qkv.project_gradient(room_TE)
+        else:
+            dx_TE = _room(kept.x, T, D + self.qkv.margin)
+            v_qkv, update = self.qkv.backward(room_TE, self.qkv.matrix(at.scratch), dx_TE, at.seed)
+        self.qkv.backward_adapters(room_TE[:, :outputs], kept.x, kept.u_qkv, v_qkv, at.seed, scaling)
         if not is_first:
-            self.qkv.backward_input(dqkv_TK, self.qkv.matrix(at.scratch), dx_TD, at.seed)
-            rms_norm_backward(dx_TD, kept.x, norm.weight_D, kept.rstd1, norm.eps, norm.offset, d_TK[:, :D])
+            self._norm_backward(dx_TE[:, :D], kept.x, kept.rstd1, norm, d_TE, update)
 
-    def _gate_backward(self, kept: Kept, dy_TK: torch.Tensor, dh_TF: torch.Tensor) -> Any:
-        """Gradient of gate and up in their place; where every linear of the MLP has its adapter, theirs on the way."""
-        down, both = self.down, self.gate_up
-        activation = self.decoder.activation
-        slots = both.members[0].slot, both.members[-1].slot
-        if not down.used or min(slots) < 0 or down.dropout_p or down.rank != both.rank:
-            gated_mlp_backward(kept.gate_up, dh_TF, activation)
-            return None
-        db_TR = dy_TK[:, down.outputs : down.outputs + down.used]
-        xa_TR = kept.xa_gate_up[:, : both.used]
-        return gated_mlp_backward_adapters(kept.gate_up, dh_TF, activation, xa_TR, db_TR, down.rank, slots)
+    def _norm_backward(
+        self, dx_TD: torch.Tensor, x_TD: torch.Tensor, rstd_T: torch.Tensor, norm: Norm, d_TE: torch.Tensor, update: Any
+    ) -> None:
+        D = x_TD.shape[1]
+        rms_norm_backward(dx_TD, x_TD, norm.weight_D, rstd_T, norm.eps, norm.offset, d_TE[:, :D], update)
 
-    def _through_post(self, d_TK: torch.Tensor, delta_TD: Any, post: Norm | None, group: Group) -> torch.Tensor:
-        """Gradient of what was added to the residual stream, with the group's margin."""
+    def _through_post(self, d_TE: torch.Tensor, delta_TD: Any, post: Norm | None, group: Group) -> torch.Tensor:
+        """Gradient of what was added to the residual stream, with columns behind it."""
         D = group.outputs
         if post is None:
-            return d_TK[:, : D + group.margin]
-        dy_TK = d_TK.new_empty((len(d_TK), D + group.margin))
-        dy_TK[:, :D] = d_TK[:, :D]
-        result_TD = rms_norm_backward(dy_TK[:, :D].contiguous(), delta_TD, post.weight_D, None, post.eps, post.offset)
-        dy_TK[:, :D] = result_TD
-        return dy_TK
+            return d_TE
+        dy_TE = d_TE.new_empty((len(d_TE), D + group.margin))
+        dy_TE[:, :D] = d_TE[:, :D]
+        rms_norm_backward(dy_TE[:, :D], delta_TD.contiguous(), post.weight_D, None, post.eps, post.offset)
+        return dy_TE
+
+
+def _room(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    return like.new_empty((rows, columns))
+
+
+def _joined(pieces: list[torch.Tensor]) -> torch.Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _pieces(tokens: int) -> list[tuple[int, int]]:
+    """Where the MLP's pieces begin and end: as few as may be, of multiples of 64 tokens as equal as may be."""
+    size = _longest(tokens)
+    return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def _longest(tokens: int) -> int:
+    """Tokens of the longest piece."""
+    count = -(-tokens // MLP_TOKENS)
+    return min(tokens, -(-tokens // count // 64) * 64)

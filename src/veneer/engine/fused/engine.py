@@ -1,5 +1,6 @@
 """The fused engine: whole passes over hand-written blocks. See `veneer.engine.fused`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,11 +8,11 @@ import torch.nn.functional as F
 
 from veneer.data import Batch
 from veneer.engine.fused.attention import Documents
-from veneer.engine.fused.block import TENSORS, Block, Context, Kept
+from veneer.engine.fused.block import TENSORS, Block, Context, Kept, Stream
 from veneer.engine.fused.family import Decoder, NotCoveredError, read
 from veneer.engine.fused.graphs import Graphs, Inputs
 from veneer.kernels.place import place, placement_of
-from veneer.kernels.rms_norm import rms_norm, rms_norm_backward
+from veneer.kernels.rms_norm import rms_norm_backward
 from veneer.kernels.softmax_loss import softmax_loss
 
 LOGITS_BYTES = 256 * 2**20  # of logits made at a time
@@ -22,7 +23,8 @@ class FusedEngine:
 
     Args:
         model: From `veneer.model.attach` or `load_adapter`.
-        keep: Tensors of a block that are kept from forward to backward, of `block.TENSORS`.
+        keep: Tensors that are kept from forward to backward, of `block.TENSORS`: of every block but the last, which
+            keeps all, since backward needs them at once; or a set for each block.
         keep_dequantized: Hold 4-bit weights as 16-bit matrices too.
         graphs: Record passes of a shape that comes again.
 
@@ -34,7 +36,11 @@ class FusedEngine:
     isolates_documents = True
 
     def __init__(
-        self, model: Any, keep: frozenset[str] = frozenset(TENSORS), keep_dequantized: bool = False, graphs: bool = True
+        self,
+        model: Any,
+        keep: frozenset[str] | Sequence[frozenset[str]] = frozenset(TENSORS),
+        keep_dequantized: bool = False,
+        graphs: bool = True,
     ) -> None:
         self.model = model
         self.decoder: Decoder = read(model)
@@ -43,13 +49,14 @@ class FusedEngine:
         if self._dtype == torch.float16:
             raise NotCoveredError("float16 compute")
         self.blocks = [Block(layer, self.decoder, n, self._dtype) for n, layer in enumerate(self.decoder.layers)]
-        self.keep = keep
+        if isinstance(keep, frozenset):
+            keep = [*[keep] * (len(self.blocks) - 1), frozenset(TENSORS)]
+        self.keep = tuple(keep)
         groups = [group for block in self.blocks for group in block.groups]
         if keep_dequantized:
             for group in groups:
                 group.keep_dequantized()
-        quantized = [group.size for group in groups if group.is_quantized and not keep_dequantized]
-        self._scratch = weight.new_empty(max(quantized, default=0))
+        self._scratch = weight.new_empty(max(block.scratch for block in self.blocks))
         self._flatten(groups)
         self._adapters = placement_of([shadow for group in groups for shadow in group.shadows()])
         self._seed = torch.zeros(1, dtype=torch.int64, device=self._device)
@@ -108,11 +115,12 @@ class FusedEngine:
         """Forward and backward, on the device alone."""
         at = self._context(inputs.documents, training=True)
         place(self._adapters)
-        x_TD, delta_TD, kept, post = self._forward(inputs.ids_T, at, True)
-        losses_N, d_TK = self._head(inputs, x_TD, delta_TD, post, True)
+        stream, kept = self._forward(inputs.ids_T, at, True)
+        losses_N, d_TE = self._head(inputs, stream, True)
+        del stream
         total = (losses_N.double() * inputs.weights_N).sum()
         for block in reversed(self.blocks):
-            block.backward(d_TK, kept.pop(), at, block.number == 0)
+            block.backward(d_TE, kept.pop(), at, block.number == 0)
         return total
 
     @torch.no_grad()
@@ -120,8 +128,8 @@ class FusedEngine:
         """See `Engine.losses`."""
         inputs = self._bring(batch, 0.0)
         place(self._adapters)
-        x_TD, delta_TD, _, post = self._forward(inputs.ids_T, self._context(inputs.documents, training=False), False)
-        losses_N, _ = self._head(inputs, x_TD, delta_TD, post, False)
+        stream, _ = self._forward(inputs.ids_T, self._context(inputs.documents, training=False), False)
+        losses_N, _ = self._head(inputs, stream, False)
         document_T = torch.repeat_interleave(torch.tensor(batch.lengths)).to(self._device)
         result = torch.zeros(len(batch.lengths), dtype=torch.float64, device=self._device)
         return result.index_add_(0, document_T[inputs.index_N], losses_N.double() * inputs.weights_N)
@@ -150,45 +158,36 @@ class FusedEngine:
             self._tables.append((cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()))
         return self._tables[-1]
 
-    def _forward(self, ids_T: torch.Tensor, at: Context, training: bool) -> Any:
-        """Residual stream and last delta (not yet added), kept tensors of each block, the last post-norm."""
-        x_TD, delta_TD, post = self.decoder.embed(ids_T), None, None
+    def _forward(self, ids_T: torch.Tensor, at: Context, training: bool) -> tuple[Stream, list[Kept]]:
+        """The residual stream behind the last block, and what each block keeps."""
+        stream = Stream(self.decoder.embed(ids_T))
         kept: list[Kept] = []
-        for block in self.blocks:
-            # The last block's tensors are needed at once, whatever the plan keeps of the others.
-            keep = frozenset(TENSORS) if block.number == len(self.blocks) - 1 else self.keep
-            x_TD, delta_TD, of_block = block.forward(x_TD, delta_TD, post, at, keep)
-            post = block.layer.post2
+        for block, keep in zip(self.blocks, self.keep):
+            stream, of_block = block.forward(stream, at, keep if training else frozenset())
             if training:
                 kept.append(of_block)
-        return x_TD, delta_TD, kept, post
+        return stream, kept
 
-    def _head(
-        self, inputs: Inputs, x_TD: torch.Tensor, delta_TD: Any, post: Any, training: bool
-    ) -> tuple[torch.Tensor, Any]:
-        """Losses of trained tokens, and in training the gradient of the residual stream."""
-        norm, decoder = self.decoder.norm, self.decoder
-        y_TD = torch.empty_like(x_TD)
-        x_TD, rstd_T = rms_norm(x_TD, delta_TD, norm.weight_D, norm.eps, norm.offset, y_TD, post and post.weight_D)
-        index_N, targets_N, factor_N = inputs.index_N, inputs.targets_N, inputs.factor_N
-        hidden_ND = y_TD[index_N]
-        weight_VD = decoder.head.weight
+    def _head(self, inputs: Inputs, stream: Stream, training: bool) -> tuple[torch.Tensor, Any]:
+        """Losses of trained tokens, and in training the gradient of the residual stream, with columns behind it."""
+        norm, weight_VD = self.decoder.norm, self.decoder.head.weight
+        y_TD = torch.empty_like(stream.x_TD)
+        x_TD, rstd_T = stream.norm(norm, y_TD)
+        D, index_N = x_TD.shape[1], inputs.index_N
         losses_N = torch.empty(len(index_N), dtype=torch.float32, device=self._device)
-        d_ND = torch.empty_like(hidden_ND) if training else None
+        margin = max(max(block.o.margin, block.down.margin) for block in self.blocks)
+        d_TE = x_TD.new_zeros((len(x_TD), D + margin)) if training else None
         rows = max(16, LOGITS_BYTES // (weight_VD.shape[0] * weight_VD.element_size()) // 16 * 16)
         for start in range(0, len(index_N), rows):
             part = slice(start, start + rows)
-            logits_nV = F.linear(hidden_ND[part], weight_VD)
-            softmax_loss(logits_nV, targets_N[part], factor_N[part], losses_N[part], decoder.head_cap, training)
-            if d_ND is not None:
-                torch.mm(logits_nV, weight_VD, out=d_ND[part])
+            logits_nV = F.linear(y_TD[index_N[part]], weight_VD)
+            softmax_loss(
+                logits_nV, inputs.targets_N[part], inputs.factor_N[part], losses_N[part], self.decoder.head_cap, training
+            )  # fmt: skip
+            if d_TE is not None:
+                d_TE[:, :D].index_copy_(0, index_N[part], torch.mm(logits_nV, weight_VD))
             del logits_nV
-        if d_ND is None:
-            return losses_N, None
-        y_TD.zero_()
-        y_TD[index_N] = d_ND
-        D = x_TD.shape[1]
-        margin = max(max(block.o.margin, block.down.margin) for block in self.blocks)
-        d_TK = x_TD.new_zeros((len(x_TD), D + margin))
-        rms_norm_backward(y_TD, x_TD, norm.weight_D, rstd_T, norm.eps, norm.offset, d_TK[:, :D])
-        return losses_N, d_TK
+        if d_TE is not None:
+            del y_TD
+            rms_norm_backward(d_TE[:, :D], x_TD, norm.weight_D, rstd_T, norm.eps, norm.offset)
+        return losses_N, d_TE

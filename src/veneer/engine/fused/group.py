@@ -5,16 +5,21 @@ a diagonal (N x R), one matrix holds all:
 
             D       R
         +-------+------+
-      N |   W   |  s B |      forward:   y  = [x | x A^T]   [W | s B]^T
+      N |   W   |  s B |      y = x W^T + u (s B)^T,  u = x A^T
         +-------+------+
-      R |   A   |      |      backward:  dx = [dy | dy s B] [W ; A]
+      R |   A   |      |      dx = dy W + v A,        v = dy s B
         +-------+------+
 
-So the adapter rides in the large product: its sum is made in float32 inside it, and no output is read again to add
-to. A bias is one column more, whose input is 1. Where W is in 4 bits, the matrix is made in a scratch buffer just
+An adapter's products are skinny: what they cost is reading activations. So they ride in the large products, in one of
+two ways. Where u is known first, y = [x | u] [W | s B]^T is one product ("before"). Where the product comes first,
+[y | u] = x [W ; A]^T gives u as further columns of y, and the norm that reads y next adds what is missing ("after"), an
+`Update`. The same two ways lead back: dx = [dy | v] [W ; A], or [dx | v] = dy [W | s B]. "After" saves a reading of the
+input but needs a norm behind, of few enough ranks. Where W is in 4 bits, the matrix is made in a scratch buffer just
 before it is used; where there is room, it stays.
 
-Shapes: T tokens, D inputs, N outputs, R stacked ranks and the bias, padded to a multiple of 64.
+With dropout, u comes from a masked copy of x that exists only within a kernel, and v A is masked likewise.
+
+Shapes: T tokens, D inputs, N outputs, R stacked ranks, padded to a multiple of 16; E a width with a margin behind it.
 """
 
 from collections.abc import Sequence
@@ -25,6 +30,9 @@ import torch
 from veneer.kernels import low_rank, nf4
 from veneer.kernels.low_rank import Dropout, Member
 from veneer.kernels.place import Place
+from veneer.kernels.update import Update
+
+MOST_ADDED = 32  # ranks that a norm adds on its way; more cost it more than a reading
 
 
 class Linear(NamedTuple):
@@ -53,9 +61,13 @@ class Group:
         linears: One to three that read the same input.
         dtype: Of compute.
         key: Tells its dropout masks apart from other groups'.
+        before_norm: Whether a norm reads the outputs next, and can add to them.
+        behind_norm: Whether the inputs come from a norm, whose backward can add to their gradient.
     """
 
-    def __init__(self, linears: Sequence[Linear], dtype: torch.dtype, key: int) -> None:
+    def __init__(
+        self, linears: Sequence[Linear], dtype: torch.dtype, key: int, before_norm: bool = False, behind_norm: bool = False
+    ) -> None:
         self.linears = tuple(linears)
         adapted = [linear for linear in linears if linear.a is not None]
         first = linears[0].module
@@ -65,13 +77,13 @@ class Group:
         self.scale = adapted[0].scale if adapted else 1.0
         self.dropout_p = adapted[0].dropout if adapted else 0.0
         self.key = key
-        has_bias = any(linear.module.bias is not None for linear in linears)
-        used = self.rank * len(adapted)
-        self.bias_column = used if has_bias else -1
+        self.used = self.rank * len(adapted)
+        self.stacked = -(-self.used // 16) * 16
         # Rows that begin at multiples of 128 bytes: a product whose rows do not is 3% slower on an H100.
         unit = 16 if first.weight.device.type == "cpu" else 64
-        self.margin = -(-(used + has_bias) // unit) * unit
-        self.used = used
+        self.margin = -(-self.stacked // unit) * unit
+        self._after = before_norm and 0 < self.used <= MOST_ADDED
+        self._after_back = behind_norm and 0 < self.used <= MOST_ADDED
         members, at, slot = [], 0, 0
         for linear in linears:
             size = linear.module.out_features
@@ -82,44 +94,60 @@ class Group:
         self.is_quantized = getattr(first.weight, "quant_state", None) is not None
         self.table: Any = None
         self._resident: torch.Tensor | None = None
-        width = self.inputs + self.margin
         if self.is_quantized:
             self.table = nf4.table_of([nf4.Packed.of(linear.module.weight) for linear in linears])
-            self.a_RD = torch.zeros((self.margin, self.inputs), dtype=dtype, device=device)
-            self.b_NR = torch.zeros((self.outputs, self.margin), dtype=dtype, device=device)
+            self.a_RD = torch.zeros((self.stacked, self.inputs), dtype=dtype, device=device)
+            self.b_NR = torch.zeros((self.outputs, self.stacked), dtype=dtype, device=device)
         else:
-            matrix = torch.zeros((self.outputs + self.margin, width), dtype=dtype, device=device)
+            matrix = torch.zeros(self.shape, dtype=dtype, device=device)
             for linear, member in zip(linears, members):
                 place = matrix[member.start : member.end, : self.inputs]
                 place.copy_(linear.module.weight.data)
                 linear.module.weight.data = place  # the module reads the same memory, so nothing is there twice
             self._make_resident(matrix)
-        if has_bias:
+        # What an update reads, rank by rank.
+        self._b_RN = torch.zeros((self.used if self._after else 0, self.outputs), dtype=dtype, device=device)
+        self._bias: torch.Tensor | None = None
+        if any(linear.module.bias is not None for linear in linears):
+            self._bias = torch.zeros(self.outputs + self.stacked, dtype=dtype, device=device)
             for linear, member in zip(linears, members):
                 if linear.module.bias is not None:
-                    self.b_NR[member.start : member.end, self.bias_column] = linear.module.bias.data
+                    self._bias[member.start : member.end] = linear.module.bias.data
         # Set by the engine: where the adapters' gradients lie, stacked A (R, D) and the B one behind the other.
         self.grad_a: Any = None
         self.grad_b: Any = None
 
     def _make_resident(self, matrix: torch.Tensor) -> None:
         self._resident = matrix
-        self.a_RD = matrix[self.outputs :, : self.inputs]
-        self.b_NR = matrix[: self.outputs, self.inputs :]
+        self.a_RD = matrix[self.outputs : self.outputs + self.stacked, : self.inputs]
+        self.b_NR = matrix[: self.outputs, self.inputs : self.inputs + self.stacked]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of its matrix."""
+        return self.outputs + self.margin, self.inputs + self.margin
 
     @property
     def size(self) -> int:
         """Elements of its matrix."""
-        return (self.outputs + self.margin) * (self.inputs + self.margin)
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def input_margin(self) -> int:
+        """Columns that `forward` needs behind its input."""
+        return 0 if self._after else self.margin
+
+    @property
+    def needs_scratch(self) -> bool:
+        """Whether its matrix is made anew each time."""
+        return self._resident is None
 
     def keep_dequantized(self) -> None:
         """Hold the 16-bit matrix for good: no time for dequantization any more."""
         if self._resident is None:
-            b_NR = self.b_NR
-            matrix = self.a_RD.new_zeros((self.outputs + self.margin, self.inputs + self.margin))
-            nf4.dequantize(self.table, matrix[: self.outputs, : self.inputs])
+            matrix = self.a_RD.new_zeros(self.shape)
+            nf4.dequantize(self.table, matrix)
             self._make_resident(matrix)
-            self.b_NR.copy_(b_NR)
 
     def shadows(self) -> list[Place]:
         """Where each adapter matrix stands in compute precision."""
@@ -129,101 +157,122 @@ class Group:
                 ranks = slice(slot * self.rank, (slot + 1) * self.rank)
                 pairs.append(Place(self.a_RD[ranks], linear.a.data, 1.0))
                 pairs.append(Place(self.b_NR[start:end, ranks], linear.b.data, self.scale))
+                if self._after:
+                    pairs.append(Place(self._b_RN[ranks, start:end].T, linear.b.data, self.scale))
         return pairs
 
     def matrix(self, scratch: torch.Tensor) -> torch.Tensor:
-        """The whole matrix, (N + R, D + R); valid until the scratch buffer is used again."""
+        """The whole matrix, of `shape`; valid until the scratch buffer is used again."""
         if self._resident is not None:
             return self._resident
-        matrix = scratch[: self.size].view(self.outputs + self.margin, self.inputs + self.margin)
-        nf4.dequantize(self.table, matrix[: self.outputs, : self.inputs])
-        if self.margin:
-            matrix[: self.outputs, self.inputs :] = self.b_NR
-            matrix[self.outputs :, : self.inputs] = self.a_RD
+        matrix = scratch[: self.size].view(self.shape)
+        nf4.dequantize(self.table, matrix, *((self.a_RD, self.b_NR) if self.used else ()))
         return matrix
-
-    def room(self, tokens: int) -> torch.Tensor:
-        """An empty input with the adapters' columns behind it, (T, D + R)."""
-        return self.a_RD.new_empty((tokens, self.inputs + self.margin))
 
     def _dropout(self, seed: torch.Tensor | None) -> Dropout | None:
         return Dropout(self.dropout_p, seed, self.key) if self.dropout_p and seed is not None else None
 
     def forward(
-        self, x_TK: torch.Tensor, matrix: torch.Tensor, out_TN: torch.Tensor, seed: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """Fill `out_TN`.
+        self, x_TE: torch.Tensor, matrix: torch.Tensor, out_TE: torch.Tensor, seed: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Update | None]:
+        """Fill the first N columns of `out_TE`.
 
         Args:
-            x_TK: From `room`, its first D columns filled; the others are filled here.
+            x_TE: (T, D), with `input_margin` columns behind.
             matrix: From `matrix`.
+            out_TE: (T, N + margin).
             seed: Of dropout; None: none (evaluation).
 
         Returns:
-            A copy of the adapters' columns x A^T, which backward needs; None without adapters.
+            u = x A^T, shape (T, used), which backward needs, and what is still to be added to the output.
         """
-        kept = None
-        if self.margin:
-            xa_TR = x_TK[:, self.inputs :]
-            self._project(x_TK[:, : self.inputs], xa_TR, seed)
-            kept = xa_TR.contiguous()
-        torch.mm(x_TK, matrix[: self.outputs].T, out=out_TN)
-        return kept
-
-    def _project(self, x_TD: torch.Tensor, xa_TR: torch.Tensor, seed: torch.Tensor | None) -> None:
+        N, D, R = self.outputs, self.inputs, self.stacked
         dropout = self._dropout(seed)
+        x_TD = x_TE[:, :D]
+        if not self.used:
+            self._product(x_TD, matrix[:N, :D].T, out_TE[:, :N])
+            return x_TE.new_empty((len(x_TE), 0)), None
+        if not self._after:
+            u_TR = x_TE.new_empty((len(x_TE), self.used))
+            self._project(x_TD, x_TE[:, D : D + R], dropout, u_TR)
+            self._product(x_TE[:, : D + R], matrix[:N, : D + R].T, out_TE[:, :N])
+            return u_TR, None
+        columns = N + R if dropout is None else N
+        self._product(x_TD, matrix[:columns, :D].T, out_TE[:, :columns])
+        u_TR = out_TE[:, N : N + self.used]
+        if dropout is not None:
+            self._project(x_TD, out_TE[:, N : N + R], dropout, None)
+        return u_TR.contiguous(), Update(u_TR, self._b_RN)
+
+    def _product(self, x_TD: torch.Tensor, weight_DN: torch.Tensor, out_TN: torch.Tensor) -> None:
+        if self._bias is None:
+            torch.mm(x_TD, weight_DN, out=out_TN)
+        else:
+            torch.addmm(self._bias[: out_TN.shape[1]], x_TD, weight_DN, out=out_TN)
+
+    def _project(
+        self, x_TD: torch.Tensor, u_TR: torch.Tensor, dropout: Dropout | None, copy_TR: torch.Tensor | None
+    ) -> None:
         if dropout is None:
-            low_rank.project(x_TD, self.a_RD, xa_TR, self.margin, self.bias_column)
+            low_rank.project(x_TD, self.a_RD, u_TR, self.stacked, None, copy_TR)
             return
-        xa_TR[:, self.used :] = 0
-        if self.bias_column >= 0:
-            xa_TR[:, self.bias_column] = 1
-        low_rank.project(x_TD, self.a_RD[: self.used], xa_TR[:, : self.used], self.rank, -1, dropout)
+        u_TR[:, self.used :] = 0
+        low_rank.project(x_TD, self.a_RD[: self.used], u_TR[:, : self.used], self.rank, dropout, copy_TR)
 
-    def backward_input(
-        self, dy_TK: torch.Tensor, matrix: torch.Tensor, dx_TD: torch.Tensor, seed: torch.Tensor | None
-    ) -> None:
-        """Fill `dx_TD`, the gradient of the input, after `backward_margin`."""
-        if self.used and not self.dropout_p:
-            torch.mm(dy_TK, matrix[:, : self.inputs], out=dx_TD)
-            return
-        torch.mm(dy_TK[:, : self.outputs], matrix[: self.outputs, : self.inputs], out=dx_TD)
-        if self.used and (dropout := self._dropout(seed)) is not None:
-            db_TR = dy_TK[:, self.outputs : self.outputs + self.used]
-            low_rank.add_projected(dx_TD, db_TR, self.a_RD[: self.used], self.rank, dropout)
-
-    def backward_margin(self, dy_TK: torch.Tensor) -> None:
-        """Fill the columns behind the output's gradient: dy B, which both other parts of backward read."""
-        if self.margin:
-            # The bias's column meets a row of zeros in the matrix, so it need not be taken out.
-            low_rank.project(dy_TK[:, : self.outputs], self.b_NR.T, dy_TK[:, self.outputs :], self.margin)
-
-    def backward_adapters(
-        self,
-        dy_TK: torch.Tensor,
-        x_TD: torch.Tensor,
-        xa_TR: torch.Tensor | None,
-        seed: torch.Tensor | None,
-        norm: Any = None,
-        parts_a: torch.Tensor | None = None,
-        parts_b: torch.Tensor | None = None,
-    ) -> None:
-        """Add the adapters' gradients to theirs, after `backward_margin`.
+    def backward(
+        self, dy_TE: torch.Tensor, matrix: torch.Tensor, dx_TE: torch.Tensor, seed: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Update | None]:
+        """Fill the first D columns of `dx_TE`.
 
         Args:
-            dy_TK: (T, N + R), gradient of the output, and what `backward_margin` put behind it.
-            x_TD: The forward's input, or what `norm` makes it from.
-            xa_TR: As `forward` returned it.
-            norm: See `low_rank.outer`.
-            parts_a, parts_b: The A and B gradients where another kernel has made them, as parts to be added up.
+            dy_TE: Gradient of the output, with a margin behind it.
+            dx_TE: (T, D + margin).
+
+        Returns:
+            v = dy s B, shape (T, used), which `add_a` needs, and what is still to be added to the gradient.
         """
-        if not self.used:
-            return
-        assert xa_TR is not None
-        N, used = self.outputs, self.used
-        if parts_a is None:
-            parts_a = low_rank.outer(dy_TK[:, N : N + used], x_TD, self.rank, self._dropout(seed), norm)
-        low_rank.add_a(parts_a, self.grad_a)
-        if parts_b is None:
-            parts_b = low_rank.outer(xa_TR[:, :used], dy_TK[:, :N], used)
-        low_rank.add_b(parts_b, self.grad_b, self.members, self.rank, self.scale)
+        N, D, R = self.outputs, self.inputs, self.stacked
+        dropout = self._dropout(seed)
+        if self._after_back:
+            torch.mm(dy_TE[:, :N], matrix[:N, : D + R], out=dx_TE[:, : D + R])
+            v_TR = dx_TE[:, D : D + self.used]
+            if dropout is None:
+                return v_TR, Update(v_TR, self.a_RD[: self.used])
+        else:
+            v_TR = self.project_gradient(dy_TE)
+            rows = N if dropout is not None else N + R
+            torch.mm(dy_TE[:, :rows], matrix[:rows, :D], out=dx_TE[:, :D])
+        if dropout is not None and self.used:
+            low_rank.add_projected(dx_TE[:, :D], v_TR, self.a_RD[: self.used], self.rank, dropout)
+        return v_TR, None
+
+    def project_gradient(self, dy_TE: torch.Tensor) -> torch.Tensor:
+        """v = dy s B by a kernel of its own, into the columns behind dy."""
+        N, R = self.outputs, self.stacked
+        if self.used:
+            low_rank.project(dy_TE[:, :N], self.b_NR.T, dy_TE[:, N : N + R], R)
+        return dy_TE[:, N : N + self.used]
+
+    def backward_adapters(
+        self, dy_TN: torch.Tensor, x_TD: torch.Tensor, u_TR: Any, v_TR: Any, seed: torch.Tensor | None, norm: Any = None
+    ) -> None:
+        """Add the adapters' gradients to theirs.
+
+        Args:
+            dy_TN: Gradient of the output.
+            x_TD: The forward's input, or what `norm` makes it from (see `low_rank.outer`).
+            u_TR, v_TR: As `forward` and `backward` gave them.
+        """
+        self.add_a(v_TR, x_TD, seed, norm)
+        self.add_b(u_TR, dy_TN)
+
+    def add_a(self, v_TR: torch.Tensor, x_TD: torch.Tensor, seed: torch.Tensor | None, norm: Any = None) -> None:
+        """A's gradients, v^T x."""
+        if self.used:
+            low_rank.add_a(low_rank.outer(v_TR, x_TD, self.rank, self._dropout(seed), norm), self.grad_a)
+
+    def add_b(self, u_TR: torch.Tensor, dy_TN: torch.Tensor) -> None:
+        """B's gradients, s dy^T u."""
+        if self.used:
+            parts = low_rank.outer(u_TR, dy_TN, self.used)
+            low_rank.add_b(parts, self.grad_b, self.members, self.rank, self.scale)
