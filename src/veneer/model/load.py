@@ -7,7 +7,8 @@ without a key-value cache; `attach` puts the adapter on.
 """
 
 import gc
-from typing import Any
+import time
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -15,7 +16,22 @@ from safetensors import SafetensorError
 from veneer.config import Model, Quantization, UserError
 from veneer.model.locate import Source
 from veneer.model.quiet import quiet
+from veneer.model.stream import find_checkpoint, stream
 from veneer.plan.machine import Machine, named_dtype
+
+
+class LoadReport(NamedTuple):
+    """How a base model was loaded.
+
+    Attributes:
+        seconds: In all.
+        bytes_read: From files; 0 where Transformers read them.
+        way: files, cache (of quantized weights) or transformers (by its own reader).
+    """
+
+    seconds: float
+    bytes_read: int
+    way: str
 
 
 def compute_dtype(model: Model, machine: Machine) -> torch.dtype:
@@ -49,24 +65,20 @@ def load_model(source: Source, model: Model, quantization: Quantization | None, 
     Raises:
         UserError: It cannot be found or loaded, or its files lack weights.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    return load_base(source, model, quantization, machine)[0]
 
-    dtype = compute_dtype(model, machine)
-    settings: dict[str, Any] = {"dtype": dtype, "device_map": {"": machine.device}}
-    if source.revision:
-        settings["revision"] = source.revision
-    if model.attn_implementation != "auto":
-        settings["attn_implementation"] = model.attn_implementation
-    if quantization is not None:
-        settings["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quantization.quant_type,
-            bnb_4bit_use_double_quant=quantization.double_quant,
-            bnb_4bit_compute_dtype=dtype,
-        )
+
+def load_base(
+    source: Source, model: Model, quantization: Quantization | None, machine: Machine
+) -> tuple[Any, LoadReport]:
+    """As `load_model`, with a report of where the weights came from and how long it took."""
+    started = time.perf_counter()
+    settings = _settings(model, quantization, machine)
     with quiet():
         try:
-            base, report = AutoModelForCausalLM.from_pretrained(source.location, output_loading_info=True, **settings)
+            base, report, way, read = _load(source, settings, quantization, machine)
+        except UserError:
+            raise
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise _cannot_load(source, "model", error) from None
     missing = sorted(report["missing_keys"])
@@ -81,7 +93,47 @@ def load_model(source: Source, model: Model, quantization: Quantization | None, 
     _keep_4bit_layout(base)
     base.config.use_cache = False
     base.eval()
-    return base
+    if machine.device == "cuda":
+        torch.cuda.synchronize()
+    return base, LoadReport(time.perf_counter() - started, read, way)
+
+
+def _settings(model: Model, quantization: Quantization | None, machine: Machine) -> dict[str, Any]:
+    from transformers import BitsAndBytesConfig
+
+    dtype = compute_dtype(model, machine)
+    settings: dict[str, Any] = {"dtype": dtype, "device_map": {"": machine.device}}
+    if model.attn_implementation != "auto":
+        settings["attn_implementation"] = model.attn_implementation
+    if quantization is not None:
+        settings["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization.quant_type,
+            bnb_4bit_use_double_quant=quantization.double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return settings
+
+
+def _load(
+    source: Source, settings: dict[str, Any], quantization: Quantization | None, machine: Machine
+) -> tuple[Any, dict[str, Any], str, int]:
+    checkpoint = find_checkpoint(source, quantization) if machine.device in ("cuda", "cpu") else None
+    if checkpoint is None:
+        return *load_plainly(source, settings), "transformers", 0
+    base, report, reader = stream(source, checkpoint, settings, machine.device)
+    return base, report, "files", reader.bytes_read
+
+
+def load_plainly(source: Source, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model and the report of the load, by Transformers' own reader."""
+    from transformers import AutoModelForCausalLM
+
+    where: dict[str, Any] = {"pretrained_model_name_or_path": source.location}
+    if source.revision:
+        where["revision"] = source.revision
+    base, report = AutoModelForCausalLM.from_pretrained(**where, output_loading_info=True, **settings)
+    return base, report
 
 
 def _keep_4bit_layout(base: Any) -> None:

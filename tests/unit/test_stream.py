@@ -1,0 +1,221 @@
+"""Streamed loading gives what Transformers' own reader gives, to the bit, and tells what is wrong with files."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.tiny import FAMILIES
+from veneer.config import Adapter, Model, Quantization, UserError
+from veneer.model import attach, locate, reader
+from veneer.model.load import LoadReport, _settings, load_base, load_plainly
+from veneer.model.quiet import quiet
+from veneer.model.reader import Reader
+from veneer.model.shards import read_headers
+from veneer.plan import find_machine
+
+IDS = torch.arange(3, 35).view(2, 16)
+
+
+def load(folder: Path, quantization: Quantization | None = None, dtype: str = "float32") -> tuple[Any, LoadReport]:
+    settings = Model.model_validate({"base": str(folder), "dtype": dtype})
+    return load_base(locate(settings), settings, quantization, find_machine())
+
+
+def plainly(folder: Path, quantization: Quantization | None = None, dtype: str = "float32") -> Any:
+    model = Model.model_validate({"base": str(folder), "dtype": dtype})
+    with quiet():
+        base = load_plainly(locate(model), _settings(model, quantization, find_machine()))[0]
+    base.config.use_cache = False
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return base
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    """Every tensor with what belongs to it, how they are tied, and what the model computes."""
+    assert tensors(ours).keys() == tensors(theirs).keys()
+    for name, tensor in tensors(theirs).items():
+        mine = tensors(ours)[name]
+        assert (type(mine), mine.dtype, mine.shape) == (type(tensor), tensor.dtype, tensor.shape), name
+        assert torch.equal(mine, tensor), name
+        state, other = (getattr(t, "quant_state", None) for t in (mine, tensor))
+        if state is not None and other is not None:
+            assert state.as_dict(packed=True).keys() == other.as_dict(packed=True).keys()
+            assert (state.shape, state.dtype, state.blocksize, state.quant_type) == (
+                other.shape, other.dtype, other.blocksize, other.quant_type,
+            )  # fmt: skip
+            assert (mine.compress_statistics, mine.bnb_quantized) == (tensor.compress_statistics, tensor.bnb_quantized)
+    head, embeddings = (model.get_output_embeddings().weight for model in (ours, theirs))
+    assert (head is ours.get_input_embeddings().weight) == (embeddings is theirs.get_input_embeddings().weight)
+    assert ours.config.to_dict() == theirs.config.to_dict()
+    assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
+    assert ours.get_memory_footprint() == theirs.get_memory_footprint()
+    assert getattr(ours, "is_loaded_in_4bit", False) == getattr(theirs, "is_loaded_in_4bit", False)
+    with torch.no_grad():
+        assert torch.equal(ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits)
+
+
+def tensors(model: Any) -> dict[str, Any]:
+    found = dict(model.named_parameters()) | {f"{name} (buffer)": buffer for name, buffer in model.named_buffers()}
+    return found | {f"{name} (saved)": value for name, value in model.state_dict().items()}
+
+
+def copied(folder: Path, to: Path, **config: Any) -> Path:
+    """A copy of a model's folder, with a changed configuration."""
+    shutil.copytree(folder, to)
+    found = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps(found | config))
+    return to
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("quantization", [None, Quantization()], ids=["16-bit", "4-bit"])
+def test_every_family_loads_as_with_transformers(
+    family: str, quantization: Quantization | None, tiny_model: Callable[..., Path]
+) -> None:
+    base, report = load(tiny_model(family), quantization, "bfloat16")
+    assert report.way == "files"
+    assert report.bytes_read == sum(piece.size for piece in read_headers([tiny_model(family) / "model.safetensors"]))
+    assert_same(base, plainly(tiny_model(family), quantization, "bfloat16"))
+
+
+@pytest.mark.parametrize("changed", [{"quant_type": "fp4"}, {"double_quant": False}], ids=str)
+def test_other_kinds_of_quantization(changed: dict[str, Any], tiny_model: Callable[..., Path]) -> None:
+    quantization = Quantization(**changed)
+    assert_same(load(tiny_model(), quantization)[0], plainly(tiny_model(), quantization))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_sharded_and_tied(tied: bool, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(1)
+    config = LlamaConfig(**FAMILIES["llama"][1], tie_word_embeddings=tied)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    for quantization in (None, Quantization()):
+        assert_same(load(tmp_path, quantization, "bfloat16")[0], plainly(tmp_path, quantization, "bfloat16"))
+
+
+def test_weights_that_nothing_uses_are_left_aside(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    folder = copied(tiny_model(), tmp_path / "model")
+    held = load_file(folder / "model.safetensors")
+    more = {f"model.a{n}.rotary_emb.inv_freq": torch.ones(8) for n in range(80)}
+    save_file(held | more, folder / "model.safetensors", metadata={"format": "pt"})
+    assert_same(load(folder, Quantization())[0], plainly(folder, Quantization()))
+
+
+def test_generation_settings_that_stand_in_the_configuration(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    folder = copied(tiny_model(), tmp_path / "model", temperature=0.25)
+    (folder / "generation_config.json").unlink()
+    assert_same(load(folder)[0], plainly(folder))
+
+
+def test_pickled_weights_are_left_to_transformers(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    folder = copied(tiny_model(), tmp_path / "model")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    base, report = load(folder)
+    assert report.way == "transformers"
+    assert torch.equal(base.lm_head.weight, load(tiny_model())[0].lm_head.weight)
+
+
+def test_adapters_attach_and_train_on_it(tiny_model: Callable[..., Path]) -> None:
+    model = attach(load(tiny_model(), Quantization())[0], Adapter(), 0)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("cut", [4, 500, -1])
+def test_a_file_that_is_cut_off_is_told(cut: int, tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    folder = copied(tiny_model(), tmp_path / "model")
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:cut])
+    with pytest.raises(UserError, match=r"the model cannot be loaded: model\.safetensors is .*cut off"):
+        load(folder, Quantization())
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_told(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    folder = copied(tiny_model(), tmp_path / "model")
+    pieces = read_headers([folder / "model.safetensors"])
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: max(piece.offset for piece in pieces)])
+    with pytest.raises(ValueError, match="is cut off within"), Reader(pieces, "cpu") as reader:
+        for piece in pieces:
+            reader.take(piece.name)
+
+
+def test_a_missing_shard_is_told(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    folder = copied(tiny_model(), tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    names = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(names))
+    with pytest.raises(UserError, match=r"names model-00002-of-00002\.safetensors, which is not there"):
+        load(folder)
+
+
+@pytest.mark.parametrize("quantization", [None, Quantization()], ids=["16-bit", "4-bit"])
+def test_another_shape_than_the_configurations_is_refused(
+    quantization: Quantization | None, tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    folder = copied(tiny_model(), tmp_path / "model", intermediate_size=192)
+    with pytest.raises(UserError) as caught:
+        load(folder, quantization)
+    told = str(caught.value)
+    assert "model.layers.0.mlp.down_proj.weight has the shape [64, 128] in its files, and [64, 192]" in told
+    assert "(6 tensors differ)" in told
+
+
+def test_memory_ahead_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [3000, 100, 40_000, 5000, 5000, 5000, 5000, 0, 5000]
+    held = {f"t.{n}": torch.arange(size, dtype=torch.int32) for n, size in enumerate(sizes)}
+    save_file(held, tmp_path / "x.safetensors")
+    monkeypatch.setattr(reader, "CHUNK", 4096)
+    monkeypatch.setattr(reader, "AHEAD", 50_000)
+    pieces = read_headers([tmp_path / "x.safetensors"])
+    assert [piece.name for piece in pieces] == list(held)
+    with Reader(pieces, "cpu") as reading:
+        for name in [*held, "t.2", "t.0"]:
+            assert torch.equal(reading.take(name), held[name])
+    assert reading.bytes_read == 4 * sum(sizes) + 4 * (40_000 + 3000)
+    assert 5000 * 4 <= reading.most_ahead_bytes <= max(50_000, 4 * 40_000)
+
+
+def test_a_quantized_checkpoint_loads_as_it_is(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    base, _ = load(tiny_model(), Quantization(), "bfloat16")
+    base.save_pretrained(tmp_path)
+    for quantization in (None, Quantization()):
+        again, report = load(tmp_path, quantization, "bfloat16")
+        assert report.way == "files"
+        assert_same(again, plainly(tmp_path, None, "bfloat16"))
+        with torch.no_grad():
+            assert torch.equal(again(input_ids=IDS).logits, base(input_ids=IDS).logits)
+    assert load(tmp_path, None, "float32")[0].model.layers[0].mlp.up_proj.compute_dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (Quantization(quant_type="fp4"), "quantization.quant_type = fp4: .* is quantized already, with nf4"),
+        (Quantization(double_quant=False), "quantization.double_quant = false: .* is quantized already, with true"),
+    ],
+)
+def test_a_quantized_checkpoint_of_another_kind_is_refused(
+    asked: Quantization, told: str, tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    load(tiny_model(), Quantization())[0].save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=told):
+        load(tmp_path, asked)
+
+
+def test_four_bits_of_a_base_in_another_format_are_refused(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    folder = copied(tiny_model(), tmp_path / "model", quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(UserError, match=r"quantization\.bits = 4: .* is quantized already, in gptq"):
+        load(folder, Quantization())
