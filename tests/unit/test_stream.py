@@ -219,3 +219,147 @@ def test_four_bits_of_a_base_in_another_format_are_refused(tmp_path: Path, tiny_
     folder = copied(tiny_model(), tmp_path / "model", quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(UserError, match=r"quantization\.bits = 4: .* is quantized already, in gptq"):
         load(folder, Quantization())
+
+
+CACHED = Quantization(cache=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kept_weights_are_those_that_were_quantized(
+    family: str, tmp_path: Path, tiny_model: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(tiny_model(family), tmp_path / "model")
+    first, report = load(folder, CACHED, "bfloat16")
+    assert report.way == "files"
+    again, later = load(folder, CACHED, "bfloat16")
+    assert later.way == "cache"
+    assert_same(again, first)
+    assert capsys.readouterr().err.count("kept the 4-bit weights in") == 1
+    again.save_pretrained(tmp_path / "saved")
+    first.save_pretrained(tmp_path / "saved too")
+    saved, saved_too = (load_file(tmp_path / name / "model.safetensors") for name in ("saved", "saved too"))
+    assert saved.keys() == saved_too.keys()
+    assert all(torch.equal(saved[name], saved_too[name]) for name in saved)
+
+
+def test_kept_weights_are_used_only_where_asked_for_and_alike(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    folder = copied(tiny_model(), tmp_path / "model")
+    load(folder, CACHED)
+    for quantization, dtype in (
+        (Quantization(), "float32"),
+        (CACHED.model_copy(update={"double_quant": False}), "float32"),
+        (CACHED.model_copy(update={"quant_type": "fp4"}), "float32"),
+        (CACHED, "bfloat16"),
+    ):
+        base, report = load(folder, quantization, dtype)
+        assert report.way == "files"
+        assert_same(base, plainly(folder, quantization, dtype))
+    assert load(folder, CACHED)[1].way == "cache"
+
+
+def change_base(folder: Path) -> None:
+    held = load_file(folder / "model.safetensors")
+    held["model.layers.1.mlp.up_proj.weight"] *= 2
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def kept_file(folder: Path, name: str) -> Path:
+    (file,) = folder.glob(f".veneer/*/{name}")
+    return file
+
+
+def flip_byte(folder: Path) -> None:
+    content = bytearray(kept_file(folder, "weights.safetensors").read_bytes())
+    content[len(content) // 2] ^= 1
+    kept_file(folder, "weights.safetensors").write_bytes(content)
+
+
+def cut(folder: Path) -> None:
+    content = kept_file(folder, "weights.safetensors").read_bytes()
+    kept_file(folder, "weights.safetensors").write_bytes(content[:-5000])
+
+
+def lose_a_weight(folder: Path) -> None:
+    manifest = json.loads(kept_file(folder, "manifest.json").read_text())
+    held = load_file(kept_file(folder, "weights.safetensors"))
+    name = "model.norm.weight"
+    del held[name], manifest["checksums"][name]
+    save_file(held, kept_file(folder, "weights.safetensors"))
+    kept_file(folder, "manifest.json").write_text(json.dumps(manifest))
+
+
+def be_of_another_version(folder: Path) -> None:
+    text = kept_file(folder, "manifest.json").read_text()
+    kept_file(folder, "manifest.json").write_text(text.replace('"bitsandbytes": "', '"bitsandbytes": "9'))
+
+
+def spoil_manifest(folder: Path) -> None:
+    kept_file(folder, "manifest.json").write_text("[]")
+
+
+@pytest.mark.parametrize(
+    ("happen", "told"),
+    [
+        (change_base, "the base's files have changed since"),
+        (flip_byte, "the checksum of model.layers"),
+        (cut, "weights.safetensors is cut off"),
+        (lose_a_weight, "it lacks model.norm.weight"),
+        (be_of_another_version, "made with another bitsandbytes"),
+        (spoil_manifest, "list indices"),
+    ],
+)
+def test_kept_weights_that_do_not_fit_are_told_and_made_anew(
+    happen: Callable[[Path], None],
+    told: str,
+    tmp_path: Path,
+    tiny_model: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = copied(tiny_model(), tmp_path / "model")
+    load(folder, CACHED)
+    happen(folder)
+    capsys.readouterr()
+    base, report = load(folder, CACHED)
+    error = capsys.readouterr().err
+    assert told in error
+    assert "making them anew" in error
+    assert report.way == "files"
+    assert_same(base, plainly(folder, CACHED))
+    assert load(folder, CACHED)[1].way == "cache"
+    assert capsys.readouterr().err == ""
+
+
+def test_where_weights_cannot_be_kept_beside_the_base_the_cache_takes_them(
+    tmp_path: Path, tiny_model: Callable[..., Path], empty_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(tiny_model(), tmp_path / "model")
+    (folder / ".veneer").touch()
+    load(folder, CACHED)
+    assert f"kept the 4-bit weights in {empty_cache}" in capsys.readouterr().err
+    assert load(folder, CACHED)[1].way == "cache"
+
+
+def test_a_full_disk_is_told_and_nothing_is_left(
+    tmp_path: Path,
+    tiny_model: Callable[..., Path],
+    empty_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = copied(tiny_model(), tmp_path / "model")
+
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("veneer.model.kept._write_tensor", full)
+        base, _ = load(folder, CACHED)
+    assert_same(base, plainly(folder, CACHED))
+    with monkeypatch.context() as patch:
+        patch.setattr("veneer.model.kept.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
+        load(folder, CACHED)
+    told = capsys.readouterr().err
+    assert told.count("warning: the 4-bit weights could not be kept") == 2
+    assert "No space left on device" in told
+    assert "0.0 GB free, 0.0 GB needed" in told
+    assert [file for file in (*folder.glob(".veneer/*"), *empty_cache.glob("*/*/*"))] == []

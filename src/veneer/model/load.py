@@ -14,9 +14,10 @@ import torch
 from safetensors import SafetensorError
 
 from veneer.config import Model, Quantization, UserError
+from veneer.model.kept import Copy, Kept, tell_unusable
 from veneer.model.locate import Source
 from veneer.model.quiet import quiet
-from veneer.model.stream import find_checkpoint, stream
+from veneer.model.stream import Checkpoint, find_checkpoint, stream
 from veneer.plan.machine import Machine, named_dtype
 
 
@@ -32,6 +33,16 @@ class LoadReport(NamedTuple):
     seconds: float
     bytes_read: int
     way: str
+
+
+class _Loaded(NamedTuple):
+    """A model as it was loaded; `copy` is where its 4-bit weights are to be kept."""
+
+    base: Any
+    missing: list[str]
+    bytes_read: int
+    way: str
+    copy: Copy | None = None
 
 
 def compute_dtype(model: Model, machine: Machine) -> torch.dtype:
@@ -76,18 +87,18 @@ def load_base(
     settings = _settings(model, quantization, machine)
     with quiet():
         try:
-            base, report, way, read = _load(source, settings, quantization, machine)
+            loaded = _load(source, settings, quantization, machine)
         except UserError:
             raise
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise _cannot_load(source, "model", error) from None
-    missing = sorted(report["missing_keys"])
-    if missing:
+    if loaded.missing:
         raise UserError(
-            f"model.base = {source.name}: its files lack {len(missing)} weights ({', '.join(missing[:3])}, ...); "
-            "they would be random",
+            f"model.base = {source.name}: its files lack {len(loaded.missing)} weights "
+            f"({', '.join(loaded.missing[:3])}, ...); they would be random",
             "name a complete model",
         )
+    base = loaded.base
     gc.collect()  # loading leaves circles that hold up to 8% of the weights once more
     base.requires_grad_(False)
     _keep_4bit_layout(base)
@@ -95,7 +106,10 @@ def load_base(
     base.eval()
     if machine.device == "cuda":
         torch.cuda.synchronize()
-    return base, LoadReport(time.perf_counter() - started, read, way)
+    report = LoadReport(time.perf_counter() - started, loaded.bytes_read, loaded.way)
+    if loaded.copy is not None:
+        loaded.copy.write(base)
+    return base, report
 
 
 def _settings(model: Model, quantization: Quantization | None, machine: Machine) -> dict[str, Any]:
@@ -115,25 +129,47 @@ def _settings(model: Model, quantization: Quantization | None, machine: Machine)
     return settings
 
 
-def _load(
-    source: Source, settings: dict[str, Any], quantization: Quantization | None, machine: Machine
-) -> tuple[Any, dict[str, Any], str, int]:
+def _load(source: Source, settings: dict[str, Any], quantization: Quantization | None, machine: Machine) -> _Loaded:
     checkpoint = find_checkpoint(source, quantization) if machine.device in ("cuda", "cpu") else None
     if checkpoint is None:
-        return *load_plainly(source, settings), "transformers", 0
-    base, report, reader = stream(source, checkpoint, settings, machine.device)
-    return base, report, "files", reader.bytes_read
+        base, missing = load_plainly(source, settings)
+        return _Loaded(base, missing, 0, "transformers")
+    copy = None
+    if quantization is not None and quantization.cache and not checkpoint.is_quantized:
+        copy = Copy.of(source, checkpoint.files, quantization, settings["dtype"], machine.device)
+        kept = copy.find()
+        if kept is not None and (loaded := _load_kept(source, checkpoint, kept, settings, machine)) is not None:
+            return loaded
+    base, missing, bytes_read = stream(source, checkpoint, settings, machine.device)
+    return _Loaded(base, missing, bytes_read, "files", copy)
 
 
-def load_plainly(source: Source, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The model and the report of the load, by Transformers' own reader."""
+def _load_kept(
+    source: Source, checkpoint: Checkpoint, kept: Kept, settings: dict[str, Any], machine: Machine
+) -> _Loaded | None:
+    """The model from its kept 4-bit weights; None, and why is told, where they turn out to be damaged."""
+    try:
+        quantized = checkpoint.quantized_as(settings["quantization_config"].to_dict(), kept.pieces)
+        base, missing, bytes_read = stream(source, quantized, settings, machine.device, kept.checksums)
+        reason = f"it lacks {missing[0]}" if missing else ""
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if reason:
+        tell_unusable(kept.folder, reason)
+        gc.collect()  # what was loaded of it must not lie beside the next
+        return None
+    return _Loaded(base, missing, bytes_read, "cache")
+
+
+def load_plainly(source: Source, settings: dict[str, Any]) -> tuple[Any, list[str]]:
+    """The model and the names of weights that its files lack, by Transformers' own reader."""
     from transformers import AutoModelForCausalLM
 
     where: dict[str, Any] = {"pretrained_model_name_or_path": source.location}
     if source.revision:
         where["revision"] = source.revision
     base, report = AutoModelForCausalLM.from_pretrained(**where, output_loading_info=True, **settings)
-    return base, report
+    return base, sorted(report["missing_keys"])
 
 
 def _keep_4bit_layout(base: Any) -> None:

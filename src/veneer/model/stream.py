@@ -9,6 +9,7 @@ What comes out is therefore the same to the bit; `tests/unit/test_stream.py` com
 does not fit (pickled weights, other quantizers, models of several parts) is left to Transformers' own reader.
 """
 
+import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +38,12 @@ class Checkpoint(NamedTuple):
     def is_quantized(self) -> bool:
         """Whether it is in bitsandbytes' 4-bit format already."""
         return bool(getattr(self.config, "quantization_config", None))
+
+    def quantized_as(self, stored: dict[str, Any], pieces: list[Piece]) -> "Checkpoint":
+        """The same model, with other tensors: those of a copy in 4 bits."""
+        config = copy.deepcopy(self.config)
+        config.quantization_config = stored
+        return Checkpoint(config, [], pieces)
 
 
 class Handle:
@@ -127,8 +134,8 @@ def stream(
     settings: dict[str, Any],
     device: str,
     checksums: dict[str, list[int]] | None = None,
-) -> tuple[Any, dict[str, Any], Reader]:
-    """The model, Transformers' report of the load, and the reader with its counts.
+) -> tuple[Any, list[str], int]:
+    """The model, the names of weights that its files lack, and the bytes read.
 
     Args:
         source: Where configuration and generation settings are.
@@ -145,6 +152,7 @@ def stream(
     config = checkpoint.config
     if (stored := _stored(config)) is not None:
         config.quantization_config = stored | {"bnb_4bit_compute_dtype": str(settings["dtype"]).removeprefix("torch.")}
+        settings = {key: value for key, value in settings.items() if key != "quantization_config"}
     with Reader(checkpoint.pieces, device, checksums) as reader:
         try:
             base, report = _class_of(config).from_pretrained(
@@ -160,9 +168,12 @@ def stream(
                 raise reader.failure from None
             raise
     _require_shapes(source, base, report)
+    if stored is not None:
+        # Transformers notes how it read 4-bit weights, to undo it in save_pretrained, and then cannot undo it.
+        vars(base).pop("_weight_conversions", None)
     base.name_or_path = base.config.name_or_path = source.location
     base.generation_config = _generation_config(source)
-    return base, report, reader
+    return base, sorted(report["missing_keys"]), reader.bytes_read
 
 
 def _generation_config(source: Source) -> Any:
