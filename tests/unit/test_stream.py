@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import FAMILIES
 from veneer.config import Adapter, Model, Quantization, UserError
 from veneer.model import attach, locate, reader
-from veneer.model.load import LoadReport, _settings, load_base, load_plainly
+from veneer.model.load import LoadReport, keep_4bit_layout, load_base, load_plainly, settings_of
 from veneer.model.quiet import quiet
 from veneer.model.reader import Reader
 from veneer.model.shards import read_headers
@@ -30,11 +30,9 @@ def load(folder: Path, quantization: Quantization | None = None, dtype: str = "f
 def plainly(folder: Path, quantization: Quantization | None = None, dtype: str = "float32") -> Any:
     model = Model.model_validate({"base": str(folder), "dtype": dtype})
     with quiet():
-        base = load_plainly(locate(model), _settings(model, quantization, find_machine()))[0]
+        base = load_plainly(locate(model), settings_of(model, quantization, find_machine()))[0]
     base.config.use_cache = False
-    for module in base.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    keep_4bit_layout(base)
     return base
 
 
@@ -263,6 +261,11 @@ def change_base(folder: Path) -> None:
     save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def change_configuration(folder: Path) -> None:
+    found = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(found | {"rms_norm_eps": 1e-4}))
+
+
 def kept_file(folder: Path, name: str) -> Path:
     (file,) = folder.glob(f".veneer/*/{name}")
     return file
@@ -301,6 +304,7 @@ def spoil_manifest(folder: Path) -> None:
     ("happen", "told"),
     [
         (change_base, "the base's files have changed since"),
+        (change_configuration, "the base's files have changed since"),
         (flip_byte, "the checksum of model.layers"),
         (cut, "weights.safetensors is cut off"),
         (lose_a_weight, "it lacks model.norm.weight"),

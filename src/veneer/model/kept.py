@@ -1,7 +1,7 @@
 """A base's 4-bit weights, kept on disk, so that the next load reads a third of the bytes and quantizes nothing.
 
 A copy is a folder with the quantized model's tensors in one safetensors file, in the order in which they are loaded,
-and a manifest: what it was made from and how, and a checksum of every 16 MiB. It lies beside the base, in `.veneer`,
+and a manifest: what it was made from and how, and a checksum of every 4 MiB. It lies beside the base, in `.veneer`,
 where that can be written, else in Veneer's cache folder. Nothing in it is executed or unpickled.
 
 A copy is used only if the base's files are those it was made from (name, size, time, and samples of their bytes), the
@@ -64,7 +64,8 @@ class Copy(NamedTuple):
         if source.kind != "hub":
             places.insert(0, Path(source.location) / ".veneer" / entry)
         how = {"kind": kind, "dtype": precision, "device": device, "bitsandbytes": metadata.version("bitsandbytes")}
-        return Copy(places, {"format": FORMAT, "chunk_bytes": CHUNK, **how, "files": [_print(file) for file in files]})
+        prints = [_print(file) for file in (files[0].parent / "config.json", *files)]
+        return Copy(places, {"format": FORMAT, "chunk_bytes": CHUNK, **how, "files": prints})
 
     def find(self) -> Kept | None:
         """The copy, if there is one that fits. One that does not is told."""

