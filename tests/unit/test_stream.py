@@ -19,6 +19,7 @@ from veneer.model.reader import Reader
 from veneer.model.shards import read_headers
 from veneer.plan import find_machine
 
+CACHED = Quantization(cache=True)
 IDS = torch.arange(3, 35).view(2, 16)
 
 
@@ -100,6 +101,31 @@ def test_sharded_and_tied(tied: bool, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     for quantization in (None, Quantization()):
         assert_same(load(tmp_path, quantization, "bfloat16")[0], plainly(tmp_path, quantization, "bfloat16"))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_hub_models_are_streamed_from_the_hubs_own_cache(
+    sharded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Path], empty_cache: Path
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    folder = copied(tiny_model(), tmp_path / "hub" / "models--owner--name" / "snapshots" / commit)
+    (folder.parents[1] / "refs").mkdir()
+    (folder.parents[1] / "refs" / "main").write_text(commit)
+    if sharded:
+        (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+        index = {"weight_map": dict.fromkeys(load_file(folder / "model-1.safetensors"), "model-1.safetensors")}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model = Model(base="owner/name", dtype="float32")
+    ways = []
+    for _ in range(2):
+        base, report = load_base(locate(model), model, CACHED, find_machine())
+        ways.append(report.way)
+    assert ways == ["files", "cache"]
+    assert torch.equal(base.lm_head.weight, load(tiny_model())[0].lm_head.weight)
+    assert base.name_or_path == "owner/name"
+    assert len(list(empty_cache.glob("quantized/name-*/nf4-double-float32-cpu/manifest.json"))) == 1
 
 
 def test_weights_that_nothing_uses_are_left_aside(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
@@ -217,9 +243,6 @@ def test_four_bits_of_a_base_in_another_format_are_refused(tmp_path: Path, tiny_
     folder = copied(tiny_model(), tmp_path / "model", quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(UserError, match=r"quantization\.bits = 4: .* is quantized already, in gptq"):
         load(folder, Quantization())
-
-
-CACHED = Quantization(cache=True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -66,6 +66,7 @@ class Reader:
         self.failure: Exception | None = None
         self.bytes_read = self.most_ahead_bytes = 0
         count = min(THREADS, os.cpu_count() or 1)
+        self._working = count
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
 
     def __enter__(self) -> "Reader":
@@ -100,6 +101,7 @@ class Reader:
             self._pass_over(tensor.place)
             self._changed.notify_all()
             while tensor.left and self.failure is None:
+                assert self._working, "the threads that read have ended"
                 self._changed.wait()
             if self.failure is not None:
                 raise self.failure
@@ -158,7 +160,8 @@ class Reader:
     def _work(self) -> None:
         handles: dict[Path, IO[bytes]] = {}
         try:
-            staging = torch.empty(CHUNK, dtype=torch.uint8, pin_memory=True) if self._stream is not None else None
+            on_gpu = self._stream is not None
+            staging = torch.empty(CHUNK, dtype=torch.uint8, device="cpu", pin_memory=True) if on_gpu else None
             while True:
                 job = self._wait_for_job()
                 if job is None:
@@ -180,6 +183,9 @@ class Reader:
         finally:
             for handle in handles.values():
                 handle.close()
+            with self._changed:
+                self._working -= 1
+                self._changed.notify_all()
 
     def _fill(self, tensor: _Tensor, start: int, handle: IO[bytes], staging: torch.Tensor | None) -> None:
         piece = tensor.piece
