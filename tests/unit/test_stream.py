@@ -113,7 +113,10 @@ def test_hub_models_are_streamed_from_the_hubs_own_cache(
     (folder.parents[1] / "refs" / "main").write_text(commit)
     if sharded:
         (folder / "model.safetensors").rename(folder / "model-1.safetensors")
-        index = {"weight_map": dict.fromkeys(load_file(folder / "model-1.safetensors"), "model-1.safetensors")}
+        index = {
+            "metadata": {},
+            "weight_map": dict.fromkeys(load_file(folder / "model-1.safetensors"), "model-1.safetensors"),
+        }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

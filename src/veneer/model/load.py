@@ -6,10 +6,8 @@ raising their weights would raise every activation behind them. A loaded model i
 without a key-value cache; `attach` puts the adapter on.
 """
 
-import contextlib
 import gc
 import time
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -87,7 +85,7 @@ def load_base(
     """As `load_model`, with a report of where the weights came from and how long it took."""
     started = time.perf_counter()
     settings = settings_of(model, quantization, machine)
-    with quiet(), _circles_collected():
+    with quiet():
         try:
             loaded = _load(source, settings, quantization, machine)
         except UserError:
@@ -111,20 +109,6 @@ def load_base(
     if loaded.copy is not None:
         loaded.copy.write(base)
     return base, report
-
-
-@contextlib.contextmanager
-def _circles_collected() -> Iterator[None]:
-    """Collect what the block leaves in circles: loading's hold up to 8% of the weights once more.
-
-    What was there before is not walked through: with torch and transformers loaded that takes 0.3 s.
-    """
-    gc.freeze()
-    try:
-        yield
-        gc.collect()
-    finally:
-        gc.unfreeze()
 
 
 def settings_of(model: Model, quantization: Quantization | None, machine: Machine) -> dict[str, Any]:
@@ -185,6 +169,7 @@ def load_plainly(source: Source, settings: dict[str, Any]) -> tuple[Any, list[st
     if source.revision:
         where["revision"] = source.revision
     base, report = AutoModelForCausalLM.from_pretrained(**where, output_loading_info=True, **settings)
+    gc.collect()  # loading leaves circles that hold up to 8% of the weights once more
     return base, sorted(report["missing_keys"])
 
 

@@ -91,11 +91,12 @@ def _hub_files(source: Source) -> list[Path] | None:
     if (index := fetch(INDEX)) is None:
         return None
     names = _shards(index)
-    try:
-        snapshot_download(source.location, revision=index.parent.name, allow_patterns=names)
-    except (OSError, ValueError):
-        return None
     files = [index.parent / name for name in names]
+    if not all(file.is_file() for file in files):
+        try:
+            snapshot_download(source.location, revision=index.parent.name, allow_patterns=names)
+        except (OSError, ValueError):
+            return None
     return files if all(file.is_file() for file in files) else None
 
 
