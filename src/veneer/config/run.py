@@ -42,6 +42,11 @@ class Quantization(Section):
     )
     quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit format of bitsandbytes.")
     double_quant: bool = Field(True, description="Quantize the blocks' constants too (saves 0.37 bits a weight).")
+    cache: bool = Field(
+        False,
+        description="Keep the 4-bit weights on disk, in .veneer beside the base or in Veneer's cache folder, and load "
+        "them from there the next time. 5.7 GB for 8B.",
+    )
 
 
 class Adapter(Section):

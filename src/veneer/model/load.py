@@ -7,15 +7,42 @@ without a key-value cache; `attach` puts the adapter on.
 """
 
 import gc
-from typing import Any
+import time
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 
 from veneer.config import Model, Quantization, UserError
+from veneer.model.kept import Copy, Kept, tell_unusable
 from veneer.model.locate import Source
 from veneer.model.quiet import quiet
+from veneer.model.stream import Checkpoint, find_checkpoint, stream
 from veneer.plan.machine import Machine, named_dtype
+
+
+class LoadReport(NamedTuple):
+    """How a base model was loaded.
+
+    Attributes:
+        seconds: In all.
+        bytes_read: From files; 0 where Transformers read them.
+        way: files, cache (of quantized weights) or transformers (by its own reader).
+    """
+
+    seconds: float
+    bytes_read: int
+    way: str
+
+
+class _Loaded(NamedTuple):
+    """A model as it was loaded; `copy` is where its 4-bit weights are to be kept."""
+
+    base: Any
+    missing: list[str]
+    bytes_read: int
+    way: str
+    copy: Copy | None = None
 
 
 def compute_dtype(model: Model, machine: Machine) -> torch.dtype:
@@ -49,12 +76,47 @@ def load_model(source: Source, model: Model, quantization: Quantization | None, 
     Raises:
         UserError: It cannot be found or loaded, or its files lack weights.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    return load_base(source, model, quantization, machine)[0]
+
+
+def load_base(
+    source: Source, model: Model, quantization: Quantization | None, machine: Machine
+) -> tuple[Any, LoadReport]:
+    """As `load_model`, with a report of where the weights came from and how long it took."""
+    started = time.perf_counter()
+    settings = settings_of(model, quantization, machine)
+    with quiet():
+        try:
+            loaded = _load(source, settings, quantization, machine)
+        except UserError:
+            raise
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+            raise _cannot_load(source, "model", error) from None
+    if loaded.missing:
+        raise UserError(
+            f"model.base = {source.name}: its files lack {len(loaded.missing)} weights "
+            f"({', '.join(loaded.missing[:3])}, ...); they would be random",
+            "name a complete model",
+        )
+    base = loaded.base
+    base.requires_grad_(False)
+    keep_4bit_layout(base)
+    base.config.use_cache = False
+    base.eval()
+    if machine.device == "cuda":
+        torch.cuda.synchronize()
+    report = LoadReport(time.perf_counter() - started, loaded.bytes_read, loaded.way)
+    if loaded.copy is not None:
+        loaded.copy.write(base)
+    return base, report
+
+
+def settings_of(model: Model, quantization: Quantization | None, machine: Machine) -> dict[str, Any]:
+    """What `from_pretrained` is given, beside where the model is."""
+    from transformers import BitsAndBytesConfig
 
     dtype = compute_dtype(model, machine)
     settings: dict[str, Any] = {"dtype": dtype, "device_map": {"": machine.device}}
-    if source.revision:
-        settings["revision"] = source.revision
     if model.attn_implementation != "auto":
         settings["attn_implementation"] = model.attn_implementation
     if quantization is not None:
@@ -64,27 +126,54 @@ def load_model(source: Source, model: Model, quantization: Quantization | None, 
             bnb_4bit_use_double_quant=quantization.double_quant,
             bnb_4bit_compute_dtype=dtype,
         )
-    with quiet():
-        try:
-            base, report = AutoModelForCausalLM.from_pretrained(source.location, output_loading_info=True, **settings)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-            raise _cannot_load(source, "model", error) from None
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise UserError(
-            f"model.base = {source.name}: its files lack {len(missing)} weights ({', '.join(missing[:3])}, ...); "
-            "they would be random",
-            "name a complete model",
-        )
+    return settings
+
+
+def _load(source: Source, settings: dict[str, Any], quantization: Quantization | None, machine: Machine) -> _Loaded:
+    checkpoint = find_checkpoint(source, quantization) if machine.device in ("cuda", "cpu") else None
+    if checkpoint is None:
+        base, missing = load_plainly(source, settings)
+        return _Loaded(base, missing, 0, "transformers")
+    copy = None
+    if quantization is not None and quantization.cache and not checkpoint.is_quantized:
+        copy = Copy.of(source, checkpoint.files, quantization, settings["dtype"], machine.device)
+        kept = copy.find()
+        if kept is not None and (loaded := _load_kept(source, checkpoint, kept, settings, machine)) is not None:
+            return loaded
+    base, missing, bytes_read = stream(source, checkpoint, settings, machine.device)
+    return _Loaded(base, missing, bytes_read, "files", copy)
+
+
+def _load_kept(
+    source: Source, checkpoint: Checkpoint, kept: Kept, settings: dict[str, Any], machine: Machine
+) -> _Loaded | None:
+    """The model from its kept 4-bit weights; None, and why is told, where they turn out to be damaged."""
+    try:
+        quantized = checkpoint.quantized_as(settings["quantization_config"].to_dict(), kept.pieces)
+        base, missing, bytes_read = stream(source, quantized, settings, machine.device, kept.checksums)
+        reason = f"it lacks {missing[0]}" if missing else ""
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if reason:
+        tell_unusable(kept.folder, reason)
+        gc.collect()  # what was loaded of it must not lie beside the next
+        return None
+    return _Loaded(base, missing, bytes_read, "cache")
+
+
+def load_plainly(source: Source, settings: dict[str, Any]) -> tuple[Any, list[str]]:
+    """The model and the names of weights that its files lack, by Transformers' own reader."""
+    from transformers import AutoModelForCausalLM
+
+    where: dict[str, Any] = {"pretrained_model_name_or_path": source.location}
+    if source.revision:
+        where["revision"] = source.revision
+    base, report = AutoModelForCausalLM.from_pretrained(**where, output_loading_info=True, **settings)
     gc.collect()  # loading leaves circles that hold up to 8% of the weights once more
-    base.requires_grad_(False)
-    _keep_4bit_layout(base)
-    base.config.use_cache = False
-    base.eval()
-    return base
+    return base, sorted(report["missing_keys"])
 
 
-def _keep_4bit_layout(base: Any) -> None:
+def keep_4bit_layout(base: Any) -> None:
     """Keep bitsandbytes from repacking 4-bit weights on CPUs with AVX-512 bf16.
 
     It would do so at the first forward in evaluation mode, for faster inference: for good, with the blocks'

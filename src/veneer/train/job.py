@@ -45,6 +45,7 @@ Dress = Callable[[Path, int, float], None]
 # Settings that may differ when a run is resumed: none of them changes a number of the training.
 MAY_CHANGE = {
     "data.workers",
+    "quantization.cache",
     "train.output_dir",
     "train.gradient_checkpointing",
     "train.logging_steps",

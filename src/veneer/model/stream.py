@@ -1,0 +1,225 @@
+"""Loads a safetensors checkpoint through Transformers, but reads it here: in large pieces, in threads, to the device.
+
+Transformers builds the model, renames, converts, quantizes, ties and checks as it always does, since it is given the
+checkpoint as a state dict, the way its `from_pretrained` documents. The entries of that state dict are no tensors yet
+but handles that Transformers resolves one by one; each then comes whole and on the device from the reader, which is a
+little ahead. A linear layer is quantized as soon as it is there, and its 16-bit copy dropped.
+
+What comes out is therefore the same to the bit; `tests/unit/test_stream.py` compares every tensor. A model that this
+does not fit (pickled weights, other quantizers, models of several parts) is left to Transformers' own reader.
+"""
+
+import contextlib
+import copy
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from veneer.config import Quantization, UserError
+from veneer.model.locate import Source
+from veneer.model.reader import Reader
+from veneer.model.shards import Piece, UnknownTypeError, find_files, read_headers
+
+LARGE_BYTES = 64 * 2**20
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint that can be streamed.
+
+    Attributes:
+        config: Its configuration.
+        files: Its safetensors files.
+        pieces: Its tensors, in the order in which they are loaded.
+    """
+
+    config: Any
+    files: list[Path]
+    pieces: list[Piece]
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it is in bitsandbytes' 4-bit format already."""
+        return bool(getattr(self.config, "quantization_config", None))
+
+    def quantized_as(self, stored: dict[str, Any], pieces: list[Piece]) -> "Checkpoint":
+        """The same model, with other tensors: those of a copy in 4 bits."""
+        config = copy.deepcopy(self.config)
+        config.quantization_config = stored
+        return Checkpoint(config, [], pieces)
+
+
+class Handle:
+    """An entry of the state dict, in the manner of a slice of a safetensors file."""
+
+    def __init__(self, reader: Reader, piece: Piece) -> None:
+        self._reader, self._piece = reader, piece
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        whole: torch.Tensor = self._reader.take(self._piece.name)
+        return whole if index is Ellipsis else whole[index]
+
+    def get_dtype(self) -> str:
+        return self._piece.kind
+
+    def get_shape(self) -> list[int]:
+        return list(self._piece.shape)
+
+
+def find_checkpoint(source: Source, quantization: Quantization | None) -> Checkpoint | None:
+    """What there is to stream of a base model; None where that is Transformers' matter.
+
+    Raises:
+        UserError: It is quantized in another way than the run asks for.
+        DamagedError: A file is cut off or is none.
+        OSError, ValueError: Its configuration cannot be had.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source.location, revision=source.revision)
+    stored = _stored(config)
+    if stored is not None:
+        _require_agreement(source, stored, quantization)
+    has_adapter = (Path(source.location) / "adapter_config.json").exists()
+    is_other = stored is not None and not stored.get("load_in_4bit")
+    if _class_of(config) is None or has_adapter or is_other or getattr(config, "transformers_weights", None):
+        return None
+    files = find_files(source)
+    if files is None:
+        return None
+    try:
+        return Checkpoint(config, files, read_headers(files))
+    except UnknownTypeError:
+        return None
+
+
+def _class_of(config: Any) -> Any:
+    """The class of the causal language model; None where it is not one class, made from this very configuration."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return None
+    found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return found if getattr(found, "config_class", None) is type(config) else None
+
+
+def _stored(config: Any) -> dict[str, Any] | None:
+    """How the checkpoint says that it is quantized."""
+    stored = getattr(config, "quantization_config", None)
+    return stored if stored is None or isinstance(stored, dict) else dict(stored.to_dict())
+
+
+def _require_agreement(source: Source, stored: dict[str, Any], quantization: Quantization | None) -> None:
+    if quantization is None:
+        return
+    if stored.get("quant_method") != "bitsandbytes" or not stored.get("load_in_4bit"):
+        kind = "8-bit bitsandbytes" if stored.get("load_in_8bit") else stored.get("quant_method")
+        raise UserError(
+            f"quantization.bits = {quantization.bits}: model.base = {source.name} is quantized already, in {kind}",
+            "leave the section quantization out, or name the base in 16 bits",
+        )
+    for setting, asked, found in (
+        ("quant_type", quantization.quant_type, stored.get("bnb_4bit_quant_type", "fp4")),
+        ("double_quant", quantization.double_quant, stored.get("bnb_4bit_use_double_quant", False)),
+    ):
+        if asked != found:
+            told, right = (str(value).lower() for value in (asked, found))
+            raise UserError(
+                f"quantization.{setting} = {told}: model.base = {source.name} is quantized already, with {right}",
+                f"write quantization.{setting}={right}, leave the section quantization out, "
+                "or name the base in 16 bits",
+            )
+
+
+def stream(
+    source: Source,
+    checkpoint: Checkpoint,
+    settings: dict[str, Any],
+    device: str,
+    checksums: dict[str, list[int]] | None = None,
+) -> tuple[Any, list[str], int]:
+    """The model, the names of weights that its files lack, and the bytes read.
+
+    Args:
+        source: Where configuration and generation settings are.
+        checkpoint: What to load.
+        settings: Of `from_pretrained`.
+        device: cpu or cuda.
+        checksums: See `Reader`.
+
+    Raises:
+        UserError: A tensor has another shape than the configuration says.
+        DamagedError, OSError: A file cannot be read.
+        Others: What Transformers raises.
+    """
+    config = checkpoint.config
+    if (stored := _stored(config)) is not None:
+        config.quantization_config = stored | {"bnb_4bit_compute_dtype": str(settings["dtype"]).removeprefix("torch.")}
+        settings = {key: value for key, value in settings.items() if key != "quantization_config"}
+    with _circles_collected(checkpoint, device), Reader(checkpoint.pieces, device, checksums) as reader:
+        try:
+            base, report = _class_of(config).from_pretrained(
+                None,
+                config=config,
+                state_dict={piece.name: Handle(reader, piece) for piece in checkpoint.pieces},
+                ignore_mismatched_sizes=True,  # so that they are reported; they are refused below
+                output_loading_info=True,
+                **settings,
+            )
+        except RuntimeError:
+            if reader.failure is not None:
+                raise reader.failure from None
+            raise
+    _require_shapes(source, base, report)
+    if stored is not None:
+        # Transformers notes how it read 4-bit weights, to undo it in save_pretrained, and then cannot undo it.
+        vars(base).pop("_weight_conversions", None)
+    base.name_or_path = base.config.name_or_path = source.location
+    base.generation_config = _generation_config(source)
+    return base, sorted(report["missing_keys"]), reader.bytes_read
+
+
+@contextlib.contextmanager
+def _circles_collected(checkpoint: Checkpoint, device: str) -> Iterator[None]:
+    """Collect what a load leaves in circles: it holds up to 8% of the weights once more.
+
+    What was there before is collected first, since a base that was let go must not lie beside this one, but only where
+    that can matter: to walk through all that torch and transformers have made takes 0.3 s.
+    """
+    is_large = sum(piece.size for piece in checkpoint.pieces) > LARGE_BYTES
+    if is_large and (device == "cpu" or torch.cuda.memory_allocated()):
+        gc.collect()
+    gc.freeze()
+    try:
+        yield
+        gc.collect()
+    finally:
+        gc.unfreeze()
+
+
+def _generation_config(source: Source) -> Any:
+    from transformers import GenerationConfig
+
+    where: dict[str, Any] = {"pretrained_model_name": source.location, "revision": source.revision}
+    try:
+        return GenerationConfig.from_pretrained(**where)
+    except OSError:
+        return GenerationConfig.from_pretrained(**where, config_file_name="config.json", _from_model_config=True)
+
+
+def _require_shapes(source: Source, base: Any, report: dict[str, Any]) -> None:
+    """Raises UserError for the first tensor of another shape. Transformers does not look at those it quantizes."""
+    wrong = [(name, tuple(found), tuple(wanted)) for name, found, wanted in report["mismatched_keys"]]
+    for name, module in base.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None and tuple(state.shape) != (module.out_features, module.in_features):
+            wrong.append((f"{name}.weight", tuple(state.shape), (module.out_features, module.in_features)))
+    if wrong:
+        name, found, wanted = min(wrong)
+        raise UserError(
+            f"model.base = {source.name}: {name} has the shape {list(found)} in its files, and {list(wanted)} by its "
+            f"configuration" + (f" ({len(wrong)} tensors differ)" if len(wrong) > 1 else ""),
+            "name a model whose files and config.json belong together",
+        )
