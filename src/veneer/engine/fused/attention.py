@@ -1,13 +1,15 @@
 """Attention within documents, through the fastest backend that can do what is asked.
 
 cuDNN's is nearly twice as fast as flash on a Hopper GPU, but wants rows of one length and no window; flash takes
-documents of any length, one behind the other. Neither caps its scores. `plain` does all of it, in float32 and on any
-machine; it is what the others are tested against.
+documents of any length, one behind the other (cuDNN's own way with such is 300 times slower: it prepares each anew).
+Neither caps its scores: for that there is FlexAttention, compiled once a kind of layer. `plain` does all of it, in
+float32 and on any machine; it is what the others are tested against.
 
 Shapes: T tokens, H query heads, K key heads, C dimensions of a head, B documents, L length of each.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +22,9 @@ class Documents(NamedTuple):
 
     Attributes:
         lengths: Tokens of each.
-        position_T: Position of each token in its document, int32.
-        bounds: Their bounds, int32, shape (B + 1,), on the device.
-        longest: Tokens of the longest.
+        position_T: Each token's row in the rotary tables, int32.
+        bounds: Where documents begin and end, int32, on the device.
+        longest: Tokens of the longest, or more.
     """
 
     lengths: tuple[int, ...]
@@ -31,8 +33,16 @@ class Documents(NamedTuple):
     longest: int
 
     @staticmethod
-    def of(lengths: Sequence[int], device: Any) -> "Documents":
-        positions = torch.cat([torch.arange(length, dtype=torch.int32) for length in lengths])
+    def of(lengths: Sequence[int], device: Any, switch: int | None = None) -> "Documents":
+        """Of documents of these lengths.
+
+        Args:
+            lengths: Tokens of each.
+            device: Where the tensors go.
+            switch: Documents longer than this have a rotary table of their own, that many rows further down.
+        """
+        starts = [switch if switch is not None and length > switch else 0 for length in lengths]
+        positions = torch.cat([torch.arange(s, s + n, dtype=torch.int32) for s, n in zip(starts, lengths, strict=True)])
         bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return Documents(tuple(lengths), positions.to(device), bounds.to(device), max(lengths))
 
@@ -59,8 +69,10 @@ class Attention(NamedTuple):
 
     def backend(self, documents: Documents, like: torch.Tensor) -> str:
         """Which backend these documents get."""
-        if not like.is_cuda or self.softcap or like.dtype == torch.float32:
+        if not like.is_cuda or like.dtype == torch.float32:
             return "plain"
+        if self.softcap:
+            return "flex"
         is_open = not self.window or documents.longest <= self.window
         fits = self.heads.size % 8 == 0 and self.heads.size <= 128 and torch.cuda.get_device_capability()[0] >= 9
         return "cudnn" if documents.is_even and is_open and fits and documents.longest >= 256 else "flash"
@@ -84,6 +96,11 @@ def attend(qkv_TN: torch.Tensor, documents: Documents, kind: Attention) -> tuple
             scale=kind.scale, window_size_left=kind.window - 1 if kind.window else None, window_size_right=0,
         )  # fmt: skip
         return out.reshape(T, -1), (out, *rest)
+    if backend == "flex":
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+            out = _flex(*inputs, documents, kind)
+        return out.detach().reshape(T, -1), (out, inputs)
     return _plain(q, k, v, documents, kind).reshape(T, -1), None
 
 
@@ -110,9 +127,53 @@ def attend_backward(
             window_size_left=kind.window - 1 if kind.window else None, window_size_right=0,
         )  # fmt: skip
         return tuple(grads)
+    if backend == "flex":
+        out, inputs = saved
+        return torch.autograd.grad(out, inputs, dout)
     with torch.enable_grad():
         q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
         return torch.autograd.grad(_plain(q, k, v, documents, kind), (q, k, v), dout)
+
+
+def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, kind: Attention) -> torch.Tensor:
+    """(T, H, C) by FlexAttention."""
+    mask = _flex_mask(documents.lengths, kind.window, q.device)
+    rows = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out = _compiled_flex()(
+        *rows, score_mod=_capped(kind.softcap), block_mask=mask, scale=kind.scale, enable_gqa=True
+    )  # fmt: skip
+    result: torch.Tensor = out[0].transpose(0, 1)
+    return result
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+@lru_cache(maxsize=4)
+def _capped(softcap: float) -> Callable[..., torch.Tensor]:
+    def cap(score: torch.Tensor, *place: torch.Tensor) -> torch.Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return cap
+
+
+@lru_cache(maxsize=4)
+def _flex_mask(lengths: tuple[int, ...], window: int, device: torch.device) -> Any:
+    """Which blocks of scores are computed: within documents, backwards, within the window. Shared by all layers."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    total = sum(lengths)
+    document_T = torch.repeat_interleave(torch.tensor(lengths)).to(device)
+
+    def sees(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        seen = (document_T[query] == document_T[key]) & (query >= key)
+        return seen & (query - key < window) if window else seen
+
+    return create_block_mask(sees, None, None, total, total, device=device)
 
 
 def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, kind: Attention) -> torch.Tensor:

@@ -61,7 +61,9 @@ class FusedEngine:
         self._adapters = placement_of([shadow for group in groups for shadow in group.shadows()])
         self._seed = torch.zeros(1, dtype=torch.int64, device=self._device)
         self._has_dropout = any(group.dropout_p for group in groups)
-        self._graphs = Graphs(self._pass) if graphs and self._device.type == "cuda" else None
+        # FlexAttention's masks are made anew for each batch, which a graph would not see.
+        records = graphs and self._device.type == "cuda" and not self.decoder.softcap
+        self._graphs = Graphs(self._pass) if records else None
         # The last is the longest; the others stay, since recorded passes read them.
         self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -108,7 +110,7 @@ class FusedEngine:
         self._gradients()
         if self._has_dropout:
             self._seed.random_(0, 2**31)
-        inputs = self._bring(batch, scale)
+        inputs = self._bring(batch, scale, training=True)
         return self._graphs.run(inputs) if self._graphs is not None else self._pass(inputs)
 
     def _pass(self, inputs: Inputs) -> torch.Tensor:
@@ -126,7 +128,7 @@ class FusedEngine:
     @torch.no_grad()
     def losses(self, batch: Batch) -> torch.Tensor:
         """See `Engine.losses`."""
-        inputs = self._bring(batch, 0.0)
+        inputs = self._bring(batch, 0.0, training=False)
         place(self._adapters)
         stream, _ = self._forward(inputs.ids_T, self._context(inputs.documents, training=False), False)
         losses_N, _ = self._head(inputs, stream, False)
@@ -134,15 +136,12 @@ class FusedEngine:
         result = torch.zeros(len(batch.lengths), dtype=torch.float64, device=self._device)
         return result.index_add_(0, document_T[inputs.index_N], losses_N.double() * inputs.weights_N)
 
-    def _bring(self, batch: Batch, scale: float) -> Inputs:
-        """The batch on the device; what is trained is found on the host, so that nothing waits."""
-        index_N = (batch.targets_T >= 0).nonzero().squeeze(1)
-        weights_N = batch.weights_T[index_N]
-        tensors = [batch.ids_T, index_N, batch.targets_T[index_N], weights_N, weights_N * scale]
-        ids_T, index_N, targets_N, weights_N, factor_N = (t.to(self._device, non_blocking=True) for t in tensors)
-        documents = Documents.of(batch.lengths, self._device)
-        self._rotary(documents.longest)
-        return Inputs(ids_T, index_N, targets_N, weights_N, factor_N, documents)
+    def _bring(self, batch: Batch, scale: float, training: bool) -> Inputs:
+        """The batch on the device, with rotary tables for it."""
+        pads = training and self._device.type == "cuda"
+        inputs = Inputs.of(batch, scale, self._device, self.decoder.longest, pads)
+        self._rotary(inputs.documents.longest)
+        return inputs
 
     def _context(self, documents: Documents, training: bool) -> Context:
         cos_PS, sin_PS = self._rotary(documents.longest)
@@ -150,13 +149,23 @@ class FusedEngine:
         return Context(documents, cos_PS, sin_PS, self._scratch, seed)
 
     def _rotary(self, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tables of the model's own rotary module, float32, for the positions there are."""
-        if not self._tables or len(self._tables[-1][0]) < longest:
-            places = torch.arange(-(-longest // 1024) * 1024, device=self._device)[None]
-            cos, sin = self.decoder.rotary(self.master.data[:1], places)
-            half = cos.shape[-1] // 2
-            self._tables.append((cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()))
+        """Tables of the model's own rotary module, float32, for documents of up to so many tokens.
+
+        Where it has other angles for long documents, the table of these stands below that of the short ones.
+        """
+        switch = self.decoder.longest
+        if not self._tables or len(self._tables[-1][0]) - (switch or 0) < longest:
+            rows = -(-longest // 1024) * 1024
+            counts = [rows] if switch is None else [switch, max(rows, switch + 1)]
+            parts = [self._angles(count) for count in counts]
+            cos_PS, sin_PS = (torch.cat(tables).contiguous() for tables in zip(*parts, strict=True))
+            self._tables.append((cos_PS, sin_PS))
         return self._tables[-1]
+
+    def _angles(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = self.decoder.rotary(self.master.data[:1], torch.arange(rows, device=self._device)[None])
+        half = cos.shape[-1] // 2
+        return cos[0, :, :half], sin[0, :, :half]
 
     def _forward(self, ids_T: torch.Tensor, at: Context, training: bool) -> tuple[Stream, list[Kept]]:
         """The residual stream behind the last block, and what each block keeps."""
