@@ -108,12 +108,12 @@ def gated_mlp_backward_adapters(
             parts.b_PRF[0, own, columns] += u_TR[:, own].float().T @ gate_up_TF[:, columns].float()
         return
     count, stacked, _ = parts.b_PRF.shape
-    tokens, columns, warps = TILE
+    tokens, block_f, warps = TILE
     span = triton.cdiv(triton.cdiv(T, count), tokens) * tokens
-    _backward_adapters[(triton.cdiv(width, columns), count)](
+    _backward_adapters[(triton.cdiv(width, block_f), count)](
         gate_up_TF, dh_TF, u_TR, v_Tr, parts.a_PrF, parts.b_PRF, T, width, stacked, rank, slots[0], slots[1], span,
         gate_up_TF.stride(0), dh_TF.stride(0), u_TR.stride(0), v_Tr.stride(0),
-        ACTIVATION=activation, IS_FIRST=is_first, BLOCK_T=tokens, BLOCK_F=columns, BLOCK_R=power_of_2(rank),
+        ACTIVATION=activation, IS_FIRST=is_first, BLOCK_T=tokens, BLOCK_F=block_f, BLOCK_R=power_of_2(rank),
         PRECISION="ieee" if dh_TF.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=2,
     )  # fmt: skip
 

@@ -113,7 +113,8 @@ def rms_norm_backward(
     if not runs_triton(x_TD):
         return _rms_norm_backward_torch(updated(dy_TD, update), x_TD, weight_D, rstd_T, eps, offset, out_TD, add_TD)
     if update is not None:
-        assert rstd_T is not None and add_TD is not None
+        assert rstd_T is not None
+        assert add_TD is not None
         _backward_update[(triton.cdiv(T, ROWS),)](
             dy_TD, x_TD, weight_D, rstd_T, out_TD, *update, update.u_TR.stride(0), update.b_RN.stride(0), T, D,
             dy_TD.stride(0), out_TD.stride(0), offset, RANKS=len(update.b_RN), **_rows(D),

@@ -98,9 +98,9 @@ def attend(qkv_TN: torch.Tensor, documents: Documents, kind: Attention) -> tuple
         return out.reshape(T, -1), (out, *rest)
     if backend == "flex":
         with torch.enable_grad():
-            inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-            out = _flex(*inputs, documents, kind)
-        return out.detach().reshape(T, -1), (out, inputs)
+            q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+            out = _flex(q, k, v, documents, kind)
+        return out.detach().reshape(T, -1), (out, (q, k, v))
     return _plain(q, k, v, documents, kind).reshape(T, -1), None
 
 
@@ -129,7 +129,7 @@ def attend_backward(
         return tuple(grads)
     if backend == "flex":
         out, inputs = saved
-        return torch.autograd.grad(out, inputs, dout)
+        return tuple(torch.autograd.grad(out, inputs, dout))
     with torch.enable_grad():
         q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
         return torch.autograd.grad(_plain(q, k, v, documents, kind), (q, k, v), dout)

@@ -10,13 +10,13 @@ What a step must hold between the two is a list of named tensors, and for each t
     h          act(gate) * up           <- element-wise                 made anew by backward in any case
 
 down_proj is never recomputed: nothing in backward needs its output. What adapters make of their inputs (x A^T, T x r)
-and the norms' 1 / root mean square are so small that they are kept. The MLP runs over a few thousand tokens at a time, so
-that what it holds does not grow with the batch. Recomputing runs the same code on the same inputs, in the same pieces,
-so that a kept and a recomputed step are equal bit for bit. Frozen weights get no gradient.
+and the norms' 1 / root mean square are so small that they are kept. The MLP runs over a few thousand tokens at a time,
+so that what it holds does not grow with the batch. Recomputing runs the same code on the same inputs, in the same
+pieces, so that a kept and a recomputed step are equal bit for bit. Frozen weights get no gradient.
 
-What a block adds to the residual stream is added by the norm that comes next (`Stream`), within a block and between two.
+What a block adds to the residual stream is added by the norm that comes next (`Stream`), here or in the next block.
 
-Shapes: T tokens, D model width, F width of the MLP, N outputs of q, k, v; E a width with the adapters' columns behind it.
+Shapes: T tokens, D model width, F width of the MLP, N outputs of q, k, v; E a width with a margin behind it.
 """
 
 from dataclasses import dataclass
@@ -35,6 +35,7 @@ from veneer.kernels.update import Update
 
 TENSORS = ("qkv", "attention", "mid", "gate_up")
 MOST_RANK = 64  # of adapters whose gradients the gate's backward makes on its way
+ATTENTION_SLOWER = 1.4  # than a large product, for as many multiply-adds
 MLP_TOKENS = 2048  # at most so many at a time; large products are no slower for it
 
 
@@ -122,7 +123,7 @@ class Block:
     """
 
     def __init__(self, layer: Layer, decoder: Decoder, number: int, dtype: torch.dtype) -> None:
-        self.layer, self.decoder, self.number = layer, decoder, number
+        self.layer, self.decoder, self.number, self.dtype = layer, decoder, number, dtype
         key = number * 16
         self.qkv = Group(layer.qkv, dtype, key, behind_norm=True)
         self.o = Group((layer.o,), dtype, key + 4, before_norm=layer.post1 is None)
@@ -150,7 +151,9 @@ class Block:
         self._project_qkv(kept, at, y_TE)
         del y_TE
         kept.out, kept.attention = attend(kept.qkv, at.documents, self.attention)
+        kept.drop(keep | {"attention", "mid"})
         y_TE = self._project_out(kept, at)
+        kept.drop(keep | {"mid"})
         delta_TD, update = self._mlp(kept, at, y_TE, "gate_up" in keep)
         post = self.layer.post2
         if post is not None:
@@ -158,6 +161,25 @@ class Block:
         after = Stream(kept.mid, delta_TD, post, update)
         kept.drop(keep)
         return after, kept
+
+    def kept_bytes(self, name: str, tokens: int) -> int:
+        """What keeping one of TENSORS from forward to backward takes, but for the few columns of the adapters."""
+        layer, heads, itemsize = self.layer, self.decoder.heads, self.dtype.itemsize
+        width = {
+            "qkv": self.qkv.outputs * (1 if layer.head_norm is None else 2) + self.qkv.margin,
+            "attention": self.o.inputs + heads.query * 4 // itemsize,
+            "mid": self.o.outputs * (1 if layer.post1 is None else 2),
+            "gate_up": self.gate_up.outputs + self.gate_up.margin,
+        }[name]
+        return tokens * width * itemsize
+
+    def kept_seconds(self, name: str, tokens: int, longest: int) -> float:
+        """Work that keeping it saves backward, in products' multiply-adds; only ratios count."""
+        groups = {"qkv": self.qkv, "mid": self.o, "gate_up": self.gate_up}
+        if name in groups:
+            return float(tokens * groups[name].size)
+        seen = min(longest, self.layer.window or longest) / 2
+        return ATTENTION_SLOWER * 2 * tokens * seen * self.o.inputs
 
     def _project_qkv(self, kept: Kept, at: Context, y_TE: torch.Tensor) -> None:
         """Rotated q, k, v of the normalized stream, with a margin behind them."""

@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from veneer.data import Batch
+from veneer.data.batch import UNTRAINED
 from veneer.engine.fused.attention import Documents
 from veneer.engine.fused.block import TENSORS, Block, Context, Kept, Stream
 from veneer.engine.fused.family import Decoder, NotCoveredError, read
-from veneer.engine.fused.graphs import Graphs, Inputs
+from veneer.engine.fused.graphs import Graphs, Inputs, rounded
+from veneer.engine.fused.spend import spend
 from veneer.kernels.place import place, placement_of
 from veneer.kernels.rms_norm import rms_norm_backward
 from veneer.kernels.softmax_loss import softmax_loss
@@ -56,9 +58,9 @@ class FusedEngine:
         if keep_dequantized:
             for group in groups:
                 group.keep_dequantized()
-        self._scratch = weight.new_empty(max(block.scratch for block in self.blocks))
+        self._scratch = weight.new_empty(0)
         self._flatten(groups)
-        self._adapters = placement_of([shadow for group in groups for shadow in group.shadows()])
+        self._settle()
         self._seed = torch.zeros(1, dtype=torch.int64, device=self._device)
         self._has_dropout = any(group.dropout_p for group in groups)
         # FlexAttention's masks are made anew for each batch, which a graph would not see.
@@ -66,6 +68,53 @@ class FusedEngine:
         self._graphs = Graphs(self._pass) if records else None
         # The last is the longest; the others stay, since recorded passes read them.
         self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def fit(self, lengths: Sequence[int], trained: int, budget_bytes: int) -> dict[str, Any]:
+        """Keep as much as a budget allows; see `spend`. Adapters and gradients stay as they are.
+
+        Args:
+            lengths: Of the documents of the largest batch.
+            trained: Its trained tokens.
+            budget_bytes: What the process's tensors may take on the device, those there now included.
+
+        Returns:
+            The peak of a pass that keeps nothing, what is spent beyond, and how often each tensor is kept.
+        """
+        assert self._device.type == "cuda", "there is nothing to measure elsewhere"
+        self.keep = (frozenset[str](),) * len(self.blocks)
+        tokens = sum(lengths)
+        targets = torch.full((tokens,), UNTRAINED)
+        targets[:trained] = 0
+        weights = (targets >= 0).float()
+        batch = Batch(torch.zeros(tokens, dtype=torch.int64), targets, weights, tuple(lengths), trained, float(trained))
+        gradients = self._flat_grad.clone() if self.master.grad is not None else None
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        with torch.no_grad():
+            self._pass(self._bring(batch, 1.0, training=True))
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+        self._flat_grad.zero_() if gradients is None else self._flat_grad.copy_(gradients)
+        spending = spend(self.blocks, rounded(tokens), max(lengths), budget_bytes - peak, budget_bytes)
+        self.keep = spending.keep
+        for group in spending.dequantized:
+            group.keep_dequantized()
+        self._settle()
+        kept = {name: sum(name in names for names in self.keep) for name in TENSORS}
+        return {
+            "least_bytes": peak,
+            "spent_bytes": spending.spent_bytes,
+            "kept": kept | {"16-bit weights": len(spending.dequantized)},
+            "of": len(self.blocks),
+        }
+
+    def _settle(self) -> None:
+        """What hangs on which weights stay in 16 bits."""
+        size = max(block.scratch for block in self.blocks)
+        if size != len(self._scratch):
+            self._scratch = self._scratch.new_empty(size)
+        shadows = [shadow for block in self.blocks for group in block.groups for shadow in group.shadows()]
+        self._adapters = placement_of(shadows)
 
     def _flatten(self, groups: list[Any]) -> None:
         """One buffer for all parameters, one for all gradients; PEFT's become views of them.
@@ -190,9 +239,8 @@ class FusedEngine:
         for start in range(0, len(index_N), rows):
             part = slice(start, start + rows)
             logits_nV = F.linear(y_TD[index_N[part]], weight_VD)
-            softmax_loss(
-                logits_nV, inputs.targets_N[part], inputs.factor_N[part], losses_N[part], self.decoder.head_cap, training
-            )  # fmt: skip
+            targets_n, factor_n = inputs.targets_N[part], inputs.factor_N[part]
+            softmax_loss(logits_nV, targets_n, factor_n, losses_N[part], self.decoder.head_cap, training)
             if d_TE is not None:
                 d_TE[:, :D].index_copy_(0, index_N[part], torch.mm(logits_nV, weight_VD))
             del logits_nV

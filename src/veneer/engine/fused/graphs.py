@@ -73,8 +73,8 @@ class Inputs(NamedTuple):
         documents = Documents.of(lengths, device, switch)
         if pads and not documents.is_even:
             documents = _rounded_documents(documents)
-        tensors = (t.to(device, non_blocking=True) for t in (ids_T, index_N, targets_N, weights_N, weights_N * scale))
-        return Inputs(*tensors, documents.position_T, documents.bounds, documents)
+        tensors = [t.to(device, non_blocking=True) for t in (ids_T, index_N, targets_N, weights_N, weights_N * scale)]
+        return Inputs._make([*tensors, documents.position_T, documents.bounds, documents])
 
     @property
     def shape(self) -> Hashable:
@@ -85,13 +85,14 @@ class Inputs(NamedTuple):
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        return tuple(self[:-1])
+        tensors: tuple[torch.Tensor, ...] = tuple(self[:-1])  # all but the documents
+        return tensors
 
     def cloned(self) -> "Inputs":
         """At addresses of its own."""
         tensors = [tensor.clone() for tensor in self.tensors]
         documents = self.documents._replace(position_T=tensors[-2], bounds=tensors[-1])
-        return Inputs(*tensors, documents)
+        return Inputs._make([*tensors, documents])
 
 
 def rounded(count: int) -> int:

@@ -66,7 +66,12 @@ class Group:
     """
 
     def __init__(
-        self, linears: Sequence[Linear], dtype: torch.dtype, key: int, before_norm: bool = False, behind_norm: bool = False
+        self,
+        linears: Sequence[Linear],
+        dtype: torch.dtype,
+        key: int,
+        before_norm: bool = False,
+        behind_norm: bool = False,
     ) -> None:
         self.linears = tuple(linears)
         adapted = [linear for linear in linears if linear.a is not None]
