@@ -1,6 +1,7 @@
 """The commands as functions: what `veneer train`, `evaluate` and `generate` do, callable from Python."""
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,7 +44,10 @@ def train(run: Run, resume: bool = False, listeners: Sequence[Listener] = (), fo
         UserError: The run cannot be carried out as it is written; nothing was written.
         JobError: Training failed.
     """
-    return finish(TrainingJob(run, resume, force), listeners)
+    job = TrainingJob(run, resume, force)
+    if job.choice.warning:
+        warnings.warn(job.choice.warning, RuntimeWarning, stacklevel=2)
+    return finish(job, listeners)
 
 
 def finish(job: TrainingJob, listeners: Sequence[Listener] = ()) -> Trained:

@@ -76,6 +76,13 @@ def _is_milestone(step: int, total: float | None) -> bool:
     return step == total or step % max(1, round((total or 1) / 10)) == 0
 
 
+def show_engine(out: Console, choice: Any, indent: str = "") -> None:
+    """Which engine a run has and why; a failed check in yellow."""
+    out.print(f"{indent}engine   {choice.engine.name}: {escape(choice.reason)}")
+    if choice.warning:
+        out.print(f"{indent}[yellow]warning:[/yellow] {escape(choice.warning)}")
+
+
 def show_ledger(out: Console, ledger: dict[str, Any]) -> None:
     """The ledger as a table, with its warnings."""
     rows, tokens, lengths = ledger["rows"], ledger["tokens"], ledger["lengths"]["percentiles"]
