@@ -1,10 +1,12 @@
 """Whether an engine gives the reference engine's numbers on this model, this machine and these rows.
 
-Losses are compared, and the gradient of every adapter matrix, with B filled so that A has a gradient too. In float32
-both are nearly exact and so is the comparison. In 16 bits each of the two is off by one to three percent of a matrix's
-gradient, so they differ by up to a twentieth; a wrong kernel is off by a third or more in all layers below it.
+Losses are compared, the gradient of all adapters together and that of every matrix, with B filled so that A has a
+gradient too. In float32 both engines are nearly exact and so is the comparison. In bfloat16 each is off the exact
+gradient by some 4% on the whole and up to 20% in a single matrix of queries or keys (SmolLM2-135M), and two healthy
+ones differ by as much; a wrong kernel is off by half or more in its own matrices, or by a third in all below it.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,17 +23,18 @@ FLOOR = 1e-3  # of the largest gradient: what is smaller moves nothing, and is c
 
 
 class Limits(NamedTuple):
-    """Largest relative differences of a healthy engine."""
+    """Largest relative differences of a healthy engine: of the loss, of all gradients as one, of a single matrix's."""
 
     loss: float
     gradient: float
+    matrix: float
 
 
 def limits_of(dtype: torch.dtype, device: str) -> Limits:
     """Limits of a compute precision; on a GPU products of float32 may round their inputs to 19 bits."""
     if dtype != torch.float32:
-        return Limits(0.02, 0.1)
-    return Limits(1e-3, 1e-3) if device == "cpu" else Limits(1e-3, 1e-2)
+        return Limits(0.02, 0.15, 0.4)
+    return Limits(1e-3, 1e-3, 1e-3) if device == "cpu" else Limits(1e-3, 1e-2, 1e-2)
 
 
 @dataclass(frozen=True)
@@ -39,26 +42,30 @@ class Agreement:
     """An engine beside the reference.
 
     Attributes:
-        loss: Largest relative difference of a batch's loss.
-        gradient: Largest of an adapter matrix's gradient, by norm; infinite where one is not finite.
+        loss: Relative difference of a batch's loss.
+        gradient: Of all adapters' gradients as one vector, by norm.
+        matrix: The largest of an adapter matrix's gradient, by norm; infinite where one is not finite.
         worst: The matrix with that difference.
-        limits: Of both.
+        limits: Of the three.
     """
 
     loss: float
     gradient: float
+    matrix: float
     worst: str
     limits: Limits
 
     @property
     def holds(self) -> bool:
-        return self.loss <= self.limits.loss and self.gradient <= self.limits.gradient
+        found = (self.loss, self.gradient, self.matrix)
+        return all(value <= limit for value, limit in zip(found, self.limits, strict=True))
 
     def describe(self) -> str:
         """For a person: what differs, and where most."""
+        loss, gradient, matrix = self.limits
         return (
-            f"losses differ by {self.loss:.2g} (limit {self.limits.loss:.2g}), gradients by up to "
-            f"{self.gradient:.2g} (limit {self.limits.gradient:.2g}), most in {self.worst}"
+            f"losses differ by {self.loss:.2g} (limit {loss:g}), gradients by {self.gradient:.2g} ({gradient:g}), "
+            f"most in {self.worst} by {self.matrix:.2g} ({matrix:g})"
         )
 
 
@@ -70,27 +77,33 @@ def agree(model: Any, engine: Engine, batches: Sequence[Batch]) -> Agreement:
     weight = next(parameter for parameter in model.parameters() if not parameter.requires_grad)
     dtype = model.get_base_model().get_input_embeddings().weight.dtype
     reference = ReferenceEngine(model)
-    found = []
+    limits = limits_of(dtype, weight.device.type)
     with untouched(model), dropout_off(model, engine):
         fill_b(model)
-        for batch in batches:
-            loss, gradients = _pass(model, engine, batch)
-            wanted_loss, wanted = _pass(model, reference, batch)
-            size = torch.stack([wanted[name].norm() for name in wanted])
-            apart = torch.stack([(gradients[name] - wanted[name]).norm() for name in wanted])
-            relative = apart / torch.maximum(size, FLOOR * size.max()).clamp_min(torch.finfo(torch.float32).tiny)
-            number = int(relative.nan_to_num(torch.inf).argmax())
-            found.append(
-                Agreement(
-                    abs(loss - wanted_loss) / max(abs(wanted_loss), 1e-12),
-                    float(relative.nan_to_num(torch.inf)[number]),
-                    short_name(list(wanted)[number]),
-                    limits_of(dtype, weight.device.type),
-                )
-            )
-    loss = max((one.loss for one in found), key=lambda value: (value != value, value))
-    worst = max(found, key=lambda one: one.gradient)
-    return Agreement(loss, worst.gradient, worst.worst, worst.limits)
+        found = [_beside(_pass(model, engine, batch), _pass(model, reference, batch), limits) for batch in batches]
+    return Agreement(
+        max(one.loss for one in found),
+        max(one.gradient for one in found),
+        max(one.matrix for one in found),
+        max(found, key=lambda one: one.matrix).worst,
+        limits,
+    )
+
+
+def _beside(
+    found: tuple[float, dict[str, torch.Tensor]], wanted: tuple[float, dict[str, torch.Tensor]], limits: Limits
+) -> Agreement:
+    """Loss and gradients of one batch beside the reference's; what is not finite counts as infinitely far."""
+    names = list(wanted[1])
+    size = torch.stack([wanted[1][name].norm() for name in names]).double()
+    apart = torch.stack([(found[1][name] - wanted[1][name]).norm() for name in names]).double()
+    tiny = torch.finfo(torch.float32).tiny
+    matrices = (apart / torch.maximum(size, FLOOR * size.max()).clamp_min(tiny)).nan_to_num(math.inf)
+    whole = apart.norm() / size.norm().clamp_min(tiny)
+    worst = matrices.argmax()
+    loss = abs(found[0] - wanted[0]) / max(abs(wanted[0]), tiny)
+    gradient, matrix, number = torch.stack([whole.nan_to_num(math.inf), matrices[worst], worst.double()]).tolist()
+    return Agreement(math.inf if math.isnan(loss) else loss, gradient, matrix, short_name(names[int(number)]), limits)
 
 
 def _pass(model: Any, engine: Engine, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
