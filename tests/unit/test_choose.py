@@ -51,8 +51,7 @@ def wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FusedEngine, "forward_backward", wrong)
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_32bit"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("optim", "checkpointing"), [("adamw_torch", False), ("adamw_32bit", True)])
 def test_both_engines_train_the_same(optim: str, checkpointing: bool, make_run: MakeRun, tmp_path: Path) -> None:
     settings = {
         "optim": optim,
@@ -92,11 +91,8 @@ class StopAt:
     def on_end(self) -> None: ...
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "adamw_32bit"])
-@pytest.mark.parametrize("rank", [3, 64])
-def test_a_resumed_fused_run_is_the_one_that_was_not(
-    optim: str, rank: int, make_run: MakeRun, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("optim", "rank"), [("adamw_torch", 3), ("adamw_8bit", 64), ("adamw_8bit", 3)])
+def test_a_resumed_fused_run_is_the_one_that_was_not(optim: str, rank: int, make_run: MakeRun, tmp_path: Path) -> None:
     settings: dict[str, Any] = {
         "train": {"optim": optim, "save_steps": 2},
         "adapter": {"lora_dropout": 0.2, "r": rank},

@@ -39,7 +39,7 @@ ROWS, ROW_TOKENS = 8, 192  # that are overfitted
 STEPS = 40  # in which it must succeed
 OVERFIT = 0.9  # of the loss at the beginning; a random model, whose head cannot learn, comes to 0.83
 # By how much all adapted layers together may move in a step; the rate follows from it, whatever rank and alpha are.
-STRIDE = 0.03
+STRIDE, LEAST_RATE, LARGEST_RATE = 0.03, 1e-5, 1e-2
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ def _rate(run: Run) -> float:
     """Adam moves each value of B by the rate, and B's ranks add up: so the rate is a stride over scale times rank."""
     adapter = run.adapter
     strength = adapter.lora_alpha * (math.sqrt(adapter.r) if adapter.use_rslora else 1)
-    return min(1e-2, max(1e-5, STRIDE / strength))
+    return min(LARGEST_RATE, max(LEAST_RATE, STRIDE / strength))
 
 
 def _reload(run: Run, parts: Parts, rows: list[Example]) -> Check:
