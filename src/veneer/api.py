@@ -219,7 +219,7 @@ def evaluate(
     loaded = load(str(run_dir))
     assert loaded.run is not None
     held_out = _held_out(folder, loaded.run, loaded.renderer, data, rows or loaded.run.evaluate.rows)
-    engine = ReferenceEngine(loaded.model)
+    engine = ReferenceEngine(loaded.model)  # judges by other code than the adapter was trained by
     result = compare_models(loaded.model, engine, loaded.renderer, held_out, loaded.run.evaluate, on_done)
     save_evaluation(folder, result)
     return result

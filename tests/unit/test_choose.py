@@ -179,6 +179,32 @@ def test_a_kernel_that_cannot_run_makes_the_run_fall_back(make_run: MakeRun, mon
     assert "no kernel image is available" in (choice.warning or "")
 
 
+@pytest.mark.parametrize("engine", ["fused", "reference"])
+def test_a_gradient_that_is_not_finite_reaches_no_file(
+    engine: str, make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = TrainingJob(make_run("run", engine, train={"save_steps": 1}))
+    forward_backward, count = job.engine.forward_backward, 0
+
+    def breaks(batch: Batch, scale: float) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        loss = forward_backward(batch, scale)
+        if count == 3:
+            next(p for name, p in job.model.named_parameters() if WRONG in name).grad[0, 0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(job.engine, "forward_backward", breaks)
+    with pytest.raises(JobError, match="the gradient of step 3 is not finite"):
+        job.fit()
+    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == [
+        "step-000001",
+        "step-000002",
+    ]
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert len(losses(tmp_path / "run")) == 2
+
+
 def test_the_check_leaves_everything_as_it_was() -> None:
     model, engine_batch = model_of("llama", lora_dropout=0.3), batch_of()
     engine = FusedEngine(model)

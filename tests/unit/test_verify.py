@@ -51,6 +51,7 @@ def with_engine(run: veneer.Run, wrap: Callable[[Any], Any] = lambda engine: eng
         ("fused", "llama", {"adapter": {"lora_dropout": 0.1}}),
         ("fused", "gemma2", {"quantization": {"bits": 4}, "model": {"dtype": "bfloat16"}}),
         ("auto", "gpt2", {"data": {"packing": True}}),
+        ("auto", "qwen2", {"adapter": {"target_modules": ["embed_tokens", "v_proj"]}}),
     ],
 )
 def test_a_healthy_run_passes_and_is_left_as_it_was(
@@ -62,7 +63,7 @@ def test_a_healthy_run_passes_and_is_left_as_it_was(
     state = torch.get_rng_state()
     heard: list[Any] = []
     found = verify_parts(run, parts, choice, heard.append)
-    assert found.passed, [check.as_dict() for check in found.checks]
+    assert failed(found) == set()
     assert list(found.checks) == heard
     fused = [check for check in found.checks if check.id.startswith("fused-")]
     assert all((check.value is None) == (engine == "auto") == (check.note is not None) for check in fused)
@@ -130,7 +131,7 @@ class Leaking(ReferenceEngine):
 
     def losses(self, batch: Batch) -> torch.Tensor:
         losses = super().losses(batch)
-        losses[1:] += 1e-3 * float(batch.ids_T[0] + batch.lengths[0])
+        losses[1:] += 1e-2 * float(batch.ids_T[0] + batch.lengths[0])
         return losses
 
 

@@ -58,7 +58,7 @@ def build(model: Any, train: Train, device: str) -> Choice:
         UserError: The fused engine is asked for and does not cover the model.
     """
     if train.engine == "reference":
-        return Choice(ReferenceEngine(model), "train.engine asks for it")
+        return Choice(ReferenceEngine(model), "train.engine asks for the reference engine")
     if train.engine == "auto" and device not in FUSED_DEVICES:
         return Choice(ReferenceEngine(model), "the fused engine is made for CUDA GPUs")
     try:

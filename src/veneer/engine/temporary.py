@@ -1,5 +1,6 @@
 """A model changed for a while: to look at its base alone, or to check something, after which it is what it was."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,9 +9,8 @@ import torch
 
 from veneer.engine.fused import FusedEngine
 from veneer.engine.interface import Engine
-from veneer.model.adapters import is_lora_b
 
-STEP = 0.02  # standard deviation of B in checks: the adapter's output is then some percent of the layer's
+REACH = 0.1  # of the input's size: what adapters add in checks, whatever their rank and scale
 
 
 @contextmanager
@@ -32,11 +32,20 @@ def untouched(model: Any) -> Iterator[None]:
 
 
 def fill_b(model: Any) -> None:
-    """Give every LoRA B small random values, in place: while B is zero, as it begins, A has no gradient."""
+    """Give every LoRA B small random values, in place: while B is zero, as it begins, A has no gradient.
+
+    Of an adapter on embeddings it is A that begins with zeros.
+    """
+    from peft.tuners.lora import LoraLayer  # takes a second to import, which a plan need not wait for
+
     torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if is_lora_b(name):
-            torch.nn.init.normal_(parameter.data, std=STEP)
+    for module in model.modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        matrices = [linear.weight for linear in module.lora_B.values()] + list(module.lora_embedding_A.values())
+        for matrix in matrices:
+            std = REACH / (module.scaling["default"] * math.sqrt(module.r["default"]))
+            torch.nn.init.normal_(matrix.data, std=std)
 
 
 @contextmanager

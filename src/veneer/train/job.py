@@ -69,6 +69,7 @@ class TrainingJob:
 
     Raises:
         UserError: Anything the user can mend; nothing has been written then.
+        JobError: The fused engine was asked for and is wrong on this machine.
     """
 
     def __init__(self, run: Run, resume: bool = False, force: bool = False) -> None:
