@@ -251,11 +251,15 @@ def test_the_base_alone_is_without_its_adapter(engine_type: Any) -> None:
 
 
 def test_the_fused_engine_recomputes_where_checkpointing_is_asked_for() -> None:
+    seen = []
     for checkpointing in (False, True):
         train = Train(engine="fused", gradient_checkpointing=checkpointing)
         engine = choose.build(model_of("llama"), train, "cpu").engine
         assert isinstance(engine, FusedEngine)
-        assert bool(engine.keep) != checkpointing
+        assert engine.keep == FusedEngine(model_of("llama"), keep=choose.kept_tensors(checkpointing)).keep
+        seen.append(engine.keep)
+    assert seen[0] != seen[1]
+    assert choose.kept_tensors(True) == frozenset()
 
 
 def test_the_reference_engine_updates_each_matrix() -> None:
