@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from veneer.api import doctor, evaluate, generate, inspect_data, load, plan, train
+    from veneer.api import doctor, evaluate, generate, inspect_data, load, plan, train, verify
     from veneer.config import JobError, Run, UserError, load_run
 
 __version__ = "0.1.0"
@@ -32,6 +32,7 @@ _HOMES = {
     "load": "veneer.api",
     "plan": "veneer.api",
     "train": "veneer.api",
+    "verify": "veneer.api",
 }
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "load_run",
     "plan",
     "train",
+    "verify",
 ]
 
 

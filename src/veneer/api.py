@@ -1,6 +1,7 @@
 """The commands as functions: what `veneer train`, `evaluate` and `generate` do, callable from Python."""
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from veneer.report import plot_loss
 from veneer.train import Listener, Trained, TrainingJob
 from veneer.train.foresight import Foreseen, foresee, read_if_at_hand
 from veneer.train.metrics import read_metrics
+from veneer.train.verify import Check, Verification
+from veneer.train.verify import verify as verify_run
 
 
 def train(run: Run, resume: bool = False, listeners: Sequence[Listener] = (), force: bool = False) -> Trained:
@@ -43,7 +46,24 @@ def train(run: Run, resume: bool = False, listeners: Sequence[Listener] = (), fo
         UserError: The run cannot be carried out as it is written; nothing was written.
         JobError: Training failed.
     """
-    return finish(TrainingJob(run, resume, force), listeners)
+    job = TrainingJob(run, resume, force)
+    if job.choice.warning:
+        warnings.warn(job.choice.warning, RuntimeWarning, stacklevel=2)
+    return finish(job, listeners)
+
+
+def verify(run: Run, force: bool = False, on_check: Callable[[Check], None] = lambda check: None) -> Verification:
+    """Check, on this machine and with the run's model and rows, that training does what it should; writes nothing.
+
+    Args:
+        run: The settings.
+        force: Load even if the run is foreseen not to fit.
+        on_check: Hears of each check as it is made.
+
+    Raises:
+        UserError: The run cannot be carried out as it is written.
+    """
+    return verify_run(run, force, on_check)
 
 
 def finish(job: TrainingJob, listeners: Sequence[Listener] = ()) -> Trained:
@@ -199,7 +219,7 @@ def evaluate(
     loaded = load(str(run_dir))
     assert loaded.run is not None
     held_out = _held_out(folder, loaded.run, loaded.renderer, data, rows or loaded.run.evaluate.rows)
-    engine = ReferenceEngine(loaded.model)
+    engine = ReferenceEngine(loaded.model)  # judges by other code than the adapter was trained by
     result = compare_models(loaded.model, engine, loaded.renderer, held_out, loaded.run.evaluate, on_done)
     save_evaluation(folder, result)
     return result

@@ -63,11 +63,52 @@ def test_train_evaluate_and_generate_speak_json_alone_on_stdout(
     assert set(json.loads(out)["answers"][0]) == {"prompt", "answer", "base"}
 
 
+def test_verify_tells_what_it_checked_and_writes_nothing(call: Call, run_file: Path) -> None:
+    before = sorted(run_file.parent.iterdir())
+    status, out, err = call("verify", str(run_file), "train.engine=fused", "--json")
+    assert status == 0, err
+    result = json.loads(out)
+    assert (result["passed"], result["engine"]) == (True, "fused")
+    assert len(result["checks"]) == 11
+    for check in result["checks"]:
+        assert {"id", "passed", "value", "limit"} <= set(check)
+        assert check["passed"]
+    status, out, _ = call("verify", str(run_file))
+    assert status == 0
+    for expected in ("overfit", "reload", "not applicable (fused-loss, fused-gradient, fused-matrix)", "passed"):
+        assert expected in out
+    assert sorted(run_file.parent.iterdir()) == before
+
+
+def test_a_check_that_fails_is_status_1(call: Call, run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from veneer.train import verify
+
+    monkeypatch.setattr(verify, "_rate", lambda run, step: 1e-12)  # nothing is learnt at such a rate
+    status, out, _ = call("verify", str(run_file), "--json")
+    assert status == 1
+    result = json.loads(out)
+    assert [check["id"] for check in result["checks"] if not check["passed"]] == ["overfit"]
+    assert not result["passed"]
+    status, out, _ = call("verify", str(run_file))
+    assert status == 1
+    assert "failed   overfit: see docs/verify.md" in out
+
+
+def test_an_engine_that_cannot_be_had_is_status_2(call: Call, run_file: Path, tiny_model: Callable[..., Path]) -> None:
+    for command in ("train", "verify"):
+        status, _, err = call(command, str(run_file), f"model.base={tiny_model('opt')}", "train.engine=fused")
+        assert status == 2
+        assert "the fused engine does not cover the architecture opt" in err
+        assert "set train.engine to auto or reference" in err
+    assert not (run_file.parent / "runs").exists()
+
+
 def test_train_tells_a_person_what_happens(call: Callable[..., tuple[int, str, str]], run_file: Path) -> None:
     status, out, err = call("train", str(run_file))
     assert status == 0, err
     for expected in (
         "machine",
+        "engine   reference: the fused engine is made for CUDA GPUs",
         "16 read = 16 used",
         "14 to train on, 2 held out",
         "held-out loss",
@@ -90,6 +131,7 @@ BAD: list[tuple[str, list[str]]] = [
     ("train.output_dir = /sys/veneer: cannot be written", ["train.output_dir=/sys/veneer"]),
     ("leave none to train on", ["data.validation=16"]),
     ("holds no run to resume", ["--resume"]),
+    ("train.engine = 'quick': should be 'auto', 'fused' or 'reference'", ["train.engine=quick"]),
 ]
 
 
@@ -124,6 +166,7 @@ def test_chat_data_on_a_base_without_template_is_status_2(
         ["train", "nothing.yaml"],
         ["train"],
         ["fly"],
+        ["verify", "nothing.yaml"],
         ["evaluate", "nothing"],
         ["generate", "nothing", "--prompt", "x"],
         ["evaluate", "nothing", "--rows", "0"],
@@ -201,7 +244,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert result.stdout.strip().endswith("[]")
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "generate"])
+@pytest.mark.parametrize("command", ["demo", "train", "verify", "evaluate", "generate"])
 def test_every_command_has_help_with_an_example(command: str, call: Callable[..., tuple[int, str, str]]) -> None:
     status, out, _ = call(command, "--help")
     assert status == 0

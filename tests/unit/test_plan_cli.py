@@ -127,7 +127,7 @@ def test_a_run_that_cannot_fit_is_refused_before_it_loads_anything(
     call: Call, run_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = Machine("cpu", "a small machine", 2, 2**29, 2**28, True)
-    monkeypatch.setattr(sys.modules["veneer.train.job"], "find_machine", lambda: small)
+    monkeypatch.setattr(sys.modules["veneer.train.parts"], "find_machine", lambda: small)
     status, _, err = call("train", str(run_file))
     assert status == 2
     assert "the run does not fit" in err

@@ -129,6 +129,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "pii": {"data": {"pii": "redact"}},
     "overlong": {"data": {"overlong": "truncate", "max_length": 27, "max_cut_rows": 1}},
     "validation": {"data": {"validation": 0.3}},
+    "engine": {"train": {"engine": "fused"}},
 }
 
 

@@ -34,6 +34,7 @@ def demo(
     run = demo_run(_free(output_dir))
     out.print("[bold]1  What is here[/bold]")
     from veneer import api
+    from veneer.engine.temporary import adapter_off
     from veneer.evaluate import compare, score
     from veneer.plan.machine import peak_resident_bytes
     from veneer.train import TrainingJob
@@ -42,6 +43,7 @@ def demo(
     out.print(f"   machine  {job.machine.describe()}")
     trainable, total = job.parameters["trainable"], job.parameters["total"]
     out.print(f"   model    {run.model.base}: {total:,} parameters in 4 bits, {trainable:,} trained in an adapter")
+    show.show_engine(out, job.choice, "   ")
     out.print("[bold]2  The data[/bold]: customer messages to be routed to a team, an urgency and a product")
     show.show_ledger(out, job.data.ledger.as_dict())
 
@@ -54,7 +56,7 @@ def demo(
 
     out.print(f"[bold]3  The base model[/bold] answers {len(held_out)} messages it has never seen")
     parts = (job.model, job.engine, job.renderer, held_out, run.evaluate)
-    with job.model.disable_adapter():
+    with adapter_off(job.model, job.engine):
         base = scored("   answering", lambda on_done: score(*parts, on_done))
     out.print(f"   exactly right: {show.interval('exact_match', base.metrics['exact_match'].as_dict())}")
     out.print(f"[bold]4  Training[/bold] {job.steps} steps")

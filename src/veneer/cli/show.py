@@ -76,6 +76,36 @@ def _is_milestone(step: int, total: float | None) -> bool:
     return step == total or step % max(1, round((total or 1) / 10)) == 0
 
 
+def show_engine(out: Console, choice: Any, indent: str = "") -> None:
+    """Which engine a run has and why; a failed check in yellow."""
+    out.print(f"{indent}engine   {choice.engine.name}: {escape(choice.reason)}")
+    if choice.warning:
+        out.print(f"{indent}[yellow]warning:[/yellow] {escape(choice.warning)}")
+
+
+def show_checks(out: Console, checks: list[dict[str, Any]]) -> None:
+    """Checks with their values and limits, and below them what is to be said of single ones."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("", "check", "value", "limit", "what is measured"):
+        table.add_column(column, justify="right" if column in ("value", "limit") else "left", overflow="fold")
+    for check in checks:
+        applies = check["value"] is not None or not check["passed"]
+        mark = "[dim]-[/dim]" if not applies else "[green]ok[/green]" if check["passed"] else "[red]failed[/red]"
+        sign = "≥" if check["bound"] == "at least" else "≤"
+        value = ("not finite" if check["value"] is None else f"{check['value']:.3g}") if applies else ""
+        limit = "" if check["limit"] is None else f"{sign} {check['limit']:.3g}"
+        table.add_row(mark, check["id"], value, limit, escape(check["what"]))
+    out.print(table, soft_wrap=False)
+    notes: dict[str, list[str]] = {}
+    for check in checks:
+        if "note" in check:
+            notes.setdefault(check["note"], []).append(check["id"])
+        elif not check["passed"] and "worst" in check:
+            out.print(f"  {check['id']} is worst in {escape(check['worst'])}")
+    for note, names in notes.items():
+        out.print(f"  not applicable ({', '.join(names)}): {escape(note)}")
+
+
 def show_ledger(out: Console, ledger: dict[str, Any]) -> None:
     """The ledger as a table, with its warnings."""
     rows, tokens, lengths = ledger["rows"], ledger["tokens"], ledger["lengths"]["percentiles"]

@@ -29,6 +29,7 @@ def train(
     out.print(f"machine  {job.machine.describe()}")
     trainable, total = job.parameters["trainable"], job.parameters["total"]
     out.print(f"model    {settings.model.base}: {total:,} parameters, {trainable:,} trained")
+    show.show_engine(out, job.choice)
     show.show_ledger(out, job.data.ledger.as_dict())
     foreseen = job.foreseen.as_dict()
     show_plan.show_verdict(out, foreseen)

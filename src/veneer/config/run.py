@@ -184,6 +184,11 @@ class Train(Section):
         "auto", description="auto: adamw_8bit on a GPU, adamw_torch elsewhere."
     )
     gradient_checkpointing: bool = Field(True, description="Recompute activations: slower, less memory.")
+    engine: Literal["auto", "fused", "reference"] = Field(
+        "auto",
+        description="reference: Transformers' and PEFT's own code; fused: hand-written, faster, with attention of its "
+        "own; auto: fused on CUDA where it covers the model and passes its check.",
+    )
     logging_steps: int = Field(1, ge=1, description="Steps between lines of metrics.jsonl.")
     eval_steps: int | None = Field(100, ge=1, description="Steps between held-out losses; null: only at the end.")
     save_steps: int | None = Field(200, ge=1, description="Steps between checkpoints; null: only on interruption.")

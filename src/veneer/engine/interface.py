@@ -13,6 +13,11 @@ class Engine(Protocol):
     name: str
     isolates_documents: bool  # whether packed documents never see each other
 
+    @property
+    def master(self) -> torch.nn.Parameter | None:
+        """One parameter of which all adapter parameters are views, where the engine lays them so."""
+        ...
+
     def forward_backward(self, batch: Batch, scale: float) -> torch.Tensor:
         """Add the gradient of `scale` times the batch's summed loss to the adapter's parameters.
 

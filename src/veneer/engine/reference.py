@@ -48,6 +48,7 @@ class ReferenceEngine:
 
     name = "reference"
     isolates_documents = True
+    master = None
 
     def __init__(self, model: Any) -> None:
         self.model = model

@@ -12,6 +12,7 @@ from veneer.config import Evaluate
 from veneer.data import Batch, Renderer
 from veneer.data.prepare import HeldOut
 from veneer.engine import Engine
+from veneer.engine.temporary import adapter_off
 from veneer.evaluate.generation import generate
 from veneer.evaluate.intervals import Interval, perplexity, proportion
 
@@ -122,6 +123,6 @@ def compare(
 ) -> Evaluation:
     """Score the base and the tuned model; a base that was scored before may be given."""
     if base is None:
-        with model.disable_adapter():
+        with adapter_off(model, engine):
             base = score(model, engine, renderer, held_out, settings, on_done)
     return Evaluation(base, score(model, engine, renderer, held_out, settings, on_done))

@@ -172,6 +172,7 @@ def usable(found: Found) -> list[Usable]:
     flash = cuda and found.flash_attn
     return [
         Usable("engine", "reference", True),
+        Usable("engine", "fused", cuda, "" if cuda else no_gpu),
         Usable("attention", "sdpa", True),
         Usable("attention", "eager", True),
         Usable(

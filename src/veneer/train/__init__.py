@@ -1,6 +1,8 @@
 """Training: the loop and what it stands on.
 
-job.py         everything of a run brought together: checks, data, model, loop, adapter on disk
+parts.py       what a run is made of: data, forecast, model, adapter
+job.py         everything of a run brought together: parts, engine, loop, adapter on disk
+verify.py      whether training does what it should, here, with this run's model and rows
 loop.py        optimizer steps, logging, evaluation, checkpoints
 optimizer.py   AdamW by name; schedule.py  the learning rate as a function of the step
 checkpoint.py  a resumable state on disk

@@ -32,15 +32,16 @@ def save(
     step: int,
     model: Any,
     optimizer: torch.optim.Optimizer,
+    updated: dict[str, torch.nn.Parameter],
     scaler: torch.amp.GradScaler,
     data_hash: str,
 ) -> Path:
-    """Write the state after `step` steps into `folder`/step-NNNNNN."""
+    """Write the state after `step` steps into `folder`/step-NNNNNN; `updated` names what the optimizer updates."""
     path = folder / f"step-{step:06d}"
     with whole_folder(path) as unfinished:
         with quiet():
             model.save_pretrained(str(unfinished), save_embedding_layers=False)
-        save_file(get_state(optimizer, _names(model)), unfinished / OPTIMIZER)
+        save_file(get_state(optimizer, _names(updated)), unfinished / OPTIMIZER)
         save_file(_rng_state(), unfinished / RNG)
         files = sorted(file for file in unfinished.iterdir() if file.is_file())
         checksums = {file.name: _sha256(file) for file in files}
@@ -49,8 +50,15 @@ def save(
     return path
 
 
-def load(path: Path, model: Any, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, data_hash: str) -> int:
-    """Restore a state; returns the number of steps done.
+def load(
+    path: Path,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    updated: dict[str, torch.nn.Parameter],
+    scaler: torch.amp.GradScaler,
+    data_hash: str,
+) -> int:
+    """Restore what `save` wrote, in place; returns the number of steps done.
 
     Raises:
         UserError: A file is damaged, or the data is not what the run began with.
@@ -72,7 +80,7 @@ def load(path: Path, model: Any, optimizer: torch.optim.Optimizer, scaler: torch
         )
     with quiet():
         set_peft_model_state_dict(model, load_file(path / ADAPTER))
-    set_state(optimizer, _names(model), load_file(path / OPTIMIZER))
+    set_state(optimizer, _names(updated), load_file(path / OPTIMIZER))
     if scaler.is_enabled():
         scaler.load_state_dict(manifest["loss_scale"])
     rng = load_file(path / RNG)
@@ -98,8 +106,8 @@ def _all(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def _names(model: Any) -> dict[torch.Tensor, str]:
-    return {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+def _names(updated: dict[str, torch.nn.Parameter]) -> dict[torch.Tensor, str]:
+    return {parameter: name for name, parameter in updated.items()}
 
 
 def _rng_state() -> dict[str, torch.Tensor]:

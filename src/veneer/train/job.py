@@ -1,7 +1,7 @@
 """A training job: everything of a run brought together, in the order in which it can go wrong cheaply.
 
-Settings, then the output folder, the data, the tokenizer and the template, the model, the adapter, the space on
-disk; only then is the run's folder begun. The adapter appears whole at the end.
+Settings, then the output folder, the run's parts (`parts`), the engine, the space on disk; only then is the run's
+folder begun. The adapter appears whole at the end.
 """
 
 import json
@@ -19,26 +19,17 @@ import veneer
 from veneer.config import Run, RunFolder, UserError, load_run
 from veneer.config.folder import whole_folder, write_json, write_text
 from veneer.config.load import to_yaml
-from veneer.data import Batch, Batches, Prepared, Renderer, prepare
+from veneer.data import Batch, Batches
 from veneer.data.prepare import Part
 from veneer.engine import ReferenceEngine
-from veneer.model import (
-    attach,
-    compute_dtype,
-    count_parameters,
-    load_model,
-    load_tokenizer,
-    locate,
-    save_adapter,
-)
-from veneer.plan import find_machine
-from veneer.plan.forecast import place_here
-from veneer.plan.machine import map_large_buffers, peak_bytes, resolve_optim
+from veneer.engine.choose import choose
+from veneer.model import compute_dtype, count_parameters, save_adapter
+from veneer.plan.machine import peak_bytes, resolve_optim
 from veneer.plan.memory import run_disk_bytes
 from veneer.train import checkpoint
-from veneer.train.foresight import Foreseen, Read, foresee
 from veneer.train.loop import Loop
 from veneer.train.metrics import Listener, MetricsFile, read_metrics
+from veneer.train.parts import load_parts
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers", "numpy")
 Dress = Callable[[Path, int, float], None]
@@ -48,6 +39,7 @@ MAY_CHANGE = {
     "quantization.cache",
     "train.output_dir",
     "train.gradient_checkpointing",
+    "train.engine",  # what it came to is compared
     "train.logging_steps",
     "train.eval_steps",
     "train.save_steps",
@@ -73,11 +65,12 @@ class TrainingJob:
     """A run, checked and loaded, ready to train.
 
     Attributes:
-        machine, source, tokenizer, renderer, data, model, engine: The parts, for others to show or evaluate.
-        foreseen: What it will hold and take, and what is amiss with its settings.
+        machine, source, tokenizer, renderer, data, foreseen, model: The parts, for others to show or evaluate.
+        engine, choice: What computes losses and gradients, and why it was taken.
 
     Raises:
         UserError: Anything the user can mend; nothing has been written then.
+        JobError: The fused engine was asked for and is wrong on this machine.
     """
 
     def __init__(self, run: Run, resume: bool = False, force: bool = False) -> None:
@@ -86,21 +79,11 @@ class TrainingJob:
         self._checkpoint = self._find_checkpoint() if resume else None
         if not resume:
             self.folder.require_free()
-        self.machine = find_machine()
-        if self.machine.device == "cpu":
-            map_large_buffers()
-        self.source = locate(run.model)
-        self.tokenizer = load_tokenizer(self.source)
-        self.renderer = Renderer(self.tokenizer, run.data)
-        self.data: Prepared = prepare(run.data, self.renderer, run.train.seed)
-        _require_objective(self.data)
-        self.foreseen = foresee(run, place_here(self.machine), Read(self.data, self.renderer))
-        if not force:
-            _require_memory(self.foreseen)
-        base = load_model(self.source, run.model, run.quantization, self.machine)
-        _require_positions(base.config, self.data)
-        self.model = attach(base, run.adapter, run.train.seed, run.train.gradient_checkpointing)
-        self.engine = ReferenceEngine(self.model)
+        parts = load_parts(run, force)
+        self.machine, self.source, self.tokenizer = parts.machine, parts.source, parts.tokenizer
+        self.renderer, self.data, self.foreseen, self.model = parts.renderer, parts.data, parts.foreseen, parts.model
+        self.choice = choose(self.model, run.train, self.machine.device, self.data.train)
+        self.engine = self.choice.engine
         self.parameters = count_parameters(self.model)
         train = run.train
         self._loop = Loop(
@@ -167,7 +150,8 @@ class TrainingJob:
         return self.foreseen.as_dict() | {
             "machine": self.machine.as_dict(),
             "engine": self.engine.name,
-            "chunked_head": self.engine.chunked_head,
+            "engine_reason": self.choice.reason,
+            "chunked_head": not isinstance(self.engine, ReferenceEngine) or self.engine.chunked_head,
             "dtype": str(compute_dtype(self.run.model, self.machine)).removeprefix("torch."),
             "optim": resolve_optim(train.optim, self.machine.device),
             "parameters": self.parameters,
@@ -208,9 +192,9 @@ class TrainingJob:
         return path
 
     def _require_same_placement(self) -> None:
-        """`auto` means other things on other machines; a resumed run must go on in the precision it began with."""
+        """`auto` means other things on other machines; a resumed run must go on in the way it began."""
         began, now = json.loads(self.folder.plan.read_text(encoding="utf-8")), self.plan()
-        for key, setting in (("dtype", "model.dtype"), ("optim", "train.optim")):
+        for key, setting in (("dtype", "model.dtype"), ("optim", "train.optim"), ("engine", "train.engine")):
             if began[key].removeprefix("paged_") != now[key].removeprefix("paged_"):
                 raise UserError(
                     f"{setting}: the run began with {began[key]}, on this machine it would go on with {now[key]}",
@@ -248,42 +232,6 @@ def environment() -> dict[str, Any]:
     versions = {name: metadata.version(name) for name in LIBRARIES}
     versions["veneer"] = veneer.__version__
     return {"python": platform.python_version(), "platform": platform.platform(), "libraries": versions}
-
-
-def _require_memory(foreseen: Foreseen) -> None:
-    """Raises UserError for a run that cannot fit, before an hour is spent on loading it."""
-    if foreseen.is_hopeless:
-        forecast, place = foreseen.forecast, foreseen.forecast.place
-        raise UserError(
-            f"the run does not fit: at its peak ({forecast.peak_phase}) it would hold "
-            f"{forecast.peak_bytes / 2**30:.1f} GiB, {place.budget_bytes / 2**30:.1f} GiB are there, on {place.name}",
-            "`veneer plan` says what to change; --force tries it all the same",
-        )
-
-
-def _require_objective(data: Prepared) -> None:
-    """Raises UserError for rows that supervised training cannot learn from as they are."""
-    fixes = {
-        "preference": "set data.format=chosen to learn the chosen answers",
-        "rated": "keep the good rows alone and set data.format=prompt-completion",
-    }
-    for name, known in data.ledger.formats.items():
-        if fix := fixes.get(known["format"]):
-            raise UserError(
-                f"{name}: rows of the format {known['format']} compare answers, and training learns from single ones",
-                fix,
-            )
-
-
-def _require_positions(config: Any, data: Prepared) -> None:
-    """Raises UserError for rows longer than the model has positions; it would fail, or be silently wrong, there."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    longest = int(max(part.lengths.max() for part in (data.train, data.validation) if len(part)))
-    if positions is not None and longest > positions:
-        raise UserError(
-            f"the longest row has {longest} tokens, the model has positions for {positions}",
-            f"set data.max_length to {positions} or less",
-        )
 
 
 def _differences(then: Run, now: Run) -> list[str]:

@@ -4,6 +4,9 @@ A step's loss is summed over its trained tokens and divided by their number, ove
 that how a step is cut does not change it. Two things are checked that otherwise go wrong in silence: after the first
 step every LoRA B matrix must have a finite gradient that is not zero, and no loss may ever be NaN or infinite.
 
+A step waits for the device once, after all of it has been launched: loss, norm and checks come back in one reading. A
+number that is not finite has spoiled the adapter in memory then, and ends the run before anything is written.
+
 Gradients of float16 runs are scaled against underflow as usual (torch's GradScaler); other runs are not.
 """
 
@@ -25,7 +28,7 @@ from veneer.model.adapters import is_lora_b
 from veneer.plan.machine import peak_bytes
 from veneer.train import checkpoint
 from veneer.train.metrics import Listener
-from veneer.train.optimizer import build_optimizer
+from veneer.train.optimizer import build_optimizer, parameters_to_update
 from veneer.train.schedule import learning_rate
 
 
@@ -64,9 +67,9 @@ class Loop:
         self._checkpoints = checkpoints
         self._data_hash = data_hash
         self._device = device
-        self._named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self._parameters = [parameter for _, parameter in self._named]
-        self._optimizer = build_optimizer(self._parameters, train, device)
+        self._b_matrices = {name: p for name, p in model.named_parameters() if p.requires_grad and is_lora_b(name)}
+        self._updated = parameters_to_update(model, engine, train, device)
+        self._optimizer = build_optimizer(self._updated.values(), train, device)
         self._scaler = torch.amp.GradScaler(device, enabled=scale_loss)
         self.steps = batches.steps(train.num_train_epochs, train.max_steps)
         self.done = 0
@@ -74,7 +77,7 @@ class Loop:
 
     def resume(self, path: Path) -> None:
         """Restore a checkpoint of this run."""
-        self.done = checkpoint.load(path, self._model, self._optimizer, self._scaler, self._data_hash)
+        self.done = checkpoint.load(path, self._model, self._optimizer, self._updated, self._scaler, self._data_hash)
 
     def run(self, listeners: Sequence[Listener]) -> float:
         """Train to the end; returns the mean of all steps' tokens per second.
@@ -125,24 +128,22 @@ class Loop:
             group["lr"] = rate
         micro_batches = self._batches.step(number)
         weight = sum(batch.weight for batch in micro_batches)
-        scale = self._scaler.scale(torch.ones((), device=self._device)).item() / weight
-        total = torch.stack([self._engine.forward_backward(batch, scale) for batch in micro_batches]).sum()
-        loss = total.item() / weight
-        if not math.isfinite(loss):
-            raise JobError(
-                f"the loss of step {number + 1} is {loss}\n  fix: lower train.learning_rate, or set model.dtype to "
-                "bfloat16 or float32"
-            )
+        # Only a scaler that is used lives on the device.
+        scaled = self._scaler.scale(torch.ones((), device=self._device)).item() if self._scaler.is_enabled() else 1.0
+        total = torch.stack([self._engine.forward_backward(batch, scaled / weight) for batch in micro_batches]).sum()
         self._scaler.unscale_(self._optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, train.max_grad_norm or math.inf).item()
+        norm = torch.nn.utils.clip_grad_norm_(self._updated.values(), train.max_grad_norm or math.inf)
+        largest = [] if self._has_gradients else [_largest(parameter.grad) for parameter in self._b_matrices.values()]
         # A float16 step may overflow: the scaler leaves it out and tries a smaller scale.
-        if math.isfinite(norm):
-            self._require_gradients()
-        elif not self._scaler.is_enabled():
-            raise JobError(f"the gradient of step {number + 1} is not finite\n  fix: lower train.learning_rate")
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
+        values = [value.to(total.device, total.dtype) for value in (total, norm, *largest)]
+        summed_loss, grad_norm, *sizes = torch.stack(values).tolist()
+        loss = summed_loss / weight
+        self._require_finite(number, loss, grad_norm)
+        if math.isfinite(grad_norm):
+            self._require_gradients(sizes)
         seconds = time.perf_counter() - started
         tokens = sum(batch.tokens for batch in micro_batches)
         return {
@@ -151,7 +152,7 @@ class Loop:
             "epoch": round((number + 1) / self._batches.steps_per_epoch, 4),
             "loss": loss,
             "learning_rate": rate,
-            "grad_norm": norm if math.isfinite(norm) else None,
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "tokens": tokens,
             "trained_tokens": sum(batch.trained for batch in micro_batches),
             "seconds": round(seconds, 4),
@@ -161,7 +162,7 @@ class Loop:
 
     def _evaluate(self) -> dict[str, Any]:
         try:
-            total = sum(self._engine.losses(batch).sum().item() for batch in self._held_out)
+            total = sum(torch.stack([self._engine.losses(batch).sum() for batch in self._held_out]).tolist())
         except torch.OutOfMemoryError:
             raise JobError("out of memory in the held-out loss\n  fix: lower evaluate.batch_size") from None
         loss = total / sum(batch.weight for batch in self._held_out)
@@ -176,16 +177,25 @@ class Loop:
             "trained_tokens": sum(batch.trained for batch in self._held_out),
         }
 
-    def _require_gradients(self) -> None:
-        """Checked once, after the first step whose gradients are finite."""
+    def _require_finite(self, number: int, loss: float, norm: float) -> None:
+        if not math.isfinite(loss):
+            raise JobError(
+                f"the loss of step {number + 1} is {loss}\n  fix: lower train.learning_rate, or set model.dtype to "
+                "bfloat16 or float32"
+            )
+        if not math.isfinite(norm) and not self._scaler.is_enabled():
+            raise JobError(f"the gradient of step {number + 1} is not finite\n  fix: lower train.learning_rate")
+
+    def _require_gradients(self, sizes: list[float]) -> None:
+        """Checked once, after the first step whose gradients are finite.
+
+        Args:
+            sizes: Largest magnitude in the gradient of each B matrix.
+        """
         if self._has_gradients:
             return
         self._has_gradients = True
-        bad = [
-            name
-            for name, parameter in self._named
-            if is_lora_b(name) and (parameter.grad is None or not 0 < parameter.grad.abs().max().item() < math.inf)
-        ]
+        bad = [name for name, value in zip(self._b_matrices, sizes, strict=True) if not 0 < value < math.inf]
         if bad:
             raise JobError(
                 f"{len(bad)} adapter matrices got no usable gradient in the first step, first {bad[0]}: training "
@@ -194,10 +204,20 @@ class Loop:
 
     def _save(self) -> Path:
         path = checkpoint.save(
-            self._checkpoints, self.done, self._model, self._optimizer, self._scaler, self._data_hash
+            self._checkpoints,
+            self.done,
+            self._model,
+            self._optimizer,
+            self._updated,
+            self._scaler,
+            self._data_hash,
         )
         checkpoint.drop_old(self._checkpoints, self._train.save_total_limit)
         return path
+
+
+def _largest(gradient: torch.Tensor | None) -> torch.Tensor:
+    return torch.zeros(()) if gradient is None else gradient.abs().amax()
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -9,10 +9,25 @@ from typing import Any
 import torch
 
 from veneer.config import Train
+from veneer.engine import Engine
 from veneer.model.quiet import quiet
 from veneer.plan.machine import resolve_optim
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
+BLOCK = 256  # values that share a constant in bitsandbytes' 8-bit states
+
+
+def parameters_to_update(model: Any, engine: Engine, train: Train, device: str) -> dict[str, torch.nn.Parameter]:
+    """What the optimizer updates, by the names that its state has in checkpoints.
+
+    An engine that lays all adapters into one parameter has them updated in one launch. Values of two matrices never
+    share a block of 8-bit states: where they would, each matrix is updated by itself.
+    """
+    adapters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    in_blocks = "8bit" in resolve_optim(train.optim, device)
+    if engine.master is None or (in_blocks and any(p.numel() % BLOCK for p in adapters.values())):
+        return adapters
+    return {"master": engine.master}
 
 
 def build_optimizer(parameters: Iterable[torch.nn.Parameter], train: Train, device: str) -> torch.optim.Optimizer:

@@ -1,0 +1,41 @@
+"""veneer verify: whether training does what it should, on this machine with this run's model and rows."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def verify(
+    run: Annotated[Path, typer.Argument(help="YAML file of the run.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Overrides: section.key=value.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Load even if the plan says it cannot fit.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON alone on stdout.")] = False,
+) -> int:
+    """Check engine, masks, gradients, learning and the adapter's file in small experiments; nothing is written.
+
+    Exit status 1 where a check fails. Takes under a minute, once the model is loaded.
+
+    Example: `veneer verify run.yaml`
+    """
+    from veneer.cli import show
+    from veneer.config import load_run
+
+    settings = load_run(run, overrides or ())
+    out = show.console(as_json)
+    from veneer import api
+
+    with out.status("loading") as status:
+        found = api.verify(settings, force, lambda check: status.update(f"checked {check.id}"))
+    result = found.as_dict()
+    if as_json:
+        show.print_json(result)
+        return 0 if found.passed else 1
+    show.show_checks(out, result["checks"])
+    show.show_engine(out, found.choice)
+    failed = [check.id for check in found.checks if not check.passed]
+    if failed:
+        out.print(f"[red]failed[/red]   {', '.join(failed)}: see docs/verify.md")
+    else:
+        out.print(f"[bold]passed[/bold]   in {result['seconds']} s; next  {show.command_name()} train {run}")
+    return 1 if failed else 0

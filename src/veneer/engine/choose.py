@@ -1,0 +1,113 @@
+"""Which engine a run gets, and why. The only place that decides it.
+
+The fused engine is taken where it covers the model, and only after it has given the reference engine's numbers on a
+few tokens of the run's own rows: its kernels are tested, but not on this GPU, with this driver, on this model. Where it
+gives others, the run goes on with the reference engine and says so. Off CUDA its kernels are plain torch, which is for
+tests; `auto` means the reference engine there.
+"""
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from veneer.config import JobError, Train, UserError
+from veneer.data import Batch
+from veneer.data.batch import Example
+from veneer.engine.agreement import agree, short_rows
+from veneer.engine.fused import FusedEngine, NotCoveredError
+from veneer.engine.fused.block import TENSORS
+from veneer.engine.interface import Engine
+from veneer.engine.reference import ReferenceEngine
+
+FUSED_DEVICES = ("cuda",)  # where `auto` takes the fused engine
+PROBE = (160, 96)  # tokens of the rows that the engines are compared on
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An engine and why it was taken.
+
+    Attributes:
+        engine: The engine.
+        reason: Why this one; for the plan and for a person.
+        warning: What a person must hear of: that the fused engine failed its check. None: nothing.
+    """
+
+    engine: Engine
+    reason: str
+    warning: str | None = None
+
+
+def kept_tensors(gradient_checkpointing: bool) -> frozenset[str]:
+    """Tensors of a block that the fused engine keeps from forward to backward."""
+    return frozenset() if gradient_checkpointing else frozenset(TENSORS)
+
+
+def build(model: Any, train: Train, device: str) -> Choice:
+    """The engine that settings and model ask for, not yet checked.
+
+    Args:
+        model: A PEFT model.
+        train: The settings `engine` and `gradient_checkpointing`.
+        device: Where the model is.
+
+    Raises:
+        UserError: The fused engine is asked for and does not cover the model.
+    """
+    if train.engine == "reference":
+        return Choice(ReferenceEngine(model), "train.engine asks for the reference engine")
+    if train.engine == "auto" and device not in FUSED_DEVICES:
+        return Choice(ReferenceEngine(model), "the fused engine is made for CUDA GPUs")
+    try:
+        if device == "mps":
+            raise NotCoveredError("Apple's GPU")
+        engine = FusedEngine(model, keep=kept_tensors(train.gradient_checkpointing))
+    except NotCoveredError as error:
+        reason = f"the fused engine does not cover {error}"
+        if train.engine == "fused":
+            raise UserError(f"train.engine = fused: {reason}", "set train.engine to auto or reference") from None
+        return Choice(ReferenceEngine(model), reason)
+    return Choice(engine, "it covers this model")
+
+
+def choose(model: Any, train: Train, device: str, examples: Sequence[Example]) -> Choice:
+    """The engine of a run, checked on its first rows.
+
+    Args:
+        model: A PEFT model; afterwards as before.
+        train: The settings.
+        device: Where the model is.
+        examples: The training data.
+
+    Raises:
+        UserError: See `build`.
+        JobError: The fused engine is asked for and gives other numbers than the reference engine.
+    """
+    choice = build(model, train, device)
+    if not isinstance(choice.engine, FusedEngine):
+        return choice
+    try:
+        agreement = agree(model, choice.engine, [Batch.of(short_rows(examples, PROBE))])
+        failure = None if agreement.holds else agreement.describe()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # a kernel that this GPU cannot run
+        failure = str(error).strip().split("\n")[0]
+    if failure is None:
+        return Choice(choice.engine, f"{choice.reason} and gives the reference's numbers: {agreement.describe()}")
+    if train.engine == "fused":
+        raise JobError(
+            f"train.engine = fused: it does not give the reference engine's numbers here: {failure}\n"
+            "  fix: set train.engine to reference; `veneer verify` says more"
+        )
+    return fall_back(model, failure)
+
+
+def fall_back(model: Any, failure: str) -> Choice:
+    """The reference engine in the place of a fused one that failed its check."""
+    gc.collect()  # the other engine's buffers, which hold each other
+    warning = f"the fused engine does not give the reference engine's numbers here: {failure}"
+    return Choice(ReferenceEngine(model), warning, f"{warning}; training goes on with the reference engine, slower")

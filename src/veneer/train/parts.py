@@ -1,0 +1,96 @@
+"""What a run is made of, loaded in the order in which it can go wrong cheaply: data, forecast, model, adapter.
+
+Training and `veneer verify` begin with it. Nothing is written.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from veneer.config import Run, UserError
+from veneer.data import Prepared, Renderer, prepare
+from veneer.model import Source, attach, load_model, load_tokenizer, locate
+from veneer.plan import find_machine
+from veneer.plan.forecast import place_here
+from veneer.plan.machine import Machine, map_large_buffers
+from veneer.train.foresight import Foreseen, Read, foresee
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A run's parts.
+
+    Attributes:
+        model: The base with a fresh adapter.
+        foreseen: What the run will hold and take, and what is amiss with its settings.
+    """
+
+    machine: Machine
+    source: Source
+    tokenizer: Any
+    renderer: Renderer
+    data: Prepared
+    foreseen: Foreseen
+    model: Any
+
+
+def load_parts(run: Run, force: bool = False) -> Parts:
+    """Load a run's parts.
+
+    Args:
+        run: The settings.
+        force: Load even if it is foreseen not to fit.
+
+    Raises:
+        UserError: Anything the user can mend.
+    """
+    machine = find_machine()
+    if machine.device == "cpu":
+        map_large_buffers()
+    source = locate(run.model)
+    tokenizer = load_tokenizer(source)
+    renderer = Renderer(tokenizer, run.data)
+    data = prepare(run.data, renderer, run.train.seed)
+    _require_objective(data)
+    foreseen = foresee(run, place_here(machine), Read(data, renderer))
+    if not force:
+        _require_memory(foreseen)
+    base = load_model(source, run.model, run.quantization, machine)
+    _require_positions(base.config, data)
+    model = attach(base, run.adapter, run.train.seed, run.train.gradient_checkpointing)
+    return Parts(machine, source, tokenizer, renderer, data, foreseen, model)
+
+
+def _require_memory(foreseen: Foreseen) -> None:
+    """Raises UserError for a run that cannot fit, before an hour is spent on loading it."""
+    if foreseen.is_hopeless:
+        forecast, place = foreseen.forecast, foreseen.forecast.place
+        raise UserError(
+            f"the run does not fit: at its peak ({forecast.peak_phase}) it would hold "
+            f"{forecast.peak_bytes / 2**30:.1f} GiB, {place.budget_bytes / 2**30:.1f} GiB are there, on {place.name}",
+            "`veneer plan` says what to change; --force tries it all the same",
+        )
+
+
+def _require_objective(data: Prepared) -> None:
+    """Raises UserError for rows that supervised training cannot learn from as they are."""
+    fixes = {
+        "preference": "set data.format=chosen to learn the chosen answers",
+        "rated": "keep the good rows alone and set data.format=prompt-completion",
+    }
+    for name, known in data.ledger.formats.items():
+        if fix := fixes.get(known["format"]):
+            raise UserError(
+                f"{name}: rows of the format {known['format']} compare answers, and training learns from single ones",
+                fix,
+            )
+
+
+def _require_positions(config: Any, data: Prepared) -> None:
+    """Raises UserError for rows longer than the model has positions; it would fail, or be silently wrong, there."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    longest = int(max(part.lengths.max() for part in (data.train, data.validation) if len(part)))
+    if positions is not None and longest > positions:
+        raise UserError(
+            f"the longest row has {longest} tokens, the model has positions for {positions}",
+            f"set data.max_length to {positions} or less",
+        )
