@@ -1,14 +1,20 @@
 """Measures the fused engine: tokens/s, peak memory, and where a step's time goes, on random weights of real shapes.
 
-Each case is forward, backward and the optimizer's step on full-length random sequences, in one process.
+Each case is forward, backward and the optimizer's step (clipping included) on full-length random sequences, r = 16 on
+all linear layers, 8-bit AdamW, in one process, within a budget of GiB that the engine spends as it
+likes: ROWSxLENGTH[xACCUMULATION]@BUDGET. Prints a JSON line a case, merges it into bench/results/engine.json.
 
-    python3 bench/engine.py --shape 8b --cases 4x2048:keep 4x2048:none --profile
+    python3 bench/engine.py --shape 8b --profile --cases 4x2048@70 4x2048@9 2x1024x8@70 2x1024x8@7.5 1x2048@70 2x8192@13
 """
 
 import argparse
+import gc
 import json
 import statistics
 import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +22,6 @@ import torch
 from veneer.config import Adapter, Train
 from veneer.data import Batch
 from veneer.engine.fused import FusedEngine
-from veneer.engine.fused.block import TENSORS
 from veneer.model import attach
 from veneer.train.optimizer import build_optimizer
 
@@ -34,8 +39,6 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
                                    "num_hidden_layers": 42, "num_attention_heads": 16, "num_key_value_heads": 8,
                                    "head_dim": 256, "query_pre_attn_scalar": 256}),
 }  # fmt: skip
-SETTINGS = {"keep": frozenset(TENSORS), "none": frozenset(), "attention": frozenset({"attention"}),
-            "most": frozenset({"qkv", "attention", "mid"})}  # fmt: skip
 
 
 def random_base(shape: str, layers: int | None, quantized: bool) -> Any:
@@ -88,85 +91,127 @@ def batch_of(rows: int, length: int, vocabulary: int) -> Batch:
 
 
 def measure(model: Any, case: str, steps: int, profile: bool) -> dict[str, Any]:
-    """One case: ROWSxLENGTH[xACCUMULATION]:SETTING[+bf16][+graph]."""
-    sizes, setting = case.split(":")
+    """One case, as the module says."""
+    sizes, budget = case.split("@")
     rows, length, *more = map(int, sizes.split("x"))
-    accumulation = more[0] if more else 1
-    keep, *more_settings = setting.split("+")
-    engine = FusedEngine(
-        model, SETTINGS[keep], keep_dequantized="bf16" in more_settings, graphs="graph" in more_settings
-    )
-    parameters = [engine.master]
-    optimizer = build_optimizer(parameters, Train(optim="adamw_8bit"), "cuda")
-    batches = [batch_of(rows, length, model.config.vocab_size) for _ in range(accumulation)]
-    weight = sum(batch.weight for batch in batches)
+    batches = [batch_of(rows, length, model.config.vocab_size) for _ in range(more[0] if more else 1)]
+    return {"case": case} | train(model, [batches] * (steps + 3), (length,) * rows, float(budget), profile)
 
-    def step() -> float:
+
+def train(
+    model: Any, batches_of_steps: Sequence[Sequence[Batch]], largest: Sequence[int], gib: float, profile: bool = False
+) -> dict[str, Any]:
+    """Steps of training within a budget, the first three not counted.
+
+    Args:
+        model: A PEFT model.
+        batches_of_steps: The micro-batches of each step.
+        largest: Lengths of the documents of the largest micro-batch.
+        gib: What tensors may take, the optimizer's states included.
+    """
+    engine = FusedEngine(model)
+    optimizer = build_optimizer([engine.master], Train(optim="adamw_8bit"), "cuda")
+    kept = engine.fit(largest, int(gib * 2**30 - 2.05 * engine.master.numel()))
+
+    def step(batches: Sequence[Batch]) -> float:
+        weight = sum(batch.weight for batch in batches)
         total = torch.stack([engine.forward_backward(batch, 1 / weight) for batch in batches]).sum()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_([engine.master], 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return total.item() / weight
+        return float(total.item()) / weight
 
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    started = time.perf_counter()
-    losses = [step()]
-    first = time.perf_counter() - started
-    losses += [step() for _ in range(2)]
-    seconds = []
-    for _ in range(steps):
+    seconds, losses = [], []
+    for batches in batches_of_steps:
         torch.cuda.synchronize()
         started = time.perf_counter()
-        losses.append(step())
+        losses.append(step(batches))
         seconds.append(time.perf_counter() - started)
-    started = time.perf_counter()
-    engine.forward_backward(batches[0], 1 / weight)
-    launched = time.perf_counter() - started
-    torch.cuda.synchronize()
-    tokens = rows * length * accumulation
+    tokens, trained = (
+        [sum(getattr(batch, what) for batch in batches) for batches in batches_of_steps[3:]]
+        for what in ("tokens", "trained")
+    )
+    speeds = sorted(n / s for n, s in zip(tokens, seconds[3:], strict=True))
     result = {
-        "case": case, "tokens_per_second": round(tokens / statistics.median(seconds)),
-        "best": round(tokens / min(seconds)), "worst": round(tokens / max(seconds)),
-        "step_seconds": round(statistics.median(seconds), 4), "first_step_seconds": round(first, 2),
-        "host_seconds_a_pass": round(launched, 4),
+        "tokens_per_second": round(statistics.median(speeds)),
+        "best": round(speeds[-1]),
+        "worst": round(speeds[0]),
+        "trained_tokens_per_second": round(sum(trained) / sum(seconds[3:])),
+        "step_seconds": round(statistics.median(seconds[3:]), 4),
+        "first_step_seconds": round(seconds[0], 2),
         "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
+        "process_gib": round(process_bytes() / 2**30, 2),
+        "kept": kept,
         "losses": [round(loss, 4) for loss in losses[:4]],
-    }  # fmt: skip
+    }
     if profile:
-        from torch.profiler import ProfilerActivity
-        from torch.profiler import profile as profiler
-
-        with profiler(activities=[ProfilerActivity.CUDA]) as found:
-            step()
-            torch.cuda.synchronize()
-        kernels = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)[:28]
-        total = sum(e.self_device_time_total for e in found.key_averages())
-        for e in kernels:
-            spent = e.self_device_time_total
-            print(f"{spent / 1e3:9.2f} ms {spent / total:6.1%} {e.count:6d}  {e.key[:90]}")
-        print(f"{total / 1e3:9.2f} ms in all")
+        result["profile_ms"] = kernels_of(lambda: step(batches_of_steps[0]))
     return result
+
+
+def process_bytes() -> int:
+    """What the device has given away in all, this process being its only one."""
+    free, total = torch.cuda.mem_get_info()
+    return int(total - free)
+
+
+PARTS = {
+    "large products": ("nvjet", "gemm", "cutlass"), "attention": ("sdpa", "fmha", "cudnn", "flash", "flex"),
+    "4-bit weights": ("_dequantize",), "gate's backward with adapters' gradients": ("_backward_adapters",),
+    "adapters' own products": ("_project", "_outer", "_add_a", "_add_b"), "loss": ("_softmax_loss",),
+    "norms, gate, rotation": ("_forward", "_backward", "_normalize"), "optimizer": ("Optimizer",),
+}  # fmt: skip
+
+
+def kernels_of(step: Callable[[], float]) -> dict[str, float]:
+    """Milliseconds of a step by kind of kernel; prints the longest."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    with profiler(activities=[ProfilerActivity.CUDA]) as found:
+        step()
+        torch.cuda.synchronize()
+    events = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in events)
+    parts = dict.fromkeys([*PARTS, "other"], 0.0)
+    for e in events:
+        part = next((name for name, marks in PARTS.items() if any(mark in e.key for mark in marks)), "other")
+        parts[part] += e.self_device_time_total / 1e3
+    for e in events[:24]:
+        spent = e.self_device_time_total
+        print(f"{spent / 1e3:9.2f} ms {spent / total:6.1%} {e.count:6d}  {e.key[:90]}")
+    return {name: round(spent, 1) for name, spent in parts.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--layers", type=int)
-    parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--cases", nargs="+", default=["4x2048:keep"])
+    parser.add_argument("--bf16", action="store_true", help="16-bit base")
+    parser.add_argument("--cases", nargs="+", default=["4x2048@70"])
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="of the first case")
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "engine.json")
     a = parser.parse_args()
-    started = time.perf_counter()
-    base = random_base(a.shape, a.layers, not a.bf16)
-    model = attach(base, Adapter(r=16, lora_alpha=32), 0)
-    print(
-        f"built in {time.perf_counter() - started:.1f} s, {torch.cuda.memory_allocated() / 2**30:.2f} GiB", flush=True
-    )
+    model = attach(random_base(a.shape, a.layers, not a.bf16), Adapter(r=16, lora_alpha=32, lora_dropout=a.dropout), 0)
+    found = json.loads(a.out.read_text()) if a.out.exists() else {}
     for case in a.cases:
+        gc.collect()
         torch.cuda.empty_cache()
-        print("RESULT " + json.dumps(measure(model, case, a.steps, a.profile)), flush=True)
+        result = measure(model, case, a.steps, a.profile and case == a.cases[0])
+        print("RESULT " + json.dumps(result), flush=True)
+        name = a.shape + (" 16-bit" if a.bf16 else "") + (f" dropout {a.dropout}" if a.dropout else "")
+        found.setdefault(name, {})[case] = result
+        found["on"] = {
+            "gpu": torch.cuda.get_device_name(),
+            "versions": {name: metadata.version(name) for name in ("torch", "triton", "transformers", "bitsandbytes")},
+            "date": time.strftime("%Y-%m-%d"),
+        }
+        a.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

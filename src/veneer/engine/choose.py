@@ -106,6 +106,30 @@ def choose(model: Any, train: Train, device: str, examples: Sequence[Example]) -
     return fall_back(model, failure)
 
 
+def spend_memory(
+    engine: Engine, train: Train, sizes: Sequence[int], held_out: Sequence[int], later_bytes: int
+) -> dict[str, Any] | None:
+    """Let the fused engine keep what this GPU has room for, so that less is computed twice.
+
+    Args:
+        engine: Chosen and checked.
+        train: The settings.
+        sizes: Tokens of every row, or pack.
+        held_out: Tokens of the rows of the largest held-out batch.
+        later_bytes: What is still to come on the device, the optimizer's states say.
+
+    Returns:
+        What `FusedEngine.fit` returns; None: there is nothing to decide.
+    """
+    # auto, or yes
+    if not isinstance(engine, FusedEngine) or not engine.on_gpu or not train.gradient_checkpointing:
+        return None
+    torch.cuda.empty_cache()
+    budget = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - later_bytes
+    largest = sorted(sizes, reverse=True)[: train.per_device_train_batch_size]
+    return engine.fit(largest, budget, held_out)
+
+
 def fall_back(model: Any, failure: str) -> Choice:
     """The reference engine in the place of a fused one that failed its check."""
     gc.collect()  # the other engine's buffers, which hold each other

@@ -22,7 +22,7 @@ from veneer.config.load import to_yaml
 from veneer.data import Batch, Batches
 from veneer.data.prepare import Part
 from veneer.engine import ReferenceEngine
-from veneer.engine.choose import choose
+from veneer.engine.choose import choose, spend_memory
 from veneer.model import compute_dtype, count_parameters, save_adapter
 from veneer.plan.machine import peak_bytes, resolve_optim
 from veneer.plan.memory import run_disk_bytes
@@ -67,6 +67,7 @@ class TrainingJob:
     Attributes:
         machine, source, tokenizer, renderer, data, foreseen, model: The parts, for others to show or evaluate.
         engine, choice: What computes losses and gradients, and why it was taken.
+        spent: What the fused engine keeps of a step, and the memory it takes; None: another engine, or not measured.
 
     Raises:
         UserError: Anything the user can mend; nothing has been written then.
@@ -86,18 +87,24 @@ class TrainingJob:
         self.engine = self.choice.engine
         self.parameters = count_parameters(self.model)
         train = run.train
+        batches = Batches(
+            self.data.train,
+            self.data.train.lengths,
+            train.per_device_train_batch_size,
+            train.gradient_accumulation_steps,
+            train.seed,
+            run.data.max_length if run.data.packing else None,
+        )
+        held_out = HeldOutBatches(self.data.validation, run.evaluate.batch_size)
+        self.spent = spend_memory(
+            self.engine, train, batches.sizes.tolist(), held_out[0].lengths if len(held_out) else (),
+            2 * 4 * self.parameters["trainable"],
+        )  # fmt: skip
         self._loop = Loop(
             model=self.model,
             engine=self.engine,
-            batches=Batches(
-                self.data.train,
-                self.data.train.lengths,
-                train.per_device_train_batch_size,
-                train.gradient_accumulation_steps,
-                train.seed,
-                run.data.max_length if run.data.packing else None,
-            ),
-            held_out=HeldOutBatches(self.data.validation, run.evaluate.batch_size),
+            batches=batches,
+            held_out=held_out,
             train=train,
             checkpoints=self.folder.checkpoints,
             data_hash=self.data.ledger.sha256["train"],
@@ -151,6 +158,7 @@ class TrainingJob:
             "machine": self.machine.as_dict(),
             "engine": self.engine.name,
             "engine_reason": self.choice.reason,
+            "kept": self.spent,
             "chunked_head": not isinstance(self.engine, ReferenceEngine) or self.engine.chunked_head,
             "dtype": str(compute_dtype(self.run.model, self.machine)).removeprefix("torch."),
             "optim": resolve_optim(train.optim, self.machine.device),

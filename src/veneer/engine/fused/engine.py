@@ -1,13 +1,12 @@
 """The fused engine: whole passes over hand-written blocks. See `veneer.engine.fused`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from veneer.data import Batch
-from veneer.data.batch import UNTRAINED
 from veneer.engine.fused.attention import Documents
 from veneer.engine.fused.block import TENSORS, Block, Context, Kept, Stream
 from veneer.engine.fused.family import Decoder, NotCoveredError, read
@@ -69,44 +68,53 @@ class FusedEngine:
         # The last is the longest; the others stay, since recorded passes read them.
         self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def fit(self, lengths: Sequence[int], trained: int, budget_bytes: int) -> dict[str, Any]:
+    @property
+    def on_gpu(self) -> bool:
+        """Whether its memory can be measured."""
+        return bool(self._device.type == "cuda")
+
+    def fit(self, lengths: Sequence[int], budget_bytes: int, held_out: Sequence[int] = ()) -> dict[str, Any]:
         """Keep as much as a budget allows; see `spend`. Adapters and gradients stay as they are.
 
         Args:
             lengths: Of the documents of the largest batch.
-            trained: Its trained tokens.
-            budget_bytes: What the process's tensors may take on the device, those there now included.
+            budget_bytes: What tensors may take on the device, those there now included.
+            held_out: Of the documents of the largest batch of held-out losses: what these take comes on top, since
+                the memory of recorded passes is theirs alone.
 
         Returns:
             The peak of a pass that keeps nothing, what is spent beyond, and how often each tensor is kept.
         """
-        assert self._device.type == "cuda", "there is nothing to measure elsewhere"
+        assert self.on_gpu, "there is nothing to measure elsewhere"
         self.keep = (frozenset[str](),) * len(self.blocks)
-        tokens = sum(lengths)
-        targets = torch.full((tokens,), UNTRAINED)
-        targets[:trained] = 0
-        weights = (targets >= 0).float()
-        batch = Batch(torch.zeros(tokens, dtype=torch.int64), targets, weights, tuple(lengths), trained, float(trained))
-        gradients = self._flat_grad.clone() if self.master.grad is not None else None
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        with torch.no_grad():
-            self._pass(self._bring(batch, 1.0, training=True))
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated()
-        self._flat_grad.zero_() if gradients is None else self._flat_grad.copy_(gradients)
-        spending = spend(self.blocks, rounded(tokens), max(lengths), budget_bytes - peak, budget_bytes)
+        gradients = self._flat_grad.clone()
+        before = torch.cuda.memory_allocated()
+        beside = self._peak_of(lambda: self.losses(_made_up(held_out))) - before if held_out else 0
+        batch = _made_up(lengths)
+        peak = self._peak_of(lambda: self._pass(self._bring(batch, 1.0, training=True)))
+        self._flat_grad.copy_(gradients)
+        del gradients
+        spending = spend(self.blocks, rounded(batch.tokens), max(lengths), budget_bytes - peak - beside, budget_bytes)
         self.keep = spending.keep
         for group in spending.dequantized:
             group.keep_dequantized()
         self._settle()
         kept = {name: sum(name in names for names in self.keep) for name in TENSORS}
         return {
+            "budget_bytes": budget_bytes,
             "least_bytes": peak,
             "spent_bytes": spending.spent_bytes,
-            "kept": kept | {"16-bit weights": len(spending.dequantized)},
-            "of": len(self.blocks),
+            "blocks": len(self.blocks),
+            "kept": kept | {"16-bit weights": len(spending.dequantized) / len(self.blocks[0].groups)},
         }
+
+    @torch.no_grad()
+    def _peak_of(self, compute: Callable[[], object]) -> int:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        compute()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
 
     def _settle(self) -> None:
         """What hangs on which weights stay in 16 bits."""
@@ -248,3 +256,10 @@ class FusedEngine:
             del y_TD
             rms_norm_backward(d_TE[:, :D], x_TD, norm.weight_D, rstd_T, norm.eps, norm.offset)
         return losses_N, d_TE
+
+
+def _made_up(lengths: Sequence[int]) -> Batch:
+    """A batch that trains every token."""
+    tokens = sum(lengths)
+    ids_T, weights_T = torch.zeros(tokens, dtype=torch.int64), torch.ones(tokens)
+    return Batch(ids_T, ids_T, weights_T, tuple(lengths), tokens, float(tokens))
