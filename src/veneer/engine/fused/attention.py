@@ -13,8 +13,12 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from veneer.kernels.rope import Heads, split_heads
+
+
+FLEX_BLOCK = 128  # tokens
 
 
 class Documents(NamedTuple):
@@ -136,13 +140,14 @@ def attend_backward(
 
 
 def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, kind: Attention) -> torch.Tensor:
-    """(T, H, C) by FlexAttention."""
+    """(T, H, C) by FlexAttention. Its blocks are of 128 tokens; whole ones spare it other kernels."""
     mask = _flex_mask(documents.lengths, kind.window, q.device)
-    rows = (x.transpose(0, 1)[None] for x in (q, k, v))
+    missing = -len(q) % FLEX_BLOCK
+    rows = (F.pad(x, (0, 0, 0, 0, 0, missing)).transpose(0, 1)[None] for x in (q, k, v))
     out = _compiled_flex()(
         *rows, score_mod=_capped(kind.softcap), block_mask=mask, scale=kind.scale, enable_gqa=True
     )  # fmt: skip
-    result: torch.Tensor = out[0].transpose(0, 1)
+    result: torch.Tensor = out[0].transpose(0, 1)[: len(q)]
     return result
 
 
@@ -150,7 +155,7 @@ def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Document
 def _compiled_flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    return torch.compile(flex_attention, dynamic=True)  # one kernel for all lengths
 
 
 @lru_cache(maxsize=4)
@@ -166,8 +171,9 @@ def _flex_mask(lengths: tuple[int, ...], window: int, device: torch.device) -> A
     """Which blocks of scores are computed: within documents, backwards, within the window. Shared by all layers."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    total = sum(lengths)
-    document_T = torch.repeat_interleave(torch.tensor(lengths)).to(device)
+    missing = -sum(lengths) % FLEX_BLOCK
+    document_T = torch.repeat_interleave(torch.tensor([*lengths, missing])).to(device)
+    total = len(document_T)
 
     def sees(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         seen = (document_T[query] == document_T[key]) & (query >= key)

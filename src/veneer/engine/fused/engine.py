@@ -74,7 +74,7 @@ class FusedEngine:
         return bool(self._device.type == "cuda")
 
     def fit(self, lengths: Sequence[int], budget_bytes: int, held_out: Sequence[int] = ()) -> dict[str, Any]:
-        """Keep as much as a budget allows; see `spend`. Adapters and gradients stay as they are.
+        """Keep as much as a budget allows; see `spend`. For before training: gradients are lost.
 
         Args:
             lengths: Of the documents of the largest batch.
@@ -87,13 +87,11 @@ class FusedEngine:
         """
         assert self.on_gpu, "there is nothing to measure elsewhere"
         self.keep = (frozenset[str](),) * len(self.blocks)
-        gradients = self._flat_grad.clone()
         before = torch.cuda.memory_allocated()
         beside = self._peak_of(lambda: self.losses(_made_up(held_out))) - before if held_out else 0
         batch = _made_up(lengths)
         peak = self._peak_of(lambda: self._pass(self._bring(batch, 1.0, training=True)))
-        self._flat_grad.copy_(gradients)
-        del gradients
+        self.master.grad = None
         spending = spend(self.blocks, rounded(batch.tokens), max(lengths), budget_bytes - peak - beside, budget_bytes)
         self.keep = spending.keep
         for group in spending.dequantized:
