@@ -12,6 +12,7 @@ Needs unsloth, trl and datasets. Prints a JSON line a job, writes bench/results/
 """
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -114,6 +115,7 @@ def run_veneer(work: Path, folder: Path, jobs: list[str]) -> None:
     for job in jobs:
         rows, length, accumulation, budgets = JOBS[job]
         for gib in budgets:
+            gc.collect()  # engines and their recorded passes hold each other
             torch.cuda.empty_cache()
             if job == "real":
                 result = train(peft, real_steps(work, STEPS + SKIPPED), (length,) * rows, gib)
