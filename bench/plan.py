@@ -149,7 +149,7 @@ def predict(case: Case, folder: Path, place: Place) -> Forecast:
     held_out = Padded(HELD_OUT[0], HELD_OUT[1], HELD_OUT[0] * (HELD_OUT[1] - 1))
     tokens = case.rows * case.length * case.accumulation
     rows = Rows(full, full, case.accumulation, tokens, 1, held_out, 0, None)
-    subject = replace(subject_of(Model(base=str(folder)), "a bench"), rows=lambda run: rows)
+    subject = replace(subject_of(Model(base=str(folder)), "a bench"), rows=lambda run, engine: rows)
     return Planner(subject, place).forecast(run_of_case(case))
 
 

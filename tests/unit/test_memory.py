@@ -174,7 +174,7 @@ def test_the_fullest_micro_batch_foreseen_is_the_fullest_there_is(size: int, pac
             "train": {"output_dir": "-", "per_device_train_batch_size": size, "gradient_accumulation_steps": 3},
         }
     )
-    foreseen = rows_of(run, Lengths(lengths, lengths - 3), Lengths(lengths[:7], lengths[:7] - 3))
+    foreseen = rows_of(run, "reference", Lengths(lengths, lengths - 3), Lengths(lengths[:7], lengths[:7] - 3))
 
     examples = [Example(np.zeros(n, dtype=np.int32), ((3, int(n), 1.0),), "rows:1") for n in lengths]
     met = []
@@ -197,4 +197,7 @@ def test_rows_longer_than_the_limit_count_as_the_run_treats_them() -> None:
     settings: dict[str, Any] = {"model": {"base": "-"}, "train": {"output_dir": "-"}}
     for overlong, longest in (("truncate", 256), ("drop", 100)):
         run = Run.model_validate(settings | {"data": {"train": "-", "max_length": 256, "overlong": overlong}})
-        assert rows_of(run, Lengths(lengths, lengths), Lengths(lengths[:0], lengths[:0])).fullest.length == longest
+        assert (
+            rows_of(run, "reference", Lengths(lengths, lengths), Lengths(lengths[:0], lengths[:0])).fullest.length
+            == longest
+        )

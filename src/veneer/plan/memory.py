@@ -109,7 +109,7 @@ class Step:
         double_quant: Whether the constants of 4-bit blocks are quantized too.
         checkpointing: Whether the reference engine recomputes activations.
         engine: reference or fused.
-        keep: What the fused engine keeps of each block from forward to backward.
+        keep: What the fused engine keeps of each block from forward to backward; None: everything.
         keeps_last: Whether it keeps all of the last block even so.
         keeps_16_bits: Whether it holds 4-bit weights as 16-bit matrices too.
         even: Whether the rows are of one length; the fused engine has other kernels for those that are not.
@@ -130,7 +130,7 @@ class Step:
     double_quant: bool = True
     checkpointing: bool = True
     engine: str = "reference"
-    keep: frozenset[str] = frozenset()
+    keep: frozenset[str] | None = None
     keeps_last: bool = False
     keeps_16_bits: bool = False
     even: bool = True
@@ -148,13 +148,13 @@ class Rehearsed:
         work: Forward and backward.
         held: What the engine holds all the time in the place of adapter and gradients, and beside the weights: buffers
             it lays out itself; None: it has none.
-        replayed: Whether later passes are replayed from a recording, so that the host's time does not count.
+        records: Whether passes of a shape that comes again are recorded and replayed without the host.
     """
 
     moments: dict[str, Moment]
     work: Work
     held: dict[str, int] | None = None
-    replayed: bool = False
+    records: bool = False
 
     def fullest(self, phase: str) -> Moment:
         """Of a phase: `forward` (with the loss) or `backward`."""
@@ -164,7 +164,7 @@ class Rehearsed:
     @property
     def recorded_bytes(self) -> int:
         """What a recording keeps to itself between its passes: all that one of them holds."""
-        return max(moment.bytes for moment in self.moments.values()) if self.replayed else 0
+        return max(moment.bytes for moment in self.moments.values()) if self.records else 0
 
 
 @dataclass(frozen=True)
@@ -174,14 +174,18 @@ class Kept:
     Attributes:
         bytes: What that adds to the peak.
         blocks: How many blocks keep each set of tensors.
-        counts: How many blocks keep each tensor, and how many groups of weights stay in 16 bits.
         share_16_bits: Of the weights in 4 bits, that stay in 16 bits too.
     """
 
     bytes: int
     blocks: Mapping[frozenset[str], int]
-    counts: Mapping[str, int]
     share_16_bits: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON: bytes, how many blocks keep each tensor, and the share of weights."""
+        names = sorted({name for kept in self.blocks for name in kept})
+        counts = {name: sum(count for kept, count in self.blocks.items() if name in kept) for name in names}
+        return {"bytes": self.bytes, "blocks": counts, "16_bit_weights": self.share_16_bits}
 
 
 def phases(

@@ -47,13 +47,18 @@ def rehearse_layers(base: Any, step: Step, period: int) -> Rehearsed:
     """
     engine, held = _engine(base, step)
     inputs = _inputs(step, engine)
-    trace = Trace()
+    trace = Trace(stands_in=False)
     engine.watch(trace, period)
     with trace, _heard(trace), _planned(step), torch.no_grad():
         trace.mark("forward", "activations")
         engine.rehearse(inputs, step.training)
-    replayed = step.training and not engine.decoder.softcap
-    return Rehearsed(dict(trace.moments), trace.total_work(), held, replayed)
+    records = step.training and not engine.decoder.softcap
+    return Rehearsed(dict(trace.moments), trace.total_work(), held, records)
+
+
+def require_covered(base: Any, step: Step) -> None:
+    """Raises NotCoveredError if the engine does not compute a model on the meta device; that is changed."""
+    _engine(base, step)
 
 
 def spending(base: Any, step: Step, depth: int, spare_bytes: int, budget_bytes: int) -> Kept:
@@ -69,11 +74,9 @@ def spending(base: Any, step: Step, depth: int, spare_bytes: int, budget_bytes: 
     every = [blocks[number % len(blocks)] for number in range(depth)]
     tokens = step.rows * step.length
     found = spend(every, rounded(tokens), step.length, spare_bytes, budget_bytes)
-    counts = {name: sum(name in names for names in found.keep) for name in TENSORS}
     quantized = sum(group.size for block in every for group in block.groups if group.needs_scratch)
     stay = sum(group.size for group in found.dequantized)
-    counts["16-bit weights"] = len(found.dequantized)
-    return Kept(found.spent_bytes, Counter(found.keep), counts, stay / max(1, quantized))
+    return Kept(found.spent_bytes, Counter(found.keep), stay / max(1, quantized))
 
 
 class _Rehearsing(FusedEngine):
@@ -128,8 +131,9 @@ def _engine(base: Any, step: Step) -> tuple[_Rehearsing, dict[str, int]]:
     weights = [module.weight for module in model.replaced if not isinstance(module.weight, _Packed)]
     laid_out = sum(rounded_bytes(weight.numel() * weight.element_size()) for weight in weights)
     depth = base.config.num_hidden_layers
-    keep = step.keep if step.keeps_last else [step.keep] * depth
-    with Trace() as trace:
+    kept = frozenset(TENSORS) if step.keep is None else step.keep
+    keep = kept if step.keeps_last else [kept] * depth
+    with Trace(stands_in=False) as trace:
         trace.mark("start", "adapter's 16-bit copies")
         engine = _Rehearsing(model, keep, step.keeps_16_bits, graphs=False)
         trace.call(engine.master.data, "adapter")
@@ -225,9 +229,9 @@ class _Packed(torch.nn.Parameter):
     quant_state: Any
 
 
-def _quantized(linear: torch.nn.Linear, step: Step) -> torch.nn.Module:
+def _quantized(linear: torch.nn.Linear, step: Step) -> Any:
     """Stands in for bitsandbytes' Linear4bit."""
-    module = torch.nn.Module()
+    module: Any = torch.nn.Module()
     weights = linear.weight.numel()
     blocks = weights // QUANT_BLOCK
     double = step.double_quant
