@@ -1,6 +1,7 @@
 """How wrong are the plan's predictions? Runs real steps on random weights and compares.
 
 python bench/plan.py gpu --models /tmp/models --out DIR     on a CUDA GPU: memory and time of the reference engine
+python bench/plan.py gpu --engine fused --out DIR           the same of the fused engine, on weights made there
 python bench/plan.py cpu                                    memory of `veneer train` on the CPU, with SmolLM2
 python bench/plan.py answer                                 how long `veneer plan` takes for a 70B base
 python bench/plan.py table                                  the errors as a table
@@ -67,6 +68,8 @@ class Case:
     optim: str = "adamw_8bit"
     targets: str = "all-linear"
     dropout: float = 0.0
+    engine: str = "reference"
+    spends: bool = False
 
 
 CASES = [
@@ -93,6 +96,16 @@ CASES = [
     Case("8B", "qlora", 2, 8192, True, 16),
     Case("8B", "qlora", 8, 512, True, 64, trained=0.2, targets="attention"),
     Case("8B", "qlora", 2, 2048, False, 32),
+]
+# Of the fused engine: checkpointing keeps the last block's tensors alone; spends: what `FUSED_BUDGET` has room for.
+FUSED_BUDGET = "24GiB"
+FUSED_CASES = [
+    Case("1B", "lora", 4, 2048, True, 16),
+    Case("1B", "qlora", 4, 2048, False, 16),
+    Case("8B", "lora", 1, 2048, True, 16),
+    Case("8B", "qlora", 4, 2048, True, 16),
+    Case("8B", "qlora", 4, 2048, True, 16, spends=True),
+    Case("8B", "qlora", 2, 8192, True, 16),
 ]
 TARGETS = {"all-linear": "all-linear", "attention": ("q_proj", "k_proj", "v_proj", "o_proj")}
 
@@ -133,7 +146,8 @@ def run_of_case(case: Case) -> Run:
             "train": {
                 "per_device_train_batch_size": case.rows,
                 "gradient_accumulation_steps": case.accumulation,
-                "gradient_checkpointing": case.checkpointing,
+                "gradient_checkpointing": "auto" if case.spends else case.checkpointing,
+                "engine": case.engine,
                 "optim": case.optim,
                 "max_steps": 1,
             },
@@ -148,8 +162,9 @@ def predict(case: Case, folder: Path, place: Place) -> Forecast:
     full = Padded(case.rows, case.length, case.rows * trained)
     held_out = Padded(HELD_OUT[0], HELD_OUT[1], HELD_OUT[0] * (HELD_OUT[1] - 1))
     tokens = case.rows * case.length * case.accumulation
-    rows = Rows(full, full, case.accumulation, tokens, 1, held_out, 0, None)
-    subject = replace(subject_of(Model(base=str(folder)), "a bench"), rows=lambda run: rows)
+    # Memory is spent by what training needs, so that case is predicted without its held-out loss.
+    rows = Rows(full, full, case.accumulation, tokens, 1, None if case.spends else held_out, 0, None)
+    subject = replace(subject_of(Model(base=str(folder)), "a bench"), rows=lambda run, engine: rows)
     return Planner(subject, place).forecast(run_of_case(case))
 
 
@@ -321,6 +336,96 @@ def on_gpu(models: Path, out: Path, only: int | None) -> None:
             shutil.rmtree(models / name)
 
 
+def fused_steps(engine: Any, case: Case) -> dict[str, Any]:
+    """Peak and time of steps that repeat one batch, so that the later ones are replayed."""
+    cuda = torch.cuda
+    optimizer = build_optimizer([engine.master], Train(optim=case.optim, learning_rate=1e-4), "cuda")
+    micro, seconds = batch(case), []
+    for n in range(6):
+        if n == 1:
+            cuda.empty_cache()
+            cuda.reset_peak_memory_stats()
+        cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(case.accumulation):
+            engine.forward_backward(micro, 1 / micro.trained)
+        torch.nn.utils.clip_grad_norm_([engine.master], 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return {
+        "peak": cuda.max_memory_allocated(),
+        "reserved": cuda.max_memory_reserved(),
+        "seconds": seconds,
+        "losses": engine.losses(micro).tolist(),
+    }
+
+
+def on_gpu_fused(out: Path) -> None:
+    """Memory and time of the fused engine on the GPU at hand, into `out`/plan_gpu_fused.json."""
+    from engine import random_base  # bench/engine.py
+    from veneer.engine.choose import kept_tensors
+    from veneer.engine.fused import FusedEngine
+
+    machine = find_machine()
+    torch.zeros(1, device="cuda")
+    ceilings = measure_ceilings(machine)
+    place = replace(place_here(machine), ceilings=ceilings)
+    results: dict[str, Any] = {
+        "machine": machine.as_dict(),
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "triton")},
+        "ceilings": asdict(ceilings),
+        "cases": [],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for name, method in dict.fromkeys((case.model, case.method) for case in FUSED_CASES):
+            config_of(name).save_pretrained(Path(folder) / name)
+            base = random_base(name.lower(), None, method == "qlora")
+            for case in [c for c in FUSED_CASES if (c.model, c.method) == (name, method)]:
+                case = replace(case, engine="fused")
+                budget = replace(place, budget_bytes=place_of(FUSED_BUDGET).budget_bytes) if case.spends else place
+                forecast = predict(case, Path(folder) / name, budget)
+                model = attach(base, Adapter(r=case.r, target_modules=TARGETS[case.targets]), 0)
+                engine = FusedEngine(model, kept_tensors(case.checkpointing))
+                fitted = None
+                if case.spends:
+                    micro = batch(case)
+                    fitted = engine.fit(micro.lengths, micro.trained, budget.budget_bytes)
+                measured = fused_steps(engine, case)
+                guess = max(forecast.phases[phase].bytes for phase in ("forward", "backward", "optimizer"))
+                guess += forecast.kept.bytes if forecast.kept else 0
+                step = statistics.median(measured["seconds"][3:])
+                row = {
+                    "case": asdict(case),
+                    "predicted": {phase: moment.bytes for phase, moment in forecast.phases.items()} | {"peak": guess},
+                    "components": forecast.phases["forward"].components,
+                    "kept": forecast.kept and forecast.kept.as_dict(),
+                    "fitted": fitted,
+                    "predicted_seconds": {"measured": forecast.step_seconds and forecast.step_seconds[1]},
+                    "measured": measured,
+                    "step_seconds": step,
+                    "error": guess / measured["peak"] - 1,
+                }
+                print(
+                    f"{name} {method:5} {case.rows}x{case.length} ckpt={case.checkpointing:d} spends={case.spends:d} "
+                    f"predicted {guess / 2**30:.3f} peak {measured['peak'] / 2**30:.3f} {row['error']:+.2%} "
+                    f"reserved {measured['reserved'] / 2**30:.3f} time {step:.3f} "
+                    f"{row['predicted_seconds']['measured'] / step:.2f} {row['kept']} {fitted}",
+                    flush=True,
+                )
+                results["cases"].append(row)
+                (out / "plan_gpu_fused.json").write_text(json.dumps(results))
+                base = model.unload()
+                base.requires_grad_(False)
+                del model, engine
+                gc.collect()
+                torch.cuda.empty_cache()
+            del base
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
 CPU_CASES: dict[str, tuple[str, ...]] = {
     "1 row": ("train.per_device_train_batch_size=1",),
     "4 rows": (),
@@ -391,7 +496,8 @@ def table() -> None:
         end="",
     )
     print(" error | time, predicted / measured |\n|---|---|---|---|---|---|---|---|---|---|")
-    for row in results["gpu"]["cases"]:
+    fused = results.get("gpu_fused", {"cases": []})
+    for row in [*results["gpu"]["cases"], *fused["cases"]]:
         case = row["case"]
         print(
             f"| {case['model']} | {case['method']} | {case['rows']} x {case['length']} x {case['accumulation']} "
@@ -415,13 +521,16 @@ def keep(part: str, result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["gpu", "cpu", "answer", "table"])
+    parser.add_argument("--engine", choices=["reference", "fused"], default="reference", help="gpu: which")
     parser.add_argument("--rows", type=Path, help="cpu: rows to train on, such as gsm8k_train.jsonl")
     parser.add_argument("--runs", type=int, default=7, help="answer: how many")
     parser.add_argument("--models", type=Path, default=Path("/tmp/models"))
     parser.add_argument("--out", type=Path, default=Path("."))
     parser.add_argument("--only", type=int, help="So many cases of each model and method.")
     arguments = parser.parse_args()
-    if arguments.what == "gpu":
+    if arguments.what == "gpu" and arguments.engine == "fused":
+        on_gpu_fused(arguments.out)
+    elif arguments.what == "gpu":
         on_gpu(arguments.models, arguments.out, arguments.only)
     elif arguments.what == "cpu":
         on_cpu(arguments.rows)

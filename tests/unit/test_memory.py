@@ -174,7 +174,7 @@ def test_the_fullest_micro_batch_foreseen_is_the_fullest_there_is(size: int, pac
             "train": {"output_dir": "-", "per_device_train_batch_size": size, "gradient_accumulation_steps": 3},
         }
     )
-    foreseen = rows_of(run, Lengths(lengths, lengths - 3), Lengths(lengths[:7], lengths[:7] - 3))
+    foreseen = rows_of(run, "reference", Lengths(lengths, lengths - 3), Lengths(lengths[:7], lengths[:7] - 3))
 
     examples = [Example(np.zeros(n, dtype=np.int32), ((3, int(n), 1.0),), "rows:1") for n in lengths]
     met = []
@@ -197,4 +197,34 @@ def test_rows_longer_than_the_limit_count_as_the_run_treats_them() -> None:
     settings: dict[str, Any] = {"model": {"base": "-"}, "train": {"output_dir": "-"}}
     for overlong, longest in (("truncate", 256), ("drop", 100)):
         run = Run.model_validate(settings | {"data": {"train": "-", "max_length": 256, "overlong": overlong}})
-        assert rows_of(run, Lengths(lengths, lengths), Lengths(lengths[:0], lengths[:0])).fullest.length == longest
+        assert (
+            rows_of(run, "reference", Lengths(lengths, lengths), Lengths(lengths[:0], lengths[:0])).fullest.length
+            == longest
+        )
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_fused_engine_takes_a_micro_batch_whole_and_pads_nothing(packing: bool) -> None:
+    lengths = np.random.default_rng(0).integers(5, 200, size=150)
+    run = Run.model_validate(
+        {
+            "model": {"base": "-"},
+            "data": {"train": "-", "max_length": 256, "packing": packing},
+            "train": {"output_dir": "-", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3},
+        }
+    )
+    rows = Lengths(lengths, lengths - 3), Lengths(lengths[:7], lengths[:7] - 3)
+    fused, reference = rows_of(run, "fused", *rows), rows_of(run, "reference", *rows)
+    examples = [Example(np.zeros(n, dtype=np.int32), ((3, int(n), 1.0),), "rows:1") for n in lengths]
+    batches = Batches(examples, lengths, 4, 3, 0, 256 if packing else None)
+    met = [len(batch.ids_T) for number in range(batches.steps_per_epoch) for batch in batches.step(number)]
+    assert max(met) <= fused.fullest.rows * fused.fullest.length <= 1.1 * max(met)
+    assert fused.held_out is not None
+    assert 0 <= fused.held_out.rows * fused.held_out.length - lengths[:7].sum() < 7
+    assert fused.passes <= reference.passes
+    assert not fused.even
+    assert not fused.recurs
+    same = np.full(40, 100)
+    even = rows_of(run, "fused", Lengths(same, same - 3), Lengths(same[:4], same[:4] - 3))
+    assert even.even
+    assert even.recurs

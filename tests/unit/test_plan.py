@@ -128,18 +128,18 @@ def test_nothing_is_changed_where_nothing_need_be() -> None:
 
 
 def test_the_mildest_change_that_suffices_is_found() -> None:
-    large = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "gradient_checkpointing": True}
+    large = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "engine": "reference"}
     found, changed = kinds(run_of(train=large, evaluate={"batch_size": 1}), "6GiB")
     assert found == ["micro-batch"]
     assert changed is not None
     train = changed.train
     assert train.per_device_train_batch_size * train.gradient_accumulation_steps == 16, "the same training"
 
-    kept = {"per_device_train_batch_size": 1, "gradient_checkpointing": False}
+    kept = {"per_device_train_batch_size": 1, "gradient_checkpointing": False, "engine": "reference"}
     assert kinds(run_of(train=kept, data={"max_length": 2048}, evaluate={"batch_size": 1}), "6GiB")[0] == [
         "checkpointing"
     ]
-    only = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "gradient_checkpointing": True}
+    only = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "engine": "reference"}
     held_out = {"batch_size": 64}
     data = {"max_length": 2048, "validation": 9}
     assert kinds(run_of(train=only, evaluate=held_out, data=data), "6GiB")[0] == ["held-out batch"]
@@ -155,6 +155,17 @@ def test_the_mildest_change_that_suffices_is_found() -> None:
     adapter = {"r": 256, "lora_alpha": 256}
     tight = run_of("Qwen/Qwen2.5-0.5B", train=states, adapter=adapter, evaluate={"batch_size": 1})
     assert kinds(tight, "3.5GiB")[0] == ["optimizer"]
+
+
+def test_the_fused_engine_needs_less_and_is_changed_as_well() -> None:
+    large = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
+    found, changed = kinds(run_of(train=large, evaluate={"batch_size": 1}), "5GiB")
+    assert found == ["micro-batch"]
+    everything = {"per_device_train_batch_size": 1, "gradient_checkpointing": False}
+    found, changed = kinds(run_of(train=everything, data={"max_length": 4096}, evaluate={"batch_size": 1}), "5GiB")
+    assert found == ["checkpointing"]
+    assert changed is not None
+    assert changed.train.gradient_checkpointing == "auto"
 
 
 def test_packing_is_tried_first_for_short_rows() -> None:
@@ -251,7 +262,7 @@ DATA = DataFacts(rows=20_000, held_out=500, p95=500, end_of_turn=40_000, raw=Fal
 TOKENIZER = TokenizerFacts(has_template=True, uses_own=True, pad_is_end=False)
 SOUND: dict[str, Any] = {
     "adapter": {"r": 16, "lora_alpha": 32, "lora_dropout": 0},
-    "train": {"learning_rate": 2e-4, "warmup_ratio": 0.03, "gradient_checkpointing": True, "optim": "adamw_8bit",
+    "train": {"learning_rate": 2e-4, "warmup_ratio": 0.03, "gradient_checkpointing": "auto", "optim": "adamw_8bit",
               "max_grad_norm": 1.0, "num_train_epochs": 2},
     "evaluate": {"batch_size": 1},
 }  # fmt: skip
@@ -303,7 +314,7 @@ FAULTS: dict[str, dict[str, Any]] = {
     "eager-attention": {"model": {"attn_implementation": "eager"}},
     "flash-missing": {"model": {"attn_implementation": "flash_attention_2"}},
     "kv-cache": {"use_cache": True},
-    "checkpointing-ample": {"gpu": "h100"},
+    "checkpointing-ample": {"gpu": "h100", "train": {"engine": "reference"}},
     "foreign-template": {"tokenizer": replace(TOKENIZER, uses_own=False), "data": {"chat_template": "chatml"}},
     "raw-text": {"data": {"chat_template": "none"}},
     "no-template": {"tokenizer": replace(TOKENIZER, has_template=False)},
@@ -346,6 +357,12 @@ def test_few_steps_too_long_rows_and_a_base_quantized_before() -> None:
     run = sound.run.model_copy(update={"model": sound.run.model.model_copy(update={"base": "x-q4.gguf"})})
     run = run.model_copy(update={"quantization": situation(quantization={"bits": 4}).run.quantization})
     assert "quantized-twice" in ids(replace(sound, run=run))
+
+
+def test_the_engine_that_spends_memory_itself_is_told_to_where_it_may_not() -> None:
+    fixes = {advice.id: advice.fix for advice in advise(situation("h100", train={"gradient_checkpointing": True}))}
+    assert fixes["checkpointing-ample"] == "set train.gradient_checkpointing=auto"
+    assert "checkpointing-ample" not in ids(situation("h100"))
 
 
 def test_rules_about_what_was_not_read_keep_still() -> None:

@@ -23,12 +23,14 @@ def show_plan(out: Console, run: Any, plan: dict[str, Any]) -> None:
     known = "as read" if rows["unread"] is None else f"assumed: {escape(rows['unread'])}"
     out.print(f"data     fullest micro-batch {fullest['rows']} x {fullest['length']:,} tokens ({known})")
     out.print(f"place    {escape(plan['place']['name'])}")
+    out.print(f"engine   {plan['engine']}: {escape(plan['engine_reason'])}")
     out.print(f"\n[bold]memory at the peak[/bold] ({plan['peak_phase']})")
     _bars(out, plan["components"], plan["budget_bytes"])
     out.print("\n[bold]phases[/bold]")
     _bars(out, {name: moment["bytes"] for name, moment in plan["phases"].items()}, plan["budget_bytes"], False)
     out.print()
     show_verdict(out, plan)
+    show_kept(out, plan["kept"])
     host = f"host {size(plan['host_bytes'])}, " if plan["place"]["device"] == "cuda" else ""
     fetch = f", to fetch {plan['download_bytes'] / 1e9:.1f} GB" if plan["download_bytes"] else ""
     out.print(f"besides  {host}disk {size(plan['disk_bytes'])}{fetch}")
@@ -46,6 +48,14 @@ def show_verdict(out: Console, plan: dict[str, Any]) -> None:
         f"verdict  [bold {colour}]{plan['verdict']}[/bold {colour}]: peak {size(plan['peak_bytes'])} of "
         f"{size(plan['budget_bytes'])}, {left}"
     )
+
+
+def show_kept(out: Console, kept: dict[str, Any] | None) -> None:
+    """What the engine does with the memory that is left."""
+    if kept is not None and kept["bytes"]:
+        what = ", ".join(f"{name} of {count} blocks" for name, count in kept["blocks"].items() if count)
+        weights = f"; 16-bit copies of {kept['16_bit_weights']:.0%} of the weights" if kept["16_bit_weights"] else ""
+        out.print(f"spent    {size(kept['bytes'])} of that, so that less is made twice: {what}{weights}")
 
 
 def show_time(out: Console, plan: dict[str, Any]) -> None:

@@ -183,7 +183,11 @@ class Train(Section):
     optim: Literal["auto", "adamw_torch", "adamw_8bit", "adamw_32bit", "paged_adamw_8bit", "paged_adamw_32bit"] = Field(
         "auto", description="auto: adamw_8bit on a GPU, adamw_torch elsewhere."
     )
-    gradient_checkpointing: bool = Field(True, description="Recompute activations: slower, less memory.")
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        "auto",
+        description="Recompute activations in backward: slower, less memory. true: all of them; false: none; auto: the "
+        "fused engine recomputes what memory has no room for, the reference engine all.",
+    )
     engine: Literal["auto", "fused", "reference"] = Field(
         "auto",
         description="reference: Transformers' and PEFT's own code; fused: hand-written, faster, with attention of its "

@@ -41,9 +41,9 @@ class Choice:
     warning: str | None = None
 
 
-def kept_tensors(gradient_checkpointing: bool) -> frozenset[str]:
-    """Tensors of a block that the fused engine keeps from forward to backward."""
-    return frozenset() if gradient_checkpointing else frozenset(TENSORS)
+def kept_tensors(gradient_checkpointing: bool | str) -> frozenset[str]:
+    """Tensors of a block that the fused engine keeps from forward to backward, before it fits itself to the memory."""
+    return frozenset(TENSORS) if gradient_checkpointing is False else frozenset()
 
 
 def build(model: Any, train: Train, device: str) -> Choice:

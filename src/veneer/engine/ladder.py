@@ -43,7 +43,7 @@ def leanest(run: Run, base: str | None = None) -> Run:
     values = run.model_dump()
     values["train"] |= {
         "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
-        "gradient_checkpointing": True, "optim": "auto",
+        "gradient_checkpointing": "auto", "optim": "auto",
     }  # fmt: skip
     values["data"] |= {"validation": 0}  # one row without a backward holds less than training does
     if base is not None:

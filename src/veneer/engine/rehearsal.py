@@ -36,26 +36,43 @@ def rehearse(make: Callable[[int], Any], depth: int, period: int | None, step: S
         period: After so many layers they repeat; None: they do not.
         step: The micro-batch.
     """
-    # The backward has stretches of its own at either end of the decoder.
-    few = depth if period is None else (3 if step.training else 2) * period + depth % period
     chunked_head = step.method != "full" and head_is_linear(make(period or depth))
+
+    def run(layers: int, ends: int) -> Rehearsed:
+        return Rehearsed(*_run(make(layers), step, ends, chunked_head))
+
+    return carried_on(run, depth, period, step.training)
+
+
+def carried_on(run: Callable[[int, int], Rehearsed], depth: int, period: int | None, training: bool) -> Rehearsed:
+    """A rehearsal of a deep model from those of two models with few layers, in a straight line.
+
+    Args:
+        run: Rehearses so many layers; at either end so many have stretches of their own in backward.
+        depth, period: See `rehearse`.
+        training: Whether there is a backward.
+    """
+    few = depth if period is None else (3 if training else 2) * period + depth % period
     if period is None or few + period >= depth:
-        moments, work = _run(make(depth), step, depth, chunked_head)
-        return Rehearsed(moments, work)
-    (moments_a, work_a), (moments_b, work_b) = (_run(make(n), step, period, chunked_head) for n in (few, few + period))
+        return run(depth, depth)
+    a, b = run(few, period), run(few + period, period)
     times = (depth - few - period) / period
+
+    def on(before: float, after: float) -> float:
+        return after + (after - before) * times
+
+    def bytes_on(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
+        return {name: round(on(before.get(name, 0), count)) for name, count in after.items()}
+
+    def moment_on(before: Moment, after: Moment) -> Moment:
+        return Moment(round(on(before.bytes, after.bytes)), bytes_on(before.components, after.components))
+
     return Rehearsed(
-        {name: _moment_on(moments_a[name], moments_b[name], times) for name in moments_a},
-        {name: count + (count - work_a.get(name, 0)) * times for name, count in work_b.items()},
+        {name: moment_on(moment, b.moments[name]) for name, moment in a.moments.items()},
+        {name: on(a.work.get(name, 0), count) for name, count in b.work.items()},
+        None if a.held is None or b.held is None else bytes_on(a.held, b.held),
+        b.records,
     )
-
-
-def _moment_on(a: Moment, b: Moment, times: float) -> Moment:
-    def on(before: int, after: int) -> int:
-        return round(after + (after - before) * times)
-
-    parts = {name: on(a.components.get(name, 0), count) for name, count in b.components.items()}
-    return Moment(on(a.bytes, b.bytes), parts)
 
 
 def _run(base: Any, step: Step, period: int, chunked_head: bool) -> tuple[dict[str, Moment], Work]:
@@ -64,6 +81,7 @@ def _run(base: Any, step: Step, period: int, chunked_head: bool) -> tuple[dict[s
     The layers between the first two periods and the last one hold no more than these, and have no stretch of their own.
     """
     adapt(base, step)
+    chunked_head = chunked_head and type(base.get_output_embeddings()) is torch.nn.Linear
     trace = Trace()
     rows = _rows(step)
     base.base_model.register_forward_hook(lambda *_: trace.mark("loss", "logits and loss"))

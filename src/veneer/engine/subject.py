@@ -1,17 +1,26 @@
-"""What a plan is made for: a base model by its configuration, as the reference engine would train it."""
+"""What a plan is made for: a base model by its configuration, as the engine that its run gets would train it.
 
-from functools import lru_cache
+Which engine that is follows the rule of `choose.build`, and not a copy of it: the fused engine itself is put on a few
+layers of the model on the meta device, and says whether it covers them. What only a real GPU can tell, whether it gives
+the right numbers there, is taken for granted.
+"""
+
+from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 
-from veneer.config import Model, Run
-from veneer.engine.rehearsal import rehearse
-from veneer.engine.survey import Lengths, rows_from
+from veneer.config import Model, Run, UserError
+from veneer.engine.choose import FUSED_DEVICES
+from veneer.engine.fused import NotCoveredError
+from veneer.engine.fused.rehearsal import rehearse_layers, require_covered, spending
+from veneer.engine.rehearsal import carried_on, rehearse
+from veneer.engine.survey import Lengths, rows_of
 from veneer.model.shapes import build, find_config, is_at_hand, shapes_of
 from veneer.plan.forecast import Rows, Subject, assumed_rows
 from veneer.plan.machine import named_dtype
-from veneer.plan.memory import Rehearsed, Step
+from veneer.plan.memory import Kept, Rehearsed, Step
 
 
 class _Known:
@@ -27,12 +36,50 @@ class _Known:
     def __hash__(self) -> int:
         return hash(self.content)
 
+    def build(self, step: Step, layers: int | None = None) -> Any:
+        """The model on the meta device, with so many layers; None: as few as tell all of it."""
+        _, attention, depth, period = self.content
+        return build(self.config, step.dtype, layers or period or depth, attention)
+
 
 @lru_cache(maxsize=256)
 def _rehearsed(known: _Known, step: Step) -> Rehearsed:
     """A rehearsal; planning the same again, with another optimizer say, costs nothing."""
-    _, attention, depth, period = known.content
-    return rehearse(lambda layers: build(known.config, step.dtype, layers, attention), depth, period, step)
+    _, _, depth, period = known.content
+    if step.engine == "fused":
+        return carried_on(
+            lambda layers, ends: rehearse_layers(known.build(step, layers), step, ends), depth, period, step.training
+        )
+    return rehearse(lambda layers: known.build(step, layers), depth, period, step)
+
+
+@lru_cache(maxsize=256)
+def _not_covered(known: _Known, step: Step) -> str | None:
+    """What of a model the fused engine does not compute; None: it covers it."""
+    try:
+        require_covered(known.build(step), step)
+    except NotCoveredError as error:
+        return str(error)
+    return None
+
+
+def _engine(known: _Known, run: Run, device: str, step: Step) -> tuple[str, str]:
+    """Which engine a run gets, and why."""
+    setting = run.train.engine
+    if step.method == "full":
+        return "reference", "full fine-tuning has no other"
+    if setting == "reference":
+        return "reference", "train.engine asks for the reference engine"
+    if setting == "auto" and device not in FUSED_DEVICES:
+        return "reference", "the fused engine is made for CUDA GPUs"
+    small = replace(step, rows=1, length=64, trained=1)
+    missing = "Apple's GPU" if device == "mps" else _not_covered(known, small)
+    if missing is None:
+        return "fused", "it covers this model"
+    reason = f"the fused engine does not cover {missing}"
+    if setting == "fused":
+        raise UserError(f"train.engine = fused: {reason}", "set train.engine to auto or reference")
+    return "reference", reason
 
 
 def subject_of(model: Model, data: tuple[Lengths, Lengths] | str) -> Subject:
@@ -47,22 +94,24 @@ def subject_of(model: Model, data: tuple[Lengths, Lengths] | str) -> Subject:
     """
     config = find_config(model)
     shapes = shapes_of(build(config, torch.bfloat16, attention=model.attn_implementation))
-
     # What decides the rehearsal, in a form that can be compared.
-    known = config.to_json_string(use_diff=False), model.attn_implementation, shapes.depth, shapes.period
+    content = config.to_json_string(use_diff=False), model.attn_implementation, shapes.depth, shapes.period
+    known = _Known(config, content)
 
-    def rehearse_step(step: Step) -> Rehearsed:
-        return _rehearsed(_Known(config, known), step)
+    def rows(run: Run, engine: str) -> Rows:
+        return rows_of(run, engine, *data) if isinstance(data, tuple) else assumed_rows(run, data)
 
-    def assume(run: Run) -> Rows:
-        return assumed_rows(run, str(data))
+    def spend(step: Step, spare_bytes: int, budget_bytes: int) -> Kept:
+        return spending(known.build(step), step, shapes.depth, spare_bytes, budget_bytes)
 
     stored = getattr(config, "dtype", None)
     return Subject(
         name=model.base,
         shapes=shapes,
-        rehearse=rehearse_step,
-        rows=rows_from(*data) if isinstance(data, tuple) else assume,
+        engine=partial(_engine, known),
+        rehearse=partial(_rehearsed, known),
+        spend=spend,
+        rows=rows,
         stored=stored if isinstance(stored, torch.dtype) else named_dtype(str(stored), torch.bfloat16),
         download_bytes=0 if is_at_hand(model) else shapes.total * 2,
     )

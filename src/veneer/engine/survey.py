@@ -1,17 +1,18 @@
-"""What the reference engine will meet in a run's data: the fullest micro-batch there can be, and a usual one.
+"""What an engine will meet in a run's data: the fullest micro-batch there can be, and a usual one.
 
 Rows of a step are of like length (`veneer.data.Batches`), so the fullest micro-batch is one of neighbours in the order
-of length. The rows that go through the model together are those the engine itself would put together.
+of length. The rows that go through the model together are those the engine itself would put together: the reference
+engine pads groups of like length, the fused one takes all at once and pads nothing.
 """
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from veneer.config import Run
 from veneer.data.batch import pack
+from veneer.engine.fused.graphs import MOST
 from veneer.engine.reference import padded_groups
 from veneer.plan.forecast import Padded, Rows
 
@@ -34,22 +35,27 @@ class Lengths(NamedTuple):
         return Lengths(self.tokens[kept], self.trained[kept])
 
 
-def rows_of(run: Run, train: Lengths, held_out: Lengths) -> Rows:
-    """Shapes of a run's micro-batches, from the lengths of its rows."""
+def rows_of(run: Run, engine: str, train: Lengths, held_out: Lengths) -> Rows:
+    """Shapes of a run's micro-batches in an engine (reference or fused), from the lengths of its rows."""
+    shapes = set()
+
+    def grouped(lengths: list[int], trained: list[int]) -> list[Padded]:
+        shapes.add(tuple(lengths))
+        return _whole(lengths, trained) if engine == "fused" else _padded(lengths, trained)
+
     settings = run.train
     train, held_out = train.within(run), held_out.within(run)
     if not len(train.tokens):
         train = Lengths(np.array([run.data.max_length]), np.array([run.data.max_length - 1]))
     size = settings.per_device_train_batch_size
     packs = pack(train.tokens, run.data.max_length) if run.data.packing else np.arange(len(train.tokens))
-    batches = [list(groups) for groups in _micro_batches(train, packs, size)]
+    batches = list(_micro_batches(train, packs, size, grouped))
+    even, recurs = all(len(set(lengths)) == 1 for lengths in shapes), len(shapes) <= MOST
     count = int(packs.max()) + 1
     in_step = min(size * settings.gradient_accumulation_steps, count)
     steps_an_epoch = -(-count // (size * settings.gradient_accumulation_steps))
     steps = settings.max_steps or max(1, int(np.ceil(settings.num_train_epochs * steps_an_epoch)))
-    tested = [
-        list(groups) for groups in _micro_batches(held_out, np.arange(len(held_out.tokens)), run.evaluate.batch_size)
-    ]
+    tested = list(_micro_batches(held_out, np.arange(len(held_out.tokens)), run.evaluate.batch_size, grouped))
     return Rows(
         fullest=_fullest(batches),
         typical=_typical(batches),
@@ -59,16 +65,29 @@ def rows_of(run: Run, train: Lengths, held_out: Lengths) -> Rows:
         held_out=_fullest(tested) if tested else None,
         held_out_passes=len(held_out.tokens) / run.evaluate.batch_size,
         unread=None,
+        even=even,
+        recurs=recurs,
     )
 
 
-def rows_from(train: Lengths, held_out: Lengths) -> Any:
-    """`rows_of` for runs that differ in their settings, on the same data."""
-    return partial(rows_of, train=train, held_out=held_out)
+def _padded(lengths: list[int], trained: list[int]) -> list[Padded]:
+    """The groups of like length that the reference engine pads."""
+    groups = padded_groups(lengths)
+    return [Padded(len(group), lengths[group[0]], sum(trained[n] for n in group)) for group in groups]
 
 
-def _micro_batches(rows: Lengths, packs: Any, size: int) -> Iterator[Iterator[Padded]]:
-    """Micro-batches of neighbours in the order of length, each as the padded groups that the engine makes of it."""
+def _whole(lengths: list[int], trained: list[int]) -> list[Padded]:
+    """All at once, as the fused engine takes them: so many rows of one length that are as many tokens and as much
+    attention."""
+    total = sum(lengths)
+    rows = max(1, round(total * total / sum(n * n for n in lengths)))
+    return [Padded(rows, -(-total // rows), sum(trained))]
+
+
+def _micro_batches(
+    rows: Lengths, packs: Any, size: int, grouped: Callable[[list[int], list[int]], list[Padded]]
+) -> Iterator[list[Padded]]:
+    """Micro-batches of neighbours in the order of length, each as the groups that the engine makes of it."""
     order = np.lexsort((-rows.tokens, packs))
     starts = np.flatnonzero(np.r_[True, np.diff(packs[order]) != 0])
     members = np.split(order, starts[1:]) if len(order) else []
@@ -77,11 +96,7 @@ def _micro_batches(rows: Lengths, packs: Any, size: int) -> Iterator[Iterator[Pa
     last = max(1, len(members) - size + 1)
     for start in _spread(last) if members else ():
         chosen = np.concatenate(members[start : start + size])
-        lengths = [int(n) for n in rows.tokens[chosen]]
-        trained = [int(n) for n in rows.trained[chosen]]
-        yield (
-            Padded(len(group), lengths[group[0]], sum(trained[n] for n in group)) for group in padded_groups(lengths)
-        )
+        yield grouped([int(n) for n in rows.tokens[chosen]], [int(n) for n in rows.trained[chosen]])
 
 
 def _spread(count: int) -> list[int]:

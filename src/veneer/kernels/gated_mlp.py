@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from veneer.kernels.launch import power_of_2, runs_triton, tl, triton
+from veneer.kernels.launch import launch, power_of_2, runs_triton, tl, triton
 
 SILU, GELU_TANH, GELU = 0, 1, 2
 ACTIVATIONS = {"silu": SILU, "swish": SILU, "gelu_pytorch_tanh": GELU_TANH, "gelu": GELU}
@@ -34,7 +34,7 @@ def gated_mlp(gate_up_TF: torch.Tensor, h_TF: torch.Tensor, activation: int) -> 
         gate, up = gate_up_TF[:, :width].float(), gate_up_TF[:, width : 2 * width].float()
         h_TF.copy_(_act_torch(gate, activation)[0] * up)
         return
-    _forward[(T, triton.cdiv(width, BLOCK))](
+    launch(_forward, (T, triton.cdiv(width, BLOCK)))(
         gate_up_TF, h_TF, width, gate_up_TF.stride(0), h_TF.stride(0), ACTIVATION=activation, BLOCK=BLOCK, num_warps=4
     )
 
@@ -49,7 +49,7 @@ def gated_mlp_backward(gate_up_TF: torch.Tensor, dh_TF: torch.Tensor, activation
         gate_up_TF[:, :width], gate_up_TF[:, width : 2 * width] = dgate, dup
         dh_TF.copy_(h)
         return
-    _backward[(T, triton.cdiv(width, BLOCK))](
+    launch(_backward, (T, triton.cdiv(width, BLOCK)), (gate_up_TF, dh_TF))(
         gate_up_TF, dh_TF, width, gate_up_TF.stride(0), dh_TF.stride(0), ACTIVATION=activation, BLOCK=BLOCK, num_warps=4
     )
 
@@ -110,7 +110,8 @@ def gated_mlp_backward_adapters(
     count, stacked, _ = parts.b_PRF.shape
     tokens, block_f, warps = TILE
     span = triton.cdiv(triton.cdiv(T, count), tokens) * tokens
-    _backward_adapters[(triton.cdiv(width, block_f), count)](
+    again = (gate_up_TF,) if is_first else (gate_up_TF, *parts)
+    launch(_backward_adapters, (triton.cdiv(width, block_f), count), again)(
         gate_up_TF, dh_TF, u_TR, v_Tr, parts.a_PrF, parts.b_PRF, T, width, stacked, rank, slots[0], slots[1], span,
         gate_up_TF.stride(0), dh_TF.stride(0), u_TR.stride(0), v_Tr.stride(0),
         ACTIVATION=activation, IS_FIRST=is_first, BLOCK_T=tokens, BLOCK_F=block_f, BLOCK_R=power_of_2(rank),

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from veneer.kernels.launch import power_of_2, runs_triton, tl, triton
+from veneer.kernels.launch import launch, power_of_2, runs_triton, tl, triton
 
 PARTS = 264  # programs that fill a large GPU twice
 
@@ -60,7 +60,7 @@ def project(
     rows = 64 if T >= 8192 else 32 if T >= 4096 else 16
     slots = 1 if dropout is None else triton.cdiv(R, rank)
     block_r = power_of_2(R if dropout is None else rank)
-    _project[(triton.cdiv(T, rows), slots)](
+    launch(_project, (triton.cdiv(T, rows), slots))(
         x_TD, a_RD, out_TR, out_TR if copy_TR is None else copy_TR, *(_dropout_arguments(dropout, x_TD)),
         T, D, R, R if dropout is None else rank, 0 if copy_TR is None else copy_TR.shape[1],
         x_TD.stride(0), a_RD.stride(0), a_RD.stride(1), out_TR.stride(0),
@@ -101,7 +101,7 @@ def outer(
     parts = triton.cdiv(T, span)
     out_PRD = torch.empty((parts, R, D), dtype=torch.float32, device=x_TD.device)
     rstd, weight, offset = norm if norm is not None else (x_TD, x_TD, 0.0)
-    _outer[(tiles, parts, slots)](
+    launch(_outer, (tiles, parts, slots))(
         u_TR, x_TD, out_PRD, rstd, weight, offset, *(_dropout_arguments(dropout, x_TD)),
         T, D, R, R if dropout is None else rank, span, u_TR.stride(0), x_TD.stride(0),
         DROPOUT=dropout is not None, HAS_NORM=norm is not None, BLOCK_T=64, BLOCK_D=block_d, BLOCK_R=block_r,
@@ -121,7 +121,7 @@ def add_projected(dx_TD: torch.Tensor, u_TR: torch.Tensor, a_RD: torch.Tensor, r
             total += _dropped(part, dropout, slot)
         dx_TD.copy_(total)
         return
-    _add_projected[(triton.cdiv(T, 64), triton.cdiv(D, 128))](
+    launch(_add_projected, (triton.cdiv(T, 64), triton.cdiv(D, 128)), (dx_TD,))(
         dx_TD, u_TR, a_RD, *_dropout_arguments(dropout, dx_TD), T, D, R, rank,
         dx_TD.stride(0), u_TR.stride(0), a_RD.stride(0), a_RD.stride(1),
         SLOTS=triton.cdiv(R, rank), BLOCK_T=64, BLOCK_D=128, BLOCK_R=power_of_2(rank),
@@ -148,7 +148,9 @@ def add_a(parts_PRD: torch.Tensor, grad_RD: torch.Tensor) -> None:
         grad_RD += parts_PRD.sum(0)[: len(grad_RD)]
         return
     size = grad_RD.numel()
-    _add_a[(triton.cdiv(size, 1024),)](parts_PRD, grad_RD, size, parts_PRD.stride(0), len(parts_PRD), BLOCK=1024)
+    launch(_add_a, (triton.cdiv(size, 1024),), (grad_RD,))(
+        parts_PRD, grad_RD, size, parts_PRD.stride(0), len(parts_PRD), BLOCK=1024
+    )
 
 
 def add_b(parts_PRN: torch.Tensor, grad: torch.Tensor, members: tuple[Member, ...], rank: int, scale: float) -> None:
@@ -174,7 +176,7 @@ def add_b(parts_PRN: torch.Tensor, grad: torch.Tensor, members: tuple[Member, ..
         skipped.append(before)
         before += 0 if slot >= 0 else end - start
     P, R, N = parts_PRN.shape
-    _add_b[(triton.cdiv(N, 64),)](
+    launch(_add_b, (triton.cdiv(N, 64),), (grad,))(
         parts_PRN, grad, P, R, N, scale, RANK=rank, BLOCK_R=power_of_2(rank), BLOCK_N=64,
         START1=padded[1].start, START2=padded[2].start,
         SLOT0=padded[0].slot, SLOT1=padded[1].slot, SLOT2=padded[2].slot,

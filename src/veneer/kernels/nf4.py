@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from veneer.kernels.launch import runs_triton, tl, triton
+from veneer.kernels.launch import launch, runs_triton, tl, triton
 
 BLOCK = 64  # weights that share a constant
 ROWS = 64  # blocks a program handles
@@ -102,7 +102,8 @@ def dequantize(
     starts = _starts(table)
     R = 0 if a_RD is None else len(a_RD)
     copies_a, copies_b = triton.cdiv(R * D, COPIED), triton.cdiv(N * R, COPIED)
-    _dequantize[(table.programs + copies_a + copies_b,)](
+    packed = [tensor for m in table.keep for tensor in (m.weights, m.constants)]
+    launch(_dequantize, (table.programs + copies_a + copies_b,), packed)(
         table.addresses, first.table16, first.table256 if table.double else first.table16, out_ND,
         out_ND if a_RD is None else a_RD, out_ND if b_NR is None else b_NR, N, D, R, table.programs, copies_a,
         D // BLOCK, out_ND.stride(0), counts[0], counts[1], counts[2], starts[1], starts[2],

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from veneer.kernels.launch import runs_triton, tl, triton
+from veneer.kernels.launch import launch, runs_triton, tl, triton
 
 BLOCK = 4096
 
@@ -59,7 +59,7 @@ def place(placement: Placement) -> None:
             target.copy_(source * factor)
         return
     dtype = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[target.dtype]
-    _place[(len(placement.member_of),)](
+    launch(_place, (len(placement.member_of),))(
         placement.addresses, placement.factors, placement.member_of, DTYPE=dtype, BLOCK=BLOCK, num_warps=4
     )
 

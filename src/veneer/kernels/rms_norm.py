@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from veneer.kernels.launch import power_of_2, runs_triton, tl, triton
+from veneer.kernels.launch import launch, power_of_2, runs_triton, tl, triton
 from veneer.kernels.update import Update, updated
 
 ROWS = 2  # rows of a program with an update
@@ -56,13 +56,13 @@ def rms_norm(
     sum_TD = x_TD if delta_TD is None else torch.empty_like(x_TD)
     rstd_T = torch.empty(T, dtype=torch.float32, device=x_TD.device)
     if update is not None and delta_TD is not None:
-        _forward_update[(triton.cdiv(T, ROWS),)](
+        launch(_forward_update, (triton.cdiv(T, ROWS),))(
             x_TD, delta_TD, weight_D, sum_TD, y_TD, rstd_T, *update, update.u_TR.stride(0), update.b_RN.stride(0), T, D,
             delta_TD.stride(0), y_TD.stride(0), eps, offset, RANKS=len(update.b_RN), **_rows(D),
         )  # fmt: skip
         return sum_TD, rstd_T
     block = power_of_2(D)
-    _forward[(T,)](
+    launch(_forward, (T,))(
         x_TD, x_TD if delta_TD is None else delta_TD, weight_D, weight_D if post_D is None else post_D,
         sum_TD, y_TD, rstd_T, D, 0 if delta_TD is None else delta_TD.stride(0), y_TD.stride(0), eps, offset,
         HAS_DELTA=delta_TD is not None, HAS_POST=post_D is not None,
@@ -80,7 +80,7 @@ def normalize(
         y_TD.copy_(x_TD.float() * rstd_T[:, None] * (weight_D.float() + offset))
         return
     block = power_of_2(D)
-    _normalize[(T,)](
+    launch(_normalize, (T,))(
         x_TD, rstd_T, weight_D, y_TD, D, x_TD.stride(0), y_TD.stride(0), offset, BLOCK=block,
         num_warps=min(16, max(1, block // 512)),
     )  # fmt: skip
@@ -115,13 +115,13 @@ def rms_norm_backward(
     if update is not None:
         assert rstd_T is not None
         assert add_TD is not None
-        _backward_update[(triton.cdiv(T, ROWS),)](
+        launch(_backward_update, (triton.cdiv(T, ROWS),), (out_TD,))(
             dy_TD, x_TD, weight_D, rstd_T, out_TD, *update, update.u_TR.stride(0), update.b_RN.stride(0), T, D,
             dy_TD.stride(0), out_TD.stride(0), offset, RANKS=len(update.b_RN), **_rows(D),
         )  # fmt: skip
         return out_TD
     block = power_of_2(D)
-    _backward[(T,)](
+    launch(_backward, (T,), (out_TD,))(
         dy_TD, x_TD, weight_D, x_TD if rstd_T is None else rstd_T, out_TD, D, dy_TD.stride(0), out_TD.stride(0), eps,
         offset, HAS_RSTD=rstd_T is not None, HAS_ADD=add_TD is not None, BLOCK=block,
         num_warps=min(16, max(1, block // 512)),

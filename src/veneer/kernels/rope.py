@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from veneer.kernels.launch import power_of_2, runs_triton, tl, triton
+from veneer.kernels.launch import launch, power_of_2, runs_triton, tl, triton
 
 
 class Heads(NamedTuple):
@@ -58,7 +58,7 @@ def rope(
         split_heads(out_TN, heads)[2].copy_(v)
         return out_TN
     S = cos_PS.shape[1]
-    _forward[(T, triton.cdiv(heads.query + 2 * heads.key, 8))](
+    launch(_forward, (T, triton.cdiv(heads.query + 2 * heads.key, 8)), (out_TN,) if norm is None else ())(
         qkv_TN, out_TN, position_T, cos_PS, sin_PS,
         *((norm.query_C, norm.key_C, norm.eps) if norm else (qkv_TN, qkv_TN, 0.0)),
         qkv_TN.stride(0), out_TN.stride(0), H=heads.query, K=heads.key, C=heads.size, S=S, HAS_NORM=norm is not None,
@@ -101,7 +101,7 @@ def rope_backward(
     S = cos_PS.shape[1]
     # The last dimension is dense in every layout that attention returns.
     dq_THC, dk_TKC, dv_TKC = (g if g.stride(2) == 1 else g.contiguous() for g in (dq_THC, dk_TKC, dv_TKC))
-    _backward[(T, triton.cdiv(heads.query + 2 * heads.key, 8))](
+    launch(_backward, (T, triton.cdiv(heads.query + 2 * heads.key, 8)))(
         dq_THC, dk_TKC, dv_TKC, out_TN, out_TN if raw_TN is None else raw_TN, position_T, cos_PS, sin_PS,
         *((norm.query_C, norm.key_C, norm.eps) if norm else (out_TN, out_TN, 0.0)),
         dq_THC.stride(0), dq_THC.stride(1), dk_TKC.stride(0), dk_TKC.stride(1), dv_TKC.stride(0), dv_TKC.stride(1),

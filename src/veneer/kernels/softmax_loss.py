@@ -8,7 +8,7 @@ Shapes: N tokens, V vocabulary.
 
 import torch
 
-from veneer.kernels.launch import runs_triton, tl, triton
+from veneer.kernels.launch import launch, runs_triton, tl, triton
 
 BLOCK = 8192
 
@@ -46,7 +46,7 @@ def softmax_loss(
                 grad_NV *= 1 - tanh_NV * tanh_NV
             logits_NV.copy_(grad_NV * torch.where(is_token_N, factor_N, 0.0)[:, None])
         return
-    _softmax_loss[(N,)](
+    launch(_softmax_loss, (N,), (logits_NV, logits_NV) if gradient else ())(
         logits_NV, targets_N, factor_N, losses_N, V, logits_NV.stride(0), cap,
         HAS_CAP=cap > 0, GRADIENT=gradient, BLOCK=min(BLOCK, triton.next_power_of_2(V)), num_warps=16,
     )  # fmt: skip

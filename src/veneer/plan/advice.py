@@ -346,7 +346,7 @@ def _(s: Situation) -> Found:
     more = sum(frozen_bytes(s.shapes, frozenset(), True, 2).values()) - sum(now.values())
     if forecast.margin_bytes - more < 0.15 * forecast.place.budget_bytes:
         return None
-    return "this would fit in 16 bits, which is faster and exact", "leave the section `quantization` out"
+    return "this would fit in 16 bits, which is exact and no slower", "leave the section `quantization` out"
 
 
 # Speed and memory
@@ -376,7 +376,7 @@ def _(s: Situation) -> Found:
 
 @_rule("kv-cache", "error", "train.gradient_checkpointing", "Transformers: a cache cannot be recomputed")
 def _(s: Situation) -> Found:
-    if not (s.use_cache and s.run.train.gradient_checkpointing):
+    if not s.use_cache or s.run.train.gradient_checkpointing is False:
         return None
     return "the model keeps a key-value cache while activations are recomputed", "turn config.use_cache off"
 
@@ -393,14 +393,18 @@ def _(s: Situation) -> Found:
     )
 
 
-@_rule("checkpointing-ample", "info", "train.gradient_checkpointing", "a third of the work is done twice")
+@_rule("checkpointing-ample", "info", "train.gradient_checkpointing", "up to a third of the work is done twice")
 def _(s: Situation) -> Found:
-    forecast = s.forecast
+    forecast, setting = s.forecast, s.run.train.gradient_checkpointing
+    if forecast.place.device != "cuda":
+        return None
+    if forecast.engine == "fused":
+        if setting is not True or forecast.margin_bytes < 0.15 * forecast.place.budget_bytes:
+            return None
+        return "memory is left in which less need be recomputed", "set train.gradient_checkpointing=auto"
     held = forecast.phases["backward"].components.get("working set", 0)
     layers = held * s.shapes.depth  # what one layer holds while it is recomputed, all would hold
-    if not s.run.train.gradient_checkpointing or forecast.place.device != "cuda":
-        return None
-    if layers > 0.8 * forecast.margin_bytes:
+    if setting is False or layers > 0.8 * forecast.margin_bytes:
         return None
     return "memory is ample: nothing need be recomputed", "set train.gradient_checkpointing=false"
 

@@ -119,7 +119,7 @@ def _changed(run: Run, tried: dict[str, list[Change]]) -> Run:
 
 def _packing(run: Run, planner: Planner) -> Iterator[Change]:
     """Full sequences instead of many padded rows: as many tokens a step in fewer, smaller micro-batches."""
-    rows = planner.subject.rows(run)
+    rows = planner.rows(run)
     train = run.train
     a_step = rows.tokens / run.data.max_length  # packs that hold the tokens of a step
     if run.data.packing or rows.unread is not None or train.per_device_train_batch_size == 1:
@@ -160,8 +160,8 @@ def _held_out_of(size: int) -> Change:
 
 
 def _checkpointing(run: Run, planner: Planner) -> Iterator[Change]:
-    if not run.train.gradient_checkpointing:
-        yield Change("checkpointing", {"train.gradient_checkpointing": True}, "a quarter to a third of the speed")
+    if run.train.gradient_checkpointing is False:
+        yield Change("checkpointing", {"train.gradient_checkpointing": "auto"}, "up to a third of the speed")
 
 
 def _optimizer(run: Run, planner: Planner) -> Iterator[Change]:

@@ -7,7 +7,7 @@ for the machine at hand and for a card one thinks of buying.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any, NamedTuple
 
@@ -16,13 +16,14 @@ import torch
 from veneer.config import Run, UserError
 from veneer.plan.cards import Card, find_card, parse_budget
 from veneer.plan.machine import Machine, find_machine, named_dtype, resolve_optim
-from veneer.plan.memory import Rehearsed, Shapes, Step, adapter_bytes, phases, run_disk_bytes
+from veneer.plan.memory import Kept, Rehearsed, Shapes, Step, adapter_bytes, phases, run_disk_bytes
 from veneer.plan.time import Ceilings, ceilings_of, kept_ceilings, seconds
 from veneer.plan.trace import Moment
 
 CONTEXT = 790 * 2**20  # of a CUDA process, beside what the allocator has
 LATER = 160 * 2**20  # of that, what comes only with work: a context that is there already has the rest
 SPARE = 0.05  # of the peak: pages the allocator cannot fill, and what a prediction may be under
+LAUNCH = 0.35  # of the host's time an operation, without autograd: 13.7 us a launch beside an H100
 QUANTIZABLE = 0.5  # of the weights between embeddings and head; less, and 4 bits change little
 
 
@@ -47,6 +48,8 @@ class Rows:
         held_out: The largest batch of the held-out loss; None: there is none.
         held_out_passes: How many of them the held-out loss takes.
         unread: Why the data itself was not looked at; None: it was.
+        even: Whether all rows of a micro-batch are of one length.
+        recurs: Whether micro-batches are of a few shapes that come again.
     """
 
     fullest: Padded
@@ -57,6 +60,8 @@ class Rows:
     held_out: Padded | None
     held_out_passes: float
     unread: str | None
+    even: bool = True
+    recurs: bool = True
 
 
 def assumed_rows(run: Run, why: str) -> Rows:
@@ -74,6 +79,7 @@ def assumed_rows(run: Run, why: str) -> Rows:
         held_out if run.data.validation else None,
         0,
         why,
+        even=not run.data.packing,
     )
 
 
@@ -84,16 +90,20 @@ class Subject:
     Attributes:
         name: Of the base, as the run names it.
         shapes: Of the base.
+        engine: Which engine a run of it gets on a device, and why; the step says in what precision and which weights.
         rehearse: The engine's rehearsal of a micro-batch of it.
-        rows: What a run's data will be like; its settings may differ from those the data was read with.
+        spend: What the fused engine would keep: of a step, memory that is to spare, and the whole budget.
+        rows: What a run's data will be like for an engine; the run's settings may differ from those it was read with.
         stored: Precision its weights are published in; None: not known.
         download_bytes: What must be fetched first.
     """
 
     name: str
     shapes: Shapes
+    engine: Callable[[Run, str, Step], tuple[str, str]]
     rehearse: Callable[[Step], Rehearsed]
-    rows: Callable[[Run], Rows]
+    spend: Callable[[Step, int, int], Kept]
+    rows: Callable[[Run, str], Rows]
     stored: torch.dtype | None
     download_bytes: int
 
@@ -109,6 +119,7 @@ class Place:
         dtype: Precision of compute where the run leaves it open.
         ceilings: How fast it is; None: not known.
         has_bfloat16: Whether bfloat16 is fast there.
+        capability: Major compute capability of a GPU. Not known: one whose attention needs more memory.
     """
 
     device: str
@@ -117,6 +128,7 @@ class Place:
     dtype: torch.dtype
     ceilings: Ceilings | None
     has_bfloat16: bool
+    capability: int = 8
 
 
 def place_here(machine: Machine | None = None) -> Place:
@@ -126,7 +138,8 @@ def place_here(machine: Machine | None = None) -> Place:
     name = f"{machine.name}, {machine.free_bytes / 2**30:.1f} of {machine.total_bytes / 2**30:.1f} GiB free"
     card = find_card(machine.name) if machine.device == "cuda" else None
     ceilings = kept_ceilings(machine) or (ceilings_of(card) if card else None)
-    return Place(machine.device, name, free, machine.dtype, ceilings, machine.has_bfloat16)
+    capability = card.capability // 10 if card else 8
+    return Place(machine.device, name, free, machine.dtype, ceilings, machine.has_bfloat16, capability)
 
 
 def place_of(gpu: str) -> Place:
@@ -137,7 +150,8 @@ def place_of(gpu: str) -> Place:
     """
     total, card = parse_budget(gpu)
     name = f"{card.name if card else 'a GPU'}, {total / 2**30:.1f} GiB"
-    return Place("cuda", name, total - CONTEXT, *_precision(card), has_bfloat16=card is None or card.has_bfloat16)
+    has_bfloat16, capability = (card.has_bfloat16, card.capability // 10) if card else (True, 8)
+    return Place("cuda", name, total - CONTEXT, *_precision(card), has_bfloat16, capability)
 
 
 def _precision(card: Card | None) -> tuple[torch.dtype, Ceilings | None]:
@@ -154,6 +168,8 @@ class Forecast:
         total, trainable: Parameters.
         phases: The fullest moment of each phase, in the order of a run.
         place: Where.
+        engine, engine_reason: reference or fused, and why that one; it is checked again on the loaded model.
+        kept: What the engine would keep from forward to backward of the memory that is left; None: it does not choose.
         rows: The data it was made for.
         host_bytes: Memory of the host; on a CPU, the peak itself.
         disk_bytes: What the run writes.
@@ -166,6 +182,9 @@ class Forecast:
     trainable: int
     phases: dict[str, Moment]
     place: Place
+    engine: str
+    engine_reason: str
+    kept: Kept | None
     rows: Rows
     host_bytes: int
     disk_bytes: int
@@ -207,6 +226,9 @@ class Forecast:
             "margin_bytes": self.margin_bytes,
             "components": self.phases[self.peak_phase].components,
             "phases": {name: asdict(moment) for name, moment in self.phases.items()},
+            "engine": self.engine,
+            "engine_reason": self.engine_reason,
+            "kept": self.kept and self.kept.as_dict(),
             "place": {"device": self.place.device, "name": self.place.name},
             "host_bytes": self.host_bytes,
             "disk_bytes": self.disk_bytes,
@@ -242,25 +264,35 @@ class Planner:
 
     def forecast_as(self, run: Run, method: str) -> Forecast:
         """Foresee a run as full fine-tuning, as LoRA in 16 bits, or as QLoRA: method full, lora or qlora."""
-        shapes, place, rows = self.subject.shapes, self.place, self.subject.rows(run)
+        shapes, place = self.subject.shapes, self.place
+        engine, reason, rows = self._engine(run, method)
         optim = resolve_optim(run.train.optim, place.device)
-        step = step_of(run, method, shapes, rows.fullest, named_dtype(run.model.dtype, place.dtype))
+        step = step_of(run, method, shapes, rows.fullest, place, engine, rows.even)
         rehearsed = self._rehearse(step)
-        held_out = None
+        held_out = prompts = None
         if rows.held_out is not None:
             asked = step_for_held_out(step, rows.held_out)
             held_out = asked, self._rehearse(asked)
-        found = phases(shapes, step, optim, rehearsed, held_out, place.device, run.evaluate)
+            prompts = self._rehearse(replace(asked, engine="reference"))
+        found = phases(shapes, step, optim, rehearsed, held_out, place.device, run.evaluate, prompts)
         sizes = shapes.adapter(step.targets, step.r)
         trainable = shapes.total if method == "full" else sum(sizes)
         peak = max(moment.bytes for moment in found.values())
         paged = adapter_bytes(sizes) * 2 if optim.startswith("paged") else 0
-        timed = self._times(step, held_out, rows, run, len(sizes)) if place.ceilings else (None, None)
+        spare = place.budget_bytes - max(moment.bytes for name, moment in found.items() if name != "generation")
+        kept = None
+        if engine == "fused" and run.train.gradient_checkpointing == "auto" and spare > 0:
+            kept = self.subject.spend(step, spare, place.budget_bytes)
+        updated = 1 if engine == "fused" else len(sizes)
+        timed = self._times(step, held_out, rows, run, kept, updated) if place.ceilings else (None, None)
         return Forecast(
             total=shapes.total + (trainable if method != "full" else 0),
             trainable=trainable,
             phases=found,
             place=place,
+            engine=engine,
+            engine_reason=reason,
+            kept=kept,
             rows=rows,
             host_bytes=peak if place.device != "cuda" else HOST_BYTES + paged,
             disk_bytes=run_disk_bytes(trainable, rows.steps, run.train),
@@ -269,30 +301,64 @@ class Planner:
             run_seconds=timed[1],
         )
 
+    def rows(self, run: Run) -> Rows:
+        """What a run's data will be like for the engine it gets."""
+        return self._engine(run, "qlora" if run.quantization else "lora")[2]
+
+    def _engine(self, run: Run, method: str) -> tuple[str, str, Rows]:
+        """Which engine a run gets, why, and its data as that will meet it."""
+        any_step = step_of(run, method, self.subject.shapes, Padded(1, 1, 1), self.place)
+        engine, reason = self.subject.engine(run, self.place.device, any_step)
+        return engine, reason, self.subject.rows(run, engine)
+
     def _times(
-        self, step: Step, held_out: tuple[Step, Rehearsed] | None, rows: Rows, run: Run, tensors: int
+        self,
+        step: Step,
+        held_out: tuple[Step, Rehearsed] | None,
+        rows: Rows,
+        run: Run,
+        kept: Kept | None,
+        updated: int,
     ) -> tuple[tuple[float, float, float], tuple[float, float, float] | None]:
-        """Of a step and of the run, with their ranges."""
+        """Of a step and of the run, with their ranges; `updated`: tensors that the optimizer steps."""
         ceilings = self.place.ceilings
         assert ceilings is not None
         low, high = ceilings.spread
-        usual = step_of(run, step.method, self.subject.shapes, rows.typical, step.dtype)
-        once = rows.passes * seconds(self._rehearse(usual).work, ceilings)
-        once += UPDATES * tensors * ceilings.host_seconds  # gradients clipped, and each tensor stepped
+        usual = replace(step, rows=rows.typical.rows, length=rows.typical.length, trained=rows.typical.trained)
+        host = 1.0 if step.engine == "reference" else LAUNCH
+
+        def taken(asked: Step) -> float:
+            found = self._rehearse(asked)
+            return seconds(found.work, ceilings, 0.0 if found.records and rows.recurs else host)
+
+        once = rows.passes * (taken(usual) if kept is None else _kept_seconds(usual, kept, taken))
+        once += UPDATES * updated * ceilings.host_seconds  # gradients clipped, and each tensor stepped
         if rows.steps is None:
             return (low * once, once, high * once), None
         whole = rows.steps * once
         if held_out is not None:
             times = 1 + (rows.steps - 1) // run.train.eval_steps if run.train.eval_steps else 1
-            whole += times * rows.held_out_passes * seconds(held_out[1].work, ceilings)
+            whole += times * rows.held_out_passes * seconds(held_out[1].work, ceilings, host)
         return (low * once, once, high * once), (low * whole, whole, high * whole)
+
+
+def _kept_seconds(step: Step, kept: Kept, taken: Callable[[Step], float]) -> float:
+    """Time of a pass in which blocks keep different tensors: each as if all kept what it keeps, in proportion."""
+    depth = sum(kept.blocks.values())
+    whole = sum(count / depth * taken(replace(step, keep=names)) for names, count in kept.blocks.items())
+    if kept.share_16_bits:
+        everything = replace(step, keep=None)
+        whole -= kept.share_16_bits * (taken(everything) - taken(replace(everything, keeps_16_bits=True)))
+    return whole
 
 
 HOST_BYTES = 3 * 2**30  # of a process with CUDA's libraries; weights are read through, not held
 UPDATES = 2  # operations a tensor
 
 
-def step_of(run: Run, method: str, shapes: Shapes, batch: Padded, dtype: torch.dtype) -> Step:
+def step_of(
+    run: Run, method: str, shapes: Shapes, batch: Padded, place: Place, engine: str = "reference", even: bool = True
+) -> Step:
     """The micro-batch of a run, to rehearse.
 
     Raises:
@@ -306,14 +372,19 @@ def step_of(run: Run, method: str, shapes: Shapes, batch: Padded, dtype: torch.d
         rows=batch.rows,
         length=batch.length,
         trained=batch.trained,
-        dtype=dtype,
+        dtype=named_dtype(run.model.dtype, place.dtype),
         method=method,
         targets=frozenset() if method == "full" else shapes.targets(run.adapter.target_modules),
         quantized=quantized,
         r=run.adapter.r,
         dropout=run.adapter.lora_dropout,
         double_quant=run.quantization.double_quant if run.quantization else True,
-        checkpointing=run.train.gradient_checkpointing,
+        checkpointing=run.train.gradient_checkpointing is not False,
+        engine=engine,
+        keep=None if run.train.gradient_checkpointing is False else frozenset(),
+        keeps_last=run.train.gradient_checkpointing is True,
+        even=even,
+        capability=place.capability,
         accumulating=run.train.gradient_accumulation_steps > 1,
     )
 
@@ -322,7 +393,7 @@ def step_for_held_out(step: Step, batch: Padded) -> Step:
     """The same without training."""
     return Step(
         batch.rows, batch.length, batch.trained, step.dtype, step.method, step.targets, step.quantized, step.r,
-        double_quant=step.double_quant, training=False,
+        double_quant=step.double_quant, engine=step.engine, even=step.even, capability=step.capability, training=False,
     )  # fmt: skip
 
 

@@ -107,7 +107,13 @@ class Step:
         quantized: Paths of the modules whose weights are in 4 bits.
         r, dropout: Of the adapter.
         double_quant: Whether the constants of 4-bit blocks are quantized too.
-        checkpointing: Whether activations are recomputed.
+        checkpointing: Whether the reference engine recomputes activations.
+        engine: reference or fused.
+        keep: What the fused engine keeps of each block from forward to backward; None: everything.
+        keeps_last: Whether it keeps all of the last block even so.
+        keeps_16_bits: Whether it holds 4-bit weights as 16-bit matrices too.
+        even: Whether the rows are of one length; the fused engine has other kernels for those that are not.
+        capability: Major compute capability of the GPU.
         accumulating: Whether gradients of an earlier micro-batch are there.
         training: False: the held-out loss alone.
     """
@@ -123,6 +129,12 @@ class Step:
     dropout: float = 0.0
     double_quant: bool = True
     checkpointing: bool = True
+    engine: str = "reference"
+    keep: frozenset[str] | None = None
+    keeps_last: bool = False
+    keeps_16_bits: bool = False
+    even: bool = True
+    capability: int = 9
     accumulating: bool = False
     training: bool = True
 
@@ -134,15 +146,46 @@ class Rehearsed:
     Attributes:
         moments: The fullest moment of each of its stretches: `forward`, `loss`, `backward ...`.
         work: Forward and backward.
+        held: What the engine holds all the time in the place of adapter and gradients, and beside the weights: buffers
+            it lays out itself; None: it has none.
+        records: Whether passes of a shape that comes again are recorded and replayed without the host.
     """
 
     moments: dict[str, Moment]
     work: Work
+    held: dict[str, int] | None = None
+    records: bool = False
 
     def fullest(self, phase: str) -> Moment:
         """Of a phase: `forward` (with the loss) or `backward`."""
         found = [m for name, m in self.moments.items() if ("backward" in name) == (phase == "backward")]
         return max(found, key=lambda moment: moment.bytes)
+
+    @property
+    def recorded_bytes(self) -> int:
+        """What a recording keeps to itself between its passes: all that one of them holds."""
+        return max(moment.bytes for moment in self.moments.values()) if self.records else 0
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What an engine would keep from forward to backward of memory that is to spare.
+
+    Attributes:
+        bytes: What that adds to the peak.
+        blocks: How many blocks keep each set of tensors.
+        share_16_bits: Of the weights in 4 bits, that stay in 16 bits too.
+    """
+
+    bytes: int
+    blocks: Mapping[frozenset[str], int]
+    share_16_bits: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON: bytes, how many blocks keep each tensor, and the share of weights."""
+        names = sorted({name for kept in self.blocks for name in kept})
+        counts = {name: sum(count for kept, count in self.blocks.items() if name in kept) for name in names}
+        return {"bytes": self.bytes, "blocks": counts, "16_bit_weights": self.share_16_bits}
 
 
 def phases(
@@ -153,6 +196,7 @@ def phases(
     held_out: tuple[Step, Rehearsed] | None,
     device: str,
     answers: Evaluate,
+    prompts: Rehearsed | None = None,
 ) -> dict[str, Moment]:
     """The fullest moment of each phase of a run, with all its components.
 
@@ -164,22 +208,24 @@ def phases(
         held_out: The held-out loss, and that rehearsed; None: there is none.
         device: cuda, cpu or mps.
         answers: How answers are generated.
+        prompts: The held-out batch through Transformers, which generates whatever the engine; None: as `held_out`.
     """
     itemsize = step.dtype.itemsize
     frozen = frozen_bytes(shapes, step.quantized, step.double_quant, itemsize)
     if step.method == "full":
         sizes = [prod(shape) for shape in shapes.weights.values()]
-        trained = {}
         # The optimizer steps a float32 copy of weights in 16 bits.
-        states = sum(rounded(4 * n) for n in sizes) if itemsize < 4 else 0
-        gradients = sum(rounded(itemsize * n) for n in sizes)
+        copies = sum(rounded(4 * n) for n in sizes) if itemsize < 4 else 0
+        trained, states, gradients = {}, copies, sum(rounded(itemsize * n) for n in sizes)
     else:
         sizes = shapes.adapter(step.targets, step.r)
-        trained = {"adapter": adapter_bytes(sizes)}
-        states, gradients = 0, trained["adapter"]
+        trained, states, gradients = {"adapter": adapter_bytes(sizes)}, 0, adapter_bytes(sizes)
     states += 0 if optim.startswith("paged") else optimizer_bytes(sizes, optim)
     base = Counter(frozen) + Counter(trained) + Counter({"libraries": LIBRARIES[device]})
     resting = base + Counter({"optimizer": states})
+    if train.held is not None:  # adapter and gradients among it, for good
+        resting = Counter(frozen) + Counter({"libraries": LIBRARIES[device], "optimizer": states}) + Counter(train.held)
+        gradients = 0
     quantized = [
         prod(shape) for name, shape in shapes.weights.items() if name.removesuffix(".weight") in step.quantized
     ]
@@ -193,8 +239,9 @@ def phases(
     found["forward"] += Counter(train.fullest("forward").components)
     if held_out is not None:
         asked, rehearsed = held_out
-        found["evaluation"] = resting + Counter(rehearsed.fullest("forward").components)
-        found["generation"] = base + Counter(_generation(shapes, asked, rehearsed, answers))
+        recorded = Counter({"recorded passes": train.recorded_bytes})
+        found["evaluation"] = resting + recorded + Counter(rehearsed.fullest("forward").components)
+        found["generation"] = base + Counter(_generation(shapes, asked, prompts or rehearsed, answers))
     return {name: Moment(sum(parts.values()), dict(parts)) for name, parts in found.items()}
 
 

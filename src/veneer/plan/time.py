@@ -84,8 +84,8 @@ def keep_ceilings(machine: Machine, ceilings: Ceilings) -> None:
     write_json(file, asdict(ceilings))
 
 
-def seconds(work: Work, ceilings: Ceilings) -> float:
-    """Time of some work."""
+def seconds(work: Work, ceilings: Ceilings, host: float = 1.0) -> float:
+    """Time of some work; `host`: how much of the host's time an operation takes, of that with autograd."""
     flops = {
         "bfloat16": ceilings.half_flops,
         "float16": ceilings.half_flops,
@@ -101,5 +101,5 @@ def seconds(work: Work, ceilings: Ceilings) -> float:
         )
         for operation, count in work.items()
     )
-    host = sum(work.values()) * ceilings.host_seconds
-    return max(device, host) if ceilings.overlaps else device + host
+    starts = host * sum(work.values()) * ceilings.host_seconds
+    return max(device, starts) if ceilings.overlaps else device + starts

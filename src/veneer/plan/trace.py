@@ -8,7 +8,8 @@ and gives back before it returns cannot be seen from outside; whoever stands in 
 Work is noted an operation: FLOPs of matrix products by precision, and bytes read and written. Views are free.
 
 Scaled dot-product attention would fall apart into its plain form on meta tensors, with all scores in memory, so
-it stands in here as one operation with the memory and the work of the flash kernels (arXiv 2307.08691).
+it stands in here as one operation with the memory and the work of the flash kernels (arXiv 2307.08691). Code that
+asks for flash's or cuDNN's kernels by name is followed as it is; what these take for themselves is put down here.
 """
 
 import weakref
@@ -24,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 BLOCK = 512  # bytes that CUDA's caching allocator rounds up to
+CUDNN_FASTER = 1.8  # than flash, by whose speed attention is counted; on an H100
 
 
 class Operation(NamedTuple):
@@ -59,7 +61,8 @@ class Moment:
 class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A context in which operations on meta tensors are counted.
 
-    `mark` begins a new stretch; `scope` names the component that tensors made within belong to.
+    `mark` begins a new stretch; `scope` names the component that tensors made within belong to. `stands_in=False`: the
+    code does not call scaled dot-product attention, and is followed faster.
 
     Attributes:
         moments: The fullest moment of each stretch.
@@ -69,8 +72,9 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     _active: ClassVar[list["Trace"]] = []
 
-    def __init__(self) -> None:
+    def __init__(self, stands_in: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._stands_in = stands_in
         self.moments: dict[str, Moment] = defaultdict(Moment)
         self.work: dict[str, Work] = defaultdict(lambda: defaultdict(float))
         self.live: dict[str, int] = defaultdict(int)
@@ -95,7 +99,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> "Trace":
         self._active.append(self)
-        self._contexts.enter_context(FlashAttention())
+        if self._stands_in:
+            self._contexts.enter_context(FlashAttention())
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -132,6 +137,10 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live[before] -= count
         self.live[component] += count
 
+    def moved(self, tensors: list[torch.Tensor]) -> None:
+        """Count the work of a kernel that reads or writes each of these."""
+        self.note("memory", 0.0, sum(map(_bytes, tensors)))
+
     def note(self, kind: str, flops: float, count: float) -> None:
         """Count the work of an operation that cannot be seen: its kind, FLOPs, and bytes read and written."""
         self.work[self._stretch][Operation(kind, flops, count)] += 1
@@ -145,6 +154,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         results = [r for r in (result if isinstance(result, tuple | list) else (result,)) if torch.is_tensor(r)]
         if not is_view(function):
             self._count(function, args, results)
+            if function in _ATTENTION_BACKWARD:
+                self.hold("attention workspace", _attention_workspace(args[1], args[2]))
             if _is_accumulation(function):
                 self._free(args[0].untyped_storage()._cdata)
             if not function._schema.is_mutable:
@@ -278,12 +289,35 @@ def _addmm(args: Any, results: list[torch.Tensor]) -> tuple[str, float]:
     return _kind(args[1]), 2.0 * results[0].numel() * args[1].shape[-1]
 
 
+def _attention(factor: float, query: torch.Tensor, longest: int) -> tuple[str, float]:
+    """Causal attention by kernels called by name, cuDNN's with (B, H, T, C) and flash's with (T, H, C)."""
+    return "attention", factor * query.numel() * longest / (CUDNN_FASTER if query.dim() == 4 else 1)
+
+
+def _attention_workspace(query: torch.Tensor, key: torch.Tensor) -> int:
+    """Float32 sums of the query's gradient and of its rows; flash repeats gradients of shared keys and values too."""
+    total = 4 * (query.numel() + query.numel() // query.shape[-1])
+    if query.dim() == 3 and key.shape[1] != query.shape[1]:
+        total += 2 * query.numel() * query.element_size()
+    return total
+
+
 _aten = torch.ops.aten
 _PRODUCTS: dict[Any, Callable[[Any, list[torch.Tensor]], tuple[str, float]]] = {
     _aten.mm.default: _mm,
     _aten.bmm.default: _mm,
     _aten.addmm.default: _addmm,
     _aten.baddbmm.default: _addmm,
+    _aten.mm.out: _mm,
+    _aten.addmm.out: _addmm,
+    _aten._scaled_dot_product_cudnn_attention.default: lambda a, _: _attention(2.0, a[0], a[1].shape[2]),
+    _aten._scaled_dot_product_cudnn_attention_backward.default: lambda a, _: _attention(5.0, a[1], a[2].shape[2]),
+    _aten._flash_attention_forward.default: lambda a, _: _attention(2.0, a[0], a[6]),
+    _aten._flash_attention_backward.default: lambda a, _: _attention(5.0, a[1], a[9]),
+}
+_ATTENTION_BACKWARD = {
+    _aten._scaled_dot_product_cudnn_attention_backward.default,
+    _aten._flash_attention_backward.default,
 }
 # Torch takes a long way round for these on meta tensors, and heads in chunks call them hundreds of times.
 _QUICK: dict[Any, Callable[..., torch.Tensor]] = {

@@ -113,7 +113,7 @@ class Loop:
             raise JobError(
                 f"out of memory in step {self.done + 1}: {str(error).split('. ')[0]}\n  fix: halve "
                 "train.per_device_train_batch_size and double train.gradient_accumulation_steps (the same training), "
-                "set train.gradient_checkpointing, or lower data.max_length"
+                "set train.gradient_checkpointing=true, or lower data.max_length"
             ) from None
         finally:
             for listener in listeners:

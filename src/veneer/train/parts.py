@@ -56,7 +56,7 @@ def load_parts(run: Run, force: bool = False) -> Parts:
         _require_memory(foreseen)
     base = load_model(source, run.model, run.quantization, machine)
     _require_positions(base.config, data)
-    model = attach(base, run.adapter, run.train.seed, run.train.gradient_checkpointing)
+    model = attach(base, run.adapter, run.train.seed, run.train.gradient_checkpointing is not False)
     return Parts(machine, source, tokenizer, renderer, data, foreseen, model)
 
 

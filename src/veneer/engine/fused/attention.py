@@ -5,10 +5,15 @@ documents of any length, one behind the other (cuDNN's own way with such is 300 
 Neither caps its scores: for that there is FlexAttention, compiled once a kind of layer. `plain` does all of it, in
 float32 and on any machine; it is what the others are tested against.
 
+Tensors on the meta device, which a plan is rehearsed on, go the way that those of the GPU planned for will go
+(`PLANNED`), through torch's own account of what the kernels return; FlexAttention, which is compiled, is put down as
+flash.
+
 Shapes: T tokens, H query heads, K key heads, C dimensions of a head, B documents, L length of each.
 """
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -16,6 +21,9 @@ import torch
 import torch.nn.functional as F
 
 from veneer.kernels.rope import Heads, split_heads
+
+HOPPER = 9  # major compute capability from which cuDNN's is the faster one
+PLANNED: ContextVar[int] = ContextVar("planned", default=HOPPER)  # that of the GPU which meta tensors stand for
 
 
 FLEX_BLOCK = 128  # tokens
@@ -73,12 +81,13 @@ class Attention(NamedTuple):
 
     def backend(self, documents: Documents, like: torch.Tensor) -> str:
         """Which backend these documents get."""
-        if not like.is_cuda or like.dtype == torch.float32:
+        if not (like.is_cuda or like.is_meta) or like.dtype == torch.float32:
             return "plain"
         if self.softcap:
-            return "flex"
+            return "flash" if like.is_meta else "flex"
         is_open = not self.window or documents.longest <= self.window
-        fits = self.heads.size % 8 == 0 and self.heads.size <= 128 and torch.cuda.get_device_capability()[0] >= 9
+        major = PLANNED.get() if like.is_meta else torch.cuda.get_device_capability()[0]
+        fits = self.heads.size % 8 == 0 and self.heads.size <= 128 and major >= HOPPER
         return "cudnn" if documents.is_even and is_open and fits and documents.longest >= 256 else "flash"
 
 

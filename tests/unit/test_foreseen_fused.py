@@ -1,0 +1,251 @@
+"""The fused engine is foreseen as it is: which runs get it, what it holds, what it keeps, how fast that makes it."""
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.unit.test_fused import COVERED, model_of
+from tests.unit.test_memory import config_of, step
+from tests.unit.test_plan import planner_of, run_of
+from veneer.config import Run, Train, UserError
+from veneer.engine import choose
+from veneer.engine.fused import FusedEngine
+from veneer.engine.fused.block import TENSORS
+from veneer.engine.fused.rehearsal import _engine, rehearse_layers
+from veneer.model.shapes import build, shapes_of
+from veneer.plan.forecast import Forecast, Planner, place_of, step_of
+from veneer.plan.memory import Rehearsed, Shapes, Step, rounded
+
+GiB = 2**30
+DEPTH = 6
+
+
+def small(family: str = "llama", **changes: Any) -> tuple[Any, Shapes]:
+    """A model of several layers, whose shapes matter more than its 384 tokens."""
+    config = config_of(family, DEPTH)
+    for name, value in ({"hidden_size": 256, "intermediate_size": 512} | changes).items():
+        setattr(config, name, value)
+    return config, shapes_of(build(config, torch.bfloat16))
+
+
+def fused(config: Any, shapes: Shapes, **changes: Any) -> Rehearsed:
+    asked = step(shapes, **{"rows": 2, "length": 512, "trained": 900, "engine": "fused", "keep": frozenset()} | changes)
+    return rehearse_layers(build(config, torch.bfloat16), asked, 1)
+
+
+def forecast(gpu: str = "80GiB", base: str = "meta-llama/Meta-Llama-3-8B", **sections: Any) -> Forecast:
+    run = run_of(base, **sections)
+    return planner_of(run, gpu).forecast(run)
+
+
+# Which engine
+
+
+@pytest.mark.parametrize(
+    ("sections", "engine", "reason"),
+    [
+        ({}, "fused", "covers this model"),
+        ({"train": {"engine": "reference"}}, "reference", "asks for the reference engine"),
+        ({"model": {"dtype": "float16"}}, "reference", "float16 compute"),
+        ({"model": {"base": "openai-community/gpt2"}}, "reference", "the architecture gpt2"),
+        ({"adapter": {"target_modules": ["q_proj", "embed_tokens"]}}, "reference", "an adapter on the embeddings"),
+        ({"adapter": {"target_modules": ["q_proj", "lm_head"]}}, "reference", "an adapter on the head"),
+    ],
+)
+def test_a_plan_says_which_engine_it_assumes(sections: dict[str, Any], engine: str, reason: str) -> None:
+    run = run_of(**{"model": {"base": "meta-llama/Meta-Llama-3-8B"}} | sections)
+    found = planner_of(run, "80GiB").forecast(run).as_dict()
+    assert found["engine"] == engine
+    assert reason in found["engine_reason"]
+
+
+def test_off_cuda_the_reference_engine_is_foreseen_unless_the_other_is_asked_for() -> None:
+    run = run_of()
+    place = replace(place_of("80GiB"), device="cpu")
+    planner = Planner(planner_of(run, "80GiB").subject, place)
+    assert planner.forecast(run).engine == "reference"
+    assert planner.forecast(run_of(train={"engine": "fused"})).engine == "fused"
+
+
+def test_what_the_fused_engine_cannot_do_is_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(UserError, match=r"train\.engine = fused: .*gpt2"):
+        forecast(base="openai-community/gpt2", train={"engine": "fused"})
+
+
+def test_full_fine_tuning_is_the_reference_engines() -> None:
+    run = run_of()
+    assert planner_of(run, "80GiB").forecast_as(run, "full").engine == "reference"
+
+
+# What it holds
+
+
+@pytest.mark.parametrize("family", COVERED)
+def test_what_it_holds_for_good_is_what_a_real_one_holds(family: str) -> None:
+    model = model_of(family)
+    engine = FusedEngine(model)
+    replaced = [module.base_layer for module in model.modules() if hasattr(module, "base_layer")]
+    laid_out = sum(rounded(4 * module.weight.numel()) for module in replaced)
+    tensors = [engine.master.data, engine._flat_grad, engine._scratch, engine._seed]
+    for block in engine.blocks:
+        for group in block.groups:
+            tensors += [group._resident, group._b_RN]
+            tensors += [] if group._bias is None else [group._bias]
+    real = sum(rounded(t.numel() * t.element_size()) for t in tensors) - laid_out
+
+    config = config_of(family)
+    config.use_cache = False
+    shapes = shapes_of(build(config, torch.float32))
+    asked = step(shapes, dtype=torch.float32, engine="fused", keep=frozenset())
+    foreseen, held = _engine(build(config, torch.float32), asked)
+    # Margins are wider on a GPU, for faster products: 64 columns, not 16.
+    margins = 0
+    for block, twin in zip(engine.blocks, foreseen.blocks, strict=True):
+        for group, other in zip(block.groups, twin.groups, strict=True):
+            assert (group.used, group.stacked, group.inputs, group.outputs) == (
+                other.used, other.stacked, other.inputs, other.outputs,
+            )  # fmt: skip
+            margins += rounded(4 * other.size) - rounded(4 * group.size)
+    tables = sum(rounded(4 * table.numel()) for table in foreseen._tables[0])
+    assert sum(held.values()) == real + margins + tables
+
+
+@pytest.mark.parametrize("name", TENSORS)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_a_tensor_that_is_kept_adds_its_bytes(family: str, name: str) -> None:
+    config, shapes = small(family, **({} if family == "llama" else {"head_dim": 64}))
+    least = fused(config, shapes)
+    more = fused(config, shapes, keep=frozenset({name}))
+    asked = step(shapes, rows=2, length=512, engine="fused", keep=frozenset())
+    blocks = _engine(build(config, torch.bfloat16), asked)[0].blocks
+    # Seen at the loss: all blocks hold what they keep, and none is at work; the last one's stream is there anyway.
+    expected = (DEPTH - 1) * blocks[0].kept_bytes(name, 1024)
+    found = more.moments["loss"].bytes - least.moments["loss"].bytes
+    adapters = DEPTH * 3 * 2 * 1024 * 12 + DEPTH * 3 * 512  # of u = x A^T, "but for the few columns of the adapters"
+    assert expected <= found <= expected * DEPTH / (DEPTH - 1) + adapters
+    assert more.work != least.work
+
+
+@pytest.mark.parametrize("family", COVERED)
+@pytest.mark.parametrize("changes", [{}, {"training": False}, {"keep": None}, {"dtype": torch.float32}])
+def test_every_family_is_rehearsed_and_more_takes_more(family: str, changes: dict[str, Any]) -> None:
+    config = config_of(family)
+    shapes = shapes_of(build(config, torch.bfloat16))
+
+    def peak(**more: Any) -> int:
+        asked = step(shapes, **{"engine": "fused", "keep": frozenset()} | changes | more)
+        found = rehearse_layers(build(config, asked.dtype), asked, 1)
+        assert found.held is not None
+        assert all(count > 0 for count in found.held.values())
+        return max(moment.bytes for moment in found.moments.values()) + sum(found.held.values())
+
+    usual = peak()
+    assert peak(length=256) > usual
+    assert peak(rows=8) > usual
+    assert peak(r=64) > usual
+
+
+def test_dropout_and_rows_of_other_lengths_and_older_gpus_are_rehearsed() -> None:
+    config, shapes = small(num_attention_heads=8, num_key_value_heads=2, head_dim=128, intermediate_size=64)
+    usual = fused(config, shapes)
+    assert "attention workspace" in str([moment.components for moment in usual.moments.values()])
+    for changes in ({"even": False}, {"capability": 8}):
+        flash = fused(config, shapes, **changes)
+        assert flash.fullest("backward").bytes > usual.fullest("backward").bytes, "shared keys are repeated there"
+    assert fused(config, shapes, dropout=0.1).fullest("backward").bytes > 0
+
+
+def test_4_bit_weights_need_room_to_be_made_16_bit() -> None:
+    config, shapes = small()
+    held = fused(config, shapes, quantized=shapes.quantizable(), method="qlora").held
+    both = fused(config, shapes, quantized=shapes.quantizable(), method="qlora", keeps_16_bits=True).held
+    assert held is not None
+    assert both is not None
+    gate_up_and_down = (2 * 512 + 64) * (256 + 64) + (256 + 64) * (512 + 64)
+    assert held["dequantized weights"] == rounded(2 * gate_up_and_down)
+    assert both["dequantized weights"] > 2 * DEPTH * 256 * 512 * 3
+    assert "dequantized weights" not in (fused(config, shapes).held or {})
+
+
+def test_a_measured_peak_is_foreseen() -> None:
+    """H100, torch 2.11: Llama-3-8B in NF4, r 16, 8-bit AdamW, nothing kept but the last block's tensors."""
+    for rows, length, measured in ((4, 2048, 9.41), (2, 8192, 12.34)):
+        train = {"per_device_train_batch_size": rows, "gradient_checkpointing": True, "gradient_accumulation_steps": 1}
+        found = forecast("h100", quantization={"bits": 4}, train=train, data={"max_length": length, "validation": 0})
+        assert found.engine == "fused"
+        assert found.peak_bytes / GiB == pytest.approx(measured, rel=0.05)
+
+
+# What it keeps
+
+
+def test_settings_and_engine_mean_the_same_by_what_is_kept() -> None:
+    """What a plan rehearses for true and false is what the engine is built with."""
+    config = config_of("llama")
+    shapes = shapes_of(build(config, torch.bfloat16))
+    for setting in (True, False):
+        run = Run.model_validate(
+            {"model": {"base": "-"}, "data": {"train": "-"}, "train": {"gradient_checkpointing": setting}}
+        )
+        asked: Step = replace(step_of(run, "lora", shapes, run_rows(), place_of("80GiB"), "fused"), rows=1, length=64)
+        foreseen, _ = _engine(build(config, torch.bfloat16), asked)
+        real = choose.build(model_of("llama"), Train(engine="fused", gradient_checkpointing=setting), "cpu").engine
+        assert isinstance(real, FusedEngine)
+        assert foreseen.keep == real.keep
+
+
+def run_rows() -> Any:
+    from veneer.plan.forecast import Padded
+
+    return Padded(1, 64, 32)
+
+
+def test_the_verdict_is_of_the_least_and_what_is_spent_stays_within_the_budget() -> None:
+    small_card, large_card = (forecast(gpu, quantization={"bits": 4}) for gpu in ("16GiB", "80GiB"))
+    assert small_card.peak_bytes == large_card.peak_bytes, "what is spent is no part of what is needed"
+    assert small_card.kept is not None
+    assert large_card.kept is not None
+    assert 0 < small_card.kept.bytes < large_card.kept.bytes
+    for found in (small_card, large_card):
+        assert found.kept is not None
+        assert found.peak_bytes + found.kept.bytes <= found.place.budget_bytes
+        assert sum(found.kept.blocks.values()) == 32
+    assert large_card.as_dict()["kept"]["blocks"] == dict.fromkeys(TENSORS, 32)
+    for setting in (True, False):
+        assert forecast(train={"gradient_checkpointing": setting}).kept is None
+    assert forecast("4GiB").kept is None
+
+
+def test_what_is_kept_makes_it_faster() -> None:
+    def seconds(**train: Any) -> float:
+        found = forecast("h100", base="meta-llama/Llama-3.1-8B", train=train).step_seconds
+        assert found is not None
+        return found[1]
+
+    everything, auto, least = (seconds(gradient_checkpointing=setting) for setting in (False, "auto", True))
+    assert everything == pytest.approx(auto, rel=0.01)
+    assert 1.15 * auto < least < 1.5 * auto
+    assert least < seconds(engine="reference")
+
+
+def test_it_needs_less_than_the_reference_engine() -> None:
+    assert forecast().peak_bytes < forecast(train={"engine": "reference"}).peak_bytes
+
+
+def test_a_recorded_pass_stays_beside_the_held_out_loss() -> None:
+    found = forecast(data={"validation": 9})
+    training = max(found.phases[name].bytes for name in ("forward", "backward"))
+    assert found.phases["evaluation"].bytes > training
+    assert found.phases["evaluation"].components["recorded passes"] > 0
+
+
+def test_70b_is_foreseen_at_once() -> None:
+    forecast("80GiB")  # imports
+    started = time.process_time()
+    found = forecast("h100", base="meta-llama/Llama-3.1-70B-Instruct", quantization={"bits": 4})
+    assert time.process_time() - started < 4
+    assert found.engine == "fused"
+    assert found.kept is not None
