@@ -391,7 +391,7 @@ def on_gpu_fused(out: Path) -> None:
                 fitted = None
                 if case.spends:
                     micro = batch(case)
-                    fitted = engine.fit(micro.lengths, micro.trained, budget.budget_bytes)
+                    fitted = engine.fit(micro.lengths, budget.budget_bytes)
                 measured = fused_steps(engine, case)
                 guess = max(forecast.phases[phase].bytes for phase in ("forward", "backward", "optimizer"))
                 guess += forecast.kept.bytes if forecast.kept else 0

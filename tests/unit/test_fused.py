@@ -12,6 +12,8 @@ from veneer.data import Batch
 from veneer.engine import ReferenceEngine
 from veneer.engine.fused import FusedEngine, NotCoveredError
 from veneer.engine.fused.block import TENSORS
+from veneer.engine.fused.graphs import Inputs
+from veneer.engine.fused.spend import spend
 from veneer.model import attach
 from veneer.train.optimizer import build_optimizer
 
@@ -101,6 +103,99 @@ def test_packed_equals_unpacked() -> None:
         start += length
     assert total == pytest.approx(loss, rel=1e-6)
     assert worst({n: p.grad for n, p in model.named_parameters() if p.requires_grad}, found)[0] < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+def test_the_mlp_in_pieces_is_the_mlp(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = model_of(family), batch_of((150, 80, 21))
+    loss, wanted = gradients(FusedEngine(model), model, batch)
+    monkeypatch.setattr("veneer.engine.fused.block.MLP_TOKENS", 100)
+    for keep in (frozenset(TENSORS), frozenset[str]()):
+        in_pieces, found = gradients(FusedEngine(model, keep), model, batch)
+        assert in_pieces == pytest.approx(loss, rel=1e-6)
+        assert worst(found, wanted)[0] < 1e-5, worst(found, wanted)
+
+
+@pytest.mark.parametrize("rank", [8, 40])
+def test_ranks_beyond_what_a_norm_adds_are_added_elsewhere(rank: int) -> None:
+    model, batch = model_of("llama", r=rank), batch_of()
+    wanted_loss, wanted = gradients(ReferenceEngine(model), model, batch)
+    loss, found = gradients(FusedEngine(model), model, batch)
+    assert loss == pytest.approx(wanted_loss, rel=1e-5)
+    assert worst(found, wanted)[0] < 1e-4, worst(found, wanted)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
+def test_the_gradient_under_dropout_is_the_slope_of_the_loss(family: str) -> None:
+    """With the same masks, the loss changes along a direction as the gradient says."""
+    model, batch = model_of(family, lora_dropout=0.3), batch_of()
+    engine = FusedEngine(model)
+
+    def loss(seed: int = 5) -> float:
+        torch.manual_seed(seed)  # of the masks
+        return engine.forward_backward(batch, 1.0).item()
+
+    engine.master.grad = None
+    first = loss()
+    assert engine.master.grad is not None
+    gradient = engine.master.grad.clone()
+    assert loss() == first
+    assert loss(seed=6) != first
+    direction = torch.randn_like(engine.master)
+    direction /= direction.norm()
+    engine.master.data += 0.02 * direction
+    above = loss()
+    engine.master.data -= 0.04 * direction
+    below = loss()
+    assert (above - below) / 0.04 == pytest.approx((gradient @ direction).item(), rel=0.02, abs=0.02)
+
+
+def test_long_documents_have_rotary_tables_of_their_own() -> None:
+    """Phi-3's longrope: other angles beyond the length it was made for, document by document."""
+    factors = torch.linspace(1.0, 3.0, 8).tolist()
+    changes = {
+        "max_position_embeddings": 256,
+        "original_max_position_embeddings": 32,
+        "rope_parameters": {
+            "rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": factors, "rope_theta": 10000.0,
+            "original_max_position_embeddings": 32, "factor": 8.0,
+        },
+    }  # fmt: skip
+    model = model_of("phi3", changes=changes)
+    for lengths in ((60,), (20,), (60, 20)):
+        batch = batch_of(lengths)
+        wanted_loss, wanted = gradients(ReferenceEngine(model), model, batch)
+        loss, found = gradients(FusedEngine(model), model, batch)
+        assert loss == pytest.approx(wanted_loss, rel=1e-5), lengths
+        assert worst(found, wanted)[0] < 1e-4, worst(found, wanted)
+
+
+def test_batches_are_padded_to_sizes_that_come_again() -> None:
+    shapes = set()
+    for lengths in ((1000, 37, 5), (900, 100, 60), (1001, 17, 30)):
+        batch = batch_of(lengths)
+        inputs = Inputs.of(batch, 0.5, torch.device("cpu"), None, pads=True)
+        shapes.add((len(inputs.ids_T), len(inputs.bounds), inputs.documents.longest))
+        real = inputs.targets_N >= 0
+        assert torch.equal(inputs.ids_T[: batch.tokens], batch.ids_T)
+        assert torch.equal(inputs.targets_N[real], batch.targets_T[batch.targets_T >= 0])
+        assert (inputs.factor_N[~real] == 0).all()
+        assert not set(inputs.index_N[~real].tolist()) & set(inputs.index_N[real].tolist())
+        assert inputs.bounds[len(lengths)] == batch.tokens
+    assert len(shapes) == 1
+
+
+def test_memory_is_spent_where_it_saves_most() -> None:
+    engine = FusedEngine(model_of("llama"))
+    blocks, tokens = engine.blocks, 512
+    everything = sum(block.kept_bytes(name, tokens) for block in blocks for name in TENSORS)
+    assert spend(blocks, tokens, 64, 0, 0).keep == (frozenset(), frozenset())
+    assert spend(blocks, tokens, 64, everything, 0).keep == (frozenset(TENSORS),) * 2
+    half = spend(blocks, tokens, 64, everything // 2, 0)
+    assert half.spent_bytes <= everything // 2
+    assert len(half.keep[1]) >= len(half.keep[0])
+    rates = {name: blocks[0].kept_seconds(name, tokens, 64) / blocks[0].kept_bytes(name, tokens) for name in TENSORS}
+    assert max(rates, key=lambda name: rates[name]) in half.keep[1]
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "adamw_32bit"])

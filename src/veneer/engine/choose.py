@@ -121,13 +121,17 @@ def spend_memory(
     Returns:
         What `FusedEngine.fit` returns; None: there is nothing to decide.
     """
-    # auto, or yes
-    if not isinstance(engine, FusedEngine) or not engine.on_gpu or not train.gradient_checkpointing:
+    if not isinstance(engine, FusedEngine) or not engine.on_gpu:
+        return None
+    varies = len(set(sizes)) > 1
+    if train.gradient_checkpointing != "auto":
+        if varies:
+            engine.record_nothing()  # what recorded passes would hold was not asked for
         return None
     torch.cuda.empty_cache()
     budget = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - later_bytes
     largest = sorted(sizes, reverse=True)[: train.per_device_train_batch_size]
-    return engine.fit(largest, budget, held_out)
+    return engine.fit(largest, budget, held_out, varies)
 
 
 def fall_back(model: Any, failure: str) -> Choice:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from veneer.data import Batch
-from veneer.engine.fused.attention import Documents
+from veneer.engine.fused.attention import Documents, bring
 from veneer.engine.fused.block import TENSORS, Block, Context, Kept, Stream
 from veneer.engine.fused.family import Decoder, NotCoveredError, read
 from veneer.engine.fused.graphs import Graphs, Inputs, rounded
@@ -73,14 +73,23 @@ class FusedEngine:
         """Whether its memory can be measured."""
         return bool(self._device.type == "cuda")
 
-    def fit(self, lengths: Sequence[int], budget_bytes: int, held_out: Sequence[int] = ()) -> dict[str, Any]:
+    def record_nothing(self) -> None:
+        """Every pass is launched anew, and none holds memory of its own."""
+        self._graphs = None
+
+    def fit(
+        self, lengths: Sequence[int], budget_bytes: int, held_out: Sequence[int] = (), varies: bool = False
+    ) -> dict[str, Any]:
         """Keep as much as a budget allows; see `spend`. For before training: gradients are lost.
+
+        Recorded passes hold their memory for good, and a pass of another shape needs its own beside it. Where shapes
+        vary, passes are recorded only if all of that fits twice; else the memory is better spent.
 
         Args:
             lengths: Of the documents of the largest batch.
             budget_bytes: What tensors may take on the device, those there now included.
-            held_out: Of the documents of the largest batch of held-out losses: what these take comes on top, since
-                the memory of recorded passes is theirs alone.
+            held_out: Of the documents of the largest batch of held-out losses, which comes on top of recorded passes.
+            varies: Whether batches come in many shapes.
 
         Returns:
             The peak of a pass that keeps nothing, what is spent beyond, and how often each tensor is kept.
@@ -92,7 +101,11 @@ class FusedEngine:
         batch = _made_up(lengths)
         peak = self._peak_of(lambda: self._pass(self._bring(batch, 1.0, training=True)))
         self.master.grad = None
-        spending = spend(self.blocks, rounded(batch.tokens), max(lengths), budget_bytes - peak - beside, budget_bytes)
+        tokens = rounded(batch.tokens)
+        spending = spend(self.blocks, tokens, max(lengths), budget_bytes - peak - beside, budget_bytes)
+        everything = sum(block.kept_bytes(name, tokens) for block in self.blocks for name in TENSORS)
+        if varies and peak + beside + spending.spent_bytes + (peak - before) + everything > budget_bytes:
+            self.record_nothing()
         self.keep = spending.keep
         for group in spending.dequantized:
             group.keep_dequantized()
@@ -102,6 +115,7 @@ class FusedEngine:
             "budget_bytes": budget_bytes,
             "least_bytes": peak,
             "spent_bytes": spending.spent_bytes,
+            "records_passes": self._graphs is not None,
             "blocks": len(self.blocks),
             "kept": kept | {"16-bit weights": len(spending.dequantized) / len(self.blocks[0].groups)},
         }
@@ -187,7 +201,7 @@ class FusedEngine:
         place(self._adapters)
         stream, _ = self._forward(inputs.ids_T, self._context(inputs.documents, training=False), False)
         losses_N, _ = self._head(inputs, stream, False)
-        document_T = torch.repeat_interleave(torch.tensor(batch.lengths)).to(self._device)
+        document_T = bring(torch.repeat_interleave(torch.tensor(batch.lengths)), self._device)
         result = torch.zeros(len(batch.lengths), dtype=torch.float64, device=self._device)
         return result.index_add_(0, document_T[inputs.index_N], losses_N.double() * inputs.weights_N)
 

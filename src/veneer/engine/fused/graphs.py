@@ -18,7 +18,7 @@ import torch
 
 from veneer.data import Batch
 from veneer.data.batch import UNTRAINED
-from veneer.engine.fused.attention import Documents
+from veneer.engine.fused.attention import Documents, bring
 
 MOST = 8  # graphs; their launches take some memory each
 SIZES = 32  # of tokens between a power of two and the next
@@ -73,7 +73,7 @@ class Inputs(NamedTuple):
         documents = Documents.of(lengths, device, switch)
         if pads and not documents.is_even:
             documents = _rounded_documents(documents)
-        tensors = [t.to(device, non_blocking=True) for t in (ids_T, index_N, targets_N, weights_N, weights_N * scale)]
+        tensors = [bring(t, device) for t in (ids_T, index_N, targets_N, weights_N, weights_N * scale)]
         return Inputs._make([*tensors, documents.position_T, documents.bounds, documents])
 
     @property
