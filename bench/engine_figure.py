@@ -44,7 +44,7 @@ def main() -> None:
         xlim=(0, 105), xlabel="MiB a layer for 1,024 tokens", title="A block's tensors: kept or made again (orange)"
     )
     names = list(dict.fromkeys(name for profile in profiles.values() for name in profile))
-    for number, (label, profile) in enumerate(profiles.items()):
+    for number, profile in enumerate(profiles.values()):
         start = 0.0
         for color, name in enumerate(names):
             spent = profile.get(name, 0.0)
