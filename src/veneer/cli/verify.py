@@ -14,7 +14,7 @@ def verify(
 ) -> int:
     """Check engine, masks, gradients, learning and the adapter's file in small experiments; nothing is written.
 
-    Exit status 1 where a check fails. Takes under a minute, once the model is loaded.
+    Exit status 1 where a check fails.
 
     Example: `veneer verify run.yaml`
     """

@@ -1,4 +1,4 @@
-"""Whether training does what it should with this run's model, data and machine: some small experiments, under a minute.
+"""Whether training does what it should with this run's model, data and machine: some small experiments.
 
 Each check asks for one thing that otherwise goes wrong in silence, and has a number with its limit. They work on short
 pieces of the run's own rows. Afterwards the adapter is what it was; nothing is written into the run's folder.
