@@ -23,7 +23,7 @@ from veneer.plan.doctor import Found, Problem, diagnose, look, usable
 from veneer.plan.fit import Fitted, fit
 from veneer.plan.forecast import place_here, place_of
 from veneer.plan.time import Ceilings, keep_ceilings
-from veneer.release import write_card
+from veneer.release import require_match, write_card
 from veneer.report import plot_loss
 from veneer.train import Listener, Trained, TrainingJob
 from veneer.train.foresight import Foreseen, foresee, read_if_at_hand
@@ -150,11 +150,15 @@ class Loaded:
     run: Run | None
 
 
-def load(name: str) -> Loaded:
+def load(name: str, force: bool = False) -> Loaded:
     """Load a finished run by its folder, or a base model by any name `model.base` takes.
 
+    Args:
+        name: Of the run or the model.
+        force: Put the adapter on its base even where its passport says that it does not belong there.
+
     Raises:
-        UserError: There is nothing of that name, or the run has no adapter yet.
+        UserError: There is nothing of that name, the run has no adapter yet, or it does not belong to the base.
     """
     folder = RunFolder(Path(name))
     machine = find_machine()
@@ -167,6 +171,7 @@ def load(name: str) -> Loaded:
     if not folder.adapter.is_dir():
         raise UserError(f"{name}: the run has no adapter yet", "finish it with `veneer train ... --resume`")
     source = locate(run.model)
+    require_match(folder.adapter, source, force)
     # Tokenizer and template as they were in training, whatever has become of the base's or of a template's file.
     kept = Source("folder", str(folder.adapter), name)
     named = run.data.chat_template in (*NAMED_TEMPLATES, "none")
@@ -181,6 +186,7 @@ def evaluate(
     data: str | None = None,
     rows: int | None = None,
     on_done: Callable[[int], None] = lambda done: None,
+    force: bool = False,
 ) -> Evaluation:
     """Base against tuned on a run's held-out rows, or on the rows of a file; written into the run's folder.
 
@@ -189,6 +195,7 @@ def evaluate(
         data: A file of rows to use instead of the run's held-out rows.
         rows: At most so many rows; None: as `evaluate.rows` in the run.
         on_done: Called with the number of rows just answered; each row is answered twice.
+        force: As for `load`.
 
     Raises:
         UserError: No such run, no adapter, or no held-out rows.
@@ -196,7 +203,7 @@ def evaluate(
     folder = RunFolder(Path(run_dir))
     if not folder.run.exists():
         raise UserError(f"{run_dir}: holds no run (no run.yaml)", "name the folder that `veneer train` wrote")
-    loaded = load(str(run_dir))
+    loaded = load(str(run_dir), force)
     assert loaded.run is not None
     held_out = _held_out(folder, loaded.run, loaded.renderer, data, rows or loaded.run.evaluate.rows)
     engine = ReferenceEngine(loaded.model)
@@ -220,6 +227,7 @@ def generate(
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     seed: int = 42,
+    force: bool = False,
 ) -> list[dict[str, str]]:
     """Answers of a run (or of a base model) to prompts: `prompt`, `answer`, and `base` where it is compared.
 
@@ -228,7 +236,7 @@ def generate(
     """
     import torch
 
-    loaded = load(name)
+    loaded = load(name, force)
     if compare_with_base and loaded.run is None:
         raise UserError(f"{name}: a base model alone, there is nothing to compare", "name a run's folder")
     before = [] if system is None else [Message("system", system)]

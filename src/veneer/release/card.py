@@ -1,16 +1,13 @@
-"""The model card (README.md, with the Hub's metadata) and passport.json of an adapter.
+"""The model card of an adapter: README.md, with the Hub's metadata."""
 
-The passport says what the adapter belongs to: base, quantization, tokenizer and template, data, settings, versions.
-"""
-
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from veneer.config.folder import write_json, write_text
-from veneer.train.job import TrainingJob, environment
+from veneer.config.folder import write_text
+from veneer.release.passport import write_passport
+from veneer.train.job import TrainingJob
 
 CARD = """\
 ---
@@ -79,22 +76,4 @@ def write_card(job: TrainingJob, folder: Path, steps: int, final_loss: float) ->
         where="" if is_plain else WHERE.format(base=run.model.base),
     )
     write_text(folder / "README.md", card)
-    write_json(folder / "passport.json", _passport(job, folder))
-
-
-def _passport(job: TrainingJob, folder: Path) -> dict[str, Any]:
-    run = job.run
-    return {
-        "base": {"name": run.model.base, "kind": job.source.kind, "revision": run.model.revision},
-        "quantization": run.quantization.model_dump() if run.quantization else None,
-        "tokenizer_sha256": _sha256(folder / "tokenizer.json"),
-        "chat_template_sha256": hashlib.sha256((job.renderer.template or "").encode()).hexdigest(),
-        "adapter_sha256": _sha256(folder / "adapter_model.safetensors"),
-        "settings": run.model_dump(mode="json"),
-        "environment": environment(),
-    }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    write_passport(job, folder)
