@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from veneer.api import doctor, evaluate, generate, inspect_data, load, plan, train
+    from veneer.api import doctor, evaluate, generate, inspect_data, load, merge, plan, train, unmerge
     from veneer.config import JobError, Run, UserError, load_run
 
 __version__ = "0.1.0"
@@ -30,8 +30,10 @@ _HOMES = {
     "inspect_data": "veneer.api",
     "doctor": "veneer.api",
     "load": "veneer.api",
+    "merge": "veneer.api",
     "plan": "veneer.api",
     "train": "veneer.api",
+    "unmerge": "veneer.api",
 }
 
 __all__ = [
@@ -45,8 +47,10 @@ __all__ = [
     "inspect_data",
     "load",
     "load_run",
+    "merge",
     "plan",
     "train",
+    "unmerge",
 ]
 
 

@@ -23,7 +23,7 @@ from veneer.plan.doctor import Found, Problem, diagnose, look, usable
 from veneer.plan.fit import Fitted, fit
 from veneer.plan.forecast import place_here, place_of
 from veneer.plan.time import Ceilings, keep_ceilings
-from veneer.release import require_match, write_card
+from veneer.release import Merged, find_origin, merge_into, require_match, unmerge_from, write_card
 from veneer.report import plot_loss
 from veneer.train import Listener, Trained, TrainingJob
 from veneer.train.foresight import Foreseen, foresee, read_if_at_hand
@@ -310,3 +310,44 @@ def _held_out(folder: RunFolder, run: Run, renderer: Renderer, data: str | None,
     if not held_out:
         raise UserError("the run holds no rows out (data.validation = 0)", "name a file with --data")
     return held_out
+
+
+def merge(
+    run: str,
+    out: str | Path,
+    dtype: str = "bfloat16",
+    on: str = "base",
+    base: str | None = None,
+    force: bool = False,
+    on_done: Callable[[int], None] = lambda done: None,
+) -> Merged:
+    """Write base and adapter as one model: see `veneer.release.merge`.
+
+    Args:
+        run: Folder of a finished run, or of an adapter.
+        out: A new folder.
+        dtype: bfloat16, float16 or float32.
+        on: base, or nf4 for the 4-bit base of the training, dequantized.
+        base: Another base than the adapter names.
+        force: Go on although the adapter does not belong to the base.
+        on_done: Called with the number of bytes just written.
+
+    Raises:
+        UserError: They do not fit together, or the folder is not to be had; nothing was written.
+    """
+    return merge_into(find_origin(run, base, force), Path(out), dtype, on, on_done=on_done)
+
+
+def unmerge(
+    merged: str | Path,
+    adapter: str,
+    out: str | Path,
+    force: bool = False,
+    on_done: Callable[[int], None] = lambda done: None,
+) -> Merged:
+    """Take an adapter out of a merged model: what is left is its base, within rounding.
+
+    Raises:
+        UserError: As `merge`, or the kind of adapter cannot be taken out.
+    """
+    return unmerge_from(Path(merged), find_origin(adapter, None, force), Path(out), on_done)

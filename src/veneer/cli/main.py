@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from veneer.cli import data, demo, doctor, evaluate, generate, plan, train
+from veneer.cli import data, demo, doctor, evaluate, generate, merge, plan, train
 
 app = typer.Typer(
     name="veneer",
@@ -23,6 +23,8 @@ app = typer.Typer(
 for module in (demo, doctor, plan, data, train, evaluate, generate):
     name = module.__name__.rsplit(".", 1)[-1]
     app.command(name)(getattr(module, name))
+app.command("merge")(merge.merge)
+app.command("unmerge")(merge.unmerge)
 
 
 def main(arguments: list[str] | None = None) -> None:

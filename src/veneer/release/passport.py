@@ -2,7 +2,8 @@
 
 An adapter is a difference; on another base it is noise that still answers fluently. The passport therefore holds
 fingerprints of what the adapter was trained with: the base's weights, the tokenizer, the chat template, the
-adapter's own file. They are compared whenever a run's adapter is loaded, merged or exported, and a difference is refused by name.
+adapter's own file. They are compared whenever a run's adapter is loaded, merged or exported, and a difference is
+refused by name.
 
 The base's fingerprint is taken from samples of every tensor, 32 stretches of 4 KiB each: reading all of a 16 GB model
 would take half a minute at every start. A model that was trained further differs in every tensor and is found for
