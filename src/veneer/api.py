@@ -23,7 +23,7 @@ from veneer.plan.doctor import Found, Problem, diagnose, look, usable
 from veneer.plan.fit import Fitted, fit
 from veneer.plan.forecast import place_here, place_of
 from veneer.plan.time import Ceilings, keep_ceilings
-from veneer.release import Merged, find_origin, merge_into, require_match, unmerge_from, write_card
+from veneer.release import Merged, find_origin, merge_into, renew_card, require_match, unmerge_from, write_card
 from veneer.report import plot_loss
 from veneer.train import Listener, Trained, TrainingJob
 from veneer.train.foresight import Foreseen, foresee, read_if_at_hand
@@ -213,10 +213,11 @@ def evaluate(
 
 
 def save_evaluation(folder: RunFolder, evaluation: Evaluation) -> None:
-    """Write evaluation.json and samples.jsonl."""
+    """Write evaluation.json and samples.jsonl, and the scores into the adapter's card."""
     write_json(folder.evaluation, evaluation.as_dict())
     lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in evaluation.samples())
     write_text(folder.samples, "".join(lines))
+    renew_card(folder)
 
 
 def generate(

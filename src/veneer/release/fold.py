@@ -3,7 +3,8 @@
 The arithmetic is PEFT's own: the model is built hollow (one zero stands for all its weights), the adapter is put on
 it, and each adapted module gets its real weight in float32 just for as long as PEFT merges it. So every kind of
 adapter that PEFT can merge is merged here (LoRA, rsLoRA, DoRA, LoHa, LoKr, IA3, OFT, ...), to the bit as
-`merge_and_unload` does in float32, while one module is in memory instead of a model. Whole replaced modules (`modules_to_save`) and trained biases take the base's place.
+`merge_and_unload` does in float32, while one module is in memory instead of a model. Whole replaced modules
+(`modules_to_save`) and trained biases take the base's place.
 
 Embeddings that are tied to the head come apart when an adapter changes one of them: PEFT's adapter changes what
 one of the two does, so a merge into the shared tensor would change the other as well.

@@ -1,8 +1,8 @@
 """Merge: base and adapter become one model on disk, tensor by tensor; and unmerge, its inverse.
 
 Each adapted weight is W + delta in float32, rounded once to the precision that is written. Nothing is held but the
-tensor at hand, so a model of any size merges in 2 GiB plus its largest tensor. What the adapter does not touch is copied
-as bytes. Tensors keep the base's names and order.
+tensor at hand, so a model of any size merges in 2 GiB plus its largest tensor. What the adapter does not touch is
+copied as bytes. Tensors keep the base's names and order.
 
 An adapter can be merged into the base in 16 bits, or into what training computed with: the base quantized to 4 bits
 and dequantized again (`on="nf4"`). The second is the model that was evaluated; the first is nearer to the original

@@ -39,7 +39,7 @@ class Difference:
         return f"{self.what}: trained with {self.was}, found {self.found}"
 
 
-def write_passport(job: TrainingJob, folder: Path) -> None:
+def write_passport(job: TrainingJob, folder: Path, training: dict[str, Any]) -> None:
     """Write passport.json into an adapter's folder; the folder holds everything else already."""
     run, ledger = job.run, job.data.ledger
     settings = run.model_dump(mode="json")
@@ -58,6 +58,7 @@ def write_passport(job: TrainingJob, folder: Path) -> None:
         "stop_token_ids": sorted(job.renderer.stop_ids),
         "data": {"rows": ledger.rows, "tokens": ledger.tokens, "sha256": ledger.sha256},
         "run_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        "training": training,
         "settings": settings,
         "environment": environment(),
     }
