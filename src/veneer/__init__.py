@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from veneer.api import doctor, evaluate, generate, inspect_data, load, merge, plan, train, unmerge
+    from veneer.api import certify, doctor, evaluate, export, generate, inspect_data, load, merge, plan, train, unmerge
     from veneer.config import JobError, Run, UserError, load_run
 
 __version__ = "0.1.0"
@@ -25,7 +25,9 @@ _HOMES = {
     "Run": "veneer.config",
     "UserError": "veneer.config",
     "load_run": "veneer.config",
+    "certify": "veneer.api",
     "evaluate": "veneer.api",
+    "export": "veneer.api",
     "generate": "veneer.api",
     "inspect_data": "veneer.api",
     "doctor": "veneer.api",
@@ -41,8 +43,10 @@ __all__ = [
     "Run",
     "UserError",
     "__version__",
+    "certify",
     "doctor",
     "evaluate",
+    "export",
     "generate",
     "inspect_data",
     "load",

@@ -23,8 +23,24 @@ from veneer.plan.doctor import Found, Problem, diagnose, look, usable
 from veneer.plan.fit import Fitted, fit
 from veneer.plan.forecast import place_here, place_of
 from veneer.plan.time import Ceilings, keep_ceilings
-from veneer.release import Merged, find_origin, merge_into, renew_card, require_match, unmerge_from, write_card
-from veneer.report import plot_loss
+from veneer.release import (
+    Certificate,
+    Exported,
+    Merged,
+    certify_artifact,
+    export_to,
+    find_artifact,
+    find_origin,
+    merge_into,
+    prompts_of,
+    renew_card,
+    require_match,
+    unmerge_from,
+    very_long,
+    write_card,
+    write_certificate,
+)
+from veneer.report import certificate_page, plot_loss
 from veneer.train import Listener, Trained, TrainingJob
 from veneer.train.foresight import Foreseen, foresee, read_if_at_hand
 from veneer.train.metrics import read_metrics
@@ -352,3 +368,83 @@ def unmerge(
         UserError: As `merge`, or the kind of adapter cannot be taken out.
     """
     return unmerge_from(Path(merged), find_origin(adapter, None, force), Path(out), on_done)
+
+
+def export(
+    run: str,
+    out: str | Path,
+    file_format: str = "gguf",
+    quant: str = "q8_0",
+    on: str = "base",
+    adapter_only: bool = False,
+    base: str | None = None,
+    force: bool = False,
+    on_done: Callable[[int], None] = lambda done: None,
+) -> Exported:
+    """Write a GGUF file with its Modelfile: see `veneer.release.export`.
+
+    Args:
+        run: Folder of a finished run, or of an adapter.
+        out: A new folder.
+        file_format: gguf.
+        quant: Type of the weights.
+        on: base, or nf4 for the 4-bit base of the training, dequantized.
+        adapter_only: Write the adapter alone.
+        base: Another base than the adapter names.
+        force: Go on although the adapter does not belong to the base.
+        on_done: Called with the number of bytes just written.
+
+    Raises:
+        UserError: The architecture, the tokenizer or the type cannot be exported, or as `merge`; nothing was written.
+    """
+    return export_to(find_origin(run, base, force), Path(out), file_format, quant, on, adapter_only, on_done)
+
+
+def certify(
+    artifact: str,
+    run: str,
+    rows: int = 40,
+    base: str | None = None,
+    force: bool = False,
+    tell: Callable[[str], None] = lambda what: None,
+) -> tuple[Certificate, Path]:
+    """Put what ships beside the adapter it came from, and write certificate.json and its page.
+
+    Args:
+        artifact: A merged folder, a GGUF file, or the address of a server.
+        run: Folder of the run, or of the adapter.
+        rows: Held-out rows that both answer.
+        base: Another base than the adapter names.
+        force: Go on although the adapter does not belong to the base.
+        tell: Called with what is being done.
+
+    Returns:
+        The certificate, and the folder it was written into: the artifact's, or the run's for a server.
+
+    Raises:
+        UserError: There is no such artifact or run, or the artifact does not load.
+    """
+    origin = find_origin(run, base, force)
+    found = find_artifact(artifact, origin)
+    renderer = origin.renderer()
+    held_out: list[HeldOut] = []
+    skipped = {}
+    folder = RunFolder(Path(run).expanduser())
+    if origin.run is None:
+        skipped["answers and score on held-out rows"] = "the adapter has no run beside it"
+    elif rows:
+        try:
+            held_out = _held_out(folder, origin.run, renderer, None, rows)
+        except UserError as error:
+            skipped["answers and score on held-out rows"] = str(error).splitlines()[0]
+    longest = origin.run.evaluate.max_new_tokens if origin.run is not None else 64
+    prompts = prompts_of(renderer, held_out, very_long(origin, longest))
+    certificate = certify_artifact(found, origin, prompts, longest, skipped, tell)
+    page = certificate_page(certificate.as_dict())
+    targets = [] if found.path is None else [found.path if found.path.is_dir() else found.path.parent]
+    targets += [folder.path] if origin.run is not None else []
+    for target in targets or [Path()]:
+        write_certificate(certificate, target, page)
+    if origin.run is not None:
+        renew_card(folder)
+    return certificate, (targets or [Path()])[0]

@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from veneer.cli import data, demo, doctor, evaluate, generate, merge, plan, push, train
+from veneer.cli import certify, data, demo, doctor, evaluate, export, generate, merge, plan, push, train
 
 app = typer.Typer(
     name="veneer",
@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog="Try `veneer demo` first. --debug anywhere on the line shows the traceback of an error.",
 )
-for module in (demo, doctor, plan, data, train, evaluate, generate, push):
+for module in (demo, doctor, plan, data, train, evaluate, generate, export, certify, push):
     name = module.__name__.rsplit(".", 1)[-1]
     app.command(name)(getattr(module, name))
 app.command("merge")(merge.merge)

@@ -1,8 +1,8 @@
 """The model card of an adapter: README.md with the Hub's metadata.
 
-Everything in it is read from the files of the run (settings, ledger, passport, scores, certificate), so it is written again
-whenever one of them appears, and says nothing that was not measured. A card that its owner has rewritten (the last
-line is gone) is left alone.
+Everything in it is read from the files of the run (settings, ledger, passport, scores, certificate), so it is written
+again whenever one of them appears, and says nothing that was not measured. A card that its owner has rewritten (the
+last line is gone) is left alone.
 """
 
 import contextlib
@@ -127,7 +127,7 @@ def hub_id(source: Source) -> str | None:
 
 
 def licence(source: Source) -> str | None:
-    """The base's licence as its own files state it: the metadata of its README.md, or of the .gguf file it came from."""
+    """The base's licence as its own files state it: README.md's metadata, or the .gguf file it came from."""
     folder = local_folder(source)
     if folder is None:
         return None

@@ -36,6 +36,7 @@ class Fold:
     Attributes:
         config: The base's configuration.
         changed: Names of the tensors that the adapter changes.
+        embeddings: The parameter that holds them.
         unties: Whether embeddings and head are two tensors from now on.
         untied: Tensors to be written beside the base's own, by name, and the tensor on disk each begins as.
 
@@ -50,6 +51,9 @@ class Fold:
         self._names = _disk_names(base, tensors, origin)
         self._tied = _tied(base)
         self._transposed = _transposed(base, self._names)
+        self.embeddings = next(
+            f"{path}.weight" for path, module in base.named_modules() if module is base.get_input_embeddings()
+        )
         self._zero = torch.zeros(1)
         _hollow(base, self._zero)
         self._model = _attached(base, origin)

@@ -78,14 +78,13 @@ def merge_into(
         UserError: Base and adapter do not fit together, a file is damaged, the folder is in use or has no space, or
             a value does not fit float16.
     """
-    _require_known("--dtype", dtype, DTYPES)
-    _require_known("--on", on, ON)
+    require_known("--dtype", dtype, DTYPES)
     require_free(out)
     folder = origin.base_folder
     tensors = weights_of(folder, f"model.base = {origin.model.base}")
     fold = Fold(origin, tensors)
-    recipe = _Recipe(origin, fold, DTYPES[dtype], on)
-    planned = [recipe.plan(name, stored) for name, stored in (tensors | fold.untied).items()]
+    recipe = Recipe(origin, fold, on)
+    planned = [_plan(recipe, name, stored, DTYPES[dtype]) for name, stored in (tensors | fold.untied).items()]
     require_space(out, sum(tensor.size for tensor in planned))
     with whole_folder(out) as unfinished:
         write_weights(unfinished, [_told(tensor, on_done) for tensor in planned], {"format": "pt"}, shard_bytes)
@@ -141,11 +140,21 @@ def unmerge_from(merged: Path, origin: Origin, out: Path, on_done: Progress = la
     return Merged(str(out), dtype, "merged", len(planned), len(fold.changed), size, files, ())
 
 
-class _Recipe:
-    """How each tensor of a merged model is made."""
+class Recipe:
+    """The value of each tensor of a merged model, before it is rounded.
 
-    def __init__(self, origin: Origin, fold: Fold, dtype: torch.dtype, on: str) -> None:
-        self._origin, self._fold, self._dtype = origin, fold, dtype
+    Args:
+        origin: The adapter and its base.
+        fold: The adapter's changes.
+        on: base, or nf4.
+
+    Raises:
+        UserError: `on` is nf4, and training did not quantize.
+    """
+
+    def __init__(self, origin: Origin, fold: Fold, on: str) -> None:
+        require_known("--on", on, ON)
+        self._origin, self._fold = origin, fold
         self._quantized: set[str] = set()
         if on == "nf4":
             if origin.quantization is None:
@@ -153,27 +162,34 @@ class _Recipe:
                     f"{origin.name}: --on nf4, but the adapter was trained on a base that was not quantized",
                     "merge it into the base itself: --on base",
                 )
-            self._quantized = {f"{path}.weight" for path in four_bit_modules(fold.config, origin.quantization)}
-            self._quantized = {fold.name_on_disk(name) for name in self._quantized}
+            paths = four_bit_modules(fold.config, origin.quantization)
+            self._quantized = {fold.name_on_disk(f"{path}.weight") for path in paths}
 
-    def plan(self, name: str, stored: Stored) -> Planned:
-        if not stored.is_float:
-            return Planned(name, stored.dtype, stored.shape, stored.chunks)
-        if name in self._fold.changed or name in self._quantized:
-            return Planned(name, self._dtype, stored.shape, lambda: self._make(name, stored))
-        if stored.dtype == self._dtype:
-            return Planned(name, stored.dtype, stored.shape, stored.chunks)
-        return Planned(name, self._dtype, stored.shape, lambda: cast_pieces(stored, self._dtype))
+    def changes(self, name: str) -> bool:
+        """Whether a tensor differs from the base's."""
+        return name in self._fold.changed or name in self._quantized
 
-    def _make(self, name: str, stored: Stored) -> torch.Tensor:
+    def value(self, name: str, stored: Stored) -> torch.Tensor:
+        """A tensor of the merged model: float32 where the adapter changes it, else in its own precision."""
+        weight = self.base_value(name, stored)
+        return self._fold.merged(name, weight) if name in self._fold.changed else weight
+
+    def base_value(self, name: str, stored: Stored) -> torch.Tensor:
+        """What the adapter is merged into."""
         weight = stored.read()
-        if name in self._quantized:
-            assert self._origin.quantization is not None
-            transposed = self._fold.is_transposed(name)
-            weight = through_four_bits(weight, self._origin.quantization, self._origin.dtype, transposed)
-        if name in self._fold.changed:
-            weight = self._fold.merged(name, weight)
-        return rounded(weight, self._dtype, name)
+        if name not in self._quantized:
+            return weight
+        assert self._origin.quantization is not None
+        transposed = self._fold.is_transposed(name)
+        return through_four_bits(weight, self._origin.quantization, self._origin.dtype, transposed)
+
+
+def _plan(recipe: Recipe, name: str, stored: Stored, dtype: torch.dtype) -> Planned:
+    if stored.is_float and recipe.changes(name):
+        return Planned(name, dtype, stored.shape, lambda: rounded(recipe.value(name, stored), dtype, name))
+    if not stored.is_float or stored.dtype == dtype:
+        return Planned(name, stored.dtype, stored.shape, stored.chunks)
+    return Planned(name, dtype, stored.shape, lambda: cast_pieces(stored, dtype))
 
 
 def _told(tensor: Planned, on_done: Progress) -> Planned:
@@ -213,7 +229,8 @@ def cast_pieces(stored: Stored, dtype: torch.dtype) -> Iterator[memoryview]:
         yield bytes_of(rounded(part.read(), dtype, stored.name))
 
 
-def _require_known(option: str, value: str, known: Iterable[str]) -> None:
+def require_known(option: str, value: str, known: Iterable[str]) -> None:
+    """Raises UserError for a value that is not among those an option takes."""
     if value not in known:
         raise UserError(f"{option} {value}: not known", f"write one of {', '.join(known)}")
 
