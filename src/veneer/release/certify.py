@@ -236,7 +236,7 @@ def _gguf_facts(file: Path) -> tuple[str, str]:
     number = fields["general.file_type"].contents() if "general.file_type" in fields else None
     names = {number: name for name, (number, _, _) in QUANTS.items()}
     on = fields["veneer.on"].contents() if "veneer.on" in fields else "base"
-    return names.get(number, "q4_k_m"), str(on)
+    return names.get(-1 if number is None else int(number), "q4_k_m"), str(on)
 
 
 def _run(

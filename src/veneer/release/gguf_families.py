@@ -206,13 +206,14 @@ def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def llama3_factors(rope: dict[str, Any], width: int) -> torch.Tensor:
-    """What Llama 3.1 divides each rotary frequency by: short waves stay, long ones are stretched, the rest is blended."""
+    """What Llama 3.1 divides each rotary frequency by: short waves stay, long ones stretch, others are blended."""
     frequencies = rope["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
     waves = 2 * math.pi / frequencies
     factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
     original = rope["original_max_position_embeddings"]
     blend = ((original / waves - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - blend) / factor + blend)).float()
+    factors: torch.Tensor = 1 / ((1 - blend) / factor + blend)
+    return factors.float()
 
 
 def _rope(config: Any) -> dict[str, Any]:

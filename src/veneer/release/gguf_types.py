@@ -9,6 +9,7 @@ Types that the `gguf` package can make itself (16 bits, Q8_0) do without.
 """
 
 import ctypes
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -123,7 +124,7 @@ def size_of(kind: str, shape: tuple[int, ...]) -> int:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-    return int(np.prod(shape, dtype=np.int64)) // block * size
+    return math.prod(shape) // int(block) * int(size)
 
 
 def encoded(tensor: torch.Tensor, kind: str) -> Iterator[Any]:

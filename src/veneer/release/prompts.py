@@ -87,7 +87,9 @@ def _edges(renderer: Renderer, longest: int) -> list[tuple[str, tuple[Message, .
         "special-token strings": f"what does {control} mean?",
         "white space": "  two  spaces,\n\n\nthree lines \t and a tab  ",
     }
-    found = [(f"edge: {name}", (Message("user", text),)) for name, text in texts.items()]
+    found: list[tuple[str, tuple[Message, ...]]] = [
+        (f"edge: {name}", (Message("user", text),)) for name, text in texts.items()
+    ]
     if renderer.is_chat:
         turns = (Message("user", "Hello"), Message("assistant", "Hello! How can I help?"), Message("user", "Thank you"))
         found.append(("edge: several turns", turns))

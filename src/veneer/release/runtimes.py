@@ -21,6 +21,7 @@ import torch
 
 from veneer.config import JobError, UserError
 from veneer.data import Message
+from veneer.evaluate.generation import contiguous_head_input
 from veneer.model.quiet import quiet
 from veneer.plan.machine import Machine
 
@@ -130,11 +131,9 @@ def greedy(
     )
     device = model.get_input_embeddings().weight.device
     answers: list[Answer | None] = [None] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
+    for chosen in _batches(prompts, batch):
         ids_BL, mask_BL = padded([prompts[n] for n in chosen], pad)
-        with quiet():
+        with quiet(), contiguous_head_input(model):
             output = model.generate(
                 input_ids=ids_BL.to(device), attention_mask=mask_BL.to(device), generation_config=config
             )
@@ -149,6 +148,18 @@ def greedy(
             text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             answers[n] = Answer(text.strip(), kept, bool(ends), steps)
     return [answer for answer in answers if answer is not None]
+
+
+def _batches(prompts: Sequence[list[int]], most: int) -> Iterator[list[int]]:
+    """Numbers of prompts that are answered together: of like length, so that little is padded."""
+    chosen: list[int] = []
+    for n in sorted(range(len(prompts)), key=lambda n: len(prompts[n])):
+        if chosen and (len(chosen) == most or len(prompts[n]) > 1.5 * len(prompts[chosen[0]]) + 32):
+            yield chosen
+            chosen = []
+        chosen.append(n)
+    if chosen:
+        yield chosen
 
 
 def padded(rows: Sequence[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
