@@ -4,13 +4,13 @@ from typing import Annotated
 
 import typer
 
-from veneer.cli.merge import BaseOption, ForceOption, JsonOption
+from veneer.cli.merge import BaseOption, ForceOption, JsonOption, RowsOption
 
 
 def certify(
     artifact: Annotated[str, typer.Argument(help="Merged folder, GGUF file, or address of a server (http://...).")],
     against: Annotated[str, typer.Option(help="Folder of the run, or of the adapter.")],
-    rows: Annotated[int, typer.Option(min=0, help="Held-out rows that both answer.")] = 40,
+    rows: RowsOption = 40,
     base: BaseOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,

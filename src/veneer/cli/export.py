@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from veneer.cli.merge import BaseOption, ForceOption, JsonOption, RunArgument
+from veneer.cli.merge import BaseOption, ForceOption, JsonOption, RowsOption, RunArgument
 
 
 def export(
@@ -20,6 +20,7 @@ def export(
     base: BaseOption = None,
     force: ForceOption = False,
     certify: Annotated[bool, typer.Option(help="Prove in llama.cpp that it answers as the adapter does.")] = True,
+    rows: RowsOption = 40,
     as_json: JsonOption = False,
 ) -> int:
     """Export base and adapter as one GGUF file, with tokenizer, template, stop tokens and a Modelfile for Ollama.
@@ -41,7 +42,7 @@ def export(
     result = report.as_dict()
     status = 0
     if certify and not adapter_only:
-        result["certificate"], status = show_release.certified(console, str(out / report.file), run, base, force)
+        result["certificate"], status = show_release.certified(console, str(out / report.file), run, base, force, rows)
     if as_json:
         show.print_json(result)
     return status

@@ -7,6 +7,7 @@ import typer
 
 RunArgument = Annotated[str, typer.Argument(help="Folder of a finished run, or of an adapter.")]
 BaseOption = Annotated[str | None, typer.Option(help="Another base than the one the adapter names.")]
+RowsOption = Annotated[int, typer.Option(min=0, help="Held-out rows that adapter and artifact both answer.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Go on although the adapter does not belong to the base.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON alone on stdout.")]
 
@@ -19,6 +20,7 @@ def merge(
     base: BaseOption = None,
     force: ForceOption = False,
     certify: Annotated[bool, typer.Option(help="Prove that the merged model answers as the adapter does.")] = True,
+    rows: RowsOption = 40,
     as_json: JsonOption = False,
 ) -> int:
     """Merge an adapter into its base: W + scale B A in float32, rounded once, tensor by tensor.
@@ -35,7 +37,7 @@ def merge(
     result = report.as_dict()
     status = 0
     if certify:
-        certificate, status = show_release.certified(out_console, str(out), run, base, force)
+        certificate, status = show_release.certified(out_console, str(out), run, base, force, rows)
         result["certificate"] = certificate
     if as_json:
         show.print_json(result)

@@ -35,7 +35,7 @@ def show_warnings(out: Console, warnings: Any) -> None:
 
 
 def certified(
-    out: Console, artifact: str, run: str, base: str | None, force: bool, rows: int = 40
+    out: Console, artifact: str, run: str, base: str | None, force: bool, rows: int
 ) -> tuple[dict[str, Any], int]:
     """Certify an artifact and show the certificate; gives it with the exit status."""
     from veneer import api

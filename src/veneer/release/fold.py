@@ -67,6 +67,17 @@ class Fold:
     def changed(self) -> set[str]:
         return set(self._changes) | set(self._replaced)
 
+    def low_rank(self, name: str) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """B, A and the scale where a change is just scale * B @ A; None: only PEFT knows what it is."""
+        if name not in self._changes or not _is_plain_lora(self._model.peft_config[ADAPTER]):
+            return None
+        layer, part = self._changes[name]
+        is_linear = isinstance(layer.get_base_layer(), torch.nn.Linear)
+        if part != "weight" or not is_linear or layer.fan_in_fan_out or layer.lora_variant:
+            return None
+        halves = layer.lora_B[ADAPTER].weight, layer.lora_A[ADAPTER].weight
+        return halves[0].data, halves[1].data, float(layer.scaling[ADAPTER])
+
     def merged(self, name: str, base: torch.Tensor) -> torch.Tensor:
         """The tensor with the adapter in it, float32.
 

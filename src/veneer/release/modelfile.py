@@ -8,6 +8,8 @@ the two differ.
 """
 
 import json
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -107,20 +109,22 @@ def chain_of(renderer: Renderer) -> Chain | None:
     alone = _rendered(renderer, TRIALS[0], asks=False)
     if one is None or more is None or alone is None or one.count(U) != 1 or more.count(A) != 1:
         return None
-    if not one.startswith(alone):
-        return None
-    prompt = one[len(alone) :]
-    before_user, after_user = alone.split(U)
+    # A template may close a text that asks for nothing with one more token.
+    shared = os.path.commonprefix([one, alone])
+    cut = len(shared) if one[len(shared) :].startswith("<") or "<" not in shared else shared.rindex("<")
+    cut = max(cut, one.index(U) + len(U))
+    prompt = one[cut:]
+    before_user, after_user = one[:cut].split(U)
     middle = more[more.index(U) + len(U) :]
     if not middle.startswith(after_user + prompt + A) or not middle.endswith(after_user + prompt):
         return None
     # After the answer comes the next question: the part all questions share is what stands before one.
     gap = middle[len(after_user + prompt + A) : middle.rindex("more")]
-    user = _shared_end(before_user, gap)
+    user = _from_last(_shared_end(before_user, gap), prompt)
     after_answer = gap[: len(gap) - len(user)]
     lead = before_user[: len(before_user) - len(user)]
     bos = renderer.tokenizer.bos_token or ""
-    start = bos if bos and lead.startswith(bos) else ""
+    start = bos if bos and lead.startswith(bos) and _puts_bos(renderer) else ""
     chain = Chain(start, lead[len(start) :], ("", ""), (user, after_user), (prompt, after_answer), prompt)
     if system is None or system.count(S) != 1 or not system.startswith(start):
         return chain
@@ -147,11 +151,18 @@ def _rendered(renderer: Renderer, messages: Sequence[Message], asks: bool = True
 
 
 def _shared_end(one: str, other: str) -> str:
-    """The longest text both end with, cut back to where a control token or a line may begin."""
+    """The longest text both end with."""
     n = 0
     while n < min(len(one), len(other)) and one[-1 - n] == other[-1 - n]:
         n += 1
     return one[len(one) - n :]
+
+
+def _from_last(shared: str, prompt: str) -> str:
+    """What stands before a question alone: from where the sign stands that turns begin with, if they do with one."""
+    sign = re.match(r"<[^<>]+>", prompt)
+    at = shared.rfind(sign[0]) if sign else -1
+    return shared[at:] if at > 0 else shared
 
 
 def _puts_bos(renderer: Renderer) -> bool:

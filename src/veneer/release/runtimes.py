@@ -8,7 +8,10 @@ tokens at every step. What a server does not tell (the tokens of a prompt, say) 
 """
 
 import json
+import os
 import re
+import sys
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -284,6 +287,23 @@ def _token_id(entry: dict[str, Any]) -> int | None:
 
 
 @contextmanager
+def _native_errors() -> Iterator[list[str]]:
+    """Catch what native code writes to standard error; its lines are there when the block has ended."""
+    lines: list[str] = []
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as caught:
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield lines
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            caught.seek(0)
+            lines += caught.read().decode(errors="replace").splitlines()
+
+
+@contextmanager
 def llama_server(file: Path, chat: bool, stops: set[int], context: int, lora: Path | None = None) -> Iterator[Endpoint]:
     """llama.cpp's own server on a GGUF file, within this process, on a free port of this machine.
 
@@ -307,15 +327,19 @@ def llama_server(file: Path, chat: bool, stops: set[int], context: int, lora: Pa
     settings = xllamacpp.CommonParams()
     settings.model.path = str(file)
     settings.n_ctx, settings.n_parallel = context, 1
-    settings.warmup, settings.ui, settings.verbosity = False, False, -1
+    settings.warmup, settings.ui, settings.verbosity = False, False, 1
     settings.use_jinja = True
     settings.reasoning_format = xllamacpp.common_reasoning_format.COMMON_REASONING_FORMAT_NONE
     if lora is not None:
         settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)]
-    try:
-        server = xllamacpp.Server(settings)
-    except RuntimeError as error:
-        raise UserError(f"{file}: llama.cpp does not load it: {error}") from None
+    with _native_errors() as errors:
+        try:
+            server = xllamacpp.Server(settings)
+        except RuntimeError as error:
+            server, reason = None, str(error)
+    if server is None:
+        told = [line.split(" E ", 1)[1].strip() for line in errors if " E " in line]
+        raise UserError(f"{file}: llama.cpp does not load it: {'; '.join(told[:2]) or reason}")
     try:
         yield Endpoint(server.listening_address, chat, TOP, stops, "llama.cpp")
     finally:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_BYTES = 100 * 2**20  # the format's own limit
 SHARD_BYTES = 5 * 10**9  # of a file that is written; what the Hub advises
 CHUNK_BYTES = 32 * 2**20
+AHEAD_BYTES = 256 * 2**20  # that the kernel reads in advance, and writes behind
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FETCH_AGAIN = "fetch the model again, or name another folder"
@@ -71,6 +73,7 @@ class Stored:
         with self.file.open("rb") as file:
             file.seek(self.start)
             got = file.readinto(data.numpy().data)
+            _read_ahead(file.fileno(), self.start + self.size)
         if got != self.size:
             raise UserError(f"{self.file}: ends within the tensor {self.name}", FETCH_AGAIN)
         return data.view(self.dtype).reshape(self.shape)
@@ -85,8 +88,15 @@ class Stored:
                 got = file.readinto(buffer[: min(left, len(buffer))])
                 if not got:
                     raise UserError(f"{self.file}: ends within the tensor {self.name}", FETCH_AGAIN)
+                _read_ahead(file.fileno(), self.start + self.size - left + got)
                 yield buffer[:got]
                 left -= got
+
+
+def _read_ahead(file: int, at: int) -> None:
+    """Let the kernel fetch what is read next while this process computes; nothing where the system cannot."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, at, AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
 
 
 def read_header(path: Path) -> dict[str, Stored]:
@@ -203,8 +213,13 @@ def write_weights(
     """
     shards = _shards(planned, shard_bytes)
     files = [SINGLE] if len(shards) == 1 else [_shard_name(n, len(shards)) for n in range(len(shards))]
-    for name, tensors in zip(files, shards, strict=True):
-        _write_file(folder / name, tensors, metadata)
+    with ThreadPoolExecutor(1) as behind:  # flushes a finished file to the disk while the next is made
+        flushed = []
+        for name, tensors in zip(files, shards, strict=True):
+            _write_file(folder / name, tensors, metadata)
+            flushed.append(behind.submit(_flush, folder / name))
+        for done in flushed:
+            done.result()
     if len(shards) > 1:
         placed = {tensor.name: name for name, tensors in zip(files, shards) for tensor in tensors}
         total = sum(tensor.size for tensor in planned)
@@ -240,7 +255,11 @@ def _write_file(path: Path, tensors: Sequence[Planned], metadata: Mapping[str, s
     text += b" " * (-len(text) % 8)
     with path.open("wb", buffering=0) as file:
         _write_all(file, len(text).to_bytes(8, "little") + text)
+        behind = 0
         for tensor in tensors:
+            if file.tell() - behind > AHEAD_BYTES:
+                behind = file.tell()
+                _write_behind(file.fileno())
             made = tensor.make()
             if isinstance(made, torch.Tensor):
                 assert made.dtype == tensor.dtype
@@ -250,6 +269,16 @@ def _write_file(path: Path, tensors: Sequence[Planned], metadata: Mapping[str, s
                 for piece in made:
                     _write_all(file, piece)
         assert file.tell() == 8 + len(text) + at
+
+
+def _write_behind(file: int) -> None:
+    """Let the kernel begin to write what was handed to it, rather than all at the end."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
