@@ -91,7 +91,7 @@ def _bytes(family: str, control: list[str]) -> Tokenizer:
 
 
 def _pieces(family: str, control: list[str]) -> Tokenizer:
-    """SentencePiece BPE as Transformers converts it: every way to join a token stands in the merges, best token first."""
+    """SentencePiece BPE as Transformers converts it: the merges hold every way to join a token, best token first."""
     trained = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
     special = ["<unk>", *control, *(f"<0x{byte:02X}>" for byte in range(256))]

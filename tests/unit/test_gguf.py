@@ -58,7 +58,22 @@ def adapter_logits(origin: Origin, ids: list[int]) -> torch.Tensor:
 def first_steps(server: Endpoint) -> list[tuple[list[int], dict[int, float]]]:
     """Prompts with the distribution behind them; where a random model's first token is an end, a server tells none."""
     found: list[tuple[list[int], dict[int, float]]] = []
-    for word in "the cat dog owl hen say please route this message to right team what does and".split():
+    for word in (
+        "the",
+        "cat",
+        "dog",
+        "owl",
+        "hen",
+        "say",
+        "please",
+        "route",
+        "this",
+        "message",
+        "to",
+        "right",
+        "team",
+        "what",
+    ):
         turns = [Message("user", f"{word} " * 20)]
         (answer,) = server.answer([turns], 1)
         ids = server.prompt_ids(turns)

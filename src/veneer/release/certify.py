@@ -8,7 +8,7 @@ stand in the order in which a prompt becomes an answer, so the first that fails 
     weights          its tensors are base and adapter, within the error of their precision
     strength         the adapter is in with all of its strength
     distributions    KL divergence of the next token, adapter against artifact, along the artifact's own answers
-    agreement        how often the adapter would choose the artifact's token
+    agreement        how often the adapter would choose the artifact's token, near ties aside
     stops            answers end by themselves where the adapter's do
     score            exact match on held-out rows lies within the interval of the adapter's
 
@@ -43,6 +43,7 @@ from veneer.release.runtimes import Answer, Endpoint, Folder, Runtime, greedy, l
 from veneer.train.job import environment
 
 EDGE_TOKENS = 16  # longest answer to an edge case
+TIE_NATS = 0.05  # tokens this close to the likeliest are as good as it: rounding decides between them
 
 
 @dataclass(frozen=True)
@@ -371,7 +372,9 @@ def _measure(model: Any, renderer: Renderer, prompt: Prompt, answer: Answer, end
     logits = model(input_ids=row, logits_to_keep=len(ids) + 1).logits[0, -(len(ids) + 1) :].float()
     expected_TV = logits.log_softmax(-1).cpu()
     chosen = expected_TV.argmax(-1).tolist()
-    agreed = sum(a == b for a, b in zip(chosen, ids)) + (answer.stopped and chosen[len(ids)] in ends)
+    best = expected_TV.max(-1).values.tolist()
+    agreed = sum(best[at] - float(expected_TV[at, number]) <= TIE_NATS for at, number in enumerate(ids))
+    agreed += answer.stopped and chosen[len(ids)] in ends
     values = [divergence(expected_TV[at], step) for at, step in enumerate(answer.steps[: len(ids) + 1])]
     finite = all(math.isfinite(value) for value in values)
     return _Measured([v for v in values if math.isfinite(v)], agreed, len(ids) + answer.stopped, finite)

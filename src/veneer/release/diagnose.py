@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.data import Renderer
+from veneer.release.gguf_tokenizer import CONTROL, UNKNOWN, USER_DEFINED
 
 AROUND = 24  # characters shown on each side of the first difference
 
@@ -39,8 +40,10 @@ def lost_tokens(tokenizer: Any, artifact: Path | None) -> list[str]:
     if artifact.is_file():
         from gguf import GGUFReader
 
-        field = GGUFReader(artifact).fields.get("tokenizer.ggml.tokens")
-        held = dict(enumerate(field.contents())) if field is not None else {}
+        fields = GGUFReader(artifact).fields
+        tokens, types = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type"))
+        kinds = (UNKNOWN, CONTROL, USER_DEFINED)
+        held = {number: text for number, (text, kind) in enumerate(zip(tokens, types)) if kind in kinds}
     else:
         from transformers import AutoTokenizer
 

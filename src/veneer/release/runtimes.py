@@ -194,6 +194,7 @@ class Endpoint:
         self, url: str, chat: bool, top: int = TOP_OF_A_SERVER, stops: set[int] | None = None, kind: str = "endpoint"
     ) -> None:
         self.kind = kind
+        self.address = url
         self._root = re.sub(r"/v1/?$", "", url.rstrip("/"))
         self._chat, self._top, self._stops = chat, top, stops
         listed = self._ask("/v1/models", None)
