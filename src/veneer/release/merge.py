@@ -15,6 +15,7 @@ configuration that names every token at which an answer ends: without it a serve
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -188,9 +189,18 @@ class Recipe:
         b_OR, a_RI, scale = thin
         out = torch.empty_like(weight, dtype=dtype)
         step = max(1, ROWS_ELEMENTS // weight.shape[1])
-        for at in range(0, len(weight), step):
+
+        def fill(at: int) -> None:
             delta = (b_OR[at : at + step] @ a_RI) * scale
-            out[at : at + step] = rounded(weight[at : at + step].float() + delta, dtype, name)
+            out[at : at + step] = rounded(delta.add_(weight[at : at + step]), dtype, name)
+
+        # A block is one thread's: threads that share each small operation would wait for each other most of the time.
+        threads = torch.get_num_threads()
+        try:
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                list(pool.map(fill, range(0, len(weight), step)))
+        finally:
+            torch.set_num_threads(threads)
         return out
 
     def base_value(self, name: str, stored: Stored) -> torch.Tensor:
