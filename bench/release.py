@@ -98,6 +98,8 @@ def timed(command: list[str], base: Path, out: Path, size: int) -> dict[str, flo
     """Seconds and bytes a second of a command that makes `out` from `base`, flushed to the disk; `out` stays."""
     shutil.rmtree(out, ignore_errors=True)
     forget(base)
+    load = os.getloadavg()[0]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     _, err = process.communicate()
@@ -107,7 +109,15 @@ def timed(command: list[str], base: Path, out: Path, size: int) -> dict[str, flo
         with path.open("rb") as file:
             os.fsync(file.fileno())
     seconds = time.perf_counter() - started
-    return {"seconds": round(seconds, 1), "mb_per_second": round(size / seconds / 1e6)}
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    speed = round(size / seconds / 1e6)
+    return {
+        "seconds": round(seconds, 1),
+        "mb_per_second": speed,
+        "cpu_seconds": round(cpu, 1),
+        "load_before": round(load, 2),
+    }
 
 
 def measure_merge(folder: Path, runs: int, layers: int) -> dict[str, Any]:

@@ -190,15 +190,22 @@ class Recipe:
         out = torch.empty_like(weight, dtype=dtype)
         step = max(1, ROWS_ELEMENTS // weight.shape[1])
 
-        def fill(at: int) -> None:
-            delta = (b_OR[at : at + step] @ a_RI) * scale
-            out[at : at + step] = rounded(delta.add_(weight[at : at + step]), dtype, name)
-
-        # A block is one thread's: threads that share each small operation would wait for each other most of the time.
+        # A block is one thread's, since threads that share each small operation wait for each other most of the time;
+        # and it is made in one buffer, since memory asked for anew costs more than the arithmetic.
         threads = torch.get_num_threads()
+
+        def fill(first: int) -> None:
+            buffer = torch.empty(step, weight.shape[1])
+            for at in range(first * step, len(weight), threads * step):
+                rows = weight[at : at + step]
+                sums = torch.mm(b_OR[at : at + step], a_RI, out=buffer[: len(rows)]).mul_(scale).add_(rows)
+                if dtype == torch.float16:
+                    rounded(sums, dtype, name)
+                out[at : at + step] = sums
+
         try:
             with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                list(pool.map(fill, range(0, len(weight), step)))
+                list(pool.map(fill, range(threads)))
         finally:
             torch.set_num_threads(threads)
         return out

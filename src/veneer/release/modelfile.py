@@ -8,7 +8,6 @@ the two differ.
 """
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -110,7 +109,7 @@ def chain_of(renderer: Renderer) -> Chain | None:
     if one is None or more is None or alone is None or one.count(U) != 1 or more.count(A) != 1:
         return None
     # A template may close a text that asks for nothing with one more token.
-    shared = os.path.commonprefix([one, alone])
+    shared = _shared_start(one, alone)
     cut = len(shared) if one[len(shared) :].startswith("<") or "<" not in shared else shared.rindex("<")
     cut = max(cut, one.index(U) + len(U))
     prompt = one[cut:]
@@ -148,6 +147,12 @@ def _rendered(renderer: Renderer, messages: Sequence[Message], asks: bool = True
         return Template(renderer.tokenizer, renderer.template).render(messages, add_generation_prompt=asks)
     except BadRowError:
         return None
+
+
+def _shared_start(one: str, other: str) -> str:
+    """The longest text both begin with."""
+    n = next((n for n, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+    return one[:n]
 
 
 def _shared_end(one: str, other: str) -> str:

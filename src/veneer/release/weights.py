@@ -37,7 +37,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_BYTES = 100 * 2**20  # the format's own limit
 SHARD_BYTES = 5 * 10**9  # of a file that is written; what the Hub advises
 CHUNK_BYTES = 32 * 2**20
-AHEAD_BYTES = 256 * 2**20  # that the kernel reads in advance, and writes behind
+AHEAD_BYTES = 256 * 2**20  # that the kernel reads in advance
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FETCH_AGAIN = "fetch the model again, or name another folder"
@@ -255,26 +255,20 @@ def _write_file(path: Path, tensors: Sequence[Planned], metadata: Mapping[str, s
     text += b" " * (-len(text) % 8)
     with path.open("wb", buffering=0) as file:
         _write_all(file, len(text).to_bytes(8, "little") + text)
-        behind = 0
-        for tensor in tensors:
-            if file.tell() - behind > AHEAD_BYTES:
-                behind = file.tell()
-                _write_behind(file.fileno())
-            made = tensor.make()
-            if isinstance(made, torch.Tensor):
-                assert made.dtype == tensor.dtype
-                assert tuple(made.shape) == tensor.shape
-                _write_all(file, bytes_of(made))
-            else:
-                for piece in made:
-                    _write_all(file, piece)
+        with ThreadPoolExecutor(1) as writer:  # a tensor is written while the next is made
+            written = writer.submit(int)
+            for tensor in tensors:
+                made = tensor.make()
+                written.result()
+                if isinstance(made, torch.Tensor):
+                    assert made.dtype == tensor.dtype
+                    assert tuple(made.shape) == tensor.shape
+                    written = writer.submit(_write_all, file, bytes_of(made))
+                else:
+                    for piece in made:
+                        _write_all(file, piece)
+            written.result()
         assert file.tell() == 8 + len(text) + at
-
-
-def _write_behind(file: int) -> None:
-    """Let the kernel begin to write what was handed to it, rather than all at the end."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _flush(path: Path) -> None:
@@ -287,7 +281,8 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return tensor.contiguous().view(torch.uint8).reshape(-1).numpy().data
 
 
-def _write_all(file: Any, data: Any) -> None:
+def _write_all(file: Any, data: Any) -> int:
     view = memoryview(data)
     while view:
         view = view[file.write(view) :]
+    return 0
