@@ -15,7 +15,20 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from veneer.api import doctor, evaluate, generate, inspect_data, load, plan, train, verify
+    from veneer.api import (
+        certify,
+        doctor,
+        evaluate,
+        export,
+        generate,
+        inspect_data,
+        load,
+        merge,
+        plan,
+        train,
+        unmerge,
+        verify,
+    )
     from veneer.config import JobError, Run, UserError, load_run
 
 __version__ = "0.1.0"
@@ -25,13 +38,17 @@ _HOMES = {
     "Run": "veneer.config",
     "UserError": "veneer.config",
     "load_run": "veneer.config",
+    "certify": "veneer.api",
     "evaluate": "veneer.api",
+    "export": "veneer.api",
     "generate": "veneer.api",
     "inspect_data": "veneer.api",
     "doctor": "veneer.api",
     "load": "veneer.api",
+    "merge": "veneer.api",
     "plan": "veneer.api",
     "train": "veneer.api",
+    "unmerge": "veneer.api",
     "verify": "veneer.api",
 }
 
@@ -40,14 +57,18 @@ __all__ = [
     "Run",
     "UserError",
     "__version__",
+    "certify",
     "doctor",
     "evaluate",
+    "export",
     "generate",
     "inspect_data",
     "load",
     "load_run",
+    "merge",
     "plan",
     "train",
+    "unmerge",
     "verify",
 ]
 

@@ -24,8 +24,24 @@ from veneer.plan.doctor import Found, Problem, diagnose, look, usable
 from veneer.plan.fit import Fitted, fit
 from veneer.plan.forecast import place_here, place_of
 from veneer.plan.time import Ceilings, keep_ceilings
-from veneer.release import write_card
-from veneer.report import plot_loss
+from veneer.release import (
+    Certificate,
+    Exported,
+    Merged,
+    certify_artifact,
+    export_to,
+    find_artifact,
+    find_origin,
+    merge_into,
+    prompts_of,
+    renew_card,
+    require_match,
+    unmerge_from,
+    very_long,
+    write_card,
+    write_certificate,
+)
+from veneer.report import certificate_page, plot_loss
 from veneer.train import Listener, Trained, TrainingJob
 from veneer.train.foresight import Foreseen, foresee, read_if_at_hand
 from veneer.train.metrics import read_metrics
@@ -170,11 +186,15 @@ class Loaded:
     run: Run | None
 
 
-def load(name: str) -> Loaded:
+def load(name: str, force: bool = False) -> Loaded:
     """Load a finished run by its folder, or a base model by any name `model.base` takes.
 
+    Args:
+        name: Of the run or the model.
+        force: Put the adapter on its base even where its passport says that it does not belong there.
+
     Raises:
-        UserError: There is nothing of that name, or the run has no adapter yet.
+        UserError: There is nothing of that name, the run has no adapter yet, or it does not belong to the base.
     """
     folder = RunFolder(Path(name))
     machine = find_machine()
@@ -187,6 +207,7 @@ def load(name: str) -> Loaded:
     if not folder.adapter.is_dir():
         raise UserError(f"{name}: the run has no adapter yet", "finish it with `veneer train ... --resume`")
     source = locate(run.model)
+    require_match(folder.adapter, source, force)
     # Tokenizer and template as they were in training, whatever has become of the base's or of a template's file.
     kept = Source("folder", str(folder.adapter), name)
     named = run.data.chat_template in (*NAMED_TEMPLATES, "none")
@@ -201,6 +222,7 @@ def evaluate(
     data: str | None = None,
     rows: int | None = None,
     on_done: Callable[[int], None] = lambda done: None,
+    force: bool = False,
 ) -> Evaluation:
     """Base against tuned on a run's held-out rows, or on the rows of a file; written into the run's folder.
 
@@ -209,6 +231,7 @@ def evaluate(
         data: A file of rows to use instead of the run's held-out rows.
         rows: At most so many rows; None: as `evaluate.rows` in the run.
         on_done: Called with the number of rows just answered; each row is answered twice.
+        force: As for `load`.
 
     Raises:
         UserError: No such run, no adapter, or no held-out rows.
@@ -216,7 +239,7 @@ def evaluate(
     folder = RunFolder(Path(run_dir))
     if not folder.run.exists():
         raise UserError(f"{run_dir}: holds no run (no run.yaml)", "name the folder that `veneer train` wrote")
-    loaded = load(str(run_dir))
+    loaded = load(str(run_dir), force)
     assert loaded.run is not None
     held_out = _held_out(folder, loaded.run, loaded.renderer, data, rows or loaded.run.evaluate.rows)
     engine = ReferenceEngine(loaded.model)  # judges by other code than the adapter was trained by
@@ -226,10 +249,11 @@ def evaluate(
 
 
 def save_evaluation(folder: RunFolder, evaluation: Evaluation) -> None:
-    """Write evaluation.json and samples.jsonl."""
+    """Write evaluation.json and samples.jsonl, and the scores into the adapter's card."""
     write_json(folder.evaluation, evaluation.as_dict())
     lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in evaluation.samples())
     write_text(folder.samples, "".join(lines))
+    renew_card(folder)
 
 
 def generate(
@@ -240,6 +264,7 @@ def generate(
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     seed: int = 42,
+    force: bool = False,
 ) -> list[dict[str, str]]:
     """Answers of a run (or of a base model) to prompts: `prompt`, `answer`, and `base` where it is compared.
 
@@ -248,7 +273,7 @@ def generate(
     """
     import torch
 
-    loaded = load(name)
+    loaded = load(name, force)
     if compare_with_base and loaded.run is None:
         raise UserError(f"{name}: a base model alone, there is nothing to compare", "name a run's folder")
     before = [] if system is None else [Message("system", system)]
@@ -322,3 +347,124 @@ def _held_out(folder: RunFolder, run: Run, renderer: Renderer, data: str | None,
     if not held_out:
         raise UserError("the run holds no rows out (data.validation = 0)", "name a file with --data")
     return held_out
+
+
+def merge(
+    run: str,
+    out: str | Path,
+    dtype: str = "bfloat16",
+    on: str = "base",
+    base: str | None = None,
+    force: bool = False,
+    on_done: Callable[[int], None] = lambda done: None,
+) -> Merged:
+    """Write base and adapter as one model: see `veneer.release.merge`.
+
+    Args:
+        run: Folder of a finished run, or of an adapter.
+        out: A new folder.
+        dtype: bfloat16, float16 or float32.
+        on: base, or nf4 for the 4-bit base of the training, dequantized.
+        base: Another base than the adapter names.
+        force: Go on although the adapter does not belong to the base.
+        on_done: Called with the number of bytes just written.
+
+    Raises:
+        UserError: They do not fit together, or the folder is not to be had; nothing was written.
+    """
+    return merge_into(find_origin(run, base, force), Path(out), dtype, on, on_done=on_done)
+
+
+def unmerge(
+    merged: str | Path,
+    adapter: str,
+    out: str | Path,
+    force: bool = False,
+    on_done: Callable[[int], None] = lambda done: None,
+) -> Merged:
+    """Take an adapter out of a merged model: what is left is its base, within rounding.
+
+    Raises:
+        UserError: As `merge`, or the kind of adapter cannot be taken out.
+    """
+    return unmerge_from(Path(merged), find_origin(adapter, None, force), Path(out), on_done)
+
+
+def export(
+    run: str,
+    out: str | Path,
+    file_format: str = "gguf",
+    quant: str = "q8_0",
+    on: str = "base",
+    adapter_only: bool = False,
+    base: str | None = None,
+    force: bool = False,
+    on_done: Callable[[int], None] = lambda done: None,
+) -> Exported:
+    """Write a GGUF file with its Modelfile: see `veneer.release.export`.
+
+    Args:
+        run: Folder of a finished run, or of an adapter.
+        out: A new folder.
+        file_format: gguf.
+        quant: Type of the weights.
+        on: base, or nf4 for the 4-bit base of the training, dequantized.
+        adapter_only: Write the adapter alone.
+        base: Another base than the adapter names.
+        force: Go on although the adapter does not belong to the base.
+        on_done: Called with the number of bytes just written.
+
+    Raises:
+        UserError: The architecture, the tokenizer or the type cannot be exported, or as `merge`; nothing was written.
+    """
+    return export_to(find_origin(run, base, force), Path(out), file_format, quant, on, adapter_only, on_done)
+
+
+def certify(
+    artifact: str,
+    run: str,
+    rows: int = 40,
+    base: str | None = None,
+    force: bool = False,
+    tell: Callable[[str], None] = lambda what: None,
+) -> tuple[Certificate, Path]:
+    """Put what ships beside the adapter it came from, and write certificate.json and its page.
+
+    Args:
+        artifact: A merged folder, a GGUF file, or the address of a server.
+        run: Folder of the run, or of the adapter.
+        rows: Held-out rows that both answer.
+        base: Another base than the adapter names.
+        force: Go on although the adapter does not belong to the base.
+        tell: Called with what is being done.
+
+    Returns:
+        The certificate, and the folder it was written into: the artifact's, or the run's for a server.
+
+    Raises:
+        UserError: There is no such artifact or run, or the artifact does not load.
+    """
+    origin = find_origin(run, base, force)
+    found = find_artifact(artifact, origin)
+    renderer = origin.renderer()
+    held_out: list[HeldOut] = []
+    skipped = {}
+    folder = RunFolder(Path(run).expanduser())
+    if origin.run is None:
+        skipped["answers and score on held-out rows"] = "the adapter has no run beside it"
+    elif rows:
+        try:
+            held_out = _held_out(folder, origin.run, renderer, None, rows)
+        except UserError as error:
+            skipped["answers and score on held-out rows"] = str(error).splitlines()[0]
+    longest = origin.run.evaluate.max_new_tokens if origin.run is not None else 64
+    prompts = prompts_of(renderer, held_out, very_long(origin, longest))
+    certificate = certify_artifact(found, origin, prompts, longest, skipped, tell)
+    page = certificate_page(certificate.as_dict())
+    targets = [] if found.path is None else [found.path if found.path.is_dir() else found.path.parent]
+    targets += [folder.path] if origin.run is not None else []
+    for target in targets or [Path()]:
+        write_certificate(certificate, target, page)
+    if origin.run is not None:
+        renew_card(folder)
+    return certificate, (targets or [Path()])[0]

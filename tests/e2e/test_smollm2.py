@@ -176,3 +176,23 @@ def test_the_fused_engine_errs_at_most_twice_as_much_as_peft() -> None:
     assert found["largest_ratio_of_a_matrix"] <= 2
     assert found["fused"]["gradient_error"] <= found["peft"]["gradient_error"]
     assert found["fused"]["loss_error"] <= max(2 * found["peft"]["loss_error"], 2e-3 * found["loss_float32"])
+
+
+def test_what_ships_is_what_was_trained(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Merged and as a 4-bit K-quant in llama.cpp: same tokens, same stops, near the adapter, certified."""
+    folder = str(trained[0])
+    merged = veneer("merge", folder, "--out", str(tmp_path / "merged"), "--rows", "4")
+    exported = veneer("export", folder, "--out", str(tmp_path / "gguf"), "--quant", "q4_k_m", "--rows", "4")
+    assert exported["types"].keys() >= {"Q4_K", "Q6_K"}
+    for report in (merged, exported):
+        checks = {check["id"]: check for check in report["certificate"]["checks"]}
+        assert report["certificate"]["passed"]
+        assert checks["prompt_tokens"]["value"] == "10 of 10 identical"
+        assert checks["stops"]["value"] == "4 of 4"
+        assert checks["strength"]["value"] == pytest.approx(1, abs=0.02)
+    from transformers import AutoConfig
+
+    assert AutoConfig.from_pretrained(tmp_path / "merged").model_type == "llama"
+    modelfile = (tmp_path / "gguf" / "Modelfile").read_text()
+    assert 'PARAMETER stop "<|im_end|>"' in modelfile
+    assert SYSTEM_PROMPT in modelfile

@@ -10,6 +10,9 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
     data: Annotated[str | None, typer.Option(help="File of rows to use instead of the held-out ones.")] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="At most so many rows.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Use the adapter even on a base it was not trained on.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON alone on stdout.")] = False,
 ) -> None:
     """Measure exact match of generated answers and perplexity, base against tuned.
@@ -28,7 +31,7 @@ def evaluate(
             answered += count
             status.update(f"{answered} answers")
 
-        result = api.evaluate(run, data, rows, on_done).as_dict()
+        result = api.evaluate(run, data, rows, on_done, force).as_dict()
     if as_json:
         show.print_json(result)
         return

@@ -14,6 +14,9 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest answer; above: sampled.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 42,
+    force: Annotated[
+        bool, typer.Option("--force", help="Use the adapter even on a base it was not trained on.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answers as JSON alone on stdout.")] = False,
 ) -> None:
     """Answer prompts with a tuned model; without --prompt, one prompt a line is read from standard input.
@@ -33,7 +36,7 @@ def generate(
 
     out = show.console(as_json)
     with out.status("answering"):
-        answers = api.generate(name, prompts, system, compare, max_new_tokens, temperature, seed)
+        answers = api.generate(name, prompts, system, compare, max_new_tokens, temperature, seed, force)
     if as_json:
         show.print_json({"answers": answers})
         return

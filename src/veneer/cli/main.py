@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from veneer.cli import data, demo, doctor, evaluate, generate, plan, train, verify
+from veneer.cli import certify, data, demo, doctor, evaluate, export, generate, merge, plan, push, train, verify
 
 app = typer.Typer(
     name="veneer",
@@ -20,9 +20,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog="Try `veneer demo` first. --debug anywhere on the line shows the traceback of an error.",
 )
-for module in (demo, doctor, plan, data, verify, train, evaluate, generate):
+for module in (demo, doctor, plan, data, verify, train, evaluate, generate, export, certify, push):
     name = module.__name__.rsplit(".", 1)[-1]
     app.command(name)(getattr(module, name))
+app.command("merge")(merge.merge)
+app.command("unmerge")(merge.unmerge)
 
 
 def main(arguments: list[str] | None = None) -> None:

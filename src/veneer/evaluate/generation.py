@@ -62,7 +62,7 @@ def generate(
         for row, n in enumerate(chosen):
             ids_BL[row, longest - len(prompts[n]) :] = torch.tensor(prompts[n])
             mask_BL[row, longest - len(prompts[n]) :] = 1
-        with quiet(), _contiguous_head_input(model):
+        with quiet(), contiguous_head_input(model):
             output_BL = model.generate(
                 input_ids=ids_BL.to(device), attention_mask=mask_BL.to(device), generation_config=config
             )
@@ -82,7 +82,7 @@ def _stop_ids(model: Any) -> set[int]:
 
 
 @contextmanager
-def _contiguous_head_input(model: Any) -> Iterator[None]:
+def contiguous_head_input(model: Any) -> Iterator[None]:
     """Hand the head a contiguous tensor.
 
     After the prompt Transformers passes it a slice (the last position of each row), for which torch on the CPU

@@ -1,5 +1,46 @@
-"""What leaves the house: the adapter's card and its passport."""
+"""What leaves the house: passport, card, merged models, GGUF files, and the proof that they are what was trained.
 
-from veneer.release.card import write_card
+weights.py           safetensors read and written with one tensor in memory at a time
+passport.py          what an adapter belongs to, and the refusal to load it on anything else
+origin.py            an adapter with its base: what a release is made from
+fold.py              an adapter folded into its base's tensors, one module at a time
+merge.py             base and adapter as one model on disk; and the inverse
+gguf_families.py     names, numbers and layouts of a model in llama.cpp
+gguf_tokenizer.py    a tokenizer in the words of GGUF
+gguf_types.py        the type of each tensor, and its bytes in it
+export.py            base and adapter as one GGUF file, or the adapter alone
+modelfile.py         template and stop tokens for Ollama
+prompts.py           what a certificate asks
+runtimes.py          an artifact as its users run it
+compare_weights.py   an artifact's tensors against what they should be
+diagnose.py          why an artifact makes other tokens
+certify.py           the certificate
+card.py, lint.py, push.py    README.md of an adapter; what vLLM takes; upload to a hub
+"""
 
-__all__ = ["write_card"]
+from veneer.release.card import renew_card, write_card
+from veneer.release.certify import Certificate, certify_artifact, find_artifact, write_certificate
+from veneer.release.export import Exported, export_to
+from veneer.release.merge import Merged, merge_into, unmerge_from
+from veneer.release.origin import Origin, find_origin
+from veneer.release.passport import require_match
+from veneer.release.prompts import prompts_of, very_long
+
+__all__ = [
+    "Certificate",
+    "Exported",
+    "Merged",
+    "Origin",
+    "certify_artifact",
+    "export_to",
+    "find_artifact",
+    "find_origin",
+    "merge_into",
+    "prompts_of",
+    "renew_card",
+    "require_match",
+    "unmerge_from",
+    "very_long",
+    "write_card",
+    "write_certificate",
+]

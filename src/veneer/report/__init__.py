@@ -1,6 +1,7 @@
 """Pictures and pages of data and runs."""
 
+from veneer.report.certificate_page import certificate_page
 from veneer.report.data_page import data_page
 from veneer.report.plots import plot_loss
 
-__all__ = ["data_page", "plot_loss"]
+__all__ = ["certificate_page", "data_page", "plot_loss"]

@@ -1,0 +1,30 @@
+"""veneer certify: proof that an artifact behaves like the adapter it came from."""
+
+from typing import Annotated
+
+import typer
+
+from veneer.cli.merge import BaseOption, ForceOption, JsonOption, RowsOption
+
+
+def certify(
+    artifact: Annotated[str, typer.Argument(help="Merged folder, GGUF file, or address of a server (http://...).")],
+    against: Annotated[str, typer.Option(help="Folder of the run, or of the adapter.")],
+    rows: RowsOption = 40,
+    base: BaseOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> int:
+    """Put what ships beside the adapter it came from: tokens, stops, weights, distributions, answers, score.
+
+    Exit status 1 if they differ; the first stage that does is named.
+
+    Example: `veneer certify models/tickets --against runs/tickets`
+    """
+    from veneer.cli import show, show_release
+
+    out = show.console(as_json)
+    certificate, status = show_release.certified(out, artifact, against, base, force, rows)
+    if as_json:
+        show.print_json(certificate)
+    return status

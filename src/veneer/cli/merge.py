@@ -1,0 +1,66 @@
+"""veneer merge and veneer unmerge: base and adapter as one model on disk, and the inverse."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RunArgument = Annotated[str, typer.Argument(help="Folder of a finished run, or of an adapter.")]
+BaseOption = Annotated[str | None, typer.Option(help="Another base than the one the adapter names.")]
+RowsOption = Annotated[int, typer.Option(min=0, help="Held-out rows that adapter and artifact both answer.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Go on although the adapter does not belong to the base.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON alone on stdout.")]
+
+
+def merge(
+    run: RunArgument,
+    out: Annotated[Path, typer.Option(help="The new model's folder.")],
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    on: Annotated[str, typer.Option(help="base: the base itself; nf4: the 4-bit base of the training.")] = "base",
+    base: BaseOption = None,
+    force: ForceOption = False,
+    certify: Annotated[bool, typer.Option(help="Prove that the merged model answers as the adapter does.")] = True,
+    rows: RowsOption = 40,
+    as_json: JsonOption = False,
+) -> int:
+    """Merge an adapter into its base: W + scale B A in float32, rounded once, tensor by tensor.
+
+    Example: `veneer merge runs/tickets --out models/tickets`
+    """
+    from veneer import api
+    from veneer.cli import show, show_release
+
+    out_console = show.console(as_json)
+    with show_release.byte_progress(out_console, "merging") as on_done:
+        report = api.merge(run, out, dtype, on, base, force, on_done)
+    show_release.show_merged(out_console, report)
+    result = report.as_dict()
+    status = 0
+    if certify:
+        certificate, status = show_release.certified(out_console, str(out), run, base, force, rows)
+        result["certificate"] = certificate
+    if as_json:
+        show.print_json(result)
+    return status
+
+
+def unmerge(
+    merged: Annotated[Path, typer.Argument(help="Folder of a merged model.")],
+    adapter: Annotated[str, typer.Option(help="The run, or the adapter, that is in it.")],
+    out: Annotated[Path, typer.Option(help="The folder of what is left.")],
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Take an adapter out of a merged model: what is left is its base, within rounding.
+
+    Example: `veneer unmerge models/tickets --adapter runs/tickets --out models/base`
+    """
+    from veneer import api
+    from veneer.cli import show, show_release
+
+    out_console = show.console(as_json)
+    with show_release.byte_progress(out_console, "unmerging") as on_done:
+        report = api.unmerge(merged, adapter, out, force, on_done)
+    show_release.show_merged(out_console, report)
+    if as_json:
+        show.print_json(report.as_dict())

@@ -1,0 +1,72 @@
+"""What merge, export and certify print for a person."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+
+
+@contextmanager
+def byte_progress(out: Console, what: str) -> Iterator[Callable[[int], None]]:
+    """A line of bytes done and bytes a second; yields the function that moves it."""
+    columns = (TextColumn(what), BarColumn(bar_width=24), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=out, transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done: progress.advance(task, done)
+
+
+def show_merged(out: Console, report: Any) -> None:
+    """What a merge wrote."""
+    out.print(
+        f"[bold]written[/bold]  {escape(report.out)}: {report.tensors} tensors ({report.changed} of them changed), "
+        f"{report.bytes / 1e9:.2f} GB in {report.files} file{'s' if report.files != 1 else ''}, {report.dtype}"
+    )
+    show_warnings(out, report.warnings)
+
+
+def show_warnings(out: Console, warnings: Any) -> None:
+    """Warnings, a line each."""
+    for warning in warnings:
+        out.print(f"  [yellow]warning:[/yellow] {escape(warning)}")
+
+
+def certified(
+    out: Console, artifact: str, run: str, base: str | None, force: bool, rows: int
+) -> tuple[dict[str, Any], int]:
+    """Certify an artifact and show the certificate; gives it with the exit status."""
+    from veneer import api
+
+    with out.status("certifying") as status:
+        certificate, folder = api.certify(artifact, run, rows, base, force, lambda what: status.update(what))
+    result = certificate.as_dict()
+    show_certificate(out, result)
+    out.print(f"files    {escape(str(folder))}: certificate.json certificate.html", soft_wrap=True)
+    return result, 0 if certificate.passed else 1
+
+
+def show_certificate(out: Console, certificate: dict[str, Any]) -> None:
+    """Each check beside its limit, and the verdict."""
+    table = Table(title=f"{len(certificate['prompts'])} prompts, {certificate['seconds']} s", title_justify="left")
+    for column in ("", "check", "measured", "limit"):
+        table.add_column(column, overflow="fold")
+    for check in certificate["checks"]:
+        mark = "[green]passed[/green]" if check["passed"] else "[red]failed[/red]"
+        words = [escape(_words(check[key])) for key in ("value", "limit")]
+        table.add_row(mark, escape(check["name"]), *words)
+    for name, reason in certificate["skipped"].items():
+        table.add_row("[yellow]not checked[/yellow]", escape(name), escape(reason), "")
+    out.print(table)
+    if certificate["passed"]:
+        out.print("[bold green]certified[/bold green]: it behaves like the adapter it came from")
+    else:
+        out.print(f"[bold red]differs[/bold red]  first at {escape(certificate['first_difference'])}")
+
+
+def _words(value: Any) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else f"{value:.4g}"

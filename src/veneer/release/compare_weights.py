@@ -1,0 +1,185 @@
+"""The tensors of an artifact against what they should be: base and adapter, merged anew, one tensor at a time.
+
+A model's answers hide small damage; its tensors do not. For each tensor of a merged folder or a GGUF file the right
+value is computed again in float32 and compared within the error of the artifact's precision. What is wrong has a
+shape, and the shape has a name: numbers that are not finite are an overflow, tensors without an adapter that differ
+are another base, an adapter that is in with half its strength has lost its alpha, and a few tensors that differ are
+damaged.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from veneer.model.shapes import find_config
+from veneer.release.fold import Fold
+from veneer.release.gguf_families import Layout
+from veneer.release.gguf_types import encoded
+from veneer.release.merge import Recipe
+from veneer.release.origin import Origin
+from veneer.release.weights import weights_of
+
+# Largest error of a tensor in proportion to its largest value, that a precision explains.
+ERRORS = {
+    **{"F32": 1e-6, "BF16": 2**-8, "F16": 2**-10, "Q8_0": 0.01, "Q6_K": 0.06, "Q5_K": 0.09, "Q5_1": 0.09, "Q5_0": 0.12},
+    **{"Q4_K": 0.16, "Q4_1": 0.16, "Q4_0": 0.25, "Q3_K": 0.45, "Q2_K": 0.9, "Q8_K": 0.01},
+}
+STRENGTH = 0.1  # how far from 1 the adapter's measured strength may be
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What was found.
+
+    Attributes:
+        tensors: How many were compared.
+        wrong: Names of those beyond the error of their precision.
+        worst: Largest error found, in units of what the precision explains.
+        strength: How much of the adapter is in: 1 is all of it; None: it changes nothing measurable.
+        diagnosis: What is wrong; empty: nothing.
+    """
+
+    tensors: int
+    wrong: list[str]
+    worst: float
+    strength: float | None
+    diagnosis: str
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A tensor of the artifact beside what it should be, both float32, and the base's."""
+
+    name: str
+    kind: str
+    found: torch.Tensor | None
+    expected: torch.Tensor
+    base: torch.Tensor | None
+
+
+def compare_weights(origin: Origin, artifact: Path, on: str) -> Compared:
+    """Compare a merged folder, or a GGUF file, with its base and adapter.
+
+    Args:
+        origin: The adapter and its base.
+        artifact: The folder or the file.
+        on: What the adapter was merged into: base, or nf4.
+    """
+    tensors = weights_of(origin.base_folder, f"model.base = {origin.model.base}")
+    fold = Fold(origin, tensors)
+    recipe = Recipe(origin, fold, on)
+    read = _gguf_reader(origin, artifact) if artifact.is_file() else _folder_reader(artifact)
+    wrong_own: list[str] = []
+    wrong_changed: list[str] = []
+    count = changed = 0
+    worst, along, squared = 0.0, 0.0, 0.0
+    infinite: list[str] = []
+    for pair in _pairs(tensors | fold.untied, fold, recipe, read):
+        count += 1
+        changed += pair.base is not None
+        if pair.found is None or pair.found.shape != pair.expected.shape:
+            (wrong_changed if pair.base is not None else wrong_own).append(pair.name)
+            worst = float("inf")
+            continue
+        if not pair.found.isfinite().all():
+            infinite.append(pair.name)
+            worst = float("inf")
+            continue
+        error = float((pair.found - pair.expected).abs().max())
+        explained = ERRORS.get(pair.kind, 0.01) * max(float(pair.expected.abs().max()), 1e-12)
+        worst = max(worst, error / explained)
+        if error > explained:
+            (wrong_changed if pair.base is not None else wrong_own).append(pair.name)
+        if pair.base is not None:
+            delta = (pair.expected - pair.base).double()
+            along += float(((pair.found - pair.base).double() * delta).sum())
+            squared += float((delta * delta).sum())
+    strength = along / squared if squared > 0 else None
+    wrong = wrong_own + wrong_changed + infinite
+    diagnosis = _diagnose(wrong_own, wrong_changed, infinite, count - changed, strength)
+    return Compared(count, wrong, worst, strength, diagnosis)
+
+
+def _diagnose(own: list[str], changed: list[str], infinite: list[str], owned: int, strength: float | None) -> str:
+    if infinite:
+        return f"{infinite[0]} holds numbers that are not finite: an overflow of its precision"
+    if owned and len(own) > max(2, owned // 3):
+        return f"{len(own)} of {owned} tensors that the adapter does not touch differ: it was merged into another base"
+    if strength is not None and abs(strength - 1) > STRENGTH:
+        return f"the adapter is in with {strength:.2f} of its strength: its scale (lora_alpha / r) was lost or changed"
+    if own or changed:
+        names = own + changed
+        return f"{len(names)} tensor{'s' if len(names) > 1 else ''} differ: {', '.join(names[:3])}"
+    return ""
+
+
+def _pairs(every: dict[str, Any], fold: Fold, recipe: Recipe, read: Any) -> Iterator[_Pair]:
+    for name, stored in every.items():
+        if not stored.is_float:
+            continue
+        found, kind, lay_out, same = read(name)
+        if kind is None:  # an artifact may leave out what is tied
+            if name not in fold.changed and name.endswith("lm_head.weight"):
+                continue
+            kind = "F32"
+        value = recipe.value(name, stored)
+        expected = lay_out(value).float()
+        if same is not None and same(expected):
+            found = expected.clone()
+        elif found is not None:
+            found = found()
+        base = None
+        if name in fold.changed:
+            base = lay_out(recipe.base_value(name, stored)).float()
+        yield _Pair(name, kind, found, expected, base)
+
+
+def _folder_reader(folder: Path) -> Callable[[str], Any]:
+    tensors = weights_of(folder, str(folder))
+    kinds = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+    def read(name: str) -> Any:
+        stored = tensors.get(name)
+        if stored is None:
+            return None, None, lambda value: value, None
+        return lambda: stored.read().float(), kinds.get(stored.dtype, "F32"), lambda value: value, None
+
+    return read
+
+
+def _gguf_reader(origin: Origin, file: Path) -> Callable[[str], Any]:
+    from gguf import GGUFReader, quants
+
+    layout = Layout(find_config(origin.model), origin.model.base)
+    tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+
+    def read(name: str) -> Any:
+        tensor = tensors.get(layout.name(name))
+        transform = layout.transform(name) or (lambda value: value)
+        if tensor is None:
+            return None, None, transform, None
+        kind = tensor.tensor_type.name
+        shape = tuple(int(n) for n in reversed(tensor.shape.tolist()))
+
+        def found() -> torch.Tensor:
+            values = np.array(quants.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+            return torch.from_numpy(values).reshape(shape)
+
+        def same(expected: torch.Tensor) -> bool:
+            """Whether these are the very bytes that an export writes; then the quantization is what it should be."""
+            if kind in ("F32", "F16", "BF16") or tuple(expected.shape) != shape:
+                return False
+            at, own = 0, np.asarray(tensor.data).view(np.uint8).reshape(-1)
+            for piece in encoded(expected, kind):
+                if not np.array_equal(own[at : at + piece.size], piece):
+                    return False
+                at += piece.size
+            return True
+
+        return found, kind, transform, same
+
+    return read

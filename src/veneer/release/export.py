@@ -1,0 +1,298 @@
+"""Export to GGUF for llama.cpp and Ollama: the merged model in one file, or the adapter alone.
+
+Tensors go from the base's safetensors through the adapter, in float32, straight into the type of the file: no merged
+folder in between, one rounding, one tensor in memory at a time. The file carries the tokenizer, the chat template and
+the stop tokens of the training, so that what runs it needs nothing else. A Modelfile for Ollama always lies beside it.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from veneer.config import UserError
+from veneer.config.folder import whole_folder, write_text
+from veneer.model.shapes import find_config
+from veneer.release.card import hub_id, licence
+from veneer.release.fold import Fold
+from veneer.release.gguf_families import Layout
+from veneer.release.gguf_tokenizer import vocabulary
+from veneer.release.gguf_types import QUANTS, Mix, encoded, require_quant, size_of
+from veneer.release.lint import vllm_lint
+from veneer.release.merge import Recipe, require_free, require_known, require_space, stop_ids
+from veneer.release.modelfile import modelfile
+from veneer.release.origin import Origin
+from veneer.release.weights import Stored, read_header, weights_of
+
+Progress = Callable[[int], None]
+FORMATS = ("gguf",)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    out: str
+    file: str
+    quant: str
+    on: str
+    tensors: int
+    bytes: int
+    types: dict[str, int]
+    warnings: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of the file, and what makes its value."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    make: Callable[[], torch.Tensor]
+
+
+def export_model(
+    origin: Origin, out: Path, quant: str = "q8_0", on: str = "base", on_done: Progress = lambda done: None
+) -> Exported:
+    """Write base and adapter as one GGUF file, with a Modelfile, into a new folder.
+
+    Args:
+        origin: The adapter and its base.
+        out: The folder; it appears whole or not at all.
+        quant: Type of the weights; see `gguf_types.QUANTS`.
+        on: As for a merge: base, or nf4.
+        on_done: Called with the number of bytes just written.
+
+    Raises:
+        UserError: The architecture, the tokenizer or the type cannot be exported, or as for a merge.
+    """
+    require_quant(quant)
+    require_free(out)
+    layout = Layout(find_config(origin.model), origin.model.base)
+    folder = origin.base_folder
+    tensors = weights_of(folder, f"model.base = {origin.model.base}")
+    fold = Fold(origin, tensors)
+    recipe = Recipe(origin, fold, on)
+    every = tensors | fold.untied
+    tied = not fold.unties and bool(getattr(layout.config, "tie_word_embeddings", False))
+    if fold.unties and layout.family.arch == "gemma2":
+        raise UserError(
+            f"{origin.name}: the adapter gives Gemma 2 a head of its own, which llama.cpp has no place for",
+            "serve the folder that `veneer merge` writes",
+        )
+    mix = Mix(quant, layout.depth, layout.heads // layout.kv_heads, tied)
+    planned = [
+        _plan(layout, recipe, mix, name, stored)
+        for name, stored in every.items()
+        if stored.is_float and not (tied and name.endswith("lm_head.weight"))
+    ]
+    extras = layout.extra_tensors()
+    planned += [_Tensor(name, tuple(value.shape), "F32", _constant(value)) for name, value in extras.items()]
+    rows = every[fold.name_on_disk(fold.embeddings)].shape[0]
+    file = f"{_title(origin)}-{quant}.gguf"
+    require_space(out, sum(size_of(tensor.kind, tensor.shape) for tensor in planned))
+    with whole_folder(out) as unfinished:
+        writer = _writer(unfinished / file, layout.family.arch)
+        _describe(writer, origin, layout, quant)
+        writer.add_string("veneer.on", on)
+        _add_tokenizer(writer, origin, rows)
+        _write_tensors(writer, planned, on_done)
+        _write_modelfile(origin, unfinished, file, None)
+        size = (unfinished / file).stat().st_size
+    types: dict[str, int] = {}
+    for tensor in planned:
+        types[tensor.kind] = types.get(tensor.kind, 0) + 1
+    warnings = (*layout.warnings, *_warnings(origin, quant, on))
+    return Exported(str(out), file, quant, on, len(planned), size, types, warnings)
+
+
+def export_adapter(origin: Origin, out: Path, on_done: Progress = lambda done: None) -> Exported:
+    """Write the adapter alone as a GGUF LoRA, to be put on a GGUF file of its base (`llama-server --lora`).
+
+    Raises:
+        UserError: The adapter is more than LoRA matrices on linear layers, which is all that llama.cpp knows.
+    """
+    require_free(out)
+    layout = Layout(find_config(origin.model), origin.model.base)
+    refused = [check.message for check in vllm_lint(origin.adapter) if not check.passed and check.id != "rank"]
+    if refused:
+        raise UserError(
+            f"{origin.name}: llama.cpp takes LoRA matrices on linear layers alone: {'; '.join(refused)}",
+            "export the merged model: leave --adapter-only out",
+        )
+    Fold(origin, weights_of(origin.base_folder, f"model.base = {origin.model.base}"))  # it belongs to this base
+    config = origin.peft_config
+    held = read_header(origin.adapter / "adapter_model.safetensors")
+    planned = [_plan_lora(layout, name, stored) for name, stored in held.items()]
+    alpha = float(config["lora_alpha"]) * (config["r"] ** 0.5 if config.get("use_rslora") else 1)
+    file = f"{_title(origin)}-lora.gguf"
+    require_space(out, sum(size_of(tensor.kind, tensor.shape) for tensor in planned))
+    with whole_folder(out) as unfinished:
+        writer = _writer(unfinished / file, layout.family.arch)
+        writer.add_type("adapter")
+        writer.add_name(_title(origin))
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", alpha)
+        _write_tensors(writer, planned, on_done)
+        _write_modelfile(origin, unfinished, file, hub_id(origin.source) or origin.model.base)
+        size = (unfinished / file).stat().st_size
+    return Exported(str(out), file, "f32", "base", len(planned), size, {"F32": len(planned)}, ())
+
+
+def _plan(layout: Layout, recipe: Recipe, mix: Mix, name: str, stored: Stored) -> _Tensor:
+    there = layout.name(name)
+    transform = layout.transform(name)
+
+    def make() -> torch.Tensor:
+        value = recipe.value(name, stored)
+        return value if transform is None else transform(value)
+
+    return _Tensor(there, stored.shape, mix.type_of(there, stored.shape), make)
+
+
+def _plan_lora(layout: Layout, name: str, stored: Stored) -> _Tensor:
+    """A LoRA matrix; B has the rows of its weight, and is laid out as they are."""
+    module, _, half = name.removeprefix("base_model.model.").rpartition(".lora_")
+    weight = f"{module}.weight"
+    transform = layout.transform(weight) if half.startswith("B") else None
+
+    def make() -> torch.Tensor:
+        value = stored.read()
+        return value if transform is None else transform(value)
+
+    return _Tensor(f"{layout.name(weight)}.lora_{half[0].lower()}", stored.shape, "F32", make)
+
+
+def _constant(value: torch.Tensor) -> Callable[[], torch.Tensor]:
+    return lambda: value
+
+
+def _writer(path: Path, arch: str) -> Any:
+    from gguf import GGUFWriter
+
+    return GGUFWriter(path, arch)
+
+
+def _describe(writer: Any, origin: Origin, layout: Layout, quant: str) -> None:
+    """Everything but tokenizer and tensors."""
+    writer.add_type("model")
+    writer.add_name(_named(_title(origin), origin.renderer().tokenizer))
+    if (stated := licence(origin.source)) is not None:
+        writer.add_license(stated)
+    if (known := hub_id(origin.source)) is not None:
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, known.partition("/")[2])
+        writer.add_base_model_organization(0, known.partition("/")[0])
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{known}")
+    writer.add_file_type(QUANTS[quant][0])
+    writer.add_quantization_version(2)
+    for key, value in layout.metadata().items():
+        add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
+        (writer.add_string if isinstance(value, str) else add)(key, value)
+
+
+def _named(title: str, tokenizer: Any) -> str:
+    """The model's name in the file. llama.cpp strips spaces behind control tokens, as Phi-3's tokenizer does, where the
+    name says so and only there; it then expects the tokens of that tokenizer.
+    """
+    strips = any(token.rstrip for token in tokenizer.added_tokens_decoder.values())
+    if strips and {"<s>", "</s>", "<unk>", "<|endoftext|>"} <= tokenizer.get_vocab().keys():
+        return title if "phi-3" in title.lower() else f"{title} (Phi-3)"
+    return re.sub(r"(?i)phi-?3", "phi 3", title)
+
+
+def _add_tokenizer(writer: Any, origin: Origin, rows: int) -> None:
+    renderer = origin.renderer()
+    found = vocabulary(renderer.tokenizer, rows, stop_ids(origin, origin.base_folder))
+    writer.add_tokenizer_model(found.model)
+    writer.add_tokenizer_pre(found.pre)
+    writer.add_token_list(found.tokens)
+    writer.add_token_types(found.types)
+    if found.scores is not None:
+        writer.add_token_scores(found.scores)
+    if found.merges is not None:
+        writer.add_token_merges(found.merges)
+    for name, number in found.special.items():
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", number)
+    for name, flag in found.flags.items():
+        writer.add_bool(f"tokenizer.ggml.{name}", flag)
+    if renderer.template is not None:
+        writer.add_chat_template(renderer.template)
+
+
+def _write_tensors(writer: Any, planned: list[_Tensor], on_done: Progress) -> None:
+    """All tensors, each made when its turn comes."""
+    from gguf import GGMLQuantizationType
+
+    for tensor in planned:
+        size = size_of(tensor.kind, tensor.shape)
+        kind = GGMLQuantizationType[tensor.kind]
+        plain = {"F32": np.float32, "F16": np.float16}.get(tensor.kind)
+        shape = tensor.shape if plain else (*tensor.shape[:-1], size // int(np.prod(tensor.shape[:-1])))
+        writer.add_tensor_info(tensor.name, shape, np.dtype(plain or np.uint8), size, raw_dtype=None if plain else kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    file = writer.fout[0]
+    writer.write_padding(file, file.tell())
+    for tensor in planned:
+        for piece in encoded(tensor.make(), tensor.kind):
+            file.write(piece.data)
+        size = size_of(tensor.kind, tensor.shape)
+        writer.write_padding(file, size)
+        on_done(size)
+    writer.close()
+
+
+def _write_modelfile(origin: Origin, folder: Path, file: str, adapter_of: str | None) -> None:
+    renderer = origin.renderer()
+    ids = stop_ids(origin, origin.base_folder)
+    stops = [str(renderer.tokenizer.convert_ids_to_tokens(number)) for number in ids]
+    write_text(folder / "Modelfile", modelfile(file, renderer, stops, adapter_of))
+
+
+def _title(origin: Origin) -> str:
+    path = Path(origin.name).expanduser().resolve()
+    return path.parent.name if path.name == "adapter" else path.name
+
+
+def _warnings(origin: Origin, quant: str, on: str) -> Iterator[str]:
+    bits = QUANTS[quant][2]
+    if origin.quantization is None:
+        return
+    if bits < 8 and on == "nf4":
+        yield (
+            f"the weights are quantized twice, to {origin.quantization.quant_type} and then to {quant}, and the errors "
+            "add up; better: --on base, which quantizes the original weights once, or --quant q8_0, which keeps the "
+            "trained model almost as it is"
+        )
+    elif bits < 8:
+        yield (
+            f"the adapter was trained on {origin.quantization.quant_type} weights and will run on {quant} ones, whose "
+            "errors are others; better: --quant q8_0, or --quant q8_0 --on nf4 for the very model that was trained; "
+            "the certificate says how much it matters here"
+        )
+
+
+def export_to(
+    origin: Origin,
+    out: Path,
+    file_format: str = "gguf",
+    quant: str = "q8_0",
+    on: str = "base",
+    adapter_only: bool = False,
+    on_done: Progress = lambda done: None,
+) -> Exported:
+    """Export as the options of `veneer export` say."""
+    require_known("--format", file_format, FORMATS)
+    if adapter_only:
+        return export_adapter(origin, out, on_done)
+    return export_model(origin, out, quant, on, on_done)

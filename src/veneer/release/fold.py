@@ -1,0 +1,348 @@
+"""An adapter folded into its base's tensors, one module at a time.
+
+The arithmetic is PEFT's own: the model is built hollow (one zero stands for all its weights), the adapter is put on
+it, and each adapted module gets its real weight in float32 just for as long as PEFT merges it. So every kind of
+adapter that PEFT can merge is merged here (LoRA, rsLoRA, DoRA, LoHa, LoKr, IA3, OFT, ...), to the bit as
+`merge_and_unload` does in float32, while one module is in memory instead of a model. Whole replaced modules
+(`modules_to_save`) and trained biases take the base's place.
+
+Embeddings that are tied to the head come apart when an adapter changes one of them: PEFT's adapter changes what
+one of the two does, so a merge into the shared tensor would change the other as well.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from veneer.config import Quantization, UserError
+from veneer.model.quiet import quiet
+from veneer.model.shapes import build, find_config
+from veneer.release.origin import Origin
+from veneer.release.weights import Stored, read_header
+
+ADAPTER = "default"
+
+
+class Fold:
+    """The changes an adapter makes to the tensors of a base.
+
+    Args:
+        origin: The adapter and its base.
+        tensors: The base's tensors on disk.
+
+    Attributes:
+        config: The base's configuration.
+        changed: Names of the tensors that the adapter changes.
+        embeddings: The parameter that holds them.
+        unties: Whether embeddings and head are two tensors from now on.
+        untied: Tensors to be written beside the base's own, by name, and the tensor on disk each begins as.
+
+    Raises:
+        UserError: The adapter is for another architecture or other shapes, or PEFT cannot merge its kind.
+    """
+
+    def __init__(self, origin: Origin, tensors: Mapping[str, Stored]) -> None:
+        self.config = find_config(origin.model)
+        self._where = origin.name
+        base = build(self.config, torch.float32)
+        self._names = _disk_names(base, tensors, origin)
+        self._tied = _tied(base)
+        self._transposed = _transposed(base, self._names)
+        self.embeddings = next(
+            f"{path}.weight" for path, module in base.named_modules() if module is base.get_input_embeddings()
+        )
+        self._zero = torch.zeros(1)
+        _hollow(base, self._zero)
+        self._model = _attached(base, origin)
+        self._changes: dict[str, tuple[Any, str]] = {}
+        self._replaced: dict[str, torch.Tensor] = {}
+        self.untied: dict[str, Stored] = {}
+        self.unties = False
+        self._find_changes(tensors)
+
+    @property
+    def changed(self) -> set[str]:
+        return set(self._changes) | set(self._replaced)
+
+    def low_rank(self, name: str) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """B, A and the scale where a change is just scale * B @ A; None: only PEFT knows what it is."""
+        if name not in self._changes or not _is_plain_lora(self._model.peft_config[ADAPTER]):
+            return None
+        layer, part = self._changes[name]
+        is_linear = isinstance(layer.get_base_layer(), torch.nn.Linear)
+        if part != "weight" or not is_linear or layer.fan_in_fan_out or layer.lora_variant:
+            return None
+        halves = layer.lora_B[ADAPTER].weight, layer.lora_A[ADAPTER].weight
+        return halves[0].data, halves[1].data, float(layer.scaling[ADAPTER])
+
+    def merged(self, name: str, base: torch.Tensor) -> torch.Tensor:
+        """The tensor with the adapter in it, float32.
+
+        Args:
+            name: Of a changed tensor.
+            base: The base's tensor, any float dtype; a float32 one is changed in place.
+        """
+        return self._apply(name, base, subtract=False)
+
+    def unmerged(self, name: str, merged: torch.Tensor) -> torch.Tensor:
+        """The tensor with the adapter taken out again, float32; within rounding of the base's.
+
+        Raises:
+            UserError: The kind of adapter cannot be taken out, or replaced the tensor whole.
+        """
+        if name in self._replaced:
+            raise UserError(
+                f"{self._where}: the adapter replaced {name} whole; what stood there before is not in it",
+                "take the base itself",
+            )
+        return self._apply(name, merged, subtract=True)
+
+    def name_on_disk(self, parameter: str) -> str:
+        """What the base's files call a parameter."""
+        return self._names[parameter]
+
+    def is_transposed(self, name: str) -> bool:
+        """Whether a weight lies as [in, out], the way GPT-2 has it."""
+        return name in self._transposed
+
+    def require_subtractable(self) -> None:
+        """Raises UserError for kinds of adapters that cannot be taken out of a merged model."""
+        config = self._model.peft_config[ADAPTER]
+        if getattr(config, "use_dora", False):
+            raise UserError(
+                f"{self._where}: a DoRA adapter cannot be taken out: its scale hangs on the base's own weights",
+                "take the base itself",
+            )
+        if self._replaced:
+            self.unmerged(next(iter(self._replaced)), torch.empty(0))
+
+    def _apply(self, name: str, given: torch.Tensor, subtract: bool) -> torch.Tensor:
+        if name in self._replaced:
+            return self._replaced[name].float()
+        layer, which = self._changes[name]
+        base_layer = layer.get_base_layer()
+        kept = dict(base_layer.named_parameters(recurse=False))
+        for part, parameter in kept.items():
+            if self._is_hollow(parameter) and part != which:  # stands in for what this call does not ask for
+                setattr(base_layer, part, _parameter(torch.zeros(parameter.shape)))
+        setattr(base_layer, which, _parameter(given.float()))
+        with quiet(), torch.no_grad():
+            try:
+                if subtract:
+                    layer.merged_adapters = [ADAPTER]
+                    layer.unmerge()
+                else:
+                    layer.merge(adapter_names=[ADAPTER])
+            except (RuntimeError, NotImplementedError, ValueError) as error:
+                raise UserError(f"{self._where}: PEFT cannot merge this adapter into {name}: {error}") from None
+        result: torch.Tensor = getattr(base_layer, which).data
+        layer.merged_adapters = []
+        for part, parameter in kept.items():
+            setattr(base_layer, part, parameter)
+        return result
+
+    def _is_hollow(self, parameter: torch.Tensor) -> bool:
+        return parameter.data_ptr() == self._zero.data_ptr()
+
+    def _find_changes(self, tensors: Mapping[str, Stored]) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+
+        plain = _is_plain_lora(self._model.peft_config[ADAPTER])
+        inside: tuple[str, ...] = ()
+        for path, module in self._model.get_base_model().named_modules():
+            if path.startswith(inside) and inside:
+                continue
+            if isinstance(module, ModulesToSaveWrapper):
+                for part, parameter in module.modules_to_save[ADAPTER].named_parameters():
+                    self._replace(f"{path}.{part}", parameter.data, tensors)
+                inside = (f"{path}.",)
+            elif isinstance(module, TrainableTokensWrapper):
+                self._change(f"{path}.weight", module.token_adapter, "weight", tensors)
+                inside = (f"{path}.",)
+            elif isinstance(module, BaseTunerLayer):
+                for part, parameter in module.get_base_layer().named_parameters(recurse=False):
+                    if not self._is_hollow(parameter):
+                        self._replace(f"{path}.{part}", parameter.data, tensors)
+                    elif part == "weight" or not plain:
+                        self._change(f"{path}.{part}", module, part, tensors)
+                inside = (f"{path}.",)
+            else:
+                for part, parameter in module.named_parameters(recurse=False):
+                    if not self._is_hollow(parameter):  # a trained bias outside the adapted modules
+                        self._replace(f"{path}.{part}", parameter.data, tensors)
+
+    def _change(self, parameter: str, layer: Any, part: str, tensors: Mapping[str, Stored]) -> None:
+        self._changes[self._apart(parameter, tensors)] = (layer, part)
+
+    def _replace(self, parameter: str, value: torch.Tensor, tensors: Mapping[str, Stored]) -> None:
+        self._replaced[self._apart(parameter, tensors)] = value
+
+    def _apart(self, parameter: str, tensors: Mapping[str, Stored]) -> str:
+        """The name on disk of a parameter that is to differ from the base's; unties it from its partner."""
+        partner = self._tied.get(parameter)
+        if partner is None:
+            return self._names[parameter]
+        self.unties = True
+        on_disk = self._names[parameter]
+        mine = parameter if parameter in tensors else _like(parameter, on_disk, partner)
+        other = partner if partner in tensors else _like(partner, on_disk, parameter)
+        for name in (mine, other):
+            if name not in tensors:
+                self.untied[name] = tensors[on_disk]
+        return mine
+
+
+def four_bit_modules(config: Any, quantization: Quantization) -> set[str]:
+    """Paths of the modules that training held in 4 bits; Transformers itself chooses them."""
+    from transformers import BitsAndBytesConfig
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    base = build(config, torch.float32)
+    before = {path: type(module) for path, module in base.named_modules()}
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quantization.quant_type)
+    with quiet():
+        base = replace_with_bnb_linear(base, get_keys_to_not_convert(base), settings)
+    return {path for path, module in base.named_modules() if type(module) is not before.get(path)}
+
+
+def through_four_bits(
+    weight: torch.Tensor, quantization: Quantization, dtype: torch.dtype, transposed: bool
+) -> torch.Tensor:
+    """A weight as the 4-bit base of training computes with it: quantized and dequantized, in `dtype`."""
+    from bitsandbytes import functional as bnb
+
+    given = weight.to(dtype)
+    given = given.t().contiguous() if transposed else given
+    packed, state = bnb.quantize_4bit(
+        given, blocksize=64, compress_statistics=quantization.double_quant, quant_type=quantization.quant_type
+    )
+    found: torch.Tensor = bnb.dequantize_4bit(packed, state)
+    return found.t().contiguous() if transposed else found
+
+
+def _transposed(base: Any, names: Mapping[str, str]) -> set[str]:
+    from transformers.pytorch_utils import Conv1D
+
+    return {names[f"{path}.weight"] for path, module in base.named_modules() if isinstance(module, Conv1D)}
+
+
+def _hollow(base: Any, zero: torch.Tensor) -> None:
+    """Give a model on the meta device weights on the CPU that take no memory; PEFT leaves what is on meta there."""
+    for module in base.modules():
+        for part, parameter in module.named_parameters(recurse=False):
+            setattr(module, part, _parameter(zero.expand(parameter.shape)))
+
+
+def _parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(tensor, requires_grad=False)
+
+
+def _is_plain_lora(config: Any) -> bool:
+    """Whether merging touches weights alone, never a bias."""
+    return str(getattr(config.peft_type, "value", config.peft_type)) == "LORA" and not config.lora_bias
+
+
+def _like(parameter: str, on_disk: str, partner: str) -> str:
+    """A parameter's name in the manner of the checkpoint, which may leave a common prefix out or put one before."""
+    if partner.endswith(on_disk) and partner != on_disk:
+        return parameter.removeprefix(partner.removesuffix(on_disk))
+    return parameter
+
+
+def _tied(base: Any) -> dict[str, str]:
+    """Embeddings and head by each other's name, where they are one tensor."""
+    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    if head is None or not getattr(base.config.get_text_config(), "tie_word_embeddings", False):
+        return {}
+    paths = {id(module): path for path, module in base.named_modules()}
+    one, other = f"{paths[id(head)]}.weight", f"{paths[id(embeddings)]}.weight"
+    return {one: other, other: one}
+
+
+def _disk_names(base: Any, tensors: Mapping[str, Stored], origin: Origin) -> dict[str, str]:
+    """The name on disk of each of a model's parameters; files may leave the model's own prefix out.
+
+    Raises:
+        UserError: The files lack a tensor, or hold it in another shape.
+    """
+    prefix = f"{base.base_model_prefix}."
+    tied = _tied(base)
+    names, missing = {}, []
+    for parameter, value in base.named_parameters(remove_duplicate=False):
+        choices = [parameter, parameter.removeprefix(prefix), prefix + parameter]
+        if parameter in tied:
+            other = tied[parameter]
+            choices += [other, other.removeprefix(prefix), prefix + other]
+        found = next((name for name in choices if name in tensors), None)
+        if found is None:
+            missing.append(parameter)
+            continue
+        names[parameter] = found
+        if tensors[found].shape != tuple(value.shape):
+            raise UserError(
+                f"model.base = {origin.model.base}: {found} has the shape {list(tensors[found].shape)}, "
+                f"its config.json means {list(value.shape)}",
+                "name a base whose files belong together with --base",
+            )
+        _require_plain(tensors[found], origin)
+    if missing:
+        raise UserError(
+            f"model.base = {origin.model.base}: its files lack {len(missing)} tensors of a {type(base).__name__}: "
+            + ", ".join(missing[:3]),
+            "name a complete base of the same architecture with --base",
+        )
+    return names
+
+
+def _require_plain(stored: Stored, origin: Origin) -> None:
+    if not stored.is_float:
+        raise UserError(
+            f"model.base = {origin.model.base}: {stored.name} is stored in {str(stored.dtype).removeprefix('torch.')}: "
+            "the base's files are quantized already",
+            "name the 16-bit original with --base",
+        )
+
+
+def _attached(base: Any, origin: Origin) -> Any:
+    """The adapter on the base without weights; every tensor of its file has found its place."""
+    with quiet():
+        from peft import PeftModel
+        from peft.utils import get_peft_model_state_dict
+
+        held = read_header(origin.adapter / "adapter_model.safetensors")
+        try:
+            model = PeftModel.from_pretrained(base, str(origin.adapter), low_cpu_mem_usage=True, torch_device="cpu")
+        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
+            raise _does_not_fit(base, origin, held, error) from None
+        taken = set(get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False))
+    left = sorted(held.keys() - taken)
+    empty = sorted(name for name, p in model.named_parameters() if p.is_meta and re.search(r"\.default\b", name))
+    if left or empty:
+        what = f"{len(left)} tensors of the adapter" if left else f"{len(empty)} tensors of the adapter are missing"
+        raise UserError(
+            f"{origin.name}: {what} {'find no place in' if left else 'for'} a {type(base).__name__}: "
+            + ", ".join((left or empty)[:3]),
+            "name the base that the adapter was trained on with --base",
+        )
+    return model
+
+
+def _does_not_fit(base: Any, origin: Origin, held: Iterable[str], error: Exception) -> UserError:
+    found = re.search(r"copying a param with shape .*?\[(.*?)\].*?\[(.*?)\]", str(error))
+    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    if found:
+        reason = f"its matrices are [{found[1]}], this base needs [{found[2]}]"
+    return UserError(
+        f"{origin.name}: the adapter does not fit a {type(base).__name__} ({origin.model.base}): {reason}",
+        "name the base that the adapter was trained on with --base",
+    )
+
+
+def adapter_bytes(folder: Path) -> int:
+    """Bytes of an adapter's tensors."""
+    return sum(stored.size for stored in read_header(folder / "adapter_model.safetensors").values())

@@ -1,0 +1,163 @@
+"""What a release is made from: an adapter and the base it belongs to.
+
+A run's folder knows its base from run.yaml. A folder that holds an adapter alone (from a hub, or from plain PEFT) knows
+it from its passport, else from its adapter_config.json, and `--base` names it where neither does.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from veneer.config import Model, Quantization, Run, RunFolder, UserError, load_run
+from veneer.data import Renderer
+from veneer.data.template import NAMED_TEMPLATES
+from veneer.model import Source, compute_dtype, load_tokenizer, locate
+from veneer.plan import find_machine
+from veneer.release.passport import local_folder, read_passport, require_match
+
+
+@dataclass(frozen=True)
+class Origin:
+    """An adapter with its base.
+
+    Attributes:
+        name: What the user wrote.
+        adapter: Folder of the adapter in PEFT's format.
+        run: Its run, where it has one.
+        model, source: The base.
+        quantization: What the base was quantized to in training; None: not at all, or it is not known.
+        dtype: What training computed in.
+    """
+
+    name: str
+    adapter: Path
+    run: Run | None
+    model: Model
+    source: Source
+    quantization: Quantization | None
+    dtype: torch.dtype
+
+    @property
+    def base_folder(self) -> Path:
+        """The base's files; those of a hub model are fetched.
+
+        Raises:
+            UserError: They cannot be fetched.
+        """
+        return fetched(self.source)
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """adapter_config.json."""
+        config: dict[str, Any] = json.loads((self.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        return config
+
+    def renderer(self) -> Renderer:
+        """The tokenizer and the template as they were in training; the base's where the adapter brings none."""
+        return renderer_of(self.adapter, self.run) if self._brings_tokenizer else Renderer(load_tokenizer(self.source))
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The folder whose tokenizer ships."""
+        return self.adapter if self._brings_tokenizer else self.base_folder
+
+    @property
+    def _brings_tokenizer(self) -> bool:
+        return (self.adapter / "tokenizer.json").is_file()
+
+
+def find_origin(name: str, base: str | None = None, force: bool = False) -> Origin:
+    """An adapter and its base by the folder of a run, or of an adapter.
+
+    Args:
+        name: The folder.
+        base: Another base than the one it names, or the one that it does not name.
+        force: Go on where the adapter's passport says that it does not belong to the base.
+
+    Raises:
+        UserError: There is no adapter, no base, or they do not belong together.
+    """
+    folder = RunFolder(Path(name).expanduser())
+    run = load_run(folder.run) if folder.run.is_file() else None
+    adapter = folder.adapter if run is not None else folder.path
+    if run is not None and not adapter.is_dir():
+        raise UserError(f"{name}: the run has no adapter yet", "finish it with `veneer train ... --resume`")
+    _require_adapter(adapter, name)
+    model, quantization = _base(adapter, run)
+    if base is not None:
+        model = (model or Model(base=base)).model_copy(update={"base": base, "revision": None})
+    if model is None:
+        raise UserError(f"{name}: neither passport nor adapter_config.json names a base", "name it with --base")
+    source = locate(model)
+    require_match(adapter, source, force)
+    return Origin(name, adapter, run, model, source, quantization, _dtype(folder, run, model))
+
+
+def renderer_of(folder: Path, run: Run | None) -> Renderer:
+    """The renderer of a folder that holds a tokenizer and a template, with the settings of the run."""
+    tokenizer = load_tokenizer(Source("folder", str(folder), str(folder)))
+    if run is None:
+        return Renderer(tokenizer)
+    named = run.data.chat_template in (*NAMED_TEMPLATES, "none")
+    data = run.data if named else run.data.model_copy(update={"chat_template": "auto"})
+    return Renderer(tokenizer, data)
+
+
+def fetched(source: Source) -> Path:
+    """The folder with all of a base's files."""
+    if source.kind != "hub":
+        return Path(source.location)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "LICENSE*", "NOTICE*"]
+    try:
+        return Path(snapshot_download(source.location, revision=source.revision, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        kept = local_folder(source)
+        if kept is not None:
+            return kept
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model.base = {source.name}: cannot be had from the hub: {reason}",
+            "check the network and your access (hf auth login), or name a folder with --base",
+        ) from None
+
+
+def _require_adapter(adapter: Path, name: str) -> None:
+    if not adapter.is_dir():
+        raise UserError(f"{name}: no such folder", "name the folder of a run or of an adapter")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (adapter / file).is_file():
+            held = ", ".join(sorted(path.name for path in adapter.iterdir())[:6]) or "nothing"
+            raise UserError(
+                f"{name}: holds no adapter: {adapter / file} is missing (it holds {held})",
+                "name the folder of a finished run, or of an adapter in PEFT's format",
+            )
+
+
+def _base(adapter: Path, run: Run | None) -> tuple[Model | None, Quantization | None]:
+    if run is not None:
+        return run.model, run.quantization
+    passport = read_passport(adapter)
+    if passport is not None and isinstance(passport.get("settings"), dict):
+        kept = Run.model_validate(passport["settings"])
+        return kept.model, kept.quantization
+    try:
+        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        named = config.get("base_model_name_or_path")
+    except (ValueError, AttributeError):
+        raise UserError(f"{adapter}: adapter_config.json is not JSON", "fetch the adapter again") from None
+    return (Model(base=named) if named else None), None
+
+
+def _dtype(folder: RunFolder, run: Run | None, model: Model) -> torch.dtype:
+    """What the run computed in; `auto` means other things on other machines, so its plan is asked first."""
+    if run is not None and folder.plan.is_file():
+        kept = json.loads(folder.plan.read_text(encoding="utf-8")).get("dtype")
+        if isinstance(found := getattr(torch, str(kept), None), torch.dtype):
+            return found
+    return compute_dtype(model, find_machine())

@@ -1,0 +1,186 @@
+"""passport.json of an adapter: what it belongs to, and the refusal to load it on anything else.
+
+An adapter is a difference; on another base it is noise that still answers fluently. The passport therefore holds
+fingerprints of what the adapter was trained with: the base's weights, the tokenizer, the chat template, the
+adapter's own file. They are compared whenever a run's adapter is loaded, merged or exported, and a difference is
+refused by name.
+
+The base's fingerprint is taken from samples of every tensor, 32 stretches of 4 KiB each: reading all of a 16 GB model
+would take half a minute at every start. A model that was trained further differs in every tensor and is found for
+certain; a single changed byte may not be, which is what `veneer certify` is for.
+"""
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from veneer.config import UserError
+from veneer.config.folder import write_json
+from veneer.model import Source
+from veneer.release.weights import Stored, weights_of
+from veneer.train.job import TrainingJob, environment
+
+FILE = "passport.json"
+SAMPLES, SAMPLE_BYTES = 32, 4096
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Something that is not as it was in training."""
+
+    what: str
+    was: str
+    found: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: trained with {self.was}, found {self.found}"
+
+
+def write_passport(job: TrainingJob, folder: Path, training: dict[str, Any]) -> None:
+    """Write passport.json into an adapter's folder; the folder holds everything else already."""
+    run, ledger = job.run, job.data.ledger
+    settings = run.model_dump(mode="json")
+    passport = {
+        "base": {
+            "name": run.model.base,
+            "kind": job.source.kind,
+            "revision": revision(job.source),
+            "architecture": type(job.model.get_base_model()).__name__,
+            "weights_sampled_sha256": fingerprint(job.source),
+        },
+        "quantization": run.quantization.model_dump() if run.quantization else None,
+        "tokenizer_sha256": _sha256(folder / "tokenizer.json"),
+        "chat_template_sha256": _template_sha256(folder),
+        "adapter_sha256": _sha256(folder / "adapter_model.safetensors"),
+        "stop_token_ids": sorted(job.renderer.stop_ids),
+        "data": {"rows": ledger.rows, "tokens": ledger.tokens, "sha256": ledger.sha256},
+        "run_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        "training": training,
+        "settings": settings,
+        "environment": environment(),
+    }
+    write_json(folder / FILE, passport)
+
+
+def read_passport(folder: Path) -> dict[str, Any] | None:
+    """The passport in an adapter's folder; None where it has none (made by another tool).
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    try:
+        passport = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})", "restore it, or delete it to go on without its checks") from None
+    if not isinstance(passport, dict):
+        raise UserError(f"{path}: not a passport", "restore it, or delete it to go on without its checks")
+    return passport
+
+
+def require_match(folder: Path, source: Source, force: bool = False) -> None:
+    """Compare an adapter's passport with the base it is to be put on and with its own files.
+
+    Args:
+        folder: The adapter's.
+        source: The base.
+        force: Say what differs and go on.
+
+    Raises:
+        UserError: Something differs.
+    """
+    differences = find_differences(folder, source)
+    told = "\n  ".join(map(str, differences))
+    if differences and not force:
+        raise UserError(
+            f"{folder}: the adapter does not belong to this\n  {told}",
+            "name what it was trained with, or use --force to go on all the same",
+        )
+    if differences:
+        print(f"warning: --force overrides the adapter's passport\n  {told}", file=sys.stderr)
+
+
+def find_differences(folder: Path, source: Source) -> list[Difference]:
+    """What is not as the passport says; nothing where there is no passport."""
+    passport = read_passport(folder)
+    if passport is None:
+        return []
+    base = passport.get("base") or {}
+    found = []
+
+    def compare(what: str, was: str | None, now: str | None, was_name: str = "", now_name: str = "") -> None:
+        if was is not None and now is not None and was != now:
+            found.append(Difference(what, f"{was_name}{was[:12]}", f"{now_name}{now[:12]}"))
+
+    compare(
+        "base weights",
+        base.get("weights_sampled_sha256"),
+        fingerprint(source),
+        f"{base.get('name')} ",
+        f"{source.name} ",
+    )
+    compare("tokenizer", passport.get("tokenizer_sha256"), _sha256(folder / "tokenizer.json"))
+    compare("chat template", passport.get("chat_template_sha256"), _template_sha256(folder))
+    compare("adapter weights", passport.get("adapter_sha256"), _sha256(folder / "adapter_model.safetensors"))
+    return found
+
+
+def fingerprint(source: Source) -> str | None:
+    """SHA-256 of names, shapes, dtypes and samples of all of a base's tensors; None where it has no safetensors here.
+
+    How the tensors are spread over files does not matter.
+    """
+    folder = local_folder(source)
+    if folder is None:
+        return None
+    try:
+        tensors = weights_of(folder, f"model.base = {source.name}")
+    except UserError:
+        return None
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        stored = tensors[name]
+        digest.update(f"{name} {stored.dtype} {stored.shape}\n".encode())
+        _sample(stored, digest)
+    return digest.hexdigest()
+
+
+def _sample(stored: Stored, digest: Any) -> None:
+    step = max(SAMPLE_BYTES, (stored.size - SAMPLE_BYTES) // (SAMPLES - 1))
+    with stored.file.open("rb") as file:
+        for at in range(0, stored.size, step):
+            file.seek(stored.start + at)
+            digest.update(file.read(min(SAMPLE_BYTES, stored.size - at)))
+
+
+def local_folder(source: Source) -> Path | None:
+    """The folder of a base's files; of a hub model the snapshot in the user's cache, None where there is none."""
+    if source.kind != "hub":
+        return Path(source.location)
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(source.location, "config.json", revision=source.revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def revision(source: Source) -> str | None:
+    """The commit of a hub model that was loaded; None of others."""
+    folder = local_folder(source) if source.kind == "hub" else None
+    return folder.name if folder is not None else source.revision
+
+
+def _template_sha256(folder: Path) -> str:
+    path = folder / "chat_template.jinja"
+    return hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()
+
+
+def _sha256(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,96 @@
+"""What a certificate asks: held-out rows of the run, and the cases that break exports.
+
+The edge cases are short; each has broken a converted model before: an empty question, one far longer than any that was
+trained, text outside ASCII, text that looks like control tokens, white space that a template may trim, several turns.
+A case that the model's template refuses (as in training) is left out.
+"""
+
+from dataclasses import dataclass
+
+from veneer.config import UserError
+from veneer.data import Message, Renderer
+from veneer.data.prepare import HeldOut
+from veneer.model.shapes import find_config
+from veneer.release.origin import Origin
+
+UNICODE = "Grüße aus Zürich! 你好,世界 🙂👩‍🚀 مرحبا नमस्ते Ω≈ç√ \u200b½"
+LONG_WORD = "please tell me more about it, "
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation to be answered.
+
+    Attributes:
+        id: Where it is from.
+        ids: Its tokens as the training's tokenizer and template make them, control strings read as control tokens:
+            that is how every server reads them.
+        reference: The right answer, of a held-out row.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    ids: list[int]
+    reference: str | None = None
+
+
+def prompts_of(renderer: Renderer, held_out: list[HeldOut], longest: int) -> list[Prompt]:
+    """Held-out rows that ask something, then the edge cases.
+
+    Args:
+        renderer: Of the training.
+        held_out: Rows.
+        longest: Tokens of the very long case.
+    """
+    settings = renderer.settings.model_copy(update={"special_tokens_in_text": "control"})
+    reader = Renderer(renderer.tokenizer, settings)
+    found = []
+    for row in held_out:
+        conversation = row.conversation
+        turns = conversation.messages
+        if conversation.is_document or conversation.tools or any(m.reasoning or m.tool_calls for m in turns):
+            continue
+        made = _prompt(reader, conversation.place, conversation.prompt(), conversation.reference().strip())
+        if made is not None:
+            found.append(made)
+    for name, turns in _edges(renderer, longest):
+        made = _prompt(reader, name, turns, None)
+        if made is not None and made.ids:
+            found.append(made)
+    return found
+
+
+def very_long(origin: Origin, max_new_tokens: int) -> int:
+    """Tokens of the very long case: a thousand, or half of what a small model has positions for."""
+    positions = getattr(find_config(origin.model).get_text_config(), "max_position_embeddings", None) or 4096
+    return max(8, min(1000, (positions - max_new_tokens) // 2))
+
+
+def _prompt(reader: Renderer, name: str, turns: tuple[Message, ...], reference: str | None) -> Prompt | None:
+    system = reader.settings.system_prompt
+    if reader.is_chat and system is not None and turns[0].role != "system":
+        turns = (Message("system", system), *turns)
+    try:
+        return Prompt(name, turns, reader.prompt_ids(turns), reference)
+    except UserError:
+        return None
+
+
+def _edges(renderer: Renderer, longest: int) -> list[tuple[str, tuple[Message, ...]]]:
+    tokenizer = renderer.tokenizer
+    each = max(1, len(tokenizer(LONG_WORD, add_special_tokens=False)["input_ids"]))
+    control = "".join(dict.fromkeys(tokenizer.all_special_tokens))
+    texts = {
+        "empty": "",
+        "very long": LONG_WORD * max(1, longest // each),
+        "unicode": UNICODE,
+        "special-token strings": f"what does {control} mean?",
+        "white space": "  two  spaces,\n\n\nthree lines \t and a tab  ",
+    }
+    found: list[tuple[str, tuple[Message, ...]]] = [
+        (f"edge: {name}", (Message("user", text),)) for name, text in texts.items()
+    ]
+    if renderer.is_chat:
+        turns = (Message("user", "Hello"), Message("assistant", "Hello! How can I help?"), Message("user", "Thank you"))
+        found.append(("edge: several turns", turns))
+    return found

@@ -1,0 +1,288 @@
+"""Weights on disk, tensor by tensor: safetensors read and written with one tensor in memory at a time.
+
+The `safetensors` package maps whole files into memory, which the kernel counts as resident as they are read; a merge
+that must stay small reads and writes the format itself. It is simple: eight bytes with the header's length, a JSON
+header of names with dtype, shape and place, then the bytes. Headers are checked in full before anything is written,
+so that a cut or damaged file is a clear message and not a wrong model. Pickled weights are never read.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from veneer.config import UserError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+HEADER_BYTES = 100 * 2**20  # the format's own limit
+SHARD_BYTES = 5 * 10**9  # of a file that is written; what the Hub advises
+CHUNK_BYTES = 32 * 2**20
+AHEAD_BYTES = 256 * 2**20  # that the kernel reads in advance
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+FETCH_AGAIN = "fetch the model again, or name another folder"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file.
+
+    Attributes:
+        start: Its first byte in the file.
+        size: Bytes.
+    """
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+    def read(self) -> torch.Tensor:
+        """The tensor.
+
+        Raises:
+            UserError: The file ends before it does.
+        """
+        data = torch.empty(self.size, dtype=torch.uint8)
+        with self.file.open("rb") as file:
+            file.seek(self.start)
+            got = file.readinto(data.numpy().data)
+            _read_ahead(file.fileno(), self.start + self.size)
+        if got != self.size:
+            raise UserError(f"{self.file}: ends within the tensor {self.name}", FETCH_AGAIN)
+        return data.view(self.dtype).reshape(self.shape)
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Its bytes as they are, a stretch at a time, in one buffer that is used again."""
+        buffer = memoryview(bytearray(min(CHUNK_BYTES, self.size)))
+        left = self.size
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            while left:
+                got = file.readinto(buffer[: min(left, len(buffer))])
+                if not got:
+                    raise UserError(f"{self.file}: ends within the tensor {self.name}", FETCH_AGAIN)
+                _read_ahead(file.fileno(), self.start + self.size - left + got)
+                yield buffer[:got]
+                left -= got
+
+
+def _read_ahead(file: int, at: int) -> None:
+    """Let the kernel fetch what is read next while this process computes; nothing where the system cannot."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, at, AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file, in the order of their bytes.
+
+    Raises:
+        UserError: The file is damaged: its header is not one, or its tensors overlap or reach beyond its end.
+    """
+    total = path.stat().st_size
+
+    def damaged(why: str) -> UserError:
+        return UserError(f"{path}: not a whole safetensors file: {why}", FETCH_AGAIN)
+
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if total < 8 or length > min(HEADER_BYTES, total - 8):
+            raise damaged(f"its header would be {length:,} bytes long, the file has {total:,}")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            raise damaged("its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise damaged("its header is not a table of tensors")
+    header.pop("__metadata__", None)
+    found = []
+    for name, entry in header.items():
+        try:
+            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+            begin, end = entry["data_offsets"]
+            is_sound = end - begin == math.prod(shape) * dtype.itemsize and begin >= 0
+        except KeyError as error:
+            raise damaged(f"the tensor {name} has no {error}, or one that is not known") from None
+        except (TypeError, ValueError):
+            raise damaged(f"the entry of the tensor {name} is not one") from None
+        if not is_sound:
+            raise damaged(f"the tensor {name} has {end - begin:,} bytes for the shape {list(shape)}")
+        found.append(Stored(name, path, dtype, shape, 8 + length + begin, end - begin))
+    found.sort(key=lambda stored: stored.start)
+    at = 8 + length
+    for stored in found:
+        if stored.start < at:
+            raise damaged(f"the tensor {stored.name} begins within another")
+        at = stored.start + stored.size
+    if at > total:
+        raise damaged(f"it has {total:,} bytes, its header speaks of {at:,}")
+    return {stored.name: stored for stored in found}
+
+
+def weights_of(folder: Path, what: str) -> dict[str, Stored]:
+    """All tensors of a model's folder, shard after shard.
+
+    Args:
+        folder: As `save_pretrained` writes it.
+        what: Names it in messages, as `model.base = NAME`.
+
+    Raises:
+        UserError: There are no safetensors, a shard is missing, or a file is damaged.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        if (folder / SINGLE).is_file():
+            return read_header(folder / SINGLE)
+        held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        pickled = [name for name in held if name.endswith((".bin", ".pt", ".pth"))]
+        raise UserError(
+            f"{what}: {folder} holds no {SINGLE}" + (f", but {pickled[0]}, which is a pickle" if pickled else ""),
+            "convert it: load it with Transformers and call save_pretrained",
+        )
+    try:
+        placed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = list(dict.fromkeys(placed.values()))
+        outside = [name for name in files if Path(name).name != name]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{what}: {index} is not an index of shards", FETCH_AGAIN) from None
+    missing = [name for name in files if not (folder / name).is_file()]
+    if missing or outside:
+        raise UserError(
+            f"{what}: {INDEX} names {len(files)} files, {len(missing)} of them are missing from {folder}: "
+            + ", ".join((missing or outside)[:3]),
+            FETCH_AGAIN,
+        )
+    tensors: dict[str, Stored] = {}
+    for name in files:
+        tensors |= read_header(folder / name)
+    lost = sorted(placed.keys() - tensors.keys())
+    if lost:
+        raise UserError(f"{what}: {len(lost)} tensors of the index are in no file: {', '.join(lost[:3])}", FETCH_AGAIN)
+    return tensors
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor to be written: its dtype and shape, and what makes it.
+
+    `make` gives the tensor, or pieces of its bytes; it is called when its turn comes.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], torch.Tensor | Iterator[memoryview]]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_weights(
+    folder: Path, planned: Sequence[Planned], metadata: Mapping[str, str], shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write tensors into one file, or into shards with an index, making each when its turn comes.
+
+    The folder is expected to be a temporary one that is given its name when all is done.
+    """
+    shards = _shards(planned, shard_bytes)
+    files = [SINGLE] if len(shards) == 1 else [_shard_name(n, len(shards)) for n in range(len(shards))]
+    with ThreadPoolExecutor(1) as behind:  # flushes a finished file to the disk while the next is made
+        flushed = []
+        for name, tensors in zip(files, shards, strict=True):
+            _write_file(folder / name, tensors, metadata)
+            flushed.append(behind.submit(_flush, folder / name))
+        for done in flushed:
+            done.result()
+    if len(shards) > 1:
+        placed = {tensor.name: name for name, tensors in zip(files, shards) for tensor in tensors}
+        total = sum(tensor.size for tensor in planned)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _shard_name(number: int, count: int) -> str:
+    return f"model-{number + 1:05}-of-{count:05}.safetensors"
+
+
+def _shards(planned: Sequence[Planned], shard_bytes: int) -> list[list[Planned]]:
+    """The tensors in their order, cut where a file is full."""
+    shards: list[list[Planned]] = [[]]
+    held = 0
+    for tensor in planned:
+        if shards[-1] and held + tensor.size > shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(tensor)
+        held += tensor.size
+    return shards
+
+
+def _write_file(path: Path, tensors: Sequence[Planned], metadata: Mapping[str, str]) -> None:
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    at = 0
+    for tensor in tensors:
+        offsets = [at, at + tensor.size]
+        header[tensor.name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        at += tensor.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb", buffering=0) as file:
+        _write_all(file, len(text).to_bytes(8, "little") + text)
+        with ThreadPoolExecutor(1) as writer:  # a tensor is written while the next is made
+            written = writer.submit(int)
+            for tensor in tensors:
+                made = tensor.make()
+                written.result()
+                if isinstance(made, torch.Tensor):
+                    assert made.dtype == tensor.dtype
+                    assert tuple(made.shape) == tensor.shape
+                    written = writer.submit(_write_all, file, bytes_of(made))
+                else:
+                    for piece in made:
+                        _write_all(file, piece)
+            written.result()
+        assert file.tell() == 8 + len(text) + at
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor, without a copy where it is contiguous."""
+    return tensor.contiguous().view(torch.uint8).reshape(-1).numpy().data
+
+
+def _write_all(file: Any, data: Any) -> int:
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+    return 0

@@ -1,0 +1,129 @@
+"""The model card, what vLLM takes, and what a push would send."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import veneer
+from tests.adapters import save_adapter_of
+from tests.runs import tiny_run, write_rows
+from veneer.cli.main import main
+from veneer.config import RunFolder, UserError
+from veneer.release.card import MARK
+from veneer.release.lint import vllm_lint
+from veneer.release.push import pack
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_model: Callable[..., Path], rows: list[dict[str, Any]]) -> Path:
+    """A finished tiny run with two held-out rows."""
+    made = tiny_run(tiny_model(), write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "run", data={"validation": 2})
+    veneer.train(made)
+    return tmp_path / "run"
+
+
+def card(run: Path) -> tuple[dict[str, Any], str]:
+    """Metadata and text of a run's card."""
+    _, head, body = (run / "adapter" / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(head), body
+
+
+def test_the_card_holds_what_is_known_and_gains_scores(run: Path) -> None:
+    metadata, body = card(run)
+    assert metadata["library_name"] == "peft"
+    assert metadata["pipeline_tag"] == "text-generation"
+    assert "model-index" not in metadata
+    assert "Not measured yet" in body
+    ledger = json.loads((run / "ledger.json").read_text())
+    for expected in (
+        "| rank, alpha | 4, 8 |",
+        f"| rows | 16 read, 16 used: {ledger['rows']['training']} trained on, 2 held out |",
+        "6 steps of 4 rows, learning rate 0.01 (cosine",
+        "not stated in its files",
+        "--max-lora-rank 8 ",
+        "PeftModel.from_pretrained",
+        "ollama create",
+        "## Limitations",
+    ):
+        assert expected in body, expected
+    evaluation = veneer.evaluate(run).as_dict()
+    metadata, body = card(run)
+    assert "Not measured yet" not in body
+    tuned = evaluation["metrics"]["perplexity"]["tuned"]
+    assert f"{tuned['value']:.4g} ({tuned['low']:.4g} to {tuned['high']:.4g})" in body
+    (result,) = metadata["model-index"][0]["results"]
+    assert {metric["type"] for metric in result["metrics"]} == {"exact_match", "perplexity"}
+
+
+def test_the_metadata_is_what_the_hub_reads(run: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    veneer.evaluate(run)
+    data = ModelCard.load(run / "adapter" / "README.md").data
+    assert data.library_name == "peft"
+    assert {result.metric_type for result in data.eval_results} == {"exact_match", "perplexity"}
+
+
+def test_a_card_that_its_owner_rewrote_is_left_alone(run: Path) -> None:
+    path = run / "adapter" / "README.md"
+    path.write_text(path.read_text().replace(MARK, "").replace("## Limitations", "## My own words"))
+    kept = path.read_text()
+    veneer.evaluate(run)
+    assert path.read_text() == kept
+
+
+@pytest.mark.parametrize(
+    ("kind", "refused"),
+    [
+        ("lora", []),
+        ("rslora", []),
+        ("dora", ["dora", "tensors"]),
+        ("lora-bias", ["bias"]),
+        ("head", ["saved_modules", "tensors"]),
+        ("embedding", ["embeddings"]),
+        ("ia3", ["kind", "tensors"]),
+    ],
+)
+def test_the_lint_names_what_vllm_refuses(
+    kind: str, refused: list[str], tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    adapter = save_adapter_of(kind, tiny_model("llama"), tmp_path / "adapter")
+    assert [check.id for check in vllm_lint(adapter) if not check.passed] == refused
+
+
+def test_push_says_what_it_would_send(
+    run: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def push(*arguments: str) -> tuple[int, str]:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main(["push", str(run), "--repo", "me/tiny", *arguments])
+        return int(caught.value.code or 0), capfd.readouterr().out
+
+    status, out = push("--dry-run", "--json")
+    assert status == 0
+    result = json.loads(out)
+    held = {path.name for path in (run / "adapter").iterdir()}
+    assert set(result["files"]) == held
+    assert result["bytes"] == sum(os.path.getsize(run / "adapter" / name) for name in held)
+    assert not result["sent"]
+    assert any("names paths of this machine" in warning for warning in result["warnings"])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    status, out = push()
+    assert status == 1
+    assert "not sent" in out
+    assert "adapter_model.safetensors" in out
+    assert "private" in out
+
+
+def test_nothing_to_push_is_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not of the form owner/name"):
+        pack(str(run), "tiny", True)
+    with pytest.raises(UserError, match="holds neither an adapter nor a model"):
+        pack(str(tmp_path), "me/tiny", True)
+    assert RunFolder(run).adapter.is_dir()

@@ -1,0 +1,274 @@
+"""A certificate passes what is right, and names what is wrong: each planted fault is caught at its stage."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import veneer
+from tests.runs import tiny_run, write_rows
+from tests.tiny import FAMILIES, save_tiny_model
+from tests.vocabularies import family_vocabulary
+from veneer import api
+from veneer.cli.main import main
+from veneer.release.certify import divergence
+from veneer.release.runtimes import llama_server
+
+ROWS = [
+    {"prompt": f"what does the {name} say", "completion": answer}
+    for name, answer in (("cat", "please route"), ("dog", "the team"), ("owl", "the hen"), ("hen", "right"))
+    for _ in range(4)
+]
+Damage = Callable[[Path], Any]
+
+
+def make_base(folder: Path, seed: int) -> None:
+    name, settings = FAMILIES["llama"]
+    tokenizer = family_vocabulary("llama")
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
+    save_tiny_model((name, settings | ids), folder)
+    tokenizer.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(seed)
+    weights["lm_head.weight"] *= 20  # so that a random model can be sure of a token
+    moved = {key: value + 0.01 * torch.randn(value.shape, generator=generator) for key, value in weights.items()}
+    save_file(moved, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that learnt its rows, and answers and stops as they do."""
+    folder = tmp_path_factory.mktemp("certify")
+    make_base(folder / "base", 0)
+    make_base(folder / "other-base", 1)
+    rows, held_out = (write_rows(folder / name, ROWS[:: 1 + 3 * n]) for n, name in enumerate(("rows", "held.jsonl")))
+    made = tiny_run(
+        folder / "base",
+        rows,
+        folder / "run",
+        adapter={"r": 16, "lora_alpha": 32},
+        data={"validation": held_out, "duplicates": "keep"},
+        evaluate={"max_new_tokens": 8},
+        train={"max_steps": 60, "learning_rate": 1e-2, "eval_steps": None},
+    )
+    veneer.train(made)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def merged(run: Path) -> Path:
+    api.merge(str(run), run.parent / "merged", "float32")
+    return run.parent / "merged"
+
+
+def certificate(artifact: Path | str, run: Path) -> dict[str, Any]:
+    return api.certify(str(artifact), str(run), rows=4)[0].as_dict()
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Change values of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_merged_model_is_certified_and_the_proof_lies_beside_it(
+    run: Path, merged: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["certify", str(merged), "--against", str(run), "--rows", "4", "--json"])
+    assert caught.value.code == 0
+    told = json.loads(capfd.readouterr().out)
+    assert told["passed"] is True
+    assert told["first_difference"] is None
+    found = {check["id"]: check for check in told["checks"]}
+    assert list(found) == [
+        *("prompt_tokens", "stop_tokens", "weights", "strength"),
+        *("distributions", "agreement", "stops", "score"),
+    ]
+    assert found["distributions"]["value"] < 1e-6
+    assert found["agreement"]["value"] == 1
+    assert found["strength"]["value"] == pytest.approx(1, abs=1e-3)
+    assert found["stops"]["value"] == "4 of 4", "the run learnt to stop"
+    assert {row["id"] for row in told["prompts"]} >= {"edge: empty", "edge: very long", "edge: unicode"}
+    assert json.loads((merged / "certificate.json").read_text()) == told
+    page = (merged / "certificate.html").read_text()
+    assert "<b>Passed.</b>" in page
+    assert "strength of the adapter" in page
+    card = (run / "adapter" / "README.md").read_text()
+    assert "| greedy agreement | 1 |" in card
+
+
+def damage_template(folder: Path) -> None:
+    path = folder / "chat_template.jinja"
+    path.write_text(path.read_text().replace("| trim + '<|eot_id|>'", "| trim + ' <|eot_id|>'"))
+
+
+def double_bos(folder: Path) -> None:
+    path = folder / "chat_template.jinja"
+    path.write_text(path.read_text().replace("{{ bos_token }}", "{{ bos_token }}{{ bos_token }}"))
+
+
+def lose_stop(folder: Path) -> None:
+    edit(folder / "generation_config.json", eos_token_id=5)
+
+
+def lose_token(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    spec = json.loads(path.read_text())
+    spec["added_tokens"] = [entry for entry in spec["added_tokens"] if entry["content"] != "<|start_header_id|>"]
+    path.write_text(json.dumps(spec))
+    config = folder / "tokenizer_config.json"
+    kept = json.loads(config.read_text())
+    for key in ("added_tokens_decoder", "extra_special_tokens", "additional_special_tokens"):
+        kept.pop(key, None)
+    config.write_text(json.dumps(kept))
+
+
+def corrupt(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.gate_proj.weight"][7, 3:9] = 0.7
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def overflow(folder: Path) -> None:
+    weights = {name: tensor.half() for name, tensor in load_file(folder / "model.safetensors").items()}
+    weights["model.layers.0.mlp.down_proj.weight"][2, 2] = torch.inf
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    edit(folder / "config.json", dtype="float16")
+
+
+@pytest.mark.parametrize(
+    ("damage", "stage", "named"),
+    [
+        (damage_template, "prompt tokens", "the chat template differs"),
+        (double_bos, "prompt tokens", "the begin token <|begin_of_text|> is doubled"),
+        (lose_token, "prompt tokens", "the tokenizer lacks <|start_header_id|>"),
+        (lose_stop, "stop tokens", "<|eot_id|> is not among its stop tokens"),
+        (corrupt, "weights", "1 tensor differ: model.layers.1.mlp.gate_proj.weight"),
+        (overflow, "weights", "model.layers.0.mlp.down_proj.weight holds numbers that are not finite: an overflow"),
+    ],
+)
+def test_a_planted_fault_in_a_folder_is_caught_and_named(
+    damage: Damage, stage: str, named: str, run: Path, merged: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(merged, tmp_path / "out")
+    damage(tmp_path / "out")
+    found = certificate(tmp_path / "out", run)
+    assert found["passed"] is False
+    assert found["first_difference"].startswith(f"{stage}: ")
+    assert named in found["first_difference"]
+
+
+def altered(run: Path, folder: Path, damage: Damage) -> Path:
+    """A copy of a run's adapter with a fault, and without its passport, which would refuse it."""
+    shutil.copytree(run / "adapter", folder)
+    (folder / "passport.json").unlink()
+    damage(folder)
+    return folder
+
+
+def halve_alpha(folder: Path) -> None:
+    edit(folder / "adapter_config.json", lora_alpha=16)
+
+
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+@pytest.mark.parametrize(
+    ("damage", "base", "stage", "named"),
+    [
+        (halve_alpha, "base", "weights", "the adapter is in with 0.50 of its strength"),
+        (lambda folder: None, "other-base", "weights", "it was merged into another base"),
+    ],
+)
+def test_a_wrong_merge_is_caught_and_named(
+    kind: str, damage: Damage, base: str, stage: str, named: str, run: Path, tmp_path: Path
+) -> None:
+    adapter = altered(run, tmp_path / "adapter", damage)
+    own = str(run.parent / base)
+    if kind == "folder":
+        api.merge(str(adapter), tmp_path / "out", "bfloat16", base=own)
+    else:
+        api.export(str(adapter), tmp_path / "out", quant="q8_0", base=own)
+    found = certificate(tmp_path / "out", run)
+    assert found["first_difference"].startswith(f"{stage}: ")
+    assert named in found["first_difference"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "stage", "named"),
+    [
+        (damage_template, "prompt tokens", "the chat template differs"),
+        (lose_token, "prompt tokens", "the tokenizer lacks <|start_header_id|>"),
+    ],
+)
+def test_a_planted_fault_in_a_gguf_file_is_caught_and_named(
+    damage: Damage, stage: str, named: str, run: Path, tmp_path: Path
+) -> None:
+    adapter = altered(run, tmp_path / "adapter", damage)
+    api.export(str(adapter), tmp_path / "out", quant="f16", base=str(run.parent / "base"))
+    found = certificate(tmp_path / "out", run)
+    assert found["first_difference"].startswith(f"{stage}: ")
+    assert named in found["first_difference"]
+
+
+def test_a_gguf_file_and_a_server_of_it_are_certified(run: Path, tmp_path: Path) -> None:
+    report = api.export(str(run), tmp_path / "out", quant="f16")
+    found = certificate(tmp_path / "out", run)
+    assert found["passed"], found["first_difference"]
+    assert found["artifact"] == {
+        **{"name": str(tmp_path / "out"), "kind": "gguf"},
+        **{"precision": "f16", "runtime": "llama.cpp"},
+    }
+    with llama_server(tmp_path / "out" / report.file, True, set(), 512) as server:
+        served = certificate(server.address, run)
+    assert served["passed"], served["first_difference"]
+    assert served["artifact"]["kind"] == "endpoint"
+    assert {check["id"] for check in served["checks"]} >= {"prompt_tokens", "distributions", "agreement", "score"}
+
+
+def test_merge_and_export_certify_by_default_and_end_with_1_where_it_fails(
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def status(*arguments: str) -> int:
+        with pytest.raises(SystemExit) as caught:
+            main([*arguments, "--rows", "2", "--json"])
+        return int(caught.value.code or 0)
+
+    assert status("merge", str(run), "--out", str(tmp_path / "good")) == 0
+    assert json.loads(capfd.readouterr().out)["certificate"]["passed"] is True
+    assert status("export", str(run), "--out", str(tmp_path / "gguf"), "--quant", "q8_0") == 0
+    assert json.loads(capfd.readouterr().out)["certificate"]["passed"] is True
+    lose_stop(tmp_path / "good")
+    assert status("certify", str(tmp_path / "good"), "--against", str(run)) == 1
+    assert json.loads(capfd.readouterr().out)["passed"] is False
+
+
+def test_bad_input_is_one_message_and_status_2(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for arguments, told in (
+        (["certify", str(tmp_path), "--against", str(run)], "neither a model's folder (no config.json)"),
+        (["certify", "http://localhost:9", "--against", str(run)], "no OpenAI-compatible server answers there"),
+        (["merge", str(run), "--out", str(run)], "is not empty"),
+        (["merge", str(run), "--out", str(tmp_path / "o"), "--dtype", "int4"], "--dtype int4: not known"),
+        (["merge", str(run), "--out", str(tmp_path / "o"), "--on", "q4"], "--on q4: not known"),
+        (["export", str(run), "--out", str(tmp_path / "o"), "--format", "onnx"], "--format onnx: not known"),
+        (["unmerge", str(tmp_path), "--adapter", str(run), "--out", str(tmp_path / "o")], "holds no model"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2
+        err = capfd.readouterr().err
+        assert told in err
+        assert err.count("error: ") == 1
+        assert not (tmp_path / "o").exists()
+
+
+def test_divergence_counts_what_is_not_named_as_one_bucket() -> None:
+    expected = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
+    same = {0: float(expected[0]), 1: float(expected[1])}
+    assert divergence(expected, same) == pytest.approx(0, abs=1e-6)
+    other = {0: float(torch.tensor(0.25).log()), 1: float(torch.tensor(0.5).log())}
+    assert divergence(expected, other) == pytest.approx(0.25 * float(torch.tensor(2.0).log()), abs=1e-6)
+    assert divergence(expected, {0: float("nan")}) != divergence(expected, {0: float("nan")})

@@ -1,0 +1,96 @@
+"""An adapter is loaded on what it was trained with, and on nothing else."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import veneer
+from tests.runs import tiny_run, write_rows
+from veneer.config import Model, UserError
+from veneer.model import locate
+from veneer.release.passport import fingerprint
+
+
+@pytest.fixture
+def trained(tmp_path: Path, tiny_model: Callable[..., Path], rows: list[dict[str, Any]]) -> Path:
+    """A finished tiny run on a base of its own; gives the run's folder, beside which lies `base`."""
+    shutil.copytree(tiny_model(), tmp_path / "base")
+    run = tiny_run(tmp_path / "base", write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "run")
+    veneer.train(run.model_copy(update={"train": run.train.model_copy(update={"max_steps": 1})}))
+    return tmp_path / "run"
+
+
+def refused(run: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        veneer.load(str(run))
+    return str(caught.value)
+
+
+def test_the_passport_says_what_the_adapter_belongs_to(trained: Path) -> None:
+    passport = json.loads((trained / "adapter" / "passport.json").read_text())
+    assert passport["base"]["name"] == str(trained.parent / "base")
+    assert passport["base"]["architecture"] == "LlamaForCausalLM"
+    assert passport["data"]["sha256"] == json.loads((trained / "ledger.json").read_text())["sha256"]
+    assert passport["stop_token_ids"] == [2]
+    assert {"torch", "peft", "veneer"} <= set(passport["environment"]["libraries"])
+    assert veneer.load(str(trained)).run is not None
+
+
+def test_another_base_is_refused_by_name_and_force_says_what_it_overrides(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = trained.parent / "base" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.1.mlp.up_proj.weight"] += 1e-3
+    save_file(weights, file, {"format": "pt"})
+    told = refused(trained)
+    assert "the adapter does not belong to this" in told
+    assert "base weights: trained with" in told
+    assert "--force" in told
+    capsys.readouterr()
+    assert veneer.load(str(trained), force=True).run is not None
+    assert "warning: --force overrides the adapter's passport" in capsys.readouterr().err
+
+
+def test_another_template_tokenizer_or_adapter_file_is_refused(trained: Path) -> None:
+    adapter = trained / "adapter"
+    template = adapter / "chat_template.jinja"
+    kept = template.read_text()
+    template.write_text(kept.replace("assistant", "bot"))
+    assert "chat template: trained with" in refused(trained)
+    template.write_text(kept)
+    tokenizer = adapter / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    told = refused(trained)
+    assert "tokenizer: trained with" in told
+    assert "chat template" not in told
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: tensor * 2 for name, tensor in weights.items()}, adapter / "adapter_model.safetensors")
+    assert "adapter weights: trained with" in refused(trained)
+
+
+def test_an_adapter_without_a_passport_loads_and_a_broken_passport_is_told(trained: Path) -> None:
+    passport = trained / "adapter" / "passport.json"
+    passport.write_text("{")
+    assert "passport.json: not JSON" in refused(trained)
+    passport.unlink()
+    assert veneer.load(str(trained)).run is not None
+
+
+def test_a_base_in_shards_has_the_fingerprint_of_the_base_in_one_file(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    one, other = (fingerprint(locate(Model(base=str(path)))) for path in (tiny_model(), tmp_path / "shards"))
+    assert one is not None
+    assert one == other
