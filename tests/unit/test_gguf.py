@@ -26,7 +26,7 @@ from veneer.release.prompts import prompts_of
 from veneer.release.runtimes import Endpoint, llama_server
 
 EXPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3")
-WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8, "vocab_size": 384}
+WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8, "vocab_size": 384}
 
 
 def family_origin(family: str, folder: Path, kind: str = "lora", **settings: Any) -> Origin:
