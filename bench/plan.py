@@ -364,7 +364,7 @@ def fused_steps(engine: Any, case: Case) -> dict[str, Any]:
 
 def on_gpu_fused(out: Path) -> None:
     """Memory and time of the fused engine on the GPU at hand, into `out`/plan_gpu_fused.json."""
-    from engine import random_base  # bench/engine.py
+    from bench.engine import random_base
     from veneer.engine.choose import kept_tensors
     from veneer.engine.fused import FusedEngine
 

@@ -135,7 +135,7 @@ def test_the_gradient_under_dropout_is_the_slope_of_the_loss(family: str) -> Non
         torch.manual_seed(seed)  # of the masks
         return engine.forward_backward(batch, 1.0).item()
 
-    engine.master.grad = None
+    model.zero_grad()
     first = loss()
     assert engine.master.grad is not None
     gradient = engine.master.grad.clone()
