@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from veneer.data import Message
 from veneer.plan import find_machine
 from veneer.release.weights import NAMES, Planned, bytes_of, weights_of, write_weights
 from veneer.train.job import environment
@@ -30,6 +31,7 @@ from veneer.train.job import environment
 RESULTS = Path(__file__).parent / "results" / "release.json"
 QUANTS = ("f16", "q8_0", "q4_k_m")
 RANK = 16
+QUESTION = Message("user", "My Moonhinge arrived with a cracked lid, please send another.")
 
 
 def make_base(folder: Path, layers: int) -> None:
@@ -204,14 +206,15 @@ def logit_difference(run: Path, folder: Path) -> dict[str, float]:
     from veneer.release import find_origin, merge_into
 
     origin = find_origin(str(run))
-    ids = torch.tensor([list(range(3, 99))])
+    renderer = origin.renderer()
+    ids = torch.tensor([renderer.prompt_ids([Message("system", renderer.settings.system_prompt or ""), QUESTION])])
     found = {}
     for dtype in ("float32", "bfloat16"):
         out = folder / f"logits-{dtype}"
         shutil.rmtree(out, ignore_errors=True)
         merge_into(origin, out, dtype)
         kind = getattr(torch, dtype)
-        merged = AutoModelForCausalLM.from_pretrained(out, dtype=kind)(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(out, dtype=kind).eval()(ids).logits
         base = AutoModelForCausalLM.from_pretrained(origin.base_folder, dtype=kind)
         adapter = PeftModel.from_pretrained(base, str(origin.adapter)).eval()(ids).logits
         found[dtype] = float((merged.float() - adapter.float()).abs().max())
