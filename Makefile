@@ -22,8 +22,8 @@ demo: $(READY)  ## Fine-tune a real model on this machine and see that it got be
 
 test: test-unit test-e2e  ## All tests that need no GPU
 
-test-unit: $(READY)  ## Unit tests
-	$(BIN)/python -m pytest tests/unit
+test-unit: $(READY)  ## Unit tests, a process a core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n logical
 
 test-e2e: $(READY)  ## Whole commands on the real SmolLM2
 	$(BIN)/python -m pytest tests/e2e
