@@ -45,8 +45,7 @@ from veneer.report import certificate_page, plot_loss
 from veneer.train import Listener, Trained, TrainingJob
 from veneer.train.foresight import Foreseen, foresee, read_if_at_hand
 from veneer.train.metrics import read_metrics
-from veneer.train.verify import Check, Verification
-from veneer.train.verify import verify as verify_run
+from veneer.train.verify import verify as verify
 
 
 def train(run: Run, resume: bool = False, listeners: Sequence[Listener] = (), force: bool = False) -> Trained:
@@ -66,20 +65,6 @@ def train(run: Run, resume: bool = False, listeners: Sequence[Listener] = (), fo
     if job.choice.warning:
         warnings.warn(job.choice.warning, RuntimeWarning, stacklevel=2)
     return finish(job, listeners)
-
-
-def verify(run: Run, force: bool = False, on_check: Callable[[Check], None] = lambda check: None) -> Verification:
-    """Check, on this machine and with the run's model and rows, that training does what it should; writes nothing.
-
-    Args:
-        run: The settings.
-        force: Load even if the run is foreseen not to fit.
-        on_check: Hears of each check as it is made.
-
-    Raises:
-        UserError: The run cannot be carried out as it is written.
-    """
-    return verify_run(run, force, on_check)
 
 
 def finish(job: TrainingJob, listeners: Sequence[Listener] = ()) -> Trained:
