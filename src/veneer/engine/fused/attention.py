@@ -2,7 +2,7 @@
 
 cuDNN's is nearly twice as fast as flash on a Hopper GPU, but wants rows of one length and no window; flash takes
 documents of any length, one behind the other (cuDNN's own way with such is 300 times slower: it prepares each anew).
-Neither caps its scores: for that there is FlexAttention, compiled once a kind of layer. `plain` does all of it, in
+Neither caps its scores: for that there is FlexAttention, compiled once. `plain` does all of it, in
 float32 and on any machine; it is what the others are tested against.
 
 Tensors on the meta device, which a plan is rehearsed on, go the way that those of the GPU planned for will go
@@ -156,15 +156,20 @@ def attend_backward(
 
 
 def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, kind: Attention) -> torch.Tensor:
-    """(T, H, C) by FlexAttention. Its blocks are of 128 tokens; whole ones spare it other kernels."""
-    mask = _flex_mask(documents.lengths, kind.window, q.device)
-    missing = -len(q) % FLEX_BLOCK
-    rows = (F.pad(x, (0, 0, 0, 0, 0, missing)).transpose(0, 1)[None] for x in (q, k, v))
+    """(T, H, C) by FlexAttention, over whole blocks of tokens."""
+    blocks = _flex_blocks(len(q))
+    mask = _flex_mask(documents.lengths, kind.window, blocks, q.device)
+    rows = (F.pad(x, (0, 0, 0, 0, 0, blocks * FLEX_BLOCK - len(q))).transpose(0, 1)[None] for x in (q, k, v))
     out = _compiled_flex()(
         *rows, score_mod=_capped(kind.softcap), block_mask=mask, scale=kind.scale, enable_gqa=True
     )  # fmt: skip
     result: torch.Tensor = out[0].transpose(0, 1)[: len(q)]
     return result
+
+
+def _flex_blocks(tokens: int) -> int:
+    """Blocks that hold so many tokens; at least two, since a size of one is compiled as a case of its own."""
+    return max(2, -(-tokens // FLEX_BLOCK))
 
 
 @lru_cache(maxsize=1)
@@ -183,19 +188,35 @@ def _capped(softcap: float) -> Callable[..., torch.Tensor]:
 
 
 @lru_cache(maxsize=4)
-def _flex_mask(lengths: tuple[int, ...], window: int, device: torch.device) -> Any:
-    """Which blocks of scores are computed: within documents, backwards, within the window. Shared by all layers."""
-    from torch.nn.attention.flex_attention import create_block_mask
+def _flex_mask(lengths: tuple[int, ...], window: int, blocks: int, device: torch.device) -> Any:
+    """Which scores are computed: within documents, backwards, within the window. Shared by all layers of a kind.
 
-    missing = -sum(lengths) % FLEX_BLOCK
-    document_T = torch.repeat_interleave(torch.tensor([*lengths, missing])).to(device)
-    total = len(document_T)
+    All that differs between batches and kinds of layer is a tensor, so that one compiled kernel serves them all. Which
+    blocks are empty or full follows from it without making the scores' whole square.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    sizes = torch.tensor([*lengths, blocks * FLEX_BLOCK - sum(lengths)])
+    first_T = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes).int()  # key that a query sees first
+    if window:
+        first_T = torch.maximum(first_T, torch.arange(1 - window, len(first_T) + 1 - window).int())
+    number = torch.arange(blocks)
+    begin = number * FLEX_BLOCK
+    is_seen = (number <= number[:, None]) & (begin + FLEX_BLOCK > first_T[begin][:, None])
+    is_full = (number < number[:, None]) & (begin >= first_T[begin + FLEX_BLOCK - 1][:, None])
+    first_T = bring(first_T, device)
 
     def sees(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        seen = (document_T[query] == document_T[key]) & (query >= key)
-        return seen & (query - key < window) if window else seen
+        return (query >= key) & (key >= first_T[query])
 
-    return create_block_mask(sees, None, None, total, total, device=device)
+    partial, full = (_listed(blocks_QK, device) for blocks_QK in (is_seen & ~is_full, is_full))
+    return BlockMask.from_kv_blocks(*partial, *full, FLEX_BLOCK, sees)
+
+
+def _listed(blocks_QK: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many key blocks each query block has, and their numbers, in FlexAttention's shapes."""
+    numbers = blocks_QK.int().argsort(dim=1, descending=True, stable=True)
+    return bring(blocks_QK.sum(1).int()[None, None], device), bring(numbers.int()[None, None], device)
 
 
 def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, kind: Attention) -> torch.Tensor:
