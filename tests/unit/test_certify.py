@@ -16,8 +16,8 @@ from tests.tiny import FAMILIES, save_tiny_model
 from tests.vocabularies import family_vocabulary
 from veneer import api
 from veneer.cli.main import main
-from veneer.release.certify import divergence
-from veneer.release.runtimes import llama_server
+from veneer.release.checks import divergence
+from veneer.release.servers import llama_server
 
 ROWS = [
     {"prompt": f"what does the {name} say", "completion": answer}

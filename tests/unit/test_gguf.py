@@ -23,7 +23,7 @@ from veneer.release.gguf_types import QUANTS, Mix
 from veneer.release.modelfile import TRIALS, chain_of, unlike
 from veneer.release.origin import Origin
 from veneer.release.prompts import prompts_of
-from veneer.release.runtimes import Endpoint, llama_server
+from veneer.release.servers import Endpoint, llama_server
 
 EXPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3")
 WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8, "vocab_size": 384}

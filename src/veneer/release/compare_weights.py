@@ -19,8 +19,8 @@ from veneer.model.shapes import find_config
 from veneer.release.fold import Fold
 from veneer.release.gguf_families import Layout
 from veneer.release.gguf_types import encoded
-from veneer.release.merge import Recipe
 from veneer.release.origin import Origin
+from veneer.release.recipe import Recipe
 from veneer.release.weights import weights_of
 
 # Largest error of a tensor in proportion to its largest value, that a precision explains.

@@ -23,9 +23,11 @@ from veneer.release.gguf_families import Layout
 from veneer.release.gguf_tokenizer import vocabulary
 from veneer.release.gguf_types import QUANTS, Mix, encoded, require_quant, size_of
 from veneer.release.lint import vllm_lint
-from veneer.release.merge import Recipe, require_free, require_known, require_space, stop_ids
+from veneer.release.merge import stop_ids
 from veneer.release.modelfile import modelfile
 from veneer.release.origin import Origin
+from veneer.release.output import require_free, require_known, require_space
+from veneer.release.recipe import Recipe
 from veneer.release.weights import Stored, read_header, weights_of
 
 Progress = Callable[[int], None]
