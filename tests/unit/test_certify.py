@@ -11,12 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import veneer
+from tests.adapters import save_adapter_of
 from tests.runs import tiny_run, write_rows
 from tests.tiny import FAMILIES, save_tiny_model
 from tests.vocabularies import family_vocabulary
 from veneer import api
 from veneer.cli.main import main
+from veneer.release import find_origin
 from veneer.release.checks import divergence
+from veneer.release.compare_weights import compare_weights
 from veneer.release.servers import llama_server
 
 ROWS = [
@@ -263,6 +266,34 @@ def test_bad_input_is_one_message_and_status_2(run: Path, tmp_path: Path, capfd:
         assert told in err
         assert err.count("error: ") == 1
         assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_an_adapter_that_learnt_little_is_in_with_all_of_its_strength(
+    dtype: str, tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model("llama"), base)
+    kept = {name: tensor.bfloat16() for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(kept, base / "model.safetensors", {"format": "pt"})
+    adapter = save_adapter_of("lora", base, tmp_path / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: tensor * 0.02 for name, tensor in load_file(file).items()}, file)
+    api.merge(str(adapter), tmp_path / "out", dtype)
+    found = compare_weights(find_origin(str(adapter)), tmp_path / "out", "base")
+    assert found.diagnosis == ""
+    assert found.strength == pytest.approx(1, abs=1e-3)
+    edit(adapter / "adapter_config.json", lora_alpha=32)
+    lost = compare_weights(find_origin(str(adapter)), tmp_path / "out", "base")
+    assert "of its strength: its scale" in lost.diagnosis
+
+
+def test_a_head_of_its_own_that_is_gone_is_a_wrong_tensor(run: Path, merged: Path, tmp_path: Path) -> None:
+    shutil.copytree(merged, tmp_path / "out")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    assert "lm_head.weight" in compare_weights(find_origin(str(run)), tmp_path / "out", "base").wrong
 
 
 def test_divergence_counts_what_is_not_named_as_one_bucket() -> None:
