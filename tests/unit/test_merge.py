@@ -200,7 +200,46 @@ def test_bad_bases_and_folders_are_told_and_nothing_is_written(
 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
-    assert "0.00 GiB free" in refused(tmp_path / "full", adapter)
+    assert "0.0 MiB free" in refused(tmp_path / "full", adapter)
+
+
+def test_a_folder_that_cannot_be_put_in_its_place_is_told_before_any_work(
+    tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    origin = find_origin(str(save_adapter_of("lora", tiny_model("llama"), tmp_path / "adapter")))
+    here, mount = tmp_path / "here", tmp_path / "mount"
+    here.mkdir()
+    mount.mkdir()
+    (tmp_path / "link").symlink_to(mount)
+    monkeypatch.chdir(here)
+    with pytest.raises(UserError, match="is the folder you are in"):
+        merge(origin, Path("."))
+    with pytest.raises(UserError, match="is a link"):
+        merge(origin, tmp_path / "link")
+    monkeypatch.setattr("os.path.ismount", lambda path: path == mount)
+    with pytest.raises(UserError, match="is a mount, which"):
+        merge(origin, mount)
+
+    def read_only(*_: Any, **__: Any) -> str:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.mkdtemp", read_only)
+    with pytest.raises(UserError, match=r"cannot be written \(Read-only file system\)"):
+        merge(origin, tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "here", "link", "mount"]
+
+
+def test_adapters_that_are_no_change_of_the_base_they_name_are_told(tmp_path: Path, tiny_model: TinyModel) -> None:
+    adapter = save_adapter_of("lora", tiny_model("llama"), tmp_path / "adapter")
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text())
+    for changes, reason in (
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4 moved the base's weights"),
+        ({"peft_type": "PROMPT_TUNING"}, "PROMPT_TUNING (peft_type in adapter_config.json) cannot be merged"),
+        ({"peft_type": "FOO"}, "PEFT does not know it"),
+    ):
+        path.write_text(json.dumps(config | changes))
+        assert reason in refused(tmp_path / "out", adapter)
 
 
 def test_damaged_files_are_told_and_nothing_is_written(tmp_path: Path, tiny_model: TinyModel) -> None:
