@@ -27,7 +27,7 @@ from veneer.release.artifact import find_artifact
 from veneer.release.card import renew_card, write_card
 from veneer.release.certify import Certificate, certify_artifact, write_certificate
 from veneer.release.export import Exported, export_to
-from veneer.release.merge import Merged, merge_into, unmerge_from
+from veneer.release.merge import Merged, merge_into, require_model, unmerge_from
 from veneer.release.origin import Origin, find_origin
 from veneer.release.passport import require_match
 from veneer.release.prompts import prompts_of, very_long
@@ -45,6 +45,7 @@ __all__ = [
     "prompts_of",
     "renew_card",
     "require_match",
+    "require_model",
     "unmerge_from",
     "very_long",
     "write_card",

@@ -27,7 +27,7 @@ from veneer.config.folder import whole_folder, write_json
 from veneer.release.fold import Fold
 from veneer.release.origin import Origin
 from veneer.release.output import require_free, require_known, require_space
-from veneer.release.passport import read_passport
+from veneer.release.passport import file_sha256, read_passport
 from veneer.release.recipe import Recipe, cast_pieces, rounded
 from veneer.release.weights import SHARD_BYTES, Planned, Stored, weights_of, write_weights
 
@@ -90,28 +90,32 @@ def merge_into(
         write_weights(unfinished, [_told(tensor, on_done) for tensor in planned], {"format": "pt"}, shard_bytes)
         _write_config(origin, folder, unfinished, dtype, fold.unties)
         write_companions(origin, folder, unfinished)
-        facts = {"adapter": origin.name, "dtype": dtype, "on": on, "veneer": veneer.__version__}
+        adapter = {"adapter": origin.name, "adapter_sha256": file_sha256(origin.adapter / "adapter_model.safetensors")}
+        facts = adapter | {"dtype": dtype, "on": on, "veneer": veneer.__version__}
         write_json(unfinished / "merge.json", facts | {"passport": read_passport(origin.adapter)})
         files = len(list(unfinished.glob("*.safetensors")))
     size = sum(tensor.size for tensor in planned)
     return Merged(str(out), dtype, on, len(planned), len(fold.changed), size, files, _warnings(origin, dtype, on))
 
 
-def unmerge_from(merged: Path, origin: Origin, out: Path, on_done: Progress = lambda done: None) -> Merged:
+def unmerge_from(
+    merged: Path, origin: Origin, out: Path, force: bool = False, on_done: Progress = lambda done: None
+) -> Merged:
     """Take an adapter out of a merged model: what is left is its base, within the rounding of the merge.
 
     Args:
         merged: Folder of the merged model.
-        origin: The adapter that is in it, with its base's configuration.
+        origin: The adapter that is in it, with its base's configuration, or the merged model's own.
         out: A new folder.
+        force: Go on although another adapter was merged.
         on_done: Called with the number of bytes just written.
 
     Raises:
-        UserError: As `merge`, or the kind of adapter cannot be taken out.
+        UserError: As `merge`, another adapter is in it, or the kind of adapter cannot be taken out.
     """
     require_free(out)
-    if not (merged / "config.json").is_file():
-        raise UserError(f"{merged}: holds no model (no config.json)", "name the folder that `veneer merge` wrote")
+    require_model(merged)
+    warnings = _require_merged(merged, origin, force)
     tensors = weights_of(merged, str(merged))
     fold = Fold(origin, tensors)
     fold.require_subtractable()
@@ -130,14 +134,14 @@ def unmerge_from(merged: Path, origin: Origin, out: Path, on_done: Progress = la
     require_space(out, sum(tensor.size for tensor in planned))
     with whole_folder(out) as unfinished:
         write_weights(unfinished, [_told(tensor, on_done) for tensor in planned], {"format": "pt"})
-        kept = [*merged.glob("*.json"), *merged.glob("*.jinja"), *merged.glob("tokenizer.model")]
-        for path in kept:
-            if path.name not in ("merge.json", "certificate.json", "model.safetensors.index.json"):
-                shutil.copy2(path, unfinished / path.name)
+        for name in ("config.json", "generation_config.json", *TOKENIZER_FILES):
+            if (merged / name).is_file():
+                shutil.copyfile(merged / name, unfinished / name)
+        _copy_licence(merged, unfinished)
         files = len(list(unfinished.glob("*.safetensors")))
     size = sum(tensor.size for tensor in planned)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    return Merged(str(out), dtype, "merged", len(planned), len(fold.changed), size, files, ())
+    return Merged(str(out), dtype, "merged", len(planned), len(fold.changed), size, files, warnings)
 
 
 def _plan(recipe: Recipe, name: str, stored: Stored, dtype: torch.dtype) -> Planned:
@@ -164,24 +168,56 @@ def write_companions(origin: Origin, base: Path, out: Path) -> None:
     for name in TOKENIZER_FILES:
         if (origin.tokenizer_folder / name).is_file():
             shutil.copyfile(origin.tokenizer_folder / name, out / name)
-    for pattern in ("LICENSE*", "NOTICE*", "USE_POLICY*"):
-        for path in base.glob(pattern):
-            shutil.copyfile(path, out / path.name)
-    kept = _json_of(base / "generation_config.json")
+    _copy_licence(base, out)
+    kept = json_of(base / "generation_config.json")
     write_json(out / "generation_config.json", kept | {"eos_token_id": stop_ids(origin, base)})
+
+
+def _copy_licence(source: Path, out: Path) -> None:
+    for pattern in ("LICENSE*", "NOTICE*", "USE_POLICY*"):
+        for path in source.glob(pattern):
+            shutil.copyfile(path, out / path.name)
+
+
+def require_model(merged: Path) -> None:
+    """Raises UserError where a folder holds no model."""
+    if not (merged / "config.json").is_file():
+        raise UserError(f"{merged}: holds no model (no config.json)", "name the folder that `veneer merge` wrote")
+
+
+def _require_merged(merged: Path, origin: Origin, force: bool) -> tuple[str, ...]:
+    """Warnings of a merged model from which an adapter is to be taken.
+
+    Raises:
+        UserError: Another adapter is in it.
+    """
+    kept = json_of(merged / "merge.json")
+    inside = kept.get("adapter_sha256")
+    if inside is None:
+        return (
+            f"{merged} does not say what is in it (no merge.json): if this adapter is not, what is left is no base",
+        )
+    if inside != file_sha256(origin.adapter / "adapter_model.safetensors"):
+        told = f"{merged}: holds another adapter ({kept.get('adapter')}) than {origin.name}"
+        if not force:
+            raise UserError(told, "name that one with --adapter, or use --force to go on all the same")
+        return (f"--force: {told}",)
+    if kept.get("on") == "nf4":
+        return ("the adapter was merged into the base in 4 bits: what is left is that base, not the original one",)
+    return ()
 
 
 def stop_ids(origin: Origin, base: Path) -> list[int]:
     """Every token at which an answer ends: those training taught, and those the base itself names."""
     ids = origin.renderer().stop_ids | set((read_passport(origin.adapter) or {}).get("stop_token_ids", []))
     for file in ("config.json", "generation_config.json"):
-        named = _json_of(base / file).get("eos_token_id")
+        named = json_of(base / file).get("eos_token_id")
         ids |= set(named) if isinstance(named, list) else {named} - {None}
     return sorted(ids)
 
 
 def _write_config(origin: Origin, base: Path, out: Path, dtype: str, unties: bool) -> None:
-    config = _json_of(base / "config.json")
+    config = json_of(base / "config.json")
     config.pop("torch_dtype", None)
     config["dtype"] = dtype
     if unties:
@@ -192,10 +228,20 @@ def _write_config(origin: Origin, base: Path, out: Path, dtype: str, unties: boo
     write_json(out / "config.json", config)
 
 
-def _json_of(path: Path) -> dict[str, Any]:
+def json_of(path: Path) -> dict[str, Any]:
+    """A JSON object in a file; nothing where there is no file.
+
+    Raises:
+        UserError: It is damaged.
+    """
     if not path.is_file():
         return {}
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not a JSON object", "fetch it again, or delete it if it is not needed")
     return found
 
 
