@@ -17,10 +17,12 @@ from tests.tiny import FAMILIES, save_tiny_model
 from tests.vocabularies import family_vocabulary
 from veneer import api
 from veneer.cli.main import main
+from veneer.config import UserError
+from veneer.data import Message
 from veneer.release import find_origin
 from veneer.release.checks import divergence
 from veneer.release.compare_weights import compare_weights
-from veneer.release.servers import llama_server
+from veneer.release.servers import Endpoint, llama_server
 
 ROWS = [
     {"prompt": f"what does the {name} say", "completion": answer}
@@ -230,6 +232,70 @@ def test_a_gguf_file_and_a_server_of_it_are_certified(run: Path, tmp_path: Path)
     assert served["passed"], served["first_difference"]
     assert served["artifact"]["kind"] == "endpoint"
     assert {check["id"] for check in served["checks"]} >= {"prompt_tokens", "distributions", "agreement", "score"}
+    told = ("stop tokens", "weights", "strength of the adapter")
+    assert list(served["skipped"]) == list(told), "what a server does not tell stands as not checked"
+
+
+def answer_of(model: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
+    choice = {"message": {"content": "the hen"}, "finish_reason": "stop", "logprobs": {"content": logprobs}}
+    return {"model": model, "choices": [choice]}
+
+
+def test_a_server_that_names_tokens_by_their_texts_is_not_called_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def ask(server: Endpoint, path: str, body: dict[str, Any] | None) -> Any:
+        if path == "/v1/models":
+            return {"data": [{"id": "base"}, {"id": "tickets"}]}
+        assert body is not None
+        asked.append(body["model"])
+        likely = {"token": " hen", "logprob": -0.1}
+        return answer_of(body["model"], [likely | {"top_logprobs": [likely]}])
+
+    monkeypatch.setattr(Endpoint, "_ask", ask)
+    with pytest.raises(UserError, match="serves 2 models: base, tickets"):
+        Endpoint("http://a", True)
+    with pytest.raises(UserError, match="--model other: http://a does not serve it"):
+        Endpoint("http://a", True, model="other")
+    (answer,) = Endpoint("http://a", True, model="tickets").answer([[Message("user", "a")]], 4)
+    assert asked == ["tickets"]
+    assert (answer.text, answer.ids, answer.steps) == ("the hen", None, [])
+
+
+def test_export_asks_for_llama_cpp_before_it_writes(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as caught:
+        main(["export", str(run), "--out", str(tmp_path / "out")])
+    assert caught.value.code == 2
+    assert "--no-certify" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "status", "told"),
+    [
+        ("config.json", 2, "config.json: not a JSON object"),
+        ("merge.json", 2, "merge.json: not a JSON object"),
+        ("chat_template.jinja", 1, "its chat template fails, that of the training does not"),
+    ],
+)
+def test_a_folder_that_cannot_be_read_is_told(
+    file: str, status: int, told: str, run: Path, merged: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(merged, tmp_path / "out")
+    (tmp_path / "out" / file).write_text("{% foo %}")
+    with pytest.raises(SystemExit) as caught:
+        main(["certify", str(tmp_path / "out"), "--against", str(run), "--rows", "0"])
+    assert caught.value.code == status
+    assert told in capfd.readouterr().err
+
+
+def test_an_adapter_alone_in_gguf_is_told_from_a_model(run: Path, tmp_path: Path) -> None:
+    api.export(str(run), tmp_path / "out", adapter_only=True)
+    with pytest.raises(UserError, match="an adapter alone"):
+        certificate(tmp_path / "out", run)
 
 
 def test_merge_and_export_certify_by_default_and_end_with_1_where_it_fails(

@@ -1,6 +1,5 @@
 """What is to be certified, found by name; and started as its users run it."""
 
-import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 from veneer.config import UserError
 from veneer.data import Renderer
 from veneer.plan import find_machine
+from veneer.release.merge import json_of
 from veneer.release.origin import Origin
 from veneer.release.prompts import Prompt
 from veneer.release.runtimes import Folder, Runtime
@@ -25,6 +25,7 @@ class Artifact:
         precision: Key of LIMITS.
         path: Of a folder or a file.
         on: What the adapter was merged into.
+        model: Which of a server's models is meant; None: its only one.
     """
 
     name: str
@@ -32,9 +33,10 @@ class Artifact:
     precision: str
     path: Path | None
     on: str
+    model: str | None = None
 
 
-def find_artifact(name: str, origin: Origin) -> Artifact:
+def find_artifact(name: str, origin: Origin, model: str | None = None) -> Artifact:
     """What a name stands for: an address, a GGUF file, or a folder that holds either.
 
     Raises:
@@ -42,7 +44,9 @@ def find_artifact(name: str, origin: Origin) -> Artifact:
     """
     trained_on = "nf4" if origin.quantization is not None else "base"
     if name.startswith(("http://", "https://")):
-        return Artifact(name, "endpoint", "endpoint", None, trained_on)
+        return Artifact(name, "endpoint", "endpoint", None, trained_on, model)
+    if model is not None:
+        raise UserError(f"--model {model}: {name} is no server with several models", "leave --model out")
     path = Path(name).expanduser()
     files = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
     if len(files) > 1:
@@ -55,9 +59,7 @@ def find_artifact(name: str, origin: Origin) -> Artifact:
             f"{name}: neither a model's folder (no config.json), nor a GGUF file, nor an address (http://...)",
             "name what `veneer merge` or `veneer export` wrote, or a server",
         )
-    merged = path / "merge.json"
-    kept = json.loads(merged.read_text(encoding="utf-8")) if merged.is_file() else {}
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    kept, config = json_of(path / "merge.json"), json_of(path / "config.json")
     precision = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     return Artifact(name, "transformers", precision, path, kept.get("on", "base"))
 
@@ -70,7 +72,7 @@ def running(
         assert artifact.path is not None
         return nullcontext(Folder(artifact.path, find_machine()))
     if artifact.kind == "endpoint":
-        return nullcontext(Endpoint(artifact.name, renderer.is_chat))
+        return nullcontext(Endpoint(artifact.name, renderer.is_chat, model=artifact.model))
     from gguf import GGUFReader
 
     assert artifact.path is not None
@@ -90,6 +92,11 @@ def _gguf_facts(file: Path) -> tuple[str, str]:
         fields = GGUFReader(file).fields
     except (ValueError, OSError, IndexError) as error:
         raise UserError(f"{file}: not a GGUF file ({error})", "name what `veneer export` wrote") from None
+    if "general.type" in fields and fields["general.type"].contents() == "adapter":
+        raise UserError(
+            f"{file}: an adapter alone, which answers on its base only",
+            "serve it (llama-server -m BASE --lora ADAPTER --jinja) and name the server's address",
+        )
     number = fields["general.file_type"].contents() if "general.file_type" in fields else None
     names = {number: name for name, (number, _, _) in QUANTS.items()}
     on = fields["veneer.on"].contents() if "veneer.on" in fields else "base"

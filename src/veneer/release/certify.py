@@ -38,6 +38,7 @@ from veneer.release.checks import (
     score_checks,
     stop_checks,
     stop_token_checks,
+    unmade,
     weight_checks,
 )
 from veneer.release.compare_weights import Compared, compare_weights
@@ -116,6 +117,7 @@ def certify_artifact(
     checks += distribution_checks(measured, LIMITS.get(artifact.precision, LIMITS["endpoint"]))
     checks += stop_checks(answers, expected, prompts)
     checks += score_checks(answers, expected, prompts)
+    skipped = skipped | unmade(checks, any(prompt.reference is not None for prompt in prompts))
     return Certificate(
         artifact={
             "name": artifact.name,

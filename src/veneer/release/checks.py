@@ -53,6 +53,23 @@ class Check:
     detail: str = ""
 
 
+def unmade(checks: Sequence[Check], has_rows: bool) -> dict[str, str]:
+    """What could not be checked and why, by the name of the check."""
+    made = {check.id for check in checks}
+    reasons = {
+        "prompt_tokens": ("prompt tokens", "the server does not tell them"),
+        "stop_tokens": ("stop tokens", "the server does not tell them"),
+        "weights": ("weights", "a server does not show them"),
+        "strength": ("strength of the adapter", "it changes no weight that can be seen"),
+        "distributions": ("next-token distributions", "the server names no tokens by their ids"),
+    }
+    if "weights" not in made:
+        reasons["strength"] = (reasons["strength"][0], reasons["weights"][1])
+    if has_rows:
+        reasons["stops"] = ("answers that end by themselves", "the adapter's own run on to the limit")
+    return {name: why for check, (name, why) in reasons.items() if check not in made}
+
+
 def prompt_checks(runtime: Runtime, renderer: Renderer, prompts: Sequence[Prompt], artifact: Artifact) -> list[Check]:
     """The artifact's tokens of each prompt against the training's."""
     same = known = 0

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from jinja2 import TemplateError
 
-from veneer.config import UserError
+from veneer.config import JobError, UserError
 from veneer.data import Message
 from veneer.evaluate.generation import contiguous_head_input
 from veneer.model.quiet import quiet
@@ -74,6 +75,7 @@ class Folder:
     def __init__(self, path: Path, machine: Machine) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        self.path = path
         with quiet():
             try:
                 self.tokenizer = AutoTokenizer.from_pretrained(path)
@@ -82,14 +84,22 @@ class Folder:
                 ).eval()
             except (OSError, ValueError, KeyError, RuntimeError) as error:
                 reason = str(error).strip().splitlines()[0]
-                raise UserError(f"{path}: does not load in Transformers: {reason}") from None
+                raise UserError(
+                    f"{path}: does not load in Transformers: {reason}",
+                    "merge it again, or name what `veneer merge` wrote",
+                ) from None
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int] | None:
         if not self.tokenizer.chat_template:
             ids = self.tokenizer("".join(message.content for message in messages))["input_ids"]
         else:
             turns = [message.as_turn() for message in messages]
-            ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+            try:
+                made = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
+            except TemplateError as error:
+                why = f"its chat template fails, that of the training does not: {error}"
+                raise JobError(f"{self.path}: {why}") from None
+            ids = made["input_ids"]
         return list(ids)
 
     def prompt_count(self, messages: Sequence[Message]) -> int | None:

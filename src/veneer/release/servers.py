@@ -1,5 +1,6 @@
 """An artifact behind HTTP: an OpenAI-compatible server, asked as its users ask it; llama.cpp's is started here."""
 
+import importlib.util
 import json
 import os
 import re
@@ -28,13 +29,21 @@ class Endpoint:
         chat: Whether prompts go to /chat/completions, as messages; else as plain text to /completions.
         top: Likeliest tokens to ask for.
         stops: Tokens that it ends at, where its file says so.
+        kind: What the certificate calls it.
+        model: Which of its models is asked; None: its only one.
 
     Raises:
-        UserError: Nothing answers there.
+        UserError: Nothing answers there, or it has several models and none of them is named.
     """
 
     def __init__(
-        self, url: str, chat: bool, top: int = TOP_OF_A_SERVER, stops: set[int] | None = None, kind: str = "endpoint"
+        self,
+        url: str,
+        chat: bool,
+        top: int = TOP_OF_A_SERVER,
+        stops: set[int] | None = None,
+        kind: str = "endpoint",
+        model: str | None = None,
     ) -> None:
         self.kind = kind
         self.address = url
@@ -43,7 +52,12 @@ class Endpoint:
         listed = self._ask("/v1/models", None)
         if not isinstance(listed, dict) or not listed.get("data"):
             raise UserError(f"{url}: no OpenAI-compatible server answers there (GET /v1/models)", "start it first")
-        self._model = listed["data"][0]["id"]
+        names = [str(entry["id"]) for entry in listed["data"]]
+        if model is None and len(names) > 1:
+            raise UserError(f"{url}: serves {len(names)} models: {', '.join(names[:6])}", "name one with --model")
+        if model is not None and model not in names:
+            raise UserError(f"--model {model}: {url} does not serve it", f"name one of {', '.join(names[:6])}")
+        self._model = model or names[0]
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int] | None:
         turns = [message.as_turn() for message in messages]
@@ -99,6 +113,8 @@ class Endpoint:
             likely = ((_token_id(top), float(top["logprob"])) for top in entry.get("top_logprobs", []))
             steps.append({number: value for number, value in likely if number is not None})
         known = None if not content or any(number is None for number in ids) else [n for n in ids if n is not None]
+        if known is None:  # a server that names tokens by their texts alone: what they are is not guessed
+            steps = []
         stopped = choice["finish_reason"] == "stop"
         if known is not None and stopped and known and known[-1] in (self._stops or set()):
             known = known[:-1]
@@ -147,6 +163,15 @@ def _native_errors() -> Iterator[list[str]]:
             lines += caught.read().decode(errors="replace").splitlines()
 
 
+def require_llama_cpp() -> None:
+    """Raises UserError where llama.cpp is not installed."""
+    if importlib.util.find_spec("xllamacpp") is None:
+        raise UserError(
+            "GGUF files are proved in llama.cpp, which is not installed",
+            "pip install 'veneer[llamacpp]', or leave the proof out with --no-certify",
+        )
+
+
 @contextmanager
 def llama_server(file: Path, chat: bool, stops: set[int], context: int, lora: Path | None = None) -> Iterator[Endpoint]:
     """llama.cpp's own server on a GGUF file, within this process, on a free port of this machine.
@@ -161,13 +186,9 @@ def llama_server(file: Path, chat: bool, stops: set[int], context: int, lora: Pa
     Raises:
         UserError: `xllamacpp` is not installed, or llama.cpp does not load the file.
     """
-    try:
-        import xllamacpp
-    except ImportError:
-        raise UserError(
-            "GGUF files are proved in llama.cpp, which is not installed",
-            "pip install 'veneer[llamacpp]', or leave the proof out with --no-certify",
-        ) from None
+    require_llama_cpp()
+    import xllamacpp
+
     settings = xllamacpp.CommonParams()
     settings.model.path = str(file)
     settings.n_ctx, settings.n_parallel = context, 1
