@@ -17,7 +17,7 @@ import torch
 
 from veneer.model.shapes import find_config
 from veneer.release.fold import Fold
-from veneer.release.gguf_families import Layout
+from veneer.release.gguf_families import COMPUTED, Layout
 from veneer.release.gguf_types import encoded
 from veneer.release.origin import Origin
 from veneer.release.recipe import Recipe
@@ -128,7 +128,7 @@ def _diagnose(own: list[str], changed: list[str], infinite: list[str], owned: in
 
 def _pairs(every: dict[str, Any], fold: Fold, recipe: Recipe, read: Any) -> Iterator[_Pair]:
     for name, stored in every.items():
-        if not stored.is_float:
+        if not stored.is_float or name.endswith(COMPUTED):
             continue
         found, kind, lay_out, same = read(name)
         if kind is None:  # an artifact may leave out what is tied
