@@ -19,6 +19,17 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         "LoraConfig",
         {"r": 4, "target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 5]}},
     ),
+    "head-token": (
+        "LoraConfig",
+        {"r": 4, "target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [4]}},
+    ),
+    "patterns": (
+        "LoraConfig",
+        {
+            **{"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
+            **{"rank_pattern": {"q_proj": 8}, "alpha_pattern": {"up_proj": 64}},
+        },
+    ),
     "loha": ("LoHaConfig", {"r": 4, "alpha": 8, "target_modules": ["q_proj", "up_proj"]}),
     "lokr": ("LoKrConfig", {"r": 4, "alpha": 8, "target_modules": ["q_proj", "up_proj"]}),
     "ia3": ("IA3Config", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),

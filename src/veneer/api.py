@@ -36,6 +36,7 @@ from veneer.release import (
     prompts_of,
     renew_card,
     require_match,
+    require_model,
     unmerge_from,
     very_long,
     write_card,
@@ -372,7 +373,10 @@ def unmerge(
     Raises:
         UserError: As `merge`, or the kind of adapter cannot be taken out.
     """
-    return unmerge_from(Path(merged), find_origin(adapter, None, force), Path(out), on_done)
+    require_model(Path(merged))
+    # The merged model says all that is needed of its base, which may be gone.
+    origin = find_origin(adapter, str(merged), force, is_merged=True)
+    return unmerge_from(Path(merged), origin, Path(out), force, on_done)
 
 
 def export(
@@ -412,6 +416,7 @@ def certify(
     base: str | None = None,
     force: bool = False,
     tell: Callable[[str], None] = lambda what: None,
+    model: str | None = None,
 ) -> tuple[Certificate, Path]:
     """Put what ships beside the adapter it came from, and write certificate.json and its page.
 
@@ -422,6 +427,7 @@ def certify(
         base: Another base than the adapter names.
         force: Go on although the adapter does not belong to the base.
         tell: Called with what is being done.
+        model: Which model of a server that has several, as a server of adapters does.
 
     Returns:
         The certificate, and the folder it was written into: the artifact's, or the run's for a server.
@@ -430,14 +436,16 @@ def certify(
         UserError: There is no such artifact or run, or the artifact does not load.
     """
     origin = find_origin(run, base, force)
-    found = find_artifact(artifact, origin)
+    found = find_artifact(artifact, origin, model)
     renderer = origin.renderer()
     held_out: list[HeldOut] = []
     skipped = {}
     folder = RunFolder(Path(run).expanduser())
     if origin.run is None:
         skipped["answers and score on held-out rows"] = "the adapter has no run beside it"
-    elif rows:
+    elif not rows:
+        skipped["answers and score on held-out rows"] = "none were asked for (--rows 0)"
+    else:
         try:
             held_out = _held_out(folder, origin.run, renderer, None, rows)
         except UserError as error:

@@ -84,6 +84,7 @@ def test_a_card_that_its_owner_rewrote_is_left_alone(run: Path) -> None:
         ("rslora", []),
         ("dora", ["dora", "tensors"]),
         ("lora-bias", ["bias"]),
+        ("patterns", ["rank_pattern", "alpha_pattern"]),
         ("head", ["saved_modules", "tensors"]),
         ("embedding", ["embeddings"]),
         ("ia3", ["kind", "tensors"]),
@@ -126,4 +127,8 @@ def test_nothing_to_push_is_refused(run: Path, tmp_path: Path) -> None:
         pack(str(run), "tiny", True)
     with pytest.raises(UserError, match="holds neither an adapter nor a model"):
         pack(str(tmp_path), "me/tiny", True)
-    assert RunFolder(run).adapter.is_dir()
+    with pytest.raises(UserError, match="not of the form owner/name"):
+        pack(str(run), "me/a name", True)
+    (RunFolder(run).adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match="holds no adapter"):
+        pack(str(run), "me/tiny", True)

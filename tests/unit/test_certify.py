@@ -11,13 +11,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import veneer
+from tests.adapters import save_adapter_of
 from tests.runs import tiny_run, write_rows
 from tests.tiny import FAMILIES, save_tiny_model
 from tests.vocabularies import family_vocabulary
 from veneer import api
 from veneer.cli.main import main
-from veneer.release.certify import divergence
-from veneer.release.runtimes import llama_server
+from veneer.config import UserError
+from veneer.data import Message
+from veneer.release import find_origin
+from veneer.release.checks import divergence, score_checks
+from veneer.release.compare_weights import compare_weights
+from veneer.release.prompts import Prompt
+from veneer.release.runtimes import Answer
+from veneer.release.servers import Endpoint, llama_server
 
 ROWS = [
     {"prompt": f"what does the {name} say", "completion": answer}
@@ -227,6 +234,70 @@ def test_a_gguf_file_and_a_server_of_it_are_certified(run: Path, tmp_path: Path)
     assert served["passed"], served["first_difference"]
     assert served["artifact"]["kind"] == "endpoint"
     assert {check["id"] for check in served["checks"]} >= {"prompt_tokens", "distributions", "agreement", "score"}
+    told = ("stop tokens", "weights", "strength of the adapter")
+    assert list(served["skipped"]) == list(told), "what a server does not tell stands as not checked"
+
+
+def answer_of(model: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
+    choice = {"message": {"content": "the hen"}, "finish_reason": "stop", "logprobs": {"content": logprobs}}
+    return {"model": model, "choices": [choice]}
+
+
+def test_a_server_that_names_tokens_by_their_texts_is_not_called_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def ask(server: Endpoint, path: str, body: dict[str, Any] | None) -> Any:
+        if path == "/v1/models":
+            return {"data": [{"id": "base"}, {"id": "tickets"}]}
+        assert body is not None
+        asked.append(body["model"])
+        likely = {"token": " hen", "logprob": -0.1}
+        return answer_of(body["model"], [likely | {"top_logprobs": [likely]}])
+
+    monkeypatch.setattr(Endpoint, "_ask", ask)
+    with pytest.raises(UserError, match="serves 2 models: base, tickets"):
+        Endpoint("http://a", True)
+    with pytest.raises(UserError, match="--model other: http://a does not serve it"):
+        Endpoint("http://a", True, model="other")
+    (answer,) = Endpoint("http://a", True, model="tickets").answer([[Message("user", "a")]], 4)
+    assert asked == ["tickets"]
+    assert (answer.text, answer.ids, answer.steps) == ("the hen", None, [])
+
+
+def test_export_asks_for_llama_cpp_before_it_writes(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as caught:
+        main(["export", str(run), "--out", str(tmp_path / "out")])
+    assert caught.value.code == 2
+    assert "--no-certify" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "status", "told"),
+    [
+        ("config.json", 2, "config.json: not a JSON object"),
+        ("merge.json", 2, "merge.json: not a JSON object"),
+        ("chat_template.jinja", 1, "its chat template fails, that of the training does not"),
+    ],
+)
+def test_a_folder_that_cannot_be_read_is_told(
+    file: str, status: int, told: str, run: Path, merged: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(merged, tmp_path / "out")
+    (tmp_path / "out" / file).write_text("{% foo %}")
+    with pytest.raises(SystemExit) as caught:
+        main(["certify", str(tmp_path / "out"), "--against", str(run), "--rows", "0"])
+    assert caught.value.code == status
+    assert told in capfd.readouterr().err
+
+
+def test_an_adapter_alone_in_gguf_is_told_from_a_model(run: Path, tmp_path: Path) -> None:
+    api.export(str(run), tmp_path / "out", adapter_only=True)
+    with pytest.raises(UserError, match="an adapter alone"):
+        certificate(tmp_path / "out", run)
 
 
 def test_merge_and_export_certify_by_default_and_end_with_1_where_it_fails(
@@ -263,6 +334,44 @@ def test_bad_input_is_one_message_and_status_2(run: Path, tmp_path: Path, capfd:
         assert told in err
         assert err.count("error: ") == 1
         assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_an_adapter_that_learnt_little_is_in_with_all_of_its_strength(
+    dtype: str, tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model("llama"), base)
+    kept = {name: tensor.bfloat16() for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(kept, base / "model.safetensors", {"format": "pt"})
+    adapter = save_adapter_of("lora", base, tmp_path / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: tensor * 0.02 for name, tensor in load_file(file).items()}, file)
+    api.merge(str(adapter), tmp_path / "out", dtype)
+    found = compare_weights(find_origin(str(adapter)), tmp_path / "out", "base")
+    assert found.diagnosis == ""
+    assert found.strength == pytest.approx(1, abs=1e-3)
+    edit(adapter / "adapter_config.json", lora_alpha=32)
+    lost = compare_weights(find_origin(str(adapter)), tmp_path / "out", "base")
+    assert "of its strength: its scale" in lost.diagnosis
+
+
+def test_a_head_of_its_own_that_is_gone_is_a_wrong_tensor(run: Path, merged: Path, tmp_path: Path) -> None:
+    shutil.copytree(merged, tmp_path / "out")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    assert "lm_head.weight" in compare_weights(find_origin(str(run)), tmp_path / "out", "base").wrong
+
+
+@pytest.mark.parametrize(("ours", "theirs", "of", "passed"), [(0, 1, 6, True), (0, 4, 6, False), (34, 40, 40, False)])
+def test_a_score_is_not_failed_for_a_single_row(ours: int, theirs: int, of: int, passed: bool) -> None:
+    prompts = [Prompt(str(n), (Message("user", "a"),), [1], "right") for n in range(of)]
+    found, expected = (
+        [Answer("right" if n < count else "wrong", None, True, []) for n in range(of)] for count in (ours, theirs)
+    )
+    (check,) = score_checks(found, expected, prompts)
+    assert check.passed is passed
 
 
 def test_divergence_counts_what_is_not_named_as_one_bucket() -> None:

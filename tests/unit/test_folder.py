@@ -1,5 +1,6 @@
 """Files appear whole or not at all, and a folder that cannot be used is refused before anything is written."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,25 @@ def test_a_folder_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> None
     with whole_folder(tmp_path / "a") as unfinished:
         (unfinished / "y").write_text("new")
     assert [entry.name for entry in (tmp_path / "a").iterdir()] == ["y"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").write_text("old")
+    rename = os.replace
+
+    def busy(source: Path, target: Path) -> None:
+        if target == tmp_path / "a" and (source / "y").exists():
+            raise OSError(16, "Device or resource busy")
+        rename(source, target)
+
+    monkeypatch.setattr("os.replace", busy)
+    with pytest.raises(OSError, match="busy"), whole_folder(tmp_path / "a") as unfinished:
+        (unfinished / "y").write_text("new")
+    assert (tmp_path / "a" / "x").read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.adapters import save_adapter_of
 from tests.tiny import FAMILIES, save_tiny_model
@@ -17,13 +18,14 @@ from veneer.config import Quantization, UserError
 from veneer.data import Message
 from veneer.model.quiet import quiet
 from veneer.release import find_origin
+from veneer.release.compare_weights import compare_weights
 from veneer.release.export import export_adapter, export_model
 from veneer.release.gguf_families import llama3_factors
 from veneer.release.gguf_types import QUANTS, Mix
 from veneer.release.modelfile import TRIALS, chain_of, unlike
 from veneer.release.origin import Origin
 from veneer.release.prompts import prompts_of
-from veneer.release.runtimes import Endpoint, llama_server
+from veneer.release.servers import Endpoint, llama_server
 
 EXPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3")
 WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8, "vocab_size": 384}
@@ -114,8 +116,6 @@ def test_the_adapter_alone_does_the_same_on_its_base(family: str, tmp_path: Path
     # The base as a GGUF file: an adapter that changes nothing, merged into it.
     nothing = tmp_path / "nothing"
     shutil.copytree(origin.adapter, nothing)
-    from safetensors.torch import load_file, save_file
-
     matrices = load_file(nothing / "adapter_model.safetensors")
     save_file({name: tensor * 0 for name, tensor in matrices.items()}, nothing / "adapter_model.safetensors")
     base = export_model(find_origin(str(nothing)), tmp_path / "base", "f32")
@@ -162,6 +162,17 @@ def test_llama_3_stretches_long_waves_alone() -> None:
     assert factors[0] == 1.0
     assert factors[-1] == 8.0
     assert bool((factors[1:] >= factors[:-1]).all())
+
+
+def test_rotary_frequencies_in_an_old_checkpoint_are_left_to_llama_cpp(tmp_path: Path) -> None:
+    origin = family_origin("llama", tmp_path)
+    file = tmp_path / "llama" / "model.safetensors"
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    save_file(load_file(file) | old, file, {"format": "pt"})
+    report = export_model(origin, tmp_path / "out", "f16")
+    with llama_server(tmp_path / "out" / report.file, True, set(), 256) as server:
+        assert server.stop_ids() == set()
+    assert compare_weights(origin, tmp_path / "out" / report.file, "base").wrong == []
 
 
 def test_llama_3_rope_is_the_same_in_llama_cpp(tmp_path: Path) -> None:
@@ -223,6 +234,15 @@ def test_what_cannot_be_exported_is_told_and_nothing_is_written(
     spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\w+"
     (llama.adapter / "tokenizer.json").write_text(json.dumps(spec))
     assert "splits text by" in refused(llama)
+    weights = load_file(tmp_path / "llama" / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e5
+    save_file(weights, tmp_path / "llama" / "model.safetensors", {"format": "pt"})
+    shutil.rmtree(llama.adapter)
+    save_adapter_of("patterns", tmp_path / "llama", llama.adapter)
+    family_vocabulary("llama").save_pretrained(llama.adapter)
+    assert "blk.0.ffn_up.weight: holds 100,000, the largest number of f16 is 65,504" in refused(llama)
+    with pytest.raises(UserError, match="modules of several scales"):
+        export_adapter(llama, tmp_path / "out")
     dora = find_origin(str(save_adapter_of("dora", tmp_path / "llama", tmp_path / "dora")))
     with pytest.raises(UserError, match="LoRA matrices on linear layers alone: DoRA"):
         export_adapter(dora, tmp_path / "out")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.adapters import KINDS, peft_merged, save_adapter_of
 from tests.tiny import FAMILIES, save_tiny_model
+from veneer import api
 from veneer.config import Quantization, UserError
 from veneer.model.quiet import quiet
 from veneer.release import find_origin
@@ -154,6 +155,34 @@ def test_unmerge_gives_the_base_back_within_rounding(dtype: str, tmp_path: Path,
     assert loaded(tmp_path / "back").config.model_type == "llama"
 
 
+def test_only_the_adapter_that_is_in_a_model_is_taken_out_and_its_base_may_be_gone(
+    tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    shutil.copytree(tiny_model("llama"), tmp_path / "base")
+    (tmp_path / "base" / "LICENSE").write_text("Apache-2.0")
+    own = save_adapter_of("lora", tmp_path / "base", tmp_path / "own")
+    other = save_adapter_of("rslora", tmp_path / "base", tmp_path / "other", r=8)
+    api.merge(str(own), tmp_path / "merged")
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(UserError, match="holds another adapter"):
+        api.unmerge(tmp_path / "merged", str(other), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert api.unmerge(tmp_path / "merged", str(own), tmp_path / "out").warnings == ()
+    assert (tmp_path / "out" / "LICENSE").read_text() == "Apache-2.0"
+    forced = api.unmerge(tmp_path / "merged", str(other), tmp_path / "forced", force=True)
+    assert "holds another adapter" in forced.warnings[0]
+    (tmp_path / "merged" / "merge.json").unlink()
+    assert "no merge.json" in api.unmerge(tmp_path / "merged", str(own), tmp_path / "again").warnings[0]
+
+
+def test_a_whole_file_counts_before_an_index_as_in_transformers(tmp_path: Path, tiny_model: TinyModel) -> None:
+    shutil.copytree(tiny_model("llama"), tmp_path / "base")
+    adapter = save_adapter_of("lora", tmp_path / "base", tmp_path / "adapter")
+    stale = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "base" / "model.safetensors.index.json").write_text(json.dumps(stale))
+    assert merge(find_origin(str(adapter)), tmp_path / "out").changed > 0
+
+
 def test_what_cannot_be_taken_out_is_refused(tmp_path: Path, tiny_model: TinyModel) -> None:
     for kind, reason in (("dora", "a DoRA adapter cannot be taken out"), ("head", "replaced lm_head.weight whole")):
         origin = find_origin(str(save_adapter_of(kind, tiny_model("llama"), tmp_path / kind)))
@@ -200,7 +229,46 @@ def test_bad_bases_and_folders_are_told_and_nothing_is_written(
 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
-    assert "0.00 GiB free" in refused(tmp_path / "full", adapter)
+    assert "0.0 MiB free" in refused(tmp_path / "full", adapter)
+
+
+def test_a_folder_that_cannot_be_put_in_its_place_is_told_before_any_work(
+    tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    origin = find_origin(str(save_adapter_of("lora", tiny_model("llama"), tmp_path / "adapter")))
+    here, mount = tmp_path / "here", tmp_path / "mount"
+    here.mkdir()
+    mount.mkdir()
+    (tmp_path / "link").symlink_to(mount)
+    monkeypatch.chdir(here)
+    with pytest.raises(UserError, match="is the folder you are in"):
+        merge(origin, Path("."))
+    with pytest.raises(UserError, match="is a link"):
+        merge(origin, tmp_path / "link")
+    monkeypatch.setattr("os.path.ismount", lambda path: path == mount)
+    with pytest.raises(UserError, match="is a mount, which"):
+        merge(origin, mount)
+
+    def read_only(*_: Any, **__: Any) -> str:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.mkdtemp", read_only)
+    with pytest.raises(UserError, match=r"cannot be written \(Read-only file system\)"):
+        merge(origin, tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "here", "link", "mount"]
+
+
+def test_adapters_that_are_no_change_of_the_base_they_name_are_told(tmp_path: Path, tiny_model: TinyModel) -> None:
+    adapter = save_adapter_of("lora", tiny_model("llama"), tmp_path / "adapter")
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text())
+    for changes, reason in (
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4 moved the base's weights"),
+        ({"peft_type": "PROMPT_TUNING"}, "PROMPT_TUNING (peft_type in adapter_config.json) cannot be merged"),
+        ({"peft_type": "FOO"}, "PEFT does not know it"),
+    ):
+        path.write_text(json.dumps(config | changes))
+        assert reason in refused(tmp_path / "out", adapter)
 
 
 def test_damaged_files_are_told_and_nothing_is_written(tmp_path: Path, tiny_model: TinyModel) -> None:
@@ -219,6 +287,12 @@ def test_damaged_files_are_told_and_nothing_is_written(tmp_path: Path, tiny_mode
         file.write_bytes(damage)
         assert reason in refused(tmp_path / "out", adapter)
     file.write_bytes(whole)
+    for name in ("generation_config.json", "config.json"):
+        kept = (base / name).read_text()
+        for text in ("{", "[]"):
+            (base / name).write_text(text)
+            assert f"{name}" in refused(tmp_path / "out", adapter)
+        (base / name).write_text(kept)
     loaded(base).save_pretrained(tmp_path / "shards", max_shard_size="100KB")
     lost = sorted((tmp_path / "shards").glob("*.safetensors"))[1]
     lost.unlink()

@@ -14,6 +14,7 @@ import veneer
 from tests.runs import tiny_run, write_rows
 from veneer.config import Model, UserError
 from veneer.model import locate
+from veneer.release import find_origin
 from veneer.release.passport import fingerprint
 
 
@@ -70,6 +71,12 @@ def test_another_template_tokenizer_or_adapter_file_is_refused(trained: Path) ->
     told = refused(trained)
     assert "tokenizer: trained with" in told
     assert "chat template" not in told
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"lora_alpha": 1}))
+    assert "adapter_config.json: trained with" in refused(trained)
+    path.write_text(json.dumps(config | {"base_model_name_or_path": "elsewhere"}))
+    assert "adapter_config.json" not in refused(trained)
     weights = load_file(adapter / "adapter_model.safetensors")
     save_file({name: tensor * 2 for name, tensor in weights.items()}, adapter / "adapter_model.safetensors")
     assert "adapter weights: trained with" in refused(trained)
@@ -79,6 +86,9 @@ def test_an_adapter_without_a_passport_loads_and_a_broken_passport_is_told(train
     passport = trained / "adapter" / "passport.json"
     passport.write_text("{")
     assert "passport.json: not JSON" in refused(trained)
+    passport.write_text(json.dumps({"settings": {"model": {"base": "x"}, "brand": 1}}))
+    with pytest.raises(UserError, match=r"settings in passport.json are not this Veneer's \(.*brand"):
+        find_origin(str(trained / "adapter"))
     passport.unlink()
     assert veneer.load(str(trained)).run is not None
 

@@ -10,6 +10,7 @@ from veneer.cli.merge import BaseOption, ForceOption, JsonOption, RowsOption
 def certify(
     artifact: Annotated[str, typer.Argument(help="Merged folder, GGUF file, or address of a server (http://...).")],
     against: Annotated[str, typer.Option(help="Folder of the run, or of the adapter.")],
+    model: Annotated[str | None, typer.Option(help="Which model of a server that has several.")] = None,
     rows: RowsOption = 40,
     base: BaseOption = None,
     force: ForceOption = False,
@@ -24,7 +25,7 @@ def certify(
     from veneer.cli import show, show_release
 
     out = show.console(as_json)
-    certificate, status = show_release.certified(out, artifact, against, base, force, rows)
+    certificate, status = show_release.certified(out, artifact, against, base, force, rows, model)
     if as_json:
         show.print_json(certificate)
     return status

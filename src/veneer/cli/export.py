@@ -31,14 +31,19 @@ def export(
 
     from veneer import api
     from veneer.cli import show, show_release
+    from veneer.release.servers import require_llama_cpp
 
     console = show.console(as_json)
+    if certify and not adapter_only:
+        require_llama_cpp()
     with show_release.byte_progress(console, "exporting") as on_done:
         report = api.export(run, out, file_format, quant, on, adapter_only, base, force, on_done)
     types = ", ".join(f"{count} {kind}" for kind, count in report.types.items())
     console.print(f"[bold]written[/bold]  {escape(str(out / report.file))}: {report.bytes / 1e9:.2f} GB ({types})")
     console.print(f"[bold]written[/bold]  {escape(str(out / 'Modelfile'))}: for `ollama create`")
     show_release.show_warnings(console, report.warnings)
+    if adapter_only:
+        console.print("  not certified: an adapter alone answers nothing; certify a server that has it on its base")
     result = report.as_dict()
     status = 0
     if certify and not adapter_only:

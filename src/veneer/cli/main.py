@@ -4,6 +4,7 @@ Exit status: 0 done; 1 the job or a gate failed; 2 the input is wrong; 130 inter
 with --debug, which may stand anywhere on the line.
 """
 
+import errno
 import os
 import sys
 
@@ -67,6 +68,9 @@ def _tell(error: Exception) -> int:
         status = 2
     elif isinstance(error, Interrupted):
         status = 130
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f"{error.filename}: " if error.filename else ""
+        message = f"{where}the disk became full ({error.strerror}); what was unfinished is gone\n  fix: free space"
     elif not isinstance(error, JobError):
         message = f"{type(error).__name__}: {error}\n  run it again with --debug for the traceback"
     print(f"{'stopped' if status == 130 else 'error'}: {message}", file=sys.stderr)

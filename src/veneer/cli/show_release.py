@@ -35,13 +35,13 @@ def show_warnings(out: Console, warnings: Any) -> None:
 
 
 def certified(
-    out: Console, artifact: str, run: str, base: str | None, force: bool, rows: int
+    out: Console, artifact: str, run: str, base: str | None, force: bool, rows: int, model: str | None = None
 ) -> tuple[dict[str, Any], int]:
     """Certify an artifact and show the certificate; gives it with the exit status."""
     from veneer import api
 
     with out.status("certifying") as status:
-        certificate, folder = api.certify(artifact, run, rows, base, force, lambda what: status.update(what))
+        certificate, folder = api.certify(artifact, run, rows, base, force, lambda what: status.update(what), model)
     result = certificate.as_dict()
     show_certificate(out, result)
     out.print(f"files    {escape(str(folder))}: certificate.json certificate.html", soft_wrap=True)

@@ -148,8 +148,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
         temporary.chmod(0o755)
         if path.exists():
             discarded = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-            os.replace(path, discarded / path.name)
-            os.replace(temporary, path)
+            try:
+                os.replace(path, discarded / path.name)
+                os.replace(temporary, path)
+            except BaseException:
+                if (discarded / path.name).exists():  # the old one goes back
+                    os.replace(discarded / path.name, path)
+                discarded.rmdir()
+                raise
             shutil.rmtree(discarded)
         else:
             os.replace(temporary, path)

@@ -4,6 +4,8 @@ weights.py           safetensors read and written with one tensor in memory at a
 passport.py          what an adapter belongs to, and the refusal to load it on anything else
 origin.py            an adapter with its base: what a release is made from
 fold.py              an adapter folded into its base's tensors, one module at a time
+recipe.py            the value of each tensor of a merged model, rounded
+output.py            a folder to be written, checked before any work
 merge.py             base and adapter as one model on disk; and the inverse
 gguf_families.py     names, numbers and layouts of a model in llama.cpp
 gguf_tokenizer.py    a tokenizer in the words of GGUF
@@ -11,17 +13,21 @@ gguf_types.py        the type of each tensor, and its bytes in it
 export.py            base and adapter as one GGUF file, or the adapter alone
 modelfile.py         template and stop tokens for Ollama
 prompts.py           what a certificate asks
-runtimes.py          an artifact as its users run it
+runtimes.py          an artifact as its users run it: a folder
+servers.py           the same behind HTTP: an OpenAI-compatible server, llama.cpp's among them
 compare_weights.py   an artifact's tensors against what they should be
 diagnose.py          why an artifact makes other tokens
+artifact.py          what is to be certified, by name
+checks.py            the stages of a certificate, each beside its limit
 certify.py           the certificate
 card.py, lint.py, push.py    README.md of an adapter; what vLLM takes; upload to a hub
 """
 
+from veneer.release.artifact import find_artifact
 from veneer.release.card import renew_card, write_card
-from veneer.release.certify import Certificate, certify_artifact, find_artifact, write_certificate
+from veneer.release.certify import Certificate, certify_artifact, write_certificate
 from veneer.release.export import Exported, export_to
-from veneer.release.merge import Merged, merge_into, unmerge_from
+from veneer.release.merge import Merged, merge_into, require_model, unmerge_from
 from veneer.release.origin import Origin, find_origin
 from veneer.release.passport import require_match
 from veneer.release.prompts import prompts_of, very_long
@@ -39,6 +45,7 @@ __all__ = [
     "prompts_of",
     "renew_card",
     "require_match",
+    "require_model",
     "unmerge_from",
     "very_long",
     "write_card",

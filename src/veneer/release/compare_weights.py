@@ -17,10 +17,10 @@ import torch
 
 from veneer.model.shapes import find_config
 from veneer.release.fold import Fold
-from veneer.release.gguf_families import Layout
+from veneer.release.gguf_families import COMPUTED, Layout
 from veneer.release.gguf_types import encoded
-from veneer.release.merge import Recipe
 from veneer.release.origin import Origin
+from veneer.release.recipe import Recipe
 from veneer.release.weights import weights_of
 
 # Largest error of a tensor in proportion to its largest value, that a precision explains.
@@ -28,6 +28,7 @@ ERRORS = {
     **{"F32": 1e-6, "BF16": 2**-8, "F16": 2**-10, "Q8_0": 0.01, "Q6_K": 0.06, "Q5_K": 0.09, "Q5_1": 0.09, "Q5_0": 0.12},
     **{"Q4_K": 0.16, "Q4_1": 0.16, "Q4_0": 0.25, "Q3_K": 0.45, "Q2_K": 0.9, "Q8_K": 0.01},
 }
+ROUGHEST = 0.9  # of types that other tools write (IQ4_XS, MXFP4, ...): their answers say more
 STRENGTH = 0.1  # how far from 1 the adapter's measured strength may be
 
 
@@ -90,18 +91,26 @@ def compare_weights(origin: Origin, artifact: Path, on: str) -> Compared:
             worst = float("inf")
             continue
         error = float((pair.found - pair.expected).abs().max())
-        explained = ERRORS.get(pair.kind, 0.01) * max(float(pair.expected.abs().max()), 1e-12)
+        explained = ERRORS.get(pair.kind, ROUGHEST) * max(float(pair.expected.abs().max()), 1e-12)
         worst = max(worst, error / explained)
         if error > explained:
             (wrong_changed if pair.base is not None else wrong_own).append(pair.name)
         if pair.base is not None:
-            delta = (pair.expected - pair.base).double()
-            along += float(((pair.found - pair.base).double() * delta).sum())
+            # As the precision holds them: a change below its resolution is rounded away in the right values too.
+            was, right = (_as_stored(value, pair.kind) for value in (pair.base, pair.expected))
+            delta = (right - was).double()
+            along += float(((pair.found - was).double() * delta).sum())
             squared += float((delta * delta).sum())
     strength = along / squared if squared > 0 else None
     wrong = wrong_own + wrong_changed + infinite
     diagnosis = _diagnose(wrong_own, wrong_changed, infinite, count - changed, strength)
     return Compared(count, wrong, worst, strength, diagnosis)
+
+
+def _as_stored(value: torch.Tensor, kind: str) -> torch.Tensor:
+    """Float32 values as a 16-bit artifact holds them; others as they are."""
+    dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(kind)
+    return value if dtype is None else value.to(dtype).float()
 
 
 def _diagnose(own: list[str], changed: list[str], infinite: list[str], owned: int, strength: float | None) -> str:
@@ -119,11 +128,11 @@ def _diagnose(own: list[str], changed: list[str], infinite: list[str], owned: in
 
 def _pairs(every: dict[str, Any], fold: Fold, recipe: Recipe, read: Any) -> Iterator[_Pair]:
     for name, stored in every.items():
-        if not stored.is_float:
+        if not stored.is_float or name.endswith(COMPUTED):
             continue
         found, kind, lay_out, same = read(name)
         if kind is None:  # an artifact may leave out what is tied
-            if name not in fold.changed and name.endswith("lm_head.weight"):
+            if fold.is_tied and name not in fold.changed and name.endswith("lm_head.weight"):
                 continue
             kind = "F32"
         value = recipe.value(name, stored)

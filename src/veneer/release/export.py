@@ -19,13 +19,15 @@ from veneer.config.folder import whole_folder, write_text
 from veneer.model.shapes import find_config
 from veneer.release.card import hub_id, licence
 from veneer.release.fold import Fold
-from veneer.release.gguf_families import Layout
+from veneer.release.gguf_families import COMPUTED, Layout
 from veneer.release.gguf_tokenizer import vocabulary
 from veneer.release.gguf_types import QUANTS, Mix, encoded, require_quant, size_of
 from veneer.release.lint import vllm_lint
-from veneer.release.merge import Recipe, require_free, require_known, require_space, stop_ids
+from veneer.release.merge import stop_ids
 from veneer.release.modelfile import modelfile
 from veneer.release.origin import Origin
+from veneer.release.output import require_free, require_known, require_space
+from veneer.release.recipe import Recipe
 from veneer.release.weights import Stored, read_header, weights_of
 
 Progress = Callable[[int], None]
@@ -92,7 +94,7 @@ def export_model(
     planned = [
         _plan(layout, recipe, mix, name, stored)
         for name, stored in every.items()
-        if stored.is_float and not (tied and name.endswith("lm_head.weight"))
+        if stored.is_float and not name.endswith(COMPUTED) and not (tied and name.endswith("lm_head.weight"))
     ]
     extras = layout.extra_tensors()
     planned += [_Tensor(name, tuple(value.shape), "F32", _constant(value)) for name, value in extras.items()]
@@ -244,7 +246,7 @@ def _write_tensors(writer: Any, planned: list[_Tensor], on_done: Progress) -> No
     file = writer.fout[0]
     writer.write_padding(file, file.tell())
     for tensor in planned:
-        for piece in encoded(tensor.make(), tensor.kind):
+        for piece in encoded(tensor.make(), tensor.kind, tensor.name):
             file.write(piece.data)
         size = size_of(tensor.kind, tensor.shape)
         writer.write_padding(file, size)

@@ -24,6 +24,7 @@ from veneer.release.origin import Origin
 from veneer.release.weights import Stored, read_header
 
 ADAPTER = "default"
+MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights
 
 
 class Fold:
@@ -67,12 +68,17 @@ class Fold:
     def changed(self) -> set[str]:
         return set(self._changes) | set(self._replaced)
 
+    @property
+    def is_tied(self) -> bool:
+        """Whether embeddings and head are one tensor, in the merged model too."""
+        return bool(self._tied) and not self.unties
+
     def low_rank(self, name: str) -> tuple[torch.Tensor, torch.Tensor, float] | None:
         """B, A and the scale where a change is just scale * B @ A; None: only PEFT knows what it is."""
         if name not in self._changes or not _is_plain_lora(self._model.peft_config[ADAPTER]):
             return None
         layer, part = self._changes[name]
-        is_linear = isinstance(layer.get_base_layer(), torch.nn.Linear)
+        is_linear = hasattr(layer, "lora_A") and isinstance(layer.get_base_layer(), torch.nn.Linear)
         if part != "weight" or not is_linear or layer.fan_in_fan_out or layer.lora_variant:
             return None
         halves = layer.lora_B[ADAPTER].weight, layer.lora_A[ADAPTER].weight
@@ -308,8 +314,33 @@ def _require_plain(stored: Stored, origin: Origin) -> None:
         )
 
 
+def _require_mergeable(origin: Origin) -> None:
+    """Raises UserError for kinds of adapters that are no change of weights, or of another base than the one named."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.tuners.tuners_utils import BaseTuner
+    from peft.utils.peft_types import PeftType
+
+    config = origin.peft_config
+    kind = str(config.get("peft_type"))
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(PeftType[kind]) if kind in PeftType.__members__ else None
+    if tuner is None or not issubclass(tuner, BaseTuner):
+        raise UserError(
+            f"{origin.name}: an adapter of the kind {kind} (peft_type in adapter_config.json) cannot be merged: PEFT "
+            + ("does not know it" if kind not in PeftType.__members__ else "keeps it beside the weights"),
+            "serve it with PEFT on its base, or update peft if it is a newer kind",
+        )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(MOVES_THE_BASE):
+        raise UserError(
+            f"{origin.name}: init_lora_weights = {start} moved the base's weights before training, so that the adapter "
+            "belongs to weights that no file holds",
+            "convert it in PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+        )
+
+
 def _attached(base: Any, origin: Origin) -> Any:
     """The adapter on the base without weights; every tensor of its file has found its place."""
+    _require_mergeable(origin)
     with quiet():
         from peft import PeftModel
         from peft.utils import get_peft_model_state_dict

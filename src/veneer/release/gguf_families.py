@@ -20,6 +20,7 @@ import torch
 
 from veneer.config import UserError
 
+COMPUTED = (".rotary_emb.inv_freq",)  # ends of tensors in old checkpoints that every runtime computes for itself
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
 

@@ -127,11 +127,13 @@ def size_of(kind: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) // int(block) * int(size)
 
 
-def encoded(tensor: torch.Tensor, kind: str) -> Iterator[Any]:
+def encoded(tensor: torch.Tensor, kind: str, name: str = "a weight") -> Iterator[Any]:
     """The bytes of a tensor in a type, row block after row block, as uint8 arrays.
 
     Args:
         tensor: Any float dtype; [rows, columns], or one row.
+        kind: The type.
+        name: Of the tensor, for messages.
 
     Raises:
         UserError: A value does not fit F16.
@@ -141,14 +143,14 @@ def encoded(tensor: torch.Tensor, kind: str) -> Iterator[Any]:
     blocks = [rows[at : at + step] for at in range(0, len(rows), step)]
     with ThreadPoolExecutor(2) as pool:
         for group in (blocks[at : at + 4] for at in range(0, len(blocks), 4)):
-            yield from pool.map(lambda block: _encode(block, kind), group)
+            yield from pool.map(lambda block: _encode(block, kind, name), group)
 
 
-def _encode(block: torch.Tensor, kind: str) -> Any:
+def _encode(block: torch.Tensor, kind: str, name: str) -> Any:
     values = np.ascontiguousarray(block.float().numpy())
     if kind == "F16" and np.abs(values).max(initial=0) > 65504:
         raise UserError(
-            f"a weight of {np.abs(values).max():,.0f} does not fit f16, whose largest number is 65,504",
+            f"{name}: holds {np.abs(values).max():,.0f}, the largest number of f16 is 65,504: it would become infinite",
             "export with --quant bf16 or q8_0",
         )
     if kind in _SELF_MADE:

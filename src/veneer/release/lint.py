@@ -48,6 +48,11 @@ def vllm_lint(folder: Path) -> list[Check]:
         _check("kind", config.get("peft_type") == "LORA", f"the adapter is of the kind {config.get('peft_type')}"),
         _check("rank", max(ranks) <= MAX_RANK, f"rank {max(ranks)}, vLLM takes at most {MAX_RANK}"),
         _check("rank_pattern", len(set(ranks)) == 1, f"modules of several ranks ({', '.join(map(str, ranks))})"),
+        _check(
+            "alpha_pattern",
+            set((config.get("alpha_pattern") or {}).values()) <= {config.get("lora_alpha")},
+            "modules of several scales (alpha_pattern)",
+        ),
         _check("dora", not config.get("use_dora"), "DoRA (use_dora)"),
         _check("bias", config.get("bias", "none") == "none" and not config.get("lora_bias"), "trained biases"),
         _check("saved_modules", not whole, f"whole saved modules ({', '.join(whole)})"),

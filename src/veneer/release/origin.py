@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from veneer.config import Model, Quantization, Run, RunFolder, UserError, load_run
 from veneer.data import Renderer
@@ -69,13 +70,14 @@ class Origin:
         return (self.adapter / "tokenizer.json").is_file()
 
 
-def find_origin(name: str, base: str | None = None, force: bool = False) -> Origin:
+def find_origin(name: str, base: str | None = None, force: bool = False, is_merged: bool = False) -> Origin:
     """An adapter and its base by the folder of a run, or of an adapter.
 
     Args:
         name: The folder.
         base: Another base than the one it names, or the one that it does not name.
         force: Go on where the adapter's passport says that it does not belong to the base.
+        is_merged: `base` is the base with the adapter in it already; its weights are not compared.
 
     Raises:
         UserError: There is no adapter, no base, or they do not belong together.
@@ -85,14 +87,14 @@ def find_origin(name: str, base: str | None = None, force: bool = False) -> Orig
     adapter = folder.adapter if run is not None else folder.path
     if run is not None and not adapter.is_dir():
         raise UserError(f"{name}: the run has no adapter yet", "finish it with `veneer train ... --resume`")
-    _require_adapter(adapter, name)
+    require_adapter(adapter, name)
     model, quantization = _base(adapter, run)
     if base is not None:
         model = (model or Model(base=base)).model_copy(update={"base": base, "revision": None})
     if model is None:
         raise UserError(f"{name}: neither passport nor adapter_config.json names a base", "name it with --base")
     source = locate(model)
-    require_match(adapter, source, force)
+    require_match(adapter, None if is_merged else source, force)
     return Origin(name, adapter, run, model, source, quantization, _dtype(folder, run, model))
 
 
@@ -127,7 +129,8 @@ def fetched(source: Source) -> Path:
         ) from None
 
 
-def _require_adapter(adapter: Path, name: str) -> None:
+def require_adapter(adapter: Path, name: str) -> None:
+    """Raises UserError where a folder holds no adapter in PEFT's format."""
     if not adapter.is_dir():
         raise UserError(f"{name}: no such folder", "name the folder of a run or of an adapter")
     for file in ("adapter_config.json", "adapter_model.safetensors"):
@@ -144,7 +147,14 @@ def _base(adapter: Path, run: Run | None) -> tuple[Model | None, Quantization | 
         return run.model, run.quantization
     passport = read_passport(adapter)
     if passport is not None and isinstance(passport.get("settings"), dict):
-        kept = Run.model_validate(passport["settings"])
+        try:
+            kept = Run.model_validate(passport["settings"])
+        except ValidationError as error:
+            wrong = ", ".join(".".join(map(str, entry["loc"])) for entry in error.errors()[:3])
+            raise UserError(
+                f"{adapter}: the settings in passport.json are not this Veneer's ({wrong})",
+                "update Veneer, or delete passport.json to go on without its checks",
+            ) from None
         return kept.model, kept.quantization
     try:
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))

@@ -52,9 +52,10 @@ def write_passport(job: TrainingJob, folder: Path, training: dict[str, Any]) -> 
             "weights_sampled_sha256": fingerprint(job.source),
         },
         "quantization": run.quantization.model_dump() if run.quantization else None,
-        "tokenizer_sha256": _sha256(folder / "tokenizer.json"),
+        "tokenizer_sha256": file_sha256(folder / "tokenizer.json"),
         "chat_template_sha256": _template_sha256(folder),
-        "adapter_sha256": _sha256(folder / "adapter_model.safetensors"),
+        "adapter_sha256": file_sha256(folder / "adapter_model.safetensors"),
+        "adapter_config_sha256": _config_sha256(folder),
         "stop_token_ids": sorted(job.renderer.stop_ids),
         "data": {"rows": ledger.rows, "tokens": ledger.tokens, "sha256": ledger.sha256},
         "run_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
@@ -83,12 +84,12 @@ def read_passport(folder: Path) -> dict[str, Any] | None:
     return passport
 
 
-def require_match(folder: Path, source: Source, force: bool = False) -> None:
+def require_match(folder: Path, source: Source | None, force: bool = False) -> None:
     """Compare an adapter's passport with the base it is to be put on and with its own files.
 
     Args:
         folder: The adapter's.
-        source: The base.
+        source: The base; None: it is not compared.
         force: Say what differs and go on.
 
     Raises:
@@ -105,7 +106,7 @@ def require_match(folder: Path, source: Source, force: bool = False) -> None:
         print(f"warning: --force overrides the adapter's passport\n  {told}", file=sys.stderr)
 
 
-def find_differences(folder: Path, source: Source) -> list[Difference]:
+def find_differences(folder: Path, source: Source | None) -> list[Difference]:
     """What is not as the passport says; nothing where there is no passport."""
     passport = read_passport(folder)
     if passport is None:
@@ -117,16 +118,18 @@ def find_differences(folder: Path, source: Source) -> list[Difference]:
         if was is not None and now is not None and was != now:
             found.append(Difference(what, f"{was_name}{was[:12]}", f"{now_name}{now[:12]}"))
 
-    compare(
-        "base weights",
-        base.get("weights_sampled_sha256"),
-        fingerprint(source),
-        f"{base.get('name')} ",
-        f"{source.name} ",
-    )
-    compare("tokenizer", passport.get("tokenizer_sha256"), _sha256(folder / "tokenizer.json"))
+    if source is not None:
+        compare(
+            "base weights",
+            base.get("weights_sampled_sha256"),
+            fingerprint(source),
+            f"{base.get('name')} ",
+            f"{source.name} ",
+        )
+    compare("tokenizer", passport.get("tokenizer_sha256"), file_sha256(folder / "tokenizer.json"))
     compare("chat template", passport.get("chat_template_sha256"), _template_sha256(folder))
-    compare("adapter weights", passport.get("adapter_sha256"), _sha256(folder / "adapter_model.safetensors"))
+    compare("adapter weights", passport.get("adapter_sha256"), file_sha256(folder / "adapter_model.safetensors"))
+    compare("adapter_config.json", passport.get("adapter_config_sha256"), _config_sha256(folder))
     return found
 
 
@@ -174,12 +177,23 @@ def revision(source: Source) -> str | None:
     return folder.name if folder is not None else source.revision
 
 
+def _config_sha256(folder: Path) -> str | None:
+    """Of adapter_config.json, whose alpha and ranks are as much of the adapter as its matrices; its base may move."""
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        kept = {key: value for key, value in config.items() if key not in ("base_model_name_or_path", "revision")}
+    except (OSError, ValueError, AttributeError):
+        return None
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
 def _template_sha256(folder: Path) -> str:
     path = folder / "chat_template.jinja"
     return hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()
 
 
-def _sha256(path: Path) -> str | None:
+def file_sha256(path: Path) -> str | None:
+    """SHA-256 of a file; None where there is none."""
     if not path.is_file():
         return None
     with path.open("rb") as file:

@@ -5,12 +5,14 @@ in settings and ledger are often not meant for the world.
 """
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from veneer.config import RunFolder, UserError
 from veneer.release.lint import vllm_lint
+from veneer.release.origin import require_adapter
 from veneer.release.weights import weights_of
 
 SKIPPED = (".", "_")
@@ -48,10 +50,12 @@ def pack(name: str, repo: str, private: bool) -> Parcel:
     """
     run = RunFolder(Path(name).expanduser())
     folder = run.adapter if run.run.is_file() else run.path
-    if repo.count("/") != 1 or not all(repo.split("/")):
+    if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", repo, re.ASCII):
         raise UserError(f"--repo {repo}: not of the form owner/name", "for example --repo me/tickets")
     is_adapter = (folder / "adapter_config.json").is_file()
-    if not is_adapter:
+    if is_adapter:
+        require_adapter(folder, name)
+    else:
         if not folder.is_dir() or not (folder / "config.json").is_file():
             raise UserError(f"{name}: holds neither an adapter nor a model", "name a finished run or a merged model")
         weights_of(folder, name)

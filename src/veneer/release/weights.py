@@ -144,9 +144,9 @@ def weights_of(folder: Path, what: str) -> dict[str, Stored]:
         UserError: There are no safetensors, a shard is missing, or a file is damaged.
     """
     index = folder / INDEX
+    if (folder / SINGLE).is_file():  # as Transformers does, even where an index lies beside it
+        return read_header(folder / SINGLE)
     if not index.is_file():
-        if (folder / SINGLE).is_file():
-            return read_header(folder / SINGLE)
         held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
         pickled = [name for name in held if name.endswith((".bin", ".pt", ".pth"))]
         raise UserError(

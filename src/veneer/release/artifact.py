@@ -1,0 +1,103 @@
+"""What is to be certified, found by name; and started as its users run it."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from veneer.config import UserError
+from veneer.data import Renderer
+from veneer.plan import find_machine
+from veneer.release.merge import json_of
+from veneer.release.origin import Origin
+from veneer.release.prompts import Prompt
+from veneer.release.runtimes import Folder, Runtime
+from veneer.release.servers import Endpoint, llama_server
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What is to be certified.
+
+    Attributes:
+        name: What the user wrote.
+        kind: transformers, gguf or endpoint.
+        precision: Key of LIMITS.
+        path: Of a folder or a file.
+        on: What the adapter was merged into.
+        model: Which of a server's models is meant; None: its only one.
+    """
+
+    name: str
+    kind: str
+    precision: str
+    path: Path | None
+    on: str
+    model: str | None = None
+
+
+def find_artifact(name: str, origin: Origin, model: str | None = None) -> Artifact:
+    """What a name stands for: an address, a GGUF file, or a folder that holds either.
+
+    Raises:
+        UserError: It is nothing that can be certified.
+    """
+    trained_on = "nf4" if origin.quantization is not None else "base"
+    if name.startswith(("http://", "https://")):
+        return Artifact(name, "endpoint", "endpoint", None, trained_on, model)
+    if model is not None:
+        raise UserError(f"--model {model}: {name} is no server with several models", "leave --model out")
+    path = Path(name).expanduser()
+    files = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
+    if len(files) > 1:
+        raise UserError(f"{name}: holds {len(files)} GGUF files", f"name one of them, for example {files[0]}")
+    if files and files[0].suffix.lower() == ".gguf" and files[0].is_file():
+        precision, on = _gguf_facts(files[0])
+        return Artifact(name, "gguf", precision, files[0], on)
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"{name}: neither a model's folder (no config.json), nor a GGUF file, nor an address (http://...)",
+            "name what `veneer merge` or `veneer export` wrote, or a server",
+        )
+    kept, config = json_of(path / "merge.json"), json_of(path / "config.json")
+    precision = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    return Artifact(name, "transformers", precision, path, kept.get("on", "base"))
+
+
+def running(
+    artifact: Artifact, renderer: Renderer, prompts: Sequence[Prompt], max_new_tokens: int
+) -> AbstractContextManager[Runtime]:
+    """The artifact, running."""
+    if artifact.kind == "transformers":
+        assert artifact.path is not None
+        return nullcontext(Folder(artifact.path, find_machine()))
+    if artifact.kind == "endpoint":
+        return nullcontext(Endpoint(artifact.name, renderer.is_chat, model=artifact.model))
+    from gguf import GGUFReader
+
+    assert artifact.path is not None
+    fields = GGUFReader(artifact.path).fields
+    keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
+    stops = {int(fields[key].contents()) for key in keys if key in fields}
+    context = max(len(prompt.ids) for prompt in prompts) + max_new_tokens + 16
+    return llama_server(artifact.path, renderer.is_chat, stops, context)
+
+
+def _gguf_facts(file: Path) -> tuple[str, str]:
+    from gguf import GGUFReader
+
+    from veneer.release.gguf_types import QUANTS
+
+    try:
+        fields = GGUFReader(file).fields
+    except (ValueError, OSError, IndexError) as error:
+        raise UserError(f"{file}: not a GGUF file ({error})", "name what `veneer export` wrote") from None
+    if "general.type" in fields and fields["general.type"].contents() == "adapter":
+        raise UserError(
+            f"{file}: an adapter alone, which answers on its base only",
+            "serve it (llama-server -m BASE --lora ADAPTER --jinja) and name the server's address",
+        )
+    number = fields["general.file_type"].contents() if "general.file_type" in fields else None
+    names = {number: name for name, (number, _, _) in QUANTS.items()}
+    on = fields["veneer.on"].contents() if "veneer.on" in fields else "base"
+    return names.get(-1 if number is None else int(number), "q4_k_m"), str(on)
