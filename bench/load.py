@@ -35,7 +35,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "1B": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, head_dim=64,
                num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=True),
     "tiny": dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-                 num_key_value_heads=2, vocab_size=4096),
+                 num_key_value_heads=2, vocab_size=49152),
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 import veneer
 from tests.runs import losses, tiny_run, write_rows
@@ -246,6 +248,18 @@ def test_rows_longer_than_the_model_has_positions_are_refused(tiny_model: Callab
     path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "the cat " * 300, "completion": "the dog"}] * 4)
     run = tiny_run(tiny_model("gpt2"), path, tmp_path / "run", data={"max_length": 2048})
     with pytest.raises(UserError, match=r"tokens, the model has positions for 256\n.*data\.max_length to 256"):
+        TrainingJob(run)
+
+
+def test_tokens_beyond_the_embeddings_are_refused(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model(), base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens([f"<{n}>" for n in range(1000)] + ["<odd>"])
+    tokenizer.save_pretrained(base)
+    rows = [{"prompt": "the cat", "completion": "the dog"}, {"prompt": "the <odd> cat", "completion": "the dog"}]
+    run = tiny_run(base, write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "run")
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: holds token \d+ \(<odd>\), the model has embeddings for \d+"):
         TrainingJob(run)
 
 

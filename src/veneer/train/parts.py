@@ -56,6 +56,7 @@ def load_parts(run: Run, force: bool = False) -> Parts:
         _require_memory(foreseen)
     base = load_model(source, run.model, run.quantization, machine)
     _require_positions(base.config, data)
+    _require_embeddings(base, tokenizer, data)
     model = attach(base, run.adapter, run.train.seed, run.train.gradient_checkpointing is not False)
     return Parts(machine, source, tokenizer, renderer, data, foreseen, model)
 
@@ -94,3 +95,20 @@ def _require_positions(config: Any, data: Prepared) -> None:
             f"the longest row has {longest} tokens, the model has positions for {positions}",
             f"set data.max_length to {positions} or less",
         )
+
+
+def _require_embeddings(base: Any, tokenizer: Any, data: Prepared) -> None:
+    """Raises UserError for a token beyond the model's embeddings; a GPU would stop there without a word of it."""
+    known = len(base.get_input_embeddings().weight)
+    if len(tokenizer) <= known:
+        return
+    for part in (data.train, data.validation):
+        for example in part:
+            token = int(example.ids.max())
+            if token >= known:
+                raise UserError(
+                    f"{example.place}: holds token {token} ({tokenizer.convert_ids_to_tokens(token)}), "
+                    f"the model has embeddings for {known}",
+                    "put the model's own tokenizer beside its weights, or give it more embeddings "
+                    "(resize_token_embeddings) and save it with them",
+                )

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can say, part by part: the tests there, and the tables of docs/engine.md and docs/planning.md.
+#
+#   bash bench/gpu.sh OUT tests                    # 6 minutes
+#   bash bench/gpu.sh OUT shapes plan load         # 3, 1 and 3 minutes
+#   bash bench/gpu.sh OUT verify TOKENIZER         # 2 minutes; a folder with tokenizer and chat template
+#   bash bench/gpu.sh OUT curve gsm8k.jsonl [smollm2.gguf]
+#
+# A part that fails does not keep the others from running; OUT/log.txt has what each printed, and OUT the results.
+# python3 must import veneer and, for tests, pytest. `verify` and `load` make 16 GB of random weights in /tmp.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT=$1; shift
+mkdir -p "$OUT"
+export PYTHONPATH="src:.${PYTHONPATH:+:$PYTHONPATH}"
+
+part() {  # name, seconds at most, command
+  local name=$1 limit=$2 began=$SECONDS; shift 2
+  echo "== $name: $*" | tee -a "$OUT/log.txt"
+  timeout --signal INT --kill-after 20 "$limit" "$@" 2>&1 | tee -a "$OUT/log.txt"
+  echo "== $name: exit ${PIPESTATUS[0]} after $((SECONDS - began)) s" | tee -a "$OUT/log.txt"
+}
+
+while (($#)); do
+  what=$1; shift
+  case $what in
+    tests)
+      for file in test_fused test_engines test_load test_cuda test_foreseen; do
+        part "$file" 300 python3 -m pytest "tests/gpu/$file.py" --tb=short -x --durations=5
+      done ;;
+    shapes)
+      for shape in 1b qwen3-8b gemma2-9b; do
+        part "$shape" 240 python3 -m bench.engine --shape "$shape" --out "$OUT/engine.json" \
+          --cases 4x2048@70 4x2048@11 2x1024x8@70 1x2048@70
+      done ;;
+    plan) part plan 240 python3 -m bench.plan gpu --engine fused --out "$OUT" ;;
+    load) part load 400 python3 -m bench.load --shape 8B --folder /tmp/base-8b --out "$OUT/load.json" ;;
+    verify)
+      tokenizer=$1; shift
+      part verify 240 python3 -m bench.verify --folder /tmp/base-8b --tokenizer "$tokenizer" --out "$OUT/verify.json" ;;
+    curve)
+      data=$1; shift
+      model=(); [[ ${1:-} == *.gguf ]] && { model=(--smollm2 "$1"); shift; }
+      part curve 300 python3 -m bench.curve "$data" --steps 200 "${model[@]}"
+      cp bench/results/curve.json bench/results/curve.png "$OUT" ;;
+    *) echo "$what: not known; see the first lines of this file" >&2; exit 2 ;;
+  esac
+done
