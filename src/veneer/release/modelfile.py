@@ -78,6 +78,8 @@ def modelfile(file: str, renderer: Renderer, stops: Sequence[str], adapter_of: s
     """
     lines = [f"FROM {adapter_of}", f"ADAPTER ./{file}"] if adapter_of else [f"FROM ./{file}"]
     lines.insert(0, "# ollama create NAME -f Modelfile")
+    if adapter_of:
+        lines.insert(1, "# FROM names the base as Ollama finds it: a folder, a GGUF file, or a name in its library.")
     found = chain_of(renderer)
     bos = renderer.tokenizer.bos_token or ""
     if found is not None:
