@@ -132,13 +132,13 @@ def test_the_gates_gradient_is_autograds() -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_low_rank_products(monkeypatch: pytest.MonkeyPatch, dropout: float) -> None:
+@pytest.mark.parametrize(("dropout", "skipped"), [(0.0, 0), (0.3, 0), (0.3, 64)])
+def test_low_rank_products(monkeypatch: pytest.MonkeyPatch, dropout: float, skipped: int) -> None:
     T, D, rank, N = 70, 150, 5, 21
     members = (Member(0, 9, 0), Member(9, 13, -1), Member(13, 21, 1))
 
     def compute() -> Any:
-        mask = Dropout(dropout, torch.tensor([1234567]), 16) if dropout else None
+        mask = Dropout(dropout, torch.tensor([1234567]), 16, skipped) if dropout else None
         x, a = apart(T, D), torch.randn(2 * rank, D)
         xa, dx, copy = torch.zeros(T, 2 * rank), apart(T, D), torch.zeros(T, 2 * rank - 1)
         low_rank.project(x, a, xa, rank, mask, copy)
@@ -161,6 +161,7 @@ def test_masks_keep_their_share_and_differ() -> None:
         assert mask.float().mean().item() == pytest.approx(0.9, abs=0.005)
         assert mask.float().mean(0).min() > 0.8
         assert mask.float().mean(1).min() > 0.8
+    assert torch.equal(low_rank.keep_mask(7, 0, (200, 400), 0.1, skipped=100), first[100:])
     for mask in (second, other, first.roll(1, 0), first.roll(1, 1)):
         assert (first == mask).float().mean().item() == pytest.approx(0.82, abs=0.01)
 

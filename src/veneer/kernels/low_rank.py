@@ -25,11 +25,13 @@ class Dropout(NamedTuple):
 
     `seed` is an int64 tensor on the device with one number, so that a recorded graph can be replayed with another.
     `key` tells apart what shares a step's seed: layers and linears; the mask of stacked slot n has key + n.
+    `skipped` is how many of the batch's tokens stand before the first row: a piece's mask is its part of the whole one.
     """
 
     p: float
     seed: torch.Tensor
     key: int
+    skipped: int = 0
 
 
 def project(
@@ -187,11 +189,14 @@ def add_b(parts_PRN: torch.Tensor, grad: torch.Tensor, members: tuple[Member, ..
 # The mask
 
 
-def keep_mask(seed: int, key: int, shape: tuple[int, int], p: float, device: Any = None) -> torch.Tensor:
+def keep_mask(
+    seed: int, key: int, shape: tuple[int, int], p: float, device: Any = None, skipped: int = 0
+) -> torch.Tensor:
     """Which elements dropout keeps, as the kernels compute it: a hash of seed, key and place."""
     T, D = shape
     mask32 = 0xFFFFFFFF
-    place = (torch.arange(T, device=device)[:, None] * D + torch.arange(D, device=device)[None]) & mask32
+    row_T1 = torch.arange(skipped, skipped + T, device=device)[:, None]
+    place = (row_T1 * D + torch.arange(D, device=device)[None]) & mask32
     mixed = place ^ _mix_int((seed + key * 0x9E3779B9) & mask32)
     for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97), (15, 0x846CA68B)):
         mixed = ((mixed ^ (mixed >> shift)) * factor) & mask32
@@ -208,9 +213,8 @@ def _mix_int(value: int) -> int:
 def _dropped(x_TD: torch.Tensor, dropout: Dropout | None, slot: int) -> torch.Tensor:
     if dropout is None:
         return x_TD
-    keep_TD = keep_mask(
-        int(dropout.seed.item()), dropout.key + slot, (len(x_TD), x_TD.shape[1]), dropout.p, x_TD.device
-    )
+    shape, seed = (len(x_TD), x_TD.shape[1]), int(dropout.seed.item())
+    keep_TD = keep_mask(seed, dropout.key + slot, shape, dropout.p, x_TD.device, dropout.skipped)
     return torch.where(keep_TD, x_TD.float() / (1 - dropout.p), 0.0).to(x_TD.dtype)
 
 
@@ -223,8 +227,8 @@ def _project_torch(x_TD: torch.Tensor, a_RD: torch.Tensor, rank: int, dropout: D
 
 def _dropout_arguments(dropout: Dropout | None, any_tensor: torch.Tensor) -> tuple[Any, ...]:
     if dropout is None:
-        return any_tensor, 0, 0, 1.0
-    return dropout.seed, dropout.key, int(dropout.p * 2**32), 1 / (1 - dropout.p)
+        return any_tensor, 0, 0, 0, 1.0
+    return dropout.seed, dropout.key, dropout.skipped, int(dropout.p * 2**32), 1 / (1 - dropout.p)
 
 
 @triton.jit
@@ -244,7 +248,7 @@ def _keeps(seed, key, t, d, D, threshold):
 
 @triton.jit
 def _project(
-    x, a, out, copy, seed, key, threshold, kept_scale, T, D, R, WIDTH, copied, x_t, a_r, a_d, out_t,
+    x, a, out, copy, seed, key, skipped, threshold, kept_scale, T, D, R, WIDTH, copied, x_t, a_r, a_d, out_t,
     DROPOUT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -258,7 +262,7 @@ def _project(
         d = start + tl.arange(0, BLOCK_D)
         tile = tl.load(x + rows + d[None, :], mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
         if DROPOUT:
-            keep = _keeps(seed, key + slot, t, d, D, threshold)
+            keep = _keeps(seed, key + slot, t + skipped, d, D, threshold)
             tile = tl.where(keep, tile.to(tl.float32) * kept_scale, 0.0).to(tile.dtype)
         b = tl.load(a + r[None, :] * a_r + d[:, None] * a_d, mask=is_r[None, :] & (d < D)[:, None], other=0.0)
         total = tl.dot(tile, b, total, input_precision=PRECISION)
@@ -274,7 +278,7 @@ def _project(
 
 @triton.jit
 def _outer(
-    u, x, out, rstd, weight, offset, seed, key, threshold, kept_scale, T, D, R, WIDTH, span, u_t, x_t,
+    u, x, out, rstd, weight, offset, seed, key, skipped, threshold, kept_scale, T, D, R, WIDTH, span, u_t, x_t,
     DROPOUT: tl.constexpr, HAS_NORM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -297,7 +301,7 @@ def _outer(
             inverse = tl.load(rstd + t, mask=t < T, other=0.0)
             tile = (tile.to(tl.float32) * inverse[:, None] * w[None, :]).to(tile.dtype)
         if DROPOUT:
-            keep = _keeps(seed, key + slot, t, d, D, threshold)
+            keep = _keeps(seed, key + slot, t + skipped, d, D, threshold)
             tile = tl.where(keep, tile.to(tl.float32) * kept_scale, 0.0).to(tile.dtype)
         total = tl.dot(left, tile, total, input_precision=PRECISION)
     place = (part.to(tl.int64) * R + r[:, None]) * D + d[None, :]
@@ -306,7 +310,7 @@ def _outer(
 
 @triton.jit
 def _add_projected(
-    dx, u, a, seed, key, threshold, kept_scale, T, D, R, WIDTH, dx_t, u_t, a_r, a_d,
+    dx, u, a, seed, key, skipped, threshold, kept_scale, T, D, R, WIDTH, dx_t, u_t, a_r, a_d,
     SLOTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -320,7 +324,7 @@ def _add_projected(
         is_r = (within < WIDTH) & (r < R)
         left = tl.load(u + t.to(tl.int64)[:, None] * u_t + r[None, :], mask=(t < T)[:, None] & is_r[None, :], other=0.0)
         right = tl.load(a + r[:, None] * a_r + d[None, :] * a_d, mask=is_r[:, None] & (d < D)[None, :], other=0.0)
-        keep = _keeps(seed, key + slot, t, d, D, threshold)
+        keep = _keeps(seed, key + slot, t + skipped, d, D, threshold)
         total += tl.where(keep, tl.dot(left, right, input_precision=PRECISION) * kept_scale, 0.0)
     tl.store(place, total.to(dx.dtype.element_ty), mask=inside)
 

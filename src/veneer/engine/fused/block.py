@@ -225,11 +225,11 @@ class Block:
         u_both, u_down = [], []
         for start, end in _pieces(T):
             gate_up_TE = room_TE[start:end] if keeps else room_TE[: end - start]
-            u, _ = both.forward(y_TE[start:end], both_matrix, gate_up_TE, at.seed)
+            u, _ = both.forward(y_TE[start:end], both_matrix, gate_up_TE, at.seed, start)
             u_both.append(u)
             h = h_TE[: end - start]
             gated_mlp(gate_up_TE, h[:, : down.inputs], self.decoder.activation)
-            u, update = down.forward(h, down_matrix, delta_TE[start:end], at.seed)
+            u, update = down.forward(h, down_matrix, delta_TE[start:end], at.seed, start)
             u_down.append(u)
         kept.gate_up, kept.u_gate_up = (room_TE, u_both) if keeps else (None, None)
         kept.u_down = _joined(u_down)
@@ -282,12 +282,12 @@ class Block:
             if made:
                 gate_up_TE, y = room_TE[:size], y_TE[:size]
                 normalize(kept.mid[start:end], kept.rstd2[start:end], norm.weight_D, norm.offset, y[:, :D])
-                u_both, _ = both.forward(y, both_matrix, gate_up_TE, at.seed)
+                u_both, _ = both.forward(y, both_matrix, gate_up_TE, at.seed, start)
             else:
                 gate_up_TE, u_both = room_TE[start:end], kept.u_gate_up[number]
-            v_down, _ = down.backward(dy_TE[start:end], down_matrix, dh_TE[:size], at.seed)
-            self._gate_backward(gate_up_TE, dh_TE[:size], u_both, v_down, parts, number == 0, at)
-            v, update = both.backward(gate_up_TE, both_matrix, dx_TE[start:end], at.seed)
+            v_down, _ = down.backward(dy_TE[start:end], down_matrix, dh_TE[:size], at.seed, start)
+            self._gate_backward(gate_up_TE, dh_TE[:size], u_both, v_down, parts, start, at)
+            v, update = both.backward(gate_up_TE, both_matrix, dx_TE[start:end], at.seed, start)
             v_both.append(v)
         if parts is not None:
             add_a(parts.a_PrF, down.grad_a)
@@ -313,17 +313,17 @@ class Block:
 
     def _gate_backward(
         self, gate_up_TE: torch.Tensor, dh_TE: torch.Tensor, u_both: torch.Tensor, v_down: torch.Tensor,
-        parts: Parts | None, is_first: bool, at: Context,
+        parts: Parts | None, start: int, at: Context,
     ) -> None:  # fmt: skip
         """Gradient of gate and up in their place, with the adapters' gradients that lie on the way."""
         both, down = self.gate_up, self.down
         dh_TF, activation = dh_TE[:, : down.inputs], self.decoder.activation
         if parts is not None:
             slots = both.members[0].slot, both.members[-1].slot
-            gated_mlp_backward_adapters(gate_up_TE, dh_TF, activation, u_both, v_down, slots, parts, is_first)
+            gated_mlp_backward_adapters(gate_up_TE, dh_TF, activation, u_both, v_down, slots, parts, start == 0)
             return
         gated_mlp_backward(gate_up_TE, dh_TF, activation)
-        down.add_a(v_down, dh_TF, at.seed)
+        down.add_a(v_down, dh_TF, at.seed, skipped=start)
         both.add_b(u_both, gate_up_TE[:, : both.outputs])
 
     def _attention_backward(self, d_TE: torch.Tensor, kept: Kept, at: Context, is_first: bool) -> None:
