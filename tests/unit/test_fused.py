@@ -1,5 +1,6 @@
 """The fused engine computes what the reference engine computes: losses and every adapter's gradient."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from veneer.data import Batch
 from veneer.engine import ReferenceEngine
 from veneer.engine.fused import FusedEngine, NotCoveredError
 from veneer.engine.fused.block import TENSORS
-from veneer.engine.fused.graphs import Inputs
+from veneer.engine.fused.graphs import Graphs, Inputs
 from veneer.engine.fused.spend import spend
+from veneer.engine.temporary import dropout_off
 from veneer.model import attach
 from veneer.train.optimizer import build_optimizer
 
@@ -186,6 +188,32 @@ def test_batches_are_padded_to_sizes_that_come_again() -> None:
         assert not set(inputs.index_N[~real].tolist()) & set(inputs.index_N[real].tolist())
         assert inputs.bounds[len(lengths)] == batch.tokens
     assert len(shapes) == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "recordable"),
+    [("llama", torch.bfloat16, True), ("llama", torch.float32, False), ("gemma2", torch.bfloat16, False)],
+)
+def test_passes_that_go_by_lengths_on_the_host_are_not_recorded(
+    family: str, dtype: torch.dtype, recordable: bool
+) -> None:
+    assert FusedEngine(model_of(family).to(dtype)).is_recordable == recordable
+
+
+def test_a_pass_with_dropout_is_not_the_recorded_one_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Recording:
+        def replay(self) -> None: ...
+
+    def record(self: Graphs, inputs: Inputs) -> Any:
+        return SimpleNamespace(graph=Recording(), inputs=inputs.cloned(), total=torch.tensor(-1.0))
+
+    monkeypatch.setattr(Graphs, "_record", record)
+    engine = FusedEngine(model_of("llama", lora_dropout=0.3))
+    engine._graphs = Graphs(engine._pass)
+    with dropout_off(engine.model, engine):
+        losses = [engine.forward_backward(batch_of(), 1.0).item() for _ in range(3)]
+    assert losses[1:] == [-1, -1], "recorded"
+    assert engine.forward_backward(batch_of(), 1.0).item() > 0
 
 
 def test_memory_is_spent_where_it_saves_most() -> None:

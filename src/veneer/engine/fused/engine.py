@@ -61,12 +61,24 @@ class FusedEngine:
         self._flatten(groups)
         self._settle()
         self._seed = torch.zeros(1, dtype=torch.int64, device=self._device)
-        self._has_dropout = any(group.dropout_p for group in groups)
-        # FlexAttention's masks are made anew for each batch, which a graph would not see.
-        records = graphs and self._device.type == "cuda" and not self.decoder.softcap
+        records = graphs and self._device.type == "cuda" and self.is_recordable
         self._graphs = Graphs(self._pass) if records else None
         # The last is the longest; the others stay, since recorded passes read them.
         self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    @property
+    def is_recordable(self) -> bool:
+        """Whether batches of one shape differ in nothing but data.
+
+        FlexAttention's masks are made anew for each batch, and attention in float32 goes by the lengths that the host
+        knows: a recorded pass would see neither.
+        """
+        return not self.decoder.softcap and self._dtype != torch.float32
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training passes drop adapters' inputs."""
+        return any(group.dropout_p for block in self.blocks for group in block.groups)
 
     @property
     def on_gpu(self) -> bool:
@@ -177,10 +189,11 @@ class FusedEngine:
     def forward_backward(self, batch: Batch, scale: float) -> torch.Tensor:
         """See `Engine.forward_backward`."""
         self._gradients()
-        if self._has_dropout:
+        has_dropout = self.has_dropout
+        if has_dropout:
             self._seed.random_(0, 2**31)
         inputs = self._bring(batch, scale, training=True)
-        return self._graphs.run(inputs) if self._graphs is not None else self._pass(inputs)
+        return self._graphs.run(inputs, has_dropout) if self._graphs is not None else self._pass(inputs)
 
     def _pass(self, inputs: Inputs) -> torch.Tensor:
         """Forward and backward, on the device alone."""
@@ -214,7 +227,7 @@ class FusedEngine:
 
     def _context(self, documents: Documents, training: bool) -> Context:
         cos_PS, sin_PS = self._rotary(documents.longest)
-        seed = self._seed if training and self._has_dropout else None
+        seed = self._seed if training and self.has_dropout else None
         return Context(documents, cos_PS, sin_PS, self._scratch, seed)
 
     def _rotary(self, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
