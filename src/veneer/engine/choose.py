@@ -16,7 +16,7 @@ import torch
 from veneer.config import JobError, Train, UserError
 from veneer.data import Batch
 from veneer.data.batch import Example
-from veneer.engine.agreement import agree, short_rows
+from veneer.engine.agreement import agree, even_rows, short_rows
 from veneer.engine.fused import FusedEngine, NotCoveredError
 from veneer.engine.fused.block import TENSORS
 from veneer.engine.interface import Engine
@@ -24,6 +24,7 @@ from veneer.engine.reference import ReferenceEngine
 
 FUSED_DEVICES = ("cuda",)  # where `auto` takes the fused engine
 PROBE = (160, 96)  # tokens of the rows that the engines are compared on
+EVEN = (256, 256)  # and of rows of one length, which cuDNN's attention gets where there is one
 
 
 @dataclass(frozen=True)
@@ -89,15 +90,11 @@ def choose(model: Any, train: Train, device: str, examples: Sequence[Example]) -
     choice = build(model, train, device)
     if not isinstance(choice.engine, FusedEngine):
         return choice
-    try:
-        agreement = agree(model, choice.engine, [Batch.of(short_rows(examples, PROBE))])
-        failure = None if agreement.holds else agreement.describe()
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:  # a kernel that this GPU cannot run
-        failure = str(error).strip().split("\n")[0]
-    if failure is None:
-        return Choice(choice.engine, f"{choice.reason} and gives the reference's numbers: {agreement.describe()}")
+    batches = [Batch.of(short_rows(examples, PROBE)), Batch.of(even_rows(examples, EVEN))]
+    agreement = agree(model, choice.engine, batches)
+    failure = agreement.describe()
+    if agreement.holds:
+        return Choice(choice.engine, f"{choice.reason} and gives the reference's numbers: {failure}")
     if train.engine == "fused":
         raise JobError(
             f"train.engine = fused: it does not give the reference engine's numbers here: {failure}\n"

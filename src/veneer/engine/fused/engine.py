@@ -12,6 +12,7 @@ from veneer.engine.fused.block import TENSORS, Block, Context, Kept, Stream
 from veneer.engine.fused.family import Decoder, NotCoveredError, read
 from veneer.engine.fused.graphs import Graphs, Inputs, rounded
 from veneer.engine.fused.spend import spend
+from veneer.kernels.launch import HAS_TRITON
 from veneer.kernels.place import place, placement_of
 from veneer.kernels.rms_norm import rms_norm_backward
 from veneer.kernels.softmax_loss import softmax_loss
@@ -49,6 +50,8 @@ class FusedEngine:
         self._device, self._dtype = weight.device, weight.dtype
         if self._dtype == torch.float16:
             raise NotCoveredError("float16 compute")
+        if self.on_gpu and not HAS_TRITON:
+            raise NotCoveredError("a machine without Triton")
         self.blocks = [Block(layer, self.decoder, n, self._dtype) for n, layer in enumerate(self.decoder.layers)]
         if isinstance(keep, frozenset):
             keep = [*[keep] * (len(self.blocks) - 1), frozenset(TENSORS)]
