@@ -1,5 +1,7 @@
 """The fused engine computes what the reference engine computes: losses and every adapter's gradient."""
 
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -251,3 +253,24 @@ def test_one_launch_for_all_adapters_is_one_for_each(optim: str) -> None:
 def test_a_model_that_is_not_covered_is_named() -> None:
     with pytest.raises(NotCoveredError, match="opt"):
         FusedEngine(model_of("opt"))
+
+
+@pytest.mark.parametrize("pattern", [{"rank_pattern": {"v_proj": 8}}, {"alpha_pattern": {"v_proj": 3}}])
+def test_adapters_of_several_kinds_on_one_input_are_not_covered(pattern: dict[str, Any]) -> None:
+    import peft
+
+    base = model_of("llama").unload()
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **pattern))
+    with pytest.raises(NotCoveredError, match=r"layers\.0\.self_attn\.q_proj, .*: adapters of several ranks"):
+        FusedEngine(model)
+
+
+@pytest.mark.parametrize("skipped", ["q_proj", "k_proj"])
+def test_linears_of_one_input_of_which_one_is_not_in_4_bits_are_not_covered(
+    skipped: str, tiny_model: Callable[..., Path]
+) -> None:
+    """As in checkpoints that leave the layers which suffer most in 16 bits."""
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["lm_head", skipped])
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_model(), quantization_config=config)
+    with pytest.raises(NotCoveredError, match=r"layers\.0\.self_attn\.q_proj, .*: some in 4 bits and some not"):
+        FusedEngine(attach(base, Adapter(), 0))

@@ -87,6 +87,7 @@ __all__ = [
     "INTERPRETED",
     "KERNEL_ERRORS",
     "LISTENERS",
+    "TritonError",
     "launch",
     "power_of_2",
     "runs_triton",
