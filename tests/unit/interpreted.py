@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from veneer.kernels import low_rank, nf4, softmax_loss
+from veneer.kernels import launch, low_rank, nf4, softmax_loss
 from veneer.kernels.gated_mlp import ACTIVATIONS, Parts, gated_mlp, gated_mlp_backward, gated_mlp_backward_adapters
 from veneer.kernels.low_rank import Dropout, Member
 from veneer.kernels.place import Place, place, placement_of
@@ -152,6 +152,35 @@ def test_low_rank_products(monkeypatch: pytest.MonkeyPatch, dropout: float, skip
         return xa, copy, grad_a, grad_b, dx
 
     check(monkeypatch, compute)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_low_rank_products_of_more_ranks_than_a_program_takes(monkeypatch: pytest.MonkeyPatch, dropout: float) -> None:
+    """A block of all ranks would need more shared memory than a GPU has."""
+    T, D, rank = 20, 70, 300
+    sizes: list[int] = []
+
+    def noting(kernel: Any, *given: Any) -> Any:
+        start = launch.launch(kernel, *given)
+
+        def noted(*arguments: Any, **constants: Any) -> None:
+            sizes.append(constants.get("BLOCK_R", 0))
+            start(*arguments, **constants)
+
+        return noted
+
+    def compute() -> Any:
+        mask = Dropout(dropout, torch.tensor([1234567]), 16) if dropout else None
+        x, a, dx = apart(T, D), torch.randn(2 * rank, D), torch.zeros(T, D)
+        xa, v = torch.zeros(T, 2 * rank), torch.randn(T, 2 * rank)
+        low_rank.project(x, a, xa, rank, mask)
+        if mask is not None:
+            low_rank.add_projected(dx, v, a, rank, mask)
+        return xa, low_rank.outer(v, x, rank, mask).sum(0), dx / 20
+
+    monkeypatch.setattr(low_rank, "launch", noting)
+    check(monkeypatch, compute)
+    assert 128 <= max(sizes) <= 256
 
 
 def test_masks_keep_their_share_and_differ() -> None:
