@@ -163,13 +163,13 @@ class Block:
         return after, kept
 
     def kept_bytes(self, name: str, tokens: int) -> int:
-        """What keeping one of TENSORS from forward to backward takes, but for the few columns of the adapters."""
+        """What keeping one of TENSORS from forward to backward takes, with what adapters make of its input."""
         layer, heads, itemsize = self.layer, self.decoder.heads, self.dtype.itemsize
         width = {
-            "qkv": self.qkv.outputs * (1 if layer.head_norm is None else 2) + self.qkv.margin,
+            "qkv": self.qkv.outputs * (1 if layer.head_norm is None else 2) + self.qkv.margin + self.qkv.used,
             "attention": self.o.inputs + heads.query * 4 // itemsize,
-            "mid": self.o.outputs * (1 if layer.post1 is None else 2),
-            "gate_up": self.gate_up.outputs + self.gate_up.margin,
+            "mid": self.o.outputs + self.o.used + (0 if layer.post1 is None else self.o.outputs + self.o.margin),
+            "gate_up": self.gate_up.outputs + self.gate_up.margin + self.gate_up.used,
         }[name]
         return tokens * width * itemsize
 
