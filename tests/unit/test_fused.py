@@ -16,7 +16,6 @@ from veneer.engine import ReferenceEngine
 from veneer.engine.fused import FusedEngine, NotCoveredError
 from veneer.engine.fused.block import TENSORS
 from veneer.engine.fused.graphs import Graphs, Inputs
-from veneer.engine.fused.spend import spend
 from veneer.engine.temporary import dropout_off
 from veneer.model import attach
 from veneer.train.optimizer import build_optimizer
@@ -216,19 +215,6 @@ def test_a_pass_with_dropout_is_not_the_recorded_one_without(monkeypatch: pytest
         losses = [engine.forward_backward(batch_of(), 1.0).item() for _ in range(3)]
     assert losses[1:] == [-1, -1], "recorded"
     assert engine.forward_backward(batch_of(), 1.0).item() > 0
-
-
-def test_memory_is_spent_where_it_saves_most() -> None:
-    engine = FusedEngine(model_of("llama"))
-    blocks, tokens = engine.blocks, 512
-    everything = sum(block.kept_bytes(name, tokens) for block in blocks for name in TENSORS)
-    assert spend(blocks, tokens, 64, 0, 0).keep == (frozenset(), frozenset())
-    assert spend(blocks, tokens, 64, everything, 0).keep == (frozenset(TENSORS),) * 2
-    half = spend(blocks, tokens, 64, everything // 2, 0)
-    assert half.spent_bytes <= everything // 2
-    assert len(half.keep[1]) >= len(half.keep[0])
-    rates = {name: blocks[0].kept_seconds(name, tokens, 64) / blocks[0].kept_bytes(name, tokens) for name in TENSORS}
-    assert max(rates, key=lambda name: rates[name]) in half.keep[1]
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "adamw_32bit"])

@@ -104,7 +104,7 @@ def choose(model: Any, train: Train, device: str, examples: Sequence[Example]) -
 
 
 def spend_memory(
-    engine: Engine, train: Train, sizes: Sequence[int], held_out: Sequence[int], later_bytes: int
+    engine: Engine, train: Train, sizes: Sequence[int], varies: bool, held_out: Sequence[int], later_bytes: int
 ) -> dict[str, Any] | None:
     """Let the fused engine keep what this GPU has room for, so that less is computed twice.
 
@@ -112,6 +112,7 @@ def spend_memory(
         engine: Chosen and checked.
         train: The settings.
         sizes: Tokens of every row, or pack.
+        varies: Whether micro-batches come in more than one shape.
         held_out: Tokens of the rows of the largest held-out batch.
         later_bytes: What is still to come on the device, the optimizer's states say.
 
@@ -120,7 +121,6 @@ def spend_memory(
     """
     if not isinstance(engine, FusedEngine) or not engine.on_gpu:
         return None
-    varies = len(set(sizes)) > 1
     if train.gradient_checkpointing != "auto":
         if varies:
             engine.record_nothing()  # what recorded passes would hold was not asked for
