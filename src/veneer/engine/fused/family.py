@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from veneer.engine.fused.group import Linear
+from veneer.engine.positions import switch_of
 from veneer.kernels.gated_mlp import ACTIVATIONS
 from veneer.kernels.rope import HeadNorm, Heads
 
@@ -102,11 +103,10 @@ def read(model: Any) -> Decoder:
     found = sum(1 for parameter in model.parameters() if parameter.requires_grad)
     if expected != found:
         raise NotCoveredError(f"{found - expected} trainable parameters outside the blocks' linear layers")
-    longest = rope.get("original_max_position_embeddings") if rope_type == "longrope" else None
     return Decoder(
         layers, heads, float(first.scaling), float(getattr(config, "attn_logit_softcapping", None) or 0.0),
         ACTIVATIONS[activation], inner.embed_tokens, _norm(inner.norm, offset), head,
-        float(getattr(config, "final_logit_softcapping", None) or 0.0), inner.rotary_emb, longest,
+        float(getattr(config, "final_logit_softcapping", None) or 0.0), inner.rotary_emb, switch_of(config),
     )  # fmt: skip
 
 
