@@ -359,6 +359,22 @@ def test_kept_weights_that_do_not_fit_are_told_and_made_anew(
     assert capsys.readouterr().err == ""
 
 
+def test_a_full_gpu_is_no_fault_of_the_kept_weights(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(tiny_model(), tmp_path / "model")
+    load(folder, CACHED)
+    capsys.readouterr()
+
+    def full(*given: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("veneer.model.load.stream", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        load(folder, CACHED)
+    assert capsys.readouterr().err == ""
+
+
 def test_where_weights_cannot_be_kept_beside_the_base_the_cache_takes_them(
     tmp_path: Path, tiny_model: Callable[..., Path], empty_cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
