@@ -73,3 +73,30 @@ def test_replayed_passes_are_equal_bit_for_bit() -> None:
         assert loss == replayed_loss
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
         assert torch.equal(plain.losses(batch), recording.losses(batch))
+
+
+def test_in_float32_batches_of_one_shape_and_other_lengths_are_not_taken_for_one_another() -> None:
+    model = model_of("llama").cuda()
+    plain, recording = FusedEngine(model, graphs=False), FusedEngine(model)
+    for lengths in ((64, 30), (64, 30), (64, 30), (50, 44), (60, 34)):
+        batch = batch_of(lengths)
+        loss, wanted = gradients(plain, model, batch)
+        found_loss, found = gradients(recording, model, batch)
+        assert found_loss == pytest.approx(loss, rel=1e-5)
+        assert worst(found, wanted)[0] < 1e-4, worst(found, wanted)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("rank", [16, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_of_any_rank_run_at_any_length(dtype: torch.dtype, rank: int, dropout: float) -> None:
+    """Kernels of higher ranks and of more tokens need more shared memory than a GPU may have."""
+    changes = {"hidden_size": 512, "intermediate_size": 1024, "max_position_embeddings": 8192}
+    model = model_of("llama", changes=changes, r=rank, lora_dropout=dropout).cuda()
+    for name, parameter in model.named_parameters():
+        if "lora" not in name:
+            parameter.data = parameter.data.to(dtype)
+    engine = FusedEngine(model, frozenset(), graphs=False)
+    for lengths in ((300, 70), (1024,) * 8):
+        _, found = gradients(engine, model, batch_of(lengths))
+        assert all(gradient.isfinite().all() and gradient.any() for gradient in found.values())

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import CalledProcessError
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from veneer.engine import ReferenceEngine, choose
 from veneer.engine.agreement import agree
 from veneer.engine.fused import FusedEngine
 from veneer.engine.temporary import adapter_off
+from veneer.kernels.launch import TritonError
 from veneer.train import TrainingJob
 from veneer.train.metrics import read_metrics
 from veneer.train.optimizer import parameters_to_update
@@ -168,15 +170,47 @@ def test_a_wrong_kernel_that_was_asked_for_ends_the_run(make_run: MakeRun, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def test_a_kernel_that_cannot_run_makes_the_run_fall_back(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("no kernel image is available\nfor execution"),
+        TritonError("out of resource: no kernel image is available"),
+        CalledProcessError(1, ["gcc", "no kernel image is available"]),
+    ],
+)
+def test_a_kernel_that_cannot_run_makes_the_run_fall_back(
+    error: Exception, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(self: FusedEngine, batch: Batch, scale: float) -> torch.Tensor:
-        raise RuntimeError("no kernel image is available\nfor execution")
+        raise error
 
     monkeypatch.setattr(choose, "FUSED_DEVICES", ("cpu",))
     monkeypatch.setattr(FusedEngine, "forward_backward", fails)
     choice = TrainingJob(make_run("run", "auto")).choice
     assert choice.engine.name == "reference"
     assert "no kernel image is available" in (choice.warning or "")
+
+
+def test_what_is_wrong_for_rows_of_one_length_alone_makes_the_run_fall_back(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU computes their attention in another way than that of packed rows."""
+    forward_backward = FusedEngine.forward_backward
+
+    def wrong(self: FusedEngine, batch: Batch, scale: float) -> torch.Tensor:
+        return forward_backward(self, batch, scale) * (1.5 if len(set(batch.lengths)) == 1 else 1.0)
+
+    monkeypatch.setattr(choose, "FUSED_DEVICES", ("cpu",))
+    monkeypatch.setattr(FusedEngine, "forward_backward", wrong)
+    assert "losses differ by 0.5" in (TrainingJob(make_run("run", "auto")).choice.warning or "")
+
+
+def test_a_gpu_without_triton_gets_the_reference_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FusedEngine, "on_gpu", True)
+    monkeypatch.setattr("veneer.engine.fused.engine.HAS_TRITON", False)
+    choice = choose.build(model_of("llama"), Train(), "cuda")
+    assert choice.engine.name == "reference"
+    assert choice.reason == "the fused engine does not cover a machine without Triton"
 
 
 @pytest.mark.parametrize("engine", ["fused", "reference"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from tests.runs import tiny_run, write_rows
@@ -101,6 +102,18 @@ def test_an_engine_that_cannot_be_had_is_status_2(call: Call, run_file: Path, ti
         assert "the fused engine does not cover the architecture opt" in err
         assert "set train.engine to auto or reference" in err
     assert not (run_file.parent / "runs").exists()
+
+
+def test_a_base_that_does_not_fit_is_told_with_a_fix(
+    call: Call, run_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of")
+
+    monkeypatch.setattr("veneer.model.load.stream", full)
+    status, _, err = call("train", str(run_file))
+    assert status == 1
+    assert "error: CUDA out of memory\n  fix: end what else holds memory there" in err
 
 
 def test_train_tells_a_person_what_happens(call: Callable[..., tuple[int, str, str]], run_file: Path) -> None:

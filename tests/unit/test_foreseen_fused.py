@@ -115,17 +115,21 @@ def test_what_it_holds_for_good_is_what_a_real_one_holds(family: str) -> None:
 
 @pytest.mark.parametrize("name", TENSORS)
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
-def test_a_tensor_that_is_kept_adds_its_bytes(family: str, name: str) -> None:
+@pytest.mark.parametrize("rank", [8, 256])
+def test_a_tensor_that_is_kept_adds_its_bytes(family: str, name: str, rank: int) -> None:
     config, shapes = small(family, **({} if family == "llama" else {"head_dim": 64}))
-    least = fused(config, shapes)
-    more = fused(config, shapes, keep=frozenset({name}))
-    asked = step(shapes, rows=2, length=512, engine="fused", keep=frozenset())
+    least = fused(config, shapes, r=rank)
+    more = fused(config, shapes, r=rank, keep=frozenset({name}))
+    asked = step(shapes, rows=2, length=512, engine="fused", keep=frozenset(), r=rank)
     blocks = _engine(build(config, torch.bfloat16), asked)[0].blocks
     # Seen at the loss: all blocks hold what they keep, and none is at work; the last one's stream is there anyway.
     expected = (DEPTH - 1) * blocks[0].kept_bytes(name, 1024)
     found = more.moments["loss"].bytes - least.moments["loss"].bytes
-    adapters = DEPTH * 3 * 2 * 1024 * 12 + DEPTH * 3 * 512  # of u = x A^T, "but for the few columns of the adapters"
-    assert expected <= found <= expected * DEPTH / (DEPTH - 1) + adapters
+    if family == "gemma2" and name == "attention":  # rehearsed as flash, which keeps no copies of q, k and v
+        assert expected > 2 * found
+        return
+    whole_pages = DEPTH * 3 * 512
+    assert expected <= found <= expected * DEPTH / (DEPTH - 1) + whole_pages
     assert more.work != least.work
 
 

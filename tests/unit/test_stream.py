@@ -1,7 +1,9 @@
 """Streamed loading gives what Transformers' own reader gives, to the bit, and tells what is wrong with files."""
 
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -359,6 +361,22 @@ def test_kept_weights_that_do_not_fit_are_told_and_made_anew(
     assert capsys.readouterr().err == ""
 
 
+def test_a_full_gpu_is_no_fault_of_the_kept_weights(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(tiny_model(), tmp_path / "model")
+    load(folder, CACHED)
+    capsys.readouterr()
+
+    def full(*given: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("veneer.model.load.stream", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        load(folder, CACHED)
+    assert capsys.readouterr().err == ""
+
+
 def test_where_weights_cannot_be_kept_beside_the_base_the_cache_takes_them(
     tmp_path: Path, tiny_model: Callable[..., Path], empty_cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -367,6 +385,19 @@ def test_where_weights_cannot_be_kept_beside_the_base_the_cache_takes_them(
     load(folder, CACHED)
     assert f"kept the 4-bit weights in {empty_cache}" in capsys.readouterr().err
     assert load(folder, CACHED)[1].way == "cache"
+
+
+def test_what_a_killed_process_left_of_a_copy_is_deleted(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    folder = copied(tiny_model(), tmp_path / "model")
+    for name, age in (("abandoned", 7200), ("at work", 60)):
+        left = folder / ".veneer" / f".nf4-double-float32-cpu.{name}"
+        left.mkdir(parents=True)
+        (left / "weights.safetensors").write_bytes(b"half")
+        for path in (left / "weights.safetensors", left):
+            os.utime(path, (time.time() - age,) * 2)
+    load(folder, CACHED)
+    found = sorted(path.name for path in (folder / ".veneer").iterdir())
+    assert found == [".nf4-double-float32-cpu.at work", "nf4-double-float32-cpu"]
 
 
 def test_a_full_disk_is_told_and_nothing_is_left(

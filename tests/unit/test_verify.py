@@ -96,6 +96,18 @@ def test_a_wrong_kernel_is_found_and_its_layer_named(
     assert found.choice.engine.name == "reference", "what the run would train with"
 
 
+def test_a_kernel_that_cannot_run_is_told(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: FusedEngine, batch: Batch, scale: float) -> torch.Tensor:
+        raise RuntimeError("no kernel image is available\nfor execution")
+
+    monkeypatch.setattr(FusedEngine, "forward_backward", fails)
+    run = make_run()
+    found = verify_parts(run, *with_engine(run))
+    assert failed(found) == {"fused-loss", "fused-gradient", "fused-matrix"}
+    assert {check.note for check in found.checks if not check.passed} == {"no kernel image is available"}
+    assert found.choice.engine.name == "reference"
+
+
 def test_a_wrong_loss_is_found(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     forward_backward = FusedEngine.forward_backward
     monkeypatch.setattr(FusedEngine, "forward_backward", lambda *given: 1.01 * forward_backward(*given))

@@ -71,6 +71,11 @@ def _tell(error: Exception) -> int:
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f"{error.filename}: " if error.filename else ""
         message = f"{where}the disk became full ({error.strerror}); what was unfinished is gone\n  fix: free space"
+    elif type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be there
+        message = (
+            f"{str(error).split('. ')[0]}\n  fix: end what else holds memory there (nvidia-smi shows it); "
+            "`veneer plan` says what a run needs and what to change"
+        )
     elif not isinstance(error, JobError):
         message = f"{type(error).__name__}: {error}\n  run it again with --debug for the traceback"
     print(f"{'stopped' if status == 130 else 'error'}: {message}", file=sys.stderr)

@@ -96,14 +96,15 @@ def show_checks(out: Console, checks: list[dict[str, Any]]) -> None:
         limit = "" if check["limit"] is None else f"{sign} {check['limit']:.3g}"
         table.add_row(mark, check["id"], value, limit, escape(check["what"]))
     out.print(table, soft_wrap=False)
-    notes: dict[str, list[str]] = {}
+    notes: dict[tuple[str, str], list[str]] = {}
     for check in checks:
         if "note" in check:
-            notes.setdefault(check["note"], []).append(check["id"])
+            kind = "not applicable" if check["passed"] else "failed"
+            notes.setdefault((kind, check["note"]), []).append(check["id"])
         elif not check["passed"] and "worst" in check:
             out.print(f"  {check['id']} is worst in {escape(check['worst'])}")
-    for note, names in notes.items():
-        out.print(f"  not applicable ({', '.join(names)}): {escape(note)}")
+    for (kind, note), names in notes.items():
+        out.print(f"  {kind} ({', '.join(names)}): {escape(note)}")
 
 
 def show_ledger(out: Console, ledger: dict[str, Any]) -> None:

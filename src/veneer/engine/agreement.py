@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from veneer.data import Batch
@@ -18,6 +19,7 @@ from veneer.data.batch import Example
 from veneer.engine.interface import Engine
 from veneer.engine.reference import ReferenceEngine
 from veneer.engine.temporary import dropout_off, fill_b, untouched
+from veneer.kernels.launch import KERNEL_ERRORS
 
 FLOOR = 1e-3  # of the largest gradient: what is smaller moves nothing, and is compared with this much
 
@@ -49,6 +51,7 @@ class Agreement:
         matrix: The largest of an adapter matrix's gradient, by norm; infinite where one is not finite.
         worst: The matrix with that difference.
         limits: Of the three.
+        failure: Why the engine gave no numbers at all; None: it gave some.
     """
 
     loss: float
@@ -56,6 +59,7 @@ class Agreement:
     matrix: float
     worst: str
     limits: Limits
+    failure: str | None = None
 
     @property
     def holds(self) -> bool:
@@ -64,6 +68,8 @@ class Agreement:
 
     def describe(self) -> str:
         """For a person: what differs, and where most."""
+        if self.failure is not None:
+            return self.failure
         loss, gradient, matrix = self.limits
         return (
             f"losses differ by {self.loss:.2g} (limit {loss:g}), gradients by {self.gradient:.2g} ({gradient:g}), "
@@ -74,15 +80,25 @@ class Agreement:
 def agree(model: Any, engine: Engine, batches: Sequence[Batch]) -> Agreement:
     """Compare an engine of a model with the reference engine of the same model.
 
-    Adapter, random numbers and gradients' absence are afterwards as before. Dropout is off.
+    Adapter, random numbers and gradients' absence are afterwards as before. Dropout is off. A kernel that this machine
+    cannot run is a disagreement, too.
+
+    Raises:
+        torch.OutOfMemoryError: There is no room for it.
     """
     weight = next(parameter for parameter in model.parameters() if not parameter.requires_grad)
     dtype = model.get_base_model().get_input_embeddings().weight.dtype
     reference = ReferenceEngine(model)
     limits = limits_of(dtype, weight.device.type)
-    with untouched(model), dropout_off(model, engine):
-        fill_b(model)
-        found = [_beside(_pass(model, engine, batch), _pass(model, reference, batch), limits) for batch in batches]
+    try:
+        with untouched(model), dropout_off(model, engine):
+            fill_b(model)
+            found = [_beside(_pass(model, engine, batch), _pass(model, reference, batch), limits) for batch in batches]
+    except torch.OutOfMemoryError:
+        raise
+    except KERNEL_ERRORS as error:
+        failure = str(error).strip().split("\n")[0] or type(error).__name__
+        return Agreement(math.inf, math.inf, math.inf, "", limits, failure)
     return Agreement(
         max(one.loss for one in found),
         max(one.gradient for one in found),
@@ -118,6 +134,13 @@ def _pass(model: Any, engine: Engine, batch: Batch) -> tuple[float, dict[str, to
         for name, p in model.named_parameters()
         if p.requires_grad
     }
+
+
+def even_rows(examples: Sequence[Example], lengths: Sequence[int]) -> list[Example]:
+    """The first rows' tokens as rows of one length, at most as asked, all trained: attention has a way of its own."""
+    ids = np.concatenate([example.ids for example in examples[: 4 * len(lengths)]])
+    length = max(2, min(*lengths, len(ids) // len(lengths)))
+    return [Example(np.resize(ids[n * length :], length), ((1, length, 1.0),), "") for n in range(len(lengths))]
 
 
 def short_rows(examples: Sequence[Example], lengths: Sequence[int], least: int = ENOUGH) -> list[Example]:

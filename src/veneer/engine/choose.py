@@ -16,7 +16,7 @@ import torch
 from veneer.config import JobError, Train, UserError
 from veneer.data import Batch
 from veneer.data.batch import Example
-from veneer.engine.agreement import agree, short_rows
+from veneer.engine.agreement import agree, even_rows, short_rows
 from veneer.engine.fused import FusedEngine, NotCoveredError
 from veneer.engine.fused.block import TENSORS
 from veneer.engine.interface import Engine
@@ -24,6 +24,7 @@ from veneer.engine.reference import ReferenceEngine
 
 FUSED_DEVICES = ("cuda",)  # where `auto` takes the fused engine
 PROBE = (160, 96)  # tokens of the rows that the engines are compared on
+EVEN = (256, 256)  # and of rows of one length, which cuDNN's attention gets where there is one
 
 
 @dataclass(frozen=True)
@@ -89,15 +90,11 @@ def choose(model: Any, train: Train, device: str, examples: Sequence[Example]) -
     choice = build(model, train, device)
     if not isinstance(choice.engine, FusedEngine):
         return choice
-    try:
-        agreement = agree(model, choice.engine, [Batch.of(short_rows(examples, PROBE))])
-        failure = None if agreement.holds else agreement.describe()
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:  # a kernel that this GPU cannot run
-        failure = str(error).strip().split("\n")[0]
-    if failure is None:
-        return Choice(choice.engine, f"{choice.reason} and gives the reference's numbers: {agreement.describe()}")
+    batches = [Batch.of(short_rows(examples, PROBE)), Batch.of(even_rows(examples, EVEN))]
+    agreement = agree(model, choice.engine, batches)
+    failure = agreement.describe()
+    if agreement.holds:
+        return Choice(choice.engine, f"{choice.reason} and gives the reference's numbers: {failure}")
     if train.engine == "fused":
         raise JobError(
             f"train.engine = fused: it does not give the reference engine's numbers here: {failure}\n"
@@ -107,7 +104,7 @@ def choose(model: Any, train: Train, device: str, examples: Sequence[Example]) -
 
 
 def spend_memory(
-    engine: Engine, train: Train, sizes: Sequence[int], held_out: Sequence[int], later_bytes: int
+    engine: Engine, train: Train, sizes: Sequence[int], varies: bool, held_out: Sequence[int], later_bytes: int
 ) -> dict[str, Any] | None:
     """Let the fused engine keep what this GPU has room for, so that less is computed twice.
 
@@ -115,6 +112,7 @@ def spend_memory(
         engine: Chosen and checked.
         train: The settings.
         sizes: Tokens of every row, or pack.
+        varies: Whether micro-batches come in more than one shape.
         held_out: Tokens of the rows of the largest held-out batch.
         later_bytes: What is still to come on the device, the optimizer's states say.
 
@@ -123,7 +121,6 @@ def spend_memory(
     """
     if not isinstance(engine, FusedEngine) or not engine.on_gpu:
         return None
-    varies = len(set(sizes)) > 1
     if train.gradient_checkpointing != "auto":
         if varies:
             engine.record_nothing()  # what recorded passes would hold was not asked for

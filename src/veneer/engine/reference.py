@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from veneer.data import Batch
 from veneer.data.batch import UNTRAINED
+from veneer.engine.positions import switch_of
 from veneer.kernels.linear_cross_entropy import linear_cross_entropy
 from veneer.plan.machine import return_freed_memory
 
@@ -57,12 +58,13 @@ class ReferenceEngine:
         # Apple's GPU has no float64.
         self._sum_dtype = torch.float32 if self._device.type == "mps" else torch.float64
         self.chunked_head = self._head_is_linear()
+        self._switch = switch_of(self._base.config.get_text_config())
 
     def forward_backward(self, batch: Batch, scale: float) -> torch.Tensor:
         """See `Engine.forward_backward`."""
         self.model.train()
         total = torch.zeros((), dtype=self._sum_dtype, device=self._device)
-        for rows in _rows(batch.to(str(self._device))):
+        for rows in _rows(batch.to(str(self._device)), self._switch):
             losses_N = token_losses(self._base, rows, self.chunked_head)
             (losses_N.sum() * scale).backward()  # type: ignore[no-untyped-call]
             total += losses_N.detach().to(self._sum_dtype).sum()
@@ -75,7 +77,7 @@ class ReferenceEngine:
         """See `Engine.losses`."""
         self.model.eval()
         result = torch.zeros(len(batch.lengths), dtype=self._sum_dtype, device=self._device)
-        for rows in _rows(batch.to(str(self._device))):
+        for rows in _rows(batch.to(str(self._device)), self._switch):
             documents_B = torch.tensor(rows.documents, device=self._device)
             result.index_add_(
                 0, documents_B[rows.row_N], token_losses(self._base, rows, self.chunked_head).to(self._sum_dtype)
@@ -123,21 +125,26 @@ def _hidden(base: Any, ids_BL: torch.Tensor) -> torch.Tensor:
     return hidden_BLD
 
 
-def _rows(batch: Batch) -> list[Rows]:
+def _rows(batch: Batch, switch: int | None) -> list[Rows]:
     """A packed batch as groups of right-padded rows."""
     starts = [0]
     for length in batch.lengths:
         starts.append(starts[-1] + length)
-    return [_pad(batch, group, starts) for group in padded_groups(batch.lengths)]
+    return [_pad(batch, group, starts) for group in padded_groups(batch.lengths, switch)]
 
 
-def padded_groups(lengths: Sequence[int]) -> list[list[int]]:
-    """Which documents go together: those of like length, the longest first."""
+def padded_groups(lengths: Sequence[int], switch: int | None = None) -> list[list[int]]:
+    """Which documents go together: those of like length, the longest first.
+
+    Args:
+        lengths: Tokens of each.
+        switch: Longer ones get other rotary angles, and so would those in one group with them.
+    """
     groups: list[list[int]] = []
     real = 0
     for document in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):
         length = lengths[document]
-        if groups:
+        if groups and (switch is None or length > switch or lengths[groups[-1][0]] <= switch):
             padded = lengths[groups[-1][0]] * (len(groups[-1]) + 1)
             if padded <= PADDING * (real + length):
                 groups[-1].append(document)

@@ -9,6 +9,7 @@ way, makes the tensors that Triton's way makes, and `LISTENERS` hear what each l
 
 import os
 from collections.abc import Callable, Sequence
+from subprocess import CalledProcessError
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ import torch
 try:
     import triton
     import triton.language as tl
+    from triton import TritonError
+
+    HAS_TRITON = True
 except ImportError:  # not on every platform; the twins do without
 
     class _Absent:
@@ -33,8 +37,15 @@ except ImportError:  # not on every platform; the twins do without
         def next_power_of_2(self, number: int) -> int:
             return 1 << (number - 1).bit_length()
 
-    triton = tl = _Absent()
+    class TritonError(Exception):  # type: ignore[no-redef]
+        """Not raised by anything."""
 
+    triton = tl = _Absent()
+    HAS_TRITON = False
+
+# What a kernel raises that this machine cannot build or run: Triton's own are no RuntimeErrors, and where its launcher
+# cannot be compiled (no Python headers), it is the compiler that failed.
+KERNEL_ERRORS = (RuntimeError, TritonError, CalledProcessError)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -71,4 +82,15 @@ def power_of_2(number: int) -> int:
     return max(16, 1 << (number - 1).bit_length())
 
 
-__all__ = ["INTERPRETED", "LISTENERS", "launch", "power_of_2", "runs_triton", "tl", "triton"]
+__all__ = [
+    "HAS_TRITON",
+    "INTERPRETED",
+    "KERNEL_ERRORS",
+    "LISTENERS",
+    "TritonError",
+    "launch",
+    "power_of_2",
+    "runs_triton",
+    "tl",
+    "triton",
+]

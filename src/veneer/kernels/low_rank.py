@@ -18,6 +18,9 @@ import torch
 from veneer.kernels.launch import launch, power_of_2, runs_triton, tl, triton
 
 PARTS = 264  # programs that fill a large GPU twice
+# Ranks that a program takes on: more need more registers and shared memory than it can have. Of `project`, which has
+# fewer tokens in hand, twice as many.
+MOST_RANKS = 128
 
 
 class Dropout(NamedTuple):
@@ -25,11 +28,13 @@ class Dropout(NamedTuple):
 
     `seed` is an int64 tensor on the device with one number, so that a recorded graph can be replayed with another.
     `key` tells apart what shares a step's seed: layers and linears; the mask of stacked slot n has key + n.
+    `skipped` is how many of the batch's tokens stand before the first row: a piece's mask is its part of the whole one.
     """
 
     p: float
     seed: torch.Tensor
     key: int
+    skipped: int = 0
 
 
 def project(
@@ -58,14 +63,16 @@ def project(
             copy_TR.copy_(out_TR[:, : copy_TR.shape[1]])
         return
     rows = 64 if T >= 8192 else 32 if T >= 4096 else 16
-    slots = 1 if dropout is None else triton.cdiv(R, rank)
-    block_r = power_of_2(R if dropout is None else rank)
-    launch(_project, (triton.cdiv(T, rows), slots))(
+    width = R if dropout is None else rank
+    block_r, chunks = _chunks(width, 2 * MOST_RANKS)
+    stages = 4 if block_r <= 64 and x_TD.dtype != torch.float32 else 2
+    launch(_project, (triton.cdiv(T, rows), triton.cdiv(R, width) * chunks))(
         x_TD, a_RD, out_TR, out_TR if copy_TR is None else copy_TR, *(_dropout_arguments(dropout, x_TD)),
-        T, D, R, R if dropout is None else rank, 0 if copy_TR is None else copy_TR.shape[1],
+        T, D, R, width, 0 if copy_TR is None else copy_TR.shape[1],
         x_TD.stride(0), a_RD.stride(0), a_RD.stride(1), out_TR.stride(0),
-        DROPOUT=dropout is not None, BLOCK_T=rows, BLOCK_D=128 if block_r <= 64 else 64, BLOCK_R=block_r,
-        PRECISION="ieee" if x_TD.dtype == torch.float32 else "tf32", num_warps=4, num_stages=4 if block_r <= 64 else 2,
+        DROPOUT=dropout is not None, CHUNKS=chunks,
+        BLOCK_T=rows, BLOCK_D=128 if block_r <= 64 else 64, BLOCK_R=block_r,
+        PRECISION="ieee" if x_TD.dtype == torch.float32 else "tf32", num_warps=4, num_stages=stages,
     )  # fmt: skip
 
 
@@ -93,19 +100,21 @@ def outer(
         ]
         return torch.cat(rows)[None]
     block_d = 128
-    block_r = power_of_2(R if dropout is None else rank)
-    slots = 1 if dropout is None else triton.cdiv(R, rank)
+    width = R if dropout is None else rank
+    block_r, chunks = _chunks(width, MOST_RANKS)
+    blocks = triton.cdiv(R, width) * chunks
     tiles = triton.cdiv(D, block_d)
-    parts = max(1, min(triton.cdiv(PARTS, tiles * slots), triton.cdiv(T, 256)))
+    parts = max(1, min(triton.cdiv(PARTS, tiles * blocks), triton.cdiv(T, 256)))
     span = triton.cdiv(triton.cdiv(T, parts), 64) * 64
     parts = triton.cdiv(T, span)
     out_PRD = torch.empty((parts, R, D), dtype=torch.float32, device=x_TD.device)
     rstd, weight, offset = norm if norm is not None else (x_TD, x_TD, 0.0)
-    launch(_outer, (tiles, parts, slots))(
+    launch(_outer, (tiles, parts, blocks))(
         u_TR, x_TD, out_PRD, rstd, weight, offset, *(_dropout_arguments(dropout, x_TD)),
-        T, D, R, R if dropout is None else rank, span, u_TR.stride(0), x_TD.stride(0),
-        DROPOUT=dropout is not None, HAS_NORM=norm is not None, BLOCK_T=64, BLOCK_D=block_d, BLOCK_R=block_r,
-        PRECISION="ieee" if x_TD.dtype == torch.float32 else "tf32", num_warps=4, num_stages=3,
+        T, D, R, width, span, u_TR.stride(0), x_TD.stride(0), DROPOUT=dropout is not None, HAS_NORM=norm is not None,
+        CHUNKS=chunks, BLOCK_T=64, BLOCK_D=block_d, BLOCK_R=block_r,
+        PRECISION="ieee" if x_TD.dtype == torch.float32 else "tf32", num_warps=4,
+        num_stages=2 if x_TD.dtype == torch.float32 else 3,
     )  # fmt: skip
     return out_PRD
 
@@ -121,12 +130,19 @@ def add_projected(dx_TD: torch.Tensor, u_TR: torch.Tensor, a_RD: torch.Tensor, r
             total += _dropped(part, dropout, slot)
         dx_TD.copy_(total)
         return
+    block_r, chunks = _chunks(rank, MOST_RANKS)
     launch(_add_projected, (triton.cdiv(T, 64), triton.cdiv(D, 128)), (dx_TD,))(
         dx_TD, u_TR, a_RD, *_dropout_arguments(dropout, dx_TD), T, D, R, rank,
         dx_TD.stride(0), u_TR.stride(0), a_RD.stride(0), a_RD.stride(1),
-        SLOTS=triton.cdiv(R, rank), BLOCK_T=64, BLOCK_D=128, BLOCK_R=power_of_2(rank),
+        SLOTS=triton.cdiv(R, rank), CHUNKS=chunks, BLOCK_T=64, BLOCK_D=128, BLOCK_R=block_r,
         PRECISION="ieee" if dx_TD.dtype == torch.float32 else "tf32", num_warps=4,
     )  # fmt: skip
+
+
+def _chunks(ranks: int, most: int) -> tuple[int, int]:
+    """How many ranks a program takes on, and into how many chunks that cuts them."""
+    block = min(power_of_2(ranks), most)
+    return block, triton.cdiv(ranks, block)
 
 
 class Member(NamedTuple):
@@ -187,11 +203,14 @@ def add_b(parts_PRN: torch.Tensor, grad: torch.Tensor, members: tuple[Member, ..
 # The mask
 
 
-def keep_mask(seed: int, key: int, shape: tuple[int, int], p: float, device: Any = None) -> torch.Tensor:
+def keep_mask(
+    seed: int, key: int, shape: tuple[int, int], p: float, device: Any = None, skipped: int = 0
+) -> torch.Tensor:
     """Which elements dropout keeps, as the kernels compute it: a hash of seed, key and place."""
     T, D = shape
     mask32 = 0xFFFFFFFF
-    place = (torch.arange(T, device=device)[:, None] * D + torch.arange(D, device=device)[None]) & mask32
+    row_T1 = torch.arange(skipped, skipped + T, device=device)[:, None]
+    place = (row_T1 * D + torch.arange(D, device=device)[None]) & mask32
     mixed = place ^ _mix_int((seed + key * 0x9E3779B9) & mask32)
     for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97), (15, 0x846CA68B)):
         mixed = ((mixed ^ (mixed >> shift)) * factor) & mask32
@@ -208,9 +227,8 @@ def _mix_int(value: int) -> int:
 def _dropped(x_TD: torch.Tensor, dropout: Dropout | None, slot: int) -> torch.Tensor:
     if dropout is None:
         return x_TD
-    keep_TD = keep_mask(
-        int(dropout.seed.item()), dropout.key + slot, (len(x_TD), x_TD.shape[1]), dropout.p, x_TD.device
-    )
+    shape, seed = (len(x_TD), x_TD.shape[1]), int(dropout.seed.item())
+    keep_TD = keep_mask(seed, dropout.key + slot, shape, dropout.p, x_TD.device, dropout.skipped)
     return torch.where(keep_TD, x_TD.float() / (1 - dropout.p), 0.0).to(x_TD.dtype)
 
 
@@ -223,8 +241,8 @@ def _project_torch(x_TD: torch.Tensor, a_RD: torch.Tensor, rank: int, dropout: D
 
 def _dropout_arguments(dropout: Dropout | None, any_tensor: torch.Tensor) -> tuple[Any, ...]:
     if dropout is None:
-        return any_tensor, 0, 0, 1.0
-    return dropout.seed, dropout.key, int(dropout.p * 2**32), 1 / (1 - dropout.p)
+        return any_tensor, 0, 0, 0, 1.0
+    return dropout.seed, dropout.key, dropout.skipped, int(dropout.p * 2**32), 1 / (1 - dropout.p)
 
 
 @triton.jit
@@ -244,12 +262,13 @@ def _keeps(seed, key, t, d, D, threshold):
 
 @triton.jit
 def _project(
-    x, a, out, copy, seed, key, threshold, kept_scale, T, D, R, WIDTH, copied, x_t, a_r, a_d, out_t,
-    DROPOUT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    x, a, out, copy, seed, key, skipped, threshold, kept_scale, T, D, R, WIDTH, copied, x_t, a_r, a_d, out_t,
+    DROPOUT: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    slot = tl.program_id(1)
-    within = tl.arange(0, BLOCK_R)
+    slot = tl.program_id(1) // CHUNKS
+    within = tl.program_id(1) % CHUNKS * BLOCK_R + tl.arange(0, BLOCK_R)
     r = slot * WIDTH + within
     is_r = (within < WIDTH) & (r < R)
     rows = t.to(tl.int64)[:, None] * x_t
@@ -258,7 +277,7 @@ def _project(
         d = start + tl.arange(0, BLOCK_D)
         tile = tl.load(x + rows + d[None, :], mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
         if DROPOUT:
-            keep = _keeps(seed, key + slot, t, d, D, threshold)
+            keep = _keeps(seed, key + slot, t + skipped, d, D, threshold)
             tile = tl.where(keep, tile.to(tl.float32) * kept_scale, 0.0).to(tile.dtype)
         b = tl.load(a + r[None, :] * a_r + d[:, None] * a_d, mask=is_r[None, :] & (d < D)[:, None], other=0.0)
         total = tl.dot(tile, b, total, input_precision=PRECISION)
@@ -274,13 +293,13 @@ def _project(
 
 @triton.jit
 def _outer(
-    u, x, out, rstd, weight, offset, seed, key, threshold, kept_scale, T, D, R, WIDTH, span, u_t, x_t,
-    DROPOUT: tl.constexpr, HAS_NORM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
+    u, x, out, rstd, weight, offset, seed, key, skipped, threshold, kept_scale, T, D, R, WIDTH, span, u_t, x_t,
+    DROPOUT: tl.constexpr, HAS_NORM: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    part, slot = tl.program_id(1), tl.program_id(2)
-    within = tl.arange(0, BLOCK_R)
+    part, slot = tl.program_id(1), tl.program_id(2) // CHUNKS
+    within = tl.program_id(2) % CHUNKS * BLOCK_R + tl.arange(0, BLOCK_R)
     r = slot * WIDTH + within
     is_r = (within < WIDTH) & (r < R)
     total = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
@@ -297,7 +316,7 @@ def _outer(
             inverse = tl.load(rstd + t, mask=t < T, other=0.0)
             tile = (tile.to(tl.float32) * inverse[:, None] * w[None, :]).to(tile.dtype)
         if DROPOUT:
-            keep = _keeps(seed, key + slot, t, d, D, threshold)
+            keep = _keeps(seed, key + slot, t + skipped, d, D, threshold)
             tile = tl.where(keep, tile.to(tl.float32) * kept_scale, 0.0).to(tile.dtype)
         total = tl.dot(left, tile, total, input_precision=PRECISION)
     place = (part.to(tl.int64) * R + r[:, None]) * D + d[None, :]
@@ -306,21 +325,23 @@ def _outer(
 
 @triton.jit
 def _add_projected(
-    dx, u, a, seed, key, threshold, kept_scale, T, D, R, WIDTH, dx_t, u_t, a_r, a_d,
-    SLOTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    dx, u, a, seed, key, skipped, threshold, kept_scale, T, D, R, WIDTH, dx_t, u_t, a_r, a_d,
+    SLOTS: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = (t < T)[:, None] & (d < D)[None, :]
     place = dx + t.to(tl.int64)[:, None] * dx_t + d[None, :]
     total = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    within = tl.arange(0, BLOCK_R)
-    for slot in tl.static_range(SLOTS):
+    for block in tl.static_range(SLOTS * CHUNKS):
+        slot = block // CHUNKS
+        within = block % CHUNKS * BLOCK_R + tl.arange(0, BLOCK_R)
         r = slot * WIDTH + within
         is_r = (within < WIDTH) & (r < R)
         left = tl.load(u + t.to(tl.int64)[:, None] * u_t + r[None, :], mask=(t < T)[:, None] & is_r[None, :], other=0.0)
         right = tl.load(a + r[:, None] * a_r + d[None, :] * a_d, mask=is_r[:, None] & (d < D)[None, :], other=0.0)
-        keep = _keeps(seed, key + slot, t, d, D, threshold)
+        keep = _keeps(seed, key + slot, t + skipped, d, D, threshold)
         total += tl.where(keep, tl.dot(left, right, input_precision=PRECISION) * kept_scale, 0.0)
     tl.store(place, total.to(dx.dtype.element_ty), mask=inside)
 

@@ -45,7 +45,7 @@ class Packed(NamedTuple):
         state = weight.quant_state
         nested = state.state2
         return Packed(
-            weight.data.view(-1),
+            weight.data.view(-1).view(torch.uint8),  # they may be stored as numbers of another type
             state.absmax,
             state.code,
             nested.code if nested else None,

@@ -75,6 +75,7 @@ def load_model(source: Source, model: Model, quantization: Quantization | None, 
 
     Raises:
         UserError: It cannot be found or loaded, or its files lack weights.
+        torch.OutOfMemoryError: It does not fit.
     """
     return load_base(source, model, quantization, machine)[0]
 
@@ -88,7 +89,7 @@ def load_base(
     with quiet():
         try:
             loaded = _load(source, settings, quantization, machine)
-        except UserError:
+        except (UserError, torch.OutOfMemoryError):
             raise
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise _cannot_load(source, "model", error) from None
@@ -152,6 +153,8 @@ def _load_kept(
         quantized = checkpoint.quantized_as(settings["quantization_config"].to_dict(), kept.pieces)
         base, missing, bytes_read = stream(source, quantized, settings, machine.device, kept.checksums)
         reason = f"it lacks {missing[0]}" if missing else ""
+    except torch.OutOfMemoryError:
+        raise  # nothing is wrong with the copy
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     if reason:

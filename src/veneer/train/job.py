@@ -96,8 +96,9 @@ class TrainingJob:
             run.data.max_length if run.data.packing else None,
         )
         held_out = HeldOutBatches(self.data.validation, run.evaluate.batch_size)
+        varies = vary(self.data.train, batches.sizes, train.per_device_train_batch_size)
         self.spent = spend_memory(
-            self.engine, train, batches.sizes.tolist(), held_out[0].lengths if len(held_out) else (),
+            self.engine, train, batches.sizes.tolist(), varies, held_out[0].lengths if len(held_out) else (),
             2 * 4 * self.parameters["trainable"],
         )  # fmt: skip
         self._loop = Loop(
@@ -233,6 +234,18 @@ class HeldOutBatches(Sequence[Batch]):
         if not 0 <= at < len(self):
             raise IndexError(at)
         return Batch.of([self._part[int(n)] for n in self._order[at * self._size : (at + 1) * self._size]])
+
+
+def vary(part: Part, sizes: Any, rows: int) -> bool:
+    """Whether micro-batches differ in shape: in documents' lengths, in trained tokens, or in how many rows they hold.
+
+    Args:
+        part: The examples.
+        sizes: Tokens of every row, or pack.
+        rows: Of a micro-batch; the last of an epoch may hold fewer.
+    """
+    counts = (sizes, part.lengths, part.corpus.trained[part.examples])
+    return len(sizes) % rows > 0 or any(len(np.unique(count)) > 1 for count in counts)
 
 
 def environment() -> dict[str, Any]:

@@ -23,8 +23,8 @@ from veneer.config import Run, Train
 from veneer.data import Batch
 from veneer.data.batch import Example
 from veneer.engine import Engine, ReferenceEngine
-from veneer.engine.agreement import ENOUGH, Agreement, agree, all_trained, short_name, short_rows
-from veneer.engine.choose import Choice, build, fall_back
+from veneer.engine.agreement import ENOUGH, Agreement, agree, all_trained, even_rows, short_name, short_rows
+from veneer.engine.choose import EVEN, Choice, build, fall_back
 from veneer.engine.fused import FusedEngine
 from veneer.engine.temporary import fill_b, untouched
 from veneer.model import save_adapter
@@ -34,7 +34,6 @@ from veneer.train.optimizer import build_optimizer, parameters_to_update
 from veneer.train.parts import Parts, load_parts
 
 LENGTHS = (256, 192, 128, 96)  # tokens of the packed rows, at most
-EVEN = (256, 256)  # of a batch whose documents are of one length, which attention treats in another way
 ROWS, ROW_TOKENS = 8, 192  # that are overfitted
 STEPS = 40  # in which it must succeed
 OVERFIT = 0.95  # of the loss at the beginning: modest, since an adapter on q_proj of a random model comes no lower
@@ -54,7 +53,7 @@ class Check:
         what: What is measured, for a person.
         bound: Whether the limit is the largest or the smallest value that passes.
         worst: The adapter matrix or row where it is worst.
-        note: Why it does not apply.
+        note: Why it does not apply, or why there is no value.
     """
 
     id: str
@@ -167,10 +166,7 @@ def _agreement(parts: Parts, engine: Engine, rows: list[Example]) -> Agreement |
     """Fused against reference, on rows of several lengths and on rows of one; None: the run has no fused engine."""
     if not isinstance(engine, FusedEngine):
         return None
-    ids = np.concatenate([example.ids for example in parts.data.train[: 4 * len(EVEN)]])
-    length = max(2, min(EVEN[0], len(ids) // len(EVEN)))
-    even = [Example(np.resize(ids[n * length :], length), ((1, length, 1.0),), "") for n in range(len(EVEN))]
-    return agree(parts.model, engine, [Batch.of(rows), Batch.of(even)])
+    return agree(parts.model, engine, [Batch.of(rows), Batch.of(even_rows(parts.data.train, EVEN))])
 
 
 def _of_agreement(choice: Choice, found: Agreement | None) -> Iterator[Check]:
@@ -185,7 +181,8 @@ def _of_agreement(choice: Choice, found: Agreement | None) -> Iterator[Check]:
         return
     values = (found.loss, found.gradient, found.matrix)
     for (name, what), value, limit in zip(whats.items(), values, found.limits, strict=True):
-        yield Check.at_most(name, value, limit, what, None if name == "fused-loss" else found.worst)
+        worst = None if name == "fused-loss" else found.worst or None
+        yield replace(Check.at_most(name, value, limit, what, worst), note=found.failure)
 
 
 def _of_engine(run: Run, parts: Parts, engine: Engine, rows: list[Example]) -> Iterator[Check]:

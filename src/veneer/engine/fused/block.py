@@ -163,13 +163,15 @@ class Block:
         return after, kept
 
     def kept_bytes(self, name: str, tokens: int) -> int:
-        """What keeping one of TENSORS from forward to backward takes, but for the few columns of the adapters."""
+        """What keeping one of TENSORS from forward to backward takes, with what adapters make of its input."""
         layer, heads, itemsize = self.layer, self.decoder.heads, self.dtype.itemsize
+        # FlexAttention's own backward keeps q, k, v in whole blocks of tokens, and them as they were.
+        flex = 2 * self.qkv.outputs + self.qkv.margin if self.decoder.softcap else 0
         width = {
-            "qkv": self.qkv.outputs * (1 if layer.head_norm is None else 2) + self.qkv.margin,
-            "attention": self.o.inputs + heads.query * 4 // itemsize,
-            "mid": self.o.outputs * (1 if layer.post1 is None else 2),
-            "gate_up": self.gate_up.outputs + self.gate_up.margin,
+            "qkv": self.qkv.outputs * (1 if layer.head_norm is None else 2) + self.qkv.margin + self.qkv.used,
+            "attention": self.o.inputs + heads.query * 4 // itemsize + flex,
+            "mid": self.o.outputs + self.o.used + (0 if layer.post1 is None else self.o.outputs + self.o.margin),
+            "gate_up": self.gate_up.outputs + self.gate_up.margin + self.gate_up.used,
         }[name]
         return tokens * width * itemsize
 
@@ -225,11 +227,11 @@ class Block:
         u_both, u_down = [], []
         for start, end in _pieces(T):
             gate_up_TE = room_TE[start:end] if keeps else room_TE[: end - start]
-            u, _ = both.forward(y_TE[start:end], both_matrix, gate_up_TE, at.seed)
+            u, _ = both.forward(y_TE[start:end], both_matrix, gate_up_TE, at.seed, start)
             u_both.append(u)
             h = h_TE[: end - start]
             gated_mlp(gate_up_TE, h[:, : down.inputs], self.decoder.activation)
-            u, update = down.forward(h, down_matrix, delta_TE[start:end], at.seed)
+            u, update = down.forward(h, down_matrix, delta_TE[start:end], at.seed, start)
             u_down.append(u)
         kept.gate_up, kept.u_gate_up = (room_TE, u_both) if keeps else (None, None)
         kept.u_down = _joined(u_down)
@@ -282,12 +284,12 @@ class Block:
             if made:
                 gate_up_TE, y = room_TE[:size], y_TE[:size]
                 normalize(kept.mid[start:end], kept.rstd2[start:end], norm.weight_D, norm.offset, y[:, :D])
-                u_both, _ = both.forward(y, both_matrix, gate_up_TE, at.seed)
+                u_both, _ = both.forward(y, both_matrix, gate_up_TE, at.seed, start)
             else:
                 gate_up_TE, u_both = room_TE[start:end], kept.u_gate_up[number]
-            v_down, _ = down.backward(dy_TE[start:end], down_matrix, dh_TE[:size], at.seed)
-            self._gate_backward(gate_up_TE, dh_TE[:size], u_both, v_down, parts, number == 0, at)
-            v, update = both.backward(gate_up_TE, both_matrix, dx_TE[start:end], at.seed)
+            v_down, _ = down.backward(dy_TE[start:end], down_matrix, dh_TE[:size], at.seed, start)
+            self._gate_backward(gate_up_TE, dh_TE[:size], u_both, v_down, parts, start, at)
+            v, update = both.backward(gate_up_TE, both_matrix, dx_TE[start:end], at.seed, start)
             v_both.append(v)
         if parts is not None:
             add_a(parts.a_PrF, down.grad_a)
@@ -313,17 +315,17 @@ class Block:
 
     def _gate_backward(
         self, gate_up_TE: torch.Tensor, dh_TE: torch.Tensor, u_both: torch.Tensor, v_down: torch.Tensor,
-        parts: Parts | None, is_first: bool, at: Context,
+        parts: Parts | None, start: int, at: Context,
     ) -> None:  # fmt: skip
         """Gradient of gate and up in their place, with the adapters' gradients that lie on the way."""
         both, down = self.gate_up, self.down
         dh_TF, activation = dh_TE[:, : down.inputs], self.decoder.activation
         if parts is not None:
             slots = both.members[0].slot, both.members[-1].slot
-            gated_mlp_backward_adapters(gate_up_TE, dh_TF, activation, u_both, v_down, slots, parts, is_first)
+            gated_mlp_backward_adapters(gate_up_TE, dh_TF, activation, u_both, v_down, slots, parts, start == 0)
             return
         gated_mlp_backward(gate_up_TE, dh_TF, activation)
-        down.add_a(v_down, dh_TF, at.seed)
+        down.add_a(v_down, dh_TF, at.seed, skipped=start)
         both.add_b(u_both, gate_up_TE[:, : both.outputs])
 
     def _attention_backward(self, d_TE: torch.Tensor, kept: Kept, at: Context, is_first: bool) -> None:

@@ -12,6 +12,7 @@ from veneer.engine.fused.block import TENSORS, Block, Context, Kept, Stream
 from veneer.engine.fused.family import Decoder, NotCoveredError, read
 from veneer.engine.fused.graphs import Graphs, Inputs, rounded
 from veneer.engine.fused.spend import spend
+from veneer.kernels.launch import HAS_TRITON
 from veneer.kernels.place import place, placement_of
 from veneer.kernels.rms_norm import rms_norm_backward
 from veneer.kernels.softmax_loss import softmax_loss
@@ -49,6 +50,8 @@ class FusedEngine:
         self._device, self._dtype = weight.device, weight.dtype
         if self._dtype == torch.float16:
             raise NotCoveredError("float16 compute")
+        if self.on_gpu and not HAS_TRITON:
+            raise NotCoveredError("a machine without Triton")
         self.blocks = [Block(layer, self.decoder, n, self._dtype) for n, layer in enumerate(self.decoder.layers)]
         if isinstance(keep, frozenset):
             keep = [*[keep] * (len(self.blocks) - 1), frozenset(TENSORS)]
@@ -61,12 +64,24 @@ class FusedEngine:
         self._flatten(groups)
         self._settle()
         self._seed = torch.zeros(1, dtype=torch.int64, device=self._device)
-        self._has_dropout = any(group.dropout_p for group in groups)
-        # FlexAttention's masks are made anew for each batch, which a graph would not see.
-        records = graphs and self._device.type == "cuda" and not self.decoder.softcap
+        records = graphs and self._device.type == "cuda" and self.is_recordable
         self._graphs = Graphs(self._pass) if records else None
         # The last is the longest; the others stay, since recorded passes read them.
         self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    @property
+    def is_recordable(self) -> bool:
+        """Whether batches of one shape differ in nothing but data.
+
+        FlexAttention's masks are made anew for each batch, and attention in float32 goes by the lengths that the host
+        knows: a recorded pass would see neither.
+        """
+        return not self.decoder.softcap and self._dtype != torch.float32
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training passes drop adapters' inputs."""
+        return any(group.dropout_p for block in self.blocks for group in block.groups)
 
     @property
     def on_gpu(self) -> bool:
@@ -98,7 +113,8 @@ class FusedEngine:
         self.keep = (frozenset[str](),) * len(self.blocks)
         before = torch.cuda.memory_allocated()
         beside = self._peak_of(lambda: self.losses(_made_up(held_out))) - before if held_out else 0
-        batch = _made_up(lengths)
+        # Documents of several lengths take more than those of one: attention has another backend for them.
+        batch = _made_up([*lengths[:-1], lengths[-1] - 1, 1] if varies and lengths[-1] > 1 else lengths)
         peak = self._peak_of(lambda: self._pass(self._bring(batch, 1.0, training=True)))
         self.master.grad = None
         tokens = rounded(batch.tokens)
@@ -177,10 +193,11 @@ class FusedEngine:
     def forward_backward(self, batch: Batch, scale: float) -> torch.Tensor:
         """See `Engine.forward_backward`."""
         self._gradients()
-        if self._has_dropout:
+        has_dropout = self.has_dropout
+        if has_dropout:
             self._seed.random_(0, 2**31)
         inputs = self._bring(batch, scale, training=True)
-        return self._graphs.run(inputs) if self._graphs is not None else self._pass(inputs)
+        return self._graphs.run(inputs, has_dropout) if self._graphs is not None else self._pass(inputs)
 
     def _pass(self, inputs: Inputs) -> torch.Tensor:
         """Forward and backward, on the device alone."""
@@ -214,7 +231,7 @@ class FusedEngine:
 
     def _context(self, documents: Documents, training: bool) -> Context:
         cos_PS, sin_PS = self._rotary(documents.longest)
-        seed = self._seed if training and self._has_dropout else None
+        seed = self._seed if training and self.has_dropout else None
         return Context(documents, cos_PS, sin_PS, self._scratch, seed)
 
     def _rotary(self, longest: int) -> tuple[torch.Tensor, torch.Tensor]:

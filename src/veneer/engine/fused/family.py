@@ -5,11 +5,13 @@ products (Phi-3), a sliding window (Mistral), four norms with weights around zer
 embeddings (Gemma 2). A model that differs in another way is not covered; `NotCoveredError` says in which.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 
 from veneer.engine.fused.group import Linear
+from veneer.engine.positions import switch_of
 from veneer.kernels.gated_mlp import ACTIVATIONS
 from veneer.kernels.rope import HeadNorm, Heads
 
@@ -101,11 +103,10 @@ def read(model: Any) -> Decoder:
     found = sum(1 for parameter in model.parameters() if parameter.requires_grad)
     if expected != found:
         raise NotCoveredError(f"{found - expected} trainable parameters outside the blocks' linear layers")
-    longest = rope.get("original_max_position_embeddings") if rope_type == "longrope" else None
     return Decoder(
         layers, heads, float(first.scaling), float(getattr(config, "attn_logit_softcapping", None) or 0.0),
         ACTIVATIONS[activation], inner.embed_tokens, _norm(inner.norm, offset), head,
-        float(getattr(config, "final_logit_softcapping", None) or 0.0), inner.rotary_emb, longest,
+        float(getattr(config, "final_logit_softcapping", None) or 0.0), inner.rotary_emb, switch_of(config),
     )  # fmt: skip
 
 
@@ -127,9 +128,9 @@ def _layer(layer: Any, number: int, config: Any, offset: float) -> Layer:
     if hasattr(at, "q_norm"):
         head_norm = HeadNorm(at.q_norm.weight.data, at.k_norm.weight.data, at.q_norm.variance_epsilon)
     return Layer(
-        tuple(_linear(getattr(at, n), f"{name}.self_attn.{n}") for n in qkv),
+        _group(_linear(getattr(at, n), f"{name}.self_attn.{n}") for n in qkv),
         _linear(at.o_proj, f"{name}.self_attn.o_proj"),
-        tuple(_linear(getattr(mlp, n), f"{name}.mlp.{n}") for n in gate_up),
+        _group(_linear(getattr(mlp, n), f"{name}.mlp.{n}") for n in gate_up),
         _linear(mlp.down_proj, f"{name}.mlp.down_proj"),
         _norm(layer.input_layernorm, offset),
         _norm(second, offset),
@@ -142,6 +143,17 @@ def _layer(layer: Any, number: int, config: Any, offset: float) -> Layer:
 
 def _norm(module: Any, offset: float) -> Norm:
     return Norm(module.weight.data, module.eps if hasattr(module, "eps") else module.variance_epsilon, offset)
+
+
+def _group(linears: Iterable[Linear]) -> tuple[Linear, ...]:
+    """Linears that share an input, and so one matrix."""
+    found = tuple(linears)
+    names = ", ".join(linear.name for linear in found)
+    if len({getattr(linear.module.weight, "quant_state", None) is None for linear in found}) > 1:
+        raise NotCoveredError(f"{names}: some in 4 bits and some not")
+    if len({(len(linear.a), linear.scale, linear.dropout) for linear in found if linear.a is not None}) > 1:
+        raise NotCoveredError(f"{names}: adapters of several ranks, scales or dropouts")
+    return found
 
 
 def _linear(module: Any, name: str) -> Linear:

@@ -136,9 +136,9 @@ class Graphs:
         self._recorded: dict[Hashable, _Recorded] = {}
         self._pool: Any = None
 
-    def run(self, inputs: Inputs) -> torch.Tensor:
-        """The pass, replayed where it can be."""
-        key = inputs.shape
+    def run(self, inputs: Inputs, kind: Hashable = None) -> torch.Tensor:
+        """The pass, replayed where it can be; one of another kind does other work."""
+        key = inputs.shape, kind
         self._seen[key] += 1
         if key not in self._recorded:
             if self._seen[key] < 2 or len(self._recorded) == MOST:

@@ -174,11 +174,11 @@ class Group:
         nf4.dequantize(self.table, matrix, *((self.a_RD, self.b_NR) if self.used else ()))
         return matrix
 
-    def _dropout(self, seed: torch.Tensor | None) -> Dropout | None:
-        return Dropout(self.dropout_p, seed, self.key) if self.dropout_p and seed is not None else None
+    def _dropout(self, seed: torch.Tensor | None, skipped: int) -> Dropout | None:
+        return Dropout(self.dropout_p, seed, self.key, skipped) if self.dropout_p and seed is not None else None
 
     def forward(
-        self, x_TE: torch.Tensor, matrix: torch.Tensor, out_TE: torch.Tensor, seed: torch.Tensor | None
+        self, x_TE: torch.Tensor, matrix: torch.Tensor, out_TE: torch.Tensor, seed: Any, skipped: int = 0
     ) -> tuple[torch.Tensor, Update | None]:
         """Fill the first N columns of `out_TE`.
 
@@ -187,12 +187,13 @@ class Group:
             matrix: From `matrix`.
             out_TE: (T, N + margin).
             seed: Of dropout; None: none (evaluation).
+            skipped: Tokens of the batch before the first of these, which are a piece of it.
 
         Returns:
             u = x A^T, shape (T, used), which backward needs, and what is still to be added to the output.
         """
         N, D, R = self.outputs, self.inputs, self.stacked
-        dropout = self._dropout(seed)
+        dropout = self._dropout(seed, skipped)
         x_TD = x_TE[:, :D]
         if not self.used:
             self._product(x_TD, matrix[:N, :D].T, out_TE[:, :N])
@@ -225,7 +226,7 @@ class Group:
         low_rank.project(x_TD, self.a_RD[: self.used], u_TR[:, : self.used], self.rank, dropout, copy_TR)
 
     def backward(
-        self, dy_TE: torch.Tensor, matrix: torch.Tensor, dx_TE: torch.Tensor, seed: torch.Tensor | None
+        self, dy_TE: torch.Tensor, matrix: torch.Tensor, dx_TE: torch.Tensor, seed: Any, skipped: int = 0
     ) -> tuple[torch.Tensor, Update | None]:
         """Fill the first D columns of `dx_TE`.
 
@@ -237,7 +238,7 @@ class Group:
             v = dy s B, shape (T, used), which `add_a` needs, and what is still to be added to the gradient.
         """
         N, D, R = self.outputs, self.inputs, self.stacked
-        dropout = self._dropout(seed)
+        dropout = self._dropout(seed, skipped)
         if self._after_back:
             torch.mm(dy_TE[:, :N], matrix[:N, : D + R], out=dx_TE[:, : D + R])
             v_TR = dx_TE[:, D : D + self.used]
@@ -271,10 +272,12 @@ class Group:
         self.add_a(v_TR, x_TD, seed, norm)
         self.add_b(u_TR, dy_TN)
 
-    def add_a(self, v_TR: torch.Tensor, x_TD: torch.Tensor, seed: torch.Tensor | None, norm: Any = None) -> None:
+    def add_a(
+        self, v_TR: torch.Tensor, x_TD: torch.Tensor, seed: torch.Tensor | None, norm: Any = None, skipped: int = 0
+    ) -> None:
         """A's gradients, v^T x."""
         if self.used:
-            low_rank.add_a(low_rank.outer(v_TR, x_TD, self.rank, self._dropout(seed), norm), self.grad_a)
+            low_rank.add_a(low_rank.outer(v_TR, x_TD, self.rank, self._dropout(seed, skipped), norm), self.grad_a)
 
     def add_b(self, u_TR: torch.Tensor, dy_TN: torch.Tensor) -> None:
         """B's gradients, s dy^T u."""

@@ -52,7 +52,7 @@ def rehearse_layers(base: Any, step: Step, period: int) -> Rehearsed:
     with trace, _heard(trace), _planned(step), torch.no_grad():
         trace.mark("forward", "activations")
         engine.rehearse(inputs, step.training)
-    records = step.training and not engine.decoder.softcap
+    records = step.training and engine.is_recordable
     return Rehearsed(dict(trace.moments), trace.total_work(), held, records)
 
 
