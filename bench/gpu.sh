@@ -26,7 +26,7 @@ while (($#)); do
   case $what in
     tests)
       for file in test_fused test_engines test_load test_cuda test_foreseen; do
-        part "$file" 300 python3 -m pytest "tests/gpu/$file.py" --tb=short -x --durations=5
+        part "$file" 300 python3 -m pytest "tests/gpu/$file.py" --tb=short --durations=5
       done ;;
     shapes)
       for shape in 1b qwen3-8b gemma2-9b; do

@@ -11,6 +11,7 @@ verify_seconds  all of `veneer verify` after it
 """
 
 import argparse
+import gc
 import json
 import shutil
 import tempfile
@@ -48,12 +49,15 @@ def measure(folder: Path) -> dict[str, Any]:
         loaded = time.perf_counter()
         choice = choose(parts.model, run.train, parts.machine.device, parts.data.train)
         chosen = time.perf_counter()
+        what = f"{choice.engine.name}: {choice.reason}"
+        del choice  # one engine at a time, as in a run
+        gc.collect()
         found = verify_parts(run, parts, build(parts.model, run.train, parts.machine.device))
         return {
             "machine": parts.machine.describe(),
             "load_seconds": round(loaded - started, 1),
             "choose_seconds": round(chosen - loaded, 1),
-            "chosen": f"{choice.engine.name}: {choice.reason}",
+            "chosen": what,
             "verify_seconds": round(found.seconds, 1),
             "verify": found.as_dict(),
         }

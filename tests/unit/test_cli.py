@@ -1,5 +1,6 @@
 """The command line: exit statuses, one clear message for bad input, JSON alone on stdout."""
 
+import errno
 import json
 import re
 import subprocess
@@ -16,6 +17,7 @@ from tests.runs import tiny_run, write_rows
 from veneer.cli import demo as demo_module
 from veneer.cli.main import main
 from veneer.config.load import to_yaml
+from veneer.train import parts
 
 ROOT = Path(__file__).parents[2]
 Call = Callable[..., tuple[int, str, str]]
@@ -102,6 +104,19 @@ def test_an_engine_that_cannot_be_had_is_status_2(call: Call, run_file: Path, ti
         assert "the fused engine does not cover the architecture opt" in err
         assert "set train.engine to auto or reference" in err
     assert not (run_file.parent / "runs").exists()
+
+
+def test_a_disk_that_becomes_full_is_told_with_a_fix(
+    call: Call, run_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/a")
+
+    monkeypatch.setattr(parts, "prepare", full)
+    status, _, err = call("train", str(run_file))
+    assert status == 1
+    assert "error: runs/a: the disk became full (No space left on device)" in err
+    assert "fix: free space" in err
 
 
 def test_a_base_that_does_not_fit_is_told_with_a_fix(

@@ -28,7 +28,6 @@ ERRORS = {
     **{"F32": 1e-6, "BF16": 2**-8, "F16": 2**-10, "Q8_0": 0.01, "Q6_K": 0.06, "Q5_K": 0.09, "Q5_1": 0.09, "Q5_0": 0.12},
     **{"Q4_K": 0.16, "Q4_1": 0.16, "Q4_0": 0.25, "Q3_K": 0.45, "Q2_K": 0.9, "Q8_K": 0.01},
 }
-ROUGHEST = 0.9  # of types that other tools write (IQ4_XS, MXFP4, ...): their answers say more
 STRENGTH = 0.1  # how far from 1 the adapter's measured strength may be
 
 
@@ -91,7 +90,7 @@ def compare_weights(origin: Origin, artifact: Path, on: str) -> Compared:
             worst = float("inf")
             continue
         error = float((pair.found - pair.expected).abs().max())
-        explained = ERRORS.get(pair.kind, ROUGHEST) * max(float(pair.expected.abs().max()), 1e-12)
+        explained = ERRORS.get(pair.kind, 0.01) * max(float(pair.expected.abs().max()), 1e-12)
         worst = max(worst, error / explained)
         if error > explained:
             (wrong_changed if pair.base is not None else wrong_own).append(pair.name)
