@@ -21,6 +21,8 @@ PARTS = 264  # programs that fill a large GPU twice
 # Ranks that a program takes on: more need more registers and shared memory than it can have. Of `project`, which has
 # fewer tokens in hand, twice as many.
 MOST_RANKS = 128
+# In float32 there are no tensor cores: more stacked ranks take minutes to compile, and cuBLAS is no slower.
+MOST_SINGLE = 64
 
 
 class Dropout(NamedTuple):
@@ -57,7 +59,7 @@ def project(
     """
     T, D = x_TD.shape
     R = len(a_RD)
-    if not runs_triton(x_TD):
+    if not _is_compiled(x_TD, R):
         out_TR.copy_(_project_torch(x_TD, a_RD, rank, dropout))
         if copy_TR is not None:
             copy_TR.copy_(out_TR[:, : copy_TR.shape[1]])
@@ -90,7 +92,7 @@ def outer(
     """
     T, D = x_TD.shape
     R = u_TR.shape[1]
-    if not runs_triton(x_TD):
+    if not _is_compiled(x_TD, R):
         if norm is not None:
             rstd_T, weight_D, offset = norm
             x_TD = (x_TD.float() * rstd_T[:, None] * (weight_D.float() + offset)).to(x_TD.dtype)
@@ -123,7 +125,7 @@ def add_projected(dx_TD: torch.Tensor, u_TR: torch.Tensor, a_RD: torch.Tensor, r
     """dx += sum over slots of mask * (u a) / (1 - p): what dropout keeps out of the large product. In place."""
     T, D = dx_TD.shape
     R = len(a_RD)
-    if not runs_triton(dx_TD):
+    if not _is_compiled(dx_TD, R):
         total = dx_TD.float()
         for slot, start in enumerate(range(0, R, rank)):
             part = u_TR[:, start : start + rank].float() @ a_RD[start : start + rank].float()
@@ -137,6 +139,11 @@ def add_projected(dx_TD: torch.Tensor, u_TR: torch.Tensor, a_RD: torch.Tensor, r
         SLOTS=triton.cdiv(R, rank), CHUNKS=chunks, BLOCK_T=64, BLOCK_D=128, BLOCK_R=block_r,
         PRECISION="ieee" if dx_TD.dtype == torch.float32 else "tf32", num_warps=4,
     )  # fmt: skip
+
+
+def _is_compiled(x: torch.Tensor, ranks: int) -> bool:
+    """Whether Triton computes this; else plain torch."""
+    return runs_triton(x) and not (x.is_cuda and x.dtype == torch.float32 and ranks > MOST_SINGLE)
 
 
 def _chunks(ranks: int, most: int) -> tuple[int, int]:

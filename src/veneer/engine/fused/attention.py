@@ -117,10 +117,10 @@ def attend(qkv_TN: torch.Tensor, documents: Documents, kind: Attention) -> tuple
         )  # fmt: skip
         return out.reshape(T, -1), (out, *rest)
     if backend == "flex":
+        rows = [_flex_rows(x) for x in (q, k, v)]
         with torch.enable_grad():
-            q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-            out = _flex(q, k, v, documents, kind)
-        return out.detach().reshape(T, -1), (out, (q, k, v))
+            out = _flex(rows, T, documents, kind)
+        return out.detach().reshape(T, -1), (out, rows)
     return _plain(q, k, v, documents, kind).reshape(T, -1), None
 
 
@@ -148,22 +148,26 @@ def attend_backward(
         )  # fmt: skip
         return tuple(grads)
     if backend == "flex":
-        out, inputs = saved
-        return tuple(torch.autograd.grad(out, inputs, dout))
+        out, rows = saved
+        return tuple(g[0].transpose(0, 1)[: len(dout)] for g in torch.autograd.grad(out, rows, dout))
     with torch.enable_grad():
         q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
         return torch.autograd.grad(_plain(q, k, v, documents, kind), (q, k, v), dout)
 
 
-def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, kind: Attention) -> torch.Tensor:
-    """(T, H, C) by FlexAttention, over whole blocks of tokens."""
-    blocks = _flex_blocks(len(q))
-    mask = _flex_mask(documents.lengths, kind.window, blocks, q.device)
-    rows = (F.pad(x, (0, 0, 0, 0, 0, blocks * FLEX_BLOCK - len(q))).transpose(0, 1)[None] for x in (q, k, v))
+def _flex_rows(x_THC: torch.Tensor) -> torch.Tensor:
+    """(1, H, whole blocks of tokens, C), a leaf: torch's compiler warns of any other input that wants a gradient."""
+    missing = _flex_blocks(len(x_THC)) * FLEX_BLOCK - len(x_THC)
+    return F.pad(x_THC.detach(), (0, 0, 0, 0, 0, missing)).transpose(0, 1)[None].requires_grad_()
+
+
+def _flex(rows: Sequence[torch.Tensor], tokens: int, documents: Documents, kind: Attention) -> torch.Tensor:
+    """(T, H, C) by FlexAttention, of `_flex_rows` of q, k and v."""
+    mask = _flex_mask(documents.lengths, kind.window, _flex_blocks(tokens), rows[0].device)
     out = _compiled_flex()(
         *rows, score_mod=_capped(kind.softcap), block_mask=mask, scale=kind.scale, enable_gqa=True
     )  # fmt: skip
-    result: torch.Tensor = out[0].transpose(0, 1)[: len(q)]
+    result: torch.Tensor = out[0].transpose(0, 1)[:tokens]
     return result
 
 

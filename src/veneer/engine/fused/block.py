@@ -165,8 +165,8 @@ class Block:
     def kept_bytes(self, name: str, tokens: int) -> int:
         """What keeping one of TENSORS from forward to backward takes, with what adapters make of its input."""
         layer, heads, itemsize = self.layer, self.decoder.heads, self.dtype.itemsize
-        # FlexAttention's own backward keeps q, k, v in whole blocks of tokens, and them as they were.
-        flex = 2 * self.qkv.outputs + self.qkv.margin if self.decoder.softcap else 0
+        # FlexAttention's own backward keeps q, k, v in whole blocks of tokens.
+        flex = self.qkv.outputs if self.decoder.softcap else 0
         width = {
             "qkv": self.qkv.outputs * (1 if layer.head_norm is None else 2) + self.qkv.margin + self.qkv.used,
             "attention": self.o.inputs + heads.query * 4 // itemsize + flex,
