@@ -164,9 +164,10 @@ def _flex_rows(x_THC: torch.Tensor) -> torch.Tensor:
 def _flex(rows: Sequence[torch.Tensor], tokens: int, documents: Documents, kind: Attention) -> torch.Tensor:
     """(T, H, C) by FlexAttention, of `_flex_rows` of q, k and v."""
     mask = _flex_mask(documents.lengths, kind.window, _flex_blocks(tokens), rows[0].device)
-    out = _compiled_flex()(
-        *rows, score_mod=_capped(kind.softcap), block_mask=mask, scale=kind.scale, enable_gqa=True
-    )  # fmt: skip
+    with torch._dynamo.config.patch(specialize_float=True):  # cap and scale are constants, whatever else is dynamic
+        out = _compiled_flex()(
+            *rows, score_mod=_capped(kind.softcap), block_mask=mask, scale=kind.scale, enable_gqa=True
+        )  # fmt: skip
     result: torch.Tensor = out[0].transpose(0, 1)[:tokens]
     return result
 
