@@ -21,7 +21,7 @@ PARTS = 264  # programs that fill a large GPU twice
 # Ranks that a program takes on: more need more registers and shared memory than it can have. Of `project`, which has
 # fewer tokens in hand, twice as many.
 MOST_RANKS = 128
-# In float32 there are no tensor cores: more stacked ranks take minutes to compile, and cuBLAS is no slower.
+# In float32 there are no tensor cores, and more stacked ranks take minutes to compile; they go to cuBLAS.
 MOST_SINGLE = 64
 
 
