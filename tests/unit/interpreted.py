@@ -54,7 +54,7 @@ def test_rms_norm(monkeypatch: pytest.MonkeyPatch, width: int, post: bool, offse
 
 
 def update_of(rows: int, columns: int, rank: int = 5) -> Update:
-    return Update(apart(rows, rank), apart(rank, columns))
+    return Update(apart(rows, rank), apart(rank, columns), 0.7)
 
 
 def test_rms_norm_with_an_update(monkeypatch: pytest.MonkeyPatch) -> None:

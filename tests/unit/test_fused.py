@@ -16,7 +16,10 @@ from veneer.engine import ReferenceEngine
 from veneer.engine.fused import FusedEngine, NotCoveredError
 from veneer.engine.fused.block import TENSORS
 from veneer.engine.fused.graphs import Graphs, Inputs
+from veneer.engine.fused.group import Group, Linear
 from veneer.engine.temporary import dropout_off
+from veneer.kernels.place import place, placement_of
+from veneer.kernels.rms_norm import rms_norm
 from veneer.model import attach
 from veneer.train.optimizer import build_optimizer
 
@@ -79,6 +82,30 @@ def test_any_subset_of_the_linears_is_adapted(targets: list[str]) -> None:
     loss, found = gradients(FusedEngine(model), model, batch)
     assert loss == pytest.approx(wanted_loss, rel=1e-5)
     assert worst(found, wanted)[0] < 1e-4, worst(found, wanted)
+
+
+def test_small_adapters_count_for_what_they_are_in_16_bits() -> None:
+    """Two tensors on bfloat16's grid often add up to the middle between two numbers of it, where a trifle decides."""
+    T, D = 2048, 64
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(D, D, bias=False, dtype=torch.bfloat16)
+    a, b = torch.nn.Parameter(torch.randn(4, D)), torch.nn.Parameter(1e-5 * torch.randn(D, 4))
+    group = Group((Linear("o", linear, a, b),), torch.bfloat16, 0, before_norm=True)
+    x, residual = (torch.randn(T, D).bfloat16() for _ in range(2))
+    place(placement_of(group.shadows()))
+
+    def stream() -> torch.Tensor:
+        out = x.new_empty((T, D + group.margin))
+        _, update = group.forward(x, group.matrix(x), out, None)
+        weight, y = torch.ones(D, dtype=torch.bfloat16), torch.empty_like(residual)
+        return rms_norm(residual, out[:, :D], weight, 1e-6, 0.0, y, None, update)[0].float()
+
+    exact = x.float() @ a.T @ b.T
+    with_it = stream()
+    b.data.neg_()
+    place(placement_of(group.shadows()))
+    found = (with_it - stream()) / 2
+    assert ((found * exact).sum() / exact.pow(2).sum()).item() == pytest.approx(1, abs=0.25)
 
 
 @pytest.mark.parametrize("family", COVERED)

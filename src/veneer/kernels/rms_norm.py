@@ -210,7 +210,7 @@ def _add_update(rows, u, b, t, d, is_t, is_d, u_t, b_r, RANKS: tl.constexpr):
 
 @triton.jit
 def _forward_update(
-    x, delta, weight, total, y, rstd, u, b, u_t, b_r, T, D, delta_t, y_t, eps, offset,
+    x, delta, weight, total, y, rstd, u, b, scale, u_t, b_r, T, D, delta_t, y_t, eps, offset,
     RANKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     t = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -218,7 +218,7 @@ def _forward_update(
     is_t, is_d = t < T, d < D
     inside = is_t[:, None] & is_d[None, :]
     rows = tl.load(x + t[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
-    rows += tl.load(delta + t[:, None] * delta_t + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    rows += scale * tl.load(delta + t[:, None] * delta_t + d[None, :], mask=inside, other=0.0).to(tl.float32)
     rows = _add_update(rows, u, b, t, d, is_t, is_d, u_t, b_r, RANKS).to(total.dtype.element_ty)
     tl.store(total + t[:, None] * D + d[None, :], rows, mask=inside)
     rows = rows.to(tl.float32)
@@ -251,14 +251,14 @@ def _backward(
 
 @triton.jit
 def _backward_update(
-    dy, x, weight, rstd, out, u, b, u_t, b_r, T, D, dy_t, out_t, offset,
+    dy, x, weight, rstd, out, u, b, scale, u_t, b_r, T, D, dy_t, out_t, offset,
     RANKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     t = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     d = tl.arange(0, BLOCK)
     is_t, is_d = t < T, d < D
     inside = is_t[:, None] & is_d[None, :]
-    g = tl.load(dy + t[:, None] * dy_t + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    g = scale * tl.load(dy + t[:, None] * dy_t + d[None, :], mask=inside, other=0.0).to(tl.float32)
     unit = tl.load(x + t[:, None] * D + d[None, :], mask=inside, other=0.0)
     inverse = tl.load(rstd + t, mask=is_t, other=0.0)[:, None]
     g = _add_update(g, u, b, t, d, is_t, is_d, u_t, b_r, RANKS)

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 BLOCK = 512  # bytes that CUDA's caching allocator rounds up to
+MULTIPROCESSORS = 132  # of an H100
 CUDNN_FASTER = 1.8  # than flash, by whose speed attention is counted; on an H100
 
 
@@ -155,7 +156,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not is_view(function):
             self._count(function, args, results)
             if function in _ATTENTION_BACKWARD:
-                self.hold("attention workspace", _attention_workspace(args[1], args[2]))
+                bounds = args[6] if function is _aten._flash_attention_backward.default else None
+                self.hold("attention workspace", _attention_workspace(args[1], args[2], bounds))
             if _is_accumulation(function):
                 self._free(args[0].untyped_storage()._cdata)
             if not function._schema.is_mutable:
@@ -294,10 +296,19 @@ def _attention(factor: float, query: torch.Tensor, longest: int) -> tuple[str, f
     return "attention", factor * query.numel() * longest / (CUDNN_FASTER if query.dim() == 4 else 1)
 
 
-def _attention_workspace(query: torch.Tensor, key: torch.Tensor) -> int:
-    """Float32 sums of the query's gradient and of its rows; flash repeats gradients of shared keys and values too."""
-    total = 4 * (query.numel() + query.numel() // query.shape[-1])
-    if query.dim() == 3 and key.shape[1] != query.shape[1]:
+def _attention_workspace(query: torch.Tensor, key: torch.Tensor, bounds: torch.Tensor | None) -> int:
+    """Float32 sums of the query's gradient and of its rows.
+
+    Of flash, which is given documents' bounds: a block more for each document, all of it several times where it adds in
+    a fixed order and documents are too few to fill a GPU; and gradients of shared keys and values are repeated.
+    """
+    if bounds is None:
+        return 4 * (query.numel() + query.numel() // query.shape[-1])
+    tokens, heads, size = query.shape
+    documents = len(bounds) - 1
+    sums = -(-MULTIPROCESSORS // (documents * heads))
+    total = 4 * heads * (tokens + 128 * documents) * (size * sums + 1)
+    if key.shape[1] != heads:
         total += 2 * query.numel() * query.element_size()
     return total
 
@@ -309,6 +320,7 @@ _PRODUCTS: dict[Any, Callable[[Any, list[torch.Tensor]], tuple[str, float]]] = {
     _aten.addmm.default: _addmm,
     _aten.baddbmm.default: _addmm,
     _aten.mm.out: _mm,
+    _aten.addmm.out: _addmm,
     _aten.addmm.out: _addmm,
     _aten._scaled_dot_product_cudnn_attention.default: lambda a, _: _attention(2.0, a[0], a[1].shape[2]),
     _aten._scaled_dot_product_cudnn_attention_backward.default: lambda a, _: _attention(5.0, a[1], a[2].shape[2]),

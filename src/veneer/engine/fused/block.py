@@ -236,7 +236,7 @@ class Block:
         kept.gate_up, kept.u_gate_up = (room_TE, u_both) if keeps else (None, None)
         kept.u_down = _joined(u_down)
         if update is not None:  # that of the last piece, over all
-            update = Update(delta_TE[:, down.outputs : down.outputs + down.used], update.b_RN)
+            update = down.update(kept.u_down)
         return delta_TE[:, : down.outputs], update
 
     def backward(self, d_TE: torch.Tensor, kept: Kept, at: Context, is_first: bool) -> None:

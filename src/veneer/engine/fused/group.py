@@ -17,6 +17,8 @@ two ways. Where u is known first, y = [x | u] [W | s B]^T is one product ("befor
 input but needs a norm behind, of few enough ranks. Where W is in 4 bits, the matrix is made in a scratch buffer just
 before it is used; where there is room, it stays.
 
+A product whose adapters are added after it is stored 1.618 times too large (see `update`).
+
 With dropout, u comes from a masked copy of x that exists only within a kernel, and v A is masked likewise.
 
 Shapes: T tokens, D inputs, N outputs, R stacked ranks, padded to a multiple of 16; E a width with a margin behind it.
@@ -30,7 +32,7 @@ import torch
 from veneer.kernels import low_rank, nf4
 from veneer.kernels.low_rank import Dropout, Member
 from veneer.kernels.place import Place
-from veneer.kernels.update import Update
+from veneer.kernels.update import OFF_GRID, Update
 
 MOST_ADDED = 32  # ranks that a norm adds on its way; more cost it more than a reading
 
@@ -204,17 +206,26 @@ class Group:
             self._product(x_TE[:, : D + R], matrix[:N, : D + R].T, out_TE[:, :N])
             return u_TR, None
         columns = N + R if dropout is None else N
-        self._product(x_TD, matrix[:columns, :D].T, out_TE[:, :columns])
+        self._product(x_TD, matrix[:columns, :D].T, out_TE[:, :columns], OFF_GRID)
         u_TR = out_TE[:, N : N + self.used]
-        if dropout is not None:
+        if dropout is None:
+            u_TR = u_TR / OFF_GRID
+        else:
             self._project(x_TD, out_TE[:, N : N + R], dropout, None)
-        return u_TR.contiguous(), Update(u_TR, self._b_RN)
+            u_TR = u_TR.contiguous()
+        return u_TR, self.update(u_TR)
 
-    def _product(self, x_TD: torch.Tensor, weight_DN: torch.Tensor, out_TN: torch.Tensor) -> None:
-        if self._bias is None:
+    def update(self, u_TR: torch.Tensor) -> Update:
+        """What is to be added behind a product whose adapters are "after"."""
+        return Update(u_TR, self._b_RN, 1 / OFF_GRID)
+
+    def _product(self, x_TD: torch.Tensor, weight_DN: torch.Tensor, out_TN: torch.Tensor, factor: float = 1.0) -> None:
+        if self._bias is not None:
+            torch.addmm(self._bias[: out_TN.shape[1]], x_TD, weight_DN, beta=factor, alpha=factor, out=out_TN)
+        elif factor == 1.0:
             torch.mm(x_TD, weight_DN, out=out_TN)
         else:
-            torch.addmm(self._bias[: out_TN.shape[1]], x_TD, weight_DN, out=out_TN)
+            torch.addmm(out_TN, x_TD, weight_DN, beta=0, alpha=factor, out=out_TN)
 
     def _project(
         self, x_TD: torch.Tensor, u_TR: torch.Tensor, dropout: Dropout | None, copy_TR: torch.Tensor | None
