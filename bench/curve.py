@@ -91,7 +91,7 @@ def errors(name: str, batch: Batch) -> dict[str, Any]:
     return result
 
 
-def plot(losses: dict[str, list[float]], differences: dict[str, float], where: str) -> None:
+def plot(losses: dict[str, list[float]], differences: dict[str, float], where: str, out: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -103,7 +103,7 @@ def plot(losses: dict[str, list[float]], differences: dict[str, float], where: s
         axes.plot(range(SMOOTHED, len(values) + 1), smooth(values), style, label=label)
     axes.set(xlabel="step", ylabel=f"loss, mean of {SMOOTHED} steps", title=f"SmolLM2 on gsm8k, 4 bits, {where}")
     axes.legend()
-    figure.savefig(RESULTS / "curve.png", dpi=120)
+    figure.savefig(out / "curve.png", dpi=120)
 
 
 def smooth(values: list[float]) -> Any:
@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rows", type=int, default=2, help="of a step")
     parser.add_argument("--smollm2", default="smollm2-135m-instruct")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder")
     a = parser.parse_args()
     data = Data(train=a.data, validation=0, max_length=512)
     part = prepare(data, Renderer(load_tokenizer(locate(Model(base=a.smollm2))), data), 42).train
@@ -128,7 +129,7 @@ def main() -> None:
         way: float(np.max(np.abs(values / exact[WAYS[0]] - 1))) for other in others for way, values in other.items()
     }
     where = find_machine().name
-    plot({way: losses for way, (losses, _) in runs.items()}, differences, where)
+    plot({way: losses for way, (losses, _) in runs.items()}, differences, where, a.out)
     found = {
         "on": where,
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
@@ -140,7 +141,7 @@ def main() -> None:
         "seconds": {way: round(seconds, 1) for way, (_, seconds) in runs.items()},
         "losses": {way: [round(loss, 5) for loss in losses] for way, (losses, _) in runs.items()},
     }
-    (RESULTS / "curve.json").write_text(json.dumps(found, indent=1) + "\n")
+    (a.out / "curve.json").write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(differences))
 
 

@@ -5,11 +5,16 @@
 
 Each run is a fresh process that loads the folder in NF4, attaches an adapter and takes one step of 128 tokens. `warm`:
 the files are in the page cache, as when they were just written or downloaded; `cold`: they were dropped from it. Every
-process must come to the same weights. Prints a JSON line a run, writes bench/results/load.json.
+process must come to the same weights. Imports take longer than the load itself, and depend on what else is installed
+beside Veneer (Transformers imports sklearn and torchvision where it finds them) and on whether Python may keep bytecode
+(not with PYTHONDONTWRITEBYTECODE), so run it in an environment of its own. Prints a JSON line a run, writes
+bench/results/load.json.
 
+imports_seconds    from the start of the process until torch, Transformers, PEFT and bitsandbytes are there
 load_seconds       the load alone
-ready_seconds      from the start of the process, imports and all, until the adapter is attached
+ready_seconds      from the start of the process until the adapter is attached
 first_step_seconds from the start of the process until the first loss is known
+loaded_to_step     the last without the first: from the beginning of the load to the first loss
 """
 
 import argparse
@@ -27,7 +32,9 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as the command sets it
 
+BORN = "VENEER_BENCH_BORN"  # when the process was started, for the process
 RESULTS = Path(__file__).parent / "results" / "load.json"
+TIMES = ("imports_seconds", "load_seconds", "ready_seconds", "first_step_seconds", "loaded_to_step")
 WAYS = ("files", "cache", "transformers")
 SHAPES: dict[str, dict[str, Any]] = {
     "8B": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -53,10 +60,11 @@ def make(shape: str, folder: Path) -> None:
 
 def load_once(way: str, folder: Path) -> dict[str, Any]:
     """Load, attach, one step; of this process, which has done nothing else."""
-    import psutil
-
-    born = psutil.Process().create_time()
+    born = float(os.environ.get(BORN, time.time()))
+    import bitsandbytes  # noqa: F401
+    import peft  # noqa: F401
     import torch
+    from transformers import LlamaForCausalLM  # noqa: F401
 
     from veneer.config import Adapter, Model, Quantization
     from veneer.model import attach, locate
@@ -66,8 +74,10 @@ def load_once(way: str, folder: Path) -> dict[str, Any]:
     from veneer.plan.machine import peak_resident_bytes
 
     machine, model = find_machine(), Model(base=str(folder), dtype="bfloat16")
+    _wait(machine.device)
+    imported = time.time() - born
     quantization = Quantization(cache=way == "cache")
-    result: dict[str, Any] = {"way": way}
+    result: dict[str, Any] = {"way": way, "imports_seconds": round(imported, 3)}
     started = time.perf_counter()
     if way == "transformers":
         with quiet():
@@ -91,6 +101,7 @@ def load_once(way: str, folder: Path) -> dict[str, Any]:
     loss.backward()
     result["loss"] = round(loss.item(), 4)
     result["first_step_seconds"] = round(time.time() - born, 3)
+    result["loaded_to_step"] = round(time.time() - born - imported, 3)
     result["dtype"] = str(compute_dtype(model, machine))
     result["weights"] = _digest(base)
     return result
@@ -118,7 +129,8 @@ def _digest(base: Any) -> str:
 def child(*arguments: str) -> dict[str, Any]:
     """A fresh process of this script; its last line is its result."""
     command = [sys.executable, __file__, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    born = {BORN: str(time.time())}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | born)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     lines = done.stdout.strip().splitlines()
@@ -156,17 +168,20 @@ def measure(folder: Path, runs: int, peer_runs: int) -> dict[str, Any]:
                 warm(folder, way)
             results.append({"state": state} | child("--child", way, "--folder", str(folder)))
             print(json.dumps(results[-1]), flush=True)
+    found = summary(results)
+    if not found["same_weights"]:
+        print("THE WEIGHTS DIFFER between ways of loading", file=sys.stderr)
+    return found
+
+
+def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians of each way, and whether all had the same weights."""
     medians: dict[str, dict[str, float]] = {}
     for row in results:
         label = f"{row['way']} {row['state']}" + (" and kept" if row["state"] == "first" else "")
         same = [r for r in results if (r["way"], r["state"]) == (row["way"], row["state"])]
-        medians[label] = {
-            key: statistics.median(r[key] for r in same)
-            for key in ("load_seconds", "ready_seconds", "first_step_seconds")
-        }
+        medians[label] = {key: statistics.median(r[key] for r in same) for key in TIMES}
     equal = len({row["weights"] for row in results}) == 1
-    if not equal:
-        print("THE WEIGHTS DIFFER between ways of loading", file=sys.stderr)
     return {"medians": medians, "same_weights": equal, "runs": results}
 
 

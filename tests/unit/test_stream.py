@@ -229,6 +229,19 @@ def test_a_quantized_checkpoint_loads_as_it_is(tmp_path: Path, tiny_model: Calla
     assert load(tmp_path, None, "float32")[0].model.layers[0].mlp.up_proj.compute_dtype == torch.float32
 
 
+@pytest.mark.parametrize("part", ["", ".absmax", ".quant_map"])
+def test_a_quantized_checkpoint_that_lacks_a_part_is_told(
+    part: str, tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    load(tiny_model(), Quantization())[0].save_pretrained(tmp_path)
+    name = f"model.layers.0.mlp.up_proj.weight{part}"
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=rf"lacks {name}, which belongs to a weight in 4 bits"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("asked", "told"),
     [

@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import torch
 
-
 OFF_GRID = (1 + math.sqrt(5)) / 2  # multiples of its reciprocal are the most evenly spread between integers
 
 

@@ -3,7 +3,8 @@
 Transformers builds the model, renames, converts, quantizes, ties and checks as it always does, since it is given the
 checkpoint as a state dict, the way its `from_pretrained` documents. The entries of that state dict are no tensors yet
 but handles that Transformers resolves one by one; each then comes whole and on the device from the reader, which is a
-little ahead. A linear layer is quantized as soon as it is there, and its 16-bit copy dropped.
+little ahead. A linear layer is quantized as soon as it is there, and its 16-bit copy dropped. One that is in 4 bits
+already has six tensors in its file; they are put together here, since Transformers copies a set of patterns for each.
 
 What comes out is therefore the same to the bit; `tests/unit/test_stream.py` compares every tensor. A model that this
 does not fit (pickled weights, other quantizers, models of several parts) is left to Transformers' own reader.
@@ -21,8 +22,9 @@ import torch
 from veneer.config import Quantization, UserError
 from veneer.model.locate import Source
 from veneer.model.reader import Reader
-from veneer.model.shards import Piece, UnknownTypeError, find_files, read_headers
+from veneer.model.shards import DamagedError, Piece, UnknownTypeError, find_files, read_headers
 
+QUANT_STATE = ".quant_state."  # in the name of what bitsandbytes keeps beside a weight in 4 bits
 LARGE_BYTES = 64 * 2**20
 
 
@@ -66,6 +68,22 @@ class Handle:
 
     def get_shape(self) -> list[int]:
         return list(self._piece.shape)
+
+
+class PackedHandle(Handle):
+    """Of a linear layer in 4 bits: its packed weight, with all that belongs to it."""
+
+    def __init__(self, reader: Reader, piece: Piece, beside: list[str]) -> None:
+        super().__init__(reader, piece)
+        self._beside = beside
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        from bitsandbytes.nn import Params4bit
+
+        packed = super().__getitem__(Ellipsis)
+        beside = {name: self._reader.take(name) for name in self._beside}
+        whole: torch.Tensor = Params4bit.from_prequantized(packed, beside, device=packed.device)
+        return whole if index is Ellipsis else whole[index]
 
 
 def find_checkpoint(source: Source, quantization: Quantization | None) -> Checkpoint | None:
@@ -163,7 +181,7 @@ def stream(
             base, report = _class_of(config).from_pretrained(
                 None,
                 config=config,
-                state_dict={piece.name: Handle(reader, piece) for piece in checkpoint.pieces},
+                state_dict=_handles(checkpoint.pieces, reader),
                 ignore_mismatched_sizes=True,  # so that they are reported; they are refused below
                 output_loading_info=True,
                 **settings,
@@ -176,9 +194,31 @@ def stream(
     if stored is not None:
         # Transformers notes how it read 4-bit weights, to undo it in save_pretrained, and then cannot undo it.
         vars(base).pop("_weight_conversions", None)
+        for module in base.modules():
+            if (state := getattr(getattr(module, "weight", None), "quant_state", None)) is not None:
+                module.weight.module, module.quant_state = module, state
     base.name_or_path = base.config.name_or_path = source.location
     base.generation_config = _generation_config(source)
     return base, sorted(report["missing_keys"]), reader.bytes_read
+
+
+def _handles(pieces: list[Piece], reader: Reader) -> dict[str, Handle]:
+    """One for each tensor of the model; what belongs to a weight in 4 bits is named behind the weight."""
+    names = [piece.name for piece in pieces]
+    beside: dict[str, list[str]] = {name.partition(QUANT_STATE)[0]: [] for name in names if QUANT_STATE in name}
+    for name in names:
+        weight = name.partition(QUANT_STATE)[0] if QUANT_STATE in name else name.rpartition(".")[0]
+        if weight in beside:
+            beside[weight].append(name)
+    needed = {weight + ending for weight in beside for ending in ("", ".absmax", ".quant_map")}
+    if missing := sorted(needed - set(names)):
+        raise DamagedError(f"{pieces[0].file.parent} lacks {missing[0]}, which belongs to a weight in 4 bits")
+    parts = {name for several in beside.values() for name in several}
+    return {
+        piece.name: PackedHandle(reader, piece, beside[piece.name]) if piece.name in beside else Handle(reader, piece)
+        for piece in pieces
+        if piece.name not in parts
+    }
 
 
 @contextlib.contextmanager

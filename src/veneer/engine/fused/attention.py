@@ -164,7 +164,7 @@ def attend_backward(
 @contextmanager
 def _fixed_order() -> Iterator[None]:
     """Torch adds in a fixed order; it does not fill new memory besides, as it would by default."""
-    settings = torch.utils.deterministic
+    settings: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fills = settings.fill_uninitialized_memory
     try:
