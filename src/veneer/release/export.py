@@ -5,6 +5,7 @@ folder in between, one rounding, one tensor in memory at a time. The file carrie
 the stop tokens of the training, so that what runs it needs nothing else. A Modelfile for Ollama always lies beside it.
 """
 
+import contextlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -240,18 +241,18 @@ def _write_tensors(writer: Any, planned: list[_Tensor], on_done: Progress) -> No
         plain = {"F32": np.float32, "F16": np.float16}.get(tensor.kind)
         shape = tensor.shape if plain else (*tensor.shape[:-1], size // int(np.prod(tensor.shape[:-1])))
         writer.add_tensor_info(tensor.name, shape, np.dtype(plain or np.uint8), size, raw_dtype=None if plain else kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    file = writer.fout[0]
-    writer.write_padding(file, file.tell())
-    for tensor in planned:
-        for piece in encoded(tensor.make(), tensor.kind, tensor.name):
-            file.write(piece.data)
-        size = size_of(tensor.kind, tensor.shape)
-        writer.write_padding(file, size)
-        on_done(size)
-    writer.close()
+    with contextlib.closing(writer):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        file = writer.fout[0]
+        writer.write_padding(file, file.tell())
+        for tensor in planned:
+            for piece in encoded(tensor.make(), tensor.kind, tensor.name):
+                file.write(piece.data)
+            size = size_of(tensor.kind, tensor.shape)
+            writer.write_padding(file, size)
+            on_done(size)
 
 
 def _write_modelfile(origin: Origin, folder: Path, file: str, adapter_of: str | None) -> None:
