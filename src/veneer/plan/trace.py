@@ -321,7 +321,6 @@ _PRODUCTS: dict[Any, Callable[[Any, list[torch.Tensor]], tuple[str, float]]] = {
     _aten.baddbmm.default: _addmm,
     _aten.mm.out: _mm,
     _aten.addmm.out: _addmm,
-    _aten.addmm.out: _addmm,
     _aten._scaled_dot_product_cudnn_attention.default: lambda a, _: _attention(2.0, a[0], a[1].shape[2]),
     _aten._scaled_dot_product_cudnn_attention_backward.default: lambda a, _: _attention(5.0, a[1], a[2].shape[2]),
     _aten._flash_attention_forward.default: lambda a, _: _attention(2.0, a[0], a[6]),
