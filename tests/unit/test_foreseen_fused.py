@@ -154,10 +154,10 @@ def test_every_family_is_rehearsed_and_more_takes_more(family: str, changes: dic
 def test_dropout_and_rows_of_other_lengths_and_older_gpus_are_rehearsed() -> None:
     config, shapes = small(num_attention_heads=8, num_key_value_heads=2, head_dim=128, intermediate_size=64)
     usual = fused(config, shapes)
-    assert "attention workspace" in str([moment.components for moment in usual.moments.values()])
+    assert "attention workspace" not in usual.fullest("backward").components, "a tensor of our own"
     for changes in ({"even": False}, {"capability": 8}):
         flash = fused(config, shapes, **changes)
-        assert flash.fullest("backward").bytes > usual.fullest("backward").bytes, "shared keys are repeated there"
+        assert flash.fullest("backward").components["attention workspace"] > 0
     assert fused(config, shapes, dropout=0.1).fullest("backward").bytes > 0
 
 

@@ -18,9 +18,9 @@ def test_memory_is_spent_where_it_saves_most() -> None:
     engine = FusedEngine(model_of("llama"))
     blocks, tokens = engine.blocks, 512
     everything = sum(block.kept_bytes(name, tokens) for block in blocks for name in TENSORS)
-    assert spend(blocks, tokens, 64, 0, 0).keep == (frozenset(), frozenset())
-    assert spend(blocks, tokens, 64, everything, 0).keep == (frozenset(TENSORS),) * 2
-    half = spend(blocks, tokens, 64, everything // 2, 0)
+    assert spend(blocks, tokens, 64, 0, 0, 0).keep == (frozenset(), frozenset())
+    assert spend(blocks, tokens, 64, 0, everything, 0).keep == (frozenset(TENSORS),) * 2
+    half = spend(blocks, tokens, 64, 0, everything // 2, 0)
     assert half.spent_bytes <= everything // 2
     assert len(half.keep[1]) >= len(half.keep[0])
     rates = {name: blocks[0].kept_seconds(name, tokens, 64) / blocks[0].kept_bytes(name, tokens) for name in TENSORS}

@@ -155,9 +155,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         results = [r for r in (result if isinstance(result, tuple | list) else (result,)) if torch.is_tensor(r)]
         if not is_view(function):
             self._count(function, args, results)
-            if function in _ATTENTION_BACKWARD:
-                bounds = args[6] if function is _aten._flash_attention_backward.default else None
-                self.hold("attention workspace", _attention_workspace(args[1], args[2], bounds))
+            if function is _aten._flash_attention_backward.default:
+                self.hold("attention workspace", _flash_workspace(args[1], args[2], len(args[6]) - 1))
             if _is_accumulation(function):
                 self._free(args[0].untyped_storage()._cdata)
             if not function._schema.is_mutable:
@@ -296,16 +295,12 @@ def _attention(factor: float, query: torch.Tensor, longest: int) -> tuple[str, f
     return "attention", factor * query.numel() * longest / (CUDNN_FASTER if query.dim() == 4 else 1)
 
 
-def _attention_workspace(query: torch.Tensor, key: torch.Tensor, bounds: torch.Tensor | None) -> int:
-    """Float32 sums of the query's gradient and of its rows.
-
-    Of flash, which is given documents' bounds: a block more for each document, all of it several times where it adds in
-    a fixed order and documents are too few to fill a GPU; and gradients of shared keys and values are repeated.
+def _flash_workspace(query: torch.Tensor, key: torch.Tensor, documents: int) -> int:
+    """Float32 sums of the query's gradient and of its rows: a block more for each document, and all of it several times
+    where it adds in a fixed order and documents are too few to fill a GPU; gradients of shared keys and values are
+    repeated.
     """
-    if bounds is None:
-        return 4 * (query.numel() + query.numel() // query.shape[-1])
     tokens, heads, size = query.shape
-    documents = len(bounds) - 1
     sums = -(-MULTIPROCESSORS // (documents * heads))
     total = 4 * heads * (tokens + 128 * documents) * (size * sums + 1)
     if key.shape[1] != heads:
@@ -325,10 +320,6 @@ _PRODUCTS: dict[Any, Callable[[Any, list[torch.Tensor]], tuple[str, float]]] = {
     _aten._scaled_dot_product_cudnn_attention_backward.default: lambda a, _: _attention(5.0, a[1], a[2].shape[2]),
     _aten._flash_attention_forward.default: lambda a, _: _attention(2.0, a[0], a[6]),
     _aten._flash_attention_backward.default: lambda a, _: _attention(5.0, a[1], a[9]),
-}
-_ATTENTION_BACKWARD = {
-    _aten._scaled_dot_product_cudnn_attention_backward.default,
-    _aten._flash_attention_backward.default,
 }
 # Torch takes a long way round for these on meta tensors, and heads in chunks call them hundreds of times.
 _QUICK: dict[Any, Callable[..., torch.Tensor]] = {

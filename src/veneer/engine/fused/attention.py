@@ -1,9 +1,8 @@
 """Attention within documents, through the fastest backend that can do what is asked.
 
-cuDNN's is nearly twice as fast as flash on a Hopper GPU, but wants rows of one length and no window; flash takes
-documents of any length, one behind the other (cuDNN's own way with such is 300 times slower: it prepares each anew).
-Neither caps its scores: for that there is FlexAttention, compiled once. `plain` does all of it, in
-float32 and on any machine; it is what the others are tested against.
+cuDNN's is nearly twice as fast as flash on a Hopper GPU, but wants rows of one length and no window (`cudnn`); flash
+takes documents of any length, one behind the other. Neither caps its scores: for that there is FlexAttention, compiled
+once. `plain` does all of it, in float32 and on any machine; it is what the others are tested against.
 
 All add in a fixed order, so that the same pass gives the same bits. Flash's backward does so only on request, and is
 the slower for it: by 4% for documents of a few hundred tokens, by a third to two thirds for long ones.
@@ -25,6 +24,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.deterministic
 
+from veneer.engine.fused import cudnn
 from veneer.kernels.rope import Heads, split_heads
 
 HOPPER = 9  # major compute capability from which cuDNN's is the faster one
@@ -100,7 +100,10 @@ class Attention(NamedTuple):
         is_open = not self.window or documents.longest <= self.window
         major = PLANNED.get() if like.is_meta else torch.cuda.get_device_capability()[0]
         fits = self.heads.size % 8 == 0 and self.heads.size <= 128 and major >= HOPPER
-        return "cudnn" if documents.is_even and is_open and fits and documents.longest >= 256 else "flash"
+        rows, length = len(documents.lengths), documents.longest
+        if not (documents.is_even and is_open and fits and length >= 256 and cudnn.fits(length, self.heads)):
+            return "flash"
+        return "cudnn" if like.is_meta or cudnn.is_able(rows, length, self.heads) else "flash"
 
 
 def attend(qkv_TN: torch.Tensor, documents: Documents, kind: Attention) -> tuple[torch.Tensor, Any]:
@@ -110,11 +113,12 @@ def attend(qkv_TN: torch.Tensor, documents: Documents, kind: Attention) -> tuple
     backend = kind.backend(documents, qkv_TN)
     if backend == "cudnn":
         B = len(documents.lengths)
-        rows = [torch.unflatten(x, 0, (B, -1)).transpose(1, 2) for x in (q, k, v)]
-        out, *rest = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            *rows, None, True, 0.0, True, False, scale=kind.scale
-        )
-        return out.transpose(1, 2).reshape(T, -1), (out, *rest)
+        if qkv_TN.is_meta:
+            rows = [_rows(x, B) for x in (q, k, v)]
+            out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(*rows, None, True, 0.0, True, False)
+            return out.transpose(1, 2).reshape(T, -1), (out, lse)
+        out, lse = cudnn.attend((q, k, v), B, kind.scale)
+        return out.reshape(T, -1), (out, lse)
     if backend == "flash":
         out, *rest = torch.ops.aten._flash_attention_forward(
             q, k, v, documents.bounds, documents.bounds, documents.longest, documents.longest, 0.0, True, False,
@@ -130,20 +134,22 @@ def attend(qkv_TN: torch.Tensor, documents: Documents, kind: Attention) -> tuple
 
 
 def attend_backward(
-    dout_TO: torch.Tensor, qkv_TN: torch.Tensor, saved: Any, documents: Documents, kind: Attention
+    dout_TO: torch.Tensor,
+    qkv_TN: torch.Tensor,
+    saved: Any,
+    documents: Documents,
+    kind: Attention,
+    room_bytes: int = cudnn.ROOM_BYTES,
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of q (T, H, C), k and v (T, K, C)."""
+    """Gradients of q (T, H, C), k and v (T, K, C); in so much memory, where that is for us to choose."""
     q, k, v = split_heads(qkv_TN, kind.heads)
     dout = torch.unflatten(dout_TO, 1, (-1, kind.heads.size))
     backend = kind.backend(documents, qkv_TN)
     if backend == "cudnn":
-        B = len(documents.lengths)
-        dout, q, k, v = (torch.unflatten(x, 0, (B, -1)).transpose(1, 2) for x in (dout, q, k, v))
-        out, lse, bounds_q, bounds_k, max_q, max_k, seed, place, _ = saved
-        grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            dout, q, k, v, out, lse, seed, place, None, bounds_q, bounds_k, max_q, max_k, 0.0, True, scale=kind.scale
-        )
-        return tuple(g.transpose(1, 2).flatten(0, 1) for g in grads)
+        if qkv_TN.is_meta:
+            return _foreseen_backward(dout, (q, k, v), saved, kind, room_bytes)
+        out, lse = saved
+        return cudnn.attend_backward(dout, (q, k, v), out, lse, kind.scale, room_bytes)
     if backend == "flash":
         out, lse, state, unused, _ = saved
         with _fixed_order():
@@ -159,6 +165,27 @@ def attend_backward(
     with torch.enable_grad():
         q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
         return torch.autograd.grad(_plain(q, k, v, documents, kind), (q, k, v), dout)
+
+
+def _rows(x_THC: torch.Tensor, rows: int) -> torch.Tensor:
+    """(B, H, L, C), a view."""
+    return torch.unflatten(x_THC, 0, (rows, -1)).transpose(1, 2)
+
+
+def _foreseen_backward(
+    dout: torch.Tensor, qkv: tuple[torch.Tensor, ...], saved: Any, kind: Attention, room_bytes: int
+) -> tuple[torch.Tensor, ...]:
+    """cuDNN's on meta tensors, with the memory it takes on the way."""
+    out, lse = saved
+    B, _, L = lse.shape[:3]
+    call = cudnn.Call.of(B, L, kind.heads, room_bytes)
+    workspace = dout.new_empty(call.workspace_bytes(L), dtype=torch.uint8)
+    seed = dout.new_empty((), dtype=torch.int64)
+    grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        _rows(dout, B), *(_rows(x, B) for x in qkv), out, lse, seed, seed, None, None, None, L, L, 0.0, True
+    )
+    del workspace
+    return tuple(g.transpose(1, 2).flatten(0, 1) for g in grads)
 
 
 @contextmanager

@@ -48,6 +48,7 @@ class Context:
         cos_PS, sin_PS: Rotary tables.
         scratch: Where 4-bit matrices are made 16-bit.
         seed: Of dropout; None: none.
+        room_bytes: What attention's backward may take on the way.
     """
 
     documents: Documents
@@ -55,6 +56,7 @@ class Context:
     sin_PS: torch.Tensor
     scratch: torch.Tensor
     seed: torch.Tensor | None
+    room_bytes: int
 
 
 class Stream(NamedTuple):
@@ -336,7 +338,7 @@ class Block:
         v_o, _ = self.o.backward(dy_TE, self.o.matrix(at.scratch), dout_TE, at.seed)
         self.o.backward_adapters(dy_TE[:, :D], kept.out, kept.u_o, v_o, at.seed)
         dq_THC, dk_TKC, dv_TKC = attend_backward(
-            dout_TE[:, : self.o.inputs], kept.qkv, kept.attention, at.documents, self.attention
+            dout_TE[:, : self.o.inputs], kept.qkv, kept.attention, at.documents, self.attention, at.room_bytes
         )
         del dout_TE, dy_TE
         # q, k and v are of no more use: their gradient takes the place of what they were made from.

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from veneer.data import Batch
 from veneer.engine.fused.attention import Documents, bring
 from veneer.engine.fused.block import TENSORS, Block, Context, Kept, Stream
+from veneer.engine.fused.cudnn import ROOM_BYTES
 from veneer.engine.fused.family import Decoder, NotCoveredError, read
 from veneer.engine.fused.graphs import Graphs, Inputs, rounded
 from veneer.engine.fused.spend import spend
@@ -63,6 +64,7 @@ class FusedEngine:
         self._scratch = weight.new_empty(0)
         self._flatten(groups)
         self._settle()
+        self._room_bytes = ROOM_BYTES
         self._seed = torch.zeros(1, dtype=torch.int64, device=self._device)
         records = graphs and self._device.type == "cuda" and self.is_recordable
         self._graphs = Graphs(self._pass) if records else None
@@ -110,19 +112,22 @@ class FusedEngine:
             The peak of a pass that keeps nothing, what is spent beyond, and how often each tensor is kept.
         """
         assert self.on_gpu, "there is nothing to measure elsewhere"
-        self.keep = (frozenset[str](),) * len(self.blocks)
+        self.keep, self._room_bytes = (frozenset[str](),) * len(self.blocks), ROOM_BYTES
         before = torch.cuda.memory_allocated()
         beside = self._peak_of(lambda: self.losses(_made_up(held_out))) - before if held_out else 0
         # Documents of several lengths take more than those of one: attention has another backend for them.
         batch = _made_up([*lengths[:-1], lengths[-1] - 1, 1] if varies and lengths[-1] > 1 else lengths)
-        peak = self._peak_of(lambda: self._pass(self._bring(batch, 1.0, training=True)))
+        inputs = self._bring(batch, 1.0, training=True)
+        peak = self._peak_of(lambda: self._pass(inputs))
         self.master.grad = None
         tokens = rounded(batch.tokens)
-        spending = spend(self.blocks, tokens, max(lengths), budget_bytes - peak - beside, budget_bytes)
+        backend = self.blocks[0].attention.backend(inputs.documents, self.decoder.embed.weight)
+        rows = len(lengths) if backend == "cudnn" else 0
+        spending = spend(self.blocks, tokens, max(lengths), rows, budget_bytes - peak - beside, budget_bytes)
         everything = sum(block.kept_bytes(name, tokens) for block in self.blocks for name in TENSORS)
         if varies and peak + beside + spending.spent_bytes + (peak - before) + everything > budget_bytes:
             self.record_nothing()
-        self.keep = spending.keep
+        self.keep, self._room_bytes = spending.keep, spending.room_bytes
         for group in spending.dequantized:
             group.keep_dequantized()
         self._settle()
@@ -218,9 +223,11 @@ class FusedEngine:
         place(self._adapters)
         stream, _ = self._forward(inputs.ids_T, self._context(inputs.documents, training=False), False)
         losses_N, _ = self._head(inputs, stream, False)
-        document_T = bring(torch.repeat_interleave(torch.tensor(batch.lengths)), self._device)
-        result = torch.zeros(len(batch.lengths), dtype=torch.float64, device=self._device)
-        return result.index_add_(0, document_T[inputs.index_N], losses_N.double() * inputs.weights_N)
+        document_T = torch.repeat_interleave(torch.tensor(batch.lengths))
+        counts = torch.bincount(document_T[batch.targets_T >= 0], minlength=len(batch.lengths))
+        weighted_N = losses_N.double() * inputs.weights_N
+        # Unlike index_add_, it adds in a fixed order. Counts need no check, for which the host would have to wait.
+        return torch.segment_reduce(weighted_N, "sum", lengths=bring(counts, self._device), unsafe=True)
 
     def _bring(self, batch: Batch, scale: float, training: bool) -> Inputs:
         """The batch on the device, with rotary tables for it."""
@@ -232,7 +239,7 @@ class FusedEngine:
     def _context(self, documents: Documents, training: bool) -> Context:
         cos_PS, sin_PS = self._rotary(documents.longest)
         seed = self._seed if training and self.has_dropout else None
-        return Context(documents, cos_PS, sin_PS, self._scratch, seed)
+        return Context(documents, cos_PS, sin_PS, self._scratch, seed, self._room_bytes)
 
     def _rotary(self, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Tables of the model's own rotary module, float32, for documents of up to so many tokens.

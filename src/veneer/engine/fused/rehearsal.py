@@ -70,10 +70,14 @@ def spending(base: Any, step: Step, depth: int, spare_bytes: int, budget_bytes: 
         depth: Layers of the model.
         spare_bytes, budget_bytes: As `spend` has them.
     """
-    blocks = _engine(base, step)[0].blocks
+    engine = _engine(base, step)[0]
+    blocks = engine.blocks
     every = [blocks[number % len(blocks)] for number in range(depth)]
     tokens = step.rows * step.length
-    found = spend(every, rounded(tokens), step.length, spare_bytes, budget_bytes)
+    with _planned(step):
+        backend = blocks[0].attention.backend(_inputs(step, engine).documents, engine.decoder.embed.weight)
+    rows = step.rows if backend == "cudnn" else 0
+    found = spend(every, rounded(tokens), step.length, rows, spare_bytes, budget_bytes)
     quantized = sum(group.size for block in every for group in block.groups if group.needs_scratch)
     stay = sum(group.size for group in found.dequantized)
     return Kept(found.spent_bytes, Counter(found.keep), stay / max(1, quantized))

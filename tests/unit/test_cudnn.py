@@ -1,0 +1,97 @@
+"""How rows and heads are shared out among cuDNN's calls; the calls themselves are tested on a GPU."""
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from veneer.engine.fused import attention, cudnn
+from veneer.engine.fused.attention import Attention, Documents
+from veneer.engine.fused.cudnn import ROOM_BYTES, Call, Layout
+from veneer.kernels.rope import Heads, split_heads
+
+LLAMA = Heads(32, 8, 128)
+
+
+@pytest.mark.parametrize(("rows", "length"), [(1, 256), (4, 2048), (2, 8192), (3, 777)])
+@pytest.mark.parametrize("heads", [LLAMA, Heads(32, 32, 128), Heads(9, 3, 64)])
+def test_more_room_means_fewer_calls_and_each_fits_it(rows: int, length: int, heads: Heads) -> None:
+    least = Call.of(rows, length, heads, 0)
+    assert least == Call(1, Heads(heads.query // heads.key, 1, heads.size))
+    covered = 0
+    for room in (2**20 * 2**n for n in range(16)):
+        call = Call.of(rows, length, heads, room)
+        assert call == least or call.workspace_bytes(length) <= room
+        assert call.rows * call.heads.key >= covered
+        assert rows % call.rows == heads.key % call.heads.key == 0
+        assert call.heads.query * heads.key == call.heads.key * heads.query
+        covered = call.rows * call.heads.key
+    assert covered == rows * heads.key
+
+
+def test_workspace_is_what_cudnn_asked_for() -> None:
+    """MiB of plans on an H100, cuDNN 9.19."""
+    for call, length, measured in (
+        (Call(4, LLAMA), 2048, 1153.0),
+        (Call(4, Heads(8, 2, 128)), 2048, 288.25),
+        (Call(2, LLAMA), 8192, 8450.0),
+        (Call(2, Heads(32, 32, 128)), 2048, 512.5),
+        (Call(4, Heads(32, 8, 64)), 2048, 1089.0),
+        (Call(3, LLAMA), 1000, 239.24),
+    ):
+        assert call.workspace_bytes(length) / 2**20 == pytest.approx(measured, abs=0.01)
+
+
+def test_very_long_rows_go_through_flash() -> None:
+    kind = Attention(LLAMA, 0.1, 0, 0.0)
+    qkv = torch.empty((1, 48 * 128), dtype=torch.bfloat16, device="meta")
+    for length, backend in ((255, "flash"), (256, "cudnn"), (16384, "cudnn"), (32768, "flash")):
+        documents = Documents((length,), torch.empty(0), torch.empty(0), length)
+        assert kind.backend(documents, qkv) == backend
+
+
+class _Written:
+    """Stands in for a plan: what cuDNN computes, written out."""
+
+    def __init__(self, layout: Layout, *_: Any) -> None:
+        self.layout = layout
+
+    def grads(self, q: Any, k: Any, v: Any, dout: Any) -> Any:
+        tokens, heads = len(q), self.layout.call.heads
+        kind = Attention(heads, self.layout.scale, 0, 0.0)
+        documents = Documents.of((self.layout.length,) * (tokens // self.layout.length), "cpu")
+        q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
+        return torch.autograd.grad(attention._plain(q, k, v, documents, kind), (q, k, v), dout)
+
+
+def _run_written(plan: _Written, tensors: tuple[torch.Tensor, ...]) -> None:
+    q, k, v, _, dout, _, *grads = tensors
+    for gradient, found in zip(grads, plan.grads(q, k, v, dout), strict=True):
+        gradient.copy_(found)
+
+
+@pytest.mark.parametrize("room", [0, 150_000, ROOM_BYTES])
+def test_every_row_and_head_is_covered_once(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cudnn, "_backward", _Written)
+    monkeypatch.setattr(cudnn, "_run", _run_written)
+    B, L, heads = 3, 10, Heads(8, 4, 16)
+    kind, documents = Attention(heads, 0.3, 0, 0.0), Documents.of((L,) * B, "cpu")
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn((B * L, 256 + 8), generator=generator)[:, :256]
+    dout = torch.randn((B * L, 128), generator=generator)
+    wanted = attention.attend_backward(dout, qkv, None, documents, kind)
+    out, lse = torch.empty(B * L, 8, 16), torch.empty(B, 8, L)
+    parts = split_heads(qkv, heads)
+    found = cudnn.attend_backward(dout.view(B * L, 8, 16), parts, out, lse, kind.scale, room)
+    for gradient, right in zip(found, wanted, strict=True):
+        torch.testing.assert_close(gradient, right)
+
+
+def test_without_the_library_flash_does_it_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    cudnn.is_able.cache_clear()
+    monkeypatch.setitem(sys.modules, "cudnn", None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.warns(UserWarning, match=r"goes through flash, which is slower: cuDNN has no plan for rows of 512"):
+        assert not cudnn.is_able(2, 512, LLAMA)
+    cudnn.is_able.cache_clear()
