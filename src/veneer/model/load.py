@@ -17,7 +17,7 @@ from veneer.config import Model, Quantization, UserError
 from veneer.model.kept import Copy, Kept, tell_unusable
 from veneer.model.locate import Source
 from veneer.model.quiet import quiet
-from veneer.model.stream import Checkpoint, find_checkpoint, stream
+from veneer.model.stream import Checkpoint, circles_collected, find_checkpoint, stream
 from veneer.plan.machine import Machine, named_dtype
 
 
@@ -171,8 +171,8 @@ def load_plainly(source: Source, settings: dict[str, Any]) -> tuple[Any, list[st
     where: dict[str, Any] = {"pretrained_model_name_or_path": source.location}
     if source.revision:
         where["revision"] = source.revision
-    base, report = AutoModelForCausalLM.from_pretrained(**where, output_loading_info=True, **settings)
-    gc.collect()  # loading leaves circles that hold up to 8% of the weights once more
+    with circles_collected(0, settings["device_map"][""]):
+        base, report = AutoModelForCausalLM.from_pretrained(**where, output_loading_info=True, **settings)
     return base, sorted(report["missing_keys"])
 
 

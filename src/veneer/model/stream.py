@@ -176,7 +176,8 @@ def stream(
     if (stored := _stored(config)) is not None:
         config.quantization_config = stored | {"bnb_4bit_compute_dtype": str(settings["dtype"]).removeprefix("torch.")}
         settings = {key: value for key, value in settings.items() if key != "quantization_config"}
-    with _circles_collected(checkpoint, device), Reader(checkpoint.pieces, device, checksums) as reader:
+    size = sum(piece.size for piece in checkpoint.pieces)
+    with circles_collected(size, device), Reader(checkpoint.pieces, device, checksums) as reader:
         try:
             base, report = _class_of(config).from_pretrained(
                 None,
@@ -222,14 +223,13 @@ def _handles(pieces: list[Piece], reader: Reader) -> dict[str, Handle]:
 
 
 @contextlib.contextmanager
-def _circles_collected(checkpoint: Checkpoint, device: str) -> Iterator[None]:
-    """Collect what a load leaves in circles: it holds up to 8% of the weights once more.
+def circles_collected(size: int, device: str) -> Iterator[None]:
+    """Collect what a load of so many bytes leaves in circles, which hold up to 8% of the weights once more.
 
     What was there before is collected first, since a base that was let go must not lie beside this one, but only where
     that can matter: to walk through all that torch and transformers have made takes 0.3 s.
     """
-    is_large = sum(piece.size for piece in checkpoint.pieces) > LARGE_BYTES
-    if is_large and (device == "cpu" or torch.cuda.memory_allocated()):
+    if size > LARGE_BYTES and (device == "cpu" or torch.cuda.memory_allocated()):
         gc.collect()
     gc.freeze()
     try:
