@@ -92,15 +92,16 @@ WIDE = {  # as many heads as an 8B model has: with few, the order of what is add
 @pytest.mark.parametrize("lengths", [(2048,) * 4, (1000,) * 3, (8192,), (1500, 500), (700, 3000, 100), (150,) * 30])
 def test_long_documents_replayed_or_made_again(lengths: tuple[int, ...]) -> None:
     model, batch = model_of("llama", changes=WIDE).cuda().bfloat16(), batch_of(lengths)
-    plain, none, recording, roomy = (
+    plain, none, recording, roomy, narrow = (
         FusedEngine(model, graphs=False),
         FusedEngine(model, frozenset(), graphs=False),
         FusedEngine(model),
         FusedEngine(model, graphs=False),
+        FusedEngine(model, graphs=False),
     )
-    roomy._room_bytes = 2**40
+    roomy._room_bytes, narrow._room_bytes = 2**40, 0
     loss, wanted = gradients(plain, model, batch)
-    for engine in (plain, plain, none, roomy, recording, recording, recording):
+    for engine in (plain, plain, none, roomy, narrow, recording, recording, recording):
         found_loss, found = gradients(engine, model, batch)
         assert found_loss == loss
         assert all(torch.equal(found[name], wanted[name]) for name in wanted), worst(found, wanted)

@@ -10,6 +10,7 @@ import torch
 from tests.unit.test_fused import model_of
 from veneer.engine.fused import FusedEngine
 from veneer.engine.fused.block import TENSORS
+from veneer.engine.fused.cudnn import ROOM_BYTES, Call
 from veneer.engine.fused.spend import spend
 from veneer.train.job import vary
 
@@ -49,9 +50,32 @@ def test_a_pass_that_is_not_the_recorded_one_is_reckoned_with(
 def test_memory_is_measured_with_the_attention_that_batches_get(varies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = FusedEngine(model_of("llama"))
     seen: list[bool] = []
+    peaks = iter((7, 9))
     monkeypatch.setattr(FusedEngine, "on_gpu", True)
-    monkeypatch.setattr(FusedEngine, "_peak_of", lambda self, compute: compute() or 0)
+    monkeypatch.setattr(FusedEngine, "_peak_of", lambda self, compute: compute() or next(peaks))
     monkeypatch.setattr(FusedEngine, "_pass", lambda self, inputs: seen.append(inputs.documents.is_even))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
-    engine.fit((64, 64), 2**20, varies=varies)
-    assert seen == [not varies]
+    found = engine.fit((64, 64), 2**20, varies=varies)
+    assert seen == ([True, False] if varies else [True])
+    assert found["least_bytes"] == (9 if varies else 7)
+
+
+def test_attention_gets_room_before_anything_is_kept() -> None:
+    engine = FusedEngine(model_of("llama"))
+    blocks, heads = engine.blocks, engine.decoder.heads
+    rows, length = 64, 4096
+    usual = Call.of(rows, length, heads, ROOM_BYTES).workspace_bytes(length)
+    whole = Call(rows, heads).workspace_bytes(length)
+    tokens = rows * length
+    ample = spend(blocks, tokens, length, rows, 2**50, 0)
+    assert ample.room_bytes == whole
+    assert ample.spent_bytes - (whole - usual) == spend(blocks, tokens, length, 0, 2**50, 0).spent_bytes
+    assert ample.keep == (frozenset(TENSORS),) * 2
+
+    tight = spend(blocks, tokens, length, rows, whole, 0)
+    assert usual < tight.room_bytes < whole
+    assert tight.room_bytes - usual <= whole // 2
+    assert tight.room_bytes - usual <= tight.spent_bytes <= whole
+
+    for none in (spend(blocks, tokens, length, rows, 0, 0), spend(blocks, tokens, length, 0, 2**50, 0)):
+        assert none.room_bytes == ROOM_BYTES

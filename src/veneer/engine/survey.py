@@ -50,7 +50,7 @@ def rows_of(run: Run, engine: str, train: Lengths, held_out: Lengths) -> Rows:
     size = settings.per_device_train_batch_size
     packs = pack(train.tokens, run.data.max_length) if run.data.packing else np.arange(len(train.tokens))
     batches = list(_micro_batches(train, packs, size, grouped))
-    even, recurs = all(len(set(lengths)) == 1 for lengths in shapes), len(shapes) <= MOST
+    even, recurs = len({length for lengths in shapes for length in lengths}) == 1, len(shapes) <= MOST
     count = int(packs.max()) + 1
     in_step = min(size * settings.gradient_accumulation_steps, count)
     steps_an_epoch = -(-count // (size * settings.gradient_accumulation_steps))

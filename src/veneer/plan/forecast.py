@@ -48,7 +48,7 @@ class Rows:
         held_out: The largest batch of the held-out loss; None: there is none.
         held_out_passes: How many of them the held-out loss takes.
         unread: Why the data itself was not looked at; None: it was.
-        even: Whether all rows of a micro-batch are of one length.
+        even: Whether all rows are of one length.
         recurs: Whether micro-batches are of a few shapes that come again.
     """
 

@@ -1,11 +1,12 @@
 """Attention within documents, through the fastest backend that can do what is asked.
 
-cuDNN's is nearly twice as fast as flash on a Hopper GPU, but wants rows of one length and no window (`cudnn`); flash
-takes documents of any length, one behind the other. Neither caps its scores: for that there is FlexAttention, compiled
-once. `plain` does all of it, in float32 and on any machine; it is what the others are tested against.
+cuDNN's is twice as fast as flash on a Hopper GPU, but wants rows of one length, in whole blocks, and no window
+(`cudnn`); flash takes documents of any length, one behind the other. Neither caps its scores: for that there is
+FlexAttention, compiled once. `plain` does all of it, in float32 and on any machine; it is what the others are tested
+against.
 
 All add in a fixed order, so that the same pass gives the same bits. Flash's backward does so only on request, and is
-the slower for it: by 4% for documents of a few hundred tokens, by a third to two thirds for long ones.
+the slower for it: by 7% for documents of a few hundred tokens, by a third to two thirds for long ones.
 
 Tensors on the meta device, which a plan is rehearsed on, go the way that those of the GPU planned for will go
 (`PLANNED`), through torch's own account of what the kernels return; FlexAttention, which is compiled, is put down as
@@ -99,9 +100,8 @@ class Attention(NamedTuple):
             return "flash" if like.is_meta else "flex"
         is_open = not self.window or documents.longest <= self.window
         major = PLANNED.get() if like.is_meta else torch.cuda.get_device_capability()[0]
-        fits = self.heads.size % 8 == 0 and self.heads.size <= 128 and major >= HOPPER
         rows, length = len(documents.lengths), documents.longest
-        if not (documents.is_even and is_open and fits and length >= 256 and cudnn.fits(length, self.heads)):
+        if not (documents.is_even and is_open and major >= HOPPER and cudnn.takes(length, self.heads)):
             return "flash"
         return "cudnn" if like.is_meta or cudnn.is_able(rows, length, self.heads) else "flash"
 

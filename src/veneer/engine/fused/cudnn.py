@@ -7,14 +7,16 @@ Linux; where that or a plan cannot be had, flash does the work.
 In a fixed order, gradients of scores are written to memory and read again: rows x heads x length^2 numbers of 16 bits.
 So backward goes over some rows and heads at a time, as many as there is room for; heads that share a key stay together.
 Each head's numbers are the same however they are grouped, but the fewer calls the faster (H100, 4 rows of 2,048 tokens,
-32 heads: 0.99 ms in one call with 1.1 GiB, 1.28 in four with 0.3; torch's takes 0.94, `bench/attention.py`). A plan
-takes a second to make, and serves all layers and steps.
+32 heads: 0.99 ms in one call with 1.1 GiB, 1.26 in four with 0.3; torch's takes 0.94, `bench/attention.py`).
+
+A plan takes a second to make, serves all layers and steps, and is never let go, since recorded passes use it. So only
+rows of whole blocks come here: those that were cut or packed to a length, hardly ever those that have their own.
 
 Shapes: T tokens, B rows of L, H query heads, K key heads, C dimensions of a head.
 """
 
 import warnings
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +25,8 @@ from veneer.kernels.rope import Heads
 
 ROOM_BYTES = 320 * 2**20  # usual room of a call; one row of 2,048 tokens and 32 heads takes 288 MiB
 MOST_BYTES = 2560 * 2**20  # of the smallest call: longer rows go through flash
-BLOCK = 128  # tokens; gradients of scores are written in whole blocks
+BLOCK = 128  # tokens; gradients of scores are written in whole ones
+LEAST = 256  # tokens
 
 
 class Call(NamedTuple):
@@ -44,9 +47,8 @@ class Call(NamedTuple):
 
     def workspace_bytes(self, length: int) -> int:
         """Gradients of scores, sums of rows, and gradients of shared keys and values before they are added up."""
-        whole = -(-length // BLOCK) * BLOCK
         shared = 4 * self.heads.size * length if self.heads.query != self.heads.key else 0
-        return self.rows * self.heads.query * (2 * whole * whole + shared + 4 * length)
+        return self.rows * self.heads.query * (2 * length * length + shared + 4 * length)
 
 
 class Layout(NamedTuple):
@@ -77,19 +79,22 @@ class Plan(NamedTuple):
     workspace_bytes: int
 
 
-def fits(length: int, heads: Heads) -> bool:
-    """Whether rows this long are worth the memory they would take here."""
-    return Call.of(1, length, heads, 0).workspace_bytes(length) <= MOST_BYTES
+def takes(length: int, heads: Heads) -> bool:
+    """Whether rows this long, which see all that is before them, come here on a GPU that can."""
+    is_whole = length % BLOCK == 0 and length >= LEAST and heads.size % 8 == 0 and heads.size <= 128
+    return is_whole and Call.of(1, length, heads, 0).workspace_bytes(length) <= MOST_BYTES
 
 
-@lru_cache(maxsize=64)
+@cache
 def is_able(rows: int, length: int, heads: Heads) -> bool:
     """Whether the current GPU has plans for such rows, in bfloat16."""
     token, out = (heads.query + 2 * heads.key) * heads.size, heads.query * heads.size
-    layout = Layout(Call(rows, heads), length, heads.size**-0.5, token, out, out, heads)
     try:
-        for plan in (_forward, _backward):
-            plan(layout, torch.cuda.current_device())
+        for plan, call in (
+            (_forward, Call(rows, heads)),
+            (_backward, Call.of(rows, length, heads, ROOM_BYTES)),
+        ):
+            plan(Layout(call, length, heads.size**-0.5, token, out, out, heads), torch.cuda.current_device())
     except (ImportError, OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         text = f"attention goes through flash, which is slower: cuDNN has no plan for rows of {length} tokens"
@@ -136,7 +141,7 @@ def attend_backward(
     return grads
 
 
-@lru_cache(maxsize=8)
+@cache
 def _handle(device: int) -> Any:
     import cudnn
 
@@ -162,6 +167,7 @@ class _Builder:
         import cudnn
 
         self._kinds, self._modes, self._layout = cudnn.data_type, cudnn.heur_mode, layout
+        self._refusal = cudnn.cudnnGraphNotSupportedError
         kinds = {"intermediate_data_type": self._kinds.FLOAT, "compute_data_type": self._kinds.FLOAT}
         self.graph = cudnn.pygraph(io_data_type=self._kinds.BFLOAT16, handle=_handle(device), **kinds)
         some = layout.call.heads
@@ -186,7 +192,11 @@ class _Builder:
         tensor.set_output(True).set_data_type(shape.kind).set_dim(shape.dim).set_stride(shape.stride)
 
     def plan(self, *tensors: Any) -> Plan:
-        self.graph.build([self._modes.A])
+        """Raises RuntimeError where cuDNN refuses."""
+        try:
+            self.graph.build([self._modes.A])
+        except (self._refusal, ValueError) as error:
+            raise RuntimeError(f"cuDNN: {error}") from error
         return Plan(self.graph, tensors, self.graph.get_workspace_size())
 
 
@@ -196,7 +206,7 @@ class _Shape(NamedTuple):
     stride: tuple[int, ...]
 
 
-@lru_cache(maxsize=64)
+@cache
 def _forward(layout: Layout, device: int) -> Plan:
     new = _Builder(layout, device)
     q, k, v = new.qkv
@@ -206,7 +216,7 @@ def _forward(layout: Layout, device: int) -> Plan:
     return new.plan(q, k, v, out, lse)
 
 
-@lru_cache(maxsize=64)
+@cache
 def _backward(layout: Layout, device: int) -> Plan:
     new, whole = _Builder(layout, device), layout.heads
     q, k, v = new.qkv

@@ -1,6 +1,7 @@
 """The fused engine: whole passes over hand-written blocks. See `veneer.engine.fused`."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,25 +110,30 @@ class FusedEngine:
             varies: Whether batches come in many shapes.
 
         Returns:
-            The peak of a pass that keeps nothing, what is spent beyond, and how often each tensor is kept.
+            The peak of a pass that keeps nothing, what is spent beyond, attention's room, and how often each tensor is
+            kept.
         """
         assert self.on_gpu, "there is nothing to measure elsewhere"
         self.keep, self._room_bytes = (frozenset[str](),) * len(self.blocks), ROOM_BYTES
         before = torch.cuda.memory_allocated()
         beside = self._peak_of(lambda: self.losses(_made_up(held_out))) - before if held_out else 0
-        # Documents of several lengths take more than those of one: attention has another backend for them.
-        batch = _made_up([*lengths[:-1], lengths[-1] - 1, 1] if varies and lengths[-1] > 1 else lengths)
-        inputs = self._bring(batch, 1.0, training=True)
-        peak = self._peak_of(lambda: self._pass(inputs))
+        # Where lengths vary, batches may be even or not, and attention has a backend for either.
+        several = [tuple(lengths)]
+        if varies and lengths[-1] > 1:
+            several.append((*lengths[:-1], lengths[-1] - 1, 1))
+        peak = max(self._peak_of(partial(self._pass, self._bring(_made_up(some), 1.0, True))) for some in several)
         self.master.grad = None
-        tokens = rounded(batch.tokens)
-        backend = self.blocks[0].attention.backend(inputs.documents, self.decoder.embed.weight)
+        tokens = rounded(sum(lengths))
+        documents = Documents.of(several[-1], self._device)
+        backend = self.blocks[0].attention.backend(documents, self.decoder.embed.weight)
         rows = len(lengths) if backend == "cudnn" else 0
         spending = spend(self.blocks, tokens, max(lengths), rows, budget_bytes - peak - beside, budget_bytes)
         everything = sum(block.kept_bytes(name, tokens) for block in self.blocks for name in TENSORS)
         if varies and peak + beside + spending.spent_bytes + (peak - before) + everything > budget_bytes:
             self.record_nothing()
         self.keep, self._room_bytes = spending.keep, spending.room_bytes
+        if self._graphs is not None:
+            self._graphs = Graphs(self._pass)  # what was seen before had other room
         for group in spending.dequantized:
             group.keep_dequantized()
         self._settle()
@@ -138,6 +144,7 @@ class FusedEngine:
             "spent_bytes": spending.spent_bytes,
             "records_passes": self._graphs is not None,
             "blocks": len(self.blocks),
+            "attention_bytes": spending.room_bytes if rows else 0,
             "kept": kept | {"16-bit weights": len(spending.dequantized) / len(self.blocks[0].groups)},
         }
 
