@@ -60,7 +60,7 @@ class Found:
         bitsandbytes: cuda, cpu, or why it does not load.
         flash_attn: Whether the package is installed.
         versions: Of the libraries that matter; None: missing.
-        outdated: What is missing or too old, as requirements.
+        outdated: What is missing or of another version, as requirements.
         disk_free_bytes: By folder.
     """
 
@@ -151,7 +151,11 @@ def diagnose(found: Found) -> list[Problem]:
         )
     if found.outdated:
         problems.append(
-            Problem("libraries", f"missing or too old: {', '.join(found.outdated)}", "pip install --upgrade veneer")
+            Problem(
+                "libraries",
+                f"missing or of another version: {', '.join(found.outdated)}",
+                "pip install --upgrade veneer",
+            )
         )
     full = [
         f"{folder} ({free / 2**30:.1f} GiB)" for folder, free in found.disk_free_bytes.items() if free < LITTLE_DISK

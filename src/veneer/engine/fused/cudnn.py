@@ -95,7 +95,7 @@ def is_able(rows: int, length: int, heads: Heads) -> bool:
             (_backward, Call.of(rows, length, heads, ROOM_BYTES)),
         ):
             plan(Layout(call, length, heads.size**-0.5, token, out, out, heads), torch.cuda.current_device())
-    except (ImportError, OSError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError, AttributeError, TypeError) as error:  # the last two: of other versions
         reason = str(error).strip().splitlines() or [type(error).__name__]
         text = f"attention goes through flash, which is slower: cuDNN has no plan for rows of {length} tokens"
         warnings.warn(f"{text} ({reason[0]})", stacklevel=2)
