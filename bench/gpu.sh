@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can say, part by part: the tests there, and the tables of docs/engine.md and docs/planning.md.
 #
-#   bash bench/gpu.sh OUT tests                    # 6 minutes
-#   bash bench/gpu.sh OUT shapes plan load         # 3, 1 and 3 minutes
+#   bash bench/gpu.sh OUT tests                    # 3 minutes
+#   bash bench/gpu.sh OUT shapes plan load         # 4, 1 and 3 minutes
 #   bash bench/gpu.sh OUT verify TOKENIZER         # 2 minutes; a folder with tokenizer and chat template
 #   bash bench/gpu.sh OUT curve gsm8k.jsonl [smollm2.gguf]
 #
@@ -25,13 +25,18 @@ while (($#)); do
   what=$1; shift
   case $what in
     tests)
-      for file in test_fused test_engines test_load test_cuda test_foreseen; do
-        part "$file" 300 python3 -m pytest "tests/gpu/$file.py" --tb=short --durations=5
-      done ;;
+      # Side by side: most of it is compiling.
+      for file in test_engines test_load test_cuda test_foreseen; do
+        part "$file" 300 python3 -m pytest "tests/gpu/$file.py" --tb=short --durations=5 &
+      done
+      for some in any_rank bfloat16_errs "not any_rank and not bfloat16_errs"; do
+        part "test_fused: $some" 300 python3 -m pytest tests/gpu/test_fused.py --tb=short --durations=5 -k "$some" &
+      done
+      wait ;;
     shapes)
       for shape in 1b qwen3-8b gemma2-9b; do
         part "$shape" 240 python3 -m bench.engine --shape "$shape" --out "$OUT/engine.json" \
-          --cases 4x2048@70 4x2048@11 2x1024x8@70 1x2048@70
+          --cases 4x2048@70 4x2048@11 2x1024x8@70 1x2048@70 2x8192@20
       done ;;
     plan) part plan 240 python3 -m bench.plan gpu --engine fused --out "$OUT" ;;
     load) part load 400 python3 -m bench.load --shape 8B --folder /tmp/base-8b --out "$OUT/load.json" ;;

@@ -162,7 +162,8 @@ def attend_backward(
     if backend == "flex":
         out, rows = saved
         return tuple(g[0].transpose(0, 1)[: len(dout)] for g in torch.autograd.grad(out, rows, dout))
-    with torch.enable_grad():
+    # In this thread: cuBLAS warns of any that has no CUDA context yet.
+    with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
         q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
         return torch.autograd.grad(_plain(q, k, v, documents, kind), (q, k, v), dout)
 
