@@ -70,7 +70,8 @@ def test_forty_steps_of_qlora_teach_the_task(trained: tuple[Path, dict[str, Any]
 
 def test_generate_sets_base_and_tuned_side_by_side(trained: tuple[Path, dict[str, Any]]) -> None:
     prompt = "My Moonhinge arrived with a cracked lid, please send another."
-    (answer,) = veneer("generate", str(trained[0]), "--compare", "--prompt", prompt)["answers"]
+    asked = ("--compare", "--prompt", prompt, "--max-new-tokens", "48")  # the base would go on and on
+    (answer,) = veneer("generate", str(trained[0]), *asked)["answers"]
     assert json.loads(answer["answer"])["product"] == "Moonhinge", "the run's system prompt goes with it"
     assert answer["answer"] != answer["base"]
 
