@@ -2,7 +2,7 @@
 # Everything that only a GPU can say, part by part: the tests there, and the tables of docs/engine.md and docs/planning.md.
 #
 #   bash bench/gpu.sh OUT tests                    # 3 minutes
-#   bash bench/gpu.sh OUT shapes plan load         # 4, 1 and 3 minutes
+#   bash bench/gpu.sh OUT exact shapes plan load   # 1, 4, 1 and 3 minutes
 #   bash bench/gpu.sh OUT verify TOKENIZER         # 2 minutes; a folder with tokenizer and chat template
 #   bash bench/gpu.sh OUT curve gsm8k.jsonl [smollm2.gguf]
 #
@@ -38,6 +38,7 @@ while (($#)); do
         part "$shape" 240 python3 -m bench.engine --shape "$shape" --out "$OUT/engine.json" \
           --cases 4x2048@70 4x2048@11 2x1024x8@70 1x2048@70 2x8192@20
       done ;;
+    exact) part exact 200 python3 -m bench.exact --out "$OUT/exact.json" ;;
     plan) part plan 240 python3 -m bench.plan gpu --engine fused --out "$OUT" ;;
     load) part load 400 python3 -m bench.load --shape 8B --folder /tmp/base-8b --out "$OUT/load.json" ;;
     verify)

@@ -1,11 +1,8 @@
 """The fused engine on a GPU: its kernels against their twins, its gradients against float32."""
 
-import copy
-from collections import defaultdict
-from typing import Any
-
 import pytest
 import torch
+from bench import exact
 
 from tests.unit.test_fused import COVERED, batch_of, gradients, model_of, worst
 from veneer.engine import ReferenceEngine
@@ -25,33 +22,14 @@ def test_float32_on_the_gpu_is_the_reference(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", COVERED)
-@pytest.mark.parametrize("lengths", [(37, 5, 21), (256, 256)])
+@pytest.mark.parametrize("lengths", exact.LENGTHS)
 def test_bfloat16_errs_at_most_twice_as_much_as_peft(family: str, lengths: tuple[int, ...]) -> None:
     """One batch is one draw of what rounding may do to a matrix, and now and then it is twice another. Over six models
     and batches together, no matrix's error may be."""
-    errors: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for seed in range(6):
-        exact, batch = model_of(family, seed, changes={"hidden_size": 128}).cuda(), batch_of(lengths, seed=seed)
-        exact_loss, wanted = gradients(ReferenceEngine(exact), exact, batch)
-        peft, fused = in_16_bits(exact), in_16_bits(exact)
-        with torch.autocast("cuda", torch.bfloat16):
-            peft_loss, by_peft = gradients(ReferenceEngine(peft), peft, batch)
-        loss, found = gradients(FusedEngine(fused), fused, batch)
-        assert abs(loss - exact_loss) <= max(2 * abs(peft_loss - exact_loss), 2e-3 * exact_loss)
-        for name, right in wanted.items():
-            for who, grads in enumerate((found, by_peft)):
-                errors[name][who] += ((grads[name] - right).norm() / right.norm()).square().item()
-    for name, (ours, theirs) in errors.items():
-        assert ours**0.5 <= 2 * theirs**0.5, (name, ours, theirs)
-
-
-def in_16_bits(model: Any) -> Any:
-    """A copy whose base is bfloat16."""
-    model = copy.deepcopy(model)
-    for name, parameter in model.named_parameters():
-        if "lora" not in name:
-            parameter.data = parameter.data.bfloat16()
-    return model
+    batches = [exact.errors(family, lengths, seed, "cuda") for seed in range(exact.BATCHES)]
+    for right, by_peft, found in (batch.losses for batch in batches):
+        assert abs(found - right) <= max(2 * abs(by_peft - right), 2e-3 * right)
+    assert {name: ratio for name, ratio in exact.ratios(batches).items() if ratio > 2} == {}
 
 
 def test_four_bit_weights_become_what_bitsandbytes_makes_of_them() -> None:

@@ -14,7 +14,9 @@ from veneer.config import Run, Train, UserError
 from veneer.engine import choose
 from veneer.engine.fused import FusedEngine
 from veneer.engine.fused.block import TENSORS
+from veneer.engine.fused.cudnn import Call
 from veneer.engine.fused.rehearsal import _engine, rehearse_layers
+from veneer.kernels.rope import Heads
 from veneer.model.shapes import build, shapes_of
 from veneer.plan.forecast import Forecast, Planner, place_of, step_of
 from veneer.plan.memory import Rehearsed, Shapes, Step, rounded
@@ -151,13 +153,19 @@ def test_every_family_is_rehearsed_and_more_takes_more(family: str, changes: dic
     assert peak(r=64) > usual
 
 
-def test_dropout_and_rows_of_other_lengths_and_older_gpus_are_rehearsed() -> None:
+def test_dropout_and_rows_of_other_lengths_and_older_gpus_are_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
     config, shapes = small(num_attention_heads=8, num_key_value_heads=2, head_dim=128, intermediate_size=64)
     usual = fused(config, shapes)
     assert "attention workspace" not in usual.fullest("backward").components, "a tensor of our own"
     for changes in ({"even": False}, {"capability": 8}):
         flash = fused(config, shapes, **changes)
         assert flash.fullest("backward").components["attention workspace"] > 0
+        assert flash.fullest("backward").bytes > usual.fullest("backward").bytes, "shared keys are repeated there"
+    monkeypatch.setattr("veneer.engine.fused.engine.ROOM_BYTES", 0)
+    heads = Heads(8, 2, 128)
+    more, less = (Call.of(2, 512, heads, room).workspace_bytes(512) for room in (2**30, 0))
+    tight = fused(config, shapes).fullest("backward").bytes
+    assert usual.fullest("backward").bytes - tight == rounded(more) - rounded(less)
     assert fused(config, shapes, dropout=0.1).fullest("backward").bytes > 0
 
 

@@ -109,7 +109,7 @@ def test_the_stand_in_for_peft_holds_what_peft_holds(
 def test_a_deep_model_is_carried_on_as_if_every_layer_were_run(
     family: str, period: int, changes: dict[str, Any]
 ) -> None:
-    depth = 9 if period == 1 else 10
+    depth = 13 if period == 1 else 14
     make, shapes = maker(family, depth)
     assert shapes.period == period
     asked = step(shapes, quantized=shapes.quantizable(), method="qlora", **changes)
@@ -228,3 +228,5 @@ def test_the_fused_engine_takes_a_micro_batch_whole_and_pads_nothing(packing: bo
     even = rows_of(run, "fused", Lengths(same, same - 3), Lengths(same[:4], same[:4] - 3))
     assert even.even
     assert even.recurs
+    alone = run.model_copy(update={"train": run.train.model_copy(update={"per_device_train_batch_size": 1})})
+    assert not rows_of(alone, "fused", *rows).even, "each by itself, but of other lengths"

@@ -7,7 +7,9 @@ without a key-value cache; `attach` puts the adapter on.
 """
 
 import gc
+import sys
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -171,7 +173,9 @@ def load_plainly(source: Source, settings: dict[str, Any]) -> tuple[Any, list[st
     where: dict[str, Any] = {"pretrained_model_name_or_path": source.location}
     if source.revision:
         where["revision"] = source.revision
-    with circles_collected(0, settings["device_map"][""]):
+    folder = Path(source.location)
+    size = sum(file.stat().st_size for file in folder.iterdir()) if folder.is_dir() else sys.maxsize  # not known
+    with circles_collected(size, settings["device_map"][""]):
         base, report = AutoModelForCausalLM.from_pretrained(**where, output_loading_info=True, **settings)
     return base, sorted(report["missing_keys"])
 
