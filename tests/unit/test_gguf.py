@@ -185,6 +185,14 @@ def test_rotary_frequencies_in_an_old_checkpoint_are_left_to_llama_cpp(tmp_path:
     assert compare_weights(origin, tmp_path / "out" / report.file, "base").wrong == []
 
 
+def test_a_server_that_is_asked_nothing_ends(tmp_path: Path) -> None:
+    origin = family_origin("llama", tmp_path)
+    report = export_model(origin, tmp_path / "out", "f16")
+    for _ in range(20):
+        with llama_server(tmp_path / "out" / report.file, True, set(), 256):
+            pass
+
+
 def test_llama_3_rope_is_the_same_in_llama_cpp(tmp_path: Path) -> None:
     rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0}
     rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}

@@ -147,11 +147,17 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.work[self._stretch][Operation(kind, flops, count)] += 1
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunction():  # `FlashAttention` has had its turn
+            return self._follow(function, args, kwargs or {})
+
+    def _follow(self, function: Any, args: Any, kwargs: Any) -> Any:
         if function is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             # Code asks what is in a tensor: whether all positions start anew (they do), or the like.
             return True
         stand_in = _QUICK.get(function)
-        result = function(*args, **(kwargs or {})) if stand_in is None else stand_in(*args)
+        result = stand_in(*args, **kwargs) if stand_in is not None else None
+        if result is None:
+            result = function(*args, **kwargs)
         results = [r for r in (result if isinstance(result, tuple | list) else (result,)) if torch.is_tensor(r)]
         if not is_view(function):
             self._count(function, args, results)
@@ -321,9 +327,36 @@ _PRODUCTS: dict[Any, Callable[[Any, list[torch.Tensor]], tuple[str, float]]] = {
     _aten._flash_attention_forward.default: lambda a, _: _attention(2.0, a[0], a[6]),
     _aten._flash_attention_backward.default: lambda a, _: _attention(5.0, a[1], a[9]),
 }
-# Torch takes a long way round for these on meta tensors, and heads in chunks call them hundreds of times.
-_QUICK: dict[Any, Callable[..., torch.Tensor]] = {
+
+
+def _element_wise(*operands: Any, **_: Any) -> torch.Tensor | None:
+    """Of the largest operand's shape and of the type that all have in common; None: not so simple."""
+    tensors = [x for x in operands if torch.is_tensor(x)]
+    largest = max(tensors, key=torch.Tensor.numel)
+    dtype = torch.result_type(*operands) if len(operands) > 1 else largest.dtype
+    if not dtype.is_floating_point or any(not _spreads(x.shape, largest.shape) for x in tensors):
+        return None
+    return torch.empty_like(largest, dtype=dtype)
+
+
+def _spreads(shape: torch.Size, over: torch.Size) -> bool:
+    """Whether one shape is broadcast to another."""
+    return len(shape) <= len(over) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(over)))
+
+
+# Torch takes a long way round for these on meta tensors, and they are called hundreds of times.
+_QUICK: dict[Any, Callable[..., torch.Tensor | None]] = {
     _aten._log_softmax.default: lambda x, dim, to_float: torch.empty_like(x, dtype=torch.float32 if to_float else None),
     _aten.exp_.default: lambda x: x,
+    _aten.addmm.default: lambda _, a, b, **__: a.new_empty((len(a), b.shape[1])),
+    _aten.addmm.out: lambda *_, out, **__: out,
+    _aten.mm.out: lambda *_, out: out,
+    _aten.add.Tensor: _element_wise,
+    _aten.mul.Tensor: _element_wise,
+    _aten.div.Tensor: _element_wise,
+    _aten.pow.Tensor_Scalar: _element_wise,
+    _aten.neg.default: _element_wise,
+    _aten.rsqrt.default: _element_wise,
+    _aten.silu.default: _element_wise,
 }
 _FREE = {_aten.empty.memory_format, _aten.empty_like.default, _aten.empty_strided.default, _aten.new_empty.default}

@@ -125,18 +125,23 @@ class Endpoint:
         return "".join(message.content for message in messages)
 
     def _ask(self, path: str, body: dict[str, Any] | None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self._root + path, data, {"Content-Type": "application/json"})
+        return _ask(self._root + path, body)
+
+
+def _ask(url: str, body: dict[str, Any] | None) -> Any:
+    """What a server answers, parsed; None: nothing that can be."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as reply:
+            return json.load(reply)
+    except urllib.error.HTTPError as error:
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as reply:
-                return json.load(reply)
-        except urllib.error.HTTPError as error:
-            try:
-                return json.loads(error.read())
-            except ValueError:
-                return None
-        except (OSError, ValueError):
+            return json.loads(error.read())
+        except ValueError:
             return None
+    except (OSError, ValueError):
+        return None
 
 
 def _token_id(entry: dict[str, Any]) -> int | None:
@@ -193,7 +198,7 @@ def llama_server(file: Path, chat: bool, stops: set[int], context: int, lora: Pa
     settings.model.path = str(file)
     settings.n_ctx, settings.n_parallel = context, 1
     settings.warmup, settings.ui, settings.verbosity = False, False, 1
-    settings.use_jinja = True
+    settings.use_jinja, settings.endpoint_slots = True, True
     settings.reasoning_format = xllamacpp.common_reasoning_format.COMMON_REASONING_FORMAT_NONE
     if lora is not None:
         settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)]
@@ -205,6 +210,8 @@ def llama_server(file: Path, chat: bool, stops: set[int], context: int, lora: Pa
     if server is None:
         told = [line.split(" E ", 1)[1].strip() for line in errors if " E " in line]
         raise UserError(f"{file}: llama.cpp does not load it: {'; '.join(told[:2]) or reason}")
+    # It listens before its queue runs, and one that is let go between the two never ends: its queue answers this.
+    _ask(f"{server.listening_address}/slots", None)
     try:
         yield Endpoint(server.listening_address, chat, TOP, stops, "llama.cpp")
     finally:
