@@ -13,6 +13,7 @@ from tests.runs import tiny_run, write_rows
 from veneer.cli.main import main
 from veneer.config import load_run
 from veneer.config.load import to_yaml
+from veneer.engine import ladder
 from veneer.plan.doctor import look
 from veneer.plan.forecast import CONTEXT
 from veneer.plan.machine import Machine
@@ -45,6 +46,13 @@ def run_file(tiny_model: Callable[..., Path], tmp_path: Path, rows: list[dict[st
     return path
 
 
+@pytest.fixture
+def short_ladder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the bases that a place is compared with, the smallest two."""
+    monkeypatch.setattr(ladder, "LADDER", ladder.LADDER[:2])
+
+
+@pytest.mark.usefixtures("short_ladder")
 def test_a_plan_speaks_json_alone_and_reads_the_data(call: Call, run_file: Path) -> None:
     status, out, _ = call("plan", str(run_file), "--gpu", "rtx 4090", "--json", "--compare")
     assert status == 0
@@ -58,6 +66,7 @@ def test_a_plan_speaks_json_alone_and_reads_the_data(call: Call, run_file: Path)
     assert not (run_file.parent / "runs").exists(), "a plan writes nothing"
 
 
+@pytest.mark.usefixtures("short_ladder")
 def test_a_plan_for_a_person_names_phase_verdict_and_advice(call: Call, run_file: Path) -> None:
     status, out, err = call("plan", str(run_file), "--gpu", "24GiB", "adapter.lora_alpha=1", "--compare")
     assert status == 0
@@ -105,6 +114,7 @@ def test_bad_input_is_refused(call: Call, run_file: Path, arguments: list[str], 
     assert "Traceback" not in err
 
 
+@pytest.mark.usefixtures("short_ladder")
 def test_the_doctor_speaks_json_alone(call: Call) -> None:
     status, out, _ = call("doctor", "--json")
     found = json.loads(out)
