@@ -13,7 +13,7 @@ from tests.runs import tiny_run, write_rows
 from veneer.cli.main import main
 from veneer.config import load_run
 from veneer.config.load import to_yaml
-from veneer.engine import ladder
+from veneer.model.known import LADDER
 from veneer.plan.doctor import look
 from veneer.plan.forecast import CONTEXT
 from veneer.plan.machine import Machine
@@ -49,7 +49,7 @@ def run_file(tiny_model: Callable[..., Path], tmp_path: Path, rows: list[dict[st
 @pytest.fixture
 def short_ladder(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the bases that a place is compared with, the smallest two."""
-    monkeypatch.setattr(ladder, "LADDER", ladder.LADDER[:2])
+    monkeypatch.setattr("veneer.engine.ladder.LADDER", LADDER[:2])
 
 
 @pytest.mark.usefixtures("short_ladder")
