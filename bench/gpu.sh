@@ -4,6 +4,7 @@
 #   bash bench/gpu.sh OUT tests                    # 3 minutes
 #   bash bench/gpu.sh OUT exact shapes plan load   # 1, 4, 1 and 3 minutes
 #   bash bench/gpu.sh OUT verify TOKENIZER         # 2 minutes; a folder with tokenizer and chat template
+#   bash bench/gpu.sh OUT replays tokens.npz       # 5 minutes; tokens as bench/peers.py writes them
 #   bash bench/gpu.sh OUT curve gsm8k.jsonl [smollm2.gguf]
 #
 # A part that fails does not keep the others from running; OUT/log.txt has what each printed, and OUT the results.
@@ -44,6 +45,11 @@ while (($#)); do
     verify)
       tokenizer=$1; shift
       part verify 240 python3 -m bench.verify --folder /tmp/base-8b --tokenizer "$tokenizer" --out "$OUT/verify.json" ;;
+    replays)
+      tokens=$1; shift
+      for shape in 1b 8b; do
+        part "replays $shape" 240 python3 -m bench.replays "$tokens" --shape "$shape" --steps 16 --out "$OUT/replays.json"
+      done ;;
     curve)
       data=$1; shift
       model=(); [[ ${1:-} == *.gguf ]] && { model=(--smollm2 "$1"); shift; }

@@ -15,7 +15,7 @@ from veneer.data import Batch
 from veneer.engine import ReferenceEngine
 from veneer.engine.fused import FusedEngine, NotCoveredError
 from veneer.engine.fused.block import TENSORS
-from veneer.engine.fused.graphs import Graphs, Inputs
+from veneer.engine.fused.graphs import Graphs, Inputs, Size
 from veneer.engine.fused.group import Group, Linear
 from veneer.engine.temporary import dropout_off
 from veneer.kernels.place import place, placement_of
@@ -203,19 +203,46 @@ def test_long_documents_have_rotary_tables_of_their_own() -> None:
         assert worst(found, wanted)[0] < 1e-4, worst(found, wanted)
 
 
-def test_batches_are_padded_to_sizes_that_come_again() -> None:
-    shapes = set()
-    for lengths in ((1000, 37, 5), (900, 100, 60), (1001, 17, 30)):
+@pytest.mark.parametrize("batches", [((1000, 37, 5), (900, 100, 60), (1001, 17, 30)), ((200,), (211,), (256 - 20,))])
+def test_batches_are_padded_to_sizes_that_come_again(batches: tuple[tuple[int, ...], ...]) -> None:
+    sizes = set()
+    for lengths in batches:
         batch = batch_of(lengths)
         inputs = Inputs.of(batch, 0.5, torch.device("cpu"), None, pads=True)
-        shapes.add((len(inputs.ids_T), len(inputs.bounds), inputs.documents.longest))
+        sizes.add(inputs.size._replace(trained=0))
+        shape = len(inputs.ids_T), len(inputs.bounds) - 1, inputs.documents.longest, len(inputs.index_N)
+        assert Size(False, *shape) == inputs.size
         real = inputs.targets_N >= 0
         assert torch.equal(inputs.ids_T[: batch.tokens], batch.ids_T)
         assert torch.equal(inputs.targets_N[real], batch.targets_T[batch.targets_T >= 0])
         assert (inputs.factor_N[~real] == 0).all()
         assert not set(inputs.index_N[~real].tolist()) & set(inputs.index_N[real].tolist())
         assert inputs.bounds[len(lengths)] == batch.tokens
-    assert len(shapes) == 1
+    assert len(sizes) == 1
+
+
+def test_rows_of_whole_blocks_are_left_as_they_are_and_told_from_others() -> None:
+    even, uneven = (256,) * 32, (255, 257, *(256,) * 30)
+    batch = batch_of(even)
+    inputs = Inputs.of(batch, 1.0, torch.device("cpu"), None, pads=True)
+    assert inputs.size == Size(True, 8192, 32, 256, inputs.size.trained)
+    assert inputs.documents.lengths == even
+    assert Size.of((512,) * 32, 9000) != Size.of((511, 513, *(512,) * 30), 9000), "another backend's pass"
+    assert Size.of(uneven, 8192).documents == 32
+    everything = Size.of(even, 8192)
+    assert everything.trained == 8192
+
+
+def test_the_largest_pass_is_recorded_first_and_not_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: list[Inputs] = []
+    monkeypatch.setattr(Graphs, "_record", lambda self, inputs: recorded.append(inputs))
+    engine = FusedEngine(model_of("llama"))
+    graphs = Graphs(engine._pass)
+    largest = Inputs.of(batch_of((60, 40)), 1.0, torch.device("cpu"), None, pads=True)
+    graphs.lay_out(largest)
+    assert recorded == [largest]
+    assert graphs.run(largest) > 0, "launched: a shape is recorded the second time that it comes"
+    assert len(recorded) == 1
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ of length. The rows that go through the model together are those the engine itse
 engine pads groups of like length, the fused one takes all at once and pads nothing.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -12,12 +13,13 @@ import numpy as np
 
 from veneer.config import Run
 from veneer.data.batch import pack
-from veneer.engine.fused.graphs import MOST
+from veneer.engine.fused.graphs import MOST, Size
 from veneer.engine.reference import padded_groups
 from veneer.plan.forecast import Padded, Rows
 
 LOOKED_AT = 2000  # micro-batches at most, among them the longest rows
 LONGEST = 200
+REPLAYED = 0.75  # of passes, from which on the host counts for nothing
 
 
 class Lengths(NamedTuple):
@@ -37,10 +39,12 @@ class Lengths(NamedTuple):
 
 def rows_of(run: Run, engine: str, train: Lengths, held_out: Lengths) -> Rows:
     """Shapes of a run's micro-batches in an engine (reference or fused), from the lengths of its rows."""
-    shapes = set()
+    sizes: Counter[Size] = Counter()
+    met: set[int] = set()
 
     def grouped(lengths: list[int], trained: list[int]) -> list[Padded]:
-        shapes.add(tuple(lengths))
+        sizes[Size.of(lengths, sum(trained))] += 1
+        met.update(lengths)
         return _whole(lengths, trained) if engine == "fused" else _padded(lengths, trained)
 
     settings = run.train
@@ -50,7 +54,8 @@ def rows_of(run: Run, engine: str, train: Lengths, held_out: Lengths) -> Rows:
     size = settings.per_device_train_batch_size
     packs = pack(train.tokens, run.data.max_length) if run.data.packing else np.arange(len(train.tokens))
     batches = list(_micro_batches(train, packs, size, grouped))
-    even, recurs = len({length for lengths in shapes for length in lengths}) == 1, len(shapes) <= MOST
+    replayed = sum(count for _, count in sizes.most_common(MOST)) / sizes.total()
+    even, recurs = len(met) == 1, replayed >= REPLAYED
     count = int(packs.max()) + 1
     in_step = min(size * settings.gradient_accumulation_steps, count)
     steps_an_epoch = -(-count // (size * settings.gradient_accumulation_steps))

@@ -100,7 +100,7 @@ class Attention(NamedTuple):
             return "flash" if like.is_meta else "flex"
         is_open = not self.window or documents.longest <= self.window
         major = PLANNED.get() if like.is_meta else torch.cuda.get_device_capability()[0]
-        rows, length = len(documents.lengths), documents.longest
+        rows, length = len(documents.lengths), documents.lengths[0]
         if not (documents.is_even and is_open and major >= HOPPER and cudnn.takes(length, self.heads)):
             return "flash"
         return "cudnn" if like.is_meta or cudnn.is_able(rows, length, self.heads) else "flash"

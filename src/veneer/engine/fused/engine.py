@@ -67,8 +67,9 @@ class FusedEngine:
         self._settle()
         self._room_bytes = ROOM_BYTES
         self._seed = torch.zeros(1, dtype=torch.int64, device=self._device)
-        records = graphs and self._device.type == "cuda" and self.is_recordable
-        self._graphs = Graphs(self._pass) if records else None
+        # Padded whether or not passes are recorded, so that neither changes a bit.
+        self._pads = self._device.type == "cuda" and self.is_recordable
+        self._graphs = Graphs(self._pass) if graphs and self._pads else None
         # The last is the longest; the others stay, since recorded passes read them.
         self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -92,8 +93,8 @@ class FusedEngine:
         return bool(self._device.type == "cuda")
 
     def record_nothing(self) -> None:
-        """Every pass is launched anew, and none holds memory of its own."""
-        self._graphs = None
+        """Every pass is launched anew, as it comes, and none holds memory of its own."""
+        self._graphs, self._pads = None, False
 
     def fit(
         self, lengths: Sequence[int], budget_bytes: int, held_out: Sequence[int] = (), varies: bool = False
@@ -137,6 +138,9 @@ class FusedEngine:
         for group in spending.dequantized:
             group.keep_dequantized()
         self._settle()
+        if self._graphs is not None and varies:
+            self._graphs.lay_out(self._bring(_made_up(several[-1]), 1.0, True))
+            self.master.grad = None
         kept = {name: sum(name in names for names in self.keep) for name in TENSORS}
         return {
             "budget_bytes": budget_bytes,
@@ -238,8 +242,7 @@ class FusedEngine:
 
     def _bring(self, batch: Batch, scale: float, training: bool) -> Inputs:
         """The batch on the device, with rotary tables for it."""
-        pads = training and self._device.type == "cuda"
-        inputs = Inputs.of(batch, scale, self._device, self.decoder.longest, pads)
+        inputs = Inputs.of(batch, scale, self._device, self.decoder.longest, training and self._pads)
         self._rotary(inputs.documents.longest)
         return inputs
 

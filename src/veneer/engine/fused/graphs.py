@@ -5,24 +5,63 @@ before launches the same kernels on the same addresses; so the second time it is
 one launch. What changes between steps (tokens, targets, weights, where documents begin, the seed of dropout, the
 adapters themselves) is data the kernels read; the learning rate is the optimizer's.
 
-Documents of uneven lengths would hardly ever come twice in one shape. So they are padded (`padded`): by one more
-document that nothing is learned from, to one of 32 sizes between a power of two and the next; trained tokens
-likewise. All graphs share one pool of memory, since only one runs at a time.
+Documents of uneven lengths would hardly ever come twice in one shape. So batches are padded (`Size`): by one more
+document that nothing is learned from, to one of 16 sizes between a power of two and the next; trained tokens to one of
+8. Of packed rows that leaves a dozen shapes, and most passes are replayed; of rows by themselves some forty
+(`bench/replays.py`).
+
+All graphs share one pool of memory, since only one runs at a time. The largest pass is recorded first (`lay_out`): what
+the others need is then a part of what it left, where pass after larger pass would each add to it.
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from veneer.data import Batch
 from veneer.data.batch import UNTRAINED
+from veneer.engine.fused import cudnn
 from veneer.engine.fused.attention import Documents, bring
 
-MOST = 8  # graphs; their launches take some memory each
-SIZES = 32  # of tokens between a power of two and the next
+MOST = 32  # graphs; their launches take some memory each
+SIZES = 16  # of tokens between a power of two and the next
+TRAINED = 8  # of trained ones, in so many parts of that power of two
 DOCUMENTS = 32  # their number is rounded up to a multiple of this
+LONGEST = 512  # tokens; the longest of a batch counts as this, or as the next power of two
+
+
+class Size(NamedTuple):
+    """What decides the launches of a pass.
+
+    Attributes:
+        is_even: Whether all documents are of one length, and cut or packed to it: such batches come again as they are.
+        tokens: Of all documents.
+        documents: How many, the empty ones included.
+        longest: Tokens of the longest, or more.
+        trained: Tokens.
+    """
+
+    is_even: bool
+    tokens: int
+    documents: int
+    longest: int
+    trained: int
+
+    @staticmethod
+    def of(lengths: Sequence[int], trained: int) -> "Size":
+        """That to which a batch with so many trained tokens is padded."""
+        tokens, longest = sum(lengths), max(lengths)
+        is_even = len(set(lengths)) == 1 and longest % cudnn.BLOCK == 0 and longest >= cudnn.LEAST
+        documents, more = len(lengths), 0 if is_even else rounded(tokens) - tokens
+        if not is_even:
+            documents = -(-(documents + (more > 0)) // DOCUMENTS) * DOCUMENTS
+            longest = 1 << (max(longest, more, LONGEST) - 1).bit_length()
+        if trained < tokens + more:
+            step = max(64, _power_of_2(tokens + more) // TRAINED)
+            trained = -(-trained // step) * step
+        return Size(is_even, tokens + more, documents, longest, trained)
 
 
 class Inputs(NamedTuple):
@@ -36,6 +75,7 @@ class Inputs(NamedTuple):
         factor_N: Weight times the step's scale, float32.
         position_T, bounds: As in `documents`, which hold them too.
         documents: Their bounds.
+        size: What decides the launches, where it was padded.
     """
 
     ids_T: torch.Tensor
@@ -46,6 +86,7 @@ class Inputs(NamedTuple):
     position_T: torch.Tensor
     bounds: torch.Tensor
     documents: Documents
+    size: Size
 
     @staticmethod
     def of(batch: Batch, scale: float, device: torch.device, switch: int | None, pads: bool) -> "Inputs":
@@ -60,53 +101,44 @@ class Inputs(NamedTuple):
         """
         index_N = (batch.targets_T >= 0).nonzero().squeeze(1)
         ids_T, targets_N, weights_N = batch.ids_T, batch.targets_T[index_N], batch.weights_T[index_N]
-        lengths = batch.lengths
+        lengths, size = batch.lengths, Size.of(batch.lengths, len(index_N))
         if pads:
-            more = 0 if len(set(lengths)) == 1 else rounded(len(ids_T)) - len(ids_T)
+            more = size.tokens - len(ids_T)
+            untrained = len(ids_T) if more else _first_gap(index_N, len(ids_T))
             if more:
                 ids_T, lengths = torch.cat([ids_T, ids_T.new_zeros(more)]), (*lengths, more)
-            untrained = len(batch.ids_T) if more else _first_gap(index_N, len(ids_T))
-            more = rounded(len(index_N)) - len(index_N) if untrained is not None else 0
+            more = size.trained - len(index_N)
             index_N = torch.cat([index_N, index_N.new_full((more,), untrained or 0)])
             targets_N = torch.cat([targets_N, targets_N.new_full((more,), UNTRAINED)])
             weights_N = torch.cat([weights_N, weights_N.new_zeros(more)])
         documents = Documents.of(lengths, device, switch)
-        if pads and not documents.is_even:
-            documents = _rounded_documents(documents)
+        if pads and not size.is_even:
+            empty = documents.bounds[-1:].expand(size.documents - len(lengths))
+            documents = documents._replace(bounds=torch.cat([documents.bounds, empty]), longest=size.longest)
         tensors = [bring(t, device) for t in (ids_T, index_N, targets_N, weights_N, weights_N * scale)]
-        return Inputs._make([*tensors, documents.position_T, documents.bounds, documents])
-
-    @property
-    def shape(self) -> Hashable:
-        """What decides the launches of a pass."""
-        known = self.documents
-        packed = known.lengths if known.is_even else (len(self.ids_T), len(known.bounds), known.longest)
-        return packed, len(self.index_N)
+        return Inputs._make([*tensors, documents.position_T, documents.bounds, documents, size])
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        tensors: tuple[torch.Tensor, ...] = tuple(self[:-1])  # all but the documents
+        tensors: tuple[torch.Tensor, ...] = tuple(self[:-2])  # all but documents and size
         return tensors
 
     def cloned(self) -> "Inputs":
         """At addresses of its own."""
         tensors = [tensor.clone() for tensor in self.tensors]
         documents = self.documents._replace(position_T=tensors[-2], bounds=tensors[-1])
-        return Inputs._make([*tensors, documents])
+        return Inputs._make([*tensors, documents, self.size])
 
 
 def rounded(count: int) -> int:
     """The next of the sizes that batches are padded to, a multiple of 64 at least."""
-    step = max(64, (1 << (count.bit_length() - 1)) // SIZES)
+    step = max(64, _power_of_2(count) // SIZES)
     return -(-count // step) * step
 
 
-def _rounded_documents(documents: Documents) -> Documents:
-    """As many as the next multiple of `DOCUMENTS`, the last ones empty; the longest, as if a power of two."""
-    bounds = documents.bounds
-    missing = -len(documents.lengths) % DOCUMENTS
-    longest = 1 << (documents.longest - 1).bit_length()
-    return documents._replace(bounds=torch.cat([bounds, bounds[-1:].expand(missing)]), longest=longest)
+def _power_of_2(count: int) -> int:
+    """The largest that is not above."""
+    return 1 << (count.bit_length() - 1)
 
 
 def _first_gap(index_N: torch.Tensor, tokens: int) -> int | None:
@@ -135,10 +167,16 @@ class Graphs:
         self._seen: Counter[Hashable] = Counter()
         self._recorded: dict[Hashable, _Recorded] = {}
         self._pool: Any = None
+        self._largest: _Recorded | None = None
+
+    def lay_out(self, inputs: Inputs) -> None:
+        """Record the largest pass; it is not replayed, but holds the pool."""
+        self._compute(inputs)  # so that kernels are there: none can be compiled while a pass is recorded
+        self._largest = self._record(inputs)
 
     def run(self, inputs: Inputs, kind: Hashable = None) -> torch.Tensor:
         """The pass, replayed where it can be; one of another kind does other work."""
-        key = inputs.shape, kind
+        key = inputs.size, kind
         self._seen[key] += 1
         if key not in self._recorded:
             if self._seen[key] < 2 or len(self._recorded) == MOST:

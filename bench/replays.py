@@ -1,0 +1,115 @@
+"""How many passes over real rows are replayed, and what that gives: tokens/s, padding, memory.
+
+    python3 -m bench.peers tokens alpaca.json gsm8k.jsonl --out tokens.npz        # anywhere
+    python3 -m bench.replays tokens.npz --shape 8b --cases rows1x8 rows2x8 packed1x8 packed4x2     # on the GPU
+
+A case is rows as they are, or packed to 2,048 tokens, with so many to a pass and so many passes to a step. Random
+weights, NF4, r = 16 on all linear layers, memory ample. Each case runs twice: every pass launched as it comes, and with
+recordings as `veneer train` has them. Times are of all steps but the first, recording included, and of the second half
+of the steps. Prints a JSON line a case, merges it into bench/results/replays.json.
+"""
+
+import argparse
+import gc
+import json
+import re
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+from bench.engine import process_bytes, random_base
+from bench.peers import read_examples
+from veneer.config import Adapter, Train
+from veneer.data.batch import Batches
+from veneer.engine.fused import FusedEngine
+from veneer.model import attach
+from veneer.train.optimizer import build_optimizer
+
+RESULTS = Path(__file__).parent / "results" / "replays.json"
+GIB = 70
+PACKED = 2048
+
+
+def steps_of(case: str, examples: list[Any], steps: int) -> tuple[list[Any], list[int]]:
+    """Micro-batches of each step, and tokens of the rows of the largest."""
+    kind, size, passes = re.findall(r"^(rows|packed)(\d+)x(\d+)$", case)[0]
+    lengths = np.array([len(example.ids) for example in examples])
+    batches = Batches(examples, lengths, int(size), int(passes), 0, PACKED if kind == "packed" else None)
+    return [batches.step(n) for n in range(steps)], sorted(batches.sizes.tolist(), reverse=True)[: int(size)]
+
+
+def train(model: Any, steps: list[Any], largest: list[int], records: bool) -> dict[str, Any]:
+    engine = FusedEngine(model)
+    optimizer = build_optimizer([engine.master], Train(optim="adamw_8bit"), "cuda")
+    kept = engine.fit(largest, GIB * 2**30, varies=True)
+    if not records:
+        engine.record_nothing()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    seconds, losses = [], []
+    replays = mock.patch.object(torch.cuda.CUDAGraph, "replay", autospec=True, side_effect=torch.cuda.CUDAGraph.replay)
+    with replays as replay:
+        for batches in steps:
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            weight = sum(batch.weight for batch in batches)
+            total = torch.stack([engine.forward_backward(batch, 1 / weight) for batch in batches]).sum()
+            torch.nn.utils.clip_grad_norm_([engine.master], 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(float(total.item()) / weight)
+            seconds.append(time.perf_counter() - started)
+    tokens = [sum(batch.tokens for batch in batches) for batches in steps]
+    half, recorded = len(steps) // 2, getattr(engine._graphs, "_recorded", {})
+    return {
+        "tokens_per_second": round(sum(tokens[1:]) / sum(seconds[1:])),
+        "second_half": round(sum(tokens[half:]) / sum(seconds[half:])),
+        "replayed": round(replay.call_count / sum(map(len, steps)), 3),
+        "recordings": len(recorded),
+        "records": kept["records_passes"],
+        "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
+        "process_gib": round(process_bytes() / 2**30, 2),
+        "losses": [round(loss, 4) for loss in losses[:3]],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tokens", type=Path)
+    parser.add_argument("--shape", default="8b", choices=["8b", "1b"])
+    parser.add_argument("--cases", nargs="+", default=["rows1x8", "rows2x8", "packed1x8", "packed4x2"])
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    a = parser.parse_args()
+    examples = read_examples(a.tokens)
+    base = random_base(a.shape, None, True)
+    for case in a.cases:
+        steps, largest = steps_of(case, examples, a.steps)
+        found: dict[str, Any] = {"largest": largest, "steps": a.steps}
+        for name, records in (("launched", False), ("recorded", True)):
+            model = attach(base, Adapter(r=16), 0)
+            found[name] = train(model, steps, largest, records)
+            base = model.unload().requires_grad_(False)
+            del model
+            gc.collect()
+            torch.cuda.empty_cache()
+        print("RESULT", json.dumps({"shape": a.shape, "case": case} | found), flush=True)
+        keep(a.out, a.shape, {case: found})
+
+
+def keep(path: Path, shape: str, found: dict[str, Any]) -> None:
+    """Merges a case into the results."""
+    whole = json.loads(path.read_text()) if path.exists() else {}
+    versions = {name: metadata.version(name) for name in ("torch", "triton", "transformers")}
+    whole["on"] = {"gpu": torch.cuda.get_device_name(), "versions": versions, "date": time.strftime("%Y-%m-%d")}
+    whole[shape] = whole.get(shape, {}) | found
+    path.write_text(json.dumps(whole, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
