@@ -88,3 +88,10 @@ def test_packs_of_real_lengths_have_few_shapes() -> None:
     made = Batches([example(2)] * 5000, lengths, 1, 1, 0, 2048)
     assert made.sizes.sum() / (len(made.sizes) * 2048) > 0.99
     assert len(np.unique(-(-made.sizes[:-1] // 128))) <= 3
+
+
+def test_the_rows_that_hold_most_documents_are_found() -> None:
+    examples = [example(length) for length in (90, 80, 70, 10, 9, 8, 30)]  # packs 90 + 10, 80 + 9 + 8, 70 + 30
+    assert sorted(batches(examples, 1, 1, 100).most_documents()) == [8, 9, 80]
+    assert len(batches(examples, 2, 1, 100).most_documents()) == 5
+    assert len(batches(examples, 3, 1).most_documents()) == 3

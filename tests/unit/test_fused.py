@@ -15,7 +15,7 @@ from veneer.data import Batch
 from veneer.engine import ReferenceEngine
 from veneer.engine.fused import FusedEngine, NotCoveredError
 from veneer.engine.fused.block import TENSORS
-from veneer.engine.fused.graphs import Graphs, Inputs, Size
+from veneer.engine.fused.graphs import Graphs, Inputs, Size, rounded
 from veneer.engine.fused.group import Group, Linear
 from veneer.engine.temporary import dropout_off
 from veneer.kernels.place import place, placement_of
@@ -243,6 +243,36 @@ def test_the_largest_pass_is_recorded_first_and_not_replayed(monkeypatch: pytest
     assert recorded == [largest]
     assert graphs.run(largest) > 0, "launched: a shape is recorded the second time that it comes"
     assert len(recorded) == 1
+
+
+@pytest.mark.parametrize(
+    ("lengths", "times", "records", "whole"),
+    [
+        ((300, 200), 2.5, True, True),  # all is kept, twice
+        ((300, 200), 1.5, True, False),  # small passes: less is kept, so that they can be recorded
+        ((300, 200), 0.0, True, False),
+        ((300, 200), -1.0, False, False),  # there is no room for a second pass
+        ((3000, 200), 1.5, False, True),  # large ones: all is kept, and none recorded
+    ],
+)
+def test_small_passes_are_recorded_before_more_is_kept(
+    lengths: tuple[int, ...], times: float, records: bool, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded: list[Inputs] = []
+    monkeypatch.setattr(Graphs, "_record", lambda self, inputs: recorded.append(inputs))
+    monkeypatch.setattr(FusedEngine, "on_gpu", True)
+    monkeypatch.setattr(FusedEngine, "_peak_of", lambda self, compute: 2**20)
+    engine = FusedEngine(model_of("llama"))
+    engine._graphs = Graphs(engine._pass)
+    tokens = rounded(sum(lengths))
+    everything = sum(block.kept_bytes(name, tokens) for block in engine.blocks for name in TENSORS)
+    budget = int((2 * 2**20 + times * everything) / 0.97)
+    found = engine.fit(lengths, budget, varies=True, documents=(100,) * 4)
+    assert found["records_passes"] == records
+    assert (len(recorded) == 1) == records
+    assert (min(found["kept"][name] for name in TENSORS) == len(engine.blocks)) == whole
+    assert engine.master.grad is None
+    assert torch.equal(engine._bring(batch_of((40, 30)), 1.0, True).ids_T[:70], batch_of((40, 30)).ids_T)
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ class Batches:
         pack_length: int | None = None,
     ) -> None:
         self._examples = examples
-        lengths = np.asarray(lengths, dtype=np.int64)
+        self._lengths = lengths = np.asarray(lengths, dtype=np.int64)
         pack_of = np.arange(len(lengths)) if pack_length is None else pack(lengths, pack_length)
         self.sizes = np.bincount(pack_of, weights=lengths).astype(np.int64)
         self._members = np.argsort(pack_of, kind="stable")
@@ -163,6 +163,12 @@ class Batches:
         rows = [[self._examples[n] for n in self._members[self._begin[row] : self._begin[row + 1]]] for row in chosen]
         micro_batches = [rows[n : n + self._batch_size] for n in range(0, len(rows), self._batch_size)]
         return [Batch.of([example for row in micro for example in row]) for micro in micro_batches]
+
+    def most_documents(self) -> tuple[int, ...]:
+        """Tokens of each document of the rows that hold most of them, as many as a micro-batch has."""
+        rows = np.argsort(-np.diff(self._begin), kind="stable")[: self._batch_size]
+        chosen = np.concatenate([self._members[self._begin[row] : self._begin[row + 1]] for row in rows])
+        return tuple(self._lengths[chosen].tolist())
 
     def _ordered(self, epoch: int) -> Any:
         """The rows of an epoch in the order of its steps; the last step may hold fewer."""

@@ -104,7 +104,13 @@ def choose(model: Any, train: Train, device: str, examples: Sequence[Example]) -
 
 
 def spend_memory(
-    engine: Engine, train: Train, sizes: Sequence[int], varies: bool, held_out: Sequence[int], later_bytes: int
+    engine: Engine,
+    train: Train,
+    sizes: Sequence[int],
+    varies: bool,
+    held_out: Sequence[int],
+    later_bytes: int,
+    documents: Sequence[int] = (),
 ) -> dict[str, Any] | None:
     """Let the fused engine keep what this GPU has room for, so that less is computed twice.
 
@@ -115,6 +121,7 @@ def spend_memory(
         varies: Whether micro-batches come in more than one shape.
         held_out: Tokens of the rows of the largest held-out batch.
         later_bytes: What is still to come on the device, the optimizer's states say.
+        documents: Tokens of the documents of the micro-batch that holds most of them, where rows are packed.
 
     Returns:
         What `FusedEngine.fit` returns; None: there is nothing to decide.
@@ -128,7 +135,7 @@ def spend_memory(
     torch.cuda.empty_cache()
     budget = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - later_bytes
     largest = sorted(sizes, reverse=True)[: train.per_device_train_batch_size]
-    return engine.fit(largest, budget, held_out, varies)
+    return engine.fit(largest, budget, held_out, varies, documents)
 
 
 def fall_back(model: Any, failure: str) -> Choice:

@@ -19,7 +19,6 @@ from veneer.plan.forecast import Padded, Rows
 
 LOOKED_AT = 2000  # micro-batches at most, among them the longest rows
 LONGEST = 200
-REPLAYED = 0.75  # of passes, from which on the host counts for nothing
 
 
 class Lengths(NamedTuple):
@@ -55,7 +54,6 @@ def rows_of(run: Run, engine: str, train: Lengths, held_out: Lengths) -> Rows:
     packs = pack(train.tokens, run.data.max_length) if run.data.packing else np.arange(len(train.tokens))
     batches = list(_micro_batches(train, packs, size, grouped))
     replayed = sum(count for _, count in sizes.most_common(MOST)) / sizes.total()
-    even, recurs = len(met) == 1, replayed >= REPLAYED
     count = int(packs.max()) + 1
     in_step = min(size * settings.gradient_accumulation_steps, count)
     steps_an_epoch = -(-count // (size * settings.gradient_accumulation_steps))
@@ -70,8 +68,8 @@ def rows_of(run: Run, engine: str, train: Lengths, held_out: Lengths) -> Rows:
         held_out=_fullest(tested) if tested else None,
         held_out_passes=len(held_out.tokens) / run.evaluate.batch_size,
         unread=None,
-        even=even,
-        recurs=recurs,
+        even=len(met) == 1,
+        replayed=replayed,
     )
 
 

@@ -49,7 +49,7 @@ class Rows:
         held_out_passes: How many of them the held-out loss takes.
         unread: Why the data itself was not looked at; None: it was.
         even: Whether all rows are of one length.
-        recurs: Whether micro-batches are of a few shapes that come again.
+        replayed: Share of micro-batches that are of the few shapes which come again most.
     """
 
     fullest: Padded
@@ -61,7 +61,7 @@ class Rows:
     held_out_passes: float
     unread: str | None
     even: bool = True
-    recurs: bool = True
+    replayed: float = 1.0
 
 
 def assumed_rows(run: Run, why: str) -> Rows:
@@ -326,10 +326,13 @@ class Planner:
         low, high = ceilings.spread
         usual = replace(step, rows=rows.typical.rows, length=rows.typical.length, trained=rows.typical.trained)
         host = 1.0 if step.engine == "reference" else LAUNCH
+        records = rows.even or run.train.gradient_checkpointing == "auto"  # else there is no room to
 
         def taken(asked: Step) -> float:
             found = self._rehearse(asked)
-            return seconds(found.work, ceilings, 0.0 if found.records and rows.recurs else host)
+            replayed = rows.replayed if found.records and records else 0.0
+            launched = seconds(found.work, ceilings, host)
+            return replayed * seconds(found.work, ceilings, 0.0) + (1 - replayed) * launched
 
         once = rows.passes * (taken(usual) if kept is None else _kept_seconds(usual, kept, taken))
         once += UPDATES * updated * ceilings.host_seconds  # gradients clipped, and each tensor stepped

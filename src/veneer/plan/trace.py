@@ -332,6 +332,8 @@ _PRODUCTS: dict[Any, Callable[[Any, list[torch.Tensor]], tuple[str, float]]] = {
 def _element_wise(*operands: Any, **_: Any) -> torch.Tensor | None:
     """Of the largest operand's shape and of the type that all have in common; None: not so simple."""
     tensors = [x for x in operands if torch.is_tensor(x)]
+    if not all(x.is_meta for x in tensors):
+        return None
     largest = max(tensors, key=torch.Tensor.numel)
     dtype = torch.result_type(*operands) if len(operands) > 1 else largest.dtype
     if not dtype.is_floating_point or any(not _spreads(x.shape, largest.shape) for x in tensors):

@@ -1,5 +1,6 @@
 """An artifact behind HTTP: an OpenAI-compatible server, asked as its users ask it; llama.cpp's is started here."""
 
+import http.client
 import importlib.util
 import json
 import os
@@ -140,7 +141,7 @@ def _ask(url: str, body: dict[str, Any] | None) -> Any:
             return json.loads(error.read())
         except ValueError:
             return None
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         return None
 
 

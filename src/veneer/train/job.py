@@ -99,7 +99,7 @@ class TrainingJob:
         varies = vary(self.data.train, batches.sizes, train.per_device_train_batch_size)
         self.spent = spend_memory(
             self.engine, train, batches.sizes.tolist(), varies, held_out[0].lengths if len(held_out) else (),
-            2 * 4 * self.parameters["trainable"],
+            2 * 4 * self.parameters["trainable"], batches.most_documents() if run.data.packing else (),
         )  # fmt: skip
         self._loop = Loop(
             model=self.model,

@@ -20,6 +20,7 @@ from veneer.kernels.rms_norm import rms_norm_backward
 from veneer.kernels.softmax_loss import softmax_loss
 
 LOGITS_BYTES = 256 * 2**20  # of logits made at a time
+SMALL = 2048  # tokens; passes below gain from being replayed, even those of 8B models on an H100 (`bench/replays.py`)
 
 
 class FusedEngine:
@@ -67,7 +68,7 @@ class FusedEngine:
         self._settle()
         self._room_bytes = ROOM_BYTES
         self._seed = torch.zeros(1, dtype=torch.int64, device=self._device)
-        # Padded whether or not passes are recorded, so that neither changes a bit.
+        # Batches are padded whether or not passes are recorded, so that neither changes a bit.
         self._pads = self._device.type == "cuda" and self.is_recordable
         self._graphs = Graphs(self._pass) if graphs and self._pads else None
         # The last is the longest; the others stay, since recorded passes read them.
@@ -93,22 +94,29 @@ class FusedEngine:
         return bool(self._device.type == "cuda")
 
     def record_nothing(self) -> None:
-        """Every pass is launched anew, as it comes, and none holds memory of its own."""
-        self._graphs, self._pads = None, False
+        """Every pass is launched anew, and none holds memory of its own."""
+        self._graphs = None
 
     def fit(
-        self, lengths: Sequence[int], budget_bytes: int, held_out: Sequence[int] = (), varies: bool = False
+        self,
+        lengths: Sequence[int],
+        budget_bytes: int,
+        held_out: Sequence[int] = (),
+        varies: bool = False,
+        documents: Sequence[int] = (),
     ) -> dict[str, Any]:
         """Keep as much as a budget allows; see `spend`. For before training: gradients are lost.
 
         Recorded passes hold their memory for good, and a pass of another shape needs its own beside it. Where shapes
-        vary, passes are recorded only if all of that fits twice; else the memory is better spent.
+        vary, passes are recorded only if all of that fits twice. Else the memory is better spent, but where passes are
+        so small that the host takes longer to launch them than the GPU to compute: there, half of it is spent.
 
         Args:
-            lengths: Of the documents of the largest batch.
+            lengths: Of the rows of the largest batch.
             budget_bytes: What tensors may take on the device, those there now included.
             held_out: Of the documents of the largest batch of held-out losses, which comes on top of recorded passes.
             varies: Whether batches come in many shapes.
+            documents: Lengths in the batch with the most documents, where rows hold several.
 
         Returns:
             The peak of a pass that keeps nothing, what is spent beyond, attention's room, and how often each tensor is
@@ -122,16 +130,23 @@ class FusedEngine:
         several = [tuple(lengths)]
         if varies and lengths[-1] > 1:
             several.append((*lengths[:-1], lengths[-1] - 1, 1))
-        peak = max(self._peak_of(partial(self._pass, self._bring(_made_up(some), 1.0, True))) for some in several)
+        if documents:
+            several.append(tuple(documents))
+        peaks = {some: self._peak_of(partial(self._pass, self._bring(_made_up(some), 1.0, True))) for some in several}
+        largest, peak = max(peaks.items(), key=lambda pair: pair[1])
         self.master.grad = None
-        tokens = rounded(sum(lengths))
-        documents = Documents.of(several[-1], self._device)
-        backend = self.blocks[0].attention.backend(documents, self.decoder.embed.weight)
+        tokens, spare = rounded(sum(lengths)), budget_bytes - peak - beside
+        usual = Documents.of(several[-1], self._device)
+        backend = self.blocks[0].attention.backend(usual, self.decoder.embed.weight)
         rows = len(lengths) if backend == "cudnn" else 0
-        spending = spend(self.blocks, tokens, max(lengths), rows, budget_bytes - peak - beside, budget_bytes)
+        spending = spend(self.blocks, tokens, max(lengths), rows, spare, budget_bytes)
         everything = sum(block.kept_bytes(name, tokens) for block in self.blocks for name in TENSORS)
-        if varies and peak + beside + spending.spent_bytes + (peak - before) + everything > budget_bytes:
-            self.record_nothing()
+        second = spare - (peak - before)  # to spare beside a second pass
+        if varies and spending.spent_bytes + everything > second:
+            if second > 0 and tokens < SMALL:
+                spending = spend(self.blocks, tokens, max(lengths), rows, second // 2, budget_bytes)
+            else:
+                self.record_nothing()
         self.keep, self._room_bytes = spending.keep, spending.room_bytes
         if self._graphs is not None:
             self._graphs = Graphs(self._pass)  # what was seen before had other room
@@ -139,7 +154,7 @@ class FusedEngine:
             group.keep_dequantized()
         self._settle()
         if self._graphs is not None and varies:
-            self._graphs.lay_out(self._bring(_made_up(several[-1]), 1.0, True))
+            self._graphs.lay_out(self._bring(_made_up(largest), 1.0, True))
             self.master.grad = None
         kept = {name: sum(name in names for names in self.keep) for name in TENSORS}
         return {

@@ -147,7 +147,7 @@ def _engine(base: Any, step: Step) -> tuple[_Rehearsing, dict[str, int]]:
             for group in block.groups:
                 if group._resident is not None:
                     trace.call(group._resident, "other weights" if not group.is_quantized else "dequantized weights")
-        engine._rotary(step.length if step.even else 1 << (step.length - 1).bit_length())
+        engine._rotary(_inputs(step, engine).documents.longest)
         held = dict(trace.live)
     # Weights in 16 bits are moved into matrices with margins: what is more are the margins.
     held["other weights"] = held.get("other weights", 0) - laid_out
@@ -164,7 +164,7 @@ def _inputs(step: Step, engine: _Rehearsing) -> Inputs:
         lengths = [*lengths[:-1], step.length - 1, 1]
     ids = torch.zeros(tokens, dtype=torch.int64)
     batch = Batch(ids, targets, torch.ones(tokens), tuple(lengths), step.trained, float(step.trained))
-    return Inputs.of(batch, 1.0, META, engine.decoder.longest, pads=step.training)
+    return Inputs.of(batch, 1.0, META, engine.decoder.longest, step.training and engine.is_recordable)
 
 
 @contextmanager
