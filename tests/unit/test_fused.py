@@ -262,12 +262,13 @@ def test_small_passes_are_recorded_before_more_is_kept(
     monkeypatch.setattr(Graphs, "_record", lambda self, inputs: recorded.append(inputs))
     monkeypatch.setattr(FusedEngine, "on_gpu", True)
     monkeypatch.setattr(FusedEngine, "_peak_of", lambda self, compute: 2**20)
-    engine = FusedEngine(model_of("llama"))
+    engine, unrecordable = FusedEngine(model_of("llama")), FusedEngine(model_of("llama"))
     engine._graphs = Graphs(engine._pass)
     tokens = rounded(sum(lengths))
     everything = sum(block.kept_bytes(name, tokens) for block in engine.blocks for name in TENSORS)
     budget = int((2 * 2**20 + times * everything) / 0.97)
-    found = engine.fit(lengths, budget, varies=True, documents=(100,) * 4)
+    found, other = (some.fit(lengths, budget, varies=True, documents=(100,) * 4) for some in (engine, unrecordable))
+    assert other["kept"]["mid"] == (len(engine.blocks) if times > 0 else 0)
     assert found["records_passes"] == records
     assert (len(recorded) == 1) == records
     assert (min(found["kept"][name] for name in TENSORS) == len(engine.blocks)) == whole

@@ -142,7 +142,7 @@ class FusedEngine:
         spending = spend(self.blocks, tokens, max(lengths), rows, spare, budget_bytes)
         everything = sum(block.kept_bytes(name, tokens) for block in self.blocks for name in TENSORS)
         second = spare - (peak - before)  # to spare beside a second pass
-        if varies and spending.spent_bytes + everything > second:
+        if varies and self._graphs is not None and spending.spent_bytes + everything > second:
             if second > 0 and tokens < SMALL:
                 spending = spend(self.blocks, tokens, max(lengths), rows, second // 2, budget_bytes)
             else:
