@@ -268,7 +268,7 @@ def test_small_passes_are_recorded_before_more_is_kept(
     everything = sum(block.kept_bytes(name, tokens) for block in engine.blocks for name in TENSORS)
     budget = int((2 * 2**20 + times * everything) / 0.97)
     found, other = (some.fit(lengths, budget, varies=True, documents=(100,) * 4) for some in (engine, unrecordable))
-    assert other["kept"]["mid"] == (len(engine.blocks) if times > 0 else 0)
+    assert times <= 0 or min(other["kept"][name] for name in TENSORS) == len(engine.blocks), "all it can"
     assert found["records_passes"] == records
     assert (len(recorded) == 1) == records
     assert (min(found["kept"][name] for name in TENSORS) == len(engine.blocks)) == whole
