@@ -1,6 +1,7 @@
 """How far is each adapter's gradient from float32's, by the fused engine and by PEFT, both in bfloat16?
 
-    python3 -m bench.exact     # on a GPU, or on a CPU by the kernels' twins; writes bench/results/exact.json
+    python3 -m bench.exact            # on a GPU, or on a CPU by the kernels' twins; writes bench/results/exact.json
+    python3 -m bench.exact --keys     # what a bias of the keys does to attention, added to the same file
 
 Every covered family with small random weights, packed rows of uneven length and of one length. One batch is a single
 draw of what rounding may do to a matrix, so several models and batches are taken: the figure is the ratio of the roots
@@ -44,13 +45,13 @@ class Errors(NamedTuple):
     matrices: dict[str, tuple[float, float]]
 
 
-def errors(family: str, lengths: tuple[int, ...], seed: int, device: str) -> Errors:
-    """Of one model and one batch."""
+def errors(family: str, lengths: tuple[int, ...], seed: int, device: str, attention: str = "sdpa") -> Errors:
+    """Of one model and one batch; `attention`: PEFT's, as Transformers names it."""
     exact, batch = model_of(family, seed, changes={"hidden_size": 128}).to(device), batch_of(lengths, seed=seed)
     loss, wanted = gradients(ReferenceEngine(exact), exact, batch)
     peft, fused = in_16_bits(exact), in_16_bits(exact)
     if not getattr(exact.config, "attn_logit_softcapping", None):
-        peft.set_attn_implementation("sdpa")
+        peft.set_attn_implementation(attention)
     with torch.autocast(device, torch.bfloat16):
         peft_loss, by_peft = gradients(ReferenceEngine(peft), peft, batch)
     fused_loss, found = gradients(FusedEngine(fused), fused, batch)
@@ -80,11 +81,33 @@ def ratios(batches: list[Errors]) -> dict[str, float]:
     return {name: size(name, 1) / size(name, 0) for name in batches[0].matrices}
 
 
+def keys(device: str) -> dict[str, Any]:
+    """Percentiles of the errors of Qwen2's matrices, by PEFT with either attention, and by the fused engine."""
+    found: dict[str, list[float]] = {"PEFT, eager": [], "PEFT, sdpa": [], "fused": []}
+    for seed in range(100, 116):
+        for attention in ("eager", "sdpa"):
+            both = errors("qwen2", LENGTHS[1], seed, device, attention).matrices.values()
+            found[f"PEFT, {attention}"] += [peft for peft, _ in both]
+            found["fused"] += [fused for _, fused in both] if attention == "sdpa" else []
+    shares = (0.5, 0.9, 0.99, 1.0)
+    return {
+        who: {f"{share:.0%}": round(sorted(values)[int(share * (len(values) - 1))], 4) for share in shares}
+        for who, values in found.items()
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--keys", action="store_true", help="Qwen2 alone, with PEFT's attention of either kind")
     a = parser.parse_args()
     machine, cases = find_machine(), []
+    if a.keys:
+        found = json.loads(a.out.read_text()) if a.out.exists() else {}
+        found["keys with a bias"] = {"on": machine.name, "batches": 16} | keys(machine.device)
+        print(json.dumps(found["keys with a bias"]))
+        a.out.write_text(json.dumps(found, indent=1) + "\n")
+        return
     for family in COVERED:
         for lengths in LENGTHS:
             batches = [errors(family, lengths, seed, machine.device) for seed in range(BATCHES)]
@@ -95,7 +118,7 @@ def main() -> None:
             })  # fmt: skip
             print(json.dumps(cases[-1]), flush=True)
     names = ("torch", "transformers", "peft")
-    found = {
+    found = (json.loads(a.out.read_text()) if a.out.exists() else {}) | {
         "what": "error of an adapter's gradient, fused over PEFT, both in bfloat16 against float32",
         "on": machine.name, "date": time.strftime("%Y-%m-%d"), "batches": BATCHES,
         "versions": {name: metadata.version(name) for name in names}, "cases": cases,

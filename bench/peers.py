@@ -68,7 +68,7 @@ def read_examples(path: Path) -> list[Any]:
 
     from veneer.data.batch import Example
 
-    found = np.load(path)
+    found = dict(np.load(path))  # read once: each access would unpack the whole array
     examples, start = [], 0
     for number, length in enumerate(found["lengths"].tolist()):
         part = slice(start, start + length)

@@ -1,11 +1,12 @@
 """How many passes over real rows are replayed, and what that gives: tokens/s, padding, memory.
 
     python3 -m bench.peers tokens alpaca.json gsm8k.jsonl --out tokens.npz        # anywhere
+    python3 -m bench.replays tokens.npz --count                                   # anywhere: replays and padding alone
     python3 -m bench.replays tokens.npz --shape 8b --cases rows1x8 rows2x8 packed1x8 packed4x2     # on the GPU
 
 A case is rows as they are, or packed to 2,048 tokens, with so many to a pass and so many passes to a step. Random
-weights, NF4, r = 16 on all linear layers, memory ample. Each case runs twice: every pass launched as it comes, and with
-recordings as `veneer train` has them. Times are of all steps but the first, recording included, and of the second half
+weights, NF4, r = 16 on all linear layers, memory ample. Each case runs twice: every pass launched, and with recordings
+as `veneer train` has them. Times are of all steps but the first, recording included, and of the second half
 of the steps. Prints a JSON line a case, merges it into bench/results/replays.json.
 """
 
@@ -14,6 +15,7 @@ import gc
 import json
 import re
 import time
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from bench.peers import read_examples
 from veneer.config import Adapter, Train
 from veneer.data.batch import Batches
 from veneer.engine.fused import FusedEngine
+from veneer.engine.fused.graphs import MOST, Size
 from veneer.model import attach
 from veneer.train.optimizer import build_optimizer
 
@@ -35,18 +38,40 @@ GIB = 70
 PACKED = 2048
 
 
-def steps_of(case: str, examples: list[Any], steps: int) -> tuple[list[Any], list[int]]:
-    """Micro-batches of each step, and tokens of the rows of the largest."""
+def steps_of(case: str, examples: list[Any], steps: int) -> tuple[list[Any], list[int], tuple[int, ...]]:
+    """Micro-batches of each step, tokens of the rows of the largest, and of the documents of that with most of them."""
     kind, size, passes = re.findall(r"^(rows|packed)(\d+)x(\d+)$", case)[0]
     lengths = np.array([len(example.ids) for example in examples])
     batches = Batches(examples, lengths, int(size), int(passes), 0, PACKED if kind == "packed" else None)
-    return [batches.step(n) for n in range(steps)], sorted(batches.sizes.tolist(), reverse=True)[: int(size)]
+    largest = sorted(batches.sizes.tolist(), reverse=True)[: int(size)]
+    documents = batches.most_documents() if kind == "packed" else ()
+    return [batches.step(n) for n in range(min(steps, batches.steps_per_epoch))], largest, documents
 
 
-def train(model: Any, steps: list[Any], largest: list[int], records: bool) -> dict[str, Any]:
+def count(steps: list[Any]) -> dict[str, Any]:
+    """Passes that are replayed by the engine's rule, and what padding adds."""
+    seen: Counter[Size] = Counter()
+    recorded, replayed, tokens, padded = set[Size](), 0, 0, 0
+    for batch in (batch for batches in steps for batch in batches):
+        size = Size.of(batch.lengths, batch.trained)
+        seen[size] += 1
+        if size not in recorded and seen[size] > 1 and len(recorded) < MOST:
+            recorded.add(size)
+        replayed += size in recorded
+        tokens, padded = tokens + batch.tokens, padded + size.tokens
+    passes = seen.total()
+    return {
+        "passes": passes, "sizes": len(seen), "replayed": round(replayed / passes, 3),
+        "padding": round(padded / tokens - 1, 4),
+    }  # fmt: skip
+
+
+def train(
+    model: Any, steps: list[Any], largest: list[int], documents: tuple[int, ...], records: bool
+) -> dict[str, Any]:
     engine = FusedEngine(model)
     optimizer = build_optimizer([engine.master], Train(optim="adamw_8bit"), "cuda")
-    kept = engine.fit(largest, GIB * 2**30, varies=True)
+    kept = engine.fit(largest, GIB * 2**30, varies=True, documents=documents)
     if not records:
         engine.record_nothing()
     torch.cuda.empty_cache()
@@ -84,16 +109,25 @@ def main() -> None:
     parser.add_argument("--shape", default="8b", choices=["8b", "1b"])
     parser.add_argument("--cases", nargs="+", default=["rows1x8", "rows2x8", "packed1x8", "packed4x2"])
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--count", action="store_true", help="replays and padding alone, without a GPU")
     parser.add_argument("--out", type=Path, default=RESULTS)
     a = parser.parse_args()
     examples = read_examples(a.tokens)
+    found: dict[str, Any]
+    if a.count:
+        found = {case: count(steps_of(case, examples, a.steps)[0]) for case in a.cases}
+        print(json.dumps(found, indent=1))
+        whole = json.loads(a.out.read_text()) if a.out.exists() else {}
+        counted = whole.get("counted", {}) | {a.tokens.stem: found}
+        a.out.write_text(json.dumps(whole | {"counted": counted}, indent=1) + "\n")
+        return
     base = random_base(a.shape, None, True)
     for case in a.cases:
-        steps, largest = steps_of(case, examples, a.steps)
-        found: dict[str, Any] = {"largest": largest, "steps": a.steps}
+        steps, largest, documents = steps_of(case, examples, a.steps)
+        found = {"largest": largest, "steps": len(steps)}
         for name, records in (("launched", False), ("recorded", True)):
             model = attach(base, Adapter(r=16), 0)
-            found[name] = train(model, steps, largest, records)
+            found[name] = train(model, steps, largest, documents, records)
             base = model.unload().requires_grad_(False)
             del model
             gc.collect()

@@ -17,7 +17,7 @@ from tests.vocabularies import family_vocabulary
 from veneer.config import Quantization, UserError
 from veneer.data import Message
 from veneer.model.quiet import quiet
-from veneer.release import find_origin
+from veneer.release import find_origin, servers
 from veneer.release.compare_weights import compare_weights
 from veneer.release.export import export_adapter, export_model
 from veneer.release.gguf_families import llama3_factors
@@ -185,12 +185,24 @@ def test_rotary_frequencies_in_an_old_checkpoint_are_left_to_llama_cpp(tmp_path:
     assert compare_weights(origin, tmp_path / "out" / report.file, "base").wrong == []
 
 
-def test_a_server_that_is_asked_nothing_ends(tmp_path: Path) -> None:
+def test_a_server_is_there_only_once_its_queue_has_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is let go of before its queue runs never ends."""
+    asked = []
+
+    def ask(url: str, body: Any) -> Any:
+        asked.append((url.rsplit("/", 1)[1], answer := real(url, body)))
+        return answer
+
+    real = servers._ask
+    monkeypatch.setattr(servers, "_ask", ask)
     origin = family_origin("llama", tmp_path)
     report = export_model(origin, tmp_path / "out", "f16")
-    for _ in range(20):
+    for _ in range(5):
         with llama_server(tmp_path / "out" / report.file, True, set(), 256):
-            pass
+            path, slots = asked[0]
+            assert path == "slots"
+            assert [slot["n_ctx"] for slot in slots] == [256]
+        asked.clear()
 
 
 def test_llama_3_rope_is_the_same_in_llama_cpp(tmp_path: Path) -> None:

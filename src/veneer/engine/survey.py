@@ -2,7 +2,7 @@
 
 Rows of a step are of like length (`veneer.data.Batches`), so the fullest micro-batch is one of neighbours in the order
 of length. The rows that go through the model together are those the engine itself would put together: the reference
-engine pads groups of like length, the fused one takes all at once and pads nothing.
+engine pads groups of like length, the fused one takes all at once.
 """
 
 from collections import Counter

@@ -154,7 +154,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if function is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             # Code asks what is in a tensor: whether all positions start anew (they do), or the like.
             return True
-        stand_in = _QUICK.get(function)
+        stand_in = _QUICK.get(function) if args and torch.is_tensor(args[0]) and args[0].is_meta else None
         result = stand_in(*args, **kwargs) if stand_in is not None else None
         if result is None:
             result = function(*args, **kwargs)
@@ -332,8 +332,6 @@ _PRODUCTS: dict[Any, Callable[[Any, list[torch.Tensor]], tuple[str, float]]] = {
 def _element_wise(*operands: Any, **_: Any) -> torch.Tensor | None:
     """Of the largest operand's shape and of the type that all have in common; None: not so simple."""
     tensors = [x for x in operands if torch.is_tensor(x)]
-    if not all(x.is_meta for x in tensors):
-        return None
     largest = max(tensors, key=torch.Tensor.numel)
     dtype = torch.result_type(*operands) if len(operands) > 1 else largest.dtype
     if not dtype.is_floating_point or any(not _spreads(x.shape, largest.shape) for x in tensors):
