@@ -9,10 +9,9 @@ function although a package `veneer.train` exists too: importing a package sets 
 these names this module declines. The packages are reached as always: `from veneer.train import TrainingJob`.
 """
 
-import importlib
-import sys
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from veneer.lazy import import_on_use
 
 if TYPE_CHECKING:
     from veneer.api import (
@@ -72,16 +71,4 @@ __all__ = [
     "verify",
 ]
 
-
-class _Veneer(ModuleType):
-    def __getattr__(self, name: str) -> Any:
-        if name in _HOMES:
-            return getattr(importlib.import_module(_HOMES[name]), name)
-        raise AttributeError(f"module 'veneer' has no attribute {name!r}")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Veneer
+import_on_use(__name__, _HOMES)

@@ -7,17 +7,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from veneer.config import Data, Model, Run, RunFolder, UserError, load_run
+from veneer.config import Data, Model, Run, RunFolder, UserError
 from veneer.config.folder import write_json, write_text
+from veneer.config.names import find_adapter, require_run
+from veneer.config.prompts import Prompt
+from veneer.config.sampling import Sampling
 from veneer.data import Message, Renderer
+from veneer.data.conversation import BadRowError
 from veneer.data.prepare import HeldOut, prepare, read_held_out
-from veneer.data.template import NAMED_TEMPLATES
+from veneer.data.turns import read_turns
 from veneer.engine import ReferenceEngine
 from veneer.engine.ladder import Rung, compare, rungs, smaller_bases
 from veneer.evaluate import Evaluation
 from veneer.evaluate import compare as compare_models
 from veneer.evaluate import generate as generate_answers
-from veneer.model import Source, load_adapter, load_model, load_tokenizer, locate
+from veneer.model import load_adapter, load_model, load_tokenizer, locate
 from veneer.model.known import LADDER
 from veneer.plan import find_machine
 from veneer.plan.doctor import Found, Problem, diagnose, look, usable
@@ -28,6 +32,7 @@ from veneer.release import (
     Certificate,
     Exported,
     Merged,
+    Origin,
     certify_artifact,
     export_to,
     find_artifact,
@@ -35,7 +40,6 @@ from veneer.release import (
     merge_into,
     prompts_of,
     renew_card,
-    require_match,
     require_model,
     unmerge_from,
     very_long,
@@ -49,7 +53,13 @@ from veneer.train.metrics import read_metrics
 from veneer.train.verify import verify as verify
 
 
-def train(run: Run, resume: bool = False, listeners: Sequence[Listener] = (), force: bool = False) -> Trained:
+def train(
+    run: Run,
+    resume: bool = False,
+    listeners: Sequence[Listener] = (),
+    force: bool = False,
+    overwrite: bool = False,
+) -> Trained:
     """Carry out a run: load, train, write the adapter with its card and the picture of its loss.
 
     Args:
@@ -57,12 +67,13 @@ def train(run: Run, resume: bool = False, listeners: Sequence[Listener] = (), fo
         resume: Go on from the run's last checkpoint.
         listeners: Hear of each step.
         force: Start even if it is foreseen not to fit.
+        overwrite: Replace the run that is in its folder.
 
     Raises:
         UserError: The run cannot be carried out as it is written; nothing was written.
         JobError: Training failed.
     """
-    job = TrainingJob(run, resume, force)
+    job = TrainingJob(run, resume, force, overwrite)
     if job.choice.warning:
         warnings.warn(job.choice.warning, RuntimeWarning, stacklevel=2)
     return finish(job, listeners)
@@ -165,42 +176,43 @@ def doctor(measure: bool = False) -> Examined:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to answer: a run's base with its adapter, or a base alone (`run` is None then)."""
+    """A model ready to answer: a base with an adapter, or a base alone (`origin` is None then).
+
+    Attributes:
+        run: Of an adapter that stands in its run's folder.
+        origin: Where adapter and base came from.
+    """
 
     model: Any
     renderer: Renderer
     run: Run | None
+    origin: Origin | None = None
 
 
-def load(name: str, force: bool = False) -> Loaded:
-    """Load a finished run by its folder, or a base model by any name `model.base` takes.
+def load(name: str, force: bool = False, base: str | None = None) -> Loaded:
+    """Load a run, one of its checkpoints or an adapter by its folder, or a base model by any name `model.base` takes.
 
     Args:
-        name: Of the run or the model.
+        name: Of the run, the checkpoint, the adapter or the model.
         force: Put the adapter on its base even where its passport says that it does not belong there.
+        base: Another base than the adapter names.
 
     Raises:
         UserError: There is nothing of that name, the run has no adapter yet, or it does not belong to the base.
     """
-    folder = RunFolder(Path(name))
     machine = find_machine()
-    if not folder.run.exists():
+    if find_adapter(name) is None:
+        if base is not None:
+            raise UserError(f"--base {base}: {name} is no adapter, which a base could be put under", "leave it out")
         settings = Model(base=name)
         source = locate(settings)
         renderer = Renderer(load_tokenizer(source))
         return Loaded(load_model(source, settings, None, machine), renderer, None)
-    run = load_run(folder.run)
-    if not folder.adapter.is_dir():
-        raise UserError(f"{name}: the run has no adapter yet", "finish it with `veneer train ... --resume`")
-    source = locate(run.model)
-    require_match(folder.adapter, source, force)
+    origin = find_origin(name, base, force)
     # Tokenizer and template as they were in training, whatever has become of the base's or of a template's file.
-    kept = Source("folder", str(folder.adapter), name)
-    named = run.data.chat_template in (*NAMED_TEMPLATES, "none")
-    data = run.data if named else run.data.model_copy(update={"chat_template": "auto"})
-    renderer = Renderer(load_tokenizer(kept), data)
-    base = load_model(source, run.model, run.quantization, machine)
-    return Loaded(load_adapter(base, folder.adapter), renderer, run)
+    renderer = origin.renderer()
+    model = load_model(origin.source, origin.model, origin.quantization, machine)
+    return Loaded(load_adapter(model, origin.adapter), renderer, origin.run, origin)
 
 
 def evaluate(
@@ -222,9 +234,7 @@ def evaluate(
     Raises:
         UserError: No such run, no adapter, or no held-out rows.
     """
-    folder = RunFolder(Path(run_dir))
-    if not folder.run.exists():
-        raise UserError(f"{run_dir}: holds no run (no run.yaml)", "name the folder that `veneer train` wrote")
+    folder = require_run(str(run_dir))
     loaded = load(str(run_dir), force)
     assert loaded.run is not None
     held_out = _held_out(folder, loaded.run, loaded.renderer, data, rows or loaded.run.evaluate.rows)
@@ -244,37 +254,70 @@ def save_evaluation(folder: RunFolder, evaluation: Evaluation) -> None:
 
 def generate(
     name: str,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     system: str | None = None,
     compare_with_base: bool = False,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     seed: int = 42,
     force: bool = False,
-) -> list[dict[str, str]]:
-    """Answers of a run (or of a base model) to prompts: `prompt`, `answer`, and `base` where it is compared.
+    *,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    repetition_penalty: float = 1.0,
+    stop: Sequence[str] = (),
+    base: str | None = None,
+    on_text: Callable[[str], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Answers to prompts: `prompt`, `answer`, and `base` where it is compared.
+
+    Args:
+        name: As for `load`.
+        prompts: Questions, or conversations as lists of turns (`{"role": ..., "content": ...}`).
+        system: System prompt instead of the run's own, before prompts that have none.
+        compare_with_base: Let the base answer too.
+        max_new_tokens: Longest answer.
+        temperature, top_p, top_k, repetition_penalty, stop, seed: See `veneer.config.sampling.Sampling`.
+        force, base: As for `load`.
+        on_text: Called with each piece of the answer as it is made; for a single prompt.
 
     Raises:
-        UserError: Nothing of that name, or `compare_with_base` without a run.
+        UserError: Nothing of that name, a value out of range, or `compare_with_base` without an adapter.
     """
     import torch
 
-    loaded = load(name, force)
-    if compare_with_base and loaded.run is None:
+    sampling = Sampling(temperature, top_p, top_k, repetition_penalty, tuple(stop), seed)
+    if on_text is not None and len(prompts) != 1:
+        raise UserError(f"on_text with {len(prompts)} prompts: pieces of which answer?", "give a single prompt")
+    loaded = load(name, force, base)
+    if compare_with_base and loaded.origin is None:
         raise UserError(f"{name}: a base model alone, there is nothing to compare", "name a run's folder")
-    before = [] if system is None else [Message("system", system)]
-    ids = [loaded.renderer.prompt_ids([*before, Message("user", prompt)]) for prompt in prompts]
+    ids = [loaded.renderer.prompt_ids(_turns(prompt, system)) for prompt in prompts]
 
-    def answers() -> list[str]:
+    def answers(on_text: Callable[[str], None] | None = None) -> list[str]:
         torch.manual_seed(seed)
-        return generate_answers(loaded.model, loaded.renderer, ids, max_new_tokens, temperature=temperature)
+        parts = (loaded.model, loaded.renderer, ids, max_new_tokens)
+        return generate_answers(*parts, sampling=sampling, on_text=on_text)
 
-    results = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers(), strict=True)]
+    results: list[dict[str, Any]] = [
+        {"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers(on_text), strict=True)
+    ]
     if compare_with_base:
         with loaded.model.disable_adapter():
             for result, answer in zip(results, answers(), strict=True):
                 result["base"] = answer
     return results
+
+
+def _turns(prompt: Prompt, system: str | None) -> list[Message]:
+    """A prompt as turns, with a system prompt before it where it has none."""
+    try:
+        turns = [Message("user", prompt)] if isinstance(prompt, str) else list(read_turns(prompt))
+    except BadRowError as error:
+        raise UserError(f"prompt: {error}", "write turns with role and content") from None
+    if system is None or (turns and turns[0].role == "system"):
+        return turns
+    return [Message("system", system), *turns]
 
 
 @dataclass(frozen=True)
@@ -440,7 +483,8 @@ def certify(
     renderer = origin.renderer()
     held_out: list[HeldOut] = []
     skipped = {}
-    folder = RunFolder(Path(run).expanduser())
+    folder = origin.folder or RunFolder(Path(run).expanduser())
+    is_of_run = origin.run is not None and not origin.is_checkpoint  # a checkpoint's proof is none of its run's adapter
     if origin.run is None:
         skipped["answers and score on held-out rows"] = "the adapter has no run beside it"
     elif not rows:
@@ -455,9 +499,9 @@ def certify(
     certificate = certify_artifact(found, origin, prompts, longest, skipped, tell)
     page = certificate_page(certificate.as_dict())
     targets = [] if found.path is None else [found.path if found.path.is_dir() else found.path.parent]
-    targets += [folder.path] if origin.run is not None else []
+    targets += [folder.path] if is_of_run else []
     for target in targets or [Path()]:
         write_certificate(certificate, target, page)
-    if origin.run is not None:
+    if is_of_run:
         renew_card(folder)
     return certificate, (targets or [Path()])[0]

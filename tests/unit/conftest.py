@@ -1,9 +1,14 @@
-"""Unit tests keep what they cache to themselves."""
+"""Unit tests keep what they cache to themselves; commands are called within the process."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.runs import tiny_run, write_rows
+from veneer.cli.main import main
+from veneer.config.load import to_yaml
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -18,3 +23,27 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of the test's own."""
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def call(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command; gives its exit status, standard output and standard error."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main(list(arguments))
+        out, err = capfd.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return run
+
+
+@pytest.fixture
+def run_file(tiny_model: Callable[..., Path], tmp_path: Path, rows: list[dict[str, Any]]) -> Path:
+    """The YAML file of a tiny run with two held-out rows."""
+    train = write_rows(tmp_path / "rows.jsonl", rows)
+    run = tiny_run(tiny_model(), train, tmp_path / "runs" / "tiny", data={"validation": 2})
+    path = tmp_path / "tiny.yaml"
+    path.write_text(to_yaml(run))
+    return path

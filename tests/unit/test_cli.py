@@ -13,38 +13,13 @@ import pytest
 import torch
 import yaml
 
-from tests.runs import tiny_run, write_rows
+from tests.runs import write_rows
 from veneer.cli import demo as demo_module
 from veneer.cli.main import main
-from veneer.config.load import to_yaml
 from veneer.train import parts
 
 ROOT = Path(__file__).parents[2]
 Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def call(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Runs a command; gives its exit status, standard output and standard error."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main(list(arguments))
-        out, err = capfd.readouterr()
-        return int(caught.value.code or 0), out, err
-
-    return run
-
-
-@pytest.fixture
-def run_file(tiny_model: Callable[..., Path], tmp_path: Path, rows: list[dict[str, Any]]) -> Path:
-    """The YAML file of a tiny run with two held-out rows."""
-    train = write_rows(tmp_path / "rows.jsonl", rows)
-    run = tiny_run(tiny_model(), train, tmp_path / "runs" / "tiny", data={"validation": 2})
-    path = tmp_path / "tiny.yaml"
-    path.write_text(to_yaml(run))
-    return path
 
 
 def test_train_evaluate_and_generate_speak_json_alone_on_stdout(

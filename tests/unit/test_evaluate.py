@@ -11,6 +11,7 @@ import torch
 import veneer
 from tests.runs import tiny_run, write_rows
 from veneer.config import UserError
+from veneer.config.sampling import Sampling
 from veneer.data import Message
 from veneer.evaluate import compare, generate
 from veneer.evaluate.compare import Evaluation, Sample, Score
@@ -71,7 +72,8 @@ def test_a_model_that_learnt_its_rows_scores_higher_than_its_base(job: TrainingJ
     assert {len(answer) for answer in generate(job.model, job.renderer, prompts, 12)} == {3, 6, 9}
     # Temperature samples.
     torch.manual_seed(0)
-    assert generate(job.model, job.renderer, prompts, 12, temperature=5.0) != [s["tuned"] for s in samples]
+    hot = Sampling(temperature=5.0)
+    assert generate(job.model, job.renderer, prompts, 12, sampling=hot) != [s["tuned"] for s in samples]
 
 
 def test_commands_on_a_finished_run(job: TrainingJob) -> None:

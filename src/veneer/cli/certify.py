@@ -22,6 +22,10 @@ def certify(
 
     Example: `veneer certify models/tickets --against runs/tickets`
     """
+    from veneer.cli import checks
+
+    checks.require_tuned(against, base)
+    checks.require_artifact(artifact)
     from veneer.cli import show, show_release
 
     out = show.console(as_json)

@@ -18,13 +18,14 @@ def data(
 
     Example: `veneer data tickets.jsonl --model smollm2-135m-instruct --html tickets.html`
     """
-    from veneer.cli import show
+    from veneer.cli import checks, show
     from veneer.config import UserError
 
     run = _settings(name, overrides or [], model)
     out = show.console(as_json)
     if html is not None and not html.absolute().parent.is_dir():
         raise UserError(f"--html {html}: the folder does not exist", "name a file in a folder that exists")
+    checks.require_inputs(run)
     from veneer import api
 
     with out.status("reading"):

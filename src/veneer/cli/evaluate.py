@@ -19,8 +19,10 @@ def evaluate(
 
     Example: `veneer evaluate runs/tickets --rows 50`
     """
+    from veneer.cli import checks, show
+
+    checks.require_evaluation(str(run), data)
     from veneer import api
-    from veneer.cli import show
 
     out = show.console(as_json)
     with out.status("answering the held-out rows with the base and the tuned model") as status:

@@ -27,6 +27,11 @@ def export(
 
     Example: `veneer export runs/tickets --out models/tickets-gguf --quant q4_k_m`
     """
+    from veneer.cli import checks
+
+    checks.require_options({"--format": file_format, "--quant": quant, "--on": on})
+    checks.require_tuned(run, base)
+    checks.require_new_folder(out)
     from rich.markup import escape
 
     from veneer import api

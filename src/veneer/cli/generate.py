@@ -1,52 +1,107 @@
 """veneer generate: answers to prompts."""
 
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 
 def generate(
-    name: Annotated[str, typer.Argument(help="Folder of a run, or a base model.")],
+    name: Annotated[str, typer.Argument(help="Folder of a run, a checkpoint or an adapter; or a base model.")],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option(help="A prompt a line, or JSONL with `prompt` or `messages`.")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt instead of the run's own.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Show the base's answer beside the tuned one.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest answer; above: sampled.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 42,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest answer; above: sampled.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this probability together.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample from so many of the likeliest tokens; 0: from all.")] = 0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: tokens that are there already become less likely.")
+    ] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text; may be repeated.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 42,
+    base: Annotated[str | None, typer.Option(help="Another base than the one the adapter names.")] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Use the adapter even on a base it was not trained on.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answers as JSON alone on stdout.")] = False,
 ) -> None:
-    """Answer prompts with a tuned model; without --prompt, one prompt a line is read from standard input.
+    """Answer prompts with a tuned model; without prompts, one a line is read from standard input.
+
+    On a terminal a single answer appears as it is made.
 
     Example: `veneer generate runs/demo --compare --prompt "My parcel never came, order 4471"`
     """
-    from veneer.cli import show
-    from veneer.config import UserError
+    from veneer.cli import checks, show
+    from veneer.config.sampling import Sampling
 
-    prompts = prompt or [line.strip() for line in sys.stdin if line.strip()]
-    if not prompts:
+    Sampling(temperature, top_p, top_k, repetition_penalty, tuple(stop or ()), seed)
+    checks.require_answering(name, base)
+    prompts = _prompts(prompt or [], prompts_file)
+    out = show.console(as_json)
+    shown = Shown(out) if len(prompts) == 1 and out.is_terminal and not (as_json or compare) else None
+    with show.status(out, "answering") as status:
+        if shown is not None:
+            shown.before = status.stop
+        from veneer import api
+
+        answers = api.generate(
+            name, prompts, system, compare, max_new_tokens, temperature, seed, force,
+            top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty, stop=stop or (), base=base, on_text=shown,
+        )  # fmt: skip
+    if as_json:
+        show.print_json({"answers": answers})
+    elif compare:
+        _show_both(out, answers)
+    elif shown is not None:
+        out.print()  # the answer stands there already
+    else:
+        for answer in answers:
+            out.print(answer["answer"], markup=False)
+
+
+class Shown:
+    """Prints pieces of an answer as they come."""
+
+    def __init__(self, out: Any) -> None:
+        self._out = out
+        self.before: Any = None
+
+    def __call__(self, text: str) -> None:
+        if self.before is not None:
+            self.before()
+            self.before = None
+        self._out.print(text, end="", markup=False)
+
+
+def _prompts(given: list[str], file: Path | None) -> list[Any]:
+    """Prompts of the options and of the file; where neither gives any, the lines of standard input."""
+    from veneer.config import UserError
+    from veneer.config.prompts import plain_prompts, read_prompts
+
+    prompts = [*given, *(read_prompts(file) if file is not None else ())]
+    if prompts:
+        return prompts
+    if sys.stdin.isatty():
+        print("a prompt a line; Ctrl-D ends", file=sys.stderr)
+    if not (prompts := plain_prompts(sys.stdin)):
         raise UserError("no prompt", 'give one with --prompt "..." or a line on standard input')
+    return prompts
+
+
+def _show_both(out: Any, answers: list[dict[str, Any]]) -> None:
+    """Base and tuned side by side."""
     from rich.markup import escape
     from rich.table import Table
 
-    from veneer import api
-
-    out = show.console(as_json)
-    with out.status("answering"):
-        answers = api.generate(name, prompts, system, compare, max_new_tokens, temperature, seed, force)
-    if as_json:
-        show.print_json({"answers": answers})
-        return
-    if not compare:
-        for answer in answers:
-            out.print(answer["answer"], markup=False)
-        return
     table = Table(show_lines=True)
     for column in ("prompt", "base", "tuned"):
         table.add_column(column, overflow="fold")
     for answer in answers:
-        table.add_row(*(escape(answer[key]) for key in ("prompt", "base", "answer")))
-    out.print(table)
+        asked = answer["prompt"] if isinstance(answer["prompt"], str) else answer["prompt"][-1]["content"]
+        table.add_row(*(escape(text) for text in (asked, answer["base"], answer["answer"])))
+    out.print(table, soft_wrap=False)

@@ -7,25 +7,42 @@ with --debug, which may stand anywhere on the line.
 import errno
 import os
 import sys
+from typing import Annotated
 
 import typer
 
-from veneer.cli import certify, data, demo, doctor, evaluate, export, generate, merge, plan, push, train, verify
+from veneer.cli import certify, data, demo, doctor, evaluate, export, generate, init, merge, plan, push, train, verify
 
 app = typer.Typer(
     name="veneer",
     help="Fine-tune large language models with LoRA and QLoRA, and prove each step.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     epilog="Try `veneer demo` first. --debug anywhere on the line shows the traceback of an error.",
 )
-for module in (demo, doctor, plan, data, verify, train, evaluate, generate, export, certify, push):
+for module in (demo, doctor, init, plan, data, verify, train, evaluate, generate, export, certify, push):
     name = module.__name__.rsplit(".", 1)[-1]
     app.command(name)(getattr(module, name))
 app.command("merge")(merge.merge)
 app.command("unmerge")(merge.unmerge)
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        from veneer import __version__
+
+        print(f"veneer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main(arguments: list[str] | None = None) -> None:

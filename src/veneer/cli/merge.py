@@ -27,6 +27,11 @@ def merge(
 
     Example: `veneer merge runs/tickets --out models/tickets`
     """
+    from veneer.cli import checks
+
+    checks.require_options({"--dtype": dtype, "--on": on})
+    checks.require_tuned(run, base)
+    checks.require_new_folder(out)
     from veneer import api
     from veneer.cli import show, show_release
 
@@ -55,6 +60,10 @@ def unmerge(
 
     Example: `veneer unmerge models/tickets --adapter runs/tickets --out models/base`
     """
+    from veneer.cli import checks
+
+    checks.require_tuned(adapter, str(merged))
+    checks.require_new_folder(out)
     from veneer import api
     from veneer.cli import show, show_release
 

@@ -24,10 +24,15 @@ def plan(
     gc.disable()  # a process of three seconds, a quarter of which would go into looking for garbage
     from veneer.cli import show, show_plan
     from veneer.config import JobError, UserError, load_run
+    from veneer.config.names import find_model
+    from veneer.plan.cards import parse_budget
 
     settings = load_run(run, overrides or ())
     if fit is not None and not fit.absolute().parent.is_dir():
         raise UserError(f"--fit {fit}: the folder does not exist", "name a file in a folder that exists")
+    find_model(settings.model)
+    if gpu is not None:
+        parse_budget(gpu)
     out = show.console(as_json)
     from veneer import api
 

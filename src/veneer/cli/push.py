@@ -16,6 +16,9 @@ def push(
 
     Example: `veneer push runs/tickets --repo me/tickets`
     """
+    from veneer.cli import checks
+
+    checks.require_folder(name)
     from rich.markup import escape
 
     from veneer.cli import show, show_release

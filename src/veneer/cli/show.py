@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -22,10 +24,54 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+LOG_SECONDS = 60  # between lines of progress where nothing can be redrawn
+
 
 def console(as_json: bool = False) -> Console:
     """Where text for a person goes."""
     return Console(stderr=as_json, highlight=False, soft_wrap=True)
+
+
+class Status:
+    """What is being done, with the time it has taken: a line that redraws itself, or a line a minute in a log file.
+
+    It goes to standard error where standard output is no terminal.
+    """
+
+    def __init__(self, out: Console, what: str) -> None:
+        console = out if out.is_terminal else Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console, self._what = console, what
+        self._progress = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
+        )
+        self._started = self._told = time.monotonic()
+
+    def __enter__(self) -> "Status":
+        self._task = self._progress.add_task(escape(self._what))
+        if self._console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def update(self, what: str) -> None:
+        """Say what is being done now."""
+        self._progress.update(self._task, description=escape(what))
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._told >= LOG_SECONDS:
+            self._told = now
+            self._console.print(f"  {what}, {now - self._started:,.0f} s", markup=False)
+
+    def stop(self) -> None:
+        """Take the line away."""
+        if self._console.is_terminal:
+            self._progress.stop()
+
+
+def status(out: Console, what: str) -> Status:
+    """A status for a `with` block."""
+    return Status(out, what)
 
 
 def command_name() -> str:

@@ -1,31 +1,39 @@
 """veneer train: carry out a run."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 
 def train(
-    run: Annotated[Path, typer.Argument(help="YAML file of the run.")],
+    run: Annotated[str | None, typer.Argument(help="YAML file of the run; or none, with --model and --data.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="Overrides: section.key=value.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model: model.base.")] = None,
+    data: Annotated[str | None, typer.Option(help="Training data: data.train.")] = None,
+    output_dir: Annotated[Path | None, typer.Option("--output-dir", "-o", help="The run's folder.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in the folder.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Start even if the plan says it cannot fit.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON alone on stdout.")] = False,
 ) -> None:
-    """Fine-tune a model as a YAML file says.
+    """Fine-tune a model as a YAML file says, or with --model and --data alone.
 
     Example: `veneer train recipes/smollm2-demo.yaml train.learning_rate=1e-4`
     """
-    from veneer.cli import show, show_plan
-    from veneer.config import load_run
+    from veneer.cli import checks, show, show_plan
+    from veneer.config import RunFolder
 
-    settings = load_run(run, overrides or ())
+    settings = settings_of(run, overrides or [], model, data, output_dir)
+    folder = RunFolder(settings.train.output_dir.expanduser())
+    checks.require_output(folder, resume, overwrite)
+    checks.require_inputs(settings)
     out = show.console(as_json)
-    from veneer import api
-    from veneer.train import TrainingJob
+    with show.status(out, "loading"):
+        from veneer import api
+        from veneer.train import TrainingJob
 
-    job = TrainingJob(settings, resume, force)
+        job = TrainingJob(settings, resume, force, overwrite)
     out.print(f"machine  {job.machine.describe()}")
     trainable, total = job.parameters["trainable"], job.parameters["total"]
     out.print(f"model    {settings.model.base}: {total:,} parameters, {trainable:,} trained")
@@ -46,3 +54,30 @@ def train(
     )
     out.print(f"files    {result.run_dir}: adapter/ loss.png metrics.jsonl ledger.json")
     out.print(f"next     {show.command_name()} evaluate {result.run_dir}")
+
+
+def settings_of(
+    run: str | None, overrides: list[str], model: str | None, data: str | None, output_dir: Path | None
+) -> Any:
+    """The run of a YAML file, or the smallest one of a base and data; the options are overrides of either.
+
+    Raises:
+        UserError: Neither says what to train, or a setting is wrong.
+    """
+    from veneer.config import UserError, load_run, run_of
+
+    options = {"model.base": model, "data.train": data, "train.output_dir": output_dir}
+    given = [*overrides, *(f"{setting}={value}" for setting, value in options.items() if value is not None)]
+    if run is not None and not ("=" in run and not Path(run).is_file()):
+        return load_run(run, given)
+    if run is not None:
+        given.insert(0, run)  # an override; there is no file
+    missing = [option for option, value in (("--model", model), ("--data", data)) if value is None]
+    if missing:
+        verb = "are" if len(missing) > 1 else "is"
+        raise UserError(
+            f"what is to be trained? No YAML file was named, and {' and '.join(missing)} {verb} missing",
+            "name a run's YAML file (`veneer init DATA` writes one), or a base with --model and rows with --data",
+        )
+    name = Path(data or "").name.split(".")[0] or "run"
+    return run_of({"train": {"output_dir": f"runs/{name}"}}, given)

@@ -18,10 +18,11 @@ def verify(
 
     Example: `veneer verify run.yaml`
     """
-    from veneer.cli import show
+    from veneer.cli import checks, show
     from veneer.config import load_run
 
     settings = load_run(run, overrides or ())
+    checks.require_inputs(settings)
     out = show.console(as_json)
     from veneer import api
 

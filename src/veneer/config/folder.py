@@ -16,6 +16,14 @@ from typing import Any
 
 from veneer.config.errors import UserError
 
+# What commands write into a run's folder, and how files begin that were never finished.
+_WRITTEN = {
+    *("run.yaml", "environment.json", "plan.json", "ledger.json", "pii.jsonl", "metrics.jsonl", "events.jsonl"),
+    *("loss.png", "checkpoints", "adapter", "evaluation.json", "samples.jsonl", "report.html"),
+    *("certificate.json", "certificate.html"),
+}
+_TEMPORARY = tuple(f".{name}." for name in sorted(_WRITTEN))
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -71,13 +79,50 @@ class RunFolder:
         """Whether anything is here that a new run would mix with."""
         return self.path.is_dir() and any(self.path.iterdir())
 
+    def require_replaceable(self) -> None:
+        """Raises UserError if the folder holds anything that no run wrote; an empty or a missing one is fine."""
+        if self.path.is_symlink() or (self.path.exists() and not self.path.is_dir()):
+            raise UserError(
+                f"train.output_dir = {self.path}: --overwrite replaces a run's folder, and this is a file or a link",
+                "name a folder in train.output_dir",
+            )
+        if not self.holds_run():
+            return
+        held = sorted(entry.name for entry in self.path.iterdir())
+        strange = [name for name in held if not name.startswith(_TEMPORARY) and name not in _WRITTEN]
+        if not strange and not {"run.yaml", "environment.json"} & set(held):
+            strange = held  # a few files of such names alone make no run
+        if strange:
+            raise UserError(
+                f"train.output_dir = {self.path}: --overwrite replaces a run's folder, and this one holds what no run "
+                f"wrote: {', '.join(strange[:6])}{', ...' if len(strange) > 6 else ''}",
+                "move that elsewhere, or name another train.output_dir",
+            )
+
+    def remove(self) -> None:
+        """Delete the run; under another name first, so that no half of one is left under its own.
+
+        Raises:
+            UserError: It holds anything that no run wrote.
+        """
+        self.require_replaceable()
+        if self.path.exists():
+            discarded = Path(tempfile.mkdtemp(dir=self.path.absolute().parent, prefix=f".{self.path.name}."))
+            os.replace(self.path, discarded / "run")
+            shutil.rmtree(discarded)
+
+    def require_begun(self) -> None:
+        """Raises UserError if the folder holds no run."""
+        if not self.run.exists():
+            raise UserError(f"train.output_dir = {self.path}: holds no run to resume", "start it without --resume")
+
     def require_free(self) -> None:
         """Raises UserError if the folder holds a run, or anything else, already."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"train.output_dir = {self.path}: is a file", "name a folder in train.output_dir")
         if self.holds_run():
             what = "already holds a run" if self.run.exists() else "is not empty"
-            resume = "--resume to go on with it, or " if self.run.exists() else ""
+            resume = "--resume to go on with it, --overwrite to replace it, or " if self.run.exists() else ""
             raise UserError(
                 f"train.output_dir = {self.path}: {what}", f"{resume}another train.output_dir for a new run"
             )

@@ -105,6 +105,11 @@ def to_yaml(run: Run) -> str:
     return header + yaml.dump(run.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+def scalar(value: str) -> str:
+    """A text as it stands in YAML, quoted where it has to be."""
+    return str(yaml.dump(value, Dumper=_Dumper, width=10_000, allow_unicode=True)).removesuffix("\n...\n").strip()
+
+
 def _parse(text: str, path: Path) -> tuple[dict[str, Any], dict[Path_, str]]:
     """Plain values of a YAML mapping, and the place of every key."""
     loader = None

@@ -19,11 +19,16 @@ prepare.py       all of that for a run
 batch.py         which examples stand in which step, packing, and the batch an engine reads
 """
 
-from veneer.data.batch import Batch, Batches, Example
-from veneer.data.conversation import Conversation, Message
-from veneer.data.ledger import Ledger
-from veneer.data.prepare import Prepared, prepare
-from veneer.data.render import Renderer
+from typing import TYPE_CHECKING
+
+from veneer.lazy import import_on_use
+
+if TYPE_CHECKING:
+    from veneer.data.batch import Batch, Batches, Example
+    from veneer.data.conversation import Conversation, Message
+    from veneer.data.ledger import Ledger
+    from veneer.data.prepare import Prepared, prepare
+    from veneer.data.render import Renderer
 
 __all__ = [
     "Batch",
@@ -36,3 +41,18 @@ __all__ = [
     "Renderer",
     "prepare",
 ]
+
+import_on_use(
+    __name__,
+    {
+        "Batch": "veneer.data.batch",
+        "Batches": "veneer.data.batch",
+        "Conversation": "veneer.data.conversation",
+        "Example": "veneer.data.batch",
+        "Ledger": "veneer.data.ledger",
+        "Message": "veneer.data.conversation",
+        "Prepared": "veneer.data.prepare",
+        "Renderer": "veneer.data.render",
+        "prepare": "veneer.data.prepare",
+    },
+)

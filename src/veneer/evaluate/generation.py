@@ -10,8 +10,12 @@ from typing import Any
 
 import torch
 
+from veneer.config.sampling import Sampling
 from veneer.data import Renderer
+from veneer.evaluate.decoding import StopAtText, TextStream, answer_text, generation_config
 from veneer.model.quiet import quiet
+
+GREEDY = Sampling()
 
 
 @torch.no_grad()
@@ -21,8 +25,9 @@ def generate(
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     batch_size: int = 16,
-    temperature: float = 0.0,
+    sampling: Sampling = GREEDY,
     on_done: Callable[[int], None] = lambda done: None,
+    on_text: Callable[[str], None] | None = None,
 ) -> list[str]:
     """The model's answers, in the order of the prompts, without special tokens.
 
@@ -32,25 +37,13 @@ def generate(
         prompts: Token ids of each prompt (`Renderer.prompt_ids`).
         max_new_tokens: Longest answer.
         batch_size: Prompts at a time.
-        temperature: 0: the likeliest token each time; above: sampled.
+        sampling: How tokens are chosen, and which texts end an answer.
         on_done: Called with the number of prompts just finished.
+        on_text: Called with each piece of the answer as it is made; for a single prompt.
     """
-    from transformers import GenerationConfig
-
     model.eval()
     tokenizer = renderer.tokenizer
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        temperature=temperature or None,
-        # Said outright, or Transformers takes them from the base's own generation settings.
-        repetition_penalty=1.0,
-        top_p=1.0,
-        top_k=0 if temperature else None,
-        eos_token_id=sorted(renderer.stop_ids | _stop_ids(model)),
-        pad_token_id=tokenizer.pad_token_id,
-        use_cache=True,
-    )
+    config = generation_config(model, renderer, max_new_tokens, sampling)
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
     device = model.get_input_embeddings().weight.device
@@ -64,21 +57,16 @@ def generate(
             mask_BL[row, longest - len(prompts[n]) :] = 1
         with quiet(), contiguous_head_input(model):
             output_BL = model.generate(
-                input_ids=ids_BL.to(device), attention_mask=mask_BL.to(device), generation_config=config
+                input_ids=ids_BL.to(device),
+                attention_mask=mask_BL.to(device),
+                generation_config=config,
+                stopping_criteria=[StopAtText(tokenizer, sampling.stop, longest)] if sampling.stop else None,
+                streamer=TextStream(tokenizer, sampling.stop, on_text) if on_text is not None else None,
             )
         for row, n in enumerate(chosen):
-            text = tokenizer.decode(
-                output_BL[row, longest:], skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-            answers[n] = text.strip()
+            answers[n] = answer_text(tokenizer, output_BL[row, longest:], sampling.stop)
         on_done(len(chosen))
     return answers
-
-
-def _stop_ids(model: Any) -> set[int]:
-    """The stop tokens that the base's own generation settings name."""
-    ids = model.generation_config.eos_token_id
-    return set(ids) if isinstance(ids, list) else {ids} - {None}
 
 
 @contextmanager

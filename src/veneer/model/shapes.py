@@ -13,10 +13,10 @@ import torch
 
 from veneer.config import Model, UserError
 from veneer.config.cache import cache_folder
+from veneer.config.names import find_model
 from veneer.model.builtin import BUILTIN
 from veneer.model.gguf import config_of
 from veneer.model.known import known_shape
-from veneer.model.locate import find
 from veneer.model.quiet import quiet
 from veneer.plan.memory import Shapes
 
@@ -27,7 +27,7 @@ def find_config(model: Model) -> Any:
     Raises:
         UserError: There is no such model, its folder holds no configuration, or Transformers does not know its kind.
     """
-    kind, place = find(model)
+    kind, place = find_model(model)
     if kind == "builtin":
         folder = cache_folder() / "models" / place
         return _load(folder, model) if folder.is_dir() else _published(BUILTIN[place].hub_id)
@@ -46,7 +46,7 @@ def find_config(model: Model) -> Any:
 
 def is_at_hand(model: Model, files: tuple[str, ...] = ("model.safetensors", "model.safetensors.index.json")) -> bool:
     """Whether one of these files of a base is on this machine; the hub's and the built-in model's are fetched once."""
-    kind, place = find(model)
+    kind, place = find_model(model)
     if kind == "builtin":
         return (cache_folder() / "models" / place).is_dir()
     if kind == "hub":

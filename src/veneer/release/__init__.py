@@ -23,14 +23,19 @@ certify.py           the certificate
 card.py, lint.py, push.py    README.md of an adapter; what vLLM takes; upload to a hub
 """
 
-from veneer.release.artifact import find_artifact
-from veneer.release.card import renew_card, write_card
-from veneer.release.certify import Certificate, certify_artifact, write_certificate
-from veneer.release.export import Exported, export_to
-from veneer.release.merge import Merged, merge_into, require_model, unmerge_from
-from veneer.release.origin import Origin, find_origin
-from veneer.release.passport import require_match
-from veneer.release.prompts import prompts_of, very_long
+from typing import TYPE_CHECKING
+
+from veneer.lazy import import_on_use
+
+if TYPE_CHECKING:
+    from veneer.release.artifact import find_artifact
+    from veneer.release.card import renew_card, write_card
+    from veneer.release.certify import Certificate, certify_artifact, write_certificate
+    from veneer.release.export import Exported, export_to
+    from veneer.release.merge import Merged, merge_into, require_model, unmerge_from
+    from veneer.release.origin import Origin, find_origin
+    from veneer.release.passport import require_match
+    from veneer.release.prompts import prompts_of, very_long
 
 __all__ = [
     "Certificate",
@@ -51,3 +56,26 @@ __all__ = [
     "write_card",
     "write_certificate",
 ]
+
+import_on_use(
+    __name__,
+    {
+        "Certificate": "veneer.release.certify",
+        "Exported": "veneer.release.export",
+        "Merged": "veneer.release.merge",
+        "Origin": "veneer.release.origin",
+        "certify_artifact": "veneer.release.certify",
+        "export_to": "veneer.release.export",
+        "find_artifact": "veneer.release.artifact",
+        "find_origin": "veneer.release.origin",
+        "merge_into": "veneer.release.merge",
+        "prompts_of": "veneer.release.prompts",
+        "renew_card": "veneer.release.card",
+        "require_match": "veneer.release.passport",
+        "require_model": "veneer.release.merge",
+        "unmerge_from": "veneer.release.merge",
+        "very_long": "veneer.release.prompts",
+        "write_card": "veneer.release.card",
+        "write_certificate": "veneer.release.certify",
+    },
+)

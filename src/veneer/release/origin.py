@@ -1,7 +1,8 @@
 """What a release is made from: an adapter and the base it belongs to.
 
-A run's folder knows its base from run.yaml. A folder that holds an adapter alone (from a hub, or from plain PEFT) knows
-it from its passport, else from its adapter_config.json, and `--base` names it where neither does.
+A run's folder, or one of its checkpoints, knows its base from run.yaml. A folder that holds an adapter alone (from a
+hub, or from plain PEFT) knows it from its passport, else from its adapter_config.json, and `--base` names it where
+neither does.
 """
 
 import json
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from veneer.config import Model, Quantization, Run, RunFolder, UserError, load_run
+from veneer.config import Data, Model, Quantization, Run, RunFolder, UserError, load_run
+from veneer.config.names import find_adapter, require_adapter
 from veneer.data import Renderer
 from veneer.data.template import NAMED_TEMPLATES
 from veneer.model import Source, compute_dtype, load_tokenizer, locate
@@ -31,6 +33,8 @@ class Origin:
         model, source: The base.
         quantization: What the base was quantized to in training; None: not at all, or it is not known.
         dtype: What training computed in.
+        data: How training rendered its rows; None: it is not known.
+        folder: Of the run.
     """
 
     name: str
@@ -40,6 +44,13 @@ class Origin:
     source: Source
     quantization: Quantization | None
     dtype: torch.dtype
+    data: Data | None = None
+    folder: RunFolder | None = None
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether it is a state on the run's way, and not what the run came to."""
+        return self.folder is not None and self.adapter != self.folder.adapter
 
     @property
     def base_folder(self) -> Path:
@@ -58,7 +69,9 @@ class Origin:
 
     def renderer(self) -> Renderer:
         """The tokenizer and the template as they were in training; the base's where the adapter brings none."""
-        return renderer_of(self.adapter, self.run) if self._brings_tokenizer else Renderer(load_tokenizer(self.source))
+        if self._brings_tokenizer:
+            return renderer_of(self.adapter, self.data)
+        return Renderer(load_tokenizer(self.source), self.data)
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -71,7 +84,7 @@ class Origin:
 
 
 def find_origin(name: str, base: str | None = None, force: bool = False, is_merged: bool = False) -> Origin:
-    """An adapter and its base by the folder of a run, or of an adapter.
+    """An adapter and its base by the folder of a run, of one of its checkpoints, or of an adapter.
 
     Args:
         name: The folder.
@@ -82,30 +95,30 @@ def find_origin(name: str, base: str | None = None, force: bool = False, is_merg
     Raises:
         UserError: There is no adapter, no base, or they do not belong together.
     """
-    folder = RunFolder(Path(name).expanduser())
-    run = load_run(folder.run) if folder.run.is_file() else None
-    adapter = folder.adapter if run is not None else folder.path
-    if run is not None and not adapter.is_dir():
-        raise UserError(f"{name}: the run has no adapter yet", "finish it with `veneer train ... --resume`")
+    found = find_adapter(name)
+    adapter = found.path if found is not None else Path(name).expanduser()
     require_adapter(adapter, name)
-    model, quantization = _base(adapter, run)
+    folder = found.run if found is not None else None
+    run = load_run(folder.run) if folder is not None else None
+    kept = run or _kept_settings(adapter)
+    model, quantization = (kept.model, kept.quantization) if kept is not None else (_named_base(adapter), None)
     if base is not None:
         model = (model or Model(base=base)).model_copy(update={"base": base, "revision": None})
     if model is None:
         raise UserError(f"{name}: neither passport nor adapter_config.json names a base", "name it with --base")
     source = locate(model)
     require_match(adapter, None if is_merged else source, force)
-    return Origin(name, adapter, run, model, source, quantization, _dtype(folder, run, model))
+    data = kept.data if kept is not None else None
+    return Origin(name, adapter, run, model, source, quantization, _dtype(folder, model), data, folder)
 
 
-def renderer_of(folder: Path, run: Run | None) -> Renderer:
-    """The renderer of a folder that holds a tokenizer and a template, with the settings of the run."""
+def renderer_of(folder: Path, data: Data | None) -> Renderer:
+    """The renderer of a folder that holds a tokenizer and a template, with the settings of the training."""
     tokenizer = load_tokenizer(Source("folder", str(folder), str(folder)))
-    if run is None:
+    if data is None:
         return Renderer(tokenizer)
-    named = run.data.chat_template in (*NAMED_TEMPLATES, "none")
-    data = run.data if named else run.data.model_copy(update={"chat_template": "auto"})
-    return Renderer(tokenizer, data)
+    named = data.chat_template in (*NAMED_TEMPLATES, "none")
+    return Renderer(tokenizer, data if named else data.model_copy(update={"chat_template": "auto"}))
 
 
 def fetched(source: Source) -> Path:
@@ -129,44 +142,34 @@ def fetched(source: Source) -> Path:
         ) from None
 
 
-def require_adapter(adapter: Path, name: str) -> None:
-    """Raises UserError where a folder holds no adapter in PEFT's format."""
-    if not adapter.is_dir():
-        raise UserError(f"{name}: no such folder", "name the folder of a run or of an adapter")
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (adapter / file).is_file():
-            held = ", ".join(sorted(path.name for path in adapter.iterdir())[:6]) or "nothing"
-            raise UserError(
-                f"{name}: holds no adapter: {adapter / file} is missing (it holds {held})",
-                "name the folder of a finished run, or of an adapter in PEFT's format",
-            )
-
-
-def _base(adapter: Path, run: Run | None) -> tuple[Model | None, Quantization | None]:
-    if run is not None:
-        return run.model, run.quantization
+def _kept_settings(adapter: Path) -> Run | None:
+    """The settings that an adapter's passport keeps of its training."""
     passport = read_passport(adapter)
-    if passport is not None and isinstance(passport.get("settings"), dict):
-        try:
-            kept = Run.model_validate(passport["settings"])
-        except ValidationError as error:
-            wrong = ", ".join(".".join(map(str, entry["loc"])) for entry in error.errors()[:3])
-            raise UserError(
-                f"{adapter}: the settings in passport.json are not this Veneer's ({wrong})",
-                "update Veneer, or delete passport.json to go on without its checks",
-            ) from None
-        return kept.model, kept.quantization
+    if passport is None or not isinstance(passport.get("settings"), dict):
+        return None
+    try:
+        return Run.model_validate(passport["settings"])
+    except ValidationError as error:
+        wrong = ", ".join(".".join(map(str, entry["loc"])) for entry in error.errors()[:3])
+        raise UserError(
+            f"{adapter}: the settings in passport.json are not this Veneer's ({wrong})",
+            "update Veneer, or delete passport.json to go on without its checks",
+        ) from None
+
+
+def _named_base(adapter: Path) -> Model | None:
+    """The base that adapter_config.json names."""
     try:
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         named = config.get("base_model_name_or_path")
     except (ValueError, AttributeError):
         raise UserError(f"{adapter}: adapter_config.json is not JSON", "fetch the adapter again") from None
-    return (Model(base=named) if named else None), None
+    return Model(base=named) if named else None
 
 
-def _dtype(folder: RunFolder, run: Run | None, model: Model) -> torch.dtype:
+def _dtype(folder: RunFolder | None, model: Model) -> torch.dtype:
     """What the run computed in; `auto` means other things on other machines, so its plan is asked first."""
-    if run is not None and folder.plan.is_file():
+    if folder is not None and folder.plan.is_file():
         kept = json.loads(folder.plan.read_text(encoding="utf-8")).get("dtype")
         if isinstance(found := getattr(torch, str(kept), None), torch.dtype):
             return found

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from veneer.config import RunFolder, UserError
+from veneer.config.names import require_adapter
 from veneer.release.lint import vllm_lint
-from veneer.release.origin import require_adapter
 from veneer.release.weights import weights_of
 
 SKIPPED = (".", "_")

@@ -64,6 +64,12 @@ class Trained:
 class TrainingJob:
     """A run, checked and loaded, ready to train.
 
+    Args:
+        run: The settings.
+        resume: Go on from the run's last checkpoint.
+        force: Load even if it is foreseen not to fit.
+        overwrite: Replace the run that is in the folder, once this one is ready to begin.
+
     Attributes:
         machine, source, tokenizer, renderer, data, foreseen, model: The parts, for others to show or evaluate.
         engine, choice: What computes losses and gradients, and why it was taken.
@@ -74,12 +80,13 @@ class TrainingJob:
         JobError: The fused engine was asked for and is wrong on this machine.
     """
 
-    def __init__(self, run: Run, resume: bool = False, force: bool = False) -> None:
+    def __init__(self, run: Run, resume: bool = False, force: bool = False, overwrite: bool = False) -> None:
         self.run = run
         self.folder = RunFolder(run.train.output_dir.expanduser())
+        self._overwrite = overwrite
         self._checkpoint = self._find_checkpoint() if resume else None
         if not resume:
-            self.folder.require_free()
+            self._require_folder()
         parts = load_parts(run, force)
         self.machine, self.source, self.tokenizer = parts.machine, parts.source, parts.tokenizer
         self.renderer, self.data, self.foreseen, self.model = parts.renderer, parts.data, parts.foreseen, parts.model
@@ -132,7 +139,9 @@ class TrainingJob:
             JobError: Training failed. Interrupted: the user stopped it; it can be resumed.
         """
         if self._checkpoint is None:
-            self.folder.require_free()  # again: another run may have begun since
+            self._require_folder()  # again: another run may have begun since
+            if self._overwrite:
+                self.folder.remove()
             torch.manual_seed(self.run.train.seed)
             self._begin_folder()
         else:
@@ -168,6 +177,12 @@ class TrainingJob:
             "rows_per_step": train.per_device_train_batch_size * train.gradient_accumulation_steps,
         }
 
+    def _require_folder(self) -> None:
+        if self._overwrite:
+            self.folder.require_replaceable()
+        else:
+            self.folder.require_free()
+
     def _begin_folder(self) -> None:
         write_json(self.folder.environment, environment() | {"machine": self.machine.as_dict()})
         write_json(self.folder.plan, self.plan())
@@ -177,10 +192,7 @@ class TrainingJob:
         write_text(self.folder.run, to_yaml(self.run))
 
     def _find_checkpoint(self) -> Any:
-        if not self.folder.run.exists():
-            raise UserError(
-                f"train.output_dir = {self.folder.path}: holds no run to resume", "start it without --resume"
-            )
+        self.folder.require_begun()
         if self.folder.adapter.exists():
             raise UserError(
                 f"train.output_dir = {self.folder.path}: this run is finished",

@@ -1,0 +1,101 @@
+"""What a command can refuse before it imports anything heavy: names, files and options that are wrong for certain.
+
+A wrong path is told in a third of a second so, and not after torch and Transformers were loaded. The rules are those
+of the packages that do the work, and are applied there again; nothing here decides anything else.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from veneer.config import Model, Run, RunFolder, UserError, load_run
+from veneer.config.names import find_adapter, find_model, require_adapter, require_run
+from veneer.config.options import require_known
+
+
+def require_answering(name: str, base: str | None = None) -> None:
+    """Raises UserError where a name is neither a base model nor an adapter whose base is named rightly."""
+    if find_adapter(name) is not None:
+        require_tuned(name, base)
+        return
+    try:
+        find_model(Model(base=name))
+    except UserError as error:
+        if Path(name).expanduser().is_dir() or Path(name).expanduser().is_file():
+            raise
+        raise UserError(
+            str(error).splitlines()[0].replace("model.base = ", ""),
+            "name a run, a checkpoint, an adapter's folder, or a base model as model.base takes it",
+        ) from None
+
+
+def require_tuned(name: str, base: str | None = None) -> None:
+    """Raises UserError where there is no adapter of that name, or the base that it is to be put on is none."""
+    found = find_adapter(name)
+    require_adapter(found.path if found is not None else Path(name).expanduser(), name)
+    if base is not None:
+        find_model(Model(base=base))
+    elif found is not None and found.run is not None:
+        find_model(load_run(found.run.run).model)
+
+
+def require_evaluation(name: str, data: str | None) -> None:
+    """Raises UserError where there is no finished run of that name, or no such data."""
+    require_run(name)
+    require_tuned(name)
+    if data is not None:
+        from veneer.data.source import find_sources
+
+        find_sources(data, "--data")
+
+
+def require_output(folder: RunFolder, resume: bool, overwrite: bool) -> None:
+    """Raises UserError where a run's folder is not free, or holds nothing to resume or to replace."""
+    if resume and overwrite:
+        raise UserError("--resume goes on with a run and --overwrite replaces it", "leave one of them out")
+    if resume:
+        folder.require_begun()
+    elif overwrite:
+        folder.require_replaceable()
+    else:
+        folder.require_free()
+
+
+def require_inputs(run: Run) -> None:
+    """Raises UserError where base or data of a run are not there. A hub is not asked."""
+    from veneer.data.source import find_sources
+
+    find_model(run.model)
+    data = run.data
+    find_sources(data.train, "data.train", data.split, data.subset)
+    if isinstance(data.validation, str | tuple):
+        find_sources(data.validation, "data.validation", data.split, data.subset)
+
+
+def require_new_folder(out: Path) -> None:
+    """Raises UserError where a folder cannot be made under that name."""
+    from veneer.release.output import require_free
+
+    require_free(out)
+
+
+def require_options(given: Mapping[str, str]) -> None:
+    """Raises UserError for a value that is not among those its option takes (`{"--dtype": "int4"}`)."""
+    for option, value in given.items():
+        require_known(option, value)
+
+
+def require_artifact(name: str) -> None:
+    """Raises UserError where what is to be certified is neither an address nor there."""
+    path = Path(name).expanduser()
+    if name.startswith(("http://", "https://")) or path.exists():
+        return
+    raise UserError(
+        f"{name}: neither a model's folder, nor a GGUF file, nor an address (http://...)",
+        "name what `veneer merge` or `veneer export` wrote, or a server",
+    )
+
+
+def require_folder(name: str) -> None:
+    """Raises UserError where there is no folder of that name."""
+    if not Path(name).expanduser().is_dir():
+        raise UserError(f"{name}: no such folder", "name a finished run, an adapter, or a merged model")

@@ -1,0 +1,44 @@
+"""veneer init: a first run file for some data."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def init(
+    data: Annotated[str, typer.Argument(help="File, glob, folder or hub dataset, as data.train takes it.")],
+    model: Annotated[str | None, typer.Option(help="Base model; otherwise the small built-in one.")] = None,
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("run.yaml"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON alone on stdout.")] = False,
+) -> None:
+    """Look at data, recognise its format, and write a small commented YAML file that trains on it.
+
+    Example: `veneer init tickets.jsonl --out tickets.yaml`
+    """
+    from veneer.cli import show
+    from veneer.config import Model, UserError
+    from veneer.config.folder import write_text
+    from veneer.config.names import find_model
+
+    if out.exists() and not (overwrite and out.is_file()):
+        raise UserError(
+            f"--out {out}: is there already", "name another file with --out, or replace it with --overwrite"
+        )
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: the folder does not exist", "name a file in a folder that exists")
+    if model is not None:
+        find_model(Model(base=model))
+    from veneer.data.starter import starter_page
+
+    page, found = starter_page(data, model, str(out))
+    write_text(out, page)
+    if as_json:
+        show.print_json({"file": str(out), "formats": found})
+        return
+    console = show.console()
+    for name, recognised in found.items():
+        console.print(f"{name}: {recognised}", markup=False)
+    console.print(f"wrote  {out}", markup=False)
+    console.print(f"next   {show.command_name()} plan {out}", markup=False)

@@ -1,0 +1,135 @@
+"""What a name on the command line stands for: a base model, a run, one of its checkpoints, or an adapter's folder.
+
+Only names and folders are looked at; nothing is fetched, and nothing heavy is imported. A wrong name is refused here
+before any library is loaded, and the same functions resolve it for the work itself.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from veneer.config.errors import UserError
+from veneer.config.folder import RunFolder
+from veneer.config.run import Model
+
+BUILTIN_NAMES = ("smollm2-135m-instruct",)
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """An adapter on disk.
+
+    Attributes:
+        path: Its folder in PEFT's format.
+        run: The folder of the run it belongs to; None: it stands alone, and knows what it needs by its passport.
+    """
+
+    path: Path
+    run: RunFolder | None
+
+
+def find_adapter(name: str) -> AdapterFolder | None:
+    """The adapter that a name stands for; None: no folder of that name holds a run or an adapter.
+
+    Args:
+        name: Folder of a run, of one of its checkpoints, or of an adapter.
+
+    Raises:
+        UserError: The run has no adapter yet.
+    """
+    path = Path(name).expanduser()
+    run = RunFolder(path)
+    if run.run.is_file():
+        if not run.adapter.is_dir():
+            raise UserError(f"{name}: the run has no adapter yet", _finish(run))
+        return AdapterFolder(run.adapter, run)
+    if not (path / "adapter_config.json").is_file():
+        return None
+    whole = path.absolute()
+    owner = RunFolder(whole.parent.parent)
+    is_checkpoint = whole.parent == owner.checkpoints and owner.run.is_file()
+    return AdapterFolder(path, owner if is_checkpoint else None)
+
+
+def require_adapter(adapter: Path, name: str) -> None:
+    """Raises UserError where a folder holds no adapter in PEFT's format."""
+    if not adapter.is_dir():
+        raise UserError(f"{name}: no such folder", "name the folder of a run or of an adapter")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (adapter / file).is_file():
+            held = ", ".join(sorted(path.name for path in adapter.iterdir())[:6]) or "nothing"
+            raise UserError(
+                f"{name}: holds no adapter: {adapter / file} is missing (it holds {held})",
+                "name the folder of a finished run, or of an adapter in PEFT's format",
+            )
+
+
+def require_run(name: str) -> RunFolder:
+    """The folder of a run that has begun.
+
+    Raises:
+        UserError: There is none of that name.
+    """
+    folder = RunFolder(Path(name).expanduser())
+    if not folder.run.is_file():
+        raise UserError(f"{name}: holds no run (no run.yaml)", "name the folder that `veneer train` wrote")
+    return folder
+
+
+def find_model(model: Model) -> tuple[str, str]:
+    """What `model.base` names, with nothing fetched or converted: its kind, and its name, path or hub id.
+
+    Raises:
+        UserError: Nothing of that name exists, or the folder holds no model.
+    """
+    kind, place = _find(model.base)
+    if model.revision and kind != "hub":
+        raise UserError(
+            f"model.revision = {model.revision}: only a hub model has revisions, {model.base} is a {kind} model",
+            "leave model.revision out",
+        )
+    return kind, place
+
+
+def _find(base: str) -> tuple[str, str]:
+    path = Path(base).expanduser()
+    if base.lower() in BUILTIN_NAMES:
+        return "builtin", base.lower()
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise UserError(
+                f"model.base = {base}: a file, but not a .gguf file",
+                "name a folder, a .gguf file or a hub id",
+            )
+        return "gguf", str(path)
+    if path.is_dir():
+        _require_model(path, base)
+        return "folder", str(path)
+    looks_like_path = base.startswith((".", "/", "~")) or base.lower().endswith(".gguf") or base.count("/") > 1
+    if looks_like_path or not _HUB_ID.match(base):
+        raise UserError(
+            f"model.base = {base}: no such folder or file, and not a hub id of the form owner/name",
+            f"name an existing folder, a .gguf file, a hub id, or the built-in {', '.join(BUILTIN_NAMES)}",
+        )
+    return "hub", base
+
+
+def _require_model(path: Path, base: str) -> None:
+    if (path / "config.json").is_file():
+        return
+    if (path / "adapter_config.json").is_file():
+        raise UserError(f"model.base = {base}: holds an adapter, not a base model", "name the model it was trained on")
+    held = sorted(entry.name for entry in path.iterdir())
+    listing = ", ".join(held[:6]) + (", ..." if len(held) > 6 else "") if held else "nothing"
+    raise UserError(
+        f"model.base = {base}: the folder has no config.json (it holds {listing})",
+        "name the folder that save_pretrained wrote",
+    )
+
+
+def _finish(run: RunFolder) -> str:
+    """What to do about a run without an adapter."""
+    checkpoints = sorted(run.checkpoints.glob("step-*"))
+    fix = "finish it with `veneer train ... --resume`"
+    return f"{fix}, or name a checkpoint: {checkpoints[-1]}" if checkpoints else fix

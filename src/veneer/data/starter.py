@@ -1,0 +1,115 @@
+"""A first run file for some data: small, commented, and accepted by `plan` and `train` as it stands."""
+
+import json
+from pathlib import Path
+
+from veneer.config import Data, UserError
+from veneer.config.load import scalar
+from veneer.config.names import BUILTIN_NAMES
+from veneer.data.intake import recognise_source
+from veneer.data.source import find_sources
+
+PAGE = """\
+# A run of Veneer. All settings and their defaults: docs/settings.md. Each can be overridden on the command line.
+#   veneer data {file}    what becomes of every row
+#   veneer plan {file}    does it fit, how long, what is amiss
+#   veneer train {file}
+
+model:
+  base: {base}{about_base}
+
+# QLoRA: the frozen weights in 4 bits, about a quarter of their memory. LoRA in 16 bits without these lines.
+{quantize}quantization:
+{quantize}  bits: 4
+
+data:
+  train: {train}  # {recognised}
+{data_lines}  validation: {validation}{about_validation}
+  max_length: 2048  # tokens; longer rows are left out and counted
+
+adapter:
+  r: 16
+  lora_alpha: 32
+
+train:
+  output_dir: {output_dir}
+  num_train_epochs: 2
+  learning_rate: 2.0e-4
+  per_device_train_batch_size: 4
+  gradient_accumulation_steps: 4
+"""
+FEW = 200  # rows; of fewer, a twentieth says little
+
+
+def starter_page(named: str, model: str | None, file: str) -> tuple[str, dict[str, str]]:
+    """The YAML of a first run, and the format that was recognised of each file with the reason.
+
+    Args:
+        named: Files, glob, folder or hub dataset, as `data.train` takes them.
+        model: The base; None: the built-in one.
+        file: Name of the YAML file, for its comments.
+
+    Raises:
+        UserError: There are no such data, or their rows are none that training can learn from.
+    """
+    setting = "DATA"
+    sources = find_sources(named, setting)
+    found = {source.name: recognise_source(source, setting, Data(train=named)) for source in sources}
+    formats = sorted({name for name, _ in found.values()})
+    if "rated" in formats:
+        raise UserError(
+            f"{setting} = {named}: its rows say whether an answer is good, and training learns from good ones alone",
+            "keep the good rows, without their column `label`",
+        )
+    lines = _format_lines(formats, named) + _template_lines(model, formats)
+    stem = Path(named.rstrip("/")).name.split(".")[0].strip("*?[]") or "run"
+    rows = _count(named)
+    page = PAGE.format(
+        file=file,
+        base=scalar(model or BUILTIN_NAMES[0]),
+        about_base="" if model else "  # small, to try things with; name a hub id, a folder or a .gguf file",
+        quantize="# " if _is_gguf(model) else "",
+        train=scalar(named),
+        recognised=", ".join(formats) + ": recognised by " + next(iter(found.values()))[1],
+        data_lines="".join(f"  {line}\n" for line in lines),
+        validation=0.05 if rows is None or rows >= FEW else 0.1 if rows >= FEW // 4 else min(rows // 5, 5),
+        about_validation="  # share of the rows that is held out" if rows is None or rows >= FEW // 4 else "  # rows",
+        output_dir=scalar(f"runs/{stem}"),
+    )
+    return page, {name: f"{kind} ({why})" for name, (kind, why) in found.items()}
+
+
+def _format_lines(formats: list[str], named: str) -> list[str]:
+    if "preference" not in formats:
+        return []
+    if len(formats) > 1:
+        raise UserError(
+            f"DATA = {named}: holds rows of several formats: {', '.join(formats)}", "name them one at a time"
+        )
+    return ["format: chosen  # pairs of answers: learn the preferred ones"]
+
+
+def _template_lines(model: str | None, formats: list[str]) -> list[str]:
+    """A named template where a base's folder has none of its own and the rows are conversations."""
+    folder = Path(model or "").expanduser()
+    config = folder / "tokenizer_config.json"
+    if model is None or formats == ["text"] or not config.is_file():
+        return []
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError:
+        return []  # loading the tokenizer will say so
+    has_own = (folder / "chat_template.jinja").is_file() or bool(settings.get("chat_template"))
+    return [] if has_own else ["chat_template: chatml  # the base has no template of its own"]
+
+
+def _is_gguf(model: str | None) -> bool:
+    return model is not None and model.lower().endswith(".gguf")
+
+
+def _count(named: str) -> int | None:
+    """Lines of a small file; None: many, or not known."""
+    path = Path(named).expanduser()
+    if not path.is_file() or path.stat().st_size > 1 << 20:
+        return None
+    return len([line for line in path.read_bytes().splitlines() if line.strip()])

@@ -1,0 +1,116 @@
+"""How tokens become an answer: the settings of generation, texts that end an answer, and its text as it grows.
+
+A text that ends an answer may begin and end within tokens, so it is looked for in the decoded end of the answer after
+each token, and cut off behind. What is shown while an answer is made is never taken back: a beginning of such a text,
+half a character and white space at the end wait for the next token.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from veneer.config.sampling import Sampling
+from veneer.data import Renderer
+
+SLACK = 8  # tokens before a stop text that may decode to nothing, or to half a character
+
+
+def generation_config(model: Any, renderer: Renderer, max_new_tokens: int, sampling: Sampling) -> Any:
+    """Transformers' GenerationConfig; everything is said outright, or it would come from the base's own settings."""
+    from transformers import GenerationConfig
+
+    is_sampled = sampling.temperature > 0
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=is_sampled,
+        temperature=sampling.temperature or None,
+        repetition_penalty=sampling.repetition_penalty,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k if is_sampled else None,
+        eos_token_id=sorted(renderer.stop_ids | _stop_ids(model)),
+        pad_token_id=renderer.tokenizer.pad_token_id,
+        use_cache=True,
+    )
+
+
+def answer_text(tokenizer: Any, ids: Any, stop: Sequence[str] = ()) -> str:
+    """The text of an answer's tokens: without special tokens, and up to the first stop text."""
+    return _cut(_decode(tokenizer, ids), stop).strip()
+
+
+class StopAtText:
+    """A stopping criterion of Transformers: rows whose answer holds one of the texts are finished.
+
+    Args:
+        tokenizer: Decodes.
+        texts: What ends an answer.
+        start: Tokens before the answer.
+    """
+
+    def __init__(self, tokenizer: Any, texts: Sequence[str], start: int) -> None:
+        self._tokenizer, self._texts, self._start = tokenizer, texts, start
+        # A token stands for a byte at least.
+        self._tail = SLACK + max(len(text.encode()) for text in texts)
+
+    def __call__(self, ids_BL: torch.Tensor, scores: Any, **given: Any) -> torch.Tensor:
+        ends = ids_BL[:, max(self._start, ids_BL.shape[1] - self._tail) :].tolist()
+        texts = [self._tokenizer.decode(end, clean_up_tokenization_spaces=False) for end in ends]
+        found = [any(text in end for text in self._texts) for end in texts]
+        return torch.tensor(found, device=ids_BL.device)
+
+
+class TextStream:
+    """A streamer of Transformers: gives the text of one answer as it grows; joined, the pieces are `answer_text`.
+
+    Args:
+        tokenizer: Decodes.
+        stop: What ends the answer.
+        on_text: Called with each piece.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], on_text: Callable[[str], None]) -> None:
+        self._tokenizer, self._stop, self._on_text = tokenizer, stop, on_text
+        self._ids: list[int] | None = None
+        self._shown = 0
+
+    def put(self, ids: torch.Tensor) -> None:
+        """Take the prompt first, then each token."""
+        if self._ids is None:
+            self._ids = []
+            return
+        self._ids += ids.flatten().tolist()
+        text = _decode(self._tokenizer, self._ids)
+        kept = _cut(text, self._stop)
+        if kept == text:
+            kept = _without_begun(text.rstrip("\ufffd"), self._stop)
+        self._show(kept.strip())
+
+    def end(self) -> None:
+        """Give what is left."""
+        self._show(answer_text(self._tokenizer, self._ids or [], self._stop))
+
+    def _show(self, text: str) -> None:
+        if len(text) > self._shown:
+            self._on_text(text[self._shown :])
+            self._shown = len(text)
+
+
+def _decode(tokenizer: Any, ids: Any) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _cut(text: str, stop: Sequence[str]) -> str:
+    return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]
+
+
+def _without_begun(text: str, stop: Sequence[str]) -> str:
+    """The text without an end that may become a stop text."""
+    begun = (size for word in stop for size in range(1, len(word)) if text.endswith(word[:size]))
+    return text[: len(text) - max(begun, default=0)]
+
+
+def _stop_ids(model: Any) -> set[int]:
+    """The stop tokens that the base's own generation settings name."""
+    ids = model.generation_config.eos_token_id
+    return set(ids) if isinstance(ids, list) else {ids} - {None}
