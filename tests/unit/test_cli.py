@@ -123,7 +123,7 @@ def test_train_tells_a_person_what_happens(call: Callable[..., tuple[int, str, s
 
 
 BAD: list[tuple[str, list[str]]] = [
-    ("unknown key `train.lr`; did you mean", ["train.lr=1"]),
+    ("unknown key `train.lr`; it is called `train.learning_rate` here", ["train.lr=1"]),
     ("quantization.bits = 3: should be 4", ["quantization.bits=3"]),
     ("train.learning_rate = -1", ["train.learning_rate=-1"]),
     ("data.train = nothing.jsonl: no such file", ["data.train=nothing.jsonl"]),

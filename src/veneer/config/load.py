@@ -5,7 +5,6 @@ closed on the way: `2e-4` is a number here, and a key written twice is an error.
 back with every default spelled out, so that a run's folder never depends on a later version's defaults.
 """
 
-import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,23 +15,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from veneer.config.errors import UserError
+from veneer.config.foreign import foreign, misspelt
 from veneer.config.run import Run
 
 Path_ = tuple[str, ...]
-
-# What other tools and habit call a setting.
-ALIASES = {
-    "alpha": "lora_alpha",
-    "batch_size": "per_device_train_batch_size",
-    "dropout": "lora_dropout",
-    "epochs": "num_train_epochs",
-    "lr": "learning_rate",
-    "max_seq_length": "max_length",
-    "model_name_or_path": "base",
-    "optimizer": "optim",
-    "rank": "r",
-    "sequence_len": "max_length",
-}
 
 
 class _Loader(yaml.SafeLoader):
@@ -197,16 +183,7 @@ def _describe(problem: Any, places: dict[Path_, str], source: str) -> str:
     name = ".".join(setting)
     section, field = _section_and_field(setting)
     if problem["type"] == "extra_forbidden":
-        known = list(section.model_fields) if section else []
-        near = [ALIASES.get(setting[-1], "")] if ALIASES.get(setting[-1]) in known else []
-        near += difflib.get_close_matches(setting[-1], known, n=1, cutoff=0.5)
-        elsewhere = _sections_with(setting[-1])
-        if near:
-            hint = f"did you mean `{near[0]}`?"
-        elif elsewhere:
-            hint = f"it belongs into the section `{elsewhere[0]}`"
-        else:
-            hint = f"known here: {', '.join(known)}"
+        hint = _hint(setting[-1], list(section.model_fields) if section else [])
         return f"{place}: unknown key `{name}`; {hint}"
     if problem["type"] == "missing":
         return f"{place}: `{name}` is missing"
@@ -216,6 +193,22 @@ def _describe(problem: Any, places: dict[Path_, str], source: str) -> str:
     if problem["type"] in ("model_type", "model_attributes_type") or section is None:
         expected = ": should be a section with keys of its own"
     return f"{place}: {name} = {_show(problem['input'])}{expected}{fix}"
+
+
+def _hint(key: str, known: list[str]) -> str:
+    """What to write instead of a key that a section does not have; `known` are those it has."""
+    if (instead := foreign(key)) is not None:
+        return instead
+    if (near := misspelt(key, known)) is not None:
+        return f"did you mean `{near}`?"
+    elsewhere = {name: section.model_fields for name, section in sections().items()}
+    for name, fields in elsewhere.items():
+        if key in fields:
+            return f"it belongs into the section `{name}`: {fields[key].description}"
+    for name, fields in elsewhere.items():
+        if (near := misspelt(key, fields)) is not None:
+            return f"did you mean `{name}.{near}`?"
+    return f"known here: {', '.join(known)}"
 
 
 def _section_and_field(setting: Path_) -> tuple[type[BaseModel] | None, Any]:
@@ -233,10 +226,6 @@ def sections() -> dict[str, type[BaseModel]]:
         candidates = getattr(field.annotation, "__args__", (field.annotation,))
         found[name] = next(kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel))
     return found
-
-
-def _sections_with(key: str) -> list[str]:
-    return [name for name, section in sections().items() if key in section.model_fields]
 
 
 def _show(value: Any) -> str:
