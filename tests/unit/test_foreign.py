@@ -30,7 +30,7 @@ def message(*overrides: str) -> str:
 def test_the_table_knows_what_other_tools_call_things() -> None:
     assert len(CALLED.keys() | INSTEAD.keys()) >= 60
     assert not CALLED.keys() & INSTEAD.keys()
-    assert ASKED <= CALLED.keys() | INSTEAD.keys()
+    assert not ASKED - (CALLED.keys() | INSTEAD.keys())
 
 
 @pytest.mark.parametrize("name", sorted(CALLED.keys() | INSTEAD.keys()))
