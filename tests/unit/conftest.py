@@ -8,6 +8,7 @@ import pytest
 
 from tests.runs import tiny_run, write_rows
 from veneer.cli.main import main
+from veneer.config import hub
 from veneer.config.load import to_yaml
 
 
@@ -15,6 +16,7 @@ from veneer.config.load import to_yaml
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VENEER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(hub, "_probe", lambda endpoint, period: None)  # nothing is asked of a network
         yield
 
 

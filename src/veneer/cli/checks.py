@@ -8,8 +8,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from veneer.config import Model, Run, RunFolder, UserError, load_run
+from veneer.config.hub import require_reachable
 from veneer.config.names import find_adapter, find_model, require_adapter, require_run
 from veneer.config.options import require_known
+
+
+def require_base(model: Model) -> None:
+    """Raises UserError where a base is not there, or is a hub's that is neither in the cache nor to be fetched."""
+    kind, place = find_model(model)
+    if kind == "hub":
+        from huggingface_hub import try_to_load_from_cache
+
+        if not isinstance(try_to_load_from_cache(place, "config.json", revision=model.revision), str):
+            require_reachable(f"model.base = {place}")
 
 
 def require_answering(name: str, base: str | None = None) -> None:
@@ -20,12 +31,13 @@ def require_answering(name: str, base: str | None = None) -> None:
     try:
         find_model(Model(base=name))
     except UserError as error:
-        if Path(name).expanduser().is_dir() or Path(name).expanduser().is_file():
+        if Path(name).expanduser().exists():
             raise
         raise UserError(
             str(error).splitlines()[0].replace("model.base = ", ""),
             "name a run, a checkpoint, an adapter's folder, or a base model as model.base takes it",
         ) from None
+    require_base(Model(base=name))
 
 
 def require_tuned(name: str, base: str | None = None) -> None:
@@ -33,9 +45,9 @@ def require_tuned(name: str, base: str | None = None) -> None:
     found = find_adapter(name)
     require_adapter(found.path if found is not None else Path(name).expanduser(), name)
     if base is not None:
-        find_model(Model(base=base))
+        require_base(Model(base=base))
     elif found is not None and found.run is not None:
-        find_model(load_run(found.run.run).model)
+        require_base(load_run(found.run.run).model)
 
 
 def require_evaluation(name: str, data: str | None) -> None:
@@ -61,14 +73,15 @@ def require_output(folder: RunFolder, resume: bool, overwrite: bool) -> None:
 
 
 def require_inputs(run: Run) -> None:
-    """Raises UserError where base or data of a run are not there. A hub is not asked."""
-    from veneer.data.source import find_sources
+    """Raises UserError where base or data of a run are not there, or are a hub's that cannot be reached."""
+    from veneer.data.source import find_sources, require_at_hand
 
-    find_model(run.model)
+    require_base(run.model)
     data = run.data
-    find_sources(data.train, "data.train", data.split, data.subset)
+    require_at_hand(find_sources(data.train, "data.train", data.split, data.subset), "data.train")
     if isinstance(data.validation, str | tuple):
-        find_sources(data.validation, "data.validation", data.split, data.subset)
+        held_out = find_sources(data.validation, "data.validation", data.split, data.subset)
+        require_at_hand(held_out, "data.validation")
 
 
 def require_new_folder(out: Path) -> None:

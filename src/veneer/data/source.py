@@ -24,6 +24,7 @@ from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 from veneer.config import UserError
+from veneer.config.hub import unreachable
 
 HEAD = 1 << 16  # bytes of a file, after decompression, that tell what it is
 JSON = "json"  # lines or array: the first character tells
@@ -157,7 +158,8 @@ def open_dataset(source: Source, setting: str) -> Any:
     Raises:
         UserError: The folder is damaged; the hub cannot be reached or does not know dataset, subset or split.
     """
-    with _quiet_datasets():
+    offline = unreachable() if source.kind == "hub dataset" else None
+    with _quiet_datasets(), _from_cache_alone(offline is not None):
         import datasets
 
         try:
@@ -170,13 +172,47 @@ def open_dataset(source: Source, setting: str) -> Any:
                 raise UserError(
                     f"{what}: damaged Arrow folder ({why})", f"save it again, or name other data in {setting}"
                 ) from error
-            asked = f"split {source.split}" + (f" of subset {source.subset}" if source.subset else "")
-            found = "cannot be reached" if isinstance(error, ConnectionError) else "does not give it"
-            raise UserError(
-                f"{what}: no such file in {Path.cwd()}, and of the hub dataset of that name the {asked} "
-                f"was asked for: the hub {found} ({why})",
-                f"correct the name, subset or split, or download the dataset and name its files in {setting}",
-            ) from error
+            found = "cannot be reached" if offline or isinstance(error, ConnectionError) else "does not give it"
+            raise _not_given(source, setting, f"{found} ({offline or why})") from error
+
+
+def require_at_hand(sources: Sequence[Source], setting: str) -> None:
+    """Raises UserError for a hub dataset of which nothing is in the cache, where the hub cannot be reached."""
+    for source in sources:
+        if source.kind != "hub dataset" or (offline := unreachable()) is None:
+            continue
+        from huggingface_hub import constants
+
+        cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
+        owner = source.location.split("/")[0].lower()
+        if not cache.is_dir() or not any(path.name.lower().startswith(owner) for path in cache.iterdir()):
+            raise _not_given(source, setting, f"cannot be reached ({offline})")
+
+
+def _not_given(source: Source, setting: str, why: str) -> UserError:
+    asked = f"split {source.split}" + (f" of subset {source.subset}" if source.subset else "")
+    return UserError(
+        f"{setting} = {source.location}: no such file in {Path.cwd()}, and of the hub dataset of that name the {asked} "
+        f"was asked for: the hub {why}",
+        f"correct the name, subset or split, or download the dataset and name its files in {setting}",
+    )
+
+
+@contextmanager
+def _from_cache_alone(wanted: bool) -> Iterator[None]:
+    """Within the block, if it is wanted, `datasets` asks no hub; there is no argument that would say so."""
+    if not wanted:
+        yield
+        return
+    import datasets
+    from huggingface_hub import constants
+
+    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
 
 
 @contextmanager

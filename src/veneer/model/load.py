@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from veneer.config import Model, Quantization, UserError
+from veneer.config.hub import not_here, unreachable
 from veneer.model.kept import Copy, Kept, tell_unusable
 from veneer.model.locate import Source
 from veneer.model.quiet import quiet
@@ -58,7 +59,9 @@ def load_tokenizer(source: Source) -> Any:
 
     with quiet():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source.location, revision=source.revision)
+            tokenizer = AutoTokenizer.from_pretrained(
+                source.location, revision=source.revision, local_files_only=source.only_local
+            )
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise _cannot_load(source, "tokenizer", error) from None
     if not tokenizer.is_fast:
@@ -170,7 +173,10 @@ def load_plainly(source: Source, settings: dict[str, Any]) -> tuple[Any, list[st
     """The model and the names of weights that its files lack, by Transformers' own reader."""
     from transformers import AutoModelForCausalLM
 
-    where: dict[str, Any] = {"pretrained_model_name_or_path": source.location}
+    where: dict[str, Any] = {
+        "pretrained_model_name_or_path": source.location,
+        "local_files_only": source.only_local,
+    }
     if source.revision:
         where["revision"] = source.revision
     folder = Path(source.location)
@@ -193,6 +199,8 @@ def keep_4bit_layout(base: Any) -> None:
 
 def _cannot_load(source: Source, what: str, error: Exception) -> UserError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if source.kind == "hub" and (why := unreachable()) is not None:
+        return not_here(f"model.base = {source.name}: the {what} cannot be had from the hub", why)
     if source.kind == "hub":
         return UserError(
             f"model.base = {source.name}: the {what} cannot be had from the hub: {reason}",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from veneer.config import Model
+from veneer.config.hub import unreachable
 from veneer.config.names import find_model
 from veneer.model.builtin import builtin_folder
 from veneer.model.gguf import converted_folder
@@ -28,6 +29,11 @@ class Source:
     location: str
     name: str
     revision: str | None = None
+
+    @property
+    def only_local(self) -> bool:
+        """Whether it is a hub's, and the hub cannot be asked: what its cache holds is all there is."""
+        return self.kind == "hub" and unreachable() is not None
 
 
 def locate(model: Model) -> Source:

@@ -13,6 +13,7 @@ import torch
 
 from veneer.config import Model, UserError
 from veneer.config.cache import cache_folder
+from veneer.config.hub import not_here, unreachable
 from veneer.config.names import find_model
 from veneer.model.builtin import BUILTIN
 from veneer.model.gguf import config_of
@@ -85,8 +86,12 @@ def _load(place: str | Path, model: Model) -> Any:
             )
     with quiet():
         try:
-            return AutoConfig.from_pretrained(str(place), revision=model.revision)
+            is_hub = not Path(place).exists()
+            why = unreachable() if is_hub else None
+            return AutoConfig.from_pretrained(str(place), revision=model.revision, local_files_only=why is not None)
         except (OSError, ValueError, KeyError) as error:
+            if why is not None:
+                raise not_here(f"model.base = {model.base}: its configuration cannot be had", why) from None
             reason = str(error).strip().splitlines()[0]
             raise UserError(
                 f"model.base = {model.base}: its configuration cannot be had: {reason}",

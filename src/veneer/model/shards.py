@@ -82,7 +82,8 @@ def _hub_files(source: Source) -> list[Path] | None:
 
     def fetch(name: str) -> Path | None:
         try:
-            return Path(hf_hub_download(source.location, name, revision=source.revision))
+            given: dict[str, Any] = {"revision": source.revision, "local_files_only": source.only_local}
+            return Path(hf_hub_download(source.location, name, **given))
         except (OSError, ValueError):
             return None  # Transformers finds out, and says, whether it is the name, the network or the access.
 
@@ -92,7 +93,7 @@ def _hub_files(source: Source) -> list[Path] | None:
         return None
     names = _shards(index)
     files = [index.parent / name for name in names]
-    if not all(file.is_file() for file in files):
+    if not all(file.is_file() for file in files) and not source.only_local:
         try:
             snapshot_download(source.location, revision=index.parent.name, allow_patterns=names)
         except (OSError, ValueError):

@@ -96,7 +96,7 @@ def find_checkpoint(source: Source, quantization: Quantization | None) -> Checkp
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(source.location, revision=source.revision)
+    config = AutoConfig.from_pretrained(source.location, revision=source.revision, local_files_only=source.only_local)
     stored = _stored(config)
     if stored is not None:
         _require_agreement(source, stored, quantization)
@@ -242,7 +242,11 @@ def circles_collected(size: int, device: str) -> Iterator[None]:
 def _generation_config(source: Source) -> Any:
     from transformers import GenerationConfig
 
-    where: dict[str, Any] = {"pretrained_model_name": source.location, "revision": source.revision}
+    where: dict[str, Any] = {
+        "pretrained_model_name": source.location,
+        "revision": source.revision,
+        "local_files_only": source.only_local,
+    }
     try:
         return GenerationConfig.from_pretrained(**where)
     except OSError:

@@ -14,6 +14,7 @@ import torch
 from pydantic import ValidationError
 
 from veneer.config import Data, Model, Quantization, Run, RunFolder, UserError, load_run
+from veneer.config.hub import not_here, unreachable
 from veneer.config.names import find_adapter, require_adapter
 from veneer.data import Renderer
 from veneer.data.template import NAMED_TEMPLATES
@@ -130,11 +131,14 @@ def fetched(source: Source) -> Path:
 
     wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "LICENSE*", "NOTICE*"]
     try:
-        return Path(snapshot_download(source.location, revision=source.revision, allow_patterns=wanted))
+        given: dict[str, Any] = {"revision": source.revision, "local_files_only": source.only_local}
+        return Path(snapshot_download(source.location, allow_patterns=wanted, **given))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         kept = local_folder(source)
         if kept is not None:
             return kept
+        if (why := unreachable()) is not None:
+            raise not_here(f"model.base = {source.name}", why) from None
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"model.base = {source.name}: cannot be had from the hub: {reason}",
