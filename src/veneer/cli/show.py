@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -76,6 +77,8 @@ def status(out: Console, what: str) -> Status:
 
 def command_name() -> str:
     """How this shell calls the command: `veneer` where it is on the path, else the path it was started by."""
+    if Path(sys.argv[0]).name == "__main__.py":
+        return "python -m veneer"
     return "veneer" if shutil.which("veneer") else os.path.relpath(sys.argv[0])
 
 

@@ -1,4 +1,4 @@
-"""Keeps the progress bars and standing notices of libraries off the screen while they load.
+"""Keeps the progress bars and standing notices of libraries off the screen while they load, and their advice after.
 
 Real trouble is not hidden: what loading leaves uninitialised is read from its own report (load.py), and errors
 pass through.
@@ -10,6 +10,13 @@ import warnings
 from collections.abc import Iterator
 
 NOISY = ("transformers", "bitsandbytes", "accelerate", "peft")
+# Modules whose warnings are advice that does not apply here, given at any time: while bitsandbytes is imported by
+# whatever needs it first, and in a forward pass. They log errors only; a program may set their levels back.
+for _name in (
+    "transformers.modeling_utils",  # rows are never padded on the left without a mask; pad and end may be one token
+    "bitsandbytes.backends.cpu.ops",  # a kernel from a hub that is never fetched; the built-in one does the same
+):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager
