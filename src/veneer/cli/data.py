@@ -26,9 +26,9 @@ def data(
     if html is not None and not html.absolute().parent.is_dir():
         raise UserError(f"--html {html}: the folder does not exist", "name a file in a folder that exists")
     checks.require_inputs(run)
-    from veneer import api
+    with show.status(out, "reading"):
+        from veneer import api
 
-    with out.status("reading"):
         inspected = api.inspect_data(run.model, run.data, run.train.seed, rows)
     if html is not None:
         from veneer.config.folder import write_text

@@ -18,9 +18,9 @@ def doctor(
     from veneer.cli import show, show_plan
 
     out = show.console(as_json)
-    from veneer import api
+    with show.status(out, "measuring" if measure else "looking"):
+        from veneer import api
 
-    with out.status("measuring" if measure else "looking"):
         examined = api.doctor(measure)
     result = examined.as_dict()
     if as_json:

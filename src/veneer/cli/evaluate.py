@@ -22,10 +22,10 @@ def evaluate(
     from veneer.cli import checks, show
 
     checks.require_evaluation(str(run), data)
-    from veneer import api
-
     out = show.console(as_json)
-    with out.status("answering the held-out rows with the base and the tuned model") as status:
+    with show.status(out, "answering the held-out rows with the base and the tuned model") as status:
+        from veneer import api
+
         answered = 0
 
         def on_done(count: int) -> None:

@@ -34,11 +34,12 @@ def plan(
     if gpu is not None:
         parse_budget(gpu)
     out = show.console(as_json)
-    from veneer import api
+    with show.status(out, "planning"):
+        from veneer import api
 
-    planned = api.plan(settings, gpu, not no_data)
-    gc.freeze()  # at the end of the process, too
-    compared = planned.compare() if compare else None
+        planned = api.plan(settings, gpu, not no_data)
+        gc.freeze()  # at the end of the process, too
+        compared = planned.compare() if compare else None
     result = planned.as_dict() | ({"compare": compared} if compared else {})
     if fit is not None and planned.fitted is not None:
         from veneer.config.folder import write_text

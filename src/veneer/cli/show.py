@@ -7,25 +7,18 @@ import json
 import os
 import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
-LOG_SECONDS = 60  # between lines of progress where nothing can be redrawn
+from veneer.cli.progress import LiveProgress as LiveProgress
+from veneer.cli.progress import Status
+from veneer.cli.progress import answer_progress as answer_progress
+from veneer.cli.progress import size as size
 
 
 def console(as_json: bool = False) -> Console:
@@ -33,45 +26,8 @@ def console(as_json: bool = False) -> Console:
     return Console(stderr=as_json, highlight=False, soft_wrap=True)
 
 
-class Status:
-    """What is being done, with the time it has taken: a line that redraws itself, or a line a minute in a log file.
-
-    It goes to standard error where standard output is no terminal.
-    """
-
-    def __init__(self, out: Console, what: str) -> None:
-        console = out if out.is_terminal else Console(stderr=True, highlight=False, soft_wrap=True)
-        self._console, self._what = console, what
-        self._progress = Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
-        )
-        self._started = self._told = time.monotonic()
-
-    def __enter__(self) -> "Status":
-        self._task = self._progress.add_task(escape(self._what))
-        if self._console.is_terminal:
-            self._progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.stop()
-
-    def update(self, what: str) -> None:
-        """Say what is being done now."""
-        self._progress.update(self._task, description=escape(what))
-        now = time.monotonic()
-        if not self._console.is_terminal and now - self._told >= LOG_SECONDS:
-            self._told = now
-            self._console.print(f"  {what}, {now - self._started:,.0f} s", markup=False)
-
-    def stop(self) -> None:
-        """Take the line away."""
-        if self._console.is_terminal:
-            self._progress.stop()
-
-
 def status(out: Console, what: str) -> Status:
-    """A status for a `with` block."""
+    """What is being done, with the time it has taken, for a `with` block."""
     return Status(out, what)
 
 
@@ -87,49 +43,23 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False))
 
 
-class LiveProgress:
-    """A listener that draws a run's progress: loss, tokens a second, memory, time left."""
-
-    def __init__(self, out: Console) -> None:
-        self._out = out
-        self._progress = Progress(
-            TextColumn("training"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=out,
-        )
-
-    def on_start(self, steps: int, done: int) -> None:
-        self._task = self._progress.add_task("training", total=steps, completed=done, numbers="")
-        self._progress.start()
-
-    def on_record(self, record: dict[str, Any]) -> None:
-        if record["kind"] == "eval":
-            self._out.print(f"  step {record['step']}: held-out loss {record['loss']:.4f}")
-            return
-        numbers = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tok/s  {size(record['peak_bytes'])}"
-        self._progress.update(self._task, completed=record["step"], numbers=numbers)
-        if not self._out.is_terminal and _is_milestone(record["step"], self._progress.tasks[0].total):
-            self._out.print(f"  step {record['step']}: {numbers}")
-
-    def on_end(self) -> None:
-        self._progress.stop()
-
-
-def _is_milestone(step: int, total: float | None) -> bool:
-    """Where nothing can be redrawn (a log file), ten lines tell the story."""
-    return step == total or step % max(1, round((total or 1) / 10)) == 0
+def say(out: Console, markup: str, hang: int = 9) -> None:
+    """A line of text: on a terminal wrapped between words and indented below, in a file never cut or wrapped."""
+    text = Text.from_markup(markup)
+    if not out.is_terminal:
+        out.print(text)
+        return
+    first, *more = text.wrap(out, max(20, out.width - hang))
+    out.print(first)
+    for line in more:
+        out.print(Text(" " * hang) + line)
 
 
 def show_engine(out: Console, choice: Any, indent: str = "") -> None:
     """Which engine a run has and why; a failed check in yellow."""
-    out.print(f"{indent}engine   {choice.engine.name}: {escape(choice.reason)}")
+    say(out, f"{indent}engine   {choice.engine.name}: {escape(choice.reason)}", 9 + len(indent))
     if choice.warning:
-        out.print(f"{indent}[yellow]warning:[/yellow] {escape(choice.warning)}")
+        say(out, f"{indent}[yellow]warning:[/yellow] {escape(choice.warning)}", 9 + len(indent))
 
 
 def show_checks(out: Console, checks: list[dict[str, Any]]) -> None:
@@ -182,7 +112,7 @@ def show_ledger(out: Console, ledger: dict[str, Any]) -> None:
     table.add_row("time", f"{ledger['seconds']:.1f} s{cached}")
     out.print(table)
     for warning in ledger["warnings"]:
-        out.print(f"  [yellow]warning:[/yellow] {escape(warning)}")
+        say(out, f"  [yellow]warning:[/yellow] {escape(warning)}", 4)
 
 
 def show_histogram(out: Console, lengths: dict[str, Any], width: int = 40) -> None:
@@ -233,22 +163,3 @@ def interval(name: str, value: dict[str, float]) -> str:
     if name == "exact_match":
         return f"{value['value']:.1%}  ({value['low']:.1%} to {value['high']:.1%})"
     return f"{value['value']:.3g}  ({value['low']:.3g} to {value['high']:.3g})"
-
-
-def answer_progress(out: Console, rows: int, what: str) -> tuple[Progress, Any]:
-    """A bar for answering rows, and the function that moves it."""
-    progress = Progress(
-        TextColumn(what),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=out,
-        transient=True,
-    )
-    task = progress.add_task(what, total=rows)
-    return progress, lambda done: progress.advance(task, done)
-
-
-def size(count: int) -> str:
-    """Bytes for a person."""
-    return f"{count / 2**30:.2f} GiB"

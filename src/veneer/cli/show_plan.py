@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from veneer.cli.show import size
+from veneer.cli.show import say, size
 
 WIDTH = 44  # of the bars
 COLOURS = {"fits": "green", "tight": "yellow", "does not fit": "red"}
@@ -88,8 +88,8 @@ def show_advice(out: Console, advice: list[dict[str, str]]) -> None:
     """Findings, a line each with its fix under it."""
     for found in advice:
         colour = SEVERITY[found["severity"]]
-        out.print(f"  [{colour}]{found['severity']}[/{colour}] {found['setting']}: {escape(found['message'])}")
-        out.print(f"     fix: {escape(found['fix'])} [dim]({found['id']})[/dim]")
+        say(out, f"  [{colour}]{found['severity']}[/{colour}] {found['setting']}: {escape(found['message'])}", 5)
+        say(out, f"     fix: {escape(found['fix'])} [dim]({found['id']})[/dim]", 10)
 
 
 def show_comparison(out: Console, compared: dict[str, Any]) -> None:

@@ -6,17 +6,17 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
+
+from veneer.cli import progress, show
 
 
 @contextmanager
 def byte_progress(out: Console, what: str) -> Iterator[Callable[[int], None]]:
     """A line of bytes done and bytes a second; yields the function that moves it."""
-    columns = (TextColumn(what), BarColumn(bar_width=24), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=out, transient=True) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done: progress.advance(task, done)
+    bar, on_done = progress.byte_progress(out, what)
+    with bar:
+        yield on_done
 
 
 def show_merged(out: Console, report: Any) -> None:
@@ -31,7 +31,7 @@ def show_merged(out: Console, report: Any) -> None:
 def show_warnings(out: Console, warnings: Any) -> None:
     """Warnings, a line each."""
     for warning in warnings:
-        out.print(f"  [yellow]warning:[/yellow] {escape(warning)}")
+        show.say(out, f"  [yellow]warning:[/yellow] {escape(warning)}", 4)
 
 
 def certified(
@@ -40,7 +40,7 @@ def certified(
     """Certify an artifact and show the certificate; gives it with the exit status."""
     from veneer import api
 
-    with out.status("certifying") as status:
+    with show.status(out, "certifying") as status:
         certificate, folder = api.certify(artifact, run, rows, base, force, lambda what: status.update(what), model)
     result = certificate.as_dict()
     show_certificate(out, result)

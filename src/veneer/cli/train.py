@@ -41,10 +41,11 @@ def train(
     show.show_ledger(out, job.data.ledger.as_dict())
     foreseen = job.foreseen.as_dict()
     show_plan.show_verdict(out, foreseen)
-    if foreseen["step_seconds"]:
+    likely = foreseen["step_seconds"] and foreseen["step_seconds"]["likely"]
+    if likely:
         show_plan.show_time(out, foreseen)
     show_plan.show_advice(out, [found for found in foreseen["advice"] if found["severity"] != "info"])
-    result = api.finish(job, [show.LiveProgress(out)])
+    result = api.finish(job, [show.LiveProgress(out, likely)])
     if as_json:
         show.print_json(result.as_dict())
         return

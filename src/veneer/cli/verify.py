@@ -24,9 +24,9 @@ def verify(
     settings = load_run(run, overrides or ())
     checks.require_inputs(settings)
     out = show.console(as_json)
-    from veneer import api
+    with show.status(out, "loading") as status:
+        from veneer import api
 
-    with out.status("loading") as status:
         found = api.verify(settings, force, lambda check: status.update(f"checked {check.id}"))
     result = found.as_dict()
     if as_json:

@@ -65,7 +65,7 @@ def _probe(endpoint: str, period: int) -> str | None:
 
 def _ask(endpoint: str, answer: "Future[int]") -> None:
     try:
-        from huggingface_hub.utils import get_session
+        from huggingface_hub import get_session
 
         session: Any = get_session()
         answer.set_result(session.head(endpoint, timeout=SECONDS).status_code)

@@ -1,0 +1,174 @@
+"""Progress of what takes long: a line that redraws itself on a terminal, and an occasional line in a log file.
+
+A log file gets no control codes and no bars. Lines of progress that are not results go to standard error there, so that
+what a command prints can be piped on.
+"""
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.text import Text
+
+LOG_SECONDS = 60  # between lines of progress where nothing can be redrawn
+NARROW = 100  # columns; below them words give way to numbers
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 1:02 or 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def size(count: int) -> str:
+    """Bytes for a person."""
+    return f"{count / 2**30:.2f} GiB"
+
+
+class Status:
+    """What is being done, with the time it has taken; for a `with` block."""
+
+    def __init__(self, out: Console, what: str) -> None:
+        self._console = _for_progress(out)
+        self._what = what
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=self._console, transient=True)
+        self._started = self._told = time.monotonic()
+
+    def __enter__(self) -> "Status":
+        self._task = self._progress.add_task(escape(self._what))
+        if self._console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def update(self, what: str) -> None:
+        """Say what is being done now."""
+        self._progress.update(self._task, description=escape(what))
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._told >= LOG_SECONDS:
+            self._told = now
+            self._console.print(f"  {what}, {clock(now - self._started)}", markup=False)
+
+    def stop(self) -> None:
+        """Take the line away."""
+        if self._console.is_terminal:
+            self._progress.stop()
+
+
+class LiveProgress:
+    """A listener that draws a run's progress: loss, tokens a second, memory, time left.
+
+    Args:
+        out: Where it goes.
+        step_seconds: What a step was foreseen to take, told until the first one is done.
+    """
+
+    def __init__(self, out: Console, step_seconds: float | None = None) -> None:
+        self._out = out
+        self._step_seconds = step_seconds
+        is_narrow = out.width < NARROW
+        self._progress = Progress(
+            *([] if is_narrow else [TextColumn("training")]),
+            BarColumn(bar_width=8 if is_narrow else 24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            _Left(),
+            console=out,
+        )
+
+    def on_start(self, steps: int, done: int) -> None:
+        foreseen = None if self._step_seconds is None else self._step_seconds * (steps - done)
+        self._task = self._progress.add_task(
+            "training", total=steps, completed=done, numbers="first step", ends=None, foreseen=foreseen
+        )
+        self._steps, self._began = steps, done
+        self._started = self._told = time.monotonic()
+        if self._out.is_terminal:
+            self._progress.start()
+        else:
+            about = "" if foreseen is None else f", about {clock(foreseen)} as foreseen"
+            self._out.print(f"  {steps - done:,} steps to train{about}")
+
+    def on_record(self, record: dict[str, Any]) -> None:
+        if record["kind"] == "eval":
+            self._out.print(f"  step {record['step']}: held-out loss {record['loss']:.4f}")
+            return
+        step = record["step"]
+        numbers = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tok/s  {size(record['peak_bytes'])}"
+        now = time.monotonic()
+        left = (now - self._started) / (step - self._began) * (self._steps - step)
+        self._progress.update(self._task, completed=step, numbers=numbers, ends=now + left)
+        if self._out.is_terminal:
+            return
+        if _is_milestone(step, self._steps) or now - self._told >= LOG_SECONDS:
+            self._told = now
+            about = f"  {clock(left)} left" if step < self._steps else ""
+            self._out.print(f"  step {step}: {numbers}{about}")
+
+    def on_end(self) -> None:
+        if self._out.is_terminal:
+            self._progress.stop()
+
+
+class _Left(ProgressColumn):
+    """Time left: measured, or as foreseen until the first step is done."""
+
+    def render(self, task: Task) -> Text:
+        ends, foreseen = task.fields["ends"], task.fields["foreseen"]
+        if ends is not None:
+            return Text(f"{clock(max(0.0, ends - time.monotonic()))} left")
+        return Text("" if foreseen is None else f"of about {clock(foreseen)} foreseen")
+
+
+def answer_progress(out: Console, rows: int, what: str) -> tuple[Progress, Callable[[int], None]]:
+    """A bar for answering rows, and the function that moves it."""
+    console = _for_progress(out)
+    columns = (TextColumn(what), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
+    progress = Progress(
+        *columns, TextColumn("left"), TimeRemainingColumn(), console=console, transient=True,
+        disable=not console.is_terminal,
+    )  # fmt: skip
+    task = progress.add_task(what, total=rows)
+    return progress, lambda done: progress.advance(task, done)
+
+
+def byte_progress(out: Console, what: str) -> tuple[Progress, Callable[[int], None]]:
+    """Bytes done, bytes a second and the time taken, and the function that counts them on."""
+    console = _for_progress(out)
+    columns = (TextColumn(what), BarColumn(bar_width=24), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn())
+    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = progress.add_task(what, total=None)
+    return progress, lambda done: progress.advance(task, done)
+
+
+def _for_progress(out: Console) -> Console:
+    """Where progress is drawn: beside the results on a terminal, else on standard error."""
+    return out if out.is_terminal else Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def _is_milestone(step: int, total: int) -> bool:
+    """Where nothing can be redrawn, ten lines tell the story."""
+    return step == total or step % max(1, round(total / 10)) == 0

@@ -1,0 +1,168 @@
+"""What a person sees: no control codes in a log file, no line beyond 80 columns on a terminal, no noise."""
+
+import io
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from tests.runs import write_rows
+from veneer.cli import progress, show
+from veneer.cli.progress import LiveProgress, Status, answer_progress, byte_progress, clock
+
+Call = Callable[..., tuple[int, str, str]]
+STEP = {"kind": "train", "loss": 1.5, "tokens_per_second": 123456.0, "peak_bytes": 79 * 2**30}
+
+
+def console(width: int, is_terminal: bool) -> tuple[Console, io.StringIO]:
+    file = io.StringIO()
+    return Console(file=file, width=width, force_terminal=is_terminal, highlight=False, soft_wrap=True), file
+
+
+def lines(text: str) -> list[str]:
+    """What stood on the lines of a terminal, each state of a line that redraws itself by itself."""
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+    return [line.rstrip() for line in re.split(r"[\r\n]+", plain) if line.strip()]
+
+
+def train(listener: LiveProgress, steps: int) -> None:
+    listener.on_start(steps, 0)
+    for step in range(1, steps + 1):
+        listener.on_record(STEP | {"step": step})
+    listener.on_record({"kind": "eval", "step": steps, "loss": 1.25})
+    listener.on_end()
+
+
+def test_training_in_a_log_file_is_ten_lines_without_control_codes() -> None:
+    out, file = console(80, is_terminal=False)
+    train(LiveProgress(out, step_seconds=30.0), 100)
+    told = file.getvalue()
+    assert "\x1b" not in told
+    assert "\r" not in told
+    first, *steps, last = told.splitlines()
+    assert first == "  100 steps to train, about 50:00 as foreseen"
+    assert [line.split(":")[0].strip() for line in steps] == [f"step {n}" for n in range(10, 101, 10)]
+    assert all(" left" in line for line in steps[:-1])
+    assert last == "  step 100: held-out loss 1.2500"
+
+
+def test_slow_steps_are_told_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    out, file = console(80, is_terminal=False)
+    listener = LiveProgress(out)
+    listener.on_start(1000, 0)
+    for step in range(1, 4):
+        now[0] += 61
+        listener.on_record(STEP | {"step": step})
+    told = file.getvalue().splitlines()
+    assert len(told) == 4
+    assert told[1].endswith("16:55:39 left")  # 999 x 61 s
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_training_stays_within_the_terminal(width: int) -> None:
+    out, file = console(width, is_terminal=True)
+    listener = LiveProgress(out, step_seconds=30.0)
+    listener.on_start(12000, 0)
+    listener._progress.refresh()
+    drawn = lines(file.getvalue())
+    assert any("first step" in line and "of about 100:00:00 foreseen" in line for line in drawn)
+    listener.on_record(STEP | {"step": 11000})
+    listener._progress.refresh()
+    listener.on_end()
+    drawn = lines(file.getvalue())
+    assert any("11000/12000 loss 1.5000  123,456 tok/s  79.00 GiB" in line and " left" in line for line in drawn)
+    assert max(map(len, drawn)) <= width
+
+
+def test_bars_and_states_are_not_drawn_into_a_file(capfd: pytest.CaptureFixture[str]) -> None:
+    out, file = console(80, is_terminal=False)
+    for bar, move in (answer_progress(out, 4, "answering"), byte_progress(out, "merging")):
+        with bar:
+            move(2)
+    with Status(out, "loading") as status:
+        status.update("checking")
+    assert file.getvalue() == ""
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_long_state_is_told_once_a_minute(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    out, _ = console(80, is_terminal=False)
+    with Status(out, "answering") as status:
+        for answers in range(20):
+            now[0] += 10
+            status.update(f"{answers} answers")
+    plain, told = capfd.readouterr()
+    assert plain == ""  # results alone stand there
+    assert told.splitlines() == ["  5 answers, 1:00", "  11 answers, 2:00", "  17 answers, 3:00"]
+
+
+def test_a_state_shows_the_time_it_takes() -> None:
+    out, file = console(80, is_terminal=True)
+    with Status(out, "loading [base]") as status:
+        status._progress.refresh()
+    assert any("loading [base] 0:00:00" in line for line in lines(file.getvalue()))
+
+
+def test_long_sentences_are_wrapped_on_a_terminal_alone() -> None:
+    sentence = "  [yellow]warning:[/yellow] " + "a word and another " * 12
+    out, file = console(80, is_terminal=True)
+    show.say(out, sentence, 4)
+    drawn = lines(file.getvalue())
+    assert len(drawn) > 2
+    assert max(map(len, drawn)) <= 80
+    assert all(line.startswith("    ") for line in drawn[1:])
+    out, file = console(80, is_terminal=False)
+    show.say(out, sentence, 4)
+    assert len(file.getvalue().splitlines()) == 1
+
+
+def test_times_are_clocks() -> None:
+    assert [clock(seconds) for seconds in (0, 59.6, 61, 3600, 360000)] == [
+        "0:00",
+        "1:00",
+        "1:01",
+        "1:00:00",
+        "100:00:00",
+    ]
+
+
+def test_the_command_is_called_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/somewhere/veneer/__main__.py"])
+    assert show.command_name() == "python -m veneer"
+
+
+def test_libraries_are_silent(
+    call: Call, tiny_model: Callable[..., Path], tmp_path: Path, rows: list[dict[str, Any]]
+) -> None:
+    """GPT-2's pad token is its end token, of which Transformers warns in every forward pass without a mask."""
+    from transformers.utils import logging as transformers_logging
+
+    once = transformers_logging.warning_once
+    once.cache_clear()  # it may have been said in another test
+    data, run = write_rows(tmp_path / "rows.jsonl", rows), str(tmp_path / "run")
+    quick = ("train.max_steps=1", "data.max_length=128", "train.gradient_checkpointing=true", "quantization={bits: 4}")
+    commands = (
+        ("train", "--model", str(tiny_model("gpt2")), "--data", data, "-o", run, "evaluate.max_new_tokens=4", *quick),
+        ("evaluate", run, "--rows", "1"),
+        ("generate", run, "-p", "the cat", "--max-new-tokens", "3", "--temperature", "1", "--top-p", "0.5"),
+        ("merge", run, "--out", str(tmp_path / "merged"), "--rows", "1"),
+    )
+    for arguments in commands:
+        _, out, err = call(*arguments)
+        assert err == "", arguments[0]
+        assert "\x1b" not in out
+        assert out.strip()
+
+
+@pytest.mark.parametrize("name", ["transformers.modeling_utils", "bitsandbytes.backends.cpu.ops"])
+def test_errors_of_libraries_are_not_silenced(name: str) -> None:
+    assert not logging.getLogger(name).isEnabledFor(logging.WARNING)
+    assert logging.getLogger(name).isEnabledFor(logging.ERROR)
