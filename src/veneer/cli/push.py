@@ -22,6 +22,7 @@ def push(
     from rich.markup import escape
 
     from veneer.cli import show, show_release
+    from veneer.config.hub import unreachable
     from veneer.release.push import pack, send
 
     out = show.console(as_json)
@@ -34,6 +35,8 @@ def push(
     result = parcel.as_dict() | {"sent": False, "address": None, "reason": "it was not asked for"}
     if not dry_run:
         try:
+            if (why := unreachable()) is not None:
+                raise OSError(f"the hub cannot be reached: {why}")
             result |= {"sent": True, "address": send(parcel), "reason": None}
             out.print(f"sent: {escape(str(result['address']))}")
         except OSError as error:

@@ -28,7 +28,7 @@ def generation_config(model: Any, renderer: Renderer, max_new_tokens: int, sampl
         repetition_penalty=sampling.repetition_penalty,
         top_p=sampling.top_p,
         top_k=sampling.top_k if is_sampled else None,
-        eos_token_id=sorted(renderer.stop_ids | _stop_ids(model)),
+        eos_token_id=stop_ids_of(model, renderer),
         pad_token_id=renderer.tokenizer.pad_token_id,
         use_cache=True,
     )
@@ -110,7 +110,7 @@ def _without_begun(text: str, stop: Sequence[str]) -> str:
     return text[: len(text) - max(begun, default=0)]
 
 
-def _stop_ids(model: Any) -> set[int]:
-    """The stop tokens that the base's own generation settings name."""
+def stop_ids_of(model: Any, renderer: Renderer) -> list[int]:
+    """The tokens at which an answer ends: those of the renderer, and those that the base's generation settings name."""
     ids = model.generation_config.eos_token_id
-    return set(ids) if isinstance(ids, list) else {ids} - {None}
+    return sorted(renderer.stop_ids | (set(ids) if isinstance(ids, list) else {ids} - {None}))

@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from veneer.config import Data, Model, Quantization, Run, RunFolder, UserError, load_run
 from veneer.config.hub import not_here, unreachable
-from veneer.config.names import find_adapter, require_adapter
+from veneer.config.names import find_adapter
+from veneer.config.names import require_adapter as require_adapter
 from veneer.data import Renderer
 from veneer.data.template import NAMED_TEMPLATES
 from veneer.model import Source, compute_dtype, load_tokenizer, locate
@@ -101,16 +102,15 @@ def find_origin(name: str, base: str | None = None, force: bool = False, is_merg
     require_adapter(adapter, name)
     folder = found.run if found is not None else None
     run = load_run(folder.run) if folder is not None else None
-    kept = run or _kept_settings(adapter)
-    model, quantization = (kept.model, kept.quantization) if kept is not None else (_named_base(adapter), None)
+    model, quantization = _base(adapter, run)
     if base is not None:
         model = (model or Model(base=base)).model_copy(update={"base": base, "revision": None})
     if model is None:
         raise UserError(f"{name}: neither passport nor adapter_config.json names a base", "name it with --base")
     source = locate(model)
     require_match(adapter, None if is_merged else source, force)
-    data = kept.data if kept is not None else None
-    return Origin(name, adapter, run, model, source, quantization, _dtype(folder, model), data, folder)
+    dtype, data = _dtype(folder, model), _data(adapter, run)
+    return Origin(name, adapter, run, model, source, quantization, dtype, data, folder)
 
 
 def renderer_of(folder: Path, data: Data | None) -> Renderer:
@@ -146,29 +146,34 @@ def fetched(source: Source) -> Path:
         ) from None
 
 
-def _kept_settings(adapter: Path) -> Run | None:
-    """The settings that an adapter's passport keeps of its training."""
+def _base(adapter: Path, run: Run | None) -> tuple[Model | None, Quantization | None]:
+    if run is not None:
+        return run.model, run.quantization
     passport = read_passport(adapter)
-    if passport is None or not isinstance(passport.get("settings"), dict):
-        return None
-    try:
-        return Run.model_validate(passport["settings"])
-    except ValidationError as error:
-        wrong = ", ".join(".".join(map(str, entry["loc"])) for entry in error.errors()[:3])
-        raise UserError(
-            f"{adapter}: the settings in passport.json are not this Veneer's ({wrong})",
-            "update Veneer, or delete passport.json to go on without its checks",
-        ) from None
-
-
-def _named_base(adapter: Path) -> Model | None:
-    """The base that adapter_config.json names."""
+    if passport is not None and isinstance(passport.get("settings"), dict):
+        try:
+            kept = Run.model_validate(passport["settings"])
+        except ValidationError as error:
+            wrong = ", ".join(".".join(map(str, entry["loc"])) for entry in error.errors()[:3])
+            raise UserError(
+                f"{adapter}: the settings in passport.json are not this Veneer's ({wrong})",
+                "update Veneer, or delete passport.json to go on without its checks",
+            ) from None
+        return kept.model, kept.quantization
     try:
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         named = config.get("base_model_name_or_path")
     except (ValueError, AttributeError):
         raise UserError(f"{adapter}: adapter_config.json is not JSON", "fetch the adapter again") from None
-    return Model(base=named) if named else None
+    return (Model(base=named) if named else None), None
+
+
+def _data(adapter: Path, run: Run | None) -> Data | None:
+    """How training rendered its rows: by its run, or by what the passport keeps of it."""
+    if run is not None:
+        return run.data
+    settings = (read_passport(adapter) or {}).get("settings")
+    return Run.model_validate(settings).data if isinstance(settings, dict) else None
 
 
 def _dtype(folder: RunFolder | None, model: Model) -> torch.dtype:

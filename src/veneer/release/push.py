@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from veneer.config import RunFolder, UserError
-from veneer.config.hub import unreachable
-from veneer.config.names import require_adapter
 from veneer.release.lint import vllm_lint
+from veneer.release.origin import require_adapter
 from veneer.release.weights import weights_of
 
 SKIPPED = (".", "_")
@@ -77,8 +76,6 @@ def send(parcel: Parcel) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    if (why := unreachable()) is not None:
-        raise OSError(f"the hub cannot be reached: {why}")
     hub = HfApi()
     try:
         hub.create_repo(parcel.repo, private=parcel.private, exist_ok=True)
