@@ -67,6 +67,11 @@ class RunFolder:
     def samples(self) -> Path:
         return self.path / "samples.jsonl"
 
+    @property
+    def other_evaluations(self) -> Path:
+        """Evaluations on other rows, or with other settings, than those of the run's record."""
+        return self.path / "evaluations"
+
     def holds_run(self) -> bool:
         """Whether anything is here that a new run would mix with."""
         return self.path.is_dir() and any(self.path.iterdir())
