@@ -34,6 +34,14 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "lokr": ("LoKrConfig", {"r": 4, "alpha": 8, "target_modules": ["q_proj", "up_proj"]}),
     "ia3": ("IA3Config", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
     "oft": ("OFTConfig", {"oft_block_size": 16, "r": 0, "target_modules": ["q_proj"]}),
+    "experts": (
+        "LoraConfig",
+        {
+            **{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]},
+            **{"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+        },
+    ),
+    "norms": ("LNTuningConfig", {"target_modules": ["input_layernorm", "norm"]}),
     "vera": ("VeraConfig", {"r": 4, "target_modules": ["q_proj"]}),
 }
 

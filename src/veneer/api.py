@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from veneer.config import Data, Model, Run, RunFolder, UserError
+from veneer.config import Data, Model, Run, RunFolder, UserError, load_run
 from veneer.config.folder import write_json, write_text
 from veneer.config.names import find_adapter, require_run
-from veneer.config.prompts import Prompt
+from veneer.config.prompts import Question
 from veneer.config.sampling import Sampling
 from veneer.data import Message, Renderer
 from veneer.data.conversation import BadRowError
@@ -21,7 +21,7 @@ from veneer.engine.ladder import Rung, compare, rungs, smaller_bases
 from veneer.evaluate import Evaluation
 from veneer.evaluate import compare as compare_models
 from veneer.evaluate import generate as generate_answers
-from veneer.model import load_adapter, load_model, load_tokenizer, locate
+from veneer.model import compute_dtype, load_adapter, load_model, load_tokenizer, locate
 from veneer.model.known import LADDER
 from veneer.plan import find_machine
 from veneer.plan.doctor import Found, Problem, diagnose, look, usable
@@ -33,12 +33,16 @@ from veneer.release import (
     Exported,
     Merged,
     Origin,
+    Prompt,
     certify_artifact,
+    choose_base,
     export_to,
     find_artifact,
     find_origin,
+    judged_by,
     merge_into,
     prompts_of,
+    recorded_answers,
     renew_card,
     require_model,
     unmerge_from,
@@ -215,14 +219,40 @@ def load(name: str, force: bool = False, base: str | None = None) -> Loaded:
     return Loaded(load_adapter(model, origin.adapter), renderer, origin.run, origin)
 
 
+@dataclass(frozen=True)
+class Evaluated:
+    """An evaluation and where it was written.
+
+    Attributes:
+        evaluation: Base against tuned.
+        file: Its file in the run's folder; the answers lie beside it.
+        is_record: Whether it is the run's record, evaluation.json: the held-out rows, with the run's own settings.
+    """
+
+    evaluation: Evaluation
+    file: Path
+    is_record: bool
+
+    @property
+    def samples(self) -> Path:
+        """The answers, a line a row."""
+        return self.file.with_name("samples.jsonl") if self.is_record else self.file.with_suffix(".samples.jsonl")
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.evaluation.as_dict() | {"file": str(self.file), "is_record": self.is_record}
+
+
 def evaluate(
     run_dir: str | Path,
     data: str | None = None,
     rows: int | None = None,
     on_done: Callable[[int], None] = lambda done: None,
     force: bool = False,
-) -> Evaluation:
+) -> Evaluated:
     """Base against tuned on a run's held-out rows, or on the rows of a file; written into the run's folder.
+
+    The run's record (evaluation.json, samples.jsonl, the scores of its card) is of its held-out rows with its own
+    settings. Other data or fewer rows go to a file of their own in evaluations/ and leave the record alone.
 
     Args:
         run_dir: Folder of a finished run.
@@ -237,24 +267,46 @@ def evaluate(
     folder = require_run(str(run_dir))
     loaded = load(str(run_dir), force)
     assert loaded.run is not None
-    held_out = _held_out(folder, loaded.run, loaded.renderer, data, rows or loaded.run.evaluate.rows)
+    usual = loaded.run.evaluate.rows
+    held_out = _held_out(folder, loaded.run, loaded.renderer, data, rows or usual)
+    is_record = data is None and (rows is None or rows == usual or len(held_out) < rows)
     engine = ReferenceEngine(loaded.model)  # judges by other code than the adapter was trained by
     result = compare_models(loaded.model, engine, loaded.renderer, held_out, loaded.run.evaluate, on_done)
-    save_evaluation(folder, result)
-    return result
+    if is_record and not force:
+        return Evaluated(result, save_evaluation(folder, result), True)
+    name = f"{Path(data).name.split('.')[0] if data else 'held-out'}-{len(held_out)}-rows"
+    return Evaluated(result, _save_beside(folder, name, result, data), False)
 
 
-def save_evaluation(folder: RunFolder, evaluation: Evaluation) -> None:
-    """Write evaluation.json and samples.jsonl, and the scores into the adapter's card."""
-    write_json(folder.evaluation, evaluation.as_dict())
-    lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in evaluation.samples())
-    write_text(folder.samples, "".join(lines))
+def save_evaluation(folder: RunFolder, evaluation: Evaluation) -> Path:
+    """Write the run's record: evaluation.json and samples.jsonl, and the scores into the adapter's card."""
+    run = load_run(folder.run)
+    dtype = compute_dtype(run.model, find_machine())
+    facts = {"judged": judged_by(run, folder.adapter, dtype)}
+    write_text(folder.samples, _sample_lines(evaluation))
+    write_json(folder.evaluation, evaluation.as_dict() | facts)
     renew_card(folder)
+    return folder.evaluation
+
+
+def _save_beside(folder: RunFolder, name: str, evaluation: Evaluation, data: str | None) -> Path:
+    """Write an evaluation that is not the record under the first free name."""
+    number, file = 1, folder.other_evaluations / f"{name}.json"
+    while file.exists():
+        number += 1
+        file = folder.other_evaluations / f"{name}-{number}.json"
+    write_text(file.with_suffix(".samples.jsonl"), _sample_lines(evaluation))
+    write_json(file, evaluation.as_dict() | {"data": data})
+    return file
+
+
+def _sample_lines(evaluation: Evaluation) -> str:
+    return "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in evaluation.samples())
 
 
 def generate(
     name: str,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Question],
     system: str | None = None,
     compare_with_base: bool = False,
     max_new_tokens: int = 256,
@@ -309,7 +361,7 @@ def generate(
     return results
 
 
-def _turns(prompt: Prompt, system: str | None) -> list[Message]:
+def _turns(prompt: Question, system: str | None) -> list[Message]:
     """A prompt as turns, with a system prompt before it where it has none."""
     try:
         turns = [Message("user", prompt)] if isinstance(prompt, str) else list(read_turns(prompt))
@@ -382,7 +434,7 @@ def merge(
     run: str,
     out: str | Path,
     dtype: str = "bfloat16",
-    on: str = "base",
+    on: str = "trained",
     base: str | None = None,
     force: bool = False,
     on_done: Callable[[int], None] = lambda done: None,
@@ -393,7 +445,8 @@ def merge(
         run: Folder of a finished run, or of an adapter.
         out: A new folder.
         dtype: bfloat16, float16 or float32.
-        on: base, or nf4 for the 4-bit base of the training, dequantized.
+        on: trained: what the run trained on and was judged by; nf4: the base in 4 bits, dequantized; base: the base as
+            it is; best: `nf4` or `base`, whichever answers more of the held-out rows right.
         base: Another base than the adapter names.
         force: Go on although the adapter does not belong to the base.
         on_done: Called with the number of bytes just written.
@@ -401,7 +454,9 @@ def merge(
     Raises:
         UserError: They do not fit together, or the folder is not to be had; nothing was written.
     """
-    return merge_into(find_origin(run, base, force), Path(out), dtype, on, on_done=on_done)
+    origin = find_origin(run, base, force)
+    on, choice = _chosen(origin, on)
+    return merge_into(origin, Path(out), dtype, on, on_done=on_done, choice=choice)
 
 
 def unmerge(
@@ -427,7 +482,7 @@ def export(
     out: str | Path,
     file_format: str = "gguf",
     quant: str = "q8_0",
-    on: str = "base",
+    on: str = "trained",
     adapter_only: bool = False,
     base: str | None = None,
     force: bool = False,
@@ -440,7 +495,7 @@ def export(
         out: A new folder.
         file_format: gguf.
         quant: Type of the weights.
-        on: base, or nf4 for the 4-bit base of the training, dequantized.
+        on: As for `merge`.
         adapter_only: Write the adapter alone.
         base: Another base than the adapter names.
         force: Go on although the adapter does not belong to the base.
@@ -449,16 +504,18 @@ def export(
     Raises:
         UserError: The architecture, the tokenizer or the type cannot be exported, or as `merge`; nothing was written.
     """
-    return export_to(find_origin(run, base, force), Path(out), file_format, quant, on, adapter_only, on_done)
+    origin = find_origin(run, base, force)
+    on, choice = _chosen(origin, on)
+    return export_to(origin, Path(out), file_format, quant, on, adapter_only, on_done, choice)
 
 
 def certify(
     artifact: str,
     run: str,
-    rows: int = 40,
+    rows: int | None = None,
     base: str | None = None,
     force: bool = False,
-    tell: Callable[[str], None] = lambda what: None,
+    notify: Callable[[str], None] = lambda what: None,
     model: str | None = None,
 ) -> tuple[Certificate, Path]:
     """Put what ships beside the adapter it came from, and write certificate.json and its page.
@@ -466,10 +523,10 @@ def certify(
     Args:
         artifact: A merged folder, a GGUF file, or the address of a server.
         run: Folder of the run, or of the adapter.
-        rows: Held-out rows that both answer.
+        rows: At most so many held-out rows; None: as many as the run evaluates (`evaluate.rows`).
         base: Another base than the adapter names.
         force: Go on although the adapter does not belong to the base.
-        tell: Called with what is being done.
+        notify: Called with what is being done.
         model: Which model of a server that has several, as a server of adapters does.
 
     Returns:
@@ -480,23 +537,10 @@ def certify(
     """
     origin = find_origin(run, base, force)
     found = find_artifact(artifact, origin, model)
-    renderer = origin.renderer()
-    held_out: list[HeldOut] = []
-    skipped = {}
     folder = origin.folder or RunFolder(Path(run).expanduser())
     is_of_run = origin.run is not None and not origin.is_checkpoint  # a checkpoint's proof is none of its run's adapter
-    if origin.run is None:
-        skipped["answers and score on held-out rows"] = "the adapter has no run beside it"
-    elif not rows:
-        skipped["answers and score on held-out rows"] = "none were asked for (--rows 0)"
-    else:
-        try:
-            held_out = _held_out(folder, origin.run, renderer, None, rows)
-        except UserError as error:
-            skipped["answers and score on held-out rows"] = str(error).splitlines()[0]
-    longest = origin.run.evaluate.max_new_tokens if origin.run is not None else 64
-    prompts = prompts_of(renderer, held_out, very_long(origin, longest))
-    certificate = certify_artifact(found, origin, prompts, longest, skipped, tell)
+    prompts, longest, skipped = _questions(origin, rows)
+    certificate = certify_artifact(found, origin, prompts, longest, skipped, recorded_answers(origin), notify)
     page = certificate_page(certificate.as_dict())
     targets = [] if found.path is None else [found.path if found.path.is_dir() else found.path.parent]
     targets += [folder.path] if is_of_run else []
@@ -505,3 +549,31 @@ def certify(
     if is_of_run:
         renew_card(folder)
     return certificate, (targets or [Path()])[0]
+
+
+def _questions(origin: Origin, rows: int | None) -> tuple[list[Prompt], int, dict[str, str]]:
+    """What a certificate asks, the longest answer, and the checks that cannot be made, with the reason."""
+    renderer = origin.renderer()
+    held_out: list[HeldOut] = []
+    skipped = {}
+    if origin.run is None:
+        skipped["answers and score on held-out rows"] = "the adapter has no run beside it"
+    elif rows == 0:
+        skipped["answers and score on held-out rows"] = "none were asked for (--rows 0)"
+    else:
+        try:
+            folder = origin.folder or RunFolder(Path(origin.name).expanduser())
+            held_out = _held_out(folder, origin.run, renderer, None, rows or origin.run.evaluate.rows)
+        except UserError as error:
+            skipped["answers and score on held-out rows"] = str(error).splitlines()[0]
+    longest = origin.run.evaluate.max_new_tokens if origin.run is not None else 64
+    return prompts_of(renderer, held_out, very_long(origin, longest)), longest, skipped
+
+
+def _chosen(origin: Origin, on: str) -> tuple[str, dict[str, Any] | None]:
+    """What the adapter is merged into, and what `--on best` measured."""
+    if on != "best":
+        return on, None
+    prompts, longest, _ = _questions(origin, None)
+    choice = choose_base(origin, prompts, longest, recorded_answers(origin))
+    return choice.on, choice.as_dict()

@@ -1,4 +1,4 @@
-"""Unit tests keep what they cache to themselves; commands are called within the process."""
+"""Unit tests keep what they cache to themselves, share one run to certify, and call commands in their process."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+import veneer
+from tests.certified import make_base, tickets
 from tests.runs import tiny_run, write_rows
 from veneer.cli.main import main
 from veneer.config import hub
@@ -49,3 +51,25 @@ def run_file(tiny_model: Callable[..., Path], tmp_path: Path, rows: list[dict[st
     path = tmp_path / "tiny.yaml"
     path.write_text(to_yaml(run))
     return path
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that learnt its rows, and answers and stops as they do; its base and another lie beside it."""
+    folder = tmp_path_factory.mktemp("certify")
+    make_base(folder / "base", 0)
+    make_base(folder / "other-base", 1)
+    rows, held_out = (
+        write_rows(folder / name, tickets()[:: 1 + 3 * n]) for n, name in enumerate(("rows", "held.jsonl"))
+    )
+    made = tiny_run(
+        folder / "base",
+        rows,
+        folder / "run",
+        adapter={"r": 16, "lora_alpha": 32},
+        data={"validation": held_out, "duplicates": "keep"},
+        evaluate={"max_new_tokens": 8},
+        train={"max_steps": 60, "learning_rate": 1e-2, "eval_steps": None},
+    )
+    veneer.train(made)
+    return folder / "run"

@@ -10,74 +10,26 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import veneer
 from tests.adapters import save_adapter_of
-from tests.runs import tiny_run, write_rows
-from tests.tiny import FAMILIES, save_tiny_model
-from tests.vocabularies import family_vocabulary
+from tests.certified import certificate, edit
 from veneer import api
 from veneer.cli.main import main
 from veneer.config import UserError
 from veneer.data import Message
 from veneer.release import find_origin
-from veneer.release.checks import divergence
+from veneer.release.agreement import divergence
 from veneer.release.compare_weights import compare_weights
+from veneer.release.passport import file_sha256
 from veneer.release.servers import Endpoint, llama_server
 
-ROWS = [
-    {"prompt": f"what does the {name} say", "completion": answer}
-    for name, answer in (("cat", "please route"), ("dog", "the team"), ("owl", "the hen"), ("hen", "right"))
-    for _ in range(4)
-]
 Damage = Callable[[Path], Any]
 
 
-def make_base(folder: Path, seed: int) -> None:
-    name, settings = FAMILIES["llama"]
-    tokenizer = family_vocabulary("llama")
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
-    save_tiny_model((name, settings | ids), folder)
-    tokenizer.save_pretrained(folder)
-    weights = load_file(folder / "model.safetensors")
-    generator = torch.Generator().manual_seed(seed)
-    weights["lm_head.weight"] *= 20  # so that a random model can be sure of a token
-    moved = {key: value + 0.01 * torch.randn(value.shape, generator=generator) for key, value in weights.items()}
-    save_file(moved, folder / "model.safetensors", {"format": "pt"})
-
-
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that learnt its rows, and answers and stops as they do."""
-    folder = tmp_path_factory.mktemp("certify")
-    make_base(folder / "base", 0)
-    make_base(folder / "other-base", 1)
-    rows, held_out = (write_rows(folder / name, ROWS[:: 1 + 3 * n]) for n, name in enumerate(("rows", "held.jsonl")))
-    made = tiny_run(
-        folder / "base",
-        rows,
-        folder / "run",
-        adapter={"r": 16, "lora_alpha": 32},
-        data={"validation": held_out, "duplicates": "keep"},
-        evaluate={"max_new_tokens": 8},
-        train={"max_steps": 60, "learning_rate": 1e-2, "eval_steps": None},
-    )
-    veneer.train(made)
-    return folder / "run"
-
-
-@pytest.fixture(scope="module")
-def merged(run: Path) -> Path:
-    api.merge(str(run), run.parent / "merged", "float32")
-    return run.parent / "merged"
-
-
-def certificate(artifact: Path | str, run: Path) -> dict[str, Any]:
-    return api.certify(str(artifact), str(run), rows=4)[0].as_dict()
-
-
-def edit(path: Path, **changes: Any) -> None:
-    """Change values of a JSON file."""
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+def merged(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("merged") / "out"
+    api.merge(str(run), out, "float32")
+    return out
 
 
 def test_a_merged_model_is_certified_and_the_proof_lies_beside_it(
@@ -91,8 +43,8 @@ def test_a_merged_model_is_certified_and_the_proof_lies_beside_it(
     assert told["first_difference"] is None
     found = {check["id"]: check for check in told["checks"]}
     assert list(found) == [
-        *("prompt_tokens", "stop_tokens", "weights", "strength"),
-        *("distributions", "agreement", "stops", "score"),
+        *("prompt_tokens", "stop_tokens", "settings", "decoding", "weights", "strength"),
+        *("score", "stops", "distributions", "agreement"),
     ]
     assert found["distributions"]["value"] < 1e-6
     assert found["agreement"]["value"] == 1
@@ -103,6 +55,7 @@ def test_a_merged_model_is_certified_and_the_proof_lies_beside_it(
     page = (merged / "certificate.html").read_text()
     assert "<b>Passed.</b>" in page
     assert "strength of the adapter" in page
+    assert "0 from wrong to right, 0 from right to wrong" in page
     card = (run / "adapter" / "README.md").read_text()
     assert "| greedy agreement | 1 |" in card
 
@@ -146,9 +99,49 @@ def overflow(folder: Path) -> None:
     edit(folder / "config.json", dtype="float16")
 
 
+def sample_hot(folder: Path) -> None:
+    edit(folder / "generation_config.json", do_sample=True, temperature=5.0)
+
+
+def empty_generation(folder: Path) -> None:
+    (folder / "generation_config.json").write_text("{}")
+
+
+def cut_generation(folder: Path) -> None:
+    path = folder / "generation_config.json"
+    path.write_text(path.read_text()[:20])
+
+
+def other_rope(folder: Path) -> None:
+    kept = json.loads((folder / "config.json").read_text())
+    edit(folder / "config.json", rope_parameters=kept["rope_parameters"] | {"rope_theta": 500_000.0})
+
+
+def other_epsilon(folder: Path) -> None:
+    edit(folder / "config.json", rms_norm_eps=1e-3)
+
+
+def other_positions(folder: Path) -> None:
+    edit(folder / "config.json", max_position_embeddings=64)
+
+
+def add_head(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.extra.weight"] = weights["lm_head.weight"].clone()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
 @pytest.mark.parametrize(
     ("damage", "stage", "named"),
     [
+        (sample_hot, "decoding settings", "the run was judged greedily"),
+        (empty_generation, "stop tokens", "is not among its stop tokens: its answers would go on"),
+        (lambda folder: (folder / "generation_config.json").unlink(), "decoding settings", "is missing, cut or empty"),
+        (cut_generation, "decoding settings", "generation_config.json is missing, cut or empty"),
+        (other_rope, "architecture settings", "rope_parameters.rope_theta is 500000.0, trained with 10000.0"),
+        (other_epsilon, "architecture settings", "rms_norm_eps is 0.001, trained with 1e-06"),
+        (other_positions, "architecture settings", "max_position_embeddings is 64, trained with 256"),
+        (add_head, "weights", "model.extra.weight: not in base or adapter"),
         (damage_template, "prompt tokens", "the chat template differs"),
         (double_bos, "prompt tokens", "the begin token <|begin_of_text|> is doubled"),
         (lose_token, "prompt tokens", "the tokenizer lacks <|start_header_id|>"),
@@ -224,15 +217,15 @@ def test_a_gguf_file_and_a_server_of_it_are_certified(run: Path, tmp_path: Path)
     found = certificate(tmp_path / "out", run)
     assert found["passed"], found["first_difference"]
     assert found["artifact"] == {
-        **{"name": str(tmp_path / "out"), "kind": "gguf"},
-        **{"precision": "f16", "runtime": "llama.cpp"},
+        **{"name": str(tmp_path / "out"), "kind": "gguf", "precision": "f16", "on": "base"},
+        **{"runtime": "llama.cpp", "sha256": file_sha256(tmp_path / "out" / report.file)},
     }
     with llama_server(tmp_path / "out" / report.file, True, set(), 512) as server:
         served = certificate(server.address, run)
     assert served["passed"], served["first_difference"]
     assert served["artifact"]["kind"] == "endpoint"
     assert {check["id"] for check in served["checks"]} >= {"prompt_tokens", "distributions", "agreement", "score"}
-    told = ("stop tokens", "weights", "strength of the adapter")
+    told = ("stop tokens", "weights", "strength of the adapter", "architecture settings", "decoding settings")
     assert list(served["skipped"]) == list(told), "what a server does not tell stands as not checked"
 
 

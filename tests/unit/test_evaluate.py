@@ -78,12 +78,17 @@ def test_a_model_that_learnt_its_rows_scores_higher_than_its_base(job: TrainingJ
 
 def test_commands_on_a_finished_run(job: TrainingJob) -> None:
     folder = job.folder.path
+    record = veneer.evaluate(folder)
+    assert (record.is_record, record.file) == (True, folder / "evaluation.json")
+    assert len((folder / "samples.jsonl").read_text().splitlines()) == 16
+    kept = {name: (folder / name).read_bytes() for name in ("evaluation.json", "samples.jsonl")}
     result = veneer.evaluate(folder, rows=6)
     assert result.as_dict()["rows"] == 6
-    assert (folder / "evaluation.json").exists()
-    assert len((folder / "samples.jsonl").read_text().splitlines()) == 6
-    (answer,) = veneer.generate(str(folder), [result.samples()[0]["prompt"]], compare_with_base=True, max_new_tokens=12)
-    assert answer["answer"] == result.samples()[0]["tuned"]
+    assert (result.is_record, result.file) == (False, folder / "evaluations" / "held-out-6-rows.json")
+    assert len(result.samples.read_text().splitlines()) == 6
+    samples = result.evaluation.samples()
+    (answer,) = veneer.generate(str(folder), [samples[0]["prompt"]], compare_with_base=True, max_new_tokens=12)
+    assert answer["answer"] == samples[0]["tuned"]
     assert answer["base"] != answer["answer"]
     (plain,) = veneer.generate(job.run.model.base, [answer["prompt"]], max_new_tokens=12)
     assert plain["answer"] == answer["base"]
@@ -92,7 +97,10 @@ def test_commands_on_a_finished_run(job: TrainingJob) -> None:
         file.write('{"prompt": "new", "completion": "row"}\n')
     with pytest.raises(UserError, match="not the rows this run was trained on"):
         veneer.evaluate(folder)
-    assert veneer.evaluate(folder, data=str(folder.parent / "rows.jsonl")).as_dict()["rows"] == 17
+    for name in ("rows-17-rows.json", "rows-17-rows-2.json"):
+        other = veneer.evaluate(folder, data=str(folder.parent / "rows.jsonl"))
+        assert (other.as_dict()["rows"], other.file.name, other.is_record) == (17, name, False)
+    assert {name: (folder / name).read_bytes() for name in kept} == kept, "the run's record stays as it is"
     with pytest.raises(UserError, match="nothing to compare"):
         veneer.generate(job.run.model.base, ["x"], compare_with_base=True)
 

@@ -328,5 +328,5 @@ def test_what_is_known_without_libraries_is_what_they_take() -> None:
     assert set(BUILTIN_NAMES) == set(BUILTIN)
     assert set(OPTIONS["--quant"]) == set(gguf_types.QUANTS)
     assert set(OPTIONS["--dtype"]) == set(merge_module.DTYPES)
-    assert set(OPTIONS["--on"]) == set(recipe.ON)
+    assert set(OPTIONS["--on"]) == {*recipe.ON, "best"}
     assert set(OPTIONS["--format"]) == set(export_module.FORMATS)

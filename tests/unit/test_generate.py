@@ -12,6 +12,7 @@ import torch
 import veneer
 from tests.runs import tiny_run, write_rows
 from tests.tiny import tiny_tokenizer
+from veneer import api
 from veneer.config import RunFolder, UserError
 from veneer.config.names import find_adapter
 from veneer.config.prompts import read_prompts
@@ -81,6 +82,15 @@ def test_a_checkpoint_is_of_its_run_and_renders_as_it_did(run: Path) -> None:
     assert origin.run is not None
     for name in (checkpoint, run, run / "adapter"):
         assert find_origin(str(name)).renderer().settings.system_prompt == "the hen"
+
+
+def test_a_checkpoint_is_merged_and_its_proof_is_none_of_its_runs(run: Path, tmp_path: Path) -> None:
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    api.merge(str(checkpoint), tmp_path / "merged", dtype="float32")
+    certificate, folder = api.certify(str(tmp_path / "merged"), str(checkpoint), rows=0)
+    assert certificate.passed
+    assert folder == tmp_path / "merged"
+    assert not (run / "certificate.json").exists()
 
 
 def test_a_run_without_an_adapter_names_its_checkpoint(run: Path, tmp_path: Path) -> None:

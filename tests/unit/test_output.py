@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from tests.runs import write_rows
-from veneer.cli import progress, show
+from veneer.cli import show
 from veneer.cli.progress import LiveProgress, Status, answer_progress, byte_progress, clock
 
 Call = Callable[..., tuple[int, str, str]]
@@ -52,7 +52,7 @@ def test_training_in_a_log_file_is_ten_lines_without_control_codes() -> None:
 
 def test_slow_steps_are_told_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
     out, file = console(80, is_terminal=False)
     listener = LiveProgress(out)
     listener.on_start(1000, 0)
@@ -93,7 +93,7 @@ def test_bars_and_states_are_not_drawn_into_a_file(capfd: pytest.CaptureFixture[
 
 def test_a_long_state_is_told_once_a_minute(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
     out, _ = console(80, is_terminal=False)
     with Status(out, "answering") as status:
         for answers in range(20):

@@ -13,7 +13,7 @@ def outcomes(right: int, gained: int, lost: int, rows: int) -> tuple[list[bool],
 
 
 def test_the_interval_is_newcombes() -> None:
-    # Newcombe 1998, Statistics in Medicine 17:2635, table II, method 10: both 36, one alone 12, the other alone 2 of 50.
+    # Newcombe 1998, Statistics in Medicine 17:2635, table II, method 10: both 36, one alone 12, the other 2 of 50.
     found = difference(50, 48, 2, 12)
     assert (found.value, -found.high, -found.low) == pytest.approx((-0.2, 0.0569, 0.3404), abs=1e-4)
     back = difference(50, 38, 12, 2)
@@ -27,6 +27,7 @@ def test_the_interval_is_newcombes() -> None:
         (83, 3, 3, 120, "same"),
         (83, 9, 20, 120, "worse"),
         (83, 20, 4, 120, "better"),
+        (83, 3, 0, 120, "same"),
         (0, 83, 0, 120, "better"),
         (30, 0, 0, 40, "not shown with 40 rows"),
         (83, 2, 4, 120, "not shown with 120 rows"),

@@ -11,14 +11,14 @@ def certify(
     artifact: Annotated[str, typer.Argument(help="Merged folder, GGUF file, or address of a server (http://...).")],
     against: Annotated[str, typer.Option(help="Folder of the run, or of the adapter.")],
     model: Annotated[str | None, typer.Option(help="Which model of a server that has several.")] = None,
-    rows: RowsOption = 40,
+    rows: RowsOption = None,
     base: BaseOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> int:
-    """Put what ships beside the adapter it came from: tokens, stops, weights, distributions, answers, score.
+    """Put what ships beside the model that the run was judged by: tokens, settings, weights, score row by row, answers.
 
-    Exit status 1 if they differ; the first stage that does is named.
+    Exit status 1 if it differs or is shown to be worse; the first check that fails is named.
 
     Example: `veneer certify models/tickets --against runs/tickets`
     """

@@ -33,9 +33,14 @@ def evaluate(
             answered += count
             status.update(f"{answered} answers")
 
-        result = api.evaluate(run, data, rows, on_done, force).as_dict()
+        evaluated = api.evaluate(run, data, rows, on_done, force)
+    result = evaluated.as_dict()
     if as_json:
         show.print_json(result)
         return
     show.show_evaluation(out, result)
-    out.print(f"files  {run}/evaluation.json samples.jsonl")
+    out.print(f"files  {evaluated.file} {evaluated.samples.name}")
+    if not evaluated.is_record:
+        out.print(
+            "       the run's own record (evaluation.json and its card) is of its held-out rows and stays as it is"
+        )

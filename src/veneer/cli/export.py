@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from veneer.cli.merge import BaseOption, ForceOption, JsonOption, RowsOption, RunArgument
+from veneer.cli.merge import BaseOption, ForceOption, JsonOption, OnOption, RowsOption, RunArgument
 
 
 def export(
@@ -15,12 +15,12 @@ def export(
     quant: Annotated[
         str, typer.Option(help="f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q4_k_m, q4_k_s, q4_0, q3_k_..., q2_k.")
     ] = "q8_0",
-    on: Annotated[str, typer.Option(help="base: the base itself; nf4: the 4-bit base of the training.")] = "base",
+    on: OnOption = "trained",
     adapter_only: Annotated[bool, typer.Option("--adapter-only", help="Write the adapter alone, a GGUF LoRA.")] = False,
     base: BaseOption = None,
     force: ForceOption = False,
-    certify: Annotated[bool, typer.Option(help="Prove in llama.cpp that it answers as the adapter does.")] = True,
-    rows: RowsOption = 40,
+    certify: Annotated[bool, typer.Option(help="Prove in llama.cpp that it is as good as what was judged.")] = True,
+    rows: RowsOption = None,
     as_json: JsonOption = False,
 ) -> int:
     """Export base and adapter as one GGUF file, with tokenizer, template, stop tokens and a Modelfile for Ollama.
@@ -46,6 +46,7 @@ def export(
     types = ", ".join(f"{count} {kind}" for kind, count in report.types.items())
     console.print(f"[bold]written[/bold]  {escape(str(out / report.file))}: {report.bytes / 1e9:.2f} GB ({types})")
     console.print(f"[bold]written[/bold]  {escape(str(out / 'Modelfile'))}: for `ollama create`")
+    show_release.show_choice(console, report.choice)
     show_release.show_warnings(console, report.warnings)
     if adapter_only:
         console.print("  not certified: an adapter alone answers nothing; certify a server that has it on its base")

@@ -7,7 +7,16 @@ import typer
 
 RunArgument = Annotated[str, typer.Argument(help="Folder of a finished run, or of an adapter.")]
 BaseOption = Annotated[str | None, typer.Option(help="Another base than the one the adapter names.")]
-RowsOption = Annotated[int, typer.Option(min=0, help="Held-out rows that adapter and artifact both answer.")]
+RowsOption = Annotated[
+    int | None, typer.Option(min=0, help="Held-out rows that are answered; without it, all that the run evaluates.")
+]
+OnOption = Annotated[
+    str,
+    typer.Option(
+        help="trained: what the run trained on and was judged by; base: the 16-bit base; nf4: the base in 4 bits, "
+        "dequantized; best: nf4 or base, measured on held-out rows."
+    ),
+]
 ForceOption = Annotated[bool, typer.Option("--force", help="Go on although the adapter does not belong to the base.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON alone on stdout.")]
 
@@ -16,11 +25,11 @@ def merge(
     run: RunArgument,
     out: Annotated[Path, typer.Option(help="The new model's folder.")],
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    on: Annotated[str, typer.Option(help="base: the base itself; nf4: the 4-bit base of the training.")] = "base",
+    on: OnOption = "trained",
     base: BaseOption = None,
     force: ForceOption = False,
-    certify: Annotated[bool, typer.Option(help="Prove that the merged model answers as the adapter does.")] = True,
-    rows: RowsOption = 40,
+    certify: Annotated[bool, typer.Option(help="Prove that the merged model is as good as what was judged.")] = True,
+    rows: RowsOption = None,
     as_json: JsonOption = False,
 ) -> int:
     """Merge an adapter into its base: W + scale B A in float32, rounded once, tensor by tensor.

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from veneer.cli import progress, show
+from veneer.report.certificate_page import readable
 
 
 @contextmanager
@@ -25,6 +26,7 @@ def show_merged(out: Console, report: Any) -> None:
         f"[bold]written[/bold]  {escape(report.out)}: {report.tensors} tensors ({report.changed} of them changed), "
         f"{report.bytes / 1e9:.2f} GB in {report.files} file{'s' if report.files != 1 else ''}, {report.dtype}"
     )
+    show_choice(out, report.choice)
     show_warnings(out, report.warnings)
 
 
@@ -35,7 +37,7 @@ def show_warnings(out: Console, warnings: Any) -> None:
 
 
 def certified(
-    out: Console, artifact: str, run: str, base: str | None, force: bool, rows: int, model: str | None = None
+    out: Console, artifact: str, run: str, base: str | None, force: bool, rows: int | None, model: str | None = None
 ) -> tuple[dict[str, Any], int]:
     """Certify an artifact and show the certificate; gives it with the exit status."""
     from veneer import api
@@ -55,18 +57,25 @@ def show_certificate(out: Console, certificate: dict[str, Any]) -> None:
         table.add_column(column, overflow="fold")
     for check in certificate["checks"]:
         mark = "[green]passed[/green]" if check["passed"] else "[red]failed[/red]"
-        words = [escape(_words(check[key])) for key in ("value", "limit")]
-        table.add_row(mark, escape(check["name"]), *words)
+        words = [escape(readable(check, key)) for key in ("value", "limit")]
+        name = escape(check["name"]) + (f"\n[dim]{escape(check['detail'])}[/dim]" if check["detail"] else "")
+        table.add_row(mark, name, *words)
     for name, reason in certificate["skipped"].items():
         table.add_row("[yellow]not checked[/yellow]", escape(name), escape(reason), "")
     out.print(table)
     if certificate["passed"]:
-        out.print("[bold green]certified[/bold green]: it behaves like the adapter it came from")
+        out.print("[bold green]certified[/bold green]: it behaves like the model that the run was judged by")
     else:
         out.print(f"[bold red]differs[/bold red]  first at {escape(certificate['first_difference'])}")
+    score = certificate["score"]
+    if score and score["verdict"].startswith("not shown"):
+        out.print(
+            f"[yellow]score[/yellow]    {score['rows']} rows tell differences from {score['smallest_visible']:.1%}"
+        )
 
 
-def _words(value: Any) -> str:
-    if value is None:
-        return ""
-    return value if isinstance(value, str) else f"{value:.4g}"
+def show_choice(out: Console, choice: dict[str, Any] | None) -> None:
+    """What `--on best` measured, and what it took."""
+    if choice is not None:
+        scores = f"base in 4 bits {choice['judged']:.1%}, in 16 bits {choice['base']:.1%} of {choice['rows']} rows"
+        out.print(f"[bold]on[/bold]       {choice['on']}: {scores}; {choice['why']}")

@@ -19,7 +19,7 @@ from veneer.config.errors import UserError
 # What commands write into a run's folder, and how files begin that were never finished.
 _WRITTEN = {
     *("run.yaml", "environment.json", "plan.json", "ledger.json", "pii.jsonl", "metrics.jsonl", "events.jsonl"),
-    *("loss.png", "checkpoints", "adapter", "evaluation.json", "samples.jsonl", "report.html"),
+    *("loss.png", "checkpoints", "adapter", "evaluation.json", "samples.jsonl", "evaluations", "report.html"),
     *("certificate.json", "certificate.html"),
 }
 _TEMPORARY = tuple(f".{name}." for name in sorted(_WRITTEN))
@@ -74,6 +74,11 @@ class RunFolder:
     @property
     def samples(self) -> Path:
         return self.path / "samples.jsonl"
+
+    @property
+    def other_evaluations(self) -> Path:
+        """Evaluations on other rows, or with other settings, than those of the run's record."""
+        return self.path / "evaluations"
 
     def holds_run(self) -> bool:
         """Whether anything is here that a new run would mix with."""

@@ -8,7 +8,7 @@ QUANTS = (
 )  # fmt: skip
 OPTIONS: dict[str, tuple[str, ...]] = {
     "--dtype": ("bfloat16", "float16", "float32"),
-    "--on": ("base", "nf4"),
+    "--on": ("trained", "base", "nf4", "best"),
     "--format": ("gguf",),
     "--quant": QUANTS,
 }

@@ -7,10 +7,10 @@ from typing import Any
 
 from veneer.config.errors import UserError
 
-Prompt = str | list[dict[str, Any]]  # a question, or the turns of a conversation
+Question = str | list[dict[str, Any]]  # a question, or the turns of a conversation
 
 
-def read_prompts(path: Path) -> list[Prompt]:
+def read_prompts(path: Path) -> list[Question]:
     """The prompts of a file: `.jsonl` holds an object a line, with `prompt` or `messages`; any other a prompt a line.
 
     Raises:
@@ -28,13 +28,13 @@ def read_prompts(path: Path) -> list[Prompt]:
     return prompts
 
 
-def plain_prompts(lines: Iterable[str]) -> list[Prompt]:
+def plain_prompts(lines: Iterable[str]) -> list[Question]:
     """Every line that is not blank."""
     return [line.strip() for line in lines if line.strip()]
 
 
-def _objects(lines: list[str], name: str) -> list[Prompt]:
-    prompts: list[Prompt] = []
+def _objects(lines: list[str], name: str) -> list[Question]:
+    prompts: list[Question] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -46,7 +46,7 @@ def _objects(lines: list[str], name: str) -> list[Prompt]:
     return prompts
 
 
-def _prompt(row: Any, place: str) -> Prompt:
+def _prompt(row: Any, place: str) -> Question:
     given = [key for key in ("prompt", "messages") if isinstance(row, dict) and key in row]
     if len(given) != 1:
         raise UserError(

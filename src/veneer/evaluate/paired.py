@@ -36,7 +36,7 @@ class Paired:
 
     @property
     def verdict(self) -> str:
-        """better, same (within 5 points), worse, or what cannot be said with so few rows."""
+        """better, same (no loss of 5 points), worse, or what cannot be said with so few rows."""
         found = _judge(self.difference)
         return found or f"not shown with {self.rows:,} rows ({self.rows_needed:,} would)"
 
@@ -69,10 +69,10 @@ class Paired:
 
 
 def _judge(interval: Interval) -> str:
-    """The verdict of an interval; empty: it holds both no difference and a loss or gain that counts."""
+    """The verdict of an interval; empty: it holds both no loss and one that counts."""
     if interval.low > 0:
         return "better"
-    if interval.low >= -MARGIN and interval.high <= MARGIN:
+    if interval.low >= -MARGIN:
         return "same"
     return "worse" if interval.high < 0 else ""
 
@@ -105,7 +105,7 @@ def difference(rows: int, right: int, gained: int, lost: int) -> Interval:
     one, two = proportion(right, rows), proportion(right + gained - lost, rows)
     both, neither = right - lost, rows - right - gained
     product = right * (rows - right) * (right + gained - lost) * (rows - right - gained + lost)
-    agreement = both * neither - gained * lost
+    agreement = float(both * neither - gained * lost)
     if agreement > 0:
         agreement = max(0.0, agreement - rows / 2)
     phi = agreement / math.sqrt(product) if product else 0.0

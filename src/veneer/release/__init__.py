@@ -18,8 +18,13 @@ servers.py           the same behind HTTP: an OpenAI-compatible server, llama.cp
 compare_weights.py   an artifact's tensors against what they should be
 diagnose.py          why an artifact makes other tokens
 artifact.py          what is to be certified, by name
-checks.py            the stages of a certificate, each beside its limit
+judged.py            the model that a run was judged by, and what it answered
+checks.py            checks of a certificate that need no second model
+settings.py          settings that change answers and stand in no weight
+verdict.py           the task's score, row by row against what was judged
+agreement.py         next tokens against the judged model's, rounding aside
 certify.py           the certificate
+best.py              which base a QLoRA adapter is merged into, by what it answers
 card.py, lint.py, push.py    README.md of an adapter; what vLLM takes; upload to a hub
 """
 
@@ -29,25 +34,31 @@ from veneer.lazy import import_on_use
 
 if TYPE_CHECKING:
     from veneer.release.artifact import find_artifact
+    from veneer.release.best import choose_base
     from veneer.release.card import renew_card, write_card
     from veneer.release.certify import Certificate, certify_artifact, write_certificate
     from veneer.release.export import Exported, export_to
+    from veneer.release.judged import judged_by, recorded_answers
     from veneer.release.merge import Merged, merge_into, require_model, unmerge_from
     from veneer.release.origin import Origin, find_origin
     from veneer.release.passport import require_match
-    from veneer.release.prompts import prompts_of, very_long
+    from veneer.release.prompts import Prompt, prompts_of, very_long
 
 __all__ = [
     "Certificate",
     "Exported",
     "Merged",
     "Origin",
+    "Prompt",
     "certify_artifact",
+    "choose_base",
     "export_to",
     "find_artifact",
     "find_origin",
+    "judged_by",
     "merge_into",
     "prompts_of",
+    "recorded_answers",
     "renew_card",
     "require_match",
     "require_model",
@@ -64,12 +75,16 @@ import_on_use(
         "Exported": "veneer.release.export",
         "Merged": "veneer.release.merge",
         "Origin": "veneer.release.origin",
+        "Prompt": "veneer.release.prompts",
         "certify_artifact": "veneer.release.certify",
+        "choose_base": "veneer.release.best",
         "export_to": "veneer.release.export",
         "find_artifact": "veneer.release.artifact",
         "find_origin": "veneer.release.origin",
+        "judged_by": "veneer.release.judged",
         "merge_into": "veneer.release.merge",
         "prompts_of": "veneer.release.prompts",
+        "recorded_answers": "veneer.release.judged",
         "renew_card": "veneer.release.card",
         "require_match": "veneer.release.passport",
         "require_model": "veneer.release.merge",

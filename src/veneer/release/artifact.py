@@ -11,6 +11,7 @@ from veneer.plan import find_machine
 from veneer.release.merge import json_of
 from veneer.release.origin import Origin
 from veneer.release.prompts import Prompt
+from veneer.release.recipe import trained_on
 from veneer.release.runtimes import Folder, Runtime
 from veneer.release.servers import Endpoint, llama_server
 
@@ -42,9 +43,8 @@ def find_artifact(name: str, origin: Origin, model: str | None = None) -> Artifa
     Raises:
         UserError: It is nothing that can be certified.
     """
-    trained_on = "nf4" if origin.quantization is not None else "base"
     if name.startswith(("http://", "https://")):
-        return Artifact(name, "endpoint", "endpoint", None, trained_on, model)
+        return Artifact(name, "endpoint", "endpoint", None, trained_on(origin), model)
     if model is not None:
         raise UserError(f"--model {model}: {name} is no server with several models", "leave --model out")
     path = Path(name).expanduser()

@@ -1,25 +1,29 @@
-"""The certificate: does what ships behave like the adapter it came from?
+"""The certificate: does what ships behave like the model that the run was judged by?
 
-The same conversations go through the adapter on its base and through the artifact as its users run it. The checks
-stand in the order in which a prompt becomes an answer, so the first that fails is where to look:
+`veneer evaluate` scores the adapter on its base in its bits; for QLoRA that is the 4-bit base. The same conversations
+go through that model and through the artifact as its users run it, whatever the artifact was merged into. Checks of how
+it was made stand first, in the order in which a prompt becomes an answer, so the first that fails is where to look;
+then what it does, the task's score before single tokens:
 
     prompt tokens    the artifact's own tokenizer and template make the tokens of the training
     stop tokens      it knows every token at which an answer ends
-    weights          its tensors are base and adapter, within the error of their precision
+    settings         its architecture's settings are the base's (settings.py)
+    decoding         its generation settings choose tokens as the run was judged: greedily (settings.py)
+    weights          its tensors are base and adapter, within the error of their precision (compare_weights.py)
     strength         the adapter is in with all of its strength
-    distributions    KL divergence of the next token, adapter against artifact, along the artifact's own answers
-    agreement        how often the adapter would choose the artifact's token, near ties aside
-    stops            answers end by themselves where the adapter's do
-    score            exact match on held-out rows lies within the interval of the adapter's
+    score            held-out rows right, paired row by row with the judged answers (verdict.py)
+    stops            answers end by themselves where the judged ones do
+    distributions    KL divergence of the next token along the artifact's answers (agreement.py)
+    agreement        how often the judged model would choose the artifact's token, rounding aside (agreement.py)
 
-Divergences are computed along the artifact's answers: the adapter reads each answer in one pass, so both sides see the
-same text at every position. The artifact names its likeliest tokens, all others are one bucket; what is so computed is
-at most the true divergence. Limits hang on the artifact's precision and stand beside each value.
+Limits hang on the artifact's precision and stand beside each value. What cannot be checked is listed as such.
 """
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,38 +31,53 @@ from veneer.config.folder import write_json
 from veneer.data import Renderer
 from veneer.model import load_adapter, load_model
 from veneer.plan import find_machine
-from veneer.release.artifact import Artifact, running
-from veneer.release.checks import (
+from veneer.release.agreement import (
     LIMITS,
-    Check,
+    OTHER_BASE,
+    Limits,
     Measured,
+    Noise,
     distribution_checks,
     measure,
-    prompt_checks,
-    score_checks,
-    stop_checks,
-    stop_token_checks,
-    unmade,
-    weight_checks,
+    noise_between,
 )
+from veneer.release.artifact import Artifact, running
+from veneer.release.checks import Check, prompt_checks, stop_checks, unmade, weight_checks
 from veneer.release.compare_weights import Compared, compare_weights
+from veneer.release.judged import Recorded
 from veneer.release.merge import stop_ids
 from veneer.release.origin import Origin
+from veneer.release.passport import file_sha256
 from veneer.release.prompts import Prompt
+from veneer.release.recipe import trained_on
 from veneer.release.runtimes import Answer, Runtime, greedy
+from veneer.release.settings import setting_checks, stop_token_checks
+from veneer.release.verdict import turn, verdict_of
 from veneer.train.job import environment
 
 EDGE_TOKENS = 16  # longest answer to an edge case
+NOT_HASHED = ("certificate.json", "certificate.html", "README.md")
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """The proof, or what is wrong."""
+    """The proof, or what is wrong.
 
+    Attributes:
+        date: When it was made, UTC, ISO 8601.
+        artifact, against: What was compared with what, with their SHA-256.
+        score: Held-out rows in pairs, with the verdict; None: none were asked.
+        noise: How far either side moves between two runs of itself, nats.
+        prompts: Each prompt with both answers.
+    """
+
+    date: str
     artifact: dict[str, Any]
     against: dict[str, Any]
     checks: list[Check]
     skipped: dict[str, str]
+    score: dict[str, Any] | None
+    noise: dict[str, float]
     prompts: list[dict[str, Any]]
     environment: dict[str, Any]
     seconds: float
@@ -81,59 +100,65 @@ def certify_artifact(
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     skipped: dict[str, str],
-    tell: Callable[[str], None] = lambda what: None,
+    recorded: dict[str, Recorded],
+    notify: Callable[[str], None] = lambda what: None,
 ) -> Certificate:
-    """Put an artifact beside the adapter it came from.
+    """Put an artifact beside the model that its run was judged by.
 
     Args:
         artifact: What ships.
         origin: The adapter and its base.
-        prompts: What both are asked.
+        prompts: What both are asked: held-out rows first, then edge cases.
         max_new_tokens: Longest answer.
         skipped: Checks that cannot be made, and why.
-        tell: Called with what is being done.
+        recorded: Answers that evaluation recorded, by the place of their row; rows without one are answered again.
+        notify: Called with what is being done.
     """
     started = time.perf_counter()
     renderer = origin.renderer()
     checks: list[Check] = []
     compared: Compared | None = None
+    settings: list[Check] = []
     if artifact.path is not None:
-        tell("comparing weights")
+        notify("comparing weights")
         compared = compare_weights(origin, artifact.path, artifact.on)
+        settings = setting_checks(origin, artifact.path, compared.unties)
+    edges = [prompt for prompt in prompts if prompt.reference is None]
     with running(artifact, renderer, prompts, max_new_tokens) as runtime:
         checks += prompt_checks(runtime, renderer, prompts, artifact)
-        checks += stop_token_checks(runtime, renderer)
-        checks += weight_checks(compared)
-        tell("the artifact answers")
+        checks += stop_token_checks(runtime.stop_ids(), renderer)
+        checks += settings + weight_checks(compared)
+        notify("the artifact answers")
         answers = _answers(runtime, prompts, max_new_tokens)
+        again = [_edge_answers(runtime, [edge], max_new_tokens)[0] for edge in edges]
         runtime_kind = runtime.kind
     del runtime
-    tell("the adapter answers")
-    model = _reference(origin, artifact)
+    notify("the judged model answers")
+    model = judged_model(origin)
     ends = set(stop_ids(origin, origin.base_folder))
-    expected = _reference_answers(model, renderer, prompts, max_new_tokens, ends)
-    tell("the adapter reads the artifact's answers")
-    measured = [measure(model, renderer, prompt, answer, ends) for prompt, answer in zip(prompts, answers, strict=True)]
-    checks += distribution_checks(measured, LIMITS.get(artifact.precision, LIMITS["endpoint"]))
-    checks += stop_checks(answers, expected, prompts)
-    checks += score_checks(answers, expected, prompts)
+    judged, source = judged_answers(model, renderer, prompts, max_new_tokens, ends, recorded)
+    verdict = verdict_of(prompts, judged, answers, source)
+    checks += [] if verdict is None else [verdict.check()]
+    checks += stop_checks(answers, judged, prompts)
+    single = [greedy(model, renderer.tokenizer, [edge.ids], _edge_limit(max_new_tokens), ends)[0] for edge in edges]
+    at = len(prompts) - len(edges)
+    noise = Noise(noise_between(judged[at:], single), noise_between(answers[at:], again))
+    notify("the judged model reads the artifact's answers")
+    measured = [
+        measure(model, renderer, prompt, answer, ends, noise.total)
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    checks += distribution_checks(measured, _limits(artifact, origin), noise)
     skipped = skipped | unmade(checks, any(prompt.reference is not None for prompt in prompts))
     return Certificate(
-        artifact={
-            "name": artifact.name,
-            "kind": artifact.kind,
-            "precision": artifact.precision,
-            "runtime": runtime_kind,
-        },
-        against={
-            "name": origin.name,
-            "base": origin.model.base,
-            "on": artifact.on,
-            "dtype": str(origin.dtype).removeprefix("torch."),
-        },
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        artifact=_artifact_facts(artifact, runtime_kind),
+        against=_judged_facts(origin),
         checks=checks,
         skipped=skipped,
-        prompts=[_record(*row) for row in zip(prompts, answers, expected, measured, strict=True)],
+        score=None if verdict is None else verdict.as_dict(),
+        noise={"judged": round(noise.judged, 4), "artifact": round(noise.artifact, 4)},
+        prompts=[_record(*row) for row in zip(prompts, answers, judged, measured, strict=True)],
         environment=environment(),
         seconds=round(time.perf_counter() - started, 1),
     )
@@ -147,46 +172,103 @@ def write_certificate(certificate: Certificate, folder: Path, page: str) -> None
     write_text(folder / "certificate.html", page)
 
 
+def judged_model(origin: Origin) -> Any:
+    """The adapter on its base in the bits and the precision of the training: what `veneer evaluate` scores."""
+    dtype = str(origin.dtype).removeprefix("torch.")
+    settings = origin.model.model_copy(update={"dtype": dtype})
+    return load_adapter(load_model(origin.source, settings, origin.quantization, find_machine()), origin.adapter)
+
+
+def _edge_limit(max_new_tokens: int) -> int:
+    return min(EDGE_TOKENS, max_new_tokens)
+
+
 def _answers(runtime: Runtime, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
     """Answers to rows at full length, to edge cases cut short."""
     rows = [prompt for prompt in prompts if prompt.reference is not None]
     edges = [prompt for prompt in prompts if prompt.reference is None]
-    return runtime.answer([prompt.messages for prompt in rows], max_new_tokens) + runtime.answer(
-        [prompt.messages for prompt in edges], min(EDGE_TOKENS, max_new_tokens)
-    )
+    found = runtime.answer([prompt.messages for prompt in rows], max_new_tokens) if rows else []
+    return found + _edge_answers(runtime, edges, max_new_tokens)
 
 
-def _reference(origin: Origin, artifact: Artifact) -> Any:
-    """The adapter on the base that the artifact was made on, in the precision of the training."""
-    quantization = origin.quantization if artifact.on == "nf4" else None
-    dtype = str(origin.dtype).removeprefix("torch.")
-    settings = origin.model.model_copy(update={"dtype": dtype})
-    return load_adapter(load_model(origin.source, settings, quantization, find_machine()), origin.adapter)
+def _edge_answers(runtime: Runtime, edges: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
+    return runtime.answer([edge.messages for edge in edges], _edge_limit(max_new_tokens)) if edges else []
 
 
-def _reference_answers(
-    model: Any, renderer: Renderer, prompts: Sequence[Prompt], max_new_tokens: int, ends: set[int]
-) -> list[Answer]:
+def judged_answers(
+    model: Any,
+    renderer: Renderer,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    ends: set[int],
+    recorded: dict[str, Recorded],
+) -> tuple[list[Answer], str]:
+    """Answers of the judged model, rows first, and where those to rows are from."""
+    rows = [prompt for prompt in prompts if prompt.reference is not None]
+    edges = [prompt for prompt in prompts if prompt.reference is None]
+    known = [recorded.get(row.id) for row in rows]
     found: list[Answer] = []
-    for rows, limit in (
-        ([p.ids for p in prompts if p.reference is not None], max_new_tokens),
-        ([p.ids for p in prompts if p.reference is None], min(EDGE_TOKENS, max_new_tokens)),
-    ):
-        found += greedy(model, renderer.tokenizer, rows, limit, ends) if rows else []
-    return found
+    if rows and all(was is not None and was.reference == row.reference for was, row in zip(known, rows)):
+        source = "samples.jsonl"
+        for was in known:
+            assert was is not None
+            count = len(renderer.tokenizer(was.text, add_special_tokens=False)["input_ids"])
+            found.append(Answer(was.text, None, count < max_new_tokens, []))
+    else:
+        source = "answered again"
+        found += greedy(model, renderer.tokenizer, [row.ids for row in rows], max_new_tokens, ends) if rows else []
+    if edges:
+        found += greedy(model, renderer.tokenizer, [edge.ids for edge in edges], _edge_limit(max_new_tokens), ends)
+    return found, source
 
 
-def _record(prompt: Prompt, answer: Answer, expected: Answer, measured: Measured) -> dict[str, Any]:
+def _limits(artifact: Artifact, origin: Origin) -> Limits:
+    limits = LIMITS.get(artifact.precision, LIMITS["endpoint"])
+    return limits if artifact.on == trained_on(origin) else limits.at_least(OTHER_BASE)
+
+
+def _artifact_facts(artifact: Artifact, runtime: str) -> dict[str, Any]:
+    return {
+        "name": artifact.name,
+        "kind": artifact.kind,
+        "precision": artifact.precision,
+        "on": artifact.on,
+        "runtime": runtime,
+        "sha256": None if artifact.path is None else artifact_sha256(artifact.path),
+    }
+
+
+def _judged_facts(origin: Origin) -> dict[str, Any]:
+    return {
+        "name": origin.name,
+        "base": origin.model.base,
+        "on": trained_on(origin),
+        "dtype": str(origin.dtype).removeprefix("torch."),
+        "adapter_sha256": file_sha256(origin.adapter / "adapter_model.safetensors"),
+    }
+
+
+def artifact_sha256(path: Path) -> str:
+    """SHA-256 of a GGUF file; of a folder, that of the lines `NAME SHA256` of its files, sorted by name."""
+    if path.is_file():
+        return file_sha256(path) or ""
+    files = sorted(file for file in path.iterdir() if file.is_file() and file.name not in NOT_HASHED)
+    lines = "".join(f"{file.name} {file_sha256(file)}\n" for file in files if not file.name.startswith("."))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _record(prompt: Prompt, answer: Answer, judged: Answer, measured: Measured) -> dict[str, Any]:
     mean = sum(measured.divergences) / len(measured.divergences) if measured.divergences else None
     return {
         "id": prompt.id,
         "prompt": prompt.messages[-1].content[:500],
         "tokens": len(prompt.ids),
-        "adapter": expected.text,
+        "adapter": judged.text,
         "artifact": answer.text,
         "reference": prompt.reference,
-        "adapter_stopped": expected.stopped,
+        "turn": turn(prompt, judged, answer),
+        "adapter_stopped": judged.stopped,
         "artifact_stopped": answer.stopped,
         "mean_kl": None if mean is None else round(mean, 6),
-        "agreement": round(measured.agreed / measured.tokens, 4) if measured.tokens else None,
+        "agreement": round(measured.same / measured.counted, 4) if measured.counted else None,
     }

@@ -41,6 +41,7 @@ class Compared:
         worst: Largest error found, in units of what the precision explains.
         strength: How much of the adapter is in: 1 is all of it; None: it changes nothing measurable.
         diagnosis: What is wrong; empty: nothing.
+        unties: Whether embeddings and head are two tensors, whatever the base's configuration says.
     """
 
     tensors: int
@@ -48,6 +49,7 @@ class Compared:
     worst: float
     strength: float | None
     diagnosis: str
+    unties: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,23 @@ def compare_weights(origin: Origin, artifact: Path, on: str) -> Compared:
             along += float(((pair.found - was).double() * delta).sum())
             squared += float((delta * delta).sum())
     strength = along / squared if squared > 0 else None
-    wrong = wrong_own + wrong_changed + infinite
+    added = _added(origin, artifact, tensors | fold.untied)
+    wrong = wrong_own + wrong_changed + infinite + added
     diagnosis = _diagnose(wrong_own, wrong_changed, infinite, count - changed, strength)
-    return Compared(count, wrong, worst, strength, diagnosis)
+    if added and not diagnosis:
+        diagnosis = f"{', '.join(added[:3])}: not in base or adapter"
+    return Compared(count + len(added), wrong, worst, strength, diagnosis, fold.unties)
+
+
+def _added(origin: Origin, artifact: Path, every: dict[str, Any]) -> list[str]:
+    """Tensors of an artifact that neither base nor adapter has: a head that is loaded in place of a tied one, say."""
+    if not artifact.is_file():
+        return sorted(name for name in weights_of(artifact, str(artifact)).keys() - every.keys())
+    from gguf import GGUFReader
+
+    layout = Layout(find_config(origin.model), origin.model.base)
+    known = {layout.name(name) for name in every if not name.endswith(COMPUTED)} | layout.extra_tensors().keys()
+    return sorted(tensor.name for tensor in GGUFReader(artifact).tensors if tensor.name not in known)
 
 
 def _as_stored(value: torch.Tensor, kind: str) -> torch.Tensor:

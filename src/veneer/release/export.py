@@ -8,7 +8,7 @@ the stop tokens of the training, so that what runs it needs nothing else. A Mode
 import contextlib
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from veneer.release.merge import stop_ids
 from veneer.release.modelfile import modelfile
 from veneer.release.origin import Origin
 from veneer.release.output import require_free, require_known, require_space
-from veneer.release.recipe import Recipe
+from veneer.release.recipe import Recipe, resolved_base
 from veneer.release.weights import Stored, read_header, weights_of
 
 Progress = Callable[[int], None]
@@ -47,6 +47,7 @@ class Exported:
     bytes: int
     types: dict[str, int]
     warnings: tuple[str, ...]
+    choice: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,7 +64,7 @@ class _Tensor:
 
 
 def export_model(
-    origin: Origin, out: Path, quant: str = "q8_0", on: str = "base", on_done: Progress = lambda done: None
+    origin: Origin, out: Path, quant: str = "q8_0", on: str = "trained", on_done: Progress = lambda done: None
 ) -> Exported:
     """Write base and adapter as one GGUF file, with a Modelfile, into a new folder.
 
@@ -71,13 +72,14 @@ def export_model(
         origin: The adapter and its base.
         out: The folder; it appears whole or not at all.
         quant: Type of the weights; see `gguf_types.QUANTS`.
-        on: As for a merge: base, or nf4.
+        on: As for a merge: trained, base or nf4.
         on_done: Called with the number of bytes just written.
 
     Raises:
         UserError: The architecture, the tokenizer or the type cannot be exported, or as for a merge.
     """
     require_quant(quant)
+    on = resolved_base(origin, on)
     require_free(out)
     layout = Layout(find_config(origin.model), origin.model.base)
     folder = origin.base_folder
@@ -88,7 +90,7 @@ def export_model(
     tied = not fold.unties and bool(getattr(layout.config, "tie_word_embeddings", False))
     if fold.unties and layout.family.arch == "gemma2":
         raise UserError(
-            f"{origin.name}: the adapter gives Gemma 2 a head of its own, which llama.cpp has no place for",
+            f"{origin.name}: Gemma 2 with a head of its own, which llama.cpp has no place for",
             "serve the folder that `veneer merge` writes",
         )
     mix = Mix(quant, layout.depth, layout.heads // layout.kv_heads, tied)
@@ -290,12 +292,13 @@ def export_to(
     out: Path,
     file_format: str = "gguf",
     quant: str = "q8_0",
-    on: str = "base",
+    on: str = "trained",
     adapter_only: bool = False,
     on_done: Progress = lambda done: None,
+    choice: dict[str, Any] | None = None,
 ) -> Exported:
     """Export as the options of `veneer export` say."""
     require_known("--format", file_format, FORMATS)
     if adapter_only:
         return export_adapter(origin, out, on_done)
-    return export_model(origin, out, quant, on, on_done)
+    return replace(export_model(origin, out, quant, on, on_done), choice=choice)

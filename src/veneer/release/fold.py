@@ -7,7 +7,11 @@ adapter that PEFT can merge is merged here (LoRA, rsLoRA, DoRA, LoHa, LoKr, IA3,
 (`modules_to_save`) and trained biases take the base's place.
 
 Embeddings that are tied to the head come apart when an adapter changes one of them: PEFT's adapter changes what
-one of the two does, so a merge into the shared tensor would change the other as well.
+one of the two does, so a merge into the shared tensor would change the other as well. They are apart from the start
+where the base's files hold two that differ, whatever config.json says: Transformers loads them so.
+
+Every tensor of the adapter must end in a tensor of the merged model; a kind of layer of which that is not so is
+refused, since a merge that leaves a part out looks like any other.
 """
 
 import re
@@ -51,6 +55,9 @@ class Fold:
         base = build(self.config, torch.float32)
         self._names = _disk_names(base, tensors, origin)
         self._tied = _tied(base)
+        self.unties = bool(self._tied) and _heads_differ(self._tied, self._names, tensors)
+        if self.unties:
+            self._tied = {}
         self._transposed = _transposed(base, self._names)
         self.embeddings = next(
             f"{path}.weight" for path, module in base.named_modules() if module is base.get_input_embeddings()
@@ -61,7 +68,6 @@ class Fold:
         self._changes: dict[str, tuple[Any, str]] = {}
         self._replaced: dict[str, torch.Tensor] = {}
         self.untied: dict[str, Stored] = {}
-        self.unties = False
         self._find_changes(tensors)
 
     @property
@@ -78,6 +84,8 @@ class Fold:
         if name not in self._changes or not _is_plain_lora(self._model.peft_config[ADAPTER]):
             return None
         layer, part = self._changes[name]
+        if hasattr(layer, "parameter_name"):
+            return None
         is_linear = hasattr(layer, "lora_A") and isinstance(layer.get_base_layer(), torch.nn.Linear)
         if part != "weight" or not is_linear or layer.fan_in_fan_out or layer.lora_variant:
             return None
@@ -129,6 +137,9 @@ class Fold:
         if name in self._replaced:
             return self._replaced[name].float()
         layer, which = self._changes[name]
+        if hasattr(layer, "parameter_name"):  # of experts: PEFT adds it to a parameter, not to a layer's weight
+            delta = layer.get_delta_weight(ADAPTER).float()
+            return given.float().sub_(delta) if subtract else given.float().add_(delta)
         base_layer = layer.get_base_layer()
         kept = dict(base_layer.named_parameters(recurse=False))
         for part, parameter in kept.items():
@@ -162,24 +173,48 @@ class Fold:
         for path, module in self._model.get_base_model().named_modules():
             if path.startswith(inside) and inside:
                 continue
+            before = len(self.changed)
             if isinstance(module, ModulesToSaveWrapper):
                 for part, parameter in module.modules_to_save[ADAPTER].named_parameters():
                     self._replace(f"{path}.{part}", parameter.data, tensors)
-                inside = (f"{path}.",)
             elif isinstance(module, TrainableTokensWrapper):
                 self._change(f"{path}.weight", module.token_adapter, "weight", tensors)
-                inside = (f"{path}.",)
             elif isinstance(module, BaseTunerLayer):
-                for part, parameter in module.get_base_layer().named_parameters(recurse=False):
-                    if not self._is_hollow(parameter):
-                        self._replace(f"{path}.{part}", parameter.data, tensors)
-                    elif part == "weight" or not plain:
-                        self._change(f"{path}.{part}", module, part, tensors)
-                inside = (f"{path}.",)
+                self._find_in_layer(path, module, plain, tensors)
             else:
                 for part, parameter in module.named_parameters(recurse=False):
                     if not self._is_hollow(parameter):  # a trained bias outside the adapted modules
                         self._replace(f"{path}.{part}", parameter.data, tensors)
+                continue
+            inside = (f"{path}.",)
+            if len(self.changed) == before:
+                raise UserError(
+                    f"{self._where}: {path}: PEFT's {type(module).__name__} changes no weight that can be merged",
+                    "serve the adapter with PEFT on its base",
+                )
+
+    def _find_in_layer(self, path: str, layer: Any, plain: bool, tensors: Mapping[str, Stored]) -> None:
+        """Changes of an adapted layer; layers around one another (several parameters of experts) are one."""
+        around = layer
+        while hasattr(around, "parameter_name"):
+            self._change(f"{path}.{around.parameter_name}", around, around.parameter_name, tensors)
+            around = around.base_layer
+        if around is not layer:
+            if hasattr(around, "base_layer"):
+                raise UserError(
+                    f"{self._where}: {path}: an adapter on parameters of an adapted layer cannot be merged",
+                    "serve the adapter with PEFT on its base",
+                )
+            return
+        if hasattr(layer, "ln_tuning_layers"):  # trained norms in place of the base's: PEFT swaps whole modules
+            for part, parameter in layer.ln_tuning_layers[ADAPTER].named_parameters():
+                self._replace(f"{path}.{part}", parameter.data, tensors)
+            return
+        for part, parameter in layer.get_base_layer().named_parameters(recurse=False):
+            if not self._is_hollow(parameter):
+                self._replace(f"{path}.{part}", parameter.data, tensors)
+            elif part == "weight" or not plain:
+                self._change(f"{path}.{part}", layer, part, tensors)
 
     def _change(self, parameter: str, layer: Any, part: str, tensors: Mapping[str, Stored]) -> None:
         self._changes[self._apart(parameter, tensors)] = (layer, part)
@@ -268,6 +303,14 @@ def _tied(base: Any) -> dict[str, str]:
     paths = {id(module): path for path, module in base.named_modules()}
     one, other = f"{paths[id(head)]}.weight", f"{paths[id(embeddings)]}.weight"
     return {one: other, other: one}
+
+
+def _heads_differ(tied: Mapping[str, str], names: Mapping[str, str], tensors: Mapping[str, Stored]) -> bool:
+    """Whether a base's files hold two different tensors where its configuration ties embeddings and head."""
+    one, other = (tensors[names[parameter]] for parameter in tied)
+    if one is other:
+        return False
+    return not torch.equal(one.read(), other.read())
 
 
 def _disk_names(base: Any, tensors: Mapping[str, Stored], origin: Origin) -> dict[str, str]:

@@ -4,12 +4,13 @@ Each adapted weight is W + delta in float32, rounded once to the precision that 
 tensor at hand, so a model of any size merges in 2 GiB plus its largest tensor. What the adapter does not touch is
 copied as bytes. Tensors keep the base's names and order.
 
-An adapter can be merged into the base in 16 bits, or into what training computed with: the base quantized to 4 bits
-and dequantized again (`on="nf4"`). The second is the model that was evaluated; the first is nearer to the original
-base, and differs from what was trained by the error of quantization.
+An adapter is merged into what training computed with: for QLoRA the base quantized to 4 bits and dequantized again,
+which is the model that was evaluated. The base in 16 bits (`on="base"`) is nearer to the original base, but the adapter
+was not trained on it: another model than was judged, and on the demo a worse one (docs/release.md).
 
 Beside the weights go the tokenizer and the chat template of the training, the base's configuration and a generation
-configuration that names every token at which an answer ends: without it a server goes on talking.
+configuration that decodes as the run was judged, greedily, and names every token at which an answer ends: without it a
+server goes on talking.
 """
 
 import json
@@ -28,7 +29,7 @@ from veneer.release.fold import Fold
 from veneer.release.origin import Origin
 from veneer.release.output import require_free, require_known, require_space
 from veneer.release.passport import file_sha256, read_passport
-from veneer.release.recipe import Recipe, cast_pieces, rounded
+from veneer.release.recipe import Recipe, cast_pieces, resolved_base, rounded
 from veneer.release.weights import SHARD_BYTES, Planned, Stored, weights_of, write_weights
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -51,6 +52,7 @@ class Merged:
     bytes: int
     files: int
     warnings: tuple[str, ...]
+    choice: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -60,9 +62,10 @@ def merge_into(
     origin: Origin,
     out: Path,
     dtype: str = "bfloat16",
-    on: str = "base",
+    on: str = "trained",
     shard_bytes: int = SHARD_BYTES,
     on_done: Progress = lambda done: None,
+    choice: dict[str, Any] | None = None,
 ) -> Merged:
     """Write the merged model into a new folder.
 
@@ -70,15 +73,17 @@ def merge_into(
         origin: The adapter and its base.
         out: The folder; it appears whole or not at all.
         dtype: bfloat16, float16 or float32.
-        on: base: the base as it is; nf4: the base as training computed with it, quantized and dequantized.
+        on: trained: what training computed with, nf4 or base; nf4: the base quantized and dequantized; base: as it is.
         shard_bytes: Largest file.
         on_done: Called with the number of bytes just written.
+        choice: What `--on best` measured; it is kept in merge.json.
 
     Raises:
         UserError: Base and adapter do not fit together, a file is damaged, the folder is in use or has no space, or
             a value does not fit float16.
     """
     require_known("--dtype", dtype, DTYPES)
+    on = resolved_base(origin, on)
     require_free(out)
     folder = origin.base_folder
     tensors = weights_of(folder, f"model.base = {origin.model.base}")
@@ -91,11 +96,12 @@ def merge_into(
         _write_config(origin, folder, unfinished, dtype, fold.unties)
         write_companions(origin, folder, unfinished)
         adapter = {"adapter": origin.name, "adapter_sha256": file_sha256(origin.adapter / "adapter_model.safetensors")}
-        facts = adapter | {"dtype": dtype, "on": on, "veneer": veneer.__version__}
+        facts = adapter | {"dtype": dtype, "on": on, "choice": choice, "veneer": veneer.__version__}
         write_json(unfinished / "merge.json", facts | {"passport": read_passport(origin.adapter)})
         files = len(list(unfinished.glob("*.safetensors")))
     size = sum(tensor.size for tensor in planned)
-    return Merged(str(out), dtype, on, len(planned), len(fold.changed), size, files, _warnings(origin, dtype, on))
+    warnings = _warnings(origin, dtype, on)
+    return Merged(str(out), dtype, on, len(planned), len(fold.changed), size, files, warnings, choice)
 
 
 def unmerge_from(
@@ -170,7 +176,8 @@ def write_companions(origin: Origin, base: Path, out: Path) -> None:
             shutil.copyfile(origin.tokenizer_folder / name, out / name)
     _copy_licence(base, out)
     kept = json_of(base / "generation_config.json")
-    write_json(out / "generation_config.json", kept | {"eos_token_id": stop_ids(origin, base)})
+    ids = {name: kept[name] for name in ("bos_token_id", "pad_token_id") if name in kept}
+    write_json(out / "generation_config.json", ids | {"do_sample": False, "eos_token_id": stop_ids(origin, base)})
 
 
 def _copy_licence(source: Path, out: Path) -> None:
@@ -258,7 +265,7 @@ def _warnings(origin: Origin, dtype: str, on: str) -> tuple[str, ...]:
         )
     if on == "base" and origin.quantization is not None:
         found.append(
-            "the adapter was trained on a 4-bit base and is merged into the 16-bit one: close, but not the model that "
-            "was evaluated; --on nf4 merges into what training computed with"
+            "the adapter was trained and judged on its base in 4 bits and is merged into the 16-bit one: another model "
+            "than was judged; the certificate says how its score compares"
         )
     return tuple(found)

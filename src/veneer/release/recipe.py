@@ -14,9 +14,24 @@ from veneer.release.origin import Origin
 from veneer.release.output import require_known
 from veneer.release.weights import Stored, bytes_of
 
-ON = ("base", "nf4")
+ON = ("trained", "base", "nf4")
 PIECE = 8 * 2**20  # elements that are cast at a time
 ROWS_ELEMENTS = 2**20  # of a weight that are merged at a time: 4 MiB of float32
+
+
+def trained_on(origin: Origin) -> str:
+    """What training computed with, and evaluation judged: nf4, the base in 4 bits, or base, the base as it is."""
+    return "base" if origin.quantization is None else "nf4"
+
+
+def resolved_base(origin: Origin, on: str) -> str:
+    """base or nf4, where `on` may also be trained.
+
+    Raises:
+        UserError: Another value.
+    """
+    require_known("--on", on, ON)
+    return trained_on(origin) if on == "trained" else on
 
 
 class Recipe:
@@ -25,14 +40,13 @@ class Recipe:
     Args:
         origin: The adapter and its base.
         fold: The adapter's changes.
-        on: base, or nf4.
+        on: base, or nf4: what the adapter is merged into.
 
     Raises:
         UserError: `on` is nf4, and training did not quantize.
     """
 
     def __init__(self, origin: Origin, fold: Fold, on: str) -> None:
-        require_known("--on", on, ON)
         self._origin, self._fold = origin, fold
         self._quantized: set[str] = set()
         if on == "nf4":

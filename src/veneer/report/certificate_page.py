@@ -3,6 +3,8 @@
 from importlib import resources
 from typing import Any
 
+ORDER = ("right to wrong", "wrong to right", "still wrong", "still right", None)  # what a reader looks for first
+
 
 def certificate_page(certificate: dict[str, Any]) -> str:
     """The page as HTML.
@@ -14,9 +16,19 @@ def certificate_page(certificate: dict[str, Any]) -> str:
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = number
+    environment.globals["readable"] = readable
     source = resources.files("veneer.report").joinpath("certificate_page.html.jinja").read_text(encoding="utf-8")
-    differing = sum(row["adapter"] != row["artifact"] for row in certificate["prompts"])
-    return environment.from_string(source).render(c=certificate, differing=differing)
+    rows = sorted(certificate["prompts"], key=lambda row: ORDER.index(row["turn"]))
+    same = sum(row["adapter"] == row["artifact"] for row in rows)
+    return environment.from_string(source).render(c=certificate, rows=rows, same=same)
+
+
+def readable(check: dict[str, Any], key: str) -> str:
+    """The value or the limit of a check for a person: shares in percent, other numbers short."""
+    value = check[key]
+    if isinstance(value, float) and check["unit"] == "share":
+        return f"{value:.1%}" if key == "value" else f"at least {value:.0%}"
+    return number(value)
 
 
 def number(value: Any) -> str:

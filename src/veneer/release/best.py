@@ -1,0 +1,86 @@
+"""`--on best`: which base a QLoRA adapter is merged into, by what it answers on held-out rows.
+
+The adapter was trained on the 4-bit base and makes up for its errors; on the 16-bit base it is another model. Usually
+the 4-bit base, dequantized, is the better one (docs/release.md); where the 16-bit base is shown to be better, in pairs
+of rows, it is taken. What is not shown is not a reason to ship another model than was judged.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from veneer.config import UserError
+from veneer.evaluate.paired import Paired, paired
+from veneer.model import load_adapter, load_model
+from veneer.plan import find_machine
+from veneer.release.certify import judged_answers, judged_model
+from veneer.release.judged import Recorded
+from veneer.release.merge import stop_ids
+from veneer.release.origin import Origin
+from veneer.release.prompts import Prompt
+from veneer.release.recipe import trained_on
+from veneer.release.runtimes import greedy
+from veneer.release.verdict import describe
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen, and why.
+
+    Attributes:
+        on: nf4 or base.
+        evidence: The 16-bit base against the 4-bit one, in pairs.
+        judged, base: Share of rows that each has right.
+    """
+
+    on: str
+    evidence: Paired
+    judged: float
+    base: float
+
+    def as_dict(self) -> dict[str, Any]:
+        why = f"on 16 bits {describe(self.evidence)}"
+        return {"on": self.on, "judged": self.judged, "base": self.base, "rows": self.evidence.rows, "why": why}
+
+
+def choose_base(
+    origin: Origin,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    recorded: dict[str, Recorded],
+    notify: Callable[[str], None] = lambda what: None,
+) -> Choice:
+    """Score the adapter on its base in 4 bits and in 16, on the same rows.
+
+    Args:
+        origin: The adapter and its base.
+        prompts: Held-out rows.
+        max_new_tokens: Longest answer.
+        recorded: Answers that evaluation recorded, taken where they are of all rows.
+        notify: Called with what is being done.
+
+    Raises:
+        UserError: The base was not quantized, or there are no held-out rows.
+    """
+    if trained_on(origin) == "base":
+        raise UserError(
+            f"{origin.name}: --on best, but training did not quantize its base: there is only one",
+            "leave --on out",
+        )
+    rows = [prompt for prompt in prompts if prompt.reference is not None]
+    if not rows:
+        raise UserError(f"{origin.name}: --on best: there are no held-out rows to choose by", "leave --on out")
+    renderer, ends = origin.renderer(), set(stop_ids(origin, origin.base_folder))
+    notify("the adapter answers on the base in 4 bits")
+    model = None if all(row.id in recorded for row in rows) else judged_model(origin)
+    judged, _ = judged_answers(model, renderer, rows, max_new_tokens, ends, recorded)
+    del model
+    notify("the adapter answers on the base in 16 bits")
+    settings = origin.model.model_copy(update={"dtype": str(origin.dtype).removeprefix("torch.")})
+    other = load_adapter(load_model(origin.source, settings, None, find_machine()), origin.adapter)
+    answers = greedy(other, renderer.tokenizer, [row.ids for row in rows], max_new_tokens, ends)
+    before = [answer.text == row.reference for answer, row in zip(judged, rows)]
+    after = [answer.text == row.reference for answer, row in zip(answers, rows)]
+    evidence = paired(before, after)
+    on = "base" if evidence.verdict == "better" else "nf4"
+    return Choice(on, evidence, sum(before) / len(rows), sum(after) / len(rows))

@@ -1,0 +1,50 @@
+"""The model that a run was judged by, and what it answered.
+
+`veneer evaluate` scores the adapter on its base in its bits: for QLoRA the 4-bit base. Its answers are in
+samples.jsonl. What ships is compared with them row by row. They count only where evaluation.json says that they are of
+this adapter, in this precision, with answers of this length; otherwise the same model answers the rows again.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from veneer.config import Run, RunFolder
+from veneer.release.origin import Origin
+from veneer.release.passport import file_sha256
+
+
+def judged_by(run: Run, adapter: Path, dtype: Any) -> dict[str, Any]:
+    """What identifies the model that evaluation scores and how it answers; kept in evaluation.json."""
+    return {
+        "adapter_sha256": file_sha256(adapter / "adapter_model.safetensors"),
+        "base": run.model.base,
+        "quantization": run.quantization.model_dump(exclude={"cache"}) if run.quantization else None,
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_new_tokens": run.evaluate.max_new_tokens,
+    }
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """An answer that evaluation recorded."""
+
+    reference: str
+    text: str
+
+
+def recorded_answers(origin: Origin) -> dict[str, Recorded]:
+    """Answers of the tuned model by the place of their row; empty: there are none of this very model."""
+    if origin.run is None:
+        return {}
+    folder = RunFolder(Path(origin.name).expanduser())
+    try:
+        evaluation = json.loads(folder.evaluation.read_text(encoding="utf-8"))
+        if evaluation["judged"] != judged_by(origin.run, origin.adapter, origin.dtype):
+            return {}
+        lines = folder.samples.read_text(encoding="utf-8").splitlines()
+        samples = [json.loads(line) for line in lines]
+        return {row["place"]: Recorded(row["reference"].strip(), row["tuned"]) for row in samples}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # an older Veneer's, or not written yet

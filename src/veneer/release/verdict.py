@@ -1,0 +1,97 @@
+"""Does what ships do the task as well as what was judged? The same held-out rows, in pairs.
+
+Two models with equal scores may have other rows right, so each row counts: from wrong to right, from right to wrong.
+The difference has a paired interval, and the verdict says what so many rows can show: better, same (no loss of 5
+points), worse, or neither, with the number of rows that would. Only `worse` fails.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from veneer.evaluate.intervals import proportion
+from veneer.evaluate.paired import Paired, paired
+from veneer.release.checks import Check
+from veneer.release.prompts import Prompt
+from veneer.release.runtimes import Answer
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The score of an artifact beside that of what was judged.
+
+    Attributes:
+        judged, artifact: Which rows each has right, in the order of the rows.
+        same_answers: Rows that both answer in the same words.
+        source: Where the judged answers are from: samples.jsonl, or answered again.
+    """
+
+    judged: tuple[bool, ...]
+    artifact: tuple[bool, ...]
+    same_answers: int
+    source: str
+
+    @property
+    def paired(self) -> Paired:
+        return paired(self.judged, self.artifact)
+
+    def as_dict(self) -> dict[str, Any]:
+        rows = len(self.judged)
+        scores = {
+            name: proportion(sum(right), rows).as_dict()
+            for name, right in (("judged", self.judged), ("artifact", self.artifact))
+        }
+        found = self.paired
+        return scores | found.as_dict() | {
+            "same_answers": self.same_answers,
+            "smallest_visible": found.smallest_visible,
+            "judged_answers": self.source,
+        }  # fmt: skip
+
+    def check(self) -> Check:
+        """The gate."""
+        found, rows = self.paired, len(self.judged)
+        score, other = (f"{sum(right) / rows:.1%} ({sum(right)} of {rows})" for right in (self.artifact, self.judged))
+        detail = describe(found)
+        if not any(self.judged) and not any(self.artifact):
+            detail += "; no row is answered exactly, so this score tells little: see the agreement"
+        limit = f"not worse than {other}"
+        return Check("score", "exact match on held-out rows", found.verdict != "worse", score, limit, detail)
+
+
+def describe(found: Paired) -> str:
+    """A paired comparison in a line."""
+    low, value, high = (100 * x for x in (found.difference.low, found.difference.value, found.difference.high))
+    what = "same (no loss of 5 points)" if found.verdict == "same" else found.verdict
+    return (
+        f"{what}: {value:+.1f} points ({low:+.1f} to {high:+.1f}), "
+        f"{found.gained} from wrong to right, {found.lost} from right to wrong"
+    )
+
+
+def verdict_of(
+    prompts: Sequence[Prompt], judged: Sequence[Answer], answers: Sequence[Answer], source: str
+) -> Verdict | None:
+    """Compare the answers to held-out rows; None: there are none."""
+    rows = [n for n, prompt in enumerate(prompts) if prompt.reference is not None]
+    if not rows:
+        return None
+    return Verdict(
+        tuple(judged[n].text == prompts[n].reference for n in rows),
+        tuple(answers[n].text == prompts[n].reference for n in rows),
+        sum(judged[n].text == answers[n].text for n in rows),
+        source,
+    )
+
+
+def turn(prompt: Prompt, judged: Answer, answer: Answer) -> str | None:
+    """What became of a row: wrong to right, right to wrong, still right, still wrong; None: it has no right answer."""
+    if prompt.reference is None:
+        return None
+    before, after = judged.text == prompt.reference, answer.text == prompt.reference
+    return {
+        (False, True): "wrong to right",
+        (True, False): "right to wrong",
+        (True, True): "still right",
+        (False, False): "still wrong",
+    }[before, after]
