@@ -57,9 +57,9 @@ CALLED: dict[str, str] = {
 }
 
 _FOUR_BITS = "write the section `quantization: {bits: 4}`, or leave it out for 16 bits"
-_EIGHT_BITS = f"weights are not stored in 8 bits; {_FOUR_BITS}"
+_EIGHT_BITS = f"nothing: weights are not stored in 8 bits; {_FOUR_BITS}"
 _PRECISION = "`model.dtype` says what is computed in; auto is bfloat16 where the machine has it"
-_TF32 = "float32 products are exact; `model.dtype: bfloat16` is the fast way"
+_TF32 = "nothing: float32 products are exact; `model.dtype: bfloat16` is the fast way"
 _ATTENTION = "`model.attn_implementation` chooses for the reference engine; the fused engine has its own"
 _ENGINE = "`train.engine: auto` takes the hand-written kernels wherever they cover the model"
 _ONE_GPU = "nothing: a run takes one GPU; `veneer plan` says what makes it fit there"
@@ -93,14 +93,13 @@ _REGULAR = "nothing: the loss is the plain cross-entropy of the trained tokens"
 _SCHEDULE = "nothing: `train.lr_scheduler_type` decays to 0 (constant stays)"
 _SEED = "`train.seed` is one for the adapter's initial values, the order of the rows and dropout"
 _HELD_OUT = "`evaluate.batch_size` is the number of held-out rows at a time, for their loss and for answers"
-_ALWAYS = "nothing: it is always so"
 
 INSTEAD: dict[str, str] = {
     # precision and quantization
     "load_in_4bit": _FOUR_BITS,
     "load_in_8bit": _EIGHT_BITS,
     "quantization_bit": _FOUR_BITS,
-    "quantization_method": "4 bits are always bitsandbytes'; `quantization.quant_type` is nf4 or fp4",
+    "quantization_method": "nothing: 4 bits are always bitsandbytes'; `quantization.quant_type` is nf4 or fp4",
     "quantization_config": _FOUR_BITS,
     "bnb_config": _FOUR_BITS,
     "bnb_4bit_compute_dtype": _PRECISION,
@@ -132,7 +131,7 @@ INSTEAD: dict[str, str] = {
     "rope_scaling": "nothing: positions are as the base's config.json says; change them there",
     "device_map": _ONE_GPU,
     "max_memory": "`veneer plan --gpu 24GiB` says what fits; a run takes what memory its GPU has",
-    "low_cpu_mem_usage": f"{_ALWAYS}: weights go to the device as they are read",
+    "low_cpu_mem_usage": "nothing: weights always go to the device as they are read",
     "cache_dir": "HF_HOME in the environment says where the hub's files are kept",
     "token": _TOKEN,
     "hf_token": _TOKEN,
@@ -161,7 +160,7 @@ INSTEAD: dict[str, str] = {
     "lora_config": _ADAPTER,
     "peft": _ADAPTER,
     "peft_config": _ADAPTER,
-    "use_peft": f"{_ALWAYS}; the section `adapter` says how",
+    "use_peft": "nothing: the base itself is never trained; the section `adapter` says how",
     "finetuning_type": f"{_PLAIN_LORA}; with the section `quantization` it is QLoRA",
     "peft_type": f"{_PLAIN_LORA}; with the section `quantization` it is QLoRA",
     "full_finetuning": f"{_FROZEN}; `adapter.r` up to 4096 comes nearest",
@@ -173,7 +172,7 @@ INSTEAD: dict[str, str] = {
     "unfrozen_parameters": _FROZEN,
     "bias": f"{_FROZEN}, biases too",
     "lora_bias": f"{_FROZEN}, biases too",
-    "task_type": f"{_ALWAYS}: CAUSAL_LM",
+    "task_type": "nothing: it is always CAUSAL_LM",
     "init_lora_weights": "nothing: A begins random (by `train.seed`) and B at zero, as is PEFT's default",
     "peft_init_lora_weights": "nothing: A begins random (by `train.seed`) and B at zero, as is PEFT's default",
     "loftq_config": "nothing: A begins random (by `train.seed`) and B at zero, as is PEFT's default",
@@ -183,11 +182,11 @@ INSTEAD: dict[str, str] = {
     "layers_to_transform": _LAYERS,
     "peft_layers_to_transform": _LAYERS,
     "layers_pattern": _LAYERS,
-    "exclude_modules": f"name those that are adapted: {_LAYERS}",
+    "exclude_modules": "name the modules that are adapted in `adapter.target_modules`, by the end of their paths",
     "target_parameters": "nothing: adapters go on linear layers and embeddings, by `adapter.target_modules`",
     "rank_pattern": _ONE_RANK,
     "alpha_pattern": _ONE_RANK,
-    "fan_in_fan_out": f"{_ALWAYS} found by the kind of the layer",
+    "fan_in_fan_out": "nothing: it follows from the kind of each layer",
     "lora_model_dir": f"nothing: a new run begins with a new adapter; {_RESUME}",
     "adapter_name_or_path": f"nothing: a new run begins with a new adapter; {_RESUME}",
     "merge_lora": "`veneer merge RUN --out FOLDER` makes one model of base and adapter",
@@ -207,7 +206,7 @@ INSTEAD: dict[str, str] = {
     "dataset_text_field": "`data.columns: {text: NAME}` says which column holds the text",
     "field_messages": "`data.columns: {messages: NAME}` says which column holds the turns",
     "formatting_func": "`data.columns` names the columns, and `data.chat_template` the template",
-    "dataset_prepared_path": f"{_ALWAYS}: tokens are kept in Veneer's cache, VENEER_CACHE in the environment",
+    "dataset_prepared_path": "nothing: tokens are always kept in Veneer's cache (VENEER_CACHE in the environment)",
     "template": _TEMPLATE,
     "chat_template_jinja": _TEMPLATE,
     "chat_template_path": _TEMPLATE,
@@ -219,7 +218,7 @@ INSTEAD: dict[str, str] = {
     "max_samples": "`data.limit` takes the first rows, `data.sample` as many by chance",
     "max_train_samples": "`data.limit` takes the first rows, `data.sample` as many by chance",
     "streaming": "nothing: files larger than memory are read in pieces and lie as tokens on disk",
-    "shuffle_dataset": f"{_ALWAYS}, by `train.seed`",
+    "shuffle_dataset": "nothing: rows are always shuffled, by `train.seed`",
     "pad_to_sequence_len": _GROUPED,
     "pad_to_multiple_of": _GROUPED,
     "padding_free": "`data.packing: true` fills sequences with rows that never see each other",
@@ -238,7 +237,7 @@ INSTEAD: dict[str, str] = {
     "train_on_prompt": _TARGETS,
     "mask_history": _TARGETS,
     "roles_to_train": _TARGETS,
-    "train_on_eos": f"{_ALWAYS}: the end-of-turn token after a trained answer is trained",
+    "train_on_eos": "nothing: the end-of-turn token after a trained answer is always trained",
     # the loop
     "training": _TRAIN,
     "trainer": _TRAIN,
@@ -291,14 +290,14 @@ INSTEAD: dict[str, str] = {
     "save_strategy": _SAVES,
     "saves_per_epoch": _SAVES,
     "logging_strategy": "`train.logging_steps` is the number of steps between lines of metrics.jsonl",
-    "logging_first_step": f"{_ALWAYS} with `train.logging_steps: 1`, the default",
+    "logging_first_step": "nothing: `train.logging_steps: 1`, the default, logs every step",
     "load_best_model_at_end": _BEST,
     "metric_for_best_model": _BEST,
     "early_stopping_patience": _BEST,
     "resume_from_checkpoint": _RESUME,
     "auto_resume_from_checkpoints": _RESUME,
     "overwrite_output_dir": "`veneer train ... --overwrite` replaces the run in `train.output_dir`",
-    "save_safetensors": _ALWAYS,
+    "save_safetensors": "nothing: weights are always written as safetensors",
     "report_to": _RECORDS,
     "run_name": "the run's name is its folder, `train.output_dir`",
     "logging_dir": _RECORDS,
@@ -309,7 +308,7 @@ INSTEAD: dict[str, str] = {
     "push_to_hub": _HUB,
     "hub_model_id": _HUB,
     "hub_token": _TOKEN,
-    "full_determinism": f"{_ALWAYS} on the fused engine: the same step gives the same bits",
+    "full_determinism": "nothing: the fused engine gives the same bits for the same step as it is",
     "random_state": _SEED,
     "data_seed": _SEED,
     # evaluation, generation, objectives
@@ -325,7 +324,7 @@ INSTEAD: dict[str, str] = {
     "beta": _PREFERENCE,
     "dpo_beta": _PREFERENCE,
     "num_generations": _PREFERENCE,
-    "predict_with_generate": f"{_ALWAYS}: `veneer evaluate` generates `evaluate.rows` answers",
+    "predict_with_generate": "nothing: `veneer evaluate` always generates answers, to `evaluate.rows` held-out rows",
     "temperature": "evaluation takes the likeliest answer; `veneer generate` samples (--temperature, --top-p, --top-k)",
     "top_p": "evaluation takes the likeliest answer; `veneer generate` samples (--temperature, --top-p, --top-k)",
 }
@@ -339,7 +338,10 @@ def foreign(name: str) -> str | None:
     if name not in INSTEAD:
         return None
     instead = INSTEAD[name]
-    return instead if "is called" in instead else f"not in Veneer; instead: {instead}"
+    if "is called" in instead:
+        return instead
+    kind, _, why = instead.partition("nothing: ")
+    return f"not in Veneer: {why}" if not kind else f"not in Veneer; instead: {instead}"
 
 
 def misspelt(name: str, known: Iterable[str]) -> str | None:

@@ -6,6 +6,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from veneer.config.foreign import CALLED, INSTEAD
 from veneer.config.load import sections
 from veneer.config.run import Run
 
@@ -17,8 +18,18 @@ keys and values out of range are errors. The run's folder keeps the resolved fil
 """
 
 
+OTHERS = """\
+## Names of other tools
+
+What TRL, PEFT, Transformers, Axolotl, LLaMA-Factory and Unsloth call a setting, and what to write here. A run with such
+a name is refused with the same words.
+
+| there | here |
+|---|---|"""
+
+
 def settings_page() -> str:
-    """The page: a table for each section."""
+    """The page: a table for each section, and one of other tools' names."""
     parts = [HEAD]
     for name, section in sections().items():
         optional = "" if Run.model_fields[name].default is not None else " May be left out."
@@ -26,7 +37,16 @@ def settings_page() -> str:
         parts.append("| setting | default | values | what it does |\n|---|---|---|---|")
         parts += [_row(key, field) for key, field in section.model_fields.items()]
         parts.append("")
-    return "\n".join(parts)
+    return "\n".join([*parts, OTHERS, *_names_of_others(), ""])
+
+
+def _names_of_others() -> list[str]:
+    """A row for each answer, with the names that get it."""
+    answers: dict[str, list[str]] = {}
+    for name in (*CALLED, *INSTEAD):
+        answer = f"`{CALLED[name]}`" if name in CALLED else INSTEAD[name].replace("nothing: ", "none: ")
+        answers.setdefault(answer, []).append(f"`{name}`")
+    return [f"| {', '.join(names)} | {answer} |" for answer, names in answers.items()]
 
 
 def _row(key: str, field: FieldInfo) -> str:
