@@ -95,7 +95,8 @@ class TrainingJob:
             train.seed,
             run.data.max_length if run.data.packing else None,
         )
-        held_out = HeldOutBatches(self.data.validation, run.evaluate.batch_size)
+        at_a_time = self.foreseen.forecast.rows_at_a_time
+        held_out = HeldOutBatches(self.data.validation, at_a_time.get("evaluation", run.evaluate.batch_size))
         varies = vary(self.data.train, batches.sizes, train.per_device_train_batch_size)
         self.spent = spend_memory(
             self.engine, train, batches.sizes.tolist(), varies, held_out[0].lengths if len(held_out) else (),
