@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import veneer
+from tests.runs import losses as losses_of
 from tests.runs import tiny_run, write_rows
 from tests.tiny import FAMILIES, save_tiny_model, tiny_tokenizer
 from veneer.config import Data, JobError, UserError
@@ -161,3 +162,29 @@ def test_rows_beyond_the_positions_are_refused_in_training_and_evaluation(
         UserError, match=r"the longest row has \d+ tokens, the model has positions for 64\n.*max_length"
     ):
         TrainingJob(run)
+
+
+def test_a_held_out_loss_goes_on_with_fewer_rows(
+    tiny_model: Callable[..., Path], tmp_path: Path, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+
+    def held_out_loss(name: str, most: int) -> float:
+        data = {"validation": path, "duplicates": "keep"}
+        job = TrainingJob(tiny_run(tiny_model(), path, tmp_path / name, data=data, train={"max_steps": 1}))
+        losses = job.engine.losses
+
+        def short_of_memory(batch: Any) -> torch.Tensor:
+            if len(batch.lengths) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return losses(batch)
+
+        monkeypatch.setattr(job.engine, "losses", short_of_memory)
+        job.fit()
+        return losses_of(tmp_path / name, "eval")[-1]
+
+    roomy = held_out_loss("roomy", 16)
+    with pytest.warns(RuntimeWarning, match="with 16 rows at a time: going on with 4"):
+        assert held_out_loss("short", 5) == pytest.approx(roomy, rel=1e-5)
+    with pytest.raises(JobError, match="out of memory with one held-out row"):
+        held_out_loss("shorter", 0)

@@ -1,5 +1,6 @@
 """A plan counts evaluation as it will be done: rows at a time, the verdict, and what `veneer evaluate` then does."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,12 @@ import veneer
 from tests.runs import tiny_run, write_rows
 from tests.unit.test_plan import kinds, planner_of, run_of
 from veneer import api
+from veneer.cli.main import main
 from veneer.config import load_run
-from veneer.engine.ladder import smaller_bases
+from veneer.engine.ladder import leanest, rungs, smaller_bases
 from veneer.engine.survey import Lengths
 from veneer.model.known import FAMILIES, KNOWN, smaller_siblings
-from veneer.plan.forecast import Forecast, Padded, Place, place_here
+from veneer.plan.forecast import Forecast, Padded, Place, place_here, place_of
 from veneer.plan.held_out import SPARE, rows_that_fit
 from veneer.plan.trace import Moment
 from veneer.train import TrainingJob
@@ -94,10 +96,6 @@ def test_a_plan_knows_the_rows_that_are_answered() -> None:
     assert rows.answered == Padded(3, 400, 391), "the first three"
 
 
-def small(machine: Any, free: int) -> Any:
-    return replace(machine, free_bytes=free, total_bytes=max(free, machine.total_bytes))
-
-
 def test_evaluate_takes_the_rows_that_the_plan_showed(
     tiny_model: Callable[..., Path], tmp_path: Path, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,3 +156,23 @@ def test_no_base_of_another_family_is_offered() -> None:
     assert found[0] == "base"
     assert changed is not None
     assert changed.model.base.startswith("openai-community/gpt2")
+
+
+def test_the_table_of_what_a_machine_can_train_counts_evaluation_too() -> None:
+    run = run_of("Qwen/Qwen2.5-0.5B", data={"max_length": 2048, "validation": 0.05})
+    rung = next(rung for rung in rungs(run, place_of("6GiB")) if rung.base == run.model.base)
+    lean = leanest(run)
+    found = planner_of(lean, "6GiB").forecast_as(lean, "lora")
+    assert rung.peak_bytes["lora"] == found.peak_bytes == max(moment.bytes for moment in found.phases.values())
+    assert found.rows_at_a_time == {"evaluation": 1, "generation": 1}
+
+
+def test_phases_are_shown_with_their_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {base: meta-llama/Llama-2-7b-hf}\nquantization: {bits: 4}\ndata: {train: rows.jsonl}\n")
+    with pytest.raises(SystemExit):
+        main(["plan", str(path), "--gpu", "10GiB", "--no-data"])
+    shown = capsys.readouterr().out
+    run = load_run(path)
+    for phase, rows in planner_of(run, "10GiB").forecast(run).rows_at_a_time.items():
+        assert re.search(rf"{phase}, {rows} rows? at a time", shown)

@@ -92,6 +92,8 @@ def subject_of(model: Model, data: tuple[Lengths, Lengths] | str) -> Subject:
         UserError: There is no such base, or it cannot be planned for.
     """
     config = find_config(model)
+    stored = getattr(config, "dtype", None)  # before it is built in another
+    stored = getattr(torch, stored) if isinstance(stored, str) else stored
     shapes = shapes_of(build(config, torch.bfloat16, attention=model.attn_implementation))
     # What decides the rehearsal, in a form that can be compared.
     content = config.to_json_string(use_diff=False), model.attn_implementation, shapes.depth, shapes.period
@@ -103,8 +105,6 @@ def subject_of(model: Model, data: tuple[Lengths, Lengths] | str) -> Subject:
     def spend(step: Step, spare_bytes: int, budget_bytes: int) -> Kept:
         return spending(known.build(step), step, shapes.depth, spare_bytes, budget_bytes)
 
-    stored = getattr(config, "dtype", None)
-    stored = getattr(torch, stored) if isinstance(stored, str) else stored
     return Subject(
         name=model.base,
         shapes=shapes,

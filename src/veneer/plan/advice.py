@@ -179,10 +179,10 @@ def _(s: Situation) -> Found:
     small = [side for side in sides if r * sum(side) >= side[0] * side[1]]
     if not small:
         return None
-    lower = 2 ** ((min(a * b // (a + b) for a, b in small) // 2).bit_length() - 1)  # a quarter to a half of them
+    lower = max(1, min(16, min(a * b // (a + b) for a, b in small) // 2))
     return (
         f"at rank {r} the adapter of {len(small)} layers is as large as the layers",
-        f"set adapter.r={max(1, lower)} and adapter.lora_alpha={2 * max(1, lower)}",
+        f"set adapter.r={lower} and adapter.lora_alpha={2 * lower}",
     )
 
 

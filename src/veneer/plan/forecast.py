@@ -304,11 +304,12 @@ class Planner:
         rehearsed = self._rehearse(step)
         found = phases(shapes, step, optim, rehearsed, place.device)
         held_out, at_a_time = None, {}
-        if rows.held_out is not None and rows.answered is not None:
+        answered = rows.answered
+        if rows.held_out is not None and answered is not None:
             held = resting(shapes, step, optim, rehearsed, place.device)[0]
             at_a_time["evaluation"], rows, held_out = self._held_out(run, step, rehearsed, held, rows)
             found["evaluation"] = loss_moment(held, rehearsed, held_out[1])
-            at_a_time["generation"], found["generation"] = self.answers(run, rows.answered, method)
+            at_a_time["generation"], found["generation"] = self.answers(run, answered, method)
         sizes = shapes.adapter(step.targets, step.r)
         trainable = shapes.total if method == "full" else sum(sizes)
         peak = max(moment.bytes for moment in found.values())

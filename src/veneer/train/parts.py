@@ -66,9 +66,10 @@ def _require_memory(foreseen: Foreseen) -> None:
     if foreseen.is_hopeless:
         forecast, place = foreseen.forecast, foreseen.forecast.place
         phase = forecast.training_phase
+        peak = forecast.phases[phase].bytes
         raise UserError(
-            f"the run does not fit: at its peak ({phase}) it would hold "
-            f"{forecast.phases[phase].bytes / 2**30:.1f} GiB, {place.budget_bytes / 2**30:.1f} GiB are there, on {place.name}",
+            f"the run does not fit: at its peak ({phase}) it would hold {peak / 2**30:.1f} GiB, "
+            f"{place.budget_bytes / 2**30:.1f} GiB are there, on {place.name}",
             "`veneer plan` says what to change; --force tries it all the same",
         )
 
