@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from veneer.config import Data, Model, Run, RunFolder, UserError, load_run
+from veneer.config import Data, Evaluate, Model, Run, RunFolder, UserError, load_run
 from veneer.config.folder import write_json, write_text
 from veneer.data import Message, Renderer
 from veneer.data.prepare import HeldOut, prepare, read_held_out
@@ -17,12 +17,13 @@ from veneer.engine.ladder import Rung, compare, rungs, smaller_bases
 from veneer.evaluate import Evaluation
 from veneer.evaluate import compare as compare_models
 from veneer.evaluate import generate as generate_answers
+from veneer.evaluate.memory import Batching, rows_at_a_time
 from veneer.model import Source, compute_dtype, load_adapter, load_model, load_tokenizer, locate
 from veneer.model.known import LADDER
 from veneer.plan import find_machine
 from veneer.plan.doctor import Found, Problem, diagnose, look, usable
 from veneer.plan.fit import Fitted, fit
-from veneer.plan.forecast import place_here, place_of
+from veneer.plan.forecast import Padded, place_here, place_of
 from veneer.plan.time import Ceilings, keep_ceilings
 from veneer.release import (
     Certificate,
@@ -256,13 +257,17 @@ def evaluate(
     folder = RunFolder(Path(run_dir))
     if not folder.run.exists():
         raise UserError(f"{run_dir}: holds no run (no run.yaml)", "name the folder that `veneer train` wrote")
+    place = place_here()
     loaded = load(str(run_dir), force)
     assert loaded.run is not None
     usual = loaded.run.evaluate.rows
     held_out = _held_out(folder, loaded.run, loaded.renderer, data, rows or usual)
     is_record = data is None and (rows is None or rows == usual or len(held_out) < rows)
+    most = (max(len(row.example.ids) for row in held_out), max(row.example.trained for row in held_out))
+    at_a_time = rows_at_a_time(loaded.run, Padded(len(held_out), *most), place)
+    settings = loaded.run.evaluate.model_copy(update={"batch_size": at_a_time})
     engine = ReferenceEngine(loaded.model)  # judges by other code than the adapter was trained by
-    result = compare_models(loaded.model, engine, loaded.renderer, held_out, loaded.run.evaluate, on_done)
+    result = compare_models(loaded.model, engine, loaded.renderer, held_out, settings, on_done)
     if is_record and not force:
         return Evaluated(result, save_evaluation(folder, result), True)
     name = f"{Path(data).name.split('.')[0] if data else 'held-out'}-{len(held_out)}-rows"
@@ -312,15 +317,19 @@ def generate(
     """
     import torch
 
+    place = place_here()
     loaded = load(name, force)
     if compare_with_base and loaded.run is None:
         raise UserError(f"{name}: a base model alone, there is nothing to compare", "name a run's folder")
     before = [] if system is None else [Message("system", system)]
     ids = [loaded.renderer.prompt_ids([*before, Message("user", prompt)]) for prompt in prompts]
+    run = loaded.run or Run(model=Model(base=name), data=Data(train="-"))
+    run = run.model_copy(update={"evaluate": Evaluate(max_new_tokens=max_new_tokens)})
+    batching = Batching(rows_at_a_time(run, Padded(len(ids), max(map(len, ids)), 1), place) if ids else 1)
 
     def answers() -> list[str]:
         torch.manual_seed(seed)
-        return generate_answers(loaded.model, loaded.renderer, ids, max_new_tokens, temperature=temperature)
+        return generate_answers(loaded.model, loaded.renderer, ids, max_new_tokens, batching, temperature)
 
     results = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers(), strict=True)]
     if compare_with_base:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from veneer.data import Renderer
+from veneer.evaluate.memory import Batching, alike, room_for_answers
 from veneer.model.quiet import quiet
 
 
@@ -20,7 +21,7 @@ def generate(
     renderer: Renderer,
     prompts: Sequence[list[int]],
     max_new_tokens: int,
-    batch_size: int = 16,
+    batch_size: int | Batching = 16,
     temperature: float = 0.0,
     on_done: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
@@ -30,10 +31,15 @@ def generate(
         model: A Transformers or PEFT model.
         renderer: Renders for it; knows the stop tokens.
         prompts: Token ids of each prompt (`Renderer.prompt_ids`).
-        max_new_tokens: Longest answer.
-        batch_size: Prompts at a time.
+        max_new_tokens: Longest answer; a prompt near the end of the model's positions gets no longer one than these
+            have room for.
+        batch_size: Prompts at a time, fewer where memory is short.
         temperature: 0: the likeliest token each time; above: sampled.
         on_done: Called with the number of prompts just finished.
+
+    Raises:
+        UserError: A prompt fills the model's positions.
+        JobError: Not even one prompt at a time fits into memory.
     """
     from transformers import GenerationConfig
 
@@ -52,10 +58,10 @@ def generate(
         use_cache=True,
     )
     answers = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
     device = model.get_input_embeddings().weight.device
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    batching = batch_size if isinstance(batch_size, Batching) else Batching(batch_size)
+
+    def answer(chosen: Sequence[int]) -> int:
         longest = max(len(prompts[n]) for n in chosen)
         ids_BL = torch.full((len(chosen), longest), tokenizer.pad_token_id)
         mask_BL = torch.zeros_like(ids_BL)
@@ -71,7 +77,13 @@ def generate(
                 output_BL[row, longest:], skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
             answers[n] = text.strip()
-        on_done(len(chosen))
+        return len(chosen)
+
+    room = room_for_answers(model, prompts, max_new_tokens)
+    for tokens, numbers in alike(room, [len(prompt) for prompt in prompts]):
+        config.max_new_tokens = tokens
+        for done in batching.over(numbers, answer):
+            on_done(done)
     return answers
 
 
