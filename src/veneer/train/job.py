@@ -140,7 +140,7 @@ class TrainingJob:
         speed = self._loop.run((MetricsFile(self.folder.metrics), *listeners))
         loss = [line["loss"] for line in read_metrics(self.folder.metrics) if line["kind"] == "train"][-1]
         with whole_folder(self.folder.adapter) as unfinished:
-            save_adapter(self.model, self.tokenizer, self.renderer.template, self.run.model.base, unfinished)
+            save_adapter(self.model, self.tokenizer, self.renderer.template, self.source, unfinished)
             write_json(unfinished / "ledger.json", self.data.ledger.as_dict())
             dress(unfinished, self.steps, loss)
         self.model.eval()
