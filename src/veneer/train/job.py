@@ -169,7 +169,9 @@ class TrainingJob:
         }
 
     def _begin_folder(self) -> None:
-        write_json(self.folder.environment, environment() | {"machine": self.machine.as_dict()})
+        write_json(
+            self.folder.environment, environment() | {"kernel": platform.release(), "machine": self.machine.as_dict()}
+        )
         write_json(self.folder.plan, self.plan())
         write_json(self.folder.ledger, self.data.ledger.as_dict())
         if self.data.ledger.personal:
@@ -249,10 +251,14 @@ def vary(part: Part, sizes: Any, rows: int) -> bool:
 
 
 def environment() -> dict[str, Any]:
-    """What the run ran on."""
+    """What a run ran on, for files that ship: no kernel's release, which can carry a host's name."""
     versions = {name: metadata.version(name) for name in LIBRARIES}
     versions["veneer"] = veneer.__version__
-    return {"python": platform.python_version(), "platform": platform.platform(), "libraries": versions}
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "libraries": versions,
+    }
 
 
 def _differences(then: Run, now: Run) -> list[str]:
