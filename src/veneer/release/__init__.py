@@ -20,7 +20,9 @@ diagnose.py          why an artifact makes other tokens
 artifact.py          what is to be certified, by name
 checks.py            the stages of a certificate, each beside its limit
 certify.py           the certificate
-card.py, lint.py, push.py    README.md of an adapter; what vLLM takes; upload to a hub
+card.py, lint.py     README.md of an adapter; what vLLM takes
+redact.py            what of a run's files may leave the machine
+push.py              upload to a hub
 """
 
 from veneer.release.artifact import find_artifact
