@@ -20,6 +20,7 @@ from veneer.evaluate import generate as generate_answers
 from veneer.evaluate.memory import Batching, rows_at_a_time
 from veneer.model import Source, compute_dtype, load_adapter, load_model, load_tokenizer, locate
 from veneer.model.known import LADDER
+from veneer.model.lineage import builtin_origins
 from veneer.plan import find_machine
 from veneer.plan.doctor import Found, Problem, diagnose, look, usable
 from veneer.plan.fit import Fitted, fit
@@ -149,6 +150,10 @@ class Examined:
             "budget_bytes": self.budget_bytes,
             "trains": [asdict(rung) | {"best": rung.best(self.budget_bytes)} for rung in self.trains],
             "ceilings": self.ceilings and asdict(self.ceilings),
+            "builtin": {
+                name: f"dequantized to bfloat16 from {file.describe()}; {file.caution()}"
+                for name, file in builtin_origins().items()
+            },
         }
 
 

@@ -347,9 +347,8 @@ def test_few_steps_too_long_rows_and_a_base_quantized_before() -> None:
     few = replace(sound.forecast, rows=replace(sound.forecast.rows, steps=5))
     assert "few-steps" in ids(replace(sound, forecast=few))
     assert "positions" in ids(replace(sound, shapes=replace(sound.shapes, positions=512)))
-    run = sound.run.model_copy(update={"model": sound.run.model.model_copy(update={"base": "x-q4.gguf"})})
-    run = run.model_copy(update={"quantization": situation(quantization={"bits": 4}).run.quantization})
-    assert "quantized-twice" in ids(replace(sound, run=run))
+    assert "quantized-twice" in ids(situation(quantization={"bits": 4}, file_type="Q4_1"))
+    assert "quantized-twice" not in ids(situation(file_type="Q4_1"))
 
 
 def test_the_engine_that_spends_memory_itself_is_told_to_where_it_may_not() -> None:

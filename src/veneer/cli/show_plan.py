@@ -176,6 +176,8 @@ def show_machine(out: Console, found: dict[str, Any]) -> None:
         )
     else:
         table.add_row("speed", "[dim]not measured: veneer doctor --measure[/dim]")
+    for name, what in found["builtin"].items():
+        table.add_row("built-in", f"{escape(name)}: {escape(what)}")
     out.print(table)
     _show_bases(out, found)
     for problem in found["problems"]:

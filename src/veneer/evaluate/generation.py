@@ -53,7 +53,7 @@ def generate(
         repetition_penalty=1.0,
         top_p=1.0,
         top_k=0 if temperature else None,
-        eos_token_id=sorted(renderer.stop_ids | _stop_ids(model)),
+        eos_token_id=stop_ids_of(model, renderer),
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
     )
@@ -87,10 +87,10 @@ def generate(
     return answers
 
 
-def _stop_ids(model: Any) -> set[int]:
-    """The stop tokens that the base's own generation settings name."""
+def stop_ids_of(model: Any, renderer: Renderer) -> list[int]:
+    """The tokens at which an answer ends: those of the renderer, and those that the base's generation settings name."""
     ids = model.generation_config.eos_token_id
-    return set(ids) if isinstance(ids, list) else {ids} - {None}
+    return sorted(renderer.stop_ids | (set(ids) if isinstance(ids, list) else {ids} - {None}))
 
 
 @contextmanager

@@ -69,6 +69,7 @@ class Situation:
         use_cache: Whether the model would keep a key-value cache while it trains.
         isolates_documents: Whether the engine keeps packed rows apart.
         merge_dtype: What an adapter is to be merged in, where one is.
+        file_type: Type of a quantized GGUF file that the base comes from, as Q4_1; None: it comes from no such file.
     """
 
     run: Run
@@ -81,6 +82,7 @@ class Situation:
     use_cache: bool = False
     isolates_documents: bool = True
     merge_dtype: torch.dtype | None = None
+    file_type: str | None = None
 
     @property
     def scale(self) -> float:
@@ -322,9 +324,12 @@ def _(s: Situation) -> Found:
     "quantized-twice", "warning", "quantization", "bench: a 4-bit file read into bf16 and quantized again errs twice"
 )
 def _(s: Situation) -> Found:
-    if s.run.quantization is None or not s.run.model.base.lower().endswith(".gguf"):
+    if s.run.quantization is None or s.file_type is None:
         return None
-    return "a .gguf base is quantized already", "name the original folder or hub id in model.base"
+    return (
+        f"the base comes from a GGUF file whose weights are {s.file_type} already",
+        "name the original 16-bit model in model.base, or leave the section `quantization` out",
+    )
 
 
 @_rule(

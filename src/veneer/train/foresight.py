@@ -12,7 +12,7 @@ from veneer.data.prepare import Part
 from veneer.engine import ReferenceEngine
 from veneer.engine.subject import subject_of
 from veneer.engine.survey import Lengths
-from veneer.model import load_tokenizer, locate
+from veneer.model import gguf_origin, load_tokenizer, locate
 from veneer.model.shapes import is_at_hand
 from veneer.plan.advice import Advice, DataFacts, Situation, TokenizerFacts, advise
 from veneer.plan.forecast import Forecast, Place, Planner
@@ -93,6 +93,7 @@ def foresee(run: Run, place: Place, data: Read | str) -> Foreseen:
     planner = Planner(subject, place)
     forecast = planner.forecast(run)
     facts = data.facts() if isinstance(data, Read) else (None, None)
+    origin = gguf_origin(run.model)
     situation = Situation(
         run=run,
         shapes=subject.shapes,
@@ -102,6 +103,7 @@ def foresee(run: Run, place: Place, data: Read | str) -> Foreseen:
         tokenizer=facts[1],
         method="qlora" if run.quantization else "lora",
         isolates_documents=ReferenceEngine.isolates_documents,
+        file_type=origin.type if origin is not None and origin.is_quantized else None,
     )
     return Foreseen(run, planner, forecast, advise(situation))
 

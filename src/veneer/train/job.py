@@ -142,7 +142,7 @@ class TrainingJob:
         speed = self._loop.run((MetricsFile(self.folder.metrics), *listeners))
         loss = [line["loss"] for line in read_metrics(self.folder.metrics) if line["kind"] == "train"][-1]
         with whole_folder(self.folder.adapter) as unfinished:
-            save_adapter(self.model, self.tokenizer, self.renderer.template, self.run.model.base, unfinished)
+            save_adapter(self.model, self.tokenizer, self.renderer.template, self.source, unfinished)
             write_json(unfinished / "ledger.json", self.data.ledger.as_dict())
             dress(unfinished, self.steps, loss)
         self.model.eval()
@@ -171,7 +171,9 @@ class TrainingJob:
         }
 
     def _begin_folder(self) -> None:
-        write_json(self.folder.environment, environment() | {"machine": self.machine.as_dict()})
+        write_json(
+            self.folder.environment, environment() | {"kernel": platform.release(), "machine": self.machine.as_dict()}
+        )
         write_json(self.folder.plan, self.plan())
         write_json(self.folder.ledger, self.data.ledger.as_dict())
         if self.data.ledger.personal:
@@ -229,10 +231,14 @@ def vary(part: Part, sizes: Any, rows: int) -> bool:
 
 
 def environment() -> dict[str, Any]:
-    """What the run ran on."""
+    """What a run ran on, for files that ship: no kernel's release, which can carry a host's name."""
     versions = {name: metadata.version(name) for name in LIBRARIES}
     versions["veneer"] = veneer.__version__
-    return {"python": platform.python_version(), "platform": platform.platform(), "libraries": versions}
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "libraries": versions,
+    }
 
 
 def _differences(then: Run, now: Run) -> list[str]:

@@ -58,6 +58,7 @@ def load_parts(run: Run, force: bool = False) -> Parts:
     base = load_model(source, run.model, run.quantization, machine)
     _require_embeddings(base, tokenizer, data)
     model = attach(base, run.adapter, run.train.seed, run.train.gradient_checkpointing is not False)
+    model.peft_config["default"].base_model_name_or_path = source.reference  # of checkpoints, too
     return Parts(machine, source, tokenizer, renderer, data, foreseen, model)
 
 
