@@ -161,9 +161,10 @@ def predict(case: Case, folder: Path, place: Place) -> Forecast:
     trained = round((case.length - 1) * case.trained)
     full = Padded(case.rows, case.length, case.rows * trained)
     held_out = Padded(HELD_OUT[0], HELD_OUT[1], HELD_OUT[0] * (HELD_OUT[1] - 1))
+    answered = None if case.spends else Padded(HELD_OUT[0], HELD_OUT[1], HELD_OUT[1] - 1)
     tokens = case.rows * case.length * case.accumulation
     # Memory is spent by what training needs, so that case is predicted without its held-out loss.
-    rows = Rows(full, full, case.accumulation, tokens, 1, None if case.spends else held_out, 0, None)
+    rows = Rows(full, full, case.accumulation, tokens, 1, None if case.spends else held_out, 0, answered, None)
     subject = replace(subject_of(Model(base=str(folder)), "a bench"), rows=lambda run, engine: rows)
     return Planner(subject, place).forecast(run_of_case(case))
 

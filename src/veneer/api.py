@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from veneer.config import Data, Model, Run, RunFolder, UserError, load_run
+from veneer.config import Data, Evaluate, Model, Run, RunFolder, UserError, load_run
 from veneer.config.folder import write_json, write_text
 from veneer.config.names import find_adapter, require_run
 from veneer.config.prompts import Question
@@ -21,12 +21,14 @@ from veneer.engine.ladder import Rung, compare, rungs, smaller_bases
 from veneer.evaluate import Evaluation
 from veneer.evaluate import compare as compare_models
 from veneer.evaluate import generate as generate_answers
+from veneer.evaluate.memory import Batching, rows_at_a_time
 from veneer.model import compute_dtype, load_adapter, load_model, load_tokenizer, locate
 from veneer.model.known import LADDER
+from veneer.model.lineage import builtin_origins
 from veneer.plan import find_machine
 from veneer.plan.doctor import Found, Problem, diagnose, look, usable
 from veneer.plan.fit import Fitted, fit
-from veneer.plan.forecast import place_here, place_of
+from veneer.plan.forecast import Padded, place_here, place_of
 from veneer.plan.time import Ceilings, keep_ceilings
 from veneer.release import (
     Certificate,
@@ -158,6 +160,10 @@ class Examined:
             "budget_bytes": self.budget_bytes,
             "trains": [asdict(rung) | {"best": rung.best(self.budget_bytes)} for rung in self.trains],
             "ceilings": self.ceilings and asdict(self.ceilings),
+            "builtin": {
+                name: f"dequantized to bfloat16 from {file.describe()}; {file.caution()}"
+                for name, file in builtin_origins().items()
+            },
         }
 
 
@@ -265,13 +271,17 @@ def evaluate(
         UserError: No such run, no adapter, or no held-out rows.
     """
     folder = require_run(str(run_dir))
+    place = place_here()
     loaded = load(str(run_dir), force)
     assert loaded.run is not None
     usual = loaded.run.evaluate.rows
     held_out = _held_out(folder, loaded.run, loaded.renderer, data, rows or usual)
     is_record = data is None and (rows is None or rows == usual or len(held_out) < rows)
+    most = (max(len(row.example.ids) for row in held_out), max(row.example.trained for row in held_out))
+    at_a_time = rows_at_a_time(loaded.run, Padded(len(held_out), *most), place)
+    settings = loaded.run.evaluate.model_copy(update={"batch_size": at_a_time})
     engine = ReferenceEngine(loaded.model)  # judges by other code than the adapter was trained by
-    result = compare_models(loaded.model, engine, loaded.renderer, held_out, loaded.run.evaluate, on_done)
+    result = compare_models(loaded.model, engine, loaded.renderer, held_out, settings, on_done)
     if is_record and not force:
         return Evaluated(result, save_evaluation(folder, result), True)
     name = f"{Path(data).name.split('.')[0] if data else 'held-out'}-{len(held_out)}-rows"
@@ -341,14 +351,19 @@ def generate(
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, tuple(stop), seed)
     if on_text is not None and len(prompts) != 1:
         raise UserError(f"on_text with {len(prompts)} prompts: pieces of which answer?", "give a single prompt")
+    place = place_here()
     loaded = load(name, force, base)
     if compare_with_base and loaded.origin is None:
         raise UserError(f"{name}: a base model alone, there is nothing to compare", "name a run's folder")
     ids = [loaded.renderer.prompt_ids(_turns(prompt, system)) for prompt in prompts]
+    of_model = loaded.origin.model if loaded.origin is not None else Model(base=name)
+    run = loaded.run or Run(model=of_model, data=Data(train="-"))
+    run = run.model_copy(update={"evaluate": Evaluate(max_new_tokens=max_new_tokens)})
+    batching = Batching(rows_at_a_time(run, Padded(len(ids), max(map(len, ids)), 1), place) if ids else 1)
 
     def answers(on_text: Callable[[str], None] | None = None) -> list[str]:
         torch.manual_seed(seed)
-        parts = (loaded.model, loaded.renderer, ids, max_new_tokens)
+        parts = (loaded.model, loaded.renderer, ids, max_new_tokens, batching)
         return generate_answers(*parts, sampling=sampling, on_text=on_text)
 
     results: list[dict[str, Any]] = [

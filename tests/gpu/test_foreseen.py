@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from veneer.config import Adapter, Evaluate, Train
+from veneer.config import Adapter, Train
 from veneer.data import Batch
 from veneer.engine.choose import kept_tensors
 from veneer.engine.fused import FusedEngine
@@ -65,5 +65,5 @@ def test_the_peak_of_a_step_is_foreseen(family: str, checkpointing: bool) -> Non
         capability=torch.cuda.get_device_capability()[0],
     )  # fmt: skip
     rehearsed = rehearse_layers(build(config, torch.bfloat16), asked, 1)
-    found = phases(shapes, asked, "adamw_8bit", rehearsed, None, "cuda", Evaluate())
+    found = phases(shapes, asked, "adamw_8bit", rehearsed, "cuda")
     assert max(found[name].bytes for name in ("forward", "backward")) == pytest.approx(measured, rel=0.05)

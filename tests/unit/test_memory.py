@@ -11,13 +11,14 @@ from peft import LoraConfig, get_peft_model
 
 import veneer.engine.rehearsal as rehearsal
 from tests.tiny import FAMILIES
-from veneer.config import Evaluate, Run, Train
+from veneer.config import Run, Train
 from veneer.data import Batches, Example
 from veneer.engine.reference import padded_groups
 from veneer.engine.rehearsal import rehearse
 from veneer.engine.survey import Lengths, rows_of
 from veneer.model.shapes import build, shapes_of
-from veneer.plan.memory import Shapes, Step, optimizer_bytes, phases, quantized_bytes, rounded
+from veneer.plan.held_out import answers_moment, loss_moment
+from veneer.plan.memory import Shapes, Step, loaded, optimizer_bytes, phases, quantized_bytes, resting, rounded
 from veneer.plan.trace import Trace
 from veneer.train.optimizer import build_optimizer
 
@@ -140,9 +141,10 @@ def test_phases_name_every_component() -> None:
     make, shapes = maker("llama", 4)
     held = step(shapes, training=False, rows=1)
     asked = step(shapes, accumulating=True, quantized=shapes.quantizable(), method="qlora")
-    found = phases(
-        shapes, asked, "adamw_8bit", rehearse(make, 4, 1, asked), (held, rehearse(make, 4, 1, held)), "cuda", Evaluate()
-    )
+    train, tested = rehearse(make, 4, 1, asked), rehearse(make, 4, 1, held)
+    found = phases(shapes, asked, "adamw_8bit", train, "cuda")
+    found["evaluation"] = loss_moment(resting(shapes, asked, "adamw_8bit", train, "cuda")[0], train, tested)
+    found["generation"] = answers_moment(loaded(shapes, asked, "cuda"), shapes, held, tested, 256)
     assert set(found) == {"load", "forward", "backward", "optimizer", "evaluation", "generation"}
     for moment in found.values():
         assert moment.bytes == sum(moment.components.values())
@@ -151,15 +153,14 @@ def test_phases_name_every_component() -> None:
     assert "weights on their way" in found["load"].components
     assert "generation cache" in found["generation"].components
     assert "optimizer" not in found["generation"].components, "answers are generated from a saved adapter"
-    paged = phases(shapes, asked, "paged_adamw_8bit", rehearse(make, 4, 1, asked), None, "cuda", Evaluate())
+    paged = phases(shapes, asked, "paged_adamw_8bit", train, "cuda")
     assert not paged["backward"].components.get("optimizer"), "paged states are on the host"
-    assert "evaluation" not in paged
 
 
 def test_full_fine_tuning_trains_all_and_keeps_a_copy_in_float32() -> None:
     make, shapes = maker("llama", 4)
     full = step(shapes, method="full", targets=frozenset())
-    found = phases(shapes, full, "adamw_torch", rehearse(make, 4, 1, full), None, "cuda", Evaluate())
+    found = phases(shapes, full, "adamw_torch", rehearse(make, 4, 1, full), "cuda")
     sixteen = 16 * shapes.total  # weights and gradients in 16 bits, a copy and two moments in 32
     assert found["optimizer"].bytes - found["optimizer"].components["libraries"] == pytest.approx(sixteen, rel=0.1)
 

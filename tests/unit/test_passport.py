@@ -35,7 +35,10 @@ def refused(run: Path) -> str:
 
 def test_the_passport_says_what_the_adapter_belongs_to(trained: Path) -> None:
     passport = json.loads((trained / "adapter" / "passport.json").read_text())
-    assert passport["base"]["name"] == str(trained.parent / "base")
+    assert passport["base"]["name"] == "base"
+    assert passport["settings"]["data"]["train"] == "rows.jsonl"
+    assert passport["settings"]["train"]["output_dir"] == "run"
+    assert str(trained.parent) not in json.dumps(passport)
     assert passport["base"]["architecture"] == "LlamaForCausalLM"
     assert passport["data"]["sha256"] == json.loads((trained / "ledger.json").read_text())["sha256"]
     assert passport["stop_token_ids"] == [2]

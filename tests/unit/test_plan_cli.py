@@ -121,6 +121,8 @@ def test_the_doctor_speaks_json_alone(call: Call) -> None:
     assert status == (1 if found["problems"] else 0)
     assert set(found) >= {"machine", "usable", "problems", "trains", "budget_bytes", "versions", "disk_free_bytes"}
     assert found["trains"][0]["base"] == "HuggingFaceTB/SmolLM2-135M"
+    assert "from the Q4_1 GGUF file" in found["builtin"]["smollm2-135m-instruct"]
+    assert "not the 16-bit weights of HuggingFaceTB/" in found["builtin"]["smollm2-135m-instruct"]
     assert found["trains"][0]["best"]
 
 

@@ -177,7 +177,7 @@ def test_the_public_function_writes_card_passport_and_plot(
     folder = tmp_path / "run"
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "rank, alpha | 4, 8" in (folder / "adapter" / "README.md").read_text()
-    assert json.loads((folder / "adapter" / "passport.json").read_text())["base"]["name"] == str(tiny_model())
+    assert json.loads((folder / "adapter" / "passport.json").read_text())["base"]["name"] == tiny_model().name
 
 
 def test_a_finished_or_foreign_folder_is_refused(train: Runner, tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def test_a_run_that_would_not_learn_is_found(kind: Any, make_run: MakeRun) -> No
 def test_an_adapter_file_that_is_not_the_live_one_is_found(
     damage: str, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(model: Any, tokenizer: Any, template: Any, base: str, folder: Path) -> None:
+    def wrong(model: Any, tokenizer: Any, template: Any, base: Any, folder: Path) -> None:
         save_adapter(model, tokenizer, template, base, folder)
         if damage == "values":
             path = folder / "adapter_model.safetensors"

@@ -42,7 +42,8 @@ def demo(
     job = TrainingJob(run)
     out.print(f"   machine  {job.machine.describe()}")
     trainable, total = job.parameters["trainable"], job.parameters["total"]
-    out.print(f"   model    {run.model.base}: {total:,} parameters in 4 bits, {trainable:,} trained in an adapter")
+    out.print(f"   model    {run.model.base}, dequantized to bfloat16 from a Q4_1 GGUF file")
+    out.print(f"            {total:,} parameters in 4 bits, {trainable:,} trained in an adapter")
     show.show_engine(out, job.choice, "   ")
     out.print("[bold]2  The data[/bold]: customer messages to be routed to a team, an urgency and a product")
     show.show_ledger(out, job.data.ledger.as_dict())

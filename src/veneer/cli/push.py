@@ -10,9 +10,15 @@ def push(
     repo: Annotated[str, typer.Option(help="The repository: owner/name.")],
     public: Annotated[bool, typer.Option("--public", help="Let everyone see it; otherwise it is private.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be sent.")] = False,
+    with_samples: Annotated[
+        bool,
+        typer.Option("--with-samples", help="Send rows word for word: samples, and those in ledger and certificate."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON alone on stdout.")] = False,
 ) -> int:
     """Upload an adapter, or a merged model, to a hub. Where none is reached, it says what it would send.
+
+    Paths are cut to names, and rows of the data stay here unless --with-samples is given.
 
     Example: `veneer push runs/tickets --repo me/tickets`
     """
@@ -24,9 +30,10 @@ def push(
     from veneer.cli import show, show_release
     from veneer.config.hub import unreachable
     from veneer.release.push import pack, send
+    from veneer.report import certificate_page
 
     out = show.console(as_json)
-    parcel = pack(name, repo, not public)
+    parcel = pack(name, repo, not public, with_samples, certificate_page)
     out.print(f"{'would send' if dry_run else 'sending'} to {escape(repo)} ({'public' if public else 'private'}):")
     for file, size in parcel.files.items():
         out.print(f"  {size:>14,}  {escape(file)}")

@@ -27,7 +27,9 @@ def show_plan(out: Console, run: Any, plan: dict[str, Any]) -> None:
     out.print(f"\n[bold]memory at the peak[/bold] ({plan['peak_phase']})")
     _bars(out, plan["components"], plan["budget_bytes"])
     out.print("\n[bold]phases[/bold]")
-    _bars(out, {name: moment["bytes"] for name, moment in plan["phases"].items()}, plan["budget_bytes"], False)
+    counts = {name: f", {count} row{'s' * (count > 1)} at a time" for name, count in plan["rows_at_a_time"].items()}
+    phases = {name + counts.get(name, ""): moment["bytes"] for name, moment in plan["phases"].items()}
+    _bars(out, phases, plan["budget_bytes"], False)
     out.print()
     show_verdict(out, plan)
     show_kept(out, plan["kept"])
@@ -55,7 +57,7 @@ def show_kept(out: Console, kept: dict[str, Any] | None) -> None:
     if kept is not None and kept["bytes"]:
         what = ", ".join(f"{name} of {count} blocks" for name, count in kept["blocks"].items() if count)
         weights = f"; 16-bit copies of {kept['16_bit_weights']:.0%} of the weights" if kept["16_bit_weights"] else ""
-        out.print(f"spent    {size(kept['bytes'])} of that, so that less is made twice: {what}{weights}")
+        out.print(f"spent    {size(kept['bytes'])} more in training, so that less is made twice: {what}{weights}")
 
 
 def show_time(out: Console, plan: dict[str, Any]) -> None:
@@ -76,7 +78,7 @@ def show_time(out: Console, plan: dict[str, Any]) -> None:
 def show_changes(out: Console, plan: dict[str, Any]) -> None:
     """What makes it fit."""
     if plan["changes"] is None:
-        out.print("to fit   [red]nothing helps[/red]: not even a smaller base fits")
+        out.print("to fit   [red]nothing helps[/red]: no smaller model of its family is known that fits")
     elif plan["changes"]:
         out.print("to fit   the cheapest changes (--fit FILE writes them):")
         for change in plan["changes"]:
@@ -174,6 +176,8 @@ def show_machine(out: Console, found: dict[str, Any]) -> None:
         )
     else:
         table.add_row("speed", "[dim]not measured: veneer doctor --measure[/dim]")
+    for name, what in found["builtin"].items():
+        table.add_row("built-in", f"{escape(name)}: {escape(what)}")
     out.print(table)
     _show_bases(out, found)
     for problem in found["problems"]:

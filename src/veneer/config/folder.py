@@ -2,12 +2,18 @@
 
 Every file is written under a temporary name, flushed to disk and renamed, so that a crash or a full disk leaves
 the old file or none, never half of one. Folders are made the same way.
+
+Permissions are those that the umask leaves, as of any file a program creates: `tempfile` and safetensors would make
+them private to the user, which colleagues and a server's account could not read, and a fixed mode would open what a
+umask of 077 closes. The umask itself is never read or set, since that would change it for the whole process.
 """
 
 import contextlib
 import json
 import os
+import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -163,16 +169,16 @@ class RunFolder:
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = _unused_beside(path)
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -188,16 +194,19 @@ def whole_folder(path: Path) -> Iterator[Path]:
     An existing `path` is replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    temporary = _unused_beside(path)
+    temporary.mkdir()
+    file_mode = stat.S_IMODE(temporary.stat().st_mode) & 0o666  # of a folder just made: what the umask leaves
     try:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
+                file.chmod(file_mode)
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
-        temporary.chmod(0o755)
         if path.exists():
-            discarded = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+            discarded = _unused_beside(path)
+            discarded.mkdir()
             try:
                 os.replace(path, discarded / path.name)
                 os.replace(temporary, path)
@@ -212,3 +221,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _unused_beside(path: Path) -> Path:
+    """A hidden name in the same folder, so that a rename to `path` stays on one disk."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}")

@@ -205,7 +205,9 @@ class Evaluate(Section):
 
     rows: int | None = Field(200, ge=1, description="At most so many held-out rows; null: all.")
     max_new_tokens: int = Field(256, ge=1, description="Longest generated answer, in tokens.")
-    batch_size: int = Field(16, ge=1, description="Rows generated at a time.")
+    batch_size: int = Field(
+        16, ge=1, description="Rows at a time, here and in training's held-out losses; fewer where memory is short."
+    )
 
 
 class Run(Section):

@@ -15,7 +15,7 @@ likeness.py      near-duplicates and shared passages
 corpus.py        tokenized rows on disk
 split.py         which rows are held out
 ledger.py        the account;  warn.py what it should make one wary of
-prepare.py       all of that for a run
+prepare.py       all of that for a run;  starter.py  a first run file for some data
 batch.py         which examples stand in which step, packing, and the batch an engine reads
 """
 

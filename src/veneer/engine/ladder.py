@@ -4,13 +4,15 @@ Each at its leanest: one row at a time, activations recomputed, 8-bit optimizer,
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from veneer.config import Model, Run
+from veneer.config.names import find_model
 from veneer.engine.subject import subject_of
-from veneer.model.known import LADDER
-from veneer.plan.forecast import SPARE, Place, Planner, place_of
+from veneer.model.known import LADDER, smaller_siblings
+from veneer.plan.forecast import Place, Planner, place_of
+from veneer.plan.held_out import SPARE
 
 METHODS = ("full", "lora", "qlora")
 GIB = 2**30
@@ -45,7 +47,7 @@ def leanest(run: Run, base: str | None = None) -> Run:
         "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
         "gradient_checkpointing": "auto", "optim": "auto",
     }  # fmt: skip
-    values["data"] |= {"validation": 0}  # one row without a backward holds less than training does
+    values["evaluate"] |= {"batch_size": 1}
     if base is not None:
         values["model"] |= {"base": base, "revision": None}
         values["adapter"] |= {"target_modules": "all-linear"}
@@ -95,8 +97,11 @@ def compare(run: Run, planner: Planner, sizes: Sequence[int] = (16, 24, 48, 80))
 
 
 def smaller_bases(run: Run, planner: Planner) -> Iterator[tuple[str, Planner]]:
-    """Bases of the ladder that are smaller than a run's, the largest first."""
-    for base in reversed(LADDER):
-        subject = subject_of(Model(base=base), "it is of another base")
+    """Models of a base's own family and kind that are smaller than it, the largest first; of a hub model alone."""
+    if find_model(run.model)[0] != "hub":
+        return
+    for base in smaller_siblings(run.model.base):
+        # One tokenizer, so its rows are as long.
+        subject = replace(subject_of(Model(base=base), "it is of another base"), rows=planner.subject.rows)
         if subject.shapes.total < 0.9 * planner.subject.shapes.total:
             yield base, Planner(subject, planner.place)

@@ -19,7 +19,6 @@ from veneer.engine.rehearsal import carried_on, rehearse
 from veneer.engine.survey import Lengths, rows_of
 from veneer.model.shapes import build, find_config, is_at_hand, shapes_of
 from veneer.plan.forecast import Rows, Subject, assumed_rows
-from veneer.plan.machine import named_dtype
 from veneer.plan.memory import Kept, Rehearsed, Step
 
 
@@ -93,18 +92,19 @@ def subject_of(model: Model, data: tuple[Lengths, Lengths] | str) -> Subject:
         UserError: There is no such base, or it cannot be planned for.
     """
     config = find_config(model)
+    stored = getattr(config, "dtype", None)  # before it is built in another
+    stored = getattr(torch, stored) if isinstance(stored, str) else stored
     shapes = shapes_of(build(config, torch.bfloat16, attention=model.attn_implementation))
     # What decides the rehearsal, in a form that can be compared.
     content = config.to_json_string(use_diff=False), model.attn_implementation, shapes.depth, shapes.period
     known = _Known(config, content)
 
     def rows(run: Run, engine: str) -> Rows:
-        return rows_of(run, engine, *data) if isinstance(data, tuple) else assumed_rows(run, data)
+        return rows_of(run, engine, *data) if isinstance(data, tuple) else assumed_rows(run, shapes.positions, data)
 
     def spend(step: Step, spare_bytes: int, budget_bytes: int) -> Kept:
         return spending(known.build(step), step, shapes.depth, spare_bytes, budget_bytes)
 
-    stored = getattr(config, "dtype", None)
     return Subject(
         name=model.base,
         shapes=shapes,
@@ -112,6 +112,6 @@ def subject_of(model: Model, data: tuple[Lengths, Lengths] | str) -> Subject:
         rehearse=partial(_rehearsed, known),
         spend=spend,
         rows=rows,
-        stored=stored if isinstance(stored, torch.dtype) else named_dtype(str(stored), torch.bfloat16),
-        download_bytes=0 if is_at_hand(model) else shapes.total * 2,
+        stored=stored,
+        download_bytes=0 if is_at_hand(model) else shapes.total * (stored or torch.bfloat16).itemsize,
     )

@@ -58,6 +58,7 @@ def rows_of(run: Run, engine: str, train: Lengths, held_out: Lengths) -> Rows:
     in_step = min(size * settings.gradient_accumulation_steps, count)
     steps_an_epoch = -(-count // (size * settings.gradient_accumulation_steps))
     steps = settings.max_steps or max(1, int(np.ceil(settings.num_train_epochs * steps_an_epoch)))
+    answered = Lengths(*(part[: run.evaluate.rows] for part in held_out))
     tested = list(_micro_batches(held_out, np.arange(len(held_out.tokens)), run.evaluate.batch_size, grouped))
     return Rows(
         fullest=_fullest(batches),
@@ -67,6 +68,7 @@ def rows_of(run: Run, engine: str, train: Lengths, held_out: Lengths) -> Rows:
         steps=steps,
         held_out=_fullest(tested) if tested else None,
         held_out_passes=len(held_out.tokens) / run.evaluate.batch_size,
+        answered=Padded(len(answered.tokens), *(int(part.max()) for part in answered)) if tested else None,
         unread=None,
         even=len(met) == 1,
         replayed=replayed,

@@ -1,6 +1,8 @@
 """Is the tuned model better than its base? Generated answers and losses on held-out rows, with intervals.
 
 generation.py  answers of a model, in batches
+decoding.py    how tokens are chosen, where an answer stops, and its text as it grows
+memory.py      rows at a time: as many as fit, fewer where memory is short; room for answers in a model's positions
 intervals.py   95% intervals for a proportion and for a mean over rows
 compare.py     base against tuned on the same rows
 """

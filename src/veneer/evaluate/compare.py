@@ -15,6 +15,7 @@ from veneer.engine import Engine
 from veneer.engine.temporary import adapter_off
 from veneer.evaluate.generation import generate
 from veneer.evaluate.intervals import Interval, perplexity, proportion
+from veneer.evaluate.memory import Batching, require_positions
 
 Progress = Callable[[int], None]
 
@@ -40,6 +41,7 @@ class Score:
     metrics: dict[str, Interval]
     samples: list[Sample]
     rows: int
+    batching: Batching | None = None  # rows at a time, as they came to be
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,14 @@ def score(
     held_out: Sequence[HeldOut],
     settings: Evaluate,
     on_done: Progress = lambda done: None,
+    batching: Batching | None = None,
 ) -> Score:
     """Generate an answer to each row and judge it; measure the loss of the references. Documents ask nothing."""
+    batching = batching or Batching(settings.batch_size)
+    require_positions(model, [(row.example.place, len(row.example.ids)) for row in held_out])
     asked = [row.conversation for row in held_out if not row.conversation.is_document]
     prompts = [renderer.prompt_ids(conversation.prompt(), conversation.tools) for conversation in asked]
-    answers = generate(model, renderer, prompts, settings.max_new_tokens, settings.batch_size, on_done=on_done)
+    answers = generate(model, renderer, prompts, settings.max_new_tokens, batching, on_done=on_done)
     samples = [
         Sample(
             place=conversation.place,
@@ -100,16 +105,14 @@ def score(
         for conversation, answer in zip(asked, answers, strict=True)
     ]
     losses: list[float] = []
-    tokens: list[float] = []
     ordered = sorted((row.example for row in held_out), key=lambda example: -len(example.ids))
-    for start in range(0, len(ordered), settings.batch_size):
-        examples = ordered[start : start + settings.batch_size]
-        losses += engine.losses(Batch.of(examples)).tolist()
-        tokens += [example.weight for example in examples]
+    for batch_losses in batching.over(ordered, lambda examples: engine.losses(Batch.of(examples)).tolist()):
+        losses += batch_losses
+    tokens = [example.weight for example in ordered]
     metrics = {"perplexity": perplexity(losses, tokens)}
     if samples:
         metrics = {"exact_match": proportion(sum(sample.is_right for sample in samples), len(samples))} | metrics
-    return Score(metrics, samples, len(held_out))
+    return Score(metrics, samples, len(held_out), batching)
 
 
 def compare(
@@ -125,4 +128,4 @@ def compare(
     if base is None:
         with adapter_off(model, engine):
             base = score(model, engine, renderer, held_out, settings, on_done)
-    return Evaluation(base, score(model, engine, renderer, held_out, settings, on_done))
+    return Evaluation(base, score(model, engine, renderer, held_out, settings, on_done, base.batching))

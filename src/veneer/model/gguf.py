@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,21 @@ def convert(file: Path, folder: Path) -> None:
     with quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    source = {"file": file.name, "name": facts.get("general.name"), "license": facts.get("general.license")}
+    names = {"name": facts.get("general.name"), "license": facts.get("general.license")}
+    source = {"file": file.name, "type": weight_type(file), **names}
     (folder / "source.json").write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
+
+
+def weight_type(file: Path) -> str | None:
+    """The type that most of a .gguf file's weights have, as Q4_1; None: it holds none.
+
+    Raises:
+        UserError: The file is not GGUF.
+    """
+    counts: Counter[str] = Counter()
+    for tensor in _reader(file).tensors:
+        counts[tensor.tensor_type.name] += int(tensor.n_elements)
+    return counts.most_common(1)[0][0] if counts else None
 
 
 def config_of(file: Path) -> Any:
@@ -110,12 +124,16 @@ def _mend_tokenizer(tokenizer: Any, kind: str) -> None:
         tokenizer.backend_tokenizer.pre_tokenizer = make()
 
 
-def _facts(file: Path) -> dict[str, Any]:
+def _reader(file: Path) -> Any:
     from gguf import GGUFReader
 
     try:
-        reader = GGUFReader(file)
+        return GGUFReader(file)
     except (ValueError, OSError, IndexError) as error:
         raise UserError(f"model.base = {file}: not a GGUF file ({error})", "name a .gguf file") from None
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    reader = _reader(file)
     names = ("general.architecture", "general.name", "general.license", "tokenizer.ggml.pre")
     return {name: reader.fields[name].contents() for name in names if name in reader.fields}

@@ -35,6 +35,11 @@ class Source:
         """Whether it is a hub's, and the hub cannot be asked: what its cache holds is all there is."""
         return self.kind == "hub" and unreachable() is not None
 
+    @property
+    def reference(self) -> str:
+        """The name by which PEFT and Transformers find the weights from any folder: an absolute path, or a hub id."""
+        return self.location if self.kind == "hub" else str(Path(self.location).absolute())
+
 
 def locate(model: Model) -> Source:
     """Resolve `model.base`; fetches and converts a built-in model or a .gguf file on first use.

@@ -63,7 +63,7 @@ def _published(name: str) -> Any:
     known = known_shape(name)
     if known is None:
         return None
-    return AutoConfig.for_model(known[0], **known[1], dtype="bfloat16")
+    return AutoConfig.for_model(known[0], **{"dtype": "bfloat16"} | known[1])
 
 
 def _load(place: str | Path, model: Model) -> Any:

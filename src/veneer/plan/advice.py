@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from veneer.config import Run
+from veneer.config import Data, Run
 from veneer.plan.forecast import Forecast
 from veneer.plan.memory import Shapes, frozen_bytes
 
 RATES = {"lora": (2e-5, 1e-3), "full": (1e-6, 1e-4)}
+MORE_ROWS = "gather more rows"
 SEVERITIES = ("error", "warning", "info")
 
 
@@ -28,6 +29,7 @@ class DataFacts:
     Attributes:
         rows, held_out: Rows to train on, and held out.
         p95: Tokens that 95% of the rows do not exceed, before any limit.
+        longest: Tokens of the longest row, within the limit.
         end_of_turn: Trained end-of-turn tokens.
         raw: Whether the rows are text without turns.
     """
@@ -35,6 +37,7 @@ class DataFacts:
     rows: int
     held_out: int
     p95: int
+    longest: int
     end_of_turn: int
     raw: bool
 
@@ -46,12 +49,10 @@ class TokenizerFacts:
     Attributes:
         has_template: Whether the base brings a chat template.
         uses_own: Whether the run renders with it.
-        pad_is_end: Whether padding is the end token.
     """
 
     has_template: bool
     uses_own: bool
-    pad_is_end: bool
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Situation:
         use_cache: Whether the model would keep a key-value cache while it trains.
         isolates_documents: Whether the engine keeps packed rows apart.
         merge_dtype: What an adapter is to be merged in, where one is.
+        file_type: Type of a quantized GGUF file that the base comes from, as Q4_1; None: it comes from no such file.
     """
 
     run: Run
@@ -80,6 +82,7 @@ class Situation:
     use_cache: bool = False
     isolates_documents: bool = True
     merge_dtype: torch.dtype | None = None
+    file_type: str | None = None
 
     @property
     def scale(self) -> float:
@@ -178,8 +181,11 @@ def _(s: Situation) -> Found:
     small = [side for side in sides if r * sum(side) >= side[0] * side[1]]
     if not small:
         return None
-    low = min(a * b // (a + b) for a, b in small)
-    return f"at rank {r} the adapter of {len(small)} layers is as large as the layers", f"set adapter.r below {low}"
+    lower = max(1, min(16, min(a * b // (a + b) for a, b in small) // 2))
+    return (
+        f"at rank {r} the adapter of {len(small)} layers is as large as the layers",
+        f"set adapter.r={lower} and adapter.lora_alpha={2 * lower}",
+    )
 
 
 @_rule("attention-only", "warning", "adapter.target_modules", "arXiv 2305.14314, figure 2; arXiv 2405.09673")
@@ -255,11 +261,12 @@ def _(s: Situation) -> Found:
     train, steps = s.run.train, s.forecast.rows.steps
     if steps is None or steps >= 20 or train.max_steps is not None:
         return None
-    rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    return (
-        f"the whole run is {steps} optimizer steps of {rows} rows",
-        "lower train.gradient_accumulation_steps, or train for more epochs",
-    )
+    size, times = train.per_device_train_batch_size, train.gradient_accumulation_steps
+    enough = max(1, size * times * steps // 20)  # rows a step
+    fix = f"set train.gradient_accumulation_steps={max(1, enough // size)}"
+    if size > enough:
+        fix += f" and train.per_device_train_batch_size={enough}"
+    return f"the whole run is {steps} optimizer steps of {size * times} rows", fix if size * times > 1 else MORE_ROWS
 
 
 @_rule("no-clipping", "info", "train.max_grad_norm", "arXiv 1211.5063")
@@ -272,9 +279,9 @@ def _(s: Situation) -> Found:
 @_rule("paged-ample", "info", "train.optim", "arXiv 2305.14314, section 3: paging is for spikes")
 def _(s: Situation) -> Found:
     forecast = s.forecast
-    if not s.run.train.optim.startswith("paged") or forecast.margin_bytes < 0.25 * forecast.place.budget_bytes:
+    if not s.run.train.optim.startswith("paged") or forecast.step_margin_bytes < 0.25 * forecast.place.budget_bytes:
         return None
-    free = forecast.margin_bytes / 2**30
+    free = forecast.step_margin_bytes / 2**30
     return (
         f"with {free:.1f} GiB left, paging only costs time",
         f"set train.optim={s.run.train.optim.removeprefix('paged_')}",
@@ -317,9 +324,12 @@ def _(s: Situation) -> Found:
     "quantized-twice", "warning", "quantization", "bench: a 4-bit file read into bf16 and quantized again errs twice"
 )
 def _(s: Situation) -> Found:
-    if s.run.quantization is None or not s.run.model.base.lower().endswith(".gguf"):
+    if s.run.quantization is None or s.file_type is None:
         return None
-    return "a .gguf base is quantized already", "name the original folder or hub id in model.base"
+    return (
+        f"the base comes from a GGUF file whose weights are {s.file_type} already",
+        "name the original 16-bit model in model.base, or leave the section `quantization` out",
+    )
 
 
 @_rule(
@@ -344,7 +354,7 @@ def _(s: Situation) -> Found:
         return None
     now = frozen_bytes(s.shapes, s.shapes.quantizable(), run.quantization.double_quant, 2)
     more = sum(frozen_bytes(s.shapes, frozenset(), True, 2).values()) - sum(now.values())
-    if forecast.margin_bytes - more < 0.15 * forecast.place.budget_bytes:
+    if forecast.step_margin_bytes - more < 0.15 * forecast.place.budget_bytes:
         return None
     return "this would fit in 16 bits, which is exact and no slower", "leave the section `quantization` out"
 
@@ -381,30 +391,18 @@ def _(s: Situation) -> Found:
     return "the model keeps a key-value cache while activations are recomputed", "turn config.use_cache off"
 
 
-@_rule("evaluation-peak", "info", "evaluate.batch_size", "this forecast")
-def _(s: Situation) -> Found:
-    phases = s.forecast.phases
-    if s.forecast.peak_phase != "evaluation" or s.run.evaluate.batch_size == 1:
-        return None
-    more = phases["evaluation"].bytes - max(phases[name].bytes for name in ("forward", "backward", "optimizer"))
-    return (
-        f"the held-out loss needs {more / 2**30:.2f} GiB more than training",
-        f"set evaluate.batch_size={max(1, s.run.evaluate.batch_size // 2)}",
-    )
-
-
 @_rule("checkpointing-ample", "info", "train.gradient_checkpointing", "up to a third of the work is done twice")
 def _(s: Situation) -> Found:
-    forecast, setting = s.forecast, s.run.train.gradient_checkpointing
-    if forecast.place.device != "cuda":
+    forecast = s.forecast
+    if forecast.place.device != "cuda" or s.run.train.gradient_checkpointing is not True:
         return None
     if forecast.engine == "fused":
-        if setting is not True or forecast.margin_bytes < 0.15 * forecast.place.budget_bytes:
+        if forecast.step_margin_bytes < 0.15 * forecast.place.budget_bytes:
             return None
         return "memory is left in which less need be recomputed", "set train.gradient_checkpointing=auto"
     held = forecast.phases["backward"].components.get("working set", 0)
     layers = held * s.shapes.depth  # what one layer holds while it is recomputed, all would hold
-    if setting is False or layers > 0.8 * forecast.margin_bytes:
+    if layers > 0.8 * forecast.step_margin_bytes:
         return None
     return "memory is ample: nothing need be recomputed", "set train.gradient_checkpointing=false"
 
@@ -449,16 +447,6 @@ def _(s: Situation) -> Found:
     )
 
 
-@_rule("pad-is-end", "info", "model.base", "padding never enters a row here; elsewhere it would mask the end token")
-def _(s: Situation) -> Found:
-    if s.tokenizer is None or not s.tokenizer.pad_is_end:
-        return None
-    return (
-        "the tokenizer pads with its end token",
-        "nothing to do here; set another pad token before you train elsewhere",
-    )
-
-
 @_rule("no-end-token", "warning", "data.chat_template", "the ledger counts them")
 def _(s: Situation) -> Found:
     if s.data is None or s.data.end_of_turn:
@@ -471,19 +459,25 @@ def _(s: Situation) -> Found:
 
 @_rule("max-length-low", "warning", "data.max_length", "the ledger counts them")
 def _(s: Situation) -> Found:
-    if s.data is None or s.data.p95 <= s.run.data.max_length:
+    longest, positions = s.run.data.max_length, s.shapes.positions
+    if s.data is None or s.data.p95 <= longest:
         return None
     done = "cut" if s.run.data.overlong == "truncate" else "left out"
+    wanted = min(-(-s.data.p95 // 64) * 64, positions or s.data.p95 + 64)
     return (
-        f"more than 5% of the rows are longer than {s.run.data.max_length} tokens and are {done}",
-        f"set data.max_length={-(-s.data.p95 // 64) * 64}",
+        f"more than 5% of the rows are longer than {longest} tokens and are {done}",
+        f"set data.max_length={wanted}" if wanted > longest else f"shorten them: the model has {positions} positions",
     )
 
 
 @_rule("positions", "error", "data.max_length", "the model's configuration")
 def _(s: Situation) -> Found:
-    positions, longest = s.shapes.positions, s.forecast.rows.fullest.length
-    if positions is None or s.data is None or longest <= positions:
+    positions, longest = s.shapes.positions, s.run.data.max_length
+    if s.data is not None:
+        longest = s.data.longest
+    elif longest == Data(train="-").max_length:
+        return None  # rows may be as long, but nobody said so
+    if positions is None or longest <= positions:
         return None
     return f"rows of {longest} tokens, the model has positions for {positions}", f"set data.max_length={positions}"
 
@@ -499,16 +493,12 @@ def _(s: Situation) -> Found:
 def _(s: Situation) -> Found:
     if s.data is None or s.data.held_out >= 100:
         return None
+    wanted = max(1, min(200, (s.data.rows + s.data.held_out) // 5))
+    fix = f"set data.validation={wanted}" if wanted > s.data.held_out else MORE_ROWS
     if not s.data.held_out:
-        return "nothing is held out, so nothing can show whether the model got better", "set data.validation=0.05"
+        return "nothing is held out, so nothing can show whether the model got better", fix
     width = 98 / sqrt(s.data.held_out)
-    wanted = min(200, (s.data.rows + s.data.held_out) // 5)
-    return (
-        f"a score on {s.data.held_out} held-out rows is uncertain by {width:.0f} points either way",
-        f"set data.validation={wanted}"
-        if wanted > s.data.held_out
-        else "gather more rows; until then a smaller difference means nothing",
-    )
+    return f"a score on {s.data.held_out} held-out rows is uncertain by {width:.0f} points either way", fix
 
 
 @_rule("prompts-trained", "info", "data.loss_on", "arXiv 2305.14314, table 10: training on answers alone is better")
@@ -530,7 +520,7 @@ HANDLED = {
     "saving the full model": "only the adapter is saved",
     "merging into a 4-bit base": "an adapter is never merged into a quantized base",
     "hand-written template": "rows are rendered by the template alone, and `veneer data` shows every token",
-    "padding that masks the end token": "padding never enters a row: pad-is-end says so",
+    "padding that masks the end token": "padding never enters a row",
     "packed rows that see each other": "rows stay apart in every engine: packing-leaks would say so",
     "a target that matches nothing": "refused, with the nearest names",
 }

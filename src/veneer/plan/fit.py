@@ -1,9 +1,9 @@
 """What to change so that a run fits: the changes that cost least come first.
 
-In this order: packing, micro-batch against accumulation, the batch of the held-out loss, recomputation, the
-optimizer, its states on the host, shorter rows, 4 bits, a smaller base. The first six change no number of the
-training, or hardly one. Changes are added one after the other until the run fits; then each that turns out not to be
-needed is taken back, the costliest first.
+In this order: packing, micro-batch against accumulation, recomputation, the optimizer, its states on the host, shorter
+answers, shorter rows, 4 bits, a smaller base of the same family. The first six change no number of the training, or
+hardly one. Held-out rows need no change: as many go at a time as fit. Changes are added one after the other until the
+run fits; then each that turns out not to be needed is taken back, the costliest first.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,6 +15,7 @@ from veneer.plan.forecast import Forecast, Planner
 from veneer.plan.memory import frozen_bytes
 
 SHORTEST = 256  # tokens; a shorter max_length is not worth a run
+SHORTEST_ANSWER = 64
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Change:
     """One change of settings.
 
     Attributes:
-        id: packing, micro-batch, held-out batch, checkpointing, optimizer, offload, length, 4-bit or base.
+        id: packing, micro-batch, checkpointing, optimizer, offload, answers, length, 4-bit or base.
         settings: New values by `section.key`.
         cost: What it costs, in a few words.
     """
@@ -62,7 +63,7 @@ def fit(run: Run, planner: Planner, smaller: Callable[[Run, Planner], Iterator[t
     if found is not None:
         return found
     for base, other in smaller(run, planner):
-        change = Change("base", {"model.base": base, "model.revision": None}, "another, smaller model")
+        change = Change("base", {"model.base": base, "model.revision": None}, "a smaller model of the same family")
         changed = apply(run, change)
         if (found := _with_changes(changed, other)) is not None:
             return Fitted(found.run, [change, *found.changes], found.forecast)
@@ -148,17 +149,6 @@ def _micro_batch(run: Run, planner: Planner) -> Iterator[Change]:
             yield Change("micro-batch", settings, "some speed; the training is the same")
 
 
-def _held_out(run: Run, planner: Planner) -> Iterator[Change]:
-    size = run.evaluate.batch_size
-    while size > 1 and planner.forecast(apply(run, _held_out_of(size))).peak_phase == "evaluation":
-        size //= 2
-        yield _held_out_of(size)
-
-
-def _held_out_of(size: int) -> Change:
-    return Change("held-out batch", {"evaluate.batch_size": size}, "some speed of the held-out loss")
-
-
 def _checkpointing(run: Run, planner: Planner) -> Iterator[Change]:
     if run.train.gradient_checkpointing is False:
         yield Change("checkpointing", {"train.gradient_checkpointing": "auto"}, "up to a third of the speed")
@@ -182,12 +172,18 @@ def _length(run: Run, planner: Planner) -> Iterator[Change]:
             yield Change("length", {"data.max_length": length}, "longer rows are left out or cut")
 
 
+def _answers(run: Run, planner: Planner) -> Iterator[Change]:
+    """Shorter answers, where `veneer evaluate` needs more than training even with one row at a time."""
+    for longest in (run.evaluate.max_new_tokens // part for part in (2, 4, 8)):
+        if longest >= SHORTEST_ANSWER and planner.forecast(run).peak_phase == "generation":
+            yield Change("answers", {"evaluate.max_new_tokens": longest}, "longer answers are cut")
+
+
 def _quantization(run: Run, planner: Planner) -> Iterator[Change]:
     if run.quantization is None:
         yield Change("4-bit", {"quantization": {"bits": 4}}, "some speed, and a little quality")
 
 
 KINDS: list[Callable[[Run, Planner], Iterator[Change]]] = [
-    *(_packing, _held_out, _micro_batch, _held_out, _checkpointing, _held_out, _optimizer, _offload, _length),
-    *(_quantization, _held_out),
+    *(_packing, _micro_batch, _checkpointing, _optimizer, _offload, _answers, _length, _quantization),
 ]

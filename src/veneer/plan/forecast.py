@@ -6,7 +6,7 @@ the engine rehearses a micro-batch (`Rehearsed`), and says what shapes a run's r
 for the machine at hand and for a card one thinks of buying.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any, NamedTuple
@@ -15,14 +15,24 @@ import torch
 
 from veneer.config import Run, UserError
 from veneer.plan.cards import Card, find_card, parse_budget
+from veneer.plan.held_out import SPARE, answers_moment, loss_moment, rows_that_fit
 from veneer.plan.machine import Machine, find_machine, named_dtype, resolve_optim
-from veneer.plan.memory import Kept, Rehearsed, Shapes, Step, adapter_bytes, phases, run_disk_bytes
+from veneer.plan.memory import (
+    Kept,
+    Rehearsed,
+    Shapes,
+    Step,
+    adapter_bytes,
+    loaded,
+    phases,
+    resting,
+    run_disk_bytes,
+)
 from veneer.plan.time import Ceilings, ceilings_of, kept_ceilings, seconds
 from veneer.plan.trace import Moment
 
 CONTEXT = 790 * 2**20  # of a CUDA process, beside what the allocator has
 LATER = 160 * 2**20  # of that, what comes only with work: a context that is there already has the rest
-SPARE = 0.05  # of the peak: pages the allocator cannot fill, and what a prediction may be under
 LAUNCH = 0.35  # of the host's time an operation, without autograd: 13.7 us a launch beside an H100
 QUANTIZABLE = 0.5  # of the weights between embeddings and head; less, and 4 bits change little
 
@@ -47,6 +57,8 @@ class Rows:
         steps: Optimizer steps; None: not known.
         held_out: The largest batch of the held-out loss; None: there is none.
         held_out_passes: How many of them the held-out loss takes.
+        answered: The rows that `veneer evaluate` answers: how many, and the most tokens and trained tokens of one;
+            None: there are none.
         unread: Why the data itself was not looked at; None: it was.
         even: Whether all rows are of one length.
         replayed: Share of micro-batches that are of the few shapes which come again most.
@@ -59,14 +71,17 @@ class Rows:
     steps: int | None
     held_out: Padded | None
     held_out_passes: float
+    answered: Padded | None
     unread: str | None
     even: bool = True
     replayed: float = 1.0
 
 
-def assumed_rows(run: Run, why: str) -> Rows:
-    """The worst that a run's settings allow, where its data cannot be looked at."""
+def assumed_rows(run: Run, positions: int | None, why: str) -> Rows:
+    """The worst that a run's settings and its base's positions allow, where its data cannot be looked at."""
     train, length = run.train, run.data.max_length
+    if positions is not None and not run.data.packing:
+        length = min(length, positions)
     full = Padded(train.per_device_train_batch_size, length, train.per_device_train_batch_size * (length - 1))
     passes = train.gradient_accumulation_steps
     held_out = Padded(run.evaluate.batch_size, length, run.evaluate.batch_size * (length - 1))
@@ -78,6 +93,7 @@ def assumed_rows(run: Run, why: str) -> Rows:
         train.max_steps,
         held_out if run.data.validation else None,
         0,
+        Padded(run.evaluate.rows or run.evaluate.batch_size, length, length - 1) if run.data.validation else None,
         why,
         even=not run.data.packing,
     )
@@ -166,7 +182,8 @@ class Forecast:
 
     Attributes:
         total, trainable: Parameters.
-        phases: The fullest moment of each phase, in the order of a run.
+        phases: The fullest moment of each phase, in the order of a run; `generation` is `veneer evaluate` afterwards.
+        rows_at_a_time: Of the phases `evaluation` and `generation`, as `evaluate.batch_size` and memory allow.
         place: Where.
         engine, engine_reason: reference or fused, and why that one; it is checked again on the loaded model.
         kept: What the engine would keep from forward to backward of the memory that is left; None: it does not choose.
@@ -181,6 +198,7 @@ class Forecast:
     total: int
     trainable: int
     phases: dict[str, Moment]
+    rows_at_a_time: dict[str, int]
     place: Place
     engine: str
     engine_reason: str
@@ -194,8 +212,22 @@ class Forecast:
 
     @property
     def peak_phase(self) -> str:
-        """The fullest phase of training; answers are generated afterwards, by another command."""
-        return max((name for name in self.phases if name != "generation"), key=lambda name: self.phases[name].bytes)
+        """The fullest phase."""
+        return self._fullest(self.phases)
+
+    @property
+    def training_phase(self) -> str:
+        """The fullest phase of training itself, held-out losses among it."""
+        return self._fullest(name for name in self.phases if name != "generation")
+
+    @property
+    def step_margin_bytes(self) -> int:
+        """What is left of the budget beside training steps; evaluation takes no more of it than there is."""
+        steps = self._fullest(name for name in self.phases if name not in self.rows_at_a_time)
+        return self.place.budget_bytes - self.phases[steps].bytes
+
+    def _fullest(self, names: Iterable[str]) -> str:
+        return max(names, key=lambda name: self.phases[name].bytes)
 
     @property
     def peak_bytes(self) -> int:
@@ -226,6 +258,7 @@ class Forecast:
             "margin_bytes": self.margin_bytes,
             "components": self.phases[self.peak_phase].components,
             "phases": {name: asdict(moment) for name, moment in self.phases.items()},
+            "rows_at_a_time": self.rows_at_a_time,
             "engine": self.engine,
             "engine_reason": self.engine_reason,
             "kept": self.kept and self.kept.as_dict(),
@@ -269,12 +302,14 @@ class Planner:
         optim = resolve_optim(run.train.optim, place.device)
         step = step_of(run, method, shapes, rows.fullest, place, engine, rows.even)
         rehearsed = self._rehearse(step)
-        held_out = prompts = None
-        if rows.held_out is not None:
-            asked = step_for_held_out(step, rows.held_out)
-            held_out = asked, self._rehearse(asked)
-            prompts = self._rehearse(replace(asked, engine="reference"))
-        found = phases(shapes, step, optim, rehearsed, held_out, place.device, run.evaluate, prompts)
+        found = phases(shapes, step, optim, rehearsed, place.device)
+        held_out, at_a_time = None, {}
+        answered = rows.answered
+        if rows.held_out is not None and answered is not None:
+            held = resting(shapes, step, optim, rehearsed, place.device)[0]
+            at_a_time["evaluation"], rows, held_out = self._held_out(run, step, rehearsed, held, rows)
+            found["evaluation"] = loss_moment(held, rehearsed, held_out[1])
+            at_a_time["generation"], found["generation"] = self.answers(run, answered, method)
         sizes = shapes.adapter(step.targets, step.r)
         trainable = shapes.total if method == "full" else sum(sizes)
         peak = max(moment.bytes for moment in found.values())
@@ -289,6 +324,7 @@ class Planner:
             total=shapes.total + (trainable if method != "full" else 0),
             trainable=trainable,
             phases=found,
+            rows_at_a_time=at_a_time,
             place=place,
             engine=engine,
             engine_reason=reason,
@@ -300,6 +336,49 @@ class Planner:
             step_seconds=timed[0],
             run_seconds=timed[1],
         )
+
+    def answers(self, run: Run, rows: Padded, method: str | None = None) -> tuple[int, Moment]:
+        """How many rows `veneer evaluate` takes at a time, and what it holds then.
+
+        Args:
+            run: The settings.
+            rows: How many rows there are, and the most tokens and trained tokens of one.
+            method: See `forecast_as`; None: as the run says.
+        """
+        shapes, place = self.subject.shapes, self.place
+        step = step_of(run, method or ("qlora" if run.quantization else "lora"), shapes, Padded(1, 1, 1), place)
+        held = loaded(shapes, step, place.device)
+
+        def moment_of(count: int) -> Moment:
+            asked = step_for_held_out(step, Padded(count, rows.length, count * rows.trained))
+            return answers_moment(held, shapes, asked, self._rehearse(asked), run.evaluate.max_new_tokens)
+
+        most = min(run.evaluate.batch_size, rows.rows)
+        count = rows_that_fit(most, moment_of, sum(held.values()), place.budget_bytes)
+        return count, moment_of(count)
+
+    def _held_out(
+        self, run: Run, step: Step, train: Rehearsed, held: Mapping[str, int], rows: Rows
+    ) -> tuple[int, Rows, tuple[Step, Rehearsed]]:
+        """How many rows the held-out loss takes at a time, the data with such batches, and the largest rehearsed."""
+
+        def batches_of(count: int) -> Rows:
+            if count == run.evaluate.batch_size:
+                return rows
+            smaller = run.model_copy(update={"evaluate": run.evaluate.model_copy(update={"batch_size": count})})
+            return self.subject.rows(smaller, step.engine)
+
+        def rehearsed(count: int) -> tuple[Step, Rehearsed]:
+            batch = batches_of(count).held_out
+            assert batch is not None
+            asked = step_for_held_out(step, batch)
+            return asked, self._rehearse(asked)
+
+        def moment_of(count: int) -> Moment:
+            return loss_moment(held, train, rehearsed(count)[1])
+
+        count = rows_that_fit(run.evaluate.batch_size, moment_of, sum(held.values()), self.place.budget_bytes)
+        return count, batches_of(count), rehearsed(count)
 
     def rows(self, run: Run) -> Rows:
         """What a run's data will be like for the engine it gets."""

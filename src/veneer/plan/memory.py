@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import ceil, prod
 from typing import Any
 
-from veneer.config import Evaluate, Train, UserError
+from veneer.config import Train, UserError
 from veneer.plan.trace import BLOCK, Moment, Work
 
 QUANT_BLOCK = 64  # weights that share a constant in bitsandbytes' 4-bit formats
@@ -188,72 +188,58 @@ class Kept:
         return {"bytes": self.bytes, "blocks": counts, "16_bit_weights": self.share_16_bits}
 
 
-def phases(
-    shapes: Shapes,
-    step: Step,
-    optim: str,
-    train: Rehearsed,
-    held_out: tuple[Step, Rehearsed] | None,
-    device: str,
-    answers: Evaluate,
-    prompts: Rehearsed | None = None,
-) -> dict[str, Moment]:
-    """The fullest moment of each phase of a run, with all its components.
+def phases(shapes: Shapes, step: Step, optim: str, train: Rehearsed, device: str) -> dict[str, Moment]:
+    """The fullest moment of each phase of training, with all its components.
 
     Args:
         shapes: The base model.
         step: The micro-batch of training.
         optim: The optimizer, as `train.optim` resolves.
         train: `step` rehearsed.
-        held_out: The held-out loss, and that rehearsed; None: there is none.
         device: cuda, cpu or mps.
-        answers: How answers are generated.
-        prompts: The held-out batch through Transformers, which generates whatever the engine; None: as `held_out`.
     """
-    itemsize = step.dtype.itemsize
-    frozen = frozen_bytes(shapes, step.quantized, step.double_quant, itemsize)
-    if step.method == "full":
-        sizes = [prod(shape) for shape in shapes.weights.values()]
-        # The optimizer steps a float32 copy of weights in 16 bits.
-        copies = sum(rounded(4 * n) for n in sizes) if itemsize < 4 else 0
-        trained, states, gradients = {}, copies, sum(rounded(itemsize * n) for n in sizes)
-    else:
-        sizes = shapes.adapter(step.targets, step.r)
-        trained, states, gradients = {"adapter": adapter_bytes(sizes)}, 0, adapter_bytes(sizes)
-    states += 0 if optim.startswith("paged") else optimizer_bytes(sizes, optim)
-    base = Counter(frozen) + Counter(trained) + Counter({"libraries": LIBRARIES[device]})
-    resting = base + Counter({"optimizer": states})
-    if train.held is not None:  # adapter and gradients among it, for good
-        resting = Counter(frozen) + Counter({"libraries": LIBRARIES[device], "optimizer": states}) + Counter(train.held)
-        gradients = 0
+    held, gradients = resting(shapes, step, optim, train, device)
     quantized = [
         prod(shape) for name, shape in shapes.weights.items() if name.removesuffix(".weight") in step.quantized
     ]
-    largest = max(quantized, default=0) * itemsize
+    largest = max(quantized, default=0) * step.dtype.itemsize
     found = {
-        "load": Counter(frozen) + Counter({"weights on their way": largest}),
-        "forward": resting + Counter({"gradients": gradients if step.accumulating else 0}),
-        "optimizer": resting + Counter({"gradients": gradients}),
+        "load": Counter(_frozen(shapes, step)) + Counter({"weights on their way": largest}),
+        "forward": held + Counter({"gradients": gradients if step.accumulating else 0}),
+        "optimizer": held + Counter({"gradients": gradients}),
     }
     found["backward"] = found["forward"] + Counter(train.fullest("backward").components)
     found["forward"] += Counter(train.fullest("forward").components)
-    if held_out is not None:
-        asked, rehearsed = held_out
-        recorded = Counter({"recorded passes": train.recorded_bytes})
-        found["evaluation"] = resting + recorded + Counter(rehearsed.fullest("forward").components)
-        found["generation"] = base + Counter(_generation(shapes, asked, prompts or rehearsed, answers))
     return {name: Moment(sum(parts.values()), dict(parts)) for name, parts in found.items()}
 
 
-def _generation(shapes: Shapes, asked: Step, rehearsed: Rehearsed, answers: Evaluate) -> dict[str, int]:
-    """Of answering a batch of prompts: keys and values of all layers, and one layer's again while they grow."""
-    tokens = asked.rows * (asked.length + answers.max_new_tokens)
-    cache = shapes.key_value_bytes * tokens * asked.dtype.itemsize // 2
-    logits = asked.rows * shapes.vocabulary * (4 + 4 + asked.dtype.itemsize)
-    return {
-        "generation cache": cache + cache // shapes.depth,
-        "activations": max(rehearsed.moments["forward"].bytes, logits),
-    }
+def resting(shapes: Shapes, step: Step, optim: str, train: Rehearsed, device: str) -> tuple[Counter[str], int]:
+    """What a run holds between its passes, and the bytes of its gradients beside that; arguments as for `phases`."""
+    frozen, libraries = Counter(_frozen(shapes, step)), Counter({"libraries": LIBRARIES[device]})
+    itemsize = step.dtype.itemsize
+    if step.method == "full":
+        sizes = [prod(shape) for shape in shapes.weights.values()]
+        # The optimizer steps a float32 copy of weights in 16 bits.
+        states = sum(rounded(4 * n) for n in sizes) if itemsize < 4 else 0
+        gradients = sum(rounded(itemsize * n) for n in sizes)
+    else:
+        sizes = shapes.adapter(step.targets, step.r)
+        states, gradients = 0, adapter_bytes(sizes)
+    states += 0 if optim.startswith("paged") else optimizer_bytes(sizes, optim)
+    optimizer = Counter({"optimizer": states})
+    if train.held is not None:  # adapter and gradients among it, for good
+        return frozen + libraries + optimizer + Counter(train.held), 0
+    return loaded(shapes, step, device) + optimizer, gradients
+
+
+def loaded(shapes: Shapes, step: Step, device: str) -> Counter[str]:
+    """What a base with its adapter holds, ready to answer."""
+    adapter = 0 if step.method == "full" else adapter_bytes(shapes.adapter(step.targets, step.r))
+    return Counter(_frozen(shapes, step)) + Counter({"adapter": adapter, "libraries": LIBRARIES[device]})
+
+
+def _frozen(shapes: Shapes, step: Step) -> dict[str, int]:
+    return frozen_bytes(shapes, step.quantized, step.double_quant, step.dtype.itemsize)
 
 
 def rounded(count: float) -> int:

@@ -25,7 +25,9 @@ verdict.py           the task's score, row by row against what was judged
 agreement.py         next tokens against the judged model's, rounding aside
 certify.py           the certificate
 best.py              which base a QLoRA adapter is merged into, by what it answers
-card.py, lint.py, push.py    README.md of an adapter; what vLLM takes; upload to a hub
+card.py, lint.py     README.md of an adapter; what vLLM takes
+redact.py            what of a run's files may leave the machine
+push.py              upload to a hub
 """
 
 from typing import TYPE_CHECKING

@@ -2,11 +2,16 @@
 
 Everything in it is read from the files of the run (settings, ledger, passport, scores, certificate), so it is written
 again whenever one of them appears, and says nothing that was not measured. A card that its owner has rewritten (the
-last line is gone) is left alone.
+last line is gone) is left alone. It ships: it names files without their paths, and quotes no row.
+
+Its Python snippet gives the answer that was evaluated: the same weights in the same bits, template, system prompt and
+stop tokens. A base that was dequantized from a GGUF file is never named by the hub id of the model that the file was
+made from, since that has other weights.
 """
 
 import contextlib
 import json
+import re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -16,10 +21,12 @@ import yaml
 
 from veneer.config import Run, RunFolder, load_run
 from veneer.config.folder import write_text
-from veneer.model import Source, locate
-from veneer.model.builtin import BUILTIN
+from veneer.data.template import begin_ids
+from veneer.model import GgufOrigin, Source, compute_dtype, gguf_origin, load_tokenizer, locate
+from veneer.plan import find_machine
 from veneer.release.lint import vllm_lint
-from veneer.release.passport import local_folder, read_passport, write_passport
+from veneer.release.passport import base_name, local_folder, read_passport, write_passport
+from veneer.release.redact import failed_check, name_of, without_paths
 from veneer.train.job import TrainingJob
 
 MARK = "<!-- Written by Veneer from the files of the run; without this line it is never written again. -->"
@@ -56,25 +63,38 @@ class Facts:
     certificate: dict[str, Any] | None
     base: str
     hub_id: str | None
+    gguf: GgufOrigin | None
     licence: str | None
     lint: list[dict[str, Any]]
+    dtype: str
+    is_chat: bool
+    begin_ids: list[int]
+    stop_ids: list[int]
 
     @staticmethod
     def of(
         folder: Path, run: Run, source: Source, name: str, scores: dict[str, Any] | None, certificate: Any
     ) -> "Facts":
         """Gather them from an adapter's folder."""
+        passport = read_passport(folder) or {}
+        is_chat = (folder / "chat_template.jinja").is_file()
+        generation = passport.get("generation") or {}
         return Facts(
             name=name,
             run=run,
-            passport=read_passport(folder) or {},
-            ledger=_json(folder / "ledger.json") or {},
+            passport=passport,
+            ledger=without_paths(_json(folder / "ledger.json") or {}),
             scores=scores,
             certificate=certificate,
-            base=run.model.base,
+            base=base_name(source),
             hub_id=hub_id(source),
+            gguf=gguf_origin(run.model),
             licence=licence(source),
             lint=[check.as_dict() for check in vllm_lint(folder)],
+            dtype=passport.get("dtype") or str(compute_dtype(run.model, find_machine())).removeprefix("torch."),
+            is_chat=is_chat,
+            begin_ids=[] if is_chat else begin_ids(load_tokenizer(Source("folder", str(folder), str(folder)))),
+            stop_ids=generation.get("eos_token_id") or passport.get("stop_token_ids", []),
         )
 
 
@@ -85,11 +105,27 @@ def card(facts: Facts) -> str:
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters["share"] = lambda value: f"{value:.1%}"
-    source = resources.files("veneer.release").joinpath("card.md.jinja").read_text(encoding="utf-8")
-    body = environment.from_string(source).render(facts=facts, run=facts.run, train=facts.run.train)
+    environment.filters |= {"literal": literal, "fenced": fenced, "name_of": name_of, "failed_check": failed_check}
+    texts = resources.files("veneer.release")
+    snippet, source = (
+        texts.joinpath(name).read_text(encoding="utf-8") for name in ("snippet.py.jinja", "card.md.jinja")
+    )
+    python = environment.from_string(snippet).render(facts=facts, run=facts.run)
+    body = environment.from_string(source).render(facts=facts, run=facts.run, train=facts.run.train, snippet=python)
     head = yaml.safe_dump(metadata(facts), sort_keys=False, allow_unicode=True)
     return f"---\n{head}---\n\n{body.rstrip()}\n\n{MARK}\n"
+
+
+def literal(text: str) -> str:
+    """A text as a Python literal that no fence of Markdown ends within."""
+    return repr(text).replace("```", r"\x60\x60\x60")
+
+
+def fenced(text: str, language: str = "text") -> str:
+    """A text as a block of Markdown, between fences longer than any in it."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
 def metadata(facts: Facts) -> dict[str, Any]:
@@ -120,9 +156,7 @@ def metadata(facts: Facts) -> dict[str, Any]:
 
 
 def hub_id(source: Source) -> str | None:
-    """The base's name on the Hub, where it has one."""
-    if source.kind == "builtin":
-        return BUILTIN[source.name.lower()].hub_id
+    """The base's name on the Hub, where it is from there: that name stands for the weights that were trained on."""
     return source.location if source.kind == "hub" else None
 
 

@@ -17,6 +17,7 @@ import torch
 
 from veneer.config import UserError
 from veneer.config.folder import whole_folder, write_text
+from veneer.model import gguf_origin
 from veneer.model.shapes import find_config
 from veneer.release.card import hub_id, licence
 from veneer.release.fold import Fold
@@ -28,6 +29,7 @@ from veneer.release.merge import stop_ids
 from veneer.release.modelfile import modelfile
 from veneer.release.origin import Origin
 from veneer.release.output import require_free, require_known, require_space
+from veneer.release.passport import base_name
 from veneer.release.recipe import Recipe, resolved_base
 from veneer.release.weights import Stored, read_header, weights_of
 
@@ -147,7 +149,7 @@ def export_adapter(origin: Origin, out: Path, on_done: Progress = lambda done: N
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", alpha)
         _write_tensors(writer, planned, on_done)
-        _write_modelfile(origin, unfinished, file, hub_id(origin.source) or origin.model.base)
+        _write_modelfile(origin, unfinished, file, _base_of_lora(origin))
         size = (unfinished / file).stat().st_size
     return Exported(str(out), file, "f32", "base", len(planned), size, {"F32": len(planned)}, ())
 
@@ -197,6 +199,13 @@ def _describe(writer: Any, origin: Origin, layout: Layout, quant: str) -> None:
         writer.add_base_model_name(0, known.partition("/")[2])
         writer.add_base_model_organization(0, known.partition("/")[0])
         writer.add_base_model_repo_url(0, f"https://huggingface.co/{known}")
+    elif (file := gguf_origin(origin.model)) is not None:
+        # The file itself, not the model that it was made from: other weights.
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, Path(file.file).stem)
+        writer.add_base_model_description(0, f"{file.describe()}, dequantized; {file.caution()}".rstrip("; "))
+        if file.package is not None:
+            writer.add_base_model_url(0, "https://pypi.org/project/" + file.package.replace("==", "/"))
     writer.add_file_type(QUANTS[quant][0])
     writer.add_quantization_version(2)
     for key, value in layout.metadata().items():
@@ -262,6 +271,14 @@ def _write_modelfile(origin: Origin, folder: Path, file: str, adapter_of: str | 
     ids = stop_ids(origin, origin.base_folder)
     stops = [str(renderer.tokenizer.convert_ids_to_tokens(number)) for number in ids]
     write_text(folder / "Modelfile", modelfile(file, renderer, stops, adapter_of))
+
+
+def _base_of_lora(origin: Origin) -> str:
+    """What a Modelfile names as the base of an adapter: a hub id, or the base's own file beside it, by name alone."""
+    if (known := hub_id(origin.source)) is not None:
+        return known
+    file = gguf_origin(origin.model)
+    return f"./{file.file if file is not None else base_name(origin.source)}"
 
 
 def _title(origin: Origin) -> str:

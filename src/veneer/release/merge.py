@@ -30,6 +30,7 @@ from veneer.release.origin import Origin
 from veneer.release.output import require_free, require_known, require_space
 from veneer.release.passport import file_sha256, read_passport
 from veneer.release.recipe import Recipe, cast_pieces, resolved_base, rounded
+from veneer.release.redact import name_of
 from veneer.release.weights import SHARD_BYTES, Planned, Stored, weights_of, write_weights
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -95,7 +96,10 @@ def merge_into(
         write_weights(unfinished, [_told(tensor, on_done) for tensor in planned], {"format": "pt"}, shard_bytes)
         _write_config(origin, folder, unfinished, dtype, fold.unties)
         write_companions(origin, folder, unfinished)
-        adapter = {"adapter": origin.name, "adapter_sha256": file_sha256(origin.adapter / "adapter_model.safetensors")}
+        adapter = {
+            "adapter": name_of(origin.name),
+            "adapter_sha256": file_sha256(origin.adapter / "adapter_model.safetensors"),
+        }
         facts = adapter | {"dtype": dtype, "on": on, "choice": choice, "veneer": veneer.__version__}
         write_json(unfinished / "merge.json", facts | {"passport": read_passport(origin.adapter)})
         files = len(list(unfinished.glob("*.safetensors")))

@@ -74,7 +74,7 @@ def modelfile(file: str, renderer: Renderer, stops: Sequence[str], adapter_of: s
         file: Name of the GGUF file beside it.
         renderer: The tokenizer and the template of the training.
         stops: Texts of the tokens at which an answer ends.
-        adapter_of: The base's name, where the file is an adapter alone.
+        adapter_of: The base's name, or its file beside this one, where the file is an adapter alone.
     """
     lines = [f"FROM {adapter_of}", f"ADAPTER ./{file}"] if adapter_of else [f"FROM ./{file}"]
     lines.insert(0, "# ollama create NAME -f Modelfile")

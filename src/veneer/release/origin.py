@@ -2,7 +2,8 @@
 
 A run's folder, or one of its checkpoints, knows its base from run.yaml. A folder that holds an adapter alone (from a
 hub, or from plain PEFT) knows it from its passport, else from its adapter_config.json, and `--base` names it where
-neither does.
+neither does. A passport names a base that is a folder or a file without its path; the path stands in
+adapter_config.json, which a push takes out of it.
 """
 
 import json
@@ -107,7 +108,13 @@ def find_origin(name: str, base: str | None = None, force: bool = False, is_merg
         model = (model or Model(base=base)).model_copy(update={"base": base, "revision": None})
     if model is None:
         raise UserError(f"{name}: neither passport nor adapter_config.json names a base", "name it with --base")
-    source = locate(model)
+    try:
+        source = locate(model)
+    except UserError as error:
+        if base is not None or run is not None:
+            raise
+        told = str(error).splitlines()[0]
+        raise UserError(f"{name}: its base is not here: {told}", "name the base's folder with --base") from None
     require_match(adapter, None if is_merged else source, force)
     dtype, data = _dtype(folder, model), _data(adapter, run)
     return Origin(name, adapter, run, model, source, quantization, dtype, data, folder)
@@ -159,13 +166,22 @@ def _base(adapter: Path, run: Run | None) -> tuple[Model | None, Quantization | 
                 f"{adapter}: the settings in passport.json are not this Veneer's ({wrong})",
                 "update Veneer, or delete passport.json to go on without its checks",
             ) from None
-        return kept.model, kept.quantization
+        model = kept.model
+        if (passport.get("base") or {}).get("kind") in ("folder", "gguf") and (place := _named_base(adapter)):
+            model = model.model_copy(update={"base": place})
+        return model, kept.quantization
+    named = _named_base(adapter)
+    return (Model(base=named) if named else None), None
+
+
+def _named_base(adapter: Path) -> str | None:
+    """The base that adapter_config.json names."""
     try:
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         named = config.get("base_model_name_or_path")
     except (ValueError, AttributeError):
         raise UserError(f"{adapter}: adapter_config.json is not JSON", "fetch the adapter again") from None
-    return (Model(base=named) if named else None), None
+    return str(named) if named else None
 
 
 def _data(adapter: Path, run: Run | None) -> Data | None:

@@ -2,7 +2,8 @@
 
 An adapter is a difference; on another base it is noise that still answers fluently. The passport therefore holds
 fingerprints of what the adapter was trained with: the base's weights, the tokenizer, the chat template, the
-adapter's own file. They are compared whenever a run's adapter is loaded, merged or exported, and a difference is
+adapter's own file. It ships, so it names files and folders by their names alone, never by a path. Fingerprints are
+compared whenever a run's adapter is loaded, merged or exported, and a difference is
 refused by name.
 
 The base's fingerprint is taken from samples of every tensor, 32 stretches of 4 KiB each: reading all of a 16 GB model
@@ -19,7 +20,9 @@ from typing import Any
 
 from veneer.config import UserError
 from veneer.config.folder import write_json
-from veneer.model import Source
+from veneer.evaluate.generation import stop_ids_of
+from veneer.model import Source, compute_dtype, gguf_origin
+from veneer.release.redact import public_settings
 from veneer.release.weights import Stored, weights_of
 from veneer.train.job import TrainingJob, environment
 
@@ -42,21 +45,29 @@ class Difference:
 def write_passport(job: TrainingJob, folder: Path, training: dict[str, Any]) -> None:
     """Write passport.json into an adapter's folder; the folder holds everything else already."""
     run, ledger = job.run, job.data.ledger
-    settings = run.model_dump(mode="json")
+    settings = public_settings(run.model_dump(mode="json"))
+    origin = gguf_origin(run.model)
     passport = {
         "base": {
-            "name": run.model.base,
+            "name": base_name(job.source),
             "kind": job.source.kind,
+            "gguf": origin.as_dict() if origin is not None else None,
             "revision": revision(job.source),
             "architecture": type(job.model.get_base_model()).__name__,
             "weights_sampled_sha256": fingerprint(job.source),
         },
         "quantization": run.quantization.model_dump() if run.quantization else None,
+        "dtype": str(compute_dtype(run.model, job.machine)).removeprefix("torch."),
         "tokenizer_sha256": file_sha256(folder / "tokenizer.json"),
         "chat_template_sha256": _template_sha256(folder),
         "adapter_sha256": file_sha256(folder / "adapter_model.safetensors"),
         "adapter_config_sha256": _config_sha256(folder),
         "stop_token_ids": sorted(job.renderer.stop_ids),
+        "generation": {
+            "do_sample": False,
+            "max_new_tokens": run.evaluate.max_new_tokens,
+            "eos_token_id": stop_ids_of(job.model, job.renderer),
+        },
         "data": {"rows": ledger.rows, "tokens": ledger.tokens, "sha256": ledger.sha256},
         "run_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
         "training": training,
@@ -159,6 +170,13 @@ def _sample(stored: Stored, digest: Any) -> None:
         for at in range(0, stored.size, step):
             file.seek(stored.start + at)
             digest.update(file.read(min(SAMPLE_BYTES, stored.size - at)))
+
+
+def base_name(source: Source) -> str:
+    """What a base is called in files that ship: a built-in name, a hub id, or the name of its folder or file alone."""
+    if source.kind in ("builtin", "hub"):
+        return source.name
+    return Path(source.name).expanduser().absolute().name
 
 
 def local_folder(source: Source) -> Path | None:

@@ -10,7 +10,7 @@ def certificate_page(certificate: dict[str, Any]) -> str:
     """The page as HTML.
 
     Args:
-        certificate: As `certificate.json` has it.
+        certificate: As `certificate.json` has it, or without the texts of its rows, as `veneer push` sends it.
     """
     from jinja2 import Environment
 
@@ -18,8 +18,9 @@ def certificate_page(certificate: dict[str, Any]) -> str:
     environment.filters["number"] = number
     environment.globals["readable"] = readable
     source = resources.files("veneer.report").joinpath("certificate_page.html.jinja").read_text(encoding="utf-8")
-    rows = sorted(certificate["prompts"], key=lambda row: ORDER.index(row["turn"]))
-    same = sum(row["adapter"] == row["artifact"] for row in rows)
+    rows = sorted(certificate["prompts"], key=lambda row: ORDER.index(row.get("turn")))
+    same = sum(same_answer(row) for row in rows)
+    environment.tests["same_answer"] = same_answer
     return environment.from_string(source).render(c=certificate, rows=rows, same=same)
 
 
@@ -29,6 +30,11 @@ def readable(check: dict[str, Any], key: str) -> str:
     if isinstance(value, float) and check["unit"] == "share":
         return f"{value:.1%}" if key == "value" else f"at least {value:.0%}"
     return number(value)
+
+
+def same_answer(row: dict[str, Any]) -> bool:
+    """Whether adapter and artifact answer in the same words; rows without their texts say so themselves."""
+    return bool(row["same_answer"] if "same_answer" in row else row["adapter"] == row["artifact"])
 
 
 def number(value: Any) -> str:

@@ -8,10 +8,11 @@ from typing import Any
 
 from veneer.config import Run, UserError
 from veneer.data import Prepared, Renderer, prepare
+from veneer.data.prepare import Part
 from veneer.engine import ReferenceEngine
 from veneer.engine.subject import subject_of
 from veneer.engine.survey import Lengths
-from veneer.model import load_tokenizer, locate
+from veneer.model import gguf_origin, load_tokenizer, locate
 from veneer.model.shapes import is_at_hand
 from veneer.plan.advice import Advice, DataFacts, Situation, TokenizerFacts, advise
 from veneer.plan.forecast import Forecast, Place, Planner
@@ -36,8 +37,9 @@ class Foreseen:
 
     @property
     def is_hopeless(self) -> bool:
-        """Whether it cannot fit even if the prediction is too high."""
-        return CERTAIN * self.forecast.peak_bytes > self.forecast.place.budget_bytes
+        """Whether training cannot fit even if the prediction is too high; answers come later, and may elsewhere."""
+        peak = self.forecast.phases[self.forecast.training_phase].bytes
+        return CERTAIN * peak > self.forecast.place.budget_bytes
 
     def as_dict(self) -> dict[str, Any]:
         return self.forecast.as_dict() | {"advice": [advice.as_dict() for advice in self.advice]}
@@ -52,11 +54,11 @@ class Read:
 
     def lengths(self) -> tuple[Lengths, Lengths]:
         """Of the training and of the held-out rows."""
-        train, held_out = (
-            Lengths(part.lengths, part.corpus.trained[part.examples])
-            for part in (self.prepared.train, self.prepared.validation)
-        )
+        train, held_out = (Lengths(part.lengths, part.corpus.trained[part.examples]) for part in self._parts())
         return train, held_out
+
+    def _parts(self) -> tuple[Part, Part]:
+        return self.prepared.train, self.prepared.validation
 
     def facts(self) -> tuple[DataFacts, TokenizerFacts]:
         """What the rules of advice ask."""
@@ -65,6 +67,7 @@ class Read:
             rows=ledger["rows"]["training"],
             held_out=ledger["rows"]["validation"],
             p95=ledger["lengths"]["percentiles"]["p95"],
+            longest=int(max(part.lengths.max() for part in self._parts() if len(part))),
             end_of_turn=ledger["tokens"]["end_of_turn"],
             raw="text" in ledger["format"].split(", "),
         )
@@ -72,7 +75,6 @@ class Read:
         return data, TokenizerFacts(
             has_template=own is not None,
             uses_own=own is not None and self.renderer.template == own,
-            pad_is_end=tokenizer.pad_token_id == tokenizer.eos_token_id,
         )
 
 
@@ -91,6 +93,7 @@ def foresee(run: Run, place: Place, data: Read | str) -> Foreseen:
     planner = Planner(subject, place)
     forecast = planner.forecast(run)
     facts = data.facts() if isinstance(data, Read) else (None, None)
+    origin = gguf_origin(run.model)
     situation = Situation(
         run=run,
         shapes=subject.shapes,
@@ -100,6 +103,7 @@ def foresee(run: Run, place: Place, data: Read | str) -> Foreseen:
         tokenizer=facts[1],
         method="qlora" if run.quantization else "lora",
         isolates_documents=ReferenceEngine.isolates_documents,
+        file_type=origin.type if origin is not None and origin.is_quantized else None,
     )
     return Foreseen(run, planner, forecast, advise(situation))
 

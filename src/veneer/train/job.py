@@ -6,7 +6,7 @@ folder begun. The adapter appears whole at the end.
 
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +19,7 @@ import veneer
 from veneer.config import Run, RunFolder, UserError, load_run
 from veneer.config.folder import whole_folder, write_json, write_text
 from veneer.config.load import to_yaml
-from veneer.data import Batch, Batches
+from veneer.data import Batches
 from veneer.data.prepare import Part
 from veneer.engine import ReferenceEngine
 from veneer.engine.choose import choose, spend_memory
@@ -27,6 +27,7 @@ from veneer.model import compute_dtype, count_parameters, save_adapter
 from veneer.plan.machine import peak_bytes, resolve_optim
 from veneer.plan.memory import run_disk_bytes
 from veneer.train import checkpoint
+from veneer.train.held_out import HeldOutBatches
 from veneer.train.loop import Loop
 from veneer.train.metrics import Listener, MetricsFile, read_metrics
 from veneer.train.parts import load_parts
@@ -102,7 +103,8 @@ class TrainingJob:
             train.seed,
             run.data.max_length if run.data.packing else None,
         )
-        held_out = HeldOutBatches(self.data.validation, run.evaluate.batch_size)
+        at_a_time = self.foreseen.forecast.rows_at_a_time
+        held_out = HeldOutBatches(self.data.validation, at_a_time.get("evaluation", run.evaluate.batch_size))
         varies = vary(self.data.train, batches.sizes, train.per_device_train_batch_size)
         self.spent = spend_memory(
             self.engine, train, batches.sizes.tolist(), varies, held_out[0].lengths if len(held_out) else (),
@@ -149,7 +151,7 @@ class TrainingJob:
         speed = self._loop.run((MetricsFile(self.folder.metrics), *listeners))
         loss = [line["loss"] for line in read_metrics(self.folder.metrics) if line["kind"] == "train"][-1]
         with whole_folder(self.folder.adapter) as unfinished:
-            save_adapter(self.model, self.tokenizer, self.renderer.template, self.run.model.base, unfinished)
+            save_adapter(self.model, self.tokenizer, self.renderer.template, self.source, unfinished)
             write_json(unfinished / "ledger.json", self.data.ledger.as_dict())
             dress(unfinished, self.steps, loss)
         self.model.eval()
@@ -184,7 +186,9 @@ class TrainingJob:
             self.folder.require_free()
 
     def _begin_folder(self) -> None:
-        write_json(self.folder.environment, environment() | {"machine": self.machine.as_dict()})
+        write_json(
+            self.folder.environment, environment() | {"kernel": platform.release(), "machine": self.machine.as_dict()}
+        )
         write_json(self.folder.plan, self.plan())
         write_json(self.folder.ledger, self.data.ledger.as_dict())
         if self.data.ledger.personal:
@@ -226,28 +230,6 @@ class TrainingJob:
         return run_disk_bytes(self.parameters["trainable"], self.steps, self.run.train)
 
 
-class HeldOutBatches(Sequence[Batch]):
-    """Held-out examples in batches of like length, made as they are asked for.
-
-    Args:
-        part: The examples.
-        size: Rows of a batch.
-    """
-
-    def __init__(self, part: Part, size: int) -> None:
-        self._part = part
-        self._size = size
-        self._order = np.argsort(-part.lengths, kind="stable")
-
-    def __len__(self) -> int:
-        return -(-len(self._order) // self._size)
-
-    def __getitem__(self, at: Any) -> Any:
-        if not 0 <= at < len(self):
-            raise IndexError(at)
-        return Batch.of([self._part[int(n)] for n in self._order[at * self._size : (at + 1) * self._size]])
-
-
 def vary(part: Part, sizes: Any, rows: int) -> bool:
     """Whether micro-batches differ in shape: in documents' lengths, in trained tokens, or in how many rows they hold.
 
@@ -261,10 +243,14 @@ def vary(part: Part, sizes: Any, rows: int) -> bool:
 
 
 def environment() -> dict[str, Any]:
-    """What the run ran on."""
+    """What a run ran on, for files that ship: no kernel's release, which can carry a host's name."""
     versions = {name: metadata.version(name) for name in LIBRARIES}
     versions["veneer"] = veneer.__version__
-    return {"python": platform.python_version(), "platform": platform.platform(), "libraries": versions}
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "libraries": versions,
+    }
 
 
 def _differences(then: Run, now: Run) -> list[str]:

@@ -14,6 +14,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,11 +23,12 @@ from typing import Any
 import torch
 
 from veneer.config import Interrupted, JobError, Train
-from veneer.data import Batch, Batches
+from veneer.data import Batches
 from veneer.engine import Engine
 from veneer.model.adapters import is_lora_b
 from veneer.plan.machine import peak_bytes
 from veneer.train import checkpoint
+from veneer.train.held_out import HeldOutBatches
 from veneer.train.metrics import Listener
 from veneer.train.optimizer import build_optimizer, parameters_to_update
 from veneer.train.schedule import learning_rate
@@ -39,7 +41,7 @@ class Loop:
         model: The PEFT model whose adapter is trained.
         engine: Computes its losses and gradients.
         batches: The training data.
-        held_out: Batches for the held-out loss; may be empty.
+        held_out: For the held-out loss; may be empty.
         train: The settings.
         checkpoints: Folder of the run's checkpoints.
         data_hash: Fingerprint of the training data, kept in checkpoints.
@@ -52,7 +54,7 @@ class Loop:
         model: Any,
         engine: Engine,
         batches: Batches,
-        held_out: Sequence[Batch],
+        held_out: HeldOutBatches,
         train: Train,
         checkpoints: Path,
         data_hash: str,
@@ -161,11 +163,7 @@ class Loop:
         }
 
     def _evaluate(self) -> dict[str, Any]:
-        try:
-            total = sum(torch.stack([self._engine.losses(batch).sum() for batch in self._held_out]).tolist())
-        except torch.OutOfMemoryError:
-            raise JobError("out of memory in the held-out loss\n  fix: lower evaluate.batch_size") from None
-        loss = total / sum(batch.weight for batch in self._held_out)
+        loss = self._held_out_total() / sum(batch.weight for batch in self._held_out)
         if not math.isfinite(loss):
             raise JobError(f"the held-out loss after step {self.done} is {loss}\n  fix: lower train.learning_rate")
         perplexity = math.exp(loss) if loss < 700 else None
@@ -176,6 +174,27 @@ class Loop:
             "perplexity": perplexity,
             "trained_tokens": sum(batch.trained for batch in self._held_out),
         }
+
+    def _held_out_total(self) -> float:
+        """The summed held-out loss; where memory runs out, with half as many rows at a time from there on."""
+        before = self._held_out.size
+        while True:
+            try:
+                total = sum(torch.stack([self._engine.losses(batch).sum() for batch in self._held_out]).tolist())
+                break
+            except torch.OutOfMemoryError:
+                if self._held_out.size == 1:
+                    raise JobError("out of memory with one held-out row\n  fix: lower data.max_length") from None
+            self._held_out = self._held_out.halved()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        if (now := self._held_out.size) < before:
+            warnings.warn(
+                f"out of memory in the held-out loss with {before} rows at a time: going on with {now}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return float(total)
 
     def _require_finite(self, number: int, loss: float, norm: float) -> None:
         if not math.isfinite(loss):

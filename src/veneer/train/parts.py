@@ -52,12 +52,13 @@ def load_parts(run: Run, force: bool = False) -> Parts:
     data = prepare(run.data, renderer, run.train.seed)
     _require_objective(data)
     foreseen = foresee(run, place_here(machine), Read(data, renderer))
+    _require_positions(foreseen.planner.subject.shapes.positions, data)
     if not force:
         _require_memory(foreseen)
     base = load_model(source, run.model, run.quantization, machine)
-    _require_positions(base.config, data)
     _require_embeddings(base, tokenizer, data)
     model = attach(base, run.adapter, run.train.seed, run.train.gradient_checkpointing is not False)
+    model.peft_config["default"].base_model_name_or_path = source.reference  # of checkpoints, too
     return Parts(machine, source, tokenizer, renderer, data, foreseen, model)
 
 
@@ -65,9 +66,11 @@ def _require_memory(foreseen: Foreseen) -> None:
     """Raises UserError for a run that cannot fit, before an hour is spent on loading it."""
     if foreseen.is_hopeless:
         forecast, place = foreseen.forecast, foreseen.forecast.place
+        phase = forecast.training_phase
+        peak = forecast.phases[phase].bytes
         raise UserError(
-            f"the run does not fit: at its peak ({forecast.peak_phase}) it would hold "
-            f"{forecast.peak_bytes / 2**30:.1f} GiB, {place.budget_bytes / 2**30:.1f} GiB are there, on {place.name}",
+            f"the run does not fit: at its peak ({phase}) it would hold {peak / 2**30:.1f} GiB, "
+            f"{place.budget_bytes / 2**30:.1f} GiB are there, on {place.name}",
             "`veneer plan` says what to change; --force tries it all the same",
         )
 
@@ -86,9 +89,8 @@ def _require_objective(data: Prepared) -> None:
             )
 
 
-def _require_positions(config: Any, data: Prepared) -> None:
+def _require_positions(positions: int | None, data: Prepared) -> None:
     """Raises UserError for rows longer than the model has positions; it would fail, or be silently wrong, there."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     longest = int(max(part.lengths.max() for part in (data.train, data.validation) if len(part)))
     if positions is not None and longest > positions:
         raise UserError(

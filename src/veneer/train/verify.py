@@ -300,7 +300,7 @@ def _reload(run: Run, parts: Parts, rows: list[Example]) -> Check:
     reference = ReferenceEngine(model)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "adapter"
-        save_adapter(model, parts.tokenizer, parts.renderer.template, run.model.base, folder)
+        save_adapter(model, parts.tokenizer, parts.renderer.template, parts.source, folder)
         live = _losses(reference, rows)
         with quiet():
             model.load_adapter(str(folder), adapter_name="reloaded")
