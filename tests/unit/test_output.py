@@ -3,6 +3,7 @@
 import io
 import logging
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,13 @@ def test_libraries_are_silent(
         assert err == "", arguments[0]
         assert "\x1b" not in out
         assert out.strip()
+
+
+def test_a_warning_is_a_sentence_without_code(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back afterwards
+    assert call("--version")[0] == 0
+    told = warnings.formatwarning(RuntimeWarning("fewer rows at a time"), RuntimeWarning, "memory.py", 7)
+    assert told == "warning: fewer rows at a time\n"
 
 
 @pytest.mark.parametrize("name", ["transformers.modeling_utils", "bitsandbytes.backends.cpu.ops"])

@@ -40,6 +40,14 @@ def require_answering(name: str, base: str | None = None) -> None:
     require_base(Model(base=name))
 
 
+def require_merged(name: str, adapter: str) -> None:
+    """Raises UserError where there is no such folder, or no adapter of that name; its base may be gone."""
+    found = find_adapter(adapter)
+    require_adapter(found.path if found is not None else Path(adapter).expanduser(), adapter)
+    if not Path(name).expanduser().is_dir():
+        raise UserError(f"{name}: no such folder", "name the folder that `veneer merge` wrote")
+
+
 def require_tuned(name: str, base: str | None = None) -> None:
     """Raises UserError where there is no adapter of that name, or the base that it is to be put on is none."""
     found = find_adapter(name)

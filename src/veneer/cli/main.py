@@ -7,6 +7,7 @@ with --debug, which may stand anywhere on the line.
 import errno
 import os
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -57,7 +58,15 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # Large buffers of the CPU in large pages: mapping them anew for each costs little then.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    warnings.formatwarning = _format_warning
     sys.exit(_run([argument for argument in given if argument != "--debug"], debug))
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning as a person reads it: without the line of code that gave it."""
+    return f"warning: {message}\n"
 
 
 def _run(arguments: list[str], debug: bool) -> int:

@@ -71,7 +71,7 @@ def unmerge(
     """
     from veneer.cli import checks
 
-    checks.require_tuned(adapter, str(merged))
+    checks.require_merged(str(merged), adapter)
     checks.require_new_folder(out)
     from veneer import api
     from veneer.cli import show, show_release
