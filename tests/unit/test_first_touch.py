@@ -159,6 +159,7 @@ def test_init_takes_the_built_in_model_and_overwrites_nothing_unasked(call: Call
     assert "rows.jsonl: prompt-completion (the fields `prompt`, `completion`)" in out
     assert "plan a.yaml" in out
     assert load_run(here / "a.yaml").model.base == BUILTIN_NAMES[0]
+    assert load_run(here / "a.yaml").quantization is None  # it is a quantized file already
     (here / "a.yaml").write_text("mine")
     status, _, err = call("init", "rows.jsonl", "--out", "a.yaml")
     assert status == 2

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from tests.runs import write_rows
-from veneer.cli import show
+from veneer.cli import show, show_plan
 from veneer.cli.progress import LiveProgress, Status, answer_progress, byte_progress, clock
 
 Call = Callable[..., tuple[int, str, str]]
@@ -123,6 +123,21 @@ def test_long_sentences_are_wrapped_on_a_terminal_alone() -> None:
     out, file = console(80, is_terminal=False)
     show.say(out, sentence, 4)
     assert len(file.getvalue().splitlines()) == 1
+
+
+def test_methods_stand_side_by_side_in_80_columns_with_whole_names() -> None:
+    sizes = ("16GiB", "24GiB", "48GiB", "80GiB")
+    found = {
+        "peak_bytes": 2**30,
+        "fits": dict.fromkeys(sizes, True),
+        "largest": dict.fromkeys(sizes, "meta-llama/Llama-3.1-70B"),
+    }
+    compared = {"base": "x", "max_length": 2048, "r": 16, "methods": dict.fromkeys(("full", "lora", "qlora"), found)}
+    for is_terminal in (True, False):
+        out, file = console(80, is_terminal)
+        show_plan.show_comparison(out, compared)
+        assert file.getvalue().count("Llama-3.1-70B") == 12
+        assert max(map(len, lines(file.getvalue()))) <= 80
 
 
 def test_times_are_clocks() -> None:

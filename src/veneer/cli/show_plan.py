@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -97,15 +98,18 @@ def show_advice(out: Console, advice: list[dict[str, str]]) -> None:
 def show_comparison(out: Console, compared: dict[str, Any]) -> None:
     """Methods against sizes of GPU."""
     title = f"{compared['base']} at {compared['max_length']:,} tokens, rank {compared['r']}, one row at a time"
-    table = Table(title=escape(title), title_justify="left", caption="base: the largest of a family that fits")
+    table = Table(
+        title=escape(title), title_justify="left", caption="below: the largest base of a family that fits",
+        box=SIMPLE_HEAD, padding=(0, 1, 0, 0),
+    )  # fmt: skip
     table.add_column("method")
     table.add_column("needs", justify="right")
     sizes = list(next(iter(compared["methods"].values()))["fits"])
     for name in sizes:
-        table.add_column(name)
+        table.add_column(name, no_wrap=True)
     for method, found in compared["methods"].items():
         cells = [
-            f"{'[green]fits[/green]' if found['fits'][name] else '[red]no[/red]'}, {short(found['largest'][name])}"
+            f"{'[green]fits[/green]' if found['fits'][name] else '[red]no[/red]'}\n{short(found['largest'][name])}"
             for name in sizes
         ]
         table.add_row(METHODS[method], size(found["peak_bytes"]), *cells)

@@ -68,7 +68,7 @@ def starter_page(named: str, model: str | None, file: str) -> tuple[str, dict[st
         file=file,
         base=scalar(model or BUILTIN_NAMES[0]),
         about_base="" if model else "  # small, to try things with; name a hub id, a folder or a .gguf file",
-        quantize="# " if _is_gguf(model) else "",
+        quantize="# " if _is_quantized(model or BUILTIN_NAMES[0]) else "",
         train=scalar(named),
         recognised=", ".join(formats) + ": recognised by " + next(iter(found.values()))[1],
         data_lines="".join(f"  {line}\n" for line in lines),
@@ -103,8 +103,9 @@ def _template_lines(model: str | None, formats: list[str]) -> list[str]:
     return [] if has_own else ["chat_template: chatml  # the base has no template of its own"]
 
 
-def _is_gguf(model: str | None) -> bool:
-    return model is not None and model.lower().endswith(".gguf")
+def _is_quantized(model: str) -> bool:
+    """Whether a base comes from a GGUF file, which is quantized already as a rule; to do it again errs twice."""
+    return model.lower().endswith(".gguf") or model.lower() in BUILTIN_NAMES
 
 
 def _count(named: str) -> int | None:
