@@ -10,6 +10,7 @@ merge.py             base and adapter as one model on disk; and the inverse
 gguf_families.py     names, numbers and layouts of a model in llama.cpp
 gguf_tokenizer.py    a tokenizer in the words of GGUF
 gguf_types.py        the type of each tensor, and its bytes in it
+importance.py        which input columns the run's own rows drive hard, for types of few bits
 export.py            base and adapter as one GGUF file, or the adapter alone
 modelfile.py         template and stop tokens for Ollama
 prompts.py           what a certificate asks
@@ -33,8 +34,10 @@ push.py              upload to a hub
 from veneer.release.artifact import find_artifact
 from veneer.release.best import choose_base
 from veneer.release.card import renew_card, write_card
-from veneer.release.certify import Certificate, certify_artifact, write_certificate
+from veneer.release.certify import Certificate, certify_artifact, judged_model, write_certificate
 from veneer.release.export import Exported, export_to
+from veneer.release.gguf_types import takes_importance
+from veneer.release.importance import IMPORTANCE_ROWS, Importance, measure_importance
 from veneer.release.judged import judged_by, recorded_answers
 from veneer.release.merge import Merged, merge_into, require_model, unmerge_from
 from veneer.release.origin import Origin, find_origin
@@ -42,8 +45,10 @@ from veneer.release.passport import require_match
 from veneer.release.prompts import Prompt, prompts_of, very_long
 
 __all__ = [
+    "IMPORTANCE_ROWS",
     "Certificate",
     "Exported",
+    "Importance",
     "Merged",
     "Origin",
     "Prompt",
@@ -53,12 +58,15 @@ __all__ = [
     "find_artifact",
     "find_origin",
     "judged_by",
+    "judged_model",
+    "measure_importance",
     "merge_into",
     "prompts_of",
     "recorded_answers",
     "renew_card",
     "require_match",
     "require_model",
+    "takes_importance",
     "unmerge_from",
     "very_long",
     "write_card",
