@@ -31,8 +31,10 @@ from veneer.plan.fit import Fitted, fit
 from veneer.plan.forecast import Padded, place_here, place_of
 from veneer.plan.time import Ceilings, keep_ceilings
 from veneer.release import (
+    IMPORTANCE_ROWS,
     Certificate,
     Exported,
+    Importance,
     Merged,
     Origin,
     Prompt,
@@ -42,11 +44,14 @@ from veneer.release import (
     find_artifact,
     find_origin,
     judged_by,
+    judged_model,
+    measure_importance,
     merge_into,
     prompts_of,
     recorded_answers,
     renew_card,
     require_model,
+    takes_importance,
     unmerge_from,
     very_long,
     write_card,
@@ -502,6 +507,7 @@ def export(
     base: str | None = None,
     force: bool = False,
     on_done: Callable[[int], None] = lambda done: None,
+    imatrix: bool = True,
 ) -> Exported:
     """Write a GGUF file with its Modelfile: see `veneer.release.export`.
 
@@ -515,13 +521,29 @@ def export(
         base: Another base than the adapter names.
         force: Go on although the adapter does not belong to the base.
         on_done: Called with the number of bytes just written.
+        imatrix: For types of 2 to 6 bits: measure on the run's own training rows which weights matter.
 
     Raises:
         UserError: The architecture, the tokenizer or the type cannot be exported, or as `merge`; nothing was written.
     """
     origin = find_origin(run, base, force)
     on, choice = _chosen(origin, on)
-    return export_to(origin, Path(out), file_format, quant, on, adapter_only, on_done, choice)
+    use = imatrix and not adapter_only and takes_importance(quant)
+    importance = _importance(origin) if use else None
+    return export_to(origin, Path(out), file_format, quant, on, adapter_only, on_done, choice, importance)
+
+
+def _importance(origin: Origin) -> Importance | None:
+    """The importance matrix of a run's own training rows; None where there is no run, or its data is gone."""
+    if origin.run is None:
+        return None
+    try:
+        rows = prepare(origin.run.data, origin.renderer(), origin.run.train.seed).train
+    except UserError as error:
+        warnings.warn(f"no importance matrix: {str(error).splitlines()[0]}", RuntimeWarning, stacklevel=3)
+        return None
+    count = min(IMPORTANCE_ROWS, len(rows))
+    return measure_importance(judged_model(origin), [rows[n * len(rows) // count] for n in range(count)])
 
 
 def certify(

@@ -57,7 +57,7 @@ def test_a_merged_model_is_certified_and_the_proof_lies_beside_it(
     assert "strength of the adapter" in page
     assert "0 from wrong to right, 0 from right to wrong" in page
     card = (run / "adapter" / "README.md").read_text()
-    assert "| greedy agreement | 1 |" in card
+    assert "| greedy agreement | 100.0% |" in card
 
 
 def damage_template(folder: Path) -> None:

@@ -7,21 +7,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType, GGUFReader, quants
 from safetensors.torch import load_file, save_file
 
 from tests.adapters import save_adapter_of
 from tests.tiny import FAMILIES, save_tiny_model
 from tests.vocabularies import family_vocabulary
 from veneer.config import Quantization, UserError
-from veneer.data import Message
+from veneer.data import Example, Message
 from veneer.model.quiet import quiet
-from veneer.release import find_origin, servers
+from veneer.release import find_origin, judged_model, measure_importance, servers
 from veneer.release.compare_weights import compare_weights
 from veneer.release.export import export_adapter, export_model
 from veneer.release.gguf_families import llama3_factors
-from veneer.release.gguf_types import QUANTS, Mix
+from veneer.release.gguf_types import QUANTS, Mix, encoded
 from veneer.release.modelfile import TRIALS, chain_of, unlike
 from veneer.release.origin import Origin
 from veneer.release.prompts import prompts_of
@@ -238,11 +240,44 @@ def test_the_modelfile_renders_what_the_template_renders(family: str, tmp_path: 
 def test_a_qlora_model_that_is_quantized_twice_is_warned_of(tmp_path: Path) -> None:
     origin = replace(family_origin("qwen2", tmp_path), quantization=Quantization(), dtype=torch.float32)
     twice = export_model(origin, tmp_path / "a", "q4_k_m", "nf4")
-    assert "quantized twice, to nf4 and then to q4_k_m" in twice.warnings[0]
-    assert "better: --on base" in twice.warnings[0]
-    once = export_model(origin, tmp_path / "b", "q4_k_m")
-    assert "better: --quant q8_0" in once.warnings[0]
+    assert "quantized twice, to nf4 in training and to q4_k_m here" in twice.warnings[0]
+    assert "--imatrix" in twice.warnings[0]
+    assert export_model(origin, tmp_path / "d", "q4_k_m").on == "nf4", "what was trained on is the default"
+    once = export_model(origin, tmp_path / "b", "q4_k_m", "base")
+    assert "will run on q4_k_m ones" in once.warnings[0]
     assert export_model(origin, tmp_path / "c", "q8_0").warnings == ()
+
+
+def test_an_importance_matrix_is_the_mean_square_of_what_meets_each_column(tmp_path: Path) -> None:
+    origin = family_origin("qwen2", tmp_path)
+    model = judged_model(origin)
+    ids = [3, 9, 27, 81, 40]
+    found = measure_importance(model, [Example(ids, ((1, 5, 1.0),), "row")] * 2)
+    seen: list[torch.Tensor] = []
+    norm = model.get_base_model().model.layers[1].input_layernorm
+    handle = norm.register_forward_hook(lambda module, inputs, output: seen.append(output[0].float()))
+    model(input_ids=torch.tensor([ids]))
+    handle.remove()
+    expected = seen[0].square().mean(0)
+    torch.testing.assert_close(found["model.layers.1.self_attn.q_proj.weight"], expected, rtol=1e-4, atol=1e-6)
+    assert found.keys() >= {f"model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
+    report = export_model(origin, tmp_path / "out", "q4_k_m", importance=found)
+    with_it = GGUFReader(tmp_path / "out" / report.file)
+    assert with_it.fields["veneer.importance"].contents() is True
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q2_K"])
+def test_columns_that_matter_are_nearer_with_an_importance_matrix(kind: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(64, 512, generator=generator)
+    importance = torch.rand(512, generator=generator) ** 6 * 100
+
+    def error(given: torch.Tensor | None) -> float:
+        data = np.concatenate(list(encoded(weight, kind, importance=given))).reshape(64, -1)
+        there = torch.from_numpy(quants.dequantize(data, GGMLQuantizationType[kind]))
+        return float(((there - weight).square() * importance).sum())
+
+    assert error(importance) < 0.9 * error(None)
 
 
 def test_what_cannot_be_exported_is_told_and_nothing_is_written(

@@ -17,6 +17,9 @@ def export(
     ] = "q8_0",
     on: OnOption = "trained",
     adapter_only: Annotated[bool, typer.Option("--adapter-only", help="Write the adapter alone, a GGUF LoRA.")] = False,
+    imatrix: Annotated[
+        bool, typer.Option(help="For 2 to 6 bits: measure on the run's own training rows which weights matter.")
+    ] = True,
     base: BaseOption = None,
     force: ForceOption = False,
     certify: Annotated[bool, typer.Option(help="Prove in llama.cpp that it is as good as what was judged.")] = True,
@@ -42,7 +45,7 @@ def export(
     if certify and not adapter_only:
         require_llama_cpp()
     with show_release.byte_progress(console, "exporting") as on_done:
-        report = api.export(run, out, file_format, quant, on, adapter_only, base, force, on_done)
+        report = api.export(run, out, file_format, quant, on, adapter_only, base, force, on_done, imatrix)
     types = ", ".join(f"{count} {kind}" for kind, count in report.types.items())
     console.print(f"[bold]written[/bold]  {escape(str(out / report.file))}: {report.bytes / 1e9:.2f} GB ({types})")
     console.print(f"[bold]written[/bold]  {escape(str(out / 'Modelfile'))}: for `ollama create`")

@@ -10,6 +10,7 @@ merge.py             base and adapter as one model on disk; and the inverse
 gguf_families.py     names, numbers and layouts of a model in llama.cpp
 gguf_tokenizer.py    a tokenizer in the words of GGUF
 gguf_types.py        the type of each tensor, and its bytes in it
+importance.py        which input columns the run's own rows drive hard, for types of few bits
 export.py            base and adapter as one GGUF file, or the adapter alone
 modelfile.py         template and stop tokens for Ollama
 prompts.py           what a certificate asks
@@ -38,8 +39,10 @@ if TYPE_CHECKING:
     from veneer.release.artifact import find_artifact
     from veneer.release.best import choose_base
     from veneer.release.card import renew_card, write_card
-    from veneer.release.certify import Certificate, certify_artifact, write_certificate
+    from veneer.release.certify import Certificate, certify_artifact, judged_model, write_certificate
     from veneer.release.export import Exported, export_to
+    from veneer.release.gguf_types import takes_importance
+    from veneer.release.importance import IMPORTANCE_ROWS, Importance, measure_importance
     from veneer.release.judged import judged_by, recorded_answers
     from veneer.release.merge import Merged, merge_into, require_model, unmerge_from
     from veneer.release.origin import Origin, find_origin
@@ -47,8 +50,10 @@ if TYPE_CHECKING:
     from veneer.release.prompts import Prompt, prompts_of, very_long
 
 __all__ = [
+    "IMPORTANCE_ROWS",
     "Certificate",
     "Exported",
+    "Importance",
     "Merged",
     "Origin",
     "Prompt",
@@ -58,12 +63,15 @@ __all__ = [
     "find_artifact",
     "find_origin",
     "judged_by",
+    "judged_model",
+    "measure_importance",
     "merge_into",
     "prompts_of",
     "recorded_answers",
     "renew_card",
     "require_match",
     "require_model",
+    "takes_importance",
     "unmerge_from",
     "very_long",
     "write_card",
@@ -75,6 +83,8 @@ import_on_use(
     {
         "Certificate": "veneer.release.certify",
         "Exported": "veneer.release.export",
+        "IMPORTANCE_ROWS": "veneer.release.importance",
+        "Importance": "veneer.release.importance",
         "Merged": "veneer.release.merge",
         "Origin": "veneer.release.origin",
         "Prompt": "veneer.release.prompts",
@@ -84,12 +94,15 @@ import_on_use(
         "find_artifact": "veneer.release.artifact",
         "find_origin": "veneer.release.origin",
         "judged_by": "veneer.release.judged",
+        "judged_model": "veneer.release.certify",
+        "measure_importance": "veneer.release.importance",
         "merge_into": "veneer.release.merge",
         "prompts_of": "veneer.release.prompts",
         "recorded_answers": "veneer.release.judged",
         "renew_card": "veneer.release.card",
         "require_match": "veneer.release.passport",
         "require_model": "veneer.release.merge",
+        "takes_importance": "veneer.release.gguf_types",
         "unmerge_from": "veneer.release.merge",
         "very_long": "veneer.release.prompts",
         "write_card": "veneer.release.card",

@@ -105,7 +105,13 @@ def card(facts: Facts) -> str:
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters |= {"literal": literal, "fenced": fenced, "name_of": name_of, "failed_check": failed_check}
+    environment.filters |= {
+        "shown": _shown,
+        "literal": literal,
+        "fenced": fenced,
+        "name_of": name_of,
+        "failed_check": failed_check,
+    }
     texts = resources.files("veneer.release")
     snippet, source = (
         texts.joinpath(name).read_text(encoding="utf-8") for name in ("snippet.py.jinja", "card.md.jinja")
@@ -180,3 +186,10 @@ def _json(path: Path) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
+
+
+def _shown(value: float | str | None, unit: str = "") -> str:
+    """The value or the limit of a check: shares in percent, other numbers short, words as they are."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    return f"{value:.1%}" if unit == "share" else f"{value:.4g}"

@@ -24,6 +24,7 @@ from veneer.release.fold import Fold
 from veneer.release.gguf_families import COMPUTED, Layout
 from veneer.release.gguf_tokenizer import vocabulary
 from veneer.release.gguf_types import QUANTS, Mix, encoded, require_quant, size_of
+from veneer.release.importance import Importance
 from veneer.release.lint import vllm_lint
 from veneer.release.merge import stop_ids
 from veneer.release.modelfile import modelfile
@@ -63,10 +64,16 @@ class _Tensor:
     shape: tuple[int, ...]
     kind: str
     make: Callable[[], torch.Tensor]
+    importance: torch.Tensor | None = None
 
 
 def export_model(
-    origin: Origin, out: Path, quant: str = "q8_0", on: str = "trained", on_done: Progress = lambda done: None
+    origin: Origin,
+    out: Path,
+    quant: str = "q8_0",
+    on: str = "trained",
+    on_done: Progress = lambda done: None,
+    importance: Importance | None = None,
 ) -> Exported:
     """Write base and adapter as one GGUF file, with a Modelfile, into a new folder.
 
@@ -76,6 +83,7 @@ def export_model(
         quant: Type of the weights; see `gguf_types.QUANTS`.
         on: As for a merge: trained, base or nf4.
         on_done: Called with the number of bytes just written.
+        importance: Which input columns of each weight matter, by its name; for types of 2 to 6 bits.
 
     Raises:
         UserError: The architecture, the tokenizer or the type cannot be exported, or as for a merge.
@@ -97,7 +105,7 @@ def export_model(
         )
     mix = Mix(quant, layout.depth, layout.heads // layout.kv_heads, tied)
     planned = [
-        _plan(layout, recipe, mix, name, stored)
+        _plan(layout, recipe, mix, name, stored, _importance_of(importance or {}, fold, name))
         for name, stored in every.items()
         if stored.is_float and not name.endswith(COMPUTED) and not (tied and name.endswith("lm_head.weight"))
     ]
@@ -110,6 +118,7 @@ def export_model(
         writer = _writer(unfinished / file, layout.family.arch)
         _describe(writer, origin, layout, quant)
         writer.add_string("veneer.on", on)
+        writer.add_bool("veneer.importance", importance is not None)
         _add_tokenizer(writer, origin, rows)
         _write_tensors(writer, planned, on_done)
         _write_modelfile(origin, unfinished, file, None)
@@ -117,7 +126,7 @@ def export_model(
     types: dict[str, int] = {}
     for tensor in planned:
         types[tensor.kind] = types.get(tensor.kind, 0) + 1
-    warnings = (*layout.warnings, *_warnings(origin, quant, on))
+    warnings = (*layout.warnings, *_warnings(origin, quant, on, importance is not None))
     return Exported(str(out), file, quant, on, len(planned), size, types, warnings)
 
 
@@ -154,7 +163,17 @@ def export_adapter(origin: Origin, out: Path, on_done: Progress = lambda done: N
     return Exported(str(out), file, "f32", "base", len(planned), size, {"F32": len(planned)}, ())
 
 
-def _plan(layout: Layout, recipe: Recipe, mix: Mix, name: str, stored: Stored) -> _Tensor:
+def _importance_of(importance: Importance, fold: Fold, name: str) -> torch.Tensor | None:
+    """The importance of a tensor's columns; embeddings that are the head too are met by what the head reads."""
+    for parameter, found in importance.items():
+        if fold.name_on_disk(parameter) == name:
+            return found
+    return None
+
+
+def _plan(
+    layout: Layout, recipe: Recipe, mix: Mix, name: str, stored: Stored, importance: torch.Tensor | None
+) -> _Tensor:
     there = layout.name(name)
     transform = layout.transform(name)
 
@@ -162,7 +181,7 @@ def _plan(layout: Layout, recipe: Recipe, mix: Mix, name: str, stored: Stored) -
         value = recipe.value(name, stored)
         return value if transform is None else transform(value)
 
-    return _Tensor(there, stored.shape, mix.type_of(there, stored.shape), make)
+    return _Tensor(there, stored.shape, mix.type_of(there, stored.shape), make, importance)
 
 
 def _plan_lora(layout: Layout, name: str, stored: Stored) -> _Tensor:
@@ -259,7 +278,7 @@ def _write_tensors(writer: Any, planned: list[_Tensor], on_done: Progress) -> No
         file = writer.fout[0]
         writer.write_padding(file, file.tell())
         for tensor in planned:
-            for piece in encoded(tensor.make(), tensor.kind, tensor.name):
+            for piece in encoded(tensor.make(), tensor.kind, tensor.name, tensor.importance):
                 file.write(piece.data)
             size = size_of(tensor.kind, tensor.shape)
             writer.write_padding(file, size)
@@ -286,21 +305,19 @@ def _title(origin: Origin) -> str:
     return path.parent.name if path.name == "adapter" else path.name
 
 
-def _warnings(origin: Origin, quant: str, on: str) -> Iterator[str]:
-    bits = QUANTS[quant][2]
-    if origin.quantization is None:
+def _warnings(origin: Origin, quant: str, on: str, has_importance: bool) -> Iterator[str]:
+    kind = None if origin.quantization is None else origin.quantization.quant_type
+    if QUANTS[quant][2] >= 7 or kind is None:
         return
-    if bits < 8 and on == "nf4":
+    better = "--quant q8_0 keeps the trained model almost as it is"
+    if not has_importance:
+        better += "; an importance matrix of the run's rows (--imatrix) loses less"
+    if on == "nf4":
+        yield f"the weights are quantized twice, to {kind} in training and to {quant} here; {better}"
+    else:
         yield (
-            f"the weights are quantized twice, to {origin.quantization.quant_type} and then to {quant}, and the errors "
-            "add up; better: --on base, which quantizes the original weights once, or --quant q8_0, which keeps the "
-            "trained model almost as it is"
-        )
-    elif bits < 8:
-        yield (
-            f"the adapter was trained on {origin.quantization.quant_type} weights and will run on {quant} ones, whose "
-            "errors are others; better: --quant q8_0, or --quant q8_0 --on nf4 for the very model that was trained; "
-            "the certificate says how much it matters here"
+            f"the adapter was trained and judged on {kind} weights and will run on {quant} ones, whose errors are "
+            f"others; {better}"
         )
 
 
@@ -313,9 +330,10 @@ def export_to(
     adapter_only: bool = False,
     on_done: Progress = lambda done: None,
     choice: dict[str, Any] | None = None,
+    importance: Importance | None = None,
 ) -> Exported:
     """Export as the options of `veneer export` say."""
     require_known("--format", file_format, FORMATS)
     if adapter_only:
         return export_adapter(origin, out, on_done)
-    return replace(export_model(origin, out, quant, on, on_done), choice=choice)
+    return replace(export_model(origin, out, quant, on, on_done, importance), choice=choice)

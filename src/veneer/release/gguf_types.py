@@ -119,6 +119,11 @@ def require_quant(quant: str) -> None:
         _ggml()
 
 
+def takes_importance(quant: str) -> bool:
+    """Whether a type chooses its scales by an importance matrix."""
+    return quant in QUANTS and QUANTS[quant][1] not in _SELF_MADE
+
+
 def size_of(kind: str, shape: tuple[int, ...]) -> int:
     """Bytes of a tensor in a type."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -127,13 +132,16 @@ def size_of(kind: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) // int(block) * int(size)
 
 
-def encoded(tensor: torch.Tensor, kind: str, name: str = "a weight") -> Iterator[Any]:
+def encoded(
+    tensor: torch.Tensor, kind: str, name: str = "a weight", importance: torch.Tensor | None = None
+) -> Iterator[Any]:
     """The bytes of a tensor in a type, row block after row block, as uint8 arrays.
 
     Args:
         tensor: Any float dtype; [rows, columns], or one row.
         kind: The type.
         name: Of the tensor, for messages.
+        importance: Weight of each column's error, float32 [columns]; None: all alike.
 
     Raises:
         UserError: A value does not fit F16.
@@ -143,10 +151,10 @@ def encoded(tensor: torch.Tensor, kind: str, name: str = "a weight") -> Iterator
     blocks = [rows[at : at + step] for at in range(0, len(rows), step)]
     with ThreadPoolExecutor(2) as pool:
         for group in (blocks[at : at + 4] for at in range(0, len(blocks), 4)):
-            yield from pool.map(lambda block: _encode(block, kind, name), group)
+            yield from pool.map(lambda block: _encode(block, kind, name, importance), group)
 
 
-def _encode(block: torch.Tensor, kind: str, name: str) -> Any:
+def _encode(block: torch.Tensor, kind: str, name: str, importance: torch.Tensor | None) -> Any:
     values = np.ascontiguousarray(block.float().numpy())
     if kind == "F16" and np.abs(values).max(initial=0) > 65504:
         raise UserError(
@@ -161,7 +169,9 @@ def _encode(block: torch.Tensor, kind: str, name: str) -> Any:
 
     out = np.empty(size_of(kind, values.shape), dtype=np.uint8)
     number = int(GGMLQuantizationType[kind])
-    written = _ggml()(number, values.ctypes.data, out.ctypes.data, 0, values.shape[0], values.shape[1], None)
+    weights = None if importance is None else np.ascontiguousarray(importance.float().cpu().numpy())
+    pointer = None if weights is None else weights.ctypes.data
+    written = _ggml()(number, values.ctypes.data, out.ctypes.data, 0, values.shape[0], values.shape[1], pointer)
     assert written == out.size
     return out
 

@@ -96,11 +96,9 @@ def merge_into(
         write_weights(unfinished, [_told(tensor, on_done) for tensor in planned], {"format": "pt"}, shard_bytes)
         _write_config(origin, folder, unfinished, dtype, fold.unties)
         write_companions(origin, folder, unfinished)
-        adapter = {
-            "adapter": name_of(origin.name),
-            "adapter_sha256": file_sha256(origin.adapter / "adapter_model.safetensors"),
-        }
-        facts = adapter | {"dtype": dtype, "on": on, "choice": choice, "veneer": veneer.__version__}
+        inside = file_sha256(origin.adapter / "adapter_model.safetensors")
+        facts = {"adapter": name_of(origin.name), "adapter_sha256": inside, "dtype": dtype, "on": on, "choice": choice}
+        facts |= {"veneer": veneer.__version__}
         write_json(unfinished / "merge.json", facts | {"passport": read_passport(origin.adapter)})
         files = len(list(unfinished.glob("*.safetensors")))
     size = sum(tensor.size for tensor in planned)

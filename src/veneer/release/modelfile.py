@@ -100,6 +100,7 @@ def modelfile(file: str, renderer: Renderer, stops: Sequence[str], adapter_of: s
         lines.append('TEMPLATE """{{ .Prompt }}"""')
     if renderer.settings.system_prompt is not None:
         lines.append(f'SYSTEM """{renderer.settings.system_prompt}"""')
+    lines += ["# Greedy, as the run was judged.", "PARAMETER temperature 0", "PARAMETER repeat_penalty 1"]
     lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
     return "\n".join(lines) + "\n"
 

@@ -1,0 +1,69 @@
+"""The importance matrix of a run: which inputs of each weight its own rows drive hard.
+
+llama.cpp's types of 2 to 6 bits choose scales so that the weighted error of a row is least; the weight of a column is
+the mean square of the input that meets it. Measured on the run's own training rows, the bits go where the task needs
+them. Held-out rows are not used: they judge the result.
+
+Hooks on the judged model's linear layers sum squares in float32, one number an input column: a few MB for any model.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from veneer.data import Example
+from veneer.release.agreement import read
+
+IMPORTANCE_ROWS = 64  # training rows that are read: on the demo more change nothing (bench/shipped.py)
+
+Importance = dict[str, torch.Tensor]
+
+
+def measure_importance(
+    model: Any, rows: Sequence[Example], notify: Callable[[str], None] = lambda what: None
+) -> Importance:
+    """Mean square of each input column of each linear layer, float32 [columns], by the name of its weight.
+
+    Args:
+        model: The judged model, a PEFT model in evaluation mode.
+        rows: Training rows.
+        notify: Called with what is being done.
+    """
+    notify(f"measuring which weights matter on {len(rows)} training rows")
+    with _summed_squares(model.get_base_model()) as sums:
+        for row in rows:
+            read(model, [int(number) for number in row.ids], [])
+    return {name: squares / tokens for name, (squares, tokens) in sums.items()}
+
+
+@contextmanager
+def _summed_squares(base: Any) -> Iterator[dict[str, tuple[torch.Tensor, int]]]:
+    """Sums of squares of the inputs of each adapted or plain linear layer, and how many tokens were summed."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    sums: dict[str, tuple[torch.Tensor, int]] = {}
+
+    def hook(name: str) -> Any:
+        def add(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            x_TI = inputs[0].detach().float().reshape(-1, inputs[0].shape[-1])
+            squares, tokens = sums.get(name, (torch.zeros(x_TI.shape[-1], device=x_TI.device), 0))
+            sums[name] = (squares + x_TI.square().sum(0), tokens + len(x_TI))
+
+        return add
+
+    handles, inside = [], ""
+    for path, module in base.named_modules():
+        if inside and path.startswith(inside):
+            continue
+        is_adapted = isinstance(module, BaseTunerLayer)
+        linear = module.get_base_layer() if is_adapted else module
+        if isinstance(linear, torch.nn.Linear):
+            handles.append(module.register_forward_pre_hook(hook(f"{path}.weight")))
+        inside = f"{path}." if is_adapted else inside
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
