@@ -1,7 +1,8 @@
 """Answers of a model to prompts, in batches of like length, stopping at the end-of-turn token.
 
-Transformers owns generation. Prompts come as token ids from the one renderer that training uses, and are padded on
-the left with an explicit mask, so that a pad token that equals the end token does no harm.
+Transformers owns generation. Prompts come as token ids from the one renderer that training uses, and are padded before
+their own tokens with an explicit mask, so that a pad token that equals the end token does no harm. What all prompts
+begin with is read once (prefix.py).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from veneer.data import Renderer
+from veneer.evaluate.prefix import SharedPrefix, padded
 from veneer.model.quiet import quiet
 
 
@@ -54,18 +56,18 @@ def generate(
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
     device = model.get_input_embeddings().weight.device
+    prefix = SharedPrefix(model, prompts)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        longest = max(len(prompts[n]) for n in chosen)
-        ids_BL = torch.full((len(chosen), longest), tokenizer.pad_token_id)
-        mask_BL = torch.zeros_like(ids_BL)
-        for row, n in enumerate(chosen):
-            ids_BL[row, longest - len(prompts[n]) :] = torch.tensor(prompts[n])
-            mask_BL[row, longest - len(prompts[n]) :] = 1
+        ids_BL, mask_BL = padded([prompts[n] for n in chosen], prefix.length, tokenizer.pad_token_id)
         with quiet(), contiguous_head_input(model):
             output_BL = model.generate(
-                input_ids=ids_BL.to(device), attention_mask=mask_BL.to(device), generation_config=config
+                input_ids=ids_BL.to(device),
+                attention_mask=mask_BL.to(device),
+                generation_config=config,
+                **prefix.repeated(len(chosen)),
             )
+        longest = ids_BL.shape[1]
         for row, n in enumerate(chosen):
             text = tokenizer.decode(
                 output_BL[row, longest:], skip_special_tokens=True, clean_up_tokenization_spaces=False
