@@ -1,7 +1,10 @@
 """Is the tuned model better than its base? Generated answers and losses on held-out rows, with intervals.
 
 generation.py  answers of a model, in batches
+prefix.py      what all prompts begin with, read once
+fields.py      answers that are JSON objects, key by key
 intervals.py   95% intervals for a proportion and for a mean over rows
+paired.py      two models on the same rows: which turned right or wrong, and a verdict
 compare.py     base against tuned on the same rows
 """
 
