@@ -42,7 +42,9 @@ def test_loss_and_gradients_are_those_of_whole_rows(family: str, tmp_path: Path)
     found = []
     for engine in (ReferenceEngine(model), ReferenceEngine(model, share=True)):
         tokens = []
-        hook = model.get_input_embeddings().register_forward_hook(lambda m, i, o, seen=tokens: seen.append(i[0].numel()))
+        hook = model.get_input_embeddings().register_forward_hook(
+            lambda m, i, o, seen=tokens: seen.append(i[0].numel())
+        )
         model.zero_grad()
         total = engine.forward_backward(BATCH, 0.1)
         hook.remove()

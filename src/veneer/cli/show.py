@@ -197,9 +197,9 @@ def interval(metric: str, value: dict[str, float], is_difference: bool = False) 
     numbers = [value[key] for key in ("value", "low", "high")]
     if metric != "perplexity":
         sign, unit = ("+", "") if is_difference else ("", "%")
-        first, low, high = (f"{100 * number:{sign}.0f}{unit}" for number in numbers)
-    else:
-        first, low, high = (f"{number:{'+' if is_difference else ''}.3g}" for number in numbers)
+        first, low, high = (f"{100 * number:{sign}.0f}" for number in numbers)
+        return f"{first}{unit} ({low}{' to ' if is_difference else '-'}{high})"
+    first, low, high = (f"{number:{'+' if is_difference else ''}.3g}" for number in numbers)
     return f"{first} ({low} to {high})"
 
 
@@ -212,6 +212,7 @@ def answer_progress(out: Console, rows: int, what: str) -> tuple[Progress, Any]:
         TimeRemainingColumn(),
         console=out,
         transient=True,
+        disable=not out.is_terminal,
     )
     task = progress.add_task(what, total=rows)
     return progress, lambda done: progress.advance(task, done)

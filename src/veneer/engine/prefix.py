@@ -60,7 +60,7 @@ def can_share(base: Any) -> bool:
 
     drops = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in base.modules())
     drops = drops or getattr(base.config.get_text_config(), "attention_dropout", 0.0) > 0
-    if drops or getattr(base, "is_gradient_checkpointing", False):
+    if drops or any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
         return False
     device = base.get_input_embeddings().weight.device
     ids_BL = torch.arange(2 * TRIED, device=device).reshape(2, TRIED) % base.get_input_embeddings().weight.shape[0]

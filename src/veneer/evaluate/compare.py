@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from veneer.config import Evaluate
-from veneer.data import Batch, Message, Renderer
+from veneer.data import Batch, Conversation, Message, Renderer
 from veneer.data.prepare import HeldOut
 from veneer.engine import Engine
 from veneer.engine.temporary import adapter_off
-from veneer.evaluate.fields import field_scores
+from veneer.evaluate.fields import RECORD, field_scores
 from veneer.evaluate.generation import generate
 from veneer.evaluate.intervals import Interval, perplexity, perplexity_difference, proportion
 from veneer.evaluate.paired import Paired, paired
@@ -56,52 +56,80 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Base and tuned on the same rows."""
+    """Base and tuned on the same rows.
+
+    Attributes:
+        shown: The base with examples in its prompt; None: not measured.
+        exported: The tuned model as it was exported; None: not measured.
+    """
 
     base: Score
     tuned: Score
+    shown: Score | None = None
+    exported: Score | None = None
+
+    @property
+    def decisive(self) -> str:
+        """The metric that says whether a row is right: the whole record of JSON answers, else their text."""
+        return RECORD if RECORD in self.base.right else "exact_match"
 
     @property
     def is_better(self) -> bool:
-        """Whether the tuned model answers more rows exactly right, beyond what chance explains."""
-        return self.paired("exact_match").difference.low > 0
+        """Whether the tuned model answers more rows right, beyond what chance explains."""
+        return self.paired(self.decisive).difference.low > 0
 
     def paired(self, metric: str) -> Paired:
-        """Base and tuned by a metric that is a share, on the same rows."""
-        return paired(self.base.right[metric], self.tuned.right[metric])
-
-    def difference(self, metric: str) -> Interval:
-        """Tuned less base, with an interval that pairs the rows."""
-        if metric in self.base.right:
-            return self.paired(metric).difference
-        return perplexity_difference(self.base.losses, self.tuned.losses, self.base.tokens)
+        """Tuned against the base, with examples where it was given some, by a metric that is a share."""
+        return paired((self.shown or self.base).right[metric], self.tuned.right[metric])
 
     def as_dict(self) -> dict[str, Any]:
         """As `evaluation.json` has it."""
-        metrics = {
-            name: {
-                "base": self.base.metrics[name].as_dict(),
-                "tuned": self.tuned.metrics[name].as_dict(),
-                "difference": self.difference(name).as_dict(),
-            }
-            for name in self.base.metrics
+        found: dict[str, Any] = {
+            "metrics": {name: self._metric(name) for name in self.base.metrics},
+            "rows": self.base.rows,
         }
-        return {"metrics": metrics, "rows": self.base.rows}
+        if self.exported is not None:
+            found["exported"] = paired(self.tuned.right[self.decisive], self.exported.right[self.decisive]).as_dict()
+        return found
+
+    def _metric(self, name: str) -> dict[str, Any]:
+        """One metric of all models; differences pair the rows."""
+        values = {"base": self.base.metrics[name].as_dict(), "tuned": self.tuned.metrics[name].as_dict()}
+        if name not in self.base.right:
+            losses = self.base.losses, self.tuned.losses, self.base.tokens
+            return values | {"difference": perplexity_difference(*losses).as_dict()}
+        values["difference"] = paired(self.base.right[name], self.tuned.right[name]).difference.as_dict()
+        if self.shown is not None:
+            values["base_with_examples"] = self.shown.metrics[name].as_dict()
+            values["difference_with_examples"] = self.paired(name).difference.as_dict()
+        if self.exported is not None:
+            values["exported"] = self.exported.metrics[name].as_dict()
+        return values
 
     def samples(self) -> list[dict[str, Any]]:
         """Lines of `samples.jsonl`."""
-        return [
+        lines: list[dict[str, Any]] = [
             {
                 "place": base.place,
                 "prompt": base.prompt,
                 "reference": base.reference,
                 "base": base.answer,
                 "tuned": tuned.answer,
-                "base_right": base.is_right,
-                "tuned_right": tuned.is_right,
+                "base_right": base_right,
+                "tuned_right": tuned_right,
             }
-            for base, tuned in zip(self.base.samples, self.tuned.samples, strict=True)
+            for base, tuned, base_right, tuned_right in zip(
+                self.base.samples,
+                self.tuned.samples,
+                self.base.right[self.decisive],
+                self.tuned.right[self.decisive],
+                strict=True,
+            )
         ]
+        for name, score in (("base_with_examples", self.shown), ("exported", self.exported)):
+            for line, sample in zip(lines, score.samples if score else (), strict=score is not None):
+                line[name] = sample.answer
+        return lines
 
 
 def score(
@@ -120,9 +148,28 @@ def score(
         examples: Turns that stand between the system prompt and each row's own.
         with_losses: Whether to measure losses, which are of the rows without the examples.
     """
-    asked = [row.conversation for row in held_out if not row.conversation.is_document]
+    asked = questions(held_out)
     prompts = [renderer.prompt_ids(_behind(examples, chat.prompt()), chat.tools) for chat in asked]
     answers = generate(model, renderer, prompts, settings.max_new_tokens, settings.batch_size, on_done=on_done)
+    losses, tokens = _losses(engine, held_out, settings.batch_size) if with_losses else ([], [])
+    return judge(held_out, answers, losses, tokens)
+
+
+def questions(held_out: Sequence[HeldOut]) -> list[Conversation]:
+    """The rows that ask something: documents do not."""
+    return [row.conversation for row in held_out if not row.conversation.is_document]
+
+
+def judge(
+    held_out: Sequence[HeldOut], answers: Sequence[str], losses: Sequence[float] = (), tokens: Sequence[float] = ()
+) -> Score:
+    """Score answers, whoever gave them.
+
+    Args:
+        held_out: The rows.
+        answers: One to each row that asks something.
+        losses, tokens: Summed loss and trained tokens of each row; none: not measured.
+    """
     samples = [
         Sample(
             place=conversation.place,
@@ -130,15 +177,14 @@ def score(
             reference=conversation.reference(),
             answer=answer,
         )
-        for conversation, answer in zip(asked, answers, strict=True)
+        for conversation, answer in zip(questions(held_out), answers, strict=True)
     ]
-    losses, tokens = _losses(engine, held_out, settings.batch_size) if with_losses else ([], [])
     right = {"exact_match": [sample.is_right for sample in samples]} if samples else {}
     right |= field_scores(answers, [sample.reference for sample in samples])
     metrics = {name: proportion(sum(rows), len(rows)) for name, rows in right.items()}
-    if with_losses:
+    if losses:
         metrics["perplexity"] = perplexity(losses, tokens)
-    return Score(metrics, samples, len(held_out), right, losses, tokens)
+    return Score(metrics, samples, len(held_out), right, list(losses), list(tokens))
 
 
 def _behind(examples: Sequence[Message], turns: Sequence[Message]) -> list[Message]:
