@@ -35,7 +35,9 @@ def test_logits_of_whole_prompts_and_of_prompts_behind_a_shared_prefix_are_equal
     def logits(shared: int) -> torch.Tensor:
         ids_BL, mask_BL = padded(PROMPTS, shared, 2)
         past = prefix.repeated(len(PROMPTS)) if shared else {}
-        return model.generate(input_ids=ids_BL, attention_mask=mask_BL, generation_config=asked, **past).logits[0]
+        output = model.generate(input_ids=ids_BL, attention_mask=mask_BL, generation_config=asked, **past)
+        first: torch.Tensor = output.logits[0]
+        return first
 
     whole = torch.cat([model(input_ids=torch.tensor([prompt])).logits[:, -1] for prompt in PROMPTS])
     torch.testing.assert_close(logits(0), whole, rtol=1e-4, atol=1e-4)

@@ -39,23 +39,26 @@ def adapted(family: str, folder: Path, dropout: float = 0.0) -> Any:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
 def test_loss_and_gradients_are_those_of_whole_rows(family: str, tmp_path: Path) -> None:
     model = adapted(family, tmp_path)
-    found = []
-    for engine in (ReferenceEngine(model), ReferenceEngine(model, share=True)):
-        tokens = []
-        hook = model.get_input_embeddings().register_forward_hook(
-            lambda m, i, o, seen=tokens: seen.append(i[0].numel())
-        )
+    seen: list[int] = []
+    model.get_input_embeddings().register_forward_hook(lambda module, given, out: seen.append(given[0].numel()))
+
+    def step(engine: ReferenceEngine) -> tuple[int, list[torch.Tensor], dict[str, torch.Tensor]]:
+        """Tokens that went through the model, losses, gradients."""
         model.zero_grad()
+        seen.clear()
         total = engine.forward_backward(BATCH, 0.1)
-        hook.remove()
+        tokens = sum(seen)
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-        found.append((sum(tokens), total, engine.losses(BATCH), gradients))
-    (whole, *expected), (shared, *got) = found
-    assert (whole, shared) == (3 * 26, len(PREFIX) + 3 * 6), "the shared tokens went through the model once"
-    torch.testing.assert_close(got[:2], expected[:2], rtol=1e-5, atol=1e-5)
-    for name, gradient in expected[2].items():
+        return tokens, [total, engine.losses(BATCH)], gradients
+
+    whole_tokens, whole_losses, whole = step(ReferenceEngine(model))
+    tokens, losses, gradients = step(ReferenceEngine(model, share=True))
+    assert whole_tokens == 3 * 26
+    assert tokens == len(PREFIX) + 3 * 6, "the shared tokens went through the model once"
+    torch.testing.assert_close(losses, whole_losses, rtol=1e-5, atol=1e-5)
+    for name, gradient in whole.items():
         assert gradient.abs().sum() > 0
-        torch.testing.assert_close(got[2][name], gradient, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=1e-6)
 
 
 def test_no_trained_token_is_shared() -> None:

@@ -17,7 +17,7 @@ import torch
 SHORTEST = 16  # tokens: sharing fewer is not worth a pass of its own
 
 
-def shared_length(prompts: Sequence[Sequence[int]]) -> int:
+def shared_length(prompts: Sequence[list[int]]) -> int:
     """How many tokens all prompts begin with, leaving each at least one of its own; 0: not worth sharing."""
     if len(prompts) < 2:
         return 0

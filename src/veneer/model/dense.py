@@ -25,7 +25,7 @@ def keep_dense(base: Any, free_bytes: int) -> int:
         Bytes that the copies will take; 0: none, because there is no such layer or too little memory.
     """
     found = {name: module for name, module in base.named_modules() if _can_keep(module)}
-    needed = sum(module.weight.quant_state.shape.numel() * _dtype(module).itemsize for module in found.values())
+    needed: int = sum(module.weight.quant_state.shape.numel() * _dtype(module).itemsize for module in found.values())
     if not found or needed > free_bytes // SHARE:
         return 0
     make = _dense_linear()
@@ -45,8 +45,8 @@ def _can_keep(module: Any) -> bool:
 
 def _dtype(module: Any) -> torch.dtype:
     """The dtype in which a layer computes."""
-    dtype: torch.dtype | None = module.compute_dtype
-    return dtype if dtype is not None else module.weight.quant_state.dtype
+    dtype: torch.dtype = module.compute_dtype or module.weight.quant_state.dtype
+    return dtype
 
 
 def _dense_linear() -> Any:
@@ -65,7 +65,7 @@ def _dense_linear() -> Any:
             self.__dict__.update(of.__dict__)
             self.weight.module = self
             self._copied: Any = None  # the parameter that the copy is of: merging puts another in its place
-            self._copy: torch.Tensor | None = None
+            self._copy: Any = None
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             if x.device.type != "cpu" or self.weight.device.type != "cpu":
