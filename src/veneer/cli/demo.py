@@ -6,6 +6,7 @@ them: the base, the base with examples in its prompt, and the tuned one; and the
 """
 
 import time
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -89,10 +90,10 @@ def _train_and_score(out: Any, job: Any) -> tuple[Any, Any]:
     held_out = job.data.held_out(run.evaluate.rows)
     parts = (job.model, job.engine, job.renderer, held_out, run.evaluate)
 
-    def scored(**more: Any) -> Any:
+    def scored(examples: Sequence[Any] = ()) -> Any:
         progress, on_done = show.answer_progress(out, len(held_out), "   answering")
-        with progress:
-            found = score(*parts, on_done, **more)
+        with progress:  # the loss of the held-out rows is measured at the end of the training
+            found = score(*parts, on_done, examples, with_losses=False)
         show_demo.show_right(out, found.metrics)
         return found
 
@@ -101,7 +102,7 @@ def _train_and_score(out: Any, job: Any) -> tuple[Any, Any]:
         base = scored()
         out.print(f"   and with {EXAMPLES} training rows as examples in its prompt")
         rows = read_held_out(run.data.train, "data.train", run.data, job.renderer)
-        shown = scored(examples=examples_of([row.conversation for row in rows], EXAMPLES), with_losses=False)
+        shown = scored(examples_of([row.conversation for row in rows], EXAMPLES))
     first = held_out[0].conversation.prompt()
     ids = [job.renderer.prompt_ids(first)]
     out.print(f"[bold]4  Training[/bold] {job.steps} steps; before it, the first held-out message")

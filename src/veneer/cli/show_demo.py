@@ -72,7 +72,7 @@ def show_results(out: Console, evaluation: dict[str, Any]) -> None:
         values["difference"] = values.get("difference_with_examples", values["difference"])
     title = f"{evaluation['rows']} held-out messages, share right (95% interval)"
     models = tuple(name.replace("base_with", "with") for name in MODELS)
-    left_out = ("exact_match", "perplexity") if "record" in metrics else ("perplexity",)
+    left_out = ("exact_match",) if "record" in metrics else ()
     show.show_scores(out, title, {name: metrics[name] for name in metrics if name not in left_out}, models)
     out.print("   record: all keys right. with examples: the base with three training rows in")
     out.print("   its prompt. difference: tuned less that, in points, on the same messages.")
