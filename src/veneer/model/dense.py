@@ -69,7 +69,8 @@ def _dense_linear() -> Any:
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             if x.device.type != "cpu" or self.weight.device.type != "cpu":
-                return super().forward(x)
+                plain: torch.Tensor = super().forward(x)
+                return plain
             dtype = _dtype(self)
             if self._copied is not self.weight:
                 with torch.no_grad():
