@@ -77,11 +77,11 @@ def main() -> None:
             place = Path(folder) / str(number)
             place.mkdir()
             found = result["artifacts"][name] = ship(run, name, place)
-            score = found["score"]
+            score, outcome = found["score"], "certified" if found["certified"] else found["first_difference"]
             print(
                 f"{name:40s} {score['artifact']['value']:6.1%} (judged {score['judged']['value']:.1%}), "
                 f"+{score['wrong_to_right']} -{score['right_to_wrong']}, same words {score['same_answers']} of "
-                f"{score['rows']}: {score['verdict']}; {'certified' if found['certified'] else found['first_difference']}",
+                f"{score['rows']}: {score['verdict']}; {outcome}",
                 flush=True,
             )
             RESULTS.mkdir(exist_ok=True)

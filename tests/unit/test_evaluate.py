@@ -108,7 +108,8 @@ def test_commands_on_a_finished_run(job: TrainingJob) -> None:
 def test_better_means_beyond_chance() -> None:
     def score(hits: int) -> Score:
         samples = [Sample("", "", "a", "a" if n < hits else "b") for n in range(20)]
-        return Score({"exact_match": proportion(sum(sample.is_right for sample in samples), 20)}, samples, 20)
+        right = [sample.is_right for sample in samples]
+        return Score({"exact_match": proportion(sum(right), 20)}, samples, 20, {"exact_match": right})
 
     assert Evaluation(score(1), score(15)).is_better
     assert not Evaluation(score(9), score(10)).is_better

@@ -149,17 +149,34 @@ def show_rows(out: Console, rows: list[dict[str, Any]]) -> None:
 
 
 def show_evaluation(out: Console, evaluation: dict[str, Any]) -> None:
-    """Base against tuned, with 95% intervals."""
-    table = Table(title=f"{evaluation['rows']} held-out rows, 95% intervals", title_justify="left")
-    for column in ("metric", "base", "tuned"):
-        table.add_column(column, justify="left" if column == "metric" else "right")
-    for name, values in evaluation["metrics"].items():
-        table.add_row(name.replace("_", " "), *(interval(name, values[which]) for which in ("base", "tuned")))
-    out.print(table)
+    """Base against tuned, with 95% intervals; the difference's interval pairs the rows."""
+    show_scores(out, f"{evaluation['rows']} held-out rows, 95% intervals", evaluation["metrics"], ("base", "tuned"))
 
 
-def interval(name: str, value: dict[str, float]) -> str:
-    """A value with its interval: shares in percent, others as they are."""
-    if name == "exact_match":
-        return f"{value['value']:.1%}  ({value['low']:.1%} to {value['high']:.1%})"
-    return f"{value['value']:.3g}  ({value['low']:.3g} to {value['high']:.3g})"
+def show_scores(out: Console, title: str, metrics: dict[str, Any], models: tuple[str, ...]) -> None:
+    """Scores of several models side by side: shares in percent, others as they are.
+
+    Args:
+        title: Of the table.
+        metrics: By name and model; `difference` beside the models where it is known.
+        models: Keys of the models, in the order to show.
+    """
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
+    shown = models + (("difference",) if all("difference" in values for values in metrics.values()) else ())
+    for column in ("metric", *shown):
+        table.add_column(column.replace("_", " "), justify="left" if column == "metric" else "right")
+    for name, values in metrics.items():
+        cells = (interval(name, values[which], which == "difference") if which in values else "" for which in shown)
+        table.add_row(escape(name.removeprefix("field.").replace("_", " ")), *cells)
+    out.print(table, soft_wrap=False)
+
+
+def interval(metric: str, value: dict[str, float], is_difference: bool = False) -> str:
+    """A value with its interval: shares in percent (their differences in points), perplexities as they are."""
+    numbers = [value[key] for key in ("value", "low", "high")]
+    if metric != "perplexity":
+        sign, unit = ("+", "") if is_difference else ("", "%")
+        first, low, high = (f"{100 * number:{sign}.0f}" for number in numbers)
+        return f"{first}{unit} ({low}{' to ' if is_difference else '-'}{high})"
+    first, low, high = (f"{number:{'+' if is_difference else ''}.3g}" for number in numbers)
+    return f"{first} ({low} to {high})"

@@ -7,7 +7,8 @@ the tokens and causal attention never looks there, so no mask is passed, and bac
 
 Only the head is handled here, because logits of untrained positions are the largest waste of a small step. Whether a
 model's head really is one linear layer (some scale or cap their logits) is not assumed but tried on a few tokens;
-where it is not, the model computes its own logits.
+where it is not, the model computes its own logits. On request, rows that begin with the same tokens compute these once
+(prefix.py); what other engines are compared with does not.
 
 Shapes: B rows, L padded length, N trained tokens, D model width, V vocabulary.
 """
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from veneer.data import Batch
 from veneer.data.batch import UNTRAINED
 from veneer.engine.positions import switch_of
+from veneer.engine.prefix import can_share, hidden_behind, shared_tokens
 from veneer.kernels.linear_cross_entropy import linear_cross_entropy
 from veneer.plan.machine import return_freed_memory
 
@@ -30,7 +32,11 @@ PADDING = 1.25  # rows go together while their padded tokens are at most so many
 
 @dataclass(frozen=True)
 class Rows:
-    """Documents of like length as right-padded rows, and where their trained tokens are."""
+    """Documents of like length as right-padded rows, and where their trained tokens are.
+
+    Attributes:
+        shared: Tokens that all rows begin with and that are computed once; 0: each row is computed whole.
+    """
 
     documents: list[int]
     ids_BL: torch.Tensor
@@ -38,6 +44,7 @@ class Rows:
     column_N: torch.Tensor
     targets_N: torch.Tensor
     weights_N: torch.Tensor
+    shared: int = 0
 
 
 class ReferenceEngine:
@@ -45,13 +52,14 @@ class ReferenceEngine:
 
     Args:
         model: A PEFT model from `veneer.model.attach` or `load_adapter`.
+        share: Let rows that begin with the same tokens compute these once, where the model allows it.
     """
 
     name = "reference"
     isolates_documents = True
     master = None
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, share: bool = False) -> None:
         self.model = model
         self._base = model.get_base_model()
         self._device = self._base.get_input_embeddings().weight.device
@@ -59,12 +67,13 @@ class ReferenceEngine:
         self._sum_dtype = torch.float32 if self._device.type == "mps" else torch.float64
         self.chunked_head = self._head_is_linear()
         self._switch = switch_of(self._base.config.get_text_config())
+        self._shares = share and self.chunked_head and self._switch is None and can_share(self._base)
 
     def forward_backward(self, batch: Batch, scale: float) -> torch.Tensor:
         """See `Engine.forward_backward`."""
         self.model.train()
         total = torch.zeros((), dtype=self._sum_dtype, device=self._device)
-        for rows in _rows(batch.to(str(self._device)), self._switch):
+        for rows in _rows(batch.to(str(self._device)), self._switch, self._shares):
             losses_N = token_losses(self._base, rows, self.chunked_head)
             (losses_N.sum() * scale).backward()  # type: ignore[no-untyped-call]
             total += losses_N.detach().to(self._sum_dtype).sum()
@@ -77,7 +86,7 @@ class ReferenceEngine:
         """See `Engine.losses`."""
         self.model.eval()
         result = torch.zeros(len(batch.lengths), dtype=self._sum_dtype, device=self._device)
-        for rows in _rows(batch.to(str(self._device)), self._switch):
+        for rows in _rows(batch.to(str(self._device)), self._switch, self._shares):
             documents_B = torch.tensor(rows.documents, device=self._device)
             result.index_add_(
                 0, documents_B[rows.row_N], token_losses(self._base, rows, self.chunked_head).to(self._sum_dtype)
@@ -111,7 +120,8 @@ def token_losses(base: Any, rows: Rows, chunked_head: bool) -> torch.Tensor:
     """
     if chunked_head:
         head = base.get_output_embeddings()
-        hidden_ND = _hidden(base, rows.ids_BL)[rows.row_N, rows.column_N]
+        hidden_BLD = hidden_behind(base, rows.ids_BL, rows.shared) if rows.shared else _hidden(base, rows.ids_BL)
+        hidden_ND = hidden_BLD[rows.row_N, rows.column_N - rows.shared]
         losses_N = linear_cross_entropy(hidden_ND, head.weight, head.bias, rows.targets_N)
     else:
         logits_BLV = base(input_ids=rows.ids_BL, use_cache=False).logits
@@ -125,12 +135,12 @@ def _hidden(base: Any, ids_BL: torch.Tensor) -> torch.Tensor:
     return hidden_BLD
 
 
-def _rows(batch: Batch, switch: int | None) -> list[Rows]:
+def _rows(batch: Batch, switch: int | None, share: bool = False) -> list[Rows]:
     """A packed batch as groups of right-padded rows."""
     starts = [0]
     for length in batch.lengths:
         starts.append(starts[-1] + length)
-    return [_pad(batch, group, starts) for group in padded_groups(batch.lengths, switch)]
+    return [_pad(batch, group, starts, share) for group in padded_groups(batch.lengths, switch)]
 
 
 def padded_groups(lengths: Sequence[int], switch: int | None = None) -> list[list[int]]:
@@ -155,7 +165,7 @@ def padded_groups(lengths: Sequence[int], switch: int | None = None) -> list[lis
     return groups
 
 
-def _pad(batch: Batch, documents: list[int], starts: list[int]) -> Rows:
+def _pad(batch: Batch, documents: list[int], starts: list[int], share: bool) -> Rows:
     longest = batch.lengths[documents[0]]
     ids_BL = batch.ids_T.new_zeros((len(documents), longest))
     targets_BL = torch.full_like(ids_BL, UNTRAINED)
@@ -167,4 +177,6 @@ def _pad(batch: Batch, documents: list[int], starts: list[int]) -> Rows:
         targets_BL[row, :length] = batch.targets_T[place]
         weights_BL[row, :length] = batch.weights_T[place]
     row_N, column_N = (targets_BL != UNTRAINED).nonzero(as_tuple=True)
-    return Rows(documents, ids_BL, row_N, column_N, targets_BL[row_N, column_N], weights_BL[row_N, column_N])
+    # Of rows that train nothing there is no loss to compute, shared or not.
+    shared = shared_tokens(ids_BL, int(column_N.min())) if share and len(column_N) else 0
+    return Rows(documents, ids_BL, row_N, column_N, targets_BL[row_N, column_N], weights_BL[row_N, column_N], shared)

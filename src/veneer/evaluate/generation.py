@@ -1,7 +1,8 @@
 """Answers of a model to prompts, in batches of like length, stopping at the end-of-turn token.
 
-Transformers owns generation. Prompts come as token ids from the one renderer that training uses, and are padded on
-the left with an explicit mask, so that a pad token that equals the end token does no harm.
+Transformers owns generation. Prompts come as token ids from the one renderer that training uses, and are padded before
+their own tokens with an explicit mask, so that a pad token that equals the end token does no harm. What all prompts
+begin with is read once (prefix.py).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from veneer.data import Renderer
 from veneer.evaluate.decoding import StopAtText, TextStream, answer_text, generation_config
 from veneer.evaluate.decoding import stop_ids_of as stop_ids_of
 from veneer.evaluate.memory import Batching, alike, room_for_answers
+from veneer.evaluate.prefix import SharedPrefix, padded
 from veneer.model.quiet import quiet
 
 GREEDY = Sampling()
@@ -54,14 +56,12 @@ def generate(
     answers = [""] * len(prompts)
     device = model.get_input_embeddings().weight.device
     batching = batch_size if isinstance(batch_size, Batching) else Batching(batch_size)
+    room = room_for_answers(model, prompts, max_new_tokens)
+    prefix = SharedPrefix(model, prompts)
 
     def answer(chosen: Sequence[int]) -> int:
-        longest = max(len(prompts[n]) for n in chosen)
-        ids_BL = torch.full((len(chosen), longest), tokenizer.pad_token_id)
-        mask_BL = torch.zeros_like(ids_BL)
-        for row, n in enumerate(chosen):
-            ids_BL[row, longest - len(prompts[n]) :] = torch.tensor(prompts[n])
-            mask_BL[row, longest - len(prompts[n]) :] = 1
+        ids_BL, mask_BL = padded([prompts[n] for n in chosen], prefix.length, tokenizer.pad_token_id)
+        longest = ids_BL.shape[1]
         with quiet(), contiguous_head_input(model):
             output_BL = model.generate(
                 input_ids=ids_BL.to(device),
@@ -69,12 +69,12 @@ def generate(
                 generation_config=config,
                 stopping_criteria=[StopAtText(tokenizer, sampling.stop, longest)] if sampling.stop else None,
                 streamer=TextStream(tokenizer, sampling.stop, on_text) if on_text is not None else None,
+                **prefix.repeated(len(chosen)),
             )
         for row, n in enumerate(chosen):
             answers[n] = answer_text(tokenizer, output_BL[row, longest:], sampling.stop)
         return len(chosen)
 
-    room = room_for_answers(model, prompts, max_new_tokens)
     for tokens, numbers in alike(room, [len(prompt) for prompt in prompts]):
         config.max_new_tokens = tokens
         for done in batching.over(numbers, answer):

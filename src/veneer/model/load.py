@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from veneer.config import Model, Quantization, UserError
 from veneer.config.hub import not_here, unreachable
+from veneer.model.dense import keep_dense
 from veneer.model.kept import Copy, Kept, tell_unusable
 from veneer.model.locate import Source
 from veneer.model.quiet import quiet
@@ -114,6 +115,8 @@ def load_base(
     report = LoadReport(time.perf_counter() - started, loaded.bytes_read, loaded.way)
     if loaded.copy is not None:
         loaded.copy.write(base)
+    if machine.device == "cpu":
+        keep_dense(base, machine.free_bytes)
     return base, report
 
 

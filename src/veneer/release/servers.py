@@ -9,7 +9,8 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,35 @@ class Endpoint:
     def answer(self, prompts: Sequence[Sequence[Message]], max_new_tokens: int) -> list[Answer]:
         return [self._answer(self._complete(messages, max_new_tokens)) for messages in prompts]
 
+    def texts(
+        self,
+        prompts: Sequence[Sequence[Message]],
+        max_new_tokens: int,
+        at_once: int = 1,
+        on_done: Callable[[int], None] = lambda done: None,
+    ) -> list[str]:
+        """Greedy answers as text alone, in the order of the prompts.
+
+        Args:
+            prompts: Conversations to be answered.
+            max_new_tokens: Longest answer.
+            at_once: How many are asked at a time; the server should have as many slots.
+            on_done: Called with the number of prompts just answered.
+        """
+
+        def ask(messages: Sequence[Message]) -> str:
+            made = self._complete(messages, max_new_tokens, with_likely=False)
+            on_done(1)
+            choice = made["choices"][0]
+            return ((choice["message"]["content"] if self._chat else choice["text"]) or "").strip()
+
+        with ThreadPoolExecutor(at_once) as pool:
+            return list(pool.map(ask, prompts))
+
     def stop_ids(self) -> set[int] | None:
         return self._stops
 
-    def _complete(self, messages: Sequence[Message], max_new_tokens: int) -> dict[str, Any]:
+    def _complete(self, messages: Sequence[Message], max_new_tokens: int, with_likely: bool = True) -> dict[str, Any]:
         asked: dict[str, Any] = {
             "model": self._model,
             "max_tokens": max_new_tokens,
@@ -93,10 +119,12 @@ class Endpoint:
         }
         if self._chat:
             turns = [message.as_turn() for message in messages]
-            asked |= {"messages": turns, "logprobs": True, "top_logprobs": self._top}
+            asked |= {"messages": turns}
+            asked |= {"logprobs": True, "top_logprobs": self._top} if with_likely else {}
             path = "/v1/chat/completions"
         else:
-            asked |= {"prompt": self._text(messages), "logprobs": self._top}
+            asked |= {"prompt": self._text(messages)}
+            asked |= {"logprobs": self._top} if with_likely else {}
             path = "/v1/completions"
         made = self._ask(path, asked)
         if made is None or "choices" not in made:
@@ -179,15 +207,18 @@ def require_llama_cpp() -> None:
 
 
 @contextmanager
-def llama_server(file: Path, chat: bool, stops: set[int], context: int, lora: Path | None = None) -> Iterator[Endpoint]:
+def llama_server(
+    file: Path, chat: bool, stops: set[int], context: int, lora: Path | None = None, slots: int = 1
+) -> Iterator[Endpoint]:
     """llama.cpp's own server on a GGUF file, within this process, on a free port of this machine.
 
     Args:
         file: The model.
         chat: Whether it is asked with messages.
         stops: Tokens that the file names as ends.
-        context: Tokens it must hold.
+        context: Tokens that each slot must hold.
         lora: An adapter to be put on it.
+        slots: Conversations that are answered at once.
 
     Raises:
         UserError: `xllamacpp` is not installed, or llama.cpp does not load the file.
@@ -197,7 +228,7 @@ def llama_server(file: Path, chat: bool, stops: set[int], context: int, lora: Pa
 
     settings = xllamacpp.CommonParams()
     settings.model.path = str(file)
-    settings.n_ctx, settings.n_parallel = context, 1
+    settings.n_ctx, settings.n_parallel = context * slots, slots
     settings.warmup, settings.ui, settings.verbosity = False, False, 1
     settings.use_jinja, settings.endpoint_slots = True, True
     settings.reasoning_format = xllamacpp.common_reasoning_format.COMMON_REASONING_FORMAT_NONE

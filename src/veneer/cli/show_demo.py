@@ -1,0 +1,119 @@
+"""What the demo prints: in 80 columns, for a terminal and for a log file alike."""
+
+import shlex
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from veneer.cli import show
+
+WIDTH = 78
+MODELS = ("base", "base_with_examples", "tuned")
+LIVE_AT = (0.25, 0.5, 0.75)  # shares of the steps after which the model answers the first held-out message
+
+
+class LiveAnswers:
+    """A listener that prints what the model answers to one message while it is being trained.
+
+    Args:
+        out: Where to print.
+        answer: Answers the message with the model as it is.
+    """
+
+    def __init__(self, out: Console, answer: Callable[[], str]) -> None:
+        self._out, self._answer = out, answer
+        self._due: list[int] = []
+
+    def on_start(self, steps: int, done: int) -> None:
+        self._due = [step for share in LIVE_AT if (step := round(share * steps)) > done]
+
+    def on_record(self, record: dict[str, Any]) -> None:
+        if record["kind"] == "train" and self._due and record["step"] >= self._due[0]:
+            self._due.pop(0)
+            answer = self._answer()
+            self._out.print(f"   after step {record['step']} it answers")
+            paragraph(self._out, answer)
+
+    def on_end(self) -> None:
+        pass
+
+
+def paragraph(out: Console, text: str, label: str = "") -> None:
+    """Any text, wrapped and indented, behind a label, on at most three lines."""
+    first = f"     {label:10}" if label else "     "
+    flat = " ".join(text.split()) or "(nothing)"
+    lines = textwrap.wrap(
+        flat, WIDTH, initial_indent=first, subsequent_indent=" " * len(first), max_lines=3, placeholder=" ..."
+    )
+    for line in lines:
+        out.print(escape(line))
+
+
+def show_right(out: Console, metrics: dict[str, Any]) -> None:
+    """In one line: how many answers are right, and valid JSON."""
+    names = {"record": "exactly right", "valid_json": "valid JSON"}
+    if "record" not in metrics:
+        names = {"exact_match": "exactly right"}
+    told = (f"{text} {show.interval(name, metrics[name].as_dict())}" for name, text in names.items())
+    out.print("   " + ", ".join(told))
+
+
+def show_results(out: Console, evaluation: dict[str, Any]) -> None:
+    """All scores of the three models, and what training gained over examples in the prompt."""
+    metrics = {
+        name: {which.replace("base_with", "with"): value for which, value in values.items()}
+        for name, values in evaluation["metrics"].items()
+    }
+    for values in metrics.values():
+        values["difference"] = values.get("difference_with_examples", values["difference"])
+    title = f"{evaluation['rows']} held-out messages, share right (95% interval)"
+    models = tuple(name.replace("base_with", "with") for name in MODELS)
+    left_out = ("exact_match",) if "record" in metrics else ()
+    show.show_scores(out, title, {name: metrics[name] for name in metrics if name not in left_out}, models)
+    out.print("   record: all keys right. with examples: the base with three training rows in")
+    out.print("   its prompt. difference: tuned less that, in points, on the same messages.")
+
+
+def show_exported(out: Console, file: Path, size: int, seconds: float, exported: dict[str, Any]) -> None:
+    """How the exported file answers, against the tuned model."""
+    out.print(f"   {escape(str(file))}, {size / 1e6:.0f} MB, {exported['rows']} answers in {seconds:.0f} s")
+    turned = f"{exported['wrong_to_right']} turned right, {exported['right_to_wrong']} wrong"
+    difference = show.interval("record", exported["difference"], is_difference=True)
+    out.print(f"   against the tuned model: [bold]{exported['verdict']}[/bold]")
+    out.print(f"   {turned}, difference {difference} points")
+
+
+def show_examples(out: Console, samples: Sequence[dict[str, Any]], rule: str) -> None:
+    """Some answers side by side."""
+    out.print("[bold]answers[/bold]")
+    paragraph(out, rule)
+    for sample in samples:
+        mark = "[green]right[/green]" if sample["tuned_right"] else "[red]wrong[/red]"
+        out.print(f"   {mark}")
+        paragraph(out, sample["prompt"], "message")
+        paragraph(out, sample["base"], "base")
+        if "base_with_examples" in sample:
+            paragraph(out, sample["base_with_examples"], "examples")
+        paragraph(out, sample["tuned"], "tuned")
+        if not sample["tuned_right"]:
+            paragraph(out, sample["reference"], "should be")
+
+
+def show_next(out: Console, folder: Path, prompt: str) -> None:
+    """What the run left, and commands to go on with; none of them changes the run's folder."""
+    veneer = show.command_name()
+    out.print(f"[bold]files[/bold] in {escape(str(folder))}")
+    out.print("   report.html adapter/ gguf/ evaluation.json samples.jsonl metrics.jsonl")
+    out.print("   loss.png ledger.json plan.json run.yaml")
+    out.print("[bold]next[/bold]")
+    for command in (
+        f"generate {folder} --compare --prompt {shlex.quote(prompt)}",
+        f"merge {folder} --out {folder}-merged",
+        f"train {folder}/run.yaml data.train=yours.jsonl data.validation=0.1 train.output_dir=runs/yours",
+    ):
+        out.print(f"   {veneer} {command}", markup=False)
+    out.print(f"[bold]report[/bold]  {escape(str(folder / 'report.html'))}")

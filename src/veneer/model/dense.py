@@ -1,0 +1,82 @@
+"""16-bit copies of 4-bit weights on the CPU, where memory has room for them.
+
+bitsandbytes dequantizes each weight anew in every forward and every backward; for a few tokens (each step of
+generation) that is most of the work. Here each weight is dequantized once, by bitsandbytes itself, at its first use.
+The same numbers are multiplied, so losses and gradients are the same to the bit, and what is trained is still an
+adapter of the NF4 base: the 4-bit weight stays the module's parameter, and the copy is in no state dict.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+SHARE = 8  # copies may take one part in so many of the memory that is free, since the run's own needs are still to come
+
+
+def keep_dense(base: Any, free_bytes: int) -> int:
+    """Let a base's 4-bit linear layers keep 16-bit copies; in place, before adapters are attached.
+
+    Args:
+        base: A model on the CPU; its 4-bit layers are replaced by ones that share their parameters.
+        free_bytes: Memory that is free.
+
+    Returns:
+        Bytes that the copies will take; 0: none, because there is no such layer or too little memory.
+    """
+    found = {name: module for name, module in base.named_modules() if _can_keep(module)}
+    needed: int = sum(module.weight.quant_state.shape.numel() * _dtype(module).itemsize for module in found.values())
+    if not found or needed > free_bytes // SHARE:
+        return 0
+    make = _dense_linear()
+    for name, module in found.items():
+        parent, _, own = name.rpartition(".")
+        setattr(base.get_submodule(parent), own, make(module))
+    return needed
+
+
+def _can_keep(module: Any) -> bool:
+    """Whether a copy would hold the numbers that bitsandbytes multiplies by, forward and backward."""
+    if type(module).__name__ != "Linear4bit":
+        return False
+    state = getattr(module.weight, "quant_state", None)
+    return state is not None and module.weight.device.type == "cpu" and state.dtype == _dtype(module)
+
+
+def _dtype(module: Any) -> torch.dtype:
+    """The dtype in which a layer computes."""
+    dtype: torch.dtype = module.compute_dtype or module.weight.quant_state.dtype
+    return dtype
+
+
+def _dense_linear() -> Any:
+    """The layer's class; made here, since bitsandbytes takes a second to import, which others need not wait for."""
+    import bitsandbytes as bnb
+
+    class DenseLinear4bit(bnb.nn.Linear4bit):  # type: ignore[misc, name-defined, unused-ignore]
+        """A 4-bit layer with a 16-bit copy of its weight.
+
+        Args:
+            of: The layer whose parameters it shares.
+        """
+
+        def __init__(self, of: Any) -> None:
+            torch.nn.Module.__init__(self)
+            self.__dict__.update(of.__dict__)
+            self.weight.module = self
+            self._copied: Any = None  # the parameter that the copy is of: merging puts another in its place
+            self._copy: Any = None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.device.type != "cpu" or self.weight.device.type != "cpu":
+                plain: torch.Tensor = super().forward(x)
+                return plain
+            dtype = _dtype(self)
+            if self._copied is not self.weight:
+                with torch.no_grad():
+                    copy = bnb.functional.dequantize_4bit(self.weight.data, self.weight.quant_state)
+                self._copy, self._copied = copy.to(dtype), self.weight
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return F.linear(x.to(dtype), self._copy, bias).to(x.dtype)
+
+    return DenseLinear4bit

@@ -1,0 +1,41 @@
+"""Answers of an exported GGUF file in llama.cpp: what its users will read, for the same rows as any other model's."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from veneer.data import Conversation, Message, Renderer
+from veneer.release.servers import llama_server
+
+SLOTS = 8  # conversations at once: a step of llama.cpp answers them together, and each slot keeps what they begin with
+
+
+def gguf_answers(
+    file: Path,
+    renderer: Renderer,
+    asked: Sequence[Conversation],
+    max_new_tokens: int,
+    on_done: Callable[[int], None] = lambda done: None,
+) -> list[str]:
+    """Greedy answers, in the order of the conversations.
+
+    Args:
+        file: The GGUF file.
+        renderer: Of the training; the file has tokenizer and template of its own, the system prompt comes from here.
+        asked: Rows to be answered, without their last answers.
+        max_new_tokens: Longest answer.
+        on_done: Called with the number of rows just answered.
+
+    Raises:
+        UserError: llama.cpp is not installed, or does not load the file.
+    """
+    prompts = [_turns(renderer, chat.prompt()) for chat in asked]
+    longest = max(len(renderer.prompt_ids(turns)) for turns in prompts)
+    with llama_server(file, renderer.is_chat, set(), longest + max_new_tokens + 16, slots=SLOTS) as server:
+        return server.texts(prompts, max_new_tokens, SLOTS, on_done)
+
+
+def _turns(renderer: Renderer, turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    system = renderer.settings.system_prompt
+    if not renderer.is_chat or system is None or turns[0].role == "system":
+        return turns
+    return (Message("system", system), *turns)

@@ -1,0 +1,149 @@
+"""The page of a run: scores, loss, data, answers, files and what to do next. One file, from the run's folder alone."""
+
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from veneer.config import RunFolder, load_run
+from veneer.config.folder import write_text
+from veneer.report.plots import smooth
+
+WIDTH, HEIGHT = 720, 200  # of the loss curve, in pixels
+LEFT, BOTTOM = 44, 26  # room for its axes
+SHOWN_BY = "the first two messages that the tuned model has right, and the first that it has wrong"
+MODELS = {
+    "base": "base",
+    "base_with_examples": "base with examples",
+    "tuned": "tuned",
+    "exported": "exported",
+    "difference": "tuned less base",
+    "difference_with_examples": "tuned less base with examples",
+}
+
+
+def write_run_page(folder: RunFolder) -> Path:
+    """Write report.html into a run's folder, and give its path."""
+    path = folder.path / "report.html"
+    write_text(path, run_page(folder.path))
+    return path
+
+
+def run_page(folder: Path) -> str:
+    """The page of a run as HTML; parts whose files are not there are left out.
+
+    Args:
+        folder: The run's.
+    """
+    from jinja2 import Environment
+
+    run = RunFolder(folder)
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["size"] = _size
+    source = resources.files("veneer.report").joinpath("run_page.html.jinja").read_text(encoding="utf-8")
+    evaluation = _json(run.evaluation)
+    samples = [json.loads(line) for line in run.samples.read_text(encoding="utf-8").splitlines()] if evaluation else []
+    return environment.from_string(source).render(
+        name=folder.name,
+        run=load_run(run.run),
+        settings=run.run.read_text(encoding="utf-8"),
+        plan=_json(run.plan),
+        ledger=_json(run.ledger),
+        environment=_json(run.environment),
+        evaluation=evaluation,
+        scores=_scores(evaluation),
+        curve=_curve(run.metrics),
+        samples=shown_of(samples),
+        rule=SHOWN_BY,
+        files=_files(folder),
+        folder=str(folder),
+        models=MODELS,
+    )
+
+
+def shown_of(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of samples.jsonl to show, by the rule SHOWN_BY; fewer where there are none such."""
+    right = [sample for sample in samples if sample["tuned_right"]]
+    wrong = [sample for sample in samples if not sample["tuned_right"]]
+    return right[:2] + wrong[:1]
+
+
+def _scores(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """The table of scores: its columns, and by metric the cells."""
+    metrics = evaluation.get("metrics", {})
+    columns = [key for key in MODELS if any(key in values for values in metrics.values())]
+    rows = {
+        name.removeprefix("field.").replace("_", " "): [
+            _cell(name, values.get(key), key.startswith("difference")) for key in columns
+        ]
+        for name, values in metrics.items()
+    }
+    return {"columns": [MODELS[key] for key in columns], "rows": rows}
+
+
+def _cell(metric: str, value: dict[str, float] | None, is_difference: bool) -> tuple[str, str]:
+    """A value and its interval."""
+    if value is None:
+        return "", ""
+    sign = "+" if is_difference else ""
+    if metric == "perplexity":
+        return f"{value['value']:{sign}.3g}", f"{value['low']:{sign}.3g} to {value['high']:{sign}.3g}"
+    unit = "" if is_difference else " %"
+    shown, low, high = (f"{100 * value[key]:{sign}.1f}" for key in ("value", "low", "high"))
+    return f"{shown}{unit}", f"{low} to {high}"
+
+
+def _curve(metrics: Path) -> dict[str, Any] | None:
+    """The loss curve: points of each step, of the running mean and of held-out losses, and marks on the axes."""
+    records = (
+        [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.exists() else []
+    )
+    trained = [(record["step"], record["loss"]) for record in records if record["kind"] == "train"]
+    held_out = [(record["step"], record["loss"]) for record in records if record["kind"] == "eval"]
+    if not trained:
+        return None
+    last = max(step for step, _ in trained)
+    most = max(loss for _, loss in trained + held_out) or 1.0
+
+    def place(step: float, loss: float) -> tuple[float, float]:
+        across = LEFT + (WIDTH - LEFT - 8) * step / last
+        return round(across, 1), round(8 + (HEIGHT - BOTTOM - 8) * (1 - loss / most), 1)
+
+    def line(points: list[tuple[int, float]]) -> str:
+        return " ".join(f"{x},{y}" for x, y in (place(*point) for point in points))
+
+    mean = list(zip((step for step, _ in trained), smooth([loss for _, loss in trained]), strict=True))
+    return {
+        "width": WIDTH,
+        "height": HEIGHT,
+        "left": LEFT,
+        "floor": HEIGHT - BOTTOM,
+        "steps": line(trained),
+        "mean": line(mean),
+        "held_out": [(*place(*point), f"{point[1]:.3f}") for point in held_out],
+        "losses": [(place(0, most * part)[1], f"{most * part:.2g}") for part in (0, 0.5, 1)],
+        "last": last,
+        "first_loss": trained[0][1],
+        "last_loss": mean[-1][1],
+    }
+
+
+def _files(folder: Path) -> list[tuple[str, int]]:
+    """The run's files and folders with their sizes, checkpoints left out."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.name in ("checkpoints", "report.html"):
+            continue
+        inside = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+        found.append((path.name + ("/" if path.is_dir() else ""), sum(file.stat().st_size for file in inside)))
+    return found
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 100_000 else f"{count / 1e3:.1f} kB"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A file's object; empty: there is no such file."""
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}

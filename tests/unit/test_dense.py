@@ -1,0 +1,72 @@
+"""16-bit copies of 4-bit weights change no number, and are left out where memory is short."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny import FAMILIES, save_tiny_model
+from veneer.config import Adapter, Model, Quantization
+from veneer.engine.temporary import fill_b
+from veneer.model import attach
+from veneer.model.dense import keep_dense
+from veneer.model.load import load_model
+from veneer.model.locate import Source
+from veneer.plan.machine import find_machine
+
+pytestmark = pytest.mark.skipif(find_machine().device != "cpu", reason="copies are for the CPU")
+
+
+def adapted(folder: Path, dtype: str, free_bytes: int, family: str = "llama") -> tuple[Any, int]:
+    """A tiny model in 4 bits with an adapter that adds something, and the bytes of its copies."""
+    save_tiny_model(FAMILIES[family], folder)
+    machine = replace(find_machine(), free_bytes=0)
+    base = load_model(Source("folder", str(folder), "tiny"), Model(base="tiny", dtype=dtype), Quantization(), machine)
+    needed = keep_dense(base, free_bytes)
+    model = attach(base, Adapter(r=4), 0)
+    fill_b(model)
+    return model, needed
+
+
+def gradients(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of some tokens and the gradient of every adapter matrix."""
+    ids_BL = torch.arange(3, 27).reshape(2, 12)
+    loss = model(input_ids=ids_BL, labels=ids_BL).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_losses_and_gradients_are_the_same_to_the_bit(dtype: str, family: str, tmp_path: Path) -> None:
+    plain, none = adapted(tmp_path, dtype, 0, family)
+    dense, needed = adapted(tmp_path, dtype, 2**30, family)
+    assert none == 0 < needed
+    assert [name for name, _ in plain.named_parameters()] == [name for name, _ in dense.named_parameters()]
+    assert plain.state_dict().keys() == dense.state_dict().keys()
+    for _ in range(2):  # when the copy is made, and when it is there
+        plain.zero_grad()
+        dense.zero_grad()
+        (loss, grads), (dense_loss, dense_grads) = gradients(plain), gradients(dense)
+        assert torch.equal(loss, dense_loss)
+        assert all(torch.equal(grads[name], dense_grads[name]) and grads[name].abs().sum() > 0 for name in grads)
+
+
+@pytest.mark.filterwarnings("ignore:Merge lora module")
+def test_a_merged_weight_is_not_answered_for_by_the_copy_of_the_old_one(tmp_path: Path) -> None:
+    plain, _ = adapted(tmp_path, "float32", 0)
+    dense, _ = adapted(tmp_path, "float32", 2**30)
+    ids_BL = torch.arange(3, 27).reshape(2, 12)
+    before = dense(input_ids=ids_BL).logits
+    for model in (plain, dense):
+        model.merge_adapter()
+    assert not torch.equal(dense(input_ids=ids_BL).logits, before)
+    assert torch.equal(dense(input_ids=ids_BL).logits, plain(input_ids=ids_BL).logits)
+
+
+def test_copies_take_no_more_than_their_share_of_free_memory(tmp_path: Path) -> None:
+    _, needed = adapted(tmp_path, "bfloat16", 2**30)
+    assert adapted(tmp_path, "bfloat16", 8 * needed)[1] == needed
+    assert adapted(tmp_path, "bfloat16", 8 * needed - 8)[1] == 0
