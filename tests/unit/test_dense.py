@@ -11,7 +11,7 @@ from tests.tiny import FAMILIES, save_tiny_model
 from veneer.config import Adapter, Model, Quantization
 from veneer.engine.temporary import fill_b
 from veneer.model import attach
-from veneer.model.dense import keep_dense
+from veneer.model.dense import adapter_in_copies, keep_dense
 from veneer.model.load import load_model
 from veneer.model.locate import Source
 from veneer.plan.machine import find_machine
@@ -70,3 +70,36 @@ def test_copies_take_no_more_than_their_share_of_free_memory(tmp_path: Path) -> 
     _, needed = adapted(tmp_path, "bfloat16", 2**30)
     assert adapted(tmp_path, "bfloat16", 8 * needed)[1] == needed
     assert adapted(tmp_path, "bfloat16", 8 * needed - 8)[1] == 0
+
+
+def test_a_copy_with_the_adapter_in_it_answers_as_base_and_adapter_do(tmp_path: Path) -> None:
+    dense, _ = adapted(tmp_path, "float32", 2**30)
+    ids_BL = torch.arange(3, 27).reshape(2, 12)
+    layer = dense.get_base_model().model.layers[0].mlp.up_proj
+    with torch.no_grad():
+        apart = dense(input_ids=ids_BL).logits
+        with dense.disable_adapter(), adapter_in_copies(dense):
+            base = dense(input_ids=ids_BL).logits
+            assert layer.get_base_layer().with_adapter is None, "an adapter that is off stays off"
+        with adapter_in_copies(dense):
+            folded = dense(input_ids=ids_BL).logits
+            merged = layer.get_base_layer().dense() + layer.get_delta_weight("default")
+            assert torch.equal(layer.get_base_layer().with_adapter, merged)
+        again = dense(input_ids=ids_BL).logits
+    torch.testing.assert_close(folded, apart, rtol=1e-4, atol=1e-4)
+    assert (base - apart).abs().max() > 100 * (folded - apart).abs().max(), "the adapter adds something"
+    assert torch.equal(again, apart)
+    _, grads = gradients(dense)
+    assert all(grad.abs().sum() > 0 for grad in grads.values()), "it trains on as before"
+
+
+def test_what_is_more_than_plain_lora_or_has_no_copy_is_left_alone(tmp_path: Path) -> None:
+    plain, _ = adapted(tmp_path, "float32", 0)
+    dense, _ = adapted(tmp_path, "float32", 2**30)
+    ids_BL = torch.arange(3, 27).reshape(2, 12)
+    dense.get_base_model().model.layers[0].mlp.up_proj.lora_variant["default"] = object()  # as of DoRA
+    for model in (plain, dense, plain.get_base_model()):
+        with adapter_in_copies(model):
+            assert not any(getattr(module, "with_adapter", None) is not None for module in model.modules())
+    with torch.no_grad():
+        assert plain(input_ids=ids_BL).logits.isfinite().all()

@@ -18,7 +18,7 @@ from veneer.data import Message
 from veneer.release.agreement import ENOUGH, Limits, Measured, Noise, distribution_checks, noise_between
 from veneer.release.prompts import Prompt
 from veneer.release.runtimes import Answer
-from veneer.release.verdict import turn, verdict_of
+from veneer.release.verdict import verdict_of
 
 
 def answers(text: list[str]) -> list[Answer]:
@@ -42,9 +42,17 @@ def test_rows_that_turn_are_counted_each_way_and_a_worse_model_fails() -> None:
     assert not check.passed
     assert (check.value, check.limit) == ("60.0% (72 of 120)", "not worse than 69.2% (83 of 120)")
     assert check.detail.startswith("worse: -9.2 points (-17.8 to -0.4), 9 from wrong to right, 20 from right to wrong")
-    turned = [turn(*row) for row in zip(prompts, judged, shipped)]
+    turned = verdict.turns()
     assert [turned.count(what) for what in ("right to wrong", "wrong to right")] == [20, 9]
-    assert turn(Prompt("edge", (), [1]), judged[0], shipped[0]) is None
+
+
+def test_answers_that_are_json_are_right_by_their_values_as_in_evaluation() -> None:
+    prompts = [Prompt(f"row {n}", (Message("user", "q"),), [1], '{"a": 1, "b": null}') for n in range(4)]
+    shipped = answers(['{"b": null, "a": 1}', '{"a": 1, "b": 2}', "{}", '{"a": 1, "b": null}'])
+    verdict = verdict_of(prompts, answers(['{"a": 1, "b": null}'] * 4), shipped, "samples.jsonl")
+    assert verdict is not None
+    assert verdict.turns() == ["still right", "right to wrong", "right to wrong", "still right"]
+    assert verdict.same_answers == 1
 
 
 def test_few_rows_say_what_they_can_show_and_no_right_row_says_so() -> None:
@@ -178,4 +186,4 @@ def test_a_model_without_its_adapter_is_told_by_its_score_where_weights_are_not_
     with llama_server(tmp_path / "out" / report.file, True, set(), 512) as server:
         found = certificate(server.address, run)
     assert not found["passed"]
-    assert found["first_difference"].startswith("exact match on held-out rows: worse: -100.0 points")
+    assert found["first_difference"].startswith("held-out rows right: worse: -100.0 points")

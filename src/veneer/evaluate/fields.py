@@ -59,6 +59,12 @@ def field_scores(answers: Sequence[str], references: Sequence[str]) -> dict[str,
     return found
 
 
+def right_rows(answers: Sequence[str], references: Sequence[str]) -> list[bool]:
+    """Which rows are right by the rule that decides: the whole record of JSON answers, else the text."""
+    exact = [answer == reference.strip() for answer, reference in zip(answers, references, strict=True)]
+    return field_scores(answers, references).get(RECORD, exact)
+
+
 def _same(one: Any, other: Any) -> bool:
     """Equal as JSON: true is not 1, and the order of keys does not count."""
     return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)

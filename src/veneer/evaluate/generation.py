@@ -17,6 +17,7 @@ from veneer.evaluate.decoding import StopAtText, TextStream, answer_text, genera
 from veneer.evaluate.decoding import stop_ids_of as stop_ids_of
 from veneer.evaluate.memory import Batching, alike, room_for_answers
 from veneer.evaluate.prefix import SharedPrefix, padded
+from veneer.model.dense import adapter_in_copies
 from veneer.model.quiet import quiet
 
 GREEDY = Sampling()
@@ -57,7 +58,6 @@ def generate(
     device = model.get_input_embeddings().weight.device
     batching = batch_size if isinstance(batch_size, Batching) else Batching(batch_size)
     room = room_for_answers(model, prompts, max_new_tokens)
-    prefix = SharedPrefix(model, prompts)
 
     def answer(chosen: Sequence[int]) -> int:
         ids_BL, mask_BL = padded([prompts[n] for n in chosen], prefix.length, tokenizer.pad_token_id)
@@ -75,10 +75,12 @@ def generate(
             answers[n] = answer_text(tokenizer, output_BL[row, longest:], sampling.stop)
         return len(chosen)
 
-    for tokens, numbers in alike(room, [len(prompt) for prompt in prompts]):
-        config.max_new_tokens = tokens
-        for done in batching.over(numbers, answer):
-            on_done(done)
+    with adapter_in_copies(model):
+        prefix = SharedPrefix(model, prompts)
+        for tokens, numbers in alike(room, [len(prompt) for prompt in prompts]):
+            config.max_new_tokens = tokens
+            for done in batching.over(numbers, answer):
+                on_done(done)
     return answers
 
 

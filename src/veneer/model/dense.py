@@ -4,8 +4,14 @@ bitsandbytes dequantizes each weight anew in every forward and every backward; f
 generation) that is most of the work. Here each weight is dequantized once, by bitsandbytes itself, at its first use.
 The same numbers are multiplied, so losses and gradients are the same to the bit, and what is trained is still an
 adapter of the NF4 base: the 4-bit weight stays the module's parameter, and the copy is in no state dict.
+
+Answers go one step further (`adapter_in_copies`): the adapter is added to the copies, W + scale B A in float32 and
+rounded once, as a merge writes it. A step of generation then has no small products beside the large ones, and what is
+judged rounds like what ships.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +39,46 @@ def keep_dense(base: Any, free_bytes: int) -> int:
         parent, _, own = name.rpartition(".")
         setattr(base.get_submodule(parent), own, make(module))
     return needed
+
+
+@contextmanager
+def adapter_in_copies(model: Any) -> Iterator[None]:
+    """Within the block, 16-bit copies hold the adapter, and PEFT's layers add nothing to them.
+
+    Nothing happens where layers keep no copies, where the adapter is switched off, or where it is more than plain LoRA
+    on these layers. The model must only answer meanwhile: no training, no switching of adapters.
+    """
+    layers = _foldable(model)
+    try:
+        for layer, name in layers:
+            base = layer.get_base_layer()
+            with torch.no_grad():
+                base.with_adapter = (base.dense().float() + layer.get_delta_weight(name).float()).to(_dtype(base))
+            layer.merged_adapters = [name]
+        yield
+    finally:
+        for layer, _ in layers:
+            layer.merged_adapters = []
+            layer.get_base_layer().with_adapter = None
+
+
+def _foldable(model: Any) -> list[tuple[Any, str]]:
+    """The adapted layers with their adapter's name; none, unless all of them can hold it in a copy."""
+    if not hasattr(model, "peft_config"):
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    return [(layer, layer.active_adapters[0]) for layer in layers] if all(map(_holds_in_copy, layers)) else []
+
+
+def _holds_in_copy(layer: Any) -> bool:
+    """Whether a layer is plain LoRA with one active adapter on a layer that keeps a copy."""
+    if not hasattr(layer, "lora_A") or not hasattr(layer.get_base_layer(), "with_adapter"):
+        return False
+    name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
+    is_plain = name in layer.lora_A and not layer.lora_variant and not layer.lora_bias.get(name)
+    return is_plain and not layer.disable_adapters and not layer.merged_adapters
 
 
 def _can_keep(module: Any) -> bool:
@@ -66,17 +112,24 @@ def _dense_linear() -> Any:
             self.weight.module = self
             self._copied: Any = None  # the parameter that the copy is of: merging puts another in its place
             self._copy: Any = None
+            self.with_adapter: Any = None  # what stands in for the copy meanwhile
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             if x.device.type != "cpu" or self.weight.device.type != "cpu":
                 plain: torch.Tensor = super().forward(x)
                 return plain
             dtype = _dtype(self)
-            if self._copied is not self.weight:
-                with torch.no_grad():
-                    copy = bnb.functional.dequantize_4bit(self.weight.data, self.weight.quant_state)
-                self._copy, self._copied = copy.to(dtype), self.weight
             bias = None if self.bias is None else self.bias.to(dtype)
-            return F.linear(x.to(dtype), self._copy, bias).to(x.dtype)
+            weight = self.dense() if self.with_adapter is None else self.with_adapter
+            return F.linear(x.to(dtype), weight, bias).to(x.dtype)
+
+        @torch.no_grad()
+        def dense(self) -> torch.Tensor:
+            """The weight in 16 bits, [out, in]; made at the first call."""
+            if self._copied is not self.weight:
+                copy = bnb.functional.dequantize_4bit(self.weight.data, self.weight.quant_state)
+                self._copy, self._copied = copy.to(_dtype(self)), self.weight
+            kept: torch.Tensor = self._copy
+            return kept
 
     return DenseLinear4bit

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from veneer.config import UserError
+from veneer.evaluate.fields import right_rows
 from veneer.evaluate.paired import Paired, paired
 from veneer.model import load_adapter, load_model
 from veneer.plan import find_machine
@@ -79,8 +80,8 @@ def choose_base(
     settings = origin.model.model_copy(update={"dtype": str(origin.dtype).removeprefix("torch.")})
     other = load_adapter(load_model(origin.source, settings, None, find_machine()), origin.adapter)
     answers = greedy(other, renderer.tokenizer, [row.ids for row in rows], max_new_tokens, ends)
-    before = [answer.text == row.reference for answer, row in zip(judged, rows)]
-    after = [answer.text == row.reference for answer, row in zip(answers, rows)]
+    references = [row.reference or "" for row in rows]
+    before, after = (right_rows([answer.text for answer in found], references) for found in (judged, answers))
     evidence = paired(before, after)
     on = "base" if evidence.verdict == "better" else "nf4"
     return Choice(on, evidence, sum(before) / len(rows), sum(after) / len(rows))

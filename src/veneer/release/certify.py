@@ -30,6 +30,7 @@ from typing import Any
 from veneer.config.folder import write_json
 from veneer.data import Renderer
 from veneer.model import load_adapter, load_model
+from veneer.model.dense import adapter_in_copies
 from veneer.plan import find_machine
 from veneer.release.agreement import (
     LIMITS,
@@ -52,7 +53,7 @@ from veneer.release.prompts import Prompt
 from veneer.release.recipe import trained_on
 from veneer.release.runtimes import Answer, Runtime, greedy
 from veneer.release.settings import setting_checks, stop_token_checks
-from veneer.release.verdict import turn, verdict_of
+from veneer.release.verdict import verdict_of
 from veneer.train.job import environment
 
 EDGE_TOKENS = 16  # longest answer to an edge case
@@ -136,19 +137,21 @@ def certify_artifact(
     notify("the judged model answers")
     model = judged_model(origin)
     ends = set(stop_ids(origin, origin.base_folder))
-    judged, source = judged_answers(model, renderer, prompts, max_new_tokens, ends, recorded)
+    at = len(prompts) - len(edges)
+    with adapter_in_copies(model):  # as evaluation answers
+        judged, source = judged_answers(model, renderer, prompts, max_new_tokens, ends, recorded)
+        single = [greedy(model, renderer.tokenizer, [edge.ids], _edge_limit(max_new_tokens), ends)[0] for edge in edges]
+        noise = Noise(noise_between(judged[at:], single), noise_between(answers[at:], again))
+        notify("the judged model reads the artifact's answers")
+        measured = [
+            measure(model, renderer, prompt, answer, ends, noise.total)
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
     verdict = verdict_of(prompts, judged, answers, source)
     checks += [] if verdict is None else [verdict.check()]
     checks += stop_checks(answers, judged, prompts)
-    single = [greedy(model, renderer.tokenizer, [edge.ids], _edge_limit(max_new_tokens), ends)[0] for edge in edges]
-    at = len(prompts) - len(edges)
-    noise = Noise(noise_between(judged[at:], single), noise_between(answers[at:], again))
-    notify("the judged model reads the artifact's answers")
-    measured = [
-        measure(model, renderer, prompt, answer, ends, noise.total)
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
     checks += distribution_checks(measured, _limits(artifact, origin), noise)
+    turns = [*(verdict.turns() if verdict is not None else ()), *[None] * len(edges)]
     skipped = skipped | unmade(checks, any(prompt.reference is not None for prompt in prompts))
     return Certificate(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -158,7 +161,7 @@ def certify_artifact(
         skipped=skipped,
         score=None if verdict is None else verdict.as_dict(),
         noise={"judged": round(noise.judged, 4), "artifact": round(noise.artifact, 4)},
-        prompts=[_record(*row) for row in zip(prompts, answers, judged, measured, strict=True)],
+        prompts=[_record(*row) for row in zip(prompts, answers, judged, measured, turns, strict=True)],
         environment=environment(),
         seconds=round(time.perf_counter() - started, 1),
     )
@@ -257,7 +260,7 @@ def artifact_sha256(path: Path) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _record(prompt: Prompt, answer: Answer, judged: Answer, measured: Measured) -> dict[str, Any]:
+def _record(prompt: Prompt, answer: Answer, judged: Answer, measured: Measured, turn: str | None) -> dict[str, Any]:
     mean = sum(measured.divergences) / len(measured.divergences) if measured.divergences else None
     return {
         "id": prompt.id,
@@ -266,7 +269,7 @@ def _record(prompt: Prompt, answer: Answer, judged: Answer, measured: Measured) 
         "adapter": judged.text,
         "artifact": answer.text,
         "reference": prompt.reference,
-        "turn": turn(prompt, judged, answer),
+        "turn": turn,
         "adapter_stopped": judged.stopped,
         "artifact_stopped": answer.stopped,
         "mean_kl": None if mean is None else round(mean, 6),

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from veneer.evaluate.fields import right_rows
 from veneer.evaluate.intervals import proportion
 from veneer.evaluate.paired import Paired, paired
 from veneer.release.checks import Check
@@ -30,6 +31,10 @@ class Verdict:
     artifact: tuple[bool, ...]
     same_answers: int
     source: str
+
+    def turns(self) -> list[str]:
+        """What became of each row: wrong to right, right to wrong, still right, still wrong."""
+        return [TURNS[pair] for pair in zip(self.judged, self.artifact, strict=True)]
 
     @property
     def paired(self) -> Paired:
@@ -56,7 +61,7 @@ class Verdict:
         if not any(self.judged) and not any(self.artifact):
             detail += "; no row is answered exactly, so this score tells little: see the agreement"
         limit = f"not worse than {other}"
-        return Check("score", "exact match on held-out rows", found.verdict != "worse", score, limit, detail)
+        return Check("score", "held-out rows right", found.verdict != "worse", score, limit, detail)
 
 
 def describe(found: Paired) -> str:
@@ -76,22 +81,14 @@ def verdict_of(
     rows = [n for n, prompt in enumerate(prompts) if prompt.reference is not None]
     if not rows:
         return None
-    return Verdict(
-        tuple(judged[n].text == prompts[n].reference for n in rows),
-        tuple(answers[n].text == prompts[n].reference for n in rows),
-        sum(judged[n].text == answers[n].text for n in rows),
-        source,
-    )
+    references = [prompts[n].reference or "" for n in rows]
+    before, after = (right_rows([of[n].text for n in rows], references) for of in (judged, answers))
+    return Verdict(tuple(before), tuple(after), sum(judged[n].text == answers[n].text for n in rows), source)
 
 
-def turn(prompt: Prompt, judged: Answer, answer: Answer) -> str | None:
-    """What became of a row: wrong to right, right to wrong, still right, still wrong; None: it has no right answer."""
-    if prompt.reference is None:
-        return None
-    before, after = judged.text == prompt.reference, answer.text == prompt.reference
-    return {
-        (False, True): "wrong to right",
-        (True, False): "right to wrong",
-        (True, True): "still right",
-        (False, False): "still wrong",
-    }[before, after]
+TURNS = {
+    (False, True): "wrong to right",
+    (True, False): "right to wrong",
+    (True, True): "still right",
+    (False, False): "still wrong",
+}
