@@ -167,7 +167,7 @@ def demo_run(output_dir: Path) -> Any:
     data = resources.files("veneer.data").joinpath("demo")
     return Run.model_validate(
         {
-            "model": {"base": "smollm2-135m-instruct", "attn_implementation": "eager"},
+            "model": {"base": "smollm2-135m-instruct"},
             "quantization": {"bits": 4},
             "data": {
                 "train": str(data / "train.jsonl"),
