@@ -52,7 +52,7 @@ def test_loss_and_gradients_are_those_of_whole_rows(family: str, tmp_path: Path)
         return tokens, [total, engine.losses(BATCH)], gradients
 
     whole_tokens, whole_losses, whole = step(ReferenceEngine(model))
-    tokens, losses, gradients = step(ReferenceEngine(model, share=True))
+    tokens, losses, gradients = step(ReferenceEngine(model, for_cpu=True))
     assert whole_tokens == 3 * 26
     assert tokens == len(PREFIX) + 3 * 6, "the shared tokens went through the model once"
     torch.testing.assert_close(losses, whole_losses, rtol=1e-5, atol=1e-5)

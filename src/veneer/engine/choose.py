@@ -58,11 +58,11 @@ def build(model: Any, train: Train, device: str) -> Choice:
     Raises:
         UserError: The fused engine is asked for and does not cover the model.
     """
-    share = device == "cpu"  # where products take the time, whatever their number
+    for_cpu = device == "cpu"
     if train.engine == "reference":
-        return Choice(ReferenceEngine(model, share), "train.engine asks for the reference engine")
+        return Choice(ReferenceEngine(model, for_cpu), "train.engine asks for the reference engine")
     if train.engine == "auto" and device not in FUSED_DEVICES:
-        return Choice(ReferenceEngine(model, share), "the fused engine is made for CUDA GPUs")
+        return Choice(ReferenceEngine(model, for_cpu), "the fused engine is made for CUDA GPUs")
     try:
         if device == "mps":
             raise NotCoveredError("Apple's GPU")

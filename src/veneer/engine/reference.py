@@ -7,8 +7,9 @@ the tokens and causal attention never looks there, so no mask is passed, and bac
 
 Only the head is handled here, because logits of untrained positions are the largest waste of a small step. Whether a
 model's head really is one linear layer (some scale or cap their logits) is not assumed but tried on a few tokens;
-where it is not, the model computes its own logits. On request, rows that begin with the same tokens compute these once
-(prefix.py); what other engines are compared with does not.
+where it is not, the model computes its own logits. For the CPU, on request, rows that begin with the same tokens compute
+these once (prefix.py), and short rows attend by plain products (attention.py); what other engines are compared with
+does neither.
 
 Shapes: B rows, L padded length, N trained tokens, D model width, V vocabulary.
 """
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 
 from veneer.data import Batch
 from veneer.data.batch import UNTRAINED
+from veneer.engine.attention import short_row_attention
 from veneer.engine.positions import switch_of
 from veneer.engine.prefix import can_share, hidden_behind, shared_tokens
 from veneer.kernels.linear_cross_entropy import linear_cross_entropy
@@ -52,14 +54,15 @@ class ReferenceEngine:
 
     Args:
         model: A PEFT model from `veneer.model.attach` or `load_adapter`.
-        share: Let rows that begin with the same tokens compute these once, where the model allows it.
+        for_cpu: Let rows that begin with the same tokens compute these once, where the model allows it, and short rows
+            attend as is fastest on a CPU.
     """
 
     name = "reference"
     isolates_documents = True
     master = None
 
-    def __init__(self, model: Any, share: bool = False) -> None:
+    def __init__(self, model: Any, for_cpu: bool = False) -> None:
         self.model = model
         self._base = model.get_base_model()
         self._device = self._base.get_input_embeddings().weight.device
@@ -67,15 +70,18 @@ class ReferenceEngine:
         self._sum_dtype = torch.float32 if self._device.type == "mps" else torch.float64
         self.chunked_head = self._head_is_linear()
         self._switch = switch_of(self._base.config.get_text_config())
-        self._shares = share and self.chunked_head and self._switch is None and can_share(self._base)
+        self._for_cpu = for_cpu
+        with short_row_attention(self._base, 0 if for_cpu else None):
+            self._shares = for_cpu and self.chunked_head and self._switch is None and can_share(self._base)
 
     def forward_backward(self, batch: Batch, scale: float) -> torch.Tensor:
         """See `Engine.forward_backward`."""
         self.model.train()
         total = torch.zeros((), dtype=self._sum_dtype, device=self._device)
         for rows in _rows(batch.to(str(self._device)), self._switch, self._shares):
-            losses_N = token_losses(self._base, rows, self.chunked_head)
-            (losses_N.sum() * scale).backward()  # type: ignore[no-untyped-call]
+            with short_row_attention(self._base, rows.ids_BL.shape[1] if self._for_cpu else None):
+                losses_N = token_losses(self._base, rows, self.chunked_head)
+                (losses_N.sum() * scale).backward()  # type: ignore[no-untyped-call]
             total += losses_N.detach().to(self._sum_dtype).sum()
             del losses_N
             self._tidy()
@@ -88,9 +94,9 @@ class ReferenceEngine:
         result = torch.zeros(len(batch.lengths), dtype=self._sum_dtype, device=self._device)
         for rows in _rows(batch.to(str(self._device)), self._switch, self._shares):
             documents_B = torch.tensor(rows.documents, device=self._device)
-            result.index_add_(
-                0, documents_B[rows.row_N], token_losses(self._base, rows, self.chunked_head).to(self._sum_dtype)
-            )
+            with short_row_attention(self._base, rows.ids_BL.shape[1] if self._for_cpu else None):
+                losses_N = token_losses(self._base, rows, self.chunked_head)
+            result.index_add_(0, documents_B[rows.row_N], losses_N.to(self._sum_dtype))
             self._tidy()
         return result
 
