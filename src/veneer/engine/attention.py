@@ -1,8 +1,8 @@
 """Attention of short rows on the CPU: plain products instead of torch's flash kernel.
 
-The kernel's backward reaches 27 GFLOP/s there, products 400. For rows of up to `SHORT` tokens the square of scores that
-plain products keep is small: 8 rows of 120 tokens, 9 heads: 2 MB a layer. Only training passes switch: generation behind
-a cache would repeat keys and values for each head. A user's own choice (`model.attn_implementation`) stays.
+The kernel's backward reaches 27 GFLOP/s there, products 400. For rows of up to `SHORT` tokens the square of scores
+that plain products keep is small: 8 rows of 120 tokens, 9 heads: 2 MB a layer. Only training passes switch: generation
+behind a cache would repeat keys and values for each head. A user's own choice (`model.attn_implementation`) stays.
 """
 
 from collections.abc import Iterator

@@ -7,9 +7,9 @@ the tokens and causal attention never looks there, so no mask is passed, and bac
 
 Only the head is handled here, because logits of untrained positions are the largest waste of a small step. Whether a
 model's head really is one linear layer (some scale or cap their logits) is not assumed but tried on a few tokens;
-where it is not, the model computes its own logits. For the CPU, on request, rows that begin with the same tokens compute
-these once (prefix.py), and short rows attend by plain products (attention.py); what other engines are compared with
-does neither.
+where it is not, the model computes its own logits. For the CPU, on request, rows that begin with the same tokens
+compute these once (prefix.py), and short rows attend by plain products (attention.py); what other engines are compared
+with does neither.
 
 Shapes: B rows, L padded length, N trained tokens, D model width, V vocabulary.
 """
