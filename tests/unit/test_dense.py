@@ -52,6 +52,8 @@ def test_losses_and_gradients_are_the_same_to_the_bit(dtype: str, family: str, t
         (loss, grads), (dense_loss, dense_grads) = gradients(plain), gradients(dense)
         assert torch.equal(loss, dense_loss)
         assert all(torch.equal(grads[name], dense_grads[name]) and grads[name].abs().sum() > 0 for name in grads)
+    assert plain.state_dict().keys() == dense.state_dict().keys(), "a copy that is there is in no state dict either"
+    assert len(list(plain.parameters())) == len(list(dense.parameters()))
 
 
 @pytest.mark.filterwarnings("ignore:Merge lora module")

@@ -143,4 +143,5 @@ def fall_back(model: Any, failure: str) -> Choice:
     """The reference engine in the place of a fused one that failed its check."""
     gc.collect()  # the other engine's buffers, which hold each other
     warning = f"the fused engine does not give the reference engine's numbers here: {failure}"
-    return Choice(ReferenceEngine(model), warning, f"{warning}; training goes on with the reference engine, slower")
+    for_cpu = model.get_input_embeddings().weight.device.type == "cpu"
+    return Choice(ReferenceEngine(model, for_cpu), warning, f"{warning}; training goes on with the reference engine, slower")

@@ -110,7 +110,9 @@ def _dense_linear() -> Any:
             torch.nn.Module.__init__(self)
             self.__dict__.update(of.__dict__)
             self.weight.module = self
-            self._copied: Any = None  # the parameter that the copy is of: merging puts another in its place
+            # The parameter that the copy is of, since merging puts another in its place; in a tuple, or torch's module
+            # would take it for a parameter of its own.
+            self._copied: tuple[Any, ...] = ()
             self._copy: Any = None
             self.with_adapter: Any = None  # what stands in for the copy meanwhile
 
@@ -126,9 +128,9 @@ def _dense_linear() -> Any:
         @torch.no_grad()
         def dense(self) -> torch.Tensor:
             """The weight in 16 bits, [out, in]; made at the first call."""
-            if self._copied is not self.weight:
+            if not self._copied or self._copied[0] is not self.weight:
                 copy = bnb.functional.dequantize_4bit(self.weight.data, self.weight.quant_state)
-                self._copy, self._copied = copy.to(_dtype(self)), self.weight
+                self._copy, self._copied = copy.to(_dtype(self)), (self.weight,)
             kept: torch.Tensor = self._copy
             return kept
 
