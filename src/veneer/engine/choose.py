@@ -144,4 +144,6 @@ def fall_back(model: Any, failure: str) -> Choice:
     gc.collect()  # the other engine's buffers, which hold each other
     warning = f"the fused engine does not give the reference engine's numbers here: {failure}"
     for_cpu = model.get_input_embeddings().weight.device.type == "cpu"
-    return Choice(ReferenceEngine(model, for_cpu), warning, f"{warning}; training goes on with the reference engine, slower")
+    return Choice(
+        ReferenceEngine(model, for_cpu), warning, f"{warning}; training goes on with the reference engine, slower"
+    )

@@ -65,12 +65,12 @@ def find_artifact(name: str, origin: Origin, model: str | None = None) -> Artifa
 
 
 def running(
-    artifact: Artifact, renderer: Renderer, prompts: Sequence[Prompt], max_new_tokens: int
+    artifact: Artifact, renderer: Renderer, prompts: Sequence[Prompt], max_new_tokens: int, batch: int
 ) -> AbstractContextManager[Runtime]:
     """The artifact, running."""
     if artifact.kind == "transformers":
         assert artifact.path is not None
-        return nullcontext(Folder(artifact.path, find_machine()))
+        return nullcontext(Folder(artifact.path, find_machine(), batch))
     if artifact.kind == "endpoint":
         return nullcontext(Endpoint(artifact.name, renderer.is_chat, model=artifact.model))
     from gguf import GGUFReader

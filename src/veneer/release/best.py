@@ -14,7 +14,7 @@ from veneer.evaluate.fields import right_rows
 from veneer.evaluate.paired import Paired, paired
 from veneer.model import load_adapter, load_model
 from veneer.plan import find_machine
-from veneer.release.certify import judged_answers, judged_model
+from veneer.release.certify import batch_of, judged_answers, judged_model
 from veneer.release.judged import Recorded
 from veneer.release.merge import stop_ids
 from veneer.release.origin import Origin
@@ -74,12 +74,12 @@ def choose_base(
     renderer, ends = origin.renderer(), set(stop_ids(origin, origin.base_folder))
     notify("the adapter answers on the base in 4 bits")
     model = None if all(row.id in recorded for row in rows) else judged_model(origin)
-    judged, _ = judged_answers(model, renderer, rows, max_new_tokens, ends, recorded)
+    judged, _ = judged_answers(model, renderer, rows, max_new_tokens, ends, recorded, batch_of(origin))
     del model
     notify("the adapter answers on the base in 16 bits")
     settings = origin.model.model_copy(update={"dtype": str(origin.dtype).removeprefix("torch.")})
     other = load_adapter(load_model(origin.source, settings, None, find_machine()), origin.adapter)
-    answers = greedy(other, renderer.tokenizer, [row.ids for row in rows], max_new_tokens, ends)
+    answers = greedy(other, renderer.tokenizer, [row.ids for row in rows], max_new_tokens, ends, batch_of(origin))
     references = [row.reference or "" for row in rows]
     before, after = (right_rows([answer.text for answer in found], references) for found in (judged, answers))
     evidence = paired(before, after)

@@ -125,7 +125,8 @@ def certify_artifact(
         compared = compare_weights(origin, artifact.path, artifact.on)
         settings = setting_checks(origin, artifact.path, compared.unties)
     edges = [prompt for prompt in prompts if prompt.reference is None]
-    with running(artifact, renderer, prompts, max_new_tokens) as runtime:
+    batch = batch_of(origin)
+    with running(artifact, renderer, prompts, max_new_tokens, batch) as runtime:
         checks += prompt_checks(runtime, renderer, prompts, artifact)
         checks += stop_token_checks(runtime.stop_ids(), renderer)
         checks += settings + weight_checks(compared)
@@ -139,7 +140,7 @@ def certify_artifact(
     ends = set(stop_ids(origin, origin.base_folder))
     at = len(prompts) - len(edges)
     with adapter_in_copies(model):  # as evaluation answers
-        judged, source = judged_answers(model, renderer, prompts, max_new_tokens, ends, recorded)
+        judged, source = judged_answers(model, renderer, prompts, max_new_tokens, ends, recorded, batch)
         single = [greedy(model, renderer.tokenizer, [edge.ids], _edge_limit(max_new_tokens), ends)[0] for edge in edges]
         noise = Noise(noise_between(judged[at:], single), noise_between(answers[at:], again))
         notify("the judged model reads the artifact's answers")
@@ -182,6 +183,11 @@ def judged_model(origin: Origin) -> Any:
     return load_adapter(load_model(origin.source, settings, origin.quantization, find_machine()), origin.adapter)
 
 
+def batch_of(origin: Origin) -> int:
+    """Rows that evaluation answers together, and so the certificate."""
+    return 16 if origin.run is None else origin.run.evaluate.batch_size
+
+
 def _edge_limit(max_new_tokens: int) -> int:
     return min(EDGE_TOKENS, max_new_tokens)
 
@@ -205,6 +211,7 @@ def judged_answers(
     max_new_tokens: int,
     ends: set[int],
     recorded: dict[str, Recorded],
+    batch: int,
 ) -> tuple[list[Answer], str]:
     """Answers of the judged model, rows first, and where those to rows are from."""
     rows = [prompt for prompt in prompts if prompt.reference is not None]
@@ -219,7 +226,8 @@ def judged_answers(
             found.append(Answer(was.text, None, count < max_new_tokens, []))
     else:
         source = "answered again"
-        found += greedy(model, renderer.tokenizer, [row.ids for row in rows], max_new_tokens, ends) if rows else []
+        ids = [row.ids for row in rows]
+        found += greedy(model, renderer.tokenizer, ids, max_new_tokens, ends, batch) if rows else []
     if edges:
         found += greedy(model, renderer.tokenizer, [edge.ids for edge in edges], _edge_limit(max_new_tokens), ends)
     return found, source

@@ -7,7 +7,7 @@ Each says which tokens it makes of a conversation and answers greedily, with the
 tokens at every step. What a server does not tell (the tokens of a prompt, say) is None and is not checked, not guessed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from jinja2 import TemplateError
 from veneer.config import JobError, UserError
 from veneer.data import Message
 from veneer.evaluate.generation import contiguous_head_input
+from veneer.evaluate.prefix import SharedPrefix, padded
 from veneer.model.quiet import quiet
 from veneer.plan.machine import Machine
 
@@ -66,16 +67,21 @@ class Runtime(Protocol):
 class Folder:
     """A folder in Transformers' format.
 
+    Args:
+        path: The folder.
+        machine: Where it runs.
+        batch: Prompts that are answered together.
+
     Raises:
         UserError: It holds no model that loads.
     """
 
     kind = "transformers"
 
-    def __init__(self, path: Path, machine: Machine) -> None:
+    def __init__(self, path: Path, machine: Machine, batch: int = 16) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        self.path = path
+        self.path, self._batch = path, batch
         with quiet():
             try:
                 self.tokenizer = AutoTokenizer.from_pretrained(path)
@@ -107,19 +113,39 @@ class Folder:
 
     def answer(self, prompts: Sequence[Sequence[Message]], max_new_tokens: int) -> list[Answer]:
         ids = [self.prompt_ids(messages) or [] for messages in prompts]
-        return greedy(self.model, self.tokenizer, ids, max_new_tokens, self.stop_ids())
+        return greedy(self.model, self.tokenizer, ids, max_new_tokens, self.stop_ids(), self._batch)
 
     def stop_ids(self) -> set[int]:
         named = self.model.generation_config.eos_token_id
         return set(named) if isinstance(named, list) else {named} - {None}
 
 
+class _Likeliest:
+    """Notes the likeliest tokens at each step of a generation, in place of the logits of the whole vocabulary."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[list[list[int]], list[list[float]]]] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
+        top = scores_BV.float().log_softmax(-1).topk(min(TOP, scores_BV.shape[-1]))
+        self.steps.append((top.indices.tolist(), top.values.tolist()))
+        return scores_BV
+
+    def of(self, row: int, count: int) -> list[dict[int, float]]:
+        """Log-probabilities by id at the first steps of a row."""
+        return [dict(zip(ids[row], values[row])) for ids, values in self.steps[:count]]
+
+
 @torch.no_grad()
 def greedy(
-    model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, stop_ids: set[int], batch: int = 8
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, stop_ids: set[int], batch: int = 16
 ) -> list[Answer]:
-    """Greedy answers of a Transformers model to token ids, with the likeliest tokens at each step."""
-    from transformers import GenerationConfig
+    """Greedy answers of a Transformers model to token ids, with the likeliest tokens at each step.
+
+    Rows go together as they do in evaluation, shared beginnings and all, so that the same weights give the same answers:
+    products over other shapes round otherwise.
+    """
+    from transformers import GenerationConfig, LogitsProcessorList
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     config = GenerationConfig(
@@ -128,50 +154,27 @@ def greedy(
         repetition_penalty=1.0,
         eos_token_id=sorted(stop_ids) or None,
         pad_token_id=pad,
-        output_logits=True,
-        return_dict_in_generate=True,
         use_cache=True,
     )
     device = model.get_input_embeddings().weight.device
     answers: list[Answer | None] = [None] * len(prompts)
-    for chosen in _batches(prompts, batch):
-        ids_BL, mask_BL = padded([prompts[n] for n in chosen], pad)
+    order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
+    prefix = SharedPrefix(model, prompts)
+    for chosen in (order[at : at + batch] for at in range(0, len(order), batch)):
+        ids_BL, mask_BL = padded([prompts[n] for n in chosen], prefix.length, pad)
+        likeliest = _Likeliest()
         with quiet(), contiguous_head_input(model):
-            output = model.generate(
-                input_ids=ids_BL.to(device), attention_mask=mask_BL.to(device), generation_config=config
+            output_BL = model.generate(
+                input_ids=ids_BL.to(device),
+                attention_mask=mask_BL.to(device),
+                generation_config=config,
+                logits_processor=LogitsProcessorList([likeliest]),
+                **prefix.repeated(len(chosen)),
             )
-        tops = [logits_BV.float().log_softmax(-1).topk(min(TOP, logits_BV.shape[-1])) for logits_BV in output.logits]
-        new_BT = output.sequences[:, ids_BL.shape[1] :].tolist()
+        new_BT = output_BL[:, ids_BL.shape[1] :].tolist()
         for row, n in enumerate(chosen):
             ends = [at for at, token in enumerate(new_BT[row]) if token in stop_ids]
             kept = new_BT[row][: ends[0]] if ends else new_BT[row]
-            steps = [
-                dict(zip(top.indices[row].tolist(), top.values[row].tolist())) for top in tops[: len(kept) + bool(ends)]
-            ]
             text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            answers[n] = Answer(text.strip(), kept, bool(ends), steps)
+            answers[n] = Answer(text.strip(), kept, bool(ends), likeliest.of(row, len(kept) + bool(ends)))
     return [answer for answer in answers if answer is not None]
-
-
-def _batches(prompts: Sequence[list[int]], most: int) -> Iterator[list[int]]:
-    """Numbers of prompts that are answered together: of like length, so that little is padded."""
-    chosen: list[int] = []
-    for n in sorted(range(len(prompts)), key=lambda n: len(prompts[n])):
-        if chosen and (len(chosen) == most or len(prompts[n]) > 1.5 * len(prompts[chosen[0]]) + 32):
-            yield chosen
-            chosen = []
-        chosen.append(n)
-    if chosen:
-        yield chosen
-
-
-def padded(rows: Sequence[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of tokens padded on the left, and their mask; both int64 [rows, longest]."""
-    longest = max(1, *(len(row) for row in rows))
-    ids_BL = torch.full((len(rows), longest), pad)
-    mask_BL = torch.zeros_like(ids_BL)
-    for n, row in enumerate(rows):
-        if row:
-            ids_BL[n, longest - len(row) :] = torch.tensor(row)
-            mask_BL[n, longest - len(row) :] = 1
-    return ids_BL, mask_BL
