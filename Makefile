@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check -c constraints.txt pip -e '.[dev]'
 	touch $@
 
-demo: $(READY)  ## Fine-tune a real model on this machine and see that it got better (3 minutes on 2 cores)
+demo: $(READY)  ## Fine-tune a real model on this machine and see that it got better (4 minutes on 2 cores)
 	$(BIN)/veneer demo
 
 test: test-unit test-e2e  ## All tests that need no GPU

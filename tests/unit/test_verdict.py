@@ -107,6 +107,8 @@ def qlora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_merge_keeps_what_was_judged_and_is_compared_with_it(qlora: Path, tmp_path: Path) -> None:
+    for name in ("evaluation.json", "samples.jsonl"):
+        (qlora / name).unlink(missing_ok=True)
     again = _certified(qlora, tmp_path / "first")
     assert (again["artifact"]["on"], again["against"]["on"]) == ("nf4", "nf4")
     assert again["score"]["judged_answers"] == "answered again"
@@ -147,6 +149,7 @@ def test_the_16_bit_base_is_by_choice_and_measured_against_what_was_judged(qlora
 def test_best_measures_both_and_keeps_what_was_judged_unless_the_other_is_shown_to_be_better(
     qlora: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    veneer.evaluate(qlora)
     with pytest.raises(SystemExit) as caught:
         main(["merge", str(qlora), "--out", str(tmp_path / "out"), "--on", "best", "--no-certify", "--json"])
     assert caught.value.code == 0

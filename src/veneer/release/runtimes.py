@@ -142,8 +142,8 @@ def greedy(
 ) -> list[Answer]:
     """Greedy answers of a Transformers model to token ids, with the likeliest tokens at each step.
 
-    Rows go together as they do in evaluation, shared beginnings and all, so that the same weights give the same answers:
-    products over other shapes round otherwise.
+    Rows go together as they do in evaluation, shared beginnings and all, so that the same weights give the same
+    answers: products over other shapes round otherwise.
     """
     from transformers import GenerationConfig, LogitsProcessorList
 
