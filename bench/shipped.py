@@ -62,18 +62,20 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--run", type=Path, help="The demo's run, evaluated; without it, it is made.")
-    run = parser.parse_args().run
+    parser.add_argument("--only", nargs="+", choices=ARTIFACTS, help="These alone; the others' results stay.")
+    given = parser.parse_args()
+    run, names = given.run, given.only or list(ARTIFACTS)
     result: dict[str, Any] = {
         "command": "bench/shipped.py",
         "machine": find_machine().describe(),
         "environment": environment(),
-        "artifacts": {},
+        "artifacts": json.loads((RESULTS / "shipped.json").read_text())["artifacts"] if given.only else {},
     }
     with tempfile.TemporaryDirectory() as folder:
         if run is None:
             run = Path(folder) / "demo"
             subprocess.run([str(VENEER), "demo", "--output-dir", str(run)], check=True)
-        for number, name in enumerate(ARTIFACTS):
+        for number, name in enumerate(names):
             place = Path(folder) / str(number)
             place.mkdir()
             found = result["artifacts"][name] = ship(run, name, place)
