@@ -64,7 +64,9 @@ def test_forty_steps_of_qlora_teach_the_task(trained: tuple[Path, dict[str, Any]
     assert match["difference"]["value"] >= 0.2
     assert match["difference"]["low"] > 0
     assert perplexity["tuned"]["high"] < perplexity["base"]["low"]
-    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert not evaluation["is_record"], "fewer rows than the run evaluates"
+    answered = Path(evaluation["file"]).with_suffix(".samples.jsonl")
+    samples = [json.loads(line) for line in answered.read_text().splitlines()]
     # It answers in the form it was taught, and stops there: the end-of-turn token was learnt.
     assert sum(set(json.loads(sample["tuned"])) == {"team", "urgency", "product"} for sample in samples) >= 36
 
