@@ -19,6 +19,7 @@ from veneer.model.shapes import find_config
 from veneer.release.fold import Fold
 from veneer.release.gguf_families import COMPUTED, Layout
 from veneer.release.gguf_types import encoded
+from veneer.release.importance import importance_of, read_importance
 from veneer.release.origin import Origin
 from veneer.release.recipe import Recipe
 from veneer.release.weights import weights_of
@@ -74,7 +75,7 @@ def compare_weights(origin: Origin, artifact: Path, on: str) -> Compared:
     tensors = weights_of(origin.base_folder, f"model.base = {origin.model.base}")
     fold = Fold(origin, tensors)
     recipe = Recipe(origin, fold, on)
-    read = _gguf_reader(origin, artifact) if artifact.is_file() else _folder_reader(artifact)
+    read = _gguf_reader(origin, artifact, fold) if artifact.is_file() else _folder_reader(artifact)
     wrong_own: list[str] = []
     wrong_changed: list[str] = []
     count = changed = 0
@@ -175,11 +176,12 @@ def _folder_reader(folder: Path) -> Callable[[str], Any]:
     return read
 
 
-def _gguf_reader(origin: Origin, file: Path) -> Callable[[str], Any]:
+def _gguf_reader(origin: Origin, file: Path, fold: Fold) -> Callable[[str], Any]:
     from gguf import GGUFReader, quants
 
     layout = Layout(find_config(origin.model), origin.model.base)
     tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+    importance = read_importance(file)
 
     def read(name: str) -> Any:
         tensor = tensors.get(layout.name(name))
@@ -198,7 +200,7 @@ def _gguf_reader(origin: Origin, file: Path) -> Callable[[str], Any]:
             if kind in ("F32", "F16", "BF16") or tuple(expected.shape) != shape:
                 return False
             at, own = 0, np.asarray(tensor.data).view(np.uint8).reshape(-1)
-            for piece in encoded(expected, kind):
+            for piece in encoded(expected, kind, importance=importance_of(importance, fold, name)):
                 if not np.array_equal(own[at : at + piece.size], piece):
                     return False
                 at += piece.size

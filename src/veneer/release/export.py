@@ -24,7 +24,7 @@ from veneer.release.fold import Fold
 from veneer.release.gguf_families import COMPUTED, Layout
 from veneer.release.gguf_tokenizer import vocabulary
 from veneer.release.gguf_types import QUANTS, Mix, encoded, require_quant, size_of
-from veneer.release.importance import Importance
+from veneer.release.importance import Importance, importance_of, write_importance
 from veneer.release.lint import vllm_lint
 from veneer.release.merge import stop_ids
 from veneer.release.modelfile import modelfile
@@ -105,7 +105,7 @@ def export_model(
         )
     mix = Mix(quant, layout.depth, layout.heads // layout.kv_heads, tied)
     planned = [
-        _plan(layout, recipe, mix, name, stored, _importance_of(importance or {}, fold, name))
+        _plan(layout, recipe, mix, name, stored, importance_of(importance or {}, fold, name))
         for name, stored in every.items()
         if stored.is_float and not name.endswith(COMPUTED) and not (tied and name.endswith("lm_head.weight"))
     ]
@@ -122,6 +122,8 @@ def export_model(
         _add_tokenizer(writer, origin, rows)
         _write_tensors(writer, planned, on_done)
         _write_modelfile(origin, unfinished, file, None)
+        if importance is not None:
+            write_importance(unfinished, importance)
         size = (unfinished / file).stat().st_size
     types: dict[str, int] = {}
     for tensor in planned:
@@ -161,14 +163,6 @@ def export_adapter(origin: Origin, out: Path, on_done: Progress = lambda done: N
         _write_modelfile(origin, unfinished, file, _base_of_lora(origin))
         size = (unfinished / file).stat().st_size
     return Exported(str(out), file, "f32", "base", len(planned), size, {"F32": len(planned)}, ())
-
-
-def _importance_of(importance: Importance, fold: Fold, name: str) -> torch.Tensor | None:
-    """The importance of a tensor's columns; embeddings that are the head too are met by what the head reads."""
-    for parameter, found in importance.items():
-        if fold.name_on_disk(parameter) == name:
-            return found
-    return None
 
 
 def _plan(

@@ -4,18 +4,23 @@ llama.cpp's types of 2 to 6 bits choose scales so that the weighted error of a r
 the mean square of the input that meets it. Measured on the run's own training rows, the bits go where the task needs
 them. Held-out rows are not used: they judge the result.
 
-Hooks on the judged model's linear layers sum squares in float32, one number an input column: a few MB for any model.
+Hooks on the judged model's linear layers sum squares in float32, one number an input column: a few MB for any model. The
+matrix lies beside the file that was made with it, so that a certificate can make the same bytes again.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from veneer.data import Example
 from veneer.release.agreement import read
+from veneer.release.fold import Fold
 
+FILE = "importance.safetensors"
 IMPORTANCE_ROWS = 64  # training rows that are read: on the demo more change nothing (bench/shipped.py)
 
 Importance = dict[str, torch.Tensor]
@@ -67,3 +72,22 @@ def _summed_squares(base: Any) -> Iterator[dict[str, tuple[torch.Tensor, int]]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def importance_of(importance: Importance, fold: Fold, name: str) -> torch.Tensor | None:
+    """The importance of a tensor's columns; embeddings that are the head too are met by what the head reads."""
+    for parameter, found in importance.items():
+        if fold.name_on_disk(parameter) == name:
+            return found
+    return None
+
+
+def write_importance(folder: Path, importance: Importance) -> None:
+    """Write the matrix into the folder of the file that was made with it."""
+    save_file({name: value.cpu().contiguous() for name, value in importance.items()}, folder / FILE)
+
+
+def read_importance(file: Path) -> Importance:
+    """The matrix beside a GGUF file; nothing where there is none."""
+    path = file.with_name(FILE)
+    return load_file(path) if path.is_file() else {}
