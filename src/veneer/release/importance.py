@@ -4,8 +4,8 @@ llama.cpp's types of 2 to 6 bits choose scales so that the weighted error of a r
 the mean square of the input that meets it. Measured on the run's own training rows, the bits go where the task needs
 them. Held-out rows are not used: they judge the result.
 
-Hooks on the judged model's linear layers sum squares in float32, one number an input column: a few MB for any model. The
-matrix lies beside the file that was made with it, so that a certificate can make the same bytes again.
+Hooks on the judged model's linear layers sum squares in float32, one number an input column: a few MB for any model.
+The matrix lies beside the file that was made with it, so that a certificate can make the same bytes again.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from veneer.data import Example
-from veneer.release.agreement import read
 from veneer.release.fold import Fold
 
 FILE = "importance.safetensors"
@@ -37,9 +36,10 @@ def measure_importance(
         notify: Called with what is being done.
     """
     notify(f"measuring which weights matter on {len(rows)} training rows")
-    with _summed_squares(model.get_base_model()) as sums:
+    device = model.get_input_embeddings().weight.device
+    with torch.no_grad(), _summed_squares(model.get_base_model()) as sums:
         for row in rows:
-            read(model, [int(number) for number in row.ids], [])
+            model(input_ids=torch.tensor([[int(number) for number in row.ids]], device=device), logits_to_keep=1)
     return {name: squares / tokens for name, (squares, tokens) in sums.items()}
 
 
