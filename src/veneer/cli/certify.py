@@ -1,4 +1,4 @@
-"""veneer certify: proof that an artifact behaves like the adapter it came from."""
+"""veneer certify: proof that an artifact behaves like the model that its run was judged by."""
 
 from typing import Annotated
 
