@@ -11,7 +11,7 @@ from tests.tiny import FAMILIES, save_tiny_model
 from veneer.config import Adapter, Model, Quantization
 from veneer.engine.temporary import fill_b
 from veneer.model import attach
-from veneer.model.dense import adapter_in_copies, keep_dense
+from veneer.model.dense import adapter_beside_copies, adapter_in_copies, keep_dense
 from veneer.model.load import load_model
 from veneer.model.locate import Source
 from veneer.plan.machine import find_machine
@@ -93,6 +93,47 @@ def test_a_copy_with_the_adapter_in_it_answers_as_base_and_adapter_do(tmp_path: 
     assert torch.equal(again, apart)
     _, grads = gradients(dense)
     assert all(grad.abs().sum() > 0 for grad in grads.values()), "it trains on as before"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # without biases and with
+def test_an_adapter_beside_copies_gives_the_gradients_of_peft(family: str, tmp_path: Path) -> None:
+    dense, _ = adapted(tmp_path, "float32", 2**30, family)
+    loss, expected = gradients(dense)
+    dense.zero_grad()
+    with adapter_beside_copies(dense):
+        beside_loss, found = gradients(dense)
+    torch.testing.assert_close(beside_loss, loss, rtol=1e-5, atol=1e-6)
+    for name, grad in expected.items():
+        assert grad.abs().sum() > 0
+        assert found[name].dtype == grad.dtype
+        torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-6)
+    dense.zero_grad()
+    assert torch.equal(gradients(dense)[0], loss), "outside the block it is PEFT's again"
+
+
+def test_in_bfloat16_an_adapter_beside_copies_errs_as_peft_does(tmp_path: Path) -> None:
+    """Both round everywhere; the error against float32 is at most twice PEFT's, over all matrices together."""
+    _, exact = gradients(adapted(tmp_path, "float32", 0)[0])
+    dense, _ = adapted(tmp_path, "bfloat16", 2**30)
+    _, peft = gradients(dense)
+    dense.zero_grad()
+    with adapter_beside_copies(dense):
+        _, found = gradients(dense)
+
+    def error(grads: dict[str, torch.Tensor]) -> float:
+        return sum(float((grads[name].float() - exact[name]).norm() ** 2) for name in exact) ** 0.5
+
+    assert 0 < error(found) <= 2 * error(peft)
+
+
+def test_with_dropout_peft_computes_the_adapter(tmp_path: Path) -> None:
+    dense, _ = adapted(tmp_path, "float32", 2**30)
+    layer = dense.get_base_model().model.layers[0].mlp.up_proj
+    with adapter_beside_copies(dense):
+        assert layer.get_base_layer().beside is not None
+    layer.lora_dropout["default"] = torch.nn.Dropout(0.1)
+    with adapter_beside_copies(dense):
+        assert layer.get_base_layer().beside is None
 
 
 def test_what_is_more_than_plain_lora_or_has_no_copy_is_left_alone(tmp_path: Path) -> None:

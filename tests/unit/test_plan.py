@@ -327,6 +327,11 @@ def test_every_rule_is_tested() -> None:
     assert set(FAULTS) | ALONE == {rule.id for rule in RULES}
 
 
+def test_the_readme_counts_the_rules_there_are() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert f"| {len(RULES)} rules look at" in readme
+
+
 @pytest.mark.parametrize("rule", FAULTS)
 def test_a_rule_finds_its_fault_and_says_what_to_do(rule: str) -> None:
     found = {advice.id: advice for advice in advise(situation(**FAULTS[rule]))}

@@ -8,13 +8,14 @@ the tokens and causal attention never looks there, so no mask is passed, and bac
 Only the head is handled here, because logits of untrained positions are the largest waste of a small step. Whether a
 model's head really is one linear layer (some scale or cap their logits) is not assumed but tried on a few tokens;
 where it is not, the model computes its own logits. For the CPU, on request, rows that begin with the same tokens
-compute these once (prefix.py), and short rows attend by plain products (attention.py); what other engines are compared
-with does neither.
+compute these once (prefix.py), short rows attend by plain products (attention.py), and adapters beside 16-bit copies of
+4-bit weights are multiplied in 16 bits (model/dense.py); what other engines are compared with does none of it.
 
 Shapes: B rows, L padded length, N trained tokens, D model width, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from veneer.engine.attention import short_row_attention
 from veneer.engine.positions import switch_of
 from veneer.engine.prefix import can_share, hidden_behind, shared_tokens
 from veneer.kernels.linear_cross_entropy import linear_cross_entropy
+from veneer.model.dense import adapter_beside_copies
 from veneer.plan.machine import return_freed_memory
 
 PADDING = 1.25  # rows go together while their padded tokens are at most so many times the real ones
@@ -54,8 +56,8 @@ class ReferenceEngine:
 
     Args:
         model: A PEFT model from `veneer.model.attach` or `load_adapter`.
-        for_cpu: Let rows that begin with the same tokens compute these once, where the model allows it, and short rows
-            attend as is fastest on a CPU.
+        for_cpu: Let rows that begin with the same tokens compute these once, where the model allows it, and compute
+            attention and adapters as is fastest on a CPU.
     """
 
     name = "reference"
@@ -79,7 +81,7 @@ class ReferenceEngine:
         self.model.train()
         total = torch.zeros((), dtype=self._sum_dtype, device=self._device)
         for rows in _rows(batch.to(str(self._device)), self._switch, self._shares):
-            with short_row_attention(self._base, rows.ids_BL.shape[1] if self._for_cpu else None):
+            with self._cpu_passes(rows):
                 losses_N = token_losses(self._base, rows, self.chunked_head)
                 (losses_N.sum() * scale).backward()  # type: ignore[no-untyped-call]
             total += losses_N.detach().to(self._sum_dtype).sum()
@@ -94,11 +96,20 @@ class ReferenceEngine:
         result = torch.zeros(len(batch.lengths), dtype=self._sum_dtype, device=self._device)
         for rows in _rows(batch.to(str(self._device)), self._switch, self._shares):
             documents_B = torch.tensor(rows.documents, device=self._device)
-            with short_row_attention(self._base, rows.ids_BL.shape[1] if self._for_cpu else None):
+            with self._cpu_passes(rows):
                 losses_N = token_losses(self._base, rows, self.chunked_head)
             result.index_add_(0, documents_B[rows.row_N], losses_N.to(self._sum_dtype))
             self._tidy()
         return result
+
+    @contextmanager
+    def _cpu_passes(self, rows: Rows) -> Iterator[None]:
+        """Within the block rows are computed as is fastest on a CPU, where that was asked for."""
+        if not self._for_cpu:
+            yield
+            return
+        with short_row_attention(self._base, rows.ids_BL.shape[1]), adapter_beside_copies(self.model):
+            yield
 
     def _tidy(self) -> None:
         if self._device.type == "cpu":

@@ -8,6 +8,9 @@ adapter of the NF4 base: the 4-bit weight stays the module's parameter, and the 
 Answers go one step further (`adapter_in_copies`): the adapter is added to the copies, W + scale B A in float32 and
 rounded once, as a merge writes it. A step of generation then has no small products beside the large ones, and what is
 judged rounds like what ships.
+
+Training must keep the factors apart, and computes their products in 16 bits there (`adapter_beside_copies`). PEFT casts
+a layer's input to float32 for them, and keeps that cast for the backward pass.
 """
 
 from collections.abc import Iterator
@@ -60,6 +63,52 @@ def adapter_in_copies(model: Any) -> Iterator[None]:
         for layer, _ in layers:
             layer.merged_adapters = []
             layer.get_base_layer().with_adapter = None
+
+
+@contextmanager
+def adapter_beside_copies(model: Any) -> Iterator[None]:
+    """Within the block, layers with copies compute W x + scale B A x in 16 bits, forward and backward.
+
+    Nothing happens where `adapter_in_copies` would do nothing, nor with dropout. The factors stay PEFT's parameters,
+    and get their gradients in their own dtype.
+    """
+    layers = [] if _drops(model) else _foldable(model)
+    try:
+        for layer, name in layers:
+            factors = (layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+            layer.get_base_layer().beside = factors
+            layer.merged_adapters = [name]  # PEFT's layer adds nothing itself
+        yield
+    finally:
+        for layer, _ in layers:
+            layer.merged_adapters = []
+            layer.get_base_layer().beside = None
+
+
+class _LinearWithAdapter(torch.autograd.Function):
+    """y = x W^T + s (x A^T) B^T of a frozen weight W, all products in its dtype. T tokens, I in, O out, R rank."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, w_OI: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor, s: float) -> Any:
+        x_TI = x.reshape(-1, x.shape[-1])
+        a_RI, b_OR = a_RI.to(x.dtype), (b_OR * s).to(x.dtype)
+        down_TR = x_TI @ a_RI.t()
+        y_TO = (x_TI @ w_OI.t()).addmm_(down_TR, b_OR.t())
+        ctx.save_for_backward(x_TI, w_OI, a_RI, b_OR, down_TR)
+        ctx.shape, ctx.scale = x.shape, s
+        return y_TO.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+        x_TI, w_OI, a_RI, b_OR, down_TR = ctx.saved_tensors
+        y_TO = gradient.reshape(-1, gradient.shape[-1])
+        up_TR = y_TO @ b_OR
+        x_grad = (y_TO @ w_OI).addmm_(up_TR, a_RI).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return x_grad, None, (up_TR.t() @ x_TI).float(), (y_TO.t() @ down_TR).float() * ctx.scale, None
+
+
+def _drops(model: Any) -> bool:
+    return any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
 
 
 def _foldable(model: Any) -> list[tuple[Any, str]]:
@@ -115,6 +164,7 @@ def _dense_linear() -> Any:
             self._copied: tuple[Any, ...] = ()
             self._copy: Any = None
             self.with_adapter: Any = None  # what stands in for the copy meanwhile
+            self.beside: Any = None  # A, B and scale of the adapter that is added meanwhile
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             if x.device.type != "cpu" or self.weight.device.type != "cpu":
@@ -122,6 +172,9 @@ def _dense_linear() -> Any:
                 return plain
             dtype = _dtype(self)
             bias = None if self.bias is None else self.bias.to(dtype)
+            if self.beside is not None:
+                y: torch.Tensor = _LinearWithAdapter.apply(x.to(dtype), self.dense(), *self.beside)
+                return (y if bias is None else y + bias).to(x.dtype)
             weight = self.dense() if self.with_adapter is None else self.with_adapter
             return F.linear(x.to(dtype), weight, bias).to(x.dtype)
 
