@@ -26,7 +26,7 @@ test-unit: $(READY)  ## Unit tests, a process a core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n logical
 
 test-e2e: $(READY)  ## Whole commands on the real SmolLM2
-	$(BIN)/python -m pytest tests/e2e
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/e2e -n 2 --dist loadgroup
 
 test-gpu: $(READY)  ## Tests that need a CUDA GPU
 	$(BIN)/python -m pytest tests/gpu

@@ -27,6 +27,7 @@ from veneer.model import load_tokenizer, locate
 from veneer.model.builtin import BUILTIN, _download, builtin_folder
 
 pytestmark = pytest.mark.e2e
+on_one_run = pytest.mark.xdist_group("trained")  # one process trains it, the other does the rest
 
 ROOT = Path(__file__).parents[2]
 VENEER = [sys.executable, "-m", "veneer.cli.main"]
@@ -53,6 +54,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     return folder, report
 
 
+@on_one_run
 def test_forty_steps_of_qlora_teach_the_task(trained: tuple[Path, dict[str, Any]]) -> None:
     folder, report = trained
     assert report["steps"] == 40
@@ -71,6 +73,7 @@ def test_forty_steps_of_qlora_teach_the_task(trained: tuple[Path, dict[str, Any]
     assert sum(set(json.loads(sample["tuned"])) == {"team", "urgency", "product"} for sample in samples) >= 36
 
 
+@on_one_run
 def test_generate_sets_base_and_tuned_side_by_side(trained: tuple[Path, dict[str, Any]]) -> None:
     prompt = "My Moonhinge arrived with a cracked lid, please send another."
     asked = ("--compare", "--prompt", prompt, "--max-new-tokens", "48")  # the base would go on and on
@@ -79,6 +82,7 @@ def test_generate_sets_base_and_tuned_side_by_side(trained: tuple[Path, dict[str
     assert answer["answer"] != answer["base"]
 
 
+@on_one_run
 def test_the_adapter_loads_in_plain_peft(trained: tuple[Path, dict[str, Any]]) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -182,6 +186,7 @@ def test_the_fused_engine_errs_at_most_twice_as_much_as_peft() -> None:
     assert found["fused"]["loss_error"] <= max(2 * found["peft"]["loss_error"], 2e-3 * found["loss_float32"])
 
 
+@on_one_run
 def test_what_ships_is_what_was_trained(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     """Merged and as a 4-bit K-quant in llama.cpp: same tokens, same stops, near the adapter, certified."""
     folder = str(trained[0])
