@@ -1,6 +1,7 @@
 """What fits, what to change, what is wrong with the settings, and what ails a machine."""
 
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,21 @@ def test_a_forecast_says_which_phase_peaks_and_by_how_much_it_fits() -> None:
     assert timed.step_seconds is not None
     assert timed.step_seconds[0] < timed.step_seconds[1] < timed.step_seconds[2]
     assert roomy.step_seconds is None, "an amount of memory has no speed"
+
+
+def test_copies_of_4_bit_weights_on_a_cpu_are_counted_where_they_are_made() -> None:
+    run = run_of(quantization={"bits": 4}, train={"optim": "adamw_torch"})
+
+    def copies(free: int, device: str) -> set[int]:
+        place = replace(place_here(replace(CPU, free_bytes=free)), device=device, budget_bytes=free)
+        found = Planner(subject_of(run.model, "it is a test"), place).forecast(run).phases
+        return {moment.components.get("16-bit copies", 0) for name, moment in found.items() if name != "load"}
+
+    weights = subject_of(run.model, "it is a test").shapes
+    needed = 2 * sum(prod(weights.weights[f"{path}.weight"]) for path in weights.quantizable())
+    assert copies(8 * needed, "cpu") == {needed}
+    assert copies(8 * needed - 1, "cpu") == {0}
+    assert copies(8 * needed, "cuda") == {0}
 
 
 def test_what_costs_memory_is_foreseen_to_cost_it() -> None:

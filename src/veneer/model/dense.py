@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-SHARE = 8  # copies may take one part in so many of the memory that is free, since the run's own needs are still to come
+from veneer.plan.memory import COPIES_SHARE
 
 
 def keep_dense(base: Any, free_bytes: int) -> int:
@@ -35,7 +35,7 @@ def keep_dense(base: Any, free_bytes: int) -> int:
     """
     found = {name: module for name, module in base.named_modules() if _can_keep(module)}
     needed: int = sum(module.weight.quant_state.shape.numel() * _dtype(module).itemsize for module in found.values())
-    if not found or needed > free_bytes // SHARE:
+    if not found or needed > free_bytes // COPIES_SHARE:
         return 0
     make = _dense_linear()
     for name, module in found.items():

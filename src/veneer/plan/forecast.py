@@ -18,11 +18,13 @@ from veneer.plan.cards import Card, find_card, parse_budget
 from veneer.plan.held_out import SPARE, answers_moment, loss_moment, rows_that_fit
 from veneer.plan.machine import Machine, find_machine, named_dtype, resolve_optim
 from veneer.plan.memory import (
+    COPIES_SHARE,
     Kept,
     Rehearsed,
     Shapes,
     Step,
     adapter_bytes,
+    copies_bytes,
     loaded,
     phases,
     resting,
@@ -446,7 +448,7 @@ def step_of(
     Raises:
         UserError: An adapter target matches nothing, or the architecture cannot take the quantization.
     """
-    quantized = frozenset[str]()
+    quantized, dtype = frozenset[str](), named_dtype(run.model.dtype, place.dtype)
     if method == "qlora":
         quantized = shapes.quantizable()
         _require_quantizable(shapes)
@@ -454,7 +456,7 @@ def step_of(
         rows=batch.rows,
         length=batch.length,
         trained=batch.trained,
-        dtype=named_dtype(run.model.dtype, place.dtype),
+        dtype=dtype,
         method=method,
         targets=frozenset() if method == "full" else shapes.targets(run.adapter.target_modules),
         quantized=quantized,
@@ -468,6 +470,7 @@ def step_of(
         even=even,
         capability=place.capability,
         accumulating=run.train.gradient_accumulation_steps > 1,
+        copies=place.device == "cpu" and COPIES_SHARE * copies_bytes(shapes, quantized, dtype) <= place.budget_bytes,
     )
 
 
@@ -476,6 +479,7 @@ def step_for_held_out(step: Step, batch: Padded) -> Step:
     return Step(
         batch.rows, batch.length, batch.trained, step.dtype, step.method, step.targets, step.quantized, step.r,
         double_quant=step.double_quant, engine=step.engine, even=step.even, capability=step.capability, training=False,
+        copies=step.copies,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ tensor rounded up as the allocator rounds. What a step holds beside them is rehe
 import difflib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import Any
 
@@ -17,6 +17,8 @@ from veneer.plan.trace import BLOCK, Moment, Work
 
 QUANT_BLOCK = 64  # weights that share a constant in bitsandbytes' 4-bit formats
 CONSTANT_BLOCK = 256  # constants that share one of their own under double quantization
+# 16-bit copies on the CPU may take one part in so many of the memory that is free: the run's own needs are to come.
+COPIES_SHARE = 8
 # Beside tensors: what cuBLAS takes of the allocator's; on a CPU the process, its code, and the holes in its heap.
 LIBRARIES = {"cuda": 66 * 2**20, "cpu": 830 * 2**20, "mps": 0}
 
@@ -116,6 +118,7 @@ class Step:
         capability: Major compute capability of the GPU.
         accumulating: Whether gradients of an earlier micro-batch are there.
         training: False: the held-out loss alone.
+        copies: Whether there are 16-bit copies of 4-bit weights beside them, as on a CPU with memory for them.
     """
 
     rows: int
@@ -137,6 +140,7 @@ class Step:
     capability: int = 9
     accumulating: bool = False
     training: bool = True
+    copies: bool = False
 
 
 @dataclass(frozen=True)
@@ -204,7 +208,7 @@ def phases(shapes: Shapes, step: Step, optim: str, train: Rehearsed, device: str
     ]
     largest = max(quantized, default=0) * step.dtype.itemsize
     found = {
-        "load": Counter(_frozen(shapes, step)) + Counter({"weights on their way": largest}),
+        "load": Counter(_frozen(shapes, replace(step, copies=False))) + Counter({"weights on their way": largest}),
         "forward": held + Counter({"gradients": gradients if step.accumulating else 0}),
         "optimizer": held + Counter({"gradients": gradients}),
     }
@@ -239,7 +243,16 @@ def loaded(shapes: Shapes, step: Step, device: str) -> Counter[str]:
 
 
 def _frozen(shapes: Shapes, step: Step) -> dict[str, int]:
-    return frozen_bytes(shapes, step.quantized, step.double_quant, step.dtype.itemsize)
+    parts = frozen_bytes(shapes, step.quantized, step.double_quant, step.dtype.itemsize)
+    return parts | (
+        {"16-bit copies": copies_bytes(shapes, step.quantized, step.dtype)} if step.copies and step.quantized else {}
+    )
+
+
+def copies_bytes(shapes: Shapes, quantized: frozenset[str], dtype: Any) -> int:
+    """Bytes of copies of the weights in 4 bits, in the dtype of compute."""
+    named = ((name.removesuffix(".weight"), shape) for name, shape in shapes.weights.items())
+    return sum(dtype.itemsize * prod(shape) for name, shape in named if name in quantized)
 
 
 def rounded(count: float) -> int:
