@@ -1,8 +1,8 @@
 """What tiny runs of every covered family come to, by engine: the numbers that no refactoring may move.
 
-Each run trains six steps through the Python API. Its losses and gradient norms hold on any machine, but for rounding; the
-adapter's SHA-256 holds where the file was written: the same CPU, the same torch. Write the file anew, after a change that
-is meant to move numbers, with
+Each run trains six steps through the Python API. Its losses and gradient norms hold on any machine, but for rounding;
+the adapter's SHA-256 holds where the file was written: the same CPU, the same torch. After a change that is meant to
+move numbers, write the file anew with
 
     OMP_NUM_THREADS=1 python -m tests.pinned
 """
