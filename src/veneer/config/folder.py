@@ -172,7 +172,8 @@ def write_text(path: Path, text: str) -> None:
     temporary = _unused_beside(path)
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        # Names of files need not be UTF-8; in JSON and YAML what is put for such a byte is its escape.
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

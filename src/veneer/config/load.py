@@ -3,6 +3,9 @@
 YAML is read through PyYAML's node tree, because only nodes know their lines. Two of YAML 1.1's traps are
 closed on the way: `2e-4` is a number here, and a key written twice is an error. The resolved run is written
 back with every default spelled out, so that a run's folder never depends on a later version's defaults.
+
+A file of a stranger costs no more than a file of one's own: size, nesting and what anchors stand for are counted
+before anything is built.
 """
 
 import re
@@ -15,14 +18,27 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from veneer.config.errors import UserError
+from veneer.config.files import read_text, reason
 from veneer.config.foreign import foreign, misspelt
 from veneer.config.run import Run
 
 Path_ = tuple[str, ...]
+MOST_BYTES = 2**20  # of a run's file
+MOST_VALUES = 20_000  # keys and values, counted as often as anchors repeat them; 64 characters of a text count as one
+DEEPEST = 20
+MOST_MISTAKES = 30  # that are told
+_Base: Any = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader whose floats may do without a dot (YAML 1.2): 2e-4."""
+class _Loader(_Base):
+    """SafeLoader whose floats may do without a dot (YAML 1.2): 2e-4; a value that Python cannot hold has its line."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, OverflowError, TypeError, LookupError, AttributeError) as error:
+            told = f"`{_show(node.value)}` is no value: {reason(error).split(';')[0]}"
+            raise yaml.constructor.ConstructorError(None, None, told, node.start_mark) from None
 
 
 class _Dumper(yaml.SafeDumper):
@@ -41,13 +57,7 @@ def load_run(path: str | Path, overrides: Iterable[str] = ()) -> Run:
         UserError: with every mistake of file and overrides, each with its place and what to write instead.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file", "name an existing YAML file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text ({error})") from None
-    values, places = _parse(text, path)
+    values, places = _parse(read_text(path, MOST_BYTES, "name an existing YAML file of a run"), path)
     if "train" not in values:
         values["train"] = {}
     if isinstance(values["train"], dict):
@@ -81,6 +91,9 @@ def validate(values: dict[str, Any], places: dict[Path_, str], source: str) -> R
             if line not in seen:
                 seen.add(line)
                 lines.append(line)
+            if len(lines) == MOST_MISTAKES:
+                lines.append("... and perhaps more")
+                break
     count = f"{len(lines)} mistakes" if len(lines) > 1 else "1 mistake"
     raise UserError(f"{source}: {count} in the run\n  " + "\n  ".join(lines))
 
@@ -96,27 +109,80 @@ def scalar(value: str) -> str:
     return str(yaml.dump(value, Dumper=_Dumper, width=10_000, allow_unicode=True)).removesuffix("\n...\n").strip()
 
 
+def yaml_values(text: str, where: str) -> Any:
+    """Plain values of a YAML text that anyone may have written.
+
+    Raises:
+        UserError: It is not valid YAML, or is larger or deeper than any settings are.
+    """
+    return _document(text, where)[1]
+
+
 def _parse(text: str, path: Path) -> tuple[dict[str, Any], dict[Path_, str]]:
     """Plain values of a YAML mapping, and the place of every key."""
-    loader = None
-    try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is None:
-            raise UserError(f"{path}: the file is empty", "name at least model.base and data.train")
-        if not isinstance(node, yaml.MappingNode):
-            raise UserError(f"{path}: a run is a mapping of sections (model:, data:, ...)")
-        places: dict[Path_, str] = {}
-        _collect(node, (), path, places)
-        values: dict[str, Any] = loader.construct_document(node)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    finally:
-        if loader is not None:
-            loader.dispose()
+    node, values = _document(text, str(path))
+    if node is None:
+        raise UserError(f"{path}: the file is empty", "name at least model.base and data.train")
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{path}: a run is a mapping of sections (model:, data:, ...)")
+    places: dict[Path_, str] = {}
+    _collect(node, (), path, places)
     return values, places
+
+
+def _document(text: str, where: str) -> tuple[yaml.Node | None, Any]:
+    """The node of a YAML text and its plain values."""
+    try:
+        _require_bounded(text, where)
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            return node, None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except (yaml.YAMLError, UnicodeEncodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{where}:{mark.line + 1}" if mark else where
+        told = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise UserError(f"{place}: not valid YAML: {told}") from None
+
+
+def _require_bounded(text: str, where: str) -> None:
+    """Raises UserError for a YAML text that is too large or too deep, by its events alone: nothing is built."""
+    loader = _Loader(text)
+    sizes: dict[str, int] = {}  # of anchors
+    inside: list[tuple[str | None, int]] = []  # collections that are open, and what stands in them so far
+    try:
+        while loader.check_event():
+            event = loader.get_event()
+            place = f"{where}:{event.start_mark.line + 1}"
+            anchor, size = getattr(event, "anchor", None), 1
+            if isinstance(event, yaml.CollectionStartEvent):
+                if len(inside) == DEEPEST:
+                    raise UserError(f"{place}: nested more than {DEEPEST} deep", "a run has sections with keys")
+                inside.append((anchor, 1))
+                continue
+            if isinstance(event, yaml.AliasEvent):
+                if any(anchor == name for name, _ in inside):
+                    raise UserError(f"{place}: the anchor `{anchor}` stands within itself", "write the values out")
+                size, anchor = sizes.get(event.anchor, 1), None
+            elif isinstance(event, yaml.ScalarEvent):
+                size += len(event.value) // 64
+            elif isinstance(event, yaml.CollectionEndEvent):
+                anchor, size = inside.pop()
+            else:
+                continue
+            if anchor is not None:
+                sizes[anchor] = size
+            if inside:
+                inside[-1] = (inside[-1][0], inside[-1][1] + size)
+                if inside[-1][1] > MOST_VALUES:
+                    raise UserError(
+                        f"{place}: more than {MOST_VALUES:,} keys and values, with what its anchors stand for",
+                        "a run has fewer than 100 settings; name many files by a glob",
+                    )
+    finally:
+        loader.dispose()
 
 
 def _collect(node: yaml.MappingNode, prefix: Path_, path: Path, places: dict[Path_, str]) -> None:
@@ -136,8 +202,10 @@ def _apply(override: str, values: dict[str, Any], places: dict[Path_, str]) -> N
     if not separator or not all(parts) or len(parts) > 2:
         raise UserError(f"override `{override}` is not of the form section.key=value", "for example train.seed=1")
     try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
+        value = _document(text, f"override `{_show(override)}`")[1]
+    except UserError as error:
+        if "not valid YAML" not in str(error):
+            raise
         value = text
     if not (isinstance(value, int | float) and (_takes(parts, int) or _takes(parts, float))):
         value = _text_value(parts, text, value)
@@ -189,10 +257,15 @@ def _describe(problem: Any, places: dict[Path_, str], source: str) -> str:
         return f"{place}: `{name}` is missing"
     extra = getattr(field, "json_schema_extra", None)
     fix = f"; fix: {extra['fix']}" if isinstance(extra, dict) and "fix" in extra else ""
-    expected = "" if fix and len(location) > 2 else ": " + problem["msg"].replace("Input should be", "should be")
+    expected = "" if fix and len(location) > 2 else ": " + _expected(problem["msg"])
     if problem["type"] in ("model_type", "model_attributes_type") or section is None:
         expected = ": should be a section with keys of its own"
     return f"{place}: {name} = {_show(problem['input'])}{expected}{fix}"
+
+
+def _expected(message: str) -> str:
+    """Pydantic's words for a wrong value, as they stand behind a setting."""
+    return message.replace("Input should be", "should be").removeprefix("Value error, ")
 
 
 def _hint(key: str, known: list[str]) -> str:
@@ -229,5 +302,7 @@ def sections() -> dict[str, type[BaseModel]]:
 
 
 def _show(value: Any) -> str:
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return f"a number of {value.bit_length():,} bits"  # Python does not write numbers of thousands of digits
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

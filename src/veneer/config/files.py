@@ -1,0 +1,126 @@
+"""Reads files that anyone may have written: regular files alone, of bounded size, and damage is one message.
+
+Each reader of a run's, an adapter's or a model's own files goes through here, so that a cut, emptied or overwritten
+file is named in one `UserError` and no parser's own exception reaches a user. `visible` is the other half: text from
+such files as it can be shown.
+"""
+
+import contextlib
+import errno
+import json
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from veneer.config.errors import Interrupted, JobError, UserError
+
+LARGEST_BYTES = 256 * 2**20  # of a file of settings, records or facts; weights and data have readers of their own
+RESTORE = "restore the file, or make it again"
+# What moves a cursor, starts a command of the terminal, reverses the order of a line or is half a character.
+_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """A text with its control characters escaped (`\\x1b`), so that a terminal or a page shows them and does nothing.
+
+    Line ends and tabs stay. Characters that reorder a line and halves of surrogate pairs are escaped too.
+    """
+    return _UNSEEN.sub(_escaped, text)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+
+def read_text(path: Path, most_bytes: int = LARGEST_BYTES, fix: str = RESTORE) -> str:
+    """A regular file's text.
+
+    Raises:
+        UserError: It is missing, a pipe or a device, larger than `most_bytes`, or not UTF-8.
+    """
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            what = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, a socket or a device"
+            raise UserError(f"{path}: not a file but {what}, which is not read", "name a file")
+        if found.st_size > most_bytes:
+            raise UserError(f"{path}: {found.st_size:,} bytes, and at most {most_bytes:,} are read", fix)
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file", fix) from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: cannot be read as text ({reason(error)})", fix) from None
+
+
+def read_json(path: Path, *keys: str, fix: str = RESTORE) -> dict[str, Any]:
+    """The JSON object in a file, which holds `keys`.
+
+    Raises:
+        UserError: It cannot be read, is no JSON object, or lacks a key.
+    """
+    return _object(read_text(path, fix=fix), str(path), keys, fix)
+
+
+def read_json_lines(path: Path, *keys: str, fix: str = RESTORE) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line, each of which holds `keys`.
+
+    Raises:
+        UserError: It cannot be read, or a line is no such object.
+    """
+    lines = read_text(path, fix=fix).split("\n")
+    return [_object(line, f"{path}:{n}", keys, fix) for n, line in enumerate(lines, 1) if line.strip()]
+
+
+def _object(text: str, where: str, keys: tuple[str, ...], fix: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: damaged: not JSON ({reason(error)})", fix) from None
+    if not isinstance(found, dict):
+        raise UserError(f"{where}: damaged: not a JSON object", fix)
+    if missing := [key for key in keys if key not in found]:
+        raise UserError(f"{where}: damaged: it lacks `{missing[0]}`", fix)
+    return found
+
+
+@contextlib.contextmanager
+def reading(what: object, fix: str = RESTORE) -> Iterator[None]:
+    """Turn all that a damaged file makes of the code that reads it into one UserError that names it.
+
+    Parsers of other libraries raise anything on damage, panics of native code among it. Errors that are told already,
+    a full disk and too little memory pass.
+
+    Args:
+        what: What is read, as the message begins.
+        fix: What to do about it.
+    """
+    try:
+        yield
+    except (UserError, JobError, Interrupted, MemoryError):
+        raise
+    except Exception as error:
+        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if is_full or type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        raise UserError(f"{what}: {reason(error)}", fix) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of native code in Rust; it is no Exception
+            raise
+        raise UserError(f"{what}: damaged: {reason(error)}", fix) from None
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, in one line and without its class."""
+    if isinstance(error, KeyError) and error.args:
+        return f"it lacks {error.args[0]!r}"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    told = str(error).strip().splitlines()
+    return told[0][:300] if told else "it is not what its name says"
