@@ -9,16 +9,18 @@ import contextlib
 import hashlib
 import io
 import json
+import mmap
+import struct
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tokenizers import pre_tokenizers
 
-from veneer.config import UserError
 from veneer.config.cache import cached
+from veneer.config.files import reading, visible
 from veneer.model.quiet import quiet
 
 
@@ -52,17 +54,14 @@ def convert(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     facts = _facts(file)
-    print(f"converting {file.name} to bf16 (once)", file=sys.stderr)
+    print(f"converting {visible(file.name)} to bf16 (once)", file=sys.stderr)
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     # redirect_stderr: the reader draws a bar that nothing else turns off.
-    with quiet(), contextlib.redirect_stderr(io.StringIO()):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(**where)
-            model = AutoModelForCausalLM.from_pretrained(
-                **where, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-            )
-        except (ValueError, KeyError, NotImplementedError, OSError) as error:
-            raise _cannot_read(file, facts, error) from None
+    with _transformers_reads(file, facts), contextlib.redirect_stderr(io.StringIO()):
+        tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            **where, trust_remote_code=False, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
     _mend_tokenizer(tokenizer, str(facts.get("tokenizer.ggml.pre", "default")))
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -82,7 +81,7 @@ def weight_type(file: Path) -> str | None:
         UserError: The file is not GGUF.
     """
     counts: Counter[str] = Counter()
-    for tensor in _reader(file).tensors:
+    for tensor in open_gguf(file).tensors:
         counts[tensor.tensor_type.name] += int(tensor.n_elements)
     return counts.most_common(1)[0][0] if counts else None
 
@@ -96,26 +95,23 @@ def config_of(file: Path) -> Any:
     from transformers import AutoConfig
 
     facts = _facts(file)
-    with quiet():
-        try:
-            return AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
-        except (ValueError, KeyError, NotImplementedError, OSError) as error:
-            raise _cannot_read(file, facts, error) from None
+    with _transformers_reads(file, facts):
+        return AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
 
 
-def _cannot_read(file: Path, facts: dict[str, Any], error: Exception) -> UserError:
-    return UserError(
-        f"{file.name}: Transformers cannot read this GGUF file "
-        f"(architecture {facts.get('general.architecture')}): {error}",
-        "name the model's original folder or hub id in model.base",
-    )
+@contextlib.contextmanager
+def _transformers_reads(file: Path, facts: dict[str, Any]) -> Iterator[None]:
+    kind = facts.get("general.architecture")
+    told = f"{file.name}: Transformers cannot read this GGUF file (architecture {kind})"
+    with quiet(), reading(told, "name the model's original folder or hub id in model.base"):
+        yield
 
 
 def _mend_tokenizer(tokenizer: Any, kind: str) -> None:
     if kind not in PRE_TOKENIZERS:
         print(
-            f"warning: the tokenizer kind {kind!r} of this GGUF file is not checked: compare some token ids with "
-            "the original tokenizer before you trust it",
+            f"warning: the tokenizer kind {visible(kind)!r} of this GGUF file is not checked: compare some token ids "
+            "with the original tokenizer before you trust it",
             file=sys.stderr,
         )
         return
@@ -124,16 +120,73 @@ def _mend_tokenizer(tokenizer: Any, kind: str) -> None:
         tokenizer.backend_tokenizer.pre_tokenizer = make()
 
 
-def _reader(file: Path) -> Any:
+def _facts(file: Path) -> dict[str, Any]:
+    reader = open_gguf(file)
+    names = ("general.architecture", "general.name", "general.license", "tokenizer.ggml.pre")
+    with reading(file, "name a whole .gguf file"):
+        return {name: reader.fields[name].contents() for name in names if name in reader.fields}
+
+
+def open_gguf(file: Path) -> Any:
+    """The reader of the package `gguf` on a file whose header is whole.
+
+    Raises:
+        UserError: The file is not GGUF, is cut off, or its header says what cannot be.
+    """
     from gguf import GGUFReader
 
-    try:
+    with reading(f"{file}: not a whole GGUF file", "name a whole .gguf file"):
+        _require_bounded(file)
         return GGUFReader(file)
-    except (ValueError, OSError, IndexError) as error:
-        raise UserError(f"model.base = {file}: not a GGUF file ({error})", "name a .gguf file") from None
 
 
-def _facts(file: Path) -> dict[str, Any]:
-    reader = _reader(file)
-    names = ("general.architecture", "general.name", "general.license", "tokenizer.ggml.pre")
-    return {name: reader.fields[name].contents() for name in names if name in reader.fields}
+# Bytes of a value by its type in the format; strings (8) and arrays (9) say their own.
+_VALUE_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+MOST_ITEMS = 4_000_000  # of all arrays in a header; a vocabulary of 256k tokens has a fifth of that
+
+
+def _require_bounded(file: Path) -> None:
+    """Raises ValueError or struct.error where lengths and counts in a header reach beyond its file.
+
+    The package takes them at their word: a count of 2**60 keeps it busy for good.
+    """
+    with file.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if data[:4] != b"GGUF":
+            raise ValueError("it does not begin with GGUF")
+        order = "<" if data[4:6] != b"\0\0" else ">"
+        at, items = 8, 0
+
+        def number(kind: str) -> int:
+            nonlocal at
+            (found,) = struct.unpack_from(order + kind, data, at)
+            at += struct.calcsize(kind)
+            return int(found)
+
+        def skip(size: int) -> None:
+            nonlocal at
+            at += size
+            if at > len(data):
+                raise ValueError("it ends within its header")
+
+        def value(kind: int) -> None:
+            nonlocal items
+            if kind == 8:
+                skip(number("Q"))
+            elif kind == 9:
+                item, count = number("I"), number("Q")
+                items += count
+                if items > MOST_ITEMS:
+                    raise ValueError(f"its header holds more than {MOST_ITEMS:,} items")
+                for _ in range(count):
+                    value(item)
+            elif kind in _VALUE_BYTES:
+                skip(_VALUE_BYTES[kind])
+            else:
+                raise ValueError(f"its header holds a value of the unknown type {kind}")
+
+        tensors, fields = number("Q"), number("Q")
+        if tensors + fields > len(data) // 8:
+            raise ValueError(f"its header names {tensors:,} tensors and {fields:,} fields, more than it has room for")
+        for _ in range(fields):
+            skip(number("Q"))
+            value(number("I"))

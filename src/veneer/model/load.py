@@ -6,21 +6,24 @@ raising their weights would raise every activation behind them. A loaded model i
 without a key-value cache; `attach` puts the adapter on.
 """
 
+import contextlib
 import gc
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 
 from veneer.config import Model, Quantization, UserError
+from veneer.config.files import reading
 from veneer.config.hub import not_here, unreachable
 from veneer.model.dense import keep_dense
 from veneer.model.kept import Copy, Kept, tell_unusable
 from veneer.model.locate import Source
 from veneer.model.quiet import quiet
+from veneer.model.remote import refusal, require_attention
 from veneer.model.stream import Checkpoint, circles_collected, find_checkpoint, stream
 from veneer.plan.machine import Machine, named_dtype
 
@@ -58,13 +61,10 @@ def load_tokenizer(source: Source) -> Any:
     """The tokenizer of a base model, always a fast one, padding on the left (as generation needs)."""
     from transformers import AutoTokenizer
 
-    with quiet():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                source.location, revision=source.revision, local_files_only=source.only_local
-            )
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise _cannot_load(source, "tokenizer", error) from None
+    with _loading(source, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.location, revision=source.revision, local_files_only=source.only_local, trust_remote_code=False
+        )
     if not tokenizer.is_fast:
         raise UserError(
             f"model.base = {source.name}: its tokenizer has no fast version",
@@ -92,13 +92,8 @@ def load_base(
     """As `load_model`, with a report of where the weights came from and how long it took."""
     started = time.perf_counter()
     settings = settings_of(model, quantization, machine)
-    with quiet():
-        try:
-            loaded = _load(source, settings, quantization, machine)
-        except (UserError, torch.OutOfMemoryError):
-            raise
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-            raise _cannot_load(source, "model", error) from None
+    with _loading(source, "model"):
+        loaded = _load(source, settings, quantization, machine)
     if loaded.missing:
         raise UserError(
             f"model.base = {source.name}: its files lack {len(loaded.missing)} weights "
@@ -127,6 +122,7 @@ def settings_of(model: Model, quantization: Quantization | None, machine: Machin
     dtype = compute_dtype(model, machine)
     settings: dict[str, Any] = {"dtype": dtype, "device_map": {"": machine.device}}
     if model.attn_implementation != "auto":
+        require_attention(model.attn_implementation, "model.attn_implementation")
         settings["attn_implementation"] = model.attn_implementation
     if quantization is not None:
         settings["quantization_config"] = BitsAndBytesConfig(
@@ -185,7 +181,9 @@ def load_plainly(source: Source, settings: dict[str, Any]) -> tuple[Any, list[st
     folder = Path(source.location)
     size = sum(file.stat().st_size for file in folder.iterdir()) if folder.is_dir() else sys.maxsize  # not known
     with circles_collected(size, settings["device_map"][""]):
-        base, report = AutoModelForCausalLM.from_pretrained(**where, output_loading_info=True, **settings)
+        base, report = AutoModelForCausalLM.from_pretrained(
+            **where, output_loading_info=True, trust_remote_code=False, **settings
+        )
     return base, sorted(report["missing_keys"])
 
 
@@ -200,13 +198,22 @@ def keep_4bit_layout(base: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _cannot_load(source: Source, what: str, error: Exception) -> UserError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if source.kind == "hub" and (why := unreachable()) is not None:
-        return not_here(f"model.base = {source.name}: the {what} cannot be had from the hub", why)
+@contextlib.contextmanager
+def _loading(source: Source, what: str) -> Iterator[None]:
+    """Keep libraries quiet, and turn what they make of a model's files into one message."""
+    named = f"model.base = {source.name}: the {what}"
+    told, fix = f"{named} cannot be loaded", "name another model.base"
     if source.kind == "hub":
-        return UserError(
-            f"model.base = {source.name}: the {what} cannot be had from the hub: {reason}",
-            "check the name (there is no folder of that name either), the network and your access (hf auth login)",
-        )
-    return UserError(f"model.base = {source.name}: the {what} cannot be loaded: {reason}", "name another model.base")
+        told = f"{named} cannot be had from the hub"
+        fix = "check the name (there is no folder of that name either), the network and your access (hf auth login)"
+    with quiet(), reading(told, fix):
+        try:
+            yield
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if (refused := refusal(named, source.location, error)) is not None:
+                raise refused from None
+            if source.kind == "hub" and (why := unreachable()) is not None:
+                raise not_here(told, why) from None
+            raise

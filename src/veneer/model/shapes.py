@@ -5,7 +5,6 @@ file, from the user's cache, from the published shapes in known.py, and only for
 """
 
 import difflib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,14 @@ import torch
 
 from veneer.config import Model, UserError
 from veneer.config.cache import cache_folder
+from veneer.config.files import read_json, reading
 from veneer.config.hub import not_here, unreachable
 from veneer.config.names import find_model
 from veneer.model.builtin import BUILTIN
 from veneer.model.gguf import config_of
 from veneer.model.known import known_shape
 from veneer.model.quiet import quiet
+from veneer.model.remote import code_refused, makers_code, read_config, refusal
 from veneer.plan.memory import Shapes
 
 
@@ -67,36 +68,36 @@ def _published(name: str) -> Any:
 
 
 def _load(place: str | Path, model: Model) -> Any:
-    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING
 
+    name = f"model.base = {model.base}"
     file = Path(place) / "config.json"
     if file.is_file():
-        try:
-            kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
-        except (ValueError, AttributeError):
-            raise UserError(
-                f"model.base = {model.base}: config.json is not a configuration", "name a whole model"
-            ) from None
+        kind = read_json(file, fix="name a whole model").get("model_type")
         if kind not in CONFIG_MAPPING:
+            if makers_code(place):
+                raise code_refused(name, place)
             near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=3, cutoff=0.3)
             raise UserError(
-                f"model.base = {model.base}: Transformers knows no architecture `{kind}` (model_type in config.json); "
+                f"{name}: Transformers knows no architecture `{kind}` (model_type in config.json); "
                 f"nearest: {', '.join(near)}",
                 "update transformers, or name another model.base",
             )
-    with quiet():
+    is_hub = not Path(place).exists()
+    why = unreachable() if is_hub else None
+    told = f"{name}: its configuration cannot be had"
+    fix = "check config.json"
+    if is_hub:
+        fix = "check the name (there is no folder of that name either), the network and your access (hf auth login)"
+    with quiet(), reading(told, fix):
         try:
-            is_hub = not Path(place).exists()
-            why = unreachable() if is_hub else None
-            return AutoConfig.from_pretrained(str(place), revision=model.revision, local_files_only=why is not None)
-        except (OSError, ValueError, KeyError) as error:
+            return read_config(place, name, model.revision, why is not None)
+        except (OSError, ValueError) as error:
+            if (refused := refusal(name, place, error)) is not None:
+                raise refused from None
             if why is not None:
-                raise not_here(f"model.base = {model.base}: its configuration cannot be had", why) from None
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"model.base = {model.base}: its configuration cannot be had: {reason}",
-                "check the name (there is no folder of that name either), the network and your access (hf auth login)",
-            ) from None
+                raise not_here(told, why) from None
+            raise
 
 
 def build(config: Any, dtype: torch.dtype, depth: int | None = None, attention: str = "auto") -> Any:
@@ -116,7 +117,7 @@ def build(config: Any, dtype: torch.dtype, depth: int | None = None, attention: 
     try:
         with quiet(), torch.device("meta"):
             settings = {"attn_implementation": "eager"} if attention == "eager" else {}
-            base = AutoModelForCausalLM.from_config(config, dtype=dtype, **settings)
+            base = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **settings)
     except ValueError:
         raise UserError(
             f"model.base: the architecture {config.model_type} does not write text token by token",

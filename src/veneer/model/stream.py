@@ -22,6 +22,7 @@ import torch
 from veneer.config import Quantization, UserError
 from veneer.model.locate import Source
 from veneer.model.reader import Reader
+from veneer.model.remote import read_config
 from veneer.model.shards import DamagedError, Piece, UnknownTypeError, find_files, read_headers
 
 QUANT_STATE = ".quant_state."  # in the name of what bitsandbytes keeps beside a weight in 4 bits
@@ -94,9 +95,7 @@ def find_checkpoint(source: Source, quantization: Quantization | None) -> Checkp
         DamagedError: A file is cut off or is none.
         OSError, ValueError: Its configuration cannot be had.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(source.location, revision=source.revision, local_files_only=source.only_local)
+    config = read_config(source.location, f"model.base = {source.name}", source.revision, source.only_local)
     stored = _stored(config)
     if stored is not None:
         _require_agreement(source, stored, quantization)
@@ -185,6 +184,7 @@ def stream(
                 state_dict=_handles(checkpoint.pieces, reader),
                 ignore_mismatched_sizes=True,  # so that they are reported; they are refused below
                 output_loading_info=True,
+                trust_remote_code=False,
                 **settings,
             )
         except RuntimeError:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from veneer.config import UserError
+from veneer.config.files import reading
 from veneer.data import Renderer
+from veneer.model.gguf import open_gguf
 from veneer.plan import find_machine
 from veneer.release.merge import json_of
 from veneer.release.origin import Origin
@@ -73,31 +75,27 @@ def running(
         return nullcontext(Folder(artifact.path, find_machine(), batch))
     if artifact.kind == "endpoint":
         return nullcontext(Endpoint(artifact.name, renderer.is_chat, model=artifact.model))
-    from gguf import GGUFReader
-
     assert artifact.path is not None
-    fields = GGUFReader(artifact.path).fields
+    fields = open_gguf(artifact.path).fields
     keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
-    stops = {int(fields[key].contents()) for key in keys if key in fields}
+    with reading(artifact.path):
+        stops = {int(fields[key].contents()) for key in keys if key in fields}
     context = max(len(prompt.ids) for prompt in prompts) + max_new_tokens + 16
     return llama_server(artifact.path, renderer.is_chat, stops, context)
 
 
 def _gguf_facts(file: Path) -> tuple[str, str]:
-    from gguf import GGUFReader
-
     from veneer.release.gguf_types import QUANTS
 
-    try:
-        fields = GGUFReader(file).fields
-    except (ValueError, OSError, IndexError) as error:
-        raise UserError(f"{file}: not a GGUF file ({error})", "name what `veneer export` wrote") from None
-    if "general.type" in fields and fields["general.type"].contents() == "adapter":
+    fields = open_gguf(file).fields
+    names = ("general.type", "general.file_type", "veneer.on")
+    with reading(file, "name what `veneer export` wrote"):
+        kind, number, on = (fields[name].contents() if name in fields else None for name in names)
+        number = -1 if number is None else int(number)
+    if kind == "adapter":
         raise UserError(
             f"{file}: an adapter alone, which answers on its base only",
             "serve it (llama-server -m BASE --lora ADAPTER --jinja) and name the server's address",
         )
-    number = fields["general.file_type"].contents() if "general.file_type" in fields else None
-    names = {number: name for name, (number, _, _) in QUANTS.items()}
-    on = fields["veneer.on"].contents() if "veneer.on" in fields else "base"
-    return names.get(-1 if number is None else int(number), "q4_k_m"), str(on)
+    known = {number: name for name, (number, _, _) in QUANTS.items()}
+    return known.get(number, "q4_k_m"), str(on or "base")

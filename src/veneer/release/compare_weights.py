@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from veneer.model.gguf import open_gguf
 from veneer.model.shapes import find_config
 from veneer.release.fold import Fold
 from veneer.release.gguf_families import COMPUTED, Layout
@@ -116,11 +117,9 @@ def _added(origin: Origin, artifact: Path, every: dict[str, Any]) -> list[str]:
     """Tensors of an artifact that neither base nor adapter has: a head that is loaded in place of a tied one, say."""
     if not artifact.is_file():
         return sorted(name for name in weights_of(artifact, str(artifact)).keys() - every.keys())
-    from gguf import GGUFReader
-
     layout = Layout(find_config(origin.model), origin.model.base)
     known = {layout.name(name) for name in every if not name.endswith(COMPUTED)} | layout.extra_tensors().keys()
-    return sorted(tensor.name for tensor in GGUFReader(artifact).tensors if tensor.name not in known)
+    return sorted(tensor.name for tensor in open_gguf(artifact).tensors if tensor.name not in known)
 
 
 def _as_stored(value: torch.Tensor, kind: str) -> torch.Tensor:
@@ -177,10 +176,10 @@ def _folder_reader(folder: Path) -> Callable[[str], Any]:
 
 
 def _gguf_reader(origin: Origin, file: Path, fold: Fold) -> Callable[[str], Any]:
-    from gguf import GGUFReader, quants
+    from gguf import quants
 
     layout = Layout(find_config(origin.model), origin.model.base)
-    tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+    tensors = {tensor.name: tensor for tensor in open_gguf(file).tensors}
     importance = read_importance(file)
 
     def read(name: str) -> Any:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.data import Renderer
+from veneer.model.gguf import open_gguf
 from veneer.release.gguf_tokenizer import CONTROL, UNKNOWN, USER_DEFINED
 
 AROUND = 24  # characters shown on each side of the first difference
@@ -38,16 +39,14 @@ def lost_tokens(tokenizer: Any, artifact: Path | None) -> list[str]:
         return []
     held: dict[int, str] = {}
     if artifact.is_file():
-        from gguf import GGUFReader
-
-        fields = GGUFReader(artifact).fields
+        fields = open_gguf(artifact).fields
         tokens, types = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type"))
         kinds = (UNKNOWN, CONTROL, USER_DEFINED)
         held = {number: text for number, (text, kind) in enumerate(zip(tokens, types)) if kind in kinds}
     else:
         from transformers import AutoTokenizer
 
-        own = AutoTokenizer.from_pretrained(artifact)
+        own = AutoTokenizer.from_pretrained(artifact, trust_remote_code=False)
         held = {number: str(token) for number, token in own.added_tokens_decoder.items()}
     added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items()}
     return [text for number, text in sorted(added.items()) if held.get(number, "").replace("▁", " ") != text]

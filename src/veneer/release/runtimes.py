@@ -15,11 +15,13 @@ from typing import Any, Protocol
 import torch
 from jinja2 import TemplateError
 
-from veneer.config import JobError, UserError
+from veneer.config import JobError
+from veneer.config.files import reading
 from veneer.data import Message
 from veneer.evaluate.generation import contiguous_head_input
 from veneer.evaluate.prefix import SharedPrefix, padded
 from veneer.model.quiet import quiet
+from veneer.model.remote import read_config
 from veneer.plan.machine import Machine
 
 TOP = 100  # likeliest tokens that are looked at; the rest is one bucket
@@ -82,18 +84,13 @@ class Folder:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.path, self._batch = path, batch
-        with quiet():
-            try:
-                self.tokenizer = AutoTokenizer.from_pretrained(path)
-                self.model = AutoModelForCausalLM.from_pretrained(
-                    path, dtype="auto", device_map={"": machine.device}
-                ).eval()
-            except (OSError, ValueError, KeyError, RuntimeError) as error:
-                reason = str(error).strip().splitlines()[0]
-                raise UserError(
-                    f"{path}: does not load in Transformers: {reason}",
-                    "merge it again, or name what `veneer merge` wrote",
-                ) from None
+        fix = "merge it again, or name what `veneer merge` wrote"
+        with quiet(), reading(f"{path}: does not load in Transformers", fix):
+            read_config(path, str(path))
+            self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            self.model = AutoModelForCausalLM.from_pretrained(
+                path, dtype="auto", device_map={"": machine.device}, trust_remote_code=False
+            ).eval()
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int] | None:
         if not self.tokenizer.chat_template:

@@ -2,25 +2,34 @@
 
 import http.client
 import importlib.util
+import ipaddress
 import json
 import os
 import re
+import signal
+import subprocess
 import sys
 import tempfile
+import threading
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import veneer
 from veneer.config import JobError, UserError
+from veneer.config.files import reason
 from veneer.data import Message
 from veneer.release.runtimes import TOP, Answer
 
 TOP_OF_A_SERVER = 20  # what OpenAI's protocol allows
-TIMEOUT_SECONDS = 600
+TIMEOUT_SECONDS = 600  # of a whole answer
+ANSWER_BYTES = 64 * 2**20  # of a whole answer
+REMAKE = "export it again, or name another file"
 
 
 class Endpoint:
@@ -54,7 +63,8 @@ class Endpoint:
         listed = self._ask("/v1/models", None)
         if not isinstance(listed, dict) or not listed.get("data"):
             raise UserError(f"{url}: no OpenAI-compatible server answers there (GET /v1/models)", "start it first")
-        names = [str(entry["id"]) for entry in listed["data"]]
+        with self._protocol():
+            names = [str(entry["id"]) for entry in listed["data"]]
         if model is None and len(names) > 1:
             raise UserError(f"{url}: serves {len(names)} models: {', '.join(names[:6])}", "name one with --model")
         if model is not None and model not in names:
@@ -65,22 +75,24 @@ class Endpoint:
         turns = [message.as_turn() for message in messages]
         if not self._chat:
             made = self._ask("/tokenize", {"content": self._text(messages), "add_special": True, "parse_special": True})
-            return list(made["tokens"]) if made and "tokens" in made else None
+            return _tokens(made)
         applied = self._ask("/apply-template", {"messages": turns})
-        if applied and "prompt" in applied:  # llama.cpp
+        if isinstance(applied, dict) and "prompt" in applied:  # llama.cpp
             asked = {"content": applied["prompt"], "add_special": True, "parse_special": True}
             made = self._ask("/tokenize", asked)
         else:  # vLLM
             made = self._ask("/tokenize", {"model": self._model, "messages": turns, "add_generation_prompt": True})
-        return list(made["tokens"]) if made and "tokens" in made else None
+        return _tokens(made)
 
     def prompt_count(self, messages: Sequence[Message]) -> int | None:
-        made = self._complete(messages, 1)
-        count = (made.get("usage") or {}).get("prompt_tokens")
-        return None if count is None else int(count)
+        with self._protocol():
+            made = self._complete(messages, 1)
+            count = (made.get("usage") or {}).get("prompt_tokens")
+            return None if count is None else int(count)
 
     def answer(self, prompts: Sequence[Sequence[Message]], max_new_tokens: int) -> list[Answer]:
-        return [self._answer(self._complete(messages, max_new_tokens)) for messages in prompts]
+        with self._protocol():
+            return [self._answer(self._complete(messages, max_new_tokens)) for messages in prompts]
 
     def texts(
         self,
@@ -104,7 +116,7 @@ class Endpoint:
             choice = made["choices"][0]
             return ((choice["message"]["content"] if self._chat else choice["text"]) or "").strip()
 
-        with ThreadPoolExecutor(at_once) as pool:
+        with self._protocol(), ThreadPoolExecutor(at_once) as pool:
             return list(pool.map(ask, prompts))
 
     def stop_ids(self) -> set[int] | None:
@@ -127,7 +139,7 @@ class Endpoint:
             asked |= {"logprobs": self._top} if with_likely else {}
             path = "/v1/completions"
         made = self._ask(path, asked)
-        if made is None or "choices" not in made:
+        if not isinstance(made, dict) or "choices" not in made:
             told = json.dumps(made)[:300] if made else "nothing"
             raise JobError(f"{self._root}{path}: the server answered {told}")
         return dict(made)
@@ -149,6 +161,17 @@ class Endpoint:
             known = known[:-1]
         return Answer((text or "").strip(), known, stopped, steps)
 
+    @contextmanager
+    def _protocol(self) -> Iterator[None]:
+        """Turn answers that are not of OpenAI's form into one message."""
+        try:
+            yield
+        except (KeyError, TypeError, IndexError, AttributeError, ValueError, OverflowError) as error:
+            if isinstance(error, UserError):
+                raise
+            told = f"{self.address}: its answers are not those of an OpenAI-compatible server: {reason(error)}"
+            raise JobError(told) from None
+
     @staticmethod
     def _text(messages: Sequence[Message]) -> str:
         return "".join(message.content for message in messages)
@@ -157,20 +180,60 @@ class Endpoint:
         return _ask(self._root + path, body)
 
 
-def _ask(url: str, body: dict[str, Any] | None) -> Any:
-    """What a server answers, parsed; None: nothing that can be."""
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as reply:
-            return json.load(reply)
-    except urllib.error.HTTPError as error:
-        try:
-            return json.loads(error.read())
-        except ValueError:
-            return None
-    except (OSError, ValueError, http.client.HTTPException):
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Answers that send elsewhere are answers: rows go to the address that the user named and to no other."""
+
+    def redirect_request(self, *given: Any) -> None:
         return None
+
+
+def _ask(url: str, body: dict[str, Any] | None) -> Any:
+    """What a server answers, parsed; None: nothing that can be, within TIMEOUT_SECONDS and ANSWER_BYTES.
+
+    Raises:
+        JobError: It answers more than ANSWER_BYTES.
+    """
+    answer: Future[bytes] = Future()
+    # A socket's timeout begins anew with every byte; the whole answer has one of its own, in a thread that may be left.
+    threading.Thread(target=_fetch, args=(url, body, answer), daemon=True).start()
+    try:
+        return json.loads(answer.result(TIMEOUT_SECONDS))
+    except (OSError, ValueError, RecursionError, http.client.HTTPException, TimeoutError):
+        return None
+
+
+def _fetch(url: str, body: dict[str, Any] | None, answer: "Future[bytes]") -> None:
+    try:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+        handlers: list[urllib.request.BaseHandler] = [_NoRedirect()]
+        if _is_loopback(request.host):
+            handlers.append(urllib.request.ProxyHandler({}))
+        try:
+            reply = urllib.request.build_opener(*handlers).open(request, timeout=TIMEOUT_SECONDS)
+        except urllib.error.HTTPError as error:
+            reply = error  # its text says what is wrong
+        with reply:
+            found = reply.read(ANSWER_BYTES + 1)
+        if len(found) > ANSWER_BYTES:
+            raise JobError(f"{url}: the server answers more than {ANSWER_BYTES >> 20} MiB")
+        answer.set_result(found)
+    except Exception as error:  # noqa: BLE001 - it is raised again where the answer is waited for
+        answer.set_exception(error)
+
+
+def _is_loopback(host: str) -> bool:
+    name = urllib.parse.urlsplit(f"//{host}").hostname or ""
+    try:
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def _tokens(made: Any) -> list[int] | None:
+    """The token ids of an answer; None: it holds none."""
+    found = made.get("tokens") if isinstance(made, dict) else None
+    return found if isinstance(found, list) and all(isinstance(token, int) for token in found) else None
 
 
 def _token_id(entry: dict[str, Any]) -> int | None:
@@ -178,23 +241,6 @@ def _token_id(entry: dict[str, Any]) -> int | None:
         return int(entry["id"])
     found = re.fullmatch(r"token_id:(\d+)", str(entry.get("token", "")))
     return int(found[1]) if found else None
-
-
-@contextmanager
-def _native_errors() -> Iterator[list[str]]:
-    """Catch what native code writes to standard error; its lines are there when the block has ended."""
-    lines: list[str] = []
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as caught:
-        os.dup2(caught.fileno(), 2)
-        try:
-            yield lines
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-            caught.seek(0)
-            lines += caught.read().decode(errors="replace").splitlines()
 
 
 def require_llama_cpp() -> None:
@@ -210,7 +256,7 @@ def require_llama_cpp() -> None:
 def llama_server(
     file: Path, chat: bool, stops: set[int], context: int, lora: Path | None = None, slots: int = 1
 ) -> Iterator[Endpoint]:
-    """llama.cpp's own server on a GGUF file, within this process, on a free port of this machine.
+    """llama.cpp's own server on a GGUF file, in a process of its own (llama.py), on a free port of this machine.
 
     Args:
         file: The model.
@@ -222,29 +268,47 @@ def llama_server(
 
     Raises:
         UserError: `xllamacpp` is not installed, or llama.cpp does not load the file.
+        JobError: llama.cpp ended while it was asked.
     """
     require_llama_cpp()
-    import xllamacpp
-
-    settings = xllamacpp.CommonParams()
-    settings.model.path = str(file)
-    settings.n_ctx, settings.n_parallel = context * slots, slots
-    settings.warmup, settings.ui, settings.verbosity = False, False, 1
-    settings.use_jinja, settings.endpoint_slots = True, True
-    settings.reasoning_format = xllamacpp.common_reasoning_format.COMMON_REASONING_FORMAT_NONE
-    if lora is not None:
-        settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)]
-    with _native_errors() as errors:
+    asked = json.dumps({"file": str(file), "context": context, "lora": lora and str(lora), "slots": slots})
+    command = [sys.executable, "-m", "veneer.release.llama", asked]
+    source = str(Path(veneer.__file__).parents[1])
+    paths = os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as told,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=told, env=os.environ | {"PYTHONPATH": paths}
+        ) as child,
+    ):
+        assert child.stdin is not None
+        assert child.stdout is not None
         try:
-            server = xllamacpp.Server(settings)
-        except RuntimeError as error:
-            server, reason = None, str(error)
-    if server is None:
-        told = [line.split(" E ", 1)[1].strip() for line in errors if " E " in line]
-        raise UserError(f"{file}: llama.cpp does not load it: {'; '.join(told[:2]) or reason}")
-    # It listens before its queue runs, and one that is let go between the two never ends: its queue answers this.
-    _ask(f"{server.listening_address}/slots", None)
-    try:
-        yield Endpoint(server.listening_address, chat, TOP, stops, "llama.cpp")
-    finally:
-        del server
+            address = child.stdout.readline().decode().strip()  # nothing, where it ended
+            if not address:
+                raise UserError(f"{file}: llama.cpp does not load it: {_why_it_ended(child, told)}", REMAKE)
+            try:
+                _ask(f"{address}/slots", None)  # it listens before its queue runs, and that answers this
+                yield Endpoint(address, chat, TOP, stops, "llama.cpp")
+            except (JobError, UserError):
+                if child.poll() is not None:
+                    raise JobError(f"{file}: llama.cpp ended: {_why_it_ended(child, told)}") from None
+                raise
+        finally:
+            child.stdin.close()  # the end of its input ends it
+            try:
+                child.wait(10)
+            except subprocess.TimeoutExpired:
+                child.kill()
+
+
+def _why_it_ended(child: "subprocess.Popen[bytes]", told: IO[str]) -> str:
+    """What a child that ended had to say."""
+    status = child.wait()
+    told.seek(0)
+    lines = told.read().splitlines()
+    errors = [line.split(" E ", 1)[1].strip() for line in lines if " E " in line] or [
+        line.strip() for line in lines if line.strip()
+    ][-1:]
+    ended = [f"it was ended by {signal.Signals(-status).name}"] if status < 0 else []
+    return "; ".join((ended + errors)[:3]) or f"status {status}"

@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from veneer.config import UserError
+from veneer.config.files import reading
 from veneer.data import Renderer
+from veneer.model.gguf import open_gguf
 from veneer.model.quiet import quiet
+from veneer.model.remote import read_config
 from veneer.model.shapes import find_config
 from veneer.release.checks import Check
 from veneer.release.gguf_families import Layout
@@ -75,14 +77,8 @@ def _architecture(differences: list[str], count: int) -> Check:
 
 
 def _own_config(path: Path) -> dict[str, Any]:
-    from transformers import AutoConfig
-
-    with quiet():
-        try:
-            return _plain(AutoConfig.from_pretrained(path))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"{path / 'config.json'}: Transformers cannot read it: {reason}", "merge again") from None
+    with quiet(), reading(f"{path / 'config.json'}: Transformers cannot read it", "merge again"):
+        return _plain(read_config(path, str(path)))
 
 
 def _plain(config: Any) -> dict[str, Any]:
@@ -132,9 +128,7 @@ def _layout(origin: Origin) -> Layout:
 
 def _gguf_settings(origin: Origin, file: Path) -> Iterator[str]:
     """What differs between a GGUF file's header, or tensors that stand for settings, and the base's configuration."""
-    from gguf import GGUFReader
-
-    layout, reader = _layout(origin), GGUFReader(file)
+    layout, reader = _layout(origin), open_gguf(file)
     for key, value in layout.metadata().items():
         if key in reader.fields:
             found = reader.fields[key].contents()
