@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.config import Data, Evaluate, Model, Run, RunFolder, UserError, load_run
+from veneer.config.files import read_json
 from veneer.config.folder import write_json, write_text
 from veneer.config.names import find_adapter, require_run
 from veneer.config.prompts import Question
@@ -438,7 +439,7 @@ def _held_out(folder: RunFolder, run: Run, renderer: Renderer, data: str | None,
     if data is not None:
         return read_held_out(data, "--data", run.data, renderer, limit)
     prepared = prepare(run.data, renderer, run.train.seed)
-    began = json.loads(folder.ledger.read_text(encoding="utf-8"))
+    began = read_json(folder.ledger, "sha256")
     if began["sha256"] != prepared.ledger.sha256:
         raise UserError(
             f"{run.data.train}: not the rows this run was trained on: what is held out now may have been trained on",

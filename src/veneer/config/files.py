@@ -66,13 +66,20 @@ def read_json(path: Path, *keys: str, fix: str = RESTORE) -> dict[str, Any]:
     return _object(read_text(path, fix=fix), str(path), keys, fix)
 
 
-def read_json_lines(path: Path, *keys: str, fix: str = RESTORE) -> list[dict[str, Any]]:
+def read_json_lines(path: Path, *keys: str, fix: str = RESTORE, is_appended: bool = False) -> list[dict[str, Any]]:
     """The JSON objects of a file, one a line, each of which holds `keys`.
+
+    Args:
+        path, keys: The file and the keys.
+        fix: What to do about damage.
+        is_appended: Lines were added to it one by one, so that a crash may have cut the last one, which is left out.
 
     Raises:
         UserError: It cannot be read, or a line is no such object.
     """
     lines = read_text(path, fix=fix).split("\n")
+    if is_appended:
+        lines.pop()  # empty where the last line is whole
     return [_object(line, f"{path}:{n}", keys, fix) for n, line in enumerate(lines, 1) if line.strip()]
 
 
@@ -85,6 +92,26 @@ def _object(text: str, where: str, keys: tuple[str, ...], fix: str) -> dict[str,
         raise UserError(f"{where}: damaged: not a JSON object", fix)
     if missing := [key for key in keys if key not in found]:
         raise UserError(f"{where}: damaged: it lacks `{missing[0]}`", fix)
+    return found
+
+
+def own_files(folder: Path, *patterns: str) -> list[Path]:
+    """Files of a model or an adapter, by pattern, that may be written into what ships.
+
+    The files of a hub's cache are links into the cache of the same model, and are its own.
+
+    Raises:
+        UserError: One is a link that leads elsewhere: what it leads to may be anything of this machine.
+    """
+    whole = folder.resolve()
+    homes = [whole, whole.parents[1] / "blobs"] if whole.parent.name == "snapshots" else [whole]
+    found = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
+    for path in found:
+        if path.is_symlink() and not any(path.resolve().is_relative_to(home) for home in homes):
+            raise UserError(
+                f"{path}: a link that leads out of its folder, to {path.resolve()}, which does not ship",
+                "put the file itself there, or delete the link",
+            )
     return found
 
 

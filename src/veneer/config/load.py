@@ -165,7 +165,7 @@ def _require_bounded(text: str, where: str) -> None:
             if isinstance(event, yaml.AliasEvent):
                 if any(anchor == name for name, _ in inside):
                     raise UserError(f"{place}: the anchor `{anchor}` stands within itself", "write the values out")
-                size, anchor = sizes.get(event.anchor, 1), None
+                size, anchor = sizes.get(str(anchor), 1), None
             elif isinstance(event, yaml.ScalarEvent):
                 size += len(event.value) // 64
             elif isinstance(event, yaml.CollectionEndEvent):

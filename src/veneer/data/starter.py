@@ -1,9 +1,9 @@
 """A first run file for some data: small, commented, and accepted by `plan` and `train` as it stands."""
 
-import json
 from pathlib import Path
 
 from veneer.config import Data, UserError
+from veneer.config.files import read_json
 from veneer.config.load import scalar
 from veneer.config.names import BUILTIN_NAMES
 from veneer.data.intake import recognise_source
@@ -96,7 +96,7 @@ def _template_lines(model: str | None, formats: list[str]) -> list[str]:
     if model is None or formats == ["text"] or not config.is_file():
         return []
     try:
-        settings = json.loads(config.read_text(encoding="utf-8"))
+        settings = read_json(config)
     except ValueError:
         return []  # loading the tokenizer will say so
     has_own = (folder / "chat_template.jinja").is_file() or bool(settings.get("chat_template"))

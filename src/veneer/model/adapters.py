@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from veneer.config import Adapter, UserError
+from veneer.config.files import read_json, reading
 from veneer.model.locate import Source
 from veneer.model.quiet import quiet
 from veneer.model.shapes import shapes_of
+from veneer.model.shards import read_header
 
 
 def attach(base: Any, adapter: Adapter, seed: int, gradient_checkpointing: bool = False) -> Any:
@@ -53,13 +55,24 @@ def load_adapter(base: Any, folder: Path) -> Any:
     with quiet():
         from peft import PeftModel
 
-        try:
+        with reading(f"{folder}: the adapter does not load on this base", "restore it, or fetch it again"):
+            _require_ranks(folder)
             model = PeftModel.from_pretrained(base, str(folder))
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{folder}: the adapter does not load on this base: {reason}") from None
     model.eval()
     return model
+
+
+def _require_ranks(folder: Path) -> None:
+    """Raises UserError where a configuration asks for larger matrices than its weights are: PEFT would make them."""
+    config = read_json(folder / "adapter_config.json", "peft_type")
+    held = [piece.shape[0] for piece in read_header(folder / "adapter_model.safetensors") if ".lora_A." in piece.name]
+    ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
+    asked = max((rank for rank in ranks if isinstance(rank, int)), default=0)
+    if held and asked > max(held):
+        raise UserError(
+            f"{folder / 'adapter_config.json'}: a rank of {asked:,}, and the weights have {max(held):,} at most",
+            "restore it, or fetch it again",
+        )
 
 
 def save_adapter(model: Any, tokenizer: Any, chat_template: str | None, base: Source, folder: Path) -> None:

@@ -135,7 +135,7 @@ def open_gguf(file: Path) -> Any:
     """
     from gguf import GGUFReader
 
-    with reading(f"{file}: not a whole GGUF file", "name a whole .gguf file"):
+    with reading(f"{file}: not a GGUF file, or a damaged one", "name a whole .gguf file"):
         _require_bounded(file)
         return GGUFReader(file)
 

@@ -24,6 +24,7 @@ import torch
 
 from veneer.config import Quantization
 from veneer.config.cache import cache_folder
+from veneer.config.files import read_json, reason
 from veneer.config.folder import whole_folder, write_json
 from veneer.model.locate import Source
 from veneer.model.reader import CHUNK
@@ -75,12 +76,12 @@ class Copy(NamedTuple):
             try:
                 if (folder / MANIFEST).is_file():
                     return self._open(folder)
-            except (OSError, ValueError, TypeError, KeyError, UnknownTypeError) as error:
-                tell_unusable(folder, str(error) or type(error).__name__)
+            except (OSError, ValueError, TypeError, KeyError, AttributeError, UnknownTypeError) as error:
+                tell_unusable(folder, reason(error))
         return None
 
     def _open(self, folder: Path) -> Kept:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(folder / MANIFEST, "origin", "checksums")
         for key, value in self.origin.items():
             if manifest["origin"].get(key) != value:
                 what = "the base's files have changed since" if key == "files" else f"made with another {key}"

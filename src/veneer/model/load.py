@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from veneer.config import Model, Quantization, UserError
-from veneer.config.files import reading
+from veneer.config.files import own_files, reading
 from veneer.config.hub import not_here, unreachable
 from veneer.model.dense import keep_dense
 from veneer.model.kept import Copy, Kept, tell_unusable
@@ -61,6 +61,8 @@ def load_tokenizer(source: Source) -> Any:
     """The tokenizer of a base model, always a fast one, padding on the left (as generation needs)."""
     from transformers import AutoTokenizer
 
+    if source.kind != "hub":
+        own_files(Path(source.location), "*.jinja")  # it ships with the adapter, word for word
     with _loading(source, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             source.location, revision=source.revision, local_files_only=source.only_local, trust_remote_code=False

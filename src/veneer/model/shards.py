@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from veneer.config.files import read_json, reason
 from veneer.model.locate import Source
 
 # Of safetensors' names. A file with a type that is not here is left to Transformers.
@@ -103,10 +104,12 @@ def _hub_files(source: Source) -> list[Path] | None:
 
 def _shards(index: Path) -> list[str]:
     try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return sorted({str(name) for name in names})
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DamagedError(f"{index.name} is not an index of files ({type(error).__name__})") from None
+        names = {str(name) for name in read_json(index, "weight_map")["weight_map"].values()}
+    except (ValueError, AttributeError) as error:
+        raise DamagedError(f"{index.name} is not an index of files ({reason(error)})") from None
+    if outside := sorted(name for name in names if Path(name).name != name):
+        raise DamagedError(f"{index.name} names {outside[0]}, which is no file beside it")
+    return sorted(names)
 
 
 def read_headers(files: Iterable[Path]) -> list[Piece]:
@@ -134,8 +137,10 @@ def read_header(file: Path) -> list[Piece]:
         if name == "__metadata__":
             continue
         try:
-            kind, shape, (first, last) = str(entry["dtype"]), tuple(map(int, entry["shape"])), entry["data_offsets"]
-            size = int(last) - int(first)
+            kind, shape, (first, last) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
+            if not all(type(number) is int for number in (*shape, first, last)):
+                raise TypeError
+            size = last - first
         except (KeyError, TypeError, ValueError):
             raise DamagedError(f"{file.name} is damaged: its header's entry of {name} cannot be read") from None
         if kind not in DTYPES:
@@ -159,6 +164,6 @@ def _entries(file: Path) -> tuple[dict[str, Any], int]:
         entries = json.loads(header)
         if not isinstance(entries, dict):
             raise TypeError
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise DamagedError(f"{file.name} is damaged: its header is not JSON") from None
     return entries, 8 + length

@@ -6,7 +6,6 @@ ceilings are measured on the machine (`veneer doctor --measure`), or come from a
 that were reached where both are known (an H100: docs/planning.md), with a wider range.
 """
 
-import json
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 
 from veneer.config.cache import cache_folder
+from veneer.config.files import read_json, reading
 from veneer.config.folder import write_json
 from veneer.plan.cards import Card
 from veneer.plan.machine import Machine
@@ -73,8 +73,10 @@ def kept_ceilings(machine: Machine) -> Ceilings | None:
     file = ceilings_file(machine)
     if not file.exists():
         return None
-    values = json.loads(file.read_text(encoding="utf-8"))
-    return Ceilings(**values | {"spread": tuple(values["spread"])})
+    fix = f"delete {file}, and measure again with `veneer doctor --measure`"
+    values = read_json(file, "spread", fix=fix)
+    with reading(file, fix):
+        return Ceilings(**values | {"spread": tuple(values["spread"])})
 
 
 def keep_ceilings(machine: Machine, ceilings: Ceilings) -> None:

@@ -10,7 +10,6 @@ made from, since that has other weights.
 """
 
 import contextlib
-import json
 import re
 from dataclasses import dataclass
 from importlib import resources
@@ -19,8 +18,10 @@ from typing import Any
 
 import yaml
 
-from veneer.config import Run, RunFolder, load_run
+from veneer.config import Run, RunFolder, UserError, load_run
+from veneer.config.files import read_json, read_text
 from veneer.config.folder import write_text
+from veneer.config.load import yaml_values
 from veneer.data.template import begin_ids
 from veneer.model import GgufOrigin, Source, compute_dtype, gguf_origin, load_tokenizer, locate
 from veneer.plan import find_machine
@@ -42,7 +43,7 @@ def write_card(job: TrainingJob, folder: Path, steps: int, final_loss: float) ->
 def renew_card(folder: RunFolder) -> None:
     """Write the card of a finished run again, with the scores and the certificate it has by now."""
     path = folder.adapter / "README.md"
-    if read_passport(folder.adapter) is None or (path.is_file() and MARK not in path.read_text(encoding="utf-8")):
+    if read_passport(folder.adapter) is None or (path.is_file() and MARK not in read_text(path)):
         return
     run = load_run(folder.run)
     certificate = _json(folder.path / "certificate.json")
@@ -174,18 +175,15 @@ def licence(source: Source) -> str | None:
     stated = (_json(folder / "source.json") or {}).get("license")
     readme = folder / "README.md"
     if readme.is_file():
-        text = readme.read_text(encoding="utf-8", errors="replace")
-        if text.startswith("---") and (parts := text.split("---", 2))[2:]:
-            with contextlib.suppress(yaml.YAMLError, AttributeError):
-                stated = (yaml.safe_load(parts[1]) or {}).get("license", stated)
-    return str(stated) if stated else None
+        with contextlib.suppress(UserError, AttributeError):  # a card is prose: what cannot be read states nothing
+            text = read_text(readme)
+            if text.startswith("---") and (parts := text.split("---", 2))[2:]:
+                stated = (yaml_values(parts[1], str(readme)) or {}).get("license", stated)
+    return stated if isinstance(stated, str) and stated else None
 
 
 def _json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    return read_json(path) if path.is_file() else None
 
 
 def _shown(value: float | str | None, unit: str = "") -> str:

@@ -5,12 +5,12 @@ samples.jsonl. What ships is compared with them row by row. They count only wher
 this adapter, in this precision, with answers of this length; otherwise the same model answers the rows again.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from veneer.config import Run, RunFolder
+from veneer.config.files import read_json, read_json_lines
 from veneer.release.origin import Origin
 from veneer.release.passport import file_sha256
 
@@ -40,11 +40,10 @@ def recorded_answers(origin: Origin) -> dict[str, Recorded]:
         return {}
     folder = RunFolder(Path(origin.name).expanduser())
     try:
-        evaluation = json.loads(folder.evaluation.read_text(encoding="utf-8"))
+        evaluation = read_json(folder.evaluation)
         if evaluation["judged"] != judged_by(origin.run, origin.adapter, origin.dtype):
             return {}
-        lines = folder.samples.read_text(encoding="utf-8").splitlines()
-        samples = [json.loads(line) for line in lines]
+        samples = read_json_lines(folder.samples)
         return {row["place"]: Recorded(row["reference"].strip(), row["tuned"]) for row in samples}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}  # an older Veneer's, or not written yet

@@ -5,12 +5,12 @@ trained biases, no whole saved modules, no DoRA, ranks up to 512 (`--max-lora-ra
 Source: `vllm/lora/peft_helper.py` and `vllm/config/lora.py`.
 """
 
-import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from veneer.config.files import read_json
 from veneer.release.weights import read_header
 
 MAX_RANK = 512
@@ -36,7 +36,7 @@ class Check:
 
 def vllm_lint(folder: Path) -> list[Check]:
     """Each rule of vLLM on an adapter's folder in PEFT's format."""
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "adapter_config.json")
     names = list(read_header(folder / "adapter_model.safetensors"))
     ranks = [config.get("r") or 0, *(config.get("rank_pattern") or {}).values()]
     whole = config.get("modules_to_save") or []

@@ -13,7 +13,6 @@ configuration that decodes as the run was judged, greedily, and names every toke
 server goes on talking.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ import torch
 
 import veneer
 from veneer.config import UserError
+from veneer.config.files import own_files, read_json
 from veneer.config.folder import whole_folder, write_json
 from veneer.release.fold import Fold
 from veneer.release.origin import Origin
@@ -35,6 +35,7 @@ from veneer.release.weights import SHARD_BYTES, Planned, Stored, weights_of, wri
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 Progress = Callable[[int], None]
+LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
@@ -87,6 +88,7 @@ def merge_into(
     on = resolved_base(origin, on)
     require_free(out)
     folder = origin.base_folder
+    own_files(folder, *LICENCES)  # refused before the work
     tensors = weights_of(folder, f"model.base = {origin.model.base}")
     fold = Fold(origin, tensors)
     recipe = Recipe(origin, fold, on)
@@ -183,9 +185,8 @@ def write_companions(origin: Origin, base: Path, out: Path) -> None:
 
 
 def _copy_licence(source: Path, out: Path) -> None:
-    for pattern in ("LICENSE*", "NOTICE*", "USE_POLICY*"):
-        for path in source.glob(pattern):
-            shutil.copyfile(path, out / path.name)
+    for path in own_files(source, *LICENCES):
+        shutil.copyfile(path, out / path.name)
 
 
 def require_model(merged: Path) -> None:
@@ -243,15 +244,7 @@ def json_of(path: Path) -> dict[str, Any]:
     Raises:
         UserError: It is damaged.
     """
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: not a JSON object", "fetch it again, or delete it if it is not needed")
-    return found
+    return read_json(path, fix="fetch it again, or delete it if it is not needed") if path.is_file() else {}
 
 
 def _warnings(origin: Origin, dtype: str, on: str) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ neither does. A passport names a base that is a folder or a file without its pat
 adapter_config.json, which a push takes out of it.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from pydantic import ValidationError
 
 from veneer.config import Data, Model, Quantization, Run, RunFolder, UserError, load_run
+from veneer.config.files import read_json
 from veneer.config.hub import not_here, unreachable
 from veneer.config.names import find_adapter
 from veneer.config.names import require_adapter as require_adapter
@@ -23,6 +23,7 @@ from veneer.data.template import NAMED_TEMPLATES
 from veneer.model import Source, compute_dtype, load_tokenizer, locate
 from veneer.plan import find_machine
 from veneer.release.passport import local_folder, read_passport, require_match
+from veneer.release.weights import FETCH_AGAIN
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,7 @@ class Origin:
     @property
     def peft_config(self) -> dict[str, Any]:
         """adapter_config.json."""
-        config: dict[str, Any] = json.loads((self.adapter / "adapter_config.json").read_text(encoding="utf-8"))
-        return config
+        return read_json(self.adapter / "adapter_config.json", fix=FETCH_AGAIN)
 
     def renderer(self) -> Renderer:
         """The tokenizer and the template as they were in training; the base's where the adapter brings none."""
@@ -176,11 +176,7 @@ def _base(adapter: Path, run: Run | None) -> tuple[Model | None, Quantization | 
 
 def _named_base(adapter: Path) -> str | None:
     """The base that adapter_config.json names."""
-    try:
-        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-        named = config.get("base_model_name_or_path")
-    except (ValueError, AttributeError):
-        raise UserError(f"{adapter}: adapter_config.json is not JSON", "fetch the adapter again") from None
+    named = read_json(adapter / "adapter_config.json", fix=FETCH_AGAIN).get("base_model_name_or_path")
     return str(named) if named else None
 
 
@@ -195,7 +191,7 @@ def _data(adapter: Path, run: Run | None) -> Data | None:
 def _dtype(folder: RunFolder | None, model: Model) -> torch.dtype:
     """What the run computed in; `auto` means other things on other machines, so its plan is asked first."""
     if folder is not None and folder.plan.is_file():
-        kept = json.loads(folder.plan.read_text(encoding="utf-8")).get("dtype")
+        kept = read_json(folder.plan).get("dtype")
         if isinstance(found := getattr(torch, str(kept), None), torch.dtype):
             return found
     return compute_dtype(model, find_machine())

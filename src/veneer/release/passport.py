@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.config import UserError
+from veneer.config.files import read_json, visible
 from veneer.config.folder import write_json
 from veneer.evaluate.generation import stop_ids_of
 from veneer.model import Source, compute_dtype, gguf_origin
@@ -86,12 +87,10 @@ def read_passport(folder: Path) -> dict[str, Any] | None:
     path = folder / FILE
     if not path.is_file():
         return None
-    try:
-        passport = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})", "restore it, or delete it to go on without its checks") from None
-    if not isinstance(passport, dict):
-        raise UserError(f"{path}: not a passport", "restore it, or delete it to go on without its checks")
+    fix = "restore it, or delete it to go on without its checks"
+    passport = read_json(path, fix=fix)
+    if not isinstance(passport.get("base") or {}, dict):
+        raise UserError(f"{path}: damaged: `base` is no object", fix)
     return passport
 
 
@@ -114,7 +113,7 @@ def require_match(folder: Path, source: Source | None, force: bool = False) -> N
             "name what it was trained with, or use --force to go on all the same",
         )
     if differences:
-        print(f"warning: --force overrides the adapter's passport\n  {told}", file=sys.stderr)
+        print(f"warning: --force overrides the adapter's passport\n  {visible(told)}", file=sys.stderr)
 
 
 def find_differences(folder: Path, source: Source | None) -> list[Difference]:
@@ -198,7 +197,7 @@ def revision(source: Source) -> str | None:
 def _config_sha256(folder: Path) -> str | None:
     """Of adapter_config.json, whose alpha and ranks are as much of the adapter as its matrices; its base may move."""
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "adapter_config.json")
         kept = {key: value for key, value in config.items() if key not in ("base_model_name_or_path", "revision")}
     except (OSError, ValueError, AttributeError):
         return None

@@ -15,6 +15,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from veneer.config import RunFolder, UserError
+from veneer.config.files import own_files
 from veneer.release.card import MARK
 from veneer.release.lint import vllm_lint
 from veneer.release.merge import json_of
@@ -97,6 +98,7 @@ def pack(name: str, repo: str, private: bool, with_samples: bool = False, page: 
         if not folder.is_dir() or not (folder / "config.json").is_file():
             raise UserError(f"{name}: holds neither an adapter nor a model", "name a finished run or a merged model")
         weights_of(folder, name)
+    own_files(folder, "**/*")
     contents: dict[str, Content] = {
         str(path.relative_to(folder)): path
         for path in sorted(folder.rglob("*"))

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from veneer.config.files import reading
+from veneer.config import UserError
+from veneer.config.files import read_json, reading
 from veneer.data import Renderer
 from veneer.model.gguf import open_gguf
 from veneer.model.quiet import quiet
@@ -106,11 +107,11 @@ def _same(one: Any, other: Any) -> bool:
 def _decoding(path: Path) -> Check:
     """Whether generation_config.json chooses tokens greedily, as evaluation did."""
     try:
-        kept = json.loads((path / "generation_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        kept = None
+        kept = read_json(path / "generation_config.json")
+    except UserError:
+        kept = {}
     name, limit = "decoding settings", "greedy, as judged"
-    if not isinstance(kept, dict) or "eos_token_id" not in kept:
+    if "eos_token_id" not in kept:
         why = "generation_config.json is missing, cut or empty: servers would take settings of their own"
         return Check("decoding", name, False, "not stated", limit, why)
     neutral = dict(NEUTRAL)

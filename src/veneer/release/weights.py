@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from veneer.config import UserError
+from veneer.config.files import read_json
 from veneer.model import shards
 
 DTYPES = shards.DTYPES | {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
@@ -104,7 +105,7 @@ def read_header(path: Path) -> dict[str, Stored]:
             raise damaged(f"its header would be {length:,} bytes long, the file has {total:,}")
         try:
             header = json.loads(file.read(length))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise damaged("its header is not JSON") from None
     if not isinstance(header, dict):
         raise damaged("its header is not a table of tensors")
@@ -114,7 +115,9 @@ def read_header(path: Path) -> dict[str, Stored]:
         try:
             dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
             begin, end = entry["data_offsets"]
-            is_sound = end - begin == math.prod(shape) * dtype.itemsize and begin >= 0
+            if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+                raise TypeError
+            is_sound = end - begin == math.prod(shape) * dtype.itemsize
         except KeyError as error:
             raise damaged(f"the tensor {name} has no {error}, or one that is not known") from None
         except (TypeError, ValueError):
@@ -154,7 +157,7 @@ def weights_of(folder: Path, what: str) -> dict[str, Stored]:
             "convert it: load it with Transformers and call save_pretrained",
         )
     try:
-        placed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        placed: dict[str, str] = read_json(index, "weight_map")["weight_map"]
         files = list(dict.fromkeys(placed.values()))
         outside = [name for name in files if Path(name).name != name]
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -3,6 +3,8 @@
 from importlib import resources
 from typing import Any
 
+from veneer.report.page import environment
+
 ORDER = ("right to wrong", "wrong to right", "still wrong", "still right", None)  # what a reader looks for first
 
 
@@ -12,16 +14,14 @@ def certificate_page(certificate: dict[str, Any]) -> str:
     Args:
         certificate: As `certificate.json` has it, or without the texts of its rows, as `veneer push` sends it.
     """
-    from jinja2 import Environment
-
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["number"] = number
-    environment.globals["readable"] = readable
+    page = environment()
+    page.filters["number"] = number
+    page.globals["readable"] = readable
     source = resources.files("veneer.report").joinpath("certificate_page.html.jinja").read_text(encoding="utf-8")
     rows = sorted(certificate["prompts"], key=lambda row: ORDER.index(row.get("turn")))
     same = sum(same_answer(row) for row in rows)
-    environment.tests["same_answer"] = same_answer
-    return environment.from_string(source).render(c=certificate, rows=rows, same=same)
+    page.tests["same_answer"] = same_answer
+    return page.from_string(source).render(c=certificate, rows=rows, same=same)
 
 
 def readable(check: dict[str, Any], key: str) -> str:

@@ -3,6 +3,8 @@
 from importlib import resources
 from typing import Any
 
+from veneer.report.page import environment
+
 WIDTH, HEIGHT = 720, 180  # of the histogram, in pixels
 
 
@@ -14,12 +16,10 @@ def data_page(title: str, base: str, inspected: dict[str, Any]) -> str:
         base: The model whose tokens these are.
         inspected: As `veneer data --json` prints it.
     """
-    from jinja2 import Environment
-
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = environment()
     source = resources.files("veneer.report").joinpath("data_page.html.jinja").read_text(encoding="utf-8")
     histogram = inspected["lengths"]["histogram"]
-    return environment.from_string(source).render(
+    return page.from_string(source).render(
         title=title, base=base, bars=_bars(histogram), width=WIDTH, height=HEIGHT, **inspected
     )
 

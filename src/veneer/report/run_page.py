@@ -1,13 +1,14 @@
 """The page of a run: scores, loss, data, answers, files and what to do next. One file, from the run's folder alone."""
 
-import json
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from veneer.config import RunFolder, load_run
+from veneer.config.files import read_json, read_json_lines, read_text, reading
 from veneer.config.folder import write_text
+from veneer.report.page import environment
 from veneer.report.plots import smooth
 
 WIDTH, HEIGHT = 720, 200  # of the loss curve, in pixels
@@ -26,7 +27,9 @@ MODELS = {
 def write_run_page(folder: RunFolder) -> Path:
     """Write report.html into a run's folder, and give its path."""
     path = folder.path / "report.html"
-    write_text(path, run_page(folder.path))
+    with reading(f"{folder.path}: its files do not make a page"):
+        page = run_page(folder.path)
+    write_text(path, page)
     return path
 
 
@@ -36,18 +39,16 @@ def run_page(folder: Path) -> str:
     Args:
         folder: The run's.
     """
-    from jinja2 import Environment
-
     run = RunFolder(folder)
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["size"] = _size
+    page = environment()
+    page.filters["size"] = _size
     source = resources.files("veneer.report").joinpath("run_page.html.jinja").read_text(encoding="utf-8")
     evaluation = _json(run.evaluation)
-    samples = [json.loads(line) for line in run.samples.read_text(encoding="utf-8").splitlines()] if evaluation else []
-    return environment.from_string(source).render(
+    samples = read_json_lines(run.samples, "tuned_right") if evaluation else []
+    return page.from_string(source).render(
         name=folder.name,
         run=load_run(run.run),
-        settings=run.run.read_text(encoding="utf-8"),
+        settings=read_text(run.run),
         plan=_json(run.plan),
         ledger=_json(run.ledger),
         environment=_json(run.environment),
@@ -96,9 +97,7 @@ def _cell(metric: str, value: dict[str, float] | None, is_difference: bool) -> t
 
 def _curve(metrics: Path) -> dict[str, Any] | None:
     """The loss curve: points of each step, of the running mean and of held-out losses, and marks on the axes."""
-    records = (
-        [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.exists() else []
-    )
+    records = read_json_lines(metrics, "step", "kind", is_appended=True) if metrics.exists() else []
     trained = [(record["step"], record["loss"]) for record in records if record["kind"] == "train"]
     held_out = [(record["step"], record["loss"]) for record in records if record["kind"] == "eval"]
     if not trained:
@@ -146,4 +145,4 @@ def _size(count: int) -> str:
 
 def _json(path: Path) -> dict[str, Any]:
     """A file's object; empty: there is no such file."""
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    return read_json(path) if path.exists() else {}

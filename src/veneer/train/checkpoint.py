@@ -6,7 +6,6 @@ train/schedule.py). Everything is safetensors or JSON; nothing is unpickled.
 """
 
 import hashlib
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from veneer.config import UserError
+from veneer.config.files import read_json
 from veneer.config.folder import whole_folder, write_json
 from veneer.model.quiet import quiet
 from veneer.train.optimizer import get_state, set_state
@@ -66,10 +66,7 @@ def load(
     from peft import set_peft_model_state_dict
 
     damaged = f"delete {path} to resume from the one before"
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"{path / MANIFEST}: missing or damaged", damaged) from None
+    manifest = read_json(path / MANIFEST, "step", "data", "loss_scale", "sha256", fix=damaged)
     for name, checksum in manifest["sha256"].items():
         if not (path / name).is_file() or _sha256(path / name) != checksum:
             raise UserError(f"{path / name}: missing or damaged", damaged)

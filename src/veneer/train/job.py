@@ -4,7 +4,6 @@ Settings, then the output folder, the run's parts (`parts`), the engine, the spa
 folder begun. The adapter appears whole at the end.
 """
 
-import json
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ import torch
 
 import veneer
 from veneer.config import Run, RunFolder, UserError, load_run
+from veneer.config.files import read_json
 from veneer.config.folder import whole_folder, write_json, write_text
 from veneer.config.load import to_yaml
 from veneer.data import Batches
@@ -218,7 +218,7 @@ class TrainingJob:
 
     def _require_same_placement(self) -> None:
         """`auto` means other things on other machines; a resumed run must go on in the way it began."""
-        began, now = json.loads(self.folder.plan.read_text(encoding="utf-8")), self.plan()
+        began, now = read_json(self.folder.plan, "dtype", "optim", "engine"), self.plan()
         for key, setting in (("dtype", "model.dtype"), ("optim", "train.optim"), ("engine", "train.engine")):
             if began[key].removeprefix("paged_") != now[key].removeprefix("paged_"):
                 raise UserError(

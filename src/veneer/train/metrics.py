@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, Protocol
 
+from veneer.config.files import read_json_lines
 from veneer.config.folder import write_text
 
 
@@ -44,13 +45,9 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records of a metrics.jsonl; a last line that a crash cut short is left out."""
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+    """All records of a metrics.jsonl; a last line that a crash cut short is left out.
+
+    Raises:
+        UserError: Another line is damaged.
+    """
+    return read_json_lines(path, "step", "kind", is_appended=True) if path.exists() else []

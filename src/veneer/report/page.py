@@ -1,0 +1,19 @@
+"""What the pages share: a Jinja environment that escapes HTML, and control characters of rows, names and errors."""
+
+from typing import TYPE_CHECKING, Any
+
+from veneer.config.files import visible
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+
+def environment() -> "Environment":
+    """An environment for HTML pages."""
+    from jinja2 import Environment
+
+    return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_shown)
+
+
+def _shown(value: Any) -> Any:
+    return visible(value) if type(value) is str else value  # Markup stays Markup
