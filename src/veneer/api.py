@@ -447,7 +447,9 @@ def _held_out(folder: RunFolder, run: Run, renderer: Renderer, data: str | None,
         )
     held_out = prepared.held_out(limit)
     if not held_out:
-        raise UserError("the run holds no rows out (data.validation = 0)", "name a file with --data")
+        share = run.data.validation
+        why = f"data.validation = {share}" + (", which is less than one of its rows" if share else "")
+        raise UserError(f"the run holds no rows out ({why})", "name a file with --data")
     return held_out
 
 

@@ -99,6 +99,29 @@ def require_new_folder(out: Path) -> None:
     require_free(out)
 
 
+def output_file(option: str, path: Path, beginning: str) -> Path:
+    """Where a file is to be written, with ~ resolved.
+
+    Args:
+        option: That names it.
+        path: As it was given.
+        beginning: How such files begin; only one of them is replaced, so that no input is written over.
+
+    Raises:
+        UserError: Its folder does not exist, or something else is there.
+    """
+    path = path.expanduser()
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{option} {path}: the folder does not exist", "name a file in a folder that exists")
+    if path.exists():
+        if not path.is_file():
+            raise UserError(f"{option} {path}: is there already, and is no file", "name another file")
+        with path.open("rb") as file:
+            if not file.read(len(beginning)).lower() == beginning.lower().encode():
+                raise UserError(f"{option} {path}: is there already, and nothing that this wrote", "name another file")
+    return path
+
+
 def require_options(given: Mapping[str, str]) -> None:
     """Raises UserError for a value that is not among those its option takes (`{"--dtype": "int4"}`)."""
     for option, value in given.items():

@@ -19,12 +19,11 @@ def data(
     Example: `veneer data tickets.jsonl --model smollm2-135m-instruct --html tickets.html`
     """
     from veneer.cli import checks, show
-    from veneer.config import UserError
 
     run = _settings(name, overrides or [], model)
     out = show.console(as_json)
-    if html is not None and not html.absolute().parent.is_dir():
-        raise UserError(f"--html {html}: the folder does not exist", "name a file in a folder that exists")
+    if html is not None:
+        html = checks.output_file("--html", html, "<!doctype html>")
     checks.require_inputs(run)
     with show.status(out, "reading"):
         from veneer import api
@@ -46,7 +45,7 @@ def data(
     if inspected.rows:
         show.show_rows(out, inspected.rows)
     if html is not None:
-        out.print(f"page  {html}")
+        out.print(f"page  {html}", markup=False)
 
 
 def _settings(name: str, overrides: list[str], model: str | None) -> Any:

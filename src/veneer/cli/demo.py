@@ -32,7 +32,7 @@ def demo(
 
     started = time.perf_counter()
     out = show.console(as_json)
-    run = demo_run(_free(output_dir))
+    run = demo_run(_free(output_dir.expanduser()))
     out.print("[bold]1  What is here[/bold]")
     from veneer.cli import show_demo
     from veneer.config import RunFolder

@@ -39,7 +39,7 @@ def evaluate(
         show.print_json(result)
         return
     show.show_evaluation(out, result)
-    out.print(f"files  {evaluated.file} {evaluated.samples.name}")
+    out.print(f"files  {evaluated.file} {evaluated.samples.name}", markup=False)
     if not evaluated.is_record:
         out.print(
             "       the run's own record (evaluation.json and its card) is of its held-out rows and stays as it is"

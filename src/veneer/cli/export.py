@@ -34,6 +34,7 @@ def export(
 
     checks.require_options({"--format": file_format, "--quant": quant, "--on": on})
     checks.require_tuned(run, base)
+    out = out.expanduser()
     checks.require_new_folder(out)
     from rich.markup import escape
 

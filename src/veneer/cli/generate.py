@@ -37,11 +37,13 @@ def generate(
     Example: `veneer generate runs/demo --compare --prompt "My parcel never came, order 4471"`
     """
     from veneer.cli import checks, show
+    from veneer.config.prompts import require_text
     from veneer.config.sampling import Sampling
 
     Sampling(temperature, top_p, top_k, repetition_penalty, tuple(stop or ()), seed)
     checks.require_answering(name, base)
     prompts = _prompts(prompt or [], prompts_file)
+    require_text([*prompts, system, *(stop or ())])
     out = show.console(as_json)
     shown = Shown(out) if len(prompts) == 1 and out.is_terminal and not (as_json or compare) else None
     with show.status(out, "answering") as status:
@@ -88,7 +90,11 @@ def _prompts(given: list[str], file: Path | None) -> list[Any]:
         return prompts
     if sys.stdin.isatty():
         print("a prompt a line; Ctrl-D ends", file=sys.stderr)
-    if not (prompts := plain_prompts(sys.stdin)):
+    try:
+        prompts = plain_prompts(sys.stdin)
+    except UnicodeDecodeError:
+        raise UserError("standard input: not UTF-8 text", "write the prompts in UTF-8") from None
+    if not prompts:
         raise UserError("no prompt", 'give one with --prompt "..." or a line on standard input')
     return prompts
 

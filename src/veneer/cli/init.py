@@ -1,5 +1,6 @@
 """veneer init: a first run file for some data."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,7 @@ def init(
     from veneer.config.folder import write_text
     from veneer.config.names import find_model
 
+    out = out.expanduser()
     if out.exists() and not (overwrite and out.is_file()):
         raise UserError(
             f"--out {out}: is there already", "name another file with --out, or replace it with --overwrite"
@@ -41,4 +43,4 @@ def init(
     for name, recognised in found.items():
         console.print(f"{name}: {recognised}", markup=False)
     console.print(f"wrote  {out}", markup=False)
-    console.print(f"next   {show.command_name()} plan {out}", markup=False)
+    console.print(f"next   {show.command_name()} plan {shlex.quote(str(out))}", markup=False)

@@ -13,6 +13,8 @@ from typing import Annotated
 import typer
 
 from veneer.cli import certify, data, demo, doctor, evaluate, export, generate, init, merge, plan, push, train, verify
+from veneer.cli.terminal import show_everything
+from veneer.config.files import visible
 
 app = typer.Typer(
     name="veneer",
@@ -58,7 +60,10 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # Large buffers of the CPU in large pages: mapping them anew for each costs little then.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # Compiled code that Transformers would fetch from a hub, where the package `kernels` is installed.
+    os.environ["USE_HUB_KERNELS"] = "0"
     warnings.formatwarning = _format_warning
+    show_everything()
     sys.exit(_run([argument for argument in given if argument != "--debug"], debug))
 
 
@@ -66,7 +71,7 @@ def _format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
     """A warning as a person reads it: without the line of code that gave it."""
-    return f"warning: {message}\n"
+    return f"warning: {visible(str(message))}\n"
 
 
 def _run(arguments: list[str], debug: bool) -> int:
@@ -87,6 +92,8 @@ def _tell(error: Exception) -> int:
     from veneer.config import Interrupted, JobError, UserError
 
     if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "show"):
+        if hasattr(error, "message"):
+            error.message = visible(error.message)
         error.show()  # a wrong call: the parser says what it expects
         return 2
     message, status = str(error), 1
@@ -104,7 +111,7 @@ def _tell(error: Exception) -> int:
         )
     elif not isinstance(error, JobError):
         message = f"{type(error).__name__}: {error}\n  run it again with --debug for the traceback"
-    print(f"{'stopped' if status == 130 else 'error'}: {message}", file=sys.stderr)
+    print(f"{'stopped' if status == 130 else 'error'}: {visible(message)}", file=sys.stderr)
     return status
 
 

@@ -40,6 +40,7 @@ def merge(
 
     checks.require_options({"--dtype": dtype, "--on": on})
     checks.require_tuned(run, base)
+    out = out.expanduser()
     checks.require_new_folder(out)
     from veneer import api
     from veneer.cli import show, show_release
@@ -72,6 +73,7 @@ def unmerge(
     from veneer.cli import checks
 
     checks.require_merged(str(merged), adapter)
+    out = out.expanduser()
     checks.require_new_folder(out)
     from veneer import api
     from veneer.cli import show, show_release

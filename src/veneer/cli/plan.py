@@ -22,14 +22,15 @@ def plan(
     import gc
 
     gc.disable()  # a process of three seconds, a quarter of which would go into looking for garbage
-    from veneer.cli import show, show_plan
-    from veneer.config import JobError, UserError, load_run
+    from veneer.cli import checks, show, show_plan
+    from veneer.config import JobError, load_run
+    from veneer.config.load import RUN_HEADER
     from veneer.config.names import find_model
     from veneer.plan.cards import parse_budget
 
     settings = load_run(run, overrides or ())
-    if fit is not None and not fit.absolute().parent.is_dir():
-        raise UserError(f"--fit {fit}: the folder does not exist", "name a file in a folder that exists")
+    if fit is not None:
+        fit = checks.output_file("--fit", fit, RUN_HEADER)
     find_model(settings.model)
     if gpu is not None:
         parse_budget(gpu)
@@ -53,6 +54,6 @@ def plan(
         if compared:
             show_plan.show_comparison(out, compared)
         if fit is not None and planned.fitted is not None:
-            out.print(f"wrote    {fit}")
+            out.print(f"wrote    {fit}", markup=False)
     if fit is not None and planned.fitted is None:
         raise JobError(f"--fit {fit}: nothing makes this run fit; the file was not written")

@@ -26,6 +26,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from veneer.cli.terminal import Terminal
+
 LOG_SECONDS = 60  # between lines of progress where nothing can be redrawn
 NARROW = 100  # columns; below them words give way to numbers
 
@@ -166,7 +168,7 @@ def byte_progress(out: Console, what: str) -> tuple[Progress, Callable[[int], No
 
 def _for_progress(out: Console) -> Console:
     """Where progress is drawn: beside the results on a terminal, else on standard error."""
-    return out if out.is_terminal else Console(stderr=True, highlight=False, soft_wrap=True)
+    return out if out.is_terminal else Terminal(stderr=True)
 
 
 def _is_milestone(step: int, total: int) -> bool:

@@ -19,11 +19,12 @@ from veneer.cli.progress import LiveProgress as LiveProgress
 from veneer.cli.progress import Status
 from veneer.cli.progress import answer_progress as answer_progress
 from veneer.cli.progress import size as size
+from veneer.cli.terminal import Terminal
 
 
 def console(as_json: bool = False) -> Console:
     """Where text for a person goes."""
-    return Console(stderr=as_json, highlight=False, soft_wrap=True)
+    return Terminal(stderr=as_json)
 
 
 def status(out: Console, what: str) -> Status:
@@ -39,8 +40,8 @@ def command_name() -> str:
 
 
 def print_json(value: Any) -> None:
-    """The command's result, alone on standard output."""
-    print(json.dumps(value, ensure_ascii=False))
+    """The command's result, alone on standard output; in ASCII, which any encoding and terminal takes."""
+    print(json.dumps(value))
 
 
 def say(out: Console, markup: str, hang: int = 9) -> None:

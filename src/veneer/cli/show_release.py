@@ -78,4 +78,4 @@ def show_choice(out: Console, choice: dict[str, Any] | None) -> None:
     """What `--on best` measured, and what it took."""
     if choice is not None:
         scores = f"base in 4 bits {choice['judged']:.1%}, in 16 bits {choice['base']:.1%} of {choice['rows']} rows"
-        out.print(f"[bold]on[/bold]       {choice['on']}: {scores}; {choice['why']}")
+        out.print(f"[bold]on[/bold]       {choice['on']}: {scores}; {escape(choice['why'])}")

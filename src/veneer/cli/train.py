@@ -1,5 +1,6 @@
 """veneer train: carry out a run."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,8 @@ def train(
 
     Example: `veneer train recipes/smollm2-demo.yaml train.learning_rate=1e-4`
     """
+    from rich.markup import escape
+
     from veneer.cli import checks, show, show_plan
     from veneer.config import RunFolder
 
@@ -34,9 +37,9 @@ def train(
         from veneer.train import TrainingJob
 
         job = TrainingJob(settings, resume, force, overwrite)
-    out.print(f"machine  {job.machine.describe()}")
+    out.print(f"machine  {escape(job.machine.describe())}")
     trainable, total = job.parameters["trainable"], job.parameters["total"]
-    out.print(f"model    {settings.model.base}: {total:,} parameters, {trainable:,} trained")
+    out.print(f"model    {escape(settings.model.base)}: {total:,} parameters, {trainable:,} trained")
     show.show_engine(out, job.choice)
     show.show_ledger(out, job.data.ledger.as_dict())
     foreseen = job.foreseen.as_dict()
@@ -53,8 +56,8 @@ def train(
         f"[bold]done[/bold]     {result.steps} steps, final loss {result.final_loss:.4f}, "
         f"{result.tokens_per_second:,.0f} tok/s, peak {show.size(result.peak_bytes)}"
     )
-    out.print(f"files    {result.run_dir}: adapter/ loss.png metrics.jsonl ledger.json")
-    out.print(f"next     {show.command_name()} evaluate {result.run_dir}")
+    out.print(f"files    {result.run_dir}: adapter/ loss.png metrics.jsonl ledger.json", markup=False)
+    out.print(f"next     {show.command_name()} evaluate {shlex.quote(str(result.run_dir))}", markup=False)
 
 
 def settings_of(

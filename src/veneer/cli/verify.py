@@ -1,5 +1,6 @@
 """veneer verify: whether training does what it should, on this machine with this run's model and rows."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,8 @@ def verify(
 
     Example: `veneer verify run.yaml`
     """
+    from rich.markup import escape
+
     from veneer.cli import checks, show
     from veneer.config import load_run
 
@@ -38,5 +41,6 @@ def verify(
     if failed:
         out.print(f"[red]failed[/red]   {', '.join(failed)}: see docs/verify.md")
     else:
-        out.print(f"[bold]passed[/bold]   in {result['seconds']} s; next  {show.command_name()} train {run}")
+        next_ = escape(f"{show.command_name()} train {shlex.quote(str(run))}")
+        out.print(f"[bold]passed[/bold]   in {result['seconds']} s; next  {next_}")
     return 1 if failed else 0

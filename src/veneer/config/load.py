@@ -23,6 +23,7 @@ from veneer.config.foreign import foreign, misspelt
 from veneer.config.run import Run
 
 Path_ = tuple[str, ...]
+RUN_HEADER = "# The run as it was carried out, with every default spelled out.\n"
 MOST_BYTES = 2**20  # of a run's file
 MOST_VALUES = 20_000  # keys and values, counted as often as anchors repeat them; 64 characters of a text count as one
 DEEPEST = 20
@@ -100,8 +101,7 @@ def validate(values: dict[str, Any], places: dict[Path_, str], source: str) -> R
 
 def to_yaml(run: Run) -> str:
     """The resolved run, every default spelled out; `load_run` reads it back to an equal object."""
-    header = "# The run as it was carried out, with every default spelled out.\n"
-    return header + yaml.dump(run.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return RUN_HEADER + yaml.dump(run.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def scalar(value: str) -> str:

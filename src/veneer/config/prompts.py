@@ -1,6 +1,7 @@
 """Prompts from a file or from standard input: one a line, or a conversation a line as JSON."""
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,13 @@ def read_prompts(path: Path) -> list[Question]:
 def plain_prompts(lines: Iterable[str]) -> list[Question]:
     """Every line that is not blank."""
     return [line.strip() for line in lines if line.strip()]
+
+
+def require_text(given: Iterable[Any]) -> None:
+    """Raises UserError for a prompt with half of a surrogate pair, which no tokenizer takes."""
+    for prompt in given:
+        if re.search("[\ud800-\udfff]", json.dumps(prompt, ensure_ascii=False)):
+            raise UserError(f"prompt {ascii(prompt)[:60]}: not UTF-8 text", "write it in UTF-8")
 
 
 def _objects(lines: list[str], name: str) -> list[Question]:

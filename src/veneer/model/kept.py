@@ -24,7 +24,7 @@ import torch
 
 from veneer.config import Quantization
 from veneer.config.cache import cache_folder
-from veneer.config.files import read_json, reason
+from veneer.config.files import read_json, reason, visible
 from veneer.config.folder import whole_folder, write_json
 from veneer.model.locate import Source
 from veneer.model.reader import CHUNK
@@ -110,14 +110,16 @@ class Copy(NamedTuple):
                 reasons.append(f"{folder}: {error.strerror or error}")
             else:
                 seconds = time.perf_counter() - started
-                print(f"kept the 4-bit weights in {folder} ({needed / 1e9:.1f} GB, {seconds:.0f} s)", file=sys.stderr)
+                told = f"kept the 4-bit weights in {folder} ({needed / 1e9:.1f} GB, {seconds:.0f} s)"
+                print(visible(told), file=sys.stderr)
                 return
-        print(f"warning: the 4-bit weights could not be kept ({'; '.join(reasons)})", file=sys.stderr)
+        print(f"warning: the 4-bit weights could not be kept ({visible('; '.join(reasons))})", file=sys.stderr)
 
 
 def tell_unusable(folder: Path, reason: str) -> None:
     """Say that a copy is not used, and why."""
-    print(f"warning: the 4-bit weights kept in {folder} are not used: {reason}; making them anew", file=sys.stderr)
+    told = visible(f"warning: the 4-bit weights kept in {folder} are not used: {reason}; making them anew")
+    print(told, file=sys.stderr)
 
 
 def _print(file: Path) -> dict[str, Any]:

@@ -1,0 +1,38 @@
+"""Where text for a person is written: control characters are shown and never carried out, on any encoding.
+
+Names of files, rows, templates, answers and errors are text of others. Rich's own control codes pass; those within a
+text are escaped (`\\x1b`), so that no row moves the cursor, sets the clipboard or hides what stands before it.
+"""
+
+import io
+import sys
+from collections.abc import Iterable
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+from veneer.config.files import visible
+
+# What bars and tables are drawn with, where the encoding is not a UTF.
+_PLAIN = str.maketrans({"█": "#", "▓": "%", "▏": "|", "│": "|", "≥": ">=", "≤": "<=", "…": "..."})
+
+
+class Terminal(Console):
+    """A console whose texts do nothing."""
+
+    def __init__(self, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, highlight=False, soft_wrap=True)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """As Rich's own, with the control characters of every text escaped."""
+        is_plain = self.options.ascii_only
+        for text, style, control in super().render(renderable, options):
+            shown = text if control else visible(text)
+            yield Segment(shown.translate(_PLAIN) if is_plain else shown, style, control)
+
+
+def show_everything() -> None:
+    """Let standard output and error escape what their encoding does not have, for the rest of the process."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
