@@ -6,7 +6,8 @@
 Five kinds: configurations, rows, templates, headers (safetensors and GGUF) and damages (files of a base, an adapter and
 a run, cut, emptied, overwritten or made of other JSON). Each goes through the product's own function or command in a
 worker process that is used again, and ends as one of: works, message (one clear error), class name (a traceback, or an
-error that names a class), hang (more than 10 s of the processor, or a minute), memory (more than 1 GiB above the idle worker), died.
+error that names a class), hang (over 10 s of the processor, or a
+minute), memory (over 1 GiB more than the idle worker), died.
 """
 
 import argparse

@@ -5,6 +5,7 @@ with --debug, which may stand anywhere on the line.
 """
 
 import errno
+import io
 import os
 import sys
 import warnings
@@ -13,8 +14,6 @@ from typing import Annotated
 import typer
 
 from veneer.cli import certify, data, demo, doctor, evaluate, export, generate, init, merge, plan, push, train, verify
-from veneer.cli.terminal import show_everything
-from veneer.config.files import visible
 
 app = typer.Typer(
     name="veneer",
@@ -63,7 +62,9 @@ def main(arguments: list[str] | None = None) -> None:
     # Compiled code that Transformers would fetch from a hub, where the package `kernels` is installed.
     os.environ["USE_HUB_KERNELS"] = "0"
     warnings.formatwarning = _format_warning
-    show_everything()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what its encoding does not have is shown as an escape
     sys.exit(_run([argument for argument in given if argument != "--debug"], debug))
 
 
@@ -71,6 +72,8 @@ def _format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
     """A warning as a person reads it: without the line of code that gave it."""
+    from veneer.config.files import visible
+
     return f"warning: {visible(str(message))}\n"
 
 
@@ -90,6 +93,7 @@ def _run(arguments: list[str], debug: bool) -> int:
 def _tell(error: Exception) -> int:
     """Say what ended the command, in one message; returns its exit status."""
     from veneer.config import Interrupted, JobError, UserError
+    from veneer.config.files import visible
 
     if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "show"):
         if hasattr(error, "message"):

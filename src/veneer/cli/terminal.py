@@ -4,8 +4,6 @@ Names of files, rows, templates, answers and errors are text of others. Rich's o
 text are escaped (`\\x1b`), so that no row moves the cursor, sets the clipboard or hides what stands before it.
 """
 
-import io
-import sys
 from collections.abc import Iterable
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -29,10 +27,3 @@ class Terminal(Console):
         for text, style, control in super().render(renderable, options):
             shown = text if control else visible(text)
             yield Segment(shown.translate(_PLAIN) if is_plain else shown, style, control)
-
-
-def show_everything() -> None:
-    """Let standard output and error escape what their encoding does not have, for the rest of the process."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")

@@ -57,7 +57,8 @@ def train(
         f"{result.tokens_per_second:,.0f} tok/s, peak {show.size(result.peak_bytes)}"
     )
     out.print(f"files    {result.run_dir}: adapter/ loss.png metrics.jsonl ledger.json", markup=False)
-    out.print(f"next     {show.command_name()} evaluate {shlex.quote(str(result.run_dir))}", markup=False)
+    follows = "evaluate" if job.data.ledger.rows["validation"] else "generate"
+    out.print(f"next     {show.command_name()} {follows} {shlex.quote(str(result.run_dir))}", markup=False)
 
 
 def settings_of(

@@ -23,7 +23,7 @@ from veneer.model.dense import keep_dense
 from veneer.model.kept import Copy, Kept, tell_unusable
 from veneer.model.locate import Source
 from veneer.model.quiet import quiet
-from veneer.model.remote import refusal, require_attention
+from veneer.model.remote import refusal, require_attention, require_own_class
 from veneer.model.stream import Checkpoint, circles_collected, find_checkpoint, stream
 from veneer.plan.machine import Machine, named_dtype
 
@@ -64,6 +64,7 @@ def load_tokenizer(source: Source) -> Any:
     if source.kind != "hub":
         own_files(Path(source.location), "*.jinja")  # it ships with the adapter, word for word
     with _loading(source, "tokenizer"):
+        require_own_class(f"model.base = {source.name}", source.location)
         tokenizer = AutoTokenizer.from_pretrained(
             source.location, revision=source.revision, local_files_only=source.only_local, trust_remote_code=False
         )

@@ -72,6 +72,15 @@ def refusal(named: str, place: str | Path, error: Exception) -> UserError | None
     return code_refused(named, place) if MAKERS_CODE in str(error) else None
 
 
+def require_own_class(named: str, place: str | Path) -> None:
+    """Raises UserError for a folder whose architecture is none of Transformers' own, but code that comes with it."""
+    from transformers import CONFIG_MAPPING
+
+    file = Path(place) / "config.json"
+    if file.is_file() and read_json(file).get("model_type") not in CONFIG_MAPPING and makers_code(place):
+        raise code_refused(named, place)
+
+
 def code_refused(named: str, place: str | Path) -> UserError:
     """The error of a model that needs code of its maker's, with the names of that code."""
     code = ", ".join(makers_code(place)[:4]) or "auto_map"

@@ -19,7 +19,7 @@ from veneer.model.builtin import BUILTIN
 from veneer.model.gguf import config_of
 from veneer.model.known import known_shape
 from veneer.model.quiet import quiet
-from veneer.model.remote import code_refused, makers_code, read_config, refusal
+from veneer.model.remote import read_config, refusal, require_own_class
 from veneer.plan.memory import Shapes
 
 
@@ -75,8 +75,7 @@ def _load(place: str | Path, model: Model) -> Any:
     if file.is_file():
         kind = read_json(file, fix="name a whole model").get("model_type")
         if kind not in CONFIG_MAPPING:
-            if makers_code(place):
-                raise code_refused(name, place)
+            require_own_class(name, place)
             near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=3, cutoff=0.3)
             raise UserError(
                 f"{name}: Transformers knows no architecture `{kind}` (model_type in config.json); "
