@@ -362,7 +362,7 @@ def _templates(good: Good, folder: Path, chance: random.Random) -> Iterator[Inpu
     rows.write_text("".join(json.dumps({"prompt": f"a {n}", "completion": "b"}) + "\n" for n in range(4)))
     while True:
         number += 1
-        text = "".join(chance.sample(pieces, chance.randint(1, 3)))
+        text = "".join(chance.sample(pieces, chance.randint(1, 2)))
         path = folder / f"{number}.jinja"
         path.write_text(text)
         settings = ["--model", str(good.base), "data.validation=0", "data.workers=1", f"data.chat_template={path}"]

@@ -449,7 +449,7 @@ def test_a_page_is_never_written_over_an_input(call: Call, tmp_path: Path, tiny_
 
 
 def test_a_page_escapes_what_its_rows_hold() -> None:
-    lengths = {"percentiles": {}, "histogram": []}
+    lengths: dict[str, Any] = {"percentiles": {}, "histogram": []}
     counts = dict.fromkeys(
         ("read", "used", "unreadable", "empty", "duplicate", "overlong", "refused", "training", "validation"), 1
     )

@@ -88,7 +88,7 @@ def test_another_template_tokenizer_or_adapter_file_is_refused(trained: Path) ->
 def test_an_adapter_without_a_passport_loads_and_a_broken_passport_is_told(trained: Path) -> None:
     passport = trained / "adapter" / "passport.json"
     passport.write_text("{")
-    assert "passport.json: not JSON" in refused(trained)
+    assert "passport.json: damaged: not JSON" in refused(trained)
     passport.write_text(json.dumps({"settings": {"model": {"base": "x"}, "brand": 1}}))
     with pytest.raises(UserError, match=r"settings in passport.json are not this Veneer's \(.*brand"):
         find_origin(str(trained / "adapter"))

@@ -68,6 +68,7 @@ def load_tokenizer(source: Source) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             source.location, revision=source.revision, local_files_only=source.only_local, trust_remote_code=False
         )
+        tokenizer("a")  # settings that it cannot work with show here, and not within a row
     if not tokenizer.is_fast:
         raise UserError(
             f"model.base = {source.name}: its tokenizer has no fast version",

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.config import UserError
-from veneer.config.files import read_json, visible
+from veneer.config.files import read_json, reading, visible
 from veneer.config.folder import write_json
 from veneer.evaluate.generation import stop_ids_of
 from veneer.model import Source, compute_dtype, gguf_origin
@@ -105,7 +105,8 @@ def require_match(folder: Path, source: Source | None, force: bool = False) -> N
     Raises:
         UserError: Something differs.
     """
-    differences = find_differences(folder, source)
+    with reading(folder / FILE, "restore it, or delete it to go on without its checks"):
+        differences = find_differences(folder, source)
     told = "\n  ".join(map(str, differences))
     if differences and not force:
         raise UserError(
