@@ -176,7 +176,7 @@ def test_unknown_fields_say_what_is_known_and_how_to_map() -> None:
         ({"messages": [USER, ASSISTANT, ASSISTANT]}, "auto", "turns 2 and 3 are both the assistant's"),
         ({"messages": [USER | {"loss_weight": 1}, ASSISTANT]}, "auto", "only answers have a weight"),
         ({"messages": [USER, ASSISTANT | {"loss_weight": -1}]}, "auto", "a number of at least 0"),
-        ({"messages": [USER, ASSISTANT | {"loss_weight": True}]}, "auto", "a number of at least 0"),
+        ({"messages": [USER, ASSISTANT | {"loss_weight": "much"}]}, "auto", "a number of at least 0"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ASSISTANT]}, "auto", "'image_url'"),
         ({"conversations": [HUMAN, {"from": "function_call", "value": "search rice"}]}, "auto", "is not JSON"),
         ({"messages": [USER, ASSISTANT | {"tool_calls": [{"id": 3}]}]}, "auto", "a tool call needs `name`"),

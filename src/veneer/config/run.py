@@ -87,6 +87,7 @@ ColumnName = Literal[
     "rejected",
     "label",
     "tools",
+    "context",
 ]
 
 
@@ -130,12 +131,23 @@ class Data(Section):
         description="Our name of a field to the file's, as {prompt: query, completion: reply}.",
         json_schema_extra={"fix": "write pairs such as {prompt: query, completion: reply}"},
     )
+    ignore_columns: tuple[str, ...] = Field(
+        (),
+        description="Columns to read as though they were not there. Those that a format would leave out in silence "
+        "(tools, context, images) are refused unless they are named here.",
+        json_schema_extra={"fix": "write a list such as [context, images]"},
+    )
     text_by: Literal["line", "paragraph", "file"] = Field("line", description="What a row of a plain text file is.")
     limit: int | None = Field(None, ge=1, description="Use only the first rows.")
     sample: int | None = Field(None, ge=1, description="Use only so many rows, chosen by train.seed.")
     max_length: int = Field(2048, ge=8, description="Tokens of the longest row.")
-    overlong: Literal["drop", "truncate", "refuse"] = Field(
-        "drop", description="Rows longer than max_length: leave them out, cut their end off, or refuse the data."
+    overlong: Literal["chunk", "drop", "truncate", "refuse"] = Field(
+        "chunk",
+        description="Rows longer than max_length. chunk: text is cut into pieces, each learnt, and other rows are left "
+        "out; drop: all are left out; truncate: their end is cut off; refuse the data.",
+    )
+    max_row_bytes: int = Field(
+        64 * 2**20, ge=1024, description="Bytes of the longest row, unpacked; a longer one is a bad row and is not read."
     )
     max_cut_rows: float = Field(
         0.001,
@@ -175,8 +187,11 @@ class Data(Section):
         description="Templates that render earlier turns anew: refuse such rows, learn their last answer alone, or "
         "make a row of every answer.",
     )
-    special_tokens_in_text: Literal["text", "control"] = Field(
-        "text", description="Whether `<|im_end|>` and the like within a row's text stay text or become control tokens."
+    special_tokens_in_text: Literal["auto", "strip", "text", "control"] = Field(
+        "auto",
+        description="What `<|im_end|>` and the like in a row's own text are. text: text; control: control tokens; auto: "
+        "text, but rows that begin or end with one bring their template and are refused; strip: taken off the ends of "
+        "turns.",
     )
     workers: int | None = Field(None, ge=1, description="Processes that tokenize; null: by size of the data.")
 

@@ -71,6 +71,25 @@ class Example:
         kept = tuple((start, min(end, length), weight) for start, end, weight in self.spans if start < length)
         return Example(self.ids[:length], kept, self.place)
 
+    def pieces(self, length: int, lead: Any) -> list["Example"]:
+        """All of it in pieces, so that every trained token is trained in one of them.
+
+        Args:
+            length: Tokens of a piece, at most.
+            lead: The begin token, int32, or nothing. A piece after the first begins with it, or else with the last
+                token of the piece before, since the first token of a piece cannot be trained.
+        """
+        pieces = [self.cut(length)]
+        for start in range(length, len(self.ids), length - 1):
+            end, before = start + length - 1, lead if len(lead) else self.ids[start - 1 : start]
+            spans = tuple(
+                (max(first, start) - start + 1, min(last, end) - start + 1, weight)
+                for first, last, weight in self.spans
+                if first < end and last > start
+            )
+            pieces.append(Example(np.concatenate([before, self.ids[start:end]]), spans, self.place))
+        return pieces
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -12,6 +12,7 @@ import numpy as np
 
 from veneer.config import Data, UserError
 from veneer.data.conversation import BadRowError, Conversation, Message
+from veneer.data.prerendered import settle
 from veneer.data.privacy import find, redact
 from veneer.data.read import Block, Unreadable, parse, read_blocks
 from veneer.data.recognise import recognise, to_conversation
@@ -47,6 +48,7 @@ class Taken:
     conversation: Conversation
     group: Any
     personal: tuple[Personal, ...]
+    notes: tuple[str, ...] = ()  # what the ledger counts of it
 
 
 class Intake:
@@ -67,14 +69,18 @@ class Intake:
         if isinstance(row, Unreadable):
             return self._problem(place, "unreadable", row.reason)
         try:
-            conversation = replace(to_conversation(row, self.format_name, self._data.columns), place=place)
+            fields = without(row, self._data.ignore_columns)
+            conversation = replace(to_conversation(fields, self.format_name, self._data.columns), place=place)
             group = self._group(row)
+            conversation, is_stripped = settle(conversation, self._data.special_tokens_in_text)
             if conversation.is_empty:
                 return None
             conversation, personal = self._privacy(conversation)
         except BadRowError as error:
             return self._problem(place, "refused", str(error))
-        return Taken(conversation, group, personal)
+        has_ignored = any(row.get(name) for name in self._data.ignore_columns)
+        notes = {"ignored_columns": has_ignored, "control_tokens_stripped": is_stripped}
+        return Taken(conversation, group, personal, tuple(name for name, is_so in notes.items() if is_so))
 
     def _problem(self, place: str, fate: str, reason: str) -> Problem:
         """A problem whose reason, which may quote the row, holds no personal data."""
@@ -101,6 +107,11 @@ class Intake:
         if self._data.pii == "redact":
             conversation = replace(conversation, messages=messages, rejected=rejected)
         return conversation, personal
+
+
+def without(row: Mapping[str, Any], columns: Sequence[str]) -> Mapping[str, Any]:
+    """A row as though its file had no such columns."""
+    return {name: row[name] for name in row if name not in columns} if columns else row
 
 
 def _searched(messages: tuple[Message, ...], place: str) -> tuple[tuple[Message, ...], tuple[Personal, ...]]:
@@ -137,6 +148,11 @@ def _searched_value(value: Any) -> tuple[Any, list[tuple[str, int, int]]]:
     return value, []
 
 
+def blocks_of(source: Source, setting: str, data: Data) -> Iterator[Block]:
+    """The rows of a source as the settings have them read."""
+    return read_blocks(source, setting, data.text_by, data.max_row_bytes)
+
+
 def recognise_source(source: Source, setting: str, data: Data) -> tuple[str, str]:
     """The format of a source and the reason, from its first readable rows.
 
@@ -145,14 +161,14 @@ def recognise_source(source: Source, setting: str, data: Data) -> tuple[str, str
     """
     first: list[dict[str, Any]] = []
     place, problem = "", None
-    for block in read_blocks(source, setting, data.text_by):
+    for block in blocks_of(source, setting, data):
         for at, raw in enumerate(block.rows[:LOOKED_AT]):
             row = parse(raw)
             if isinstance(row, Unreadable):
                 problem = problem or f"{block.place(at)}: {row.reason}"
                 continue
             place = place or block.place(at)
-            first.append(row)
+            first.append(without(row, data.ignore_columns))
         if first:
             return recognise(first, data.format, data.columns, place)
     if problem:
@@ -173,7 +189,7 @@ def take_again(
         numbers = None if wanted is None else wanted.get(which, np.empty(0, np.int64))
         if numbers is not None and not len(numbers):
             continue
-        for block in read_blocks(source, setting, data.text_by):
+        for block in blocks_of(source, setting, data):
             for at in range(len(block.rows)) if numbers is None else _places(numbers, block.numbers):
                 taken = intake.take(block.rows[at], block.place(at))
                 if isinstance(taken, Taken):

@@ -24,24 +24,24 @@ from veneer.config.cache import cached
 from veneer.data.batch import Batches, Example
 from veneer.data.conversation import Conversation
 from veneer.data.corpus import Corpus, write
-from veneer.data.intake import Problem, chosen, recognise_source, take_again
+from veneer.data.intake import Problem, blocks_of, chosen, recognise_source, take_again
 from veneer.data.ledger import Ledger
 from veneer.data.likeness import Overlap, near_duplicates
-from veneer.data.read import Block, read_blocks
+from veneer.data.read import Block
 from veneer.data.render import Renderer, needs_template
 from veneer.data.source import Source, find_sources
 from veneer.data.split import Sides, equal_to_earlier, split_rows
 from veneer.data.tokenize import Tokenized, tokenize
 from veneer.data.warn import warnings_of
 
-LAYOUT = 1  # of the cache's files; another number makes them anew
+LAYOUT = 2  # of the cache's files; another number makes them anew
 SHOWN = 5  # bad rows told at once
 SMALL = 8 * 2**20  # bytes of input that one process does sooner than several would start
 MOST_WORKERS = 8
 # Settings that decide what is cached.
 MATTER = (
     *("format", "columns", "text_by", "limit", "sample", "max_length", "overlong", "bad_rows", "pii", "group"),
-    *("system_prompt", "loss_on", "rewritten_history", "special_tokens_in_text"),
+    *("system_prompt", "loss_on", "rewritten_history", "special_tokens_in_text", "ignore_columns", "max_row_bytes"),
 )
 
 
@@ -102,7 +102,7 @@ class Prepared:
     _data: Data
 
     def held_out(self, limit: int | None = None) -> list[HeldOut]:
-        """The first held-out rows with their turns, which are read from their file again."""
+        """The first held-out rows with their turns, which are read from their file again; all pieces of a long text."""
         return _with_turns(self._held_out, self.validation, self._data, limit)
 
     def personal(self) -> str:
@@ -155,6 +155,7 @@ def _read(
     files: str | Sequence[str], setting: str, data: Data, renderer: Renderer, seed: int, ledger: Ledger
 ) -> _Input:
     sources = find_sources(files, setting, data.split, data.subset)
+    ledger.warnings += sorted({source.beside for source in sources if source.beside})
     formats = []
     for source in sources:
         name, reason = recognise_source(source, setting, data)
@@ -184,13 +185,13 @@ def _chosen_blocks(sources: Sequence[Source], setting: str, data: Data, seed: in
     """Blocks of the rows that `limit` and `sample` leave."""
     wanted = None
     if data.sample is not None:
-        counts = [len(block.rows) for source in sources for block in read_blocks(source, setting, data.text_by)]
+        counts = [len(block.rows) for source in sources for block in blocks_of(source, setting, data)]
         total = min(sum(counts), data.limit or sum(counts))
         if data.sample < total:
             wanted = np.sort(np.random.default_rng(seed).choice(total, data.sample, replace=False))
     row = 0
     for which, source in enumerate(sources):
-        for block in read_blocks(source, setting, data.text_by):
+        for block in blocks_of(source, setting, data):
             first, row = row, row + len(block.rows)
             if data.limit is not None and row > data.limit:
                 block = chosen(block, range(data.limit - first))
@@ -218,7 +219,7 @@ def _checked(parts: Iterable[tuple[int, Block, Tokenized]], data: Data) -> Itera
             raise _bad_rows(bad, count, rows, "bad", "mend these rows, or leave such rows out with data.bad_rows=drop")
         if part.fates["overlong"] and data.overlong == "refuse":
             long = [problem for problem in part.problems if problem.fate == "overlong"]
-            fix = "raise data.max_length, or set data.overlong to drop or truncate"
+            fix = "raise data.max_length, or set data.overlong to chunk (of text), drop or truncate"
             raise _bad_rows(long, part.fates["overlong"], rows, "overlong", fix)
         yield source, block, part
 
@@ -245,7 +246,7 @@ def _require_rows(files: str | Sequence[str], setting: str, data: Data, corpus: 
         left = ", ".join(f"{count} {fate}" for fate, count in sorted(fates.items()) if count)
         raise UserError(
             f"{setting} = {files}: no row is left of {read} ({left}; data.max_length = {data.max_length} tokens)",
-            "raise data.max_length or name other data",
+            "raise data.max_length or name other data" if fates.get("overlong") else "mend these rows or name other data",
         )
 
 
@@ -343,8 +344,13 @@ def _with_turns(given: _Input, part: Part, data: Data, limit: int | None) -> lis
     rows = part.rows[:limit]
     turns = dict(take_again(given.sources, given.formats, given.setting, data, _numbers(given.corpus, rows)))
     firsts = np.searchsorted(given.corpus.row_of, rows)
-    keys = zip(given.corpus.rows["source"][rows].tolist(), given.corpus.rows["number"][rows].tolist())
-    return [HeldOut(given.corpus[at], turns[key]) for at, key in zip(firsts, keys, strict=True)]
+    known = given.corpus.rows[rows]
+    held_out = []
+    for at, source, number, count in zip(firsts, *(known[name].tolist() for name in ("source", "number", "examples"))):
+        conversation = turns[source, number]
+        for piece in range(count if conversation.is_document else 1):
+            held_out.append(HeldOut(given.corpus[at + piece], conversation))
+    return held_out
 
 
 def _numbers(corpus: Corpus, rows: Any) -> dict[int, Any]:

@@ -160,6 +160,10 @@ class Renderer:
         """A text of more characters than this has more than max_length tokens, whatever it says."""
         return self._encoder.longest_token * max_length
 
+    def chunks(self, document: Example, length: int) -> list[Example]:
+        """A document in pieces of at most so many tokens, each piece begun as documents are with this tokenizer."""
+        return document.pieces(length, np.array(self._lead, dtype=np.int32))
+
     # From rows to drafts: text, and where the answers stand in it.
 
     def _drafts(self, conversation: Conversation) -> list[_Draft]:
@@ -170,16 +174,20 @@ class Renderer:
             if conversation.is_document:
                 drafts.append(_Draft(Text(messages[0].content, (0,), mark), (0.0, 1.0), conversation.place, False))
             elif self._template is None:
-                drafts.append(self._plain(messages, mark, conversation.place))
+                drafts.append(self._plain(messages, tools, mark, conversation.place))
             else:
                 weighted = _weighted(self._with_system(messages), self.settings.loss_on)
                 drafts += self._chat(weighted, tools, mark, conversation.place)
         return drafts
 
-    def _plain(self, messages: tuple[Message, ...], mark: str, place: str) -> _Draft:
+    def _plain(
+        self, messages: tuple[Message, ...], tools: tuple[dict[str, Any], ...], mark: str, place: str
+    ) -> _Draft:
         *prompt, answer = messages
         if answer.role != "assistant" or any(message.role == "assistant" for message in prompt):
             raise BadRowError("without a chat template a row is one prompt and one completion")
+        if tools or answer.reasoning or any(message.tool_calls for message in messages):
+            raise BadRowError("without a chat template tools, calls and reasoning have no place; set data.chat_template")
         before = "".join(message.content for message in prompt)
         context = float(self.settings.loss_on == "all")
         text = Text(before + answer.content, (0, len(before)), mark)
@@ -311,9 +319,10 @@ class Renderer:
     # From drafts to examples: tokens and weights.
 
     def _example(self, draft: _Draft, ids: list[int], counts: list[int]) -> Example:
-        if not draft.is_chat:
-            ids = [*self._lead, *ids, self.tokenizer.eos_token_id]
-            counts = [len(self._lead) + count for count in counts]
+        if not draft.is_chat:  # a text with control tokens of its own may bring these two
+            lead = [] if self._lead == ids[:1] else self._lead
+            ids = [*lead, *ids, *([] if ids[-1:] == [self.tokenizer.eos_token_id] else [self.tokenizer.eos_token_id])]
+            counts = [len(lead) + count for count in counts]
         if self._lead and ids[:2] == self._lead * 2:
             raise BadRowError("two begin tokens in a row; the chat template writes one too many")
         edges = [0, *counts, len(ids)]

@@ -5,8 +5,9 @@ only between kinds of text that look alike (CSV, TSV, prose). So a renamed or a 
 and what cannot be read as rows (UTF-16, an archive, a pretty-printed object) is refused here, before any row is read.
 
 Only the first HEAD bytes of a file are looked at; read.py reads the rows. A folder gives the files of known suffixes;
-files that are not data by their name (README.md) are passed over. Which split a file of a folder belongs to is not
-guessed from its name.
+files that are not data by their name (README.md) are passed over. Where files of a folder or of a glob are of several
+splits by their names (`train-00000-of-00001.parquet`, `test/a.jsonl`), those of the wanted split are taken, with those
+that name none, and the others are told of. Files that are none (FIFOs, devices and links to them) are refused.
 """
 
 import glob
@@ -35,6 +36,9 @@ PACKED = (".gz", ".zst", ".zstd")
 NOT_DATA = {"readme.md", "readme.txt", "license.md", "license.txt", "dataset_info.json", "dataset_infos.json"}
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # a hub's name never begins with a dot: `../data` is a path
 BOM = b"\xef\xbb\xbf"
+BLANK_HEAD = 64 << 20  # bytes of white space that a file may begin with
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation"), "validation")
 UTF_8 = "save the file as UTF-8"
 UNPACK = "unpack it and name what is inside"
 REFUSED = (  # (how the file begins, what that is, what to do)
@@ -54,7 +58,8 @@ class Source:
 
     `name` stands in places (`tickets.jsonl:12`): the file's name, and of two files of one name as much of the path as
     tells them apart. `kind` is json lines, json array, csv, tsv, text, parquet, arrow (file or stream), arrow folder
-    (of one split, written by `save_to_disk`) or hub dataset. `location` is a path or a hub id.
+    (of one split, written by `save_to_disk`) or hub dataset. `location` is a path or a hub id. `beside` tells of files
+    of other splits that its folder has too.
     """
 
     name: str
@@ -63,6 +68,7 @@ class Source:
     compression: str | None = None  # None, gzip or zstd
     split: str = "train"
     subset: str | None = None
+    beside: str = ""
 
     def fingerprint(self, setting: str = "data") -> str:
         """What changes when the content does: sha256 of the bytes on disk; of a hub dataset its own fingerprint.
@@ -78,7 +84,7 @@ class Source:
             if self.kind == "arrow folder":
                 features = json.loads((files[0] / "dataset_info.json").read_bytes()).get("features")
                 digest.update(json.dumps(features, sort_keys=True).encode())
-                files = sorted(files[0].glob("*.arrow"))
+                files = sorted(path for path in files[0].glob("*.arrow") if path.is_file())
             for path in files:
                 with path.open("rb") as file:
                     while chunk := file.read(1 << 20):
@@ -109,8 +115,10 @@ def find_sources(
         with told(name, setting):
             if (paths := _paths(name, setting)) is None:
                 sources.append(Source(name, "hub dataset", name, None, split, subset))
-            for path in paths or []:
-                sources.append(_arrow_folder(path, setting, split) if path.is_dir() else _file(path, setting))
+            wanted, beside = _of_split(Path(os.path.expanduser(name)), paths or [], setting, split)
+            for path in wanted:
+                source = _arrow_folder(path, setting, split) if path.is_dir() else _file(path, setting)
+                sources.append(replace(source, beside=beside))
     seen = set()
     for source in sources:
         key = source.location if source.kind == "hub dataset" else os.path.realpath(source.location)
@@ -287,7 +295,37 @@ def _walk(folder: Path, seen: set[str]) -> Iterator[Path]:
             if os.path.realpath(path) not in seen:
                 yield from _walk(path, seen)
         elif _suffix(path) in SUFFIXES and path.name.lower() not in NOT_DATA:
+            if path.exists() and not path.is_file():
+                raise UserError(
+                    f"{path}: is neither a file nor a folder, but a pipe, socket or device, or a link to one",
+                    "take it out of the folder, or name the files themselves",
+                )
             yield path
+
+
+def _of_split(named: Path, paths: list[Path], setting: str, split: str) -> tuple[list[Path], str]:
+    """Those of some files that are of a split by their names or name none, and a sentence on the others.
+
+    Raises:
+        UserError: They are of several splits, and none of them is the wanted one or the files are to be held out.
+    """
+    by_split: dict[str, list[Path]] = {}
+    for path in paths if len(paths) > 1 else ():
+        inside = path.relative_to(named) if path.is_relative_to(named) else Path(path.name)
+        words = [word for part in inside.parts for word in re.split(r"[^a-z]+", part.lower()) if word in SPLITS]
+        by_split.setdefault(SPLITS[words[0]] if words else "", []).append(path)
+    wanted = SPLITS.get(split, split)
+    others = {name: found for name, found in by_split.items() if name and name != wanted}
+    if not others or (len(by_split) == 1 and wanted == "train"):
+        return paths, ""
+    listed = ", ".join(f"{name} ({len(found)}, as {found[0].name})" for name, found in others.items())
+    if wanted not in by_split and "" not in by_split or not setting.startswith(("data.train", "DATA")):
+        raise UserError(
+            f"{setting} = {named}: holds files of several splits: {', '.join(filter(None, by_split))}",
+            f"name the files of one split in {setting}, as {next(iter(others.values()))[0]}",
+        )
+    taken = [path for path in paths if not any(path in found for found in others.values())]
+    return taken, f"{named}: files of other splits are not trained on: {listed}; data.validation can name them"
 
 
 def _is_saved(folder: Path) -> bool:
@@ -340,10 +378,10 @@ def _file(path: Path, setting: str) -> Source:
 
 def _head(stream: BinaryIO) -> bytes:
     """The first HEAD bytes, from the first that is not blank."""
-    head = b""
+    head, read = b"", 0
     for chunk in chunks(stream, HEAD):
-        head = (head + chunk).lstrip()
-        if len(head) >= HEAD:
+        head, read = (head + chunk).lstrip(), read + len(chunk)
+        if len(head) >= HEAD or (not head and read > BLANK_HEAD):
             break
     return head
 

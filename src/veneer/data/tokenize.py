@@ -28,7 +28,7 @@ SPAN = np.dtype([("start", np.uint32), ("end", np.uint32), ("weight", np.float32
 ROW = np.dtype(
     [
         ("source", np.uint16),
-        ("examples", np.uint16),
+        ("examples", np.uint32),
         ("number", np.uint32),
         ("hash", np.uint64),  # of its tokens and weights
         ("group", np.uint64),  # of the group column's value
@@ -125,7 +125,7 @@ class Tokenizing:
                 problems.append(Problem(taken.conversation.place, "empty", "no token is trained"))
                 continue
             all_lengths.append(max(len(example.ids) for example in made))
-            examples, is_overlong, is_cut = self._fit(made)
+            examples, is_overlong, is_cut = self._fit(made, taken.conversation.is_document)
             if not examples:
                 fates["overlong"] += 1
                 notes["all_cut"] += is_cut
@@ -133,7 +133,8 @@ class Tokenizing:
                 problems.append(Problem(taken.conversation.place, "overlong", reason))
                 continue
             fates["used"] += 1
-            notes["truncated"] += is_overlong
+            notes["chunked" if self._data.overlong == "chunk" else "truncated"] += is_overlong
+            notes.update(taken.notes)
             notes["ends_without_answer"] += not taken.conversation.ends_with_answer
             if taken.conversation.label is not None:
                 notes["rated_good" if taken.conversation.label else "rated_bad"] += 1
@@ -148,13 +149,16 @@ class Tokenizing:
 
     def _is_hopeless(self, conversation: Conversation) -> bool:
         """Whether a row is too long whatever its tokens are: a row of 50 MB is not tokenized to be left out."""
-        return self._data.overlong != "truncate" and _characters(conversation) > self._longest_text
+        is_kept = self._data.overlong == "truncate" or (self._data.overlong == "chunk" and conversation.is_document)
+        return not is_kept and _characters(conversation) > self._longest_text
 
-    def _fit(self, made: list[Example]) -> tuple[list[Example], bool, bool]:
+    def _fit(self, made: list[Example], is_document: bool) -> tuple[list[Example], bool, bool]:
         """A row's examples within max_length, whether it was longer, and whether no trained token was left."""
         limit = self._data.max_length
         if all(len(example.ids) <= limit for example in made):
             return made, False, False
+        if self._data.overlong == "chunk" and is_document:
+            return [piece for example in made for piece in self.renderer.chunks(example, limit)], True, False
         if self._data.overlong != "truncate":
             return [], True, False
         cut = [example.cut(limit) for example in made]

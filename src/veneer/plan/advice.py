@@ -462,6 +462,8 @@ def _(s: Situation) -> Found:
     longest, positions = s.run.data.max_length, s.shapes.positions
     if s.data is None or s.data.p95 <= longest:
         return None
+    if s.data.raw and s.run.data.overlong == "chunk":
+        return None  # nothing is lost
     done = "cut" if s.run.data.overlong == "truncate" else "left out"
     wanted = min(-(-s.data.p95 // 64) * 64, positions or s.data.p95 + 64)
     return (
