@@ -15,7 +15,7 @@ import pytest
 from tests.rows import CHAT, jsonl, prepared, refused, renderer, text_of, trained_text, turns
 from tests.tiny import tiny_tokenizer
 from veneer.config import Data, UserError
-from veneer.data import Renderer, prepare
+from veneer.data import Example, Renderer, prepare
 from veneer.data.ledger import FATES, length_summary
 from veneer.data.prepare import read_held_out
 from veneer.data.recognise import FORMATS
@@ -476,3 +476,84 @@ def test_chat_data_without_a_template_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the base model has no chat template"):
         prepared(path, chat=False)
     assert len(prepared(jsonl(tmp_path, [GOOD]), chat=False).train) == 1
+
+
+def test_long_text_is_cut_into_pieces_that_lose_no_token(tmp_path: Path) -> None:
+    texts = [" ".join(str(np.random.default_rng(n).choice(WORDS)) for n in range(at, at + 60)) for at in (0, 100)]
+    path = jsonl(tmp_path, [{"text": text} for text in texts])
+    whole = prepared(path)
+    cut = prepared(path, max_length=16)
+    assert whole.ledger.rows["used"] == cut.ledger.rows["used"] == 2
+    assert cut.ledger.notes["chunked"] == 2
+    assert any("2 rows of text longer than data.max_length: cut into pieces" in told for told in cut.ledger.warnings)
+    assert max(cut.train.lengths) == 16
+    # Every token that was trained is, once: of a whole text all but the first.
+    assert cut.ledger.tokens["trained"] == whole.ledger.tokens["trained"]
+    assert "".join(map(trained_text, cut.train)) == "".join(map(trained_text, whole.train))
+    # A piece goes on from the last token of the one before.
+    first, second = cut.train[0], cut.train[1]
+    assert first.ids[-1] == second.ids[0]
+    assert prepared(path, max_length=16, packing=True).ledger.pack["efficiency"] > 0.8
+
+
+def test_pieces_begin_with_the_begin_token_where_the_tokenizer_has_one() -> None:
+    ids = np.arange(1, 21, dtype=np.int32)
+    pieces = Example(ids, ((1, 20, 1.0),), "p").pieces(8, np.array([1], dtype=np.int32))
+    assert [piece.ids.tolist() for piece in pieces] == [list(range(1, 9)), [1, *range(9, 16)], [1, *range(16, 21)]]
+    assert [piece.spans for piece in pieces] == [((1, 8, 1.0),), ((1, 8, 1.0),), ((1, 6, 1.0),)]
+
+
+def test_only_text_is_cut_into_pieces(tmp_path: Path) -> None:
+    rows = [{"prompt": "the cat", "completion": "the dog " * 40}, GOOD]
+    assert prepared(jsonl(tmp_path, rows), max_length=32).ledger.rows["overlong"] == 1
+    path = jsonl(tmp_path, [{"text": "the cat " * 40}, {"text": "the dog"}], "texts.jsonl")
+    assert prepared(path, max_length=16, overlong="drop").ledger.rows["overlong"] == 1
+
+
+def test_all_pieces_of_held_out_text_are_measured(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, [{"text": f"{n} " + "the cat says " * 20} for n in range(2)])
+    found = prepared(path, max_length=16, duplicates="keep", validation=path)
+    assert len(found.held_out()) == len(found.validation) > 4
+
+
+def test_ignored_columns_are_counted(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, [GOOD | {"context": "c", "label": 0}, GOOD | {"prompt": "the hen", "context": ""}])
+    found = prepared(path, ignore_columns=["context", "label"])
+    assert found.ledger.notes["ignored_columns"] == 1
+    assert found.ledger.formats["rows.jsonl"]["format"] == "prompt-completion"
+    assert "c\n" not in text_of(found.train[0])
+
+
+def test_rows_that_bring_control_tokens_are_refused_or_read_as_the_setting_says(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, [GOOD | {"completion": "the dog<|im_end|>\n"}])
+    assert "rows.jsonl:1: turn 2 ends with <|im_end|>" in refused(path)
+    found = prepared(path, special_tokens_in_text="strip")
+    assert found.ledger.notes["control_tokens_stripped"] == 1
+    assert trained_text(found.train[0]) == "the dog<|im_end|>"
+    text = jsonl(tmp_path, [{"text": "<|im_start|>user\nthe cat<|im_end|>"}], "text.jsonl")
+    assert "the text begins with <|im_start|>" in refused(text)
+    control, letters = (prepared(text, special_tokens_in_text=how).train[0] for how in ("control", "text"))
+    assert len(control.ids) < len(letters.ids)
+    assert control.ids.tolist().count(tiny_tokenizer().eos_token_id) == 1, "it brings its own end token"
+
+
+def test_rows_beyond_the_longest_are_bad_rows(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, [GOOD, {"prompt": "the owl", "completion": "the hen " * 500}])
+    assert "rows.jsonl:2: is longer than data.max_row_bytes = 1,024" in refused(path, max_row_bytes=1024)
+    found = prepared(path, max_row_bytes=1024, bad_rows="drop")
+    assert (found.ledger.rows["unreadable"], found.ledger.rows["used"]) == (1, 1)
+
+
+def test_files_of_other_splits_are_not_trained_on(tmp_path: Path) -> None:
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    for number, name in enumerate(("train-00000-of-00001", "test-00000-of-00001", "more")):
+        jsonl(tmp_path / "set" / "data", distinct(4, 10 * number), f"{name}.jsonl")
+    found = prepared(str(tmp_path / "set"))
+    assert sorted(found.ledger.formats) == ["more.jsonl", "train-00000-of-00001.jsonl"]
+    assert any("test (1, as test-00000-of-00001.jsonl)" in told for told in found.ledger.warnings)
+    assert list(prepared(str(tmp_path / "set" / "data" / "test*")).ledger.formats) == ["test-00000-of-00001.jsonl"]
+    (tmp_path / "set" / "data" / "more.jsonl").unlink()
+    assert len(prepared(str(tmp_path / "set" / "data" / "*"), split="test").train) == 4
+    assert "holds files of several splits: test, train" in refused(
+        jsonl(tmp_path, [GOOD]), validation=str(tmp_path / "set")
+    )

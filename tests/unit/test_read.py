@@ -675,3 +675,80 @@ def test_what_the_hub_does_not_give_is_told(monkeypatch: pytest.MonkeyPatch, err
     assert "split dev of subset en" in message
     assert "download the dataset and name its files in data.train" in message
     assert logging.getLogger("datasets").level == level
+
+
+BOMB = 64 << 20  # bytes that a row unpacks to
+
+
+@pytest.fixture(scope="module")
+def bombs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of a few kilobytes, each with a row of 64 MiB between small ones."""
+    folder = tmp_path_factory.mktemp("bombs")
+    whole, nested = b"x" * BOMB, b"[{}]," * (BOMB >> 9)
+    row = b'{"text": "%s"}'
+    files = {
+        "lines.jsonl": (row + b"\n") * 3 % (b"a", whole, b"b"),
+        "array.json": b"[" + b",".join([row] * 3) % (b"a", b'\\"' * (BOMB >> 1), b"b") + b"]",
+        "nested.json": b'[{"text": "a"}, {"text": [%s1]}, {"text": "b"}]' % nested,
+        "strings.json": b'[{"text": "a"}, "%s", {"text": "b"}]' % whole,
+        "table.csv": b"text,n\na,1\n%s,2\nb,3\n" % whole,
+        "lines.txt": b"a\n%s\nb\n" % whole,
+    }
+    for name, content in files.items():
+        (folder / f"{name}.gz").write_bytes(gzip.compress(content, 1))
+    pq.write_table(pa.table({"text": ["a", "x" * BOMB, "b"]}), folder / "rows.parquet", row_group_size=1)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["lines.jsonl", "array.json", "nested.json", "strings.json", "table.csv", "lines.txt", "rows.parquet"],
+)
+def test_a_row_that_unpacks_to_more_than_the_limit_is_one_bad_row_in_bounded_memory(bombs: Path, name: str) -> None:
+    (path,) = bombs.glob(f"{name}*")
+    (source,) = find_sources(str(path), "data.train")
+    tracemalloc.start()
+    try:
+        found = [row for block in read_blocks(source, "data.train", max_row_bytes=1 << 17) for row in block.rows]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    first, bomb, last = (parse(row) for row in found)
+    assert [row["text"] for row in (first, last) if isinstance(row, dict)] == ["a", "b"]
+    assert isinstance(bomb, Unreadable)
+    assert bomb.reason == "is longer than data.max_row_bytes = 131,072"
+    assert peak < 32 << 20
+
+
+@pytest.mark.parametrize("text_by", ["paragraph", "file"])
+def test_a_text_of_many_lines_has_the_same_limit(tmp_path: Path, text_by: str) -> None:
+    path = written(tmp_path / "a.txt", "the cat says\n" * 200)
+    (source,) = find_sources(path, "data.train")
+    for limit, is_read in ((2048, False), (4096, True)):
+        ((row,),) = (block.rows for block in read_blocks(source, "data.train", text_by, limit))
+        assert isinstance(row, dict) is is_read
+
+
+def test_a_hundred_thousand_columns_are_read(tmp_path: Path) -> None:
+    names = [f"c{n}" for n in range(100_000)]
+    path = written(tmp_path / "wide.csv", "\n".join([",".join(names)] + [",".join("ab" for _ in names)] * 2))
+    assert [len(row) for row in rows(path) if isinstance(row, dict)] == [100_000] * 2
+    twins = written(tmp_path / "twins.csv", ",".join(names * 2) + "\n")
+    assert "several columns are named c0, c1, c2, c3, c4" in refused(twins)
+
+
+def test_what_is_no_file_within_a_folder_is_refused(tmp_path: Path) -> None:
+    written(tmp_path / "a" / "rows.jsonl", "{}")
+    for name, make in (
+        ("pipe.jsonl", os.mkfifo),
+        ("zero.jsonl", lambda path: os.symlink("/dev/zero", path)),
+    ):
+        make(tmp_path / "a" / name)
+        with pytest.raises(UserError, match=rf"{name}: is neither a file nor a folder, but a pipe"):
+            find_sources(str(tmp_path / "a"), "data.train")
+        (tmp_path / "a" / name).unlink()
+
+
+def test_the_index_of_a_frame_is_named(tmp_path: Path) -> None:
+    told = refused(written(tmp_path / "rows.csv", ",a\n0,b\n"))
+    assert "column 1 of 2 has no name; is it the index of a pandas frame?" in told

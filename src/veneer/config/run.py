@@ -147,7 +147,9 @@ class Data(Section):
         "out; drop: all are left out; truncate: their end is cut off; refuse the data.",
     )
     max_row_bytes: int = Field(
-        64 * 2**20, ge=1024, description="Bytes of the longest row, unpacked; a longer one is a bad row and is not read."
+        64 * 2**20,
+        ge=1024,
+        description="Bytes of the longest row, unpacked; a longer one is a bad row and is not read.",
     )
     max_cut_rows: float = Field(
         0.001,
@@ -189,9 +191,9 @@ class Data(Section):
     )
     special_tokens_in_text: Literal["auto", "strip", "text", "control"] = Field(
         "auto",
-        description="What `<|im_end|>` and the like in a row's own text are. text: text; control: control tokens; auto: "
-        "text, but rows that begin or end with one bring their template and are refused; strip: taken off the ends of "
-        "turns.",
+        description="What `<|im_end|>` and the like are in a row's own text. text: text; control: control tokens; "
+        "auto: text, but rows that begin or end with one bring their template and are refused; strip: as auto, but "
+        "taken off the ends of turns.",
     )
     workers: int | None = Field(None, ge=1, description="Processes that tokenize; null: by size of the data.")
 

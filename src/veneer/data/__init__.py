@@ -1,10 +1,14 @@
 """From files of rows to batches of tokens, with an account of every row and token.
 
 source.py        which files a setting names, and what each is
+json_text.py     JSON that is one value, read piece by piece
 read.py          their rows, block by block, each with its place
+values.py        values within tool calls
 turns.py         turns as the world writes them
 recognise.py     the shape of a row, and the conversation it stands for
+shapes.py        what is amiss with a file that has no such shape
 conversation.py  what that is
+prerendered.py   rows that bring a chat template with them
 privacy.py       personal data in a text
 intake.py        all of the above for one row: a conversation, or why it is none
 template.py      chat templates, and what they cannot say

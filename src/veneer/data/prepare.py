@@ -246,7 +246,7 @@ def _require_rows(files: str | Sequence[str], setting: str, data: Data, corpus: 
         left = ", ".join(f"{count} {fate}" for fate, count in sorted(fates.items()) if count)
         raise UserError(
             f"{setting} = {files}: no row is left of {read} ({left}; data.max_length = {data.max_length} tokens)",
-            "raise data.max_length or name other data" if fates.get("overlong") else "mend these rows or name other data",
+            f"{'raise data.max_length' if fates.get('overlong') else 'mend these rows'} or name other data",
         )
 
 

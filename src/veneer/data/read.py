@@ -1,8 +1,9 @@
 """Reads the rows of a source in blocks, each row with the place it came from, in memory that no file can exceed.
 
 A row that cannot be read stays in its place as `Unreadable`, so that the ledger can count it; so does one that is
-longer than `data.max_row_bytes`, which is passed over and never held, as in a file that unpacks to more than it should. What cannot be resumed
-after a fault (a JSON array, a quote never closed, a damaged archive) is a UserError that tells file and line.
+longer than `data.max_row_bytes`, which is passed over and never held, as in a file that unpacks to more than it should.
+What cannot be resumed after a fault (a JSON array, a quote never closed, a damaged archive) is a UserError that tells
+file and line.
 
 JSON lines come as bytes, not parsed: parsing is what costs, and `parse` runs in worker processes. All other kinds come
 as dicts. CSV is read strictly: a quote in the wrong place makes its record unreadable where the csv module's default
@@ -13,11 +14,9 @@ row without a key and one with null there cannot be told apart.
 Not done here: recognising what a row means, joining files, shuffling.
 """
 
-import codecs
 import csv
 import io
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -25,16 +24,13 @@ from itertools import compress
 from typing import Any, BinaryIO
 
 from veneer.config import UserError
+from veneer.data.json_text import CHUNK, JsonText
 from veneer.data.source import Source, chunks, open_dataset, open_plain, told
 
 ROWS = 1000  # of a block, at most
 BYTES = 4 << 20  # of a block, about; a single row may be larger
-CHUNK = 1 << 20  # bytes read at once
 LONGEST = 64 << 20  # bytes of a row, by default
 FIELD_BYTES = 64  # of memory that each field of a row takes beside its characters
-BLANK = re.compile(r"[ \t\r\n]*")
-SCAN = json.JSONDecoder().raw_decode
-MARKS = re.compile(r'\\.?|["\[\]{},]', re.DOTALL)  # what tells where a JSON value ends
 NUL = "holds NUL bytes: the file is damaged, or not UTF-8 text"
 
 
@@ -69,9 +65,7 @@ class Block:
         return f"{self.name}:{number}" if self.by_line else f"{self.name}[{number}]"
 
 
-def read_blocks(
-    source: Source, setting: str, text_by: str = "line", max_row_bytes: int = LONGEST
-) -> Iterator[Block]:
+def read_blocks(source: Source, setting: str, text_by: str = "line", max_row_bytes: int = LONGEST) -> Iterator[Block]:
     """The rows of a source, in order, at most 1000 of them and about 4 MiB at a time.
 
     Args:
@@ -188,96 +182,13 @@ def _json_lines(stream: BinaryIO, longest: int) -> Iterator[Piece]:
             lines = batch[at : at + ROWS]
             numbers = range(first + at, first + at + len(lines))
             is_row = [bool(line) and not line.isspace() for line in lines]
-            rows: list[Row] = [
-                line if len(line) <= longest else _too_long(longest) for line in compress(lines, is_row)
-            ]
+            rows: list[Row] = [line if len(line) <= longest else _too_long(longest) for line in compress(lines, is_row)]
             if rows:
                 yield list(compress(numbers, is_row)), rows
 
 
-class _Text:
-    """The text of a JSON file from where it is read on; what lies behind is dropped."""
-
-    def __init__(self, stream: BinaryIO, name: str, setting: str) -> None:
-        self.stream, self.name, self.setting = stream, name, setting
-        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self.text, self.at, self.ended = "", 0, False
-        self.lines = 1  # the line on which `text` begins
-
-    def more(self) -> None:
-        """Read on: as much again as is held, so that the retries on a large row stay linear in its size."""
-        self.lines += self.text.count("\n", 0, self.at)
-        self.text, self.at = self.text[self.at :], 0
-        chunk = self.stream.read(max(CHUNK, len(self.text)))
-        self.ended = not chunk
-        try:
-            self.text += self.decoder.decode(chunk, final=self.ended)
-        except UnicodeDecodeError as error:
-            self.lines += error.object.count(b"\n", 0, error.start)
-            raise self.broken(len(self.text), "not UTF-8 text", "save the file as UTF-8") from None
-
-    def mark(self) -> str:
-        """The next character that is not blank, without taking it; empty at the end of the file."""
-        while True:
-            blank = BLANK.match(self.text, self.at)
-            assert blank, "matches anything"
-            self.at = blank.end()
-            if self.at < len(self.text) or self.ended:
-                return self.text[self.at : self.at + 1]
-            self.more()
-
-    def value(self, longest: int) -> tuple[Any, int]:
-        """The JSON value that begins here, taken, and its length; Unreadable if it is longer than that."""
-        while True:
-            try:
-                value, end = SCAN(self.text, self.at)
-                # `1.` may go on as `1.5e+3`: so near to what is not read yet, a number may not be whole.
-                if self.ended or end + 8 < len(self.text):
-                    size, self.at = end - self.at, end
-                    return (value, size) if size <= longest else (_too_long(longest), 0)
-            except json.JSONDecodeError as error:
-                # Of a value that is cut off, an open string is told where it begins, all else close to the cut.
-                is_cut = error.msg.startswith("Unterminated string") or error.pos + 64 > len(self.text)
-                if self.ended or not is_cut:
-                    raise self.broken(error.pos, f"broken JSON: {error.msg}") from None
-            except (ValueError, RecursionError) as error:
-                raise self.broken(self.at, f"JSON that cannot be read: {error}") from None
-            if len(self.text) - self.at > longest + 8:
-                self.pass_over()
-                return _too_long(longest), 0
-            self.more()
-
-    def pass_over(self) -> None:
-        """Take the JSON value that begins here without holding it."""
-        depth, quoted = 0, False
-        while True:
-            start, self.at = self.at, len(self.text)
-            for found in MARKS.finditer(self.text, start):
-                mark = found[0]
-                if mark == "\\":  # what it stands before is not read yet
-                    self.at = found.start()
-                elif mark == '"':
-                    quoted = not quoted
-                elif not quoted and mark in "[{":
-                    depth += 1
-                elif not quoted and mark in "]}" and depth:
-                    depth -= 1
-                elif quoted or depth or mark not in ",]":
-                    continue
-                else:
-                    self.at = found.start()
-                    return
-            if self.ended:
-                raise self.broken(self.at, "broken JSON: the array is not closed")
-            self.more()
-
-    def broken(self, at: int, why: str, fix: str = "mend the file") -> UserError:
-        line = self.lines + self.text.count("\n", 0, at)
-        return UserError(f"{self.name}:{line}: {why}", f"{fix}, or name another in {self.setting}")
-
-
 def _json_array(stream: BinaryIO, name: str, setting: str, longest: int) -> Iterator[Item]:
-    text = _Text(stream, name, setting)
+    text = JsonText(stream, name, setting)
     number, mark = 0, text.mark()
     assert mark == "[", "find_sources calls a file an array by its first character"
     text.at += 1
@@ -289,7 +200,7 @@ def _json_array(stream: BinaryIO, name: str, setting: str, longest: int) -> Iter
             raise text.broken(text.at, "broken JSON: the array is not closed")
         value, size = text.value(longest)
         number += 1
-        yield number, value if isinstance(value, Unreadable) else _object(value), size
+        yield number, _object(value) if size else _too_long(longest), size
         mark = text.mark()
         if mark not in (",", "]"):
             why = "expecting ',' or ']' after a row" if mark else "the array is not closed"

@@ -13,14 +13,14 @@
 | rated             | completion, label, prompt                   | user, assistant, and whether it is good          |
 | chosen            | those of preference (never recognised)      | the chosen side alone, to be learnt              |
 
-Beside these, chats have `system`, `tools` (or `functions`), and questions a `context`, which stands before the question,
-a blank line between them. Columns that rows of conversations are known to have and that a format has no place
-for (CONTENT) are refused, so that nothing is left out in silence; `data.ignore_columns` leaves them out by name.
+Beside these, chats have `system` and `tools`, and questions a `context`, which stands before the question, a blank line
+between them. Columns that rows of conversations are known to have and that a format has no place for (CONTENT) are
+refused, so that nothing is left out in silence; `data.ignore_columns` leaves them out by name.
 
-Fields with other names are mapped by `data.columns`; `system`, `tools` and the like keep their names then. A format is recognised by the fields of the first rows, and by
-what they hold where fields do not tell. Of two formats that fit, one may be the fuller reading of the other (a
-row with chosen, rejected and conversations is a preference, not a conversation); YIELDS has those. Any other two are
-an error that lists both. A new format is a new entry in FORMATS.
+Fields with other names are mapped by `data.columns`; `system`, `tools` and the like keep their names then. A format is
+recognised by the fields of the first rows, and by what they hold where fields do not tell. Of two formats that fit,
+one may be the fuller reading of the other (a row with chosen, rejected and conversations is a preference, not a
+conversation); YIELDS has those. Any other two are an error that lists both. A new format is a new entry in FORMATS.
 """
 
 import re
@@ -149,7 +149,7 @@ def _label(value: Any) -> bool | None:
 
 
 def _named(row: Fields, columns: Mapping[ColumnName, str]) -> Fields:
-    """The row under our names. What is mapped makes the format; columns of KEPT that are not mapped keep their names."""
+    """The row under our names. What is mapped makes the format; columns of KEPT that are not keep their names."""
     if not columns:
         return row
     keep = KEPT if any(name in columns for name in WHOLE) else row
@@ -352,9 +352,7 @@ def _is_rated(row: Fields) -> bool:
 FORMATS: dict[str, Format] = {
     "messages": Format("`messages` (turns with role and content)", _has_turns("role"), _turns, CHAT),
     "sharegpt": Format("`conversations` (turns with from and value)", _has_turns("from"), _turns, CHAT),
-    "alpaca": Format(
-        "`instruction`, `output`", _has("instruction", "output"), _alpaca, (*ASKED, "input", "history")
-    ),
+    "alpaca": Format("`instruction`, `output`", _has("instruction", "output"), _alpaca, (*ASKED, "input", "history")),
     "prompt-completion": Format(
         "`prompt`, `completion`", _has("prompt", "completion"), _pair("prompt", "completion"), ASKED
     ),

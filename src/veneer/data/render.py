@@ -180,14 +180,14 @@ class Renderer:
                 drafts += self._chat(weighted, tools, mark, conversation.place)
         return drafts
 
-    def _plain(
-        self, messages: tuple[Message, ...], tools: tuple[dict[str, Any], ...], mark: str, place: str
-    ) -> _Draft:
+    def _plain(self, messages: tuple[Message, ...], tools: tuple[dict[str, Any], ...], mark: str, place: str) -> _Draft:
         *prompt, answer = messages
         if answer.role != "assistant" or any(message.role == "assistant" for message in prompt):
             raise BadRowError("without a chat template a row is one prompt and one completion")
         if tools or answer.reasoning or any(message.tool_calls for message in messages):
-            raise BadRowError("without a chat template tools, calls and reasoning have no place; set data.chat_template")
+            raise BadRowError(
+                "without a chat template tools, calls and reasoning have no place; set data.chat_template"
+            )
         before = "".join(message.content for message in prompt)
         context = float(self.settings.loss_on == "all")
         text = Text(before + answer.content, (0, len(before)), mark)

@@ -8,7 +8,7 @@ COLUMNS = "write one object a row (pandas: to_json(path, orient='records', lines
 
 
 def hint_of(rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """Why the rows may fit no format, to stand behind that message, and how to mend it; empty where nothing is known."""
+    """Why the rows may fit no format, to stand behind that message, and how to mend it; empty: nothing is known."""
     row = rows[0]
     if len(row) == 1:
         (field,) = row

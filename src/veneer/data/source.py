@@ -319,7 +319,7 @@ def _of_split(named: Path, paths: list[Path], setting: str, split: str) -> tuple
     if not others or (len(by_split) == 1 and wanted == "train"):
         return paths, ""
     listed = ", ".join(f"{name} ({len(found)}, as {found[0].name})" for name, found in others.items())
-    if wanted not in by_split and "" not in by_split or not setting.startswith(("data.train", "DATA")):
+    if (wanted not in by_split and "" not in by_split) or not setting.startswith(("data.train", "DATA")):
         raise UserError(
             f"{setting} = {named}: holds files of several splits: {', '.join(filter(None, by_split))}",
             f"name the files of one split in {setting}, as {next(iter(others.values()))[0]}",

@@ -25,7 +25,7 @@ model:
 data:
   train: {train}  # {recognised}
 {data_lines}  validation: {validation}{about_validation}
-  max_length: 2048  # tokens; longer rows are left out and counted
+  max_length: 2048  # tokens; {longer}
 
 adapter:
   r: 16
@@ -71,6 +71,7 @@ def starter_page(named: str, model: str | None, file: str) -> tuple[str, dict[st
         quantize="# " if _is_quantized(model or BUILTIN_NAMES[0]) else "",
         train=scalar(named),
         recognised=", ".join(formats) + ": recognised by " + next(iter(found.values()))[1],
+        longer="longer text is cut into pieces" if formats == ["text"] else "longer rows are left out and counted",
         data_lines="".join(f"  {line}\n" for line in lines),
         validation=0.05 if rows is None or rows >= FEW else 0.1 if rows >= FEW // 4 else min(rows // 5, 5),
         about_validation="  # share of the rows that is held out" if rows is None or rows >= FEW // 4 else "  # rows",

@@ -79,7 +79,8 @@ def _require_objective(data: Prepared) -> None:
     """Raises UserError for rows that supervised training cannot learn from as they are."""
     fixes = {
         "preference": "set data.format=chosen to learn the chosen answers",
-        "rated": "keep the good rows alone and set data.format=prompt-completion",
+        "rated": "set data.format=prompt-completion and data.bad_rows=drop to learn the good rows alone, or "
+        "data.ignore_columns=[label] if the label says something else",
     }
     for name, known in data.ledger.formats.items():
         if fix := fixes.get(known["format"]):
