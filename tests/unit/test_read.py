@@ -682,13 +682,13 @@ BOMB = 64 << 20  # bytes that a row unpacks to
 
 @pytest.fixture(scope="module")
 def bombs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files of a few kilobytes, each with a row of 64 MiB between small ones."""
+    """Files of a few kilobytes, each with a row of many MiB between small ones."""
     folder = tmp_path_factory.mktemp("bombs")
     whole, nested = b"x" * BOMB, b"[{}]," * (BOMB >> 9)
     row = b'{"text": "%s"}'
     files = {
         "lines.jsonl": (row + b"\n") * 3 % (b"a", whole, b"b"),
-        "array.json": b"[" + b",".join([row] * 3) % (b"a", b'\\"' * (BOMB >> 1), b"b") + b"]",
+        "array.json": b"[" + b",".join([row] * 3) % (b"a", b'\\"' * (BOMB >> 6), b"b") + b"]",
         "nested.json": b'[{"text": "a"}, {"text": [%s1]}, {"text": "b"}]' % nested,
         "strings.json": b'[{"text": "a"}, "%s", {"text": "b"}]' % whole,
         "table.csv": b"text,n\na,1\n%s,2\nb,3\n" % whole,
