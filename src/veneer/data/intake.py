@@ -109,7 +109,7 @@ class Intake:
         return conversation, personal
 
 
-def without(row: Mapping[str, Any], columns: Sequence[str]) -> Mapping[str, Any]:
+def without(row: dict[str, Any], columns: Sequence[str]) -> dict[str, Any]:
     """A row as though its file had no such columns."""
     return {name: row[name] for name in row if name not in columns} if columns else row
 

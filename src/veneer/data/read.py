@@ -228,7 +228,7 @@ def _csv(stream: BinaryIO, source: Source, setting: str, longest: int) -> Iterat
         if isinstance(row, Unreadable) and last > first:
             # It may have swallowed rows that were whole: the user must see how far it goes.
             row = Unreadable(f"{row.reason} (the record goes from line {first} to {last})")
-        size = 0 if isinstance(row, Unreadable) else sum(map(len, record)) + FIELD_BYTES * len(record)
+        size = 0 if isinstance(record, Unreadable) else sum(map(len, record)) + FIELD_BYTES * len(record)
         yield first, row, size
 
 
@@ -363,7 +363,7 @@ def _table_pieces(source: Source, setting: str, longest: int) -> Iterator[Piece]
                 raise UserError(what, f"rename them, or name another file in {setting}")
             batch.validate()
             for part in _parts(batch):
-                rows = _python(part) if len(part) > 1 or _size(part) <= longest else [_too_long(longest)]
+                rows: list[Row] = _python(part) if len(part) > 1 or _size(part) <= longest else [_too_long(longest)]
                 yield list(range(at, at + len(rows))), rows
                 at += len(rows)
     except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter of a damaged schema

@@ -17,6 +17,7 @@ def warnings_of(ledger: Ledger, data: Data) -> list[str]:
         (notes["chunked"], "of text longer than data.max_length: cut into pieces, all of them learnt"),
         (notes["ignored_columns"], "with something in a column that data.ignore_columns names: it is left out"),
         (notes["control_tokens_stripped"], "of which control tokens at the end of a turn are taken off"),
+        (notes["rated_bad"], "rated bad: training refuses them; data.format=prompt-completion makes them bad rows"),
         (rows["empty"], "with an empty answer: left out"),
         (rows["duplicate"] - (inside if data.duplicates != "keep" else 0), "equal to an earlier one: left out"),
         (notes["duplicate_kept"], "equal to an earlier one: kept"),
