@@ -259,6 +259,7 @@ def evaluate(
     rows: int | None = None,
     on_done: Callable[[int], None] = lambda done: None,
     force: bool = False,
+    base: str | None = None,
 ) -> Evaluated:
     """Base against tuned on a run's held-out rows, or on the rows of a file; written into the run's folder.
 
@@ -270,14 +271,14 @@ def evaluate(
         data: A file of rows to use instead of the run's held-out rows.
         rows: At most so many rows; None: as `evaluate.rows` in the run.
         on_done: Called with the number of rows just answered; each row is answered twice.
-        force: As for `load`.
+        force, base: As for `load`.
 
     Raises:
         UserError: No such run, no adapter, or no held-out rows.
     """
     folder = require_run(str(run_dir))
     place = place_here()
-    loaded = load(str(run_dir), force)
+    loaded = load(str(run_dir), force, base)
     assert loaded.run is not None
     usual = loaded.run.evaluate.rows
     held_out = _held_out(folder, loaded.run, loaded.renderer, data, rows or usual)

@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 import veneer
 from tests.runs import tiny_run, write_rows
 from veneer.config import Model, UserError
-from veneer.model import locate
+from veneer.model import fingerprint, locate
 from veneer.release import find_origin
-from veneer.release.passport import fingerprint
 
 
 @pytest.fixture

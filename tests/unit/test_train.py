@@ -266,7 +266,7 @@ def test_tokens_beyond_the_embeddings_are_refused(tiny_model: Callable[..., Path
 def test_resuming_on_other_data_is_refused(stopped: Path, tmp_path: Path) -> None:
     job_rows = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "rows.jsonl").write_text("".join(reversed(job_rows)))
-    with pytest.raises(UserError, match="the data is not what this run began with"):
+    with pytest.raises(UserError, match="not what this run began with: training rows"):
         TrainingJob(veneer.load_run(stopped / "run.yaml"), resume=True).fit()
 
 

@@ -21,7 +21,7 @@ from veneer.model.dense import keep_dense
 from veneer.model.kept import Copy, Kept, tell_unusable
 from veneer.model.locate import Source
 from veneer.model.quiet import quiet
-from veneer.model.stream import Checkpoint, circles_collected, find_checkpoint, stream
+from veneer.model.stream import Checkpoint, circles_collected, find_checkpoint, note_range, require_finite, stream
 from veneer.plan.machine import Machine, named_dtype
 
 
@@ -186,6 +186,10 @@ def load_plainly(source: Source, settings: dict[str, Any]) -> tuple[Any, list[st
     size = sum(file.stat().st_size for file in folder.iterdir()) if folder.is_dir() else sys.maxsize  # not known
     with circles_collected(size, settings["device_map"][""]):
         base, report = AutoModelForCausalLM.from_pretrained(**where, output_loading_info=True, **settings)
+    ranges: dict[str, torch.Tensor] = {}
+    for name, parameter in base.named_parameters():
+        note_range(ranges, name, parameter.data)
+    require_finite(source, ranges)
     return base, sorted(report["missing_keys"])
 
 

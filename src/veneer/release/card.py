@@ -22,10 +22,10 @@ import yaml
 from veneer.config import Run, RunFolder, load_run
 from veneer.config.folder import write_text
 from veneer.data.template import begin_ids
-from veneer.model import GgufOrigin, Source, compute_dtype, gguf_origin, load_tokenizer, locate
+from veneer.model import GgufOrigin, Source, compute_dtype, gguf_origin, load_tokenizer, local_folder, locate
 from veneer.plan import find_machine
 from veneer.release.lint import vllm_lint
-from veneer.release.passport import base_name, local_folder, read_passport, write_passport
+from veneer.release.passport import base_name, read_passport, write_passport
 from veneer.release.redact import failed_check, name_of, without_paths
 from veneer.train.job import TrainingJob
 

@@ -24,10 +24,12 @@ import torch
 from veneer.config import Quantization, UserError
 from veneer.model.quiet import quiet
 from veneer.model.shapes import build, find_config
+from veneer.release.disk_names import DiskNames
 from veneer.release.origin import Origin
 from veneer.release.weights import Stored, read_header
 
 ADAPTER = "default"
+PARAMETERS_HELD = 2  # of experts, whose tensors alternate on disk: what goes in and what comes out of a layer
 MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights
 
 
@@ -53,8 +55,9 @@ class Fold:
         self.config = find_config(origin.model)
         self._where = origin.name
         base = build(self.config, torch.float32)
-        self._names = _disk_names(base, tensors, origin)
         self._tied = _tied(base)
+        self._disk = DiskNames(base, tensors, self._tied, origin)
+        self._names = self._disk.names
         self.unties = bool(self._tied) and _heads_differ(self._tied, self._names, tensors)
         if self.unties:
             self._tied = {}
@@ -66,6 +69,8 @@ class Fold:
         _hollow(base, self._zero)
         self._model = _attached(base, origin)
         self._changes: dict[str, tuple[Any, str]] = {}
+        self._part_of: dict[str, str] = {}  # tensors that are parts of a changed parameter, and which
+        self._deltas: dict[str, dict[str, torch.Tensor]] = {}
         self._replaced: dict[str, torch.Tensor] = {}
         self.untied: dict[str, Stored] = {}
         self._find_changes(tensors)
@@ -84,7 +89,7 @@ class Fold:
         if name not in self._changes or not _is_plain_lora(self._model.peft_config[ADAPTER]):
             return None
         layer, part = self._changes[name]
-        if hasattr(layer, "parameter_name"):
+        if hasattr(layer, "parameter_name") or name in self._part_of:
             return None
         is_linear = hasattr(layer, "lora_A") and isinstance(layer.get_base_layer(), torch.nn.Linear)
         if part != "weight" or not is_linear or layer.fan_in_fan_out or layer.lora_variant:
@@ -137,8 +142,9 @@ class Fold:
         if name in self._replaced:
             return self._replaced[name].float()
         layer, which = self._changes[name]
-        if hasattr(layer, "parameter_name"):  # of experts: PEFT adds it to a parameter, not to a layer's weight
-            delta = layer.get_delta_weight(ADAPTER).float()
+        # Of experts: PEFT adds it to a parameter, not to a layer's weight.
+        if hasattr(layer, "parameter_name") or name in self._part_of:
+            delta = self._delta(name, layer)
             return given.float().sub_(delta) if subtract else given.float().add_(delta)
         base_layer = layer.get_base_layer()
         kept = dict(base_layer.named_parameters(recurse=False))
@@ -160,6 +166,17 @@ class Fold:
         for part, parameter in kept.items():
             setattr(base_layer, part, parameter)
         return result
+
+    def _delta(self, name: str, layer: Any) -> torch.Tensor:
+        """What is added to a tensor on disk, float32."""
+        parameter = self._part_of.get(name)
+        if parameter is None:
+            return layer.get_delta_weight(ADAPTER).float()  # type: ignore[no-any-return]
+        if parameter not in self._deltas:
+            while len(self._deltas) >= PARAMETERS_HELD:
+                self._deltas.pop(next(iter(self._deltas)))
+            self._deltas[parameter] = self._disk.on_disk(parameter, layer.get_delta_weight(ADAPTER).float())
+        return self._deltas[parameter][name]
 
     def _is_hollow(self, parameter: torch.Tensor) -> bool:
         return parameter.data_ptr() == self._zero.data_ptr()
@@ -217,9 +234,26 @@ class Fold:
                 self._change(f"{path}.{part}", layer, part, tensors)
 
     def _change(self, parameter: str, layer: Any, part: str, tensors: Mapping[str, Stored]) -> None:
-        self._changes[self._apart(parameter, tensors)] = (layer, part)
+        if parameter in self._disk.parts:
+            self._require_additive(parameter, layer)
+            for name in self._disk.parts[parameter]:
+                self._changes[name], self._part_of[name] = (layer, part), parameter
+        else:
+            self._changes[self._apart(parameter, tensors)] = (layer, part)
+
+    def _require_additive(self, parameter: str, layer: Any) -> None:
+        """Raises UserError for a change of several tensors on disk that is not one number added to each of theirs."""
+        if not _is_plain_lora(self._model.peft_config[ADAPTER]) or getattr(layer, "lora_variant", None):
+            raise UserError(
+                f"{self._where}: {parameter} lies in several tensors of the base's files, where only plain LoRA can be "
+                "merged",
+                "serve the adapter with PEFT on its base",
+            )
 
     def _replace(self, parameter: str, value: torch.Tensor, tensors: Mapping[str, Stored]) -> None:
+        if parameter in self._disk.parts:
+            self._replaced |= self._disk.on_disk(parameter, value)
+            return
         self._replaced[self._apart(parameter, tensors)] = value
 
     def _apart(self, parameter: str, tensors: Mapping[str, Stored]) -> str:
@@ -311,50 +345,6 @@ def _heads_differ(tied: Mapping[str, str], names: Mapping[str, str], tensors: Ma
     if one is other:
         return False
     return not torch.equal(one.read(), other.read())
-
-
-def _disk_names(base: Any, tensors: Mapping[str, Stored], origin: Origin) -> dict[str, str]:
-    """The name on disk of each of a model's parameters; files may leave the model's own prefix out.
-
-    Raises:
-        UserError: The files lack a tensor, or hold it in another shape.
-    """
-    prefix = f"{base.base_model_prefix}."
-    tied = _tied(base)
-    names, missing = {}, []
-    for parameter, value in base.named_parameters(remove_duplicate=False):
-        choices = [parameter, parameter.removeprefix(prefix), prefix + parameter]
-        if parameter in tied:
-            other = tied[parameter]
-            choices += [other, other.removeprefix(prefix), prefix + other]
-        found = next((name for name in choices if name in tensors), None)
-        if found is None:
-            missing.append(parameter)
-            continue
-        names[parameter] = found
-        if tensors[found].shape != tuple(value.shape):
-            raise UserError(
-                f"model.base = {origin.model.base}: {found} has the shape {list(tensors[found].shape)}, "
-                f"its config.json means {list(value.shape)}",
-                "name a base whose files belong together with --base",
-            )
-        _require_plain(tensors[found], origin)
-    if missing:
-        raise UserError(
-            f"model.base = {origin.model.base}: its files lack {len(missing)} tensors of a {type(base).__name__}: "
-            + ", ".join(missing[:3]),
-            "name a complete base of the same architecture with --base",
-        )
-    return names
-
-
-def _require_plain(stored: Stored, origin: Origin) -> None:
-    if not stored.is_float:
-        raise UserError(
-            f"model.base = {origin.model.base}: {stored.name} is stored in {str(stored.dtype).removeprefix('torch.')}: "
-            "the base's files are quantized already",
-            "name the 16-bit original with --base",
-        )
 
 
 def _require_mergeable(origin: Origin) -> None:

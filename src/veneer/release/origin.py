@@ -16,13 +16,14 @@ from pydantic import ValidationError
 
 from veneer.config import Data, Model, Quantization, Run, RunFolder, UserError, load_run
 from veneer.config.hub import not_here, unreachable
-from veneer.config.names import find_adapter
+from veneer.config.names import base_not_here, find_adapter
 from veneer.config.names import require_adapter as require_adapter
 from veneer.data import Renderer
 from veneer.data.template import NAMED_TEMPLATES
-from veneer.model import Source, compute_dtype, load_tokenizer, locate
+from veneer.model import Source, compute_dtype, load_tokenizer, local_folder, locate
 from veneer.plan import find_machine
-from veneer.release.passport import local_folder, read_passport, require_match
+from veneer.release.passport import read_passport, require_match
+from veneer.train import checkpoint
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ def find_origin(name: str, base: str | None = None, force: bool = False, is_merg
     adapter = found.path if found is not None else Path(name).expanduser()
     require_adapter(adapter, name)
     folder = found.run if found is not None else None
+    if folder is not None and adapter != folder.adapter:
+        checkpoint.verified(adapter)
     run = load_run(folder.run) if folder is not None else None
     model, quantization = _base(adapter, run)
     if base is not None:
@@ -111,10 +114,9 @@ def find_origin(name: str, base: str | None = None, force: bool = False, is_merg
     try:
         source = locate(model)
     except UserError as error:
-        if base is not None or run is not None:
+        if base is not None:
             raise
-        told = str(error).splitlines()[0]
-        raise UserError(f"{name}: its base is not here: {told}", "name the base's folder with --base") from None
+        raise base_not_here(name, error) from None
     require_match(adapter, None if is_merged else source, force)
     dtype, data = _dtype(folder, model), _data(adapter, run)
     return Origin(name, adapter, run, model, source, quantization, dtype, data, folder)

@@ -5,10 +5,6 @@ fingerprints of what the adapter was trained with: the base's weights, the token
 adapter's own file. It ships, so it names files and folders by their names alone, never by a path. Fingerprints are
 compared whenever a run's adapter is loaded, merged or exported, and a difference is
 refused by name.
-
-The base's fingerprint is taken from samples of every tensor, 32 stretches of 4 KiB each: reading all of a 16 GB model
-would take half a minute at every start. A model that was trained further differs in every tensor and is found for
-certain; a single changed byte may not be, which is what `veneer certify` is for.
 """
 
 import hashlib
@@ -21,13 +17,11 @@ from typing import Any
 from veneer.config import UserError
 from veneer.config.folder import write_json
 from veneer.evaluate.generation import stop_ids_of
-from veneer.model import Source, compute_dtype, gguf_origin
+from veneer.model import Source, compute_dtype, fingerprint, gguf_origin, local_folder
 from veneer.release.redact import public_settings
-from veneer.release.weights import Stored, weights_of
 from veneer.train.job import TrainingJob, environment
 
 FILE = "passport.json"
-SAMPLES, SAMPLE_BYTES = 32, 4096
 
 
 @dataclass(frozen=True)
@@ -144,49 +138,11 @@ def find_differences(folder: Path, source: Source | None) -> list[Difference]:
     return found
 
 
-def fingerprint(source: Source) -> str | None:
-    """SHA-256 of names, shapes, dtypes and samples of all of a base's tensors; None where it has no safetensors here.
-
-    How the tensors are spread over files does not matter.
-    """
-    folder = local_folder(source)
-    if folder is None:
-        return None
-    try:
-        tensors = weights_of(folder, f"model.base = {source.name}")
-    except UserError:
-        return None
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        stored = tensors[name]
-        digest.update(f"{name} {stored.dtype} {stored.shape}\n".encode())
-        _sample(stored, digest)
-    return digest.hexdigest()
-
-
-def _sample(stored: Stored, digest: Any) -> None:
-    step = max(SAMPLE_BYTES, (stored.size - SAMPLE_BYTES) // (SAMPLES - 1))
-    with stored.file.open("rb") as file:
-        for at in range(0, stored.size, step):
-            file.seek(stored.start + at)
-            digest.update(file.read(min(SAMPLE_BYTES, stored.size - at)))
-
-
 def base_name(source: Source) -> str:
     """What a base is called in files that ship: a built-in name, a hub id, or the name of its folder or file alone."""
     if source.kind in ("builtin", "hub"):
         return source.name
     return Path(source.name).expanduser().absolute().name
-
-
-def local_folder(source: Source) -> Path | None:
-    """The folder of a base's files; of a hub model the snapshot in the user's cache, None where there is none."""
-    if source.kind != "hub":
-        return Path(source.location)
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(source.location, "config.json", revision=source.revision)
-    return Path(found).parent if isinstance(found, str) else None
 
 
 def revision(source: Source) -> str | None:
