@@ -17,7 +17,8 @@ from veneer.engine.fused import NotCoveredError
 from veneer.engine.fused.rehearsal import rehearse_layers, require_covered, spending
 from veneer.engine.rehearsal import carried_on, rehearse
 from veneer.engine.survey import Lengths, rows_of
-from veneer.model.shapes import build, find_config, is_at_hand, shapes_of
+from veneer.model.shapes import build, find_config, is_at_hand, is_stored_in_4_bits, shapes_of
+from veneer.model.trainable import require_trainable
 from veneer.plan.forecast import Rows, Subject, assumed_rows
 from veneer.plan.memory import Kept, Rehearsed, Step
 
@@ -94,7 +95,9 @@ def subject_of(model: Model, data: tuple[Lengths, Lengths] | str) -> Subject:
     config = find_config(model)
     stored = getattr(config, "dtype", None)  # before it is built in another
     stored = getattr(torch, stored) if isinstance(stored, str) else stored
-    shapes = shapes_of(build(config, torch.bfloat16, attention=model.attn_implementation))
+    base = build(config, torch.bfloat16, attention=model.attn_implementation)
+    require_trainable(base, model.base)
+    shapes = shapes_of(base)
     # What decides the rehearsal, in a form that can be compared.
     content = config.to_json_string(use_diff=False), model.attn_implementation, shapes.depth, shapes.period
     known = _Known(config, content)
@@ -113,5 +116,6 @@ def subject_of(model: Model, data: tuple[Lengths, Lengths] | str) -> Subject:
         spend=spend,
         rows=rows,
         stored=stored,
+        is_4bit=is_stored_in_4_bits(config),
         download_bytes=0 if is_at_hand(model) else shapes.total * (stored or torch.bfloat16).itemsize,
     )

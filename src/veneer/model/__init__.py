@@ -14,7 +14,7 @@ adapters.py  LoRA: attach, save, load
 """
 
 from veneer.model.adapters import attach, count_parameters, load_adapter, save_adapter
-from veneer.model.fingerprint import config_sha256, fingerprint, local_folder
+from veneer.model.fingerprint import config_sha256, fingerprint, local_folder, stored_quantization
 from veneer.model.lineage import GgufOrigin, gguf_origin
 from veneer.model.load import LoadReport, compute_dtype, load_base, load_model, load_tokenizer
 from veneer.model.locate import Source, locate
@@ -36,4 +36,5 @@ __all__ = [
     "local_folder",
     "locate",
     "save_adapter",
+    "stored_quantization",
 ]

@@ -24,10 +24,7 @@ def attach(base: Any, adapter: Adapter, seed: int, gradient_checkpointing: bool 
     with quiet():
         from peft import LoraConfig, get_peft_model
 
-    targets: str | list[str] = "all-linear"
-    if adapter.target_modules != "all-linear":
-        targets = list(adapter.target_modules)
-        shapes_of(base).targets(tuple(targets))
+    targets = _targets(base, adapter)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.r,
@@ -46,6 +43,22 @@ def attach(base: Any, adapter: Adapter, seed: int, gradient_checkpointing: bool 
             # The non-reentrant kind needs no gradient on the inputs to reach the adapters.
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def _targets(base: Any, adapter: Adapter) -> str | list[str]:
+    """What PEFT is to match: what the settings say, or paths where PEFT would match more by it than they mean.
+
+    More are a vision tower that text does not go through, and layers that are linear by their class alone.
+    """
+    named = adapter.target_modules
+    meant = shapes_of(base).targets(named)
+    if named == "all-linear":
+        head = base.get_output_embeddings()
+        linear = {path for path, m in base.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+        return sorted(meant) if linear - meant else named
+    ends = tuple(f".{name}" for name in named)
+    matched = {path for path, _ in base.named_modules() if path in named or path.endswith(ends)}
+    return sorted(meant) if matched - meant else list(named)
 
 
 def load_adapter(base: Any, folder: Path) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from veneer.config import Quantization
 from veneer.model.locate import Source
 from veneer.model.shards import DTYPES, DamagedError, Piece, UnknownTypeError, find_files, read_header
 
@@ -42,15 +43,29 @@ def fingerprint(source: Source) -> str | None:
 
 def config_sha256(source: Source) -> str | None:
     """SHA-256 of what a base's config.json says of the model; None where it is not here."""
+    if (config := _config(source)) is None:
+        return None
+    kept = {key: value for key, value in config.items() if key not in NO_MATTER}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def stored_quantization(source: Source) -> Quantization | None:
+    """How a base's own files are quantized to 4 bits, by its configuration; None: they are not, or it is not here."""
+    config = (_config(source) or {}).get("quantization_config") or {}
+    if not config.get("load_in_4bit"):
+        return None
+    kind, twice = config.get("bnb_4bit_quant_type", "fp4"), bool(config.get("bnb_4bit_use_double_quant"))
+    return Quantization(quant_type=kind, double_quant=twice)
+
+
+def _config(source: Source) -> dict[str, Any] | None:
+    """config.json of a base; None where it is not here, or is damaged."""
     folder = local_folder(source)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if folder is not None else None
     except (OSError, ValueError):
         return None
-    if not isinstance(config, dict):
-        return None
-    kept = {key: value for key, value in config.items() if key not in NO_MATTER}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    return config if isinstance(config, dict) else None
 
 
 def local_folder(source: Source) -> Path | None:

@@ -45,7 +45,11 @@ class DiskNames:
             if found is not None:
                 self.names[parameter] = found
                 self._require(found, value)
-            elif not self._find_parts(parameter, value):
+            elif self._find_parts(parameter, value):
+                continue
+            elif (partner := tied.get(parameter)) and self._find_parts(partner, value):
+                self.names[parameter] = self.names[partner]
+            else:
                 missing.append(parameter)
         if missing:
             raise UserError(

@@ -26,6 +26,7 @@ from veneer.model.quiet import quiet
 from veneer.model.shapes import build, find_config
 from veneer.release.disk_names import DiskNames
 from veneer.release.origin import Origin
+from veneer.release.stored_4bit import Packed
 from veneer.release.weights import Stored, read_header
 
 ADAPTER = "default"
@@ -43,6 +44,7 @@ class Fold:
     Attributes:
         config: The base's configuration.
         changed: Names of the tensors that the adapter changes.
+        packed: Names of the tensors that the base's files hold in 4 bits.
         embeddings: The parameter that holds them.
         unties: Whether embeddings and head are two tensors from now on.
         untied: Tensors to be written beside the base's own, by name, and the tensor on disk each begins as.
@@ -68,6 +70,7 @@ class Fold:
         self._zero = torch.zeros(1)
         _hollow(base, self._zero)
         self._model = _attached(base, origin)
+        self.packed = {name for name, stored in tensors.items() if isinstance(stored, Packed)}
         self._changes: dict[str, tuple[Any, str]] = {}
         self._part_of: dict[str, str] = {}  # tensors that are parts of a changed parameter, and which
         self._deltas: dict[str, dict[str, torch.Tensor]] = {}

@@ -20,9 +20,9 @@ from veneer.config.names import base_not_here, find_adapter
 from veneer.config.names import require_adapter as require_adapter
 from veneer.data import Renderer
 from veneer.data.template import NAMED_TEMPLATES
-from veneer.model import Source, compute_dtype, load_tokenizer, local_folder, locate
+from veneer.model import Source, compute_dtype, load_tokenizer, local_folder, locate, stored_quantization
 from veneer.plan import find_machine
-from veneer.release.passport import read_passport, require_match
+from veneer.release.passport import read_passport, require_match, trained_in_4_bits
 from veneer.train import checkpoint
 
 
@@ -35,7 +35,8 @@ class Origin:
         adapter: Folder of the adapter in PEFT's format.
         run: Its run, where it has one.
         model, source: The base.
-        quantization: What the base was quantized to in training; None: not at all, or it is not known.
+        quantization: What the base was quantized to in training; None: not at all, or it is not known, or its files are
+            in 4 bits already.
         dtype: What training computed in.
         data: How training rendered its rows; None: it is not known.
         folder: Of the run.
@@ -118,6 +119,10 @@ def find_origin(name: str, base: str | None = None, force: bool = False, is_merg
             raise
         raise base_not_here(name, error) from None
     require_match(adapter, None if is_merged else source, force)
+    if stored_quantization(source) is not None:
+        quantization = None
+    elif quantization is None:  # the base of the training may have been stored in 4 bits, which this one is not
+        quantization = trained_in_4_bits(adapter)
     dtype, data = _dtype(folder, model), _data(adapter, run)
     return Origin(name, adapter, run, model, source, quantization, dtype, data, folder)
 

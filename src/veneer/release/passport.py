@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from veneer.config import UserError
+from veneer.config import Quantization, UserError
 from veneer.config.folder import write_json
 from veneer.evaluate.generation import stop_ids_of
-from veneer.model import Source, compute_dtype, fingerprint, gguf_origin, local_folder
+from veneer.model import Source, compute_dtype, fingerprint, gguf_origin, local_folder, stored_quantization
 from veneer.release.redact import public_settings
 from veneer.train.job import TrainingJob, environment
 
@@ -40,7 +40,7 @@ def write_passport(job: TrainingJob, folder: Path, training: dict[str, Any]) -> 
     """Write passport.json into an adapter's folder; the folder holds everything else already."""
     run, ledger = job.run, job.data.ledger
     settings = public_settings(run.model_dump(mode="json"))
-    origin = gguf_origin(run.model)
+    origin, stored = gguf_origin(run.model), stored_quantization(job.source)
     passport = {
         "base": {
             "name": base_name(job.source),
@@ -49,6 +49,7 @@ def write_passport(job: TrainingJob, folder: Path, training: dict[str, Any]) -> 
             "revision": revision(job.source),
             "architecture": type(job.model.get_base_model()).__name__,
             "weights_sampled_sha256": fingerprint(job.source),
+            "stored_in_4_bits": stored.model_dump(include={"quant_type", "double_quant"}) if stored else None,
         },
         "quantization": run.quantization.model_dump() if run.quantization else None,
         "dtype": str(compute_dtype(run.model, job.machine)).removeprefix("torch."),
@@ -102,6 +103,11 @@ def require_match(folder: Path, source: Source | None, force: bool = False) -> N
     """
     differences = find_differences(folder, source)
     told = "\n  ".join(map(str, differences))
+    if differences and source and trained_in_4_bits(folder) and not stored_quantization(source):
+        told += (
+            f"\n  the base of the training was stored in 4 bits, which {source.name} is not: with --force it is quantized "
+            "to them, which gives the weights of the training only where it is the model that those were made from"
+        )
     if differences and not force:
         raise UserError(
             f"{folder}: the adapter does not belong to this\n  {told}",
@@ -109,6 +115,12 @@ def require_match(folder: Path, source: Source | None, force: bool = False) -> N
         )
     if differences:
         print(f"warning: --force overrides the adapter's passport\n  {told}", file=sys.stderr)
+
+
+def trained_in_4_bits(folder: Path) -> Quantization | None:
+    """How the files of the base of the training were quantized to 4 bits, as the passport says; None: they were not."""
+    kept = ((read_passport(folder) or {}).get("base") or {}).get("stored_in_4_bits")
+    return Quantization(**kept) if isinstance(kept, dict) else None
 
 
 def find_differences(folder: Path, source: Source | None) -> list[Difference]:
