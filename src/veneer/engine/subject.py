@@ -5,6 +5,7 @@ layers of the model on the meta device, and says whether it covers them. What on
 the right numbers there, is taken for granted.
 """
 
+import re
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
@@ -38,14 +39,28 @@ class _Known:
 
     def build(self, step: Step, layers: int | None = None) -> Any:
         """The model on the meta device, with so many layers; None: as few as tell all of it."""
-        _, attention, depth, period = self.content
-        return build(self.config, step.dtype, layers or period or depth, attention)
+        _, attention, depth, _ = self.content
+        return build(self.config, step.dtype, layers or self.period(step) or depth, attention)
+
+    def period(self, step: Step) -> int | None:
+        """After how many layers the model repeats, with the adapter that the step has on them; None: it does not."""
+        _, _, depth, period = self.content
+        if period is None:
+            return None
+        on: list[set[str]] = [set() for _ in range(depth)]
+        for path in step.targets:
+            if (found := re.search(r"\.(\d+)\.", path)) and int(found[1]) < depth:
+                on[int(found[1])].add(path[found.end() :])
+        for times in range(1, depth // (4 * period) + 1):
+            if all(on[n] == on[n % (times * period)] for n in range(depth)):
+                return times * period
+        return None
 
 
 @lru_cache(maxsize=256)
 def _rehearsed(known: _Known, step: Step) -> Rehearsed:
     """A rehearsal; planning the same again, with another optimizer say, costs nothing."""
-    _, _, depth, period = known.content
+    depth, period = known.content[2], known.period(step)
     if step.engine == "fused":
         return carried_on(
             lambda layers, ends: rehearse_layers(known.build(step, layers), step, ends), depth, period, step.training

@@ -93,7 +93,6 @@ def export_model(
     on = resolved_base(origin, on)
     require_free(out)
     layout = Layout(find_config(origin.model), origin.model.base)
-    folder = origin.base_folder
     tensors = base_weights(origin)
     fold = Fold(origin, tensors)
     recipe = Recipe(origin, fold, on)

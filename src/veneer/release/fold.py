@@ -68,8 +68,10 @@ class Fold:
             f"{path}.weight" for path, module in base.named_modules() if module is base.get_input_embeddings()
         )
         self._zero = torch.zeros(1)
+        saved = _saved_embeddings(base, origin)
         _hollow(base, self._zero)
-        self._model = _attached(base, origin)
+        self._model = _attached(base, origin, saved)
+        self._in_adapter = saved.keys()
         self.packed = {name for name, stored in tensors.items() if isinstance(stored, Packed)}
         self._changes: dict[str, tuple[Any, str]] = {}
         self._part_of: dict[str, str] = {}  # tensors that are parts of a changed parameter, and which
@@ -77,6 +79,7 @@ class Fold:
         self._replaced: dict[str, torch.Tensor] = {}
         self.untied: dict[str, Stored] = {}
         self._find_changes(tensors)
+        self._saved = {self._names[parameter]: stored for parameter, stored in saved.items()}
 
     @property
     def changed(self) -> set[str]:
@@ -92,7 +95,7 @@ class Fold:
         if name not in self._changes or not _is_plain_lora(self._model.peft_config[ADAPTER]):
             return None
         layer, part = self._changes[name]
-        if hasattr(layer, "parameter_name") or name in self._part_of:
+        if hasattr(layer, "parameter_name") or name in self._part_of or name in self._saved:
             return None
         is_linear = hasattr(layer, "lora_A") and isinstance(layer.get_base_layer(), torch.nn.Linear)
         if part != "weight" or not is_linear or layer.fan_in_fan_out or layer.lora_variant:
@@ -145,6 +148,8 @@ class Fold:
         if name in self._replaced:
             return self._replaced[name].float()
         layer, which = self._changes[name]
+        if name in self._saved and not subtract:
+            given = self._saved[name].read()
         # Of experts: PEFT adds it to a parameter, not to a layer's weight.
         if hasattr(layer, "parameter_name") or name in self._part_of:
             delta = self._delta(name, layer)
@@ -231,7 +236,7 @@ class Fold:
                 self._replace(f"{path}.{part}", parameter.data, tensors)
             return
         for part, parameter in layer.get_base_layer().named_parameters(recurse=False):
-            if not self._is_hollow(parameter):
+            if not self._is_hollow(parameter) and f"{path}.{part}" not in self._in_adapter:
                 self._replace(f"{path}.{part}", parameter.data, tensors)
             elif part == "weight" or not plain:
                 self._change(f"{path}.{part}", layer, part, tensors)
@@ -374,7 +379,7 @@ def _require_mergeable(origin: Origin) -> None:
         )
 
 
-def _attached(base: Any, origin: Origin) -> Any:
+def _attached(base: Any, origin: Origin, saved: Mapping[str, Stored]) -> Any:
     """The adapter on the base without weights; every tensor of its file has found its place."""
     _require_mergeable(origin)
     with quiet():
@@ -387,7 +392,7 @@ def _attached(base: Any, origin: Origin) -> Any:
         except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
             raise _does_not_fit(base, origin, held, error) from None
         taken = set(get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False))
-    left = sorted(held.keys() - taken)
+    left = sorted(held.keys() - taken - {stored.name for stored in saved.values()})
     empty = sorted(name for name, p in model.named_parameters() if p.is_meta and re.search(r"\.default\b", name))
     if left or empty:
         what = f"{len(left)} tensors of the adapter" if left else f"{len(empty)} tensors of the adapter are missing"
@@ -397,6 +402,31 @@ def _attached(base: Any, origin: Origin) -> Any:
             "name the base that the adapter was trained on with --base",
         )
     return model
+
+
+def _saved_embeddings(base: Any, origin: Origin) -> dict[str, Stored]:
+    """The base's own embeddings or head that PEFT has saved beside an adapter on them, by parameter.
+
+    Raises:
+        UserError: They are of another number of tokens.
+    """
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    paths = {f"{path}.weight": module.weight for path, module in base.named_modules() if module in ends}
+    found = {}
+    for name, stored in read_header(origin.adapter / "adapter_model.safetensors").items():
+        parameter = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        if parameter not in paths or "modules_to_save" in name:
+            continue
+        count, known = stored.shape[0], len(paths[parameter])
+        if count != known:
+            raise UserError(
+                f"{origin.name}: it brings {parameter} of {count} tokens, the base has {known}: its vocabulary was "
+                "resized for the training",
+                f"resize the base likewise (resize_token_embeddings({count}), save_pretrained) and name that with "
+                "--base",
+            )
+        found[parameter] = stored
+    return found
 
 
 def _does_not_fit(base: Any, origin: Origin, held: Iterable[str], error: Exception) -> UserError:

@@ -105,8 +105,8 @@ def require_match(folder: Path, source: Source | None, force: bool = False) -> N
     told = "\n  ".join(map(str, differences))
     if differences and source and trained_in_4_bits(folder) and not stored_quantization(source):
         told += (
-            f"\n  the base of the training was stored in 4 bits, which {source.name} is not: with --force it is quantized "
-            "to them, which gives the weights of the training only where it is the model that those were made from"
+            f"\n  the base of the training was stored in 4 bits, which {source.name} is not: with --force it is "
+            "quantized to them, which gives the weights of the training only where those were made from it"
         )
     if differences and not force:
         raise UserError(
