@@ -60,6 +60,12 @@ class Shapes:
         """Parameters in all."""
         return sum(prod(shape) for shape in self.weights.values())
 
+    @property
+    def experts(self) -> float:
+        """Share of the parameters that are experts' matrices, stacked in parameters that are no linear layers."""
+        stacked = (prod(shape) for name, shape in self.weights.items() if len(shape) == 3 and "expert" in name)
+        return sum(stacked) / self.total
+
     def quantizable(self) -> frozenset[str]:
         """Paths of the layers that bitsandbytes quantizes: all linear ones but the head."""
         return frozenset(path for path in self.linears if path != self.head)
