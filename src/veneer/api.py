@@ -289,19 +289,26 @@ def evaluate(
     engine = ReferenceEngine(loaded.model)  # judges by other code than the adapter was trained by
     result = compare_models(loaded.model, engine, loaded.renderer, held_out, settings, on_done)
     if is_record and not force:
-        return Evaluated(result, save_evaluation(folder, result), True)
+        assert loaded.origin is not None
+        return Evaluated(result, save_evaluation(folder, result, loaded.origin.model), True)
     name = f"{Path(data).name.split('.')[0] if data else 'held-out'}-{len(held_out)}-rows"
     return Evaluated(result, _save_beside(folder, name, result, data), False)
 
 
-def save_evaluation(folder: RunFolder, evaluation: Evaluation) -> Path:
-    """Write the run's record: evaluation.json and samples.jsonl, and the scores into the adapter's card."""
+def save_evaluation(folder: RunFolder, evaluation: Evaluation, model: Model | None = None) -> Path:
+    """Write the run's record: evaluation.json and samples.jsonl, and the scores into the adapter's card.
+
+    Args:
+        folder: Of the run.
+        evaluation: What was measured.
+        model: The base, where it is not where the run says.
+    """
     run = load_run(folder.run)
     dtype = compute_dtype(run.model, find_machine())
     facts = {"judged": judged_by(run, folder.adapter, dtype)}
     write_text(folder.samples, _sample_lines(evaluation))
     write_json(folder.evaluation, evaluation.as_dict() | facts)
-    renew_card(folder)
+    renew_card(folder, model)
     return folder.evaluation
 
 
@@ -585,7 +592,7 @@ def certify(
     for target in targets or [Path()]:
         write_certificate(certificate, target, page)
     if is_of_run:
-        renew_card(folder)
+        renew_card(folder, origin.model)
     return certificate, (targets or [Path()])[0]
 
 

@@ -26,6 +26,25 @@ def trained(tmp_path: Path, tiny_model: Callable[..., Path], rows: list[dict[str
     return tmp_path / "run"
 
 
+def test_a_run_means_the_same_from_any_folder_and_on_its_base_in_another(
+    tmp_path: Path, tiny_model: Callable[..., Path], rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_model(), tmp_path / "base")
+    write_rows(tmp_path / "rows.jsonl", rows)
+    monkeypatch.chdir(tmp_path)
+    veneer.train(tiny_run(Path("base"), "rows.jsonl", Path("run"), data={"validation": 2}, train={"max_steps": 1}))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert veneer.evaluate("../run").is_record
+    assert veneer.generate("../run", ["what does the cat say"], max_new_tokens=2)
+
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"its base is not here: model\.base = /.*/base: no such(.|\n)*--base"):
+        veneer.evaluate("../run")
+    assert veneer.evaluate("../run", base="../moved").is_record
+    assert veneer.merge("../run", "merged", base="../moved").changed
+
+
 def refused(run: Path) -> str:
     with pytest.raises(UserError) as caught:
         veneer.load(str(run))

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from veneer.config import Run, RunFolder, load_run
+from veneer.config import Model, Run, RunFolder, load_run
 from veneer.config.folder import write_text
 from veneer.data.template import begin_ids
 from veneer.model import GgufOrigin, Source, compute_dtype, gguf_origin, load_tokenizer, local_folder, locate
@@ -39,12 +39,18 @@ def write_card(job: TrainingJob, folder: Path, steps: int, final_loss: float) ->
     write_text(folder / "README.md", card(Facts.of(folder, job.run, job.source, job.folder.path.name, None, None)))
 
 
-def renew_card(folder: RunFolder) -> None:
-    """Write the card of a finished run again, with the scores and the certificate it has by now."""
+def renew_card(folder: RunFolder, model: Model | None = None) -> None:
+    """Write the card of a finished run again, with the scores and the certificate it has by now.
+
+    Args:
+        folder: Of the run.
+        model: The base, where it is not where the run says.
+    """
     path = folder.adapter / "README.md"
     if read_passport(folder.adapter) is None or (path.is_file() and MARK not in path.read_text(encoding="utf-8")):
         return
     run = load_run(folder.run)
+    run = run.model_copy(update={"model": model or run.model})
     certificate = _json(folder.path / "certificate.json")
     name = folder.path.name
     facts = Facts.of(folder.adapter, run, locate(run.model), name, _json(folder.evaluation), certificate)
