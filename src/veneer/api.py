@@ -227,7 +227,8 @@ def load(name: str, force: bool = False, base: str | None = None) -> Loaded:
     # Tokenizer and template as they were in training, whatever has become of the base's or of a template's file.
     renderer = origin.renderer()
     model = load_model(origin.source, origin.model, origin.quantization, machine)
-    return Loaded(load_adapter(model, origin.adapter), renderer, origin.run, origin)
+    run = origin.run and origin.run.model_copy(update={"model": origin.model})  # with the base that was named instead
+    return Loaded(load_adapter(model, origin.adapter), renderer, run, origin)
 
 
 @dataclass(frozen=True)
