@@ -66,6 +66,75 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+_VISION |= {"image_size": 28, "patch_size": 14}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}
+_SMALL = _COMMON | {"hidden_size": 64, "num_hidden_layers": 2}
+_LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+_BART = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+_GEMMA3 = {"head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 16}
+# Architectures that are refused, or that only some commands take; see tests/unit/test_architectures.py.
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt_neox": ("GPTNeoXConfig", _SMALL | {"intermediate_size": 128, "num_attention_heads": 4}),
+    "gemma3": ("Gemma3TextConfig", _LLAMA_LIKE | _GEMMA3),
+    "gemma3_vision": (
+        "Gemma3Config",
+        {
+            **{"text_config": _LLAMA_LIKE | _GEMMA3, "vision_config": _VISION, "mm_tokens_per_image": 4},
+            **{"boi_token_index": 6, "eoi_token_index": 7, "image_token_index": 5},
+            **{"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2},
+        },
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        _LLAMA_LIKE | {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64},
+    ),
+    "qwen3_moe": ("Qwen3MoeConfig", _LLAMA_LIKE | _EXPERTS | {"head_dim": 16}),
+    "mixtral": ("MixtralConfig", _LLAMA_LIKE | {"num_local_experts": 4, "sliding_window": None}),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        _LLAMA_LIKE
+        | _LATENT
+        | {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+        | {"moe_intermediate_size": 32, "first_k_dense_replace": 1, "num_key_value_heads": 4},
+    ),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        _LLAMA_LIKE
+        | _EXPERTS
+        | {"head_dim": 16, "layer_types": ["linear_attention", "full_attention"]}
+        | {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16}
+        | {"linear_value_head_dim": 16, "shared_expert_intermediate_size": 32},
+    ),
+    "lfm2": ("Lfm2Config", _LLAMA_LIKE | {"layer_types": ["conv", "full_attention"]}),
+    "llama4": (
+        "Llama4TextConfig",
+        _LLAMA_LIKE
+        | {"head_dim": 16, "num_local_experts": 4, "intermediate_size_mlp": 128, "attention_chunk_size": 64}
+        | {"no_rope_layers": [1, 0]},
+    ),
+    "mamba": ("MambaConfig", _SMALL | {"state_size": 8}),
+    "jamba": (
+        "JambaConfig",
+        _LLAMA_LIKE
+        | {"attn_layer_offset": 1, "attn_layer_period": 2, "num_experts": 1, "mamba_d_state": 8}
+        | {"use_mamba_kernels": False},
+    ),
+    "granite_hybrid": (
+        "GraniteMoeHybridConfig",
+        _LLAMA_LIKE | _MAMBA | {"layer_types": ["mamba", "attention"], "num_local_experts": 0},
+    ),
+    "recurrent_gemma": (
+        "RecurrentGemmaConfig",
+        _SMALL | {"intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "lru_width": 64},
+    ),
+    "rwkv": ("RwkvConfig", _SMALL | {"context_length": 256, "attention_hidden_size": 64}),
+    "bert": ("BertConfig", _SMALL | {"intermediate_size": 128, "num_attention_heads": 4}),
+    "bart": ("BartConfig", _COMMON | _BART | {"d_model": 64, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}),
+}
+
+
 def save_tiny_model(family: tuple[str, dict[str, Any]], folder: Path, chat: bool = True) -> None:
     """Write a tiny random model with its tokenizer, as `save_pretrained` does. Weights float32, seeded."""
     import transformers

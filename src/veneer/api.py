@@ -228,7 +228,8 @@ def load(name: str, force: bool = False, base: str | None = None) -> Loaded:
     # Tokenizer and template as they were in training, whatever has become of the base's or of a template's file.
     renderer = origin.renderer()
     model = load_model(origin.source, origin.model, origin.quantization, machine)
-    return Loaded(load_adapter(model, origin.adapter), renderer, origin.run, origin)
+    run = origin.run and origin.run.model_copy(update={"model": origin.model})  # with the base that was named instead
+    return Loaded(load_adapter(model, origin.adapter), renderer, run, origin)
 
 
 @dataclass(frozen=True)
@@ -260,6 +261,7 @@ def evaluate(
     rows: int | None = None,
     on_done: Callable[[int], None] = lambda done: None,
     force: bool = False,
+    base: str | None = None,
 ) -> Evaluated:
     """Base against tuned on a run's held-out rows, or on the rows of a file; written into the run's folder.
 
@@ -271,14 +273,14 @@ def evaluate(
         data: A file of rows to use instead of the run's held-out rows.
         rows: At most so many rows; None: as `evaluate.rows` in the run.
         on_done: Called with the number of rows just answered; each row is answered twice.
-        force: As for `load`.
+        force, base: As for `load`.
 
     Raises:
         UserError: No such run, no adapter, or no held-out rows.
     """
     folder = require_run(str(run_dir))
     place = place_here()
-    loaded = load(str(run_dir), force)
+    loaded = load(str(run_dir), force, base)
     assert loaded.run is not None
     usual = loaded.run.evaluate.rows
     held_out = _held_out(folder, loaded.run, loaded.renderer, data, rows or usual)
@@ -289,19 +291,26 @@ def evaluate(
     engine = ReferenceEngine(loaded.model)  # judges by other code than the adapter was trained by
     result = compare_models(loaded.model, engine, loaded.renderer, held_out, settings, on_done)
     if is_record and not force:
-        return Evaluated(result, save_evaluation(folder, result), True)
+        assert loaded.origin is not None
+        return Evaluated(result, save_evaluation(folder, result, loaded.origin.model), True)
     name = f"{Path(data).name.split('.')[0] if data else 'held-out'}-{len(held_out)}-rows"
     return Evaluated(result, _save_beside(folder, name, result, data), False)
 
 
-def save_evaluation(folder: RunFolder, evaluation: Evaluation) -> Path:
-    """Write the run's record: evaluation.json and samples.jsonl, and the scores into the adapter's card."""
+def save_evaluation(folder: RunFolder, evaluation: Evaluation, model: Model | None = None) -> Path:
+    """Write the run's record: evaluation.json and samples.jsonl, and the scores into the adapter's card.
+
+    Args:
+        folder: Of the run.
+        evaluation: What was measured.
+        model: The base, where it is not where the run says.
+    """
     run = load_run(folder.run)
     dtype = compute_dtype(run.model, find_machine())
     facts = {"judged": judged_by(run, folder.adapter, dtype)}
     write_text(folder.samples, _sample_lines(evaluation))
     write_json(folder.evaluation, evaluation.as_dict() | facts)
-    renew_card(folder)
+    renew_card(folder, model)
     return folder.evaluation
 
 
@@ -587,7 +596,7 @@ def certify(
     for target in targets or [Path()]:
         write_certificate(certificate, target, page)
     if is_of_run:
-        renew_card(folder)
+        renew_card(folder, origin.model)
     return certificate, (targets or [Path()])[0]
 
 

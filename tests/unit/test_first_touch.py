@@ -260,7 +260,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["init", "missing.jsonl", "--out", "new.yaml"], "missing.jsonl: no such file"),
     (["evaluate", "nowhere"], "nowhere: holds no run"),
     (["evaluate", "full"], "full: holds no run"),
-    (["generate", "nowhere", "-p", "x"], "nowhere: no such folder or file, and not a hub id"),
+    (["generate", "nowhere", "-p", "x"], "nowhere: no such folder or file in "),
     (["generate", "full", "-p", "x"], "the folder has no config.json"),
     (["generate", "base", "-p", "x", "--top-p", "3"], "--top-p 3.0: should be more than 0 and at most 1"),
     (["generate", "base", "--prompts-file", "missing.txt"], "--prompts-file missing.txt: cannot be read"),

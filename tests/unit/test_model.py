@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.tiny import FAMILIES
 from veneer.config import Adapter, Model, Quantization, UserError
@@ -64,6 +65,22 @@ def test_a_damaged_weight_file_is_told(tmp_path: Path, tiny_model: Callable[...,
     (tmp_path / "model" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(UserError, match="the model cannot be loaded"):
         load(tmp_path / "model")
+
+
+@pytest.mark.parametrize(("way", "bits"), [("read here", 16), ("read here", 4), ("by Transformers", 16)])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_named(
+    value: float, way: str, bits: int, tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "by Transformers":
+        monkeypatch.setattr("veneer.model.load.find_checkpoint", lambda source, quantization: None)
+    shutil.copytree(tiny_model(), tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    save_file(weights, tmp_path / "base" / "model.safetensors")
+    settings, quantization = Model(base=str(tmp_path / "base")), Quantization() if bits == 4 else None
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinite numbers"):
+        load_model(locate(settings), settings, quantization, find_machine())
 
 
 def test_a_model_with_missing_weights_is_refused(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:

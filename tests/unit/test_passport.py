@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 import veneer
 from tests.runs import tiny_run, write_rows
 from veneer.config import Model, UserError
-from veneer.model import locate
+from veneer.model import fingerprint, locate
 from veneer.release import find_origin
-from veneer.release.passport import fingerprint
 
 
 @pytest.fixture
@@ -25,6 +24,25 @@ def trained(tmp_path: Path, tiny_model: Callable[..., Path], rows: list[dict[str
     run = tiny_run(tmp_path / "base", write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "run")
     veneer.train(run.model_copy(update={"train": run.train.model_copy(update={"max_steps": 1})}))
     return tmp_path / "run"
+
+
+def test_a_run_means_the_same_from_any_folder_and_on_its_base_in_another(
+    tmp_path: Path, tiny_model: Callable[..., Path], rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_model(), tmp_path / "base")
+    write_rows(tmp_path / "rows.jsonl", rows)
+    monkeypatch.chdir(tmp_path)
+    veneer.train(tiny_run(Path("base"), "rows.jsonl", Path("run"), data={"validation": 2}, train={"max_steps": 1}))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert veneer.evaluate("../run").is_record
+    assert veneer.generate("../run", ["what does the cat say"], max_new_tokens=2)
+
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"its base is not here: model\.base = /.*/base: no such(.|\n)*--base"):
+        veneer.evaluate("../run")
+    assert veneer.evaluate("../run", base="../moved").is_record
+    assert veneer.merge("../run", "merged", base="../moved").changed
 
 
 def refused(run: Path) -> str:

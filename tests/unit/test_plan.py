@@ -336,7 +336,7 @@ FAULTS: dict[str, dict[str, Any]] = {
     "prompts-trained": {"data": {"loss_on": "all"}},
 }
 # Those whose situation is more than settings, each with a test of its own.
-ALONE = {"few-steps", "positions", "quantized-twice"}
+ALONE = {"experts", "few-steps", "positions", "quantized-twice"}
 
 
 def test_every_rule_is_tested() -> None:

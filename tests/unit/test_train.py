@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import veneer
 from tests.runs import losses, tiny_run, write_rows
 from veneer.config import Interrupted, JobError, RunFolder, Train, UserError
+from veneer.release import find_origin
 from veneer.train import TrainingJob
 from veneer.train.optimizer import build_optimizer, get_state, set_state
 from veneer.train.schedule import learning_rate
@@ -266,8 +267,77 @@ def test_tokens_beyond_the_embeddings_are_refused(tiny_model: Callable[..., Path
 def test_resuming_on_other_data_is_refused(stopped: Path, tmp_path: Path) -> None:
     job_rows = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "rows.jsonl").write_text("".join(reversed(job_rows)))
-    with pytest.raises(UserError, match="the data is not what this run began with"):
+    with pytest.raises(UserError, match="not what this run began with: training rows"):
         TrainingJob(veneer.load_run(stopped / "run.yaml"), resume=True).fit()
+
+
+@pytest.mark.parametrize("changed", ["weights", "rope_theta", "rms_norm_eps", "held-out rows"])
+def test_resuming_on_another_base_or_other_held_out_rows_is_refused(
+    changed: str, train: Runner, tiny_model: Callable[..., Path], tmp_path: Path, rows: list[dict[str, Any]]
+) -> None:
+    """Under the same names: each would go on in silence and train another adapter, or be judged by other rows."""
+    base, held_out = tmp_path / "base", tmp_path / "held.jsonl"
+    shutil.copytree(tiny_model(), base)
+    write_rows(held_out, rows[:2])
+    with pytest.raises(Interrupted):
+        train(listeners=(StopAfter(3),), model={"base": str(base)}, data={"validation": str(held_out)})
+    if changed == "weights":
+        weights = load_file(base / "model.safetensors")
+        save_file(weights | {"model.norm.weight": weights["model.norm.weight"] * 1.01}, base / "model.safetensors")
+    elif changed == "held-out rows":
+        write_rows(held_out, rows[1:3])
+    else:
+        config = json.loads((base / "config.json").read_text())
+        theta = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+        config |= theta if changed == "rope_theta" else {"rms_norm_eps": 1e-5}
+        (base / "config.json").write_text(json.dumps(config))
+    told = {"weights": "the base's weights", "held-out rows": "held-out rows"}.get(changed, r"\(config\.json\)")
+    with pytest.raises(UserError, match=f"not what this run began with: .*{told}"):
+        TrainingJob(veneer.load_run(tmp_path / "run-1" / "run.yaml"), resume=True).fit()
+
+
+def test_a_run_is_resumed_on_its_base_in_another_place(
+    train: Runner, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model(), tmp_path / "base")
+    with pytest.raises(Interrupted):
+        train(listeners=(StopAfter(3),), model={"base": str(tmp_path / "base")})
+    (tmp_path / "base").rename(tmp_path / "moved")
+    settings = [f"model.base={tmp_path / 'moved'}"]
+    TrainingJob(veneer.load_run(tmp_path / "run-1" / "run.yaml", settings), resume=True).fit()
+    assert len(losses(tmp_path / "run-1")) == 6
+
+
+@pytest.mark.parametrize("damage", ["lists nothing", "leaves one out", "another step", "no step", "a file"])
+def test_a_manifest_that_does_not_answer_for_its_checkpoint_is_refused(damage: str, stopped: Path) -> None:
+    (path,) = (stopped / "checkpoints").glob("*/manifest.json")
+    manifest = json.loads(path.read_text())
+    if damage == "lists nothing":
+        manifest["sha256"] = {}
+    elif damage == "leaves one out":
+        del manifest["sha256"]["optimizer.safetensors"]
+    elif damage == "another step":
+        manifest["step"] += 1
+    elif damage == "no step":
+        del manifest["step"]
+    else:
+        (path.parent / "adapter_config.json").write_text("{}")
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="damaged"):
+        TrainingJob(veneer.load_run(stopped / "run.yaml"), resume=True).fit()
+    with pytest.raises(UserError, match="damaged"):  # and by evaluate, merge and all others that take a checkpoint
+        find_origin(str(path.parent))
+
+
+def test_a_damaged_token_cache_is_made_anew(train: Runner, empty_cache: Path) -> None:
+    whole = train()
+    (ids,) = empty_cache.glob("data/*/ids.bin")
+    content = bytearray(ids.read_bytes())
+    content[40] ^= 1
+    ids.write_bytes(content)
+    with pytest.warns(RuntimeWarning, match="damaged; the rows are tokenized again"):
+        again = train()
+    assert losses(again) == losses(whole)
 
 
 def test_a_damaged_checkpoint_is_refused(stopped: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from veneer.config import Model, Run, RunFolder, UserError, load_run
 from veneer.config.hub import require_reachable
-from veneer.config.names import find_adapter, find_model, require_adapter, require_run
+from veneer.config.names import base_not_here, find_adapter, find_model, require_adapter, require_run
 from veneer.config.options import require_known
 
 
@@ -55,13 +55,16 @@ def require_tuned(name: str, base: str | None = None) -> None:
     if base is not None:
         require_base(Model(base=base))
     elif found is not None and found.run is not None:
-        require_base(load_run(found.run.run).model)
+        try:
+            require_base(load_run(found.run.run).model)
+        except UserError as error:
+            raise base_not_here(name, error) from None
 
 
-def require_evaluation(name: str, data: str | None) -> None:
+def require_evaluation(name: str, data: str | None, base: str | None = None) -> None:
     """Raises UserError where there is no finished run of that name, or no such data."""
     require_run(name)
-    require_tuned(name)
+    require_tuned(name, base)
     if data is not None:
         from veneer.data.source import find_sources
 

@@ -10,6 +10,7 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
     data: Annotated[str | None, typer.Option(help="File of rows to use instead of the held-out ones.")] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="At most so many rows.")] = None,
+    base: Annotated[str | None, typer.Option(help="Another base than the one the run names.")] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Use the adapter even on a base it was not trained on.")
     ] = False,
@@ -21,7 +22,7 @@ def evaluate(
     """
     from veneer.cli import checks, show
 
-    checks.require_evaluation(str(run), data)
+    checks.require_evaluation(str(run), data, base)
     out = show.console(as_json)
     with show.status(out, "answering the held-out rows with the base and the tuned model") as status:
         from veneer import api
@@ -33,7 +34,7 @@ def evaluate(
             answered += count
             status.update(f"{answered} answers")
 
-        evaluated = api.evaluate(run, data, rows, on_done, force)
+        evaluated = api.evaluate(run, data, rows, on_done, force, base)
     result = evaluated.as_dict()
     if as_json:
         show.print_json(result)

@@ -10,7 +10,7 @@ import typer
 def train(
     run: Annotated[str | None, typer.Argument(help="YAML file of the run; or none, with --model and --data.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="Overrides: section.key=value.")] = None,
-    model: Annotated[str | None, typer.Option(help="Base model: model.base.")] = None,
+    model: Annotated[str | None, typer.Option("--model", "--base", help="Base model: model.base.")] = None,
     data: Annotated[str | None, typer.Option(help="Training data: data.train.")] = None,
     output_dir: Annotated[Path | None, typer.Option("--output-dir", "-o", help="The run's folder.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,

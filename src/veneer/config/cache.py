@@ -17,18 +17,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "veneer"
 
 
-def cached(entry: str, make: Callable[[Path], None]) -> Path:
-    """The folder of a cache entry; `make` fills it if it is not there yet.
+def cached(entry: str, make: Callable[[Path], None], is_sound: Callable[[Path], bool] = lambda folder: True) -> Path:
+    """The folder of a cache entry; `make` fills it if it is not there yet, or where `is_sound` finds it damaged.
 
     Other processes wait for the one that makes it. An entry appears whole or not at all.
     """
     folder = cache_folder() / entry
-    if folder.is_dir():
+    if folder.is_dir() and is_sound(folder):
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f".{folder.name}.lock"):
-            if not folder.is_dir():
+            if not folder.is_dir() or not is_sound(folder):
                 with whole_folder(folder) as unfinished:
                     make(unfinished)
     except OSError as error:

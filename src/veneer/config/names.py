@@ -7,10 +7,11 @@ before any library is loaded, and the same functions resolve it for the work its
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from veneer.config.errors import UserError
 from veneer.config.folder import RunFolder
-from veneer.config.run import Model
+from veneer.config.run import Model, Run
 
 BUILTIN_NAMES = ("smollm2-135m-instruct",)
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
@@ -92,6 +93,43 @@ def find_model(model: Model) -> tuple[str, str]:
     return kind, place
 
 
+def anchored(run: Run) -> Run:
+    """A run with its base, its rows and its template by absolute paths, where they are files or folders of this
+    machine, so that it means the same from any folder."""
+    model, data = run.model, run.data
+    if _find_or_none(model.base) in ("folder", "gguf"):
+        model = model.model_copy(update={"base": _absolute(model.base)})
+    changed: dict[str, Any] = {"train": _absolute_rows(data.train)}
+    if isinstance(data.validation, str | tuple):
+        changed["validation"] = _absolute_rows(data.validation)
+    if Path(data.chat_template).expanduser().is_file():
+        changed["chat_template"] = _absolute(data.chat_template)
+    return run.model_copy(update={"model": model, "data": data.model_copy(update=changed)})
+
+
+def _find_or_none(base: str) -> str | None:
+    try:
+        return _find(base)[0]
+    except UserError:
+        return None
+
+
+def _absolute_rows(named: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    if not isinstance(named, str):
+        return tuple(str(_absolute_rows(name)) for name in named)
+    is_glob = any(sign in named for sign in "*?[")
+    return _absolute(named) if is_glob or Path(named).expanduser().exists() else named
+
+
+def _absolute(name: str) -> str:
+    return str(Path(name).expanduser().absolute())
+
+
+def base_not_here(name: str, error: UserError) -> UserError:
+    """What to say where the base that an adapter names is not on this machine."""
+    return UserError(f"{name}: its base is not here: {str(error).splitlines()[0]}", "name the base with --base")
+
+
 def _find(base: str) -> tuple[str, str]:
     path = Path(base).expanduser()
     if base.lower() in BUILTIN_NAMES:
@@ -109,7 +147,8 @@ def _find(base: str) -> tuple[str, str]:
     looks_like_path = base.startswith((".", "/", "~")) or base.lower().endswith(".gguf") or base.count("/") > 1
     if looks_like_path or not _HUB_ID.match(base):
         raise UserError(
-            f"model.base = {base}: no such folder or file, and not a hub id of the form owner/name",
+            f"model.base = {base}: no such folder or file{'' if path.is_absolute() else f' in {Path.cwd()}'}, and not "
+            "a hub id of the form owner/name",
             f"name an existing folder, a .gguf file, a hub id, or the built-in {', '.join(BUILTIN_NAMES)}",
         )
     return "hub", base

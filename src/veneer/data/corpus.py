@@ -3,11 +3,14 @@
 A folder of flat arrays, one file each. `ids.bin` has the tokens of all examples, one behind the other; it is read with
 plain reads and not mapped, so that many gigabytes never count as this process's memory, and so is `signatures.bin`,
 what likeness is judged by. The others, about 40 bytes an example, are loaded: lengths, trained spans, and which row an
-example came from. `account.json` has the counts for the ledger, `pii.jsonl` where personal data stood.
+example came from. `account.json` has the counts for the ledger, `pii.jsonl` where personal data stood, and
+`checksums.json` a checksum of every other file: one flipped token would train another adapter under the same name.
 """
 
+import hashlib
 import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -22,6 +25,7 @@ from veneer.data.likeness import BINS
 from veneer.data.read import Block
 from veneer.data.tokenize import ROW, SPAN, Tokenized
 
+CHECKSUMS = "checksums.json"
 LISTED = 100  # problems kept word for word
 LOADED: dict[str, Any] = {"lengths": np.uint32, "ends": np.uint32, "span_counts": np.uint32, "rows": ROW, "spans": SPAN}
 WRITTEN = ("ids", "signatures", *LOADED)
@@ -107,6 +111,31 @@ def write(folder: Path, parts: Iterable[tuple[int, Block, Tokenized]]) -> None:
         "stop_ids": sorted(stop_ids),
     }
     (folder / "account.json").write_text(json.dumps(account), encoding="utf-8")
+
+
+def seal(folder: Path) -> None:
+    """Write the checksums of all files of a corpus, which is complete with that."""
+    (folder / CHECKSUMS).write_text(json.dumps(_checksums(folder)), encoding="utf-8")
+
+
+def is_sound(folder: Path) -> bool:
+    """Whether all files of a corpus are as they were sealed; warns where they are not."""
+    try:
+        sound: bool = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")) == _checksums(folder)
+    except (OSError, ValueError):
+        sound = False
+    if not sound:
+        warnings.warn(f"{folder}: damaged; the rows are tokenized again", RuntimeWarning, stacklevel=2)
+    return sound
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    found = {}
+    for file in sorted(folder.iterdir()):
+        if file.name != CHECKSUMS:
+            with file.open("rb") as handle:
+                found[file.name] = hashlib.file_digest(handle, "sha256").hexdigest()
+    return found
 
 
 def _sums(counts: Any) -> Any:

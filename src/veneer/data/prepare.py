@@ -23,7 +23,7 @@ from veneer.config import Data, UserError
 from veneer.config.cache import cached
 from veneer.data.batch import Batches, Example
 from veneer.data.conversation import Conversation
-from veneer.data.corpus import Corpus, write
+from veneer.data.corpus import Corpus, is_sound, seal, write
 from veneer.data.intake import Problem, blocks_of, chosen, recognise_source, take_again
 from veneer.data.ledger import Ledger
 from veneer.data.likeness import Overlap, near_duplicates
@@ -170,9 +170,10 @@ def _read(
         write(folder, _checked(tokenize(blocks, renderer, data, formats, workers), data))
         corpus = Corpus(folder)
         near_duplicates(len(corpus.rows), corpus.signatures).astype(np.uint32).tofile(folder / "near.bin")
+        seal(folder)
 
     key = _fingerprint(sources, formats, data, renderer, seed)
-    corpus = Corpus(cached(f"data/{key}", make))
+    corpus = Corpus(cached(f"data/{key}", make, is_sound))
     renderer.stop_ids.update(corpus.account["stop_ids"])
     before = ledger.rows.copy()
     ledger.add(corpus.account)

@@ -21,8 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from veneer.engine.reference import Rows, token_losses
 from veneer.model.quiet import quiet
+from veneer.model.shapes import decoder_layers
 from veneer.plan.memory import QUANT_BLOCK, Rehearsed, Step
-from veneer.plan.trace import FlashAttention, Moment, Trace, Work, is_view
+from veneer.plan.trace import FlashAttention, Moment, Trace, Work, is_view, on_meta
 
 FUSED_TOKENS = 1536  # bitsandbytes multiplies up to so many tokens without first dequantizing the whole weight
 
@@ -129,12 +130,6 @@ def _follow_backward(layers: list[Any], trace: Trace, period: int) -> None:
         layer.register_forward_hook(on_output)
 
 
-def decoder_layers(base: Any) -> list[Any]:
-    """The model's decoder layers: its longest list of modules."""
-    lists = [list(module) for module in base.modules() if isinstance(module, torch.nn.ModuleList)]
-    return max(lists, key=len, default=[])
-
-
 def _rows(step: Step) -> Rows:
     """A micro-batch without content."""
     with torch.device("meta"):
@@ -155,8 +150,7 @@ def head_is_linear(base: Any) -> bool:
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if self.between is not None and not is_view(function):
                 self.between.append(str(function))
-            asks = function is torch.ops.aten._local_scalar_dense.default and args[0].is_meta
-            return True if asks else function(*args, **(kwargs or {}))
+            return on_meta(function, args, kwargs or {})
 
     names = Names()  # type: ignore[no-untyped-call]
     hook = base.base_model.register_forward_hook(lambda *_: setattr(names, "between", []))

@@ -5,6 +5,7 @@ layers of the model on the meta device, and says whether it covers them. What on
 the right numbers there, is taken for granted.
 """
 
+import re
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
@@ -17,7 +18,8 @@ from veneer.engine.fused import NotCoveredError
 from veneer.engine.fused.rehearsal import rehearse_layers, require_covered, spending
 from veneer.engine.rehearsal import carried_on, rehearse
 from veneer.engine.survey import Lengths, rows_of
-from veneer.model.shapes import build, find_config, is_at_hand, shapes_of
+from veneer.model.shapes import build, find_config, is_at_hand, is_stored_in_4_bits, shapes_of
+from veneer.model.trainable import require_trainable
 from veneer.plan.forecast import Rows, Subject, assumed_rows
 from veneer.plan.memory import Kept, Rehearsed, Step
 
@@ -37,14 +39,28 @@ class _Known:
 
     def build(self, step: Step, layers: int | None = None) -> Any:
         """The model on the meta device, with so many layers; None: as few as tell all of it."""
-        _, attention, depth, period = self.content
-        return build(self.config, step.dtype, layers or period or depth, attention)
+        _, attention, depth, _ = self.content
+        return build(self.config, step.dtype, layers or self.period(step) or depth, attention)
+
+    def period(self, step: Step) -> int | None:
+        """After how many layers the model repeats, with the adapter that the step has on them; None: it does not."""
+        _, _, depth, period = self.content
+        if period is None:
+            return None
+        on: list[set[str]] = [set() for _ in range(depth)]
+        for path in step.targets:
+            if (found := re.search(r"\.(\d+)\.", path)) and int(found[1]) < depth:
+                on[int(found[1])].add(path[found.end() :])
+        for times in range(1, depth // (4 * period) + 1):
+            if all(on[n] == on[n % (times * period)] for n in range(depth)):
+                return times * period
+        return None
 
 
 @lru_cache(maxsize=256)
 def _rehearsed(known: _Known, step: Step) -> Rehearsed:
     """A rehearsal; planning the same again, with another optimizer say, costs nothing."""
-    _, _, depth, period = known.content
+    depth, period = known.content[2], known.period(step)
     if step.engine == "fused":
         return carried_on(
             lambda layers, ends: rehearse_layers(known.build(step, layers), step, ends), depth, period, step.training
@@ -94,7 +110,9 @@ def subject_of(model: Model, data: tuple[Lengths, Lengths] | str) -> Subject:
     config = find_config(model)
     stored = getattr(config, "dtype", None)  # before it is built in another
     stored = getattr(torch, stored) if isinstance(stored, str) else stored
-    shapes = shapes_of(build(config, torch.bfloat16, attention=model.attn_implementation))
+    base = build(config, torch.bfloat16, attention=model.attn_implementation)
+    require_trainable(base, model.base)
+    shapes = shapes_of(base)
     # What decides the rehearsal, in a form that can be compared.
     content = config.to_json_string(use_diff=False), model.attn_implementation, shapes.depth, shapes.period
     known = _Known(config, content)
@@ -113,5 +131,6 @@ def subject_of(model: Model, data: tuple[Lengths, Lengths] | str) -> Subject:
         spend=spend,
         rows=rows,
         stored=stored,
+        is_4bit=is_stored_in_4_bits(config),
         download_bytes=0 if is_at_hand(model) else shapes.total * (stored or torch.bfloat16).itemsize,
     )

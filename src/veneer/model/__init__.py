@@ -1,6 +1,7 @@
 """Finding, loading and quantizing a base model, and attaching an adapter to it.
 
 locate.py    what `model.base` names: built-in, folder, .gguf file or hub id
+fingerprint.py  what a base is known by again
 gguf.py      a .gguf file converted once to a bf16 safetensors folder in the user's cache
 builtin.py   the model that comes from PyPI, for the demo and the tests
 lineage.py   the GGUF file that a base comes from, and the model that it was made from
@@ -14,6 +15,7 @@ adapters.py  LoRA: attach, save, load
 """
 
 from veneer.model.adapters import attach, count_parameters, load_adapter, save_adapter
+from veneer.model.fingerprint import config_sha256, fingerprint, local_folder, stored_quantization
 from veneer.model.lineage import GgufOrigin, gguf_origin
 from veneer.model.load import LoadReport, compute_dtype, load_base, load_model, load_tokenizer
 from veneer.model.locate import Source, locate
@@ -24,12 +26,16 @@ __all__ = [
     "Source",
     "attach",
     "compute_dtype",
+    "config_sha256",
     "count_parameters",
+    "fingerprint",
     "gguf_origin",
     "load_adapter",
     "load_base",
     "load_model",
     "load_tokenizer",
+    "local_folder",
     "locate",
     "save_adapter",
+    "stored_quantization",
 ]

@@ -4,6 +4,7 @@ The adapter's weights are float32 whatever the base is in: they are the master w
 """
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,7 @@ def attach(base: Any, adapter: Adapter, seed: int, gradient_checkpointing: bool 
     with quiet():
         from peft import LoraConfig, get_peft_model
 
-    targets: str | list[str] = "all-linear"
-    if adapter.target_modules != "all-linear":
-        targets = list(adapter.target_modules)
-        shapes_of(base).targets(tuple(targets))
+    targets = _targets(base, adapter)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.r,
@@ -47,7 +45,38 @@ def attach(base: Any, adapter: Adapter, seed: int, gradient_checkpointing: bool 
         if gradient_checkpointing:
             # The non-reentrant kind needs no gradient on the inputs to reach the adapters.
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _tell_left_out(model, adapter)
     return model
+
+
+def _tell_left_out(model: Any, adapter: Adapter) -> None:
+    """Warn where all-linear has left experts without an adapter."""
+    stacked = {name: p for name, p in model.get_base_model().named_parameters() if p.dim() == 3 and "expert" in name}
+    left = {name: p.numel() for name, p in stacked.items() if "lora_" not in name and "base_layer" not in name}
+    if left and adapter.target_modules == "all-linear":
+        share = sum(left.values()) / count_parameters(model)["total"]
+        warnings.warn(
+            f"adapter.target_modules = all-linear leaves {share:.0%} of the weights without an adapter: experts, which "
+            f"are stacked in parameters and no linear layers ({next(iter(left))})",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _targets(base: Any, adapter: Adapter) -> str | list[str]:
+    """What PEFT is to match: what the settings say, or paths where PEFT would match more by it than they mean.
+
+    More are a vision tower that text does not go through, and layers that are linear by their class alone.
+    """
+    named = adapter.target_modules
+    meant = shapes_of(base).targets(named)
+    if named == "all-linear":
+        head = base.get_output_embeddings()
+        linear = {path for path, m in base.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+        return sorted(meant) if linear - meant else named
+    ends = tuple(f".{name}" for name in named)
+    matched = {path for path, _ in base.named_modules() if path in named or path.endswith(ends)}
+    return sorted(meant) if matched - meant else list(named)
 
 
 def load_adapter(base: Any, folder: Path) -> Any:

@@ -24,7 +24,7 @@ from veneer.model.kept import Copy, Kept, tell_unusable
 from veneer.model.locate import Source
 from veneer.model.quiet import quiet
 from veneer.model.remote import refusal, require_attention, require_own_class
-from veneer.model.stream import Checkpoint, circles_collected, find_checkpoint, stream
+from veneer.model.stream import Checkpoint, circles_collected, find_checkpoint, note_range, require_finite, stream
 from veneer.plan.machine import Machine, named_dtype
 
 
@@ -188,6 +188,10 @@ def load_plainly(source: Source, settings: dict[str, Any]) -> tuple[Any, list[st
         base, report = AutoModelForCausalLM.from_pretrained(
             **where, output_loading_info=True, trust_remote_code=False, **settings
         )
+    ranges: dict[str, torch.Tensor] = {}
+    for name, parameter in base.named_parameters():
+        note_range(ranges, name, parameter.data)
+    require_finite(source, ranges)
     return base, sorted(report["missing_keys"])
 
 

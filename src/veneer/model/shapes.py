@@ -20,6 +20,7 @@ from veneer.model.gguf import config_of
 from veneer.model.known import known_shape
 from veneer.model.quiet import quiet
 from veneer.model.remote import read_config, refusal, require_own_class
+from veneer.model.trainable import FIX
 from veneer.plan.memory import Shapes
 
 
@@ -44,6 +45,12 @@ def find_config(model: Model) -> Any:
         if (published := _published(place)) is not None:
             return published
     return _load(place, model)
+
+
+def is_stored_in_4_bits(config: Any) -> bool:
+    """Whether a base's files are in bitsandbytes' 4 bits already."""
+    stored = getattr(config, "quantization_config", None) or {}
+    return bool(stored.get("load_in_4bit") if isinstance(stored, dict) else getattr(stored, "load_in_4bit", False))
 
 
 def is_at_hand(model: Model, files: tuple[str, ...] = ("model.safetensors", "model.safetensors.index.json")) -> bool:
@@ -107,7 +114,7 @@ def build(config: Any, dtype: torch.dtype, depth: int | None = None, attention: 
     """
     from transformers import AutoModelForCausalLM
 
-    if depth is not None:
+    if depth not in (None, config.get_text_config().num_hidden_layers):
         config = type(config).from_dict(config.to_dict())
         text = config.get_text_config()
         text.num_hidden_layers = depth
@@ -120,7 +127,7 @@ def build(config: Any, dtype: torch.dtype, depth: int | None = None, attention: 
     except ValueError:
         raise UserError(
             f"model.base: the architecture {config.model_type} does not write text token by token",
-            "name a causal language model",
+            FIX,
         ) from None
     base.config.use_cache = False
     return base
@@ -131,9 +138,12 @@ def shapes_of(base: Any) -> Shapes:
     from transformers.pytorch_utils import Conv1D
 
     config = base.config.get_text_config()
-    linears, embeddings, head = {}, {}, None
+    text = {id(module) for module in base.get_decoder().modules()} if config is not base.config else None
+    linears, embeddings, head, beside = {}, {}, None, set()
     for path, module in base.named_modules():
-        if isinstance(module, torch.nn.Linear):
+        if text is not None and id(module) not in text:
+            beside.add(path)
+        if isinstance(module, torch.nn.Linear) and not _is_its_own(module):
             linears[path] = (module.in_features, module.out_features)
         elif isinstance(module, Conv1D):
             linears[path] = (module.weight.shape[0], module.weight.shape[1])
@@ -141,8 +151,9 @@ def shapes_of(base: Any) -> Shapes:
             embeddings[path] = (module.num_embeddings, module.embedding_dim)
         if module is base.get_output_embeddings():
             head = path
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    all_heads = getattr(config, "num_attention_heads", None) or 0  # 0: it has no attention, and no cache that grows
+    heads = getattr(config, "num_key_value_heads", None) or all_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // max(1, all_heads)
     return Shapes(
         architecture=type(base).__name__,
         weights={name: tuple(parameter.shape) for name, parameter in base.named_parameters()},
@@ -155,13 +166,26 @@ def shapes_of(base: Any) -> Shapes:
         key_value_bytes=2 * 2 * heads * width * config.num_hidden_layers,
         vocabulary=config.vocab_size,
         positions=getattr(config, "max_position_embeddings", None),
+        beside=frozenset(beside & (linears.keys() | embeddings.keys()) - {head}),
     )
+
+
+def _is_its_own(linear: Any) -> bool:
+    """Whether a model has made a linear layer into something else, as Llama 4's router that gives two tensors."""
+    kind = type(linear)
+    return kind.__module__.startswith("transformers.models.") and kind.forward is not torch.nn.Linear.forward
+
+
+def decoder_layers(base: Any) -> list[Any]:
+    """The model's decoder layers: the longest list of modules of what reads text."""
+    of_text = base if base.config.get_text_config() is base.config else base.get_decoder()
+    lists = [list(module) for module in of_text.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=len, default=[])
 
 
 def _period(base: Any) -> int | None:
     """After how many layers the decoder repeats itself; None where it does not, or does so too rarely to matter."""
-    lists = [m for m in base.modules() if isinstance(m, torch.nn.ModuleList)]
-    layers: Any = max(lists, key=len, default=[])
+    layers = decoder_layers(base)
     config = base.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or [""] * len(layers)
     if len(layers) != config.num_hidden_layers:

@@ -6,7 +6,7 @@ not by the safetensors library, since only its offsets let several threads read 
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,8 +128,8 @@ def _order(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 
-def read_header(file: Path) -> list[Piece]:
-    """The tensors of one file. Raises as `read_headers`."""
+def read_header(file: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> list[Piece]:
+    """The tensors of one file, which are of these types. Raises as `read_headers`."""
     entries, start = _entries(file)
     held = file.stat().st_size - start
     pieces = []
@@ -143,9 +143,9 @@ def read_header(file: Path) -> list[Piece]:
             size = last - first
         except (KeyError, TypeError, ValueError):
             raise DamagedError(f"{file.name} is damaged: its header's entry of {name} cannot be read") from None
-        if kind not in DTYPES:
+        if kind not in dtypes:
             raise UnknownTypeError(kind)
-        if first < 0 or min(shape, default=0) < 0 or size != torch.Size(shape).numel() * DTYPES[kind].itemsize:
+        if first < 0 or min(shape, default=0) < 0 or size != torch.Size(shape).numel() * dtypes[kind].itemsize:
             raise DamagedError(f"{file.name} is damaged: {name} has {size} bytes, which is not its shape's size")
         if last > held:
             raise DamagedError(f"{file.name} is cut off: it holds {held:,} bytes of weights, {name} ends at {last:,}")

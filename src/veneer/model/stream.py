@@ -57,11 +57,12 @@ class Checkpoint(NamedTuple):
 class Handle:
     """An entry of the state dict, in the manner of a slice of a safetensors file."""
 
-    def __init__(self, reader: Reader, piece: Piece) -> None:
-        self._reader, self._piece = reader, piece
+    def __init__(self, reader: Reader, piece: Piece, ranges: dict[str, torch.Tensor]) -> None:
+        self._reader, self._piece, self._ranges = reader, piece, ranges
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         whole: torch.Tensor = self._reader.take(self._piece.name)
+        note_range(self._ranges, self._piece.name, whole)
         return whole if index is Ellipsis else whole[index]
 
     def get_dtype(self) -> str:
@@ -74,8 +75,8 @@ class Handle:
 class PackedHandle(Handle):
     """Of a linear layer in 4 bits: its packed weight, with all that belongs to it."""
 
-    def __init__(self, reader: Reader, piece: Piece, beside: list[str]) -> None:
-        super().__init__(reader, piece)
+    def __init__(self, reader: Reader, piece: Piece, ranges: dict[str, torch.Tensor], beside: list[str]) -> None:
+        super().__init__(reader, piece, ranges)
         self._beside = beside
 
     def __getitem__(self, index: Any) -> torch.Tensor:
@@ -83,6 +84,8 @@ class PackedHandle(Handle):
 
         packed = super().__getitem__(Ellipsis)
         beside = {name: self._reader.take(name) for name in self._beside}
+        for name, tensor in beside.items():
+            note_range(self._ranges, name, tensor)
         whole: torch.Tensor = Params4bit.from_prequantized(packed, beside, device=packed.device)
         return whole if index is Ellipsis else whole[index]
 
@@ -167,7 +170,7 @@ def stream(
         checksums: See `Reader`.
 
     Raises:
-        UserError: A tensor has another shape than the configuration says.
+        UserError: A tensor has another shape than the configuration says, or holds numbers that are not finite.
         DamagedError, OSError: A file cannot be read.
         Others: What Transformers raises.
     """
@@ -176,12 +179,13 @@ def stream(
         config.quantization_config = stored | {"bnb_4bit_compute_dtype": str(settings["dtype"]).removeprefix("torch.")}
         settings = {key: value for key, value in settings.items() if key != "quantization_config"}
     size = sum(piece.size for piece in checkpoint.pieces)
+    ranges: dict[str, torch.Tensor] = {}
     with circles_collected(size, device), Reader(checkpoint.pieces, device, checksums) as reader:
         try:
             base, report = _class_of(config).from_pretrained(
                 None,
                 config=config,
-                state_dict=_handles(checkpoint.pieces, reader),
+                state_dict=_handles(checkpoint.pieces, reader, ranges),
                 ignore_mismatched_sizes=True,  # so that they are reported; they are refused below
                 output_loading_info=True,
                 trust_remote_code=False,
@@ -192,6 +196,7 @@ def stream(
                 raise reader.failure from None
             raise
     _require_shapes(source, base, report)
+    require_finite(source, ranges)
     if stored is not None:
         # Transformers notes how it read 4-bit weights, to undo it in save_pretrained, and then cannot undo it.
         vars(base).pop("_weight_conversions", None)
@@ -203,7 +208,7 @@ def stream(
     return base, sorted(report["missing_keys"]), reader.bytes_read
 
 
-def _handles(pieces: list[Piece], reader: Reader) -> dict[str, Handle]:
+def _handles(pieces: list[Piece], reader: Reader, ranges: dict[str, torch.Tensor]) -> dict[str, Handle]:
     """One for each tensor of the model; what belongs to a weight in 4 bits is named behind the weight."""
     names = [piece.name for piece in pieces]
     beside: dict[str, list[str]] = {name.partition(QUANT_STATE)[0]: [] for name in names if QUANT_STATE in name}
@@ -216,10 +221,30 @@ def _handles(pieces: list[Piece], reader: Reader) -> dict[str, Handle]:
         raise DamagedError(f"{pieces[0].file.parent} lacks {missing[0]}, which belongs to a weight in 4 bits")
     parts = {name for several in beside.values() for name in several}
     return {
-        piece.name: PackedHandle(reader, piece, beside[piece.name]) if piece.name in beside else Handle(reader, piece)
+        piece.name: PackedHandle(reader, piece, ranges, beside[piece.name])
+        if piece.name in beside
+        else Handle(reader, piece, ranges)
         for piece in pieces
         if piece.name not in parts
     }
+
+
+def note_range(ranges: dict[str, torch.Tensor], name: str, tensor: torch.Tensor) -> None:
+    """Note the least and the greatest number of a tensor, on its device; both NaN where it holds one."""
+    if tensor.is_floating_point() and tensor.numel():
+        ranges[name] = torch.stack(tensor.aminmax()).float()
+
+
+def require_finite(source: Source, ranges: dict[str, torch.Tensor]) -> None:
+    """Raises UserError where weights are NaN or infinite; training would end in NaN whatever its settings."""
+    found = torch.stack([*ranges.values()]).isfinite().all(1).tolist() if ranges else []
+    bad = [name for name, is_finite in zip(ranges, found) if not is_finite]
+    if bad:
+        raise UserError(
+            f"model.base = {source.name}: {bad[0]} holds NaN or infinite numbers"
+            + (f" ({len(bad)} tensors do)" if len(bad) > 1 else ""),
+            "fetch the model again, or name another model.base",
+        )
 
 
 @contextlib.contextmanager

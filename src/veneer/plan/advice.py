@@ -174,6 +174,18 @@ def _(s: Situation) -> Found:
     return f"rank {r} is much for {s.data.rows:,} rows", "set adapter.r=8 and adapter.lora_alpha=16"
 
 
+@_rule("experts", "warning", "adapter.target_modules", "peft 0.21: _convert_peft_config_moe")
+def _(s: Situation) -> Found:
+    if not s.shapes.experts or s.run.adapter.target_modules != "all-linear" or s.method == "full":
+        return None
+    return (
+        f"{s.shapes.experts:.0%} of the weights are experts, stacked in parameters that are no linear layers: most are "
+        "left without an adapter, and where PEFT adapts them (Mixtral, Qwen3-MoE, DeepSeek and their like) it takes "
+        "memory for copies of their weights that is not foreseen here",
+        "name the layers of attention in adapter.target_modules for a run as it is foreseen",
+    )
+
+
 @_rule("rank-for-layer", "warning", "adapter.r", "arithmetic")
 def _(s: Situation) -> Found:
     r = s.run.adapter.r

@@ -114,6 +114,7 @@ class Subject:
         rows: What a run's data will be like for an engine; the run's settings may differ from those it was read with.
         stored: Precision its weights are published in; None: not known.
         download_bytes: What must be fetched first.
+        is_4bit: Whether its files are in bitsandbytes' 4 bits already.
     """
 
     name: str
@@ -124,6 +125,7 @@ class Subject:
     rows: Callable[[Run, str], Rows]
     stored: torch.dtype | None
     download_bytes: int
+    is_4bit: bool = False
 
 
 @dataclass(frozen=True)
@@ -295,7 +297,10 @@ class Planner:
         Raises:
             UserError: An adapter target matches nothing, or the architecture cannot take the quantization.
         """
-        return self.forecast_as(run, "qlora" if run.quantization else "lora")
+        return self.forecast_as(run, self._method(run))
+
+    def _method(self, run: Run) -> str:
+        return "qlora" if run.quantization or self.subject.is_4bit else "lora"
 
     def forecast_as(self, run: Run, method: str) -> Forecast:
         """Foresee a run as full fine-tuning, as LoRA in 16 bits, or as QLoRA: method full, lora or qlora."""
@@ -348,7 +353,7 @@ class Planner:
             method: See `forecast_as`; None: as the run says.
         """
         shapes, place = self.subject.shapes, self.place
-        step = step_of(run, method or ("qlora" if run.quantization else "lora"), shapes, Padded(1, 1, 1), place)
+        step = step_of(run, method or self._method(run), shapes, Padded(1, 1, 1), place)
         held = loaded(shapes, step, place.device)
 
         def moment_of(count: int) -> Moment:
@@ -384,7 +389,7 @@ class Planner:
 
     def rows(self, run: Run) -> Rows:
         """What a run's data will be like for the engine it gets."""
-        return self._engine(run, "qlora" if run.quantization else "lora")[2]
+        return self._engine(run, self._method(run))[2]
 
     def _engine(self, run: Run, method: str) -> tuple[str, str, Rows]:
         """Which engine a run gets, why, and its data as that will meet it."""

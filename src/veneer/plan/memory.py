@@ -39,6 +39,7 @@ class Shapes:
         key_value_bytes: Of the generation cache, a token, in 16 bits.
         vocabulary: Tokens.
         positions: Longest sequence it can read; None: no limit known.
+        beside: Paths of layers that text does not go through: those of a vision tower.
     """
 
     architecture: str
@@ -52,11 +53,18 @@ class Shapes:
     key_value_bytes: int
     vocabulary: int
     positions: int | None
+    beside: frozenset[str] = frozenset()
 
     @property
     def total(self) -> int:
         """Parameters in all."""
         return sum(prod(shape) for shape in self.weights.values())
+
+    @property
+    def experts(self) -> float:
+        """Share of the parameters that are experts' matrices, stacked in parameters that are no linear layers."""
+        stacked = (prod(shape) for name, shape in self.weights.items() if len(shape) == 3 and "expert" in name)
+        return sum(stacked) / self.total
 
     def quantizable(self) -> frozenset[str]:
         """Paths of the layers that bitsandbytes quantizes: all linear ones but the head."""
@@ -69,10 +77,11 @@ class Shapes:
             UserError: An entry matches nothing.
         """
         if target_modules == "all-linear":
-            return self.quantizable()
+            return self.quantizable() - self.beside
         found: set[str] = set()
         for target in target_modules:
             matched = {p for p in (*self.linears, *self.embeddings) if p == target or p.endswith(f".{target}")}
+            matched -= self.beside
             if not matched:
                 near = difflib.get_close_matches(target, self.linear_names, n=3, cutoff=0.4) or self.linear_names
                 raise UserError(
@@ -84,8 +93,9 @@ class Shapes:
 
     @property
     def linear_names(self) -> list[str]:
-        """Last parts of the paths of all linear layers, in order, the head left out."""
-        return list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in self.linears if path != self.head))
+        """Last parts of the paths of all linear layers that text goes through, in order, the head left out."""
+        adapted = (path for path in self.linears if path != self.head and path not in self.beside)
+        return list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in adapted))
 
     def adapter(self, targets: frozenset[str], r: int) -> list[int]:
         """Sizes of the adapter's matrices, A and B of each target, in parameters."""

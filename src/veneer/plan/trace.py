@@ -151,13 +151,9 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._follow(function, args, kwargs or {})
 
     def _follow(self, function: Any, args: Any, kwargs: Any) -> Any:
-        if function is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            # Code asks what is in a tensor: whether all positions start anew (they do), or the like.
-            return True
-        stand_in = _QUICK.get(function) if args and torch.is_tensor(args[0]) and args[0].is_meta else None
-        result = stand_in(*args, **kwargs) if stand_in is not None else None
-        if result is None:
-            result = function(*args, **kwargs)
+        result = on_meta(function, args, kwargs)
+        if result is True:
+            return result
         results = [r for r in (result if isinstance(result, tuple | list) else (result,)) if torch.is_tensor(r)]
         if not is_view(function):
             self._count(function, args, results)
@@ -208,6 +204,17 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             moment.components = {name: count for name, count in self.live.items() if count}
             for name, count in (extra or {}).items():
                 moment.components[name] = moment.components.get(name, 0) + count
+
+
+def on_meta(function: Any, args: Any, kwargs: Any) -> Any:
+    """What an operation gives; on meta tensors by a shorter way where there is one."""
+    is_meta = bool(args) and torch.is_tensor(args[0]) and args[0].is_meta
+    if is_meta and function is torch.ops.aten._local_scalar_dense.default:
+        # Code asks what is in a tensor: whether all positions start anew (they do), or the like.
+        return True
+    stand_in = _QUICK.get(function) if is_meta else None
+    result = stand_in(*args, **kwargs) if stand_in is not None else None
+    return function(*args, **kwargs) if result is None else result
 
 
 class FlashAttention(TorchFunctionMode):
@@ -320,6 +327,7 @@ _PRODUCTS: dict[Any, Callable[[Any, list[torch.Tensor]], tuple[str, float]]] = {
     _aten.bmm.default: _mm,
     _aten.addmm.default: _addmm,
     _aten.baddbmm.default: _addmm,
+    _aten._grouped_mm.default: lambda a, _: (_kind(a[0]), 2.0 * a[0].numel() * a[1].shape[-1]),
     _aten.mm.out: _mm,
     _aten.addmm.out: _addmm,
     _aten._scaled_dot_product_cudnn_attention.default: lambda a, _: _attention(2.0, a[0], a[1].shape[2]),
@@ -344,6 +352,16 @@ def _spreads(shape: torch.Size, over: torch.Size) -> bool:
     return len(shape) <= len(over) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(over)))
 
 
+def _grouped(a: torch.Tensor, b: torch.Tensor, offs: Any = None, *_: Any, **__: Any) -> torch.Tensor | None:
+    """Products of experts: rows with a stack of matrices, or, for its gradient, columns with rows; None: another.
+
+    Torch's own for meta tensors takes bfloat16 alone, which the kernels do not ask for.
+    """
+    if a.dim() != 2 or offs is None:
+        return None
+    return a.new_empty((len(a), b.shape[-1]) if b.dim() == 3 else (len(offs), len(a), b.shape[-1]))
+
+
 # Torch takes a long way round for these on meta tensors, and they are called hundreds of times.
 _QUICK: dict[Any, Callable[..., torch.Tensor | None]] = {
     _aten._log_softmax.default: lambda x, dim, to_float: torch.empty_like(x, dtype=torch.float32 if to_float else None),
@@ -351,6 +369,7 @@ _QUICK: dict[Any, Callable[..., torch.Tensor | None]] = {
     _aten.addmm.default: lambda _, a, b, **__: a.new_empty((len(a), b.shape[1])),
     _aten.addmm.out: lambda *_, out, **__: out,
     _aten.mm.out: lambda *_, out: out,
+    _aten._grouped_mm.default: _grouped,
     _aten.add.Tensor: _element_wise,
     _aten.mul.Tensor: _element_wise,
     _aten.div.Tensor: _element_wise,

@@ -18,15 +18,15 @@ from typing import Any
 
 import yaml
 
-from veneer.config import Run, RunFolder, UserError, load_run
+from veneer.config import Model, Run, RunFolder, UserError, load_run
 from veneer.config.files import read_json, read_text
 from veneer.config.folder import write_text
 from veneer.config.load import yaml_values
 from veneer.data.template import begin_ids
-from veneer.model import GgufOrigin, Source, compute_dtype, gguf_origin, load_tokenizer, locate
+from veneer.model import GgufOrigin, Source, compute_dtype, gguf_origin, load_tokenizer, local_folder, locate
 from veneer.plan import find_machine
 from veneer.release.lint import vllm_lint
-from veneer.release.passport import base_name, local_folder, read_passport, write_passport
+from veneer.release.passport import base_name, read_passport, write_passport
 from veneer.release.redact import failed_check, name_of, without_paths
 from veneer.train.job import TrainingJob
 
@@ -40,12 +40,18 @@ def write_card(job: TrainingJob, folder: Path, steps: int, final_loss: float) ->
     write_text(folder / "README.md", card(Facts.of(folder, job.run, job.source, job.folder.path.name, None, None)))
 
 
-def renew_card(folder: RunFolder) -> None:
-    """Write the card of a finished run again, with the scores and the certificate it has by now."""
+def renew_card(folder: RunFolder, model: Model | None = None) -> None:
+    """Write the card of a finished run again, with the scores and the certificate it has by now.
+
+    Args:
+        folder: Of the run.
+        model: The base, where it is not where the run says.
+    """
     path = folder.adapter / "README.md"
     if read_passport(folder.adapter) is None or (path.is_file() and MARK not in read_text(path)):
         return
     run = load_run(folder.run)
+    run = run.model_copy(update={"model": model or run.model})
     certificate = _json(folder.path / "certificate.json")
     name = folder.path.name
     facts = Facts.of(folder.adapter, run, locate(run.model), name, _json(folder.evaluation), certificate)

@@ -23,6 +23,7 @@ from veneer.release.gguf_types import encoded
 from veneer.release.importance import importance_of, read_importance
 from veneer.release.origin import Origin
 from veneer.release.recipe import Recipe
+from veneer.release.stored_4bit import base_weights
 from veneer.release.weights import weights_of
 
 # Largest error of a tensor in proportion to its largest value, that a precision explains.
@@ -73,7 +74,7 @@ def compare_weights(origin: Origin, artifact: Path, on: str) -> Compared:
         artifact: The folder or the file.
         on: What the adapter was merged into: base, or nf4.
     """
-    tensors = weights_of(origin.base_folder, f"model.base = {origin.model.base}")
+    tensors = base_weights(origin)
     fold = Fold(origin, tensors)
     recipe = Recipe(origin, fold, on)
     read = _gguf_reader(origin, artifact, fold) if artifact.is_file() else _folder_reader(artifact)

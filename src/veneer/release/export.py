@@ -32,7 +32,8 @@ from veneer.release.origin import Origin
 from veneer.release.output import require_free, require_known, require_space
 from veneer.release.passport import base_name
 from veneer.release.recipe import Recipe, resolved_base
-from veneer.release.weights import Stored, read_header, weights_of
+from veneer.release.stored_4bit import base_weights
+from veneer.release.weights import Stored, read_header
 
 Progress = Callable[[int], None]
 FORMATS = ("gguf",)
@@ -92,8 +93,7 @@ def export_model(
     on = resolved_base(origin, on)
     require_free(out)
     layout = Layout(find_config(origin.model), origin.model.base)
-    folder = origin.base_folder
-    tensors = weights_of(folder, f"model.base = {origin.model.base}")
+    tensors = base_weights(origin)
     fold = Fold(origin, tensors)
     recipe = Recipe(origin, fold, on)
     every = tensors | fold.untied
@@ -146,7 +146,7 @@ def export_adapter(origin: Origin, out: Path, on_done: Progress = lambda done: N
             f"{origin.name}: llama.cpp takes LoRA matrices on linear layers alone: {'; '.join(refused)}",
             "export the merged model: leave --adapter-only out",
         )
-    Fold(origin, weights_of(origin.base_folder, f"model.base = {origin.model.base}"))  # it belongs to this base
+    Fold(origin, base_weights(origin))  # it belongs to this base
     config = origin.peft_config
     held = read_header(origin.adapter / "adapter_model.safetensors")
     planned = [_plan_lora(layout, name, stored) for name, stored in held.items()]

@@ -24,10 +24,13 @@ import torch
 from veneer.config import Quantization, UserError
 from veneer.model.quiet import quiet
 from veneer.model.shapes import build, find_config
+from veneer.release.disk_names import DiskNames
 from veneer.release.origin import Origin
+from veneer.release.stored_4bit import Packed
 from veneer.release.weights import Stored, read_header
 
 ADAPTER = "default"
+PARAMETERS_HELD = 2  # of experts, whose tensors alternate on disk: what goes in and what comes out of a layer
 MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights
 
 
@@ -41,6 +44,7 @@ class Fold:
     Attributes:
         config: The base's configuration.
         changed: Names of the tensors that the adapter changes.
+        packed: Names of the tensors that the base's files hold in 4 bits.
         embeddings: The parameter that holds them.
         unties: Whether embeddings and head are two tensors from now on.
         untied: Tensors to be written beside the base's own, by name, and the tensor on disk each begins as.
@@ -53,8 +57,9 @@ class Fold:
         self.config = find_config(origin.model)
         self._where = origin.name
         base = build(self.config, torch.float32)
-        self._names = _disk_names(base, tensors, origin)
         self._tied = _tied(base)
+        self._disk = DiskNames(base, tensors, self._tied, origin)
+        self._names = self._disk.names
         self.unties = bool(self._tied) and _heads_differ(self._tied, self._names, tensors)
         if self.unties:
             self._tied = {}
@@ -63,12 +68,18 @@ class Fold:
             f"{path}.weight" for path, module in base.named_modules() if module is base.get_input_embeddings()
         )
         self._zero = torch.zeros(1)
+        saved = _saved_embeddings(base, origin)
         _hollow(base, self._zero)
-        self._model = _attached(base, origin)
+        self._model = _attached(base, origin, saved)
+        self._in_adapter = saved.keys()
+        self.packed = {name for name, stored in tensors.items() if isinstance(stored, Packed)}
         self._changes: dict[str, tuple[Any, str]] = {}
+        self._part_of: dict[str, str] = {}  # tensors that are parts of a changed parameter, and which
+        self._deltas: dict[str, dict[str, torch.Tensor]] = {}
         self._replaced: dict[str, torch.Tensor] = {}
         self.untied: dict[str, Stored] = {}
         self._find_changes(tensors)
+        self._saved = {self._names[parameter]: stored for parameter, stored in saved.items()}
 
     @property
     def changed(self) -> set[str]:
@@ -84,7 +95,7 @@ class Fold:
         if name not in self._changes or not _is_plain_lora(self._model.peft_config[ADAPTER]):
             return None
         layer, part = self._changes[name]
-        if hasattr(layer, "parameter_name"):
+        if hasattr(layer, "parameter_name") or name in self._part_of or name in self._saved:
             return None
         is_linear = hasattr(layer, "lora_A") and isinstance(layer.get_base_layer(), torch.nn.Linear)
         if part != "weight" or not is_linear or layer.fan_in_fan_out or layer.lora_variant:
@@ -137,8 +148,11 @@ class Fold:
         if name in self._replaced:
             return self._replaced[name].float()
         layer, which = self._changes[name]
-        if hasattr(layer, "parameter_name"):  # of experts: PEFT adds it to a parameter, not to a layer's weight
-            delta = layer.get_delta_weight(ADAPTER).float()
+        if name in self._saved and not subtract:
+            given = self._saved[name].read()
+        # Of experts: PEFT adds it to a parameter, not to a layer's weight.
+        if hasattr(layer, "parameter_name") or name in self._part_of:
+            delta = self._delta(name, layer)
             return given.float().sub_(delta) if subtract else given.float().add_(delta)
         base_layer = layer.get_base_layer()
         kept = dict(base_layer.named_parameters(recurse=False))
@@ -160,6 +174,17 @@ class Fold:
         for part, parameter in kept.items():
             setattr(base_layer, part, parameter)
         return result
+
+    def _delta(self, name: str, layer: Any) -> torch.Tensor:
+        """What is added to a tensor on disk, float32."""
+        parameter = self._part_of.get(name)
+        if parameter is None:
+            return layer.get_delta_weight(ADAPTER).float()  # type: ignore[no-any-return]
+        if parameter not in self._deltas:
+            while len(self._deltas) >= PARAMETERS_HELD:
+                self._deltas.pop(next(iter(self._deltas)))
+            self._deltas[parameter] = self._disk.on_disk(parameter, layer.get_delta_weight(ADAPTER).float())
+        return self._deltas[parameter][name]
 
     def _is_hollow(self, parameter: torch.Tensor) -> bool:
         return parameter.data_ptr() == self._zero.data_ptr()
@@ -211,15 +236,32 @@ class Fold:
                 self._replace(f"{path}.{part}", parameter.data, tensors)
             return
         for part, parameter in layer.get_base_layer().named_parameters(recurse=False):
-            if not self._is_hollow(parameter):
+            if not self._is_hollow(parameter) and f"{path}.{part}" not in self._in_adapter:
                 self._replace(f"{path}.{part}", parameter.data, tensors)
             elif part == "weight" or not plain:
                 self._change(f"{path}.{part}", layer, part, tensors)
 
     def _change(self, parameter: str, layer: Any, part: str, tensors: Mapping[str, Stored]) -> None:
-        self._changes[self._apart(parameter, tensors)] = (layer, part)
+        if parameter in self._disk.parts:
+            self._require_additive(parameter, layer)
+            for name in self._disk.parts[parameter]:
+                self._changes[name], self._part_of[name] = (layer, part), parameter
+        else:
+            self._changes[self._apart(parameter, tensors)] = (layer, part)
+
+    def _require_additive(self, parameter: str, layer: Any) -> None:
+        """Raises UserError for a change of several tensors on disk that is not one number added to each of theirs."""
+        if not _is_plain_lora(self._model.peft_config[ADAPTER]) or getattr(layer, "lora_variant", None):
+            raise UserError(
+                f"{self._where}: {parameter} lies in several tensors of the base's files, where only plain LoRA can be "
+                "merged",
+                "serve the adapter with PEFT on its base",
+            )
 
     def _replace(self, parameter: str, value: torch.Tensor, tensors: Mapping[str, Stored]) -> None:
+        if parameter in self._disk.parts:
+            self._replaced |= self._disk.on_disk(parameter, value)
+            return
         self._replaced[self._apart(parameter, tensors)] = value
 
     def _apart(self, parameter: str, tensors: Mapping[str, Stored]) -> str:
@@ -313,50 +355,6 @@ def _heads_differ(tied: Mapping[str, str], names: Mapping[str, str], tensors: Ma
     return not torch.equal(one.read(), other.read())
 
 
-def _disk_names(base: Any, tensors: Mapping[str, Stored], origin: Origin) -> dict[str, str]:
-    """The name on disk of each of a model's parameters; files may leave the model's own prefix out.
-
-    Raises:
-        UserError: The files lack a tensor, or hold it in another shape.
-    """
-    prefix = f"{base.base_model_prefix}."
-    tied = _tied(base)
-    names, missing = {}, []
-    for parameter, value in base.named_parameters(remove_duplicate=False):
-        choices = [parameter, parameter.removeprefix(prefix), prefix + parameter]
-        if parameter in tied:
-            other = tied[parameter]
-            choices += [other, other.removeprefix(prefix), prefix + other]
-        found = next((name for name in choices if name in tensors), None)
-        if found is None:
-            missing.append(parameter)
-            continue
-        names[parameter] = found
-        if tensors[found].shape != tuple(value.shape):
-            raise UserError(
-                f"model.base = {origin.model.base}: {found} has the shape {list(tensors[found].shape)}, "
-                f"its config.json means {list(value.shape)}",
-                "name a base whose files belong together with --base",
-            )
-        _require_plain(tensors[found], origin)
-    if missing:
-        raise UserError(
-            f"model.base = {origin.model.base}: its files lack {len(missing)} tensors of a {type(base).__name__}: "
-            + ", ".join(missing[:3]),
-            "name a complete base of the same architecture with --base",
-        )
-    return names
-
-
-def _require_plain(stored: Stored, origin: Origin) -> None:
-    if not stored.is_float:
-        raise UserError(
-            f"model.base = {origin.model.base}: {stored.name} is stored in {str(stored.dtype).removeprefix('torch.')}: "
-            "the base's files are quantized already",
-            "name the 16-bit original with --base",
-        )
-
-
 def _require_mergeable(origin: Origin) -> None:
     """Raises UserError for kinds of adapters that are no change of weights, or of another base than the one named."""
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -381,7 +379,7 @@ def _require_mergeable(origin: Origin) -> None:
         )
 
 
-def _attached(base: Any, origin: Origin) -> Any:
+def _attached(base: Any, origin: Origin, saved: Mapping[str, Stored]) -> Any:
     """The adapter on the base without weights; every tensor of its file has found its place."""
     _require_mergeable(origin)
     with quiet():
@@ -394,7 +392,7 @@ def _attached(base: Any, origin: Origin) -> Any:
         except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
             raise _does_not_fit(base, origin, held, error) from None
         taken = set(get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False))
-    left = sorted(held.keys() - taken)
+    left = sorted(held.keys() - taken - {stored.name for stored in saved.values()})
     empty = sorted(name for name, p in model.named_parameters() if p.is_meta and re.search(r"\.default\b", name))
     if left or empty:
         what = f"{len(left)} tensors of the adapter" if left else f"{len(empty)} tensors of the adapter are missing"
@@ -404,6 +402,31 @@ def _attached(base: Any, origin: Origin) -> Any:
             "name the base that the adapter was trained on with --base",
         )
     return model
+
+
+def _saved_embeddings(base: Any, origin: Origin) -> dict[str, Stored]:
+    """The base's own embeddings or head that PEFT has saved beside an adapter on them, by parameter.
+
+    Raises:
+        UserError: They are of another number of tokens.
+    """
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    paths = {f"{path}.weight": module.weight for path, module in base.named_modules() if module in ends}
+    found = {}
+    for name, stored in read_header(origin.adapter / "adapter_model.safetensors").items():
+        parameter = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        if parameter not in paths or "modules_to_save" in name:
+            continue
+        count, known = stored.shape[0], len(paths[parameter])
+        if count != known:
+            raise UserError(
+                f"{origin.name}: it brings {parameter} of {count} tokens, the base has {known}: its vocabulary was "
+                "resized for the training",
+                f"resize the base likewise (resize_token_embeddings({count}), save_pretrained) and name that with "
+                "--base",
+            )
+        found[parameter] = stored
+    return found
 
 
 def _does_not_fit(base: Any, origin: Origin, held: Iterable[str], error: Exception) -> UserError:

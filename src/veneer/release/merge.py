@@ -31,6 +31,7 @@ from veneer.release.output import require_free, require_known, require_space
 from veneer.release.passport import file_sha256, read_passport
 from veneer.release.recipe import Recipe, cast_pieces, resolved_base, rounded
 from veneer.release.redact import name_of
+from veneer.release.stored_4bit import base_weights
 from veneer.release.weights import SHARD_BYTES, Planned, Stored, weights_of, write_weights
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -89,7 +90,7 @@ def merge_into(
     require_free(out)
     folder = origin.base_folder
     own_files(folder, *LICENCES)  # refused before the work
-    tensors = weights_of(folder, f"model.base = {origin.model.base}")
+    tensors = base_weights(origin)
     fold = Fold(origin, tensors)
     recipe = Recipe(origin, fold, on)
     planned = [_plan(recipe, name, stored, DTYPES[dtype]) for name, stored in (tensors | fold.untied).items()]

@@ -16,14 +16,15 @@ from pydantic import ValidationError
 from veneer.config import Data, Model, Quantization, Run, RunFolder, UserError, load_run
 from veneer.config.files import read_json
 from veneer.config.hub import not_here, unreachable
-from veneer.config.names import find_adapter
+from veneer.config.names import base_not_here, find_adapter
 from veneer.config.names import require_adapter as require_adapter
 from veneer.data import Renderer
 from veneer.data.template import NAMED_TEMPLATES
-from veneer.model import Source, compute_dtype, load_tokenizer, locate
+from veneer.model import Source, compute_dtype, load_tokenizer, local_folder, locate, stored_quantization
 from veneer.plan import find_machine
-from veneer.release.passport import local_folder, read_passport, require_match
+from veneer.release.passport import read_passport, require_match, trained_in_4_bits
 from veneer.release.weights import FETCH_AGAIN
+from veneer.train import checkpoint
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Origin:
         adapter: Folder of the adapter in PEFT's format.
         run: Its run, where it has one.
         model, source: The base.
-        quantization: What the base was quantized to in training; None: not at all, or it is not known.
+        quantization: What the base was quantized to in training; None: not at all, or it is not known, or its files are
+            in 4 bits already.
         dtype: What training computed in.
         data: How training rendered its rows; None: it is not known.
         folder: Of the run.
@@ -102,6 +104,8 @@ def find_origin(name: str, base: str | None = None, force: bool = False, is_merg
     adapter = found.path if found is not None else Path(name).expanduser()
     require_adapter(adapter, name)
     folder = found.run if found is not None else None
+    if folder is not None and adapter != folder.adapter:
+        checkpoint.verified(adapter)
     run = load_run(folder.run) if folder is not None else None
     model, quantization = _base(adapter, run)
     if base is not None:
@@ -111,11 +115,14 @@ def find_origin(name: str, base: str | None = None, force: bool = False, is_merg
     try:
         source = locate(model)
     except UserError as error:
-        if base is not None or run is not None:
+        if base is not None:
             raise
-        told = str(error).splitlines()[0]
-        raise UserError(f"{name}: its base is not here: {told}", "name the base's folder with --base") from None
+        raise base_not_here(name, error) from None
     require_match(adapter, None if is_merged else source, force)
+    if stored_quantization(source) is not None:
+        quantization = None
+    elif quantization is None:  # the base of the training may have been stored in 4 bits, which this one is not
+        quantization = trained_in_4_bits(adapter)
     dtype, data = _dtype(folder, model), _data(adapter, run)
     return Origin(name, adapter, run, model, source, quantization, dtype, data, folder)
 

@@ -5,10 +5,6 @@ fingerprints of what the adapter was trained with: the base's weights, the token
 adapter's own file. It ships, so it names files and folders by their names alone, never by a path. Fingerprints are
 compared whenever a run's adapter is loaded, merged or exported, and a difference is
 refused by name.
-
-The base's fingerprint is taken from samples of every tensor, 32 stretches of 4 KiB each: reading all of a 16 GB model
-would take half a minute at every start. A model that was trained further differs in every tensor and is found for
-certain; a single changed byte may not be, which is what `veneer certify` is for.
 """
 
 import hashlib
@@ -18,17 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from veneer.config import UserError
+from veneer.config import Quantization, UserError
 from veneer.config.files import read_json, reading, visible
 from veneer.config.folder import write_json
 from veneer.evaluate.generation import stop_ids_of
-from veneer.model import Source, compute_dtype, gguf_origin
+from veneer.model import Source, compute_dtype, fingerprint, gguf_origin, local_folder, stored_quantization
 from veneer.release.redact import public_settings
-from veneer.release.weights import Stored, weights_of
 from veneer.train.job import TrainingJob, environment
 
 FILE = "passport.json"
-SAMPLES, SAMPLE_BYTES = 32, 4096
 
 
 @dataclass(frozen=True)
@@ -47,7 +41,7 @@ def write_passport(job: TrainingJob, folder: Path, training: dict[str, Any]) -> 
     """Write passport.json into an adapter's folder; the folder holds everything else already."""
     run, ledger = job.run, job.data.ledger
     settings = public_settings(run.model_dump(mode="json"))
-    origin = gguf_origin(run.model)
+    origin, stored = gguf_origin(run.model), stored_quantization(job.source)
     passport = {
         "base": {
             "name": base_name(job.source),
@@ -56,6 +50,7 @@ def write_passport(job: TrainingJob, folder: Path, training: dict[str, Any]) -> 
             "revision": revision(job.source),
             "architecture": type(job.model.get_base_model()).__name__,
             "weights_sampled_sha256": fingerprint(job.source),
+            "stored_in_4_bits": stored.model_dump(include={"quant_type", "double_quant"}) if stored else None,
         },
         "quantization": run.quantization.model_dump() if run.quantization else None,
         "dtype": str(compute_dtype(run.model, job.machine)).removeprefix("torch."),
@@ -108,6 +103,11 @@ def require_match(folder: Path, source: Source | None, force: bool = False) -> N
     with reading(folder / FILE, "restore it, or delete it to go on without its checks"):
         differences = find_differences(folder, source)
     told = "\n  ".join(map(str, differences))
+    if differences and source and trained_in_4_bits(folder) and not stored_quantization(source):
+        told += (
+            f"\n  the base of the training was stored in 4 bits, which {source.name} is not: with --force it is "
+            "quantized to them, which gives the weights of the training only where those were made from it"
+        )
     if differences and not force:
         raise UserError(
             f"{folder}: the adapter does not belong to this\n  {told}",
@@ -115,6 +115,12 @@ def require_match(folder: Path, source: Source | None, force: bool = False) -> N
         )
     if differences:
         print(f"warning: --force overrides the adapter's passport\n  {visible(told)}", file=sys.stderr)
+
+
+def trained_in_4_bits(folder: Path) -> Quantization | None:
+    """How the files of the base of the training were quantized to 4 bits, as the passport says; None: they were not."""
+    kept = ((read_passport(folder) or {}).get("base") or {}).get("stored_in_4_bits")
+    return Quantization(**kept) if isinstance(kept, dict) else None
 
 
 def find_differences(folder: Path, source: Source | None) -> list[Difference]:
@@ -144,49 +150,11 @@ def find_differences(folder: Path, source: Source | None) -> list[Difference]:
     return found
 
 
-def fingerprint(source: Source) -> str | None:
-    """SHA-256 of names, shapes, dtypes and samples of all of a base's tensors; None where it has no safetensors here.
-
-    How the tensors are spread over files does not matter.
-    """
-    folder = local_folder(source)
-    if folder is None:
-        return None
-    try:
-        tensors = weights_of(folder, f"model.base = {source.name}")
-    except UserError:
-        return None
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        stored = tensors[name]
-        digest.update(f"{name} {stored.dtype} {stored.shape}\n".encode())
-        _sample(stored, digest)
-    return digest.hexdigest()
-
-
-def _sample(stored: Stored, digest: Any) -> None:
-    step = max(SAMPLE_BYTES, (stored.size - SAMPLE_BYTES) // (SAMPLES - 1))
-    with stored.file.open("rb") as file:
-        for at in range(0, stored.size, step):
-            file.seek(stored.start + at)
-            digest.update(file.read(min(SAMPLE_BYTES, stored.size - at)))
-
-
 def base_name(source: Source) -> str:
     """What a base is called in files that ship: a built-in name, a hub id, or the name of its folder or file alone."""
     if source.kind in ("builtin", "hub"):
         return source.name
     return Path(source.name).expanduser().absolute().name
-
-
-def local_folder(source: Source) -> Path | None:
-    """The folder of a base's files; of a hub model the snapshot in the user's cache, None where there is none."""
-    if source.kind != "hub":
-        return Path(source.location)
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(source.location, "config.json", revision=source.revision)
-    return Path(found).parent if isinstance(found, str) else None
 
 
 def revision(source: Source) -> str | None:

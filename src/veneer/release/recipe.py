@@ -50,6 +50,12 @@ class Recipe:
         self._origin, self._fold = origin, fold
         self._quantized: set[str] = set()
         if on == "nf4":
+            if origin.quantization is None and fold.packed:
+                raise UserError(
+                    f"{origin.name}: --on nf4, but the base's files are in 4 bits already and are merged as they are, "
+                    "dequantized",
+                    "leave --on out",
+                )
             if origin.quantization is None:
                 raise UserError(
                     f"{origin.name}: --on nf4, but the adapter was trained on a base that was not quantized",
@@ -59,8 +65,8 @@ class Recipe:
             self._quantized = {fold.name_on_disk(f"{path}.weight") for path in paths}
 
     def changes(self, name: str) -> bool:
-        """Whether a tensor differs from the base's."""
-        return name in self._fold.changed or name in self._quantized
+        """Whether a tensor differs from the base's as it lies in its file."""
+        return name in self._fold.changed or name in self._quantized or name in self._fold.packed
 
     def value(self, name: str, stored: Stored) -> torch.Tensor:
         """A tensor of the merged model: float32 where the adapter changes it, else in its own precision."""

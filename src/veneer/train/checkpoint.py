@@ -7,6 +7,7 @@ train/schedule.py). Everything is safetensors or JSON; nothing is unpickled.
 
 import hashlib
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from veneer.config import UserError
-from veneer.config.files import read_json
 from veneer.config.folder import whole_folder, write_json
 from veneer.model.quiet import quiet
 from veneer.train.optimizer import get_state, set_state
 
-ADAPTER, OPTIMIZER, RNG, MANIFEST = (
+ADAPTER, ADAPTER_CONFIG, OPTIMIZER, RNG, MANIFEST = (
     "adapter_model.safetensors",
+    "adapter_config.json",
     "optimizer.safetensors",
     "rng.safetensors",
     "manifest.json",
@@ -34,9 +35,17 @@ def save(
     optimizer: torch.optim.Optimizer,
     updated: dict[str, torch.nn.Parameter],
     scaler: torch.amp.GradScaler,
-    data_hash: str,
+    began_with: Mapping[str, str | None],
 ) -> Path:
-    """Write the state after `step` steps into `folder`/step-NNNNNN; `updated` names what the optimizer updates."""
+    """Write the state after `step` steps into `folder`/step-NNNNNN.
+
+    Args:
+        folder: Of the run's checkpoints.
+        step: Steps done.
+        model, optimizer, scaler: What is written.
+        updated: What the optimizer updates, by name.
+        began_with: What the training hangs on beside its settings: a hash each, by what it is of.
+    """
     path = folder / f"step-{step:06d}"
     with whole_folder(path) as unfinished:
         with quiet():
@@ -45,7 +54,12 @@ def save(
         save_file(_rng_state(), unfinished / RNG)
         files = sorted(file for file in unfinished.iterdir() if file.is_file())
         checksums = {file.name: _sha256(file) for file in files}
-        manifest = {"step": step, "data": data_hash, "loss_scale": scaler.state_dict(), "sha256": checksums}
+        manifest = {
+            "step": step,
+            "began_with": dict(began_with),
+            "loss_scale": scaler.state_dict(),
+            "sha256": checksums,
+        }
         write_json(unfinished / MANIFEST, manifest)
     return path
 
@@ -56,24 +70,21 @@ def load(
     optimizer: torch.optim.Optimizer,
     updated: dict[str, torch.nn.Parameter],
     scaler: torch.amp.GradScaler,
-    data_hash: str,
+    began_with: Mapping[str, str | None],
 ) -> int:
-    """Restore what `save` wrote, in place; returns the number of steps done.
+    """Restore what `save` wrote, in place; returns the number of steps done. Arguments as of `save`.
 
     Raises:
-        UserError: A file is damaged, or the data is not what the run began with.
+        UserError: A file is damaged, or the base or the data is not what the run began with.
     """
     from peft import set_peft_model_state_dict
 
-    damaged = f"delete {path} to resume from the one before"
-    manifest = read_json(path / MANIFEST, "step", "data", "loss_scale", "sha256", fix=damaged)
-    for name, checksum in manifest["sha256"].items():
-        if not (path / name).is_file() or _sha256(path / name) != checksum:
-            raise UserError(f"{path / name}: missing or damaged", damaged)
-    if manifest["data"] != data_hash:
+    manifest = verified(path)
+    before = manifest["began_with"]
+    if other := [what for what in sorted({*before, *began_with}) if before.get(what) != began_with.get(what)]:
         raise UserError(
-            f"{path}: the data is not what this run began with (other rows, tokenizer or template)",
-            "restore the data, or start a new run in another train.output_dir",
+            f"{path}: not what this run began with: {', '.join(other)}",
+            "restore that, or start a new run in another train.output_dir",
         )
     with quiet():
         set_peft_model_state_dict(model, load_file(path / ADAPTER))
@@ -85,6 +96,29 @@ def load(
     if "cuda" in rng and torch.cuda.is_available():
         torch.cuda.set_rng_state(rng["cuda"])
     return int(manifest["step"])
+
+
+def verified(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, all of whose files are as they were written.
+
+    Raises:
+        UserError: A file is damaged, or the manifest is: it leaves a file out, or is of another step.
+    """
+    damaged = f"delete {path} to go on from the checkpoint before"
+    manifest = read_json(path / MANIFEST, "step", "loss_scale", "began_with", "sha256", fix=damaged)
+    try:
+        listed, before = dict(manifest["sha256"]), dict(manifest["began_with"])
+        step = int(path.name.removeprefix("step-"))
+    except (ValueError, TypeError):
+        raise UserError(f"{path / MANIFEST}: missing or damaged", damaged) from None
+    unlisted = [name for name in (ADAPTER, ADAPTER_CONFIG, OPTIMIZER, RNG) if name not in listed]
+    if unlisted or not before or manifest.get("step") != step:
+        why = f"it leaves out {unlisted[0]}" if unlisted else f"it is of step {manifest.get('step')}"
+        raise UserError(f"{path / MANIFEST}: damaged: {why if before else 'it says nothing of base and data'}", damaged)
+    for name, checksum in listed.items():
+        if not (path / name).is_file() or _sha256(path / name) != checksum:
+            raise UserError(f"{path / name}: missing or damaged", damaged)
+    return dict(manifest)
 
 
 def latest(folder: Path) -> Path | None:

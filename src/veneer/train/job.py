@@ -19,11 +19,12 @@ from veneer.config import Run, RunFolder, UserError, load_run
 from veneer.config.files import read_json
 from veneer.config.folder import whole_folder, write_json, write_text
 from veneer.config.load import to_yaml
+from veneer.config.names import anchored
 from veneer.data import Batches
 from veneer.data.prepare import Part
 from veneer.engine import ReferenceEngine
 from veneer.engine.choose import choose, spend_memory
-from veneer.model import compute_dtype, count_parameters, save_adapter
+from veneer.model import compute_dtype, config_sha256, count_parameters, fingerprint, save_adapter
 from veneer.plan.machine import peak_bytes, resolve_optim
 from veneer.plan.memory import run_disk_bytes
 from veneer.train import checkpoint
@@ -36,6 +37,8 @@ LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "to
 Dress = Callable[[Path, int, float], None]
 # Settings that may differ when a run is resumed: none of them changes a number of the training.
 MAY_CHANGE = {
+    "model.base",  # its weights and its configuration are compared
+    "model.revision",
     "data.workers",
     "quantization.cache",
     "train.output_dir",
@@ -117,7 +120,12 @@ class TrainingJob:
             held_out=held_out,
             train=train,
             checkpoints=self.folder.checkpoints,
-            data_hash=self.data.ledger.sha256["train"],
+            began_with={
+                "training rows (or their tokenizer or template)": self.data.ledger.sha256["train"],
+                "held-out rows": self.data.ledger.sha256["validation"],
+                "the base's weights": fingerprint(self.source) or self.source.reference,
+                "the base's configuration (config.json)": config_sha256(self.source),
+            },
             device=self.machine.device,
             scale_loss=compute_dtype(run.model, self.machine) == torch.float16,
         )
@@ -193,7 +201,7 @@ class TrainingJob:
         write_json(self.folder.ledger, self.data.ledger.as_dict())
         if self.data.ledger.personal:
             write_text(self.folder.personal, self.data.personal())
-        write_text(self.folder.run, to_yaml(self.run))
+        write_text(self.folder.run, to_yaml(anchored(self.run)))
 
     def _find_checkpoint(self) -> Any:
         self.folder.require_begun()
@@ -202,7 +210,7 @@ class TrainingJob:
                 f"train.output_dir = {self.folder.path}: this run is finished",
                 "start another in a new train.output_dir",
             )
-        changes = _differences(load_run(self.folder.run), self.run)
+        changes = _differences(anchored(load_run(self.folder.run)), anchored(self.run))
         if changes:
             raise UserError(
                 f"train.output_dir = {self.folder.path}: the run began with other settings\n  " + "\n  ".join(changes),

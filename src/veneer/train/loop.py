@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class Loop:
         held_out: For the held-out loss; may be empty.
         train: The settings.
         checkpoints: Folder of the run's checkpoints.
-        data_hash: Fingerprint of the training data, kept in checkpoints.
+        began_with: Hashes of base and data, kept in checkpoints and compared when one is resumed.
         device: Where the model is.
         scale_loss: Whether gradients need scaling (float16).
     """
@@ -57,7 +57,7 @@ class Loop:
         held_out: HeldOutBatches,
         train: Train,
         checkpoints: Path,
-        data_hash: str,
+        began_with: Mapping[str, str | None],
         device: str,
         scale_loss: bool = False,
     ) -> None:
@@ -67,7 +67,7 @@ class Loop:
         self._held_out = held_out
         self._train = train
         self._checkpoints = checkpoints
-        self._data_hash = data_hash
+        self._began_with = began_with
         self._device = device
         self._b_matrices = {name: p for name, p in model.named_parameters() if p.requires_grad and is_lora_b(name)}
         self._updated = parameters_to_update(model, engine, train, device)
@@ -79,7 +79,7 @@ class Loop:
 
     def resume(self, path: Path) -> None:
         """Restore a checkpoint of this run."""
-        self.done = checkpoint.load(path, self._model, self._optimizer, self._updated, self._scaler, self._data_hash)
+        self.done = checkpoint.load(path, self._model, self._optimizer, self._updated, self._scaler, self._began_with)
 
     def run(self, listeners: Sequence[Listener]) -> float:
         """Train to the end; returns the mean of all steps' tokens per second.
@@ -229,7 +229,7 @@ class Loop:
             self._optimizer,
             self._updated,
             self._scaler,
-            self._data_hash,
+            self._began_with,
         )
         checkpoint.drop_old(self._checkpoints, self._train.save_total_limit)
         return path

@@ -1,0 +1,65 @@
+"""A base whose files are in bitsandbytes' 4 bits already, as the `-bnb-4bit` repositories are.
+
+Training computes with what these weights are dequantized to, so that is what an adapter is merged into. A weight is
+several tensors on disk (packed numbers, constants, tables); here they are one again, which is dequantized when it is
+read.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from veneer.model.stream import QUANT_STATE
+from veneer.release.origin import Origin
+from veneer.release.weights import Stored, bytes_of, weights_of
+
+
+@dataclass(frozen=True)
+class Packed(Stored):
+    """A weight in 4 bits; dtype and shape are those of what it stands for.
+
+    Attributes:
+        parts: Its tensors on disk, the packed numbers first.
+    """
+
+    parts: tuple[Stored, ...]
+
+    def read(self) -> torch.Tensor:
+        """The weight, dequantized as training does."""
+        from bitsandbytes.functional import dequantize_4bit
+
+        found: torch.Tensor = dequantize_4bit(self.parts[0].read(), _state(self.parts))
+        return found.to(self.dtype)
+
+    def chunks(self) -> Iterator[memoryview]:
+        yield bytes_of(self.read())
+
+
+def base_weights(origin: Origin) -> dict[str, Stored]:
+    """The tensors of an adapter's base on disk, those in 4 bits as what they stand for. Raises as `weights_of`."""
+    tensors = weights_of(origin.base_folder, f"model.base = {origin.model.base}")
+    weights = {name.partition(QUANT_STATE)[0] for name in tensors if QUANT_STATE in name}
+    beside: dict[str, list[Stored]] = {name: [] for name in weights}
+    for name, stored in tensors.items():
+        weight = name.partition(QUANT_STATE)[0] if QUANT_STATE in name else name.rpartition(".")[0]
+        if weight in weights:
+            beside[weight].append(stored)
+    parts = {stored.name for several in beside.values() for stored in several}
+    return {
+        name: _packed(stored, beside[name], origin.dtype) if name in weights else stored
+        for name, stored in tensors.items()
+        if name not in parts
+    }
+
+
+def _packed(packed: Stored, beside: list[Stored], dtype: torch.dtype) -> Packed:
+    parts = (packed, *beside)
+    return Packed(packed.name, packed.file, dtype, tuple(_state(parts).shape), packed.start, packed.size, parts)
+
+
+def _state(parts: tuple[Stored, ...]) -> Any:
+    from bitsandbytes.functional import QuantState
+
+    return QuantState.from_dict({part.name: part.read() for part in parts[1:]}, device=torch.device("cpu"))
