@@ -99,7 +99,7 @@ class _LinearWithAdapter(torch.autograd.Function):
         return y_TO.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         x_TI, w_OI, a_RI, b_OR, down_TR = ctx.saved_tensors
         y_TO = gradient.reshape(-1, gradient.shape[-1])
         up_TR = y_TO @ b_OR
@@ -173,7 +173,7 @@ def _dense_linear() -> Any:
             dtype = _dtype(self)
             bias = None if self.bias is None else self.bias.to(dtype)
             if self.beside is not None:
-                y: torch.Tensor = _LinearWithAdapter.apply(x.to(dtype), self.dense(), *self.beside)
+                y: torch.Tensor = _LinearWithAdapter.apply(x.to(dtype), self.dense(), *self.beside)  # type: ignore[no-untyped-call]
                 return (y if bias is None else y + bias).to(x.dtype)
             weight = self.dense() if self.with_adapter is None else self.with_adapter
             return F.linear(x.to(dtype), weight, bias).to(x.dtype)

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from veneer.config import UserError
+from veneer.config.files import read_json
 from veneer.config.folder import whole_folder, write_json
 from veneer.model.quiet import quiet
 from veneer.train.optimizer import get_state, set_state
