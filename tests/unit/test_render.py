@@ -296,7 +296,7 @@ def test_templates_of_real_models_train_answers_and_their_end(name: str) -> None
 
 def test_a_system_prompt_that_moves_is_told(tmp_path: Path) -> None:
     told = refused(conversation([("system", "be brief"), *CHAT]).messages, chat_template=fixture("mistral-v3"))
-    assert "data.chat_template to a template that leaves earlier turns alone" in told
+    assert "data.chat_template to a template that renders both alike" in told
     assert renderer(chat_template="mistral").example(conversation([("system", "be brief"), *CHAT]))
 
 

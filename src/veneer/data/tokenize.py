@@ -49,7 +49,8 @@ class Tokenized:
         rows: The rows that are used; dtype ROW.
         signatures: What their likeness is judged by; uint8, shape (rows, BINS).
         fates: How many rows were used, unreadable, refused, empty, overlong.
-        notes: How many were truncated, lost all trained tokens, ended with no answer, were rated good or bad.
+        notes: How many were truncated, lost all trained tokens, ended with no answer, were rated good or bad, were
+            rendered otherwise than they are.
         all_lengths: Tokens of every row that was rendered, before any was left out.
         problems: The first rows that are not used, and why.
         personal: Personal data found.
@@ -114,7 +115,9 @@ class Tokenizing:
                 kept.append((block.numbers[at], taken))
         used: list[tuple[int, Taken, list[Example]]] = []
         all_lengths = too_long
+        self.renderer.notes.clear()
         rendered = self.renderer.render([taken.conversation for _, taken in kept])
+        notes += self.renderer.notes
         for (number, taken), made in zip(kept, rendered, strict=True):
             if isinstance(made, BadRowError):
                 fates["refused"] += 1
@@ -178,7 +181,10 @@ def tokenize(
     from loky import ProcessPoolExecutor
     from loky.process_executor import TerminatedWorkerError
 
-    pool = ProcessPoolExecutor(workers, initializer=_start, initargs=(renderer.tokenizer, data, list(formats)))
+    # Each worker renders as this renderer does: with its template, and its date.
+    like = {name: getattr(renderer.settings, name) for name in ("chat_template", "template_date")}
+    given = (renderer.tokenizer, data.model_copy(update=like), list(formats))
+    pool = ProcessPoolExecutor(workers, initializer=_start, initargs=given)
     waiting: deque[tuple[int, Block, Any]] = deque()
     try:
         for source, block in blocks:

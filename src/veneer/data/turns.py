@@ -1,7 +1,9 @@
 """Reads turns as the world writes them: role / content or from / value, parts, tool calls, reasoning, weights."""
 
 import json
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from veneer.data.conversation import BadRowError, Message
@@ -30,6 +32,7 @@ ROLES = {
 }
 CALLS = ("function_call", "tool_call")  # roles whose text is a call
 REASONING = ("reasoning_content", "reasoning", "thinking")
+RESPONSE = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
 WEIGHTS = ("loss_weight", "weight")  # ours, and OpenAI's
 
 
@@ -39,7 +42,15 @@ def read_turns(turns: list[Any]) -> tuple[Message, ...]:
     Raises:
         BadRowError: A turn is not readable; the message has its number.
     """
-    return tuple(read_turn(turn, number) for number, turn in enumerate(turns, 1))
+    return tuple(message for number, turn in enumerate(turns, 1) for message in _unwrapped(read_turn(turn, number)))
+
+
+def _unwrapped(message: Message) -> list[Message]:
+    """A tool turn that brings its `<tool_response>` without it, a turn for each: templates write their own."""
+    text = message.content
+    if message.role != "tool" or "<tool_response>" not in text or RESPONSE.sub("", text):
+        return [message]
+    return [replace(message, content=found[1]) for found in RESPONSE.finditer(text)]
 
 
 def read_turn(turn: Any, number: int) -> Message:
@@ -57,10 +68,11 @@ def read_turn(turn: Any, number: int) -> Message:
         content = _content(turn, content_key, role)
         if said in CALLS:
             return Message(role, "", _weight(turn, role), tool_calls=_called(content))
-        calls = tuple(_call(call) for call in turn.get("tool_calls") or ())
+        given = turn.get("tool_calls") or ()
+        calls = tuple(_call(call) for call in given)
         reasoning = next((text_of(turn, key) for key in REASONING if turn.get(key)), "")
         name = text_of(turn, "name") if role == "tool" and turn.get("name") else ""
-        return Message(role, content, _weight(turn, role), reasoning, calls, name)
+        return Message(role, content, _weight(turn, role), reasoning, calls, name, _ids(turn, given))
     except BadRowError as error:
         raise BadRowError(f"turn {number}: {error}") from None
 
@@ -73,6 +85,7 @@ def read_tools(value: Any) -> tuple[dict[str, Any], ...]:
     tools = tools or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise BadRowError("`tools` must be a list of definitions, or one as JSON text")
+    _require_json(tools, "tools")
     return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
 
 
@@ -134,12 +147,32 @@ def _call(call: Any) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadRowError("a tool call needs `name` and `arguments`")
-    arguments = function.get("arguments", {})
+    arguments = function.get("arguments")
     if isinstance(arguments, str):
         arguments = _json(arguments, "arguments") if arguments.strip() else {}
+    arguments = {} if arguments is None else arguments
     if not isinstance(arguments, dict):
-        raise BadRowError("a tool call's `arguments` must be an object")
-    return {"name": function["name"], "arguments": arguments}
+        raise BadRowError("a tool call's `arguments` must be an object, or one as JSON text")
+    made = {"name": function["name"], "arguments": arguments}
+    _require_json(made, "arguments")
+    return made
+
+
+def _ids(turn: dict[str, Any], calls: Any) -> tuple[str, ...]:
+    """Ids of a turn's calls where all have one; of a tool turn that of the call it answers."""
+    found = [call.get("id") for call in calls] if calls else [turn.get("tool_call_id")]
+    _require_json(found, "id")
+    return tuple(map(str, found)) if all(found) else ()
+
+
+def _require_json(value: Any, what: str) -> None:
+    """Raises BadRowError for what JSON text cannot hold: half characters, dates and bytes of a Parquet file, NaN."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        raise BadRowError(f"`{what}` holds half a character (a lone surrogate, as of a cut emoji)") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadRowError(f"`{what}` holds what JSON cannot say: {error}") from None
 
 
 def _json(text: str, what: str) -> Any:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from veneer.config import Model, Quantization, UserError
 from veneer.config.hub import not_here, unreachable
+from veneer.data.sandbox import shared
 from veneer.model.dense import keep_dense
 from veneer.model.kept import Copy, Kept, tell_unusable
 from veneer.model.locate import Source
@@ -56,6 +57,7 @@ def compute_dtype(model: Model, machine: Machine) -> torch.dtype:
 
 def load_tokenizer(source: Source) -> Any:
     """The tokenizer of a base model, always a fast one, padding on the left (as generation needs)."""
+    shared().start()  # templates will be rendered: it loads Transformers, too, and does so meanwhile
     from transformers import AutoTokenizer
 
     with quiet():
