@@ -7,6 +7,7 @@ import pytest
 from veneer.config import UserError
 from veneer.data.conversation import BadRowError, Conversation, Message
 from veneer.data.recognise import FORMATS, recognise, to_conversation
+from veneer.data.turns import read_turns
 
 ASK, SAY = Message("user", "what does the cat say"), Message("assistant", "the cat")
 CALL = {"name": "search", "arguments": {"for": ["rice"]}}
@@ -191,3 +192,31 @@ def test_unknown_fields_say_what_is_known_and_how_to_map() -> None:
 )  # fmt: skip
 def test_rows_that_cannot_be_right(row: dict[str, Any], wanted: str, expected: str) -> None:
     assert expected in bad(row, wanted)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meaning"),
+    [
+        ({"on": True}, {"on": True}),
+        ('{"on": true}', {"on": True}),
+        ("", {}),
+        (None, {}),
+        ("null", {}),
+        ("{on}", "is not JSON"),
+        ("[1]", "must be an object"),
+        ({"a": "\ud83d"}, "half a character"),
+        ('{"\\ud83d": 1}', "half a character"),
+        ({"a": float("nan")}, "what JSON cannot say"),
+        ({"a": b"x"}, "what JSON cannot say"),
+    ],
+)
+def test_arguments_of_calls_have_one_meaning(arguments: Any, meaning: Any) -> None:
+    function = {"name": "lamp", "arguments": arguments}
+    turn = {"role": "assistant", "content": None, "tool_calls": [{"id": "c1", "function": function}]}
+    if isinstance(meaning, str):
+        with pytest.raises(BadRowError, match=meaning):
+            read_turns([turn])
+        return
+    (message,) = read_turns([turn])
+    assert message.tool_calls == ({"name": "lamp", "arguments": meaning},)
+    assert message.ids == ("c1",)

@@ -28,13 +28,12 @@ def left_out(messages: Sequence[Message], text: str) -> str:
         at = found + len(part)
     else:
         return ""
-    rest = text
+    rest = _squeezed(text)
     for part, name in sorted(said, key=lambda pair: -len(pair[0])):
         form = next((form for form in _forms(part) if form in rest), None)
-        if form is not None:
-            rest = rest.replace(form, "\0", 1)
-        elif _squeezed(part) not in _squeezed(rest):
+        if form is None:
             return name
+        rest = rest.replace(form, "\0", 1)
     return ""
 
 
@@ -69,9 +68,10 @@ def strings_of(value: Any) -> Iterator[str]:
 
 
 def _forms(text: str) -> tuple[str, ...]:
-    """A text as templates write it: as it is, or as JSON."""
-    return text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]
+    """A text as templates write it, squeezed: as it is, or as JSON."""
+    return tuple(map(_squeezed, (text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1])))
 
 
 def _squeezed(text: str) -> str:
+    """Without white space."""
     return "".join(text.split())
