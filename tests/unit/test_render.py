@@ -348,8 +348,8 @@ def test_many_rows_at_once_are_the_rows_one_by_one() -> None:
 
 CALL = {"name": "lamp", "arguments": {"on": True, "room": "hall"}}
 LAMP = {"type": "function", "function": {"name": "lamp", "description": "", "parameters": {}}}
-# Writes a call in the place of the text, as Llama 3.1's; wants an id of nine letters and digits, as Mistral's; joins the
-# arguments as text, as DeepSeek's.
+# Writes a call in the place of the text, as Llama 3.1's; wants an id of nine letters and digits, as Mistral's; joins
+# the arguments as text, as DeepSeek's.
 REPLACES = "{{ c.function.name }} {{ c.function.arguments | tojson }}"
 WANTS_IDS = "{% if not c.id or c.id | length != 9 %}{{ raise_exception('no id') }}{% endif %}{{ c.id }} " + REPLACES
 WANTS_TEXT = "{{ c.function.name + ' ' + c.function.arguments }}"

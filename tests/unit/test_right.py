@@ -1,5 +1,6 @@
 """An answer that is exactly what training taught is right: calls, reasoning and plain text."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 CALL = {"name": "lamp", "arguments": {"on": True}}
 ROWS = [
     (Message("assistant", "the cat"), "the cat"),
-    (Message("assistant", "", tool_calls=(CALL,)), '<tool_call>\n{"name": "lamp", "arguments": {"on": true}}\n</tool_call>'),
+    (Message("assistant", "", tool_calls=(CALL,)), f"<tool_call>\n{json.dumps(CALL)}\n</tool_call>"),
     (Message("assistant", "the cat", reasoning="I think"), "<think>\nI think\n</think>\n\nthe cat"),
     (Message("assistant", "a <|im_end|> b"), "a <|im_end|> b"),
     (Message("assistant", "the cat", weight=0.0), "the cat"),

@@ -1,6 +1,7 @@
 """Chat templates are rendered within limits; their date is the run's; what they leave out is found."""
 
 import os
+import re
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,10 @@ def test_a_template_without_end_is_one_message(template: str, tmp_path: Path) ->
     path = tmp_path / "t.jinja"
     path.write_text(template)
     try:
-        made = renderer(chat_template=str(path)).render([conversation(CHAT)])[0]
+        told = str(renderer(chat_template=str(path)).render([conversation(CHAT)])[0])  # refused by Python's own limits
     except UserError as error:
-        assert "the chat template" in str(error)
-        assert "data.chat_template" in str(error)
-    else:  # refused by Jinja's own limits, or by Python's
-        assert "the chat template refuses the conversation" in str(made)
+        told = str(error)
+    assert re.search("chat template (takes|needs|ended|renders|refuses)", told)
     assert renderer().example(conversation(CHAT))  # rendered by the next child
 
 
@@ -63,6 +62,18 @@ def test_a_file_in_the_working_folder_is_no_module(tmp_path: Path, monkeypatch: 
     assert sandbox.render("a", {}, [Job([], (), [(0, False)])]) == [["a"]]
     sandbox.stop()
     assert os.listdir(tmp_path) == ["json.py"]
+
+
+@pytest.mark.parametrize(("name", "told"), [("a loop", "longer than 2 s"), ("a long text", "more than 512 MiB")])
+def test_workers_of_the_pool_have_the_same_limits(name: str, told: str, tmp_path: Path) -> None:
+    template = tmp_path / "t.jinja"
+    body = renderer().template
+    template.write_text("{% if messages[0].content == 'row 3' %}" + HOSTILE[name] + "{% endif %}" + str(body))
+    rows = [
+        {"messages": [{"role": "user", "content": f"row {n}"}, {"role": "assistant", "content": "a"}]} for n in range(5)
+    ]
+    with pytest.raises(UserError, match=f"the chat template .*{told}"):
+        prepared(jsonl(tmp_path, rows), chat_template=str(template), workers=2)
 
 
 # The date
@@ -122,7 +133,7 @@ def test_a_system_turn_that_a_template_leaves_out_is_refused_or_rendered_and_cou
     template.write_text(NO_SYSTEM)
     turns = [{"role": r, "content": c} for r, c in (("system", "be brief"), ("user", "hi"), ("assistant", "the cat"))]
     path = jsonl(tmp_path, [{"messages": turns}])
-    with pytest.raises(UserError, match="has no place for a system turn.*data.unrendered"):
+    with pytest.raises(UserError, match=r"has no place for a system turn.*data\.unrendered"):
         prepared(path, chat_template=str(template))
     for policy, note, text in (
         ("into-user", "system_into_user", "user\nbe brief\n\nhi<"),

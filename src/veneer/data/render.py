@@ -16,6 +16,7 @@ several times faster then.
 
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import date
 from itertools import pairwise
@@ -28,6 +29,7 @@ from veneer.data.batch import Example
 from veneer.data.conversation import BadRowError, Conversation, Message
 from veneer.data.frozen import CALL
 from veneer.data.leftout import left_out, names_left_out, strings_of
+from veneer.data.sandbox import AT_ONCE
 from veneer.data.template import NAMED_TEMPLATES, Spelled, begin_ids, find_template
 from veneer.data.tokens import MARKS, UNCUT, Encoder, Text
 
@@ -146,7 +148,14 @@ class Renderer:
         Most are one example. A preference pair is two, chosen and rejected; rewritten_history: split makes one of
         every answer.
         """
-        drafts = self._drafts(conversations)
+        parts = [conversations[at : at + AT_ONCE] for at in range(0, len(conversations), AT_ONCE)]
+        if len(parts) < 2:
+            return [row for part in parts for row in self._examples(self._drafts(part))]
+        with ThreadPoolExecutor(1) as ahead:  # the sandbox renders while this thread tokenizes
+            return [row for drafts in ahead.map(self._drafts, parts) for row in self._examples(drafts)]
+
+    def _examples(self, drafts: list[list[_Draft] | BadRowError]) -> list[list[Example] | BadRowError]:
+        """The examples of each row's drafts."""
         flat = [draft for row in drafts if not isinstance(row, BadRowError) for draft in row]
         made = iter(zip(flat, self._encoder.encode_at([draft.text for draft in flat])))
         results: list[list[Example] | BadRowError] = []

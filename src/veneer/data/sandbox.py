@@ -5,7 +5,8 @@ loops without end or texts of many gigabytes, and nothing within one process can
 renders: a timer of the kernel ends it after 2 s of a rendering, and its address space is limited.
 
 What goes between the processes is JSON, and many rows go at once. One child serves all renderers of a process; it ends
-with it, since its input ends then. Where the system has no such limits (Windows), rendering is unlimited.
+with it, since its input ends then. A worker of the tokenizing pool, which may be ended itself, renders under the same
+limits without a child. Where the system has no such limits (Windows), rendering is unlimited.
 """
 
 import atexit
@@ -16,7 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import IO, Any
@@ -25,6 +26,8 @@ SECONDS = 2  # CPU time of a rendering
 MEMORY = 512 * 2**20  # bytes beyond what the child takes by itself
 TEXT = 64 * 2**20  # characters that the rows of a request may be rendered as, beyond what came in
 AT_ONCE = 100  # rows of a request
+TOO_LONG = f"takes longer than {SECONDS} s to render a conversation"
+TOO_LARGE = f"needs more than {MEMORY >> 20} MiB to render a conversation"
 
 
 class TemplateLimitError(Exception):
@@ -61,6 +64,11 @@ class Sandbox:
         self._child: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
         self._owner = 0
+        self._is_child = False
+
+    def render_here(self) -> None:
+        """Render in this process from now on, which may end by it: for workers, whose parent tells why one ended."""
+        self._is_child = True
 
     def start(self) -> None:
         """Start the child, which loads Transformers meanwhile; nothing if it runs."""
@@ -78,11 +86,14 @@ class Sandbox:
         Raises:
             TemplateLimitError: The template takes too long or too much memory.
         """
+        if self._is_child:
+            with _limited_memory():
+                return [_rendered_here(source, special, job, row) for row, job in enumerate(jobs)]
         found: list[list[str | RefusedError]] = []
         with self._lock:
             for start in range(0, len(jobs), AT_ONCE):
                 some = [(job.turns, job.tools, job.cuts) for job in jobs[start : start + AT_ONCE]]
-                request = json.dumps([source, special, some]).encode()
+                request = _packed([source, special, some])
                 found += self._answered(request, len(some), start)
         return found
 
@@ -98,10 +109,11 @@ class Sandbox:
                 line = _receive(child.stdout)
                 if line is None:
                     raise TemplateLimitError(_why_it_ended(child.wait()), first + len(answers))
-                answer = json.loads(line)
+                answer = json.loads(line.decode("utf-8", "surrogatepass"))
                 if isinstance(answer, str):
                     raise TemplateLimitError(answer, first + len(answers))
-                answers.append([text if isinstance(text, str) else RefusedError(text[0]) for text in answer])
+                longest, texts = answer
+                answers.append([_unpacked(text, longest) for text in texts])
             is_whole = True
         except BrokenPipeError:
             raise TemplateLimitError(_why_it_ended(child.wait()), first) from None
@@ -147,8 +159,18 @@ def shared() -> Sandbox:
 
 def _why_it_ended(status: int) -> str:
     if hasattr(signal, "SIGPROF") and status == -signal.SIGPROF:
-        return f"takes longer than {SECONDS} s to render a conversation"
+        return TOO_LONG
     return f"ended the process that renders it (status {status}): it asks for too much memory, or nests too deep"
+
+
+def _packed(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+
+def _unpacked(text: int | str | list[str], longest: str) -> str | RefusedError:
+    if isinstance(text, int):
+        return longest[:text]
+    return text if isinstance(text, str) else RefusedError(text[0])
 
 
 def _send(stream: IO[bytes], message: bytes) -> None:
@@ -163,7 +185,15 @@ def _receive(stream: IO[bytes]) -> bytes | None:
     return message if message else None
 
 
-# The child's side.
+# Where templates are rendered: in the child, or in a worker.
+
+
+def _rendered_here(source: str, special: dict[str, Any], job: Job, row: int) -> list[str | RefusedError]:
+    try:
+        texts = [_rendered(source, special, job.turns[:count], job.tools, prompt) for count, prompt in job.cuts]
+    except MemoryError:
+        raise TemplateLimitError(TOO_LARGE, row) from None
+    return [text if isinstance(text, str) else RefusedError(text[0]) for text in texts]
 
 
 def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
@@ -171,18 +201,29 @@ def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
     from transformers.utils import chat_template_utils  # loaded before memory is limited
 
     assert chat_template_utils is not None
-    _limit_memory()
+    with _limited_memory():
+        _answer_all(requests, answers)
+
+
+def _answer_all(requests: IO[bytes], answers: IO[bytes]) -> None:
     while (request := _receive(requests)) is not None:
-        source, special, jobs = json.loads(request)
+        source, special, jobs = json.loads(request.decode("utf-8", "surrogatepass"))
         room = TEXT + 4 * len(request)
         for turns, tools, cuts in jobs:
             try:
                 texts = [_rendered(source, special, turns[:count], tools, prompt) for count, prompt in cuts]
                 room -= max((len(text) for text in texts if isinstance(text, str)), default=0)
-                answer = json.dumps(texts if room >= 0 else f"renders a few rows as more than {TEXT:,} characters")
+                told = _shortened(texts) if room >= 0 else f"renders a few rows as more than {TEXT:,} characters"
+                answer = _packed(told)
             except MemoryError:
-                answer = json.dumps(f"needs more than {MEMORY >> 20} MiB to render a conversation")
-            _send(answers, answer.encode())
+                answer = _packed(TOO_LARGE)
+            _send(answers, answer)
+
+
+def _shortened(texts: list[Any]) -> tuple[str, list[Any]]:
+    """The longest text, and of those that it begins with their lengths alone: turns follow each other as a rule."""
+    longest = max((text for text in texts if isinstance(text, str)), key=len, default="")
+    return longest, [len(t) if isinstance(t, str) and longest.startswith(t) else t for t in texts]
 
 
 def _rendered(source: str, special: dict[str, Any], turns: Any, tools: Any, prompt: bool) -> str | list[str]:
@@ -217,16 +258,24 @@ def _limit_time(seconds: float) -> None:
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
-def _limit_memory() -> None:
+@contextlib.contextmanager
+def _limited_memory() -> Iterator[None]:
+    """Let this process take no more than MEMORY beyond what it has."""
     try:
         import resource
 
         with open("/proc/self/statm", encoding="ascii") as sizes:
             taken = int(sizes.read().split()[0]) * resource.getpagesize()
-    except (ImportError, OSError):
-        return  # not Linux
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, hard))
+    except (ImportError, OSError):  # not Linux
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    limit = taken + MEMORY if before[0] == resource.RLIM_INFINITY else min(taken + MEMORY, before[0])
+    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ END_OF_TURN: dict[str, str | None] = {
     "guanaco": None,
 }
 NAMED_TEMPLATES = tuple(END_OF_TURN)
+TEMPLATE_FIX = "name another template in data.chat_template, or take this one's fault out"
 TOOLS_HEAD = (
     "You may call one or more of these functions to answer:\n<tools>\n{tools}\n</tools>\n\nTo call one, write a JSON "
     'object with its name and arguments within <tool_call></tool_call>:\n<tool_call>\n{{"name": <name>, '
@@ -125,7 +126,7 @@ class Template:
         except TemplateLimitError as error:
             raise UserError(
                 f"{places[error.row]}: the chat template {error}",
-                "name another template in data.chat_template, or take this one's fault out",
+                TEMPLATE_FIX,
             ) from None
         return [[_refused(text) if isinstance(text, RefusedError) else text for text in texts] for texts in made]
 

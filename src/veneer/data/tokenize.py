@@ -14,13 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from veneer.config import Data, JobError
+from veneer.config import Data, JobError, UserError
 from veneer.data.batch import Example
 from veneer.data.conversation import BadRowError, Conversation
 from veneer.data.intake import Intake, Personal, Problem, Taken
 from veneer.data.likeness import signatures
 from veneer.data.read import Block
 from veneer.data.render import Renderer
+from veneer.data.sandbox import TOO_LONG, shared
+from veneer.data.template import TEMPLATE_FIX
 
 NOTED = 20  # problems of a block and a fate that are kept word for word
 
@@ -170,7 +172,7 @@ def tokenize(
     """Tokenize blocks with so many processes; each comes back with its source and its block, in order.
 
     Raises:
-        JobError: A process was killed (for memory, as a rule).
+        JobError: A process was killed (for memory, as a rule). UserError: A template exceeds its limits.
     """
     if workers == 1:
         work = Tokenizing(renderer, data, formats)
@@ -196,6 +198,8 @@ def tokenize(
             source, block, future = waiting.popleft()
             yield source, block, future.result()
     except TerminatedWorkerError as error:
+        if "SIGPROF" in str(error):  # the limit of a rendering; nothing else sets that timer
+            raise UserError(f"the chat template {TOO_LONG}", TEMPLATE_FIX) from None
         raise JobError(
             f"a tokenizing process was killed (out of memory?): {error}\n  fix: lower data.workers"
         ) from None
@@ -207,6 +211,7 @@ _worker: list[Tokenizing] = []  # of a worker process: what it does, once it has
 
 
 def _start(tokenizer: Any, data: Data, formats: list[str]) -> None:
+    shared().render_here()
     _worker.append(Tokenizing(Renderer(tokenizer, data), data, formats))
 
 
