@@ -10,6 +10,7 @@ from veneer.config import UserError
 from veneer.data.conversation import BadRowError, Conversation, Message
 from veneer.data.prerendered import settle
 from veneer.data.recognise import CONTENT, FORMATS, recognise, to_conversation
+from veneer.data.turns import read_turns
 
 ASK, SAY = Message("user", "what does the cat say"), Message("assistant", "the cat")
 CALL = {"name": "search", "arguments": {"for": ["rice"]}}
@@ -401,3 +402,31 @@ def test_rows_that_bring_their_template_are_refused(end: str) -> None:
     assert brought("wren" + end, "strip") == "wren"
     with pytest.raises(BadRowError, match="ends with"):
         brought("wren" + end, "strip", "document")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meaning"),
+    [
+        ({"on": True}, {"on": True}),
+        ('{"on": true}', {"on": True}),
+        ("", {}),
+        (None, {}),
+        ("null", {}),
+        ("{on}", "is not JSON"),
+        ("[1]", "must be an object"),
+        ({"a": "\ud83d"}, "half a character"),
+        ('{"\\ud83d": 1}', "half a character"),
+        ({"a": float("nan")}, "holds nan"),
+        ({"a": b"x"}, {"a": "x"}),
+    ],
+)
+def test_arguments_of_calls_have_one_meaning(arguments: Any, meaning: Any) -> None:
+    function = {"name": "lamp", "arguments": arguments}
+    turn = {"role": "assistant", "content": None, "tool_calls": [{"id": "c1", "function": function}]}
+    if isinstance(meaning, str):
+        with pytest.raises(BadRowError, match=meaning):
+            read_turns([turn])
+        return
+    (message,) = read_turns([turn])
+    assert message.tool_calls == ({"name": "lamp", "arguments": meaning},)
+    assert message.ids == ("c1",)

@@ -17,6 +17,7 @@ from veneer.data import Conversation, Message
 from veneer.data.batch import UNTRAINED
 from veneer.data.conversation import BadRowError
 from veneer.data.template import END_OF_TURN
+from veneer.data.turns import read_turns
 
 TEMPLATES = Path(__file__).parent / "templates"
 WITH_REASONING = (
@@ -296,7 +297,7 @@ def test_templates_of_real_models_train_answers_and_their_end(name: str) -> None
 
 def test_a_system_prompt_that_moves_is_told(tmp_path: Path) -> None:
     told = refused(conversation([("system", "be brief"), *CHAT]).messages, chat_template=fixture("mistral-v3"))
-    assert "data.chat_template to a template that leaves earlier turns alone" in told
+    assert "data.chat_template to a template that renders both alike" in told
     assert renderer(chat_template="mistral").example(conversation([("system", "be brief"), *CHAT]))
 
 
@@ -341,3 +342,104 @@ def test_many_rows_at_once_are_the_rows_one_by_one() -> None:
     together: Callable[[int], Any] = made.render(rows).__getitem__
     for n, row in enumerate(rows):
         assert together(n)[0].ids.tolist() == made.example(row).ids.tolist()
+
+
+# Templates with tools of their own
+
+CALL = {"name": "lamp", "arguments": {"on": True, "room": "hall"}}
+LAMP = {"type": "function", "function": {"name": "lamp", "description": "", "parameters": {}}}
+# Writes a call in the place of the text, as Llama 3.1's; wants an id of nine letters and digits, as Mistral's; joins
+# the arguments as text, as DeepSeek's.
+REPLACES = "{{ c.function.name }} {{ c.function.arguments | tojson }}"
+WANTS_IDS = "{% if not c.id or c.id | length != 9 %}{{ raise_exception('no id') }}{% endif %}{{ c.id }} " + REPLACES
+WANTS_TEXT = "{{ c.function.name + ' ' + c.function.arguments }}"
+
+
+def native(tmp_path: Path, call: str) -> Any:
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{% if tools %}[{{ tools | tojson }}]{% endif %}{% for m in messages %}<|im_start|>{{ m.role }} "
+        "{% if m.tool_calls %}{% for c in m.tool_calls %}CALL " + call + "{% endfor %}{% elif m.role == 'tool' %}"
+        "{{ m.tool_call_id }} {{ m.content }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+    )
+    return renderer(chat_template=str(template))
+
+
+def called(content: str = "", ids: tuple[str, ...] = ()) -> Conversation:
+    messages = (
+        Message("user", "a"),
+        Message("assistant", content, tool_calls=(CALL,), ids=ids),
+        Message("tool", "ok", ids=ids),
+        Message("assistant", "done"),
+    )
+    return Conversation(messages, "p", tools=(LAMP,))
+
+
+@pytest.mark.parametrize(
+    ("call", "ids", "learnt"),
+    [
+        (REPLACES, (), 'CALL lamp {"on": true, "room": "hall"}'),
+        (WANTS_TEXT, (), 'CALL lamp {"on": true, "room": "hall"}'),
+        (WANTS_IDS, ("abcdefgh1",), 'CALL abcdefgh1 lamp {"on": true, "room": "hall"}'),
+        (WANTS_IDS, (), 'CALL call00000 lamp {"on": true, "room": "hall"}'),
+    ],
+)
+def test_a_templates_own_form_of_calls_is_used(tmp_path: Path, call: str, ids: tuple[str, ...], learnt: str) -> None:
+    made = native(tmp_path, call)
+    example = made.example(called(ids=ids))
+    assert trained_text(example) == f"{learnt}<|im_end|>done<|im_end|>"
+    assert "You may call one or more" not in text_of(example)
+    assert made.notes["tools_spelled"] == 0
+    if call == WANTS_IDS:  # the result names the call that it answers
+        assert f"tool {learnt.split()[1]} ok" in text_of(example)
+        long = made.example(called(ids=("call_0123456789",)))
+        assert len(trained_text(long).split()[1]) == 9
+
+
+def test_text_that_a_template_drops_beside_a_call_is_told(tmp_path: Path) -> None:
+    (made,) = native(tmp_path, REPLACES).render([called("I switch it on.")])
+    assert "the chat template leaves out the answer" in str(made)
+
+
+def test_veneers_own_form_of_calls_is_counted() -> None:
+    made = renderer()
+    assert "<tool_call>" in text_of(made.example(called()))
+    assert made.notes["tools_spelled"] == 1
+
+
+def test_a_tool_turn_that_brings_its_tool_response_is_not_wrapped_again() -> None:
+    result = "<tool_response>\n1\n</tool_response>"
+    given = [
+        {"from": "human", "value": "a"},
+        {"from": "gpt", "value": "<tool_call>\n{}\n</tool_call>"},
+        {"from": "tool", "value": f"{result}\n{result}"},
+        {"from": "gpt", "value": "two"},
+    ]
+    row = Conversation(read_turns(given), "p")
+    for template in ("auto", fixture("qwen-2.5")):
+        assert text_of(renderer(chat_template=template).example(row)).count(f"user\n{result}\n{result}<|im_end|>") == 1
+
+
+def test_answers_that_the_generation_prompt_does_not_ask_for_are_told_with_what_helps(tmp_path: Path) -> None:
+    template = tmp_path / "t.jinja"
+    plain = tiny_tokenizer().chat_template
+    template.write_text(plain.replace("assistant\n", "assistant\n<think>\n"))
+    told = refused(conversation(CHAT).messages, chat_template=str(template))
+    assert "it has '<think>\\n'" in told
+    assert "rewritten_history" not in told
+    template.write_text(plain)  # what the message says: the generation prompt changed
+    assert renderer(chat_template=str(template)).example(conversation(CHAT))
+
+
+def test_an_end_token_that_is_not_special_is_named(tmp_path: Path) -> None:
+    from copy import deepcopy
+
+    from tokenizers import AddedToken
+
+    tokenizer = deepcopy(tiny_tokenizer())
+    tokenizer.add_tokens([AddedToken("<|over|>", special=False, normalized=False)])
+    template = tmp_path / "t.jinja"
+    template.write_text(tokenizer.chat_template.replace("<|im_end|>", "<|over|>"))
+    (made,) = renderer(tokenizer, chat_template=str(template)).render([conversation(CHAT)])
+    assert "ends an answer in <|over|>, which is not marked as a special token" in str(made)

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 import veneer
 from tests.runs import losses, tiny_run, write_rows
+from tests.tiny import CHATML
 from veneer.config import Interrupted, JobError, RunFolder, Train, UserError
 from veneer.release import find_origin
 from veneer.train import TrainingJob
@@ -203,6 +204,24 @@ def stopped(train: Runner, tmp_path: Path) -> Path:
     with pytest.raises(Interrupted, match="is where --resume goes on"):
         train(listeners=(StopAfter(3),))
     return tmp_path / "run-1"
+
+
+def test_a_run_goes_on_with_the_date_that_its_template_was_given(train: Runner, tmp_path: Path) -> None:
+    """Tomorrow is a run file without a date on another day: as today's, it says nothing of the date."""
+    template = tmp_path / "dated.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y') }}" + CHATML)
+    asked = {"chat_template": str(template), "validation": 2}
+    with pytest.raises(Interrupted):
+        train(data=asked | {"template_date": "2024-02-29"}, listeners=(StopAfter(3),))
+    folder = RunFolder(tmp_path / "run-1")
+    job = TrainingJob(veneer.load_run(folder.run, ["data.template_date=null"]), resume=True)
+    assert "29 Feb 2024" in str(job.renderer.template)
+    job.fit()
+    assert json.loads(folder.ledger.read_text())["sha256"] == job.data.ledger.sha256
+    # What ships holds the date as well, whatever day it is read on.
+    origin = find_origin(str(folder.path))
+    assert origin.renderer().template == job.renderer.template
+    assert str(job.run.data.template_date) == "2024-02-29"
 
 
 def test_resuming_with_other_settings_is_refused(stopped: Path) -> None:

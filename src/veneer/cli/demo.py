@@ -142,7 +142,7 @@ def _export(out: Any, job: Any, evaluation: Any) -> tuple[Any, dict[str, Any]]:
     with progress:
         answers = gguf_answers(file, job.renderer, questions(held_out), job.run.evaluate.max_new_tokens, on_done)
     seconds = time.perf_counter() - began
-    evaluation = replace(evaluation, exported=judge(held_out, answers))
+    evaluation = replace(evaluation, exported=judge(job.renderer, held_out, answers))
     exported = evaluation.as_dict()["exported"]
     show_demo.show_exported(out, file, made.bytes, seconds, exported)
     return evaluation, {"file": str(file), "bytes": made.bytes, "quant": made.quant, "seconds": round(seconds, 1)}

@@ -6,6 +6,7 @@ metadata is the advice printed when a value is refused.
 """
 
 import re
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -177,6 +178,17 @@ class Data(Section):
         "auto",
         description="auto: the tokenizer's own; chatml, llama-3, mistral, gemma, phi-3, alpaca or guanaco; a Jinja "
         "file; none: plain prompt + completion.",
+    )
+    template_date: date | None = Field(
+        None,
+        description="What templates that write today's date are given; null: the day the run begins, which its folder "
+        "keeps.",
+        json_schema_extra={"fix": "write a day such as 2026-07-31"},
+    )
+    unrendered: Literal["refuse", "into-user", "leave-out"] = Field(
+        "refuse",
+        description="What the template leaves out of a row: refuse the row; into-user: put system turns at the head of "
+        "the user turn behind them; leave-out: learn the row without it. Both are counted.",
     )
     system_prompt: str | None = Field(None, description="Put before conversations that have none.")
     loss_on: Literal["assistant", "last", "completion", "all"] = Field(

@@ -11,7 +11,8 @@ conversation.py  what that is
 prerendered.py   rows that bring a chat template with them
 privacy.py       personal data in a text
 intake.py        all of the above for one row: a conversation, or why it is none
-template.py      chat templates, and what they cannot say
+template.py      chat templates, and what they cannot say;  frozen.py  their date;  leftout.py  what they left out
+sandbox.py       renders them, in a process with limits
 tokens.py        text into tokens, with borders where they must be
 render.py        a conversation as tokens, and which of them are trained
 tokenize.py      blocks of rows as flat arrays, in several processes

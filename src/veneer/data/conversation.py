@@ -22,6 +22,7 @@ class Message:
         reasoning: What an answer thought before it was given.
         tool_calls: `{"name": ..., "arguments": {...}}` each.
         name: Of a tool turn: which tool answered.
+        ids: Of its calls, where the row has them; of a tool turn: the id of the call that it answers.
     """
 
     role: str
@@ -30,6 +31,7 @@ class Message:
     reasoning: str = ""
     tool_calls: tuple[dict[str, Any], ...] = ()
     name: str = ""
+    ids: tuple[str, ...] = ()
 
     def as_turn(self) -> dict[str, Any]:
         """The turn as chat templates read it."""
@@ -38,6 +40,10 @@ class Message:
             turn["reasoning_content"] = self.reasoning
         if self.tool_calls:
             turn["tool_calls"] = [{"type": "function", "function": call} for call in self.tool_calls]
+            for call, call_id in zip(turn["tool_calls"], self.ids):
+                call["id"] = call_id
+        elif self.ids:
+            turn["tool_call_id"] = self.ids[0]
         if self.name:
             turn["name"] = self.name
         return turn

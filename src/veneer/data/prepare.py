@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import date
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,8 @@ MOST_WORKERS = 8
 # Settings that decide what is cached.
 MATTER = (
     *("format", "columns", "text_by", "limit", "sample", "max_length", "overlong", "bad_rows", "pii", "group"),
-    *("system_prompt", "loss_on", "rewritten_history", "special_tokens_in_text", "ignore_columns", "max_row_bytes"),
+    *("unrendered", "system_prompt", "loss_on", "rewritten_history", "special_tokens_in_text"),
+    *("ignore_columns", "max_row_bytes"),
 )
 
 
@@ -384,7 +384,6 @@ def _fingerprint(sources: Sequence[Source], formats: Sequence[str], data: Data, 
         "tokenizer": renderer.fingerprint,
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "template": renderer.template,
-        "today": date.today().isoformat() if "strftime" in (renderer.template or "") else None,
         "libraries": [veneer.__version__, metadata.version("tokenizers"), metadata.version("transformers")],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]

@@ -14,8 +14,11 @@ Training, evaluation, generation and serving all come here; examples are made ma
 several times faster then.
 """
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import date
 from itertools import pairwise
 from typing import Any
 
@@ -24,10 +27,14 @@ import numpy as np
 from veneer.config import Data, UserError
 from veneer.data.batch import Example
 from veneer.data.conversation import BadRowError, Conversation, Message
-from veneer.data.template import NAMED_TEMPLATES, begin_ids, find_template
+from veneer.data.frozen import CALL
+from veneer.data.leftout import left_out, names_left_out, strings_of
+from veneer.data.sandbox import AT_ONCE
+from veneer.data.template import NAMED_TEMPLATES, Spelled, begin_ids, find_template
 from veneer.data.tokens import MARKS, UNCUT, Encoder, Text
 
 Weighted = tuple[Message, ...]
+Texts = list[str | BadRowError]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,26 +55,63 @@ class _Draft:
     is_chat: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Chat:
+    """A conversation whose texts a template is to make.
+
+    Attributes:
+        row: As the template is given it.
+        answers: Numbers of its answers.
+        mark, place: As of a draft.
+        is_prompt: Whether it is to be continued; no answer of it is trained.
+    """
+
+    row: Spelled
+    answers: tuple[int, ...]
+    mark: str
+    place: str
+    is_prompt: bool = False
+
+    def cuts(self) -> list[tuple[int, bool]]:
+        """The texts before and behind each answer, and a prompt's own."""
+        cuts = [cut for n in self.answers for cut in ((n, True), (n + 1, False))]
+        return [*cuts, (len(self.row.messages), True)] if self.is_prompt else cuts
+
+    def others(self) -> list[tuple[Spelled, list[tuple[int, bool]]]]:
+        """Two other first answers, where the conversation begins with one: what they share stands before it."""
+        if self.answers[:1] != (0,):
+            return []
+        first = [
+            replace(self.row.messages[0], content=text, reasoning="", tool_calls=(), ids=()) for text in ("a", "b")
+        ]
+        return [(replace(self.row, messages=(message,)), [(1, False)]) for message in first]
+
+
 class Renderer:
     """Turns conversations into tokens for training, evaluation and generation alike.
 
     Args:
         tokenizer: A fast Transformers tokenizer.
-        data: The settings: chat_template, system_prompt, loss_on, rewritten_history, special_tokens_in_text; None:
-            the defaults.
+        data: The settings: chat_template, template_date, unrendered, system_prompt, loss_on, rewritten_history,
+            special_tokens_in_text; None: the defaults.
 
     Attributes:
+        settings: With the date that the template was given, where it asks for one.
+        notes: How many conversations were rendered otherwise than they are, by what was done with them.
         template: Jinja text that ships with the adapter; None where rows are plain text.
         stop_ids: Tokens that end an answer.
 
     Raises:
-        UserError: The template is unknown, or the tokenizer has no end token.
+        UserError: The template is unknown or exceeds its limits, or the tokenizer has no end token.
     """
 
     def __init__(self, tokenizer: Any, data: Data | None = None) -> None:
         self.tokenizer = tokenizer
         self.settings = data or Data(train="-")
-        self._template = find_template(tokenizer, self.settings.chat_template)
+        if self.settings.template_date is None:  # one date for all who render with these settings
+            self.settings = self.settings.model_copy(update={"template_date": date.today()})
+        self.notes: Counter[str] = Counter()
+        self._template = find_template(tokenizer, self.settings)
         if tokenizer.eos_token_id is None:
             raise UserError(
                 "the tokenizer has no end-of-sequence token: nothing would tell the model to stop",
@@ -85,6 +129,11 @@ class Renderer:
         return self._template is not None
 
     @property
+    def is_dated(self) -> bool:
+        """Whether the template asks for today's date, and was given that of `settings`."""
+        return CALL in (self.template or "")
+
+    @property
     def fingerprint(self) -> str:
         """Of the tokenizer: equal where the same texts become the same tokens."""
         return self._encoder.fingerprint
@@ -99,12 +148,14 @@ class Renderer:
         Most are one example. A preference pair is two, chosen and rejected; rewritten_history: split makes one of
         every answer.
         """
-        drafts: list[list[_Draft] | BadRowError] = []
-        for conversation in conversations:
-            try:
-                drafts.append(self._drafts(conversation))
-            except BadRowError as error:
-                drafts.append(error)
+        parts = [conversations[at : at + AT_ONCE] for at in range(0, len(conversations), AT_ONCE)]
+        if len(parts) < 2:
+            return [row for part in parts for row in self._examples(self._drafts(part))]
+        with ThreadPoolExecutor(1) as ahead:  # the sandbox renders while this thread tokenizes
+            return [row for drafts in ahead.map(self._drafts, parts) for row in self._examples(drafts)]
+
+    def _examples(self, drafts: list[list[_Draft] | BadRowError]) -> list[list[Example] | BadRowError]:
+        """The examples of each row's drafts."""
         flat = [draft for row in drafts if not isinstance(row, BadRowError) for draft in row]
         made = iter(zip(flat, self._encoder.encode_at([draft.text for draft in flat])))
         results: list[list[Example] | BadRowError] = []
@@ -132,15 +183,32 @@ class Renderer:
 
     def prompt_ids(self, messages: Sequence[Message], tools: tuple[dict[str, Any], ...] = ()) -> list[int]:
         """Tokens of a conversation that the model is to continue; the same that training puts before an answer."""
-        mark, messages, tools = self._marked(tuple(messages), tools)
         if self._template is None:
+            mark, messages, _ = self._marked(tuple(messages), tools)
             text, lead = Text("".join(message.content for message in messages), (), mark), self._lead
         else:
             try:
-                text, lead = self._prompt_text(self._with_system(messages), tools, mark), []
+                chat = self._chat(tuple(messages), tools, "prompt", is_prompt=True)
+                (texts,) = self._rendered([chat])
+                text, lead = _prompt_text(chat, texts), []
             except BadRowError as error:
                 raise UserError(f"prompt: {error}") from None
         return lead + self._encoder.encode_at([text])[0][0]
+
+    def answer_ids(self, conversation: Conversation) -> list[int]:
+        """Tokens of the last answer as the model is to give it: reasoning and calls in the template's form.
+
+        Raises:
+            UserError: It cannot be rendered.
+        """
+        turns = conversation.prompt()
+        last = replace(conversation.messages[len(turns)], weight=1.0)
+        settings = self.settings.model_copy(update={"loss_on": "last", "rewritten_history": "last"})
+        (drafts,) = self._drafts([replace(conversation, messages=(*turns, last), rejected=())], settings)
+        if isinstance(drafts, BadRowError):
+            raise UserError(f"{conversation.place}: {drafts}")
+        ((ids, counts),) = self._encoder.encode_at([drafts[-1].text])
+        return ids[counts[-2] : counts[-1]] if drafts[-1].is_chat else ids[counts[-1] :]
 
     def pieces(self, example: Example) -> list[dict[str, Any]]:
         """An example's text in stretches of equal weight, control tokens by themselves: text, weight, control."""
@@ -166,19 +234,80 @@ class Renderer:
 
     # From rows to drafts: text, and where the answers stand in it.
 
-    def _drafts(self, conversation: Conversation) -> list[_Draft]:
+    def _drafts(
+        self, conversations: Sequence[Conversation], settings: Data | None = None
+    ) -> list[list[_Draft] | BadRowError]:
+        """Of each conversation: one draft, of a pair two, or more where its history is split."""
+        settings = settings or self.settings
+        rows: list[list[_Draft | _Chat] | BadRowError] = []
+        for conversation in conversations:
+            try:
+                rows.append(self._sides(conversation, settings.loss_on))
+            except BadRowError as error:
+                rows.append(error)
+        chats = [side for row in rows if not isinstance(row, BadRowError) for side in row if isinstance(side, _Chat)]
+        texts = iter(self._rendered(chats))
+        drafts: list[list[_Draft] | BadRowError] = []
+        for row in rows:
+            if isinstance(row, BadRowError):
+                drafts.append(row)
+                continue
+            given = [(side, next(texts) if isinstance(side, _Chat) else []) for side in row]
+            notes: set[str] = set()
+            try:
+                made: list[_Draft] = []
+                for side, some in given:
+                    made += [side] if isinstance(side, _Draft) else self._chat_drafts(side, some, settings, notes)
+                drafts.append(made)
+                self.notes.update(notes)
+            except BadRowError as error:
+                drafts.append(error)
+        return drafts
+
+    def _sides(self, conversation: Conversation, loss_on: str) -> list[_Draft | _Chat]:
+        """A row as drafts, or as what a template is to make texts of; a preference pair has two sides."""
+        place = conversation.place
         sides = [conversation.messages] + ([conversation.rejected] if conversation.rejected else [])
-        drafts = []
+        if not conversation.is_document and self._template is not None:
+            return [self._chat(side, conversation.tools, place, loss_on) for side in sides]
+        found: list[_Draft | _Chat] = []
         for side in sides:
             mark, messages, tools = self._marked(side, conversation.tools)
             if conversation.is_document:
-                drafts.append(_Draft(Text(messages[0].content, (0,), mark), (0.0, 1.0), conversation.place, False))
-            elif self._template is None:
-                drafts.append(self._plain(messages, tools, mark, conversation.place))
+                found.append(_Draft(Text(messages[0].content, (0,), mark), (0.0, 1.0), place, False))
             else:
-                weighted = _weighted(self._with_system(messages), self.settings.loss_on)
-                drafts += self._chat(weighted, tools, mark, conversation.place)
-        return drafts
+                found.append(self._plain(messages, tools, mark, place))
+        return found
+
+    def _chat(
+        self,
+        messages: tuple[Message, ...],
+        tools: tuple[dict[str, Any], ...],
+        place: str,
+        loss_on: str = "all",
+        is_prompt: bool = False,
+    ) -> _Chat:
+        """What the template is to make texts of.
+
+        Raises:
+            BadRowError: The template would leave out what settings do not allow it to.
+        """
+        assert self._template is not None
+        mark, messages, tools = self._marked(messages, tools)
+        messages = self._with_system(messages)
+        row = self._template.spelled(messages if is_prompt else _weighted(messages, loss_on), tools)
+        answers = tuple(n for n, message in enumerate(row.messages) if message.role == "assistant")
+        return _Chat(row, answers, mark, place, is_prompt)
+
+    def _rendered(self, chats: Sequence[_Chat]) -> list[Texts]:
+        """The texts of each chat's cuts, and of its others."""
+        if not chats:
+            return []
+        assert self._template is not None
+        jobs = [[(chat.row, chat.cuts()), *chat.others()] for chat in chats]
+        places = [chat.place for chat, some in zip(chats, jobs) for _ in some]
+        texts = iter(self._template.texts([job for some in jobs for job in some], places))
+        return [[text for _ in some for text in next(texts)] for some in jobs]
 
     def _plain(self, messages: tuple[Message, ...], tools: tuple[dict[str, Any], ...], mark: str, place: str) -> _Draft:
         *prompt, answer = messages
@@ -193,20 +322,28 @@ class Renderer:
         text = Text(before + answer.content, (0, len(before)), mark)
         return _Draft(text, (0.0, context, answer.weight), place, False)
 
-    def _chat(self, messages: Weighted, tools: tuple[dict[str, Any], ...], mark: str, place: str) -> list[_Draft]:
+    def _chat_drafts(self, chat: _Chat, made: Texts, settings: Data, notes: set[str]) -> list[_Draft]:
         """Drafts of one conversation: one, or more where its history is split."""
-        answers = [n for n, message in enumerate(messages) if message.role == "assistant"]
-        texts = {n: self._around(messages, n, tools) for n in answers}
-        for n in answers:
-            self._require_prefix(*texts[n], n, "the generation prompt is not what stands before the answer: ")
-        for n, following in pairwise(answers):
+        texts = _around(chat, made)
+        messages, mark, place = chat.row.messages, chat.mark, chat.place
+        for n in chat.answers:
+            self._require_prompt(*texts[n])
+        notes.update(chat.row.notes)
+        if what := _left_out(chat, texts):
+            if self.settings.unrendered != "leave-out":
+                raise BadRowError(
+                    f"the chat template leaves out {what}; set data.unrendered to leave-out to learn the row without "
+                    "it, or data.chat_template to a template that renders it"
+                )
+            notes.add("left_out_by_template")
+        for n, following in pairwise(chat.answers):
             before, after = texts[n]
             if not texts[following][0].startswith(after):
                 kept = self._kept_end(before, after, texts[following][0])
                 if kept is None:
-                    return self._rewritten(messages, texts, mark, place)
+                    return self._rewritten(messages, texts, mark, place, settings.rewritten_history)
                 texts[n] = before, after[:kept]
-        return [self._draft([(*texts[n], messages[n].weight) for n in answers], mark, place)]
+        return [self._draft([(*texts[n], messages[n].weight) for n in chat.answers], mark, place)]
 
     def _kept_end(self, before: str, after: str, then: str) -> int | None:
         """Where an answer ends if only what the template put behind its end token is gone once more follows.
@@ -217,13 +354,15 @@ class Renderer:
         ends = [end for end in self._encoder.control_ends(after) if len(before) < end <= shared]
         return ends[-1] if ends and not self._encoder.without_control(after[ends[-1] :]).strip() else None
 
-    def _rewritten(self, messages: Weighted, texts: dict[int, tuple[str, str]], mark: str, place: str) -> list[_Draft]:
+    def _rewritten(
+        self, messages: Weighted, texts: dict[int, tuple[str, str]], mark: str, place: str, policy: str
+    ) -> list[_Draft]:
         """What becomes of a conversation whose earlier turns are rendered anew."""
-        if self.settings.rewritten_history == "refuse":
+        if policy == "refuse":
             what = "the chat template renders earlier turns differently once an answer follows: "
             for n, following in pairwise(texts):
                 self._require_prefix(texts[n][1], texts[following][0], following, what)
-        kept = list(texts) if self.settings.rewritten_history == "split" else list(texts)[-1:]
+        kept = list(texts) if policy == "split" else list(texts)[-1:]
         return [self._draft([(*texts[n], messages[n].weight)], mark, place) for n in kept if messages[n].weight]
 
     def _draft(self, answers: list[tuple[str, str, float]], mark: str, place: str) -> _Draft:
@@ -232,39 +371,6 @@ class Renderer:
         context = float(self.settings.loss_on == "all")
         weights = [weight for _, _, weight in answers for weight in (context, weight)]
         return _Draft(Text(answers[-1][1], tuple(borders), mark), (*weights, context), place, True)
-
-    def _around(self, messages: Weighted, n: int, tools: tuple[dict[str, Any], ...]) -> tuple[str, str]:
-        """The text before answer n, and the text up to its end."""
-        assert self._template is not None
-        after = self._template.render(messages[: n + 1], tools)
-        try:
-            before = self._template.render(messages[:n], tools, add_generation_prompt=True)
-        except BadRowError:
-            if n > 0:
-                raise
-            before = None
-        if n > 0 or (before is not None and after.startswith(before)):
-            assert before is not None
-            return before, after
-        # Templates that look at the first turn fail on none, or begin otherwise: what stands before is what two
-        # other first answers share.
-        others = [replace(messages[0], content=text, reasoning="", tool_calls=()) for text in ("a", "b")]
-        first, second = (self._template.render([other], tools) for other in others)
-        return first[: _shared(first, second)], after
-
-    def _prompt_text(self, messages: tuple[Message, ...], tools: tuple[dict[str, Any], ...], mark: str) -> Text:
-        """The text of a prompt, cut where training would cut it."""
-        assert self._template is not None
-        whole = self._template.render(messages, tools, add_generation_prompt=True)
-        borders: list[int] = []
-        for n, message in enumerate(messages):
-            if message.role == "assistant":
-                before, after = self._around(messages, n, tools)
-                if not whole.startswith(after) or not after.startswith(before):
-                    borders = []  # rewritten history: trained as one text, too
-                    break
-                borders += [len(before), len(after)]
-        return Text(whole, tuple(borders), mark)
 
     def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
         if self.settings.system_prompt is None or (messages and messages[0].role == "system"):
@@ -279,7 +385,7 @@ class Renderer:
             return UNCUT, messages, tools
         texts = [message.content for message in messages]
         if tools or any(message.reasoning or message.tool_calls for message in messages):
-            texts += _strings(([(message.reasoning, message.tool_calls) for message in messages], tools))
+            texts += strings_of(([(message.reasoning, message.tool_calls) for message in messages], tools))
         if not any(map(self._encoder.holds_control, texts)):
             return UNCUT, messages, tools
         mark = next((mark for mark in MARKS if not any(mark in text for text in texts)), None)
@@ -302,6 +408,18 @@ class Renderer:
         if isinstance(value, dict):
             return {key: self._mark_all(item, mark) for key, item in value.items()}
         return [self._mark_all(item, mark) for item in value] if isinstance(value, list) else value
+
+    def _require_prompt(self, before: str, after: str) -> None:
+        """Raises BadRowError where the generation prompt is not what the template writes before an answer."""
+        if after.startswith(before):
+            return
+        shared = _shared(before, after)
+        raise BadRowError(
+            f"the generation prompt is not what stands before the answer: behind {before[:shared][-24:]!r} it has "
+            f"{before[shared:][:24]!r}, and the template writes {after[shared:][:24]!r} there where an answer follows; "
+            "set data.chat_template to a template that renders both alike: the model's own in a Jinja file with the "
+            "generation prompt changed, or chatml or another name"
+        )
 
     def _require_prefix(self, start: str, whole: str, n: int, what: str) -> None:
         """Raises BadRowError with the first token in which two texts differ."""
@@ -342,6 +460,13 @@ class Renderer:
             if ids[at] in self._encoder.control:
                 self.stop_ids.add(ids[at])
                 return at
+        added = self.tokenizer.added_tokens_decoder
+        plain = next((str(added[token]) for token in reversed(ids[start:end]) if token in added), None)
+        if plain is not None:
+            raise BadRowError(
+                f"the chat template ends an answer in {plain}, which is not marked as a special token: it would not "
+                'end generation; set "special": true for it in the added_tokens of the model\'s tokenizer.json'
+            )
         raise BadRowError(
             "the chat template renders no end-of-turn token after an answer: the model would never learn to stop; "
             "let the template end an answer with eos_token, or set data.chat_template"
@@ -371,6 +496,55 @@ def _weighted(messages: tuple[Message, ...], loss_on: str) -> Weighted:
     return tuple(m if n in kept else replace(m, weight=0.0) for n, m in enumerate(messages))
 
 
+def _around(chat: _Chat, made: Texts) -> dict[int, tuple[str, str]]:
+    """For each answer the text before it, and the text up to its end.
+
+    Raises:
+        BadRowError: The template refuses one of them.
+    """
+    found: dict[int, tuple[str, str]] = {}
+    for at, n in enumerate(chat.answers):
+        before, after = made[2 * at : 2 * at + 2]
+        if n == 0 and (isinstance(before, BadRowError) or not _text(after).startswith(before)):
+            # Templates that look at the first turn fail on none, or begin otherwise.
+            first, second = map(_text, made[-2:])
+            before = first[: _shared(first, second)]
+        found[n] = _text(before), _text(after)
+    return found
+
+
+def _text(made: str | BadRowError) -> str:
+    if isinstance(made, BadRowError):
+        raise made
+    return made
+
+
+def _left_out(chat: _Chat, texts: dict[int, tuple[str, str]]) -> str:
+    """What of a conversation stands nowhere in its texts, in words; nothing where all does."""
+    messages = chat.row.messages
+    behind, last = "", 0
+    for n in chat.answers:
+        before, after = texts[n]
+        asked = before[len(behind) :] if before.startswith(behind) else before
+        if what := left_out(messages[last:n], asked) or left_out(messages[n : n + 1], after[len(before) :]):
+            return what
+        behind, last = after, n + 1
+    return names_left_out(chat.row.tools, behind)
+
+
+def _prompt_text(chat: _Chat, made: Texts) -> Text:
+    """The text of a prompt, cut where training would cut it."""
+    count = len(chat.cuts())
+    whole = _text(made[count - 1])
+    borders: list[int] = []
+    for before, after in _around(chat, made).values():
+        if not whole.startswith(after) or not after.startswith(before):
+            borders = []  # rewritten history: trained as one text, too
+            break
+        borders += [len(before), len(after)]
+    return Text(whole, tuple(borders), chat.mark)
+
+
 def _add(spans: list[tuple[int, int, float]], start: int, end: int, weight: float) -> None:
     """Put a stretch behind the others; one that continues the last makes it longer."""
     if not weight or start >= end:
@@ -383,14 +557,3 @@ def _add(spans: list[tuple[int, int, float]], start: int, end: int, weight: floa
 def _shared(first: str, second: str) -> int:
     """How many characters two texts begin with alike."""
     return next((n for n, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
-
-
-def _strings(value: Any) -> Iterable[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _strings(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _strings(item)

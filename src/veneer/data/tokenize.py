@@ -14,13 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from veneer.config import Data, JobError
+from veneer.config import Data, JobError, UserError
 from veneer.data.batch import Example
 from veneer.data.conversation import BadRowError, Conversation
 from veneer.data.intake import Intake, Personal, Problem, Taken
 from veneer.data.likeness import signatures
 from veneer.data.read import Block
 from veneer.data.render import Renderer
+from veneer.data.sandbox import TOO_LONG, shared
+from veneer.data.template import TEMPLATE_FIX
 
 NOTED = 20  # problems of a block and a fate that are kept word for word
 
@@ -49,7 +51,8 @@ class Tokenized:
         rows: The rows that are used; dtype ROW.
         signatures: What their likeness is judged by; uint8, shape (rows, BINS).
         fates: How many rows were used, unreadable, refused, empty, overlong.
-        notes: How many were truncated, lost all trained tokens, ended with no answer, were rated good or bad.
+        notes: How many were truncated, lost all trained tokens, ended with no answer, were rated good or bad, were
+            rendered otherwise than they are.
         all_lengths: Tokens of every row that was rendered, before any was left out.
         problems: The first rows that are not used, and why.
         personal: Personal data found.
@@ -114,7 +117,9 @@ class Tokenizing:
                 kept.append((block.numbers[at], taken))
         used: list[tuple[int, Taken, list[Example]]] = []
         all_lengths = too_long
+        self.renderer.notes.clear()
         rendered = self.renderer.render([taken.conversation for _, taken in kept])
+        notes += self.renderer.notes
         for (number, taken), made in zip(kept, rendered, strict=True):
             if isinstance(made, BadRowError):
                 fates["refused"] += 1
@@ -171,7 +176,7 @@ def tokenize(
     """Tokenize blocks with so many processes; each comes back with its source and its block, in order.
 
     Raises:
-        JobError: A process was killed (for memory, as a rule).
+        JobError: A process was killed (for memory, as a rule). UserError: A template exceeds its limits.
     """
     if workers == 1:
         work = Tokenizing(renderer, data, formats)
@@ -182,7 +187,10 @@ def tokenize(
     from loky import ProcessPoolExecutor
     from loky.process_executor import TerminatedWorkerError
 
-    pool = ProcessPoolExecutor(workers, initializer=_start, initargs=(renderer.tokenizer, data, list(formats)))
+    # Each worker renders as this renderer does: with its template, and its date.
+    like = {name: getattr(renderer.settings, name) for name in ("chat_template", "template_date")}
+    given = (renderer.tokenizer, data.model_copy(update=like), list(formats))
+    pool = ProcessPoolExecutor(workers, initializer=_start, initargs=given)
     waiting: deque[tuple[int, Block, Any]] = deque()
     try:
         for source, block in blocks:
@@ -194,6 +202,8 @@ def tokenize(
             source, block, future = waiting.popleft()
             yield source, block, future.result()
     except TerminatedWorkerError as error:
+        if "SIGPROF" in str(error):  # the limit of a rendering; nothing else sets that timer
+            raise UserError(f"the chat template {TOO_LONG}", TEMPLATE_FIX) from None
         raise JobError(
             f"a tokenizing process was killed (out of memory?): {error}\n  fix: lower data.workers"
         ) from None
@@ -205,6 +215,7 @@ _worker: list[Tokenizing] = []  # of a worker process: what it does, once it has
 
 
 def _start(tokenizer: Any, data: Data, formats: list[str]) -> None:
+    shared().render_here()
     _worker.append(Tokenizing(Renderer(tokenizer, data), data, formats))
 
 

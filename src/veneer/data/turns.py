@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from veneer.data.conversation import BadRowError, Message
@@ -48,6 +49,7 @@ LOOKS_LIKE_TURNS = re.compile(r"""\s*\[\s*\{\s*["'](role|from|content|value)["']
 TEXT_PARTS = ("text", "input_text", "output_text")
 REASONING_PARTS = ("reasoning", "thinking")
 CALL_PARTS = ("tool_call", "function_call")
+RESPONSE = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
 
 
 def read_turns(turns: list[Any]) -> tuple[Message, ...]:
@@ -56,7 +58,15 @@ def read_turns(turns: list[Any]) -> tuple[Message, ...]:
     Raises:
         BadRowError: A turn is not readable; the message has its number.
     """
-    return tuple(read_turn(turn, number) for number, turn in enumerate(turns, 1))
+    return tuple(message for number, turn in enumerate(turns, 1) for message in _unwrapped(read_turn(turn, number)))
+
+
+def _unwrapped(message: Message) -> list[Message]:
+    """A tool turn that brings its `<tool_response>` without it, a turn for each: templates write their own."""
+    text = message.content
+    if message.role != "tool" or "<tool_response>" not in text or RESPONSE.sub("", text):
+        return [message]
+    return [replace(message, content=found[1]) for found in RESPONSE.finditer(text)]
 
 
 def read_turn(turn: Any, number: int) -> Message:
@@ -77,7 +87,10 @@ def read_turn(turn: Any, number: int) -> Message:
             return Message(role, "", _weight(turn, role), tool_calls=_called(content))
         reasoning = next((text_of(turn, key) for key in REASONING if turn.get(key)), reasoning)
         name = text_of(turn, "name") if role == "tool" and turn.get("name") else ""
-        return Message(role, content, _weight(turn, role), reasoning, _calls(turn) + calls, name)
+        calls = _calls(turn) + calls
+        return Message(
+            role, content, _weight(turn, role), reasoning, calls, name, _ids(turn, turn.get("tool_calls") or ())
+        )
     except BadRowError as error:
         raise BadRowError(f"turn {number}: {error}") from None
 
@@ -207,13 +220,21 @@ def _call(call: Any) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadRowError("a tool call needs `name` and `arguments`")
-    arguments = function.get("arguments", {})
+    arguments = function.get("arguments")
     if isinstance(arguments, str):
         arguments = _json(arguments, "arguments") if arguments.strip() else {}
+    arguments = {} if arguments is None else arguments
     if not isinstance(arguments, dict):
-        raise BadRowError("a tool call's `arguments` must be an object")
+        raise BadRowError("a tool call's `arguments` must be an object, or one as JSON text")
     called: dict[str, Any] = as_json({"name": function["name"], "arguments": arguments}, "tool_calls")
     return called
+
+
+def _ids(turn: dict[str, Any], calls: Any) -> tuple[str, ...]:
+    """Ids of a turn's calls where all have one; of a tool turn that of the call it answers."""
+    found = [call.get("id") for call in calls] if calls else [turn.get("tool_call_id")]
+    found = as_json(found, "id")
+    return tuple(map(str, found)) if all(found) else ()
 
 
 def _json(text: str, what: str) -> Any:

@@ -25,6 +25,10 @@ def warnings_of(ledger: Ledger, data: Data) -> list[str]:
             notes["near_duplicate_kept"],
             "nearly equal to another: kept on its side of the split (data.duplicates=drop-near leaves them out)",
         ),
+        (notes["left_out_by_template"], "of which the chat template leaves something out: learnt without it"),
+        (notes["system_into_user"], "with a system turn that stands in the user turn behind it"),
+        (notes["tools_spelled"], "with tools in Veneer's form (`<tool_call>`): the chat template has none of its own"),
+        (notes["reasoning_spelled"], "with reasoning as `<think>` in the text: the chat template has no place for it"),
         (notes["ends_without_answer"], "with more after the last answer: that end is left off"),
         (notes["in_held_out_group"], "to train on, of a group that the held-out files have too"),
         (

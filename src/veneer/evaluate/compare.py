@@ -1,7 +1,7 @@
 """Base against tuned on the same held-out rows: exact match of generated answers, and perplexity of the references.
 
-Exact match is judged on text the model generates by itself, greedily, from the prompt alone; perplexity on the
-reference's trained tokens. Where all references are JSON objects of the same keys, each key is judged as well
+Exact match is judged on text the model generates by itself, greedily, from the prompt alone (right.py); perplexity on
+the reference's trained tokens. Where all references are JSON objects of the same keys, each key is judged as well
 (fields.py). The base is the same model with its adapter switched off, in the same precision; examples in its prompt
 show what it can do without training.
 """
@@ -20,6 +20,7 @@ from veneer.evaluate.generation import generate
 from veneer.evaluate.intervals import Interval, perplexity, perplexity_difference, proportion
 from veneer.evaluate.memory import Batching, require_positions
 from veneer.evaluate.paired import Paired, paired
+from veneer.evaluate.right import expected_answer, is_right
 
 Progress = Callable[[int], None]
 
@@ -35,7 +36,7 @@ class Sample:
 
     @property
     def is_right(self) -> bool:
-        return self.answer == self.reference.strip()
+        return is_right(self.answer, self.reference)
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def score(
     prompts = [renderer.prompt_ids(_behind(examples, chat.prompt()), chat.tools) for chat in asked]
     answers = generate(model, renderer, prompts, settings.max_new_tokens, batching, on_done=on_done)
     losses, tokens = _losses(engine, held_out, batching) if with_losses else ([], [])
-    return replace(judge(held_out, answers, losses, tokens), batching=batching)
+    return replace(judge(renderer, held_out, answers, losses, tokens), batching=batching)
 
 
 def questions(held_out: Sequence[HeldOut]) -> list[Conversation]:
@@ -167,11 +168,16 @@ def questions(held_out: Sequence[HeldOut]) -> list[Conversation]:
 
 
 def judge(
-    held_out: Sequence[HeldOut], answers: Sequence[str], losses: Sequence[float] = (), tokens: Sequence[float] = ()
+    renderer: Renderer,
+    held_out: Sequence[HeldOut],
+    answers: Sequence[str],
+    losses: Sequence[float] = (),
+    tokens: Sequence[float] = (),
 ) -> Score:
     """Score answers, whoever gave them.
 
     Args:
+        renderer: Of the training: what it makes of a row's last answer is the right one.
         held_out: The rows.
         answers: One to each row that asks something.
         losses, tokens: Summed loss and trained tokens of each row; none: not measured.
@@ -180,7 +186,7 @@ def judge(
         Sample(
             place=conversation.place,
             prompt=conversation.prompt()[-1].content if conversation.prompt() else "",
-            reference=conversation.reference(),
+            reference=expected_answer(renderer, conversation),
             answer=answer,
         )
         for conversation, answer in zip(questions(held_out), answers, strict=True)

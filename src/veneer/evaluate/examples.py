@@ -25,8 +25,9 @@ def examples_of(rows: Sequence[Conversation], count: int) -> list[Message]:
     chosen += [n for n in range(len(rows)) if n not in chosen]
     turns = []
     for n in chosen[:count]:
-        turns += [message for message in rows[n].prompt() if message.role != "system"]
-        turns.append(Message("assistant", rows[n].reference()))
+        prompt = rows[n].prompt()
+        turns += [message for message in prompt if message.role != "system"]
+        turns.append(rows[n].messages[len(prompt)])
     return turns
 
 

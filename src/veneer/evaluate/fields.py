@@ -8,6 +8,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from veneer.evaluate.right import final_text, is_right
+
 VALID = "valid_json"
 RECORD = "record"
 FIELD = "field."  # before each key's name, so that no key is taken for another metric
@@ -42,6 +44,7 @@ def field_scores(answers: Sequence[str], references: Sequence[str]) -> dict[str,
         `valid_json`: the answer is a JSON object; `field.KEY`: its value of the key is right; `record`: all of them
         are, and there are no others.
     """
+    answers, references = [final_text(text) for text in answers], [final_text(text) for text in references]
     keys = shared_keys(references)
     if not keys:
         return {}
@@ -61,7 +64,7 @@ def field_scores(answers: Sequence[str], references: Sequence[str]) -> dict[str,
 
 def right_rows(answers: Sequence[str], references: Sequence[str]) -> list[bool]:
     """Which rows are right by the rule that decides: the whole record of JSON answers, else the text."""
-    exact = [answer == reference.strip() for answer, reference in zip(answers, references, strict=True)]
+    exact = [is_right(answer, reference) for answer, reference in zip(answers, references, strict=True)]
     return field_scores(answers, references).get(RECORD, exact)
 
 

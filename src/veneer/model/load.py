@@ -19,6 +19,7 @@ import torch
 from veneer.config import Model, Quantization, UserError
 from veneer.config.files import own_files, reading
 from veneer.config.hub import not_here, unreachable
+from veneer.data.sandbox import shared
 from veneer.model.dense import keep_dense
 from veneer.model.kept import Copy, Kept, tell_unusable
 from veneer.model.locate import Source
@@ -59,6 +60,7 @@ def compute_dtype(model: Model, machine: Machine) -> torch.dtype:
 
 def load_tokenizer(source: Source) -> Any:
     """The tokenizer of a base model, always a fast one, padding on the left (as generation needs)."""
+    shared().start()  # templates will be rendered: it loads Transformers, too, and does so meanwhile
     from transformers import AutoTokenizer
 
     if source.kind != "hub":

@@ -147,7 +147,7 @@ def _rendered(renderer: Renderer, messages: Sequence[Message], asks: bool = True
     if renderer.template is None:
         return None
     try:
-        return Template(renderer.tokenizer, renderer.template).render(messages, add_generation_prompt=asks)
+        return Template(renderer.tokenizer, renderer.template, renderer.settings).text(messages, asks)
     except BadRowError:
         return None
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from veneer.config import UserError
 from veneer.data import Message, Renderer
 from veneer.data.prepare import HeldOut
+from veneer.evaluate.right import expected_answer
 from veneer.model.shapes import find_config
 from veneer.release.origin import Origin
 
@@ -50,7 +51,7 @@ def prompts_of(renderer: Renderer, held_out: list[HeldOut], longest: int) -> lis
         turns = conversation.messages
         if conversation.is_document or conversation.tools or any(m.reasoning or m.tool_calls for m in turns):
             continue
-        made = _prompt(reader, conversation.place, conversation.prompt(), conversation.reference().strip())
+        made = _prompt(reader, conversation.place, conversation.prompt(), expected_answer(renderer, conversation))
         if made is not None:
             found.append(made)
     for name, turns in _edges(renderer, longest):

@@ -13,6 +13,7 @@ from typing import Any
 
 from veneer.data.source import HUB_ID
 from veneer.data.template import NAMED_TEMPLATES
+from veneer.evaluate.right import is_right
 
 # A path of this machine within a sentence: of two parts at least, so that "prompt / completion" and "/" are none.
 PATH = re.compile(r"(?<![\w:/.~])(?:(?:[A-Za-z]:)?(?:[/\\][\w.@+%=-]+){2,}|~[\w.-]*(?:[/\\][\w.@+%=-]+)+)[/\\]?")
@@ -155,7 +156,7 @@ def _verdicts(row: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in row.items() if key in ("id", "turn") or _is_verdict(value)}
     for key in ("adapter", "artifact"):
         if isinstance(row.get(key), str) and isinstance(row.get("reference"), str):
-            kept[f"{key}_right"] = row[key].strip() == row["reference"].strip()
+            kept[f"{key}_right"] = is_right(row[key], row["reference"])
     if isinstance(row.get("adapter"), str) and isinstance(row.get("artifact"), str):
         kept["same_answer"] = row["adapter"] == row["artifact"]
     return kept

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from jinja2 import TemplateError
 
 from veneer.config import JobError
 from veneer.config.files import reading
 from veneer.data import Message
+from veneer.data.sandbox import Job, RefusedError, TemplateLimitError, shared
 from veneer.evaluate.generation import contiguous_head_input
 from veneer.evaluate.prefix import SharedPrefix, padded
 from veneer.model.quiet import quiet
@@ -96,13 +96,16 @@ class Folder:
         if not self.tokenizer.chat_template:
             ids = self.tokenizer("".join(message.content for message in messages))["input_ids"]
         else:
-            turns = [message.as_turn() for message in messages]
-            try:
-                made = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
-            except TemplateError as error:
+            job = Job([message.as_turn() for message in messages], (), [(len(messages), True)])
+            source, special = self.tokenizer.get_chat_template(), dict(self.tokenizer.special_tokens_map)
+            try:  # as apply_chat_template does it, within limits
+                ((text,),) = shared().render(source, special, [job])
+                if isinstance(text, RefusedError):
+                    raise text
+            except (RefusedError, TemplateLimitError) as error:
                 why = f"its chat template fails, that of the training does not: {error}"
                 raise JobError(f"{self.path}: {why}") from None
-            ids = made["input_ids"]
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return list(ids)
 
     def prompt_count(self, messages: Sequence[Message]) -> int | None:

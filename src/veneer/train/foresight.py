@@ -74,7 +74,7 @@ class Read:
         own = tokenizer.chat_template
         return data, TokenizerFacts(
             has_template=own is not None,
-            uses_own=own is not None and self.renderer.template == own,
+            uses_own=isinstance(own, str) and (self.renderer.template or "").endswith(own),
         )
 
 

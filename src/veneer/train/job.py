@@ -7,6 +7,7 @@ folder begun. The adapter appears whole at the end.
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import date
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,10 @@ class TrainingJob:
         self._checkpoint = self._find_checkpoint() if resume else None
         if not resume:
             self._require_folder()
+        run = self.run
         parts = load_parts(run, force)
+        if parts.renderer.is_dated:
+            self.run = run = _dated(run, parts.renderer.settings.template_date)
         self.machine, self.source, self.tokenizer = parts.machine, parts.source, parts.tokenizer
         self.renderer, self.data, self.foreseen, self.model = parts.renderer, parts.data, parts.foreseen, parts.model
         self.choice = choose(self.model, run.train, self.machine.device, self.data.train)
@@ -210,7 +214,10 @@ class TrainingJob:
                 f"train.output_dir = {self.folder.path}: this run is finished",
                 "start another in a new train.output_dir",
             )
-        changes = _differences(anchored(load_run(self.folder.run)), anchored(self.run))
+        began = load_run(self.folder.run)
+        if self.run.data.template_date is None:
+            self.run = _dated(self.run, began.data.template_date)
+        changes = _differences(anchored(began), anchored(self.run))
         if changes:
             raise UserError(
                 f"train.output_dir = {self.folder.path}: the run began with other settings\n  " + "\n  ".join(changes),
@@ -259,6 +266,11 @@ def environment() -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "libraries": versions,
     }
+
+
+def _dated(run: Run, day: date | None) -> Run:
+    """A run with the date that its template is given, on whatever day it goes on."""
+    return run.model_copy(update={"data": run.data.model_copy(update={"template_date": day})})
 
 
 def _differences(then: Run, now: Run) -> list[str]:
