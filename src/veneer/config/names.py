@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from veneer.config.errors import UserError
-from veneer.config.folder import RunFolder
+from veneer.config.paths import require_path
 from veneer.config.run import Model
+from veneer.config.run_folder import RunFolder
 
 BUILTIN_NAMES = ("smollm2-135m-instruct",)
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
@@ -38,6 +39,7 @@ def find_adapter(name: str) -> AdapterFolder | None:
     Raises:
         UserError: The run has no adapter yet.
     """
+    require_path(name, "name")
     path = Path(name).expanduser()
     run = RunFolder(path)
     if run.run.is_file():
@@ -71,6 +73,7 @@ def require_run(name: str) -> RunFolder:
     Raises:
         UserError: There is none of that name.
     """
+    require_path(name, "name")
     folder = RunFolder(Path(name).expanduser())
     if not folder.run.is_file():
         raise UserError(f"{name}: holds no run (no run.yaml)", "name the folder that `veneer train` wrote")
@@ -93,6 +96,7 @@ def find_model(model: Model) -> tuple[str, str]:
 
 
 def _find(base: str) -> tuple[str, str]:
+    require_path(base, "model.base")
     path = Path(base).expanduser()
     if base.lower() in BUILTIN_NAMES:
         return "builtin", base.lower()

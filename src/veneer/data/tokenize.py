@@ -5,6 +5,9 @@ longer than it takes to write it down.
 """
 
 import gc
+import os
+import threading
+import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -178,7 +181,9 @@ def tokenize(
     from loky import ProcessPoolExecutor
     from loky.process_executor import TerminatedWorkerError
 
-    pool = ProcessPoolExecutor(workers, initializer=_start, initargs=(renderer.tokenizer, data, list(formats)))
+    pool = ProcessPoolExecutor(
+        workers, initializer=_start, initargs=(os.getpid(), renderer.tokenizer, data, list(formats))
+    )
     waiting: deque[tuple[int, Block, Any]] = deque()
     try:
         for source, block in blocks:
@@ -200,8 +205,16 @@ def tokenize(
 _worker: list[Tokenizing] = []  # of a worker process: what it does, once it has started
 
 
-def _start(tokenizer: Any, data: Data, formats: list[str]) -> None:
+def _start(parent: int, tokenizer: Any, data: Data, formats: list[str]) -> None:
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     _worker.append(Tokenizing(Renderer(tokenizer, data), data, formats))
+
+
+def _end_with(parent: int) -> None:
+    """End this process once its parent has ended: killed, that tells its workers nothing."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _work(source: int, block: Block) -> Tokenized:
