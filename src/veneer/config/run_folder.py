@@ -184,15 +184,15 @@ class RunFolder:
             parent = parent.parent
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with whole_folder(self.checkpoints / "step-000000", keep=False) as probe:  # the longest of its paths
-                write_text(probe / "adapter_model.safetensors", "")
+            with whole_folder(self.checkpoints, keep=False) as probe:
+                write_text(probe / "step-000000" / "adapter_model.safetensors", "")  # the longest of its paths
         except OSError as error:
             raise UserError(
                 f"train.output_dir = {self.path}: cannot be written ({error.strerror})",
                 "name a folder you may write to in train.output_dir, with a shorter path if that is too long",
             ) from None
         finally:
-            made = self.checkpoints
+            made = self.path
             while made != parent and (not made.exists() or (made.is_dir() and not any(made.iterdir()))):
                 with contextlib.suppress(OSError):  # it was never made
                     made.rmdir()
