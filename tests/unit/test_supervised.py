@@ -4,10 +4,10 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,8 @@ from veneer import api
 from veneer.cli.lasting import Lasting, polite_kills
 from veneer.config import Interrupted, RunFolder, UserError, cache, load_run
 from veneer.config.cache import cached
-from veneer.data import tokenize
-from veneer.release.card import licence
 from veneer.model import Source
+from veneer.release.card import licence
 from veneer.report.run_page import run_page
 from veneer.train import Listener, TrainingJob, finished
 from veneer.train.metrics import MetricsFile, read_metrics
@@ -73,7 +72,10 @@ def test_one_command_starts_goes_on_and_says_that_it_is_finished(call: Call, run
     began, before = json.loads(out), weights(folder.path)
     status, out, _ = call("train", str(run_file), "--resume=auto", "--json")
     assert status == 0
-    assert {key: json.loads(out)[key] for key in ("steps", "final_loss")} == {"steps": 6, "final_loss": began["final_loss"]}
+    assert {key: json.loads(out)[key] for key in ("steps", "final_loss")} == {
+        "steps": 6,
+        "final_loss": began["final_loss"],
+    }
     assert "finished already" in call("train", "--resume", "auto", str(run_file))[1]
     assert weights(folder.path) == before
     status, _, err = call("train", str(run_file), "train.learning_rate=0.5", "--resume", "auto")
@@ -88,10 +90,7 @@ def test_a_folder_whose_run_never_began_is_free(make: Callable[..., veneer.Run])
     veneer.train(whole)
     run = make()
     folder = RunFolder(run.train.output_dir)
-    folder.checkpoints.mkdir(parents=True)
-    (folder.checkpoints / ".step-000001.0123456789ab").mkdir()
-    folder.checkpoints.joinpath(".step-000001.0123456789ab").rmdir()
-    folder.checkpoints.rmdir()
+    folder.path.mkdir()
     (folder.path / "environment.json").write_bytes(RunFolder(whole.train.output_dir).environment.read_bytes())
     for name in ("plan.json", "pii.jsonl", ".ledger.json.0123456789ab", ".lock"):
         (folder.path / name).touch()
@@ -175,30 +174,232 @@ def test_an_ignored_hangup_stays_ignored(make: Callable[..., veneer.Run]) -> Non
         signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("step", [2, 6])
+@pytest.mark.parametrize("evaluation", [1, 3])
 def test_an_evaluation_gives_way_to_a_stop(
-    step: int, make: Callable[..., veneer.Run], monkeypatch: pytest.MonkeyPatch
+    evaluation: int, make: Callable[..., veneer.Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = make("whole", **EVALUATES, evaluate={"batch_size": 1})
+    """In the middle of the run, where no checkpoint was due, and after its last step."""
+    whole, run = (make(name, **EVALUATES, evaluate={"batch_size": 1}) for name in ("whole", "run"))
     veneer.train(whole)
-    run = make(**EVALUATES, evaluate={"batch_size": 1})
-    job, asked = TrainingJob(run), 0
-    judge = job.engine.losses
+    job = TrainingJob(run)
+    judge, batches = job.engine.losses, [0]
 
     def stops(batch: Any) -> Any:
-        nonlocal asked
-        asked += 1
-        if asked == step:  # one evaluation every two steps, of two batches if nobody stops it
+        batches[0] += 1
+        if batches[0] == 2 * evaluation - 1:  # the first of its two batches
             os.kill(os.getpid(), signal.SIGTERM)
         return judge(batch)
 
-    monkeypatch.setattr(job._loop, "_held_out", job._loop._held_out)
     monkeypatch.setattr(job.engine, "losses", stops)
-    asked = step - 1 - 2 * (step // 2 - 1)
-    stop_at = asked + 1 + 2 * (step // 2 - 1)
-    asked, step = 0, stop_at
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match=f"step-00000{2 * evaluation}"):
         job.fit()
+    assert batches[0] == 2 * evaluation - 1
     veneer.train(run, resume="auto")
     assert losses(run.train.output_dir, "eval") == losses(whole.train.output_dir, "eval")
     assert weights(run.train.output_dir) == weights(whole.train.output_dir)
+
+
+def test_a_kill_before_training_is_polite(
+    call: Call, run_file: Path, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        monkeypatch.setattr("veneer.train.job.load_parts", lambda *given, n=number: os.kill(os.getpid(), n))
+        status, _, err = call("train", str(run_file))
+        assert (status, err.splitlines()[-1]) == (130, "stopped")
+    assert not folder.path.exists()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_run_outlives_who_reads_its_output(
+    call: Call, run_file: Path, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        assert call("train", str(run_file))[0] == 0
+        assert sys.stdout is gone
+        monkeypatch.undo()
+    assert folder.adapter.exists()
+
+
+def test_a_result_that_a_full_disk_took_is_status_1(monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        status, _, err = call("--version")
+        monkeypatch.undo()
+    assert status == 1
+    assert "standard output could not be written (No space left on device)" in err
+
+
+def test_a_closed_terminal_takes_output_alone() -> None:
+    keeper, terminal = os.openpty()
+    with os.fdopen(terminal, "w") as stream:
+        os.close(keeper)
+        lasting = Lasting(stream)
+        for _ in range(2):
+            lasting.write("step 1\n")
+            lasting.flush()
+        assert isinstance(lasting.error, OSError)
+        assert stream.fileno() == lasting.fileno()
+
+
+def test_a_worker_ends_with_its_parent() -> None:
+    reader, writer = os.pipe()
+    code = (
+        "import os, sys, time\n"
+        "from veneer.data.tokenize import _end_with\n"
+        "parent = os.getpid()\n"
+        "if os.fork() == 0: _end_with(parent)\n"
+        "os.write(1, b'x')\n"
+        "time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=writer)
+    os.close(writer)
+    assert os.read(reader, 1) == b"x"
+    process.kill()
+    process.wait()
+    with os.fdopen(reader, "rb") as left:
+        assert left.read() == b"", "the end of the pipe comes when the last process that holds it has ended"
+
+
+def test_a_line_of_metrics_that_fails_is_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    records = [{"kind": "train", "step": n, "loss": 1.0} for n in range(1, 5)]
+    file.on_start(4, 0)
+    file.on_record(records[0])
+    real = Path.open
+
+    def broken(self: Path, *given: Any) -> Any:
+        with real(self, *given) as stream:
+            stream.write(b'{"kind": "tr')  # half a line got out
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "open", broken)
+    with pytest.warns(RuntimeWarning, match=r"metrics\.jsonl: cannot be written \(Input/output error\)"):
+        file.on_record(records[1])
+    file.on_record(records[2])  # told once
+    monkeypatch.undo()
+    file.on_record(records[3])
+    assert read_metrics(tmp_path / "metrics.jsonl") == records
+
+
+def test_metrics_that_cannot_be_written_cost_no_adapter(
+    make: Callable[..., veneer.Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make()
+    real = Path.open
+
+    def broken(self: Path, *given: Any, **more: Any) -> Any:
+        if self.name == "metrics.jsonl" and given == ("ab",):
+            raise OSError(5, "Input/output error")
+        return real(self, *given, **more)
+
+    monkeypatch.setattr(Path, "open", broken)
+    with pytest.warns(RuntimeWarning, match="cannot be written"):
+        trained = veneer.train(run)
+    assert trained.final_loss is not None
+    assert (run.train.output_dir / "adapter" / "README.md").is_file()
+
+
+def test_a_held_out_loss_that_is_not_finite_costs_no_adapter(
+    make: Callable[..., veneer.Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make(**EVALUATES)
+    job = TrainingJob(run)
+    judge = job.engine.losses
+    monkeypatch.setattr(job.engine, "losses", lambda batch: judge(batch) * math.nan)
+    with pytest.warns(RuntimeWarning, match="the held-out loss after step 2 is nan"):
+        api.finish(job)
+    folder = run.train.output_dir
+    assert losses(folder, "eval") == [None] * 3
+    assert (folder / "loss.png").is_file()
+    assert "adapter" in run_page(folder)
+
+
+@pytest.mark.parametrize("part", ["write_card", "plot_loss"])
+def test_what_decorates_a_run_costs_no_adapter(
+    part: str, make: Callable[..., veneer.Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(*given: Any) -> None:
+        raise KeyError("odd")
+
+    monkeypatch.setattr(api, part, breaks)
+    run = make()
+    with pytest.warns(RuntimeWarning, match=r"could not be written \(KeyError: 'odd'\)"):
+        veneer.train(run)
+    assert {"adapter_model.safetensors", "passport.json"} <= {
+        path.name for path in RunFolder(run.train.output_dir).adapter.iterdir()
+    }
+    assert veneer.train(run, resume="auto").steps == 6
+
+
+@pytest.mark.parametrize(
+    ("head", "expected"),
+    [
+        ("license: mit\ndate: 2024-13-45", "mit"),
+        ("license: [mit, apache-2.0]", "mit, apache-2.0"),
+        ("license: {name: mit}", None),
+        ("license: 'unclosed", None),
+        ("[" * 20_000, None),
+    ],
+)
+def test_a_licence_is_read_from_any_readme(head: str, expected: str | None, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{head}\n---\ntext")
+    assert licence(Source("folder", str(tmp_path), str(tmp_path))) == expected
+
+
+def test_a_lock_that_waits_says_what_for(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cache, "SILENT_SECONDS", 0.01)
+    (empty_cache / "tokens").mkdir(parents=True)
+    held = FileLock(empty_cache / "tokens" / ".a.lock", thread_local=False)
+    held.acquire()
+    release = threading.Timer(0.3, held.release)
+    release.start()
+    cached("tokens/a", lambda made: None)
+    release.join()
+    assert f"waiting for another process, which makes {empty_cache / 'tokens' / 'a'}" in capsys.readouterr().err
+
+
+LONG = "x" * 256
+WRONG: list[tuple[list[str], str]] = [
+    (["train.output_dir=" + LONG], "train.output_dir = "),
+    (["train.output_dir=" + "runs/" * 900], "train.output_dir = "),
+    (["model.base=./" + LONG], "model.base = "),
+    (["data.train=" + LONG + ".jsonl"], "data.train = "),
+    (['data.train="a\\0b"'], "data.train = "),
+    (['model.base="a\\0b"'], "model.base = "),
+    (['train.output_dir="a\\0b"'], "train.output_dir = "),
+]
+
+
+@pytest.mark.parametrize(("given", "setting"), WRONG)
+@pytest.mark.parametrize("resume", [(), ("--resume", "auto")])
+def test_what_cannot_be_a_path_is_told_at_once(
+    given: list[str], setting: str, resume: tuple[str, ...], call: Call, run_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("veneer.train.TrainingJob", None)  # it does not come to that
+    status, _, err = call("train", str(run_file), *given, *resume)
+    assert status == 2, err
+    assert setting in err
+    assert "NUL" in err or "at most" in err
+
+
+@pytest.mark.parametrize("arguments", [["train", LONG + ".yaml"], ["generate", LONG, "-p", "x"], ["evaluate", LONG]])
+def test_other_names_too_long_are_told_too(arguments: list[str], call: Call) -> None:
+    status, _, err = call(*arguments)
+    assert (status, "a name in it has 2" in err) == (2, True), err
+
+
+def test_a_disk_without_inodes_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Disk:
+        f_files, f_favail = 1000, 3
+
+    monkeypatch.setattr(os, "statvfs", lambda path: Disk)
+    with pytest.raises(UserError, match=r"the disk can take 3 more files \(inodes\), a run needs 100"):
+        RunFolder(tmp_path / "run").require_writable(1)
+    assert not list(tmp_path.iterdir())
+    Disk.f_files = Disk.f_favail = 0  # as file systems say that have no limit
+    RunFolder(tmp_path / "run").require_writable(1)
