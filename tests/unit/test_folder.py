@@ -139,3 +139,45 @@ def test_a_folder_without_space_is_refused_and_left_as_it_was(tmp_path: Path, mo
         RunFolder(tmp_path / "runs" / "new").require_writable(2 * 2**20)
     assert "lower train.save_total_limit" in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_left_goes_and_what_a_living_one_makes_stays(tmp_path: Path) -> None:
+    dead = [tmp_path / f".a.{'0' * 11}{n}" for n in range(2)]
+    others = [tmp_path / name for name in (".a.old", ".ab.0123456789ab", ".a.0123456789xy")]
+    for folder in (*dead, *others):
+        folder.mkdir()
+        (folder / "half").touch()
+    with whole_folder(tmp_path / "a") as living:
+        assert not any(folder.exists() for folder in dead)
+        with whole_folder(tmp_path / "a") as second:
+            (second / "x").write_text("second")
+        assert living.exists()
+        (living / "x").write_text("first")
+    assert (tmp_path / "a" / "x").read_text() == "first"
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a", *others])
+
+
+def test_names_of_any_length_that_the_disk_takes_are_written(tmp_path: Path) -> None:
+    for name in ("x" * 255, "é" * 127):
+        write_text(tmp_path / name, "text")
+        (tmp_path / name).unlink()
+        with whole_folder(tmp_path / name) as unfinished:
+            write_text(unfinished / name, "text")
+        assert (tmp_path / name / name).read_text() == "text"
+
+
+def test_names_are_flushed_to_disk_after_what_they_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[Path] = []
+    flush = os.fsync
+
+    def recorded(handle: int) -> None:
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{handle}")))
+        flush(handle)
+
+    monkeypatch.setattr("os.fsync", recorded)
+    with whole_folder(tmp_path / "new" / "a") as unfinished:
+        (unfinished / "x").write_text("x")
+    assert flushed == [tmp_path, unfinished / "x", unfinished, tmp_path / "new"]
+    flushed.clear()
+    write_text(tmp_path / "new" / "b", "b")
+    assert [path.parent for path in flushed] == [tmp_path / "new", tmp_path]
