@@ -1,5 +1,6 @@
 """A run that is killed, stopped or disturbed loses nothing, and one command goes on with it."""
 
+import contextlib
 import fcntl
 import json
 import math
@@ -18,8 +19,9 @@ import veneer
 from tests.runs import losses, tiny_run, write_rows
 from veneer import api
 from veneer.cli.lasting import Lasting, polite_kills
-from veneer.config import Interrupted, RunFolder, UserError, cache, load_run
+from veneer.config import Interrupted, RunFolder, UserError, cache, load_run, run_folder
 from veneer.config.cache import cached
+from veneer.config.folder import remove
 from veneer.model import Source
 from veneer.release.card import licence
 from veneer.report.run_page import run_page
@@ -146,6 +148,37 @@ def test_what_a_killed_process_left_is_cleared(make: Callable[..., veneer.Run]) 
     (folder.path / ".metrics.jsonl.0123456789ab").touch()
     veneer.train(run, resume=True)
     assert not [path for path in folder.path.rglob("*") if path.name.startswith(".")]
+    (folder.path / ".checkpoints.0123456789ab").mkdir()  # of one that was killed as it looked at a finished run
+    (folder.path / ".lock").touch()
+    veneer.train(run, resume="auto")
+    assert not [path for path in folder.path.rglob("*") if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("kept", range(12))
+def test_a_kill_while_a_run_is_replaced_leaves_a_run_or_a_free_folder(
+    kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, removed = RunFolder(tmp_path / "run"), 0
+    for name in ("checkpoints", "adapter"):
+        (folder.path / name).mkdir(parents=True)
+    for path in (folder.run, folder.plan, folder.ledger, folder.personal, folder.metrics, folder.loss_plot):
+        path.touch()
+    folder.environment.write_text('{"libraries": {"veneer": "1"}}')
+
+    def killed(path: Path) -> None:
+        nonlocal removed
+        removed += path.exists()
+        if removed > kept:
+            raise RuntimeError
+        remove(path)
+
+    monkeypatch.setattr(run_folder, "remove", killed)
+    with contextlib.suppress(RuntimeError):
+        folder.remove()
+    if folder.run.exists():
+        assert folder.plan.exists(), "what --resume compares with"
+    else:
+        folder.require_free()
 
 
 def test_a_second_process_is_refused(make: Callable[..., veneer.Run]) -> None:

@@ -115,13 +115,13 @@ class RunFolder:
             )
 
     def remove(self) -> None:
-        """Delete the run, run.yaml and environment.json last: what is killed half-way is a run still, or a free folder.
+        """Delete the run, what it began with last: what is killed half-way is a run still, or a free folder.
 
         Raises:
             UserError: It holds anything that no run wrote.
         """
         self.require_replaceable()
-        last = ["run.yaml", "environment.json"]
+        last = ["run.yaml", *sorted(_BEFORE_BEGIN - {"environment.json"}), "environment.json"]
         for name in [*sorted(_WRITTEN - set(last)), *last]:
             remove(self.path / name)
         self.clear_unfinished()

@@ -4,6 +4,7 @@ Settings, then the output folder, the run's parts (`parts`), the engine, the spa
 folder begun. The adapter appears whole at the end.
 """
 
+import contextlib
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -246,6 +247,8 @@ def finished(run: Run) -> Trained | None:
     if not (folder.run.exists() and folder.adapter.exists()):
         return None
     _require_same_settings(folder, run)
+    with contextlib.suppress(OSError, UserError), folder.locked():  # it may be read-only, or about to end
+        folder.clear_unfinished()
     steps = [line for line in read_metrics(folder.metrics) if line["kind"] == "train"]
     seconds = sum(line["seconds"] for line in steps)
     return Trained(
