@@ -1,5 +1,6 @@
 """Files appear whole or not at all, and a folder that cannot be used is refused before anything is written."""
 
+import errno
 import os
 import shutil
 import stat
@@ -75,11 +76,15 @@ def test_an_entry_of_the_cache_follows_the_umask(umask: int, empty_cache: Path) 
     assert_follow(umask, empty_cache)
 
 
-def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> None:
+def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     path = tmp_path / "a.txt"
     write_text(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_text(path, "new \ud800")
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(path, "new")
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
 

@@ -383,19 +383,10 @@ def test_what_decorates_a_run_costs_no_adapter(
     assert veneer.train(run, resume="auto").steps == 6
 
 
-@pytest.mark.parametrize(
-    ("head", "expected"),
-    [
-        ("license: mit\ndate: 2024-13-45", "mit"),
-        ("license: [mit, apache-2.0]", "mit, apache-2.0"),
-        ("license: {name: mit}", None),
-        ("license: 'unclosed", None),
-        ("[" * 2_000, None),
-    ],
-)
-def test_a_licence_is_read_from_any_readme(head: str, expected: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("head", ["license: mit\ndate: 2024-13-45", "license: [mit]", "license: 'mit", "[" * 2_000])
+def test_a_readme_that_cannot_be_read_states_no_licence(head: str, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(f"---\n{head}\n---\ntext")
-    assert licence(Source("folder", str(tmp_path), str(tmp_path))) == expected
+    assert licence(Source("folder", str(tmp_path), str(tmp_path))) is None
 
 
 def test_a_lock_that_waits_says_what_for(
