@@ -57,9 +57,10 @@ from veneer.release import (
     very_long,
     write_card,
     write_certificate,
+    write_passport,
 )
 from veneer.report import certificate_page, plot_loss
-from veneer.train import Listener, Trained, TrainingJob
+from veneer.train import Listener, Resume, Trained, TrainingJob, finished
 from veneer.train.foresight import Foreseen, foresee, read_if_at_hand
 from veneer.train.metrics import read_metrics
 from veneer.train.verify import verify as verify
@@ -67,7 +68,7 @@ from veneer.train.verify import verify as verify
 
 def train(
     run: Run,
-    resume: bool = False,
+    resume: Resume = False,
     listeners: Sequence[Listener] = (),
     force: bool = False,
     overwrite: bool = False,
@@ -76,7 +77,8 @@ def train(
 
     Args:
         run: The settings.
-        resume: Go on from the run's last checkpoint.
+        resume: Go on from the run's last checkpoint. "auto": begin where there is no run yet, go on where there is
+            one, and give the report of one that is finished.
         listeners: Hear of each step.
         force: Start even if it is foreseen not to fit.
         overwrite: Replace the run that is in its folder.
@@ -85,6 +87,8 @@ def train(
         UserError: The run cannot be carried out as it is written; nothing was written.
         JobError: Training failed.
     """
+    if resume == "auto" and (trained := finished(run)) is not None:
+        return trained
     job = TrainingJob(run, resume, force, overwrite)
     if job.choice.warning:
         warnings.warn(job.choice.warning, RuntimeWarning, stacklevel=2)
@@ -92,14 +96,27 @@ def train(
 
 
 def finish(job: TrainingJob, listeners: Sequence[Listener] = ()) -> Trained:
-    """Train a job that is loaded, and write all that belongs to its folder."""
-    trained = job.fit(tuple(listeners), lambda folder, steps, loss: write_card(job, folder, steps, loss))
-    plot_loss(
-        read_metrics(job.folder.metrics),
-        job.folder.loss_plot,
-        f"{job.folder.path.name}: {job.run.model.base}",
-    )
-    return trained
+    """Train a job that is loaded, and write all that belongs to its folder; the adapter comes last of it."""
+    title = f"{job.folder.path.name}: {job.run.model.base}"
+
+    def dress(folder: Path, steps: int, loss: float | None) -> None:
+        write_passport(job, folder, {"steps": steps, "final_loss": loss, "parameters": job.parameters})
+        _or_warn("the card", lambda: write_card(job, folder))
+        _or_warn("loss.png", lambda: plot_loss(read_metrics(job.folder.metrics), job.folder.loss_plot, title))
+
+    return job.fit(tuple(listeners), dress)
+
+
+def _or_warn(what: str, write: Callable[[], None]) -> None:
+    """Write what a result is good without; where that fails, say so and keep the result."""
+    try:
+        write()
+    except Exception as error:  # noqa: BLE001 - whatever it is, it must not cost the adapter
+        warnings.warn(
+            f"{what} could not be written ({type(error).__name__}: {error}); all else is there",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 @dataclass(frozen=True)
@@ -310,7 +327,7 @@ def save_evaluation(folder: RunFolder, evaluation: Evaluation, model: Model | No
     facts = {"judged": judged_by(run, folder.adapter, dtype)}
     write_text(folder.samples, _sample_lines(evaluation))
     write_json(folder.evaluation, evaluation.as_dict() | facts)
-    renew_card(folder, model)
+    _or_warn("the card", lambda: renew_card(folder, model))
     return folder.evaluation
 
 
@@ -596,7 +613,7 @@ def certify(
     for target in targets or [Path()]:
         write_certificate(certificate, target, page)
     if is_of_run:
-        renew_card(folder, origin.model)
+        _or_warn("the card", lambda: renew_card(folder, origin.model))
     return certificate, (targets or [Path()])[0]
 
 

@@ -1,5 +1,6 @@
 """Files appear whole or not at all, and a folder that cannot be used is refused before anything is written."""
 
+import errno
 import os
 import shutil
 import stat
@@ -75,11 +76,15 @@ def test_an_entry_of_the_cache_follows_the_umask(umask: int, empty_cache: Path) 
     assert_follow(umask, empty_cache)
 
 
-def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> None:
+def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     path = tmp_path / "a.txt"
     write_text(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_text(path, "new \ud800")
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(path, "new")
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
 
@@ -139,3 +144,45 @@ def test_a_folder_without_space_is_refused_and_left_as_it_was(tmp_path: Path, mo
         RunFolder(tmp_path / "runs" / "new").require_writable(2 * 2**20)
     assert "lower train.save_total_limit" in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_left_goes_and_what_a_living_one_makes_stays(tmp_path: Path) -> None:
+    dead = [tmp_path / f".a.{'0' * 11}{n}" for n in range(2)]
+    others = [tmp_path / name for name in (".a.old", ".ab.0123456789ab", ".a.0123456789xy")]
+    for folder in (*dead, *others):
+        folder.mkdir()
+        (folder / "half").touch()
+    with whole_folder(tmp_path / "a") as living:
+        assert not any(folder.exists() for folder in dead)
+        with whole_folder(tmp_path / "a") as second:
+            (second / "x").write_text("second")
+        assert living.exists()
+        (living / "x").write_text("first")
+    assert (tmp_path / "a" / "x").read_text() == "first"
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a", *others])
+
+
+def test_names_of_any_length_that_the_disk_takes_are_written(tmp_path: Path) -> None:
+    for name in ("x" * 255, "é" * 127):
+        write_text(tmp_path / name, "text")
+        (tmp_path / name).unlink()
+        with whole_folder(tmp_path / name) as unfinished:
+            write_text(unfinished / name, "text")
+        assert (tmp_path / name / name).read_text() == "text"
+
+
+def test_names_are_flushed_to_disk_after_what_they_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[Path] = []
+    flush = os.fsync
+
+    def recorded(handle: int) -> None:
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{handle}")))
+        flush(handle)
+
+    monkeypatch.setattr("os.fsync", recorded)
+    with whole_folder(tmp_path / "new" / "a") as unfinished:
+        (unfinished / "x").write_text("x")
+    assert flushed == [tmp_path, unfinished / "x", unfinished, tmp_path / "new"]
+    flushed.clear()
+    write_text(tmp_path / "new" / "b", "b")
+    assert [path.parent for path in flushed] == [tmp_path / "new", tmp_path]

@@ -11,6 +11,7 @@ from veneer.config import Model, Run, RunFolder, UserError, load_run
 from veneer.config.hub import require_reachable
 from veneer.config.names import base_not_here, find_adapter, find_model, require_adapter, require_run
 from veneer.config.options import require_known
+from veneer.config.paths import require_path
 
 
 def require_base(model: Model) -> None:
@@ -71,11 +72,16 @@ def require_evaluation(name: str, data: str | None, base: str | None = None) -> 
         find_sources(data, "--data")
 
 
-def require_output(folder: RunFolder, resume: bool, overwrite: bool) -> None:
-    """Raises UserError where a run's folder is not free, or holds nothing to resume or to replace."""
+def require_output(folder: RunFolder, resume: bool | str, overwrite: bool) -> None:
+    """Raises UserError where a run's folder is not free, or holds nothing to resume or to replace.
+
+    Args:
+        resume: "auto": either will do.
+    """
     if resume and overwrite:
         raise UserError("--resume goes on with a run and --overwrite replaces it", "leave one of them out")
-    if resume:
+    require_path(str(folder.path), "train.output_dir")
+    if resume is True or (resume == "auto" and folder.run.exists()):
         folder.require_begun()
     elif overwrite:
         folder.require_replaceable()

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from veneer.cli import certify, data, demo, doctor, evaluate, export, generate, init, merge, plan, push, train, verify
+from veneer.cli.lasting import lasting_output, polite_kills
 
 app = typer.Typer(
     name="veneer",
@@ -65,7 +66,21 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what its encoding does not have is shown as an escape
-    sys.exit(_run([argument for argument in given if argument != "--debug"], debug))
+    words = _spelled([argument for argument in given if argument != "--debug"])
+    with lasting_output() as output, polite_kills():
+        status = _run(words, debug) or output.status()
+    sys.exit(status)
+
+
+def _spelled(arguments: list[str]) -> list[str]:
+    """`--resume auto` as a single word, since the parser knows no option whose value may be left out."""
+    words: list[str] = []
+    for argument in arguments:
+        if argument == "--resume=auto" or (argument == "auto" and words[-1:] == ["--resume"]):
+            words[len(words) - (argument == "auto") :] = ["--resume-auto"]
+        else:
+            words.append(argument)
+    return words
 
 
 def _format_warning(

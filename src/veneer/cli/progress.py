@@ -116,7 +116,8 @@ class LiveProgress:
 
     def on_record(self, record: dict[str, Any]) -> None:
         if record["kind"] == "eval":
-            self._out.print(f"  step {record['step']}: held-out loss {record['loss']:.4f}")
+            loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
+            self._out.print(f"  step {record['step']}: held-out loss {loss}")
             return
         step = record["step"]
         numbers = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tok/s  {size(record['peak_bytes'])}"

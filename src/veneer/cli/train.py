@@ -2,9 +2,12 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from veneer.train import Resume
 
 
 def train(
@@ -13,7 +16,15 @@ def train(
     model: Annotated[str | None, typer.Option("--model", "--base", help="Base model: model.base.")] = None,
     data: Annotated[str | None, typer.Option(help="Training data: data.train.")] = None,
     output_dir: Annotated[Path | None, typer.Option("--output-dir", "-o", help="The run's folder.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on from the run's last checkpoint. `--resume auto` also starts a run that has not begun, and is "
+            "content with a finished one: one command for whatever starts jobs again.",
+        ),
+    ] = False,
+    resume_auto: Annotated[bool, typer.Option("--resume-auto", hidden=True)] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in the folder.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Start even if the plan says it cannot fit.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON alone on stdout.")] = False,
@@ -29,14 +40,21 @@ def train(
 
     settings = settings_of(run, overrides or [], model, data, output_dir)
     folder = RunFolder(settings.train.output_dir.expanduser())
-    checks.require_output(folder, resume, overwrite)
-    checks.require_inputs(settings)
+    mode: Resume = "auto" if resume_auto else resume
+    checks.require_output(folder, mode, overwrite)
     out = show.console(as_json)
+    if mode == "auto" and folder.adapter.exists():
+        from veneer.train import finished
+
+        if (result := finished(settings)) is not None:
+            _show_result(out, result, as_json, "finished already")
+            return
+    checks.require_inputs(settings)
     with show.status(out, "loading"):
         from veneer import api
         from veneer.train import TrainingJob
 
-        job = TrainingJob(settings, resume, force, overwrite)
+        job = TrainingJob(settings, mode, force, overwrite)
     out.print(f"machine  {escape(job.machine.describe())}")
     trainable, total = job.parameters["trainable"], job.parameters["total"]
     out.print(f"model    {escape(settings.model.base)}: {total:,} parameters, {trainable:,} trained")
@@ -48,16 +66,26 @@ def train(
     if likely:
         show_plan.show_time(out, foreseen)
     show_plan.show_advice(out, [found for found in foreseen["advice"] if found["severity"] != "info"])
-    result = api.finish(job, [show.LiveProgress(out, likely)])
+    _show_result(out, api.finish(job, [show.LiveProgress(out, likely)]), as_json, "done")
+
+
+def _show_result(out: Any, result: Any, as_json: bool, what: str) -> None:
+    """What a run came to, and what to do with it."""
+    from veneer.cli import show
+    from veneer.config import RunFolder
+    from veneer.config.files import read_json
+
     if as_json:
         show.print_json(result.as_dict())
         return
+    loss = "not known" if result.final_loss is None else f"{result.final_loss:.4f}"
     out.print(
-        f"[bold]done[/bold]     {result.steps} steps, final loss {result.final_loss:.4f}, "
+        f"[bold]{what:8}[/bold] {result.steps} steps, final loss {loss}, "
         f"{result.tokens_per_second:,.0f} tok/s, peak {show.size(result.peak_bytes)}"
     )
     out.print(f"files    {result.run_dir}: adapter/ loss.png metrics.jsonl ledger.json", markup=False)
-    follows = "evaluate" if job.data.ledger.rows["validation"] else "generate"
+    ledger = read_json(RunFolder(Path(result.run_dir)).ledger, "rows")
+    follows = "evaluate" if ledger["rows"]["validation"] else "generate"
     out.print(f"next     {show.command_name()} {follows} {shlex.quote(str(result.run_dir))}", markup=False)
 
 

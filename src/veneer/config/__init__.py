@@ -1,15 +1,15 @@
 """What a run is: its settings, its folder on disk, and the errors a user can cause.
 
-`run.py` holds the settings with their defaults, `load.py` reads them from YAML, `folder.py` names the files
-of a run and writes them whole or not at all, `errors.py` has the exceptions that reach a user. `names.py`,
-`options.py`, `sampling.py`, `prompts.py` and `hub.py` hold what a command can check before it imports any library,
-and `foreign.py` what other tools call a setting.
+`run.py` holds the settings with their defaults, `load.py` reads them from YAML, `run_folder.py` names the files of a
+run, `folder.py` writes files and folders whole or not at all, `errors.py` has the exceptions that reach a user.
+`names.py`, `paths.py`, `options.py`, `sampling.py`, `prompts.py` and `hub.py` hold what a command can check before it
+imports any library, and `foreign.py` what other tools call a setting.
 """
 
 from veneer.config.errors import Interrupted, JobError, UserError
-from veneer.config.folder import RunFolder
 from veneer.config.load import load_run, run_of
 from veneer.config.run import Adapter, Data, Evaluate, Model, Quantization, Run, Train
+from veneer.config.run_folder import RunFolder
 
 __all__ = [
     "Adapter",

@@ -1,10 +1,12 @@
 """The user's cache folder, and entries of it that are made once, whole, by whichever process comes first."""
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from veneer.config import UserError
 from veneer.config.folder import whole_folder
@@ -17,17 +19,20 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "veneer"
 
 
+SILENT_SECONDS = 2.0  # of waiting for another process, before a person is told of it
+
+
 def cached(entry: str, make: Callable[[Path], None], is_sound: Callable[[Path], bool] = lambda folder: True) -> Path:
     """The folder of a cache entry; `make` fills it if it is not there yet, or where `is_sound` finds it damaged.
 
-    Other processes wait for the one that makes it. An entry appears whole or not at all.
+    Other processes wait for the one that makes it, and say so. An entry appears whole or not at all.
     """
     folder = cache_folder() / entry
     if folder.is_dir() and is_sound(folder):
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / f".{folder.name}.lock"):
+        with _held(folder.parent / f".{folder.name}.lock", folder):
             if not folder.is_dir() or not is_sound(folder):
                 with whole_folder(folder) as unfinished:
                     make(unfinished)
@@ -37,3 +42,18 @@ def cached(entry: str, make: Callable[[Path], None], is_sound: Callable[[Path], 
             "set VENEER_CACHE to a folder with space that you may write to",
         ) from error
     return folder
+
+
+@contextmanager
+def _held(file: Path, folder: Path) -> Iterator[None]:
+    """Hold a lock file; a person is told what is waited for where that takes a while."""
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=SILENT_SECONDS)
+    except Timeout:
+        print(f"waiting for another process, which makes {folder} (it holds {file})", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,7 +1,11 @@
-"""A run's folder: the names of its files, and writing them whole or not at all.
+"""Files and folders written whole or not at all.
 
 Every file is written under a temporary name, flushed to disk and renamed, so that a crash or a full disk leaves
-the old file or none, never half of one. Folders are made the same way.
+the old file or none, never half of one. Folders are made the same way. A name is on the disk once the folder that it
+stands in was flushed as well, and so that is done too.
+
+A process that is killed leaves its temporary folder behind. It is told from one in use by a lock (flock) that the
+kernel takes away with the process, and not by an age or a process number, which another machine may use as well.
 
 Permissions are those that the umask leaves, as of any file a program creates: `tempfile` and safetensors would make
 them private to the user, which colleagues and a server's account could not read, and a fixed mode would open what a
@@ -9,178 +13,54 @@ umask of 077 closes. The umask itself is never read or set, since that would cha
 """
 
 import contextlib
+import errno
+import glob
 import json
 import os
 import secrets
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from veneer.config.errors import UserError
+from veneer.config.paths import LONGEST_NAME
 
-# What commands write into a run's folder, and how files begin that were never finished.
-_WRITTEN = {
-    *("run.yaml", "environment.json", "plan.json", "ledger.json", "pii.jsonl", "metrics.jsonl", "events.jsonl"),
-    *("loss.png", "checkpoints", "adapter", "evaluation.json", "samples.jsonl", "evaluations", "report.html"),
-    *("certificate.json", "certificate.html"),
-}
-_TEMPORARY = tuple(f".{name}." for name in sorted(_WRITTEN))
+if os.name != "nt":
+    import fcntl
+
+_RANDOM = 12  # characters that tell temporary names apart
 
 
-@dataclass(frozen=True)
-class RunFolder:
-    """Where the files of a run lie; the contract between commands."""
-
-    path: Path
-
-    @property
-    def run(self) -> Path:
-        return self.path / "run.yaml"
-
-    @property
-    def environment(self) -> Path:
-        return self.path / "environment.json"
-
-    @property
-    def plan(self) -> Path:
-        return self.path / "plan.json"
-
-    @property
-    def ledger(self) -> Path:
-        return self.path / "ledger.json"
-
-    @property
-    def personal(self) -> Path:
-        return self.path / "pii.jsonl"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def loss_plot(self) -> Path:
-        return self.path / "loss.png"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
-
-    @property
-    def evaluation(self) -> Path:
-        return self.path / "evaluation.json"
-
-    @property
-    def samples(self) -> Path:
-        return self.path / "samples.jsonl"
-
-    @property
-    def other_evaluations(self) -> Path:
-        """Evaluations on other rows, or with other settings, than those of the run's record."""
-        return self.path / "evaluations"
-
-    def holds_run(self) -> bool:
-        """Whether anything is here that a new run would mix with."""
-        return self.path.is_dir() and any(self.path.iterdir())
-
-    def require_replaceable(self) -> None:
-        """Raises UserError if the folder holds anything that no run wrote; an empty or a missing one is fine."""
-        if self.path.is_symlink() or (self.path.exists() and not self.path.is_dir()):
-            raise UserError(
-                f"train.output_dir = {self.path}: --overwrite replaces a run's folder, and this is a file or a link",
-                "name a folder in train.output_dir",
-            )
-        if not self.holds_run():
-            return
-        held = sorted(entry.name for entry in self.path.iterdir())
-        strange = [name for name in held if not name.startswith(_TEMPORARY) and name not in _WRITTEN]
-        if not strange and not {"run.yaml", "environment.json"} & set(held):
-            strange = held  # a few files of such names alone make no run
-        if strange:
-            raise UserError(
-                f"train.output_dir = {self.path}: --overwrite replaces a run's folder, and this one holds what no run "
-                f"wrote: {', '.join(strange[:6])}{', ...' if len(strange) > 6 else ''}",
-                "move that elsewhere, or name another train.output_dir",
-            )
-
-    def remove(self) -> None:
-        """Delete the run; under another name first, so that no half of one is left under its own.
-
-        Raises:
-            UserError: It holds anything that no run wrote.
-        """
-        self.require_replaceable()
-        if self.path.exists():
-            discarded = Path(tempfile.mkdtemp(dir=self.path.absolute().parent, prefix=f".{self.path.name}."))
-            os.replace(self.path, discarded / "run")
-            shutil.rmtree(discarded)
-
-    def require_begun(self) -> None:
-        """Raises UserError if the folder holds no run."""
-        if not self.run.exists():
-            raise UserError(f"train.output_dir = {self.path}: holds no run to resume", "start it without --resume")
-
-    def require_free(self) -> None:
-        """Raises UserError if the folder holds a run, or anything else, already."""
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"train.output_dir = {self.path}: is a file", "name a folder in train.output_dir")
-        if self.holds_run():
-            what = "already holds a run" if self.run.exists() else "is not empty"
-            resume = "--resume to go on with it, --overwrite to replace it, or " if self.run.exists() else ""
-            raise UserError(
-                f"train.output_dir = {self.path}: {what}", f"{resume}another train.output_dir for a new run"
-            )
-
-    def require_writable(self, needed_bytes: int) -> None:
-        """Raises UserError if the folder cannot be made and written, or lacks space. Leaves nothing behind."""
-        parent = self.path
-        while not parent.exists():
-            parent = parent.parent
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path):
-                pass
-        except OSError as error:
-            raise UserError(
-                f"train.output_dir = {self.path}: cannot be written ({error.strerror})",
-                "name a folder you may write to in train.output_dir",
-            ) from None
-        finally:
-            made = self.path
-            while made != parent and made.is_dir() and not any(made.iterdir()):
-                made.rmdir()
-                made = made.parent
-        free = shutil.disk_usage(parent).free
-        if free < needed_bytes:
-            raise UserError(
-                f"train.output_dir = {self.path}: {free / 2**20:,.0f} MiB free, the run needs about "
-                f"{needed_bytes / 2**20:,.0f} MiB for adapter and checkpoints",
-                "free space, name another train.output_dir, or lower train.save_total_limit",
-            )
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it that are missing, and have their names on the disk."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        _flush_folder(folder.parent)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all; makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    # Names of files need not be UTF-8; in JSON and YAML what is put for such a byte is its escape.
+    write_bytes(path, text.encode(errors="backslashreplace"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; makes its folder."""
+    make_folder(path.parent)
     temporary = _unused_beside(path)
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        # Names of files need not be UTF-8; in JSON and YAML what is put for such a byte is its escape.
-        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    _flush_folder(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -188,42 +68,130 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there; a folder under another name first, so that no half of it is left."""
+    if path.is_dir() and not path.is_symlink():
+        discarded = _unused_beside(path)
+        os.replace(path, discarded)
+        shutil.rmtree(discarded)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Path, keep: bool = True) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` when the block ends well, and vanishes when it does not.
 
-    An existing `path` is replaced.
+    An existing `path` is replaced. What a process that was killed left of `path` is deleted.
+
+    Args:
+        path: The folder to be made.
+        keep: False: it vanishes in any case.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _unused_beside(path)
-    temporary.mkdir()
+    make_folder(path.parent)
+    clear_dead(path)
+    temporary, claim = _make_claimed(path)
     file_mode = stat.S_IMODE(temporary.stat().st_mode) & 0o666  # of a folder just made: what the umask leaves
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                file.chmod(file_mode)
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        if path.exists():
-            discarded = _unused_beside(path)
-            discarded.mkdir()
-            try:
-                os.replace(path, discarded / path.name)
-                os.replace(temporary, path)
-            except BaseException:
-                if (discarded / path.name).exists():  # the old one goes back
-                    os.replace(discarded / path.name, path)
-                discarded.rmdir()
-                raise
-            shutil.rmtree(discarded)
+        if keep:
+            _flush_files(temporary, file_mode)
+            _put_in_place(temporary, path)
+            _flush_folder(path.parent)
         else:
-            os.replace(temporary, path)
+            shutil.rmtree(temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        if claim is not None:
+            os.close(claim)
+
+
+def clear_dead(path: Path) -> None:
+    """Delete the temporary folders that killed processes left of `path`; those of living ones are locked."""
+    for left in path.parent.glob(f".{glob.escape(_short(path.name))}.{'[0-9a-f]' * _RANDOM}"):
+        claim = _claim(left, wait=False)
+        if claim is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(claim)
+
+
+def _make_claimed(path: Path) -> tuple[Path, int | None]:
+    """A new temporary folder beside `path`, and the descriptor that holds its lock, where it can be locked."""
+    while True:
+        temporary = _unused_beside(path)
+        temporary.mkdir()
+        claim = _claim(temporary, wait=True)
+        if temporary.exists():  # else another process took it for abandoned, before it was locked
+            return temporary, claim
+        if claim is not None:
+            os.close(claim)
+
+
+def _claim(folder: Path, wait: bool) -> int | None:
+    """Lock a folder until the descriptor is closed; None: another process has it, or it cannot be locked here."""
+    if os.name == "nt":
+        return None
+    handle = None
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        if handle is not None:
+            os.close(handle)
+        return None
+    return handle
+
+
+def _flush_files(folder: Path, file_mode: int) -> None:
+    """Have all that is in a folder on the disk, files with the permissions given."""
+    for entry in (*folder.rglob("*"), folder):
+        if entry.is_file():
+            entry.chmod(file_mode)
+            with entry.open("rb") as handle:
+                os.fsync(handle.fileno())
+        elif entry.is_dir():
+            _flush_folder(entry)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk, where the system can do that."""
+    if os.name == "nt":  # folders are no files there
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # file systems that know no such thing
+            raise
+    finally:
+        os.close(handle)
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    """Rename a folder; one that has the name already is deleted, or keeps it where the renaming fails."""
+    if not path.exists():
+        os.replace(temporary, path)
+        return
+    discarded = _unused_beside(path)
+    discarded.mkdir()
+    try:
+        os.replace(path, discarded / path.name)
+        os.replace(temporary, path)
+    except BaseException:
+        if (discarded / path.name).exists():  # the old one goes back
+            os.replace(discarded / path.name, path)
+        discarded.rmdir()
+        raise
+    shutil.rmtree(discarded)
 
 
 def _unused_beside(path: Path) -> Path:
     """A hidden name in the same folder, so that a rename to `path` stays on one disk."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    return path.with_name(f".{_short(path.name)}.{secrets.token_hex(_RANDOM // 2)}")
+
+
+def _short(name: str) -> str:
+    """A name cut so that a temporary one made of it is not too long."""
+    return os.fsdecode(os.fsencode(name)[: LONGEST_NAME - _RANDOM - 2])

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 from veneer.config.errors import UserError
 from veneer.config.files import read_text, reason
 from veneer.config.foreign import foreign, misspelt
+from veneer.config.paths import require_path
 from veneer.config.run import Run
 
 Path_ = tuple[str, ...]
@@ -57,6 +58,7 @@ def load_run(path: str | Path, overrides: Iterable[str] = ()) -> Run:
     Raises:
         UserError: with every mistake of file and overrides, each with its place and what to write instead.
     """
+    require_path(str(path), "run")
     path = Path(path)
     values, places = _parse(read_text(path, MOST_BYTES, "name an existing YAML file of a run"), path)
     if "train" not in values:

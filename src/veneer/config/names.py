@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from veneer.config.errors import UserError
-from veneer.config.folder import RunFolder
+from veneer.config.paths import require_path
 from veneer.config.run import Model, Run
+from veneer.config.run_folder import RunFolder
 
 BUILTIN_NAMES = ("smollm2-135m-instruct",)
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
@@ -39,6 +40,7 @@ def find_adapter(name: str) -> AdapterFolder | None:
     Raises:
         UserError: The run has no adapter yet.
     """
+    require_path(name, "name")
     path = Path(name).expanduser()
     run = RunFolder(path)
     if run.run.is_file():
@@ -72,6 +74,7 @@ def require_run(name: str) -> RunFolder:
     Raises:
         UserError: There is none of that name.
     """
+    require_path(name, "name")
     folder = RunFolder(Path(name).expanduser())
     if not folder.run.is_file():
         raise UserError(f"{name}: holds no run (no run.yaml)", "name the folder that `veneer train` wrote")
@@ -131,6 +134,7 @@ def base_not_here(name: str, error: UserError) -> UserError:
 
 
 def _find(base: str) -> tuple[str, str]:
+    require_path(base, "model.base")
     path = Path(base).expanduser()
     if base.lower() in BUILTIN_NAMES:
         return "builtin", base.lower()

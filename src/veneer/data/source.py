@@ -26,6 +26,7 @@ from typing import Any, BinaryIO
 
 from veneer.config import UserError
 from veneer.config.hub import unreachable
+from veneer.config.paths import require_path
 
 HEAD = 1 << 16  # bytes of a file, after decompression, that tell what it is
 JSON = "json"  # lines or array: the first character tells
@@ -112,6 +113,7 @@ def find_sources(
         raise UserError(f"{setting} names no data", f"name a file, folder, glob or hub dataset in {setting}")
     sources: list[Source] = []
     for name in names:
+        require_path(name, setting)
         with told(name, setting):
             if (paths := _paths(name, setting)) is None:
                 sources.append(Source(name, "hub dataset", name, None, split, subset))

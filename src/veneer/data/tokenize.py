@@ -5,6 +5,9 @@ longer than it takes to write it down.
 """
 
 import gc
+import os
+import threading
+import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -189,7 +192,7 @@ def tokenize(
 
     # Each worker renders as this renderer does: with its template, and its date.
     like = {name: getattr(renderer.settings, name) for name in ("chat_template", "template_date")}
-    given = (renderer.tokenizer, data.model_copy(update=like), list(formats))
+    given = (os.getpid(), renderer.tokenizer, data.model_copy(update=like), list(formats))
     pool = ProcessPoolExecutor(workers, initializer=_start, initargs=given)
     waiting: deque[tuple[int, Block, Any]] = deque()
     try:
@@ -214,9 +217,17 @@ def tokenize(
 _worker: list[Tokenizing] = []  # of a worker process: what it does, once it has started
 
 
-def _start(tokenizer: Any, data: Data, formats: list[str]) -> None:
+def _start(parent: int, tokenizer: Any, data: Data, formats: list[str]) -> None:
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     shared().render_here()
     _worker.append(Tokenizing(Renderer(tokenizer, data), data, formats))
+
+
+def _end_with(parent: int) -> None:
+    """End this process once its parent has ended: killed, that tells its workers nothing."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _work(source: int, block: Block) -> Tokenized:

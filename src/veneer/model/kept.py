@@ -9,7 +9,6 @@ settings are the same, and bitsandbytes and the kind of device are, since anothe
 is told and made anew. A copy that cannot be written is told, and training goes on: it only saves time.
 """
 
-import contextlib
 import hashlib
 import json
 import shutil
@@ -25,7 +24,7 @@ import torch
 from veneer.config import Quantization
 from veneer.config.cache import cache_folder
 from veneer.config.files import read_json, reason, visible
-from veneer.config.folder import whole_folder, write_json
+from veneer.config.folder import clear_dead, whole_folder, write_json
 from veneer.model.locate import Source
 from veneer.model.reader import CHUNK
 from veneer.model.shards import DTYPES, DamagedError, Piece, UnknownTypeError, read_headers
@@ -33,7 +32,6 @@ from veneer.model.shards import DTYPES, DamagedError, Piece, UnknownTypeError, r
 FORMAT = 1
 WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
 SAMPLES, SAMPLE_BYTES = 64, 4096
-UNFINISHED_SECONDS = 3600.0  # without a byte written, after which a copy is taken for abandoned
 
 
 class Kept(NamedTuple):
@@ -101,7 +99,7 @@ class Copy(NamedTuple):
         for folder in self.places:
             started = time.perf_counter()
             try:
-                _drop_unfinished(folder)
+                clear_dead(folder)
                 _require_space(folder, needed)
                 with whole_folder(folder) as unfinished:
                     checksums = _write(tensors, unfinished / WEIGHTS)
@@ -132,15 +130,6 @@ def _print(file: Path) -> dict[str, Any]:
             digest.update(handle.read(SAMPLE_BYTES))
     names = {"name": file.name, "content": file.resolve().name}
     return names | {"size": state.st_size, "mtime_ns": state.st_mtime_ns, "samples": digest.hexdigest()}
-
-
-def _drop_unfinished(folder: Path) -> None:
-    """Delete what processes that were killed left of a copy: temporary folders that nothing was written to lately."""
-    for left in folder.parent.glob(f".{folder.name}.*"):
-        with contextlib.suppress(FileNotFoundError):  # it was finished meanwhile
-            written = [entry.stat().st_mtime for entry in (left, *left.rglob("*"))]
-            if time.time() - max(written) > UNFINISHED_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)
 
 
 def _require_space(folder: Path, needed: int) -> None:

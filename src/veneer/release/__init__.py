@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from veneer.release.judged import judged_by, recorded_answers
     from veneer.release.merge import Merged, merge_into, require_model, unmerge_from
     from veneer.release.origin import Origin, find_origin
-    from veneer.release.passport import require_match
+    from veneer.release.passport import require_match, write_passport
     from veneer.release.prompts import Prompt, prompts_of, very_long
 
 __all__ = [
@@ -76,6 +76,7 @@ __all__ = [
     "very_long",
     "write_card",
     "write_certificate",
+    "write_passport",
 ]
 
 import_on_use(
@@ -107,5 +108,6 @@ import_on_use(
         "very_long": "veneer.release.prompts",
         "write_card": "veneer.release.card",
         "write_certificate": "veneer.release.certify",
+        "write_passport": "veneer.release.passport",
     },
 )

@@ -26,17 +26,15 @@ from veneer.data.template import begin_ids
 from veneer.model import GgufOrigin, Source, compute_dtype, gguf_origin, load_tokenizer, local_folder, locate
 from veneer.plan import find_machine
 from veneer.release.lint import vllm_lint
-from veneer.release.passport import base_name, read_passport, write_passport
+from veneer.release.passport import base_name, read_passport
 from veneer.release.redact import failed_check, name_of, without_paths
 from veneer.train.job import TrainingJob
 
 MARK = "<!-- Written by Veneer from the files of the run; without this line it is never written again. -->"
 
 
-def write_card(job: TrainingJob, folder: Path, steps: int, final_loss: float) -> None:
-    """Write passport.json and README.md into an adapter's folder, which holds everything else already."""
-    training = {"steps": steps, "final_loss": final_loss, "parameters": job.parameters}
-    write_passport(job, folder, training)
+def write_card(job: TrainingJob, folder: Path) -> None:
+    """Write README.md into an adapter's folder, which holds everything else already, the passport too."""
     write_text(folder / "README.md", card(Facts.of(folder, job.run, job.source, job.folder.path.name, None, None)))
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from veneer.config import UserError
+from veneer.config.folder import clear_dead
+from veneer.config.paths import require_path
 
 
 def require_known(option: str, value: str, known: Iterable[str]) -> None:
@@ -21,6 +23,7 @@ def require_known(option: str, value: str, known: Iterable[str]) -> None:
 
 def require_free(out: Path) -> None:
     """Raises UserError if a folder to be made is a file, holds anything, or cannot be put in its place by a rename."""
+    require_path(str(out), "--out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         what = "is a file" if not out.is_dir() else "is not empty"
         raise UserError(f"--out {out}: {what}", "name a new folder with --out")
@@ -37,6 +40,7 @@ def require_free(out: Path) -> None:
 
 def require_space(out: Path, needed: int) -> None:
     """Raises UserError if the disk has no room for what is to be written, or cannot be written. Leaves nothing."""
+    clear_dead(out)
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent

@@ -1,7 +1,10 @@
 """The loss of a run as a picture: every step, their running mean, and the held-out losses."""
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+from veneer.config.folder import write_bytes
 
 INK, SOFT, ACCENT = "#1f3a5f", "#9db4cc", "#c8553d"
 
@@ -12,7 +15,7 @@ def plot_loss(records: list[dict[str, Any]], path: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
     trained = [record for record in records if record["kind"] == "train"]
-    held_out = [record for record in records if record["kind"] == "eval"]
+    held_out = [record for record in records if record["kind"] == "eval" and record["loss"] is not None]
     figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -37,9 +40,9 @@ def plot_loss(records: list[dict[str, Any]], path: Path, title: str) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    picture = BytesIO()
+    figure.savefig(picture, format="png")
+    write_bytes(path, picture.getvalue())
 
 
 def smooth(values: list[float]) -> list[float]:

@@ -98,6 +98,7 @@ def _cell(metric: str, value: dict[str, float] | None, is_difference: bool) -> t
 def _curve(metrics: Path) -> dict[str, Any] | None:
     """The loss curve: points of each step, of the running mean and of held-out losses, and marks on the axes."""
     records = read_json_lines(metrics, "step", "kind", is_appended=True) if metrics.exists() else []
+    records = [record for record in records if record.get("loss") is not None]
     trained = [(record["step"], record["loss"]) for record in records if record["kind"] == "train"]
     held_out = [(record["step"], record["loss"]) for record in records if record["kind"] == "eval"]
     if not trained:

@@ -6,10 +6,11 @@ verify.py      whether training does what it should, here, with this run's model
 loop.py        optimizer steps, logging, evaluation, checkpoints
 optimizer.py   AdamW by name; schedule.py  the learning rate as a function of the step
 checkpoint.py  a resumable state on disk
+stop.py        signals that ask the loop to end, with a checkpoint
 metrics.py     metrics.jsonl, and the listeners that hear of each step
 """
 
-from veneer.train.job import Trained, TrainingJob
+from veneer.train.job import Resume, Trained, TrainingJob, finished
 from veneer.train.metrics import Listener
 
-__all__ = ["Listener", "Trained", "TrainingJob"]
+__all__ = ["Listener", "Resume", "Trained", "TrainingJob", "finished"]

@@ -6,7 +6,6 @@ train/schedule.py). Everything is safetensors or JSON; nothing is unpickled.
 """
 
 import hashlib
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from veneer.config import UserError
 from veneer.config.files import read_json
-from veneer.config.folder import whole_folder, write_json
+from veneer.config.folder import remove, whole_folder, write_json
 from veneer.model.quiet import quiet
 from veneer.train.optimizer import get_state, set_state
 
@@ -47,7 +46,7 @@ def save(
         updated: What the optimizer updates, by name.
         began_with: What the training hangs on beside its settings: a hash each, by what it is of.
     """
-    path = folder / f"step-{step:06d}"
+    path = path_of(folder, step)
     with whole_folder(path) as unfinished:
         with quiet():
             model.save_pretrained(str(unfinished), save_embedding_layers=False)
@@ -63,6 +62,11 @@ def save(
         }
         write_json(unfinished / MANIFEST, manifest)
     return path
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps stands."""
+    return folder / f"step-{step:06d}"
 
 
 def load(
@@ -131,7 +135,7 @@ def latest(folder: Path) -> Path | None:
 def drop_old(folder: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints."""
     for path in _all(folder)[:-keep]:
-        shutil.rmtree(path)
+        remove(path)
 
 
 def _all(folder: Path) -> list[Path]:

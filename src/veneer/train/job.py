@@ -4,13 +4,14 @@ Settings, then the output folder, the run's parts (`parts`), the engine, the spa
 folder begun. The adapter appears whole at the end.
 """
 
+import contextlib
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import date
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ import torch
 import veneer
 from veneer.config import Run, RunFolder, UserError, load_run
 from veneer.config.files import read_json
-from veneer.config.folder import whole_folder, write_json, write_text
+from veneer.config.folder import remove, whole_folder, write_json, write_text
 from veneer.config.load import to_yaml
 from veneer.config.names import anchored
 from veneer.data import Batches
@@ -35,7 +36,8 @@ from veneer.train.metrics import Listener, MetricsFile, read_metrics
 from veneer.train.parts import load_parts
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers", "numpy")
-Dress = Callable[[Path, int, float], None]
+Dress = Callable[[Path, int, float | None], None]
+Resume = bool | Literal["auto"]
 # Settings that may differ when a run is resumed: none of them changes a number of the training.
 MAY_CHANGE = {
     "model.base",  # its weights and its configuration are compared
@@ -54,11 +56,11 @@ MAY_CHANGE = {
 
 @dataclass(frozen=True)
 class Trained:
-    """What a finished run reports."""
+    """What a finished run reports. final_loss is None where nothing is left that says it."""
 
     run_dir: str
     steps: int
-    final_loss: float
+    final_loss: float | None
     tokens_per_second: float
     peak_bytes: int
 
@@ -71,7 +73,7 @@ class TrainingJob:
 
     Args:
         run: The settings.
-        resume: Go on from the run's last checkpoint.
+        resume: Go on from the run's last checkpoint; "auto": or begin, where there is no run yet.
         force: Load even if it is foreseen not to fit.
         overwrite: Replace the run that is in the folder, once this one is ready to begin.
 
@@ -85,12 +87,16 @@ class TrainingJob:
         JobError: The fused engine was asked for and is wrong on this machine.
     """
 
-    def __init__(self, run: Run, resume: bool = False, force: bool = False, overwrite: bool = False) -> None:
+    def __init__(self, run: Run, resume: Resume = False, force: bool = False, overwrite: bool = False) -> None:
         self.run = run
         self.folder = RunFolder(run.train.output_dir.expanduser())
         self._overwrite = overwrite
-        self._checkpoint = self._find_checkpoint() if resume else None
-        if not resume:
+        self._resume = resume is True or (resume == "auto" and self.folder.run.exists())
+        if self._resume:
+            self._require_resumable()
+            with self.folder.locked():
+                pass  # held by another process, it is refused before anything is loaded
+        else:
             self._require_folder()
         run = self.run
         parts = load_parts(run, force)
@@ -134,7 +140,7 @@ class TrainingJob:
             scale_loss=compute_dtype(run.model, self.machine) == torch.float16,
         )
         self.folder.require_writable(self._bytes_on_disk())
-        if resume:
+        if self._resume:
             self._require_same_placement()
 
     @property
@@ -150,18 +156,30 @@ class TrainingJob:
             dress: Adds files to the adapter's folder before it appears; gets the folder, the steps and the last loss.
 
         Raises:
+            UserError: Another process trains this run, or has begun it since.
             JobError: Training failed. Interrupted: the user stopped it; it can be resumed.
         """
-        if self._checkpoint is None:
-            self._require_folder()  # again: another run may have begun since
+        with self.folder.locked():
+            return self._fit(listeners, dress)
+
+    def _fit(self, listeners: tuple[Listener, ...], dress: Dress) -> Trained:
+        # All is looked at again: another process may have had the folder since.
+        if self._resume:
+            self._require_resumable()
+            found = checkpoint.latest(self.folder.checkpoints)
+        else:
+            self._require_folder()
+            found = None
             if self._overwrite:
                 self.folder.remove()
+        self.folder.clear_unfinished()
+        if found is not None:
+            self._loop.resume(found)
+        else:  # a run that was killed before its first checkpoint begins anew
             torch.manual_seed(self.run.train.seed)
             self._begin_folder()
-        else:
-            self._loop.resume(self._checkpoint)
         speed = self._loop.run((MetricsFile(self.folder.metrics), *listeners))
-        loss = [line["loss"] for line in read_metrics(self.folder.metrics) if line["kind"] == "train"][-1]
+        loss = self._loop.loss if self._loop.loss is not None else _last_loss(self.folder)
         with whole_folder(self.folder.adapter) as unfinished:
             save_adapter(self.model, self.tokenizer, self.renderer.template, self.source, unfinished)
             write_json(unfinished / "ledger.json", self.data.ledger.as_dict())
@@ -203,33 +221,21 @@ class TrainingJob:
         )
         write_json(self.folder.plan, self.plan())
         write_json(self.folder.ledger, self.data.ledger.as_dict())
+        remove(self.folder.personal)
         if self.data.ledger.personal:
             write_text(self.folder.personal, self.data.personal())
         write_text(self.folder.run, to_yaml(anchored(self.run)))
 
-    def _find_checkpoint(self) -> Any:
+    def _require_resumable(self) -> None:
         self.folder.require_begun()
         if self.folder.adapter.exists():
             raise UserError(
                 f"train.output_dir = {self.folder.path}: this run is finished",
                 "start another in a new train.output_dir",
             )
-        began = load_run(self.folder.run)
         if self.run.data.template_date is None:
-            self.run = _dated(self.run, began.data.template_date)
-        changes = _differences(anchored(began), anchored(self.run))
-        if changes:
-            raise UserError(
-                f"train.output_dir = {self.folder.path}: the run began with other settings\n  " + "\n  ".join(changes),
-                "resume with the settings it began with, or start a new run in another train.output_dir",
-            )
-        path = checkpoint.latest(self.folder.checkpoints)
-        if path is None:
-            raise UserError(
-                f"train.output_dir = {self.folder.path}: holds no checkpoint to resume from",
-                f"delete {self.folder.path} and start again; train.save_steps sets how often one is written",
-            )
-        return path
+            self.run = _dated(self.run, load_run(self.folder.run).data.template_date)
+        _require_same_settings(self.folder, self.run)
 
     def _require_same_placement(self) -> None:
         """`auto` means other things on other machines; a resumed run must go on in the way it began."""
@@ -243,6 +249,29 @@ class TrainingJob:
 
     def _bytes_on_disk(self) -> int:
         return run_disk_bytes(self.parameters["trainable"], self.steps, self.run.train)
+
+
+def finished(run: Run) -> Trained | None:
+    """What a run reported that is finished; None: it is not.
+
+    Raises:
+        UserError: It was another run: its settings differ.
+    """
+    folder = RunFolder(run.train.output_dir.expanduser())
+    if not (folder.run.exists() and folder.adapter.exists()):
+        return None
+    _require_same_settings(folder, run)
+    with contextlib.suppress(OSError, UserError), folder.locked():  # it may be read-only, or about to end
+        folder.clear_unfinished()
+    steps = [line for line in read_metrics(folder.metrics) if line["kind"] == "train"]
+    seconds = sum(line["seconds"] for line in steps)
+    return Trained(
+        run_dir=str(folder.path),
+        steps=steps[-1]["step"] if steps else 0,
+        final_loss=_last_loss(folder),
+        tokens_per_second=round(sum(line["tokens"] for line in steps) / seconds, 1) if seconds else 0.0,
+        peak_bytes=max((line["peak_bytes"] for line in steps), default=0),
+    )
 
 
 def vary(part: Part, sizes: Any, rows: int) -> bool:
@@ -271,6 +300,21 @@ def environment() -> dict[str, Any]:
 def _dated(run: Run, day: date | None) -> Run:
     """A run with the date that its template is given, on whatever day it goes on."""
     return run.model_copy(update={"data": run.data.model_copy(update={"template_date": day})})
+
+
+def _last_loss(folder: RunFolder) -> float | None:
+    """The loss of the last logged step."""
+    return next((line["loss"] for line in reversed(read_metrics(folder.metrics)) if line["kind"] == "train"), None)
+
+
+def _require_same_settings(folder: RunFolder, run: Run) -> None:
+    """Raises UserError for settings that differ from those the run began with, and may not."""
+    changes = _differences(anchored(load_run(folder.run)), anchored(run))
+    if changes:
+        raise UserError(
+            f"train.output_dir = {folder.path}: the run began with other settings\n  " + "\n  ".join(changes),
+            "resume with the settings it began with, or start a new run in another train.output_dir",
+        )
 
 
 def _differences(then: Run, now: Run) -> list[str]:

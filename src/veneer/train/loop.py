@@ -11,12 +11,9 @@ Gradients of float16 runs are scaled against underflow as usual (torch's GradSca
 """
 
 import math
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +29,7 @@ from veneer.train.held_out import HeldOutBatches
 from veneer.train.metrics import Listener
 from veneer.train.optimizer import build_optimizer, parameters_to_update
 from veneer.train.schedule import learning_rate
+from veneer.train.stop import stop_signal
 
 
 class Loop:
@@ -75,6 +73,7 @@ class Loop:
         self._scaler = torch.amp.GradScaler(device, enabled=scale_loss)
         self.steps = batches.steps(train.num_train_epochs, train.max_steps)
         self.done = 0
+        self.loss: float | None = None  # of the last step that was made here
         self._has_gradients = False
 
     def resume(self, path: Path) -> None:
@@ -84,8 +83,11 @@ class Loop:
     def run(self, listeners: Sequence[Listener]) -> float:
         """Train to the end; returns the mean of all steps' tokens per second.
 
+        A checkpoint comes before the evaluation of its step, which a resumed run makes again: an evaluation may take
+        longer than whoever stops the run waits for it.
+
         Raises:
-            JobError: A loss is not finite, or an adapter gets no gradient.
+            JobError: The loss of a step is not finite, or an adapter gets no gradient.
             Interrupted: The user stopped the run; a checkpoint was written.
         """
         train = self._train
@@ -93,24 +95,22 @@ class Loop:
         for listener in listeners:
             listener.on_start(self.steps, self.done)
         try:
-            with _stop_signal() as stopped:
-                if self.done == self.steps and self._held_out:  # resumed after the last step
-                    _tell(listeners, self._evaluate())
+            with stop_signal() as stopped:
+                if self.done:
+                    self._evaluate_if_due(listeners, stopped)
                 while self.done < self.steps:
                     record = self._step(self.done)
                     self.done += 1
+                    self.loss = record["loss"]
                     tokens, seconds = tokens + record["tokens"], seconds + record["seconds"]
                     is_last = self.done == self.steps
                     if self.done % train.logging_steps == 0 or is_last:
                         _tell(listeners, record)
-                    if is_last:  # before anything else can fail
+                    if is_last or stopped() or _due(self.done, train.save_steps):
                         self._save()
-                    if self._held_out and (is_last or _due(self.done, train.eval_steps)):
-                        _tell(listeners, self._evaluate())
-                    if not is_last and (stopped() or _due(self.done, train.save_steps)):
-                        path = self._save()
-                        if stopped():
-                            raise Interrupted(path)
+                    if stopped() and not is_last:
+                        raise Interrupted(self._checkpoint())
+                    self._evaluate_if_due(listeners, stopped)
         except torch.OutOfMemoryError as error:
             raise JobError(
                 f"out of memory in step {self.done + 1}: {str(error).split('. ')[0]}\n  fix: halve "
@@ -162,25 +162,44 @@ class Loop:
             "peak_bytes": peak_bytes(self._device),
         }
 
-    def _evaluate(self) -> dict[str, Any]:
-        loss = self._held_out_total() / sum(batch.weight for batch in self._held_out)
-        if not math.isfinite(loss):
-            raise JobError(f"the held-out loss after step {self.done} is {loss}\n  fix: lower train.learning_rate")
-        perplexity = math.exp(loss) if loss < 700 else None
-        return {
+    def _evaluate_if_due(self, listeners: Sequence[Listener], stopped: Callable[[], bool]) -> None:
+        """The held-out loss, where this step has one; a stop leaves it out, and a checkpoint stands for it."""
+        if not self._held_out or not (self.done == self.steps or _due(self.done, self._train.eval_steps)):
+            return
+        total = self._held_out_total(stopped)
+        if total is None:
+            if not self._checkpoint().exists():
+                self._save()
+            raise Interrupted(self._checkpoint())
+        loss = total / sum(batch.weight for batch in self._held_out)
+        if not (is_finite := math.isfinite(loss)):  # the adapter may be good all the same, and its loss was finite
+            warnings.warn(
+                f"the held-out loss after step {self.done} is {loss}; a lower train.learning_rate may mend it",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        record = {
             "kind": "eval",
             "step": self.done,
-            "loss": loss,
-            "perplexity": perplexity,
+            "loss": loss if is_finite else None,
+            "perplexity": math.exp(loss) if is_finite and loss < 700 else None,
             "trained_tokens": sum(batch.trained for batch in self._held_out),
         }
+        _tell(listeners, record)
 
-    def _held_out_total(self) -> float:
-        """The summed held-out loss; where memory runs out, with half as many rows at a time from there on."""
+    def _held_out_total(self, stopped: Callable[[], bool]) -> float | None:
+        """The summed held-out loss, None where it was stopped; where memory runs out, from there on with half as many
+        rows at a time.
+        """
         before = self._held_out.size
         while True:
             try:
-                total = sum(torch.stack([self._engine.losses(batch).sum() for batch in self._held_out]).tolist())
+                sums = []
+                for batch in self._held_out:
+                    if stopped():
+                        return None
+                    sums.append(self._engine.losses(batch).sum())
+                total = sum(torch.stack(sums).tolist())
                 break
             except torch.OutOfMemoryError:
                 if self._held_out.size == 1:
@@ -221,8 +240,12 @@ class Loop:
                 "would do nothing there\n  fix: set adapter.target_modules to modules the model uses"
             )
 
-    def _save(self) -> Path:
-        path = checkpoint.save(
+    def _checkpoint(self) -> Path:
+        """Where the checkpoint of this step stands, or would."""
+        return checkpoint.path_of(self._checkpoints, self.done)
+
+    def _save(self) -> None:
+        checkpoint.save(
             self._checkpoints,
             self.done,
             self._model,
@@ -232,7 +255,6 @@ class Loop:
             self._began_with,
         )
         checkpoint.drop_old(self._checkpoints, self._train.save_total_limit)
-        return path
 
 
 def _largest(gradient: torch.Tensor | None) -> torch.Tensor:
@@ -246,24 +268,3 @@ def _due(step: int, every: int | None) -> bool:
 def _tell(listeners: Sequence[Listener], record: dict[str, Any]) -> None:
     for listener in listeners:
         listener.on_record(record)
-
-
-@contextmanager
-def _stop_signal() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C (or a polite kill) asks the loop to stop after the step; a second one stops at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-
-    def ask(signum: int, frame: object) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
