@@ -39,7 +39,7 @@ lint: $(READY)  ## ruff, mypy and the import contracts
 
 docs: $(READY)  ## Write docs/settings.md and docs/advice.md from the code
 	$(BIN)/python -m veneer.config.reference > docs/settings.md
-	$(BIN)/python -m veneer.plan.reference > docs/advice.md
+	$(BIN)/python -m veneer.planning.reference > docs/advice.md
 
 format: $(READY)  ## Format the code
 	$(BIN)/ruff check --fix .

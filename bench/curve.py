@@ -25,10 +25,10 @@ from veneer.data import Batch, Batches, Renderer, prepare
 from veneer.engine import ReferenceEngine
 from veneer.engine.fused import FusedEngine
 from veneer.engine.temporary import fill_b
+from veneer.machine import find_machine
 from veneer.model import attach, load_model, load_tokenizer, locate
-from veneer.plan import find_machine
-from veneer.train.optimizer import build_optimizer
-from veneer.train.schedule import learning_rate
+from veneer.training.optimizer import build_optimizer
+from veneer.training.schedule import learning_rate
 
 RESULTS = Path(__file__).parent / "results"
 WAYS = ("reference, float32", "reference, bfloat16", "fused, bfloat16")

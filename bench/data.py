@@ -222,8 +222,8 @@ def main() -> None:
     if given.child:
         print(json.dumps(ours(given.child[0], int(given.child[1]), given.child[2])))
         return
-    from veneer.plan import find_machine
-    from veneer.train.job import environment
+    from veneer.machine import find_machine
+    from veneer.training.job import environment
 
     path = HERE / "results" / "data.json"
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}

@@ -23,7 +23,7 @@ from veneer.config import Adapter, Train
 from veneer.data import Batch
 from veneer.engine.fused import FusedEngine
 from veneer.model import attach
-from veneer.train.optimizer import build_optimizer
+from veneer.training.optimizer import build_optimizer
 
 COMMON = {"vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5}
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -26,7 +26,7 @@ from tests.unit.test_fused import COVERED, batch_of, gradients, model_of
 
 from veneer.engine import ReferenceEngine
 from veneer.engine.fused import FusedEngine
-from veneer.plan import find_machine
+from veneer.machine import find_machine
 
 RESULTS = Path(__file__).parent / "results" / "exact.json"
 LENGTHS = ((37, 5, 21), (256, 256))

@@ -67,11 +67,11 @@ def load_once(way: str, folder: Path) -> dict[str, Any]:
     from transformers import LlamaForCausalLM  # noqa: F401
 
     from veneer.config import Adapter, Model, Quantization
+    from veneer.machine import find_machine
+    from veneer.machine.device import peak_resident_bytes
     from veneer.model import attach, locate
     from veneer.model.load import compute_dtype, keep_4bit_layout, load_base, load_plainly, settings_of
     from veneer.model.quiet import quiet
-    from veneer.plan import find_machine
-    from veneer.plan.machine import peak_resident_bytes
 
     machine, model = find_machine(), Model(base=str(folder), dtype="bfloat16")
     _wait(machine.device)
@@ -205,8 +205,8 @@ def main() -> None:
         print(f"made {arguments.folder} in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     found = measure(arguments.folder, arguments.runs, arguments.peer_runs)
 
-    from veneer.plan import find_machine
-    from veneer.train.job import environment
+    from veneer.machine import find_machine
+    from veneer.training.job import environment
 
     size = sum(file.stat().st_size for file in arguments.folder.glob("*.safetensors"))
     head = {

@@ -104,8 +104,8 @@ def run_veneer(work: Path, folder: Path, jobs: list[str]) -> None:
 
     from bench.engine import measure, train
     from veneer.config import Adapter, Model, Quantization
+    from veneer.machine import find_machine
     from veneer.model import attach, load_model, locate
-    from veneer.plan import find_machine
 
     started = time.perf_counter()
     model = Model(base=str(folder), dtype="bfloat16")

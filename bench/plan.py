@@ -31,16 +31,16 @@ from veneer.config import Adapter, Model, Quantization, Run, Train
 from veneer.data import Batch
 from veneer.data.batch import Example
 from veneer.engine import ReferenceEngine
-from veneer.engine.measure import measure_ceilings
-from veneer.engine.subject import subject_of
+from veneer.machine import find_machine
+from veneer.machine.device import peak_resident_bytes
 from veneer.model import attach, load_model
 from veneer.model.locate import Source
 from veneer.model.quiet import quiet
-from veneer.plan import find_machine
-from veneer.plan.forecast import Forecast, Padded, Place, Planner, Rows, place_here, place_of
-from veneer.plan.machine import peak_resident_bytes
-from veneer.train.job import environment
-from veneer.train.optimizer import build_optimizer
+from veneer.planning.forecast import Forecast, Padded, Place, Planner, Rows, place_here, place_of
+from veneer.planning.measure import measure_ceilings
+from veneer.planning.subject import subject_of
+from veneer.training.job import environment
+from veneer.training.optimizer import build_optimizer
 
 HELD_OUT = (16, 512)  # rows and tokens of the held-out loss, and of the prompts that are answered
 NEW_TOKENS = 64

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 
 from veneer.data import Message
-from veneer.plan import find_machine
+from veneer.machine import find_machine
 from veneer.release.weights import NAMES, Planned, bytes_of, weights_of, write_weights
-from veneer.train.job import environment
+from veneer.training.job import environment
 
 RESULTS = Path(__file__).parent / "results" / "release.json"
 QUANTS = ("f16", "q8_0", "q4_k_m")

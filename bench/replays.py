@@ -31,7 +31,7 @@ from veneer.data.batch import Batches
 from veneer.engine.fused import FusedEngine
 from veneer.engine.fused.graphs import MOST, Size
 from veneer.model import attach
-from veneer.train.optimizer import build_optimizer
+from veneer.training.optimizer import build_optimizer
 
 RESULTS = Path(__file__).parent / "results" / "replays.json"
 GIB = 70

@@ -16,8 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from veneer.plan import find_machine
-from veneer.train.job import environment
+from veneer.machine import find_machine
+from veneer.training.job import environment
 
 RESULTS = Path(__file__).parent / "results"
 VENEER = Path(sys.executable).with_name("veneer")

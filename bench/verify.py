@@ -34,8 +34,8 @@ train: {{output_dir: {output}}}
 def measure(folder: Path) -> dict[str, Any]:
     from veneer.config import load_run
     from veneer.engine.choose import build, choose
-    from veneer.train.parts import load_parts
-    from veneer.train.verify import verify_parts
+    from veneer.training.parts import load_parts
+    from veneer.training.verify import verify_parts
 
     with tempfile.TemporaryDirectory() as name:
         rows = Path(name) / "rows.jsonl"

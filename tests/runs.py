@@ -6,7 +6,7 @@ from typing import Any
 
 import veneer
 from veneer.config import RunFolder
-from veneer.train.metrics import read_metrics
+from veneer.training.metrics import read_metrics
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:

@@ -4,9 +4,9 @@
     run = veneer.Run(model={"base": "smollm2-135m-instruct"}, data={"train": "tickets.jsonl"})
     veneer.train(run)
 
-Everything here is imported when it is first used, so that `import veneer` costs nothing. `veneer.train` is the
-function although a package `veneer.train` exists too: importing a package sets an attribute on its parent, and for
-these names this module declines. The packages are reached as always: `from veneer.train import TrainingJob`.
+Everything here is imported when it is first used, so that `import veneer` costs nothing. `veneer.training` is the
+function although a package `veneer.training` exists too: importing a package sets an attribute on its parent, and for
+these names this module declines. The packages are reached as always: `from veneer.training import TrainingJob`.
 """
 
 from typing import TYPE_CHECKING

@@ -18,19 +18,20 @@ from veneer.data.conversation import BadRowError
 from veneer.data.prepare import HeldOut, prepare, read_held_out
 from veneer.data.turns import read_turns
 from veneer.engine import ReferenceEngine
-from veneer.engine.ladder import Rung, compare, rungs, smaller_bases
-from veneer.evaluate import Evaluation
-from veneer.evaluate import compare as compare_models
-from veneer.evaluate import generate as generate_answers
-from veneer.evaluate.memory import Batching, rows_at_a_time
+from veneer.evaluation import Evaluation
+from veneer.evaluation import compare as compare_models
+from veneer.evaluation import generate as generate_answers
+from veneer.evaluation.memory import Batching, rows_at_a_time
+from veneer.machine import find_machine
+from veneer.machine.speeds import Ceilings, keep_ceilings
 from veneer.model import compute_dtype, load_adapter, load_model, load_tokenizer, locate
 from veneer.model.known import LADDER
 from veneer.model.lineage import builtin_origins
-from veneer.plan import find_machine
-from veneer.plan.doctor import Found, Problem, diagnose, look, usable
-from veneer.plan.fit import Fitted, fit
-from veneer.plan.forecast import Padded, place_here, place_of
-from veneer.plan.time import Ceilings, keep_ceilings
+from veneer.planning.doctor import Found, Problem, diagnose, look, usable
+from veneer.planning.fit import Fitted, fit
+from veneer.planning.forecast import Padded, place_here, place_of
+from veneer.planning.foresee import Foreseen, foresee, read_if_at_hand
+from veneer.planning.model_sizes import Rung, compare, rungs, smaller_bases
 from veneer.release import (
     IMPORTANCE_ROWS,
     Certificate,
@@ -60,10 +61,9 @@ from veneer.release import (
     write_passport,
 )
 from veneer.report import certificate_page, plot_loss
-from veneer.train import Listener, Resume, Trained, TrainingJob, finished
-from veneer.train.foresight import Foreseen, foresee, read_if_at_hand
-from veneer.train.metrics import read_metrics
-from veneer.train.verify import verify as verify
+from veneer.training import Listener, Resume, Trained, TrainingJob, finished
+from veneer.training.metrics import read_metrics
+from veneer.training.verify import verify as verify
 
 
 def train(
@@ -138,7 +138,7 @@ class Planned:
         return self.foreseen.as_dict() | {"changes": changes}
 
     def compare(self) -> dict[str, Any]:
-        """Methods side by side on common sizes of GPU: see `veneer.engine.ladder.compare`."""
+        """Methods side by side on common sizes of GPU: see `veneer.planning.model_sizes.compare`."""
         return compare(self.foreseen.run, self.foreseen.planner)
 
 
@@ -198,7 +198,7 @@ def doctor(measure: bool = False) -> Examined:
     """
     found = look()
     if measure:
-        from veneer.engine.measure import measure_ceilings
+        from veneer.planning.measure import measure_ceilings
 
         keep_ceilings(found.machine, measure_ceilings(found.machine))
     place = place_here(found.machine)

@@ -14,7 +14,7 @@ from typing import Any
 def import_on_use(package: str, homes: Mapping[str, str]) -> None:
     """Let a package give names of its modules; called at the end of its `__init__.py`.
 
-    A name that is a module of the package too (`veneer.train`, `veneer.data.prepare`) stays the function: importing a
+    A name that is a module of the package too (`veneer.data.prepare`) stays the function: importing a
     module sets an attribute on its package, and for these names the package declines.
 
     Args:

@@ -12,7 +12,7 @@ import veneer
 from tests.runs import losses, tiny_run, write_rows
 from tests.tiny import FAMILIES
 from veneer.config import Interrupted
-from veneer.train import TrainingJob
+from veneer.training import TrainingJob
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,7 +14,7 @@ from tests.runs import losses, tiny_run, write_rows
 from tests.unit.test_fused import COVERED
 from veneer.config import Interrupted
 from veneer.engine.fused import FusedEngine
-from veneer.train import TrainingJob
+from veneer.training import TrainingJob
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,12 +10,13 @@ import transformers
 from veneer.config import Adapter, Train
 from veneer.data import Batch
 from veneer.engine.choose import kept_tensors
+from veneer.engine.dry_run import Step
 from veneer.engine.fused import FusedEngine
-from veneer.engine.fused.rehearsal import rehearse_layers
+from veneer.engine.fused.dry_run import rehearse_layers
 from veneer.model import attach
 from veneer.model.shapes import build, shapes_of
-from veneer.plan.memory import Step, phases
-from veneer.train.optimizer import build_optimizer
+from veneer.planning.memory import phases
+from veneer.training.optimizer import build_optimizer
 
 pytestmark = pytest.mark.gpu
 

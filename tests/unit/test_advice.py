@@ -10,11 +10,11 @@ import yaml
 
 from tests.unit.test_plan import DATA, FAULTS, TOKENIZER, situation
 from veneer.config import Run
-from veneer.engine.subject import subject_of
-from veneer.plan.advice import Situation, advise
-from veneer.plan.forecast import Place, Planner, place_here, place_of
-from veneer.plan.machine import Machine
-from veneer.train.foresight import foresee
+from veneer.machine.device import Machine
+from veneer.planning.advice import Situation, advise
+from veneer.planning.forecast import Place, Planner, place_here, place_of
+from veneer.planning.foresee import foresee
+from veneer.planning.subject import subject_of
 
 GiB = 2**30
 CPU = place_here(Machine("cpu", "a CPU", 8, 64 * GiB, 60 * GiB, True))

@@ -15,9 +15,9 @@ from tests.runs import tiny_run, write_rows
 from tests.tiny import ARCHITECTURES, FAMILIES, save_tiny_model
 from veneer import api
 from veneer.config import UserError
-from veneer.engine.subject import subject_of
 from veneer.model.quiet import quiet
-from veneer.plan.forecast import Planner, place_of
+from veneer.planning.forecast import Planner, place_of
+from veneer.planning.subject import subject_of
 from veneer.release.fold import through_four_bits
 
 CELLS = ("plan", "train", "merge", "export")

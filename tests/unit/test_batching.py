@@ -13,9 +13,9 @@ from tests.runs import tiny_run, write_rows
 from tests.tiny import FAMILIES, save_tiny_model, tiny_tokenizer
 from veneer.config import Data, JobError, UserError
 from veneer.data import Message, Renderer
-from veneer.evaluate import compare, generate
-from veneer.evaluate.memory import Batching, is_out_of_memory, positions_of
-from veneer.train import TrainingJob
+from veneer.evaluation import compare, generate
+from veneer.evaluation.memory import Batching, is_out_of_memory, positions_of
+from veneer.training import TrainingJob
 
 SHORTAGES = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),

@@ -20,9 +20,9 @@ from veneer.engine.agreement import agree
 from veneer.engine.fused import FusedEngine
 from veneer.engine.temporary import adapter_off
 from veneer.kernels.launch import TritonError
-from veneer.train import TrainingJob
-from veneer.train.metrics import read_metrics
-from veneer.train.optimizer import parameters_to_update
+from veneer.training import TrainingJob
+from veneer.training.metrics import read_metrics
+from veneer.training.optimizer import parameters_to_update
 
 MakeRun = Callable[..., veneer.Run]
 WRONG = "layers.1.mlp.down_proj.lora_A"

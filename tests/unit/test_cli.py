@@ -16,7 +16,7 @@ import yaml
 from tests.runs import write_rows
 from veneer.cli import demo as demo_module
 from veneer.cli.main import main
-from veneer.train import parts
+from veneer.training import parts
 
 ROOT = Path(__file__).parents[2]
 Call = Callable[..., tuple[int, str, str]]
@@ -59,7 +59,7 @@ def test_verify_tells_what_it_checked_and_writes_nothing(call: Call, run_file: P
 
 
 def test_a_check_that_fails_is_status_1(call: Call, run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from veneer.train import verify
+    from veneer.training import verify
 
     monkeypatch.setattr(verify, "_rate", lambda run, step: 1e-12)  # nothing is learnt at such a rate
     status, out, _ = call("verify", str(run_file), "--json")

@@ -8,8 +8,7 @@ from peft import LoraConfig, get_peft_model
 
 from veneer.config import Model, UserError
 from veneer.model.known import KNOWN, LADDER, known_shape
-from veneer.model.shapes import build, find_config, shapes_of
-from veneer.plan.memory import Shapes
+from veneer.model.shapes import Shapes, build, find_config, shapes_of
 
 
 def shapes(name: str) -> Shapes:

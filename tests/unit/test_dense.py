@@ -11,11 +11,11 @@ import torch
 from tests.tiny import FAMILIES, save_tiny_model
 from veneer.config import Adapter, Model, Quantization
 from veneer.engine.temporary import fill_b
+from veneer.machine.device import find_machine
 from veneer.model import attach
 from veneer.model.dense import adapter_beside_copies, adapter_in_copies, keep_dense
 from veneer.model.load import load_model
 from veneer.model.locate import Source
-from veneer.plan.machine import find_machine
 
 pytestmark = pytest.mark.skipif(find_machine().device != "cpu", reason="copies are for the CPU")
 

@@ -14,8 +14,8 @@ from veneer.config import Adapter, Model, Quantization
 from veneer.data import Batch, Example
 from veneer.engine import ReferenceEngine
 from veneer.kernels import linear_cross_entropy as kernel
+from veneer.machine import find_machine
 from veneer.model import attach, load_model, locate
-from veneer.plan import find_machine
 
 NO_SDPA = ("gemma2", "sdpa")  # Transformers has none for it
 

@@ -13,10 +13,10 @@ from tests.runs import tiny_run, write_rows
 from veneer.config import UserError
 from veneer.config.sampling import Sampling
 from veneer.data import Message
-from veneer.evaluate import compare, generate
-from veneer.evaluate.compare import Evaluation, Sample, Score
-from veneer.evaluate.intervals import perplexity, proportion
-from veneer.train import TrainingJob
+from veneer.evaluation import compare, generate
+from veneer.evaluation.compare import Evaluation, Sample, Score
+from veneer.evaluation.intervals import perplexity, proportion
+from veneer.training import TrainingJob
 
 
 def test_wilsons_interval() -> None:

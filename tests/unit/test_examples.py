@@ -3,7 +3,7 @@
 import json
 
 from veneer.data import Conversation, Message
-from veneer.evaluate.examples import examples_of
+from veneer.evaluation.examples import examples_of
 
 
 def row(name: str, answer: str) -> Conversation:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.runs import losses, tiny_run, write_rows
 from tests.tiny import FAMILIES
-from veneer.train import TrainingJob
+from veneer.training import TrainingJob
 
 IDS_BL = torch.tensor([[5, 40, 41, 42, 43, 44, 45, 46]])
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from veneer.evaluate.compare import Evaluation, Sample, Score
-from veneer.evaluate.fields import field_scores, shared_keys
-from veneer.evaluate.intervals import perplexity, perplexity_difference, proportion
+from veneer.evaluation.compare import Evaluation, Sample, Score
+from veneer.evaluation.fields import field_scores, shared_keys
+from veneer.evaluation.intervals import perplexity, perplexity_difference, proportion
 
 REFERENCE = '{"team": "sales", "count": 1, "product": null}'
 

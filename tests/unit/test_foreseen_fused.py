@@ -12,14 +12,15 @@ from tests.unit.test_memory import config_of, step
 from tests.unit.test_plan import planner_of, run_of
 from veneer.config import Run, Train, UserError
 from veneer.engine import choose
+from veneer.engine.dry_run import Rehearsed, Step
 from veneer.engine.fused import FusedEngine
 from veneer.engine.fused.block import TENSORS
 from veneer.engine.fused.cudnn import Call
-from veneer.engine.fused.rehearsal import _engine, rehearse_layers
+from veneer.engine.fused.dry_run import _engine, rehearse_layers
+from veneer.engine.trace import rounded
 from veneer.kernels.rope import Heads
-from veneer.model.shapes import build, shapes_of
-from veneer.plan.forecast import Forecast, Planner, place_of, step_of
-from veneer.plan.memory import Rehearsed, Shapes, Step, rounded
+from veneer.model.shapes import Shapes, build, shapes_of
+from veneer.planning.forecast import Forecast, Planner, place_of, step_of
 
 GiB = 2**30
 DEPTH = 6
@@ -209,7 +210,7 @@ def test_settings_and_engine_mean_the_same_by_what_is_kept() -> None:
 
 
 def run_rows() -> Any:
-    from veneer.plan.forecast import Padded
+    from veneer.planning.forecast import Padded
 
     return Padded(1, 64, 32)
 

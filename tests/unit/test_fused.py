@@ -21,7 +21,7 @@ from veneer.engine.temporary import dropout_off
 from veneer.kernels.place import place, placement_of
 from veneer.kernels.rms_norm import rms_norm
 from veneer.model import attach
-from veneer.train.optimizer import build_optimizer
+from veneer.training.optimizer import build_optimizer
 
 COVERED = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2")
 

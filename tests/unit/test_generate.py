@@ -17,7 +17,7 @@ from veneer.config import RunFolder, UserError
 from veneer.config.names import find_adapter
 from veneer.config.prompts import read_prompts
 from veneer.config.sampling import Sampling
-from veneer.evaluate.decoding import StopAtText, TextStream, answer_text
+from veneer.evaluation.decoding import StopAtText, TextStream, answer_text
 from veneer.release import find_origin
 
 QUESTION = "what does the owl say please please"  # the third row; its answer is owlowlowl

@@ -9,18 +9,18 @@ import torch
 from bitsandbytes.functional import quantize_4bit
 from peft import LoraConfig, get_peft_model
 
-import veneer.engine.rehearsal as rehearsal
+import veneer.engine.dry_run as rehearsal
 from tests.tiny import FAMILIES
 from veneer.config import Run, Train
 from veneer.data import Batches, Example
+from veneer.engine.dry_run import Step, rehearse
 from veneer.engine.reference import padded_groups
-from veneer.engine.rehearsal import rehearse
-from veneer.engine.survey import Lengths, rows_of
-from veneer.model.shapes import build, shapes_of
-from veneer.plan.held_out import answers_moment, loss_moment
-from veneer.plan.memory import Shapes, Step, loaded, optimizer_bytes, phases, quantized_bytes, resting, rounded
-from veneer.plan.trace import Trace
-from veneer.train.optimizer import build_optimizer
+from veneer.engine.trace import Trace, rounded
+from veneer.model.shapes import Shapes, build, shapes_of
+from veneer.planning.batch_shapes import Lengths, rows_of
+from veneer.planning.held_out import answers_moment, loss_moment
+from veneer.planning.memory import loaded, optimizer_bytes, phases, quantized_bytes, resting
+from veneer.training.optimizer import build_optimizer
 
 MiB = 2**20
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import FAMILIES
 from veneer.config import Adapter, Model, Quantization, UserError
 from veneer.config.cache import cached
+from veneer.machine import find_machine
 from veneer.model import attach, count_parameters, load_model, load_tokenizer, locate
 from veneer.model.gguf import PRE_TOKENIZERS
-from veneer.plan import find_machine
 
 
 def load(folder: Path, quantization: Quantization | None = None) -> Any:

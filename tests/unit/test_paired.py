@@ -2,7 +2,7 @@
 
 import pytest
 
-from veneer.evaluate.paired import MOST_ROWS, difference, paired
+from veneer.evaluation.paired import MOST_ROWS, difference, paired
 
 
 def outcomes(right: int, gained: int, lost: int, rows: int) -> tuple[list[bool], list[bool]]:

@@ -10,15 +10,15 @@ import torch
 
 from veneer import api
 from veneer.config import Run, UserError
-from veneer.engine.ladder import compare, rungs, smaller_bases
-from veneer.engine.subject import subject_of
-from veneer.plan.advice import HANDLED, RULES, DataFacts, Situation, TokenizerFacts, advise
-from veneer.plan.cards import CARDS, find_card, parse_budget
-from veneer.plan.doctor import Found, Gpu, diagnose, usable
-from veneer.plan.fit import apply, fit
-from veneer.plan.forecast import Planner, place_here, place_of
-from veneer.plan.machine import Machine
-from veneer.plan.reference import advice_page
+from veneer.machine.cards import CARDS, find_card, parse_budget
+from veneer.machine.device import Machine
+from veneer.planning.advice import HANDLED, RULES, DataFacts, Situation, TokenizerFacts, advise
+from veneer.planning.doctor import Found, Gpu, diagnose, usable
+from veneer.planning.fit import apply, fit
+from veneer.planning.forecast import Planner, place_here, place_of
+from veneer.planning.model_sizes import compare, rungs, smaller_bases
+from veneer.planning.reference import advice_page
+from veneer.planning.subject import subject_of
 
 GiB = 2**30
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -182,7 +182,7 @@ def test_the_fused_engine_needs_less_and_is_changed_as_well() -> None:
 def test_packing_is_tried_first_for_short_rows() -> None:
     import numpy as np
 
-    from veneer.engine.survey import Lengths
+    from veneer.planning.batch_shapes import Lengths
 
     lengths = np.array([*[1000] * 32, *[40] * 500])
     rows = Lengths(lengths, lengths - 9), Lengths(lengths[:9], lengths[:9] - 9)
@@ -200,7 +200,7 @@ def test_nothing_makes_a_run_fit_into_next_to_nothing() -> None:
 
 
 def test_a_changed_run_is_checked_like_any_other() -> None:
-    from veneer.plan.fit import Change
+    from veneer.planning.fit import Change
 
     with pytest.raises(ValueError, match="max_length"):
         apply(run_of(), Change("length", {"data.max_length": 0}, ""))

@@ -13,11 +13,11 @@ from tests.runs import tiny_run, write_rows
 from veneer.cli.main import main
 from veneer.config import load_run
 from veneer.config.load import to_yaml
+from veneer.machine.device import Machine
 from veneer.model.known import LADDER
-from veneer.plan.doctor import look
-from veneer.plan.forecast import CONTEXT
-from veneer.plan.machine import Machine
-from veneer.train import TrainingJob
+from veneer.planning.doctor import look
+from veneer.planning.forecast import CONTEXT
+from veneer.training import TrainingJob
 
 Call = Callable[..., tuple[int, str, str]]
 PLANNED = {"peak_bytes", "peak_phase", "fits", "verdict", "margin_bytes", "components", "phases", "advice", "changes"}
@@ -49,7 +49,7 @@ def run_file(tiny_model: Callable[..., Path], tmp_path: Path, rows: list[dict[st
 @pytest.fixture
 def short_ladder(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the bases that a place is compared with, the smallest two."""
-    monkeypatch.setattr("veneer.engine.ladder.LADDER", LADDER[:2])
+    monkeypatch.setattr("veneer.planning.model_sizes.LADDER", LADDER[:2])
 
 
 @pytest.mark.usefixtures("short_ladder")
@@ -139,7 +139,7 @@ def test_a_run_that_cannot_fit_is_refused_before_it_loads_anything(
     call: Call, run_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = Machine("cpu", "a small machine", 2, 2**29, 2**28, True)
-    monkeypatch.setattr(sys.modules["veneer.train.parts"], "find_machine", lambda: small)
+    monkeypatch.setattr(sys.modules["veneer.training.parts"], "find_machine", lambda: small)
     status, _, err = call("train", str(run_file))
     assert status == 2
     assert "the run does not fit" in err

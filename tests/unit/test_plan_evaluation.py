@@ -15,13 +15,13 @@ from tests.unit.test_plan import kinds, planner_of, run_of
 from veneer import api
 from veneer.cli.main import main
 from veneer.config import load_run
-from veneer.engine.ladder import leanest, rungs, smaller_bases
-from veneer.engine.survey import Lengths
+from veneer.engine.trace import Moment
 from veneer.model.known import FAMILIES, KNOWN, smaller_siblings
-from veneer.plan.forecast import Forecast, Padded, Place, place_here, place_of
-from veneer.plan.held_out import SPARE, rows_that_fit
-from veneer.plan.trace import Moment
-from veneer.train import TrainingJob
+from veneer.planning.batch_shapes import Lengths
+from veneer.planning.forecast import Forecast, Padded, Place, place_here, place_of
+from veneer.planning.held_out import SPARE, rows_that_fit
+from veneer.planning.model_sizes import leanest, rungs, smaller_bases
+from veneer.training import TrainingJob
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "guides").glob("*.yaml"))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.tiny import FAMILIES, save_tiny_model
-from veneer.evaluate.prefix import SHORTEST, SharedPrefix, padded, shared_length
+from veneer.evaluation.prefix import SHORTEST, SharedPrefix, padded, shared_length
 
 SHARED = list(range(10, 10 + SHORTEST + 4))
 PROMPTS = [[*SHARED, 40, 41, 42], [*SHARED, 50], [*SHARED, 60, 61, 62, 63, 64]]

@@ -9,10 +9,10 @@ import pytest
 from tests.rows import conversation, renderer
 from tests.tiny import tiny_tokenizer
 from veneer.data import Conversation, Message
-from veneer.evaluate.decoding import answer_text
-from veneer.evaluate.examples import examples_of
-from veneer.evaluate.fields import right_rows
-from veneer.evaluate.right import expected_answer, is_right
+from veneer.evaluation.decoding import answer_text
+from veneer.evaluation.examples import examples_of
+from veneer.evaluation.fields import right_rows
+from veneer.evaluation.right import expected_answer, is_right
 
 TEMPLATES = Path(__file__).parent / "templates"
 CALL = {"name": "lamp", "arguments": {"on": True}}

@@ -12,7 +12,7 @@ from veneer.engine.fused import FusedEngine
 from veneer.engine.fused.block import TENSORS
 from veneer.engine.fused.cudnn import ROOM_BYTES, Call
 from veneer.engine.fused.spend import spend
-from veneer.train.job import vary
+from veneer.training.job import vary
 
 
 def test_memory_is_spent_where_it_saves_most() -> None:

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny import FAMILIES
 from veneer.config import Adapter, Model, Quantization, UserError
+from veneer.machine import find_machine
 from veneer.model import attach, locate, reader
 from veneer.model.load import LoadReport, keep_4bit_layout, load_base, load_plainly, settings_of
 from veneer.model.quiet import quiet
 from veneer.model.reader import Reader
 from veneer.model.shards import read_headers
-from veneer.plan import find_machine
 
 CACHED = Quantization(cache=True)
 IDS = torch.arange(3, 35).view(2, 16)

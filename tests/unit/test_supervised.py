@@ -25,11 +25,11 @@ from veneer.config.folder import remove
 from veneer.model import Source
 from veneer.release.card import licence
 from veneer.report.run_page import run_page
-from veneer.train import Listener, TrainingJob, finished
-from veneer.train import job as job_module
-from veneer.train.metrics import MetricsFile, read_metrics
+from veneer.training import Listener, TrainingJob, finished
+from veneer.training import job as job_module
+from veneer.training.metrics import MetricsFile, read_metrics
 
-train_package = sys.modules["veneer.train"]  # `veneer.train` is the function
+train_package = sys.modules["veneer.training"]  # `veneer.training` is the function
 Call = Callable[..., tuple[int, str, str]]
 EVALUATES: dict[str, Any] = {"data": {"validation": 2}, "train": {"eval_steps": 2, "save_steps": None}}
 

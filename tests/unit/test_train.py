@@ -18,9 +18,9 @@ from tests.runs import losses, tiny_run, write_rows
 from tests.tiny import CHATML
 from veneer.config import Interrupted, JobError, RunFolder, Train, UserError
 from veneer.release import find_origin
-from veneer.train import TrainingJob
-from veneer.train.optimizer import build_optimizer, get_state, set_state
-from veneer.train.schedule import learning_rate
+from veneer.training import TrainingJob
+from veneer.training.optimizer import build_optimizer, get_state, set_state
+from veneer.training.schedule import learning_rate
 
 Runner = Callable[..., Path]
 

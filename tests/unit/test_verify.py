@@ -18,9 +18,9 @@ from veneer.engine import ReferenceEngine
 from veneer.engine.choose import Choice, build
 from veneer.engine.fused import FusedEngine
 from veneer.model import save_adapter
-from veneer.train import verify as module
-from veneer.train.parts import Parts, load_parts
-from veneer.train.verify import Verification, verify_parts
+from veneer.training import verify as module
+from veneer.training.parts import Parts, load_parts
+from veneer.training.verify import Verification, verify_parts
 
 MakeRun = Callable[..., veneer.Run]
 

@@ -36,8 +36,8 @@ def demo(
     out.print("[bold]1  What is here[/bold]")
     from veneer.cli import show_demo
     from veneer.config import RunFolder
-    from veneer.plan.machine import peak_resident_bytes
-    from veneer.train import TrainingJob
+    from veneer.machine.device import peak_resident_bytes
+    from veneer.training import TrainingJob
 
     job = TrainingJob(run)
     _show_start(out, job)
@@ -83,8 +83,8 @@ def _train_and_score(out: Any, job: Any) -> tuple[Any, Any]:
     from veneer.cli import show, show_demo
     from veneer.data.prepare import read_held_out
     from veneer.engine.temporary import adapter_off
-    from veneer.evaluate import Evaluation, generate, score
-    from veneer.evaluate.examples import examples_of
+    from veneer.evaluation import Evaluation, generate, score
+    from veneer.evaluation.examples import examples_of
 
     run = job.run
     held_out = job.data.held_out(run.evaluate.rows)
@@ -122,7 +122,7 @@ def _export(out: Any, job: Any, evaluation: Any) -> tuple[Any, dict[str, Any]]:
     from veneer import api
     from veneer.cli import show, show_demo
     from veneer.config import UserError
-    from veneer.evaluate.compare import judge, questions
+    from veneer.evaluation.compare import judge, questions
     from veneer.release.answers import gguf_answers
     from veneer.release.servers import require_llama_cpp
 

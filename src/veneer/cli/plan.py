@@ -26,7 +26,7 @@ def plan(
     from veneer.config import JobError, load_run
     from veneer.config.load import RUN_HEADER
     from veneer.config.names import find_model
-    from veneer.plan.cards import parse_budget
+    from veneer.machine.cards import parse_budget
 
     settings = load_run(run, overrides or ())
     if fit is not None:

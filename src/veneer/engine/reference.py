@@ -28,8 +28,8 @@ from veneer.engine.attention import short_row_attention
 from veneer.engine.positions import switch_of
 from veneer.engine.prefix import can_share, hidden_behind, shared_tokens
 from veneer.kernels.linear_cross_entropy import linear_cross_entropy
+from veneer.machine.device import return_freed_memory
 from veneer.model.dense import adapter_beside_copies
-from veneer.plan.machine import return_freed_memory
 
 PADDING = 1.25  # rows go together while their padded tokens are at most so many times the real ones
 

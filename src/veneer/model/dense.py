@@ -20,7 +20,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from veneer.plan.memory import COPIES_SHARE
+# 16-bit copies on the CPU may take one part in so many of the memory that is free: the run's own needs are to come.
+COPIES_SHARE = 8
 
 
 def keep_dense(base: Any, free_bytes: int) -> int:

@@ -20,13 +20,13 @@ from veneer.config import Model, Quantization, UserError
 from veneer.config.files import own_files, reading
 from veneer.config.hub import not_here, unreachable
 from veneer.data.sandbox import shared
+from veneer.machine.device import Machine, named_dtype
 from veneer.model.dense import keep_dense
 from veneer.model.kept import Copy, Kept, tell_unusable
 from veneer.model.locate import Source
 from veneer.model.quiet import quiet
 from veneer.model.remote import refusal, require_attention, require_own_class
 from veneer.model.stream import Checkpoint, circles_collected, find_checkpoint, note_range, require_finite, stream
-from veneer.plan.machine import Machine, named_dtype
 
 
 class LoadReport(NamedTuple):

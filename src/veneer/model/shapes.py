@@ -5,6 +5,9 @@ file, from the user's cache, from the published shapes in known.py, and only for
 """
 
 import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,89 @@ from veneer.model.known import known_shape
 from veneer.model.quiet import quiet
 from veneer.model.remote import read_config, refusal, require_own_class
 from veneer.model.trainable import FIX
-from veneer.plan.memory import Shapes
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A base model's parameters, without the parameters.
+
+    Attributes:
+        architecture: Its class in Transformers.
+        weights: Shape of every parameter, by name; tied ones once.
+        other_bytes: Of its buffers.
+        linears: Inputs and outputs of every linear layer, by path, the head included.
+        embeddings: Rows and width of every embedding, by path.
+        head: Path of the output layer.
+        depth: Decoder layers.
+        period: After so many layers they repeat; None: they do not.
+        key_value_bytes: Of the generation cache, a token, in 16 bits.
+        vocabulary: Tokens.
+        positions: Longest sequence it can read; None: no limit known.
+        beside: Paths of layers that text does not go through: those of a vision tower.
+    """
+
+    architecture: str
+    weights: Mapping[str, tuple[int, ...]]
+    other_bytes: int
+    linears: Mapping[str, tuple[int, int]]
+    embeddings: Mapping[str, tuple[int, int]]
+    head: str | None
+    depth: int
+    period: int | None
+    key_value_bytes: int
+    vocabulary: int
+    positions: int | None
+    beside: frozenset[str] = frozenset()
+
+    @property
+    def total(self) -> int:
+        """Parameters in all."""
+        return sum(prod(shape) for shape in self.weights.values())
+
+    @property
+    def experts(self) -> float:
+        """Share of the parameters that are experts' matrices, stacked in parameters that are no linear layers."""
+        stacked = (prod(shape) for name, shape in self.weights.items() if len(shape) == 3 and "expert" in name)
+        return sum(stacked) / self.total
+
+    def quantizable(self) -> frozenset[str]:
+        """Paths of the layers that bitsandbytes quantizes: all linear ones but the head."""
+        return frozenset(path for path in self.linears if path != self.head)
+
+    def targets(self, target_modules: str | tuple[str, ...]) -> frozenset[str]:
+        """Paths of the modules that an adapter goes on, as PEFT matches them: a name, or the end of a path.
+
+        Raises:
+            UserError: An entry matches nothing.
+        """
+        if target_modules == "all-linear":
+            return self.quantizable() - self.beside
+        found: set[str] = set()
+        for target in target_modules:
+            matched = {p for p in (*self.linears, *self.embeddings) if p == target or p.endswith(f".{target}")}
+            matched -= self.beside
+            if not matched:
+                near = difflib.get_close_matches(target, self.linear_names, n=3, cutoff=0.4) or self.linear_names
+                raise UserError(
+                    f"adapter.target_modules: `{target}` matches no module of this model; nearest: {', '.join(near)}",
+                    f"choose from {', '.join(self.linear_names)}, or write all-linear",
+                )
+            found |= matched
+        return frozenset(found)
+
+    @property
+    def linear_names(self) -> list[str]:
+        """Last parts of the paths of all linear layers that text goes through, in order, the head left out."""
+        adapted = (path for path in self.linears if path != self.head and path not in self.beside)
+        return list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in adapted))
+
+    def adapter(self, targets: frozenset[str], r: int) -> list[int]:
+        """Sizes of the adapter's matrices, A and B of each target, in parameters."""
+        sizes = []
+        for path in sorted(targets):
+            inputs, outputs = self.linears.get(path) or self.embeddings[path]
+            sizes += [r * inputs, r * outputs]
+        return sizes
 
 
 def find_config(model: Model) -> Any:

@@ -8,8 +8,8 @@ from pathlib import Path
 from veneer.config import UserError
 from veneer.config.files import reading
 from veneer.data import Renderer
+from veneer.machine import find_machine
 from veneer.model.gguf import open_gguf
-from veneer.plan import find_machine
 from veneer.release.merge import json_of
 from veneer.release.origin import Origin
 from veneer.release.prompts import Prompt

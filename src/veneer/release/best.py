@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from veneer.config import UserError
-from veneer.evaluate.fields import right_rows
-from veneer.evaluate.paired import Paired, paired
+from veneer.evaluation.fields import right_rows
+from veneer.evaluation.paired import Paired, paired
+from veneer.machine import find_machine
 from veneer.model import load_adapter, load_model
-from veneer.plan import find_machine
 from veneer.release.certify import batch_of, judged_answers, judged_model
 from veneer.release.judged import Recorded
 from veneer.release.merge import stop_ids

@@ -23,12 +23,12 @@ from veneer.config.files import read_json, read_text
 from veneer.config.folder import write_text
 from veneer.config.load import yaml_values
 from veneer.data.template import begin_ids
+from veneer.machine import find_machine
 from veneer.model import GgufOrigin, Source, compute_dtype, gguf_origin, load_tokenizer, local_folder, locate
-from veneer.plan import find_machine
 from veneer.release.lint import vllm_lint
 from veneer.release.passport import base_name, read_passport
 from veneer.release.redact import failed_check, name_of, without_paths
-from veneer.train.job import TrainingJob
+from veneer.training.job import TrainingJob
 
 MARK = "<!-- Written by Veneer from the files of the run; without this line it is never written again. -->"
 

@@ -29,9 +29,9 @@ from typing import Any
 
 from veneer.config.folder import write_json
 from veneer.data import Renderer
+from veneer.machine import find_machine
 from veneer.model import load_adapter, load_model
 from veneer.model.dense import adapter_in_copies
-from veneer.plan import find_machine
 from veneer.release.agreement import (
     LIMITS,
     OTHER_BASE,
@@ -54,7 +54,7 @@ from veneer.release.recipe import trained_on
 from veneer.release.runtimes import Answer, Runtime, greedy
 from veneer.release.settings import setting_checks, stop_token_checks
 from veneer.release.verdict import verdict_of
-from veneer.train.job import environment
+from veneer.training.job import environment
 
 EDGE_TOKENS = 16  # longest answer to an edge case
 NOT_HASHED = ("certificate.json", "certificate.html", "README.md")

@@ -20,11 +20,11 @@ from veneer.config.names import base_not_here, find_adapter
 from veneer.config.names import require_adapter as require_adapter
 from veneer.data import Renderer
 from veneer.data.template import NAMED_TEMPLATES
+from veneer.machine import find_machine
 from veneer.model import Source, compute_dtype, load_tokenizer, local_folder, locate, stored_quantization
-from veneer.plan import find_machine
 from veneer.release.passport import read_passport, require_match, trained_in_4_bits
 from veneer.release.weights import FETCH_AGAIN
-from veneer.train import checkpoint
+from veneer.training import checkpoint
 
 
 @dataclass(frozen=True)

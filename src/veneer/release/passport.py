@@ -17,10 +17,10 @@ from typing import Any
 from veneer.config import Quantization, UserError
 from veneer.config.files import read_json, reading, visible
 from veneer.config.folder import write_json
-from veneer.evaluate.generation import stop_ids_of
+from veneer.evaluation.generation import stop_ids_of
 from veneer.model import Source, compute_dtype, fingerprint, gguf_origin, local_folder, stored_quantization
 from veneer.release.redact import public_settings
-from veneer.train.job import TrainingJob, environment
+from veneer.training.job import TrainingJob, environment
 
 FILE = "passport.json"
 

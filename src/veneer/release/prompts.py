@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from veneer.config import UserError
 from veneer.data import Message, Renderer
 from veneer.data.prepare import HeldOut
-from veneer.evaluate.right import expected_answer
+from veneer.evaluation.right import expected_answer
 from veneer.model.shapes import find_config
 from veneer.release.origin import Origin
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from veneer.data.source import HUB_ID
 from veneer.data.template import NAMED_TEMPLATES
-from veneer.evaluate.right import is_right
+from veneer.evaluation.right import is_right
 
 # A path of this machine within a sentence: of two parts at least, so that "prompt / completion" and "/" are none.
 PATH = re.compile(r"(?<![\w:/.~])(?:(?:[A-Za-z]:)?(?:[/\\][\w.@+%=-]+){2,}|~[\w.-]*(?:[/\\][\w.@+%=-]+)+)[/\\]?")

@@ -18,11 +18,11 @@ from veneer.config import JobError
 from veneer.config.files import reading
 from veneer.data import Message
 from veneer.data.sandbox import Job, RefusedError, TemplateLimitError, shared
-from veneer.evaluate.generation import contiguous_head_input
-from veneer.evaluate.prefix import SharedPrefix, padded
+from veneer.evaluation.generation import contiguous_head_input
+from veneer.evaluation.prefix import SharedPrefix, padded
+from veneer.machine.device import Machine
 from veneer.model.quiet import quiet
 from veneer.model.remote import read_config
-from veneer.plan.machine import Machine
 
 TOP = 100  # likeliest tokens that are looked at; the rest is one bucket
 

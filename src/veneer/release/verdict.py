@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from veneer.evaluate.fields import right_rows
-from veneer.evaluate.intervals import proportion
-from veneer.evaluate.paired import Paired, paired
+from veneer.evaluation.fields import right_rows
+from veneer.evaluation.intervals import proportion
+from veneer.evaluation.paired import Paired, paired
 from veneer.release.checks import Check
 from veneer.release.prompts import Prompt
 from veneer.release.runtimes import Answer

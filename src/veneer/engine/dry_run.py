@@ -1,0 +1,369 @@
+"""The reference engine rehearsed on meta tensors: the memory and the work of a step, before anything is loaded.
+
+Transformers' own model code runs, and the engine's own loss; what stands in is what PEFT and bitsandbytes add to a
+linear layer, operation for operation (a test compares them with the real ones). They are not imported, since a plan
+should answer at once, and bitsandbytes' kernels want data anyway.
+
+Decoder layers are alike, so a deep model is rehearsed with a few of them and carried on in a straight line: each
+stretch of a step (the forward, the head and the loss, the backward of the last layers, of the first) holds the same
+bytes more for each further layer. Where layers differ in a pattern, the pattern is repeated whole; where there is
+none, all layers are rehearsed.
+
+Shapes: B rows, L length, N trained tokens, K inputs and M outputs of a linear layer.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from veneer.engine.reference import Rows, token_losses
+from veneer.engine.trace import FlashAttention, Moment, Trace, Work, is_view, on_meta
+from veneer.model.quiet import quiet
+from veneer.model.shapes import decoder_layers
+
+QUANT_BLOCK = 64  # weights that share a constant in bitsandbytes' 4-bit formats
+CONSTANT_BLOCK = 256  # constants that share one of their own under double quantization
+
+
+@dataclass(frozen=True)
+class Step:
+    """A micro-batch to rehearse.
+
+    Attributes:
+        rows, length: Its padded shape: rows, and tokens of each.
+        trained: Trained tokens in it.
+        dtype: Of the compute.
+        method: qlora, lora or full.
+        targets: Paths of the modules the adapter is on.
+        quantized: Paths of the modules whose weights are in 4 bits.
+        r, dropout: Of the adapter.
+        double_quant: Whether the constants of 4-bit blocks are quantized too.
+        checkpointing: Whether the reference engine recomputes activations.
+        engine: reference or fused.
+        keep: What the fused engine keeps of each block from forward to backward; None: everything.
+        keeps_last: Whether it keeps all of the last block even so.
+        keeps_16_bits: Whether it holds 4-bit weights as 16-bit matrices too.
+        even: Whether the rows are of one length; the fused engine has other kernels for those that are not.
+        capability: Major compute capability of the GPU.
+        accumulating: Whether gradients of an earlier micro-batch are there.
+        training: False: the held-out loss alone.
+        copies: Whether there are 16-bit copies of 4-bit weights beside them, as on a CPU with memory for them.
+    """
+
+    rows: int
+    length: int
+    trained: int
+    dtype: Any
+    method: str = "lora"
+    targets: frozenset[str] = frozenset()
+    quantized: frozenset[str] = frozenset()
+    r: int = 16
+    dropout: float = 0.0
+    double_quant: bool = True
+    checkpointing: bool = True
+    engine: str = "reference"
+    keep: frozenset[str] | None = None
+    keeps_last: bool = False
+    keeps_16_bits: bool = False
+    even: bool = True
+    capability: int = 9
+    accumulating: bool = False
+    training: bool = True
+    copies: bool = False
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What a micro-batch would hold beside weights, adapter, and optimizer; and the work it is.
+
+    Attributes:
+        moments: The fullest moment of each of its stretches: `forward`, `loss`, `backward ...`.
+        work: Forward and backward.
+        held: What the engine holds all the time in the place of adapter and gradients, and beside the weights: buffers
+            it lays out itself; None: it has none.
+        records: Whether passes of a shape that comes again are recorded and replayed without the host.
+    """
+
+    moments: dict[str, Moment]
+    work: Work
+    held: dict[str, int] | None = None
+    records: bool = False
+
+    def fullest(self, phase: str) -> Moment:
+        """Of a phase: `forward` (with the loss) or `backward`."""
+        found = [m for name, m in self.moments.items() if ("backward" in name) == (phase == "backward")]
+        return max(found, key=lambda moment: moment.bytes)
+
+    @property
+    def recorded_bytes(self) -> int:
+        """What a recording keeps to itself between its passes: all that one of them holds."""
+        return max(moment.bytes for moment in self.moments.values()) if self.records else 0
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What an engine would keep from forward to backward of memory that is to spare.
+
+    Attributes:
+        bytes: What that adds to the peak.
+        blocks: How many blocks keep each set of tensors.
+        share_16_bits: Of the weights in 4 bits, that stay in 16 bits too.
+    """
+
+    bytes: int
+    blocks: Mapping[frozenset[str], int]
+    share_16_bits: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON: bytes, how many blocks keep each tensor, and the share of weights."""
+        names = sorted({name for kept in self.blocks for name in kept})
+        counts = {name: sum(count for kept, count in self.blocks.items() if name in kept) for name in names}
+        return {"bytes": self.bytes, "blocks": counts, "16_bit_weights": self.share_16_bits}
+
+
+FUSED_TOKENS = 1536  # bitsandbytes multiplies up to so many tokens without first dequantizing the whole weight
+
+
+def rehearse(make: Callable[[int], Any], depth: int, period: int | None, step: Step) -> Rehearsed:
+    """Rehearse a micro-batch, or the held-out loss of one.
+
+    Args:
+        make: Builds the base model on the meta device with so many layers.
+        depth: Layers of the model.
+        period: After so many layers they repeat; None: they do not.
+        step: The micro-batch.
+    """
+    chunked_head = step.method != "full" and head_is_linear(make(period or depth))
+
+    def run(layers: int, ends: int) -> Rehearsed:
+        return Rehearsed(*_run(make(layers), step, ends, chunked_head))
+
+    return carried_on(run, depth, period, step.training)
+
+
+def carried_on(run: Callable[[int, int], Rehearsed], depth: int, period: int | None, training: bool) -> Rehearsed:
+    """A rehearsal of a deep model from those of two models with few layers, in a straight line.
+
+    Args:
+        run: Rehearses so many layers; at either end so many have stretches of their own in backward.
+        depth, period: See `rehearse`.
+        training: Whether there is a backward.
+    """
+    few = depth if period is None else (3 if training else 2) * period + depth % period
+    if period is None or few + period >= depth:
+        return run(depth, depth)
+    a, b = run(few, period), run(few + period, period)
+    times = (depth - few - period) / period
+
+    def on(before: float, after: float) -> float:
+        return after + (after - before) * times
+
+    def bytes_on(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
+        return {name: round(on(before.get(name, 0), count)) for name, count in after.items()}
+
+    def moment_on(before: Moment, after: Moment) -> Moment:
+        return Moment(round(on(before.bytes, after.bytes)), bytes_on(before.components, after.components))
+
+    return Rehearsed(
+        {name: moment_on(moment, b.moments[name]) for name, moment in a.moments.items()},
+        {name: on(a.work.get(name, 0), count) for name, count in b.work.items()},
+        None if a.held is None or b.held is None else bytes_on(a.held, b.held),
+        b.records,
+    )
+
+
+def _run(base: Any, step: Step, period: int, chunked_head: bool) -> tuple[dict[str, Moment], Work]:
+    """One micro-batch; the moments of its stretches, and its work.
+
+    The layers between the first two periods and the last one hold no more than these, and have no stretch of their own.
+    """
+    adapt(base, step)
+    chunked_head = chunked_head and type(base.get_output_embeddings()) is torch.nn.Linear
+    trace = Trace()
+    rows = _rows(step)
+    base.base_model.register_forward_hook(lambda *_: trace.mark("loss", "logits and loss"))
+    if not step.training:
+        base.eval()
+        with trace, torch.no_grad():
+            trace.mark("forward", "activations")
+            token_losses(base, rows, chunked_head)
+        return dict(trace.moments), trace.total_work()
+    if step.checkpointing:
+        contexts = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), FlashAttention())}
+        with quiet():
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=contexts)
+    base.train()
+    _follow_backward(decoder_layers(base), trace, period)
+    for parameter in base.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: trace.call(p.grad, "gradients"))
+            if step.accumulating:
+                parameter.grad = torch.zeros_like(parameter)  # made outside: whoever plans counts it
+    with trace:
+        trace.mark("forward", "activations")
+        losses_N = token_losses(base, rows, chunked_head)
+        trace.mark("loss", "logits and loss")
+        losses_N.sum().backward()  # type: ignore[no-untyped-call]
+    return dict(trace.moments), trace.total_work()
+
+
+def _follow_backward(layers: list[Any], trace: Trace, period: int) -> None:
+    """Begin a stretch where the backward of a layer begins: when the gradient of its output is there."""
+    last = len(layers) - period
+
+    def name(number: int) -> str:
+        if number >= last:
+            return f"backward -{len(layers) - number}"
+        return f"backward {number}" if number < 2 * period else "backward between"
+
+    for number, layer in enumerate(layers):
+
+        def on_output(_: Any, __: Any, output: Any, stretch: str = name(number)) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if hidden.requires_grad:
+                hidden.register_hook(lambda _: trace.mark(stretch, "working set"))
+
+        layer.register_forward_hook(on_output)
+
+
+def _rows(step: Step) -> Rows:
+    """A micro-batch without content."""
+    with torch.device("meta"):
+        ids_BL = torch.empty((step.rows, step.length), dtype=torch.int64)
+        index_N = torch.empty((step.trained,), dtype=torch.int64)
+        return Rows(list(range(step.rows)), ids_BL, index_N, index_N, index_N, torch.empty((step.trained,)))
+
+
+def head_is_linear(base: Any) -> bool:
+    """Whether a model does nothing between its last hidden state and its logits but one product."""
+    head = base.get_output_embeddings()
+    if type(head) is not torch.nn.Linear or base.base_model is base:
+        return False
+
+    class Names(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        between: list[str] | None = None
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if self.between is not None and not is_view(function):
+                self.between.append(str(function))
+            return on_meta(function, args, kwargs or {})
+
+    names = Names()  # type: ignore[no-untyped-call]
+    hook = base.base_model.register_forward_hook(lambda *_: setattr(names, "between", []))
+    with names, torch.no_grad():
+        base(input_ids=torch.empty((1, 8), dtype=torch.int64, device="meta"), use_cache=False)
+    hook.remove()
+    return names.between is not None and [name.split(".")[1] for name in names.between] in (["mm"], ["addmm"])
+
+
+def adapt(base: Any, step: Step) -> None:
+    """Put adapters on a model on the meta device and quantize it, in place, as `attach` and `load_model` would."""
+    base.requires_grad_(step.method == "full")
+    for path, module in list(base.named_modules()):
+        if path in step.targets or path in step.quantized:
+            parent, _, name = path.rpartition(".")
+            stand_in = (
+                _Embedding(module, step) if isinstance(module, torch.nn.Embedding) else _Linear(module, path, step)
+            )
+            setattr(base.get_submodule(parent), name, stand_in)
+
+
+class _Embedding(torch.nn.Module):
+    """Stands in for PEFT's adapter on an embedding."""
+
+    def __init__(self, base: torch.nn.Embedding, step: Step) -> None:
+        super().__init__()
+        self.base = base
+        with torch.device("meta"):
+            self.lora_embedding_A = torch.nn.Parameter(torch.empty(step.r, base.num_embeddings))
+            self.lora_embedding_B = torch.nn.Parameter(torch.empty(base.embedding_dim, step.r))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        after_A = torch.nn.functional.embedding(ids, self.lora_embedding_A.T, self.base.padding_idx)
+        result: torch.Tensor = self.base(ids) + (after_A @ self.lora_embedding_B.T) * 2.0
+        return result.to(self.base.weight.dtype)
+
+
+class _Linear(torch.nn.Module):
+    """Stands in for a linear layer of bitsandbytes, with or without PEFT's adapter around it, or for PEFT's alone."""
+
+    def __init__(self, base: Any, path: str, step: Step) -> None:
+        super().__init__()
+        self.is_4bit = path in step.quantized
+        # Conv1D of GPT-2 keeps its weight the other way round.
+        inputs, outputs = base.weight.shape if hasattr(base, "nf") else base.weight.shape[::-1]
+        self.shape_MK = (outputs, inputs)
+        self.base = None if self.is_4bit else base
+        self.bias = base.bias
+        self.step = step
+        self.is_adapted = path in step.targets
+        if self.is_adapted:
+            with torch.device("meta"):
+                self.lora_A = torch.nn.Linear(inputs, step.r, bias=False)
+                self.lora_B = torch.nn.Linear(step.r, outputs, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.base(x) if self.base is not None else self._four_bit(x)
+        if not self.is_adapted:
+            return result
+        dtype = result.dtype
+        if self.is_4bit:
+            result = result.clone()
+        x = x.to(torch.float32)  # a name, since PEFT holds it to the end as well
+        output = self.lora_B(self.lora_A(self._dropout(x))) * 2.0
+        if self.is_4bit:
+            output = output.to(dtype)
+        result = result + output
+        return result.to(dtype)
+
+    def _four_bit(self, x: torch.Tensor) -> Any:
+        return _FourBit.apply(x, self.bias, self.shape_MK, self.step)  # type: ignore[no-untyped-call]
+
+    def _dropout(self, x: torch.Tensor) -> torch.Tensor:
+        # F.dropout takes this kernel on a GPU, and another one on meta tensors.
+        return torch.native_dropout(x, self.step.dropout, True)[0] if self.step.dropout and self.training else x
+
+
+class _FourBit(torch.autograd.Function):
+    """bitsandbytes' product with a 4-bit weight: dequantized whole, used, and dropped; nothing is saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bias: Any, shape_MK: tuple[int, int], step: Step) -> torch.Tensor:
+        ctx.shape_MK, ctx.step = shape_MK, step
+        output = x.new_empty((*x.shape[:-1], shape_MK[0]))
+        if x.numel() // shape_MK[1] > FUSED_TOKENS:
+            _dequantize(shape_MK, x.dtype, step, 2)
+        _note_product(x, shape_MK)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (grad,) = grads
+        result = grad.new_empty((*grad.shape[:-1], ctx.shape_MK[1]))
+        _dequantize(ctx.shape_MK, grad.dtype, ctx.step, 1)
+        _note_product(grad, ctx.shape_MK[::-1])
+        return result, None, None, None
+
+
+def _dequantize(shape_MK: tuple[int, int], dtype: torch.dtype, step: Step, copies: int) -> None:
+    """The weight in full, beside the blocks' constants in float32 where these are quantized too."""
+    weights = shape_MK[0] * shape_MK[1]
+    blocks = weights // QUANT_BLOCK
+    constants = 4 * blocks * copies if step.double_quant else 0
+    trace = Trace.current()
+    trace.hold("dequantized weights", weights * dtype.itemsize + constants)
+    if step.double_quant:
+        trace.note("memory", 0, 5 * blocks)
+        trace.note("memory", 0, 8 * blocks)
+    trace.note("memory", 0, weights * (0.5 + dtype.itemsize) + 4 * blocks)
+
+
+def _note_product(x: torch.Tensor, shape_MK: tuple[int, int]) -> None:
+    kind = str(x.dtype).removeprefix("torch.")
+    rows = x.numel() // shape_MK[1]
+    moved = (x.numel() + rows * shape_MK[0] + shape_MK[0] * shape_MK[1]) * x.element_size()
+    Trace.current().note(kind, 2.0 * rows * shape_MK[0] * shape_MK[1], moved)

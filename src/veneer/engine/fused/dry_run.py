@@ -1,0 +1,255 @@
+"""The fused engine rehearsed on meta tensors: what it holds and does, before anything is loaded.
+
+The engine itself runs, on a model whose frozen weights and adapters are stand-ins with a shape and no data: the parts
+of PEFT's and bitsandbytes' modules that `family` reads, and no more, since importing either takes longer than a plan
+may. Kernels launched on meta tensors do nothing but say what they would move; what is allocated between them is
+followed as it is made and freed. So a tensor that the engine no longer makes leaves the forecast with it.
+
+What this leaves out: FlexAttention's own memory (counted as flash's), recordings' launches, and the plain twins, which
+take more than the kernels do; they are for tests.
+
+Shapes: T tokens, N trained ones, D inputs and M outputs of a linear layer, R rank.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from veneer.data import Batch
+from veneer.data.batch import UNTRAINED
+from veneer.engine.dry_run import CONSTANT_BLOCK, QUANT_BLOCK, Kept, Rehearsed, Step
+from veneer.engine.fused.attention import PLANNED
+from veneer.engine.fused.block import TENSORS, Block
+from veneer.engine.fused.engine import FusedEngine
+from veneer.engine.fused.graphs import Inputs, rounded
+from veneer.engine.fused.spend import spend
+from veneer.engine.trace import Trace
+from veneer.engine.trace import rounded as rounded_bytes
+from veneer.kernels.launch import LISTENERS
+
+META = torch.device("meta")
+
+
+def rehearse_layers(base: Any, step: Step, period: int) -> Rehearsed:
+    """A micro-batch, or the held-out loss of one, of a model with all the layers it has.
+
+    Args:
+        base: On the meta device; changed.
+        step: The micro-batch.
+        period: Layers that have stretches of their own in backward, at its beginning and at its end.
+
+    Raises:
+        NotCoveredError: The engine does not compute this model.
+    """
+    engine, held = _engine(base, step)
+    inputs = _inputs(step, engine)
+    trace = Trace(stands_in=False)
+    engine.watch(trace, period)
+    with trace, _heard(trace), _planned(step), torch.no_grad():
+        trace.mark("forward", "activations")
+        engine.rehearse(inputs, step.training)
+    records = step.training and engine.is_recordable
+    return Rehearsed(dict(trace.moments), trace.total_work(), held, records)
+
+
+def require_covered(base: Any, step: Step) -> None:
+    """Raises NotCoveredError if the engine does not compute a model on the meta device; that is changed."""
+    _engine(base, step)
+
+
+def spending(base: Any, step: Step, depth: int, spare_bytes: int, budget_bytes: int) -> Kept:
+    """What the engine would keep of memory that is to spare; see `spend`.
+
+    Args:
+        base: On the meta device, with a few layers that repeat in the model; changed.
+        step: The largest micro-batch.
+        depth: Layers of the model.
+        spare_bytes, budget_bytes: As `spend` has them.
+    """
+    engine = _engine(base, step)[0]
+    blocks = engine.blocks
+    every = [blocks[number % len(blocks)] for number in range(depth)]
+    tokens = step.rows * step.length
+    with _planned(step):
+        backend = blocks[0].attention.backend(_inputs(step, engine).documents, engine.decoder.embed.weight)
+    rows = step.rows if backend == "cudnn" else 0
+    found = spend(every, rounded(tokens), step.length, rows, spare_bytes, budget_bytes)
+    quantized = sum(group.size for block in every for group in block.groups if group.needs_scratch)
+    stay = sum(group.size for group in found.dequantized)
+    return Kept(found.spent_bytes, Counter(found.keep), stay / max(1, quantized))
+
+
+class _Rehearsing(FusedEngine):
+    """The engine, with a stretch of the trace for its head and for the backward of each block."""
+
+    def watch(self, trace: Trace, period: int) -> None:
+        """Begin stretches in this trace."""
+        self._trace, self._period = trace, period
+
+    def rehearse(self, inputs: Inputs, training: bool) -> None:
+        """A pass, or the losses alone."""
+        if training:
+            self._pass(inputs)
+            return
+        stream, _ = self._forward(inputs.ids_T, self._context(inputs.documents, training=False), False)
+        self._head(inputs, stream, False)
+
+    def _head(self, *arguments: Any) -> Any:
+        self._trace.mark("loss", "logits and loss")
+        found = super()._head(*arguments)
+        self.blocks = [_Marked(block, self._trace, self._stretch(block.number)) for block in self.blocks]
+        return found
+
+    def _stretch(self, number: int) -> str:
+        """As `engine.rehearsal` names them: only blocks at either end have one of their own."""
+        from_end = len(self.blocks) - number
+        if from_end <= self._period:
+            return f"backward -{from_end}"
+        return f"backward {number}" if number < 2 * self._period else "backward between"
+
+    def _angles(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        # Transformers' modules look into positions to choose among angles; only the shape matters.
+        table = torch.empty((rows, len(self.decoder.rotary.inv_freq)), device=META)
+        return table, table.clone()
+
+
+class _Marked(Block):
+    """A block whose backward begins a stretch."""
+
+    def __init__(self, block: Block, trace: Trace, stretch: str) -> None:
+        vars(self).update(vars(block))
+        self._trace, self._stretch = trace, stretch
+
+    def backward(self, *arguments: Any) -> None:
+        self._trace.mark(self._stretch, "working set")
+        super().backward(*arguments)
+
+
+def _engine(base: Any, step: Step) -> tuple[_Rehearsing, dict[str, int]]:
+    """The engine on stand-ins, and what it holds for good, by component."""
+    model = _Adapted(base, step)
+    weights = [module.weight for module in model.replaced if not isinstance(module.weight, _Packed)]
+    laid_out = sum(rounded_bytes(weight.numel() * weight.element_size()) for weight in weights)
+    depth = base.config.num_hidden_layers
+    kept = frozenset(TENSORS) if step.keep is None else step.keep
+    keep = kept if step.keeps_last else [kept] * depth
+    with Trace(stands_in=False) as trace:
+        trace.mark("start", "adapter's 16-bit copies")
+        engine = _Rehearsing(model, keep, step.keeps_16_bits, graphs=False)
+        trace.call(engine.master.data, "adapter")
+        trace.call(engine._flat_grad, "gradients")
+        trace.call(engine._scratch, "dequantized weights")
+        for block in engine.blocks:
+            for group in block.groups:
+                if group._resident is not None:
+                    trace.call(group._resident, "other weights" if not group.is_quantized else "dequantized weights")
+        engine._rotary(_inputs(step, engine).documents.longest)
+        held = dict(trace.live)
+    # Weights in 16 bits are moved into matrices with margins: what is more are the margins.
+    held["other weights"] = held.get("other weights", 0) - laid_out
+    return engine, {name: count for name, count in held.items() if count}
+
+
+def _inputs(step: Step, engine: _Rehearsing) -> Inputs:
+    """A micro-batch without content, padded as the engine pads it."""
+    tokens = step.rows * step.length
+    targets = torch.full((tokens,), UNTRAINED)
+    targets[: step.trained] = 0
+    lengths = [step.length] * step.rows
+    if not step.even:
+        lengths = [*lengths[:-1], step.length - 1, 1]
+    ids = torch.zeros(tokens, dtype=torch.int64)
+    batch = Batch(ids, targets, torch.ones(tokens), tuple(lengths), step.trained, float(step.trained))
+    return Inputs.of(batch, 1.0, META, engine.decoder.longest, step.training and engine.is_recordable)
+
+
+@contextmanager
+def _heard(trace: Trace) -> Iterator[None]:
+    """Launches of kernels are counted in a trace."""
+    LISTENERS.append(trace.moved)
+    try:
+        yield
+    finally:
+        LISTENERS.remove(trace.moved)
+
+
+@contextmanager
+def _planned(step: Step) -> Iterator[None]:
+    """Attention goes the way of the GPU that is planned for."""
+    before = PLANNED.set(step.capability)
+    try:
+        yield
+    finally:
+        PLANNED.reset(before)
+
+
+class _Adapted(torch.nn.Module):
+    """Stands in for a PEFT model of a base on the meta device, with 4-bit weights where the step has them.
+
+    Attributes:
+        replaced: Linear layers of the decoder blocks, the frozen part of each.
+    """
+
+    def __init__(self, base: Any, step: Step) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.replaced: list[Any] = []
+        head = base.get_output_embeddings()
+        for path, module in list(base.named_modules()):
+            if not isinstance(module, torch.nn.Linear) or module is head:
+                if path in step.targets and hasattr(module, "weight"):
+                    module.weight.requires_grad_(True)  # an adapter that the engine does not compute
+                continue
+            frozen = _quantized(module, step) if path in step.quantized else module
+            self.replaced.append(frozen)
+            parent, _, name = path.rpartition(".")
+            setattr(base.get_submodule(parent), name, _Linear(frozen, step) if path in step.targets else frozen)
+
+    def get_base_model(self) -> Any:
+        return self.base
+
+
+class _Linear(torch.nn.Module):
+    """Stands in for PEFT's adapter on a linear layer: one plain LoRA."""
+
+    def __init__(self, base_layer: Any, step: Step) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.active_adapters, self.merged = ["default"], False
+        self.scaling = {"default": 2.0}
+        self.lora_dropout = {"default": SimpleNamespace(p=step.dropout)}
+        with META:
+            self.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(base_layer.in_features, step.r, bias=False)})
+            self.lora_B = torch.nn.ModuleDict({"default": torch.nn.Linear(step.r, base_layer.out_features, bias=False)})
+
+
+class _Packed(torch.nn.Parameter):
+    """Stands in for bitsandbytes' Params4bit."""
+
+    quant_state: Any
+
+
+def _quantized(linear: torch.nn.Linear, step: Step) -> Any:
+    """Stands in for bitsandbytes' Linear4bit."""
+    module: Any = torch.nn.Module()
+    weights = linear.weight.numel()
+    blocks = weights // QUANT_BLOCK
+    double = step.double_quant
+    with META:
+        packed = _Packed(torch.empty(weights // 2, 1, dtype=torch.uint8), requires_grad=False)
+        nested = SimpleNamespace(code=torch.empty(256), absmax=torch.empty(-(-blocks // CONSTANT_BLOCK)))
+        packed.quant_state = SimpleNamespace(
+            absmax=torch.empty(blocks, dtype=torch.uint8 if double else torch.float32),
+            code=torch.empty(16),
+            state2=nested if double else None,
+            offset=torch.empty(()) if double else None,
+            shape=linear.weight.shape,
+            blocksize=QUANT_BLOCK,
+        )
+    module.weight, module.bias = packed, linear.bias
+    module.in_features, module.out_features = linear.in_features, linear.out_features
+    return module

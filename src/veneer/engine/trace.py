@@ -1,0 +1,387 @@
+"""Watches code run on meta tensors: what memory it would hold at each moment, and what work it would do.
+
+Tensors on torch's meta device have a shape and no data, so a whole training step of a 70B model runs on a laptop in
+a moment. Every operation passes through here. A tensor's storage counts from the operation that makes it until
+Python and autograd have let go of it, rounded up as CUDA's allocator rounds. What an operation takes for itself
+and gives back before it returns cannot be seen from outside; whoever stands in for it says so with `hold`.
+
+Work is noted an operation: FLOPs of matrix products by precision, and bytes read and written. Views are free.
+
+Scaled dot-product attention would fall apart into its plain form on meta tensors, with all scores in memory, so
+it stands in here as one operation with the memory and the work of the flash kernels (arXiv 2307.08691). Code that
+asks for flash's or cuDNN's kernels by name is followed as it is; what these take for themselves is put down here.
+"""
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+BLOCK = 512  # bytes that CUDA's caching allocator rounds up to
+MULTIPROCESSORS = 132  # of an H100
+CUDNN_FASTER = 1.8  # than flash, by whose speed attention is counted; on an H100
+
+
+class Operation(NamedTuple):
+    """What one operation does.
+
+    Attributes:
+        kind: bfloat16, float16 or float32 of matrix products; `attention`; or `memory`, for all that only moves.
+        flops: Of a product; a product and a sum are two.
+        bytes: Read and written.
+    """
+
+    kind: str
+    flops: float
+    bytes: float
+
+
+Work = dict[Operation, float]  # how often each operation is done
+
+
+@dataclass
+class Moment:
+    """The fullest moment of a stretch of code.
+
+    Attributes:
+        bytes: Held by tensors made since tracing began, and by the operation that was running.
+        components: The same by component.
+    """
+
+    bytes: int = -1
+    components: dict[str, int] = field(default_factory=dict)
+
+
+class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A context in which operations on meta tensors are counted.
+
+    `mark` begins a new stretch; `scope` names the component that tensors made within belong to. `stands_in=False`: the
+    code does not call scaled dot-product attention, and is followed faster.
+
+    Attributes:
+        moments: The fullest moment of each stretch.
+        work: The work of each stretch.
+        live: Bytes held now, by component.
+    """
+
+    _active: ClassVar[list["Trace"]] = []
+
+    def __init__(self, stands_in: bool = True) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._stands_in = stands_in
+        self.moments: dict[str, Moment] = defaultdict(Moment)
+        self.work: dict[str, Work] = defaultdict(lambda: defaultdict(float))
+        self.live: dict[str, int] = defaultdict(int)
+        self._stretch = "start"
+        self._component = "activations"
+        self._known: dict[int, tuple[int, str]] = {}
+        self._total = 0
+        self._contexts = ExitStack()
+
+    @classmethod
+    def current(cls) -> "Trace":
+        """The trace that runs, for code that stands in for an operation and says what it does."""
+        return cls._active[-1]
+
+    def total_work(self) -> Work:
+        """The work of all stretches together."""
+        total: Work = defaultdict(float)
+        for work in self.work.values():
+            for operation, count in work.items():
+                total[operation] += count
+        return total
+
+    def __enter__(self) -> "Trace":
+        self._active.append(self)
+        if self._stands_in:
+            self._contexts.enter_context(FlashAttention())
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._contexts.close()
+        self._active.pop()
+
+    def mark(self, stretch: str, component: str) -> None:
+        """Begin a stretch; what is made in it belongs to `component`, where no scope says otherwise."""
+        self._stretch, self._component = stretch, component
+        self._look()
+
+    @contextmanager
+    def scope(self, component: str) -> Iterator[None]:
+        """Tensors made within belong to `component`."""
+        before, self._component = self._component, component
+        try:
+            yield
+        finally:
+            self._component = before
+
+    def hold(self, component: str, count: int) -> None:
+        """Count bytes that an operation holds while it runs."""
+        self._look({component: count})
+
+    def call(self, tensor: torch.Tensor, component: str) -> None:
+        """Say to which component a tensor belongs after all; one that was made outside belongs to none."""
+        key = tensor.untyped_storage()._cdata
+        if key not in self._known:
+            return
+        count, before = self._known[key]
+        self._known[key] = (count, component)
+        self.live[before] -= count
+        self.live[component] += count
+
+    def moved(self, tensors: list[torch.Tensor]) -> None:
+        """Count the work of a kernel that reads or writes each of these."""
+        self.note("memory", 0.0, sum(map(_bytes, tensors)))
+
+    def note(self, kind: str, flops: float, count: float) -> None:
+        """Count the work of an operation that cannot be seen: its kind, FLOPs, and bytes read and written."""
+        self.work[self._stretch][Operation(kind, flops, count)] += 1
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunction():  # `FlashAttention` has had its turn
+            return self._follow(function, args, kwargs or {})
+
+    def _follow(self, function: Any, args: Any, kwargs: Any) -> Any:
+        result = on_meta(function, args, kwargs)
+        if result is True:
+            return result
+        results = [r for r in (result if isinstance(result, tuple | list) else (result,)) if torch.is_tensor(r)]
+        if not is_view(function):
+            self._count(function, args, results)
+            if function is _aten._flash_attention_backward.default:
+                self.hold("attention workspace", _flash_workspace(args[1], args[2], len(args[6]) - 1))
+            if _is_accumulation(function):
+                self._free(args[0].untyped_storage()._cdata)
+            if not function._schema.is_mutable:
+                for tensor in results:
+                    self._keep(tensor)
+        self._look()
+        return result
+
+    def _count(self, function: Any, args: Any, results: list[torch.Tensor]) -> None:
+        inputs = [a for a in args if torch.is_tensor(a)]
+        for a in args:
+            if isinstance(a, list | tuple):
+                inputs += [b for b in a if torch.is_tensor(b)]
+        if function in _FREE:
+            return
+        product = _PRODUCTS.get(function)
+        kind, flops = product(args, results) if product is not None else ("memory", 0.0)
+        self.note(kind, flops, sum(map(_bytes, inputs)) + sum(map(_bytes, results)))
+
+    def _keep(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known or tensor.device.type != "meta":
+            return  # the same tensor handed on, or one with data
+        count = -(-storage.nbytes() // BLOCK) * BLOCK
+        self._known[key] = (count, self._component)
+        self.live[self._component] += count
+        self._total += count
+        weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        count, component = self._known.pop(key, (0, ""))
+        if count:
+            self.live[component] -= count
+            self._total -= count
+
+    def _look(self, extra: dict[str, int] | None = None) -> None:
+        """See whether this moment is fuller than any of the stretch."""
+        total = self._total + sum(extra.values()) if extra else self._total
+        moment = self.moments[self._stretch]
+        if total > moment.bytes:
+            moment.bytes = total
+            moment.components = {name: count for name, count in self.live.items() if count}
+            for name, count in (extra or {}).items():
+                moment.components[name] = moment.components.get(name, 0) + count
+
+
+def on_meta(function: Any, args: Any, kwargs: Any) -> Any:
+    """What an operation gives; on meta tensors by a shorter way where there is one."""
+    is_meta = bool(args) and torch.is_tensor(args[0]) and args[0].is_meta
+    if is_meta and function is torch.ops.aten._local_scalar_dense.default:
+        # Code asks what is in a tensor: whether all positions start anew (they do), or the like.
+        return True
+    stand_in = _QUICK.get(function) if is_meta else None
+    result = stand_in(*args, **kwargs) if stand_in is not None else None
+    return function(*args, **kwargs) if result is None else result
+
+
+class FlashAttention(TorchFunctionMode):
+    """A context that puts `_Flash` in the place of F.scaled_dot_product_attention where it has no mask.
+
+    Torch leaves it while a backward runs; code that is recomputed there must enter it again.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention and kwargs.get("attn_mask") is None and len(args) <= 3:
+            query, key, value = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))
+            return _Flash.apply(query, key, value)  # type: ignore[no-untyped-call]
+        return function(*args, **kwargs)
+
+
+class _Flash(torch.autograd.Function):
+    """Causal attention as the flash kernels do it: output and log-sum-exp are kept, scores never exist.
+
+    Shapes: B batch, H heads (keys and values may have fewer), T tokens, D head width.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        B, H, T, D = query.shape
+        # The kernels write heads within tokens; the view has heads first.
+        output = query.new_empty((B, T, H, value.shape[-1])).transpose(1, 2)
+        lse = query.new_empty((B, H, T), dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, lse)
+        moved = sum(map(_bytes, (query, key, value, output)))
+        Trace.current().note(
+            "attention", 2.0 * B * H * T * key.shape[2] * D, moved
+        )  # two products, half of them masked
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        query, key, value, *_ = ctx.saved_tensors
+        B, H, T, D = query.shape
+        rounded = -(-T // 128) * 128
+        workspace = 4 * B * H * rounded * (D + 1)  # float32 sums of the query's gradient, and of rows
+        if key.shape[1] != H:
+            workspace += 2 * B * H * T * D * query.element_size()  # gradients of repeated keys and values
+        trace = Trace.current()
+        results = tuple(torch.empty_like(tensor) for tensor in (query, key, value))
+        trace.hold("attention workspace", workspace)
+        moved = 2 * sum(map(_bytes, (query, key, value, query)))
+        trace.note("attention", 5.0 * B * H * T * key.shape[2] * D, moved)
+        return results
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    """Bytes a kernel touches: a tensor expanded from a smaller one is read where it is."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+def _is_accumulation(function: Any) -> bool:
+    """Whether autograd adds up gradients: in the first one's place, but not where it sees a mode like ours."""
+    in_backward = torch._C._current_graph_task_id() != -1
+    return function is torch.ops.aten.add.Tensor and in_backward and not torch.is_grad_enabled()
+
+
+_views: dict[Any, bool] = {}
+
+
+def is_view(function: Any) -> bool:
+    """Whether an operation only looks at its input in another shape."""
+    known = _views.get(function)
+    if known is None:
+        returns = function._schema.returns
+        known = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+        known = known or function in (torch.ops.aten._unsafe_view.default, torch.ops.aten.detach.default)
+        _views[function] = known
+    return known
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _mm(args: Any, results: list[torch.Tensor]) -> tuple[str, float]:
+    return _kind(args[0]), 2.0 * results[0].numel() * args[0].shape[-1]
+
+
+def _addmm(args: Any, results: list[torch.Tensor]) -> tuple[str, float]:
+    return _kind(args[1]), 2.0 * results[0].numel() * args[1].shape[-1]
+
+
+def _attention(factor: float, query: torch.Tensor, longest: int) -> tuple[str, float]:
+    """Causal attention by kernels called by name, cuDNN's with (B, H, T, C) and flash's with (T, H, C)."""
+    return "attention", factor * query.numel() * longest / (CUDNN_FASTER if query.dim() == 4 else 1)
+
+
+def _flash_workspace(query: torch.Tensor, key: torch.Tensor, documents: int) -> int:
+    """Float32 sums of the query's gradient and of its rows: a block more for each document, and all of it several times
+    where it adds in a fixed order and documents are too few to fill a GPU; gradients of shared keys and values are
+    repeated.
+    """
+    tokens, heads, size = query.shape
+    sums = -(-MULTIPROCESSORS // (documents * heads))
+    total = 4 * heads * (tokens + 128 * documents) * (size * sums + 1)
+    if key.shape[1] != heads:
+        total += 2 * query.numel() * query.element_size()
+    return total
+
+
+_aten = torch.ops.aten
+_PRODUCTS: dict[Any, Callable[[Any, list[torch.Tensor]], tuple[str, float]]] = {
+    _aten.mm.default: _mm,
+    _aten.bmm.default: _mm,
+    _aten.addmm.default: _addmm,
+    _aten.baddbmm.default: _addmm,
+    _aten._grouped_mm.default: lambda a, _: (_kind(a[0]), 2.0 * a[0].numel() * a[1].shape[-1]),
+    _aten.mm.out: _mm,
+    _aten.addmm.out: _addmm,
+    _aten._scaled_dot_product_cudnn_attention.default: lambda a, _: _attention(2.0, a[0], a[1].shape[2]),
+    _aten._scaled_dot_product_cudnn_attention_backward.default: lambda a, _: _attention(5.0, a[1], a[2].shape[2]),
+    _aten._flash_attention_forward.default: lambda a, _: _attention(2.0, a[0], a[6]),
+    _aten._flash_attention_backward.default: lambda a, _: _attention(5.0, a[1], a[9]),
+}
+
+
+def _element_wise(*operands: Any, **_: Any) -> torch.Tensor | None:
+    """Of the largest operand's shape and of the type that all have in common; None: not so simple."""
+    tensors = [x for x in operands if torch.is_tensor(x)]
+    largest = max(tensors, key=torch.Tensor.numel)
+    dtype = torch.result_type(*operands) if len(operands) > 1 else largest.dtype
+    if not dtype.is_floating_point or any(not _spreads(x.shape, largest.shape) for x in tensors):
+        return None
+    return torch.empty_like(largest, dtype=dtype)
+
+
+def _spreads(shape: torch.Size, over: torch.Size) -> bool:
+    """Whether one shape is broadcast to another."""
+    return len(shape) <= len(over) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(over)))
+
+
+def _grouped(a: torch.Tensor, b: torch.Tensor, offs: Any = None, *_: Any, **__: Any) -> torch.Tensor | None:
+    """Products of experts: rows with a stack of matrices, or, for its gradient, columns with rows; None: another.
+
+    Torch's own for meta tensors takes bfloat16 alone, which the kernels do not ask for.
+    """
+    if a.dim() != 2 or offs is None:
+        return None
+    return a.new_empty((len(a), b.shape[-1]) if b.dim() == 3 else (len(offs), len(a), b.shape[-1]))
+
+
+# Torch takes a long way round for these on meta tensors, and they are called hundreds of times.
+_QUICK: dict[Any, Callable[..., torch.Tensor | None]] = {
+    _aten._log_softmax.default: lambda x, dim, to_float: torch.empty_like(x, dtype=torch.float32 if to_float else None),
+    _aten.exp_.default: lambda x: x,
+    _aten.addmm.default: lambda _, a, b, **__: a.new_empty((len(a), b.shape[1])),
+    _aten.addmm.out: lambda *_, out, **__: out,
+    _aten.mm.out: lambda *_, out: out,
+    _aten._grouped_mm.default: _grouped,
+    _aten.add.Tensor: _element_wise,
+    _aten.mul.Tensor: _element_wise,
+    _aten.div.Tensor: _element_wise,
+    _aten.pow.Tensor_Scalar: _element_wise,
+    _aten.neg.default: _element_wise,
+    _aten.rsqrt.default: _element_wise,
+    _aten.silu.default: _element_wise,
+}
+_FREE = {_aten.empty.memory_format, _aten.empty_like.default, _aten.empty_strided.default, _aten.new_empty.default}
+
+
+def rounded(count: float) -> int:
+    """Bytes that the allocator takes for a tensor."""
+    return ceil(count / BLOCK) * BLOCK

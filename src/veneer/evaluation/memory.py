@@ -1,0 +1,154 @@
+"""Rows at a time while a model answers and is measured: as many as were foreseen to fit, fewer where memory is short.
+
+`rows_at_a_time` asks the arithmetic of the plan, so `veneer plan` shows the number that is used. What else holds memory
+nobody foresees; where it runs out nevertheless, `Batching` goes on with half as many rows. Each row is padded by
+itself and judged by itself, so the number changes answers by no more than rounding.
+"""
+
+import gc
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Any, TypeVar
+
+import torch
+
+from veneer.config import JobError, Run, UserError
+from veneer.planning.forecast import Padded, Place, Planner
+from veneer.planning.subject import subject_of
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+# What torch's allocators on the CPU say; on a GPU it raises a class of its own.
+CPU_MESSAGES = ("can't allocate memory", "out of memory", "not enough memory")
+
+
+def rows_at_a_time(run: Run, rows: Padded, place: Place) -> int:
+    """How many rows fit, as `veneer plan` foresees it.
+
+    Args:
+        run: Base, adapter and `evaluate.batch_size`.
+        rows: How many rows there are, and the most tokens and trained tokens of one.
+        place: The device, before the model was loaded.
+    """
+    if min(rows.rows, run.evaluate.batch_size) <= 1:
+        return 1
+    return Planner(subject_of(run.model, "only its size is asked for"), place).answers(run, rows)[0]
+
+
+class Batching:
+    """Takes rows some at a time, and fewer once memory was short.
+
+    Args:
+        size: Rows at a time.
+
+    Attributes:
+        size: The same, as it is now.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._told = False
+
+    def over(self, items: Sequence[Item], work: Callable[[Sequence[Item]], Result]) -> Iterator[Result]:
+        """What `work` makes of the items, `size` at a time and in order.
+
+        Raises:
+            JobError: Not even one fits.
+        """
+        start = 0
+        while start < len(items):
+            chosen = items[start : start + self.size]
+            try:
+                result = work(chosen)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            else:
+                start += len(chosen)
+                yield result
+                continue
+            self._halve(len(chosen))  # out here nothing holds what the failed attempt had made
+
+    def _halve(self, rows: int) -> None:
+        if rows == 1:
+            raise JobError(
+                "out of memory with one row at a time\n  fix: lower evaluate.max_new_tokens (--max-new-tokens), use "
+                "shorter prompts, or set `quantization: {bits: 4}`; `veneer plan` says what fits"
+            )
+        self.size = rows // 2
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if not self._told:
+            self._told = True
+            warnings.warn(
+                f"out of memory with {rows} rows at a time: going on with {self.size}, and fewer where need be; the "
+                "answers do not depend on it",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out, on whatever device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(said in str(error).lower() for said in CPU_MESSAGES)
+
+
+def room_for_answers(model: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> list[int]:
+    """The longest answer that each prompt leaves room for; says so once where that is less than asked for.
+
+    Beyond a model's positions learned ones end in an index error, and rotary ones in text that gets worse unnoticed.
+
+    Raises:
+        UserError: A prompt leaves no room.
+    """
+    positions = positions_of(model)
+    if positions is None:
+        return [max_new_tokens] * len(prompts)
+    longest = max(map(len, prompts), default=0)
+    if longest >= positions:
+        raise UserError(
+            f"a prompt has {longest} tokens, and the model has positions for {positions}, its answer among them",
+            "shorten the prompt (the system prompt is part of it), or leave that row out",
+        )
+    room = [min(max_new_tokens, positions - len(prompt)) for prompt in prompts]
+    if capped := sum(tokens < max_new_tokens for tokens in room):
+        warnings.warn(
+            f"{capped} of {len(prompts)} prompts leave room for answers of fewer than {max_new_tokens} tokens (of "
+            f"{min(room)} at least): the model has positions for {positions}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return room
+
+
+def alike(room: Sequence[int], lengths: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+    """Prompts by the room for their answers, the shortest prompts first: (tokens, numbers of the prompts).
+
+    Those with the same room go together, so that no row's answer is cut because of another row.
+    """
+    order = sorted(range(len(lengths)), key=lambda n: lengths[n])
+    for tokens, numbers in groupby(order, key=lambda n: room[n]):
+        yield tokens, list(numbers)
+
+
+def require_positions(model: Any, rows: Sequence[tuple[str, int]]) -> None:
+    """Raises UserError for rows, by place and tokens, whose loss the model has no positions for."""
+    positions = positions_of(model)
+    for place, tokens in rows:
+        if positions is not None and tokens > positions:
+            raise UserError(
+                f"{place}: the row has {tokens} tokens, the model has positions for {positions}",
+                f"set data.max_length to {positions} or less, or shorten the row",
+            )
+
+
+def positions_of(model: Any) -> int | None:
+    """Positions of a model; None: no limit is known."""
+    config = model.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    return positions

@@ -1,0 +1,45 @@
+"""When an answer is right: what the model is to give for a row, and what of it decides.
+
+Expected is what training taught: the answer's own tokens, decoded as a generated answer is, so that whatever a template
+writes into an answer (calls, an empty `<think>` block) is there on both sides. Reasoning does not decide, only what
+follows it. Calls in the form of Qwen and Hermes are compared as JSON: spaces and the order of keys do not count.
+"""
+
+import json
+import re
+
+from veneer.data import Conversation, Renderer
+from veneer.evaluation.decoding import answer_text
+
+CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+
+
+def expected_answer(renderer: Renderer, conversation: Conversation) -> str:
+    """The answer that the model is to give to a row's last question.
+
+    Raises:
+        UserError: The row cannot be rendered.
+    """
+    return answer_text(renderer.tokenizer, renderer.answer_ids(conversation))
+
+
+def final_text(answer: str) -> str:
+    """What stands behind the reasoning of an answer; all of it where there is none, or nothing behind it."""
+    return answer.rpartition("</think>")[2].strip() or answer.strip()
+
+
+def is_right(answer: str, reference: str) -> bool:
+    """Whether an answer says what it should."""
+    return _comparable(final_text(answer)) == _comparable(final_text(reference))
+
+
+def _comparable(text: str) -> str | tuple[str, ...]:
+    """The text; where it holds calls, what stands beside them and each as JSON of one form."""
+    found = CALL.findall(text)
+    if not found:
+        return text
+    try:
+        calls = [json.dumps(json.loads(call), sort_keys=True) for call in found]
+    except (ValueError, RecursionError):
+        return text
+    return ("".join(CALL.sub("", text).split()), *calls)

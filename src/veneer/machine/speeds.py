@@ -1,0 +1,79 @@
+"""How fast a machine is: its ceilings, measured on it (`veneer doctor --measure`) or from its card's data sheet."""
+
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from veneer.config.cache import cache_folder
+from veneer.config.files import read_json, reading
+from veneer.config.folder import write_json
+from veneer.machine.cards import Card
+from veneer.machine.device import Machine
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a machine can do, sustained.
+
+    Attributes:
+        half_flops: Of a large bf16 (or fp16) product, operations a second.
+        single_flops: Of a float32 one.
+        attention_flops: Of attention.
+        bandwidth: Bytes read and written a second.
+        start_seconds: Of the shortest operation on the device.
+        host_seconds: Of one operation in Python and torch on the host, autograd included.
+        overlaps: Whether the host goes on while the device works; a CPU is both.
+        spread: The true time is within these factors of the predicted one.
+        source: Where the numbers come from.
+    """
+
+    half_flops: float
+    single_flops: float
+    attention_flops: float
+    bandwidth: float
+    start_seconds: float
+    host_seconds: float
+    overlaps: bool
+    spread: tuple[float, float]
+    source: str
+
+
+def ceilings_of(card: Card) -> Ceilings:
+    """Of a card that is not at hand: the shares of the data sheet that an H100 reaches."""
+    return Ceilings(
+        half_flops=0.66e12 * card.half_tflops,
+        single_flops=0.67e12 * card.single_tflops,
+        attention_flops=0.25e12 * card.half_tflops * (1.6 if card.capability < 90 else 1),  # kernels made for those
+        bandwidth=0.78e9 * card.bandwidth_gbs,
+        start_seconds=3e-6,
+        host_seconds=40e-6,
+        overlaps=True,
+        spread=(0.6, 1.6),
+        source=f"data sheet of the {card.name}",
+    )
+
+
+def ceilings_file(machine: Machine) -> Path:
+    """Where the measured ceilings of this machine are kept."""
+    name = f"{machine.name} {machine.cores} {platform.machine()} torch {torch.__version__}"
+    return cache_folder() / "ceilings" / ("".join(c if c.isalnum() else "-" for c in name) + ".json")
+
+
+def kept_ceilings(machine: Machine) -> Ceilings | None:
+    """The measured ceilings of this machine; None: never measured."""
+    file = ceilings_file(machine)
+    if not file.exists():
+        return None
+    fix = f"delete {file}, and measure again with `veneer doctor --measure`"
+    values = read_json(file, "spread", fix=fix)
+    with reading(file, fix):
+        return Ceilings(**values | {"spread": tuple(values["spread"])})
+
+
+def keep_ceilings(machine: Machine, ceilings: Ceilings) -> None:
+    """Keep what was measured for later plans."""
+    file = ceilings_file(machine)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, asdict(ceilings))

@@ -1,0 +1,14 @@
+"""Memory and time of a run before anything is loaded, and what to change.
+
+memory.py        what a run holds in each phase: weights, adapter, optimizer, activations of a dry run
+time.py          how long a step takes, from its operations and the machine's speeds
+held_out.py      how many rows evaluation takes at a time
+batch_shapes.py  micro-batches of a run's data, as an engine meets them
+subject.py       a base model to plan for
+forecast.py      all of that for a run
+fit.py           the cheapest changes that make a run fit
+model_sizes.py   what fits which card: one family of bases, by method
+advice.py        rules about settings, data and forecast; reference.py  their page
+foresee.py       forecast and advice of a run, as `veneer plan` and `veneer train` ask for them
+doctor.py        what is wrong with a machine;  measure.py  its speeds
+"""

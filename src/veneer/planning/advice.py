@@ -1,0 +1,541 @@
+"""What is likely to go wrong with a run's settings, and what to change: one rule a pitfall.
+
+A rule looks at a `Situation` and says a sentence, or nothing. It fires on what is known: a rule about the data
+keeps still while the data has not been read. `HANDLED` lists the pitfalls of the usual guides that cannot be fallen
+into here, and how. Sources are papers by their arXiv number, or the measurement that a rule rests on.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from math import sqrt
+from typing import Any
+
+import torch
+
+from veneer.config import Data, Run
+from veneer.model.shapes import Shapes
+from veneer.planning.forecast import Forecast
+from veneer.planning.memory import frozen_bytes
+
+RATES = {"lora": (2e-5, 1e-3), "full": (1e-6, 1e-4)}
+MORE_ROWS = "gather more rows"
+SEVERITIES = ("error", "warning", "info")
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What the ledger says of the data.
+
+    Attributes:
+        rows, held_out: Rows to train on, and held out.
+        p95: Tokens that 95% of the rows do not exceed, before any limit.
+        longest: Tokens of the longest row, within the limit.
+        end_of_turn: Trained end-of-turn tokens.
+        raw: Whether the rows are text without turns.
+    """
+
+    rows: int
+    held_out: int
+    p95: int
+    longest: int
+    end_of_turn: int
+    raw: bool
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """What the tokenizer and the template are like.
+
+    Attributes:
+        has_template: Whether the base brings a chat template.
+        uses_own: Whether the run renders with it.
+    """
+
+    has_template: bool
+    uses_own: bool
+
+
+@dataclass(frozen=True)
+class Situation:
+    """All that rules look at.
+
+    Attributes:
+        run: The settings.
+        shapes: Of the base.
+        stored: Precision its weights are published in; None: not known.
+        forecast: Of the run.
+        data, tokenizer: None: not looked at.
+        method: lora, qlora or full.
+        use_cache: Whether the model would keep a key-value cache while it trains.
+        isolates_documents: Whether the engine keeps packed rows apart.
+        merge_dtype: What an adapter is to be merged in, where one is.
+        file_type: Type of a quantized GGUF file that the base comes from, as Q4_1; None: it comes from no such file.
+    """
+
+    run: Run
+    shapes: Shapes
+    stored: torch.dtype | None
+    forecast: Forecast
+    data: DataFacts | None = None
+    tokenizer: TokenizerFacts | None = None
+    method: str = "lora"
+    use_cache: bool = False
+    isolates_documents: bool = True
+    merge_dtype: torch.dtype | None = None
+    file_type: str | None = None
+
+    @property
+    def scale(self) -> float:
+        adapter = self.run.adapter
+        return adapter.lora_alpha / (sqrt(adapter.r) if adapter.use_rslora else adapter.r)
+
+    @property
+    def is_bfloat16(self) -> bool:
+        return self.stored == torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One finding. `message` ends with its source."""
+
+    id: str
+    severity: str
+    setting: str
+    message: str
+    fix: str
+
+    def as_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+
+Found = tuple[str, str] | None  # message and fix
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A pitfall.
+
+    Attributes:
+        id, severity, setting: As advice has them.
+        source: Where it is known from.
+        look: Says what is wrong and what to do, or None.
+    """
+
+    id: str
+    severity: str
+    setting: str
+    source: str
+    look: Callable[[Situation], Found]
+
+
+RULES: list[Rule] = []
+
+
+def advise(situation: Situation) -> list[Advice]:
+    """All that the rules find, the gravest first."""
+    found = []
+    for rule in RULES:
+        if (said := rule.look(situation)) is not None:
+            found.append(Advice(rule.id, rule.severity, rule.setting, f"{said[0]} ({rule.source})", said[1]))
+    return sorted(found, key=lambda advice: SEVERITIES.index(advice.severity))
+
+
+def _rule(name: str, severity: str, setting: str, source: str) -> Callable[[Callable[[Situation], Found]], None]:
+    def keep(look: Callable[[Situation], Found]) -> None:
+        RULES.append(Rule(name, severity, setting, source, look))
+
+    return keep
+
+
+# The adapter
+
+
+@_rule("alpha-low", "warning", "adapter.lora_alpha", "arXiv 2106.09685; 2 r is usual")
+def _(s: Situation) -> Found:
+    if s.scale >= 0.5 or s.run.adapter.use_rslora:
+        return None
+    r = s.run.adapter.r
+    return f"the update is scaled by {s.scale:.3g}, so it hardly changes the model", f"set adapter.lora_alpha={2 * r}"
+
+
+@_rule("alpha-high", "warning", "adapter.lora_alpha", "arXiv 2106.09685; 2 r is usual")
+def _(s: Situation) -> Found:
+    if s.scale <= 4 or s.run.adapter.use_rslora:
+        return None
+    r = s.run.adapter.r
+    return f"the update is scaled by {s.scale:.3g}, which trains unsteadily", f"set adapter.lora_alpha={2 * r}"
+
+
+@_rule("rank-for-rows", "warning", "adapter.r", "arXiv 2405.09673: more capacity, more memorised")
+def _(s: Situation) -> Found:
+    r = s.run.adapter.r
+    if s.data is None or not ((r > 16 and s.data.rows < 1000) or (r >= 64 and s.data.rows < 5000)):
+        return None
+    return f"rank {r} is much for {s.data.rows:,} rows", "set adapter.r=8 and adapter.lora_alpha=16"
+
+
+@_rule("experts", "warning", "adapter.target_modules", "peft 0.21: _convert_peft_config_moe")
+def _(s: Situation) -> Found:
+    if not s.shapes.experts or s.run.adapter.target_modules != "all-linear" or s.method == "full":
+        return None
+    return (
+        f"{s.shapes.experts:.0%} of the weights are experts, stacked in parameters that are no linear layers: most are "
+        "left without an adapter, and where PEFT adapts them (Mixtral, Qwen3-MoE, DeepSeek and their like) it takes "
+        "memory for copies of their weights that is not foreseen here",
+        "name the layers of attention in adapter.target_modules for a run as it is foreseen",
+    )
+
+
+@_rule("rank-for-layer", "warning", "adapter.r", "arithmetic")
+def _(s: Situation) -> Found:
+    r = s.run.adapter.r
+    sides = [s.shapes.linears[path] for path in s.shapes.targets(s.run.adapter.target_modules) & set(s.shapes.linears)]
+    small = [side for side in sides if r * sum(side) >= side[0] * side[1]]
+    if not small:
+        return None
+    lower = max(1, min(16, min(a * b // (a + b) for a, b in small) // 2))
+    return (
+        f"at rank {r} the adapter of {len(small)} layers is as large as the layers",
+        f"set adapter.r={lower} and adapter.lora_alpha={2 * lower}",
+    )
+
+
+@_rule("attention-only", "warning", "adapter.target_modules", "arXiv 2305.14314, figure 2; arXiv 2405.09673")
+def _(s: Situation) -> Found:
+    def weights(paths: Any) -> int:
+        return sum(s.shapes.linears[p][0] * s.shapes.linears[p][1] for p in paths if p in s.shapes.linears)
+
+    share = weights(s.shapes.targets(s.run.adapter.target_modules)) / max(1, weights(s.shapes.quantizable()))
+    if share >= 0.5:
+        return None
+    return (
+        f"the adapted layers hold {share:.0%} of the weights; "
+        "adapters on all linear layers learn more at the same memory",
+        "set adapter.target_modules=all-linear",
+    )
+
+
+@_rule("tied-embedding", "warning", "adapter.target_modules", "huggingface/peft issue 2777")
+def _(s: Situation) -> Found:
+    head_is_stored = s.shapes.head is None or f"{s.shapes.head}.weight" in s.shapes.weights
+    adapted = sorted(s.shapes.targets(s.run.adapter.target_modules) & {*s.shapes.embeddings, s.shapes.head})
+    if head_is_stored or not adapted:
+        return None
+    return (
+        f"{adapted[0]} shares its weights with another layer, which a merge would change too",
+        "set adapter.target_modules=all-linear, which leaves both alone",
+    )
+
+
+@_rule("dropout-large-data", "info", "adapter.lora_dropout", "arXiv 2305.14314, section 4: no gain on large models")
+def _(s: Situation) -> Found:
+    if not s.run.adapter.lora_dropout or s.data is None or s.data.rows < 50_000:
+        return None
+    return f"dropout slows training and does not help with {s.data.rows:,} rows", "set adapter.lora_dropout=0"
+
+
+# Optimization
+
+
+@_rule(
+    "learning-rate", "warning", "train.learning_rate", "arXiv 2106.09685, 2305.14314; ten times that of full training"
+)
+def _(s: Situation) -> Found:
+    what = "full fine-tuning" if s.method == "full" else "LoRA"
+    low, high = RATES["full" if s.method == "full" else "lora"]
+    rate = s.run.train.learning_rate
+    if low <= rate <= high:
+        return None
+    usual = 1e-5 if s.method == "full" else 2e-4
+    return f"{rate:g} is {'low' if rate < low else 'high'} for {what}", f"set train.learning_rate={usual:g}"
+
+
+@_rule("no-warmup", "info", "train.warmup_ratio", "arXiv 1706.02677")
+def _(s: Situation) -> Found:
+    if s.run.train.warmup_ratio or (s.forecast.rows.steps or 100) < 20:
+        return None
+    return "the first steps go at the full rate, before the optimizer knows its scale", "set train.warmup_ratio=0.03"
+
+
+@_rule("epochs-many", "warning", "train.num_train_epochs", "arXiv 2305.16264: little is learned from a fifth pass on")
+def _(s: Situation) -> Found:
+    train = s.run.train
+    epochs = train.num_train_epochs
+    if train.max_steps is not None:
+        return None
+    if s.data is not None and s.data.rows < 10_000 and epochs > 3:
+        return f"{epochs:g} passes over {s.data.rows:,} rows learn them by heart", "set train.num_train_epochs=2"
+    return ("more passes than anything new is learned from", "set train.num_train_epochs=2") if epochs > 5 else None
+
+
+@_rule("few-steps", "warning", "train.gradient_accumulation_steps", "arithmetic")
+def _(s: Situation) -> Found:
+    train, steps = s.run.train, s.forecast.rows.steps
+    if steps is None or steps >= 20 or train.max_steps is not None:
+        return None
+    size, times = train.per_device_train_batch_size, train.gradient_accumulation_steps
+    enough = max(1, size * times * steps // 20)  # rows a step
+    fix = f"set train.gradient_accumulation_steps={max(1, enough // size)}"
+    if size > enough:
+        fix += f" and train.per_device_train_batch_size={enough}"
+    return f"the whole run is {steps} optimizer steps of {size * times} rows", fix if size * times > 1 else MORE_ROWS
+
+
+@_rule("no-clipping", "info", "train.max_grad_norm", "arXiv 1211.5063")
+def _(s: Situation) -> Found:
+    if s.run.train.max_grad_norm:
+        return None
+    return "gradients are not clipped: one odd row can undo much", "set train.max_grad_norm=1.0"
+
+
+@_rule("paged-ample", "info", "train.optim", "arXiv 2305.14314, section 3: paging is for spikes")
+def _(s: Situation) -> Found:
+    forecast = s.forecast
+    if not s.run.train.optim.startswith("paged") or forecast.step_margin_bytes < 0.25 * forecast.place.budget_bytes:
+        return None
+    free = forecast.step_margin_bytes / 2**30
+    return (
+        f"with {free:.1f} GiB left, paging only costs time",
+        f"set train.optim={s.run.train.optim.removeprefix('paged_')}",
+    )
+
+
+# Precision
+
+
+@_rule("fp16-compute", "warning", "model.dtype", "arXiv 1905.12322: bf16 has float32's range, fp16 overflows at 65,504")
+def _(s: Situation) -> Found:
+    if s.run.model.dtype != "float16" or not s.is_bfloat16 or not s.forecast.place.has_bfloat16:
+        return None
+    return "float16 for a model that was trained in bfloat16", "set model.dtype=bfloat16"
+
+
+@_rule("fp16-merge", "warning", "merge", "arXiv 1905.12322")
+def _(s: Situation) -> Found:
+    if s.merge_dtype != torch.float16 or not s.is_bfloat16:
+        return None
+    return "merging in float16 what was trained in bfloat16 loses its range", "merge in bfloat16"
+
+
+@_rule("fp32-on-4bit", "warning", "model.dtype", "arXiv 2305.14314: 4-bit storage, 16-bit compute")
+def _(s: Situation) -> Found:
+    if s.run.quantization is None or s.run.model.dtype != "float32" or not s.forecast.place.has_bfloat16:
+        return None
+    return "4-bit weights computed in float32: slow, and more exact than they are", "set model.dtype=bfloat16"
+
+
+@_rule("no-bfloat16", "info", "model.dtype", "CUDA compute capability below 8.0")
+def _(s: Situation) -> Found:
+    place = s.forecast.place
+    if place.device != "cuda" or place.has_bfloat16 or s.run.model.dtype != "auto":
+        return None
+    return "this GPU has no bfloat16, so auto computes in float32", "set model.dtype=float16 for speed"
+
+
+@_rule(
+    "quantized-twice", "warning", "quantization", "bench: a 4-bit file read into bf16 and quantized again errs twice"
+)
+def _(s: Situation) -> Found:
+    if s.run.quantization is None or s.file_type is None:
+        return None
+    return (
+        f"the base comes from a GGUF file whose weights are {s.file_type} already",
+        "name the original 16-bit model in model.base, or leave the section `quantization` out",
+    )
+
+
+@_rule(
+    "requantized-merge",
+    "info",
+    "quantization",
+    "arXiv 2305.14314: the adapter makes up for the errors of its 4-bit base",
+)
+def _(s: Situation) -> Found:
+    if s.method != "qlora":
+        return None
+    return (
+        "the adapter will fit these 4-bit weights; merged into 16-bit ones and quantized again it errs twice",
+        "serve it on the 4-bit base; or to ship a quantized merge, leave `quantization` out and train in 16 bits",
+    )
+
+
+@_rule("16-bit-fits", "info", "quantization", "4-bit weights are dequantized in every pass: bench/results/plan.json")
+def _(s: Situation) -> Found:
+    run, forecast = s.run, s.forecast
+    if run.quantization is None or forecast.place.device != "cuda":
+        return None
+    now = frozen_bytes(s.shapes, s.shapes.quantizable(), run.quantization.double_quant, 2)
+    more = sum(frozen_bytes(s.shapes, frozenset(), True, 2).values()) - sum(now.values())
+    if forecast.step_margin_bytes - more < 0.15 * forecast.place.budget_bytes:
+        return None
+    return "this would fit in 16 bits, which is exact and no slower", "leave the section `quantization` out"
+
+
+# Speed and memory
+
+
+@_rule(
+    "eager-attention",
+    "warning",
+    "model.attn_implementation",
+    "arXiv 2205.14135: memory grows with the square of length",
+)
+def _(s: Situation) -> Found:
+    if s.run.model.attn_implementation != "eager":
+        return None
+    return "eager attention keeps every score", "set model.attn_implementation=sdpa"
+
+
+@_rule("flash-missing", "error", "model.attn_implementation", "the package flash-attn is not installed")
+def _(s: Situation) -> Found:
+    if s.run.model.attn_implementation != "flash_attention_2" or find_spec("flash_attn") is not None:
+        return None
+    return (
+        "flash_attention_2 cannot be had here",
+        "set model.attn_implementation=sdpa, which has flash kernels of its own",
+    )
+
+
+@_rule("kv-cache", "error", "train.gradient_checkpointing", "Transformers: a cache cannot be recomputed")
+def _(s: Situation) -> Found:
+    if not s.use_cache or s.run.train.gradient_checkpointing is False:
+        return None
+    return "the model keeps a key-value cache while activations are recomputed", "turn config.use_cache off"
+
+
+@_rule("checkpointing-ample", "info", "train.gradient_checkpointing", "up to a third of the work is done twice")
+def _(s: Situation) -> Found:
+    forecast = s.forecast
+    if forecast.place.device != "cuda" or s.run.train.gradient_checkpointing is not True:
+        return None
+    if forecast.engine == "fused":
+        if forecast.step_margin_bytes < 0.15 * forecast.place.budget_bytes:
+            return None
+        return "memory is left in which less need be recomputed", "set train.gradient_checkpointing=auto"
+    held = forecast.phases["backward"].components.get("working set", 0)
+    layers = held * s.shapes.depth  # what one layer holds while it is recomputed, all would hold
+    if layers > 0.8 * forecast.step_margin_bytes:
+        return None
+    return "memory is ample: nothing need be recomputed", "set train.gradient_checkpointing=false"
+
+
+# Data
+
+
+@_rule("foreign-template", "warning", "data.chat_template", "the base has only ever seen its own")
+def _(s: Situation) -> Found:
+    if (
+        s.tokenizer is None
+        or not s.tokenizer.has_template
+        or s.tokenizer.uses_own
+        or s.run.data.chat_template == "none"
+    ):
+        return None
+    return (
+        f"a chat model trained with {s.run.data.chat_template} in the place of its own template",
+        "set data.chat_template=auto",
+    )
+
+
+@_rule("raw-text", "warning", "data.chat_template", "what a chat model knows of turns is unlearned")
+def _(s: Situation) -> Found:
+    if s.tokenizer is None or not s.tokenizer.has_template:
+        return None
+    if s.run.data.chat_template != "none" and not (s.data and s.data.raw):
+        return None
+    return (
+        "a chat model trained on text without turns",
+        "set data.chat_template=auto and give rows with turns, or name a base model",
+    )
+
+
+@_rule("no-template", "info", "data.chat_template", "a base model has no turns of its own")
+def _(s: Situation) -> Found:
+    if s.tokenizer is None or s.tokenizer.has_template or s.run.data.chat_template not in ("auto", "none"):
+        return None
+    return (
+        "this base has no chat template: prompts and answers stand one behind the other",
+        "set data.chat_template=chatml",
+    )
+
+
+@_rule("no-end-token", "warning", "data.chat_template", "the ledger counts them")
+def _(s: Situation) -> Found:
+    if s.data is None or s.data.end_of_turn:
+        return None
+    return (
+        "no end-of-turn token is trained: the model would never learn to stop",
+        "use a template that ends turns, as chatml",
+    )
+
+
+@_rule("max-length-low", "warning", "data.max_length", "the ledger counts them")
+def _(s: Situation) -> Found:
+    longest, positions = s.run.data.max_length, s.shapes.positions
+    if s.data is None or s.data.p95 <= longest:
+        return None
+    if s.data.raw and s.run.data.overlong == "chunk":
+        return None  # nothing is lost
+    done = "cut" if s.run.data.overlong == "truncate" else "left out"
+    wanted = min(-(-s.data.p95 // 64) * 64, positions or s.data.p95 + 64)
+    return (
+        f"more than 5% of the rows are longer than {longest} tokens and are {done}",
+        f"set data.max_length={wanted}" if wanted > longest else f"shorten them: the model has {positions} positions",
+    )
+
+
+@_rule("positions", "error", "data.max_length", "the model's configuration")
+def _(s: Situation) -> Found:
+    positions, longest = s.shapes.positions, s.run.data.max_length
+    if s.data is not None:
+        longest = s.data.longest
+    elif longest == Data(train="-").max_length:
+        return None  # rows may be as long, but nobody said so
+    if positions is None or longest <= positions:
+        return None
+    return f"rows of {longest} tokens, the model has positions for {positions}", f"set data.max_length={positions}"
+
+
+@_rule("packing-leaks", "error", "data.packing", "arXiv 2107.02027: packed rows must not see each other")
+def _(s: Situation) -> Found:
+    if not s.run.data.packing or s.isolates_documents:
+        return None
+    return "this engine lets packed rows see each other", "set data.packing=false"
+
+
+@_rule("held-out-small", "warning", "data.validation", "normal approximation of a share near one half, 95%")
+def _(s: Situation) -> Found:
+    if s.data is None or s.data.held_out >= 100:
+        return None
+    wanted = max(1, min(200, (s.data.rows + s.data.held_out) // 5))
+    fix = f"set data.validation={wanted}" if wanted > s.data.held_out else MORE_ROWS
+    if not s.data.held_out:
+        return "nothing is held out, so nothing can show whether the model got better", fix
+    width = 98 / sqrt(s.data.held_out)
+    return f"a score on {s.data.held_out} held-out rows is uncertain by {width:.0f} points either way", fix
+
+
+@_rule("prompts-trained", "info", "data.loss_on", "arXiv 2305.14314, table 10: training on answers alone is better")
+def _(s: Situation) -> Found:
+    if s.run.data.loss_on != "all" or (s.data is not None and s.data.raw):
+        return None
+    return "the questions are trained as well as the answers", "set data.loss_on=assistant"
+
+
+# Pitfalls of the usual guides that cannot be fallen into here: what they are, and what is done instead.
+HANDLED = {
+    "8-bit base": "bits: 8 is refused: it needs twice the memory of 4 bits and is slower",
+    "forgotten use_cache=False": "every base is loaded without a key-value cache, and kv-cache would say so",
+    "forgotten prepare_model_for_kbit_training": "gradients reach the adapter without it; the first step is checked "
+    "for that, and a loss that is not a number ends the run",
+    "forgotten enable_input_require_grads": "recomputation is of the kind that does not need it, and the first step is "
+    "checked for gradients",
+    "get_peft_model without a config": "a run without an adapter does not exist",
+    "saving the full model": "only the adapter is saved",
+    "merging into a 4-bit base": "an adapter is never merged into a quantized base",
+    "hand-written template": "rows are rendered by the template alone, and `veneer data` shows every token",
+    "padding that masks the end token": "padding never enters a row",
+    "packed rows that see each other": "rows stay apart in every engine: packing-leaks would say so",
+    "a target that matches nothing": "refused, with the nearest names",
+}

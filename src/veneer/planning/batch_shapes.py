@@ -1,0 +1,123 @@
+"""What an engine will meet in a run's data: the fullest micro-batch there can be, and a usual one.
+
+Rows of a step are of like length (`veneer.data.Batches`), so the fullest micro-batch is one of neighbours in the order
+of length. The rows that go through the model together are those the engine itself would put together: the reference
+engine pads groups of like length, the fused one takes all at once.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from veneer.config import Run
+from veneer.data.batch import pack
+from veneer.engine.fused.graphs import MOST, Size
+from veneer.engine.reference import padded_groups
+from veneer.planning.forecast import Padded, Rows
+
+LOOKED_AT = 2000  # micro-batches at most, among them the longest rows
+LONGEST = 200
+
+
+class Lengths(NamedTuple):
+    """Tokens of every row, and those trained; integer arrays."""
+
+    tokens: Any
+    trained: Any
+
+    def within(self, run: Run) -> "Lengths":
+        """As they are under a run's max_length."""
+        longest = run.data.max_length
+        if run.data.overlong == "truncate":
+            return Lengths(np.minimum(self.tokens, longest), np.minimum(self.trained, longest - 1))
+        kept = self.tokens <= longest
+        return Lengths(self.tokens[kept], self.trained[kept])
+
+
+def rows_of(run: Run, engine: str, train: Lengths, held_out: Lengths) -> Rows:
+    """Shapes of a run's micro-batches in an engine (reference or fused), from the lengths of its rows."""
+    sizes: Counter[Size] = Counter()
+    met: set[int] = set()
+
+    def grouped(lengths: list[int], trained: list[int]) -> list[Padded]:
+        sizes[Size.of(lengths, sum(trained))] += 1
+        met.update(lengths)
+        return _whole(lengths, trained) if engine == "fused" else _padded(lengths, trained)
+
+    settings = run.train
+    train, held_out = train.within(run), held_out.within(run)
+    if not len(train.tokens):
+        train = Lengths(np.array([run.data.max_length]), np.array([run.data.max_length - 1]))
+    size = settings.per_device_train_batch_size
+    packs = pack(train.tokens, run.data.max_length) if run.data.packing else np.arange(len(train.tokens))
+    batches = list(_micro_batches(train, packs, size, grouped))
+    replayed = sum(count for _, count in sizes.most_common(MOST)) / sizes.total()
+    count = int(packs.max()) + 1
+    in_step = min(size * settings.gradient_accumulation_steps, count)
+    steps_an_epoch = -(-count // (size * settings.gradient_accumulation_steps))
+    steps = settings.max_steps or max(1, int(np.ceil(settings.num_train_epochs * steps_an_epoch)))
+    answered = Lengths(*(part[: run.evaluate.rows] for part in held_out))
+    tested = list(_micro_batches(held_out, np.arange(len(held_out.tokens)), run.evaluate.batch_size, grouped))
+    return Rows(
+        fullest=_fullest(batches),
+        typical=_typical(batches),
+        passes=in_step / size * sum(map(len, batches)) / len(batches),
+        tokens=float(train.tokens.mean()) * len(train.tokens) / count * in_step,
+        steps=steps,
+        held_out=_fullest(tested) if tested else None,
+        held_out_passes=len(held_out.tokens) / run.evaluate.batch_size,
+        answered=Padded(len(answered.tokens), *(int(part.max()) for part in answered)) if tested else None,
+        unread=None,
+        even=len(met) == 1,
+        replayed=replayed,
+    )
+
+
+def _padded(lengths: list[int], trained: list[int]) -> list[Padded]:
+    """The groups of like length that the reference engine pads."""
+    groups = padded_groups(lengths)
+    return [Padded(len(group), lengths[group[0]], sum(trained[n] for n in group)) for group in groups]
+
+
+def _whole(lengths: list[int], trained: list[int]) -> list[Padded]:
+    """All at once, as the fused engine takes them: so many rows of one length that are as many tokens and as much
+    attention."""
+    total = sum(lengths)
+    rows = max(1, round(total * total / sum(n * n for n in lengths)))
+    return [Padded(rows, -(-total // rows), sum(trained))]
+
+
+def _micro_batches(
+    rows: Lengths, packs: Any, size: int, grouped: Callable[[list[int], list[int]], list[Padded]]
+) -> Iterator[list[Padded]]:
+    """Micro-batches of neighbours in the order of length, each as the groups that the engine makes of it."""
+    order = np.lexsort((-rows.tokens, packs))
+    starts = np.flatnonzero(np.r_[True, np.diff(packs[order]) != 0])
+    members = np.split(order, starts[1:]) if len(order) else []
+    longest = np.array([rows.tokens[rows_in[0]] for rows_in in members])
+    members = [members[n] for n in np.argsort(-longest, kind="stable")]
+    last = max(1, len(members) - size + 1)
+    for start in _spread(last) if members else ():
+        chosen = np.concatenate(members[start : start + size])
+        yield grouped([int(n) for n in rows.tokens[chosen]], [int(n) for n in rows.trained[chosen]])
+
+
+def _spread(count: int) -> list[int]:
+    """Places to look at: evenly over all, and each of the first."""
+    even = np.linspace(0, count - 1, min(count, LOOKED_AT)).astype(int)
+    return sorted({*even.tolist(), *range(min(LONGEST, count))})
+
+
+def _fullest(batches: list[list[Padded]]) -> Padded:
+    return max((group for groups in batches for group in groups), key=lambda group: (group.rows * group.length, group))
+
+
+def _typical(batches: list[list[Padded]]) -> Padded:
+    groups = np.array([group for groups in batches for group in groups], dtype=float)
+    rows = max(1.0, float(groups[:, 0].mean()))
+    tokens = float((groups[:, 0] * groups[:, 1]).mean())
+    whole = round(rows)
+    length = max(2, round(tokens / whole))
+    return Padded(whole, length, min(max(1, round(float(groups[:, 2].mean()))), whole * (length - 1)))

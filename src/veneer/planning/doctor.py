@@ -1,0 +1,284 @@
+"""The machine examined: what is there, what works, what is broken and how to mend it.
+
+`look` only finds out; `diagnose` only judges what was found, so that every fault can be tested without having it.
+"""
+
+import contextlib
+import io
+import logging
+import platform
+import shutil
+import subprocess
+import warnings
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+
+from veneer.config.cache import cache_folder
+from veneer.machine.device import Machine, find_machine
+
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "safetensors",
+    "tokenizers",
+    "triton",
+)
+# Oldest driver for a major version of CUDA: the CUDA release notes, table "CUDA Toolkit and Minimum Required Driver".
+OLDEST_DRIVER = {11: (450, 80), 12: (525, 60), 13: (580, 65)}
+LITTLE_DISK = 5 * 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as driver and torch see it. Sizes in bytes; capability as torch writes it, 9.0 as 90."""
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+    capability: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """A machine as found.
+
+    Attributes:
+        machine: What a run would use.
+        driver: NVIDIA's driver; None: there is none.
+        driver_gpus: GPUs that the driver sees.
+        gpus: Those that torch can use.
+        torch_cuda: CUDA version that torch was built for; None: built for the CPU.
+        torch_capabilities: What torch was built for, as 90.
+        bitsandbytes: cuda, cpu, or why it does not load.
+        flash_attn: Whether the package is installed.
+        versions: Of the libraries that matter; None: missing.
+        outdated: What is missing or of another version, as requirements.
+        disk_free_bytes: By folder.
+    """
+
+    machine: Machine
+    driver: str | None = None
+    driver_gpus: list[str] = field(default_factory=list)
+    gpus: list[Gpu] = field(default_factory=list)
+    torch_cuda: str | None = None
+    torch_capabilities: list[int] = field(default_factory=list)
+    bitsandbytes: str = "cpu"
+    flash_attn: bool = False
+    versions: dict[str, str | None] = field(default_factory=dict)
+    outdated: list[str] = field(default_factory=list)
+    disk_free_bytes: dict[str, int] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"python": platform.python_version(), "platform": platform.platform()}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something broken, and its fix."""
+
+    id: str
+    message: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class Usable:
+    """A part that a run can choose; `why` says why not."""
+
+    part: str
+    name: str
+    works: bool
+    why: str = ""
+
+
+def look() -> Found:
+    """Find out; takes a second or two."""
+    import torch
+
+    machine = find_machine()
+    driver, driver_gpus = _ask_driver()
+    gpus = []
+    for number in range(torch.cuda.device_count() if machine.device == "cuda" else 0):
+        free, total = torch.cuda.mem_get_info(number)
+        major, minor = torch.cuda.get_device_capability(number)
+        gpus.append(Gpu(torch.cuda.get_device_name(number), total, free, 10 * major + minor))
+    archs = torch.cuda.get_arch_list() if machine.device == "cuda" else []
+    return Found(
+        machine=machine,
+        driver=driver,
+        driver_gpus=driver_gpus,
+        gpus=gpus,
+        torch_cuda=torch.version.cuda,
+        torch_capabilities=sorted({int("".join(c for c in arch if c.isdigit())) for arch in archs}),
+        bitsandbytes=_bitsandbytes(),
+        flash_attn=_version("flash-attn") is not None,
+        versions={name: _version(name) for name in LIBRARIES},
+        outdated=_outdated(),
+        disk_free_bytes={str(folder): _free(folder) for folder in (Path.cwd(), cache_folder())},
+    )
+
+
+def diagnose(found: Found) -> list[Problem]:
+    """What is broken. A machine without a GPU is not."""
+    problems = []
+    if found.driver is not None and found.driver_gpus and not found.gpus:
+        problems.append(_without_gpu(found))
+    for gpu in found.gpus:
+        if found.torch_capabilities and not any(_runs(built, gpu.capability) for built in found.torch_capabilities):
+            built = ", ".join(f"{c / 10:.1f}" for c in found.torch_capabilities)
+            problems.append(
+                Problem(
+                    "gpu-not-built-for",
+                    f"{gpu.name} has compute capability {gpu.capability / 10:.1f}; this torch is built for {built}",
+                    "install a torch that is built for this GPU (pytorch.org/get-started)",
+                )
+            )
+    if found.gpus and found.bitsandbytes != "cuda":
+        problems.append(
+            Problem(
+                "bitsandbytes-without-cuda",
+                f"bitsandbytes has no CUDA here ({found.bitsandbytes}): no 4-bit base, no 8-bit optimizer on the GPU",
+                f"pip install --force-reinstall bitsandbytes; it must bring a library for CUDA {found.torch_cuda}",
+            )
+        )
+    if found.outdated:
+        problems.append(
+            Problem(
+                "libraries",
+                f"missing or of another version: {', '.join(found.outdated)}",
+                "pip install --upgrade veneer",
+            )
+        )
+    full = [
+        f"{folder} ({free / 2**30:.1f} GiB)" for folder, free in found.disk_free_bytes.items() if free < LITTLE_DISK
+    ]
+    if full:
+        problems.append(
+            Problem("disk", f"little space left in {', '.join(full)}", "free some, or set VENEER_CACHE elsewhere")
+        )
+    return problems
+
+
+def usable(found: Found) -> list[Usable]:
+    """Engines, attention backends, optimizers, quantization: which work here."""
+    cuda = bool(found.gpus)
+    no_gpu = "needs a CUDA GPU"
+    bits = found.bitsandbytes in ("cuda", "cpu")
+    broken = "" if bits else f"bitsandbytes does not load: {found.bitsandbytes}"
+    flash = cuda and found.flash_attn
+    return [
+        Usable("engine", "reference", True),
+        Usable("engine", "fused", cuda, "" if cuda else no_gpu),
+        Usable("attention", "sdpa", True),
+        Usable("attention", "eager", True),
+        Usable(
+            "attention",
+            "flash_attention_2",
+            flash,
+            "" if flash else no_gpu if not cuda else "flash-attn is not installed",
+        ),
+        Usable("optimizer", "adamw_torch", True),
+        Usable("optimizer", "adamw_8bit", bits, broken),
+        Usable(
+            "optimizer", "paged_adamw_8bit", cuda and bits, broken or ("" if cuda else f"{no_gpu}; kept unpaged here")
+        ),
+        Usable("quantization", "4 bits", bits, broken),
+        Usable(
+            "precision", "bfloat16", found.machine.has_bfloat16, "" if found.machine.has_bfloat16 else "not in hardware"
+        ),
+    ]
+
+
+def _without_gpu(found: Found) -> Problem:
+    """The driver sees a GPU and torch does not."""
+    names = ", ".join(found.driver_gpus)
+    if found.torch_cuda is None:
+        return Problem(
+            "torch-without-cuda",
+            f"this torch ({found.versions.get('torch')}) is built for the CPU, and there is a GPU: {names}",
+            "install the CUDA build of torch (pytorch.org/get-started)",
+        )
+    major = int(found.torch_cuda.split(".")[0])
+    oldest = OLDEST_DRIVER.get(major)
+    if oldest is not None and tuple(map(int, (found.driver or "0").split(".")[:2])) < oldest:
+        return Problem(
+            "driver-too-old",
+            f"driver {found.driver} is too old for CUDA {found.torch_cuda}, which this torch is built for",
+            f"update NVIDIA's driver to {oldest[0]}.{oldest[1]} or later, or install a torch built for an older CUDA",
+        )
+    return Problem(
+        "gpu-unreachable",
+        f"the driver sees {names}, torch does not",
+        "check CUDA_VISIBLE_DEVICES, and that nvidia-smi and torch run in the same container",
+    )
+
+
+def _runs(built: int, capability: int) -> bool:
+    """Code for a capability runs on later ones of the same major version."""
+    return built // 10 == capability // 10 and built <= capability
+
+
+def _ask_driver() -> tuple[str | None, list[str]]:
+    command = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None, []
+    lines = (
+        [line.split(", ", 1) for line in answer.stdout.splitlines() if ", " in line] if not answer.returncode else []
+    )
+    return (lines[0][0], [name for _, name in lines]) if lines else (None, [])
+
+
+def _bitsandbytes() -> str:
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            logging.disable()
+            from bitsandbytes.cextension import lib
+    except Exception as error:  # noqa: BLE001 - a broken native library fails in many ways, and each is an answer
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    finally:
+        logging.disable(logging.NOTSET)
+    return "cuda" if getattr(lib, "compiled_with_cuda", False) else "cpu"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _outdated() -> list[str]:
+    """Of this package's own requirements, those not met; none are known where it runs without being installed."""
+    try:
+        wanted = [Requirement(text) for text in metadata.requires("veneer") or []]
+    except metadata.PackageNotFoundError:
+        return []
+    unmet = []
+    for requirement in wanted:
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        version = _version(requirement.name)
+        if version is None or not requirement.specifier.contains(version, prereleases=True):
+            unmet.append(f"{requirement} (found {version or 'none'})")
+    return unmet
+
+
+def _free(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

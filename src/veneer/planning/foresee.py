@@ -1,0 +1,119 @@
+"""What is foreseen of a run before its base is loaded: the forecast, and what is amiss with its settings.
+
+`veneer plan` asks for it, and so does every training before it loads anything. Data counts where it has been read.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from veneer.config import Run, UserError
+from veneer.data import Prepared, Renderer, prepare
+from veneer.data.prepare import Part
+from veneer.engine import ReferenceEngine
+from veneer.model import gguf_origin, load_tokenizer, locate
+from veneer.model.shapes import is_at_hand
+from veneer.planning.advice import Advice, DataFacts, Situation, TokenizerFacts, advise
+from veneer.planning.batch_shapes import Lengths
+from veneer.planning.forecast import Forecast, Place, Planner
+from veneer.planning.subject import subject_of
+
+CERTAIN = 0.92  # of a predicted peak; what is beyond the budget even so cannot fit
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """A run before it runs.
+
+    Attributes:
+        run: The settings.
+        planner: For other settings on the same data.
+        forecast, advice: What it will hold and take, and what is amiss.
+    """
+
+    run: Run
+    planner: Planner
+    forecast: Forecast
+    advice: list[Advice]
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether training cannot fit even if the prediction is too high; answers come later, and may elsewhere."""
+        peak = self.forecast.phases[self.forecast.training_phase].bytes
+        return CERTAIN * peak > self.forecast.place.budget_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.forecast.as_dict() | {"advice": [advice.as_dict() for advice in self.advice]}
+
+
+@dataclass(frozen=True)
+class Read:
+    """A run's data with the tokenizer it was read with."""
+
+    prepared: Prepared
+    renderer: Renderer
+
+    def lengths(self) -> tuple[Lengths, Lengths]:
+        """Of the training and of the held-out rows."""
+        train, held_out = (Lengths(part.lengths, part.corpus.trained[part.examples]) for part in self._parts())
+        return train, held_out
+
+    def _parts(self) -> tuple[Part, Part]:
+        return self.prepared.train, self.prepared.validation
+
+    def facts(self) -> tuple[DataFacts, TokenizerFacts]:
+        """What the rules of advice ask."""
+        ledger, tokenizer = self.prepared.ledger.as_dict(), self.renderer.tokenizer
+        data = DataFacts(
+            rows=ledger["rows"]["training"],
+            held_out=ledger["rows"]["validation"],
+            p95=ledger["lengths"]["percentiles"]["p95"],
+            longest=int(max(part.lengths.max() for part in self._parts() if len(part))),
+            end_of_turn=ledger["tokens"]["end_of_turn"],
+            raw="text" in ledger["format"].split(", "),
+        )
+        own = tokenizer.chat_template
+        return data, TokenizerFacts(
+            has_template=own is not None,
+            uses_own=isinstance(own, str) and (self.renderer.template or "").endswith(own),
+        )
+
+
+def foresee(run: Run, place: Place, data: Read | str) -> Foreseen:
+    """Foresee a run.
+
+    Args:
+        run: The settings.
+        place: Where it is to run.
+        data: Its data, or why that was not read.
+
+    Raises:
+        UserError: No such base, an adapter target that matches nothing, or a quantization the base cannot take.
+    """
+    subject = subject_of(run.model, data if isinstance(data, str) else data.lengths())
+    planner = Planner(subject, place)
+    forecast = planner.forecast(run)
+    facts = data.facts() if isinstance(data, Read) else (None, None)
+    origin = gguf_origin(run.model)
+    situation = Situation(
+        run=run,
+        shapes=subject.shapes,
+        stored=subject.stored,
+        forecast=forecast,
+        data=facts[0],
+        tokenizer=facts[1],
+        method="qlora" if run.quantization else "lora",
+        isolates_documents=ReferenceEngine.isolates_documents,
+        file_type=origin.type if origin is not None and origin.is_quantized else None,
+    )
+    return Foreseen(run, planner, forecast, advise(situation))
+
+
+def read_if_at_hand(run: Run) -> Read | str:
+    """A run's data, or why it cannot be read without fetching anything."""
+    if not is_at_hand(run.model, ("tokenizer.json",)):
+        return f"the tokenizer of {run.model.base} is not on this machine yet"
+    try:
+        renderer = Renderer(load_tokenizer(locate(run.model)), run.data)
+        return Read(prepare(run.data, renderer, run.train.seed), renderer)
+    except UserError as error:
+        return str(error).splitlines()[0]

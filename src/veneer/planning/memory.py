@@ -1,0 +1,129 @@
+"""What each part of a run holds, in bytes, from shapes alone; and the fullest moment of each phase.
+
+Frozen weights are counted in the bits they are stored in, the adapter and what the optimizer keeps of it exactly, each
+tensor rounded up as the allocator rounds. What a step holds beside them is rehearsed by the engine that will run it
+(`Rehearsed`), since only its own code knows. An engine that places tensors itself hands over a rehearsal of its own.
+"""
+
+from collections import Counter
+from dataclasses import replace
+from math import ceil, prod
+from typing import Any
+
+from veneer.config import Train
+from veneer.engine.dry_run import CONSTANT_BLOCK, QUANT_BLOCK, Rehearsed, Step
+from veneer.engine.trace import Moment, rounded
+from veneer.model.shapes import Shapes
+
+# Beside tensors: what cuBLAS takes of the allocator's; on a CPU the process, its code, and the holes in its heap.
+LIBRARIES = {"cuda": 66 * 2**20, "cpu": 830 * 2**20, "mps": 0}
+
+
+def phases(shapes: Shapes, step: Step, optim: str, train: Rehearsed, device: str) -> dict[str, Moment]:
+    """The fullest moment of each phase of training, with all its components.
+
+    Args:
+        shapes: The base model.
+        step: The micro-batch of training.
+        optim: The optimizer, as `train.optim` resolves.
+        train: `step` rehearsed.
+        device: cuda, cpu or mps.
+    """
+    held, gradients = resting(shapes, step, optim, train, device)
+    quantized = [
+        prod(shape) for name, shape in shapes.weights.items() if name.removesuffix(".weight") in step.quantized
+    ]
+    largest = max(quantized, default=0) * step.dtype.itemsize
+    found = {
+        "load": Counter(_frozen(shapes, replace(step, copies=False))) + Counter({"weights on their way": largest}),
+        "forward": held + Counter({"gradients": gradients if step.accumulating else 0}),
+        "optimizer": held + Counter({"gradients": gradients}),
+    }
+    found["backward"] = found["forward"] + Counter(train.fullest("backward").components)
+    found["forward"] += Counter(train.fullest("forward").components)
+    return {name: Moment(sum(parts.values()), dict(parts)) for name, parts in found.items()}
+
+
+def resting(shapes: Shapes, step: Step, optim: str, train: Rehearsed, device: str) -> tuple[Counter[str], int]:
+    """What a run holds between its passes, and the bytes of its gradients beside that; arguments as for `phases`."""
+    frozen, libraries = Counter(_frozen(shapes, step)), Counter({"libraries": LIBRARIES[device]})
+    itemsize = step.dtype.itemsize
+    if step.method == "full":
+        sizes = [prod(shape) for shape in shapes.weights.values()]
+        # The optimizer steps a float32 copy of weights in 16 bits.
+        states = sum(rounded(4 * n) for n in sizes) if itemsize < 4 else 0
+        gradients = sum(rounded(itemsize * n) for n in sizes)
+    else:
+        sizes = shapes.adapter(step.targets, step.r)
+        states, gradients = 0, adapter_bytes(sizes)
+    states += 0 if optim.startswith("paged") else optimizer_bytes(sizes, optim)
+    optimizer = Counter({"optimizer": states})
+    if train.held is not None:  # adapter and gradients among it, for good
+        return frozen + libraries + optimizer + Counter(train.held), 0
+    return loaded(shapes, step, device) + optimizer, gradients
+
+
+def loaded(shapes: Shapes, step: Step, device: str) -> Counter[str]:
+    """What a base with its adapter holds, ready to answer."""
+    adapter = 0 if step.method == "full" else adapter_bytes(shapes.adapter(step.targets, step.r))
+    return Counter(_frozen(shapes, step)) + Counter({"adapter": adapter, "libraries": LIBRARIES[device]})
+
+
+def _frozen(shapes: Shapes, step: Step) -> dict[str, int]:
+    parts = frozen_bytes(shapes, step.quantized, step.double_quant, step.dtype.itemsize)
+    return parts | (
+        {"16-bit copies": copies_bytes(shapes, step.quantized, step.dtype)} if step.copies and step.quantized else {}
+    )
+
+
+def copies_bytes(shapes: Shapes, quantized: frozenset[str], dtype: Any) -> int:
+    """Bytes of copies of the weights in 4 bits, in the dtype of compute."""
+    named = ((name.removesuffix(".weight"), shape) for name, shape in shapes.weights.items())
+    return sum(dtype.itemsize * prod(shape) for name, shape in named if name in quantized)
+
+
+def frozen_bytes(shapes: Shapes, quantized: frozenset[str], double_quant: bool, itemsize: int) -> dict[str, int]:
+    """The base's weights by where they are and how they are stored."""
+    parts = {"4-bit weights": 0, "embeddings and head": 0, "other weights": rounded(shapes.other_bytes)}
+    ends = {f"{path}.weight" for path in (*shapes.embeddings, shapes.head) if path}
+    for name, shape in shapes.weights.items():
+        if name.removesuffix(".weight") in quantized and name.endswith(".weight"):
+            parts["4-bit weights"] += quantized_bytes(prod(shape), double_quant)
+        else:
+            part = "embeddings and head" if name in ends else "other weights"
+            parts[part] += rounded(prod(shape) * itemsize)
+    return {name: count for name, count in parts.items() if count}
+
+
+def quantized_bytes(weights: int, double_quant: bool) -> int:
+    """A 4-bit matrix with its constants: 4.127 bits a weight with double quantization, else 4.5."""
+    blocks = ceil(weights / QUANT_BLOCK)
+    table = rounded(16 * 4)
+    if not double_quant:
+        return rounded(weights / 2) + rounded(blocks * 4) + table
+    groups = ceil(blocks / CONSTANT_BLOCK)
+    return rounded(weights / 2) + rounded(blocks) + rounded(groups * 4) + rounded(256 * 4) + rounded(4) + table
+
+
+def optimizer_bytes(sizes: list[int], name: str) -> int:
+    """What AdamW keeps of parameters of these sizes: two moments, in 32 bits or in 8 with a constant a 256."""
+    if not name.endswith("8bit"):
+        return sum(2 * rounded(4 * n) + (rounded(4) if name == "adamw_torch" else 0) for n in sizes)
+    small, large = [n for n in sizes if n < 4096], [n for n in sizes if n >= 4096]
+    tables = 2 * rounded(256 * 4) if large else 0
+    return (
+        tables
+        + sum(2 * (rounded(n) + rounded(ceil(n / 256) * 4)) for n in large)
+        + 2 * sum(rounded(4 * n) for n in small)
+    )
+
+
+def adapter_bytes(sizes: list[int]) -> int:
+    """The adapter's matrices in float32."""
+    return sum(rounded(4 * n) for n in sizes)
+
+
+def run_disk_bytes(trainable: int, steps: int | None, train: Train) -> int:
+    """Adapter and checkpoints (adapter and two moments each) in float32, and some room for the rest."""
+    kept = min(train.save_total_limit, steps or train.save_total_limit) + 1
+    return trainable * 4 * (1 + 3 * kept) + 16 * 2**20

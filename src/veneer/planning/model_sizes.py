@@ -1,0 +1,107 @@
+"""What a given amount of memory can train: one family of bases from 0.1B to 72B, by method.
+
+Each at its leanest: one row at a time, activations recomputed, 8-bit optimizer, adapters on all linear layers.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from veneer.config import Model, Run
+from veneer.config.names import find_model
+from veneer.model.known import LADDER, smaller_siblings
+from veneer.planning.forecast import Place, Planner, place_of
+from veneer.planning.held_out import SPARE
+from veneer.planning.subject import subject_of
+
+METHODS = ("full", "lora", "qlora")
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A base and what it needs.
+
+    Attributes:
+        base: Hub id.
+        parameters: Of the base.
+        peak_bytes: At the peak of training, by method; one that did not fit with a smaller base is left out.
+    """
+
+    base: str
+    parameters: int
+    peak_bytes: dict[str, int]
+
+    def best(self, budget_bytes: int) -> str | None:
+        """The best method that fits with room to spare: full before lora before qlora."""
+        return next((m for m in METHODS if self.fits(m, budget_bytes)), None)
+
+    def fits(self, method: str, budget_bytes: int) -> bool:
+        return method in self.peak_bytes and self.peak_bytes[method] * (1 + SPARE) <= budget_bytes
+
+
+def leanest(run: Run, base: str | None = None) -> Run:
+    """A run with the least memory that changes nothing but speed."""
+    values = run.model_dump()
+    values["train"] |= {
+        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": "auto", "optim": "auto",
+    }  # fmt: skip
+    values["evaluate"] |= {"batch_size": 1}
+    if base is not None:
+        values["model"] |= {"base": base, "revision": None}
+        values["adapter"] |= {"target_modules": "all-linear"}
+    return Run.model_validate(values)
+
+
+def rungs(run: Run, place: Place, methods: tuple[str, ...] = METHODS) -> list[Rung]:
+    """The ladder, with a run's length and rank, up to what a place holds."""
+    found = []
+    for base in LADDER:
+        lean = leanest(run, base)
+        planner = Planner(subject_of(Model(base=base), "it is one of many"), place)
+        forecasts = {method: planner.forecast_as(lean, method) for method in methods}
+        # What does not fit does not fit with a larger base either.
+        found.append(Rung(base, planner.subject.shapes.total, {m: forecasts[m].peak_bytes for m in methods}))
+        methods = tuple(m for m in methods if forecasts[m].peak_bytes <= place.budget_bytes)
+        if not methods:
+            break
+    return found
+
+
+def compare(run: Run, planner: Planner, sizes: Sequence[int] = (16, 24, 48, 80)) -> dict[str, Any]:
+    """Full fine-tuning, LoRA in 16 bits and QLoRA of a run's base, and the largest base that each can train.
+
+    Args:
+        run: The settings; its length and rank count.
+        planner: Of its base.
+        sizes: Memory of GPUs, in GiB.
+    """
+    places = {size: place_of(f"{size}GiB") for size in sizes}
+    ladder = rungs(run, places[max(sizes)])
+    lean = leanest(run)
+    methods = {}
+    for method in METHODS:
+        peak = planner.forecast_as(lean, method).peak_bytes
+        here = Rung(run.model.base, 0, {method: peak})
+        largest = {}
+        for size, place in places.items():
+            fitting = [rung for rung in ladder if rung.fits(method, place.budget_bytes)]
+            largest[f"{size}GiB"] = fitting[-1].base if fitting else None
+        methods[method] = {
+            "peak_bytes": peak,
+            "fits": {f"{size}GiB": here.fits(method, place.budget_bytes) for size, place in places.items()},
+            "largest": largest,
+        }
+    return {"base": run.model.base, "max_length": run.data.max_length, "r": run.adapter.r, "methods": methods}
+
+
+def smaller_bases(run: Run, planner: Planner) -> Iterator[tuple[str, Planner]]:
+    """Models of a base's own family and kind that are smaller than it, the largest first; of a hub model alone."""
+    if find_model(run.model)[0] != "hub":
+        return
+    for base in smaller_siblings(run.model.base):
+        # One tokenizer, so its rows are as long.
+        subject = replace(subject_of(Model(base=base), "it is of another base"), rows=planner.subject.rows)
+        if subject.shapes.total < 0.9 * planner.subject.shapes.total:
+            yield base, Planner(subject, planner.place)

@@ -1,0 +1,16 @@
+"""Training: the loop and what it stands on.
+
+parts.py       what a run is made of: data, forecast, model, adapter
+job.py         everything of a run brought together: parts, engine, loop, adapter on disk
+verify.py      whether training does what it should, here, with this run's model and rows
+loop.py        optimizer steps, logging, evaluation, checkpoints
+optimizer.py   AdamW by name; schedule.py  the learning rate as a function of the step
+checkpoint.py  a resumable state on disk
+stop.py        signals that ask the loop to end, with a checkpoint
+metrics.py     metrics.jsonl, and the listeners that hear of each step
+"""
+
+from veneer.training.job import Resume, Trained, TrainingJob, finished
+from veneer.training.metrics import Listener
+
+__all__ = ["Listener", "Resume", "Trained", "TrainingJob", "finished"]

@@ -1,0 +1,332 @@
+"""A training job: everything of a run brought together, in the order in which it can go wrong cheaply.
+
+Settings, then the output folder, the run's parts (`parts`), the engine, the space on disk; only then is the run's
+folder begun. The adapter appears whole at the end.
+"""
+
+import contextlib
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+import veneer
+from veneer.config import Run, RunFolder, UserError, load_run
+from veneer.config.files import read_json
+from veneer.config.folder import remove, whole_folder, write_json, write_text
+from veneer.config.load import to_yaml
+from veneer.config.names import anchored
+from veneer.data import Batches
+from veneer.data.prepare import Part
+from veneer.engine import ReferenceEngine
+from veneer.engine.choose import choose, spend_memory
+from veneer.machine.device import peak_bytes, resolve_optim
+from veneer.model import compute_dtype, config_sha256, count_parameters, fingerprint, save_adapter
+from veneer.planning.memory import run_disk_bytes
+from veneer.training import checkpoint
+from veneer.training.held_out import HeldOutBatches
+from veneer.training.loop import Loop
+from veneer.training.metrics import Listener, MetricsFile, read_metrics
+from veneer.training.parts import load_parts
+
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers", "numpy")
+Dress = Callable[[Path, int, float | None], None]
+Resume = bool | Literal["auto"]
+# Settings that may differ when a run is resumed: none of them changes a number of the training.
+MAY_CHANGE = {
+    "model.base",  # its weights and its configuration are compared
+    "model.revision",
+    "data.workers",
+    "quantization.cache",
+    "train.output_dir",
+    "train.gradient_checkpointing",
+    "train.engine",  # what it came to is compared
+    "train.logging_steps",
+    "train.eval_steps",
+    "train.save_steps",
+    "train.save_total_limit",
+}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a finished run reports. final_loss is None where nothing is left that says it."""
+
+    run_dir: str
+    steps: int
+    final_loss: float | None
+    tokens_per_second: float
+    peak_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class TrainingJob:
+    """A run, checked and loaded, ready to train.
+
+    Args:
+        run: The settings.
+        resume: Go on from the run's last checkpoint; "auto": or begin, where there is no run yet.
+        force: Load even if it is foreseen not to fit.
+        overwrite: Replace the run that is in the folder, once this one is ready to begin.
+
+    Attributes:
+        machine, source, tokenizer, renderer, data, foreseen, model: The parts, for others to show or evaluate.
+        engine, choice: What computes losses and gradients, and why it was taken.
+        spent: What the fused engine keeps of a step, and the memory it takes; None: another engine, or not measured.
+
+    Raises:
+        UserError: Anything the user can mend; nothing has been written then.
+        JobError: The fused engine was asked for and is wrong on this machine.
+    """
+
+    def __init__(self, run: Run, resume: Resume = False, force: bool = False, overwrite: bool = False) -> None:
+        self.run = run
+        self.folder = RunFolder(run.train.output_dir.expanduser())
+        self._overwrite = overwrite
+        self._resume = resume is True or (resume == "auto" and self.folder.run.exists())
+        if self._resume:
+            self._require_resumable()
+            with self.folder.locked():
+                pass  # held by another process, it is refused before anything is loaded
+        else:
+            self._require_folder()
+        run = self.run
+        parts = load_parts(run, force)
+        if parts.renderer.is_dated:
+            self.run = run = _dated(run, parts.renderer.settings.template_date)
+        self.machine, self.source, self.tokenizer = parts.machine, parts.source, parts.tokenizer
+        self.renderer, self.data, self.foreseen, self.model = parts.renderer, parts.data, parts.foreseen, parts.model
+        self.choice = choose(self.model, run.train, self.machine.device, self.data.train)
+        self.engine = self.choice.engine
+        self.parameters = count_parameters(self.model)
+        train = run.train
+        batches = Batches(
+            self.data.train,
+            self.data.train.lengths,
+            train.per_device_train_batch_size,
+            train.gradient_accumulation_steps,
+            train.seed,
+            run.data.max_length if run.data.packing else None,
+        )
+        at_a_time = self.foreseen.forecast.rows_at_a_time
+        held_out = HeldOutBatches(self.data.validation, at_a_time.get("evaluation", run.evaluate.batch_size))
+        varies = vary(self.data.train, batches.sizes, train.per_device_train_batch_size)
+        self.spent = spend_memory(
+            self.engine, train, batches.sizes.tolist(), varies, held_out[0].lengths if len(held_out) else (),
+            2 * 4 * self.parameters["trainable"], batches.most_documents() if run.data.packing else (),
+        )  # fmt: skip
+        self._loop = Loop(
+            model=self.model,
+            engine=self.engine,
+            batches=batches,
+            held_out=held_out,
+            train=train,
+            checkpoints=self.folder.checkpoints,
+            began_with={
+                "training rows (or their tokenizer or template)": self.data.ledger.sha256["train"],
+                "held-out rows": self.data.ledger.sha256["validation"],
+                "the base's weights": fingerprint(self.source) or self.source.reference,
+                "the base's configuration (config.json)": config_sha256(self.source),
+            },
+            device=self.machine.device,
+            scale_loss=compute_dtype(run.model, self.machine) == torch.float16,
+        )
+        self.folder.require_writable(self._bytes_on_disk())
+        if self._resume:
+            self._require_same_placement()
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self._loop.steps
+
+    def fit(self, listeners: tuple[Listener, ...] = (), dress: Dress = lambda folder, steps, loss: None) -> Trained:
+        """Train and write the adapter.
+
+        Args:
+            listeners: Hear of each step.
+            dress: Adds files to the adapter's folder before it appears; gets the folder, the steps and the last loss.
+
+        Raises:
+            UserError: Another process trains this run, or has begun it since.
+            JobError: Training failed. Interrupted: the user stopped it; it can be resumed.
+        """
+        with self.folder.locked():
+            return self._fit(listeners, dress)
+
+    def _fit(self, listeners: tuple[Listener, ...], dress: Dress) -> Trained:
+        # All is looked at again: another process may have had the folder since.
+        if self._resume:
+            self._require_resumable()
+            found = checkpoint.latest(self.folder.checkpoints)
+        else:
+            self._require_folder()
+            found = None
+            if self._overwrite:
+                self.folder.remove()
+        self.folder.clear_unfinished()
+        if found is not None:
+            self._loop.resume(found)
+        else:  # a run that was killed before its first checkpoint begins anew
+            torch.manual_seed(self.run.train.seed)
+            self._begin_folder()
+        speed = self._loop.run((MetricsFile(self.folder.metrics), *listeners))
+        loss = self._loop.loss if self._loop.loss is not None else _last_loss(self.folder)
+        with whole_folder(self.folder.adapter) as unfinished:
+            save_adapter(self.model, self.tokenizer, self.renderer.template, self.source, unfinished)
+            write_json(unfinished / "ledger.json", self.data.ledger.as_dict())
+            dress(unfinished, self.steps, loss)
+        self.model.eval()
+        return Trained(
+            run_dir=str(self.folder.path),
+            steps=self.steps,
+            final_loss=loss,
+            tokens_per_second=speed,
+            peak_bytes=peak_bytes(self.machine.device),
+        )
+
+    def plan(self) -> dict[str, Any]:
+        """How the run is placed on this machine, and what is foreseen of it."""
+        train = self.run.train
+        return self.foreseen.as_dict() | {
+            "machine": self.machine.as_dict(),
+            "engine": self.engine.name,
+            "engine_reason": self.choice.reason,
+            "kept": self.spent,
+            "chunked_head": not isinstance(self.engine, ReferenceEngine) or self.engine.chunked_head,
+            "dtype": str(compute_dtype(self.run.model, self.machine)).removeprefix("torch."),
+            "optim": resolve_optim(train.optim, self.machine.device),
+            "parameters": self.parameters,
+            "steps": self.steps,
+            "rows_per_step": train.per_device_train_batch_size * train.gradient_accumulation_steps,
+        }
+
+    def _require_folder(self) -> None:
+        if self._overwrite:
+            self.folder.require_replaceable()
+        else:
+            self.folder.require_free()
+
+    def _begin_folder(self) -> None:
+        write_json(
+            self.folder.environment, environment() | {"kernel": platform.release(), "machine": self.machine.as_dict()}
+        )
+        write_json(self.folder.plan, self.plan())
+        write_json(self.folder.ledger, self.data.ledger.as_dict())
+        remove(self.folder.personal)
+        if self.data.ledger.personal:
+            write_text(self.folder.personal, self.data.personal())
+        write_text(self.folder.run, to_yaml(anchored(self.run)))
+
+    def _require_resumable(self) -> None:
+        self.folder.require_begun()
+        if self.folder.adapter.exists():
+            raise UserError(
+                f"train.output_dir = {self.folder.path}: this run is finished",
+                "start another in a new train.output_dir",
+            )
+        if self.run.data.template_date is None:
+            self.run = _dated(self.run, load_run(self.folder.run).data.template_date)
+        _require_same_settings(self.folder, self.run)
+
+    def _require_same_placement(self) -> None:
+        """`auto` means other things on other machines; a resumed run must go on in the way it began."""
+        began, now = read_json(self.folder.plan, "dtype", "optim", "engine"), self.plan()
+        for key, setting in (("dtype", "model.dtype"), ("optim", "train.optim"), ("engine", "train.engine")):
+            if began[key].removeprefix("paged_") != now[key].removeprefix("paged_"):
+                raise UserError(
+                    f"{setting}: the run began with {began[key]}, on this machine it would go on with {now[key]}",
+                    "resume it on a machine like the first, or start a new run in another train.output_dir",
+                )
+
+    def _bytes_on_disk(self) -> int:
+        return run_disk_bytes(self.parameters["trainable"], self.steps, self.run.train)
+
+
+def finished(run: Run) -> Trained | None:
+    """What a run reported that is finished; None: it is not.
+
+    Raises:
+        UserError: It was another run: its settings differ.
+    """
+    folder = RunFolder(run.train.output_dir.expanduser())
+    if not (folder.run.exists() and folder.adapter.exists()):
+        return None
+    _require_same_settings(folder, run)
+    with contextlib.suppress(OSError, UserError), folder.locked():  # it may be read-only, or about to end
+        folder.clear_unfinished()
+    steps = [line for line in read_metrics(folder.metrics) if line["kind"] == "train"]
+    seconds = sum(line["seconds"] for line in steps)
+    return Trained(
+        run_dir=str(folder.path),
+        steps=steps[-1]["step"] if steps else 0,
+        final_loss=_last_loss(folder),
+        tokens_per_second=round(sum(line["tokens"] for line in steps) / seconds, 1) if seconds else 0.0,
+        peak_bytes=max((line["peak_bytes"] for line in steps), default=0),
+    )
+
+
+def vary(part: Part, sizes: Any, rows: int) -> bool:
+    """Whether micro-batches differ in shape: in documents' lengths, in trained tokens, or in how many rows they hold.
+
+    Args:
+        part: The examples.
+        sizes: Tokens of every row, or pack.
+        rows: Of a micro-batch; the last of an epoch may hold fewer.
+    """
+    counts = (sizes, part.lengths, part.corpus.trained[part.examples])
+    return len(sizes) % rows > 0 or any(len(np.unique(count)) > 1 for count in counts)
+
+
+def environment() -> dict[str, Any]:
+    """What a run ran on, for files that ship: no kernel's release, which can carry a host's name."""
+    versions = {name: metadata.version(name) for name in LIBRARIES}
+    versions["veneer"] = veneer.__version__
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "libraries": versions,
+    }
+
+
+def _dated(run: Run, day: date | None) -> Run:
+    """A run with the date that its template is given, on whatever day it goes on."""
+    return run.model_copy(update={"data": run.data.model_copy(update={"template_date": day})})
+
+
+def _last_loss(folder: RunFolder) -> float | None:
+    """The loss of the last logged step."""
+    return next((line["loss"] for line in reversed(read_metrics(folder.metrics)) if line["kind"] == "train"), None)
+
+
+def _require_same_settings(folder: RunFolder, run: Run) -> None:
+    """Raises UserError for settings that differ from those the run began with, and may not."""
+    changes = _differences(anchored(load_run(folder.run)), anchored(run))
+    if changes:
+        raise UserError(
+            f"train.output_dir = {folder.path}: the run began with other settings\n  " + "\n  ".join(changes),
+            "resume with the settings it began with, or start a new run in another train.output_dir",
+        )
+
+
+def _differences(then: Run, now: Run) -> list[str]:
+    """Settings that differ and may not, as `section.key: was A, is B`."""
+    before, after = _settings(then), _settings(now)
+    names = sorted(name for name in before | after if before.get(name) != after.get(name))
+    return [f"{name}: was {before.get(name)}, is {after.get(name)}" for name in names if name not in MAY_CHANGE]
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """All settings that decide the numbers of a training, by name; how a step is cut does not."""
+    sections = run.model_dump(mode="json", exclude={"evaluate"})
+    settings = {f"{name}.{key}": value for name, section in sections.items() for key, value in (section or {}).items()}
+    size = settings.pop("train.per_device_train_batch_size") * settings.pop("train.gradient_accumulation_steps")
+    return settings | {"train.per_device_train_batch_size x gradient_accumulation_steps": size}

@@ -1,0 +1,270 @@
+"""The loop: optimizer steps, logging, held-out losses, checkpoints, and a clean stop.
+
+A step's loss is summed over its trained tokens and divided by their number, over all its micro-batches together, so
+that how a step is cut does not change it. Two things are checked that otherwise go wrong in silence: after the first
+step every LoRA B matrix must have a finite gradient that is not zero, and no loss may ever be NaN or infinite.
+
+A step waits for the device once, after all of it has been launched: loss, norm and checks come back in one reading. A
+number that is not finite has spoiled the adapter in memory then, and ends the run before anything is written.
+
+Gradients of float16 runs are scaled against underflow as usual (torch's GradScaler); other runs are not.
+"""
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from veneer.config import Interrupted, JobError, Train
+from veneer.data import Batches
+from veneer.engine import Engine
+from veneer.machine.device import peak_bytes
+from veneer.model.adapters import is_lora_b
+from veneer.training import checkpoint
+from veneer.training.held_out import HeldOutBatches
+from veneer.training.metrics import Listener
+from veneer.training.optimizer import build_optimizer, parameters_to_update
+from veneer.training.schedule import learning_rate
+from veneer.training.stop import stop_signal
+
+
+class Loop:
+    """Trains an adapter.
+
+    Args:
+        model: The PEFT model whose adapter is trained.
+        engine: Computes its losses and gradients.
+        batches: The training data.
+        held_out: For the held-out loss; may be empty.
+        train: The settings.
+        checkpoints: Folder of the run's checkpoints.
+        began_with: Hashes of base and data, kept in checkpoints and compared when one is resumed.
+        device: Where the model is.
+        scale_loss: Whether gradients need scaling (float16).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        engine: Engine,
+        batches: Batches,
+        held_out: HeldOutBatches,
+        train: Train,
+        checkpoints: Path,
+        began_with: Mapping[str, str | None],
+        device: str,
+        scale_loss: bool = False,
+    ) -> None:
+        self._model = model
+        self._engine = engine
+        self._batches = batches
+        self._held_out = held_out
+        self._train = train
+        self._checkpoints = checkpoints
+        self._began_with = began_with
+        self._device = device
+        self._b_matrices = {name: p for name, p in model.named_parameters() if p.requires_grad and is_lora_b(name)}
+        self._updated = parameters_to_update(model, engine, train, device)
+        self._optimizer = build_optimizer(self._updated.values(), train, device)
+        self._scaler = torch.amp.GradScaler(device, enabled=scale_loss)
+        self.steps = batches.steps(train.num_train_epochs, train.max_steps)
+        self.done = 0
+        self.loss: float | None = None  # of the last step that was made here
+        self._has_gradients = False
+
+    def resume(self, path: Path) -> None:
+        """Restore a checkpoint of this run."""
+        self.done = checkpoint.load(path, self._model, self._optimizer, self._updated, self._scaler, self._began_with)
+
+    def run(self, listeners: Sequence[Listener]) -> float:
+        """Train to the end; returns the mean of all steps' tokens per second.
+
+        A checkpoint comes before the evaluation of its step, which a resumed run makes again: an evaluation may take
+        longer than whoever stops the run waits for it.
+
+        Raises:
+            JobError: The loss of a step is not finite, or an adapter gets no gradient.
+            Interrupted: The user stopped the run; a checkpoint was written.
+        """
+        train = self._train
+        tokens, seconds = 0, 0.0
+        for listener in listeners:
+            listener.on_start(self.steps, self.done)
+        try:
+            with stop_signal() as stopped:
+                if self.done:
+                    self._evaluate_if_due(listeners, stopped)
+                while self.done < self.steps:
+                    record = self._step(self.done)
+                    self.done += 1
+                    self.loss = record["loss"]
+                    tokens, seconds = tokens + record["tokens"], seconds + record["seconds"]
+                    is_last = self.done == self.steps
+                    if self.done % train.logging_steps == 0 or is_last:
+                        _tell(listeners, record)
+                    if is_last or stopped() or _due(self.done, train.save_steps):
+                        self._save()
+                    if stopped() and not is_last:
+                        raise Interrupted(self._checkpoint())
+                    self._evaluate_if_due(listeners, stopped)
+        except torch.OutOfMemoryError as error:
+            raise JobError(
+                f"out of memory in step {self.done + 1}: {str(error).split('. ')[0]}\n  fix: halve "
+                "train.per_device_train_batch_size and double train.gradient_accumulation_steps (the same training), "
+                "set train.gradient_checkpointing=true, or lower data.max_length"
+            ) from None
+        finally:
+            for listener in listeners:
+                listener.on_end()
+        return round(tokens / seconds, 1) if seconds else 0.0
+
+    def _step(self, number: int) -> dict[str, Any]:
+        started = time.perf_counter()
+        train = self._train
+        rate = learning_rate(number, self.steps, train.learning_rate, train.warmup_ratio, train.lr_scheduler_type)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        micro_batches = self._batches.step(number)
+        weight = sum(batch.weight for batch in micro_batches)
+        # Only a scaler that is used lives on the device.
+        scaled = self._scaler.scale(torch.ones((), device=self._device)).item() if self._scaler.is_enabled() else 1.0
+        total = torch.stack([self._engine.forward_backward(batch, scaled / weight) for batch in micro_batches]).sum()
+        self._scaler.unscale_(self._optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self._updated.values(), train.max_grad_norm or math.inf)
+        largest = [] if self._has_gradients else [_largest(parameter.grad) for parameter in self._b_matrices.values()]
+        # A float16 step may overflow: the scaler leaves it out and tries a smaller scale.
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        values = [value.to(total.device, total.dtype) for value in (total, norm, *largest)]
+        summed_loss, grad_norm, *sizes = torch.stack(values).tolist()
+        loss = summed_loss / weight
+        self._require_finite(number, loss, grad_norm)
+        if math.isfinite(grad_norm):
+            self._require_gradients(sizes)
+        seconds = time.perf_counter() - started
+        tokens = sum(batch.tokens for batch in micro_batches)
+        return {
+            "kind": "train",
+            "step": number + 1,
+            "epoch": round((number + 1) / self._batches.steps_per_epoch, 4),
+            "loss": loss,
+            "learning_rate": rate,
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+            "tokens": tokens,
+            "trained_tokens": sum(batch.trained for batch in micro_batches),
+            "seconds": round(seconds, 4),
+            "tokens_per_second": round(tokens / seconds, 1),
+            "peak_bytes": peak_bytes(self._device),
+        }
+
+    def _evaluate_if_due(self, listeners: Sequence[Listener], stopped: Callable[[], bool]) -> None:
+        """The held-out loss, where this step has one; a stop leaves it out, and a checkpoint stands for it."""
+        if not self._held_out or not (self.done == self.steps or _due(self.done, self._train.eval_steps)):
+            return
+        total = self._held_out_total(stopped)
+        if total is None:
+            if not self._checkpoint().exists():
+                self._save()
+            raise Interrupted(self._checkpoint())
+        loss = total / sum(batch.weight for batch in self._held_out)
+        if not (is_finite := math.isfinite(loss)):  # the adapter may be good all the same, and its loss was finite
+            warnings.warn(
+                f"the held-out loss after step {self.done} is {loss}; a lower train.learning_rate may mend it",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        record = {
+            "kind": "eval",
+            "step": self.done,
+            "loss": loss if is_finite else None,
+            "perplexity": math.exp(loss) if is_finite and loss < 700 else None,
+            "trained_tokens": sum(batch.trained for batch in self._held_out),
+        }
+        _tell(listeners, record)
+
+    def _held_out_total(self, stopped: Callable[[], bool]) -> float | None:
+        """The summed held-out loss, None where it was stopped; where memory runs out, from there on with half as many
+        rows at a time.
+        """
+        before = self._held_out.size
+        while True:
+            try:
+                sums = []
+                for batch in self._held_out:
+                    if stopped():
+                        return None
+                    sums.append(self._engine.losses(batch).sum())
+                total = sum(torch.stack(sums).tolist())
+                break
+            except torch.OutOfMemoryError:
+                if self._held_out.size == 1:
+                    raise JobError("out of memory with one held-out row\n  fix: lower data.max_length") from None
+            self._held_out = self._held_out.halved()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        if (now := self._held_out.size) < before:
+            warnings.warn(
+                f"out of memory in the held-out loss with {before} rows at a time: going on with {now}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return float(total)
+
+    def _require_finite(self, number: int, loss: float, norm: float) -> None:
+        if not math.isfinite(loss):
+            raise JobError(
+                f"the loss of step {number + 1} is {loss}\n  fix: lower train.learning_rate, or set model.dtype to "
+                "bfloat16 or float32"
+            )
+        if not math.isfinite(norm) and not self._scaler.is_enabled():
+            raise JobError(f"the gradient of step {number + 1} is not finite\n  fix: lower train.learning_rate")
+
+    def _require_gradients(self, sizes: list[float]) -> None:
+        """Checked once, after the first step whose gradients are finite.
+
+        Args:
+            sizes: Largest magnitude in the gradient of each B matrix.
+        """
+        if self._has_gradients:
+            return
+        self._has_gradients = True
+        bad = [name for name, value in zip(self._b_matrices, sizes, strict=True) if not 0 < value < math.inf]
+        if bad:
+            raise JobError(
+                f"{len(bad)} adapter matrices got no usable gradient in the first step, first {bad[0]}: training "
+                "would do nothing there\n  fix: set adapter.target_modules to modules the model uses"
+            )
+
+    def _checkpoint(self) -> Path:
+        """Where the checkpoint of this step stands, or would."""
+        return checkpoint.path_of(self._checkpoints, self.done)
+
+    def _save(self) -> None:
+        checkpoint.save(
+            self._checkpoints,
+            self.done,
+            self._model,
+            self._optimizer,
+            self._updated,
+            self._scaler,
+            self._began_with,
+        )
+        checkpoint.drop_old(self._checkpoints, self._train.save_total_limit)
+
+
+def _largest(gradient: torch.Tensor | None) -> torch.Tensor:
+    return torch.zeros(()) if gradient is None else gradient.abs().amax()
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _tell(listeners: Sequence[Listener], record: dict[str, Any]) -> None:
+    for listener in listeners:
+        listener.on_record(record)

@@ -1,0 +1,82 @@
+"""AdamW by the names Transformers uses: torch's own, or bitsandbytes' with 8-bit and paged states.
+
+Paged states need CUDA; elsewhere the same states are kept unpaged, which changes no number.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from veneer.config import Train
+from veneer.engine import Engine
+from veneer.machine.device import resolve_optim
+from veneer.model.quiet import quiet
+
+BETAS, EPSILON = (0.9, 0.999), 1e-8
+BLOCK = 256  # values that share a constant in bitsandbytes' 8-bit states
+
+
+def parameters_to_update(model: Any, engine: Engine, train: Train, device: str) -> dict[str, torch.nn.Parameter]:
+    """What the optimizer updates, by the names that its state has in checkpoints.
+
+    An engine that lays all adapters into one parameter has them updated in one launch. Values of two matrices never
+    share a block of 8-bit states: where they would, each matrix is updated by itself.
+    """
+    adapters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    in_blocks = "8bit" in resolve_optim(train.optim, device)
+    if engine.master is None or (in_blocks and any(p.numel() % BLOCK for p in adapters.values())):
+        return adapters
+    return {"master": engine.master}
+
+
+def build_optimizer(parameters: Iterable[torch.nn.Parameter], train: Train, device: str) -> torch.optim.Optimizer:
+    """AdamW over the adapter's parameters; the loop sets the learning rate before each step."""
+    name = resolve_optim(train.optim, device)
+    settings: dict[str, Any] = {
+        "lr": train.learning_rate,
+        "betas": BETAS,
+        "eps": EPSILON,
+        "weight_decay": train.weight_decay,
+    }
+    if name == "adamw_torch":
+        return torch.optim.AdamW(parameters, fused=device != "mps", **settings)
+    with quiet():
+        from bitsandbytes import optim
+
+        kinds = {
+            "adamw_8bit": optim.AdamW8bit,
+            "adamw_32bit": optim.AdamW32bit,
+            "paged_adamw_8bit": optim.PagedAdamW8bit,
+            "paged_adamw_32bit": optim.PagedAdamW32bit,
+        }
+        optimizer: torch.optim.Optimizer = kinds[name](parameters, **settings)
+        return optimizer
+
+
+def get_state(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str]) -> dict[str, torch.Tensor]:
+    """The optimizer's state as tensors by name (`<parameter>/<state>`), for safetensors."""
+    tensors = {}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+            tensors[f"{names[parameter]}/{key}"] = tensor.detach().to("cpu", copy=True).contiguous()
+    return tensors
+
+
+def set_state(
+    optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str], tensors: dict[str, torch.Tensor]
+) -> None:
+    """Put back what `get_state` took."""
+    by_name = {name: parameter for parameter, name in names.items()}
+    # torch counts its steps in a tensor, on the device where the update is fused; bitsandbytes in a plain int.
+    is_torch = isinstance(optimizer, torch.optim.AdamW)
+    for key, tensor in tensors.items():
+        name, state = key.rsplit("/", 1)
+        parameter = by_name[name]
+        value: Any = tensor.to(parameter.device)
+        if tensor.dim() == 0 and not is_torch:
+            value = tensor.item()
+        elif tensor.dim() == 0 and not optimizer.defaults["fused"]:
+            value = tensor
+        optimizer.state[parameter][state] = value

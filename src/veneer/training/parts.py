@@ -1,0 +1,117 @@
+"""What a run is made of, loaded in the order in which it can go wrong cheaply: data, forecast, model, adapter.
+
+Training and `veneer verify` begin with it. Nothing is written.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from veneer.config import Run, UserError
+from veneer.data import Prepared, Renderer, prepare
+from veneer.machine import find_machine
+from veneer.machine.device import Machine, map_large_buffers
+from veneer.model import Source, attach, load_model, load_tokenizer, locate
+from veneer.planning.forecast import place_here
+from veneer.planning.foresee import Foreseen, Read, foresee
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A run's parts.
+
+    Attributes:
+        model: The base with a fresh adapter.
+        foreseen: What the run will hold and take, and what is amiss with its settings.
+    """
+
+    machine: Machine
+    source: Source
+    tokenizer: Any
+    renderer: Renderer
+    data: Prepared
+    foreseen: Foreseen
+    model: Any
+
+
+def load_parts(run: Run, force: bool = False) -> Parts:
+    """Load a run's parts.
+
+    Args:
+        run: The settings.
+        force: Load even if it is foreseen not to fit.
+
+    Raises:
+        UserError: Anything the user can mend.
+    """
+    machine = find_machine()
+    if machine.device == "cpu":
+        map_large_buffers()
+    source = locate(run.model)
+    tokenizer = load_tokenizer(source)
+    renderer = Renderer(tokenizer, run.data)
+    data = prepare(run.data, renderer, run.train.seed)
+    _require_objective(data)
+    foreseen = foresee(run, place_here(machine), Read(data, renderer))
+    _require_positions(foreseen.planner.subject.shapes.positions, data)
+    if not force:
+        _require_memory(foreseen)
+    base = load_model(source, run.model, run.quantization, machine)
+    _require_embeddings(base, tokenizer, data)
+    model = attach(base, run.adapter, run.train.seed, run.train.gradient_checkpointing is not False)
+    model.peft_config["default"].base_model_name_or_path = source.reference  # of checkpoints, too
+    return Parts(machine, source, tokenizer, renderer, data, foreseen, model)
+
+
+def _require_memory(foreseen: Foreseen) -> None:
+    """Raises UserError for a run that cannot fit, before an hour is spent on loading it."""
+    if foreseen.is_hopeless:
+        forecast, place = foreseen.forecast, foreseen.forecast.place
+        phase = forecast.training_phase
+        peak = forecast.phases[phase].bytes
+        raise UserError(
+            f"the run does not fit: at its peak ({phase}) it would hold {peak / 2**30:.1f} GiB, "
+            f"{place.budget_bytes / 2**30:.1f} GiB are there, on {place.name}",
+            "`veneer plan` says what to change; --force tries it all the same",
+        )
+
+
+def _require_objective(data: Prepared) -> None:
+    """Raises UserError for rows that supervised training cannot learn from as they are."""
+    fixes = {
+        "preference": "set data.format=chosen to learn the chosen answers",
+        "rated": "set data.format=prompt-completion and data.bad_rows=drop to learn the good rows alone, or "
+        "data.ignore_columns=[label] if the label says something else",
+    }
+    for name, known in data.ledger.formats.items():
+        if fix := fixes.get(known["format"]):
+            raise UserError(
+                f"{name}: rows of the format {known['format']} compare answers, and training learns from single ones",
+                fix,
+            )
+
+
+def _require_positions(positions: int | None, data: Prepared) -> None:
+    """Raises UserError for rows longer than the model has positions; it would fail, or be silently wrong, there."""
+    longest = int(max(part.lengths.max() for part in (data.train, data.validation) if len(part)))
+    if positions is not None and longest > positions:
+        raise UserError(
+            f"the longest row has {longest} tokens, the model has positions for {positions}",
+            f"set data.max_length to {positions} or less",
+        )
+
+
+def _require_embeddings(base: Any, tokenizer: Any, data: Prepared) -> None:
+    """Raises UserError for a token beyond the model's embeddings; a GPU would stop there without a word of it."""
+    known = len(base.get_input_embeddings().weight)
+    if len(tokenizer) <= known:
+        return
+    for part in (data.train, data.validation):
+        for example in part:
+            token = int(example.ids.max())
+            if token >= known:
+                raise UserError(
+                    f"{example.place}: holds token {token} ({tokenizer.convert_ids_to_tokens(token)}), "
+                    f"the model has embeddings for {known}",
+                    "put the model's own tokenizer beside its weights, or give it more embeddings "
+                    "(resize_token_embeddings) and save it with them",
+                )

@@ -1,0 +1,324 @@
+"""Whether training does what it should with this run's model, data and machine: some small experiments.
+
+Each check asks for one thing that otherwise goes wrong in silence, and has a number with its limit. They work on short
+pieces of the run's own rows. Afterwards the adapter is what it was; nothing is written into the run's folder.
+
+Losses are compared in nats a trained token. In float32 they agree to a thousandth and better; in 16 bits rounding alone
+moves the loss of a single token by up to a tenth, and the mean of a row's by a hundredth or two.
+"""
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from veneer.config import Run, Train
+from veneer.data import Batch
+from veneer.data.batch import Example
+from veneer.engine import Engine, ReferenceEngine
+from veneer.engine.agreement import ENOUGH, Agreement, agree, all_trained, even_rows, short_name, short_rows
+from veneer.engine.choose import EVEN, Choice, build, fall_back
+from veneer.engine.fused import FusedEngine
+from veneer.engine.temporary import fill_b, untouched
+from veneer.model import save_adapter
+from veneer.model.adapters import is_lora_b
+from veneer.model.quiet import quiet
+from veneer.training.optimizer import build_optimizer, parameters_to_update
+from veneer.training.parts import Parts, load_parts
+
+LENGTHS = (256, 192, 128, 96)  # tokens of the packed rows, at most
+ROWS, ROW_TOKENS = 8, 192  # that are overfitted
+STEPS = 40  # in which it must succeed
+OVERFIT = 0.95  # of the loss at the beginning: modest, since an adapter on q_proj of a random model comes no lower
+# By how much all ranks of an adapter together may move in the first and in the last of the steps. Large models learn at
+# once where small ones have hardly begun, and what suits these would throw those off: so the rate rises until one does.
+FIRST_STRIDE, LAST_STRIDE = 0.01, 0.2
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check.
+
+    Attributes:
+        id: Its name; see docs/verify.md.
+        passed: Whether it held; also where it does not apply.
+        value, limit: What was measured and what it may be; None where it does not apply.
+        what: What is measured, for a person.
+        bound: Whether the limit is the largest or the smallest value that passes.
+        worst: The adapter matrix or row where it is worst.
+        note: Why it does not apply, or why there is no value.
+    """
+
+    id: str
+    passed: bool
+    value: float | None
+    limit: float | None
+    what: str
+    bound: str = "at most"
+    worst: str | None = None
+    note: str | None = None
+
+    @staticmethod
+    def at_most(name: str, value: float, limit: float, what: str, worst: str | None = None) -> "Check":
+        """A check that a value does not exceed a limit; one that is no number fails."""
+        return Check(name, value <= limit, value if math.isfinite(value) else None, limit, what, worst=worst)
+
+    def as_dict(self) -> dict[str, Any]:
+        values = {"id": self.id, "passed": self.passed, "value": self.value, "limit": self.limit, "bound": self.bound}
+        more = {"what": self.what, "worst": self.worst, "note": self.note}
+        return values | {key: value for key, value in more.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found.
+
+    Attributes:
+        checks: In the order they were made.
+        choice: The engine that the run would train with.
+        seconds: That the checks took, loading left out.
+    """
+
+    checks: tuple[Check, ...]
+    choice: Choice
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "passed": self.passed,
+            "checks": [check.as_dict() for check in self.checks],
+            "engine": self.choice.engine.name,
+            "engine_reason": self.choice.reason,
+            "seconds": round(self.seconds, 1),
+        }
+
+
+def verify(run: Run, force: bool = False, on_check: Callable[[Check], None] = lambda check: None) -> Verification:
+    """Load a run's parts and check them.
+
+    Args:
+        run: The settings.
+        force: Load even if the run is foreseen not to fit.
+        on_check: Hears of each check as it is made.
+
+    Raises:
+        UserError: The run cannot be carried out as it is written.
+    """
+    parts = load_parts(run, force)
+    return verify_parts(run, parts, build(parts.model, run.train, parts.machine.device), on_check)
+
+
+def verify_parts(
+    run: Run, parts: Parts, choice: Choice, on_check: Callable[[Check], None] = lambda check: None
+) -> Verification:
+    """Check what is loaded; the adapter is afterwards what it was.
+
+    Args:
+        run: The settings.
+        parts: The run's parts.
+        choice: Of the engine, not yet checked.
+        on_check: Hears of each check as it is made.
+    """
+    began = time.perf_counter()
+    rows = short_rows(parts.data.train, LENGTHS)
+    found: list[Check] = []
+
+    def note(check: Check) -> None:
+        found.append(check)
+        on_check(check)
+
+    for check in _of_data(parts):
+        note(check)
+    agreement = _agreement(parts, choice.engine, rows)
+    for check in _of_agreement(choice, agreement):
+        note(check)
+    if agreement is not None and not agreement.holds:
+        choice = fall_back(parts.model, agreement.describe())
+    for check in _of_engine(run, parts, choice.engine, rows):
+        note(check)
+    return Verification(tuple(found), choice, time.perf_counter() - began)
+
+
+def _of_data(parts: Parts) -> Iterator[Check]:
+    train, ledger = parts.data.train, parts.data.ledger
+    trained = train.corpus.trained[train.examples]
+    yield Check.at_most("mask", float(np.count_nonzero(trained == 0)), 0, "rows without a trained token")
+    ends = ledger.tokens["end_of_turn"]
+    what = "end-of-turn tokens that are trained"
+    if any(known["format"] == "text" for known in ledger.formats.values()):
+        yield Check("end-of-turn", True, None, None, what, note="plain text has no turns")
+    else:
+        yield Check("end-of-turn", ends >= 1, ends, 1, what, bound="at least")
+
+
+def _agreement(parts: Parts, engine: Engine, rows: list[Example]) -> Agreement | None:
+    """Fused against reference, on rows of several lengths and on rows of one; None: the run has no fused engine."""
+    if not isinstance(engine, FusedEngine):
+        return None
+    return agree(parts.model, engine, [Batch.of(rows), Batch.of(even_rows(parts.data.train, EVEN))])
+
+
+def _of_agreement(choice: Choice, found: Agreement | None) -> Iterator[Check]:
+    whats = {
+        "fused-loss": "loss, fused against reference, relative",
+        "fused-gradient": "gradient of all adapters, fused against reference, relative",
+        "fused-matrix": "gradient of a single matrix, fused against reference, relative",
+    }
+    if found is None:
+        for name, what in whats.items():
+            yield Check(name, True, None, None, what, note=choice.reason)
+        return
+    values = (found.loss, found.gradient, found.matrix)
+    for (name, what), value, limit in zip(whats.items(), values, found.limits, strict=True):
+        worst = None if name == "fused-loss" else found.worst or None
+        yield replace(Check.at_most(name, value, limit, what, worst), note=found.failure)
+
+
+def _of_engine(run: Run, parts: Parts, engine: Engine, rows: list[Example]) -> Iterator[Check]:
+    """What the engine that the run trains with makes of its rows."""
+    model = parts.model
+    is_exact = model.get_base_model().get_input_embeddings().weight.dtype == torch.float32
+    with untouched(model):
+        yield _gradients(model, engine, rows)
+    with untouched(model):
+        fill_b(model)
+        own = short_rows(parts.data.train, LENGTHS, least=1)
+        yield _targets(model, engine, own, 1e-3 if is_exact else 0.05)
+        whole = [all_trained(row) for row in rows]
+        yield _packed(engine, whole, 1e-3 if is_exact else 0.05)
+        yield _isolated(engine, whole)
+    with untouched(model):
+        yield _overfit(run, parts, engine)
+        yield _reload(run, parts, rows)
+
+
+def _gradients(model: Any, engine: Engine, rows: list[Example]) -> Check:
+    """B must have gradients as it begins, and A as soon as B is not zero."""
+    batch = Batch.of(rows)
+    engine.forward_backward(batch, 1 / batch.weight)
+    bad = _without_gradient(model, only_b=True)
+    fill_b(model)
+    for parameter in model.parameters():
+        parameter.grad = None
+    engine.forward_backward(batch, 1 / batch.weight)
+    names = sorted(bad | _without_gradient(model, only_b=False))
+    what = "adapter matrices without a usable gradient"
+    return Check.at_most("gradients", float(len(names)), 0, what, short_name(names[0]) if names else None)
+
+
+def _without_gradient(model: Any, only_b: bool) -> set[str]:
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad and (is_lora_b(n) or not only_b)}
+    sizes = {n: p.grad.abs().amax() for n, p in named.items() if p.grad is not None}
+    values = torch.stack(list(sizes.values())).tolist() if sizes else []
+    usable = {n for n, value in zip(sizes, values, strict=True) if 0 < value < math.inf}
+    return set(named) - usable
+
+
+def _targets(model: Any, engine: Engine, rows: list[Example], limit: float) -> Check:
+    """Losses from the plain model's logits, by the definition: token n is predicted at n - 1.
+
+    A row of few trained tokens counts as one of `ENOUGH`.
+    """
+    apart = []
+    for row, loss in zip(rows, _losses(engine, rows), strict=True):
+        model.eval()
+        with torch.no_grad(), quiet():
+            ids = torch.from_numpy(row.ids.astype(np.int64)).to(model.device)
+            logits = model(input_ids=ids[None], use_cache=False).logits[0].float()
+        plain = sum(
+            weight * float(F.cross_entropy(logits[start - 1 : end - 1], ids[start:end], reduction="sum"))
+            for start, end, weight in row.spans
+        )
+        apart.append(abs(plain - loss) / max(row.weight, ENOUGH))
+    return _largest("targets", apart, limit, "loss of the trained tokens, against the plain model's logits", rows)
+
+
+def _packed(engine: Engine, rows: list[Example], limit: float) -> Check:
+    alone = [_losses(engine, [row])[0] for row in rows]
+    apart = [abs(a - b) / row.weight for row, a, b in zip(rows, _losses(engine, rows), alone, strict=True)]
+    return _largest("packed", apart, limit, "loss of rows packed together, against each alone", rows)
+
+
+def _isolated(engine: Engine, rows: list[Example]) -> Check:
+    """The first row's tokens in another order: the other rows' losses must not notice."""
+    what = "loss of rows when a neighbour changes"
+    if len(rows) < 2:
+        return Check("isolated", True, None, None, what, note="there is one row")
+    other = replace(rows[0], ids=np.ascontiguousarray(rows[0].ids[::-1]))
+    before, after = _losses(engine, rows), _losses(engine, [other, *rows[1:]])
+    apart = [abs(a - b) / row.weight for row, a, b in zip(rows, before, after, strict=True)]
+    return _largest("isolated", apart[1:], 1e-6, what, rows[1:])
+
+
+def _overfit(run: Run, parts: Parts, engine: Engine) -> Check:
+    """A few rows must be learnt by heart, with the run's own optimizer and dropout."""
+    rows = short_rows(parts.data.train, [ROW_TOKENS] * ROWS, least=1)
+    size = run.train.per_device_train_batch_size
+    batches = [Batch.of(rows[n : n + size]) for n in range(0, len(rows), size)]
+    weight = sum(batch.weight for batch in batches)
+    train, device = run.train, parts.machine.device
+    updated = parameters_to_update(parts.model, engine, train, device)
+    optimizer = build_optimizer(updated.values(), Train(optim=train.optim), device)
+    first = share = math.nan
+    for step in range(STEPS + 1):
+        loss = torch.stack([engine.forward_backward(batch, 1 / weight) for batch in batches]).sum().item() / weight
+        first = loss if step == 0 else first
+        share = loss / first
+        if not share > OVERFIT:  # also where it is no number
+            break
+        torch.nn.utils.clip_grad_norm_(updated.values(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = _rate(run, step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    what = f"loss of {len(rows)} rows after up to {STEPS} steps on them, of the loss before"
+    return Check.at_most("overfit", share, OVERFIT, what)
+
+
+def _rate(run: Run, step: int) -> float:
+    """Adam moves each value of B by the rate, and B's ranks add up: so the rate is a stride over scale times rank."""
+    adapter = run.adapter
+    strength = adapter.lora_alpha * (math.sqrt(adapter.r) if adapter.use_rslora else 1)
+    stride: float = FIRST_STRIDE * (LAST_STRIDE / FIRST_STRIDE) ** (step / STEPS)
+    return stride / strength
+
+
+def _reload(run: Run, parts: Parts, rows: list[Example]) -> Check:
+    """The trained adapter from its file, put on the same base beside the live one."""
+    model = parts.model
+    reference = ReferenceEngine(model)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "adapter"
+        save_adapter(model, parts.tokenizer, parts.renderer.template, parts.source, folder)
+        live = _losses(reference, rows)
+        with quiet():
+            model.load_adapter(str(folder), adapter_name="reloaded")
+        model.set_adapter("reloaded")
+        again = _losses(reference, rows)
+        model.set_adapter("default")
+        model.delete_adapter("reloaded")
+    apart = [abs(a - b) / row.weight for row, a, b in zip(rows, live, again, strict=True)]
+    return _largest("reload", apart, 0.0, "loss with the adapter from its file, against the live one", rows)
+
+
+def _losses(engine: Engine, rows: Sequence[Example]) -> list[float]:
+    losses: list[float] = engine.losses(Batch.of(rows)).tolist()
+    return losses
+
+
+def _largest(name: str, apart: list[float], limit: float, what: str, rows: Sequence[Example]) -> Check:
+    """A check of the largest difference, in nats a token."""
+    number = max(range(len(apart)), key=lambda n: math.inf if math.isnan(apart[n]) else apart[n])
+    worst = rows[number].place if apart[number] > 0 else None
+    return Check.at_most(name, apart[number], limit, f"{what}, in nats a token", worst)
