@@ -136,7 +136,6 @@ def _work(pipe: Connection) -> None:
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
-    from veneer import api  # noqa: F401 - imported before the first input is timed
 
     pipe.send("ready")
     while True:
@@ -215,7 +214,7 @@ def _base(path: str) -> None:
 
 
 def _run(path: str) -> None:
-    from veneer import api
+    import veneer
     from veneer.config import RunFolder
     from veneer.release.origin import find_origin
     from veneer.release.push import pack
@@ -224,7 +223,7 @@ def _run(path: str) -> None:
     write_run_page(RunFolder(Path(path)))
     find_origin(path).renderer()
     pack(path, "me/name", True)
-    api.load(path)
+    veneer.load(path)
 
 
 CALLS: dict[str, Callable[..., None]] = {
@@ -246,15 +245,14 @@ def _good(folder: Path) -> Good:
     from tests.tiny import FAMILIES, save_tiny_model
 
     import veneer
-    from veneer import api
 
     folder.mkdir()
     save_tiny_model(FAMILIES["llama"], folder / "base")
     rows = [{"prompt": f"name {n}", "completion": "cat" * (n % 3 + 1)} for n in range(12)]
     data = write_rows(folder / "rows.jsonl", rows)
     veneer.train(tiny_run(folder / "base", data, folder / "run", data={"validation": 2}))
-    api.evaluate(folder / "run")
-    api.export(str(folder / "run"), folder / "gguf", quant="f16")
+    veneer.evaluate(folder / "run")
+    veneer.export(str(folder / "run"), folder / "gguf", quant="f16")
     return Good(folder / "base", folder / "run", next((folder / "gguf").glob("*.gguf")))
 
 

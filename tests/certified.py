@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+import veneer
 from tests.tiny import FAMILIES, save_tiny_model
 from tests.vocabularies import family_vocabulary
-from veneer import api
 
 
 def tickets() -> list[dict[str, str]]:
@@ -34,7 +34,7 @@ def make_base(folder: Path, seed: int) -> None:
 
 def certificate(artifact: Path | str, run: Path) -> dict[str, Any]:
     """The certificate of an artifact against a run, by four of its rows."""
-    return api.certify(str(artifact), str(run), rows=4)[0].as_dict()
+    return veneer.certify(str(artifact), str(run), rows=4)[0].as_dict()
 
 
 def edit(path: Path, **changes: Any) -> None:

@@ -58,7 +58,7 @@ def rows(file: Path) -> None:
 
 def measure(family: str, engine: str, packing: bool, dropout: float, folder: Path) -> dict[str, Any]:
     """Train in a folder that holds nothing yet; losses, gradient norms and the adapter's SHA-256."""
-    from veneer import api
+    import veneer
     from veneer.config import Run
 
     save_tiny_model(FAMILIES[family], folder / "base")
@@ -81,7 +81,7 @@ def measure(family: str, engine: str, packing: bool, dropout: float, folder: Pat
             },
         }
     )
-    api.train(run)
+    veneer.train(run)
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "grad_norm" in line]
     weights = (folder / "run" / "adapter" / "adapter_model.safetensors").read_bytes()

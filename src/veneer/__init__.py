@@ -4,9 +4,7 @@
     run = veneer.Run(model={"base": "smollm2-135m-instruct"}, data={"train": "tickets.jsonl"})
     veneer.train(run)
 
-Everything here is imported when it is first used, so that `import veneer` costs nothing. `veneer.training` is the
-function although a package `veneer.training` exists too: importing a package sets an attribute on its parent, and for
-these names this module declines. The packages are reached as always: `from veneer.training import TrainingJob`.
+Everything here is imported when it is first used, so that `import veneer` costs nothing.
 """
 
 from typing import TYPE_CHECKING
@@ -14,42 +12,20 @@ from typing import TYPE_CHECKING
 from veneer.lazy import import_on_use
 
 if TYPE_CHECKING:
-    from veneer.api import (
-        certify,
-        doctor,
-        evaluate,
-        export,
-        generate,
-        inspect_data,
-        load,
-        merge,
-        plan,
-        train,
-        unmerge,
-        verify,
-    )
+    from veneer.api.certify import certify
+    from veneer.api.data import inspect_data
+    from veneer.api.doctor import doctor
+    from veneer.api.evaluate import evaluate
+    from veneer.api.export import export
+    from veneer.api.generate import generate
+    from veneer.api.load import load
+    from veneer.api.merge import merge, unmerge
+    from veneer.api.plan import plan
+    from veneer.api.train import train
     from veneer.config import JobError, Run, UserError, load_run
+    from veneer.training.verify import verify
 
 __version__ = "0.1.0"
-
-_HOMES = {
-    "JobError": "veneer.config",
-    "Run": "veneer.config",
-    "UserError": "veneer.config",
-    "load_run": "veneer.config",
-    "certify": "veneer.api",
-    "evaluate": "veneer.api",
-    "export": "veneer.api",
-    "generate": "veneer.api",
-    "inspect_data": "veneer.api",
-    "doctor": "veneer.api",
-    "load": "veneer.api",
-    "merge": "veneer.api",
-    "plan": "veneer.api",
-    "train": "veneer.api",
-    "unmerge": "veneer.api",
-    "verify": "veneer.api",
-}
 
 __all__ = [
     "JobError",
@@ -71,4 +47,24 @@ __all__ = [
     "verify",
 ]
 
-import_on_use(__name__, _HOMES)
+__getattr__ = import_on_use(
+    __name__,
+    {
+        "JobError": "veneer.config",
+        "Run": "veneer.config",
+        "UserError": "veneer.config",
+        "certify": "veneer.api.certify",
+        "doctor": "veneer.api.doctor",
+        "evaluate": "veneer.api.evaluate",
+        "export": "veneer.api.export",
+        "generate": "veneer.api.generate",
+        "inspect_data": "veneer.api.data",
+        "load": "veneer.api.load",
+        "load_run": "veneer.config",
+        "merge": "veneer.api.merge",
+        "plan": "veneer.api.plan",
+        "train": "veneer.api.train",
+        "unmerge": "veneer.api.merge",
+        "verify": "veneer.training.verify",
+    },
+)

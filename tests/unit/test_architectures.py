@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import veneer
 from tests.runs import tiny_run, write_rows
 from tests.tiny import ARCHITECTURES, FAMILIES, save_tiny_model
-from veneer import api
 from veneer.config import UserError
 from veneer.model.quiet import quiet
 from veneer.planning.forecast import Planner, place_of
@@ -53,7 +52,7 @@ def test_an_architecture_works_or_says_why_not(name: str, tmp_path: Path, rows: 
     )
 
     def merge() -> None:
-        api.merge(str(tmp_path / "run"), tmp_path / "merged", dtype="float32")
+        veneer.merge(str(tmp_path / "run"), tmp_path / "merged", dtype="float32")
         with quiet():
             adapted = PeftModel.from_pretrained(_load(tmp_path / "base"), tmp_path / "run" / "adapter").eval()
         with torch.no_grad():
@@ -63,10 +62,10 @@ def test_an_architecture_works_or_says_why_not(name: str, tmp_path: Path, rows: 
                 assert not torch.allclose(adapted(IDS_BL).logits, right, atol=1e-4), "the adapter does something"
 
     steps: dict[str, Callable[[], object]] = {
-        "plan": lambda: api.plan(run),
+        "plan": lambda: veneer.plan(run),
         "train": lambda: veneer.train(run),
         "merge": merge,
-        "export": lambda: api.export(str(tmp_path / "run"), tmp_path / "gguf", quant="f16"),
+        "export": lambda: veneer.export(str(tmp_path / "run"), tmp_path / "gguf", quant="f16"),
     }
     for cell, expected in zip(CELLS, TABLE[name]):
         if expected == "works":
@@ -103,7 +102,7 @@ def test_experts_without_an_adapter_are_told(tmp_path: Path, rows: list[dict[str
     run = tiny_run(
         tmp_path / "base", write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "run", train={"max_steps": 1}
     )
-    assert "experts" in {advice.id for advice in api.plan(run).foreseen.advice}
+    assert "experts" in {advice.id for advice in veneer.plan(run).foreseen.advice}
     with pytest.warns(RuntimeWarning, match=r"all-linear leaves \d+% of the weights without an adapter: .*experts"):
         veneer.train(run)
 
@@ -128,18 +127,18 @@ def test_a_base_that_is_stored_in_4_bits_merges(on: str, tmp_path: Path, rows: l
         train={"max_steps": 2},
     )
     veneer.train(run)
-    assert api.plan(run).foreseen.forecast.phases["load"].components["4-bit weights"] > 0
+    assert veneer.plan(run).foreseen.forecast.phases["load"].components["4-bit weights"] > 0
     if on == "original":
         with pytest.raises(UserError, match=r"was stored in 4 bits, which .* is not"):
-            api.merge(str(tmp_path / "run"), tmp_path / "merged", base=str(tmp_path / "original"))
-        merged = api.merge(
+            veneer.merge(str(tmp_path / "run"), tmp_path / "merged", base=str(tmp_path / "original"))
+        merged = veneer.merge(
             str(tmp_path / "run"), tmp_path / "merged", "float32", base=str(tmp_path / "original"), force=True
         )
         assert merged.on == "nf4"
     else:
         with pytest.raises(UserError, match="in 4 bits already and are merged as they are"):
-            api.merge(str(tmp_path / "run"), tmp_path / "merged", on="nf4")
-        api.merge(str(tmp_path / "run"), tmp_path / "merged", "float32")
+            veneer.merge(str(tmp_path / "run"), tmp_path / "merged", on="nf4")
+        veneer.merge(str(tmp_path / "run"), tmp_path / "merged", "float32")
 
     found = _load(tmp_path / "merged").state_dict()
     adapter = PeftModel.from_pretrained(_load(tmp_path / "original"), tmp_path / "run" / "adapter")
@@ -165,7 +164,7 @@ def test_embeddings_that_peft_saves_beside_an_adapter_merge(target: str, tmp_pat
         if parameter.requires_grad:
             parameter.data.normal_(0, 0.05)
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
-    api.merge(str(tmp_path / "adapter"), tmp_path / "merged", "float32", base=str(tmp_path / "base"))
+    veneer.merge(str(tmp_path / "adapter"), tmp_path / "merged", "float32", base=str(tmp_path / "base"))
     with torch.no_grad():
         assert torch.allclose(_load(tmp_path / "merged")(IDS_BL).logits, model.eval()(IDS_BL).logits, atol=1e-5)
 
@@ -173,7 +172,7 @@ def test_embeddings_that_peft_saves_beside_an_adapter_merge(target: str, tmp_pat
     grown.resize_token_embeddings(390)
     grown.save_pretrained(tmp_path / "grown")
     with pytest.raises(UserError, match=r"of 384 tokens, the base has 390: its vocabulary was resized"):
-        api.merge(str(tmp_path / "adapter"), tmp_path / "other", base=str(tmp_path / "grown"))
+        veneer.merge(str(tmp_path / "adapter"), tmp_path / "other", base=str(tmp_path / "grown"))
 
 
 def test_modules_named_by_layer_are_planned_where_they_are(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import veneer
 from tests.adapters import save_adapter_of
 from tests.certified import certificate, edit
-from veneer import api
 from veneer.cli.main import main
 from veneer.config import UserError
 from veneer.data import Message
@@ -28,7 +28,7 @@ Damage = Callable[[Path], Any]
 @pytest.fixture(scope="module")
 def merged(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("merged") / "out"
-    api.merge(str(run), out, "float32")
+    veneer.merge(str(run), out, "float32")
     return out
 
 
@@ -187,9 +187,9 @@ def test_a_wrong_merge_is_caught_and_named(
     adapter = altered(run, tmp_path / "adapter", damage)
     own = str(run.parent / base)
     if kind == "folder":
-        api.merge(str(adapter), tmp_path / "out", "bfloat16", base=own)
+        veneer.merge(str(adapter), tmp_path / "out", "bfloat16", base=own)
     else:
-        api.export(str(adapter), tmp_path / "out", quant="q8_0", base=own)
+        veneer.export(str(adapter), tmp_path / "out", quant="q8_0", base=own)
     found = certificate(tmp_path / "out", run)
     assert found["first_difference"].startswith(f"{stage}: ")
     assert named in found["first_difference"]
@@ -206,14 +206,14 @@ def test_a_planted_fault_in_a_gguf_file_is_caught_and_named(
     damage: Damage, stage: str, named: str, run: Path, tmp_path: Path
 ) -> None:
     adapter = altered(run, tmp_path / "adapter", damage)
-    api.export(str(adapter), tmp_path / "out", quant="f16", base=str(run.parent / "base"))
+    veneer.export(str(adapter), tmp_path / "out", quant="f16", base=str(run.parent / "base"))
     found = certificate(tmp_path / "out", run)
     assert found["first_difference"].startswith(f"{stage}: ")
     assert named in found["first_difference"]
 
 
 def test_a_gguf_file_and_a_server_of_it_are_certified(run: Path, tmp_path: Path) -> None:
-    report = api.export(str(run), tmp_path / "out", quant="f16")
+    report = veneer.export(str(run), tmp_path / "out", quant="f16")
     found = certificate(tmp_path / "out", run)
     assert found["passed"], found["first_difference"]
     assert found["artifact"] == {
@@ -286,7 +286,7 @@ def test_a_folder_that_cannot_be_read_is_told(
 
 
 def test_an_adapter_alone_in_gguf_is_told_from_a_model(run: Path, tmp_path: Path) -> None:
-    api.export(str(run), tmp_path / "out", adapter_only=True)
+    veneer.export(str(run), tmp_path / "out", adapter_only=True)
     with pytest.raises(UserError, match="an adapter alone"):
         certificate(tmp_path / "out", run)
 
@@ -338,7 +338,7 @@ def test_an_adapter_that_learnt_little_is_in_with_all_of_its_strength(
     adapter = save_adapter_of("lora", base, tmp_path / "adapter")
     file = adapter / "adapter_model.safetensors"
     save_file({name: tensor * 0.02 for name, tensor in load_file(file).items()}, file)
-    api.merge(str(adapter), tmp_path / "out", dtype)
+    veneer.merge(str(adapter), tmp_path / "out", dtype)
     found = compare_weights(find_origin(str(adapter)), tmp_path / "out", "base")
     assert found.diagnosis == ""
     assert found.strength == pytest.approx(1, abs=1e-3)

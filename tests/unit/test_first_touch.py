@@ -12,7 +12,6 @@ import yaml
 
 import veneer
 from tests.runs import write_rows
-from veneer import api
 from veneer.cli import checks
 from veneer.cli.main import main
 from veneer.config import RunFolder, UserError, load_run
@@ -145,7 +144,7 @@ def test_init_writes_a_run_that_trains_as_it_stands(
     run = load_run(here / "run.yaml")
     assert run.train.output_dir == Path("runs/my rows: #1")
     assert "# " in (here / "run.yaml").read_text()
-    inspected = api.inspect_data(run.model, run.data, rows=0).ledger
+    inspected = veneer.inspect_data(run.model, run.data, rows=0).ledger
     assert inspected["rows"]["used"] == count
     assert inspected["rows"]["training"] > 0
     if count == 7:
@@ -193,13 +192,13 @@ def test_an_answer_appears_as_it_is_made_on_a_terminal(
     call: Call, here: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, streams = str(tiny_model()), []
-    generate = api.generate
+    generate = veneer.generate
 
     def spy(*given: Any, on_text: Any = None, **more: Any) -> Any:
         streams.append(on_text is not None)
         return generate(*given, on_text=on_text, **more)
 
-    monkeypatch.setattr(api, "generate", spy)
+    monkeypatch.setattr("veneer.api.generate.generate", spy)
     asked = ("generate", base, "--prompt", "the cat", "--max-new-tokens", "5")
     _, plain, _ = call(*asked)
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes any output for a terminal then

@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 
 import veneer
 from tests.runs import tiny_run, write_rows
-from veneer import api
 from veneer.config import RunFolder, UserError
 from veneer.config.cache import cached
 from veneer.config.folder import whole_folder, write_text
@@ -64,9 +63,9 @@ def test_a_run_and_what_ships_of_it_follow_the_umask(
         train={"max_steps": 1, "save_steps": 1},
     )
     veneer.train(made)
-    api.evaluate(tmp_path / "made" / "run")
-    api.merge(str(tmp_path / "made" / "run"), tmp_path / "made" / "merged")
-    api.export(str(tmp_path / "made" / "run"), tmp_path / "made" / "lora", adapter_only=True)
+    veneer.evaluate(tmp_path / "made" / "run")
+    veneer.merge(str(tmp_path / "made" / "run"), tmp_path / "made" / "merged")
+    veneer.export(str(tmp_path / "made" / "run"), tmp_path / "made" / "lora", adapter_only=True)
     assert list((tmp_path / "made" / "run" / "checkpoints").iterdir())
     assert_follow(umask, tmp_path / "made")
 

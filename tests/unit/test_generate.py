@@ -12,7 +12,6 @@ import torch
 import veneer
 from tests.runs import tiny_run, write_rows
 from tests.tiny import tiny_tokenizer
-from veneer import api
 from veneer.config import RunFolder, UserError
 from veneer.config.names import find_adapter
 from veneer.config.prompts import read_prompts
@@ -87,8 +86,8 @@ def test_a_checkpoint_is_of_its_run_and_renders_as_it_did(run: Path) -> None:
 
 def test_a_checkpoint_is_merged_and_its_proof_is_none_of_its_runs(run: Path, tmp_path: Path) -> None:
     (checkpoint,) = (run / "checkpoints").iterdir()
-    api.merge(str(checkpoint), tmp_path / "merged", dtype="float32")
-    certificate, folder = api.certify(str(tmp_path / "merged"), str(checkpoint), rows=0)
+    veneer.merge(str(checkpoint), tmp_path / "merged", dtype="float32")
+    certificate, folder = veneer.certify(str(tmp_path / "merged"), str(checkpoint), rows=0)
     assert certificate.passed
     assert folder == tmp_path / "merged"
     assert not (run / "certificate.json").exists()

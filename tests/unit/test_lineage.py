@@ -12,7 +12,6 @@ from tests.adapters import save_adapter_of
 from tests.runs import tiny_run, write_rows
 from tests.tiny import FAMILIES, save_tiny_model
 from tests.vocabularies import family_vocabulary
-from veneer import api
 from veneer.config import Model
 from veneer.model import gguf_origin, locate
 from veneer.model.builtin import BUILTIN
@@ -33,7 +32,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     tokenizer.save_pretrained(folder / "base")
     adapter = save_adapter_of("lora", folder / "base", folder / "adapter")
     tokenizer.save_pretrained(adapter)
-    made = {quant: api.export(str(adapter), folder / quant, quant=quant) for quant in ("q8_0", "bf16")}
+    made = {quant: veneer.export(str(adapter), folder / quant, quant=quant) for quant in ("q8_0", "bf16")}
     return {quant: Path(report.out) / report.file for quant, report in made.items()}
 
 
@@ -42,7 +41,7 @@ def advised(base: str, bits: int | None = 4) -> set[str]:
     run = veneer.Run.model_validate(
         {"model": {"base": base}, "quantization": quantization, "data": {"train": "rows.jsonl"}}
     )
-    return {advice.id for advice in api.plan(run, "rtx 3060", read_data=False).foreseen.advice}
+    return {advice.id for advice in veneer.plan(run, "rtx 3060", read_data=False).foreseen.advice}
 
 
 def test_the_built_in_model_is_known_as_a_quantized_file() -> None:
@@ -89,7 +88,7 @@ def test_an_adapter_names_the_folder_of_the_weights_it_was_trained_on(
     assert Path(named).is_absolute()
     assert (Path(named) / "model.safetensors").is_file()
     # What is exported names the file, and so does a Modelfile for the adapter alone.
-    lora = api.export(str(tmp_path / "run"), tmp_path / "lora", adapter_only=True)
+    lora = veneer.export(str(tmp_path / "run"), tmp_path / "lora", adapter_only=True)
     assert f"FROM ./{base}\n" in (tmp_path / "lora" / "Modelfile").read_text()
     assert str(tmp_path).encode() not in (tmp_path / "lora" / lora.file).read_bytes()
 

@@ -11,9 +11,9 @@ import torch
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
+import veneer
 from tests.adapters import KINDS, peft_merged, save_adapter_of
 from tests.tiny import FAMILIES, save_tiny_model
-from veneer import api
 from veneer.config import Quantization, UserError
 from veneer.model.quiet import quiet
 from veneer.release import find_origin
@@ -228,17 +228,17 @@ def test_only_the_adapter_that_is_in_a_model_is_taken_out_and_its_base_may_be_go
     (tmp_path / "base" / "LICENSE").write_text("Apache-2.0")
     own = save_adapter_of("lora", tmp_path / "base", tmp_path / "own")
     other = save_adapter_of("rslora", tmp_path / "base", tmp_path / "other", r=8)
-    api.merge(str(own), tmp_path / "merged")
+    veneer.merge(str(own), tmp_path / "merged")
     shutil.rmtree(tmp_path / "base")
     with pytest.raises(UserError, match="holds another adapter"):
-        api.unmerge(tmp_path / "merged", str(other), tmp_path / "out")
+        veneer.unmerge(tmp_path / "merged", str(other), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert api.unmerge(tmp_path / "merged", str(own), tmp_path / "out").warnings == ()
+    assert veneer.unmerge(tmp_path / "merged", str(own), tmp_path / "out").warnings == ()
     assert (tmp_path / "out" / "LICENSE").read_text() == "Apache-2.0"
-    forced = api.unmerge(tmp_path / "merged", str(other), tmp_path / "forced", force=True)
+    forced = veneer.unmerge(tmp_path / "merged", str(other), tmp_path / "forced", force=True)
     assert "holds another adapter" in forced.warnings[0]
     (tmp_path / "merged" / "merge.json").unlink()
-    assert "no merge.json" in api.unmerge(tmp_path / "merged", str(own), tmp_path / "again").warnings[0]
+    assert "no merge.json" in veneer.unmerge(tmp_path / "merged", str(own), tmp_path / "again").warnings[0]
 
 
 def test_a_whole_file_counts_before_an_index_as_in_transformers(tmp_path: Path, tiny_model: TinyModel) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from veneer import api
+import veneer
 from veneer.config import Run, UserError
 from veneer.machine.cards import CARDS, find_card, parse_budget
 from veneer.machine.device import Machine
@@ -236,13 +236,13 @@ def test_the_ladder_stops_where_nothing_fits_any_more() -> None:
 )
 def test_what_cannot_be_planned_for_is_refused(sections: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        api.plan(run_of(**sections), "24GiB", read_data=False)
+        veneer.plan(run_of(**sections), "24GiB", read_data=False)
 
 
 def test_folders_that_are_no_model_are_refused(tmp_path: Any) -> None:
     def said() -> str:
         with pytest.raises(UserError) as caught:
-            api.plan(run_of(str(tmp_path)), "24GiB", read_data=False)
+            veneer.plan(run_of(str(tmp_path)), "24GiB", read_data=False)
         return str(caught.value)
 
     assert "config.json" in said()
@@ -263,8 +263,8 @@ def test_4_bits_are_refused_where_they_reach_few_weights(tmp_path: Any) -> None:
     )  # fmt: skip
     config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"only \d+% of MixtralForCausalLM's weights"):
-        api.plan(run_of(str(tmp_path), quantization={"bits": 4}), "24GiB", read_data=False)
-    assert api.plan(run_of(str(tmp_path)), "24GiB", read_data=False).foreseen.forecast.verdict == "fits"
+        veneer.plan(run_of(str(tmp_path), quantization={"bits": 4}), "24GiB", read_data=False)
+    assert veneer.plan(run_of(str(tmp_path)), "24GiB", read_data=False).foreseen.forecast.verdict == "fits"
 
 
 # Advice

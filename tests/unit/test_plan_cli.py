@@ -128,7 +128,7 @@ def test_the_doctor_speaks_json_alone(call: Call) -> None:
 
 def test_the_doctor_exits_1_with_the_fix(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     sound = look()
-    monkeypatch.setattr("veneer.api.look", lambda: replace(sound, outdated=["peft>=99 (found 1)"]))
+    monkeypatch.setattr("veneer.api.doctor.look", lambda: replace(sound, outdated=["peft>=99 (found 1)"]))
     status, out, err = call("doctor")
     assert status == 1
     assert "peft>=99" in out + err

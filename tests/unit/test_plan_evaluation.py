@@ -12,7 +12,6 @@ import pytest
 import veneer
 from tests.runs import tiny_run, write_rows
 from tests.unit.test_plan import kinds, planner_of, run_of
-from veneer import api
 from veneer.cli.main import main
 from veneer.config import load_run
 from veneer.engine.trace import Moment
@@ -105,8 +104,9 @@ def test_evaluate_takes_the_rows_that_the_plan_showed(
     TrainingJob(run).fit()
 
     def planned(place: Place) -> Forecast:
-        monkeypatch.setattr(api, "place_here", lambda *_: place)
-        return api.plan(run).foreseen.forecast
+        for user in ("plan", "generate", "evaluate"):
+            monkeypatch.setattr(f"veneer.api.{user}.place_here", lambda *_: place)
+        return veneer.plan(run).foreseen.forecast
 
     here = place_here()
     phase = planned(here).phases["generation"]

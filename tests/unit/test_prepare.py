@@ -17,7 +17,7 @@ from tests.tiny import tiny_tokenizer
 from veneer.config import Data, UserError
 from veneer.data import Example, Renderer, prepare
 from veneer.data.ledger import FATES, length_summary
-from veneer.data.prepare import read_held_out
+from veneer.data.pipeline import read_held_out
 from veneer.data.recognise import FORMATS
 
 GOOD = {"prompt": "the cat", "completion": "the dog"}

@@ -13,7 +13,6 @@ import veneer
 from tests.runs import tiny_run, write_rows
 from tests.tiny import CHATML, FAMILIES, save_tiny_model
 from tests.vocabularies import family_vocabulary
-from veneer import api
 from veneer.cli.main import main
 from veneer.config import RunFolder, UserError
 from veneer.release import find_origin, renew_card
@@ -64,8 +63,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         )
         veneer.train(run)
         veneer.evaluate(folder / "runs" / "tickets")
-        api.merge(str(folder / "runs" / "tickets"), folder / "merged", "float32")
-        api.certify(str(folder / "merged"), str(folder / "runs" / "tickets"), rows=3)
+        veneer.merge(str(folder / "runs" / "tickets"), folder / "merged", "float32")
+        veneer.certify(str(folder / "merged"), str(folder / "runs" / "tickets"), rows=3)
         yield folder
 
 
@@ -240,7 +239,7 @@ def test_an_adapter_finds_its_base_here_and_says_what_it_needs_elsewhere(home: P
 
 def test_exported_files_name_no_path(home: Path, tmp_path: Path) -> None:
     run = str(home / "runs" / "tickets")
-    api.export(run, tmp_path / "lora", adapter_only=True)
+    veneer.export(run, tmp_path / "lora", adapter_only=True)
     assert "FROM ./base\n" in (tmp_path / "lora" / "Modelfile").read_text()
     files = {path.name: path.read_bytes() for path in (tmp_path / "lora").iterdir()}
     for text in (SECRET, USER, str(home.parent)):

@@ -17,7 +17,7 @@ import pytest
 
 import veneer
 from tests.runs import losses, tiny_run, write_rows
-from veneer import api
+from veneer.api.train import finish
 from veneer.cli.lasting import Lasting, polite_kills
 from veneer.config import Interrupted, RunFolder, UserError, cache, load_run, run_folder
 from veneer.config.cache import cached
@@ -359,7 +359,7 @@ def test_a_held_out_loss_that_is_not_finite_costs_no_adapter(
     judge = job.engine.losses
     monkeypatch.setattr(job.engine, "losses", lambda batch: judge(batch) * math.nan)
     with pytest.warns(RuntimeWarning, match=r"the held-out loss after step \d is nan"):
-        api.finish(job)
+        finish(job)
     folder = run.train.output_dir
     assert losses(folder, "eval") == [None] * 3
     assert (folder / "loss.png").is_file()
@@ -373,7 +373,7 @@ def test_what_decorates_a_run_costs_no_adapter(
     def breaks(*given: Any) -> None:
         raise KeyError("odd")
 
-    monkeypatch.setattr(api, part, breaks)
+    monkeypatch.setattr(f"veneer.api.train.{part}", breaks)
     run = make()
     with pytest.warns(RuntimeWarning, match=r"could not be written \(KeyError: 'odd'\)"):
         veneer.train(run)

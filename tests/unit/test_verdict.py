@@ -11,7 +11,6 @@ import torch
 import veneer
 from tests.certified import certificate, make_base, tickets
 from tests.runs import losses, tiny_run, write_rows
-from veneer import api
 from veneer.cli.main import main
 from veneer.config import UserError
 from veneer.data import Message
@@ -127,15 +126,15 @@ def test_a_merge_keeps_what_was_judged_and_is_compared_with_it(qlora: Path, tmp_
     for key, value in (("adapter_sha256", "0" * 64), ("max_new_tokens", 99), ("quantization", None)):
         changed = record | {"judged": record["judged"] | {key: value}}
         (qlora / "evaluation.json").write_text(json.dumps(changed))
-        found = api.certify(str(tmp_path / "second"), str(qlora))[0]
+        found = veneer.certify(str(tmp_path / "second"), str(qlora))[0]
         assert found.score is not None
         assert found.score["judged_answers"] == "answered again", key
     (qlora / "evaluation.json").write_text(json.dumps(record))
 
 
 def _certified(run: Path, out: Path, **options: Any) -> dict[str, Any]:
-    api.merge(str(run), out, "float32", **options)
-    return api.certify(str(out), str(run))[0].as_dict()
+    veneer.merge(str(run), out, "float32", **options)
+    return veneer.certify(str(out), str(run))[0].as_dict()
 
 
 def test_the_16_bit_base_is_by_choice_and_measured_against_what_was_judged(qlora: Path, tmp_path: Path) -> None:
@@ -161,17 +160,17 @@ def test_best_measures_both_and_keeps_what_was_judged_unless_the_other_is_shown_
     shutil.copytree(qlora, run)
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     (run / "samples.jsonl").write_text("".join(json.dumps(row | {"tuned": "wrong"}) + "\n" for row in samples))
-    report = api.merge(str(run), tmp_path / "other", on="best")
+    report = veneer.merge(str(run), tmp_path / "other", on="best")
     assert report.choice is not None
     assert (report.on, report.choice["judged"]) == ("base", 0.0)
     with pytest.raises(UserError, match="no held-out rows"):
-        api.merge(str(run / "adapter"), tmp_path / "none", on="best")
+        veneer.merge(str(run / "adapter"), tmp_path / "none", on="best")
     assert not (tmp_path / "none").exists()
 
 
 def test_best_of_one_base_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is only one"):
-        api.merge(str(run), tmp_path / "out", on="best")
+        veneer.merge(str(run), tmp_path / "out", on="best")
 
 
 def test_a_model_without_its_adapter_is_told_by_its_score_where_weights_are_not_seen(run: Path, tmp_path: Path) -> None:
@@ -185,7 +184,7 @@ def test_a_model_without_its_adapter_is_told_by_its_score_where_weights_are_not_
 
     file = adapter / "adapter_model.safetensors"
     save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(file).items()}, file)
-    report = api.export(str(adapter), tmp_path / "out", quant="f16", base=str(run.parent / "base"))
+    report = veneer.export(str(adapter), tmp_path / "out", quant="f16", base=str(run.parent / "base"))
     with llama_server(tmp_path / "out" / report.file, True, set(), 512) as server:
         found = certificate(server.address, run)
     assert not found["passed"]

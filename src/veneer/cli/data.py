@@ -26,9 +26,9 @@ def data(
         html = checks.output_file("--html", html, "<!doctype html>")
     checks.require_inputs(run)
     with show.status(out, "reading"):
-        from veneer import api
+        import veneer
 
-        inspected = api.inspect_data(run.model, run.data, run.train.seed, rows)
+        inspected = veneer.inspect_data(run.model, run.data, run.train.seed, rows)
     if html is not None:
         from veneer.config.folder import write_text
         from veneer.report import data_page

@@ -79,9 +79,9 @@ def _show_start(out: Any, job: Any) -> None:
 
 def _train_and_score(out: Any, job: Any) -> tuple[Any, Any]:
     """The evaluation of base, base with examples and tuned model on the same rows, and the report of the training."""
-    from veneer import api
+    from veneer.api.train import finish
     from veneer.cli import show, show_demo
-    from veneer.data.prepare import read_held_out
+    from veneer.data.pipeline import read_held_out
     from veneer.engine.temporary import adapter_off
     from veneer.evaluation import Evaluation, generate, score
     from veneer.evaluation.examples import examples_of
@@ -110,7 +110,7 @@ def _train_and_score(out: Any, job: Any) -> tuple[Any, Any]:
     out.print("   is answered by the base with")
     show_demo.paragraph(out, base.samples[0].answer)
     live = show_demo.LiveAnswers(out, lambda: generate(job.model, job.renderer, ids, run.evaluate.max_new_tokens)[0])
-    trained = api.finish(job, [show.LiveProgress(out), live])
+    trained = finish(job, [show.LiveProgress(out), live])
     out.print("[bold]5  The tuned model[/bold] answers the same messages")
     return Evaluation(base, scored(), shown), trained
 
@@ -119,7 +119,7 @@ def _export(out: Any, job: Any, evaluation: Any) -> tuple[Any, dict[str, Any]]:
     """The evaluation with the scores of the exported file in llama.cpp, and what is told of the file."""
     from dataclasses import replace
 
-    from veneer import api
+    import veneer
     from veneer.cli import show, show_demo
     from veneer.config import UserError
     from veneer.evaluation.compare import judge, questions
@@ -134,7 +134,7 @@ def _export(out: Any, job: Any, evaluation: Any) -> tuple[Any, dict[str, Any]]:
         out.print(f"   left out: {reason}; pip install 'veneer[llamacpp]'")
         return evaluation, {"left_out": reason}
     folder = job.folder.path
-    made = api.export(str(folder), folder / "gguf", quant="q8_0")
+    made = veneer.export(str(folder), folder / "gguf", quant="q8_0")
     file = folder / "gguf" / made.file
     held_out = job.data.held_out(job.run.evaluate.rows)
     began = time.perf_counter()
@@ -150,10 +150,10 @@ def _export(out: Any, job: Any, evaluation: Any) -> tuple[Any, dict[str, Any]]:
 
 def _save(folder: Any, evaluation: Any) -> tuple[Path, str, list[dict[str, Any]]]:
     """Write scores, answers and the run's page; the page's path, and the answers to show with their rule."""
-    from veneer import api
+    from veneer.api.evaluate import save_evaluation
     from veneer.report.run_page import SHOWN_BY, shown_of, write_run_page
 
-    api.save_evaluation(folder, evaluation)
+    save_evaluation(folder, evaluation)
     return write_run_page(folder), SHOWN_BY, shown_of(evaluation.samples())
 
 

@@ -19,9 +19,9 @@ def doctor(
 
     out = show.console(as_json)
     with show.status(out, "measuring" if measure else "looking"):
-        from veneer import api
+        import veneer
 
-        examined = api.doctor(measure)
+        examined = veneer.doctor(measure)
     result = examined.as_dict()
     if as_json:
         show.print_json(result)

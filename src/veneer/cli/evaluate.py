@@ -25,7 +25,7 @@ def evaluate(
     checks.require_evaluation(str(run), data, base)
     out = show.console(as_json)
     with show.status(out, "answering the held-out rows with the base and the tuned model") as status:
-        from veneer import api
+        import veneer
 
         answered = 0
 
@@ -34,7 +34,7 @@ def evaluate(
             answered += count
             status.update(f"{answered} answers")
 
-        evaluated = api.evaluate(run, data, rows, on_done, force, base)
+        evaluated = veneer.evaluate(run, data, rows, on_done, force, base)
     result = evaluated.as_dict()
     if as_json:
         show.print_json(result)

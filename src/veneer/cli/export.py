@@ -38,7 +38,7 @@ def export(
     checks.require_new_folder(out)
     from rich.markup import escape
 
-    from veneer import api
+    import veneer
     from veneer.cli import show, show_release
     from veneer.release.servers import require_llama_cpp
 
@@ -46,7 +46,7 @@ def export(
     if certify and not adapter_only:
         require_llama_cpp()
     with show_release.byte_progress(console, "exporting") as on_done:
-        report = api.export(run, out, file_format, quant, on, adapter_only, base, force, on_done, imatrix)
+        report = veneer.export(run, out, file_format, quant, on, adapter_only, base, force, on_done, imatrix)
     types = ", ".join(f"{count} {kind}" for kind, count in report.types.items())
     console.print(f"[bold]written[/bold]  {escape(str(out / report.file))}: {report.bytes / 1e9:.2f} GB ({types})")
     console.print(f"[bold]written[/bold]  {escape(str(out / 'Modelfile'))}: for `ollama create`")

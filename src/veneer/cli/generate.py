@@ -49,9 +49,9 @@ def generate(
     with show.status(out, "answering") as status:
         if shown is not None:
             shown.before = status.stop
-        from veneer import api
+        import veneer
 
-        answers = api.generate(
+        answers = veneer.generate(
             name, prompts, system, compare, max_new_tokens, temperature, seed, force,
             top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty, stop=stop or (), base=base, on_text=shown,
         )  # fmt: skip

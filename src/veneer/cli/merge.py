@@ -42,12 +42,12 @@ def merge(
     checks.require_tuned(run, base)
     out = out.expanduser()
     checks.require_new_folder(out)
-    from veneer import api
+    import veneer
     from veneer.cli import show, show_release
 
     out_console = show.console(as_json)
     with show_release.byte_progress(out_console, "merging") as on_done:
-        report = api.merge(run, out, dtype, on, base, force, on_done)
+        report = veneer.merge(run, out, dtype, on, base, force, on_done)
     show_release.show_merged(out_console, report)
     result = report.as_dict()
     status = 0
@@ -75,12 +75,12 @@ def unmerge(
     checks.require_merged(str(merged), adapter)
     out = out.expanduser()
     checks.require_new_folder(out)
-    from veneer import api
+    import veneer
     from veneer.cli import show, show_release
 
     out_console = show.console(as_json)
     with show_release.byte_progress(out_console, "unmerging") as on_done:
-        report = api.unmerge(merged, adapter, out, force, on_done)
+        report = veneer.unmerge(merged, adapter, out, force, on_done)
     show_release.show_merged(out_console, report)
     if as_json:
         show.print_json(report.as_dict())

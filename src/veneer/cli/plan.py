@@ -36,9 +36,9 @@ def plan(
         parse_budget(gpu)
     out = show.console(as_json)
     with show.status(out, "planning"):
-        from veneer import api
+        import veneer
 
-        planned = api.plan(settings, gpu, not no_data)
+        planned = veneer.plan(settings, gpu, not no_data)
         gc.freeze()  # at the end of the process, too
         compared = planned.compare() if compare else None
     result = planned.as_dict() | ({"compare": compared} if compared else {})

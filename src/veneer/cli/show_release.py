@@ -40,10 +40,10 @@ def certified(
     out: Console, artifact: str, run: str, base: str | None, force: bool, rows: int | None, model: str | None = None
 ) -> tuple[dict[str, Any], int]:
     """Certify an artifact and show the certificate; gives it with the exit status."""
-    from veneer import api
+    import veneer
 
     with show.status(out, "certifying") as status:
-        certificate, folder = api.certify(artifact, run, rows, base, force, lambda what: status.update(what), model)
+        certificate, folder = veneer.certify(artifact, run, rows, base, force, lambda what: status.update(what), model)
     result = certificate.as_dict()
     show_certificate(out, result)
     out.print(f"files    {escape(str(folder))}: certificate.json certificate.html", soft_wrap=True)

@@ -51,7 +51,7 @@ def train(
             return
     checks.require_inputs(settings)
     with show.status(out, "loading"):
-        from veneer import api
+        from veneer.api.train import finish
         from veneer.training import TrainingJob
 
         job = TrainingJob(settings, mode, force, overwrite)
@@ -66,7 +66,7 @@ def train(
     if likely:
         show_plan.show_time(out, foreseen)
     show_plan.show_advice(out, [found for found in foreseen["advice"] if found["severity"] != "info"])
-    _show_result(out, api.finish(job, [show.LiveProgress(out, likely)]), as_json, "done")
+    _show_result(out, finish(job, [show.LiveProgress(out, likely)]), as_json, "done")
 
 
 def _show_result(out: Any, result: Any, as_json: bool, what: str) -> None:

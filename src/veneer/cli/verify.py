@@ -28,9 +28,9 @@ def verify(
     checks.require_inputs(settings)
     out = show.console(as_json)
     with show.status(out, "loading") as status:
-        from veneer import api
+        import veneer
 
-        found = api.verify(settings, force, lambda check: status.update(f"checked {check.id}"))
+        found = veneer.verify(settings, force, lambda check: status.update(f"checked {check.id}"))
     result = found.as_dict()
     if as_json:
         show.print_json(result)

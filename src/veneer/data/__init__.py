@@ -20,7 +20,7 @@ likeness.py      near-duplicates and shared passages
 corpus.py        tokenized rows on disk
 split.py         which rows are held out
 ledger.py        the account;  warn.py what it should make one wary of
-prepare.py       all of that for a run;  starter.py  a first run file for some data
+pipeline.py      all of that for a run;  starter.py  a first run file for some data
 batch.py         which examples stand in which step, packing, and the batch an engine reads
 """
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from veneer.data.batch import Batch, Batches, Example
     from veneer.data.conversation import Conversation, Message
     from veneer.data.ledger import Ledger
-    from veneer.data.prepare import Prepared, prepare
+    from veneer.data.pipeline import Prepared, prepare
     from veneer.data.render import Renderer
 
 __all__ = [
@@ -47,7 +47,7 @@ __all__ = [
     "prepare",
 ]
 
-import_on_use(
+__getattr__ = import_on_use(
     __name__,
     {
         "Batch": "veneer.data.batch",
@@ -56,8 +56,8 @@ import_on_use(
         "Example": "veneer.data.batch",
         "Ledger": "veneer.data.ledger",
         "Message": "veneer.data.conversation",
-        "Prepared": "veneer.data.prepare",
+        "Prepared": "veneer.data.pipeline",
         "Renderer": "veneer.data.render",
-        "prepare": "veneer.data.prepare",
+        "prepare": "veneer.data.pipeline",
     },
 )

@@ -12,7 +12,7 @@ from typing import Any
 
 from veneer.config import Evaluate
 from veneer.data import Batch, Conversation, Message, Renderer
-from veneer.data.prepare import HeldOut
+from veneer.data.pipeline import HeldOut
 from veneer.engine import Engine
 from veneer.engine.temporary import adapter_off
 from veneer.evaluation.fields import RECORD, field_scores

@@ -14,4 +14,4 @@ if TYPE_CHECKING:
 
 __all__ = ["Machine", "find_machine"]
 
-import_on_use(__name__, {"Machine": "veneer.machine.device", "find_machine": "veneer.machine.device"})
+__getattr__ = import_on_use(__name__, {"Machine": "veneer.machine.device", "find_machine": "veneer.machine.device"})

@@ -8,7 +8,7 @@ from typing import Any
 
 from veneer.config import Run, UserError
 from veneer.data import Prepared, Renderer, prepare
-from veneer.data.prepare import Part
+from veneer.data.pipeline import Part
 from veneer.engine import ReferenceEngine
 from veneer.model import gguf_origin, load_tokenizer, locate
 from veneer.model.shapes import is_at_hand

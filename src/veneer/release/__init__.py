@@ -79,7 +79,7 @@ __all__ = [
     "write_passport",
 ]
 
-import_on_use(
+__getattr__ = import_on_use(
     __name__,
     {
         "Certificate": "veneer.release.certify",

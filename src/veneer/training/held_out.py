@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from veneer.data import Batch
-from veneer.data.prepare import Part
+from veneer.data.pipeline import Part
 
 
 class HeldOutBatches(Sequence[Batch]):

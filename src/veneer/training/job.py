@@ -23,7 +23,7 @@ from veneer.config.folder import remove, whole_folder, write_json, write_text
 from veneer.config.load import to_yaml
 from veneer.config.names import anchored
 from veneer.data import Batches
-from veneer.data.prepare import Part
+from veneer.data.pipeline import Part
 from veneer.engine import ReferenceEngine
 from veneer.engine.choose import choose, spend_memory
 from veneer.machine.device import peak_bytes, resolve_optim

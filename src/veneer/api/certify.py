@@ -1,0 +1,84 @@
+"""The certificate of an artifact."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from veneer.api.evaluate import held_out_rows
+from veneer.api.warned import or_warn
+from veneer.config import RunFolder, UserError
+from veneer.data.pipeline import HeldOut
+from veneer.release import (
+    Certificate,
+    Origin,
+    Prompt,
+    certify_artifact,
+    find_artifact,
+    find_origin,
+    prompts_of,
+    recorded_answers,
+    renew_card,
+    very_long,
+    write_certificate,
+)
+from veneer.report import certificate_page
+
+
+def certify(
+    artifact: str,
+    run: str,
+    rows: int | None = None,
+    base: str | None = None,
+    force: bool = False,
+    notify: Callable[[str], None] = lambda what: None,
+    model: str | None = None,
+) -> tuple[Certificate, Path]:
+    """Put what ships beside the adapter it came from, and write certificate.json and its page.
+
+    Args:
+        artifact: A merged folder, a GGUF file, or the address of a server.
+        run: Folder of the run, or of the adapter.
+        rows: At most so many held-out rows; None: as many as the run evaluates (`evaluate.rows`).
+        base: Another base than the adapter names.
+        force: Go on although the adapter does not belong to the base.
+        notify: Called with what is being done.
+        model: Which model of a server that has several, as a server of adapters does.
+
+    Returns:
+        The certificate, and the folder it was written into: the artifact's, or the run's for a server.
+
+    Raises:
+        UserError: There is no such artifact or run, or the artifact does not load.
+    """
+    origin = find_origin(run, base, force)
+    found = find_artifact(artifact, origin, model)
+    folder = origin.folder or RunFolder(Path(run).expanduser())
+    is_of_run = origin.run is not None and not origin.is_checkpoint  # a checkpoint's proof is none of its run's adapter
+    prompts, longest, skipped = questions_of(origin, rows)
+    certificate = certify_artifact(found, origin, prompts, longest, skipped, recorded_answers(origin), notify)
+    page = certificate_page(certificate.as_dict())
+    targets = [] if found.path is None else [found.path if found.path.is_dir() else found.path.parent]
+    targets += [folder.path] if is_of_run else []
+    for target in targets or [Path()]:
+        write_certificate(certificate, target, page)
+    if is_of_run:
+        or_warn("the card", lambda: renew_card(folder, origin.model))
+    return certificate, (targets or [Path()])[0]
+
+
+def questions_of(origin: Origin, rows: int | None) -> tuple[list[Prompt], int, dict[str, str]]:
+    """What a certificate asks, the longest answer, and the checks that cannot be made, with the reason."""
+    renderer = origin.renderer()
+    held_out: list[HeldOut] = []
+    skipped = {}
+    if origin.run is None:
+        skipped["answers and score on held-out rows"] = "the adapter has no run beside it"
+    elif rows == 0:
+        skipped["answers and score on held-out rows"] = "none were asked for (--rows 0)"
+    else:
+        try:
+            folder = origin.folder or RunFolder(Path(origin.name).expanduser())
+            held_out = held_out_rows(folder, origin.run, renderer, None, rows or origin.run.evaluate.rows)
+        except UserError as error:
+            skipped["answers and score on held-out rows"] = str(error).splitlines()[0]
+    longest = origin.run.evaluate.max_new_tokens if origin.run is not None else 64
+    return prompts_of(renderer, held_out, very_long(origin, longest)), longest, skipped

@@ -1,0 +1,60 @@
+"""What is wrong with this machine, and what fits it."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from veneer.config import Run
+from veneer.machine.speeds import Ceilings, keep_ceilings
+from veneer.model.known import LADDER
+from veneer.model.lineage import builtin_origins
+from veneer.planning.doctor import Found, Problem, diagnose, look, usable
+from veneer.planning.forecast import place_here
+from veneer.planning.model_sizes import Rung, rungs
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A machine, what is broken on it, and what it can train.
+
+    Attributes:
+        found: As it was found.
+        problems: What is broken, with fixes.
+        trains: Common bases from small to large, with the memory each method needs.
+        budget_bytes: What a run may hold here.
+    """
+
+    found: Found
+    problems: list[Problem]
+    trains: list[Rung]
+    budget_bytes: int
+    ceilings: Ceilings | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.found.as_dict() | {
+            "usable": [asdict(part) for part in usable(self.found)],
+            "problems": [asdict(problem) for problem in self.problems],
+            "budget_bytes": self.budget_bytes,
+            "trains": [asdict(rung) | {"best": rung.best(self.budget_bytes)} for rung in self.trains],
+            "ceilings": self.ceilings and asdict(self.ceilings),
+            "builtin": {
+                name: f"dequantized to bfloat16 from {file.describe()}; {file.caution()}"
+                for name, file in builtin_origins().items()
+            },
+        }
+
+
+def doctor(measure: bool = False) -> Examined:
+    """Examine this machine.
+
+    Args:
+        measure: Measure its speed too, for the times of later plans; takes about 20 seconds.
+    """
+    found = look()
+    if measure:
+        from veneer.planning.measure import measure_ceilings
+
+        keep_ceilings(found.machine, measure_ceilings(found.machine))
+    place = place_here(found.machine)
+    usual = Run.model_validate({"model": {"base": LADDER[0]}, "data": {"train": "-"}})
+    trains = rungs(usual, place, ("lora", "qlora"))
+    return Examined(found, diagnose(found), trains, place.budget_bytes, place.ceilings)

@@ -1,0 +1,142 @@
+"""Base against tuned model on held-out rows."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from veneer.api.load import load
+from veneer.api.warned import or_warn
+from veneer.config import Model, Run, RunFolder, UserError, load_run
+from veneer.config.files import read_json
+from veneer.config.folder import write_json, write_text
+from veneer.config.names import require_run
+from veneer.data import Renderer
+from veneer.data.pipeline import HeldOut, prepare, read_held_out
+from veneer.engine import ReferenceEngine
+from veneer.evaluation import Evaluation
+from veneer.evaluation import compare as compare_models
+from veneer.evaluation.memory import rows_at_a_time
+from veneer.machine import find_machine
+from veneer.model import compute_dtype
+from veneer.planning.forecast import Padded, place_here
+from veneer.release import judged_by, renew_card
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """An evaluation and where it was written.
+
+    Attributes:
+        evaluation: Base against tuned.
+        file: Its file in the run's folder; the answers lie beside it.
+        is_record: Whether it is the run's record, evaluation.json: the held-out rows, with the run's own settings.
+    """
+
+    evaluation: Evaluation
+    file: Path
+    is_record: bool
+
+    @property
+    def samples(self) -> Path:
+        """The answers, a line a row."""
+        return self.file.with_name("samples.jsonl") if self.is_record else self.file.with_suffix(".samples.jsonl")
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.evaluation.as_dict() | {"file": str(self.file), "is_record": self.is_record}
+
+
+def evaluate(
+    run_dir: str | Path,
+    data: str | None = None,
+    rows: int | None = None,
+    on_done: Callable[[int], None] = lambda done: None,
+    force: bool = False,
+    base: str | None = None,
+) -> Evaluated:
+    """Base against tuned on a run's held-out rows, or on the rows of a file; written into the run's folder.
+
+    The run's record (evaluation.json, samples.jsonl, the scores of its card) is of its held-out rows with its own
+    settings. Other data or fewer rows go to a file of their own in evaluations/ and leave the record alone.
+
+    Args:
+        run_dir: Folder of a finished run.
+        data: A file of rows to use instead of the run's held-out rows.
+        rows: At most so many rows; None: as `evaluate.rows` in the run.
+        on_done: Called with the number of rows just answered; each row is answered twice.
+        force, base: As for `load`.
+
+    Raises:
+        UserError: No such run, no adapter, or no held-out rows.
+    """
+    folder = require_run(str(run_dir))
+    place = place_here()
+    loaded = load(str(run_dir), force, base)
+    assert loaded.run is not None
+    usual = loaded.run.evaluate.rows
+    held_out = held_out_rows(folder, loaded.run, loaded.renderer, data, rows or usual)
+    is_record = data is None and (rows is None or rows == usual or len(held_out) < rows)
+    most = (max(len(row.example.ids) for row in held_out), max(row.example.trained for row in held_out))
+    at_a_time = rows_at_a_time(loaded.run, Padded(len(held_out), *most), place)
+    settings = loaded.run.evaluate.model_copy(update={"batch_size": at_a_time})
+    engine = ReferenceEngine(loaded.model)  # judges by other code than the adapter was trained by
+    result = compare_models(loaded.model, engine, loaded.renderer, held_out, settings, on_done)
+    if is_record and not force:
+        assert loaded.origin is not None
+        return Evaluated(result, save_evaluation(folder, result, loaded.origin.model), True)
+    name = f"{Path(data).name.split('.')[0] if data else 'held-out'}-{len(held_out)}-rows"
+    return Evaluated(result, _save_beside(folder, name, result, data), False)
+
+
+def save_evaluation(folder: RunFolder, evaluation: Evaluation, model: Model | None = None) -> Path:
+    """Write the run's record: evaluation.json and samples.jsonl, and the scores into the adapter's card.
+
+    Args:
+        folder: Of the run.
+        evaluation: What was measured.
+        model: The base, where it is not where the run says.
+    """
+    run = load_run(folder.run)
+    dtype = compute_dtype(run.model, find_machine())
+    facts = {"judged": judged_by(run, folder.adapter, dtype)}
+    write_text(folder.samples, _sample_lines(evaluation))
+    write_json(folder.evaluation, evaluation.as_dict() | facts)
+    or_warn("the card", lambda: renew_card(folder, model))
+    return folder.evaluation
+
+
+def _save_beside(folder: RunFolder, name: str, evaluation: Evaluation, data: str | None) -> Path:
+    """Write an evaluation that is not the record under the first free name."""
+    number, file = 1, folder.other_evaluations / f"{name}.json"
+    while file.exists():
+        number += 1
+        file = folder.other_evaluations / f"{name}-{number}.json"
+    write_text(file.with_suffix(".samples.jsonl"), _sample_lines(evaluation))
+    write_json(file, evaluation.as_dict() | {"data": data})
+    return file
+
+
+def _sample_lines(evaluation: Evaluation) -> str:
+    return "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in evaluation.samples())
+
+
+def held_out_rows(
+    folder: RunFolder, run: Run, renderer: Renderer, data: str | None, limit: int | None
+) -> list[HeldOut]:
+    """The first rows of `data`, or of those that the run held out."""
+    if data is not None:
+        return read_held_out(data, "--data", run.data, renderer, limit)
+    prepared = prepare(run.data, renderer, run.train.seed)
+    began = read_json(folder.ledger, "sha256")
+    if began["sha256"] != prepared.ledger.sha256:
+        raise UserError(
+            f"{run.data.train}: not the rows this run was trained on: what is held out now may have been trained on",
+            "restore the data, or name a file of other rows with --data",
+        )
+    held_out = prepared.held_out(limit)
+    if not held_out:
+        share = run.data.validation
+        why = f"data.validation = {share}" + (", which is less than one of its rows" if share else "")
+        raise UserError(f"the run holds no rows out ({why})", "name a file with --data")
+    return held_out

@@ -1,0 +1,69 @@
+"""An adapter as a GGUF file."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from veneer.api.merge import chosen_base
+from veneer.config import UserError
+from veneer.data.pipeline import prepare
+from veneer.release import (
+    IMPORTANCE_ROWS,
+    Exported,
+    Importance,
+    Origin,
+    export_to,
+    find_origin,
+    judged_model,
+    measure_importance,
+    takes_importance,
+)
+
+
+def export(
+    run: str,
+    out: str | Path,
+    file_format: str = "gguf",
+    quant: str = "q8_0",
+    on: str = "trained",
+    adapter_only: bool = False,
+    base: str | None = None,
+    force: bool = False,
+    on_done: Callable[[int], None] = lambda done: None,
+    imatrix: bool = True,
+) -> Exported:
+    """Write a GGUF file with its Modelfile: see `veneer.release.export`.
+
+    Args:
+        run: Folder of a finished run, or of an adapter.
+        out: A new folder.
+        file_format: gguf.
+        quant: Type of the weights.
+        on: As for `merge`.
+        adapter_only: Write the adapter alone.
+        base: Another base than the adapter names.
+        force: Go on although the adapter does not belong to the base.
+        on_done: Called with the number of bytes just written.
+        imatrix: For types of 2 to 6 bits: measure on the run's own training rows which weights matter.
+
+    Raises:
+        UserError: The architecture, the tokenizer or the type cannot be exported, or as `merge`; nothing was written.
+    """
+    origin = find_origin(run, base, force)
+    on, choice = chosen_base(origin, on)
+    use = imatrix and not adapter_only and takes_importance(quant)
+    importance = _importance(origin) if use else None
+    return export_to(origin, Path(out), file_format, quant, on, adapter_only, on_done, choice, importance)
+
+
+def _importance(origin: Origin) -> Importance | None:
+    """The importance matrix of a run's own training rows; None where there is no run, or its data is gone."""
+    if origin.run is None:
+        return None
+    try:
+        rows = prepare(origin.run.data, origin.renderer(), origin.run.train.seed).train
+    except UserError as error:
+        warnings.warn(f"no importance matrix: {str(error).splitlines()[0]}", RuntimeWarning, stacklevel=3)
+        return None
+    count = min(IMPORTANCE_ROWS, len(rows))
+    return measure_importance(judged_model(origin), [rows[n * len(rows) // count] for n in range(count)])

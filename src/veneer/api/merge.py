@@ -1,0 +1,73 @@
+"""An adapter merged into its base, and taken out again."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from veneer.api.certify import questions_of
+from veneer.release import (
+    Merged,
+    Origin,
+    choose_base,
+    find_origin,
+    merge_into,
+    recorded_answers,
+    require_model,
+    unmerge_from,
+)
+
+
+def merge(
+    run: str,
+    out: str | Path,
+    dtype: str = "bfloat16",
+    on: str = "trained",
+    base: str | None = None,
+    force: bool = False,
+    on_done: Callable[[int], None] = lambda done: None,
+) -> Merged:
+    """Write base and adapter as one model: see `veneer.release.merge`.
+
+    Args:
+        run: Folder of a finished run, or of an adapter.
+        out: A new folder.
+        dtype: bfloat16, float16 or float32.
+        on: trained: what the run trained on and was judged by; nf4: the base in 4 bits, dequantized; base: the base as
+            it is; best: `nf4` or `base`, whichever answers more of the held-out rows right.
+        base: Another base than the adapter names.
+        force: Go on although the adapter does not belong to the base.
+        on_done: Called with the number of bytes just written.
+
+    Raises:
+        UserError: They do not fit together, or the folder is not to be had; nothing was written.
+    """
+    origin = find_origin(run, base, force)
+    on, choice = chosen_base(origin, on)
+    return merge_into(origin, Path(out), dtype, on, on_done=on_done, choice=choice)
+
+
+def unmerge(
+    merged: str | Path,
+    adapter: str,
+    out: str | Path,
+    force: bool = False,
+    on_done: Callable[[int], None] = lambda done: None,
+) -> Merged:
+    """Take an adapter out of a merged model: what is left is its base, within rounding.
+
+    Raises:
+        UserError: As `merge`, or the kind of adapter cannot be taken out.
+    """
+    require_model(Path(merged))
+    # The merged model says all that is needed of its base, which may be gone.
+    origin = find_origin(adapter, str(merged), force, is_merged=True)
+    return unmerge_from(Path(merged), origin, Path(out), force, on_done)
+
+
+def chosen_base(origin: Origin, on: str) -> tuple[str, dict[str, Any] | None]:
+    """What the adapter is merged into, and what `--on best` measured."""
+    if on != "best":
+        return on, None
+    prompts, longest, _ = questions_of(origin, None)
+    choice = choose_base(origin, prompts, longest, recorded_answers(origin))
+    return choice.on, choice.as_dict()

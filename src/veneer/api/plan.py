@@ -1,0 +1,50 @@
+"""A run before it runs: memory, time, advice, and what would make it fit."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from veneer.config import Run
+from veneer.planning.fit import Fitted, fit
+from veneer.planning.forecast import place_here, place_of
+from veneer.planning.foresee import Foreseen, foresee, read_if_at_hand
+from veneer.planning.model_sizes import compare, smaller_bases
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is known of a run before anything is loaded, and what would make it fit.
+
+    Attributes:
+        foreseen: Forecast and advice.
+        fitted: The cheapest changes that make it fit; none in it: it fits as it is; None: nothing makes it fit.
+    """
+
+    foreseen: Foreseen
+    fitted: Fitted | None
+
+    def as_dict(self) -> dict[str, Any]:
+        changes = None
+        if self.fitted is not None:
+            changes = [change.as_dict() for change in self.fitted.changes]
+        return self.foreseen.as_dict() | {"changes": changes}
+
+    def compare(self) -> dict[str, Any]:
+        """Methods side by side on common sizes of GPU: see `veneer.planning.model_sizes.compare`."""
+        return compare(self.foreseen.run, self.foreseen.planner)
+
+
+def plan(run: Run, gpu: str | None = None, read_data: bool = True) -> Planned:
+    """Foresee a run: memory by phase and component, time, advice, and what to change if it does not fit.
+
+    Args:
+        run: The settings.
+        gpu: A card by name, or its memory as "24GiB"; None: this machine.
+        read_data: Whether to read the data, where that takes nothing from a network.
+
+    Raises:
+        UserError: An unknown card or base, a target that matches nothing, a quantization the base cannot take.
+    """
+    place = place_here() if gpu is None else place_of(gpu)
+    foreseen = foresee(run, place, read_if_at_hand(run) if read_data else "it was not asked for")
+    fitted = fit(run, foreseen.planner, smaller_bases)
+    return Planned(foreseen, fitted)
