@@ -71,9 +71,9 @@ def write_json(path: Path, value: Any) -> None:
 def remove(path: Path) -> None:
     """Delete a file or a folder, if it is there; a folder under another name first, so that no half of it is left."""
     if path.is_dir() and not path.is_symlink():
-        discarded = _unused_beside(path)
-        os.replace(path, discarded)
-        shutil.rmtree(discarded)
+        if not path.name.startswith("."):  # a temporary one is nothing to anybody, and keeps its name
+            path = path.replace(_unused_beside(path))
+        shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
