@@ -309,7 +309,7 @@ def on_gpu(models: Path, out: Path, only: int | None) -> None:
             step = statistics.median(measured["seconds"][1:])
             row = {
                 "case": asdict(case),
-                "predicted": {phase: moment.bytes for phase, moment in forecast.phases.items()} | {"peak": guess},
+                "predicted": {phase: peak.bytes for phase, peak in forecast.phases.items()} | {"peak": guess},
                 "components": forecast.phases[forecast.peak_phase].components,
                 "predicted_seconds": {which: f.step_seconds and f.step_seconds[1] for which, f in forecasts.items()},
                 "measured": measured,
@@ -399,7 +399,7 @@ def on_gpu_fused(out: Path) -> None:
                 step = statistics.median(measured["seconds"][3:])
                 row = {
                     "case": asdict(case),
-                    "predicted": {phase: moment.bytes for phase, moment in forecast.phases.items()} | {"peak": guess},
+                    "predicted": {phase: peak.bytes for phase, peak in forecast.phases.items()} | {"peak": guess},
                     "components": forecast.phases["forward"].components,
                     "kept": forecast.kept and forecast.kept.as_dict(),
                     "fitted": fitted,
@@ -460,7 +460,7 @@ def on_cpu(rows: Path) -> None:
             if status:
                 raise SystemExit(f"{title}: `veneer train` ended with status {status}")
             plan = json.loads((output / "plan.json").read_text())
-            predicted = {phase: moment["bytes"] for phase, moment in plan["phases"].items() if phase != "generation"}
+            predicted = {phase: peak["bytes"] for phase, peak in plan["phases"].items() if phase != "generation"}
             peak = usage.ru_maxrss * 1024
             error = max(predicted.values()) / peak - 1
             cases.append({"case": title, "settings": changes, "predicted": predicted, "peak": peak, "error": error})

@@ -12,7 +12,7 @@ from veneer.data import Batch
 from veneer.engine.choose import kept_tensors
 from veneer.engine.dry_run import Step
 from veneer.engine.fused import FusedEngine
-from veneer.engine.fused.dry_run import rehearse_layers
+from veneer.engine.fused.dry_run import run_layers_dry
 from veneer.model import attach
 from veneer.model.shapes import build, shapes_of
 from veneer.planning.memory import phases
@@ -65,6 +65,6 @@ def test_the_peak_of_a_step_is_foreseen(family: str, checkpointing: bool) -> Non
         keep=frozenset() if checkpointing else None, keeps_last=checkpointing,
         capability=torch.cuda.get_device_capability()[0],
     )  # fmt: skip
-    rehearsed = rehearse_layers(build(config, torch.bfloat16), asked, 1)
-    found = phases(shapes, asked, "adamw_8bit", rehearsed, "cuda")
+    dry = run_layers_dry(build(config, torch.bfloat16), asked, 1)
+    found = phases(shapes, asked, "adamw_8bit", dry, "cuda")
     assert max(found[name].bytes for name in ("forward", "backward")) == pytest.approx(measured, rel=0.05)

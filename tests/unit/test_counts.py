@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from veneer.config import Model, UserError
-from veneer.model.known import KNOWN, LADDER, known_shape
+from veneer.model.known import KNOWN, MODEL_SIZES, known_shape
 from veneer.model.shapes import Shapes, build, find_config, shapes_of
 
 
@@ -86,7 +86,7 @@ def test_every_published_shape_builds_and_repeats() -> None:
         assert known_shape(name) == (kind, settings)
     assert shapes("google/gemma-2-2b").period == 2, "sliding and full attention take turns"
     assert shapes("meta-llama/Llama-3.2-1B").period == 1
-    totals = [shapes(name).total for name in LADDER]
+    totals = [shapes(name).total for name in MODEL_SIZES]
     assert totals == sorted(totals)
 
 

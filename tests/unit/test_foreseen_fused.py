@@ -12,11 +12,11 @@ from tests.unit.test_memory import config_of, step
 from tests.unit.test_plan import planner_of, run_of
 from veneer.config import Run, Train, UserError
 from veneer.engine import choose
-from veneer.engine.dry_run import Rehearsed, Step
+from veneer.engine.dry_run import DryRun, Step
 from veneer.engine.fused import FusedEngine
 from veneer.engine.fused.block import TENSORS
 from veneer.engine.fused.cudnn import Call
-from veneer.engine.fused.dry_run import _engine, rehearse_layers
+from veneer.engine.fused.dry_run import _engine, run_layers_dry
 from veneer.engine.trace import rounded
 from veneer.kernels.rope import Heads
 from veneer.model.shapes import Shapes, build, shapes_of
@@ -34,9 +34,9 @@ def small(family: str = "llama", **changes: Any) -> tuple[Any, Shapes]:
     return config, shapes_of(build(config, torch.bfloat16))
 
 
-def fused(config: Any, shapes: Shapes, **changes: Any) -> Rehearsed:
+def fused(config: Any, shapes: Shapes, **changes: Any) -> DryRun:
     asked = step(shapes, **{"rows": 2, "length": 512, "trained": 900, "engine": "fused", "keep": frozenset()} | changes)
-    return rehearse_layers(build(config, torch.bfloat16), asked, 1)
+    return run_layers_dry(build(config, torch.bfloat16), asked, 1)
 
 
 def forecast(gpu: str = "80GiB", base: str = "meta-llama/Meta-Llama-3-8B", **sections: Any) -> Forecast:
@@ -127,8 +127,8 @@ def test_a_tensor_that_is_kept_adds_its_bytes(family: str, name: str, rank: int)
     blocks = _engine(build(config, torch.bfloat16), asked)[0].blocks
     # Seen at the loss: all blocks hold what they keep, and none is at work; the last one's stream is there anyway.
     expected = (DEPTH - 1) * blocks[0].kept_bytes(name, 1024)
-    found = more.moments["loss"].bytes - least.moments["loss"].bytes
-    if family == "gemma2" and name == "attention":  # rehearsed as flash, which keeps no copies of q, k and v
+    found = more.peaks["loss"].bytes - least.peaks["loss"].bytes
+    if family == "gemma2" and name == "attention":  # run dry as flash, which keeps no copies of q, k and v
         expected -= (DEPTH - 1) * 1024 * blocks[0].qkv.outputs * 2
     whole_pages = DEPTH * 3 * 512
     assert expected <= found <= expected * DEPTH / (DEPTH - 1) + whole_pages
@@ -137,16 +137,16 @@ def test_a_tensor_that_is_kept_adds_its_bytes(family: str, name: str, rank: int)
 
 @pytest.mark.parametrize("family", COVERED)
 @pytest.mark.parametrize("changes", [{}, {"training": False}, {"keep": None}, {"dtype": torch.float32}])
-def test_every_family_is_rehearsed_and_more_takes_more(family: str, changes: dict[str, Any]) -> None:
+def test_every_family_is_run_dry_and_more_takes_more(family: str, changes: dict[str, Any]) -> None:
     config = config_of(family)
     shapes = shapes_of(build(config, torch.bfloat16))
 
     def peak(**more: Any) -> int:
         asked = step(shapes, **{"engine": "fused", "keep": frozenset(), "length": 256} | changes | more)
-        found = rehearse_layers(build(config, asked.dtype), asked, 1)
+        found = run_layers_dry(build(config, asked.dtype), asked, 1)
         assert found.held is not None
         assert all(count > 0 for count in found.held.values())
-        return max(moment.bytes for moment in found.moments.values()) + sum(found.held.values())
+        return max(peak.bytes for peak in found.peaks.values()) + sum(found.held.values())
 
     usual = peak()
     assert peak(length=512) > usual
@@ -154,7 +154,7 @@ def test_every_family_is_rehearsed_and_more_takes_more(family: str, changes: dic
     assert peak(r=64) > usual
 
 
-def test_dropout_and_rows_of_other_lengths_and_older_gpus_are_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_and_rows_of_other_lengths_and_older_gpus_are_run_dry(monkeypatch: pytest.MonkeyPatch) -> None:
     config, shapes = small(num_attention_heads=8, num_key_value_heads=2, head_dim=128, intermediate_size=64)
     usual = fused(config, shapes)
     assert "attention workspace" not in usual.fullest("backward").components, "a tensor of our own"

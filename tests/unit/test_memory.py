@@ -9,16 +9,16 @@ import torch
 from bitsandbytes.functional import quantize_4bit
 from peft import LoraConfig, get_peft_model
 
-import veneer.engine.dry_run as rehearsal
+import veneer.engine.dry_run as dry_run_module
 from tests.tiny import FAMILIES
 from veneer.config import Run, Train
 from veneer.data import Batches, Example
-from veneer.engine.dry_run import Step, rehearse
+from veneer.engine.dry_run import Step, run_dry
 from veneer.engine.reference import padded_groups
 from veneer.engine.trace import Trace, rounded
 from veneer.model.shapes import Shapes, build, shapes_of
 from veneer.planning.batch_shapes import Lengths, rows_of
-from veneer.planning.held_out import answers_moment, loss_moment
+from veneer.planning.held_out import answers_peak, loss_peak
 from veneer.planning.memory import loaded, optimizer_bytes, phases, quantized_bytes, resting
 from veneer.training.optimizer import build_optimizer
 
@@ -90,7 +90,7 @@ def test_the_stand_in_for_peft_holds_what_peft_holds(
     make, shapes = maker(family, 2)
     found = shapes.targets(tuple(targets) if more else targets)
     asked = step(shapes, checkpointing=checkpointing, targets=found)
-    ours, work = rehearsal._run(make(2), asked, 2, True)
+    ours, work = dry_run_module._run(make(2), asked, 2, True)
 
     def adapt(base: Any, step: Step) -> None:
         base.requires_grad_(False)
@@ -99,8 +99,8 @@ def test_the_stand_in_for_peft_holds_what_peft_holds(
         with torch.device("meta"):
             get_peft_model(base, config)
 
-    monkeypatch.setattr(rehearsal, "adapt", adapt)
-    real, real_work = rehearsal._run(make(2), asked, 2, True)
+    monkeypatch.setattr(dry_run_module, "adapt", adapt)
+    real, real_work = dry_run_module._run(make(2), asked, 2, True)
     assert ours == real
     assert work == real_work
 
@@ -114,8 +114,8 @@ def test_a_deep_model_is_carried_on_as_if_every_layer_were_run(
     make, shapes = maker(family, depth)
     assert shapes.period == period
     asked = step(shapes, quantized=shapes.quantizable(), method="qlora", **changes)
-    short = rehearse(make, depth, shapes.period, asked)
-    whole = rehearse(make, depth, None, asked)
+    short = run_dry(make, depth, shapes.period, asked)
+    whole = run_dry(make, depth, None, asked)
     for phase in ("forward", "backward") if asked.training else ("forward",):
         assert short.fullest(phase).bytes == whole.fullest(phase).bytes
     for kind, count in whole.work.items():
@@ -131,8 +131,8 @@ def test_a_question_about_a_real_number_is_answered_truly() -> None:
 
 def test_recomputation_saves_memory_and_costs_work() -> None:
     make, shapes = maker("llama", 4)
-    keep = rehearse(make, 4, 1, step(shapes, checkpointing=False))
-    again = rehearse(make, 4, 1, step(shapes))
+    keep = run_dry(make, 4, 1, step(shapes, checkpointing=False))
+    again = run_dry(make, 4, 1, step(shapes))
     assert again.fullest("backward").bytes < keep.fullest("backward").bytes
     assert sum(again.work.values()) > 1.2 * sum(keep.work.values())
 
@@ -141,13 +141,13 @@ def test_phases_name_every_component() -> None:
     make, shapes = maker("llama", 4)
     held = step(shapes, training=False, rows=1)
     asked = step(shapes, accumulating=True, quantized=shapes.quantizable(), method="qlora")
-    train, tested = rehearse(make, 4, 1, asked), rehearse(make, 4, 1, held)
+    train, tested = run_dry(make, 4, 1, asked), run_dry(make, 4, 1, held)
     found = phases(shapes, asked, "adamw_8bit", train, "cuda")
-    found["evaluation"] = loss_moment(resting(shapes, asked, "adamw_8bit", train, "cuda")[0], train, tested)
-    found["generation"] = answers_moment(loaded(shapes, asked, "cuda"), shapes, held, tested, 256)
+    found["evaluation"] = loss_peak(resting(shapes, asked, "adamw_8bit", train, "cuda")[0], train, tested)
+    found["generation"] = answers_peak(loaded(shapes, asked, "cuda"), shapes, held, tested, 256)
     assert set(found) == {"load", "forward", "backward", "optimizer", "evaluation", "generation"}
-    for moment in found.values():
-        assert moment.bytes == sum(moment.components.values())
+    for peak in found.values():
+        assert peak.bytes == sum(peak.components.values())
     parts = {"4-bit weights", "embeddings and head", "other weights", "adapter", "optimizer", "gradients", "libraries"}
     assert parts <= set(found["backward"].components)
     assert "weights on their way" in found["load"].components
@@ -160,7 +160,7 @@ def test_phases_name_every_component() -> None:
 def test_full_fine_tuning_trains_all_and_keeps_a_copy_in_float32() -> None:
     make, shapes = maker("llama", 4)
     full = step(shapes, method="full", targets=frozenset())
-    found = phases(shapes, full, "adamw_torch", rehearse(make, 4, 1, full), "cuda")
+    found = phases(shapes, full, "adamw_torch", run_dry(make, 4, 1, full), "cuda")
     sixteen = 16 * shapes.total  # weights and gradients in 16 bits, a copy and two moments in 32
     assert found["optimizer"].bytes - found["optimizer"].components["libraries"] == pytest.approx(sixteen, rel=0.1)
 

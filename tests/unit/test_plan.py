@@ -16,7 +16,7 @@ from veneer.planning.advice import HANDLED, RULES, DataFacts, Situation, Tokeniz
 from veneer.planning.doctor import Found, Gpu, diagnose, usable
 from veneer.planning.fit import apply, fit
 from veneer.planning.forecast import Planner, place_here, place_of
-from veneer.planning.model_sizes import compare, rungs, smaller_bases
+from veneer.planning.model_sizes import compare, model_sizes, smaller_bases
 from veneer.planning.reference import advice_page
 from veneer.planning.subject import subject_of
 
@@ -83,7 +83,7 @@ def test_a_known_gpu_at_hand_has_the_speed_of_its_data_sheet_until_it_is_measure
 def test_a_forecast_says_which_phase_peaks_and_by_how_much_it_fits() -> None:
     run = run_of()
     roomy, tight = planner_of(run, "80GiB").forecast(run), planner_of(run, "3GiB").forecast(run)
-    assert roomy.peak_bytes == tight.peak_bytes == max(moment.bytes for moment in roomy.phases.values())
+    assert roomy.peak_bytes == tight.peak_bytes == max(peak.bytes for peak in roomy.phases.values())
     assert roomy.phases[roomy.peak_phase].bytes == roomy.peak_bytes
     assert (roomy.verdict, tight.verdict) == ("fits", "does not fit")
     assert roomy.margin_bytes == place_of("80GiB").budget_bytes - roomy.peak_bytes
@@ -101,7 +101,7 @@ def test_copies_of_4_bit_weights_on_a_cpu_are_counted_where_they_are_made() -> N
     def copies(free: int, device: str) -> set[int]:
         place = replace(place_here(replace(CPU, free_bytes=free)), device=device, budget_bytes=free)
         found = Planner(subject_of(run.model, "it is a test"), place).forecast(run).phases
-        return {moment.components.get("16-bit copies", 0) for name, moment in found.items() if name != "load"}
+        return {peak.components.get("16-bit copies", 0) for name, peak in found.items() if name != "load"}
 
     weights = subject_of(run.model, "it is a test").shapes
     needed = 2 * sum(prod(weights.weights[f"{path}.weight"]) for path in weights.quantizable())
@@ -219,10 +219,10 @@ def test_methods_side_by_side_and_the_largest_base_of_each() -> None:
 
 
 def test_the_ladder_stops_where_nothing_fits_any_more() -> None:
-    found = rungs(run_of(), place_of("12GiB"))
+    found = model_sizes(run_of(), place_of("12GiB"))
     assert found[0].best(12 * GiB) == "full"
     assert found[-1].best(place_of("12GiB").budget_bytes) is None
-    assert all(rung.best(12 * GiB) for rung in found[:-1])
+    assert all(model.best(12 * GiB) for model in found[:-1])
 
 
 # Bad input

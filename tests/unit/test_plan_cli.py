@@ -14,7 +14,7 @@ from veneer.cli.main import main
 from veneer.config import load_run
 from veneer.config.load import to_yaml
 from veneer.machine.device import Machine
-from veneer.model.known import LADDER
+from veneer.model.known import MODEL_SIZES
 from veneer.planning.doctor import look
 from veneer.planning.forecast import CONTEXT
 from veneer.training import TrainingJob
@@ -49,7 +49,7 @@ def run_file(tiny_model: Callable[..., Path], tmp_path: Path, rows: list[dict[st
 @pytest.fixture
 def short_ladder(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the bases that a place is compared with, the smallest two."""
-    monkeypatch.setattr("veneer.planning.model_sizes.LADDER", LADDER[:2])
+    monkeypatch.setattr("veneer.planning.model_sizes.MODEL_SIZES", MODEL_SIZES[:2])
 
 
 @pytest.mark.usefixtures("short_ladder")

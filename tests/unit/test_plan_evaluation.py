@@ -14,12 +14,12 @@ from tests.runs import tiny_run, write_rows
 from tests.unit.test_plan import kinds, planner_of, run_of
 from veneer.cli.main import main
 from veneer.config import load_run
-from veneer.engine.trace import Moment
+from veneer.engine.trace import Peak
 from veneer.model.known import FAMILIES, KNOWN, smaller_siblings
 from veneer.planning.batch_shapes import Lengths
 from veneer.planning.forecast import Forecast, Padded, Place, place_here, place_of
 from veneer.planning.held_out import SPARE, rows_that_fit
-from veneer.planning.model_sizes import leanest, rungs, smaller_bases
+from veneer.planning.model_sizes import leanest, model_sizes, smaller_bases
 from veneer.training import TrainingJob
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "guides").glob("*.yaml"))
@@ -27,7 +27,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "guides").glob("*.yaml
 
 def test_rows_are_halved_until_they_fit_with_room_to_spare() -> None:
     def fitting(asked: int, budget: float) -> int:
-        return rows_that_fit(asked, lambda rows: Moment(100 + 10 * rows, {}), 100, int(budget))
+        return rows_that_fit(asked, lambda rows: Peak(100 + 10 * rows, {}), 100, int(budget))
 
     assert fitting(16, 1000) == 16
     assert fitting(16, 260 * (1 + SPARE)) == 16
@@ -45,10 +45,10 @@ def test_the_verdict_is_that_of_all_phases_shown(path: Path, gpu: str) -> None:
     found = planner_of(run, gpu).forecast(run)
     plan = found.as_dict()
     assert {"evaluation", "generation"} <= set(plan["phases"])
-    assert plan["peak_bytes"] == max(moment["bytes"] for moment in plan["phases"].values())
+    assert plan["peak_bytes"] == max(peak["bytes"] for peak in plan["phases"].values())
     assert plan["peak_bytes"] == sum(plan["components"].values())
     assert plan["margin_bytes"] == plan["budget_bytes"] - plan["peak_bytes"]
-    assert plan["fits"] == all(moment["bytes"] <= plan["budget_bytes"] for moment in plan["phases"].values())
+    assert plan["fits"] == all(peak["bytes"] <= plan["budget_bytes"] for peak in plan["phases"].values())
     for phase, rows in plan["rows_at_a_time"].items():
         assert 1 <= rows <= run.evaluate.batch_size
         fits = plan["phases"][phase]["bytes"] * (1 + SPARE) <= plan["budget_bytes"]
@@ -160,10 +160,10 @@ def test_no_base_of_another_family_is_offered() -> None:
 
 def test_the_table_of_what_a_machine_can_train_counts_evaluation_too() -> None:
     run = run_of("Qwen/Qwen2.5-0.5B", data={"max_length": 2048, "validation": 0.05})
-    rung = next(rung for rung in rungs(run, place_of("6GiB")) if rung.base == run.model.base)
+    model = next(model for model in model_sizes(run, place_of("6GiB")) if model.base == run.model.base)
     lean = leanest(run)
     found = planner_of(lean, "6GiB").forecast_as(lean, "lora")
-    assert rung.peak_bytes["lora"] == found.peak_bytes == max(moment.bytes for moment in found.phases.values())
+    assert model.peak_bytes["lora"] == found.peak_bytes == max(peak.bytes for peak in found.phases.values())
     assert found.rows_at_a_time == {"evaluation": 1, "generation": 1}
 
 

@@ -5,11 +5,11 @@ from typing import Any
 
 from veneer.config import Run
 from veneer.machine.speeds import Ceilings, keep_ceilings
-from veneer.model.known import LADDER
+from veneer.model.known import MODEL_SIZES
 from veneer.model.lineage import builtin_origins
 from veneer.planning.doctor import Found, Problem, diagnose, look, usable
 from veneer.planning.forecast import place_here
-from veneer.planning.model_sizes import Rung, rungs
+from veneer.planning.model_sizes import ModelSize, model_sizes
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Examined:
 
     found: Found
     problems: list[Problem]
-    trains: list[Rung]
+    trains: list[ModelSize]
     budget_bytes: int
     ceilings: Ceilings | None
 
@@ -34,7 +34,7 @@ class Examined:
             "usable": [asdict(part) for part in usable(self.found)],
             "problems": [asdict(problem) for problem in self.problems],
             "budget_bytes": self.budget_bytes,
-            "trains": [asdict(rung) | {"best": rung.best(self.budget_bytes)} for rung in self.trains],
+            "trains": [asdict(model) | {"best": model.best(self.budget_bytes)} for model in self.trains],
             "ceilings": self.ceilings and asdict(self.ceilings),
             "builtin": {
                 name: f"dequantized to bfloat16 from {file.describe()}; {file.caution()}"
@@ -55,6 +55,6 @@ def doctor(measure: bool = False) -> Examined:
 
         keep_ceilings(found.machine, measure_ceilings(found.machine))
     place = place_here(found.machine)
-    usual = Run.model_validate({"model": {"base": LADDER[0]}, "data": {"train": "-"}})
-    trains = rungs(usual, place, ("lora", "qlora"))
+    usual = Run.model_validate({"model": {"base": MODEL_SIZES[0]}, "data": {"train": "-"}})
+    trains = model_sizes(usual, place, ("lora", "qlora"))
     return Examined(found, diagnose(found), trains, place.budget_bytes, place.ceilings)

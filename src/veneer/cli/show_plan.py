@@ -196,8 +196,8 @@ def _show_bases(out: Console, found: dict[str, Any]) -> None:
     )
     for name in ("base", "LoRA, 16 bits", "QLoRA, 4 bits", "best that fits"):
         table.add_column(name, justify="left" if name == "base" else "right")
-    for rung in found["trains"]:
-        needs = [size(rung["peak_bytes"][m]) if m in rung["peak_bytes"] else "more" for m in ("lora", "qlora")]
-        best = METHODS.get(rung["best"] or "", "[red]none[/red]")
-        table.add_row(f"{short(rung['base'])} ({rung['parameters'] / 1e9:.2g}B)", *needs, best)
+    for model in found["trains"]:
+        needs = [size(model["peak_bytes"][m]) if m in model["peak_bytes"] else "more" for m in ("lora", "qlora")]
+        best = METHODS.get(model["best"] or "", "[red]none[/red]")
+        table.add_row(f"{short(model['base'])} ({model['parameters'] / 1e9:.2g}B)", *needs, best)
     out.print(table)

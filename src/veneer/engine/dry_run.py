@@ -1,13 +1,13 @@
-"""The reference engine rehearsed on meta tensors: the memory and the work of a step, before anything is loaded.
+"""A dry run of the reference engine on meta tensors: the memory and the work of a step, before anything is loaded.
 
 Transformers' own model code runs, and the engine's own loss; what stands in is what PEFT and bitsandbytes add to a
 linear layer, operation for operation (a test compares them with the real ones). They are not imported, since a plan
 should answer at once, and bitsandbytes' kernels want data anyway.
 
-Decoder layers are alike, so a deep model is rehearsed with a few of them and carried on in a straight line: each
-stretch of a step (the forward, the head and the loss, the backward of the last layers, of the first) holds the same
+Decoder layers are alike, so a deep model is run dry with a few of them and carried on in a straight line: each
+phase of a step (the forward, the head and the loss, the backward of the last layers, of the first) holds the same
 bytes more for each further layer. Where layers differ in a pattern, the pattern is repeated whole; where there is
-none, all layers are rehearsed.
+none, all layers are run dry.
 
 Shapes: B rows, L length, N trained tokens, K inputs and M outputs of a linear layer.
 """
@@ -21,7 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from veneer.engine.reference import Rows, token_losses
-from veneer.engine.trace import FlashAttention, Moment, Trace, Work, is_view, on_meta
+from veneer.engine.trace import FlashAttention, Peak, Trace, Work, is_view, on_meta
 from veneer.model.quiet import quiet
 from veneer.model.shapes import decoder_layers
 
@@ -31,7 +31,7 @@ CONSTANT_BLOCK = 256  # constants that share one of their own under double quant
 
 @dataclass(frozen=True)
 class Step:
-    """A micro-batch to rehearse.
+    """A micro-batch for a dry run.
 
     Attributes:
         rows, length: Its padded shape: rows, and tokens of each.
@@ -77,31 +77,31 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Rehearsed:
+class DryRun:
     """What a micro-batch would hold beside weights, adapter, and optimizer; and the work it is.
 
     Attributes:
-        moments: The fullest moment of each of its stretches: `forward`, `loss`, `backward ...`.
+        peaks: The peak of each of its phases: `forward`, `loss`, `backward ...`.
         work: Forward and backward.
         held: What the engine holds all the time in the place of adapter and gradients, and beside the weights: buffers
             it lays out itself; None: it has none.
         records: Whether passes of a shape that comes again are recorded and replayed without the host.
     """
 
-    moments: dict[str, Moment]
+    peaks: dict[str, Peak]
     work: Work
     held: dict[str, int] | None = None
     records: bool = False
 
-    def fullest(self, phase: str) -> Moment:
+    def fullest(self, phase: str) -> Peak:
         """Of a phase: `forward` (with the loss) or `backward`."""
-        found = [m for name, m in self.moments.items() if ("backward" in name) == (phase == "backward")]
-        return max(found, key=lambda moment: moment.bytes)
+        found = [m for name, m in self.peaks.items() if ("backward" in name) == (phase == "backward")]
+        return max(found, key=lambda peak: peak.bytes)
 
     @property
     def recorded_bytes(self) -> int:
         """What a recording keeps to itself between its passes: all that one of them holds."""
-        return max(moment.bytes for moment in self.moments.values()) if self.records else 0
+        return max(peak.bytes for peak in self.peaks.values()) if self.records else 0
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,8 @@ class Kept:
 FUSED_TOKENS = 1536  # bitsandbytes multiplies up to so many tokens without first dequantizing the whole weight
 
 
-def rehearse(make: Callable[[int], Any], depth: int, period: int | None, step: Step) -> Rehearsed:
-    """Rehearse a micro-batch, or the held-out loss of one.
+def run_dry(make: Callable[[int], Any], depth: int, period: int | None, step: Step) -> DryRun:
+    """Run a micro-batch dry, or the held-out loss of one.
 
     Args:
         make: Builds the base model on the meta device with so many layers.
@@ -139,18 +139,18 @@ def rehearse(make: Callable[[int], Any], depth: int, period: int | None, step: S
     """
     chunked_head = step.method != "full" and head_is_linear(make(period or depth))
 
-    def run(layers: int, ends: int) -> Rehearsed:
-        return Rehearsed(*_run(make(layers), step, ends, chunked_head))
+    def run(layers: int, ends: int) -> DryRun:
+        return DryRun(*_run(make(layers), step, ends, chunked_head))
 
     return carried_on(run, depth, period, step.training)
 
 
-def carried_on(run: Callable[[int, int], Rehearsed], depth: int, period: int | None, training: bool) -> Rehearsed:
-    """A rehearsal of a deep model from those of two models with few layers, in a straight line.
+def carried_on(run: Callable[[int, int], DryRun], depth: int, period: int | None, training: bool) -> DryRun:
+    """The dry run of a deep model from those of two models with few layers, in a straight line.
 
     Args:
-        run: Rehearses so many layers; at either end so many have stretches of their own in backward.
-        depth, period: See `rehearse`.
+        run: A dry run of so many layers; at either end so many have phases of their own in backward.
+        depth, period: See `run_dry`.
         training: Whether there is a backward.
     """
     few = depth if period is None else (3 if training else 2) * period + depth % period
@@ -165,21 +165,21 @@ def carried_on(run: Callable[[int, int], Rehearsed], depth: int, period: int | N
     def bytes_on(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
         return {name: round(on(before.get(name, 0), count)) for name, count in after.items()}
 
-    def moment_on(before: Moment, after: Moment) -> Moment:
-        return Moment(round(on(before.bytes, after.bytes)), bytes_on(before.components, after.components))
+    def peak_on(before: Peak, after: Peak) -> Peak:
+        return Peak(round(on(before.bytes, after.bytes)), bytes_on(before.components, after.components))
 
-    return Rehearsed(
-        {name: moment_on(moment, b.moments[name]) for name, moment in a.moments.items()},
+    return DryRun(
+        {name: peak_on(peak, b.peaks[name]) for name, peak in a.peaks.items()},
         {name: on(a.work.get(name, 0), count) for name, count in b.work.items()},
         None if a.held is None or b.held is None else bytes_on(a.held, b.held),
         b.records,
     )
 
 
-def _run(base: Any, step: Step, period: int, chunked_head: bool) -> tuple[dict[str, Moment], Work]:
-    """One micro-batch; the moments of its stretches, and its work.
+def _run(base: Any, step: Step, period: int, chunked_head: bool) -> tuple[dict[str, Peak], Work]:
+    """One micro-batch; the peaks of its phases, and its work.
 
-    The layers between the first two periods and the last one hold no more than these, and have no stretch of their own.
+    The layers between the first two periods and the last one hold no more than these, and have no phase of their own.
     """
     adapt(base, step)
     chunked_head = chunked_head and type(base.get_output_embeddings()) is torch.nn.Linear
@@ -191,7 +191,7 @@ def _run(base: Any, step: Step, period: int, chunked_head: bool) -> tuple[dict[s
         with trace, torch.no_grad():
             trace.mark("forward", "activations")
             token_losses(base, rows, chunked_head)
-        return dict(trace.moments), trace.total_work()
+        return dict(trace.peaks), trace.total_work()
     if step.checkpointing:
         contexts = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), FlashAttention())}
         with quiet():
@@ -208,11 +208,11 @@ def _run(base: Any, step: Step, period: int, chunked_head: bool) -> tuple[dict[s
         losses_N = token_losses(base, rows, chunked_head)
         trace.mark("loss", "logits and loss")
         losses_N.sum().backward()  # type: ignore[no-untyped-call]
-    return dict(trace.moments), trace.total_work()
+    return dict(trace.peaks), trace.total_work()
 
 
 def _follow_backward(layers: list[Any], trace: Trace, period: int) -> None:
-    """Begin a stretch where the backward of a layer begins: when the gradient of its output is there."""
+    """Begin a phase where the backward of a layer begins: when the gradient of its output is there."""
     last = len(layers) - period
 
     def name(number: int) -> str:
@@ -222,10 +222,10 @@ def _follow_backward(layers: list[Any], trace: Trace, period: int) -> None:
 
     for number, layer in enumerate(layers):
 
-        def on_output(_: Any, __: Any, output: Any, stretch: str = name(number)) -> None:
+        def on_output(_: Any, __: Any, output: Any, phase: str = name(number)) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
             if hidden.requires_grad:
-                hidden.register_hook(lambda _: trace.mark(stretch, "working set"))
+                hidden.register_hook(lambda _: trace.mark(phase, "working set"))
 
         layer.register_forward_hook(on_output)
 

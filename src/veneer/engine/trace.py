@@ -1,7 +1,7 @@
-"""Watches code run on meta tensors: what memory it would hold at each moment, and what work it would do.
+"""Watches code run on meta tensors: what memory it would hold at its peak, and what work it would do.
 
-Tensors on torch's meta device have a shape and no data, so a whole training step of a 70B model runs on a laptop in
-a moment. Every operation passes through here. A tensor's storage counts from the operation that makes it until
+Tensors on torch's meta device have a shape and no data, so a whole training step of a 70B model runs on a laptop in a
+moment. Every operation passes through here. A tensor's storage counts from the operation that makes it until
 Python and autograd have let go of it, rounded up as CUDA's allocator rounds. What an operation takes for itself
 and gives back before it returns cannot be seen from outside; whoever stands in for it says so with `hold`.
 
@@ -48,8 +48,8 @@ Work = dict[Operation, float]  # how often each operation is done
 
 
 @dataclass
-class Moment:
-    """The fullest moment of a stretch of code.
+class Peak:
+    """The peak of a phase of code.
 
     Attributes:
         bytes: Held by tensors made since tracing began, and by the operation that was running.
@@ -63,12 +63,12 @@ class Moment:
 class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A context in which operations on meta tensors are counted.
 
-    `mark` begins a new stretch; `scope` names the component that tensors made within belong to. `stands_in=False`: the
+    `mark` begins a new phase; `scope` names the component that tensors made within belong to. `stands_in=False`: the
     code does not call scaled dot-product attention, and is followed faster.
 
     Attributes:
-        moments: The fullest moment of each stretch.
-        work: The work of each stretch.
+        peaks: The peak of each phase.
+        work: The work of each phase.
         live: Bytes held now, by component.
     """
 
@@ -77,10 +77,10 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, stands_in: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._stands_in = stands_in
-        self.moments: dict[str, Moment] = defaultdict(Moment)
+        self.peaks: dict[str, Peak] = defaultdict(Peak)
         self.work: dict[str, Work] = defaultdict(lambda: defaultdict(float))
         self.live: dict[str, int] = defaultdict(int)
-        self._stretch = "start"
+        self._phase = "start"
         self._component = "activations"
         self._known: dict[int, tuple[int, str]] = {}
         self._total = 0
@@ -92,7 +92,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return cls._active[-1]
 
     def total_work(self) -> Work:
-        """The work of all stretches together."""
+        """The work of all phases together."""
         total: Work = defaultdict(float)
         for work in self.work.values():
             for operation, count in work.items():
@@ -111,9 +111,9 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._contexts.close()
         self._active.pop()
 
-    def mark(self, stretch: str, component: str) -> None:
-        """Begin a stretch; what is made in it belongs to `component`, where no scope says otherwise."""
-        self._stretch, self._component = stretch, component
+    def mark(self, phase: str, component: str) -> None:
+        """Begin a phase; what is made in it belongs to `component`, where no scope says otherwise."""
+        self._phase, self._component = phase, component
         self._look()
 
     @contextmanager
@@ -145,7 +145,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def note(self, kind: str, flops: float, count: float) -> None:
         """Count the work of an operation that cannot be seen: its kind, FLOPs, and bytes read and written."""
-        self.work[self._stretch][Operation(kind, flops, count)] += 1
+        self.work[self._phase][Operation(kind, flops, count)] += 1
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunction():  # `FlashAttention` has had its turn
@@ -197,14 +197,14 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._total -= count
 
     def _look(self, extra: dict[str, int] | None = None) -> None:
-        """See whether this moment is fuller than any of the stretch."""
+        """See whether more is held now than at the peak of the phase so far."""
         total = self._total + sum(extra.values()) if extra else self._total
-        moment = self.moments[self._stretch]
-        if total > moment.bytes:
-            moment.bytes = total
-            moment.components = {name: count for name, count in self.live.items() if count}
+        peak = self.peaks[self._phase]
+        if total > peak.bytes:
+            peak.bytes = total
+            peak.components = {name: count for name, count in self.live.items() if count}
             for name, count in (extra or {}).items():
-                moment.components[name] = moment.components.get(name, 0) + count
+                peak.components[name] = peak.components.get(name, 0) + count
 
 
 def on_meta(function: Any, args: Any, kwargs: Any) -> Any:

@@ -3,7 +3,7 @@
 Every operation here has two bodies with one signature. `runs_triton` decides between them, so that machines without
 Triton compute the same thing, and a test can ask for either.
 
-On meta tensors, which have no data, a kernel is launched for nothing: code that is rehearsed on them goes Triton's
+On meta tensors, which have no data, a kernel is launched for nothing: a dry run on them goes Triton's
 way, makes the tensors that Triton's way makes, and `LISTENERS` hear what each launch would have read and written.
 """
 
@@ -23,7 +23,7 @@ try:
 except ImportError:  # not on every platform; the twins do without
 
     class _Absent:
-        """Lets kernels be defined and rehearsed, not launched."""
+        """Lets kernels be defined and run dry, not launched."""
 
         constexpr = Any
         bfloat16 = float16 = float32 = None

@@ -106,7 +106,7 @@ MAKERS = {
 }
 # From small to large, for "what would fit": one architecture in every common size, and a small one below.
 _SIZES = ("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B")
-LADDER = ("HuggingFaceTB/SmolLM2-135M", *(f"Qwen/Qwen2.5-{size}" for size in _SIZES))
+MODEL_SIZES = ("HuggingFaceTB/SmolLM2-135M", *(f"Qwen/Qwen2.5-{size}" for size in _SIZES))
 _ASIDE = {"meta", "instruct", "chat", "hf", "it", "base", "bnb", "4bit", "unsloth", "v0.1", "v0.2", "v1.0"}
 
 

@@ -1,7 +1,7 @@
 """A run, foreseen: what it holds at each phase, whether that fits, how long it takes.
 
 A planner knows a base model's shapes, what the data is like, and a place to run. What only others know they hand in:
-the engine rehearses a micro-batch (`Rehearsed`), and says what shapes a run's rows will have when they reach it
+the engine runs a micro-batch dry (`DryRun`), and says what shapes a run's rows will have when they reach it
 (`Rows`). So this works the same for a model on disk and for a name, for data that was read and for data that was not,
 for the machine at hand and for a card one thinks of buying.
 """
@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import torch
 
 from veneer.config import Run, UserError
-from veneer.engine.dry_run import Kept, Rehearsed, Step
-from veneer.engine.trace import Moment
+from veneer.engine.dry_run import DryRun, Kept, Step
+from veneer.engine.trace import Peak
 from veneer.machine.cards import Card, find_card, parse_budget
 from veneer.machine.device import Machine, find_machine, named_dtype, resolve_optim
 from veneer.machine.speeds import Ceilings, ceilings_of, kept_ceilings
 from veneer.model.dense import COPIES_SHARE
 from veneer.model.shapes import Shapes
-from veneer.planning.held_out import SPARE, answers_moment, loss_moment, rows_that_fit
+from veneer.planning.held_out import SPARE, answers_peak, loss_peak, rows_that_fit
 from veneer.planning.memory import adapter_bytes, copies_bytes, loaded, phases, resting, run_disk_bytes
 from veneer.planning.time import seconds
 
@@ -101,7 +101,7 @@ class Subject:
         name: Of the base, as the run names it.
         shapes: Of the base.
         engine: Which engine a run of it gets on a device, and why; the step says in what precision and which weights.
-        rehearse: The engine's rehearsal of a micro-batch of it.
+        run_dry: The engine's dry run of a micro-batch of it.
         spend: What the fused engine would keep: of a step, memory that is to spare, and the whole budget.
         rows: What a run's data will be like for an engine; the run's settings may differ from those it was read with.
         stored: Precision its weights are published in; None: not known.
@@ -112,7 +112,7 @@ class Subject:
     name: str
     shapes: Shapes
     engine: Callable[[Run, str, Step], tuple[str, str]]
-    rehearse: Callable[[Step], Rehearsed]
+    run_dry: Callable[[Step], DryRun]
     spend: Callable[[Step, int, int], Kept]
     rows: Callable[[Run, str], Rows]
     stored: torch.dtype | None
@@ -178,7 +178,7 @@ class Forecast:
 
     Attributes:
         total, trainable: Parameters.
-        phases: The fullest moment of each phase, in the order of a run; `generation` is `veneer evaluate` afterwards.
+        phases: The peak of each phase, in the order of a run; `generation` is `veneer evaluate` afterwards.
         rows_at_a_time: Of the phases `evaluation` and `generation`, as `evaluate.batch_size` and memory allow.
         place: Where.
         engine, engine_reason: reference or fused, and why that one; it is checked again on the loaded model.
@@ -193,7 +193,7 @@ class Forecast:
 
     total: int
     trainable: int
-    phases: dict[str, Moment]
+    phases: dict[str, Peak]
     rows_at_a_time: dict[str, int]
     place: Place
     engine: str
@@ -253,7 +253,7 @@ class Forecast:
             "budget_bytes": self.place.budget_bytes,
             "margin_bytes": self.margin_bytes,
             "components": self.phases[self.peak_phase].components,
-            "phases": {name: asdict(moment) for name, moment in self.phases.items()},
+            "phases": {name: asdict(peak) for name, peak in self.phases.items()},
             "rows_at_a_time": self.rows_at_a_time,
             "engine": self.engine,
             "engine_reason": self.engine_reason,
@@ -281,7 +281,7 @@ class Planner:
     def __init__(self, subject: Subject, place: Place) -> None:
         self.subject = subject
         self.place = place
-        self._rehearse = subject.rehearse
+        self._run_dry = subject.run_dry
 
     def forecast(self, run: Run) -> Forecast:
         """Foresee a run.
@@ -300,20 +300,20 @@ class Planner:
         engine, reason, rows = self._engine(run, method)
         optim = resolve_optim(run.train.optim, place.device)
         step = step_of(run, method, shapes, rows.fullest, place, engine, rows.even)
-        rehearsed = self._rehearse(step)
-        found = phases(shapes, step, optim, rehearsed, place.device)
+        dry = self._run_dry(step)
+        found = phases(shapes, step, optim, dry, place.device)
         held_out, at_a_time = None, {}
         answered = rows.answered
         if rows.held_out is not None and answered is not None:
-            held = resting(shapes, step, optim, rehearsed, place.device)[0]
-            at_a_time["evaluation"], rows, held_out = self._held_out(run, step, rehearsed, held, rows)
-            found["evaluation"] = loss_moment(held, rehearsed, held_out[1])
+            held = resting(shapes, step, optim, dry, place.device)[0]
+            at_a_time["evaluation"], rows, held_out = self._held_out(run, step, dry, held, rows)
+            found["evaluation"] = loss_peak(held, dry, held_out[1])
             at_a_time["generation"], found["generation"] = self.answers(run, answered, method)
         sizes = shapes.adapter(step.targets, step.r)
         trainable = shapes.total if method == "full" else sum(sizes)
-        peak = max(moment.bytes for moment in found.values())
+        peak = max(peak.bytes for peak in found.values())
         paged = adapter_bytes(sizes) * 2 if optim.startswith("paged") else 0
-        spare = place.budget_bytes - max(moment.bytes for name, moment in found.items() if name != "generation")
+        spare = place.budget_bytes - max(peak.bytes for name, peak in found.items() if name != "generation")
         kept = None
         if engine == "fused" and run.train.gradient_checkpointing == "auto" and spare > 0:
             kept = self.subject.spend(step, spare, place.budget_bytes)
@@ -336,7 +336,7 @@ class Planner:
             run_seconds=timed[1],
         )
 
-    def answers(self, run: Run, rows: Padded, method: str | None = None) -> tuple[int, Moment]:
+    def answers(self, run: Run, rows: Padded, method: str | None = None) -> tuple[int, Peak]:
         """How many rows `veneer evaluate` takes at a time, and what it holds then.
 
         Args:
@@ -348,18 +348,18 @@ class Planner:
         step = step_of(run, method or self._method(run), shapes, Padded(1, 1, 1), place)
         held = loaded(shapes, step, place.device)
 
-        def moment_of(count: int) -> Moment:
+        def peak_of(count: int) -> Peak:
             asked = step_for_held_out(step, Padded(count, rows.length, count * rows.trained))
-            return answers_moment(held, shapes, asked, self._rehearse(asked), run.evaluate.max_new_tokens)
+            return answers_peak(held, shapes, asked, self._run_dry(asked), run.evaluate.max_new_tokens)
 
         most = min(run.evaluate.batch_size, rows.rows)
-        count = rows_that_fit(most, moment_of, sum(held.values()), place.budget_bytes)
-        return count, moment_of(count)
+        count = rows_that_fit(most, peak_of, sum(held.values()), place.budget_bytes)
+        return count, peak_of(count)
 
     def _held_out(
-        self, run: Run, step: Step, train: Rehearsed, held: Mapping[str, int], rows: Rows
-    ) -> tuple[int, Rows, tuple[Step, Rehearsed]]:
-        """How many rows the held-out loss takes at a time, the data with such batches, and the largest rehearsed."""
+        self, run: Run, step: Step, train: DryRun, held: Mapping[str, int], rows: Rows
+    ) -> tuple[int, Rows, tuple[Step, DryRun]]:
+        """How many rows the held-out loss takes at a time, the data in such batches, and the largest's dry run."""
 
         def batches_of(count: int) -> Rows:
             if count == run.evaluate.batch_size:
@@ -367,17 +367,17 @@ class Planner:
             smaller = run.model_copy(update={"evaluate": run.evaluate.model_copy(update={"batch_size": count})})
             return self.subject.rows(smaller, step.engine)
 
-        def rehearsed(count: int) -> tuple[Step, Rehearsed]:
+        def dry(count: int) -> tuple[Step, DryRun]:
             batch = batches_of(count).held_out
             assert batch is not None
             asked = step_for_held_out(step, batch)
-            return asked, self._rehearse(asked)
+            return asked, self._run_dry(asked)
 
-        def moment_of(count: int) -> Moment:
-            return loss_moment(held, train, rehearsed(count)[1])
+        def peak_of(count: int) -> Peak:
+            return loss_peak(held, train, dry(count)[1])
 
-        count = rows_that_fit(run.evaluate.batch_size, moment_of, sum(held.values()), self.place.budget_bytes)
-        return count, batches_of(count), rehearsed(count)
+        count = rows_that_fit(run.evaluate.batch_size, peak_of, sum(held.values()), self.place.budget_bytes)
+        return count, batches_of(count), dry(count)
 
     def rows(self, run: Run) -> Rows:
         """What a run's data will be like for the engine it gets."""
@@ -392,7 +392,7 @@ class Planner:
     def _times(
         self,
         step: Step,
-        held_out: tuple[Step, Rehearsed] | None,
+        held_out: tuple[Step, DryRun] | None,
         rows: Rows,
         run: Run,
         kept: Kept | None,
@@ -407,7 +407,7 @@ class Planner:
         records = rows.even or run.train.gradient_checkpointing == "auto"  # else there is no room to
 
         def taken(asked: Step) -> float:
-            found = self._rehearse(asked)
+            found = self._run_dry(asked)
             replayed = rows.replayed if found.records and records else 0.0
             launched = seconds(found.work, ceilings, host)
             return replayed * seconds(found.work, ceilings, 0.0) + (1 - replayed) * launched
@@ -440,7 +440,7 @@ UPDATES = 2  # operations a tensor
 def step_of(
     run: Run, method: str, shapes: Shapes, batch: Padded, place: Place, engine: str = "reference", even: bool = True
 ) -> Step:
-    """The micro-batch of a run, to rehearse.
+    """The micro-batch of a run, for a dry run.
 
     Raises:
         UserError: An adapter target matches nothing, or the architecture cannot take the quantization.

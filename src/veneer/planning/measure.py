@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from veneer.config import Adapter
 from veneer.data.batch import Batch, Example
-from veneer.engine.dry_run import Step, rehearse
+from veneer.engine.dry_run import Step, run_dry
 from veneer.engine.reference import ReferenceEngine
 from veneer.machine.device import Machine
 from veneer.machine.speeds import Ceilings
@@ -77,7 +77,7 @@ def _sustained(work: Callable[[], object], device: str, seconds: float) -> float
 
 
 def _host_seconds(machine: Machine, seconds: float) -> float:
-    """Host time of an operation: a tiny model's whole step, divided by the operations it is rehearsed to have."""
+    """Host time of an operation: a tiny model's whole step, divided by the operations a dry run counts in it."""
     from transformers import LlamaConfig
 
     config = LlamaConfig(
@@ -85,7 +85,7 @@ def _host_seconds(machine: Machine, seconds: float) -> float:
     )
     shapes = shapes_of(build(config, machine.dtype))
     step = Step(1, 16, 15, machine.dtype, "lora", shapes.targets("all-linear"))
-    operations = sum(rehearse(lambda depth: build(config, machine.dtype, depth), 4, None, step).work.values())
+    operations = sum(run_dry(lambda depth: build(config, machine.dtype, depth), 4, None, step).work.values())
     base = build(config, machine.dtype).to_empty(device=machine.device).requires_grad_(False)
     engine = ReferenceEngine(attach(base, Adapter(), 0, gradient_checkpointing=True))
     ids = torch.zeros(16, dtype=torch.int32).numpy()

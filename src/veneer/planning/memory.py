@@ -1,8 +1,8 @@
-"""What each part of a run holds, in bytes, from shapes alone; and the fullest moment of each phase.
+"""What each part of a run holds, in bytes, from shapes alone; and the peak of each phase.
 
 Frozen weights are counted in the bits they are stored in, the adapter and what the optimizer keeps of it exactly, each
-tensor rounded up as the allocator rounds. What a step holds beside them is rehearsed by the engine that will run it
-(`Rehearsed`), since only its own code knows. An engine that places tensors itself hands over a rehearsal of its own.
+tensor rounded up as the allocator rounds. What a step holds beside them comes from a dry run of the engine that will
+run it (`DryRun`), since only its own code knows. An engine that places tensors itself hands over a dry run of its own.
 """
 
 from collections import Counter
@@ -11,22 +11,22 @@ from math import ceil, prod
 from typing import Any
 
 from veneer.config import Train
-from veneer.engine.dry_run import CONSTANT_BLOCK, QUANT_BLOCK, Rehearsed, Step
-from veneer.engine.trace import Moment, rounded
+from veneer.engine.dry_run import CONSTANT_BLOCK, QUANT_BLOCK, DryRun, Step
+from veneer.engine.trace import Peak, rounded
 from veneer.model.shapes import Shapes
 
 # Beside tensors: what cuBLAS takes of the allocator's; on a CPU the process, its code, and the holes in its heap.
 LIBRARIES = {"cuda": 66 * 2**20, "cpu": 830 * 2**20, "mps": 0}
 
 
-def phases(shapes: Shapes, step: Step, optim: str, train: Rehearsed, device: str) -> dict[str, Moment]:
-    """The fullest moment of each phase of training, with all its components.
+def phases(shapes: Shapes, step: Step, optim: str, train: DryRun, device: str) -> dict[str, Peak]:
+    """The peak of each phase of training, with all its components.
 
     Args:
         shapes: The base model.
         step: The micro-batch of training.
         optim: The optimizer, as `train.optim` resolves.
-        train: `step` rehearsed.
+        train: The dry run of `step`.
         device: cuda, cpu or mps.
     """
     held, gradients = resting(shapes, step, optim, train, device)
@@ -41,10 +41,10 @@ def phases(shapes: Shapes, step: Step, optim: str, train: Rehearsed, device: str
     }
     found["backward"] = found["forward"] + Counter(train.fullest("backward").components)
     found["forward"] += Counter(train.fullest("forward").components)
-    return {name: Moment(sum(parts.values()), dict(parts)) for name, parts in found.items()}
+    return {name: Peak(sum(parts.values()), dict(parts)) for name, parts in found.items()}
 
 
-def resting(shapes: Shapes, step: Step, optim: str, train: Rehearsed, device: str) -> tuple[Counter[str], int]:
+def resting(shapes: Shapes, step: Step, optim: str, train: DryRun, device: str) -> tuple[Counter[str], int]:
     """What a run holds between its passes, and the bytes of its gradients beside that; arguments as for `phases`."""
     frozen, libraries = Counter(_frozen(shapes, step)), Counter({"libraries": LIBRARIES[device]})
     itemsize = step.dtype.itemsize

@@ -9,7 +9,7 @@ from typing import Any
 
 from veneer.config import Model, Run
 from veneer.config.names import find_model
-from veneer.model.known import LADDER, smaller_siblings
+from veneer.model.known import MODEL_SIZES, smaller_siblings
 from veneer.planning.forecast import Place, Planner, place_of
 from veneer.planning.held_out import SPARE
 from veneer.planning.subject import subject_of
@@ -19,7 +19,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Rung:
+class ModelSize:
     """A base and what it needs.
 
     Attributes:
@@ -54,15 +54,15 @@ def leanest(run: Run, base: str | None = None) -> Run:
     return Run.model_validate(values)
 
 
-def rungs(run: Run, place: Place, methods: tuple[str, ...] = METHODS) -> list[Rung]:
-    """The ladder, with a run's length and rank, up to what a place holds."""
+def model_sizes(run: Run, place: Place, methods: tuple[str, ...] = METHODS) -> list[ModelSize]:
+    """Models with a run's length and rank, up to what a place holds."""
     found = []
-    for base in LADDER:
+    for base in MODEL_SIZES:
         lean = leanest(run, base)
         planner = Planner(subject_of(Model(base=base), "it is one of many"), place)
         forecasts = {method: planner.forecast_as(lean, method) for method in methods}
         # What does not fit does not fit with a larger base either.
-        found.append(Rung(base, planner.subject.shapes.total, {m: forecasts[m].peak_bytes for m in methods}))
+        found.append(ModelSize(base, planner.subject.shapes.total, {m: forecasts[m].peak_bytes for m in methods}))
         methods = tuple(m for m in methods if forecasts[m].peak_bytes <= place.budget_bytes)
         if not methods:
             break
@@ -78,15 +78,15 @@ def compare(run: Run, planner: Planner, sizes: Sequence[int] = (16, 24, 48, 80))
         sizes: Memory of GPUs, in GiB.
     """
     places = {size: place_of(f"{size}GiB") for size in sizes}
-    ladder = rungs(run, places[max(sizes)])
+    models = model_sizes(run, places[max(sizes)])
     lean = leanest(run)
     methods = {}
     for method in METHODS:
         peak = planner.forecast_as(lean, method).peak_bytes
-        here = Rung(run.model.base, 0, {method: peak})
+        here = ModelSize(run.model.base, 0, {method: peak})
         largest = {}
         for size, place in places.items():
-            fitting = [rung for rung in ladder if rung.fits(method, place.budget_bytes)]
+            fitting = [model for model in models if model.fits(method, place.budget_bytes)]
             largest[f"{size}GiB"] = fitting[-1].base if fitting else None
         methods[method] = {
             "peak_bytes": peak,

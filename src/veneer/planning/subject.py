@@ -14,9 +14,9 @@ import torch
 
 from veneer.config import Model, Run, UserError
 from veneer.engine.choose import FUSED_DEVICES
-from veneer.engine.dry_run import Kept, Rehearsed, Step, carried_on, rehearse
+from veneer.engine.dry_run import DryRun, Kept, Step, carried_on, run_dry
 from veneer.engine.fused import NotCoveredError
-from veneer.engine.fused.dry_run import rehearse_layers, require_covered, spending
+from veneer.engine.fused.dry_run import require_covered, run_layers_dry, spending
 from veneer.model.shapes import build, find_config, is_at_hand, is_stored_in_4_bits, shapes_of
 from veneer.model.trainable import require_trainable
 from veneer.planning.batch_shapes import Lengths, rows_of
@@ -57,14 +57,14 @@ class _Known:
 
 
 @lru_cache(maxsize=256)
-def _rehearsed(known: _Known, step: Step) -> Rehearsed:
-    """A rehearsal; planning the same again, with another optimizer say, costs nothing."""
+def _dry_run(known: _Known, step: Step) -> DryRun:
+    """A dry run; planning the same again, with another optimizer say, costs nothing."""
     depth, period = known.content[2], known.period(step)
     if step.engine == "fused":
         return carried_on(
-            lambda layers, ends: rehearse_layers(known.build(step, layers), step, ends), depth, period, step.training
+            lambda layers, ends: run_layers_dry(known.build(step, layers), step, ends), depth, period, step.training
         )
-    return rehearse(lambda layers: known.build(step, layers), depth, period, step)
+    return run_dry(lambda layers: known.build(step, layers), depth, period, step)
 
 
 @lru_cache(maxsize=256)
@@ -112,7 +112,7 @@ def subject_of(model: Model, data: tuple[Lengths, Lengths] | str) -> Subject:
     base = build(config, torch.bfloat16, attention=model.attn_implementation)
     require_trainable(base, model.base)
     shapes = shapes_of(base)
-    # What decides the rehearsal, in a form that can be compared.
+    # What decides the dry run, in a form that can be compared.
     content = config.to_json_string(use_diff=False), model.attn_implementation, shapes.depth, shapes.period
     known = _Known(config, content)
 
@@ -126,7 +126,7 @@ def subject_of(model: Model, data: tuple[Lengths, Lengths] | str) -> Subject:
         name=model.base,
         shapes=shapes,
         engine=partial(_engine, known),
-        rehearse=partial(_rehearsed, known),
+        run_dry=partial(_dry_run, known),
         spend=spend,
         rows=rows,
         stored=stored,

@@ -8,7 +8,7 @@ against.
 All add in a fixed order, so that the same pass gives the same bits. Flash's backward does so only on request, and is
 the slower for it: by 7% for documents of a few hundred tokens, by a third to two thirds for long ones.
 
-Tensors on the meta device, which a plan is rehearsed on, go the way that those of the GPU planned for will go
+Tensors on the meta device, on which a plan's dry run is made, go the way that those of the GPU planned for will go
 (`PLANNED`), through torch's own account of what the kernels return; FlexAttention, which is compiled, is put down as
 flash.
 

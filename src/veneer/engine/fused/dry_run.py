@@ -1,4 +1,4 @@
-"""The fused engine rehearsed on meta tensors: what it holds and does, before anything is loaded.
+"""A dry run of the fused engine on meta tensors: what it holds and does, before anything is loaded.
 
 The engine itself runs, on a model whose frozen weights and adapters are stand-ins with a shape and no data: the parts
 of PEFT's and bitsandbytes' modules that `family` reads, and no more, since importing either takes longer than a plan
@@ -21,7 +21,7 @@ import torch
 
 from veneer.data import Batch
 from veneer.data.batch import UNTRAINED
-from veneer.engine.dry_run import CONSTANT_BLOCK, QUANT_BLOCK, Kept, Rehearsed, Step
+from veneer.engine.dry_run import CONSTANT_BLOCK, QUANT_BLOCK, DryRun, Kept, Step
 from veneer.engine.fused.attention import PLANNED
 from veneer.engine.fused.block import TENSORS, Block
 from veneer.engine.fused.engine import FusedEngine
@@ -34,13 +34,13 @@ from veneer.kernels.launch import LISTENERS
 META = torch.device("meta")
 
 
-def rehearse_layers(base: Any, step: Step, period: int) -> Rehearsed:
+def run_layers_dry(base: Any, step: Step, period: int) -> DryRun:
     """A micro-batch, or the held-out loss of one, of a model with all the layers it has.
 
     Args:
         base: On the meta device; changed.
         step: The micro-batch.
-        period: Layers that have stretches of their own in backward, at its beginning and at its end.
+        period: Layers that have phases of their own in backward, at its beginning and at its end.
 
     Raises:
         NotCoveredError: The engine does not compute this model.
@@ -51,9 +51,9 @@ def rehearse_layers(base: Any, step: Step, period: int) -> Rehearsed:
     engine.watch(trace, period)
     with trace, _heard(trace), _planned(step), torch.no_grad():
         trace.mark("forward", "activations")
-        engine.rehearse(inputs, step.training)
+        engine.run_dry(inputs, step.training)
     records = step.training and engine.is_recordable
-    return Rehearsed(dict(trace.moments), trace.total_work(), held, records)
+    return DryRun(dict(trace.peaks), trace.total_work(), held, records)
 
 
 def require_covered(base: Any, step: Step) -> None:
@@ -84,13 +84,13 @@ def spending(base: Any, step: Step, depth: int, spare_bytes: int, budget_bytes: 
 
 
 class _Rehearsing(FusedEngine):
-    """The engine, with a stretch of the trace for its head and for the backward of each block."""
+    """The engine, with a phase of the trace for its head and for the backward of each block."""
 
     def watch(self, trace: Trace, period: int) -> None:
-        """Begin stretches in this trace."""
+        """Begin phases in this trace."""
         self._trace, self._period = trace, period
 
-    def rehearse(self, inputs: Inputs, training: bool) -> None:
+    def run_dry(self, inputs: Inputs, training: bool) -> None:
         """A pass, or the losses alone."""
         if training:
             self._pass(inputs)
@@ -101,11 +101,11 @@ class _Rehearsing(FusedEngine):
     def _head(self, *arguments: Any) -> Any:
         self._trace.mark("loss", "logits and loss")
         found = super()._head(*arguments)
-        self.blocks = [_Marked(block, self._trace, self._stretch(block.number)) for block in self.blocks]
+        self.blocks = [_Marked(block, self._trace, self._phase(block.number)) for block in self.blocks]
         return found
 
-    def _stretch(self, number: int) -> str:
-        """As `engine.rehearsal` names them: only blocks at either end have one of their own."""
+    def _phase(self, number: int) -> str:
+        """As `engine.dry_run` names them: only blocks at either end have one of their own."""
         from_end = len(self.blocks) - number
         if from_end <= self._period:
             return f"backward -{from_end}"
@@ -118,14 +118,14 @@ class _Rehearsing(FusedEngine):
 
 
 class _Marked(Block):
-    """A block whose backward begins a stretch."""
+    """A block whose backward begins a phase."""
 
-    def __init__(self, block: Block, trace: Trace, stretch: str) -> None:
+    def __init__(self, block: Block, trace: Trace, phase: str) -> None:
         vars(self).update(vars(block))
-        self._trace, self._stretch = trace, stretch
+        self._trace, self._phase = trace, phase
 
     def backward(self, *arguments: Any) -> None:
-        self._trace.mark(self._stretch, "working set")
+        self._trace.mark(self._phase, "working set")
         super().backward(*arguments)
 
 

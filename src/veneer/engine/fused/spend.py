@@ -7,7 +7,7 @@ faster in one call than in many (`cudnn`), and whose room all blocks share; then
 costs most time a byte, from the last block to the first, since backward frees those first; then to 16-bit copies of
 4-bit weights, which save least.
 
-A tensor that is kept adds its bytes to every moment of a step until its block's backward, so the peak grows by no more
+A tensor that is kept adds its bytes to every point of a step until its block's backward, so the peak grows by no more
 than the sum.
 """
 
