@@ -1,5 +1,6 @@
 """Unit tests keep what they cache to themselves, share one run to certify, and call commands in their process."""
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("VENEER_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(hub, "_probe", lambda endpoint, period: None)  # nothing is asked of a network
         yield
+
+
+@pytest.fixture(autouse=True)
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C interrupts, also where tests run in the background of a shell, which has them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -269,8 +269,8 @@ def test_export_asks_for_llama_cpp_before_it_writes(
 @pytest.mark.parametrize(
     ("file", "status", "told"),
     [
-        ("config.json", 2, "config.json: not a JSON object"),
-        ("merge.json", 2, "merge.json: not a JSON object"),
+        ("config.json", 2, "config.json: damaged: not JSON"),
+        ("merge.json", 2, "merge.json: damaged: not JSON"),
         ("chat_template.jinja", 1, "its chat template fails, that of the training does not"),
     ],
 )

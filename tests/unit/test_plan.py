@@ -247,7 +247,7 @@ def test_folders_that_are_no_model_are_refused(tmp_path: Any) -> None:
 
     assert "config.json" in said()
     (tmp_path / "config.json").write_text("{")
-    assert "not a configuration" in said()
+    assert "config.json: damaged: not JSON" in said()
     (tmp_path / "config.json").write_text('{"model_type": "llamma"}')
     assert "nearest: llama" in said()
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')

@@ -1,9 +1,7 @@
 """Streamed loading gives what Transformers' own reader gives, to the bit, and tells what is wrong with files."""
 
 import json
-import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny import FAMILIES
 from veneer.config import Adapter, Model, Quantization, UserError
+from veneer.config.folder import whole_folder
 from veneer.machine import find_machine
 from veneer.model import attach, locate, reader
 from veneer.model.load import LoadReport, keep_4bit_layout, load_base, load_plainly, settings_of
@@ -350,7 +349,7 @@ def spoil_manifest(folder: Path) -> None:
         (cut, "weights.safetensors is cut off"),
         (lose_a_weight, "it lacks model.norm.weight"),
         (be_of_another_version, "made with another bitsandbytes"),
-        (spoil_manifest, "list indices"),
+        (spoil_manifest, "manifest.json: damaged"),
     ],
 )
 def test_kept_weights_that_do_not_fit_are_told_and_made_anew(
@@ -402,15 +401,15 @@ def test_where_weights_cannot_be_kept_beside_the_base_the_cache_takes_them(
 
 def test_what_a_killed_process_left_of_a_copy_is_deleted(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
     folder = copied(tiny_model(), tmp_path / "model")
-    for name, age in (("abandoned", 7200), ("at work", 60)):
-        left = folder / ".veneer" / f".nf4-double-float32-cpu.{name}"
-        left.mkdir(parents=True)
+    with pytest.raises(KeyboardInterrupt), whole_folder(folder / ".veneer" / "nf4-double-float32-cpu") as at_work:
+        left = at_work.with_name(at_work.name[:-1] + ("0" if at_work.name[-1] != "0" else "1"))
+        left.mkdir()
         (left / "weights.safetensors").write_bytes(b"half")
-        for path in (left / "weights.safetensors", left):
-            os.utime(path, (time.time() - age,) * 2)
-    load(folder, CACHED)
-    found = sorted(path.name for path in (folder / ".veneer").iterdir())
-    assert found == [".nf4-double-float32-cpu.at work", "nf4-double-float32-cpu"]
+        load(folder, CACHED)
+        assert at_work.exists(), "another process may be at work there"
+        assert not left.exists()
+        raise KeyboardInterrupt
+    assert [path.name for path in (folder / ".veneer").iterdir()] == ["nf4-double-float32-cpu"]
 
 
 def test_a_full_disk_is_told_and_nothing_is_left(
