@@ -70,7 +70,6 @@ MORE: dict[str, dict[str, Any]] = {
     "longer than the positions": {"base": "openai-community/gpt2", "facts": replace(DATA, p95=3000)},
     "too long for GPT-2": GPT2 | {"facts": replace(DATA, longest=1400)},
     "too long, unread": GPT2 | {"facts": None, "tokenizer": None},
-    "full rate": {"method": "full"},
 }  # fmt: skip
 FIRING = FAULTS | MORE
 

@@ -18,7 +18,6 @@ from veneer.data import Batch
 from veneer.engine import ReferenceEngine, choose
 from veneer.engine.agreement import agree
 from veneer.engine.fused import FusedEngine
-from veneer.engine.temporary import adapter_off
 from veneer.kernels.launch import TritonError
 from veneer.training import TrainingJob
 from veneer.training.metrics import read_metrics
@@ -278,7 +277,7 @@ def test_the_base_alone_is_without_its_adapter(engine_type: Any) -> None:
     tuned = engine.losses(batch)
     with model.disable_adapter():
         base = ReferenceEngine(model).losses(batch)
-    with adapter_off(model, engine):
+    with engine.adapter_off():
         torch.testing.assert_close(engine.losses(batch), base)
     assert not torch.allclose(base, tuned)
     assert torch.equal(engine.losses(batch), tuned)

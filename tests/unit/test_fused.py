@@ -17,7 +17,6 @@ from veneer.engine.fused import FusedEngine, NotCoveredError
 from veneer.engine.fused.block import TENSORS
 from veneer.engine.fused.graphs import Graphs, Inputs, Size, rounded
 from veneer.engine.fused.group import Group, Linear
-from veneer.engine.temporary import dropout_off
 from veneer.kernels.place import place, placement_of
 from veneer.kernels.rms_norm import rms_norm
 from veneer.model import attach
@@ -295,7 +294,7 @@ def test_a_pass_with_dropout_is_not_the_recorded_one_without(monkeypatch: pytest
     monkeypatch.setattr(Graphs, "_record", record)
     engine = FusedEngine(model_of("llama", lora_dropout=0.3))
     engine._graphs = Graphs(engine._pass)
-    with dropout_off(engine.model, engine):
+    with engine.dropout_off():
         losses = [engine.forward_backward(batch_of(), 1.0).item() for _ in range(3)]
     assert losses[1:] == [-1, -1], "recorded"
     assert engine.forward_backward(batch_of(), 1.0).item() > 0

@@ -82,7 +82,6 @@ def _train_and_score(out: Any, job: Any) -> tuple[Any, Any]:
     from veneer.api.train import finish
     from veneer.cli import show, show_demo
     from veneer.data.pipeline import read_held_out
-    from veneer.engine.temporary import adapter_off
     from veneer.evaluation import Evaluation, generate, score
     from veneer.evaluation.examples import examples_of
 
@@ -98,7 +97,7 @@ def _train_and_score(out: Any, job: Any) -> tuple[Any, Any]:
         return found
 
     out.print(f"[bold]3  The base model[/bold] answers {len(held_out)} messages")
-    with adapter_off(job.model, job.engine):
+    with job.engine.adapter_off():
         base = scored()
         out.print(f"   and with {EXAMPLES} training rows as examples in its prompt")
         rows = read_held_out(run.data.train, "data.train", run.data, job.renderer)

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from veneer.config import JobError, Train, UserError
 from veneer.data import Batch
 from veneer.data.batch import Example
@@ -102,41 +100,6 @@ def choose(model: Any, train: Train, device: str, examples: Sequence[Example]) -
             "  fix: set train.engine to reference; `veneer verify` says more"
         )
     return fall_back(model, failure)
-
-
-def spend_memory(
-    engine: Engine,
-    train: Train,
-    sizes: Sequence[int],
-    varies: bool,
-    held_out: Sequence[int],
-    later_bytes: int,
-    documents: Sequence[int] = (),
-) -> dict[str, Any] | None:
-    """Let the fused engine keep what this GPU has room for, so that less is computed twice.
-
-    Args:
-        engine: Chosen and checked.
-        train: The settings.
-        sizes: Tokens of every row, or pack.
-        varies: Whether micro-batches come in more than one shape.
-        held_out: Tokens of the rows of the largest held-out batch.
-        later_bytes: What is still to come on the device, the optimizer's states say.
-        documents: Tokens of the documents of the micro-batch that holds most of them, where rows are packed.
-
-    Returns:
-        What `FusedEngine.fit` returns; None: there is nothing to decide.
-    """
-    if not isinstance(engine, FusedEngine) or not engine.on_gpu:
-        return None
-    if train.gradient_checkpointing != "auto":
-        if varies:
-            engine.record_nothing()  # what recorded passes would hold was not asked for
-        return None
-    torch.cuda.empty_cache()
-    budget = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - later_bytes
-    largest = sorted(sizes, reverse=True)[: train.per_device_train_batch_size]
-    return engine.fit(largest, budget, held_out, varies, documents)
 
 
 def fall_back(model: Any, failure: str) -> Choice:

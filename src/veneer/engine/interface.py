@@ -1,17 +1,39 @@
-"""What every engine does. The loop, the evaluation and the checks know nothing else of an engine."""
+"""What every engine does. The loop, evaluation, verification and the plan know nothing else of an engine."""
 
-from typing import Protocol
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from veneer.data import Batch
 
 
+class BatchShapes(NamedTuple):
+    """Tokens of the rows or documents in the batches of a run that need most memory.
+
+    Attributes:
+        largest: Of the rows of the largest micro-batch.
+        varies: Whether micro-batches come in more than one shape.
+        held_out: Of the rows of the largest held-out batch.
+        documents: Of the documents of the micro-batch that holds most of them, where rows are packed.
+    """
+
+    largest: tuple[int, ...]
+    varies: bool = False
+    held_out: tuple[int, ...] = ()
+    documents: tuple[int, ...] = ()
+
+
 class Engine(Protocol):
-    """Computes losses and gradients of an adapter on a frozen base model."""
+    """Computes losses and gradients of an adapter on a frozen base model.
+
+    Attributes:
+        name: reference or fused.
+        is_reference: Whether it is what others are compared with.
+    """
 
     name: str
-    isolates_documents: bool  # whether packed documents never see each other
+    is_reference: bool
 
     @property
     def master(self) -> torch.nn.Parameter | None:
@@ -22,7 +44,7 @@ class Engine(Protocol):
         """Add the gradient of `scale` times the batch's summed loss to the adapter's parameters.
 
         The caller chooses the scale (1 / summed weights of the whole optimizer step's tokens), so that any split of a
-        step into micro-batches gives the same gradient.
+        step into micro-batches gives the same gradient. Documents of a batch never see each other.
 
         Returns:
             The summed loss over trained tokens, each times its weight, unscaled; a scalar on the device, float64
@@ -32,4 +54,31 @@ class Engine(Protocol):
 
     def losses(self, batch: Batch) -> torch.Tensor:
         """Summed weighted loss of each document, shape (documents,), in the same dtype; no gradients, dropout off."""
+        ...
+
+    def plan_memory(
+        self, shapes: BatchShapes, gradient_checkpointing: bool | str, later_bytes: int
+    ) -> dict[str, Any] | None:
+        """Choose what stays in memory from forward to backward; for before training, since gradients are lost.
+
+        Args:
+            shapes: Of the run's batches.
+            gradient_checkpointing: The setting; auto: keep as much as the device has room for.
+            later_bytes: What is still to come on the device, as the optimizer's states.
+
+        Returns:
+            What was chosen, for plan.json; None: this engine, device or setting leaves nothing to choose.
+        """
+        ...
+
+    def adapter_off(self) -> AbstractContextManager[None]:
+        """Within the block the base alone answers, in generation and in the engine's losses."""
+        ...
+
+    def dropout_off(self) -> AbstractContextManager[None]:
+        """Within the block training passes drop nothing: two engines never draw the same mask."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """How it computes, for plan.json: `chunked_head`, whether only a part of the logits is there at a time."""
         ...

@@ -15,7 +15,7 @@ Shapes: B rows, L padded length, N trained tokens, D model width, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,10 @@ import torch.nn.functional as F
 from veneer.data import Batch
 from veneer.data.batch import UNTRAINED
 from veneer.engine.attention import short_row_attention
+from veneer.engine.interface import BatchShapes
 from veneer.engine.positions import switch_of
 from veneer.engine.prefix import can_share, hidden_behind, shared_tokens
+from veneer.engine.temporary import no_dropout
 from veneer.kernels.linear_cross_entropy import linear_cross_entropy
 from veneer.machine.device import return_freed_memory
 from veneer.model.dense import adapter_beside_copies
@@ -61,7 +63,7 @@ class ReferenceEngine:
     """
 
     name = "reference"
-    isolates_documents = True
+    is_reference = True
     master = None
 
     def __init__(self, model: Any, for_cpu: bool = False) -> None:
@@ -101,6 +103,25 @@ class ReferenceEngine:
             result.index_add_(0, documents_B[rows.row_N], losses_N.to(self._sum_dtype))
             self._tidy()
         return result
+
+    def plan_memory(
+        self, shapes: BatchShapes, gradient_checkpointing: bool | str, later_bytes: int
+    ) -> dict[str, Any] | None:
+        """See `Engine.plan_memory`; here Transformers does as the setting says."""
+        return None
+
+    def adapter_off(self) -> AbstractContextManager[None]:
+        """See `Engine.adapter_off`."""
+        found: AbstractContextManager[None] = self.model.disable_adapter()
+        return found
+
+    def dropout_off(self) -> AbstractContextManager[None]:
+        """See `Engine.dropout_off`."""
+        return no_dropout(self.model)
+
+    def describe(self) -> dict[str, Any]:
+        """See `Engine.describe`."""
+        return {"chunked_head": self.chunked_head}
 
     @contextmanager
     def _cpu_passes(self, rows: Rows) -> Iterator[None]:

@@ -7,9 +7,6 @@ from typing import Any
 
 import torch
 
-from veneer.engine.fused import FusedEngine
-from veneer.engine.interface import Engine
-
 REACH = 0.1  # of the input's size: what adapters add in checks, whatever their rank and scale
 
 
@@ -49,37 +46,14 @@ def fill_b(model: Any) -> None:
 
 
 @contextmanager
-def adapter_off(model: Any, engine: Engine) -> Iterator[None]:
-    """The base alone, for generation and for the engine's losses.
-
-    PEFT's switch is in modules that the fused engine does not call, so its matrices are zero meanwhile.
-    """
-    with model.disable_adapter():
-        if engine.master is None:
-            yield
-            return
-        kept = engine.master.detach().clone()
-        engine.master.data.zero_()
-        try:
-            yield
-        finally:
-            engine.master.data.copy_(kept)
-
-
-@contextmanager
-def dropout_off(model: Any, engine: Engine) -> Iterator[None]:
-    """No dropout in training passes: two engines never draw the same mask."""
+def no_dropout(model: Any) -> Iterator[None]:
+    """Within the block a model's dropout modules drop nothing, in training mode too."""
     modules = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
-    groups = [group for block in engine.blocks for group in block.groups] if isinstance(engine, FusedEngine) else []
-    before = [module.p for module in modules], [group.dropout_p for group in groups]
+    before = [module.p for module in modules]
     try:
         for module in modules:
             module.p = 0.0
-        for group in groups:
-            group.dropout_p = 0.0
         yield
     finally:
-        for module, p in zip(modules, before[0], strict=True):
+        for module, p in zip(modules, before, strict=True):
             module.p = p
-        for group, p in zip(groups, before[1], strict=True):
-            group.dropout_p = p

@@ -14,7 +14,6 @@ from veneer.config import Evaluate
 from veneer.data import Batch, Conversation, Message, Renderer
 from veneer.data.pipeline import HeldOut
 from veneer.engine import Engine
-from veneer.engine.temporary import adapter_off
 from veneer.evaluation.fields import RECORD, field_scores
 from veneer.evaluation.generation import generate
 from veneer.evaluation.intervals import Interval, perplexity, perplexity_difference, proportion
@@ -225,6 +224,6 @@ def compare(
 ) -> Evaluation:
     """Score the base and the tuned model; a base that was scored before may be given."""
     if base is None:
-        with adapter_off(model, engine):
+        with engine.adapter_off():
             base = score(model, engine, renderer, held_out, settings, on_done)
     return Evaluation(base, score(model, engine, renderer, held_out, settings, on_done, batching=base.batching))

@@ -18,7 +18,7 @@ from veneer.model.shapes import Shapes
 from veneer.planning.forecast import Forecast
 from veneer.planning.memory import frozen_bytes
 
-RATES = {"lora": (2e-5, 1e-3), "full": (1e-6, 1e-4)}
+RATES = 2e-5, 1e-3  # usual learning rates of LoRA
 MORE_ROWS = "gather more rows"
 SEVERITIES = ("error", "warning", "info")
 
@@ -66,10 +66,6 @@ class Situation:
         stored: Precision its weights are published in; None: not known.
         forecast: Of the run.
         data, tokenizer: None: not looked at.
-        method: lora, qlora or full.
-        use_cache: Whether the model would keep a key-value cache while it trains.
-        isolates_documents: Whether the engine keeps packed rows apart.
-        merge_dtype: What an adapter is to be merged in, where one is.
         file_type: Type of a quantized GGUF file that the base comes from, as Q4_1; None: it comes from no such file.
     """
 
@@ -79,10 +75,6 @@ class Situation:
     forecast: Forecast
     data: DataFacts | None = None
     tokenizer: TokenizerFacts | None = None
-    method: str = "lora"
-    use_cache: bool = False
-    isolates_documents: bool = True
-    merge_dtype: torch.dtype | None = None
     file_type: str | None = None
 
     @property
@@ -177,7 +169,7 @@ def _(s: Situation) -> Found:
 
 @_rule("experts", "warning", "adapter.target_modules", "peft 0.21: _convert_peft_config_moe")
 def _(s: Situation) -> Found:
-    if not s.shapes.experts or s.run.adapter.target_modules != "all-linear" or s.method == "full":
+    if not s.shapes.experts or s.run.adapter.target_modules != "all-linear":
         return None
     return (
         f"{s.shapes.experts:.0%} of the weights are experts, stacked in parameters that are no linear layers: most are "
@@ -242,13 +234,10 @@ def _(s: Situation) -> Found:
     "learning-rate", "warning", "train.learning_rate", "arXiv 2106.09685, 2305.14314; ten times that of full training"
 )
 def _(s: Situation) -> Found:
-    what = "full fine-tuning" if s.method == "full" else "LoRA"
-    low, high = RATES["full" if s.method == "full" else "lora"]
     rate = s.run.train.learning_rate
-    if low <= rate <= high:
+    if RATES[0] <= rate <= RATES[1]:
         return None
-    usual = 1e-5 if s.method == "full" else 2e-4
-    return f"{rate:g} is {'low' if rate < low else 'high'} for {what}", f"set train.learning_rate={usual:g}"
+    return f"{rate:g} is {'low' if rate < RATES[0] else 'high'} for LoRA", "set train.learning_rate=2e-4"
 
 
 @_rule("no-warmup", "info", "train.warmup_ratio", "arXiv 1706.02677")
@@ -311,13 +300,6 @@ def _(s: Situation) -> Found:
     return "float16 for a model that was trained in bfloat16", "set model.dtype=bfloat16"
 
 
-@_rule("fp16-merge", "warning", "merge", "arXiv 1905.12322")
-def _(s: Situation) -> Found:
-    if s.merge_dtype != torch.float16 or not s.is_bfloat16:
-        return None
-    return "merging in float16 what was trained in bfloat16 loses its range", "merge in bfloat16"
-
-
 @_rule("fp32-on-4bit", "warning", "model.dtype", "arXiv 2305.14314: 4-bit storage, 16-bit compute")
 def _(s: Situation) -> Found:
     if s.run.quantization is None or s.run.model.dtype != "float32" or not s.forecast.place.has_bfloat16:
@@ -352,7 +334,7 @@ def _(s: Situation) -> Found:
     "arXiv 2305.14314: the adapter makes up for the errors of its 4-bit base",
 )
 def _(s: Situation) -> Found:
-    if s.method != "qlora":
+    if s.run.quantization is None:
         return None
     return (
         "the adapter will fit these 4-bit weights; merged into 16-bit ones and quantized again it errs twice",
@@ -395,13 +377,6 @@ def _(s: Situation) -> Found:
         "flash_attention_2 cannot be had here",
         "set model.attn_implementation=sdpa, which has flash kernels of its own",
     )
-
-
-@_rule("kv-cache", "error", "train.gradient_checkpointing", "Transformers: a cache cannot be recomputed")
-def _(s: Situation) -> Found:
-    if not s.use_cache or s.run.train.gradient_checkpointing is False:
-        return None
-    return "the model keeps a key-value cache while activations are recomputed", "turn config.use_cache off"
 
 
 @_rule("checkpointing-ample", "info", "train.gradient_checkpointing", "up to a third of the work is done twice")
@@ -497,13 +472,6 @@ def _(s: Situation) -> Found:
     return f"rows of {longest} tokens, the model has positions for {positions}", f"set data.max_length={positions}"
 
 
-@_rule("packing-leaks", "error", "data.packing", "arXiv 2107.02027: packed rows must not see each other")
-def _(s: Situation) -> Found:
-    if not s.run.data.packing or s.isolates_documents:
-        return None
-    return "this engine lets packed rows see each other", "set data.packing=false"
-
-
 @_rule("held-out-small", "warning", "data.validation", "normal approximation of a share near one half, 95%")
 def _(s: Situation) -> Found:
     if s.data is None or s.data.held_out >= 100:
@@ -526,16 +494,17 @@ def _(s: Situation) -> Found:
 # Pitfalls of the usual guides that cannot be fallen into here: what they are, and what is done instead.
 HANDLED = {
     "8-bit base": "bits: 8 is refused: it needs twice the memory of 4 bits and is slower",
-    "forgotten use_cache=False": "every base is loaded without a key-value cache, and kv-cache would say so",
+    "forgotten use_cache=False": "every base is loaded without a key-value cache",
     "forgotten prepare_model_for_kbit_training": "gradients reach the adapter without it; the first step is checked "
     "for that, and a loss that is not a number ends the run",
     "forgotten enable_input_require_grads": "recomputation is of the kind that does not need it, and the first step is "
     "checked for gradients",
     "get_peft_model without a config": "a run without an adapter does not exist",
     "saving the full model": "only the adapter is saved",
+    "merging in float16": "an adapter is merged in bfloat16, unless --dtype says otherwise",
     "merging into a 4-bit base": "an adapter is never merged into a quantized base",
     "hand-written template": "rows are rendered by the template alone, and `veneer data` shows every token",
     "padding that masks the end token": "padding never enters a row",
-    "packed rows that see each other": "rows stay apart in every engine: packing-leaks would say so",
+    "packed rows that see each other": "documents stay apart in every engine, and `veneer verify` tries it",
     "a target that matches nothing": "refused, with the nearest names",
 }

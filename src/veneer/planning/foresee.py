@@ -9,7 +9,6 @@ from typing import Any
 from veneer.config import Run, UserError
 from veneer.data import Prepared, Renderer, prepare
 from veneer.data.pipeline import Part
-from veneer.engine import ReferenceEngine
 from veneer.model import gguf_origin, load_tokenizer, locate
 from veneer.model.shapes import is_at_hand
 from veneer.planning.advice import Advice, DataFacts, Situation, TokenizerFacts, advise
@@ -101,8 +100,6 @@ def foresee(run: Run, place: Place, data: Read | str) -> Foreseen:
         forecast=forecast,
         data=facts[0],
         tokenizer=facts[1],
-        method="qlora" if run.quantization else "lora",
-        isolates_documents=ReferenceEngine.isolates_documents,
         file_type=origin.type if origin is not None and origin.is_quantized else None,
     )
     return Foreseen(run, planner, forecast, advise(situation))

@@ -24,8 +24,8 @@ from veneer.config.load import to_yaml
 from veneer.config.names import anchored
 from veneer.data import Batches
 from veneer.data.pipeline import Part
-from veneer.engine import ReferenceEngine
-from veneer.engine.choose import choose, spend_memory
+from veneer.engine.choose import choose
+from veneer.engine.interface import BatchShapes
 from veneer.machine.device import peak_bytes, resolve_optim
 from veneer.model import compute_dtype, config_sha256, count_parameters, fingerprint, save_adapter
 from veneer.planning.memory import run_disk_bytes
@@ -80,7 +80,7 @@ class TrainingJob:
     Attributes:
         machine, source, tokenizer, renderer, data, foreseen, model: The parts, for others to show or evaluate.
         engine, choice: What computes losses and gradients, and why it was taken.
-        spent: What the fused engine keeps of a step, and the memory it takes; None: another engine, or not measured.
+        placed: What the fused engine keeps of a step, and the memory it takes; None: another engine, or not measured.
 
     Raises:
         UserError: Anything the user can mend; nothing has been written then.
@@ -119,10 +119,13 @@ class TrainingJob:
         at_a_time = self.foreseen.forecast.rows_at_a_time
         held_out = HeldOutBatches(self.data.validation, at_a_time.get("evaluation", run.evaluate.batch_size))
         varies = vary(self.data.train, batches.sizes, train.per_device_train_batch_size)
-        self.spent = spend_memory(
-            self.engine, train, batches.sizes.tolist(), varies, held_out[0].lengths if len(held_out) else (),
-            2 * 4 * self.parameters["trainable"], batches.most_documents() if run.data.packing else (),
-        )  # fmt: skip
+        shapes = BatchShapes(
+            largest=tuple(sorted(batches.sizes.tolist(), reverse=True)[: train.per_device_train_batch_size]),
+            varies=varies,
+            held_out=held_out[0].lengths if len(held_out) else (),
+            documents=batches.most_documents() if run.data.packing else (),
+        )
+        self.placed = self.engine.plan_memory(shapes, train.gradient_checkpointing, 8 * self.parameters["trainable"])
         self._loop = Loop(
             model=self.model,
             engine=self.engine,
@@ -200,8 +203,8 @@ class TrainingJob:
             "machine": self.machine.as_dict(),
             "engine": self.engine.name,
             "engine_reason": self.choice.reason,
-            "kept": self.spent,
-            "chunked_head": not isinstance(self.engine, ReferenceEngine) or self.engine.chunked_head,
+            "kept": self.placed,
+            **self.engine.describe(),
             "dtype": str(compute_dtype(self.run.model, self.machine)).removeprefix("torch."),
             "optim": resolve_optim(train.optim, self.machine.device),
             "parameters": self.parameters,

@@ -25,7 +25,6 @@ from veneer.data.batch import Example
 from veneer.engine import Engine, ReferenceEngine
 from veneer.engine.agreement import ENOUGH, Agreement, agree, all_trained, even_rows, short_name, short_rows
 from veneer.engine.choose import EVEN, Choice, build, fall_back
-from veneer.engine.fused import FusedEngine
 from veneer.engine.temporary import fill_b, untouched
 from veneer.model import save_adapter
 from veneer.model.adapters import is_lora_b
@@ -164,7 +163,7 @@ def _of_data(parts: Parts) -> Iterator[Check]:
 
 def _agreement(parts: Parts, engine: Engine, rows: list[Example]) -> Agreement | None:
     """Fused against reference, on rows of several lengths and on rows of one; None: the run has no fused engine."""
-    if not isinstance(engine, FusedEngine):
+    if engine.is_reference:
         return None
     return agree(parts.model, engine, [Batch.of(rows), Batch.of(even_rows(parts.data.train, EVEN))])
 

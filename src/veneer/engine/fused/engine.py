@@ -1,6 +1,7 @@
 """The fused engine: whole passes over hand-written blocks. See `veneer.engine.fused`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from veneer.engine.fused.cudnn import ROOM_BYTES
 from veneer.engine.fused.family import Decoder, NotCoveredError, read
 from veneer.engine.fused.graphs import Graphs, Inputs, rounded
 from veneer.engine.fused.spend import spend
+from veneer.engine.interface import BatchShapes
 from veneer.kernels.launch import HAS_TRITON
 from veneer.kernels.place import place, placement_of
 from veneer.kernels.rms_norm import rms_norm_backward
@@ -38,7 +40,7 @@ class FusedEngine:
     """
 
     name = "fused"
-    isolates_documents = True
+    is_reference = False
 
     def __init__(
         self,
@@ -92,6 +94,48 @@ class FusedEngine:
     def on_gpu(self) -> bool:
         """Whether its memory can be measured."""
         return bool(self._device.type == "cuda")
+
+    def plan_memory(
+        self, shapes: BatchShapes, gradient_checkpointing: bool | str, later_bytes: int
+    ) -> dict[str, Any] | None:
+        """See `Engine.plan_memory`, and `fit`."""
+        if not self.on_gpu:
+            return None
+        if gradient_checkpointing != "auto":
+            if shapes.varies:
+                self.record_nothing()  # what recorded passes would hold was not asked for
+            return None
+        torch.cuda.empty_cache()
+        budget = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - later_bytes
+        return self.fit(shapes.largest, budget, shapes.held_out, shapes.varies, shapes.documents)
+
+    @contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        """See `Engine.adapter_off`; PEFT's switch is in modules that are not called here, so matrices are zero."""
+        with self.model.disable_adapter():
+            before = self.master.detach().clone()
+            self.master.data.zero_()
+            try:
+                yield
+            finally:
+                self.master.data.copy_(before)
+
+    @contextmanager
+    def dropout_off(self) -> Iterator[None]:
+        """See `Engine.dropout_off`."""
+        groups = [group for block in self.blocks for group in block.groups]
+        before = [group.dropout_p for group in groups]
+        try:
+            for group in groups:
+                group.dropout_p = 0.0
+            yield
+        finally:
+            for group, p in zip(groups, before, strict=True):
+                group.dropout_p = p
+
+    def describe(self) -> dict[str, Any]:
+        """See `Engine.describe`."""
+        return {"chunked_head": True}
 
     def record_nothing(self) -> None:
         """Every pass is launched anew, and none holds memory of its own."""
