@@ -36,9 +36,10 @@ from veneer.machine.device import peak_resident_bytes
 from veneer.model import attach, load_model
 from veneer.model.locate import Source
 from veneer.model.quiet import quiet
-from veneer.planning.forecast import Forecast, Padded, Place, Planner, Rows, place_here, place_of
+from veneer.planning.base import PlannedModel
+from veneer.planning.batch_shapes import Padded, Rows
+from veneer.planning.forecast import Forecast, Place, Planner, place_here, place_of
 from veneer.planning.measure import measure_ceilings
-from veneer.planning.subject import subject_of
 from veneer.training.job import environment
 from veneer.training.optimizer import build_optimizer
 
@@ -165,8 +166,7 @@ def predict(case: Case, folder: Path, place: Place) -> Forecast:
     tokens = case.rows * case.length * case.accumulation
     # Memory is spent by what training needs, so that case is predicted without its held-out loss.
     rows = Rows(full, full, case.accumulation, tokens, 1, None if case.spends else held_out, 0, answered, None)
-    subject = replace(subject_of(Model(base=str(folder)), "a bench"), rows=lambda run, engine: rows)
-    return Planner(subject, place).forecast(run_of_case(case))
+    return Planner(PlannedModel(Model(base=str(folder)), rows), place).forecast(run_of_case(case))
 
 
 def batch(case: Case) -> Batch:

@@ -12,9 +12,9 @@ from tests.unit.test_plan import DATA, FAULTS, TOKENIZER, situation
 from veneer.config import Run
 from veneer.machine.device import Machine
 from veneer.planning.advice import Situation, advise
+from veneer.planning.base import PlannedModel
 from veneer.planning.forecast import Place, Planner, place_here, place_of
 from veneer.planning.foresee import foresee
-from veneer.planning.subject import subject_of
 
 GiB = 2**30
 CPU = place_here(Machine("cpu", "a CPU", 8, 64 * GiB, 60 * GiB, True))
@@ -37,7 +37,7 @@ def test_the_smallest_run_file_is_not_told_to_change_what_it_did_not_write(
     written = {"model.base", "data.train", "quantization"}
     for place in (place_of("12GiB"), place_of("h100"), CPU):
         unread = foresee(run, place, "it was not asked for")
-        read = Situation(run, unread.planner.subject.shapes, unread.planner.subject.stored, unread.forecast, DATA,
+        read = Situation(run, unread.planner.base.shapes, unread.planner.base.stored, unread.forecast, DATA,
                          TOKENIZER, "qlora" if quantization else "lora")  # fmt: skip
         for found in (*unread.advice, *advise(read)):
             assert found.setting in written, f"{base} on {place.name}: {found}"
@@ -93,7 +93,7 @@ def changed(found: Situation, settings: dict[str, Any]) -> Situation:
         values[section] = (values[section] or {}) | {key: value}
     run = Run.model_validate(values)
     place = found.forecast.place
-    forecast = Planner(subject_of(run.model, "it is a test"), place).forecast(run)
+    forecast = Planner(PlannedModel(run.model, "it is a test"), place).forecast(run)
     before = found.run
     rows = [r.train.per_device_train_batch_size * r.train.gradient_accumulation_steps for r in (before, run)]
     if (steps := found.forecast.rows.steps) is not None:
@@ -170,7 +170,7 @@ def test_the_precision_of_a_folder_is_what_its_configuration_says(
     more = "" if written is None else f', "dtype": "{written}"'
     (tmp_path / "config.json").write_text(f'{{"model_type": "gpt2", "n_layer": 2{more}}}')
     run = Run.model_validate({"model": {"base": str(tmp_path)}, "data": {"train": "-"}})
-    assert subject_of(run.model, "").stored == stored
+    assert PlannedModel(run.model, "").stored == stored
 
 
 def test_rows_are_assumed_no_longer_than_the_models_positions() -> None:

@@ -68,7 +68,7 @@ def test_a_plan_says_which_engine_it_assumes(sections: dict[str, Any], engine: s
 def test_off_cuda_the_reference_engine_is_foreseen_unless_the_other_is_asked_for() -> None:
     run = run_of()
     place = replace(place_of("80GiB"), device="cpu")
-    planner = Planner(planner_of(run, "80GiB").subject, place)
+    planner = Planner(planner_of(run, "80GiB").base, place)
     assert planner.forecast(run).engine == "reference"
     assert planner.forecast(run_of(train={"engine": "fused"})).engine == "fused"
 
@@ -210,7 +210,7 @@ def test_settings_and_engine_mean_the_same_by_what_is_kept() -> None:
 
 
 def run_rows() -> Any:
-    from veneer.planning.forecast import Padded
+    from veneer.planning.batch_shapes import Padded
 
     return Padded(1, 64, 32)
 

@@ -13,12 +13,12 @@ from veneer.config import Run, UserError
 from veneer.machine.cards import CARDS, find_card, parse_budget
 from veneer.machine.device import Machine
 from veneer.planning.advice import HANDLED, RULES, DataFacts, Situation, TokenizerFacts, advise
+from veneer.planning.base import PlannedModel
 from veneer.planning.doctor import Found, Gpu, diagnose, usable
 from veneer.planning.fit import apply, fit
 from veneer.planning.forecast import Planner, place_here, place_of
 from veneer.planning.model_sizes import compare, model_sizes, smaller_bases
 from veneer.planning.reference import advice_page
-from veneer.planning.subject import subject_of
 
 GiB = 2**30
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -36,7 +36,7 @@ def run_of(base: str = "meta-llama/Llama-3.2-1B", **sections: Any) -> Run:
 
 
 def planner_of(run: Run, gpu: str, lengths: Any = "it is a test") -> Planner:
-    return Planner(subject_of(run.model, lengths), place_of(gpu))
+    return Planner(PlannedModel(run.model, lengths), place_of(gpu))
 
 
 # Cards and sizes
@@ -100,10 +100,10 @@ def test_copies_of_4_bit_weights_on_a_cpu_are_counted_where_they_are_made() -> N
 
     def copies(free: int, device: str) -> set[int]:
         place = replace(place_here(replace(CPU, free_bytes=free)), device=device, budget_bytes=free)
-        found = Planner(subject_of(run.model, "it is a test"), place).forecast(run).phases
+        found = Planner(PlannedModel(run.model, "it is a test"), place).forecast(run).phases
         return {peak.components.get("16-bit copies", 0) for name, peak in found.items() if name != "load"}
 
-    weights = subject_of(run.model, "it is a test").shapes
+    weights = PlannedModel(run.model, "it is a test").shapes
     needed = 2 * sum(prod(weights.weights[f"{path}.weight"]) for path in weights.quantizable())
     assert copies(8 * needed, "cpu") == {needed}
     assert copies(8 * needed - 1, "cpu") == {0}
@@ -132,7 +132,7 @@ def kinds(run: Run, gpu: str, lengths: Any = "it is a test") -> tuple[list[str],
     if found is None:
         return [], None
     assert found.forecast.verdict == "fits"
-    assert Planner(subject_of(found.run.model, lengths), planner.place).forecast(found.run).verdict == "fits"
+    assert Planner(PlannedModel(found.run.model, lengths), planner.place).forecast(found.run).verdict == "fits"
     return [change.id for change in found.changes], found.run
 
 
@@ -290,7 +290,7 @@ def situation(gpu: str = "rtx 3060", base: str = "meta-llama/Llama-3.2-3B", **ch
     planner = planner_of(run, gpu)
     given: dict[str, Any] = {"tokenizer": TOKENIZER} | facts
     known = given.pop("facts", DATA)
-    return Situation(run, planner.subject.shapes, torch.bfloat16, planner.forecast(run), known, **given)
+    return Situation(run, planner.base.shapes, torch.bfloat16, planner.forecast(run), known, **given)
 
 
 def ids(found: Situation) -> set[str]:

@@ -16,8 +16,8 @@ from veneer.cli.main import main
 from veneer.config import load_run
 from veneer.engine.trace import Peak
 from veneer.model.known import FAMILIES, KNOWN, smaller_siblings
-from veneer.planning.batch_shapes import Lengths
-from veneer.planning.forecast import Forecast, Padded, Place, place_here, place_of
+from veneer.planning.batch_shapes import Lengths, Padded
+from veneer.planning.forecast import Forecast, Place, place_here, place_of
 from veneer.planning.held_out import SPARE, rows_that_fit
 from veneer.planning.model_sizes import leanest, model_sizes, smaller_bases
 from veneer.training import TrainingJob
@@ -145,7 +145,7 @@ def test_a_smaller_base_is_of_the_same_family_and_kind() -> None:
 def test_families_are_of_known_models_from_small_to_large() -> None:
     assert {name for family in FAMILIES for name in family} <= set(KNOWN)
     run = run_of("meta-llama/Llama-3.3-70B-Instruct")
-    totals = [planner.subject.shapes.total for _, planner in smaller_bases(run, planner_of(run, "8GiB"))]
+    totals = [planner.base.shapes.total for _, planner in smaller_bases(run, planner_of(run, "8GiB"))]
     assert totals == sorted(totals, reverse=True)
     assert len(totals) == 3, "the 3.1 of the same size is no help"
 

@@ -20,7 +20,8 @@ from veneer.evaluation import compare as compare_models
 from veneer.evaluation.memory import rows_at_a_time
 from veneer.machine import find_machine
 from veneer.model import compute_dtype
-from veneer.planning.forecast import Padded, place_here
+from veneer.planning.batch_shapes import Padded
+from veneer.planning.forecast import place_here
 from veneer.release import judged_by, renew_card
 
 

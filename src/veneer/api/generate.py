@@ -12,7 +12,8 @@ from veneer.data.conversation import BadRowError
 from veneer.data.turns import read_turns
 from veneer.evaluation import generate as generate_answers
 from veneer.evaluation.memory import Batching, rows_at_a_time
-from veneer.planning.forecast import Padded, place_here
+from veneer.planning.batch_shapes import Padded
+from veneer.planning.forecast import place_here
 
 
 def generate(

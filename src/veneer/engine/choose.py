@@ -7,7 +7,7 @@ tests; `auto` means the reference engine there.
 """
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,30 @@ def kept_tensors(gradient_checkpointing: bool | str) -> frozenset[str]:
     return frozenset(TENSORS) if gradient_checkpointing is False else frozenset()
 
 
+def choose_engine(setting: str, device: str, not_covered: Callable[[], str | None]) -> tuple[str, str]:
+    """Which engine a run gets, reference or fused, and why; plans ask as runs do.
+
+    Args:
+        setting: `train.engine`.
+        device: cuda, cpu or mps.
+        not_covered: What of the model the fused engine does not compute; None: it covers it. Asked only if it decides.
+
+    Raises:
+        UserError: The fused engine is asked for and does not cover the model.
+    """
+    if setting == "reference":
+        return "reference", "train.engine asks for the reference engine"
+    if setting == "auto" and device not in FUSED_DEVICES:
+        return "reference", "the fused engine is made for CUDA GPUs"
+    missing = "Apple's GPU" if device == "mps" else not_covered()
+    if missing is None:
+        return "fused", "it covers this model"
+    reason = f"the fused engine does not cover {missing}"
+    if setting == "fused":
+        raise UserError(f"train.engine = fused: {reason}", "set train.engine to auto or reference")
+    return "reference", reason
+
+
 def build(model: Any, train: Train, device: str) -> Choice:
     """The engine that settings and model ask for, not yet checked.
 
@@ -54,23 +78,20 @@ def build(model: Any, train: Train, device: str) -> Choice:
         device: Where the model is.
 
     Raises:
-        UserError: The fused engine is asked for and does not cover the model.
+        UserError: See `choose_engine`.
     """
-    for_cpu = device == "cpu"
-    if train.engine == "reference":
-        return Choice(ReferenceEngine(model, for_cpu), "train.engine asks for the reference engine")
-    if train.engine == "auto" and device not in FUSED_DEVICES:
-        return Choice(ReferenceEngine(model, for_cpu), "the fused engine is made for CUDA GPUs")
-    try:
-        if device == "mps":
-            raise NotCoveredError("Apple's GPU")
-        engine = FusedEngine(model, keep=kept_tensors(train.gradient_checkpointing))
-    except NotCoveredError as error:
-        reason = f"the fused engine does not cover {error}"
-        if train.engine == "fused":
-            raise UserError(f"train.engine = fused: {reason}", "set train.engine to auto or reference") from None
-        return Choice(ReferenceEngine(model), reason)
-    return Choice(engine, "it covers this model")
+    made: list[Engine] = []
+
+    def not_covered() -> str | None:
+        try:
+            made.append(FusedEngine(model, keep=kept_tensors(train.gradient_checkpointing)))
+        except NotCoveredError as error:
+            return str(error)
+        return None
+
+    name, reason = choose_engine(train.engine, device, not_covered)
+    engine = made[0] if name == "fused" else ReferenceEngine(model, for_cpu=device == "cpu")
+    return Choice(engine, reason)
 
 
 def choose(model: Any, train: Train, device: str, examples: Sequence[Example]) -> Choice:
@@ -87,7 +108,7 @@ def choose(model: Any, train: Train, device: str, examples: Sequence[Example]) -
         JobError: The fused engine is asked for and gives other numbers than the reference engine.
     """
     choice = build(model, train, device)
-    if not isinstance(choice.engine, FusedEngine):
+    if choice.engine.is_reference:
         return choice
     batches = [Batch.of(short_rows(examples, PROBE)), Batch.of(even_rows(examples, EVEN))]
     agreement = agree(model, choice.engine, batches)

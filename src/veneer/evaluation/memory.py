@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 import torch
 
 from veneer.config import JobError, Run, UserError
-from veneer.planning.forecast import Padded, Place, Planner
-from veneer.planning.subject import subject_of
+from veneer.planning.base import PlannedModel
+from veneer.planning.batch_shapes import Padded
+from veneer.planning.forecast import Place, Planner
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -33,7 +34,7 @@ def rows_at_a_time(run: Run, rows: Padded, place: Place) -> int:
     """
     if min(rows.rows, run.evaluate.batch_size) <= 1:
         return 1
-    return Planner(subject_of(run.model, "only its size is asked for"), place).answers(run, rows)[0]
+    return Planner(PlannedModel(run.model, "only its size is asked for"), place).answers(run, rows)[0]
 
 
 class Batching:

@@ -4,7 +4,7 @@ memory.py        what a run holds in each phase: weights, adapter, optimizer, ac
 time.py          how long a step takes, from its operations and the machine's speeds
 held_out.py      how many rows evaluation takes at a time
 batch_shapes.py  micro-batches of a run's data, as an engine meets them
-subject.py       a base model to plan for
+base.py          a base model to plan for: shapes, engine, dry runs
 forecast.py      all of that for a run
 fit.py           the cheapest changes that make a run fit
 model_sizes.py   what fits which card: one family of bases, by method

@@ -7,6 +7,7 @@ engine pads groups of like length, the fused one takes all at once.
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,10 +16,71 @@ from veneer.config import Run
 from veneer.data.batch import pack
 from veneer.engine.fused.graphs import MOST, Size
 from veneer.engine.reference import padded_groups
-from veneer.planning.forecast import Padded, Rows
 
 LOOKED_AT = 2000  # micro-batches at most, among them the longest rows
 LONGEST = 200
+
+
+class Padded(NamedTuple):
+    """Rows that go through the model together: how many, their padded length, their trained tokens."""
+
+    rows: int
+    length: int
+    trained: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is known of a run's data, as the engine will meet it.
+
+    Attributes:
+        fullest: The micro-batch with the most tokens.
+        typical: A usual one, for the time.
+        passes: How many of them an optimizer step is.
+        tokens: Real tokens of an optimizer step.
+        steps: Optimizer steps; None: not known.
+        held_out: The largest batch of the held-out loss; None: there is none.
+        held_out_passes: How many of them the held-out loss takes.
+        answered: The rows that `veneer evaluate` answers: how many, and the most tokens and trained tokens of one;
+            None: there are none.
+        unread: Why the data itself was not looked at; None: it was.
+        even: Whether all rows are of one length.
+        replayed: Share of micro-batches that are of the few shapes which come again most.
+    """
+
+    fullest: Padded
+    typical: Padded
+    passes: float
+    tokens: float
+    steps: int | None
+    held_out: Padded | None
+    held_out_passes: float
+    answered: Padded | None
+    unread: str | None
+    even: bool = True
+    replayed: float = 1.0
+
+
+def assumed_rows(run: Run, positions: int | None, why: str) -> Rows:
+    """The worst that a run's settings and its base's positions allow, where its data cannot be looked at."""
+    train, length = run.train, run.data.max_length
+    if positions is not None and not run.data.packing:
+        length = min(length, positions)
+    full = Padded(train.per_device_train_batch_size, length, train.per_device_train_batch_size * (length - 1))
+    passes = train.gradient_accumulation_steps
+    held_out = Padded(run.evaluate.batch_size, length, run.evaluate.batch_size * (length - 1))
+    return Rows(
+        full,
+        full,
+        passes,
+        passes * full.rows * length,
+        train.max_steps,
+        held_out if run.data.validation else None,
+        0,
+        Padded(run.evaluate.rows or run.evaluate.batch_size, length, length - 1) if run.data.validation else None,
+        why,
+        even=not run.data.packing,
+    )
 
 
 class Lengths(NamedTuple):

@@ -83,7 +83,7 @@ def apply(run: Run, change: Change) -> Run:
 
 
 def _with_changes(run: Run, planner: Planner) -> Fitted | None:
-    shapes = planner.subject.shapes
+    shapes = planner.base.shapes
     if sum(frozen_bytes(shapes, shapes.quantizable(), True, 2).values()) > planner.place.budget_bytes:
         return None  # the weights alone are too much, even in 4 bits
     forecast = planner.forecast(run)

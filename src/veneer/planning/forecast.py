@@ -1,15 +1,14 @@
 """A run, foreseen: what it holds at each phase, whether that fits, how long it takes.
 
-A planner knows a base model's shapes, what the data is like, and a place to run. What only others know they hand in:
-the engine runs a micro-batch dry (`DryRun`), and says what shapes a run's rows will have when they reach it
-(`Rows`). So this works the same for a model on disk and for a name, for data that was read and for data that was not,
+A planner has a base model (`PlannedModel`: its shapes, dry runs of an engine, the shapes of a run's batches) and a
+place to run. It works the same for a model on disk and for a name, for data that was read and for data that was not,
 for the machine at hand and for a card one thinks of buying.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -21,6 +20,8 @@ from veneer.machine.device import Machine, find_machine, named_dtype, resolve_op
 from veneer.machine.speeds import Ceilings, ceilings_of, kept_ceilings
 from veneer.model.dense import COPIES_SHARE
 from veneer.model.shapes import Shapes
+from veneer.planning.base import PlannedModel
+from veneer.planning.batch_shapes import Padded, Rows
 from veneer.planning.held_out import SPARE, answers_peak, loss_peak, rows_that_fit
 from veneer.planning.memory import adapter_bytes, copies_bytes, loaded, phases, resting, run_disk_bytes
 from veneer.planning.time import seconds
@@ -29,95 +30,6 @@ CONTEXT = 790 * 2**20  # of a CUDA process, beside what the allocator has
 LATER = 160 * 2**20  # of that, what comes only with work: a context that is there already has the rest
 LAUNCH = 0.35  # of the host's time an operation, without autograd: 13.7 us a launch beside an H100
 QUANTIZABLE = 0.5  # of the weights between embeddings and head; less, and 4 bits change little
-
-
-class Padded(NamedTuple):
-    """Rows that go through the model together: how many, their padded length, their trained tokens."""
-
-    rows: int
-    length: int
-    trained: int
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What is known of a run's data, as the engine will meet it.
-
-    Attributes:
-        fullest: The micro-batch with the most tokens.
-        typical: A usual one, for the time.
-        passes: How many of them an optimizer step is.
-        tokens: Real tokens of an optimizer step.
-        steps: Optimizer steps; None: not known.
-        held_out: The largest batch of the held-out loss; None: there is none.
-        held_out_passes: How many of them the held-out loss takes.
-        answered: The rows that `veneer evaluate` answers: how many, and the most tokens and trained tokens of one;
-            None: there are none.
-        unread: Why the data itself was not looked at; None: it was.
-        even: Whether all rows are of one length.
-        replayed: Share of micro-batches that are of the few shapes which come again most.
-    """
-
-    fullest: Padded
-    typical: Padded
-    passes: float
-    tokens: float
-    steps: int | None
-    held_out: Padded | None
-    held_out_passes: float
-    answered: Padded | None
-    unread: str | None
-    even: bool = True
-    replayed: float = 1.0
-
-
-def assumed_rows(run: Run, positions: int | None, why: str) -> Rows:
-    """The worst that a run's settings and its base's positions allow, where its data cannot be looked at."""
-    train, length = run.train, run.data.max_length
-    if positions is not None and not run.data.packing:
-        length = min(length, positions)
-    full = Padded(train.per_device_train_batch_size, length, train.per_device_train_batch_size * (length - 1))
-    passes = train.gradient_accumulation_steps
-    held_out = Padded(run.evaluate.batch_size, length, run.evaluate.batch_size * (length - 1))
-    return Rows(
-        full,
-        full,
-        passes,
-        passes * full.rows * length,
-        train.max_steps,
-        held_out if run.data.validation else None,
-        0,
-        Padded(run.evaluate.rows or run.evaluate.batch_size, length, length - 1) if run.data.validation else None,
-        why,
-        even=not run.data.packing,
-    )
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is planned for.
-
-    Attributes:
-        name: Of the base, as the run names it.
-        shapes: Of the base.
-        engine: Which engine a run of it gets on a device, and why; the step says in what precision and which weights.
-        run_dry: The engine's dry run of a micro-batch of it.
-        spend: What the fused engine would keep: of a step, memory that is to spare, and the whole budget.
-        rows: What a run's data will be like for an engine; the run's settings may differ from those it was read with.
-        stored: Precision its weights are published in; None: not known.
-        download_bytes: What must be fetched first.
-        is_4bit: Whether its files are in bitsandbytes' 4 bits already.
-    """
-
-    name: str
-    shapes: Shapes
-    engine: Callable[[Run, str, Step], tuple[str, str]]
-    run_dry: Callable[[Step], DryRun]
-    spend: Callable[[Step, int, int], Kept]
-    rows: Callable[[Run, str], Rows]
-    stored: torch.dtype | None
-    download_bytes: int
-    is_4bit: bool = False
 
 
 @dataclass(frozen=True)
@@ -278,10 +190,10 @@ class Forecast:
 class Planner:
     """Forecasts of runs of one base at one place."""
 
-    def __init__(self, subject: Subject, place: Place) -> None:
-        self.subject = subject
+    def __init__(self, base: PlannedModel, place: Place) -> None:
+        self.base = base
         self.place = place
-        self._run_dry = subject.run_dry
+        self._run_dry = base.run_dry
 
     def forecast(self, run: Run) -> Forecast:
         """Foresee a run.
@@ -292,11 +204,11 @@ class Planner:
         return self.forecast_as(run, self._method(run))
 
     def _method(self, run: Run) -> str:
-        return "qlora" if run.quantization or self.subject.is_4bit else "lora"
+        return "qlora" if run.quantization or self.base.is_4bit else "lora"
 
     def forecast_as(self, run: Run, method: str) -> Forecast:
         """Foresee a run as full fine-tuning, as LoRA in 16 bits, or as QLoRA: method full, lora or qlora."""
-        shapes, place = self.subject.shapes, self.place
+        shapes, place = self.base.shapes, self.place
         engine, reason, rows = self._engine(run, method)
         optim = resolve_optim(run.train.optim, place.device)
         step = step_of(run, method, shapes, rows.fullest, place, engine, rows.even)
@@ -316,7 +228,7 @@ class Planner:
         spare = place.budget_bytes - max(peak.bytes for name, peak in found.items() if name != "generation")
         kept = None
         if engine == "fused" and run.train.gradient_checkpointing == "auto" and spare > 0:
-            kept = self.subject.spend(step, spare, place.budget_bytes)
+            kept = self.base.placement(step, spare, place.budget_bytes)
         updated = 1 if engine == "fused" else len(sizes)
         timed = self._times(step, held_out, rows, run, kept, updated) if place.ceilings else (None, None)
         return Forecast(
@@ -331,7 +243,7 @@ class Planner:
             rows=rows,
             host_bytes=peak if place.device != "cuda" else HOST_BYTES + paged,
             disk_bytes=run_disk_bytes(trainable, rows.steps, run.train),
-            download_bytes=self.subject.download_bytes,
+            download_bytes=self.base.download_bytes,
             step_seconds=timed[0],
             run_seconds=timed[1],
         )
@@ -344,7 +256,7 @@ class Planner:
             rows: How many rows there are, and the most tokens and trained tokens of one.
             method: See `forecast_as`; None: as the run says.
         """
-        shapes, place = self.subject.shapes, self.place
+        shapes, place = self.base.shapes, self.place
         step = step_of(run, method or self._method(run), shapes, Padded(1, 1, 1), place)
         held = loaded(shapes, step, place.device)
 
@@ -365,7 +277,7 @@ class Planner:
             if count == run.evaluate.batch_size:
                 return rows
             smaller = run.model_copy(update={"evaluate": run.evaluate.model_copy(update={"batch_size": count})})
-            return self.subject.rows(smaller, step.engine)
+            return self.base.rows(smaller, step.engine)
 
         def dry(count: int) -> tuple[Step, DryRun]:
             batch = batches_of(count).held_out
@@ -385,9 +297,9 @@ class Planner:
 
     def _engine(self, run: Run, method: str) -> tuple[str, str, Rows]:
         """Which engine a run gets, why, and its data as that will meet it."""
-        any_step = step_of(run, method, self.subject.shapes, Padded(1, 1, 1), self.place)
-        engine, reason = self.subject.engine(run, self.place.device, any_step)
-        return engine, reason, self.subject.rows(run, engine)
+        any_step = step_of(run, method, self.base.shapes, Padded(1, 1, 1), self.place)
+        engine, reason = self.base.engine(run.train, self.place.device, any_step)
+        return engine, reason, self.base.rows(run, engine)
 
     def _times(
         self,

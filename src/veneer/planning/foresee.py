@@ -12,9 +12,9 @@ from veneer.data.pipeline import Part
 from veneer.model import gguf_origin, load_tokenizer, locate
 from veneer.model.shapes import is_at_hand
 from veneer.planning.advice import Advice, DataFacts, Situation, TokenizerFacts, advise
+from veneer.planning.base import PlannedModel
 from veneer.planning.batch_shapes import Lengths
 from veneer.planning.forecast import Forecast, Place, Planner
-from veneer.planning.subject import subject_of
 
 CERTAIN = 0.92  # of a predicted peak; what is beyond the budget even so cannot fit
 
@@ -88,15 +88,15 @@ def foresee(run: Run, place: Place, data: Read | str) -> Foreseen:
     Raises:
         UserError: No such base, an adapter target that matches nothing, or a quantization the base cannot take.
     """
-    subject = subject_of(run.model, data if isinstance(data, str) else data.lengths())
-    planner = Planner(subject, place)
+    base = PlannedModel(run.model, data if isinstance(data, str) else data.lengths())
+    planner = Planner(base, place)
     forecast = planner.forecast(run)
     facts = data.facts() if isinstance(data, Read) else (None, None)
     origin = gguf_origin(run.model)
     situation = Situation(
         run=run,
-        shapes=subject.shapes,
-        stored=subject.stored,
+        shapes=base.shapes,
+        stored=base.stored,
         forecast=forecast,
         data=facts[0],
         tokenizer=facts[1],

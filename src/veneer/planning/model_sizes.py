@@ -4,15 +4,15 @@ Each at its leanest: one row at a time, activations recomputed, 8-bit optimizer,
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from veneer.config import Model, Run
 from veneer.config.names import find_model
 from veneer.model.known import MODEL_SIZES, smaller_siblings
+from veneer.planning.base import PlannedModel
 from veneer.planning.forecast import Place, Planner, place_of
 from veneer.planning.held_out import SPARE
-from veneer.planning.subject import subject_of
 
 METHODS = ("full", "lora", "qlora")
 GIB = 2**30
@@ -59,10 +59,10 @@ def model_sizes(run: Run, place: Place, methods: tuple[str, ...] = METHODS) -> l
     found = []
     for base in MODEL_SIZES:
         lean = leanest(run, base)
-        planner = Planner(subject_of(Model(base=base), "it is one of many"), place)
+        planner = Planner(PlannedModel(Model(base=base), "it is one of many"), place)
         forecasts = {method: planner.forecast_as(lean, method) for method in methods}
         # What does not fit does not fit with a larger base either.
-        found.append(ModelSize(base, planner.subject.shapes.total, {m: forecasts[m].peak_bytes for m in methods}))
+        found.append(ModelSize(base, planner.base.shapes.total, {m: forecasts[m].peak_bytes for m in methods}))
         methods = tuple(m for m in methods if forecasts[m].peak_bytes <= place.budget_bytes)
         if not methods:
             break
@@ -102,6 +102,6 @@ def smaller_bases(run: Run, planner: Planner) -> Iterator[tuple[str, Planner]]:
         return
     for base in smaller_siblings(run.model.base):
         # One tokenizer, so its rows are as long.
-        subject = replace(subject_of(Model(base=base), "it is of another base"), rows=planner.subject.rows)
-        if subject.shapes.total < 0.9 * planner.subject.shapes.total:
-            yield base, Planner(subject, planner.place)
+        smaller = PlannedModel(Model(base=base), planner.base.data)
+        if smaller.shapes.total < 0.9 * planner.base.shapes.total:
+            yield base, Planner(smaller, planner.place)

@@ -52,7 +52,7 @@ def load_parts(run: Run, force: bool = False) -> Parts:
     data = prepare(run.data, renderer, run.train.seed)
     _require_objective(data)
     foreseen = foresee(run, place_here(machine), Read(data, renderer))
-    _require_positions(foreseen.planner.subject.shapes.positions, data)
+    _require_positions(foreseen.planner.base.shapes.positions, data)
     if not force:
         _require_memory(foreseen)
     base = load_model(source, run.model, run.quantization, machine)

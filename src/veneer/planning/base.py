@@ -1,0 +1,133 @@
+"""What a plan is made for: a base model by its configuration, as the engine that its run gets would train it.
+
+Which engine that is, `choose_engine` says, here as in a run: the fused engine itself is put on a few layers of the
+model on the meta device, and says whether it covers them. What only a real GPU can tell, whether it gives the right
+numbers there, is taken for granted.
+"""
+
+import re
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from veneer.config import Model, Run, Train
+from veneer.engine.choose import choose_engine
+from veneer.engine.dry_run import DryRun, Kept, Step, carried_on, run_dry
+from veneer.engine.fused import NotCoveredError
+from veneer.engine.fused.dry_run import require_covered, run_layers_dry, spending
+from veneer.model.shapes import build, find_config, is_at_hand, is_stored_in_4_bits, shapes_of
+from veneer.model.trainable import require_trainable
+from veneer.planning.batch_shapes import Lengths, Rows, assumed_rows, rows_of
+
+
+class _Known:
+    """A configuration that equals another with the same content."""
+
+    def __init__(self, config: Any, content: tuple[str, str, int, int | None]) -> None:
+        self.config = config
+        self.content = content
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Known) and self.content == other.content
+
+    def __hash__(self) -> int:
+        return hash(self.content)
+
+    def build(self, step: Step, layers: int | None = None) -> Any:
+        """The model on the meta device, with so many layers; None: as few as tell all of it."""
+        _, attention, depth, _ = self.content
+        return build(self.config, step.dtype, layers or self.period(step) or depth, attention)
+
+    def period(self, step: Step) -> int | None:
+        """After how many layers the model repeats, with the adapter that the step has on them; None: it does not."""
+        _, _, depth, period = self.content
+        if period is None:
+            return None
+        on: list[set[str]] = [set() for _ in range(depth)]
+        for path in step.targets:
+            if (found := re.search(r"\.(\d+)\.", path)) and int(found[1]) < depth:
+                on[int(found[1])].add(path[found.end() :])
+        for times in range(1, depth // (4 * period) + 1):
+            if all(on[n] == on[n % (times * period)] for n in range(depth)):
+                return times * period
+        return None
+
+
+@lru_cache(maxsize=256)
+def _dry_run(known: _Known, step: Step) -> DryRun:
+    """A dry run; planning the same again, with another optimizer say, costs nothing."""
+    depth, period = known.content[2], known.period(step)
+    if step.engine == "fused":
+        return carried_on(
+            lambda layers, ends: run_layers_dry(known.build(step, layers), step, ends), depth, period, step.training
+        )
+    return run_dry(lambda layers: known.build(step, layers), depth, period, step)
+
+
+@lru_cache(maxsize=256)
+def _not_covered(known: _Known, step: Step) -> str | None:
+    """What of a model the fused engine does not compute; None: it covers it."""
+    try:
+        require_covered(known.build(step), step)
+    except NotCoveredError as error:
+        return str(error)
+    return None
+
+
+class PlannedModel:
+    """A base model to plan for; its weights are not touched.
+
+    Args:
+        model: The base.
+        data: Lengths of the training and of the held-out rows; or the shapes that they make; or why there are none.
+
+    Attributes:
+        name: Of the base, as the run names it.
+        data: As given.
+        shapes: Of the base.
+        stored: Precision its weights are published in; None: not known.
+        is_4bit: Whether its files are in bitsandbytes' 4 bits already.
+        download_bytes: What must be fetched first.
+
+    Raises:
+        UserError: There is no such base, or it cannot be trained.
+    """
+
+    def __init__(self, model: Model, data: tuple[Lengths, Lengths] | Rows | str) -> None:
+        config = find_config(model)
+        stored = getattr(config, "dtype", None)  # before it is built in another
+        base = build(config, torch.bfloat16, attention=model.attn_implementation)
+        require_trainable(base, model.base)
+        self.name, self.data = model.base, data
+        self.shapes = shapes_of(base)
+        self.stored: torch.dtype | None = getattr(torch, stored) if isinstance(stored, str) else stored
+        self.is_4bit = is_stored_in_4_bits(config)
+        self.download_bytes = 0 if is_at_hand(model) else self.shapes.total * (self.stored or torch.bfloat16).itemsize
+        # What decides a dry run, in a form that can be compared.
+        text = config.to_json_string(use_diff=False)
+        self._known = _Known(config, (text, model.attn_implementation, self.shapes.depth, self.shapes.period))
+
+    def engine(self, train: Train, device: str, step: Step) -> tuple[str, str]:
+        """Which engine trains it on a device, and why; the step says in what precision and which weights."""
+        if step.method == "full":
+            return "reference", "full fine-tuning has no other"
+        small = replace(step, rows=1, length=64, trained=1)
+        return choose_engine(train.engine, device, lambda: _not_covered(self._known, small))
+
+    def run_dry(self, step: Step) -> DryRun:
+        """A micro-batch as its engine would compute it, on meta tensors."""
+        return _dry_run(self._known, step)
+
+    def placement(self, step: Step, spare_bytes: int, budget_bytes: int) -> Kept:
+        """What the fused engine would keep of a step, of memory that is to spare and of the whole budget."""
+        return spending(self._known.build(step), step, self.shapes.depth, spare_bytes, budget_bytes)
+
+    def rows(self, run: Run, engine: str) -> Rows:
+        """What a run's data will be like for an engine; the settings may differ from those it was read with."""
+        if isinstance(self.data, Rows):
+            return self.data
+        if isinstance(self.data, str):
+            return assumed_rows(run, self.shapes.positions, self.data)
+        return rows_of(run, engine, *self.data)
