@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import sys
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
@@ -752,3 +753,36 @@ def test_what_is_no_file_within_a_folder_is_refused(tmp_path: Path) -> None:
 def test_the_index_of_a_frame_is_named(tmp_path: Path) -> None:
     told = refused(written(tmp_path / "rows.csv", ",a\n0,b\n"))
     assert "column 1 of 2 has no name; is it the index of a pandas frame?" in told
+
+
+@pytest.mark.parametrize("unit", ['\\"', "\\\\", "a", "\U0001f600,", "]"])
+@pytest.mark.parametrize("form", ['{{"a": "{}"}}', '["{}"]', '{{"a": [["{}"], {{}}], "b": 1}}'])
+def test_a_huge_row_of_an_array_is_passed_over_in_few_steps(tmp_path: Path, unit: str, form: str) -> None:
+    huge = form.format(unit * (3 * 2**20 // len(unit)))
+    assert_passed_over(tmp_path, huge)
+
+
+@pytest.mark.parametrize("unit", ["1,", "[],", '{"a":"]"},', '"\\"",', '"\\\\",'])
+def test_a_row_of_very_many_small_values_is_too(tmp_path: Path, unit: str) -> None:
+    assert_passed_over(tmp_path, '{"a": [' + unit * (3 * 2**20 // len(unit)) + '{}], "b": "x"}')
+
+
+def assert_passed_over(folder: Path, huge: str) -> None:
+    path = folder / "rows.json"
+    path.write_text('[{"a": 1}, ' + huge + ' , {"a": 2},' + huge + "]", encoding="utf-8")
+    (source,) = find_sources(str(path), "data.train")
+    calls = 0
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        rows = [row for block in read_blocks(source, "data.train", max_row_bytes=4096) for row in block.rows]
+    finally:
+        sys.setprofile(before)
+    too_long = Unreadable("is longer than data.max_row_bytes = 4,096")
+    assert rows == [{"a": 1}, too_long, {"a": 2}, too_long]
+    assert calls < 20_000  # and not one for each of millions of characters
