@@ -50,41 +50,46 @@ class JsonText:
 
     def value(self, longest: int) -> tuple[Any, int]:
         """The JSON value that begins here, taken, and its length; of a longer one than that None and 0."""
+        is_whole = False  # whether the text is known to reach behind it
         while True:
             try:
                 value, end = SCAN(self.text, self.at)
                 # `1.` may go on as `1.5e+3`: so near to what is not read yet, a number may not be whole.
-                if self.ended or end + 8 < len(self.text):
+                if self.ended or is_whole or end + 8 < len(self.text):
                     size, self.at = end - self.at, end
                     return (value, size) if size <= longest else (None, 0)
             except json.JSONDecodeError as error:
                 # Of a value that is cut off, an open string is told where it begins, all else close to the cut.
                 is_cut = error.msg.startswith("Unterminated string") or error.pos + 64 > len(self.text)
-                if self.ended or not is_cut:
+                if self.ended or is_whole or not is_cut:
                     raise self.broken(error.pos, f"broken JSON: {error.msg}") from None
             except (ValueError, RecursionError) as error:
                 raise self.broken(self.at, f"JSON that cannot be read: {error}") from None
-            if len(self.text) - self.at > longest + 8:
-                self.pass_over()
+            if not self.reach_behind(longest):
                 return None, 0
-            self.more()
+            is_whole = True
 
-    def pass_over(self) -> None:
-        """Take the JSON value that begins here without holding it."""
-        depth, is_quoted = 0, False
+    def reach_behind(self, longest: int) -> bool:
+        """Read on to the end of the value that begins here; one longer than `longest` is taken and not held: False."""
+        size, depth, is_quoted, is_held = 0, 0, False, True
         while True:
-            piece = self.text[self.at : self.at + PIECE]
+            start = self.at + size
+            piece = self.text[start : start + PIECE]
             plain = piece.replace("\\\\", "  ").replace('\\"', "  ")  # a quote that is left opens or ends a string
             plain = plain.removesuffix("\\")  # what it stands before is in the next piece
-            if not plain:
-                if self.ended:
-                    raise self.broken(len(self.text), "broken JSON: the array is not closed")
+            if plain:
+                end, depth, is_quoted = _end_of_value(plain, depth, is_quoted)
+                size += end
+                if size > longest or not is_held:
+                    self.at, size, is_held = self.at + size, 0, False
+                if end < len(plain):
+                    return is_held
+            elif not self.ended:
                 self.more()
-                continue
-            end, depth, is_quoted = _end_of_value(plain, depth, is_quoted)
-            self.at += end
-            if end < len(plain):
-                return
+            elif is_held:
+                return True  # it is not closed, which parsing it tells best
+            else:
+                raise self.broken(len(self.text), "broken JSON: the array is not closed")
 
     def broken(self, at: int, why: str, fix: str = "mend the file") -> UserError:
         line = self.lines + self.text.count("\n", 0, at)
