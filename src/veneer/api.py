@@ -22,6 +22,7 @@ from veneer.engine.ladder import Rung, compare, rungs, smaller_bases
 from veneer.evaluate import Evaluation
 from veneer.evaluate import compare as compare_models
 from veneer.evaluate import generate as generate_answers
+from veneer.evaluate.compare import count_rows
 from veneer.evaluate.memory import Batching, rows_at_a_time
 from veneer.model import compute_dtype, load_adapter, load_model, load_tokenizer, locate
 from veneer.model.known import LADDER
@@ -288,7 +289,7 @@ def evaluate(
     Args:
         run_dir: Folder of a finished run.
         data: A file of rows to use instead of the run's held-out rows.
-        rows: At most so many rows; None: as `evaluate.rows` in the run.
+        rows: At most so many rows; None: as `evaluate.rows` in the run. Pieces of a long text are one row.
         on_done: Called with the number of rows just answered; each row is answered twice.
         force, base: As for `load`.
 
@@ -301,7 +302,8 @@ def evaluate(
     assert loaded.run is not None
     usual = loaded.run.evaluate.rows
     held_out = _held_out(folder, loaded.run, loaded.renderer, data, rows or usual)
-    is_record = data is None and (rows is None or rows == usual or len(held_out) < rows)
+    count = count_rows(held_out)
+    is_record = data is None and (rows is None or rows == usual or count < rows)
     most = (max(len(row.example.ids) for row in held_out), max(row.example.trained for row in held_out))
     at_a_time = rows_at_a_time(loaded.run, Padded(len(held_out), *most), place)
     settings = loaded.run.evaluate.model_copy(update={"batch_size": at_a_time})
@@ -310,7 +312,7 @@ def evaluate(
     if is_record and not force:
         assert loaded.origin is not None
         return Evaluated(result, save_evaluation(folder, result, loaded.origin.model), True)
-    name = f"{Path(data).name.split('.')[0] if data else 'held-out'}-{len(held_out)}-rows"
+    name = f"{Path(data).name.split('.')[0] if data else 'held-out'}-{count}-rows"
     return Evaluated(result, _save_beside(folder, name, result, data), False)
 
 
