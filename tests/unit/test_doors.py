@@ -313,7 +313,10 @@ def test_sizes_are_found_within_parts_and_in_gguf_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="num_local_experts = 99,999"):
         require_possible({"text_config": {"num_local_experts": 99_999}}, "config.json")
     require_possible({"num_hidden_layers": 126, "vocab_size": 262_208, "max_position_embeddings": 10_485_760}, "")
-    fields = {b"general.architecture": number(8, 4) + number(5) + b"llama", b"llama.block_count": number(4, 4) + b"\xff" * 4}
+    fields = {
+        b"general.architecture": number(8, 4) + number(5) + b"llama",
+        b"llama.block_count": number(4, 4) + b"\xff" * 4,
+    }
     parts = [number(len(name)) + name + value for name, value in fields.items()]
     (tmp_path / "m.gguf").write_bytes(gguf(number(0), number(len(parts)), *parts))
     with pytest.raises(UserError, match=r"m\.gguf: block_count = 4,294,967,295"):

@@ -163,5 +163,7 @@ def test_an_adapter_of_a_larger_rank_than_its_weights_is_refused_before_it_is_ma
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     rank = model.peft_config["default"].r
-    with pytest.raises(UserError, match=rf"adapter_config\.json: a rank of 1,000,000, and the weights have {rank} at most"):
+    with pytest.raises(
+        UserError, match=rf"adapter_config\.json: a rank of 1,000,000, and the weights have {rank} at most"
+    ):
         load_adapter(load(tiny_model()), tmp_path)

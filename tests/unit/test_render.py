@@ -324,7 +324,8 @@ def test_templates_that_cannot_be_right_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "expected"), [(b"\xff", "as text"), (b"a" * (2**20 + 1), "at most 1,048,576 are read"), (None, "a folder")]
+    ("content", "expected"),
+    [(b"\xff", "as text"), (b"a" * (2**20 + 1), "at most 1,048,576 are read"), (None, "a folder")],
 )
 def test_a_template_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None, expected: str) -> None:
     path = tmp_path / "mine.jinja"

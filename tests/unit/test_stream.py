@@ -160,9 +160,13 @@ def test_weights_that_are_pickles_are_refused_unread(
     assert load(folder)[1].way == "files"  # beside safetensors it is not looked at
     (folder / "model.safetensors").unlink()
     monkeypatch.setattr(torch, "load", lambda *given, **settings: pytest.fail("unpickled"))
-    with pytest.raises(UserError, match=rf"holds no model\.safetensors, but {name}, which is a pickle(.|\n)*convert it"):
+    with pytest.raises(
+        UserError, match=rf"holds no model\.safetensors, but {name}, which is a pickle(.|\n)*convert it"
+    ):
         load(folder)
-    with pytest.raises(OSError, match=r"no file named model\.safetensors"):  # as of a hub, whose files are not seen before
+    with pytest.raises(
+        OSError, match=r"no file named model\.safetensors"
+    ):  # as of a hub, whose files are not seen before
         plainly_of(Source("folder", str(folder), "model"))
 
 

@@ -239,7 +239,9 @@ def find_template(tokenizer: Any, settings: Data) -> Template | None:
         source = read_text(Path(name).expanduser(), LARGEST_BYTES, fix)
     except UserError as error:
         why = str(error).splitlines()[0]
-        raise UserError(f"data.chat_template = {name}: neither a known template nor a readable file ({why})", fix) from None
+        raise UserError(
+            f"data.chat_template = {name}: neither a known template nor a readable file ({why})", fix
+        ) from None
     return Template(tokenizer, source, settings)
 
 

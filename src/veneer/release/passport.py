@@ -2,9 +2,8 @@
 
 An adapter is a difference; on another base it is noise that still answers fluently. The passport therefore holds
 fingerprints of what the adapter was trained with: the base's weights and configuration, the tokenizer, the chat
-template, the adapter's own file. It ships, so it names files and folders by their names alone, never by a path. Fingerprints are
-compared whenever a run's adapter is loaded, merged or exported, and a difference is
-refused by name.
+template, the adapter's own file. It ships, so it names files and folders by their names alone, never by a path.
+Fingerprints are compared whenever a run's adapter is loaded, merged or exported, and a difference is refused by name.
 """
 
 import hashlib
