@@ -4,12 +4,14 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from veneer.config import JobError, UserError
 from veneer.data import Message
-from veneer.release.servers import Endpoint
+from veneer.release.servers import Endpoint, llama_server
 
 AT_ONCE = 3
 
@@ -61,3 +63,50 @@ def test_texts_come_in_order_several_at_once_and_without_what_is_not_needed(serv
         assert body["max_tokens"] == 7
         assert body["temperature"] == 0
         assert "logprobs" not in body
+
+
+ABORTING = """
+import http.server, json, os, sys, threading
+from types import SimpleNamespace
+
+common_reasoning_format = SimpleNamespace(COMMON_REASONING_FORMAT_NONE=0)
+CommonParams = lambda: SimpleNamespace(model=SimpleNamespace())
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        told = json.dumps({"data": [{"id": "m"}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(told)))
+        self.end_headers()
+        self.wfile.write(told)
+
+    def do_POST(self):
+        print("GGML_ASSERT(n > 0) failed", file=sys.stderr, flush=True)
+        os.abort()
+
+    def log_message(self, *told):
+        pass
+
+
+def Server(settings):
+    if "load" in settings.model.path:
+        Handler.do_POST(None)
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return SimpleNamespace(listening_address=f"http://127.0.0.1:{server.server_port}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("file", "kind", "expected"),
+    [("load.gguf", UserError, "llama.cpp does not load it"), ("ask.gguf", JobError, "llama.cpp ended")],
+)
+def test_a_llama_cpp_that_aborts_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, kind: type[Exception], expected: str
+) -> None:
+    (tmp_path / "xllamacpp.py").write_text(ABORTING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    told = rf"{file}: {expected}: it was ended by SIGABRT; GGML_ASSERT\(n > 0\) failed"
+    with pytest.raises(kind, match=told), llama_server(tmp_path / file, True, set(), 64) as server:
+        server.texts([[Message("user", "a")]], 4)

@@ -22,7 +22,8 @@ from veneer.config.files import own_files, read_json, read_json_lines, reading, 
 from veneer.config.folder import write_json
 from veneer.config.load import yaml_values
 from veneer.model import load_tokenizer, locate
-from veneer.model.gguf import open_gguf
+from veneer.model.gguf import config_of, open_gguf
+from veneer.model.limits import require_possible
 from veneer.model.remote import read_config
 from veneer.model.shapes import find_config
 from veneer.release import servers
@@ -290,6 +291,36 @@ def test_a_base_with_a_damaged_file_is_refused_or_works(
     assert status in (0, 2), (status, err)
     assert "--debug" not in err
     assert status == 0 or str(base) in err or file in err
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "vocab_size", "intermediate_size"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])  # the latter makes a list of its layers' types
+def test_sizes_that_no_model_has_are_refused_at_once(
+    call: Call, tmp_path: Path, tiny_model: Callable[..., Path], family: str, key: str
+) -> None:
+    base = planted(tiny_model(family), tmp_path, config={key: 10**9, "layer_types": None})
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}] * 4)
+    (tmp_path / "run.yaml").write_text(f"model: {{base: {base}}}\ndata: {{train: {rows}}}\ntrain: {{max_steps: 1}}\n")
+    for command in ("plan", "train"):
+        began = time.process_time()
+        status, _, err = call(command, str(tmp_path / "run.yaml"))
+        assert status == 2, err
+        assert f"config.json: {key} = 1,000,000,000, and no model has more than" in err
+        assert time.process_time() - began < 5
+
+
+def test_sizes_are_found_within_parts_and_in_gguf_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="num_local_experts = 99,999"):
+        require_possible({"text_config": {"num_local_experts": 99_999}}, "config.json")
+    require_possible({"num_hidden_layers": 126, "vocab_size": 262_208, "max_position_embeddings": 10_485_760}, "")
+    fields = {
+        b"general.architecture": number(8, 4) + number(5) + b"llama",
+        b"llama.block_count": number(4, 4) + b"\xff" * 4,
+    }
+    parts = [number(len(name)) + name + value for name, value in fields.items()]
+    (tmp_path / "m.gguf").write_bytes(gguf(number(0), number(len(parts)), *parts))
+    with pytest.raises(UserError, match=r"m\.gguf: block_count = 4,294,967,295"):
+        config_of(tmp_path / "m.gguf")
 
 
 def gguf(*parts: bytes) -> bytes:

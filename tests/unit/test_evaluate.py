@@ -105,6 +105,22 @@ def test_commands_on_a_finished_run(job: TrainingJob) -> None:
         veneer.generate(job.run.model.base, ["x"], compare_with_base=True)
 
 
+def test_pieces_of_a_long_text_are_one_row(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    texts = [{"text": f"{animal} says " * 60} for animal in ("the cat", "the dog", "the owl")]
+    path = write_rows(tmp_path / "texts.jsonl", texts)
+    data = {"validation": path, "duplicates": "keep", "max_length": 64}
+    job = TrainingJob(tiny_run(tiny_model(), path, tmp_path / "run", data=data, train={"max_steps": 1}))
+    job.fit()
+    held_out = job.data.held_out()
+    assert len(held_out) > 6
+    found = compare(job.model, job.engine, job.renderer, held_out, job.run.evaluate).tuned
+    assert (found.rows, len(found.losses), len(found.tokens)) == (3, 3, 3)
+    assert sum(found.tokens) == sum(row.example.weight for row in held_out)
+    assert found.metrics["perplexity"] == perplexity(found.losses, found.tokens)
+    record = veneer.evaluate(job.folder.path, rows=2)
+    assert (record.is_record, record.file.name, record.as_dict()["rows"]) == (False, "held-out-2-rows.json", 2)
+
+
 def test_better_means_beyond_chance() -> None:
     def score(hits: int) -> Score:
         samples = [Sample("", "", "a", "a" if n < hits else "b") for n in range(20)]

@@ -214,6 +214,13 @@ def test_a_line_that_is_no_prompt_is_named(tmp_path: Path, line: str, expected: 
         read_prompts(path)
 
 
+def test_a_file_of_prompts_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes(b"\xff")
+    for path in (tmp_path / "prompts.txt", tmp_path, tmp_path / "missing", Path("/dev/zero")):
+        with pytest.raises(UserError, match=rf"{path}: (.|\n)*name a file"):
+            read_prompts(path)
+
+
 def test_a_conversation_is_answered_with_its_own_system_prompt(run: Path) -> None:
     asked = [{"role": "system", "content": "the hen"}, {"role": "user", "content": QUESTION}]
     (found,) = veneer.generate(str(run), [asked], system="the dog", max_new_tokens=12)

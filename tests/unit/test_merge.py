@@ -367,4 +367,4 @@ def test_damaged_files_are_told_and_nothing_is_written(tmp_path: Path, tiny_mode
     assert lost.name in told
     file.unlink()
     (base / "pytorch_model.bin").write_bytes(b"x")
-    assert "but pytorch_model.bin, which is a pickle" in refused(tmp_path / "out", adapter)
+    assert "holds no model.safetensors, but pytorch_model.bin, which is a pickle" in refused(tmp_path / "out", adapter)

@@ -15,7 +15,7 @@ from tests.tiny import FAMILIES
 from veneer.config import Adapter, Model, Quantization, UserError
 from veneer.config.cache import cached
 from veneer.machine import find_machine
-from veneer.model import attach, count_parameters, load_model, load_tokenizer, locate
+from veneer.model import attach, count_parameters, load_adapter, load_model, load_tokenizer, locate
 from veneer.model.gguf import PRE_TOKENIZERS
 
 
@@ -151,3 +151,19 @@ def test_smollms_tokenizer_splits_digits_before_anything_else() -> None:
     make = PRE_TOKENIZERS["smollm"]
     assert make is not None
     assert [piece for piece, _ in make().pre_tokenize_str("a  12")] == ["a", "ĠĠ", "1", "2"]
+
+
+@pytest.mark.parametrize("change", [{"r": 10**6}, {"rank_pattern": {"q_proj": 10**6}}])
+def test_an_adapter_of_a_larger_rank_than_its_weights_is_refused_before_it_is_made(
+    tmp_path: Path, tiny_model: Callable[..., Path], change: dict[str, Any]
+) -> None:
+    model = attach(load(tiny_model()), Adapter(), 0)
+    model.save_pretrained(tmp_path)
+    assert load_adapter(load(tiny_model()), tmp_path).peft_config
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    rank = model.peft_config["default"].r
+    with pytest.raises(
+        UserError, match=rf"adapter_config\.json: a rank of 1,000,000, and the weights have {rank} at most"
+    ):
+        load_adapter(load(tiny_model()), tmp_path)

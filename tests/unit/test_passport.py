@@ -80,6 +80,29 @@ def test_another_base_is_refused_by_name_and_force_says_what_it_overrides(
     assert "warning: --force overrides the adapter's passport" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("rms_norm_eps", 0.5), ("max_position_embeddings", 4096), ("_name_or_path", 0)]
+)
+def test_a_base_of_another_configuration_is_refused(trained: Path, key: str, value: float) -> None:
+    file = trained.parent / "base" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    if key == "_name_or_path":
+        assert veneer.load(str(trained)).run is not None  # it says nothing of the model
+        return
+    told = r"the base's config\.json: trained with \w{12}, found \w{12}"
+    with pytest.raises(UserError, match=told):
+        veneer.evaluate(str(trained))
+    with pytest.raises(UserError, match=told):
+        veneer.generate(str(trained), ["a"])
+    with pytest.raises(UserError, match=told):
+        veneer.merge(str(trained), str(trained.parent / "out"))
+    passport = trained / "adapter" / "passport.json"
+    kept = json.loads(passport.read_text())
+    del kept["base"]["config_sha256"]  # as passports were
+    passport.write_text(json.dumps(kept))
+    assert veneer.load(str(trained)).run is not None
+
+
 def test_another_template_tokenizer_or_adapter_file_is_refused(trained: Path) -> None:
     adapter = trained / "adapter"
     template = adapter / "chat_template.jinja"

@@ -16,6 +16,7 @@ from tests.rows import CHAT, jsonl, prepared, refused, renderer, text_of, traine
 from tests.tiny import tiny_tokenizer
 from veneer.config import Data, UserError
 from veneer.data import Example, Renderer, prepare
+from veneer.data.corpus import Corpus, is_sound
 from veneer.data.ledger import FATES, length_summary
 from veneer.data.pipeline import read_held_out
 from veneer.data.recognise import FORMATS
@@ -557,3 +558,13 @@ def test_files_of_other_splits_are_not_trained_on(tmp_path: Path) -> None:
     assert "holds files of several splits: test, train" in refused(
         jsonl(tmp_path, [GOOD]), validation=str(tmp_path / "set")
     )
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"[" * 100_000, b"\xff", b'{"fates": {}}'])
+def test_a_damaged_account_or_list_of_checksums_is_told(tmp_path: Path, content: bytes) -> None:
+    for name in ("account.json", "checksums.json"):
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"account\.json: (damaged|cannot be read)"):
+        Corpus(tmp_path)
+    with pytest.warns(RuntimeWarning, match="damaged; the rows are tokenized again"):
+        assert not is_sound(tmp_path)

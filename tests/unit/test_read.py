@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import sys
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,7 @@ import pytest
 from veneer.config import UserError
 from veneer.data.read import BYTES, ROWS, Block, Unreadable, parse, read_blocks
 from veneer.data.source import Source, find_sources
+from veneer.data.unpacked import page_sizes
 
 RECORDS = [{"prompt": f'what, {n}?\n\tönd "now"', "completion": f"the cat {n}"} for n in range(1, 8)]
 
@@ -508,7 +510,7 @@ def test_a_circle_of_links_ends(tmp_path: Path) -> None:
         (["org/name", "org/name"], "org/name: is named twice"),
         ("pipe", "is neither a file nor a folder"),
         ("x" * 5000, "a name in it has 5000 bytes, at most 255 are allowed"),
-        ("\0", "holds a NUL character"),
+        ("\0", "holds a NUL character, which no path may"),
     ],
 )
 def test_names_that_lead_nowhere_are_refused(
@@ -752,3 +754,100 @@ def test_what_is_no_file_within_a_folder_is_refused(tmp_path: Path) -> None:
 def test_the_index_of_a_frame_is_named(tmp_path: Path) -> None:
     told = refused(written(tmp_path / "rows.csv", ",a\n0,b\n"))
     assert "column 1 of 2 has no name; is it the index of a pandas frame?" in told
+
+
+@pytest.mark.parametrize("unit", ['\\"', "\\\\", "a", "\U0001f600,", "]"])
+@pytest.mark.parametrize("form", ['{{"a": "{}"}}', '["{}"]', '{{"a": [["{}"], {{}}], "b": 1}}'])
+def test_a_huge_row_of_an_array_is_passed_over_in_few_steps(tmp_path: Path, unit: str, form: str) -> None:
+    huge = form.format(unit * (3 * 2**20 // len(unit)))
+    assert_passed_over(tmp_path, huge)
+
+
+@pytest.mark.parametrize("unit", ["1,", "[],", '{"a":"]"},', '"\\"",', '"\\\\",'])
+def test_a_row_of_very_many_small_values_is_too(tmp_path: Path, unit: str) -> None:
+    assert_passed_over(tmp_path, '{"a": [' + unit * (3 * 2**20 // len(unit)) + '{}], "b": "x"}')
+
+
+def assert_passed_over(folder: Path, huge: str) -> None:
+    path = folder / "rows.json"
+    path.write_text('[{"a": 1}, ' + huge + ' , {"a": 2},' + huge + "]", encoding="utf-8")
+    (source,) = find_sources(str(path), "data.train")
+    calls = 0
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        rows = [row for block in read_blocks(source, "data.train", max_row_bytes=4096) for row in block.rows]
+    finally:
+        sys.setprofile(before)
+    too_long = Unreadable("is longer than data.max_row_bytes = 4,096")
+    assert rows == [{"a": 1}, too_long, {"a": 2}, too_long]
+    assert calls < 20_000  # and not one for each of millions of characters
+
+
+PACKED_TABLE = pa.table({"text": ["a", "x" * (80 << 20), "b"], "more": ["y"] * 3})  # 80 MiB in a few kB
+
+
+@pytest.mark.parametrize("name", ["one.parquet", "two.arrow", "three.arrow", "dictionary.arrow", "saved"])
+def test_what_unpacks_to_more_than_may_be_held_is_refused_before_it_is_unpacked(tmp_path: Path, name: str) -> None:
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    path, table = tmp_path / name, PACKED_TABLE
+    if name == "one.parquet":
+        pq.write_table(table, path, compression="zstd")
+    elif name == "saved":
+        datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(str(path))
+        (file,) = path.glob("*.arrow")
+        with pa.OSFile(str(file), "wb") as out, pa.ipc.new_stream(out, table.schema, options=options) as writer:
+            writer.write_table(table)
+    else:
+        if name == "dictionary.arrow":
+            table = pa.table({"text": table["text"].dictionary_encode()})
+        new = pa.ipc.new_stream if name == "three.arrow" else pa.ipc.new_file
+        with pa.OSFile(str(path), "wb") as out, new(out, table.schema, options=options) as writer:
+            writer.write_table(table)
+    found, before = source(str(path)), pa.total_allocated_bytes()
+    with pytest.raises(
+        UserError, match=r"unpacks to 83,\d{3},\d{3} bytes, and at most 67,108,864 (.|\n)*data\.max_row_bytes"
+    ):
+        list(read_blocks(found, "data.train", max_row_bytes=1 << 20))
+    assert pa.total_allocated_bytes() - before < 1 << 20
+    if name != "saved":  # whose own description is of another table
+        rows = [row for block in read_blocks(found, "data.train", max_row_bytes=16 << 20) for row in block.rows]
+        assert rows[1] == Unreadable("is longer than data.max_row_bytes = 16,777,216")
+        assert [row["text"] for row in (rows[0], rows[2]) if isinstance(row, dict)] == ["a", "b"]
+
+
+def test_a_large_value_that_many_rows_share_is_not_held_for_each(tmp_path: Path) -> None:
+    table = pa.table({"text": ["x" * (1 << 20)] * 2000})
+    pq.write_table(table, tmp_path / "rows.parquet", dictionary_pagesize_limit=8 << 20)
+    assert (tmp_path / "rows.parquet").stat().st_size < 1 << 20
+    found, most = source(str(tmp_path / "rows.parquet")), 0
+    del table
+    before, count = pa.total_allocated_bytes(), 0
+    for block in read_blocks(found, "data.train", max_row_bytes=1 << 20):
+        most, count = max(most, pa.total_allocated_bytes() - before), count + len(block.rows)
+    assert (count, most < 64 << 20) == (2000, True)
+
+
+@pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"data_page_version": "2.0", "use_dictionary": False}, {"data_page_size": 1000, "write_page_checksum": True}],
+)
+def test_page_headers_of_every_form_are_read(tmp_path: Path, compression: str, settings: dict[str, Any]) -> None:
+    texts = ["x" * n for n in range(2000)]
+    table = pa.table({"text": texts, "nested": [[{"role": text[:9], "n": 1}] for text in texts]})
+    pq.write_table(table, tmp_path / "rows.parquet", compression=compression, row_group_size=900, **settings)
+    held = pq.ParquetFile(tmp_path / "rows.parquet").metadata
+    groups = [held.row_group(n) for n in range(held.num_row_groups)]
+    with (tmp_path / "rows.parquet").open("rb") as file:
+        for column in (group.column(n) for group in groups for n in range(group.num_columns)):
+            sizes = [size for _, size in page_sizes(file, column)]
+            headers = column.total_uncompressed_size - sum(sizes)
+            assert 0 < headers < 5000 * len(sizes)  # statistics stand in them, too
+            with pytest.raises(ValueError, match="page"):
+                list(page_sizes(io.BytesIO(b"\xff" * 10), column))

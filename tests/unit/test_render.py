@@ -323,6 +323,19 @@ def test_templates_that_cannot_be_right_are_refused(tmp_path: Path) -> None:
         renderer(chat_template="chatxml")
 
 
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(b"\xff", "as text"), (b"a" * (2**20 + 1), "at most 1,048,576 are read"), (None, "a folder")],
+)
+def test_a_template_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None, expected: str) -> None:
+    path = tmp_path / "mine.jinja"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"data\.chat_template = .*mine\.jinja: neither .*{expected}"):
+        renderer(chat_template=str(path))
+    with pytest.raises(UserError, match="a device"):
+        renderer(chat_template="/dev/zero")
+
+
 @pytest.mark.parametrize("name", [*END_OF_TURN, "auto"])
 def test_the_mask_is_exactly_the_answers_and_their_end(name: str) -> None:
     tokenizer = AddsBos()

@@ -14,7 +14,7 @@ from tests.tiny import FAMILIES
 from veneer.config import Adapter, Model, Quantization, UserError
 from veneer.config.folder import whole_folder
 from veneer.machine import find_machine
-from veneer.model import attach, locate, reader
+from veneer.model import Source, attach, locate, reader
 from veneer.model.load import LoadReport, keep_4bit_layout, load_base, load_plainly, settings_of
 from veneer.model.quiet import quiet
 from veneer.model.reader import Reader
@@ -30,9 +30,13 @@ def load(folder: Path, quantization: Quantization | None = None, dtype: str = "f
 
 
 def plainly(folder: Path, quantization: Quantization | None = None, dtype: str = "float32") -> Any:
-    model = Model.model_validate({"base": str(folder), "dtype": dtype})
+    return plainly_of(locate(Model(base=str(folder))), quantization, dtype)
+
+
+def plainly_of(source: Source, quantization: Quantization | None = None, dtype: str = "float32") -> Any:
+    model = Model.model_validate({"base": source.name, "dtype": dtype})
     with quiet():
-        base = load_plainly(locate(model), settings_of(model, quantization, find_machine()))[0]
+        base = load_plainly(source, settings_of(model, quantization, find_machine()))[0]
     base.config.use_cache = False
     keep_4bit_layout(base)
     return base
@@ -146,13 +150,31 @@ def test_generation_settings_that_stand_in_the_configuration(tmp_path: Path, tin
     assert_same(load(folder)[0], plainly(folder))
 
 
-def test_pickled_weights_are_left_to_transformers(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "consolidated.00.pth"])
+def test_weights_that_are_pickles_are_refused_unread(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     folder = copied(tiny_model(), tmp_path / "model")
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    torch.save(load_file(folder / "model.safetensors"), folder / name)
+    assert load(folder)[1].way == "files"  # beside safetensors it is not looked at
     (folder / "model.safetensors").unlink()
-    base, report = load(folder)
-    assert report.way == "transformers"
-    assert torch.equal(base.lm_head.weight, load(tiny_model())[0].lm_head.weight)
+    monkeypatch.setattr(torch, "load", lambda *given, **settings: pytest.fail("unpickled"))
+    with pytest.raises(
+        UserError, match=rf"holds no model\.safetensors, but {name}, which is a pickle(.|\n)*convert it"
+    ):
+        load(folder)
+    with pytest.raises(
+        OSError, match=r"no file named model\.safetensors"
+    ):  # as of a hub, whose files are not seen before
+        plainly_of(Source("folder", str(folder), "model"))
+
+
+def test_an_adapter_in_a_base_that_is_a_pickle_is_refused(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    folder = copied(tiny_model(), tmp_path / "model")
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.bin").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"holds no adapter_model\.safetensors, but adapter_model\.bin"):
+        load(folder)
 
 
 def test_adapters_attach_and_train_on_it(tiny_model: Callable[..., Path]) -> None:

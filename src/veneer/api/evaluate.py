@@ -17,6 +17,7 @@ from veneer.data.pipeline import HeldOut, prepare, read_held_out
 from veneer.engine import ReferenceEngine
 from veneer.evaluation import Evaluation
 from veneer.evaluation import compare as compare_models
+from veneer.evaluation.compare import count_rows
 from veneer.evaluation.memory import rows_at_a_time
 from veneer.machine import find_machine
 from veneer.model import compute_dtype
@@ -64,7 +65,7 @@ def evaluate(
     Args:
         run_dir: Folder of a finished run.
         data: A file of rows to use instead of the run's held-out rows.
-        rows: At most so many rows; None: as `evaluate.rows` in the run.
+        rows: At most so many rows; None: as `evaluate.rows` in the run. Pieces of a long text are one row.
         on_done: Called with the number of rows just answered; each row is answered twice.
         force, base: As for `load`.
 
@@ -77,7 +78,8 @@ def evaluate(
     assert loaded.run is not None
     usual = loaded.run.evaluate.rows
     held_out = held_out_rows(folder, loaded.run, loaded.renderer, data, rows or usual)
-    is_record = data is None and (rows is None or rows == usual or len(held_out) < rows)
+    count = count_rows(held_out)
+    is_record = data is None and (rows is None or rows == usual or count < rows)
     most = (max(len(row.example.ids) for row in held_out), max(row.example.trained for row in held_out))
     at_a_time = rows_at_a_time(loaded.run, Padded(len(held_out), *most), place)
     settings = loaded.run.evaluate.model_copy(update={"batch_size": at_a_time})
@@ -86,7 +88,7 @@ def evaluate(
     if is_record and not force:
         assert loaded.origin is not None
         return Evaluated(result, save_evaluation(folder, result, loaded.origin.model), True)
-    name = f"{Path(data).name.split('.')[0] if data else 'held-out'}-{len(held_out)}-rows"
+    name = f"{Path(data).name.split('.')[0] if data else 'held-out'}-{count}-rows"
     return Evaluated(result, _save_beside(folder, name, result, data), False)
 
 

@@ -15,6 +15,7 @@ from veneer.config.run import Model, Run
 from veneer.config.run_folder import RunFolder
 
 BUILTIN_NAMES = ("smollm2-135m-instruct",)
+_PICKLED = re.compile(r"(pytorch_|adapter_)?(model|consolidated)[\w.-]*\.(bin|pt|pth)")
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
@@ -160,6 +161,7 @@ def _find(base: str) -> tuple[str, str]:
 
 def _require_model(path: Path, base: str) -> None:
     if (path / "config.json").is_file():
+        _refuse_pickles(path, base)
         return
     if (path / "adapter_config.json").is_file():
         raise UserError(f"model.base = {base}: holds an adapter, not a base model", "name the model it was trained on")
@@ -169,6 +171,19 @@ def _require_model(path: Path, base: str) -> None:
         f"model.base = {base}: the folder has no config.json (it holds {listing})",
         "name the folder that save_pretrained wrote",
     )
+
+
+def _refuse_pickles(path: Path, base: str) -> None:
+    """Raises UserError for a folder whose weights are pickles alone: to read one is to run what its maker wrote."""
+    held = {entry.name for entry in path.iterdir()}
+    for pickled in sorted(filter(_PICKLED.fullmatch, held)):
+        wanted = "adapter_model.safetensors" if pickled.startswith("adapter") else "model.safetensors"
+        if not held & {wanted, f"{wanted}.index.json"}:
+            raise UserError(
+                f"model.base = {base}: holds no {wanted}, but {pickled}, which is a pickle: those are never read",
+                "fetch it as safetensors; or, if you trust its maker, convert it: load it with Transformers "
+                "(AutoModelForCausalLM.from_pretrained) and call save_pretrained with another folder",
+            )
 
 
 def _finish(run: RunFolder) -> str:

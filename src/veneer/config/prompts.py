@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.config.errors import UserError
+from veneer.config.files import read_text
 
 Question = str | list[dict[str, Any]]  # a question, or the turns of a conversation
 
@@ -17,11 +18,8 @@ def read_prompts(path: Path) -> list[Question]:
     Raises:
         UserError: The file cannot be read, or a line is no prompt.
     """
-    try:
-        lines = path.expanduser().read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"--prompts-file {path}: cannot be read ({reason})", "name a file of prompts") from None
+    text = read_text(path.expanduser(), fix="name a file of prompts in --prompts-file")
+    lines = text.removeprefix("\ufeff").splitlines()
     is_json = path.suffix.lower() in (".jsonl", ".ndjson")
     prompts = _objects(lines, str(path)) if is_json else plain_prompts(lines)
     if not prompts:

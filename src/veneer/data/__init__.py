@@ -3,6 +3,7 @@
 source.py        which files a setting names, and what each is
 json_text.py     JSON that is one value, read piece by piece
 read.py          their rows, block by block, each with its place
+unpacked.py      what of a Parquet or Arrow file would be unpacked at once, and the limit of it
 values.py        values within tool calls
 turns.py         turns as the world writes them
 recognise.py     the shape of a row, and the conversation it stands for

@@ -20,11 +20,14 @@ from typing import Any
 
 import numpy as np
 
+from veneer.config import UserError
+from veneer.config.files import read_json
 from veneer.data.batch import Example
 from veneer.data.likeness import BINS
 from veneer.data.read import Block
 from veneer.data.tokenize import ROW, SPAN, Tokenized
 
+ACCOUNT = ("fates", "notes", "personal", "lengths", "names", "problems", "stop_ids")
 CHECKSUMS = "checksums.json"
 LISTED = 100  # problems kept word for word
 LOADED: dict[str, Any] = {"lengths": np.uint32, "ends": np.uint32, "span_counts": np.uint32, "rows": ROW, "spans": SPAN}
@@ -44,7 +47,7 @@ class Corpus(Sequence[Example]):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.account: dict[str, Any] = json.loads((folder / "account.json").read_text(encoding="utf-8"))
+        self.account = read_json(folder / "account.json", *ACCOUNT, fix="delete the folder")
         self.lengths, self.ends, counts, self.rows, self._spans = (
             np.fromfile(folder / f"{name}.bin", dtype) for name, dtype in LOADED.items()
         )
@@ -121,8 +124,8 @@ def seal(folder: Path) -> None:
 def is_sound(folder: Path) -> bool:
     """Whether all files of a corpus are as they were sealed; warns where they are not."""
     try:
-        sound: bool = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")) == _checksums(folder)
-    except (OSError, ValueError):
+        sound = read_json(folder / CHECKSUMS) == _checksums(folder)
+    except (OSError, UserError):
         sound = False
     if not sound:
         warnings.warn(f"{folder}: damaged; the rows are tokenized again", RuntimeWarning, stacklevel=2)

@@ -5,12 +5,16 @@ import json
 import re
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from veneer.config import UserError
 
 CHUNK = 1 << 20  # bytes read at once
+PIECE = 1 << 17  # characters looked through at once
 BLANK = re.compile(r"[ \t\r\n]*")
 SCAN = json.JSONDecoder().raw_decode
-MARKS = re.compile(r'\\.?|["\[\]{},]', re.DOTALL)  # what tells where a value ends
+BRACKETS = [[ord(mark) for mark in marks] for marks in ("[{", "]}")]
+ENDS = [ord(mark) for mark in ",]"]  # what follows a value of an array
 
 
 class JsonText:
@@ -46,49 +50,68 @@ class JsonText:
 
     def value(self, longest: int) -> tuple[Any, int]:
         """The JSON value that begins here, taken, and its length; of a longer one than that None and 0."""
+        is_whole = False  # whether the text is known to reach behind it
         while True:
             try:
                 value, end = SCAN(self.text, self.at)
                 # `1.` may go on as `1.5e+3`: so near to what is not read yet, a number may not be whole.
-                if self.ended or end + 8 < len(self.text):
+                if self.ended or is_whole or end + 8 < len(self.text):
                     size, self.at = end - self.at, end
                     return (value, size) if size <= longest else (None, 0)
             except json.JSONDecodeError as error:
                 # Of a value that is cut off, an open string is told where it begins, all else close to the cut.
                 is_cut = error.msg.startswith("Unterminated string") or error.pos + 64 > len(self.text)
-                if self.ended or not is_cut:
+                if self.ended or is_whole or not is_cut:
                     raise self.broken(error.pos, f"broken JSON: {error.msg}") from None
             except (ValueError, RecursionError) as error:
                 raise self.broken(self.at, f"JSON that cannot be read: {error}") from None
-            if len(self.text) - self.at > longest + 8:
-                self.pass_over()
+            if not self.reach_behind(longest):
                 return None, 0
-            self.more()
+            is_whole = True
 
-    def pass_over(self) -> None:
-        """Take the JSON value that begins here without holding it."""
-        depth, quoted = 0, False
+    def reach_behind(self, longest: int) -> bool:
+        """Read on to the end of the value that begins here; one longer than `longest` is taken and not held: False."""
+        size, depth, is_quoted, is_held = 0, 0, False, True
         while True:
-            start, self.at = self.at, len(self.text)
-            for found in MARKS.finditer(self.text, start):
-                mark = found[0]
-                if mark == "\\":  # what it stands before is not read yet
-                    self.at = found.start()
-                elif mark == '"':
-                    quoted = not quoted
-                elif not quoted and mark in "[{":
-                    depth += 1
-                elif not quoted and mark in "]}" and depth:
-                    depth -= 1
-                elif quoted or depth or mark not in ",]":
-                    continue
-                else:
-                    self.at = found.start()
-                    return
-            if self.ended:
-                raise self.broken(self.at, "broken JSON: the array is not closed")
-            self.more()
+            start = self.at + size
+            piece = self.text[start : start + PIECE]
+            plain = piece.replace("\\\\", "  ").replace('\\"', "  ")  # a quote that is left opens or ends a string
+            plain = plain.removesuffix("\\")  # what it stands before is in the next piece
+            if plain:
+                end, depth, is_quoted = _end_of_value(plain, depth, is_quoted)
+                size += end
+                if size > longest or not is_held:
+                    self.at, size, is_held = self.at + size, 0, False
+                if end < len(plain):
+                    return is_held
+            elif not self.ended:
+                self.more()
+            elif is_held:
+                return True  # it is not closed, which parsing it tells best
+            else:
+                raise self.broken(len(self.text), "broken JSON: the array is not closed")
 
     def broken(self, at: int, why: str, fix: str = "mend the file") -> UserError:
         line = self.lines + self.text.count("\n", 0, at)
         return UserError(f"{self.name}:{line}: {why}", f"{fix}, or name another in {self.setting}")
+
+
+def _end_of_value(text: str, depth: int, is_quoted: bool) -> tuple[int, int, bool]:
+    """Where a value of an array ends, found by whole arrays, since a character at a time would take minutes.
+
+    Args:
+        text: A part of the value and what follows, without escaped quotes.
+        depth, is_quoted: How many brackets are open before it, and whether a string is.
+
+    Returns:
+        The place of the comma or bracket behind the value, the length of the text where there is none; and depth and
+        is_quoted at the end of the text.
+    """
+    codes_N = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    outside_N = (np.cumsum(codes_N == ord('"')) + is_quoted) % 2 == 0
+    steps_N = np.isin(codes_N, BRACKETS[0]).astype(np.int64) - np.isin(codes_N, BRACKETS[1])
+    steps_N[~outside_N] = 0
+    depths_N = depth + np.cumsum(steps_N)
+    is_end_N = outside_N & (depths_N - steps_N <= 0) & np.isin(codes_N, ENDS)
+    end = int(is_end_N.argmax()) if is_end_N.any() else len(text)
+    return end, int(depths_N[-1]), not outside_N[-1]

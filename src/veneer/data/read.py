@@ -21,11 +21,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import compress
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from veneer.config import UserError
 from veneer.data.json_text import CHUNK, JsonText
 from veneer.data.source import Source, chunks, open_dataset, open_plain, told
+from veneer.data.unpacked import TIMES, require_batches, require_pages
 
 ROWS = 1000  # of a block, at most
 BYTES = 4 << 20  # of a block, about; a single row may be larger
@@ -366,7 +368,9 @@ def _table_pieces(source: Source, setting: str, longest: int) -> Iterator[Piece]
                 rows: list[Row] = _python(part) if len(part) > 1 or _size(part) <= longest else [_too_long(longest)]
                 yield list(range(at, at + len(rows))), rows
                 at += len(rows)
-    except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter of a damaged schema
+    except (pa.ArrowException, ValueError) as error:  # the latter of a damaged schema or header
+        if isinstance(error, UserError):
+            raise
         what = f"{setting} = {source.location}: damaged {source.kind} after row {at - 1} ({error})"
         raise UserError(what, f"write it again, or name another in {setting}") from error
 
@@ -376,18 +380,22 @@ def _batches(source: Source, setting: str, longest: int) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    what = f"{setting} = {source.location}"
     if source.kind == "parquet":
         # Unless both are said, a whole row group, which may be the whole file, is held in memory.
         small = {"pre_buffer": False, "buffer_size": CHUNK}
-        with pq.ParquetFile(source.location, page_checksum_verification=True, **small) as file:
+        opened = pq.ParquetFile(source.location, page_checksum_verification=True, **small)
+        with opened as file, open(source.location, "rb") as stream:
             for number in range(file.num_row_groups):
                 group = file.metadata.row_group(number)
                 if group.num_rows == 1 and group.total_byte_size > 2 * longest:  # its encoding counts, too
                     yield None
                     continue
-                mean = max(1, group.total_byte_size // max(1, group.num_rows))
+                largest = require_pages(stream, group, what, longest)
+                mean = max(1, group.total_byte_size // max(1, group.num_rows), largest // TIMES)
                 yield from file.iter_batches(min(ROWS, max(1, longest // mean)), row_groups=[number])
     elif source.kind == "arrow":
+        require_batches(Path(source.location), what, longest)
         with pa.memory_map(source.location) as mapped:
             is_file = mapped.read(6) == b"ARROW1"
             mapped.seek(0)
@@ -397,6 +405,9 @@ def _batches(source: Source, setting: str, longest: int) -> Iterator[Any]:
             else:
                 yield from pa.ipc.open_stream(mapped)
     else:
+        if source.kind == "arrow folder":
+            for path in sorted(Path(source.location).glob("*.arrow")):
+                require_batches(path, what, longest)
         # As Arrow, so that images and audio are not decoded.
         for table in open_dataset(source, setting).with_format("arrow").iter(batch_size=ROWS):
             yield from table.to_batches()
@@ -416,13 +427,21 @@ def _parts(batch: Any) -> Iterator[Any]:
 
 
 def _size(batch: Any) -> float:
-    """Bytes of a slice. It counts the whole of its dictionary, so of that the mean value is counted."""
+    """Bytes of a slice. It counts the whole of its dictionary, so of that the values that are used are counted."""
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     size = 0.0
     for column in batch.columns:
         if pa.types.is_dictionary(column.type):
-            size += column.dictionary.nbytes / max(1, len(column.dictionary)) * len(column)
+            try:
+                lengths = pc.binary_length(column.dictionary).take(column.indices)
+                size += (pc.sum(lengths).as_py() or 0) + 8 * len(column)
+            except (
+                pa.ArrowNotImplementedError,
+                pa.ArrowIndexError,
+            ):  # no texts, or a damaged place, which is told later
+                size += column.dictionary.nbytes / max(1, len(column.dictionary)) * len(column)
         else:
             size += column.nbytes
     return size

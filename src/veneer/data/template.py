@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.config import Data, UserError
+from veneer.config.files import read_text
 from veneer.data.conversation import BadRowError, Message
 from veneer.data.frozen import freeze_date
 from veneer.data.sandbox import Job, RefusedError, TemplateLimitError, shared
@@ -36,6 +37,7 @@ END_OF_TURN: dict[str, str | None] = {
     "guanaco": None,
 }
 NAMED_TEMPLATES = tuple(END_OF_TURN)
+LARGEST_BYTES = 2**20  # of a template's file; the longest published ones have 30 kB
 TEMPLATE_FIX = "name another template in data.chat_template, or take this one's fault out"
 TOOLS_HEAD = (
     "You may call one or more of these functions to answer:\n<tools>\n{tools}\n</tools>\n\nTo call one, write a JSON "
@@ -232,12 +234,13 @@ def find_template(tokenizer: Any, settings: Data) -> Template | None:
         if end is not None and end not in tokenizer.get_vocab():
             source = source.replace(end, tokenizer.eos_token)
         return Template(tokenizer, source, settings)
+    fix = f"write auto, none, {', '.join(NAMED_TEMPLATES)}, or the path of a Jinja file"
     try:
-        source = Path(name).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        source = read_text(Path(name).expanduser(), LARGEST_BYTES, fix)
+    except UserError as error:
+        why = str(error).splitlines()[0]
         raise UserError(
-            f"data.chat_template = {name}: neither a known template nor a readable file",
-            f"write auto, none, {', '.join(NAMED_TEMPLATES)}, or the path of a Jinja file",
+            f"data.chat_template = {name}: neither a known template nor a readable file ({why})", fix
         ) from None
     return Template(tokenizer, source, settings)
 

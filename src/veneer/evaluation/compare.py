@@ -6,8 +6,10 @@ the reference's trained tokens. Where all references are JSON objects of the sam
 show what it can do without training.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 from veneer.config import Evaluate
@@ -123,8 +125,8 @@ class Evaluation:
             for base, tuned, base_right, tuned_right in zip(
                 self.base.samples,
                 self.tuned.samples,
-                self.base.right[self.decisive],
-                self.tuned.right[self.decisive],
+                self.base.right.get(self.decisive, ()),  # none of documents, which ask nothing
+                self.tuned.right.get(self.decisive, ()),
                 strict=True,
             )
         ]
@@ -166,6 +168,11 @@ def questions(held_out: Sequence[HeldOut]) -> list[Conversation]:
     return [row.conversation for row in held_out if not row.conversation.is_document]
 
 
+def count_rows(held_out: Sequence[HeldOut]) -> int:
+    """How many rows these are; pieces of one document, which are not independent, are one."""
+    return len({row.conversation.place for row in held_out})
+
+
 def judge(
     renderer: Renderer,
     held_out: Sequence[HeldOut],
@@ -195,7 +202,7 @@ def judge(
     metrics = {name: proportion(sum(rows), len(rows)) for name, rows in right.items()}
     if losses:
         metrics["perplexity"] = perplexity(losses, tokens)
-    return Score(metrics, samples, len(held_out), right, list(losses), list(tokens))
+    return Score(metrics, samples, count_rows(held_out), right, list(losses), list(tokens))
 
 
 def _behind(examples: Sequence[Message], turns: Sequence[Message]) -> list[Message]:
@@ -205,12 +212,17 @@ def _behind(examples: Sequence[Message], turns: Sequence[Message]) -> list[Messa
 
 
 def _losses(engine: Engine, held_out: Sequence[HeldOut], batching: Batching) -> tuple[list[float], list[float]]:
-    """Summed loss and trained tokens of each row, the longest row first."""
-    losses: list[float] = []
-    ordered = sorted((row.example for row in held_out), key=lambda example: -len(example.ids))
-    for batch_losses in batching.over(ordered, lambda examples: engine.losses(Batch.of(examples)).tolist()):
-        losses += batch_losses
-    return losses, [example.weight for example in ordered]
+    """Summed loss and trained tokens of each row, the longest first; pieces of one document are one row."""
+    ordered = sorted(held_out, key=lambda row: -len(row.example.ids))
+    of_batches = batching.over(
+        [row.example for row in ordered], lambda examples: engine.losses(Batch.of(examples)).tolist()
+    )
+    losses: dict[str, float] = defaultdict(float)
+    tokens: dict[str, float] = defaultdict(float)
+    for row, loss in zip(ordered, chain.from_iterable(of_batches), strict=True):
+        losses[row.conversation.place] += loss
+        tokens[row.conversation.place] += row.example.weight
+    return [*losses.values()], [*tokens.values()]
 
 
 def compare(

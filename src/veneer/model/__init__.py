@@ -8,6 +8,7 @@ lineage.py   the GGUF file that a base comes from, and the model that it was mad
 load.py      tokenizer and weights, in 16 bits or NF4
 stream.py    weights read in threads to the device and quantized there, by Transformers' own rules
 remote.py    code of a model's maker, which is never run
+limits.py    sizes that no model has, refused before anything is made from them
 shards.py    the safetensors files of a checkpoint, and where each tensor lies in them
 reader.py    the threads that read
 kept.py      4-bit weights kept on disk for the next load

@@ -21,6 +21,7 @@ from tokenizers import pre_tokenizers
 
 from veneer.config.cache import cached
 from veneer.config.files import reading, visible
+from veneer.model.limits import require_possible
 from veneer.model.quiet import quiet
 
 
@@ -124,7 +125,11 @@ def _facts(file: Path) -> dict[str, Any]:
     reader = open_gguf(file)
     names = ("general.architecture", "general.name", "general.license", "tokenizer.ggml.pre")
     with reading(file, "name a whole .gguf file"):
-        return {name: reader.fields[name].contents() for name in names if name in reader.fields}
+        found = {name: reader.fields[name].contents() for name in names if name in reader.fields}
+        own = f"{found.get('general.architecture')}."
+        sizes = {name: field for name, field in reader.fields.items() if name.startswith(own)}
+        require_possible({name.rpartition(".")[2]: field.contents() for name, field in sizes.items()}, str(file))
+        return found
 
 
 def open_gguf(file: Path) -> Any:

@@ -23,6 +23,7 @@ from veneer.data.sandbox import shared
 from veneer.machine.device import Machine, named_dtype
 from veneer.model.dense import keep_dense
 from veneer.model.kept import Copy, Kept, tell_unusable
+from veneer.model.limits import require_sizes
 from veneer.model.locate import Source
 from veneer.model.quiet import quiet
 from veneer.model.remote import refusal, require_attention, require_own_class
@@ -67,6 +68,7 @@ def load_tokenizer(source: Source) -> Any:
         own_files(Path(source.location), "*.jinja")  # it ships with the adapter, word for word
     with _loading(source, "tokenizer"):
         require_own_class(f"model.base = {source.name}", source.location)
+        require_sizes(source.location, f"model.base = {source.name}", source.revision, source.only_local)
         tokenizer = AutoTokenizer.from_pretrained(
             source.location, revision=source.revision, local_files_only=source.only_local, trust_remote_code=False
         )
@@ -188,7 +190,7 @@ def load_plainly(source: Source, settings: dict[str, Any]) -> tuple[Any, list[st
     size = sum(file.stat().st_size for file in folder.iterdir()) if folder.is_dir() else sys.maxsize  # not known
     with circles_collected(size, settings["device_map"][""]):
         base, report = AutoModelForCausalLM.from_pretrained(
-            **where, output_loading_info=True, trust_remote_code=False, **settings
+            **where, output_loading_info=True, trust_remote_code=False, use_safetensors=True, **settings
         )
     ranges: dict[str, torch.Tensor] = {}
     for name, parameter in base.named_parameters():

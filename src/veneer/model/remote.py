@@ -13,6 +13,7 @@ from typing import Any
 
 from veneer.config import UserError
 from veneer.config.files import read_json
+from veneer.model.limits import require_sizes
 
 MAKERS_CODE = "trust_remote_code"  # how Transformers calls it in its errors
 
@@ -27,11 +28,12 @@ def read_config(place: str | Path, name: str, revision: str | None = None, only_
         only_local: Whether a hub is not to be asked.
 
     Raises:
-        UserError: It asks for code of its maker's.
+        UserError: It asks for code of its maker's, or has sizes that no model has.
         OSError, ValueError, KeyError: It cannot be had.
     """
     from transformers import AutoConfig
 
+    require_sizes(place, name, revision, only_local)
     config = AutoConfig.from_pretrained(
         str(place), revision=revision, local_files_only=only_local, trust_remote_code=False
     )

@@ -7,7 +7,7 @@ little ahead. A linear layer is quantized as soon as it is there, and its 16-bit
 already has six tensors in its file; they are put together here, since Transformers copies a set of patterns for each.
 
 What comes out is therefore the same to the bit; `tests/unit/test_stream.py` compares every tensor. A model that this
-does not fit (pickled weights, other quantizers, models of several parts) is left to Transformers' own reader.
+does not fit (rare types of numbers, other quantizers, models of several parts) is left to Transformers' own reader.
 """
 
 import contextlib

@@ -1,10 +1,9 @@
 """passport.json of an adapter: what it belongs to, and the refusal to load it on anything else.
 
 An adapter is a difference; on another base it is noise that still answers fluently. The passport therefore holds
-fingerprints of what the adapter was trained with: the base's weights, the tokenizer, the chat template, the
-adapter's own file. It ships, so it names files and folders by their names alone, never by a path. Fingerprints are
-compared whenever a run's adapter is loaded, merged or exported, and a difference is
-refused by name.
+fingerprints of what the adapter was trained with: the base's weights and configuration, the tokenizer, the chat
+template, the adapter's own file. It ships, so it names files and folders by their names alone, never by a path.
+Fingerprints are compared whenever a run's adapter is loaded, merged or exported, and a difference is refused by name.
 """
 
 import hashlib
@@ -18,7 +17,15 @@ from veneer.config import Quantization, UserError
 from veneer.config.files import read_json, reading, visible
 from veneer.config.folder import write_json
 from veneer.evaluation.generation import stop_ids_of
-from veneer.model import Source, compute_dtype, fingerprint, gguf_origin, local_folder, stored_quantization
+from veneer.model import (
+    Source,
+    compute_dtype,
+    config_sha256,
+    fingerprint,
+    gguf_origin,
+    local_folder,
+    stored_quantization,
+)
 from veneer.release.redact import public_settings
 from veneer.training.job import TrainingJob, environment
 
@@ -50,6 +57,7 @@ def write_passport(job: TrainingJob, folder: Path, training: dict[str, Any]) -> 
             "revision": revision(job.source),
             "architecture": type(job.model.get_base_model()).__name__,
             "weights_sampled_sha256": fingerprint(job.source),
+            "config_sha256": config_sha256(job.source),
             "stored_in_4_bits": stored.model_dump(include={"quant_type", "double_quant"}) if stored else None,
         },
         "quantization": run.quantization.model_dump() if run.quantization else None,
@@ -143,6 +151,7 @@ def find_differences(folder: Path, source: Source | None) -> list[Difference]:
             f"{base.get('name')} ",
             f"{source.name} ",
         )
+        compare("the base's config.json", base.get("config_sha256"), config_sha256(source))
     compare("tokenizer", passport.get("tokenizer_sha256"), file_sha256(folder / "tokenizer.json"))
     compare("chat template", passport.get("chat_template_sha256"), _template_sha256(folder))
     compare("adapter weights", passport.get("adapter_sha256"), file_sha256(folder / "adapter_model.safetensors"))

@@ -89,7 +89,7 @@ class Folder:
             read_config(path, str(path))
             self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             self.model = AutoModelForCausalLM.from_pretrained(
-                path, dtype="auto", device_map={"": machine.device}, trust_remote_code=False
+                path, dtype="auto", device_map={"": machine.device}, trust_remote_code=False, use_safetensors=True
             ).eval()
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int] | None:

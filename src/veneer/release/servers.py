@@ -16,7 +16,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -291,6 +291,8 @@ def llama_server(
                 _ask(f"{address}/slots", None)  # it listens before its queue runs, and that answers this
                 yield Endpoint(address, chat, TOP, stops, "llama.cpp")
             except (JobError, UserError):
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(1)  # its connections end a moment before it does
                 if child.poll() is not None:
                     raise JobError(f"{file}: llama.cpp ended: {_why_it_ended(child, told)}") from None
                 raise
