@@ -32,6 +32,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch
+
 RESULTS = Path(__file__).parent / "results" / "crashes.json"
 CHOSEN, RANDOM, SEED = 400, 100, 0
 LIMIT_SECONDS = 120.0  # of a command; a hang is a failure
@@ -96,6 +98,7 @@ def call(arguments: list[str], log: Path, killer: Killer | None = None, seconds:
         os.dup2(output, 1)
         os.dup2(output, 2)
         status = 1
+        torch.set_num_threads(1)  # makes torch's thread pool anew after a fork: two threads at once fail at it
         if killer is not None:
             killer.install()
         try:
@@ -239,8 +242,6 @@ def main() -> None:
     parser.add_argument("--chosen", type=int, default=CHOSEN)
     parser.add_argument("--random", type=int, default=RANDOM)
     given = parser.parse_args()
-    import torch
-
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         os.environ["VENEER_CACHE"] = str(Path(name) / "cache")
