@@ -2,7 +2,7 @@
 
 A checkpoint folder appears whole or not at all, and its adapter is in PEFT's format, so that it can be used as it
 is. The position is the number of steps done: order, learning rate and masks follow from it (data/batch.py,
-train/schedule.py). Everything is safetensors or JSON; nothing is unpickled.
+training/schedule.py). Everything is safetensors or JSON; nothing is unpickled.
 """
 
 import hashlib
