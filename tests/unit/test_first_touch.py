@@ -19,8 +19,9 @@ from veneer.config.names import BUILTIN_NAMES
 from veneer.config.options import OPTIONS
 from veneer.model.builtin import BUILTIN
 from veneer.release import export as export_module
-from veneer.release import gguf_types, recipe
+from veneer.release import gguf_types
 from veneer.release import merge as merge_module
+from veneer.release import merge_plan as recipe
 
 Call = Callable[..., tuple[int, str, str]]
 QUICK = ("train.max_steps=1", "data.max_length=64", "adapter.r=2", "train.eval_steps=null", "train.save_steps=null")
