@@ -34,22 +34,34 @@ def config(path: str) -> Found:
 
 
 def weights(path: str) -> Found:
-    """Read a safetensors file as a merge and as a load do."""
+    """Read a safetensors file as a load does."""
     from veneer.config import UserError
-    from veneer.model import Source, fingerprint
     from veneer.model.reader import Reader
     from veneer.model.shards import DamagedError, UnknownTypeError, read_headers
-    from veneer.release.weights import read_header
 
-    read_header(Path(path))
     try:
         pieces = read_headers([Path(path)])
         with Reader(pieces, "cpu") as reader:
-            tensors = [reader.take(piece.name) for piece in pieces]
+            tensors = {piece.name: reader.take(piece.name) for piece in pieces}
     except (DamagedError, UnknownTypeError) as error:
         raise UserError(str(error)) from None
+    return _weights(path, tensors)
+
+
+def merge(path: str) -> Found:
+    """Read a safetensors file as a merge does."""
+    from veneer.release.weights import read_header
+
+    return _weights(path, {name: stored.read() for name, stored in read_header(Path(path)).items()})
+
+
+def _weights(path: str, tensors: dict[str, Any]) -> Found:
+    from veneer.model import Source, fingerprint
+
     folder = str(Path(path).parent)
-    return Found(_hash([piece.name for piece in pieces], *tensors), str(fingerprint(Source("folder", folder, folder))))
+    names = sorted(tensors)
+    numbers = _hash([(name, list(tensors[name].shape)) for name in names], *(tensors[name] for name in names))
+    return Found(numbers, str(fingerprint(Source("folder", folder, folder))))
 
 
 def gguf(path: str) -> Found:
@@ -96,7 +108,9 @@ def resume(path: str) -> Found:
     from veneer import api
     from veneer.config import load_run
 
-    api.train(load_run(Path(path) / "asked.yaml", [f"train.output_dir={path}/run"]), resume=True)
+    api.train(
+        load_run(Path(path) / "asked.yaml", [f"train.output_dir={path}/run", f"model.base={path}/base"]), resume=True
+    )
     return Found(hashlib.sha256((Path(path) / "run/adapter/adapter_model.safetensors").read_bytes()).hexdigest())
 
 
@@ -132,7 +146,7 @@ def _logits(model: Any, ids: list[list[int]]) -> str:
     import torch
 
     with torch.no_grad():
-        return _hash([], *(model(torch.tensor([row])).logits for row in ids))
+        return _hash([], *(model(torch.tensor([row[:64]])).logits for row in ids))
 
 
 def _hash(facts: list[Any], *tensors: Any) -> str:
@@ -145,5 +159,6 @@ def _hash(facts: list[Any], *tensors: Any) -> str:
 
 
 CALLS: dict[str, Callable[[str], Found]] = {
-    "config": config, "weights": weights, "gguf": gguf, "base": base, "run": run, "resume": resume, "cache": cache,
+    "config": config, "weights": weights, "merge": merge, "gguf": gguf, "base": base, "run": run,
+    "resume": resume, "cache": cache,
 }  # fmt: skip

@@ -224,24 +224,31 @@ def _command(arguments: list[str]) -> tuple[str, str]:
     """A command line in this process."""
     from veneer.cli.main import main as veneer
 
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    out, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
         try:
             veneer(arguments)
         except SystemExit as end:
             status = end.code
-    told = said.getvalue()
-    if "run it again with --debug" in told:
-        try:
-            veneer([*arguments, "--debug"])
-        except Exception as error:  # noqa: BLE001 - it is what is counted
-            told = _traceback(error)
+        if "run it again with --debug" in errors.getvalue():
+            try:
+                veneer([*arguments, "--debug"])
+            except Exception as error:  # noqa: BLE001 - it is what is counted
+                return "class name", _traceback(error)
+    told = errors.getvalue()[-500:]
+    if "Traceback" in errors.getvalue():
         return "class name", told
-    if "Traceback" in told:
-        return "class name", told[-500:]
     if status == 0:
-        return "works", told
-    return ("message" if "error: " in told else "class name"), told[-500:]
+        lost = arguments[0] == "data" and _lost_rows(json.loads(out.getvalue())["rows"], Path(arguments[1]))
+        return ("silent", f"rows without an account: {out.getvalue()[:300]}") if lost else ("works", told)
+    return ("message" if "error: " in errors.getvalue() else "class name"), told
+
+
+def _lost_rows(counts: dict[str, int], file: Path) -> bool:
+    """Whether the ledger leaves rows of a file out, or does not say what became of one."""
+    lines = sum(bool(line.strip()) for line in file.read_bytes().split(b"\n"))
+    fates = sum(counts[fate] for fate in ("used", "unreadable", "empty", "duplicate", "overlong", "refused"))
+    return not lines == counts["read"] == fates
 
 
 class Good(NamedTuple):
@@ -278,7 +285,7 @@ def _good(folder: Path) -> Good:
         home.mkdir()
         asked = tiny_run(base, data, home / "run", **{"data": {"validation": 2}, **sections})
         (home / "asked.yaml").write_text(to_yaml(asked))
-    shutil.copytree(base, folder / "cache" / "base")
+        shutil.copytree(base, home / "base")
     stopped = folder / "resume" / "run"
     veneer.train(veneer.load_run(stopped.parent / "asked.yaml"))
     shutil.rmtree(stopped / "checkpoints" / "step-000006")
@@ -289,7 +296,7 @@ def _good(folder: Path) -> Good:
         copy = home if call == "cache" else Path(shutil.copytree(home, folder / "copy"))
         gives[call] = CALLS[call](str(copy))
         shutil.rmtree(folder / "copy", ignore_errors=True)
-    gives["weights"] = CALLS["weights"](str(base / "model.safetensors"))
+    gives["weights"] = gives["merge"] = CALLS["weights"](str(base / "model.safetensors"))
     return Good(homes, gives, next((folder / "gguf").glob("*.gguf")))
 
 
@@ -358,7 +365,7 @@ def _rows(good: Good, folder: Path, chance: random.Random) -> Iterator[Input]:
         path = folder / f"{number}.jsonl"
         path.write_bytes(text)
         more = chance.choice(([], ["data.bad_rows=drop"], ["data.format=messages"], ["data.loss_on=all"]))
-        settings = ["--model", str(good.base), "--rows", "2", "data.validation=0", "data.workers=1"]
+        settings = ["--json", "--model", str(good.base), "--rows", "2", "data.validation=0", "data.workers=1"]
         yield Input("command", ["data", str(path), *settings, *more], repr(text[-200:]))
 
 
@@ -402,7 +409,14 @@ def _templates(good: Good, folder: Path, chance: random.Random) -> Iterator[Inpu
         text = chance.choice(("", CHATML)) + "".join(chance.sample(pieces, chance.randint(1, 2)))
         path = folder / f"{number}.jinja"
         path.write_text(text)
-        settings = ["--model", str(good.base), "data.validation=0", "data.workers=1", f"data.chat_template={path}"]
+        settings = [
+            "--json",
+            "--model",
+            str(good.base),
+            "data.validation=0",
+            "data.workers=1",
+            f"data.chat_template={path}",
+        ]
         yield Input("command", ["data", str(rows), *settings], text)
 
 
@@ -413,13 +427,25 @@ def _headers(good: Good, folder: Path, chance: random.Random) -> Iterator[Input]
     while True:
         if chance.random() < 0.5:
             header = json.loads(weights[8 : 8 + length])
-            entry = header[chance.choice([name for name in header if name != "__metadata__"])]
-            entry[chance.choice(("dtype", "shape", "data_offsets"))] = chance.choice(
-                (*NASTY, [0.0, 4], [4, 0], [-1, 3], [0, 2**60], [2**62, 2**62], ["a", "b"], "F99", [True, False])
-            )
+            names = [name for name in header if name != "__metadata__"]
+            entry = header[chance.choice(names)]
+            key, other = chance.choice(("dtype", "shape", "data_offsets")), header[chance.choice(names)]
+            shaped: list[Any] = [
+                [0.0, 4],
+                [4, 0],
+                [-1, 3],
+                [0, 2**60],
+                [2**62, 2**62],
+                ["a", "b"],
+                "F99",
+                [True, False],
+            ]
+            entry[key] = chance.choice((chance.choice(NASTY), chance.choice(shaped), other[key]))
+            if chance.random() < 0.2:  # two tensors of one place
+                entry |= other
             text = json.dumps(header, allow_nan=True).encode(errors="surrogatepass")
             size = chance.choice((len(text), len(text), len(text) + 5, 0, 2**63, 1, len(text) - 1))
-            path, call = folder / "model.safetensors", "weights"
+            path, call = folder / "model.safetensors", chance.choice(("weights", "merge"))
             broken = struct.pack("<Q", size) + text + weights[8 + length :]
             what = text[:200].decode(errors="replace")
         else:
@@ -436,7 +462,12 @@ def _headers(good: Good, folder: Path, chance: random.Random) -> Iterator[Input]
 
 
 # What is damaged of a folder: of a stopped run not what was asked, of a cache only what it keeps.
-DAMAGED = {"base": ("*",), "run": ("**/*",), "resume": ("run/**/*",), "cache": ("cache/**/*", "base/.veneer/**/*")}
+DAMAGED = {
+    "base": ("*",),
+    "run": ("**/*",),
+    "resume": ("run/**/*", "base/*"),
+    "cache": ("cache/**/*", "base/.veneer/**/*"),
+}
 
 
 def _damages(good: Good, folder: Path, chance: random.Random) -> Iterator[Input]:
@@ -469,7 +500,7 @@ def _damaged(file: Path, chance: random.Random) -> tuple[str, bytes]:
             owner = inside
         owner[key] = chance.choice(NASTY)
         return f"{how} {key!r} = {owner[key]!r}"[:150], json.dumps(found).encode(errors="surrogatepass")
-    if how == "flipped":
+    if how == "flipped" and content:
         data = bytearray(content)
         reach = min(len(data), chance.choice((3000, len(data))))
         for _ in range(5):

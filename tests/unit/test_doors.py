@@ -13,18 +13,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import datasets
 import pytest
 
 from tests.runs import write_rows
 from veneer.cli.terminal import Terminal
-from veneer.config import JobError, Model, UserError, load_run
+from veneer.config import JobError, Model, RunFolder, UserError, load_run
 from veneer.config.files import own_files, read_json, read_json_lines, reading, visible
 from veneer.config.folder import write_json
 from veneer.config.load import yaml_values
-from veneer.model import load_tokenizer, locate
+from veneer.data.corpus import is_sound
+from veneer.data.source import find_sources
+from veneer.model import Source, config_sha256, load_model, load_tokenizer, locate
 from veneer.model.gguf import open_gguf
 from veneer.model.remote import read_config
 from veneer.model.shapes import find_config
+from veneer.plan import find_machine
 from veneer.release import servers
 from veneer.release.servers import Endpoint
 from veneer.report.data_page import data_page
@@ -290,6 +294,37 @@ def test_a_base_with_a_damaged_file_is_refused_or_works(
     assert status in (0, 2), (status, err)
     assert "--debug" not in err
     assert status == 0 or str(base) in err or file in err
+
+
+@pytest.mark.parametrize("stop", ["</s>", [2, None], True, 10**40])
+def test_a_base_that_ends_its_answers_at_no_token_is_refused_before_it_is_trained(
+    tmp_path: Path, tiny_model: Callable[..., Path], stop: Any
+) -> None:
+    base = planted(tiny_model(), tmp_path)
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": stop}))
+    model = Model(base=str(base))
+    with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id names .*, which is no token id"):
+        load_model(locate(model), model, None, find_machine())
+
+
+def test_records_that_nest_too_deeply_count_as_damaged(tmp_path: Path) -> None:
+    for name in ("checksums.json", "config.json", "source.json"):
+        (tmp_path / name).write_bytes(b"[" * 100_000)
+    with pytest.warns(RuntimeWarning, match="damaged; the rows are tokenized again"):
+        assert not is_sound(tmp_path)
+    assert config_sha256(Source("folder", str(tmp_path), "nested")) is None
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "environment.json").write_bytes(b"[" * 100_000)
+    assert RunFolder(tmp_path / "run").holds_run()
+
+
+@pytest.mark.parametrize("name", ["dataset_dict.json", "train/dataset_info.json"])
+def test_a_damaged_record_of_an_arrow_folder_is_named(tmp_path: Path, name: str) -> None:
+    rows = datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}])
+    datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "data")
+    (tmp_path / "data" / name).write_bytes(b"[" * 100_000)
+    with pytest.raises(UserError, match=Path(name).name):
+        [source.fingerprint() for source in find_sources(str(tmp_path / "data"), "data.train")]
 
 
 def gguf(*parts: bytes) -> bytes:

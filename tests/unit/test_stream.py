@@ -185,7 +185,7 @@ def test_tensors_that_share_their_bytes_are_told(tmp_path: Path) -> None:
     save_file({"a": torch.ones(3), "b": torch.zeros(3)}, tmp_path / "w.safetensors")
     content = (tmp_path / "w.safetensors").read_bytes()
     (tmp_path / "w.safetensors").write_bytes(content.replace(b"[12,24]", b"[0,12] "))
-    with pytest.raises(ValueError, match=r"w\.safetensors is damaged: b does not begin where the tensor before it ends"):
+    with pytest.raises(ValueError, match=r"w\.safetensors is damaged: b does not begin where"):
         read_headers([tmp_path / "w.safetensors"])
 
 

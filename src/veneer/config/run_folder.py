@@ -1,7 +1,6 @@
 """A run's folder: the names of its files, whether it is free, and who holds it."""
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from veneer.config.errors import UserError
+from veneer.config.files import read_json
 from veneer.config.folder import make_folder, remove, whole_folder, write_text
 from veneer.config.paths import require_path
 
@@ -222,6 +222,6 @@ def _require_inodes(folder: Path, what: str) -> None:
 def _is_environment(path: Path) -> bool:
     """Whether a file is the environment.json that a run of ours begins with."""
     try:
-        return "veneer" in json.loads(path.read_text(encoding="utf-8"))["libraries"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return "veneer" in read_json(path, "libraries")["libraries"]
+    except (UserError, TypeError):
         return False

@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from veneer.config import UserError
+from veneer.config.files import read_json
 from veneer.data.batch import Example
 from veneer.data.likeness import BINS
 from veneer.data.read import Block
@@ -121,8 +123,8 @@ def seal(folder: Path) -> None:
 def is_sound(folder: Path) -> bool:
     """Whether all files of a corpus are as they were sealed; warns where they are not."""
     try:
-        sound: bool = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")) == _checksums(folder)
-    except (OSError, ValueError):
+        sound = read_json(folder / CHECKSUMS) == _checksums(folder)
+    except (OSError, UserError):
         sound = False
     if not sound:
         warnings.warn(f"{folder}: damaged; the rows are tokenized again", RuntimeWarning, stacklevel=2)

@@ -25,6 +25,7 @@ from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 from veneer.config import UserError
+from veneer.config.files import read_json
 from veneer.config.hub import unreachable
 from veneer.config.paths import require_path
 
@@ -83,7 +84,7 @@ class Source:
         with told(self.location, setting):
             files = [Path(self.location)]
             if self.kind == "arrow folder":
-                features = json.loads((files[0] / "dataset_info.json").read_bytes()).get("features")
+                features = read_json(files[0] / "dataset_info.json").get("features")
                 digest.update(json.dumps(features, sort_keys=True).encode())
                 files = sorted(path for path in files[0].glob("*.arrow") if path.is_file())
             for path in files:
@@ -341,8 +342,8 @@ def _arrow_folder(folder: Path, setting: str, split: str) -> Source:
     if not listed.is_file():
         return Source(folder.name, "arrow folder", str(folder), split=split)
     try:
-        splits = list(json.loads(listed.read_bytes())["splits"])
-    except (ValueError, LookupError, TypeError):
+        splits = list(read_json(listed, "splits")["splits"])
+    except (ValueError, TypeError):
         raise UserError(
             f"{setting} = {folder}: {listed.name} is damaged", f"save it again, or name other data in {setting}"
         ) from None

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from veneer.config import Quantization
+from veneer.config import Quantization, UserError
+from veneer.config.files import read_json
 from veneer.model.locate import Source
 from veneer.model.shards import DTYPES, DamagedError, Piece, UnknownTypeError, find_files, read_header
 
@@ -62,10 +63,9 @@ def _config(source: Source) -> dict[str, Any] | None:
     """config.json of a base; None where it is not here, or is damaged."""
     folder = local_folder(source)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if folder is not None else None
-    except (OSError, ValueError):
+        return read_json(folder / "config.json") if folder is not None else None
+    except UserError:
         return None
-    return config if isinstance(config, dict) else None
 
 
 def local_folder(source: Source) -> Path | None:

@@ -5,13 +5,13 @@ made from: an adapter trained on them belongs to them, and whatever names the ba
 has to say so.
 """
 
-import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from veneer.config import Model
+from veneer.config import Model, UserError
+from veneer.config.files import read_json
 from veneer.config.names import find_model
 from veneer.model.builtin import BUILTIN, Builtin
 from veneer.model.gguf import weight_type
@@ -81,10 +81,10 @@ def _of(builtin: Builtin) -> GgufOrigin:
 def _converted(folder: Path) -> GgufOrigin | None:
     """Of a folder that a GGUF file was converted to, as source.json in it says."""
     try:
-        kept = json.loads((folder / "source.json").read_text(encoding="utf-8"))
-        file = str(kept["file"])
-    except (OSError, ValueError, KeyError, TypeError):
+        kept = read_json(folder / "source.json", "file")
+    except UserError:
         return None
+    file = str(kept["file"])
     if not file.lower().endswith(".gguf"):
         return None
     for builtin in BUILTIN.values():

@@ -107,6 +107,7 @@ def load_base(
             "name a complete model",
         )
     base = loaded.base
+    base_stop_ids(getattr(base, "generation_config", None), f"model.base = {source.name}: generation_config.json")
     base.requires_grad_(False)
     keep_4bit_layout(base)
     base.config.use_cache = False
@@ -119,6 +120,23 @@ def load_base(
     if machine.device == "cpu":
         keep_dense(base, machine.free_bytes)
     return base, report
+
+
+def base_stop_ids(settings: Any, file: str) -> set[int]:
+    """The tokens that a base's settings end an answer at (`eos_token_id`: a number, a list of them, or none).
+
+    Args:
+        settings: A configuration object, or what a JSON file holds.
+        file: Where they stand, for the message.
+
+    Raises:
+        UserError: They are no token ids.
+    """
+    named = settings.get("eos_token_id") if isinstance(settings, dict) else getattr(settings, "eos_token_id", None)
+    ids = named if isinstance(named, list) else [] if named is None else [named]
+    if wrong := [number for number in ids if type(number) is not int or abs(number) >= 2**31]:
+        raise UserError(f"{file}: eos_token_id names {str(wrong[0])[:40]!r}, which is no token id", "fetch it again")
+    return set(ids)
 
 
 def settings_of(model: Model, quantization: Quantization | None, machine: Machine) -> dict[str, Any]:
