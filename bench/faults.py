@@ -105,7 +105,8 @@ def main() -> None:
 
 def _count(worker: "Worker", inputs: Iterator[Input]) -> dict[str, Any]:
     ends: Counter[str] = Counter()
-    wrong, slowest, most = [], {"seconds": 0.0}, 0
+    wrong, most = [], 0
+    slowest: dict[str, Any] = {"seconds": 0.0}
     for given in inputs:
         end = worker.take(given)
         ends[end.how] += 1

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import datasets
 import pytest
+import torch
 
 from tests.runs import write_rows
 from veneer.cli.terminal import Terminal
@@ -27,7 +28,7 @@ from veneer.data.source import find_sources
 from veneer.model import Source, config_sha256, load_model, load_tokenizer, locate
 from veneer.model.gguf import open_gguf
 from veneer.model.remote import read_config
-from veneer.model.shapes import find_config
+from veneer.model.shapes import build, find_config
 from veneer.plan import find_machine
 from veneer.release import servers
 from veneer.release.servers import Endpoint
@@ -305,6 +306,22 @@ def test_a_base_that_ends_its_answers_at_no_token_is_refused_before_it_is_traine
     model = Model(base=str(base))
     with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id names .*, which is no token id"):
         load_model(locate(model), model, None, find_machine())
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\0\0"])
+def test_a_damaged_generation_config_is_told(tmp_path: Path, tiny_model: Callable[..., Path], content: bytes) -> None:
+    base = planted(tiny_model(), tmp_path)
+    (base / "generation_config.json").write_bytes(content)
+    model = Model(base=str(base))
+    with pytest.raises(UserError, match=r"generation_config\.json: damaged"):
+        load_model(locate(model), model, None, find_machine())
+
+
+def test_a_configuration_that_builds_no_model_is_told(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    rope = {"rope_type": "spiral", "rope_theta": 10000.0}
+    base = planted(tiny_model(), tmp_path, config={"rope_parameters": rope, "rope_scaling": rope})
+    with pytest.raises(UserError, match="the architecture llama cannot be built as"):
+        build(find_config(Model(base=str(base))), torch.bfloat16)
 
 
 def test_records_that_nest_too_deeply_count_as_damaged(tmp_path: Path) -> None:

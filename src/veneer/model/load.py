@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import torch
 
 from veneer.config import Model, Quantization, UserError
-from veneer.config.files import own_files, reading
+from veneer.config.files import own_files, read_json, reading
 from veneer.config.hub import not_here, unreachable
 from veneer.data.sandbox import shared
 from veneer.model.dense import keep_dense
+from veneer.model.fingerprint import local_folder
 from veneer.model.kept import Copy, Kept, tell_unusable
 from veneer.model.locate import Source
 from veneer.model.quiet import quiet
@@ -99,6 +100,11 @@ def load_base(
     started = time.perf_counter()
     settings = settings_of(model, quantization, machine)
     with _loading(source, "model"):
+        folder = local_folder(source)
+        if (
+            folder is not None and (folder / "generation_config.json").is_file()
+        ):  # Transformers passes over a damaged one
+            read_json(folder / "generation_config.json", fix="fetch it again, or delete it if it is not needed")
         loaded = _load(source, settings, quantization, machine)
     if loaded.missing:
         raise UserError(
