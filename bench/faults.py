@@ -281,7 +281,7 @@ def _good(folder: Path) -> Good:
     veneer.train(tiny_run(base, data, folder / "run", data={"validation": 2}))
     api.evaluate(folder / "run")
     api.export(str(folder / "run"), folder / "gguf", quant="f16")
-    for call, sections in (("resume", {"train": {"save_steps": 2}}), ("cache", {"quantization": {}})):
+    for call, sections in (("resume", {"train": {"save_steps": 2}}), ("cache", {"quantization": {"cache": True}})):
         home = folder / call
         home.mkdir()
         asked = tiny_run(base, data, home / "run", **{"data": {"validation": 2}, **sections})

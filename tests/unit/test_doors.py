@@ -26,7 +26,7 @@ from veneer.config.load import yaml_values
 from veneer.data.corpus import is_sound
 from veneer.data.source import find_sources
 from veneer.model import Source, config_sha256, load_model, load_tokenizer, locate
-from veneer.model.gguf import open_gguf
+from veneer.model.gguf import config_of, open_gguf
 from veneer.model.remote import read_config
 from veneer.model.shapes import build, find_config
 from veneer.plan import find_machine
@@ -317,6 +317,15 @@ def test_a_damaged_generation_config_is_told(tmp_path: Path, tiny_model: Callabl
         load_model(locate(model), model, None, find_machine())
 
 
+@pytest.mark.parametrize("count", [20_000, 2**31, 10**400])
+def test_more_layers_than_any_model_has_are_refused_at_once(
+    tmp_path: Path, tiny_model: Callable[..., Path], count: int
+) -> None:
+    base = planted(tiny_model(), tmp_path, config={"num_hidden_layers": count})
+    with pytest.raises(UserError, match=r"num_hidden_layers = .*at most 10,000 are built"):
+        find_config(Model(base=str(base)))
+
+
 def test_a_configuration_that_builds_no_model_is_told(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
     rope = {"rope_type": "spiral", "rope_theta": 10000.0}
     base = planted(tiny_model(), tmp_path, config={"rope_parameters": rope, "rope_scaling": rope})
@@ -371,6 +380,14 @@ def test_a_gguf_header_that_cannot_be_is_refused_at_once(tmp_path: Path, content
     with pytest.raises(UserError, match=r"m\.gguf: not a GGUF file, or a damaged one"):
         open_gguf(tmp_path / "m.gguf")
     assert time.process_time() - began < 2
+
+
+def test_a_gguf_file_of_more_layers_than_any_model_has_is_refused(tmp_path: Path) -> None:
+    name = b"llama.block_count"
+    header = gguf(number(0), number(1), number(len(name)), name, number(4, 4), number(2**31, 4), bytes(64))
+    (tmp_path / "m.gguf").write_bytes(header)
+    with pytest.raises(UserError, match=r"llama\.block_count = 2147483648, and at most 10,000 are built"):
+        config_of(tmp_path / "m.gguf")
 
 
 def test_links_out_of_a_folder_do_not_ship(tmp_path: Path) -> None:

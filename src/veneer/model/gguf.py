@@ -22,6 +22,7 @@ from tokenizers import pre_tokenizers
 from veneer.config.cache import cached
 from veneer.config.files import reading, visible
 from veneer.model.quiet import quiet
+from veneer.model.remote import COUNT, require_counts
 
 
 def _smollm() -> pre_tokenizers.PreTokenizer:
@@ -124,6 +125,9 @@ def _facts(file: Path) -> dict[str, Any]:
     reader = open_gguf(file)
     names = ("general.architecture", "general.name", "general.license", "tokenizer.ggml.pre")
     with reading(file, "name a whole .gguf file"):
+        require_counts(
+            {name: reader.fields[name].contents() for name in reader.fields if COUNT.search(name)}, str(file)
+        )
         return {name: reader.fields[name].contents() for name in names if name in reader.fields}
 
 

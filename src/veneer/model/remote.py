@@ -7,6 +7,7 @@ its own package is missing.
 """
 
 import importlib.util
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 from veneer.config import UserError
 from veneer.config.files import read_json
 
+MOST_PARTS = 10_000  # the largest models have some hundred layers, and as many experts in each
+COUNT = re.compile(r"^(n|num)_(\w+_)?(layers?|experts)$|_layers$|\.(block|expert)_count$")
 MAKERS_CODE = "trust_remote_code"  # how Transformers calls it in its errors
 
 
@@ -27,17 +30,36 @@ def read_config(place: str | Path, name: str, revision: str | None = None, only_
         only_local: Whether a hub is not to be asked.
 
     Raises:
-        UserError: It asks for code of its maker's.
+        UserError: It asks for code of its maker's, or for more layers than a model has.
         OSError, ValueError, KeyError: It cannot be had.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
+    raw, _ = PreTrainedConfig.get_config_dict(str(place), revision=revision, local_files_only=only_local)
+    require_counts(raw, name)
     config = AutoConfig.from_pretrained(
         str(place), revision=revision, local_files_only=only_local, trust_remote_code=False
     )
     for part in _parts(config):
         require_attention(getattr(part, "_attn_implementation_internal", None), f"{name}: attn_implementation")
     return config
+
+
+def require_counts(settings: Any, name: str) -> None:
+    """Raises UserError for more layers or experts than any model has: Transformers would build them, for hours.
+
+    Args:
+        settings: What a configuration file holds, with whatever is nested in it.
+        name: Of the model, for the message.
+    """
+    if not isinstance(settings, dict):
+        return
+    for key, value in settings.items():
+        if isinstance(value, int) and value > MOST_PARTS and COUNT.search(str(key)):
+            raise UserError(
+                f"{name}: {key} = {str(value)[:20]}, and at most {MOST_PARTS:,} are built", "name a whole model"
+            )
+        require_counts(value, name)
 
 
 def _parts(config: Any) -> Iterator[Any]:
