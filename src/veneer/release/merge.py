@@ -25,6 +25,7 @@ import veneer
 from veneer.config import UserError
 from veneer.config.files import own_files, read_json
 from veneer.config.folder import whole_folder, write_json
+from veneer.model.load import base_stop_ids
 from veneer.release.adapter_delta import AdapterDelta
 from veneer.release.merge_plan import MergePlan, cast_pieces, resolved_base, rounded
 from veneer.release.origin import Origin
@@ -222,8 +223,7 @@ def stop_ids(origin: Origin, base: Path) -> list[int]:
     """Every token at which an answer ends: those training taught, and those the base itself names."""
     ids = origin.renderer().stop_ids | set((read_passport(origin.adapter) or {}).get("stop_token_ids", []))
     for file in ("config.json", "generation_config.json"):
-        named = json_of(base / file).get("eos_token_id")
-        ids |= set(named) if isinstance(named, list) else {named} - {None}
+        ids |= base_stop_ids(json_of(base / file), str(base / file))
     return sorted(ids)
 
 
