@@ -22,8 +22,8 @@ demo: $(READY)  ## Fine-tune a real model on this machine and see that it got be
 
 test: test-unit test-e2e  ## All tests that need no GPU
 
-test-unit: $(READY)  ## Unit tests, a process a core
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n logical
+test-unit: $(READY)  ## Unit tests, a process a core; a file in one process, which shares what its tests make
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n logical --dist loadfile
 
 test-e2e: $(READY)  ## Whole commands on the real SmolLM2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/e2e -n 2 --dist loadgroup

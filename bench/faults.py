@@ -3,25 +3,30 @@
     python3 -m bench.faults                 # writes bench/results/faults.json
     python3 -m bench.faults --only rows     # one kind, printed alone
 
-Five kinds: configurations, rows, templates, headers (safetensors and GGUF) and damages (files of a base, an adapter and
-a run, cut, emptied, overwritten or made of other JSON). Each goes through the product's own function or command in a
-worker process that is used again, and ends as one of: works, message (one clear error), class name (a traceback, or an
-error that names a class), hang (over 10 s of the processor, or a
-minute), memory (over 1 GiB more than the idle worker), died.
+Five kinds: configurations, rows, templates, headers (safetensors and GGUF) and damages (a file of a base, a finished
+run, a stopped run or a cache, cut, emptied, overwritten, or with other bytes or values in it). Each goes through the
+product's own function or command (fault_calls.py) in a worker process that is used again, and ends as one of: works,
+message (one clear error), class name (a traceback, or an error that names a class), silent (it works with other
+numbers, and nothing tells), hang (over 10 s of the processor, or a minute), memory (over 1 GiB more than the idle
+worker, its children among it), died.
 """
 
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
+import platform
 import random
 import shutil
 import struct
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -30,8 +35,11 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from bench.fault_calls import CALLS, Found
+
 RESULTS = Path(__file__).parent / "results" / "faults.json"
 COUNTS = {"configurations": 1000, "rows": 700, "templates": 200, "headers": 600, "damages": 500}
+VERSIONS = ("veneer", "torch", "transformers", "tokenizers", "peft", "bitsandbytes", "safetensors", "gguf", "pyyaml")
 HANG_SECONDS, WAIT_SECONDS, MOST_BYTES = 10, 60, 2**30
 NASTY: tuple[Any, ...] = (
     *(None, True, -1, 0, 2**31, 2**63, 10**40, 1e308, float("nan"), float("inf"), "", " ", "\0", "\x1b]52;c;x\x07"),
@@ -41,11 +49,21 @@ NASTY: tuple[Any, ...] = (
 
 
 class Input(NamedTuple):
-    """One broken input: what the worker calls, with what, and what was done to it."""
+    """One broken input: what the worker calls, with what, what was done to it, and what the undamaged one gives."""
 
     call: str
     arguments: list[str]
     what: str
+    good: Found | None = None
+
+
+class End(NamedTuple):
+    """How an input ended, what was said, its seconds of the processor and its bytes beyond the idle worker."""
+
+    how: str
+    told: str
+    seconds: float
+    peak_bytes: int
 
 
 def main() -> None:
@@ -53,35 +71,52 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--only", choices=COUNTS)
     parser.add_argument("--count", type=int)
+    parser.add_argument("--workers", type=int, default=2, help="Kinds at a time.")
     options = parser.parse_args()
-    started, found = time.monotonic(), {}
-    with tempfile.TemporaryDirectory(prefix="veneer-faults-") as folder:
+    started, kinds = time.monotonic(), [options.only] if options.only else list(COUNTS)
+    with tempfile.TemporaryDirectory(prefix="veneer-faults-") as folder, ThreadPoolExecutor(options.workers) as pool:
         os.environ |= {"VENEER_CACHE": f"{folder}/cache", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         good = _good(Path(folder) / "good")
-        worker = Worker()
-        for kind, count in COUNTS.items():
-            if options.only in (None, kind):
-                place = Path(folder) / kind
-                place.mkdir()
-                inputs = MAKERS[kind](good, place, random.Random(kind))
-                found[kind] = _count(worker, (next(inputs) for _ in range(options.count or count)))
-                print(kind, json.dumps(found[kind], indent=1), flush=True)
-        worker.stop()
-    if options.only is None:
-        versions = {name: metadata.version(name) for name in ("veneer", "transformers", "tokenizers", "gguf", "pyyaml")}
+
+        def count(kind: str) -> dict[str, Any]:
+            place = Path(folder) / kind
+            place.mkdir()
+            worker = Worker()
+            found = _count(
+                worker, itertools.islice(MAKERS[kind](good, place, random.Random(kind)), options.count or COUNTS[kind])
+            )
+            worker.stop()
+            print(kind, json.dumps(found, indent=1), flush=True)
+            return found
+
+        found = dict(zip(kinds, pool.map(count, kinds), strict=True))
+    if options.only is None and options.count is None:
+        versions = {name: metadata.version(name) for name in VERSIONS}
+        machine = {
+            "system": platform.platform(),
+            "cores": os.cpu_count(),
+            "memory_bytes": psutil.virtual_memory().total,
+        }
         about = {"command": "python3 -m bench.faults", "seconds": round(time.monotonic() - started), "seeds": "by kind"}
-        RESULTS.write_text(json.dumps(about | {"versions": versions, "kinds": found}, indent=2) + "\n")
+        totals = {"inputs": sum(COUNTS.values()), "wrong": sum(len(kind["wrong"]) for kind in found.values())}
+        written = about | {"machine": machine, "python": platform.python_version(), "versions": versions}
+        RESULTS.write_text(json.dumps(written | totals | {"kinds": found}, indent=2) + "\n")
 
 
 def _count(worker: "Worker", inputs: Iterator[Input]) -> dict[str, Any]:
     ends: Counter[str] = Counter()
-    wrong = []
+    wrong, most = [], 0
+    slowest: dict[str, Any] = {"seconds": 0.0}
     for given in inputs:
-        end, told = worker.take(given)
-        ends[end] += 1
-        if end not in ("works", "message"):
-            wrong.append({"end": end, "call": given.call, "what": given.what[:200], "told": told[:300]})
-    return {"inputs": sum(ends.values()), **dict(sorted(ends.items())), "wrong": wrong[:20]}
+        end = worker.take(given)
+        ends[end.how] += 1
+        most = max(most, end.peak_bytes)
+        if end.seconds > slowest["seconds"]:
+            slowest = {"seconds": round(end.seconds, 2), "end": end.how, "what": given.what[:200]}
+        if end.how not in ("works", "message"):
+            wrong.append({"end": end.how, "call": given.call, "what": given.what[:200], "told": end.told[:600]})
+    counted = {"inputs": sum(ends.values()), **dict(sorted(ends.items()))}
+    return counted | {"peak_bytes": most, "slowest": slowest, "wrong": wrong}
 
 
 class Worker:
@@ -98,37 +133,55 @@ class Worker:
         theirs.close()
         self._pipe.recv()  # it is warm
         self._watched = psutil.Process(self._process.pid)
-        self._idle = self._watched.memory_info().rss
+        self._idle = self._bytes()
 
-    def take(self, given: Input) -> tuple[str, str]:
-        """How an input ends, and what was said."""
+    def take(self, given: Input) -> End:
+        """Let the process take an input, and watch it."""
         self._pipe.send(given)
-        began, waited = self._seconds(), time.monotonic()
+        began, waited, most = self._seconds(), time.monotonic(), 0
         while not self._pipe.poll(0.02):
-            with contextlib.suppress(psutil.Error):
-                if self._watched.memory_info().rss - self._idle > MOST_BYTES:
-                    return self._ended("memory")
-                if self._seconds() - began > HANG_SECONDS or time.monotonic() - waited > WAIT_SECONDS:
-                    return self._ended("hang")
+            most = max(most, self._bytes() - self._idle)
+            if most > MOST_BYTES:
+                return self._ended("memory", began, most)
+            if self._seconds() - began > HANG_SECONDS or time.monotonic() - waited > WAIT_SECONDS:
+                return self._ended("hang", began, most)
         try:
-            end, told = self._pipe.recv()
+            how, told = self._pipe.recv()
         except EOFError:
-            return self._ended("died")
-        return str(end), str(told)
+            return self._ended("died", began, most)
+        return End(str(how), str(told), self._seconds() - began, max(most, self._bytes() - self._idle))
 
     def _seconds(self) -> float:
-        """Of the processor; other work on this machine does not count."""
-        times = self._watched.cpu_times()
-        return float(times.user + times.system)
+        """Of the processor, by the process and its children; other work on this machine does not count."""
+        seconds = 0.0
+        for process in self._family():
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                seconds += times.user + times.system + times.children_user + times.children_system
+        return seconds
 
-    def _ended(self, how: str) -> tuple[str, str]:
-        self._process.kill()
-        self._process.join()
+    def _bytes(self) -> int:
+        total = 0
+        for process in self._family():
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_info().rss
+        return total
+
+    def _family(self) -> list[psutil.Process]:
+        with contextlib.suppress(psutil.Error):
+            return [self._watched, *self._watched.children(recursive=True)]
+        return []
+
+    def _ended(self, how: str, began: float, most: int) -> End:
+        end = End(how, "", self._seconds() - began, most)
+        self.stop()
         self._start()
-        return how, ""
+        return end
 
     def stop(self) -> None:
-        self._process.kill()
+        for process in self._family():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
         self._process.join()
 
 
@@ -143,7 +196,15 @@ def _work(pipe: Connection) -> None:
         try:
             pipe.send(_end_of(given))
         except BaseException as error:  # noqa: BLE001 - whatever comes out is what is counted
-            pipe.send(("class name", f"{type(error).__name__}: {error!r}"[:500]))
+            pipe.send(("class name", _traceback(error)))
+
+
+def _traceback(error: BaseException) -> str:
+    """An error and the lines that led to it, in short."""
+    frames = traceback.extract_tb(error.__traceback__)[-6:]
+    return f"{error!r}"[:200] + "".join(
+        f"\n{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames
+    )
 
 
 def _end_of(given: Input) -> tuple[str, str]:
@@ -152,108 +213,94 @@ def _end_of(given: Input) -> tuple[str, str]:
     if given.call == "command":
         return _command(given.arguments)
     try:
-        CALLS[given.call](*given.arguments)
+        found = CALLS[given.call](*given.arguments)
     except (UserError, JobError) as error:
         return "message", str(error)
-    return "works", ""
+    is_silent = given.good and found.numbers != given.good.numbers and found.known_by == given.good.known_by
+    return ("silent", "other numbers than the undamaged one gives") if is_silent else ("works", "")
 
 
 def _command(arguments: list[str]) -> tuple[str, str]:
     """A command line in this process."""
     from veneer.cli.main import main as veneer
 
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    out, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
         try:
             veneer(arguments)
         except SystemExit as end:
             status = end.code
-    told = said.getvalue()
-    if "Traceback" in told or "run it again with --debug" in told:
-        return "class name", told[-500:]
+        if "run it again with --debug" in errors.getvalue():
+            try:
+                veneer([*arguments, "--debug"])
+            except Exception as error:  # noqa: BLE001 - it is what is counted
+                return "class name", _traceback(error)
+    told = errors.getvalue()[-500:]
+    if "Traceback" in errors.getvalue():
+        return "class name", told
     if status == 0:
-        return "works", ""
-    return ("message" if "error: " in told else "class name"), told[-500:]
+        lost = arguments[0] == "data" and _lost_rows(json.loads(out.getvalue())["rows"], Path(arguments[1]))
+        return ("silent", f"rows without an account: {out.getvalue()[:300]}") if lost else ("works", told)
+    return ("message" if "error: " in errors.getvalue() else "class name"), told
 
 
-def _config(path: str) -> None:
-    from veneer.config import load_run
-    from veneer.config.load import to_yaml
-
-    to_yaml(load_run(path))
-
-
-def _weights(path: str) -> None:
-    from veneer.config import UserError
-    from veneer.model.shards import DamagedError, UnknownTypeError, read_header
-    from veneer.release.weights import read_header as read_for_merge
-
-    read_for_merge(Path(path))
-    try:
-        read_header(Path(path))
-    except (DamagedError, UnknownTypeError) as error:
-        raise UserError(str(error)) from None
-
-
-def _gguf(path: str) -> None:
-    from veneer.model.gguf import config_of, weight_type
-
-    weight_type(Path(path))
-    config_of(Path(path))
-
-
-def _base(path: str) -> None:
-    import torch
-
-    from veneer.config import Model
-    from veneer.model import load_tokenizer, locate
-    from veneer.model.shapes import build, find_config
-
-    build(find_config(Model(base=path)), torch.bfloat16)
-    load_tokenizer(locate(Model(base=path)))
-
-
-def _run(path: str) -> None:
-    import veneer
-    from veneer.config import RunFolder
-    from veneer.release.origin import find_origin
-    from veneer.release.push import pack
-    from veneer.report.run_page import write_run_page
-
-    write_run_page(RunFolder(Path(path)))
-    find_origin(path).renderer()
-    pack(path, "me/name", True)
-    veneer.load(path)
-
-
-CALLS: dict[str, Callable[..., None]] = {
-    "config": _config, "weights": _weights, "gguf": _gguf, "base": _base, "run": _run
-}  # fmt: skip
+def _lost_rows(counts: dict[str, int], file: Path) -> bool:
+    """Whether the ledger leaves rows of a file out, or does not say what became of one."""
+    lines = sum(bool(line.strip()) for line in file.read_bytes().split(b"\n"))
+    fates = sum(counts[fate] for fate in ("used", "unreadable", "empty", "duplicate", "overlong", "refused"))
+    return not lines == counts["read"] == fates
 
 
 class Good(NamedTuple):
-    """What is not broken yet."""
+    """What is not broken yet: a folder for each kind of damage, by its call, what each gives, and a GGUF file."""
 
-    base: Path
-    run: Path
+    homes: dict[str, Path]
+    gives: dict[str, Found]
     gguf: Path
+
+    @property
+    def base(self) -> Path:
+        return self.homes["base"]
 
 
 def _good(folder: Path) -> Good:
-    """A tiny base, a run on it, and a GGUF file of it."""
+    """A tiny base, a run on it, one that was stopped, a cache, and a GGUF file of the base."""
     from tests.runs import tiny_run, write_rows
     from tests.tiny import FAMILIES, save_tiny_model
 
     import veneer
+    from veneer.config.load import to_yaml
 
     folder.mkdir()
-    save_tiny_model(FAMILIES["llama"], folder / "base")
+    base = folder / "base"
+    save_tiny_model(FAMILIES["llama"], base)
     rows = [{"prompt": f"name {n}", "completion": "cat" * (n % 3 + 1)} for n in range(12)]
     data = write_rows(folder / "rows.jsonl", rows)
-    veneer.train(tiny_run(folder / "base", data, folder / "run", data={"validation": 2}))
+    veneer.train(tiny_run(base, data, folder / "run", data={"validation": 2}))
     veneer.evaluate(folder / "run")
     veneer.export(str(folder / "run"), folder / "gguf", quant="f16")
-    return Good(folder / "base", folder / "run", next((folder / "gguf").glob("*.gguf")))
+    asked_for: dict[str, dict[str, Any]] = {
+        "resume": {"train": {"save_steps": 2}},
+        "cache": {"quantization": {"cache": True}},
+    }
+    for call, sections in asked_for.items():
+        home = folder / call
+        home.mkdir()
+        asked = tiny_run(base, data, home / "run", data={"validation": 2}, **sections)
+        (home / "asked.yaml").write_text(to_yaml(asked))
+        shutil.copytree(base, home / "base")
+    stopped = folder / "resume" / "run"
+    veneer.train(veneer.load_run(stopped.parent / "asked.yaml"))
+    shutil.rmtree(stopped / "checkpoints" / "step-000006")
+    shutil.rmtree(stopped / "adapter")
+    homes = {call: folder / call for call in ("base", "run", "resume", "cache")}
+    gives = {}
+    for call, home in homes.items():  # the cache's is filled with that
+        copy = home if call == "cache" else Path(shutil.copytree(home, folder / "copy"))
+        gives[call] = CALLS[call](str(copy))
+        shutil.rmtree(folder / "copy", ignore_errors=True)
+    gives["weights"] = gives["merge"] = CALLS["weights"](str(base / "model.safetensors"))
+    return Good(homes, gives, next((folder / "gguf").glob("*.gguf")))
 
 
 def _configurations(good: Good, folder: Path, chance: random.Random) -> Iterator[Input]:
@@ -321,7 +368,7 @@ def _rows(good: Good, folder: Path, chance: random.Random) -> Iterator[Input]:
         path = folder / f"{number}.jsonl"
         path.write_bytes(text)
         more = chance.choice(([], ["data.bad_rows=drop"], ["data.format=messages"], ["data.loss_on=all"]))
-        settings = ["--model", str(good.base), "--rows", "2", "data.validation=0", "data.workers=1"]
+        settings = ["--json", "--model", str(good.base), "--rows", "2", "data.validation=0", "data.workers=1"]
         yield Input("command", ["data", str(path), *settings, *more], repr(text[-200:]))
 
 
@@ -355,15 +402,24 @@ def _templates(good: Good, folder: Path, chance: random.Random) -> Iterator[Inpu
             "{% set a = a %}",
         ),
     )
+    from tests.tiny import CHATML
+
     number = 0
     rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"a {n}", "completion": "b"}) + "\n" for n in range(4)))
     while True:
         number += 1
-        text = "".join(chance.sample(pieces, chance.randint(1, 2)))
+        text = chance.choice(("", CHATML)) + "".join(chance.sample(pieces, chance.randint(1, 2)))
         path = folder / f"{number}.jinja"
         path.write_text(text)
-        settings = ["--model", str(good.base), "data.validation=0", "data.workers=1", f"data.chat_template={path}"]
+        settings = [
+            "--json",
+            "--model",
+            str(good.base),
+            "data.validation=0",
+            "data.workers=1",
+            f"data.chat_template={path}",
+        ]
         yield Input("command", ["data", str(rows), *settings], text)
 
 
@@ -374,13 +430,25 @@ def _headers(good: Good, folder: Path, chance: random.Random) -> Iterator[Input]
     while True:
         if chance.random() < 0.5:
             header = json.loads(weights[8 : 8 + length])
-            entry = header[chance.choice([name for name in header if name != "__metadata__"])]
-            entry[chance.choice(("dtype", "shape", "data_offsets"))] = chance.choice(
-                (*NASTY, [0.0, 4], [4, 0], [-1, 3], [0, 2**60], [2**62, 2**62], ["a", "b"], "F99", [True, False])
-            )
+            names = [name for name in header if name != "__metadata__"]
+            entry = header[chance.choice(names)]
+            key, other = chance.choice(("dtype", "shape", "data_offsets")), header[chance.choice(names)]
+            shaped: list[Any] = [
+                [0.0, 4],
+                [4, 0],
+                [-1, 3],
+                [0, 2**60],
+                [2**62, 2**62],
+                ["a", "b"],
+                "F99",
+                [True, False],
+            ]
+            entry[key] = chance.choice((chance.choice(NASTY), chance.choice(shaped), other[key]))
+            if chance.random() < 0.2:  # two tensors of one place
+                entry |= other
             text = json.dumps(header, allow_nan=True).encode(errors="surrogatepass")
             size = chance.choice((len(text), len(text), len(text) + 5, 0, 2**63, 1, len(text) - 1))
-            path, call = folder / "w.safetensors", "weights"
+            path, call = folder / "model.safetensors", chance.choice(("weights", "merge"))
             broken = struct.pack("<Q", size) + text + weights[8 + length :]
             what = text[:200].decode(errors="replace")
         else:
@@ -393,23 +461,31 @@ def _headers(good: Good, folder: Path, chance: random.Random) -> Iterator[Input]
             broken = bytes(data[: chance.choice((len(data), len(data), 30, 500, 2000))])
             what = broken[:120].hex()
         path.write_bytes(broken)
-        yield Input(call, [str(path)], what)
+        yield Input(call, [str(path)], what, good.gives.get(call))
+
+
+# What is damaged of a folder: of a stopped run not what was asked, of a cache only what it keeps.
+DAMAGED = {
+    "base": ("*",),
+    "run": ("**/*",),
+    "resume": ("run/**/*", "base/*"),
+    "cache": ("cache/**/*", "base/.veneer/**/*"),
+}
 
 
 def _damages(good: Good, folder: Path, chance: random.Random) -> Iterator[Input]:
-    """A base or a run with one file cut, emptied, overwritten, with flipped bytes, or with other JSON in it."""
-    homes = {"base": good.base, "run": good.run}
+    """A folder with one file cut, emptied, overwritten, with flipped bytes, or with another value in its JSON."""
     number = 0
     while True:
         number += 1
-        call = chance.choice(("base", "run"))
+        call = chance.choice(list(good.homes))
         copy = folder / str(number)
-        shutil.copytree(homes[call], copy, ignore=shutil.ignore_patterns("checkpoints"))
-        files = sorted(file for file in copy.rglob("*") if file.is_file() and file.suffix not in (".png", ".md"))
-        file = chance.choice(files)
+        shutil.copytree(good.homes[call], copy, ignore=shutil.ignore_patterns("*.lock"))
+        found = {file for pattern in DAMAGED[call] for file in copy.glob(pattern) if file.is_file()}
+        file = chance.choice(sorted(file for file in found if file.suffix not in (".png", ".md")))
         how, content = _damaged(file, chance)
         file.write_bytes(content)
-        yield Input(call, [str(copy)], f"{file.relative_to(copy)}: {how}")
+        yield Input(call, [str(copy)], f"{call}/{file.relative_to(copy)}: {how}", good.gives[call])
         shutil.rmtree(copy)
 
 
@@ -427,10 +503,11 @@ def _damaged(file: Path, chance: random.Random) -> tuple[str, bytes]:
             owner = inside
         owner[key] = chance.choice(NASTY)
         return f"{how} {key!r} = {owner[key]!r}"[:150], json.dumps(found).encode(errors="surrogatepass")
-    if how == "flipped":
+    if how == "flipped" and content:
         data = bytearray(content)
+        reach = min(len(data), chance.choice((3000, len(data))))
         for _ in range(5):
-            data[chance.randrange(min(len(data), 3000))] ^= 1 << chance.randrange(8)
+            data[chance.randrange(reach)] ^= 1 << chance.randrange(8)
         return how, bytes(data)
     others: dict[str, bytes] = {
         "empty": b"", "zeroed": bytes(len(content)), "nested": b"[" * 100_000, "cut": content[: len(content) // 2],

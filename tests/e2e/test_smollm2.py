@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +151,10 @@ def test_a_gguf_file_gives_the_same_model_as_the_built_in(tmp_path: Path, monkey
 
 
 def test_five_thousand_random_conversations_are_masked_exactly() -> None:
-    """With SmolLM2's own template and every named one: the answers and their end tokens are trained, nothing else."""
+    """With SmolLM2's own template, and with each named one in turn: answers and their end tokens are trained alone."""
     tokenizer = load_tokenizer(locate(Model(base=NAME)))
     renderers = {name: renderer(tokenizer, chat_template=name) for name in ("auto", *END_OF_TURN)}
+    others = cycle(END_OF_TURN)
     seen = 0
 
     @cache
@@ -167,7 +169,8 @@ def test_five_thousand_random_conversations_are_masked_exactly() -> None:
         nonlocal seen
         assume(all(is_known(character) for _, text in chat for character in text))
         seen += 1
-        for name, made in renderers.items():
+        for name in ("auto", next(others)):
+            made = renderers[name]
             # Without a begin token mistral's first answer may have nothing before it to be predicted from.
             asked = [("user", "a"), *chat] if name == "mistral" else chat
             check_mask(made, tokenizer, asked, "<|im_end|>", name in TRIMS, STARTS.get(name, ""))

@@ -13,19 +13,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import datasets
 import pytest
+import torch
 
 from tests.runs import write_rows
 from veneer.cli.terminal import Terminal
-from veneer.config import JobError, Model, UserError, load_run
+from veneer.config import JobError, Model, RunFolder, UserError, load_run
 from veneer.config.files import own_files, read_json, read_json_lines, reading, visible
 from veneer.config.folder import write_json
 from veneer.config.load import yaml_values
-from veneer.model import load_tokenizer, locate
+from veneer.data.corpus import is_sound
+from veneer.data.source import find_sources
+from veneer.machine import find_machine
+from veneer.model import Source, config_sha256, load_model, load_tokenizer, locate
 from veneer.model.gguf import config_of, open_gguf
 from veneer.model.limits import require_possible
 from veneer.model.remote import read_config
-from veneer.model.shapes import find_config
+from veneer.model.shapes import build, find_config
 from veneer.release import servers
 from veneer.release.servers import Endpoint
 from veneer.report.data_page import data_page
@@ -321,6 +326,62 @@ def test_sizes_are_found_within_parts_and_in_gguf_files(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(gguf(number(0), number(len(parts)), *parts))
     with pytest.raises(UserError, match=r"m\.gguf: block_count = 4,294,967,295"):
         config_of(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("stop", ["</s>", [2, None], True, 10**40])
+def test_a_base_that_ends_its_answers_at_no_token_is_refused_before_it_is_trained(
+    tmp_path: Path, tiny_model: Callable[..., Path], stop: Any
+) -> None:
+    base = planted(tiny_model(), tmp_path)
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": stop}))
+    model = Model(base=str(base))
+    with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id names .*, which is no token id"):
+        load_model(locate(model), model, None, find_machine())
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\0\0"])
+def test_a_damaged_generation_config_is_told(tmp_path: Path, tiny_model: Callable[..., Path], content: bytes) -> None:
+    base = planted(tiny_model(), tmp_path)
+    (base / "generation_config.json").write_bytes(content)
+    model = Model(base=str(base))
+    with pytest.raises(UserError, match=r"generation_config\.json: damaged"):
+        load_model(locate(model), model, None, find_machine())
+
+
+@pytest.mark.parametrize("count", [20_000, 2**31, 10**400])
+def test_more_layers_than_any_model_has_are_refused_at_once(
+    tmp_path: Path, tiny_model: Callable[..., Path], count: int
+) -> None:
+    base = planted(tiny_model(), tmp_path, config={"num_hidden_layers": count})
+    with pytest.raises(UserError, match=r"num_hidden_layers = .*no model has more than"):
+        find_config(Model(base=str(base)))
+
+
+def test_a_configuration_that_builds_no_model_is_told(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    rope = {"rope_type": "spiral", "rope_theta": 10000.0}
+    base = planted(tiny_model(), tmp_path, config={"rope_parameters": rope, "rope_scaling": rope})
+    with pytest.raises(UserError, match="the architecture llama cannot be built as"):
+        build(find_config(Model(base=str(base))), torch.bfloat16)
+
+
+def test_records_that_nest_too_deeply_count_as_damaged(tmp_path: Path) -> None:
+    for name in ("checksums.json", "config.json", "source.json"):
+        (tmp_path / name).write_bytes(b"[" * 100_000)
+    with pytest.warns(RuntimeWarning, match="damaged; the rows are tokenized again"):
+        assert not is_sound(tmp_path)
+    assert config_sha256(Source("folder", str(tmp_path), "nested")) is None
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "environment.json").write_bytes(b"[" * 100_000)
+    assert RunFolder(tmp_path / "run").holds_run()
+
+
+@pytest.mark.parametrize("name", ["dataset_dict.json", "train/dataset_info.json"])
+def test_a_damaged_record_of_an_arrow_folder_is_named(tmp_path: Path, name: str) -> None:
+    rows = datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}])
+    datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "data")
+    (tmp_path / "data" / name).write_bytes(b"[" * 100_000)
+    with pytest.raises(UserError, match=Path(name).name):
+        [source.fingerprint() for source in find_sources(str(tmp_path / "data"), "data.train")]
 
 
 def gguf(*parts: bytes) -> bytes:

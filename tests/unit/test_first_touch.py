@@ -19,8 +19,9 @@ from veneer.config.names import BUILTIN_NAMES
 from veneer.config.options import OPTIONS
 from veneer.model.builtin import BUILTIN
 from veneer.release import export as export_module
-from veneer.release import gguf_types, recipe
+from veneer.release import gguf_types
 from veneer.release import merge as merge_module
+from veneer.release import merge_plan as recipe
 
 Call = Callable[..., tuple[int, str, str]]
 QUICK = ("train.max_steps=1", "data.max_length=64", "adapter.r=2", "train.eval_steps=null", "train.save_steps=null")
@@ -262,7 +263,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["generate", "nowhere", "-p", "x"], "nowhere: no such folder or file in "),
     (["generate", "full", "-p", "x"], "the folder has no config.json"),
     (["generate", "base", "-p", "x", "--top-p", "3"], "--top-p 3.0: should be more than 0 and at most 1"),
-    (["generate", "base", "--prompts-file", "missing.txt"], "--prompts-file missing.txt: cannot be read"),
+    (["generate", "base", "--prompts-file", "missing.txt"], "missing.txt: no such file fix: name a file of prompts in --prompts-file"),
     (["generate", "base", "-p", "x", "--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'"),
     (["merge", "nowhere", "--out", "x"], "nowhere: no such folder"),
     (["merge", "adapter", "--out", "x", "--dtype", "int4"], "--dtype int4: not known"),

@@ -19,9 +19,9 @@ from veneer.model.quiet import quiet
 from veneer.release import find_origin
 from veneer.release import merge_into as merge
 from veneer.release import unmerge_from as unmerge
+from veneer.release.adapter_delta import AdapterDelta
 from veneer.release.compare_weights import compare_weights
 from veneer.release.export import export_model
-from veneer.release.fold import Fold
 from veneer.release.merge import DTYPES
 
 TinyModel = Callable[..., Path]
@@ -178,7 +178,7 @@ def test_a_layer_that_changes_no_weight_is_refused(
     tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = save_adapter_of("lora", tiny_model("llama"), tmp_path / "adapter")
-    monkeypatch.setattr(Fold, "_find_in_layer", lambda *arguments: None)  # as of a kind that is not known here
+    monkeypatch.setattr(AdapterDelta, "_find_in_layer", lambda *arguments: None)  # as of a kind that is not known here
     assert "PEFT's Linear changes no weight that can be merged" in refused(tmp_path / "out", adapter)
 
 

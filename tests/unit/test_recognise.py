@@ -184,6 +184,7 @@ def test_unknown_fields_say_what_is_known_and_how_to_map() -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ASSISTANT]}, "auto", "'image_url'"),
         ({"conversations": [HUMAN, {"from": "function_call", "value": "search rice"}]}, "auto", "is not JSON"),
         ({"messages": [USER, ASSISTANT | {"tool_calls": [{"id": 3}]}]}, "auto", "a tool call needs `name`"),
+        ({"messages": [USER, ASSISTANT | {"tool_calls": 7}]}, "auto", "`tool_calls` must be a list of calls"),
         ({"conversations": [HUMAN, GPT], "tools": "x"}, "auto", "`tools` is not JSON"),
         ({"prompt": [USER, ASSISTANT], "completion": [USER]}, "auto", "nothing to learn"),
         ({"text": "before ### Human: a"}, "guanaco", "begins before the first marker"),

@@ -202,6 +202,14 @@ def test_a_file_that_shrinks_while_it_is_read_is_told(tmp_path: Path, tiny_model
             reader.take(piece.name)
 
 
+def test_tensors_that_share_their_bytes_are_told(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(3), "b": torch.zeros(3)}, tmp_path / "w.safetensors")
+    content = (tmp_path / "w.safetensors").read_bytes()
+    (tmp_path / "w.safetensors").write_bytes(content.replace(b"[12,24]", b"[0,12] "))
+    with pytest.raises(ValueError, match=r"w\.safetensors is damaged: b does not begin where"):
+        read_headers([tmp_path / "w.safetensors"])
+
+
 def test_a_missing_shard_is_told(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
     folder = copied(tiny_model(), tmp_path / "model")
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")

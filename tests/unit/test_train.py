@@ -327,7 +327,7 @@ def test_a_run_is_resumed_on_its_base_in_another_place(
     assert len(losses(tmp_path / "run-1")) == 6
 
 
-@pytest.mark.parametrize("damage", ["lists nothing", "leaves one out", "another step", "no step", "a file"])
+@pytest.mark.parametrize("damage", ["lists nothing", "leaves one out", "another step", "no step", "scale", "a file"])
 def test_a_manifest_that_does_not_answer_for_its_checkpoint_is_refused(damage: str, stopped: Path) -> None:
     (path,) = (stopped / "checkpoints").glob("*/manifest.json")
     manifest = json.loads(path.read_text())
@@ -339,6 +339,8 @@ def test_a_manifest_that_does_not_answer_for_its_checkpoint_is_refused(damage: s
         manifest["step"] += 1
     elif damage == "no step":
         del manifest["step"]
+    elif damage == "scale":
+        manifest["loss_scale"] = {"scale": 3.0}
     else:
         (path.parent / "adapter_config.json").write_text("{}")
     path.write_text(json.dumps(manifest))
@@ -346,6 +348,22 @@ def test_a_manifest_that_does_not_answer_for_its_checkpoint_is_refused(damage: s
         TrainingJob(veneer.load_run(stopped / "run.yaml"), resume=True).fit()
     with pytest.raises(UserError, match="damaged"):  # and by evaluate, merge and all others that take a checkpoint
         find_origin(str(path.parent))
+
+
+@pytest.mark.parametrize("found", [True, "bfloat15", None])
+def test_a_plan_without_a_precision_is_damaged(found: Any, train: Runner) -> None:
+    run = train()
+    plan = json.loads((run / "plan.json").read_text())
+    (run / "plan.json").write_text(json.dumps(plan | {"dtype": found}))
+    with pytest.raises(UserError, match=r"plan\.json: damaged: dtype"):
+        find_origin(str(run))
+
+
+def test_a_run_does_not_go_on_from_a_plan_of_another_precision(stopped: Path) -> None:
+    plan = json.loads((stopped / "plan.json").read_text())
+    (stopped / "plan.json").write_text(json.dumps(plan | {"dtype": True}))
+    with pytest.raises(UserError, match=r"model\.dtype: the run began with True"):
+        TrainingJob(veneer.load_run(stopped / "run.yaml"), resume=True)
 
 
 def test_a_damaged_token_cache_is_made_anew(train: Runner, empty_cache: Path) -> None:

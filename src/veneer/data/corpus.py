@@ -23,7 +23,7 @@ import numpy as np
 from veneer.config import UserError
 from veneer.config.files import read_json
 from veneer.data.batch import Example
-from veneer.data.likeness import BINS
+from veneer.data.deduplication import BINS
 from veneer.data.read import Block
 from veneer.data.tokenize import ROW, SPAN, Tokenized
 

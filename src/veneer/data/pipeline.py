@@ -23,11 +23,11 @@ from veneer.config.cache import cached
 from veneer.data.batch import Batches, Example
 from veneer.data.conversation import Conversation
 from veneer.data.corpus import Corpus, is_sound, seal, write
-from veneer.data.intake import Problem, blocks_of, chosen, recognise_source, take_again
+from veneer.data.deduplication import Overlap, near_duplicates
 from veneer.data.ledger import Ledger
-from veneer.data.likeness import Overlap, near_duplicates
 from veneer.data.read import Block
 from veneer.data.render import Renderer, needs_template
+from veneer.data.row_parser import Problem, blocks_of, chosen, recognise_source, take_again
 from veneer.data.source import Source, find_sources
 from veneer.data.split import Sides, equal_to_earlier, split_rows
 from veneer.data.tokenize import Tokenized, tokenize

@@ -343,7 +343,7 @@ def _arrow_folder(folder: Path, setting: str, split: str) -> Source:
         return Source(folder.name, "arrow folder", str(folder), split=split)
     try:
         splits = list(read_json(listed, "splits")["splits"])
-    except (UserError, TypeError):
+    except (UserError, ValueError, TypeError):
         raise UserError(
             f"{setting} = {folder}: {listed.name} is damaged", f"save it again, or name other data in {setting}"
         ) from None

@@ -6,7 +6,7 @@ from veneer.config import Data, UserError
 from veneer.config.files import read_json
 from veneer.config.load import scalar
 from veneer.config.names import BUILTIN_NAMES
-from veneer.data.intake import recognise_source
+from veneer.data.row_parser import recognise_source
 from veneer.data.source import find_sources
 
 PAGE = """\

@@ -20,10 +20,10 @@ import numpy as np
 from veneer.config import Data, JobError, UserError
 from veneer.data.batch import Example
 from veneer.data.conversation import BadRowError, Conversation
-from veneer.data.intake import Intake, Personal, Problem, Taken
-from veneer.data.likeness import signatures
+from veneer.data.deduplication import signatures
 from veneer.data.read import Block
 from veneer.data.render import Renderer
+from veneer.data.row_parser import ParsedRow, Personal, Problem, RowParser
 from veneer.data.sandbox import TOO_LONG, shared
 from veneer.data.template import TEMPLATE_FIX
 
@@ -89,7 +89,7 @@ class Tokenizing:
     def __init__(self, renderer: Renderer, data: Data, formats: Sequence[str]) -> None:
         self._data = data
         self.renderer = renderer
-        self._intakes = [Intake(data, name) for name in formats]
+        self._parsers = [RowParser(data, name) for name in formats]
         self._longest_text = self.renderer.overlong_characters(data.max_length)
 
     def __call__(self, source: int, block: Block) -> Tokenized:
@@ -101,10 +101,10 @@ class Tokenizing:
         fates: Counter[str] = Counter()
         notes: Counter[str] = Counter()
         problems: list[Problem] = []
-        kept: list[tuple[int, Taken]] = []
+        kept: list[tuple[int, ParsedRow]] = []
         too_long: list[int] = []
         for at, raw in enumerate(block.rows):
-            taken = self._intakes[source].take(raw, block.place(at))
+            taken = self._parsers[source].take(raw, block.place(at))
             if taken is None:
                 fates["empty"] += 1
                 problems.append(Problem(block.place(at), "empty", "an answer says nothing"))
@@ -118,7 +118,7 @@ class Tokenizing:
                 problems.append(Problem(block.place(at), "overlong", f"{characters:,} characters"))
             else:
                 kept.append((block.numbers[at], taken))
-        used: list[tuple[int, Taken, list[Example]]] = []
+        used: list[tuple[int, ParsedRow, list[Example]]] = []
         all_lengths = too_long
         self.renderer.notes.clear()
         rendered = self.renderer.render([taken.conversation for _, taken in kept])
@@ -261,7 +261,7 @@ def _characters(conversation: Conversation) -> int:
     return sum(len(message.content) for message in conversation.messages)
 
 
-def _gathered(source: int, used: list[tuple[int, Taken, list[Example]]], stop_ids: set[int]) -> Tokenized:
+def _gathered(source: int, used: list[tuple[int, ParsedRow, list[Example]]], stop_ids: set[int]) -> Tokenized:
     rows: list[tuple[int, int, int, int, int]] = []
     examples: list[Example] = []
     for number, taken, made in used:

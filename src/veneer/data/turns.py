@@ -203,6 +203,8 @@ def _factor(value: Any, key: str) -> float:
 def _calls(turn: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     """The calls of an answer: `tool_calls`, or the one of OpenAI's older `function_call`."""
     calls, older = turn.get("tool_calls") or (), turn.get("function_call")
+    if not isinstance(calls, list | tuple):
+        raise BadRowError(f"`tool_calls` must be a list of calls, this is {str(calls)[:40]!r}")
     if not older:
         return tuple(_call(call) for call in calls)
     if calls:

@@ -12,6 +12,7 @@ import torch
 
 from veneer.config.sampling import Sampling
 from veneer.data import Renderer
+from veneer.model.load import base_stop_ids
 
 SLACK = 8  # tokens before a stop text that may decode to nothing, or to half a character
 
@@ -112,5 +113,4 @@ def _without_begun(text: str, stop: Sequence[str]) -> str:
 
 def stop_ids_of(model: Any, renderer: Renderer) -> list[int]:
     """The tokens at which an answer ends: those of the renderer, and those that the base's generation settings name."""
-    ids = model.generation_config.eos_token_id
-    return sorted(renderer.stop_ids | (set(ids) if isinstance(ids, list) else {ids} - {None}))
+    return sorted(renderer.stop_ids | base_stop_ids(model.generation_config, "generation_config.json"))

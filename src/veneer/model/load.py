@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import torch
 
 from veneer.config import Model, Quantization, UserError
-from veneer.config.files import own_files, reading
+from veneer.config.files import own_files, read_json, reading
 from veneer.config.hub import not_here, unreachable
 from veneer.data.sandbox import shared
 from veneer.machine.device import Machine, named_dtype
 from veneer.model.dense import keep_dense
+from veneer.model.fingerprint import local_folder
 from veneer.model.kept import Copy, Kept, tell_unusable
 from veneer.model.limits import require_sizes
 from veneer.model.locate import Source
@@ -101,6 +102,11 @@ def load_base(
     started = time.perf_counter()
     settings = settings_of(model, quantization, machine)
     with _loading(source, "model"):
+        folder = local_folder(source)
+        if (
+            folder is not None and (folder / "generation_config.json").is_file()
+        ):  # Transformers passes over a damaged one
+            read_json(folder / "generation_config.json", fix="fetch it again, or delete it if it is not needed")
         loaded = _load(source, settings, quantization, machine)
     if loaded.missing:
         raise UserError(
@@ -109,6 +115,7 @@ def load_base(
             "name a complete model",
         )
     base = loaded.base
+    base_stop_ids(getattr(base, "generation_config", None), f"model.base = {source.name}: generation_config.json")
     base.requires_grad_(False)
     keep_4bit_layout(base)
     base.config.use_cache = False
@@ -121,6 +128,23 @@ def load_base(
     if machine.device == "cpu":
         keep_dense(base, machine.free_bytes)
     return base, report
+
+
+def base_stop_ids(settings: Any, file: str) -> set[int]:
+    """The tokens that a base's settings end an answer at (`eos_token_id`: a number, a list of them, or none).
+
+    Args:
+        settings: A configuration object, or what a JSON file holds.
+        file: Where they stand, for the message.
+
+    Raises:
+        UserError: They are no token ids.
+    """
+    named = settings.get("eos_token_id") if isinstance(settings, dict) else getattr(settings, "eos_token_id", None)
+    ids = named if isinstance(named, list) else [] if named is None else [named]
+    if wrong := [number for number in ids if type(number) is not int or abs(number) >= 2**31]:
+        raise UserError(f"{file}: eos_token_id names {str(wrong[0])[:40]!r}, which is no token id", "fetch it again")
+    return set(ids)
 
 
 def settings_of(model: Model, quantization: Quantization | None, machine: Machine) -> dict[str, Any]:

@@ -195,7 +195,7 @@ def build(config: Any, dtype: torch.dtype, depth: int | None = None, attention: 
     """The base model on the meta device, with its own or another number of layers.
 
     Raises:
-        UserError: The architecture is no causal language model.
+        UserError: The architecture is no causal language model, or its configuration is damaged.
     """
     from transformers import AutoModelForCausalLM
 
@@ -205,15 +205,18 @@ def build(config: Any, dtype: torch.dtype, depth: int | None = None, attention: 
         text.num_hidden_layers = depth
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:depth]
-    try:
-        with quiet(), torch.device("meta"):
-            settings = {"attn_implementation": "eager"} if attention == "eager" else {}
+    told = f"model.base: the architecture {config.model_type} cannot be built as config.json describes it"
+    with quiet(), reading(told, "check config.json"), torch.device("meta"):
+        settings = {"attn_implementation": "eager"} if attention == "eager" else {}
+        try:
             base = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **settings)
-    except ValueError:
-        raise UserError(
-            f"model.base: the architecture {config.model_type} does not write text token by token",
-            FIX,
-        ) from None
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            raise UserError(
+                f"model.base: the architecture {config.model_type} does not write text token by token",
+                FIX,
+            ) from None
     base.config.use_cache = False
     return base
 

@@ -116,7 +116,7 @@ def read_headers(files: Iterable[Path]) -> list[Piece]:
     """All tensors of a checkpoint, in the order that Transformers loads them in.
 
     Raises:
-        DamagedError: A file is cut off or is no safetensors file.
+        DamagedError: A file is cut off or is no safetensors file, or its tensors overlap or leave holes.
         UnknownTypeError: A file holds numbers of a type that is not in DTYPES.
     """
     pieces = {piece.name: piece for file in files for piece in read_header(file)}
@@ -150,6 +150,11 @@ def read_header(file: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> list[
         if last > held:
             raise DamagedError(f"{file.name} is cut off: it holds {held:,} bytes of weights, {name} ends at {last:,}")
         pieces.append(Piece(name, file, start + first, size, kind, shape))
+    at = start
+    for piece in sorted(pieces, key=lambda piece: (piece.offset, piece.size)):
+        if piece.offset != at:
+            raise DamagedError(f"{file.name} is damaged: {piece.name} does not begin where the tensor before it ends")
+        at += piece.size
     return pieces
 
 

@@ -3,8 +3,8 @@
 weights.py           safetensors read and written with one tensor in memory at a time
 passport.py          what an adapter belongs to, and the refusal to load it on anything else
 origin.py            an adapter with its base: what a release is made from
-fold.py              an adapter folded into its base's tensors, one module at a time
-recipe.py            the value of each tensor of a merged model, rounded
+adapter_delta.py     what an adapter adds to each tensor of its base, one module at a time
+merge_plan.py        the value of each tensor of a merged model, rounded
 output.py            a folder to be written, checked before any work
 merge.py             base and adapter as one model on disk; and the inverse
 gguf_families.py     names, numbers and layouts of a model in llama.cpp

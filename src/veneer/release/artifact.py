@@ -11,9 +11,9 @@ from veneer.data import Renderer
 from veneer.machine import find_machine
 from veneer.model.gguf import open_gguf
 from veneer.release.merge import json_of
+from veneer.release.merge_plan import trained_on
 from veneer.release.origin import Origin
 from veneer.release.prompts import Prompt
-from veneer.release.recipe import trained_on
 from veneer.release.runtimes import Folder, Runtime
 from veneer.release.servers import Endpoint, llama_server
 

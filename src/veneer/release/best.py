@@ -17,9 +17,9 @@ from veneer.model import load_adapter, load_model
 from veneer.release.certify import batch_of, judged_answers, judged_model
 from veneer.release.judged import Recorded
 from veneer.release.merge import stop_ids
+from veneer.release.merge_plan import trained_on
 from veneer.release.origin import Origin
 from veneer.release.prompts import Prompt
-from veneer.release.recipe import trained_on
 from veneer.release.runtimes import greedy
 from veneer.release.verdict import describe
 

@@ -47,10 +47,10 @@ from veneer.release.checks import Check, prompt_checks, stop_checks, unmade, wei
 from veneer.release.compare_weights import Compared, compare_weights
 from veneer.release.judged import Recorded
 from veneer.release.merge import stop_ids
+from veneer.release.merge_plan import trained_on
 from veneer.release.origin import Origin
 from veneer.release.passport import file_sha256
 from veneer.release.prompts import Prompt
-from veneer.release.recipe import trained_on
 from veneer.release.runtimes import Answer, Runtime, greedy
 from veneer.release.settings import setting_checks, stop_token_checks
 from veneer.release.verdict import verdict_of

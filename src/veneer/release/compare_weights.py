@@ -17,12 +17,12 @@ import torch
 
 from veneer.model.gguf import open_gguf
 from veneer.model.shapes import find_config
-from veneer.release.fold import Fold
+from veneer.release.adapter_delta import AdapterDelta
 from veneer.release.gguf_families import COMPUTED, Layout
 from veneer.release.gguf_types import encoded
 from veneer.release.importance import importance_of, read_importance
+from veneer.release.merge_plan import MergePlan
 from veneer.release.origin import Origin
-from veneer.release.recipe import Recipe
 from veneer.release.stored_4bit import base_weights
 from veneer.release.weights import weights_of
 
@@ -75,15 +75,15 @@ def compare_weights(origin: Origin, artifact: Path, on: str) -> Compared:
         on: What the adapter was merged into: base, or nf4.
     """
     tensors = base_weights(origin)
-    fold = Fold(origin, tensors)
-    recipe = Recipe(origin, fold, on)
-    read = _gguf_reader(origin, artifact, fold) if artifact.is_file() else _folder_reader(artifact)
+    delta = AdapterDelta(origin, tensors)
+    merge_plan = MergePlan(origin, delta, on)
+    read = _gguf_reader(origin, artifact, delta) if artifact.is_file() else _folder_reader(artifact)
     wrong_own: list[str] = []
     wrong_changed: list[str] = []
     count = changed = 0
     worst, along, squared = 0.0, 0.0, 0.0
     infinite: list[str] = []
-    for pair in _pairs(tensors | fold.untied, fold, recipe, read):
+    for pair in _pairs(tensors | delta.untied, delta, merge_plan, read):
         count += 1
         changed += pair.base is not None
         if pair.found is None or pair.found.shape != pair.expected.shape:
@@ -102,16 +102,16 @@ def compare_weights(origin: Origin, artifact: Path, on: str) -> Compared:
         if pair.base is not None:
             # As the precision holds them: a change below its resolution is rounded away in the right values too.
             was, right = (_as_stored(value, pair.kind) for value in (pair.base, pair.expected))
-            delta = (right - was).double()
-            along += float(((pair.found - was).double() * delta).sum())
-            squared += float((delta * delta).sum())
+            change = (right - was).double()
+            along += float(((pair.found - was).double() * change).sum())
+            squared += float((change * change).sum())
     strength = along / squared if squared > 0 else None
-    added = _added(origin, artifact, tensors | fold.untied)
+    added = _added(origin, artifact, tensors | delta.untied)
     wrong = wrong_own + wrong_changed + infinite + added
     diagnosis = _diagnose(wrong_own, wrong_changed, infinite, count - changed, strength)
     if added and not diagnosis:
         diagnosis = f"{', '.join(added[:3])}: not in base or adapter"
-    return Compared(count + len(added), wrong, worst, strength, diagnosis, fold.unties)
+    return Compared(count + len(added), wrong, worst, strength, diagnosis, delta.unties)
 
 
 def _added(origin: Origin, artifact: Path, every: dict[str, Any]) -> list[str]:
@@ -142,24 +142,24 @@ def _diagnose(own: list[str], changed: list[str], infinite: list[str], owned: in
     return ""
 
 
-def _pairs(every: dict[str, Any], fold: Fold, recipe: Recipe, read: Any) -> Iterator[_Pair]:
+def _pairs(every: dict[str, Any], delta: AdapterDelta, merge_plan: MergePlan, read: Any) -> Iterator[_Pair]:
     for name, stored in every.items():
         if not stored.is_float or name.endswith(COMPUTED):
             continue
         found, kind, lay_out, same = read(name)
         if kind is None:  # an artifact may leave out what is tied
-            if fold.is_tied and name not in fold.changed and name.endswith("lm_head.weight"):
+            if delta.is_tied and name not in delta.changed and name.endswith("lm_head.weight"):
                 continue
             kind = "F32"
-        value = recipe.value(name, stored)
+        value = merge_plan.value(name, stored)
         expected = lay_out(value).float()
         if same is not None and same(expected):
             found = expected.clone()
         elif found is not None:
             found = found()
         base = None
-        if name in fold.changed:
-            base = lay_out(recipe.base_value(name, stored)).float()
+        if name in delta.changed:
+            base = lay_out(merge_plan.base_value(name, stored)).float()
         yield _Pair(name, kind, found, expected, base)
 
 
@@ -176,7 +176,7 @@ def _folder_reader(folder: Path) -> Callable[[str], Any]:
     return read
 
 
-def _gguf_reader(origin: Origin, file: Path, fold: Fold) -> Callable[[str], Any]:
+def _gguf_reader(origin: Origin, file: Path, delta: AdapterDelta) -> Callable[[str], Any]:
     from gguf import quants
 
     layout = Layout(find_config(origin.model), origin.model.base)
@@ -200,7 +200,7 @@ def _gguf_reader(origin: Origin, file: Path, fold: Fold) -> Callable[[str], Any]
             if kind in ("F32", "F16", "BF16") or tuple(expected.shape) != shape:
                 return False
             at, own = 0, np.asarray(tensor.data).view(np.uint8).reshape(-1)
-            for piece in encoded(expected, kind, importance=importance_of(importance, fold, name)):
+            for piece in encoded(expected, kind, importance=importance_of(importance, delta, name)):
                 if not np.array_equal(own[at : at + piece.size], piece):
                     return False
                 at += piece.size

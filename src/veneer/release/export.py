@@ -19,19 +19,19 @@ from veneer.config import UserError
 from veneer.config.folder import whole_folder, write_text
 from veneer.model import gguf_origin
 from veneer.model.shapes import find_config
+from veneer.release.adapter_delta import AdapterDelta
 from veneer.release.card import hub_id, licence
-from veneer.release.fold import Fold
 from veneer.release.gguf_families import COMPUTED, Layout
 from veneer.release.gguf_tokenizer import vocabulary
 from veneer.release.gguf_types import QUANTS, Mix, encoded, require_quant, size_of
 from veneer.release.importance import Importance, importance_of, write_importance
 from veneer.release.lint import vllm_lint
 from veneer.release.merge import stop_ids
+from veneer.release.merge_plan import MergePlan, resolved_base
 from veneer.release.modelfile import modelfile
 from veneer.release.origin import Origin
 from veneer.release.output import require_free, require_known, require_space
 from veneer.release.passport import base_name
-from veneer.release.recipe import Recipe, resolved_base
 from veneer.release.stored_4bit import base_weights
 from veneer.release.weights import Stored, read_header
 
@@ -94,24 +94,24 @@ def export_model(
     require_free(out)
     layout = Layout(find_config(origin.model), origin.model.base)
     tensors = base_weights(origin)
-    fold = Fold(origin, tensors)
-    recipe = Recipe(origin, fold, on)
-    every = tensors | fold.untied
-    tied = not fold.unties and bool(getattr(layout.config, "tie_word_embeddings", False))
-    if fold.unties and layout.family.arch == "gemma2":
+    delta = AdapterDelta(origin, tensors)
+    merge_plan = MergePlan(origin, delta, on)
+    every = tensors | delta.untied
+    tied = not delta.unties and bool(getattr(layout.config, "tie_word_embeddings", False))
+    if delta.unties and layout.family.arch == "gemma2":
         raise UserError(
             f"{origin.name}: Gemma 2 with a head of its own, which llama.cpp has no place for",
             "serve the folder that `veneer merge` writes",
         )
     mix = Mix(quant, layout.depth, layout.heads // layout.kv_heads, tied)
     planned = [
-        _plan(layout, recipe, mix, name, stored, importance_of(importance or {}, fold, name))
+        _plan(layout, merge_plan, mix, name, stored, importance_of(importance or {}, delta, name))
         for name, stored in every.items()
         if stored.is_float and not name.endswith(COMPUTED) and not (tied and name.endswith("lm_head.weight"))
     ]
     extras = layout.extra_tensors()
     planned += [_Tensor(name, tuple(value.shape), "F32", _constant(value)) for name, value in extras.items()]
-    rows = every[fold.name_on_disk(fold.embeddings)].shape[0]
+    rows = every[delta.name_on_disk(delta.embeddings)].shape[0]
     file = f"{_title(origin)}-{quant}.gguf"
     require_space(out, sum(size_of(tensor.kind, tensor.shape) for tensor in planned))
     with whole_folder(out) as unfinished:
@@ -146,7 +146,7 @@ def export_adapter(origin: Origin, out: Path, on_done: Progress = lambda done: N
             f"{origin.name}: llama.cpp takes LoRA matrices on linear layers alone: {'; '.join(refused)}",
             "export the merged model: leave --adapter-only out",
         )
-    Fold(origin, base_weights(origin))  # it belongs to this base
+    AdapterDelta(origin, base_weights(origin))  # it belongs to this base
     config = origin.peft_config
     held = read_header(origin.adapter / "adapter_model.safetensors")
     planned = [_plan_lora(layout, name, stored) for name, stored in held.items()]
@@ -166,13 +166,13 @@ def export_adapter(origin: Origin, out: Path, on_done: Progress = lambda done: N
 
 
 def _plan(
-    layout: Layout, recipe: Recipe, mix: Mix, name: str, stored: Stored, importance: torch.Tensor | None
+    layout: Layout, merge_plan: MergePlan, mix: Mix, name: str, stored: Stored, importance: torch.Tensor | None
 ) -> _Tensor:
     there = layout.name(name)
     transform = layout.transform(name)
 
     def make() -> torch.Tensor:
-        value = recipe.value(name, stored)
+        value = merge_plan.value(name, stored)
         return value if transform is None else transform(value)
 
     return _Tensor(there, stored.shape, mix.type_of(there, stored.shape), make, importance)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from veneer.data import Example
-from veneer.release.fold import Fold
+from veneer.release.adapter_delta import AdapterDelta
 
 FILE = "importance.safetensors"
 IMPORTANCE_ROWS = 64  # training rows that are read: on the demo more change nothing (bench/shipped.py)
@@ -74,10 +74,10 @@ def _summed_squares(base: Any) -> Iterator[dict[str, tuple[torch.Tensor, int]]]:
             handle.remove()
 
 
-def importance_of(importance: Importance, fold: Fold, name: str) -> torch.Tensor | None:
+def importance_of(importance: Importance, delta: AdapterDelta, name: str) -> torch.Tensor | None:
     """The importance of a tensor's columns; embeddings that are the head too are met by what the head reads."""
     for parameter, found in importance.items():
-        if fold.name_on_disk(parameter) == name:
+        if delta.name_on_disk(parameter) == name:
             return found
     return None
 

@@ -25,11 +25,12 @@ import veneer
 from veneer.config import UserError
 from veneer.config.files import own_files, read_json
 from veneer.config.folder import whole_folder, write_json
-from veneer.release.fold import Fold
+from veneer.model.load import base_stop_ids
+from veneer.release.adapter_delta import AdapterDelta
+from veneer.release.merge_plan import MergePlan, cast_pieces, resolved_base, rounded
 from veneer.release.origin import Origin
 from veneer.release.output import require_free, require_known, require_space
 from veneer.release.passport import file_sha256, read_passport
-from veneer.release.recipe import Recipe, cast_pieces, resolved_base, rounded
 from veneer.release.redact import name_of
 from veneer.release.stored_4bit import base_weights
 from veneer.release.weights import SHARD_BYTES, Planned, Stored, weights_of, write_weights
@@ -91,13 +92,13 @@ def merge_into(
     folder = origin.base_folder
     own_files(folder, *LICENCES)  # refused before the work
     tensors = base_weights(origin)
-    fold = Fold(origin, tensors)
-    recipe = Recipe(origin, fold, on)
-    planned = [_plan(recipe, name, stored, DTYPES[dtype]) for name, stored in (tensors | fold.untied).items()]
+    delta = AdapterDelta(origin, tensors)
+    merge_plan = MergePlan(origin, delta, on)
+    planned = [_plan(merge_plan, name, stored, DTYPES[dtype]) for name, stored in (tensors | delta.untied).items()]
     require_space(out, sum(tensor.size for tensor in planned))
     with whole_folder(out) as unfinished:
         write_weights(unfinished, [_told(tensor, on_done) for tensor in planned], {"format": "pt"}, shard_bytes)
-        _write_config(origin, folder, unfinished, dtype, fold.unties)
+        _write_config(origin, folder, unfinished, dtype, delta.unties)
         write_companions(origin, folder, unfinished)
         inside = file_sha256(origin.adapter / "adapter_model.safetensors")
         facts = {"adapter": name_of(origin.name), "adapter_sha256": inside, "dtype": dtype, "on": on, "choice": choice}
@@ -106,7 +107,7 @@ def merge_into(
         files = len(list(unfinished.glob("*.safetensors")))
     size = sum(tensor.size for tensor in planned)
     warnings = _warnings(origin, dtype, on)
-    return Merged(str(out), dtype, on, len(planned), len(fold.changed), size, files, warnings, choice)
+    return Merged(str(out), dtype, on, len(planned), len(delta.changed), size, files, warnings, choice)
 
 
 def unmerge_from(
@@ -128,17 +129,17 @@ def unmerge_from(
     require_model(merged)
     warnings = _require_merged(merged, origin, force)
     tensors = weights_of(merged, str(merged))
-    fold = Fold(origin, tensors)
-    fold.require_subtractable()
+    delta = AdapterDelta(origin, tensors)
+    delta.require_subtractable()
 
     def plan(name: str, stored: Stored) -> Planned:
-        if name not in fold.changed:
+        if name not in delta.changed:
             return Planned(name, stored.dtype, stored.shape, stored.chunks)
         return Planned(
             name,
             stored.dtype,
             stored.shape,
-            lambda: rounded(fold.unmerged(name, stored.read()), stored.dtype, name),
+            lambda: rounded(delta.unmerged(name, stored.read()), stored.dtype, name),
         )
 
     planned = [plan(name, stored) for name, stored in tensors.items()]
@@ -152,12 +153,12 @@ def unmerge_from(
         files = len(list(unfinished.glob("*.safetensors")))
     size = sum(tensor.size for tensor in planned)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    return Merged(str(out), dtype, "merged", len(planned), len(fold.changed), size, files, warnings)
+    return Merged(str(out), dtype, "merged", len(planned), len(delta.changed), size, files, warnings)
 
 
-def _plan(recipe: Recipe, name: str, stored: Stored, dtype: torch.dtype) -> Planned:
-    if stored.is_float and recipe.changes(name):
-        return Planned(name, dtype, stored.shape, lambda: recipe.rounded(name, stored, dtype))
+def _plan(merge_plan: MergePlan, name: str, stored: Stored, dtype: torch.dtype) -> Planned:
+    if stored.is_float and merge_plan.changes(name):
+        return Planned(name, dtype, stored.shape, lambda: merge_plan.rounded(name, stored, dtype))
     if not stored.is_float or stored.dtype == dtype:
         return Planned(name, stored.dtype, stored.shape, stored.chunks)
     return Planned(name, dtype, stored.shape, lambda: cast_pieces(stored, dtype))
@@ -222,8 +223,7 @@ def stop_ids(origin: Origin, base: Path) -> list[int]:
     """Every token at which an answer ends: those training taught, and those the base itself names."""
     ids = origin.renderer().stop_ids | set((read_passport(origin.adapter) or {}).get("stop_token_ids", []))
     for file in ("config.json", "generation_config.json"):
-        named = json_of(base / file).get("eos_token_id")
-        ids |= set(named) if isinstance(named, list) else {named} - {None}
+        ids |= base_stop_ids(json_of(base / file), str(base / file))
     return sorted(ids)
 
 

@@ -14,7 +14,7 @@ import torch
 from pydantic import ValidationError
 
 from veneer.config import Data, Model, Quantization, Run, RunFolder, UserError, load_run
-from veneer.config.files import read_json
+from veneer.config.files import RESTORE, read_json
 from veneer.config.hub import not_here, unreachable
 from veneer.config.names import base_not_here, find_adapter
 from veneer.config.names import require_adapter as require_adapter
@@ -198,7 +198,8 @@ def _data(adapter: Path, run: Run | None) -> Data | None:
 def _dtype(folder: RunFolder | None, model: Model) -> torch.dtype:
     """What the run computed in; `auto` means other things on other machines, so its plan is asked first."""
     if folder is not None and folder.plan.is_file():
-        kept = read_json(folder.plan).get("dtype")
-        if isinstance(found := getattr(torch, str(kept), None), torch.dtype):
-            return found
+        kept = read_json(folder.plan, "dtype")["dtype"]
+        if not isinstance(found := getattr(torch, str(kept), None), torch.dtype):
+            raise UserError(f"{folder.plan}: damaged: dtype = {str(kept)[:40]!r}", RESTORE)
+        return found
     return compute_dtype(model, find_machine())

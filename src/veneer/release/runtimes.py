@@ -21,6 +21,7 @@ from veneer.data.sandbox import Job, RefusedError, TemplateLimitError, shared
 from veneer.evaluation.generation import contiguous_head_input
 from veneer.evaluation.prefix import SharedPrefix, padded
 from veneer.machine.device import Machine
+from veneer.model.load import base_stop_ids
 from veneer.model.quiet import quiet
 from veneer.model.remote import read_config
 
@@ -116,8 +117,7 @@ class Folder:
         return greedy(self.model, self.tokenizer, ids, max_new_tokens, self.stop_ids(), self._batch)
 
     def stop_ids(self) -> set[int]:
-        named = self.model.generation_config.eos_token_id
-        return set(named) if isinstance(named, list) else {named} - {None}
+        return base_stop_ids(self.model.generation_config, "generation_config.json")
 
 
 class _Likeliest:

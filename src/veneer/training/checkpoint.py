@@ -6,6 +6,7 @@ training/schedule.py). Everything is safetensors or JSON; nothing is unpickled.
 """
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ ADAPTER, ADAPTER_CONFIG, OPTIMIZER, RNG, MANIFEST = (
     "rng.safetensors",
     "manifest.json",
 )
+OWN = "own_sha256"  # of the manifest's other entries
 
 
 def save(
@@ -60,7 +62,7 @@ def save(
             "loss_scale": scaler.state_dict(),
             "sha256": checksums,
         }
-        write_json(unfinished / MANIFEST, manifest)
+        write_json(unfinished / MANIFEST, manifest | {OWN: _own_sha256(manifest)})
     return path
 
 
@@ -116,10 +118,13 @@ def verified(path: Path) -> dict[str, Any]:
         step = int(path.name.removeprefix("step-"))
     except (ValueError, TypeError):
         raise UserError(f"{path / MANIFEST}: missing or damaged", damaged) from None
+    own = manifest.pop(OWN, None)
     unlisted = [name for name in (ADAPTER, ADAPTER_CONFIG, OPTIMIZER, RNG) if name not in listed]
     if unlisted or not before or manifest.get("step") != step:
         why = f"it leaves out {unlisted[0]}" if unlisted else f"it is of step {manifest.get('step')}"
         raise UserError(f"{path / MANIFEST}: damaged: {why if before else 'it says nothing of base and data'}", damaged)
+    if own != _own_sha256(manifest):
+        raise UserError(f"{path / MANIFEST}: damaged: its own checksum is another", damaged)
     for name, checksum in listed.items():
         if not (path / name).is_file() or _sha256(path / name) != checksum:
             raise UserError(f"{path / name}: missing or damaged", damaged)
@@ -151,6 +156,10 @@ def _rng_state() -> dict[str, torch.Tensor]:
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
+
+
+def _own_sha256(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -244,7 +244,7 @@ class TrainingJob:
         """`auto` means other things on other machines; a resumed run must go on in the way it began."""
         began, now = read_json(self.folder.plan, "dtype", "optim", "engine"), self.plan()
         for key, setting in (("dtype", "model.dtype"), ("optim", "train.optim"), ("engine", "train.engine")):
-            if began[key].removeprefix("paged_") != now[key].removeprefix("paged_"):
+            if str(began[key]).removeprefix("paged_") != now[key].removeprefix("paged_"):
                 raise UserError(
                     f"{setting}: the run began with {began[key]}, on this machine it would go on with {now[key]}",
                     "resume it on a machine like the first, or start a new run in another train.output_dir",

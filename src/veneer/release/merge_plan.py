@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from veneer.config import UserError
-from veneer.release.fold import Fold, four_bit_modules, through_four_bits
+from veneer.release.adapter_delta import AdapterDelta, four_bit_modules, through_four_bits
 from veneer.release.origin import Origin
 from veneer.release.output import require_known
 from veneer.release.weights import Stored, bytes_of
@@ -34,23 +34,23 @@ def resolved_base(origin: Origin, on: str) -> str:
     return trained_on(origin) if on == "trained" else on
 
 
-class Recipe:
+class MergePlan:
     """The value of each tensor of a merged model, before it is rounded.
 
     Args:
         origin: The adapter and its base.
-        fold: The adapter's changes.
+        delta: The adapter's changes.
         on: base, or nf4: what the adapter is merged into.
 
     Raises:
         UserError: `on` is nf4, and training did not quantize.
     """
 
-    def __init__(self, origin: Origin, fold: Fold, on: str) -> None:
-        self._origin, self._fold = origin, fold
+    def __init__(self, origin: Origin, delta: AdapterDelta, on: str) -> None:
+        self._origin, self._delta = origin, delta
         self._quantized: set[str] = set()
         if on == "nf4":
-            if origin.quantization is None and fold.packed:
+            if origin.quantization is None and delta.packed:
                 raise UserError(
                     f"{origin.name}: --on nf4, but the base's files are in 4 bits already and are merged as they are, "
                     "dequantized",
@@ -61,17 +61,17 @@ class Recipe:
                     f"{origin.name}: --on nf4, but the adapter was trained on a base that was not quantized",
                     "merge it into the base itself: --on base",
                 )
-            paths = four_bit_modules(fold.config, origin.quantization)
-            self._quantized = {fold.name_on_disk(f"{path}.weight") for path in paths}
+            paths = four_bit_modules(delta.config, origin.quantization)
+            self._quantized = {delta.name_on_disk(f"{path}.weight") for path in paths}
 
     def changes(self, name: str) -> bool:
         """Whether a tensor differs from the base's as it lies in its file."""
-        return name in self._fold.changed or name in self._quantized or name in self._fold.packed
+        return name in self._delta.changed or name in self._quantized or name in self._delta.packed
 
     def value(self, name: str, stored: Stored) -> torch.Tensor:
         """A tensor of the merged model: float32 where the adapter changes it, else in its own precision."""
         weight = self.base_value(name, stored)
-        return self._fold.merged(name, weight) if name in self._fold.changed else weight
+        return self._delta.merged(name, weight) if name in self._delta.changed else weight
 
     def rounded(self, name: str, stored: Stored, dtype: torch.dtype) -> torch.Tensor:
         """A tensor of the merged model in the precision that is written.
@@ -79,7 +79,7 @@ class Recipe:
         Where the change is a product of two thin matrices it is made a few rows at a time, in the processor's cache:
         the same sums in the same order as PEFT's, in a third of the time.
         """
-        thin = self._fold.low_rank(name)
+        thin = self._delta.low_rank(name)
         if thin is None or thin[0].dtype != torch.float32:
             return rounded(self.value(name, stored), dtype, name)
         weight = self.base_value(name, stored)
@@ -113,7 +113,7 @@ class Recipe:
         if name not in self._quantized:
             return weight
         assert self._origin.quantization is not None
-        transposed = self._fold.is_transposed(name)
+        transposed = self._delta.is_transposed(name)
         return through_four_bits(weight, self._origin.quantization, self._origin.dtype, transposed)
 
 

@@ -42,7 +42,7 @@ class Personal:
 
 
 @dataclass(frozen=True)
-class Taken:
+class ParsedRow:
     """A usable row."""
 
     conversation: Conversation
@@ -51,7 +51,7 @@ class Taken:
     notes: tuple[str, ...] = ()  # what the ledger counts of it
 
 
-class Intake:
+class RowParser:
     """Turns the raw rows of one source into conversations.
 
     Args:
@@ -63,7 +63,7 @@ class Intake:
         self._data = data
         self.format_name = format_name
 
-    def take(self, raw: Any, place: str) -> Taken | Problem | None:
+    def take(self, raw: Any, place: str) -> ParsedRow | Problem | None:
         """A row's conversation, its problem, or None if it is empty."""
         row = parse(raw)
         if isinstance(row, Unreadable):
@@ -80,7 +80,7 @@ class Intake:
             return self._problem(place, "refused", str(error))
         has_ignored = any(row.get(name) for name in self._data.ignore_columns)
         notes = {"ignored_columns": has_ignored, "control_tokens_stripped": is_stripped}
-        return Taken(conversation, group, personal, tuple(name for name, is_so in notes.items() if is_so))
+        return ParsedRow(conversation, group, personal, tuple(name for name, is_so in notes.items() if is_so))
 
     def _problem(self, place: str, fate: str, reason: str) -> Problem:
         """A problem whose reason, which may quote the row, holds no personal data."""
@@ -185,14 +185,14 @@ def take_again(
         wanted: For each source the numbers of these rows alone, rising; None: all rows.
     """
     for which, source in enumerate(sources):
-        intake = Intake(data, formats[which])
+        parser = RowParser(data, formats[which])
         numbers = None if wanted is None else wanted.get(which, np.empty(0, np.int64))
         if numbers is not None and not len(numbers):
             continue
         for block in blocks_of(source, setting, data):
             for at in range(len(block.rows)) if numbers is None else _places(numbers, block.numbers):
-                taken = intake.take(block.rows[at], block.place(at))
-                if isinstance(taken, Taken):
+                taken = parser.take(block.rows[at], block.place(at))
+                if isinstance(taken, ParsedRow):
                     yield (which, block.numbers[at]), taken.conversation
             if numbers is not None and block.numbers[-1] >= numbers[-1]:
                 break

@@ -1,4 +1,4 @@
-"""An adapter folded into its base's tensors, one module at a time.
+"""What an adapter adds to each tensor of its base, one module at a time.
 
 The arithmetic is PEFT's own: the model is built hollow (one zero stands for all its weights), the adapter is put on
 it, and each adapted module gets its real weight in float32 just for as long as PEFT merges it. So every kind of
@@ -34,7 +34,7 @@ PARAMETERS_HELD = 2  # of experts, whose tensors alternate on disk: what goes in
 MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights
 
 
-class Fold:
+class AdapterDelta:
     """The changes an adapter makes to the tensors of a base.
 
     Args:
