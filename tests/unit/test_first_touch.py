@@ -263,7 +263,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["generate", "nowhere", "-p", "x"], "nowhere: no such folder or file in "),
     (["generate", "full", "-p", "x"], "the folder has no config.json"),
     (["generate", "base", "-p", "x", "--top-p", "3"], "--top-p 3.0: should be more than 0 and at most 1"),
-    (["generate", "base", "--prompts-file", "missing.txt"], "missing.txt: no such file fix: name a file of prompts in --prompts-file"),
+    (["generate", "base", "--prompts-file", "missing.txt"], "missing.txt: no such file fix: name a file of prompts"),
     (["generate", "base", "-p", "x", "--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'"),
     (["merge", "nowhere", "--out", "x"], "nowhere: no such folder"),
     (["merge", "adapter", "--out", "x", "--dtype", "int4"], "--dtype int4: not known"),

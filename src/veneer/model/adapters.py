@@ -54,7 +54,8 @@ def _tell_left_out(model: Any, adapter: Adapter) -> None:
     stacked = {name: p for name, p in model.get_base_model().named_parameters() if p.dim() == 3 and "expert" in name}
     left = {name: p.numel() for name, p in stacked.items() if "lora_" not in name and "base_layer" not in name}
     if left and adapter.target_modules == "all-linear":
-        share = sum(left.values()) / count_parameters(model)["total"]
+        counts = count_parameters(model)
+        share = sum(left.values()) / (counts["total"] - counts["trainable"])
         warnings.warn(
             f"adapter.target_modules = all-linear leaves {share:.0%} of the weights without an adapter: experts, which "
             f"are stacked in parameters and no linear layers ({next(iter(left))})",
