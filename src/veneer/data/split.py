@@ -59,13 +59,12 @@ def split_rows(corpus: Corpus, kept: Sides, validation: float | int, seed: int) 
             held_out[cluster] = True
             count += int(sizes[cluster])
     if wanted and not count:
-        groups = "one group" if len(sizes) == 1 else f"{len(sizes)} groups"
-        is_enough = sizes.min() < len(rows)
-        raise UserError(
-            f"data.validation = {validation}: no row can be held out: the {len(rows)} rows form {groups} of like rows"
-            + (f", of which the smallest has {sizes.min()} rows" if is_enough else ""),
-            f"set data.validation to {sizes.min() if is_enough else 0}{' or more' if is_enough else ''}, or name a file",
-        )
+        if len(sizes) == 1:
+            reason, fix = f"the {len(rows)} rows are all alike", "set data.validation to 0"
+        else:
+            reason = f"the {len(rows)} rows form {len(sizes)} groups of like rows, the smallest of {sizes.min()}"
+            fix = f"set data.validation to {sizes.min()} or more"
+        raise UserError(f"data.validation = {validation}: no row can be held out: {reason}", f"{fix}, or name a file")
     aside = held_out[clusters]
     return Sides(rows[~aside], rows[aside], kept.cluster)
 
