@@ -333,6 +333,9 @@ def test_a_split_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     assert "leave none to train on" in refused(path, validation=4)
     rows = [row | {"customer": n % 2} for n, row in enumerate(distinct(40))]
     assert "form 2 groups" in refused(jsonl(tmp_path, rows, "b.jsonl"), validation=3, group="customer")
+    one = refused(jsonl(tmp_path, [row | {"customer": 1} for row in rows], "c.jsonl"), validation=3, group="customer")
+    assert "are all alike" in one
+    assert "set data.validation to 0" in one
 
 
 def test_training_rows_that_stand_in_a_held_out_file_are_left_out(tmp_path: Path) -> None:
