@@ -8,7 +8,7 @@ import pytest
 
 from veneer.config import UserError
 from veneer.data.conversation import BadRowError, Conversation, Message
-from veneer.data.prerendered import settle
+from veneer.data.prerendered import strip_control_tokens
 from veneer.data.recognise import CONTENT, FORMATS, recognise, to_conversation
 from veneer.data.turns import read_turns
 
@@ -386,7 +386,7 @@ def test_a_hundred_thousand_columns_are_not_all_told() -> None:
 
 def brought(text: str, setting: str = "auto", role: str = "assistant") -> str:
     turns = (Message(role, text),) if role == "document" else (ASK, Message("assistant", text))
-    return settle(Conversation(turns), setting)[0].messages[-1].content
+    return strip_control_tokens(Conversation(turns), setting)[0].messages[-1].content
 
 
 @pytest.mark.parametrize(

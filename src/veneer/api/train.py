@@ -45,9 +45,9 @@ def finish(job: TrainingJob, listeners: Sequence[Listener] = ()) -> Trained:
     """Train a job that is loaded, and write all that belongs to its folder; the adapter comes last of it."""
     title = f"{job.folder.path.name}: {job.run.model.base}"
 
-    def dress(folder: Path, steps: int, loss: float | None) -> None:
+    def write_extras(folder: Path, steps: int, loss: float | None) -> None:
         write_passport(job, folder, {"steps": steps, "final_loss": loss, "parameters": job.parameters})
         or_warn("the card", lambda: write_card(job, folder))
         or_warn("loss.png", lambda: plot_loss(read_metrics(job.folder.metrics), job.folder.loss_plot, title))
 
-    return job.fit(tuple(listeners), dress)
+    return job.fit(tuple(listeners), write_extras)

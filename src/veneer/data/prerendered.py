@@ -20,8 +20,8 @@ TAIL = 400  # characters of a text that may be its last control tokens
 SETTING = "data.special_tokens_in_text"
 
 
-def settle(conversation: Conversation, setting: str) -> tuple[Conversation, bool]:
-    """The conversation as it is to be learnt, and whether anything was taken off it.
+def strip_control_tokens(conversation: Conversation, setting: str) -> tuple[Conversation, bool]:
+    """The conversation without control tokens at its ends, where the setting strips them; and whether any were there.
 
     Args:
         conversation: As its row has it.
@@ -33,13 +33,13 @@ def settle(conversation: Conversation, setting: str) -> tuple[Conversation, bool
     if setting not in ("auto", "strip"):
         return conversation, False
     sides = (conversation.messages, conversation.rejected)
-    messages, rejected = (tuple(_settled(m, n, setting) for n, m in enumerate(side, 1)) for side in sides)
+    messages, rejected = (tuple(_stripped(m, n, setting) for n, m in enumerate(side, 1)) for side in sides)
     if (messages, rejected) == sides:
         return conversation, False
     return replace(conversation, messages=messages, rejected=rejected), True
 
 
-def _settled(message: Message, number: int, setting: str) -> Message:
+def _stripped(message: Message, number: int, setting: str) -> Message:
     if message.role == "tool":
         return message  # what a tool gives is as it is
     text = message.content

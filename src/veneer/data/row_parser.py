@@ -12,7 +12,7 @@ import numpy as np
 
 from veneer.config import Data, UserError
 from veneer.data.conversation import BadRowError, Conversation, Message
-from veneer.data.prerendered import settle
+from veneer.data.prerendered import strip_control_tokens
 from veneer.data.privacy import find, redact
 from veneer.data.read import Block, Unreadable, parse, read_blocks
 from veneer.data.recognise import recognise, to_conversation
@@ -72,7 +72,7 @@ class RowParser:
             fields = without(row, self._data.ignore_columns)
             conversation = replace(to_conversation(fields, self.format_name, self._data.columns), place=place)
             group = self._group(row)
-            conversation, is_stripped = settle(conversation, self._data.special_tokens_in_text)
+            conversation, is_stripped = strip_control_tokens(conversation, self._data.special_tokens_in_text)
             if conversation.is_empty:
                 return None
             conversation, personal = self._privacy(conversation)

@@ -36,7 +36,7 @@ from veneer.training.metrics import Listener, MetricsFile, read_metrics
 from veneer.training.parts import load_parts
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers", "numpy")
-Dress = Callable[[Path, int, float | None], None]
+WriteExtras = Callable[[Path, int, float | None], None]
 Resume = bool | Literal["auto"]
 # Settings that may differ when a run is resumed: none of them changes a number of the training.
 MAY_CHANGE = {
@@ -151,21 +151,23 @@ class TrainingJob:
         """Optimizer steps of the whole run."""
         return self._loop.steps
 
-    def fit(self, listeners: tuple[Listener, ...] = (), dress: Dress = lambda folder, steps, loss: None) -> Trained:
+    def fit(
+        self, listeners: tuple[Listener, ...] = (), write_extras: WriteExtras = lambda folder, steps, loss: None
+    ) -> Trained:
         """Train and write the adapter.
 
         Args:
             listeners: Hear of each step.
-            dress: Adds files to the adapter's folder before it appears; gets the folder, the steps and the last loss.
+            write_extras: Adds files to the adapter's folder before it appears; gets the folder, steps and last loss.
 
         Raises:
             UserError: Another process trains this run, or has begun it since.
             JobError: Training failed. Interrupted: the user stopped it; it can be resumed.
         """
         with self.folder.locked():
-            return self._fit(listeners, dress)
+            return self._fit(listeners, write_extras)
 
-    def _fit(self, listeners: tuple[Listener, ...], dress: Dress) -> Trained:
+    def _fit(self, listeners: tuple[Listener, ...], write_extras: WriteExtras) -> Trained:
         # All is looked at again: another process may have had the folder since.
         if self._resume:
             self._require_resumable()
@@ -186,7 +188,7 @@ class TrainingJob:
         with whole_folder(self.folder.adapter) as unfinished:
             save_adapter(self.model, self.tokenizer, self.renderer.template, self.source, unfinished)
             write_json(unfinished / "ledger.json", self.data.ledger.as_dict())
-            dress(unfinished, self.steps, loss)
+            write_extras(unfinished, self.steps, loss)
         self.model.eval()
         return Trained(
             run_dir=str(self.folder.path),
