@@ -94,7 +94,7 @@ def run(path: str) -> Found:
     """Use a finished run: its page, what a push packs, and the tuned model, which must be the one that was trained."""
     import veneer
     from veneer.config import RunFolder
-    from veneer.release.push import pack
+    from veneer.release.publish.push import pack
     from veneer.report.run_page import write_run_page
 
     write_run_page(RunFolder(Path(path)))

@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from tests.tiny import TEXT
-from veneer.release.gguf_tokenizer import RULES
+from veneer.release.gguf.tokenizer import RULES
 
 TEMPLATES = Path(__file__).parent / "unit" / "templates"
 CORPUS = [

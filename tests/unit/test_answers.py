@@ -11,7 +11,7 @@ import pytest
 
 from veneer.config import JobError, UserError
 from veneer.data import Message
-from veneer.release.servers import Endpoint, llama_server
+from veneer.release.certify.servers import Endpoint, llama_server
 
 AT_ONCE = 3
 

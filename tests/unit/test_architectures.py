@@ -17,7 +17,7 @@ from veneer.config import UserError
 from veneer.model.quiet import quiet
 from veneer.planning.base import PlannedModel
 from veneer.planning.forecast import Planner, place_of
-from veneer.release.adapter_delta import through_four_bits
+from veneer.release.merge.adapter_delta import through_four_bits
 
 CELLS = ("plan", "train", "merge", "export")
 NO_GGUF = "cannot be exported to GGUF; these can"

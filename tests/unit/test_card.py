@@ -16,11 +16,11 @@ from tests.runs import tiny_run, write_rows
 from veneer.cli.main import main
 from veneer.config import Model, RunFolder, UserError, load_run
 from veneer.model import Source, gguf_origin, locate
-from veneer.release.card import MARK, Facts, hub_id
-from veneer.release.card import card as write
-from veneer.release.lint import vllm_lint
 from veneer.release.passport import base_name
-from veneer.release.push import pack
+from veneer.release.publish.card import MARK, Facts, hub_id
+from veneer.release.publish.card import card as write
+from veneer.release.publish.push import pack
+from veneer.release.publish.vllm_lint import vllm_lint
 
 
 @pytest.fixture

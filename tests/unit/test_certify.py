@@ -17,10 +17,10 @@ from veneer.cli.main import main
 from veneer.config import UserError
 from veneer.data import Message
 from veneer.release import find_origin
-from veneer.release.agreement import divergence
-from veneer.release.compare_weights import compare_weights
+from veneer.release.certify.agreement import divergence
+from veneer.release.certify.compare_weights import compare_weights
+from veneer.release.certify.servers import Endpoint, llama_server
 from veneer.release.passport import file_sha256
-from veneer.release.servers import Endpoint, llama_server
 
 Damage = Callable[[Path], Any]
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from veneer.data.deduplication import Overlap, grams, near_duplicates, signatures, word_hashes
+from veneer.data.screening.deduplication import Overlap, grams, near_duplicates, signatures, word_hashes
 
 WORDS = [f"w{n}" for n in range(500)]
 

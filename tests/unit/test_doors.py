@@ -23,16 +23,16 @@ from veneer.config import JobError, Model, RunFolder, UserError, load_run
 from veneer.config.files import own_files, read_json, read_json_lines, reading, visible
 from veneer.config.folder import write_json
 from veneer.config.load import yaml_values
-from veneer.data.corpus import is_sound
-from veneer.data.source import find_sources
+from veneer.data.sources.find import find_sources
+from veneer.data.tokens.corpus import is_sound
 from veneer.machine import find_machine
 from veneer.model import Source, config_sha256, load_model, load_tokenizer, locate
 from veneer.model.gguf import config_of, open_gguf
 from veneer.model.limits import require_possible
 from veneer.model.remote import read_config
 from veneer.model.shapes import build, find_config
-from veneer.release import servers
-from veneer.release.servers import Endpoint
+from veneer.release.certify import servers
+from veneer.release.certify.servers import Endpoint
 from veneer.report.data_page import data_page
 
 SOURCE = Path(__file__).parents[2] / "src"

@@ -19,15 +19,16 @@ from tests.vocabularies import family_vocabulary
 from veneer.config import Quantization, UserError
 from veneer.data import Example, Message
 from veneer.model.quiet import quiet
-from veneer.release import find_origin, judged_model, measure_importance, servers
-from veneer.release.compare_weights import compare_weights
-from veneer.release.export import export_adapter, export_model
-from veneer.release.gguf_families import llama3_factors
-from veneer.release.gguf_types import QUANTS, Mix, encoded
-from veneer.release.modelfile import TRIALS, chain_of, unlike
+from veneer.release import find_origin, judged_model, measure_importance
+from veneer.release.certify import servers
+from veneer.release.certify.compare_weights import compare_weights
+from veneer.release.certify.prompts import prompts_of
+from veneer.release.certify.servers import Endpoint, llama_server
+from veneer.release.gguf.export import export_adapter, export_model
+from veneer.release.gguf.families import llama3_factors
+from veneer.release.gguf.modelfile import TRIALS, chain_of, unlike
+from veneer.release.gguf.types import QUANTS, Mix, encoded
 from veneer.release.origin import Origin
-from veneer.release.prompts import prompts_of
-from veneer.release.servers import Endpoint, llama_server
 
 EXPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3")
 WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8, "vocab_size": 384}
@@ -220,7 +221,7 @@ def test_llama_3_rope_is_the_same_in_llama_cpp(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", [*EXPORTED, "smollm"])
 def test_the_modelfile_renders_what_the_template_renders(family: str, tmp_path: Path) -> None:
     from tests.rows import renderer
-    from veneer.release.modelfile import modelfile
+    from veneer.release.gguf.modelfile import modelfile
 
     made = renderer(family_vocabulary(family))
     text = modelfile("m.gguf", made, ["<|im_end|>"])

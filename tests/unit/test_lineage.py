@@ -16,7 +16,7 @@ from veneer.config import Model
 from veneer.model import gguf_origin, locate
 from veneer.model.builtin import BUILTIN
 from veneer.release import find_origin
-from veneer.release.export import export_model
+from veneer.release.gguf.export import export_model
 
 NAME = "smollm2-135m-instruct"
 
@@ -100,7 +100,7 @@ def test_an_exported_file_names_the_file_of_its_base_and_no_other_weights(
     known = gguf_origin(Model(base=str(files.get(base, base))))
     assert known is not None
     origin = find_origin(str(files["q8_0"].parent.parent / "adapter"))
-    monkeypatch.setattr("veneer.release.export.gguf_origin", lambda model: known)
+    monkeypatch.setattr("veneer.release.gguf.export.gguf_origin", lambda model: known)
     report = export_model(origin, tmp_path / "out", "f16")
     fields = GGUFReader(tmp_path / "out" / report.file).fields
     described = f"{known.describe()}, dequantized; {known.caution()}"

@@ -19,10 +19,10 @@ from veneer.model.quiet import quiet
 from veneer.release import find_origin
 from veneer.release import merge_into as merge
 from veneer.release import unmerge_from as unmerge
-from veneer.release.adapter_delta import AdapterDelta
-from veneer.release.compare_weights import compare_weights
-from veneer.release.export import export_model
-from veneer.release.merge import DTYPES
+from veneer.release.certify.compare_weights import compare_weights
+from veneer.release.gguf.export import export_model
+from veneer.release.merge.adapter_delta import AdapterDelta
+from veneer.release.merge.merged import DTYPES
 
 TinyModel = Callable[..., Path]
 

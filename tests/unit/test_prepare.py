@@ -16,10 +16,10 @@ from tests.rows import CHAT, jsonl, prepared, refused, renderer, text_of, traine
 from tests.tiny import tiny_tokenizer
 from veneer.config import Data, UserError
 from veneer.data import Example, Renderer, prepare
-from veneer.data.corpus import Corpus, is_sound
 from veneer.data.ledger import FATES, length_summary
 from veneer.data.pipeline import read_held_out
 from veneer.data.recognise import FORMATS
+from veneer.data.tokens.corpus import Corpus, is_sound
 
 GOOD = {"prompt": "the cat", "completion": "the dog"}
 WORDS = ["cat", "dog", "owl", "hen", "team", "route", "please", "message", "right", "says"]
@@ -465,7 +465,7 @@ def test_refused_data_leaves_nothing_in_the_cache(tmp_path: Path, empty_cache: P
 
 
 def test_several_processes_give_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("veneer.data.read.ROWS", 50, raising=False)
+    monkeypatch.setattr("veneer.data.sources.read.ROWS", 50, raising=False)
     path = jsonl(tmp_path, distinct(2500))
     one = prepared(path, workers=1)
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "other"))

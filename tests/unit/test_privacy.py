@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from veneer.data.privacy import KINDS, Finding, find, redact
+from veneer.data.screening.privacy import KINDS, Finding, find, redact
 
 MIXED = "aB3dE5fG7hJ9kL1mN2pQ4rS6tU8vW0xY" * 4
 HEX = "0123456789abcdef" * 4

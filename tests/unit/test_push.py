@@ -16,7 +16,7 @@ from tests.vocabularies import family_vocabulary
 from veneer.cli.main import main
 from veneer.config import RunFolder, UserError
 from veneer.release import find_origin, renew_card
-from veneer.release.push import Parcel, pack
+from veneer.release.publish.push import Parcel, pack
 from veneer.release.redact import name_of, without_paths
 from veneer.report import certificate_page
 

@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from veneer.config import UserError
-from veneer.data.read import BYTES, ROWS, Block, Unreadable, parse, read_blocks
-from veneer.data.source import Source, find_sources
-from veneer.data.unpacked import page_sizes
+from veneer.data.sources.find import Source, find_sources
+from veneer.data.sources.read import BYTES, ROWS, Block, Unreadable, parse, read_blocks
+from veneer.data.sources.unpacked import page_sizes
 
 RECORDS = [{"prompt": f'what, {n}?\n\tönd "now"', "completion": f"the cat {n}"} for n in range(1, 8)]
 
@@ -312,11 +312,11 @@ def test_an_array_reads_the_same_wherever_its_bytes_are_cut(tmp_path: Path, monk
     for ascii in (True, False):
         path = written(tmp_path / f"{ascii}.json", json.dumps(values, ensure_ascii=ascii, indent=1))
         for chunk in range(1, 80):
-            monkeypatch.setattr("veneer.data.read.CHUNK", chunk)
+            monkeypatch.setattr("veneer.data.sources.read.CHUNK", chunk)
             assert rows(path) == values
     broken = written(tmp_path / "broken.json", '[\n{"a": 1},\n' + '{"a":\n"öö"},\n' * 50 + "{]\n]")
     for chunk in range(1, 80):
-        monkeypatch.setattr("veneer.data.read.CHUNK", chunk)
+        monkeypatch.setattr("veneer.data.sources.read.CHUNK", chunk)
         assert "broken.json:103:" in refused(broken)
 
 
@@ -326,7 +326,7 @@ def test_lines_read_the_same_wherever_their_bytes_are_cut(tmp_path: Path, monkey
     whole, where = rows(path), places(path)
     assert where == [f"rows.jsonl:{n}" for n in (1, 3, 7, 8)]
     for chunk in range(3, 80):
-        monkeypatch.setattr("veneer.data.read.CHUNK", chunk)
+        monkeypatch.setattr("veneer.data.sources.read.CHUNK", chunk)
         assert rows(path) == whole
         assert places(path) == where
 
@@ -530,7 +530,7 @@ def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pyt
     def denied(*_: Any, **__: Any) -> Any:
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr("veneer.data.source.io.FileIO", denied)
+    monkeypatch.setattr("veneer.data.sources.find.io.FileIO", denied)
     monkeypatch.setattr(Path, "open", denied)
     assert f"data.train = {path}: cannot be read (Permission denied)" in refused(path)
     with pytest.raises(UserError, match="Permission denied"):

@@ -8,8 +8,8 @@ import pytest
 
 from veneer.config import UserError
 from veneer.data.conversation import BadRowError, Conversation, Message
-from veneer.data.prerendered import strip_control_tokens
 from veneer.data.recognise import CONTENT, FORMATS, recognise, to_conversation
+from veneer.data.screening.prerendered import strip_control_tokens
 from veneer.data.turns import read_turns
 
 ASK, SAY = Message("user", "what does the cat say"), Message("assistant", "the cat")

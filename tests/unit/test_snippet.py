@@ -18,7 +18,7 @@ import veneer
 from tests.runs import tiny_run, write_rows
 from tests.tiny import FAMILIES, save_tiny_model
 from veneer.data import Message
-from veneer.release.card import fenced, literal
+from veneer.release.publish.card import fenced, literal
 
 ROWS = [
     {"prompt": name, "completion": answer}

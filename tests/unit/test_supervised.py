@@ -23,7 +23,7 @@ from veneer.config import Interrupted, RunFolder, UserError, cache, load_run, ru
 from veneer.config.cache import cached
 from veneer.config.folder import remove
 from veneer.model import Source
-from veneer.release.card import licence
+from veneer.release.publish.card import licence
 from veneer.report.run_page import run_page
 from veneer.training import Listener, TrainingJob, finished
 from veneer.training import job as job_module
@@ -297,7 +297,7 @@ def test_a_worker_ends_with_its_parent() -> None:
     reader, writer = os.pipe()
     code = (
         "import os, sys, time\n"
-        "from veneer.data.tokenize import _end_with\n"
+        "from veneer.data.tokens.tokenize import _end_with\n"
         "parent = os.getpid()\n"
         "if os.fork() == 0: _end_with(parent)\n"
         "os.write(1, b'x')\n"

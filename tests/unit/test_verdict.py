@@ -14,10 +14,10 @@ from tests.runs import losses, tiny_run, write_rows
 from veneer.cli.main import main
 from veneer.config import UserError
 from veneer.data import Message
-from veneer.release.agreement import ENOUGH, Limits, Measured, Noise, distribution_checks, noise_between
-from veneer.release.prompts import Prompt
-from veneer.release.runtimes import Answer
-from veneer.release.verdict import verdict_of
+from veneer.release.certify.agreement import ENOUGH, Limits, Measured, Noise, distribution_checks, noise_between
+from veneer.release.certify.prompts import Prompt
+from veneer.release.certify.runtimes import Answer
+from veneer.release.certify.verdict import verdict_of
 
 
 def answers(text: list[str]) -> list[Answer]:
@@ -175,7 +175,7 @@ def test_best_of_one_base_is_refused(run: Path, tmp_path: Path) -> None:
 
 def test_a_model_without_its_adapter_is_told_by_its_score_where_weights_are_not_seen(run: Path, tmp_path: Path) -> None:
     """A server of the base alone: no weights to compare, but no row is right any more."""
-    from veneer.release.servers import llama_server
+    from veneer.release.certify.servers import llama_server
 
     adapter = tmp_path / "nothing"
     shutil.copytree(run / "adapter", adapter)

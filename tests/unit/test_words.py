@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from tests.tiny import TEXT, tiny_tokenizer
-from veneer.data.words import PATTERNS, WordEncoder
+from veneer.data.tokens.words import PATTERNS, WordEncoder
 
 ROOT = Path(__file__).parents[2]
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -101,7 +101,7 @@ def test_added_tokens_that_take_white_space_are_left_alone() -> None:
 
 
 def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("veneer.data.words.MOST", 50)
+    monkeypatch.setattr("veneer.data.tokens.words.MOST", 50)
     words = made(tiny_tokenizer().backend_tokenizer)
     assert words is not None
     for n in range(20):

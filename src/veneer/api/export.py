@@ -32,7 +32,7 @@ def export(
     on_done: Callable[[int], None] = lambda done: None,
     imatrix: bool = True,
 ) -> Exported:
-    """Write a GGUF file with its Modelfile: see `veneer.release.export`.
+    """Write a GGUF file with its Modelfile: see `veneer.release.gguf.export`.
 
     Args:
         run: Folder of a finished run, or of an adapter.

@@ -26,7 +26,7 @@ def merge(
     force: bool = False,
     on_done: Callable[[int], None] = lambda done: None,
 ) -> Merged:
-    """Write base and adapter as one model: see `veneer.release.merge`.
+    """Write base and adapter as one model: see `veneer.release.merge.merged`.
 
     Args:
         run: Folder of a finished run, or of an adapter.

@@ -67,7 +67,7 @@ def require_evaluation(name: str, data: str | None, base: str | None = None) -> 
     require_run(name)
     require_tuned(name, base)
     if data is not None:
-        from veneer.data.source import find_sources
+        from veneer.data.sources.find import find_sources
 
         find_sources(data, "--data")
 
@@ -91,7 +91,7 @@ def require_output(folder: RunFolder, resume: bool | str, overwrite: bool) -> No
 
 def require_inputs(run: Run) -> None:
     """Raises UserError where base or data of a run are not there, or are a hub's that cannot be reached."""
-    from veneer.data.source import find_sources, require_at_hand
+    from veneer.data.sources.find import find_sources, require_at_hand
 
     require_base(run.model)
     data = run.data

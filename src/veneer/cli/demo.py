@@ -122,8 +122,8 @@ def _export(out: Any, job: Any, evaluation: Any) -> tuple[Any, dict[str, Any]]:
     from veneer.cli import show, show_demo
     from veneer.config import UserError
     from veneer.evaluation.compare import judge, questions
-    from veneer.release.answers import gguf_answers
-    from veneer.release.servers import require_llama_cpp
+    from veneer.release.certify.answers import gguf_answers
+    from veneer.release.certify.servers import require_llama_cpp
 
     out.print("[bold]6  Exported[/bold] as a GGUF file, answered by llama.cpp")
     try:

@@ -40,7 +40,7 @@ def export(
 
     import veneer
     from veneer.cli import show, show_release
-    from veneer.release.servers import require_llama_cpp
+    from veneer.release.certify.servers import require_llama_cpp
 
     console = show.console(as_json)
     if certify and not adapter_only:

@@ -29,7 +29,7 @@ def push(
 
     from veneer.cli import show, show_release
     from veneer.config.hub import unreachable
-    from veneer.release.push import pack, send
+    from veneer.release.publish.push import pack, send
     from veneer.report import certificate_page
 
     out = show.console(as_json)

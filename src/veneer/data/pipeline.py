@@ -22,15 +22,15 @@ from veneer.config import Data, UserError
 from veneer.config.cache import cached
 from veneer.data.batch import Batches, Example
 from veneer.data.conversation import Conversation
-from veneer.data.corpus import Corpus, is_sound, seal, write
-from veneer.data.deduplication import Overlap, near_duplicates
 from veneer.data.ledger import Ledger
-from veneer.data.read import Block
 from veneer.data.render import Renderer, needs_template
 from veneer.data.row_parser import Problem, blocks_of, chosen, recognise_source, take_again
-from veneer.data.source import Source, find_sources
+from veneer.data.screening.deduplication import Overlap, near_duplicates
+from veneer.data.sources.find import Source, find_sources
+from veneer.data.sources.read import Block
 from veneer.data.split import Sides, equal_to_earlier, split_rows
-from veneer.data.tokenize import Tokenized, tokenize
+from veneer.data.tokens.corpus import Corpus, is_sound, seal, write
+from veneer.data.tokens.tokenize import Tokenized, tokenize
 from veneer.data.warn import warnings_of
 
 LAYOUT = 2  # of the cache's files; another number makes them anew

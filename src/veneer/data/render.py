@@ -31,7 +31,7 @@ from veneer.data.frozen import CALL
 from veneer.data.leftout import left_out, names_left_out, strings_of
 from veneer.data.sandbox import AT_ONCE
 from veneer.data.template import NAMED_TEMPLATES, Spelled, begin_ids, find_template
-from veneer.data.tokens import MARKS, UNCUT, Encoder, Text
+from veneer.data.tokens.encode import MARKS, UNCUT, Encoder, Text
 
 Weighted = tuple[Message, ...]
 Texts = list[str | BadRowError]

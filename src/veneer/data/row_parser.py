@@ -12,11 +12,11 @@ import numpy as np
 
 from veneer.config import Data, UserError
 from veneer.data.conversation import BadRowError, Conversation, Message
-from veneer.data.prerendered import strip_control_tokens
-from veneer.data.privacy import find, redact
-from veneer.data.read import Block, Unreadable, parse, read_blocks
 from veneer.data.recognise import recognise, to_conversation
-from veneer.data.source import Source
+from veneer.data.screening.prerendered import strip_control_tokens
+from veneer.data.screening.privacy import find, redact
+from veneer.data.sources.find import Source
+from veneer.data.sources.read import Block, Unreadable, parse, read_blocks
 
 LOOKED_AT = 100  # rows that a format is recognised by
 

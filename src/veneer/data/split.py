@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from veneer.config import UserError
-from veneer.data.corpus import Corpus
+from veneer.data.tokens.corpus import Corpus
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from veneer.config.files import read_json
 from veneer.config.load import scalar
 from veneer.config.names import BUILTIN_NAMES
 from veneer.data.row_parser import recognise_source
-from veneer.data.source import find_sources
+from veneer.data.sources.find import find_sources
 
 PAGE = """\
 # A run of Veneer. All settings and their defaults: docs/settings.md. Each can be overridden on the command line.

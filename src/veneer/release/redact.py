@@ -11,7 +11,7 @@ import re
 from pathlib import Path, PurePath
 from typing import Any
 
-from veneer.data.source import HUB_ID
+from veneer.data.sources.find import HUB_ID
 from veneer.data.template import NAMED_TEMPLATES
 from veneer.evaluation.right import is_right
 

@@ -20,11 +20,11 @@ import numpy as np
 from veneer.config import Data, JobError, UserError
 from veneer.data.batch import Example
 from veneer.data.conversation import BadRowError, Conversation
-from veneer.data.deduplication import signatures
-from veneer.data.read import Block
 from veneer.data.render import Renderer
 from veneer.data.row_parser import ParsedRow, Personal, Problem, RowParser
 from veneer.data.sandbox import TOO_LONG, shared
+from veneer.data.screening.deduplication import signatures
+from veneer.data.sources.read import Block
 from veneer.data.template import TEMPLATE_FIX
 
 NOTED = 20  # problems of a block and a fate that are kept word for word

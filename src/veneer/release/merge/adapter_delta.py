@@ -24,9 +24,9 @@ import torch
 from veneer.config import Quantization, UserError
 from veneer.model.quiet import quiet
 from veneer.model.shapes import build, find_config
-from veneer.release.disk_names import DiskNames
+from veneer.release.merge.disk_names import DiskNames
+from veneer.release.merge.stored_4bit import Packed
 from veneer.release.origin import Origin
-from veneer.release.stored_4bit import Packed
 from veneer.release.weights import Stored, read_header
 
 ADAPTER = "default"

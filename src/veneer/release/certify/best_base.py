@@ -14,14 +14,14 @@ from veneer.evaluation.fields import right_rows
 from veneer.evaluation.paired import Paired, paired
 from veneer.machine import find_machine
 from veneer.model import load_adapter, load_model
-from veneer.release.certify import batch_of, judged_answers, judged_model
-from veneer.release.judged import Recorded
-from veneer.release.merge import stop_ids
-from veneer.release.merge_plan import trained_on
+from veneer.release.certify.certificate import batch_of, judged_answers, judged_model
+from veneer.release.certify.judged import Recorded
+from veneer.release.certify.prompts import Prompt
+from veneer.release.certify.runtimes import greedy
+from veneer.release.certify.verdict import describe
+from veneer.release.merge.merged import stop_ids
+from veneer.release.merge.plan import trained_on
 from veneer.release.origin import Origin
-from veneer.release.prompts import Prompt
-from veneer.release.runtimes import greedy
-from veneer.release.verdict import describe
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 from veneer.data import Renderer
 from veneer.model.gguf import open_gguf
-from veneer.release.gguf_tokenizer import CONTROL, UNKNOWN, USER_DEFINED
+from veneer.release.gguf.tokenizer import CONTROL, UNKNOWN, USER_DEFINED
 
 AROUND = 24  # characters shown on each side of the first difference
 

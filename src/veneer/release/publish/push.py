@@ -16,10 +16,10 @@ from typing import Any
 
 from veneer.config import RunFolder, UserError
 from veneer.config.files import own_files
-from veneer.release.card import MARK
-from veneer.release.lint import vllm_lint
-from veneer.release.merge import json_of
+from veneer.release.merge.merged import json_of
 from veneer.release.origin import require_adapter
+from veneer.release.publish.card import MARK
+from veneer.release.publish.vllm_lint import vllm_lint
 from veneer.release.redact import (
     name_of,
     public_certificate,

@@ -32,7 +32,7 @@ from veneer.data import Renderer
 from veneer.machine import find_machine
 from veneer.model import load_adapter, load_model
 from veneer.model.dense import adapter_in_copies
-from veneer.release.agreement import (
+from veneer.release.certify.agreement import (
     LIMITS,
     OTHER_BASE,
     Limits,
@@ -42,18 +42,18 @@ from veneer.release.agreement import (
     measure,
     noise_between,
 )
-from veneer.release.artifact import Artifact, running
-from veneer.release.checks import Check, prompt_checks, stop_checks, unmade, weight_checks
-from veneer.release.compare_weights import Compared, compare_weights
-from veneer.release.judged import Recorded
-from veneer.release.merge import stop_ids
-from veneer.release.merge_plan import trained_on
+from veneer.release.certify.artifact import Artifact, running
+from veneer.release.certify.checks import Check, prompt_checks, stop_checks, unmade, weight_checks
+from veneer.release.certify.compare_weights import Compared, compare_weights
+from veneer.release.certify.judged import Recorded
+from veneer.release.certify.prompts import Prompt
+from veneer.release.certify.runtimes import Answer, Runtime, greedy
+from veneer.release.certify.settings import setting_checks, stop_token_checks
+from veneer.release.certify.verdict import verdict_of
+from veneer.release.merge.merged import stop_ids
+from veneer.release.merge.plan import trained_on
 from veneer.release.origin import Origin
 from veneer.release.passport import file_sha256
-from veneer.release.prompts import Prompt
-from veneer.release.runtimes import Answer, Runtime, greedy
-from veneer.release.settings import setting_checks, stop_token_checks
-from veneer.release.verdict import verdict_of
 from veneer.training.job import environment
 
 EDGE_TOKENS = 16  # longest answer to an edge case

@@ -1,4 +1,4 @@
-"""llama.cpp's server on a GGUF file, as a process of its own: `python -m veneer.release.llama SETTINGS`.
+"""llama.cpp's server on a GGUF file, as a process of its own: `python -m veneer.release.certify.llama_server SETTINGS`.
 
 llama.cpp is native code that ends its process where a file of a stranger breaks one of its assertions; here that costs
 this process and is a message of the one that began it (servers.py). The address is written to standard output, and the

@@ -10,12 +10,12 @@ from veneer.config.files import reading
 from veneer.data import Renderer
 from veneer.machine import find_machine
 from veneer.model.gguf import open_gguf
-from veneer.release.merge import json_of
-from veneer.release.merge_plan import trained_on
+from veneer.release.certify.prompts import Prompt
+from veneer.release.certify.runtimes import Folder, Runtime
+from veneer.release.certify.servers import Endpoint, llama_server
+from veneer.release.merge.merged import json_of
+from veneer.release.merge.plan import trained_on
 from veneer.release.origin import Origin
-from veneer.release.prompts import Prompt
-from veneer.release.runtimes import Folder, Runtime
-from veneer.release.servers import Endpoint, llama_server
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def running(
 
 
 def _gguf_facts(file: Path) -> tuple[str, str]:
-    from veneer.release.gguf_types import QUANTS
+    from veneer.release.gguf.types import QUANTS
 
     fields = open_gguf(file).fields
     names = ("general.type", "general.file_type", "veneer.on")

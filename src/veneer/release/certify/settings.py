@@ -20,8 +20,8 @@ from veneer.model.gguf import open_gguf
 from veneer.model.quiet import quiet
 from veneer.model.remote import read_config
 from veneer.model.shapes import find_config
-from veneer.release.checks import Check
-from veneer.release.gguf_families import Layout
+from veneer.release.certify.checks import Check
+from veneer.release.gguf.families import Layout
 from veneer.release.origin import Origin
 
 # Of config.json: what a merge writes anew, other checks compare, or Transformers notes for itself.

@@ -19,20 +19,20 @@ from veneer.config import UserError
 from veneer.config.folder import whole_folder, write_text
 from veneer.model import gguf_origin
 from veneer.model.shapes import find_config
-from veneer.release.adapter_delta import AdapterDelta
-from veneer.release.card import hub_id, licence
-from veneer.release.gguf_families import COMPUTED, Layout
-from veneer.release.gguf_tokenizer import vocabulary
-from veneer.release.gguf_types import QUANTS, Mix, encoded, require_quant, size_of
-from veneer.release.importance import Importance, importance_of, write_importance
-from veneer.release.lint import vllm_lint
-from veneer.release.merge import stop_ids
-from veneer.release.merge_plan import MergePlan, resolved_base
-from veneer.release.modelfile import modelfile
+from veneer.release.gguf.families import COMPUTED, Layout
+from veneer.release.gguf.importance import Importance, importance_of, write_importance
+from veneer.release.gguf.modelfile import modelfile
+from veneer.release.gguf.tokenizer import vocabulary
+from veneer.release.gguf.types import QUANTS, Mix, encoded, require_quant, size_of
+from veneer.release.merge.adapter_delta import AdapterDelta
+from veneer.release.merge.merged import stop_ids
+from veneer.release.merge.plan import MergePlan, resolved_base
+from veneer.release.merge.stored_4bit import base_weights
 from veneer.release.origin import Origin
 from veneer.release.output import require_free, require_known, require_space
 from veneer.release.passport import base_name
-from veneer.release.stored_4bit import base_weights
+from veneer.release.publish.card import hub_id, licence
+from veneer.release.publish.vllm_lint import vllm_lint
 from veneer.release.weights import Stored, read_header
 
 Progress = Callable[[int], None]

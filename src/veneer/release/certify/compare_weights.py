@@ -17,13 +17,13 @@ import torch
 
 from veneer.model.gguf import open_gguf
 from veneer.model.shapes import find_config
-from veneer.release.adapter_delta import AdapterDelta
-from veneer.release.gguf_families import COMPUTED, Layout
-from veneer.release.gguf_types import encoded
-from veneer.release.importance import importance_of, read_importance
-from veneer.release.merge_plan import MergePlan
+from veneer.release.gguf.families import COMPUTED, Layout
+from veneer.release.gguf.importance import importance_of, read_importance
+from veneer.release.gguf.types import encoded
+from veneer.release.merge.adapter_delta import AdapterDelta
+from veneer.release.merge.plan import MergePlan
+from veneer.release.merge.stored_4bit import base_weights
 from veneer.release.origin import Origin
-from veneer.release.stored_4bit import base_weights
 from veneer.release.weights import weights_of
 
 # Largest error of a tensor in proportion to its largest value, that a precision explains.

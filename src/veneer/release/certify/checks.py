@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from veneer.data import Renderer
-from veneer.release.artifact import Artifact
-from veneer.release.compare_weights import STRENGTH, Compared
-from veneer.release.diagnose import diagnose_prompt
-from veneer.release.prompts import Prompt
-from veneer.release.runtimes import Answer, Runtime
+from veneer.release.certify.artifact import Artifact
+from veneer.release.certify.compare_weights import STRENGTH, Compared
+from veneer.release.certify.diagnose import diagnose_prompt
+from veneer.release.certify.prompts import Prompt
+from veneer.release.certify.runtimes import Answer, Runtime
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ import numpy as np
 from veneer.config import UserError
 from veneer.config.files import read_json
 from veneer.data.batch import Example
-from veneer.data.deduplication import BINS
-from veneer.data.read import Block
-from veneer.data.tokenize import ROW, SPAN, Tokenized
+from veneer.data.screening.deduplication import BINS
+from veneer.data.sources.read import Block
+from veneer.data.tokens.tokenize import ROW, SPAN, Tokenized
 
 ACCOUNT = ("fates", "notes", "personal", "lengths", "names", "problems", "stop_ids")
 CHECKSUMS = "checksums.json"

@@ -18,7 +18,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from veneer.data.words import WordEncoder
+from veneer.data.tokens.words import WordEncoder
 
 # Noncharacters: Unicode keeps them for a program's own use, so no text should hold them.
 MARKS = tuple(chr(code) for code in range(0xFDD0, 0xFDF0))

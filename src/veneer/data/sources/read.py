@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from veneer.config import UserError
-from veneer.data.json_text import CHUNK, JsonText
-from veneer.data.source import Source, chunks, open_dataset, open_plain, told
-from veneer.data.unpacked import TIMES, require_batches, require_pages
+from veneer.data.sources.find import Source, chunks, open_dataset, open_plain, told
+from veneer.data.sources.json_text import CHUNK, JsonText
+from veneer.data.sources.unpacked import TIMES, require_batches, require_pages
 
 ROWS = 1000  # of a block, at most
 BYTES = 4 << 20  # of a block, about; a single row may be larger

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 
 from veneer.data import Renderer
-from veneer.release.checks import Check
-from veneer.release.prompts import Prompt
-from veneer.release.runtimes import Answer
+from veneer.release.certify.checks import Check
+from veneer.release.certify.prompts import Prompt
+from veneer.release.certify.runtimes import Answer
 
 TIE_NATS = 0.05  # a lead of so little is no choice of the model's
 SURE = 0.99  # probability from which a token is fixed text

@@ -26,13 +26,13 @@ from veneer.config import UserError
 from veneer.config.files import own_files, read_json
 from veneer.config.folder import whole_folder, write_json
 from veneer.model.load import base_stop_ids
-from veneer.release.adapter_delta import AdapterDelta
-from veneer.release.merge_plan import MergePlan, cast_pieces, resolved_base, rounded
+from veneer.release.merge.adapter_delta import AdapterDelta
+from veneer.release.merge.plan import MergePlan, cast_pieces, resolved_base, rounded
+from veneer.release.merge.stored_4bit import base_weights
 from veneer.release.origin import Origin
 from veneer.release.output import require_free, require_known, require_space
 from veneer.release.passport import file_sha256, read_passport
 from veneer.release.redact import name_of
-from veneer.release.stored_4bit import base_weights
 from veneer.release.weights import SHARD_BYTES, Planned, Stored, weights_of, write_weights
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

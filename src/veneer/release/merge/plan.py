@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from veneer.config import UserError
-from veneer.release.adapter_delta import AdapterDelta, four_bit_modules, through_four_bits
+from veneer.release.merge.adapter_delta import AdapterDelta, four_bit_modules, through_four_bits
 from veneer.release.origin import Origin
 from veneer.release.output import require_known
 from veneer.release.weights import Stored, bytes_of

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from veneer.data import Conversation, Message, Renderer
-from veneer.release.servers import llama_server
+from veneer.release.certify.servers import llama_server
 
 SLOTS = 8  # conversations at once: a step of llama.cpp answers them together, and each slot keeps what they begin with
 

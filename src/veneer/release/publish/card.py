@@ -25,8 +25,8 @@ from veneer.config.load import yaml_values
 from veneer.data.template import begin_ids
 from veneer.machine import find_machine
 from veneer.model import GgufOrigin, Source, compute_dtype, gguf_origin, load_tokenizer, local_folder, locate
-from veneer.release.lint import vllm_lint
 from veneer.release.passport import base_name, read_passport
+from veneer.release.publish.vllm_lint import vllm_lint
 from veneer.release.redact import failed_check, name_of, without_paths
 from veneer.training.job import TrainingJob
 

@@ -12,9 +12,9 @@ from typing import Any
 from veneer.evaluation.fields import right_rows
 from veneer.evaluation.intervals import proportion
 from veneer.evaluation.paired import Paired, paired
-from veneer.release.checks import Check
-from veneer.release.prompts import Prompt
-from veneer.release.runtimes import Answer
+from veneer.release.certify.checks import Check
+from veneer.release.certify.prompts import Prompt
+from veneer.release.certify.runtimes import Answer
 
 
 @dataclass(frozen=True)

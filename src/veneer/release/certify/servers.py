@@ -24,7 +24,7 @@ import veneer
 from veneer.config import JobError, UserError
 from veneer.config.files import reason
 from veneer.data import Message
-from veneer.release.runtimes import TOP, Answer
+from veneer.release.certify.runtimes import TOP, Answer
 
 TOP_OF_A_SERVER = 20  # what OpenAI's protocol allows
 TIMEOUT_SECONDS = 600  # of a whole answer
@@ -272,7 +272,7 @@ def llama_server(
     """
     require_llama_cpp()
     asked = json.dumps({"file": str(file), "context": context, "lora": lora and str(lora), "slots": slots})
-    command = [sys.executable, "-m", "veneer.release.llama", asked]
+    command = [sys.executable, "-m", "veneer.release.certify.llama_server", asked]
     source = str(Path(veneer.__file__).parents[1])
     paths = os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))
     with (

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from veneer.data import Example
-from veneer.release.adapter_delta import AdapterDelta
+from veneer.release.merge.adapter_delta import AdapterDelta
 
 FILE = "importance.safetensors"
 IMPORTANCE_ROWS = 64  # training rows that are read: on the demo more change nothing (bench/shipped.py)
