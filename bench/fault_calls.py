@@ -56,12 +56,12 @@ def merge(path: str) -> Found:
 
 
 def _weights(path: str, tensors: dict[str, Any]) -> Found:
-    from veneer.model import Source, fingerprint
+    from veneer.model import BaseSource, fingerprint
 
     folder = str(Path(path).parent)
     names = sorted(tensors)
     numbers = _hash([(name, list(tensors[name].shape)) for name in names], *(tensors[name] for name in names))
-    return Found(numbers, str(fingerprint(Source("folder", folder, folder))))
+    return Found(numbers, str(fingerprint(BaseSource("folder", folder, folder))))
 
 
 def gguf(path: str) -> Found:

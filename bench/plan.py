@@ -34,11 +34,11 @@ from veneer.engine import ReferenceEngine
 from veneer.machine import find_machine
 from veneer.machine.device import peak_resident_bytes
 from veneer.model import attach, load_model
-from veneer.model.locate import Source
+from veneer.model.locate import BaseSource
 from veneer.model.quiet import quiet
 from veneer.planning.base import PlannedModel
-from veneer.planning.batch_shapes import Padded, Rows
-from veneer.planning.forecast import Forecast, Place, Planner, place_here, place_of
+from veneer.planning.batch_shapes import Padded, RowShapes
+from veneer.planning.forecast import Forecast, Planner, TargetDevice, place_here, place_of
 from veneer.planning.measure import measure_ceilings
 from veneer.training.job import environment
 from veneer.training.optimizer import build_optimizer
@@ -120,7 +120,7 @@ def config_of(name: str) -> Any:
     )  # fmt: skip
 
 
-def make(name: str, folder: Path) -> Source:
+def make(name: str, folder: Path) -> BaseSource:
     """A folder of random weights."""
     if not (folder / "config.json").exists():
         from transformers import LlamaForCausalLM
@@ -133,7 +133,7 @@ def make(name: str, folder: Path) -> Source:
         model.save_pretrained(folder)
         del model
         torch.cuda.empty_cache()
-    return Source("folder", str(folder), name)
+    return BaseSource("folder", str(folder), name)
 
 
 def run_of_case(case: Case) -> Run:
@@ -157,7 +157,7 @@ def run_of_case(case: Case) -> Run:
     )
 
 
-def predict(case: Case, folder: Path, place: Place) -> Forecast:
+def predict(case: Case, folder: Path, place: TargetDevice) -> Forecast:
     """As `veneer plan` would, knowing the shapes of the rows."""
     trained = round((case.length - 1) * case.trained)
     full = Padded(case.rows, case.length, case.rows * trained)
@@ -165,7 +165,7 @@ def predict(case: Case, folder: Path, place: Place) -> Forecast:
     answered = None if case.spends else Padded(HELD_OUT[0], HELD_OUT[1], HELD_OUT[1] - 1)
     tokens = case.rows * case.length * case.accumulation
     # Memory is spent by what training needs, so that case is predicted without its held-out loss.
-    rows = Rows(full, full, case.accumulation, tokens, 1, None if case.spends else held_out, 0, answered, None)
+    rows = RowShapes(full, full, case.accumulation, tokens, 1, None if case.spends else held_out, 0, answered, None)
     return Planner(PlannedModel(Model(base=str(folder)), rows), place).forecast(run_of_case(case))
 
 

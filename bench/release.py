@@ -25,7 +25,7 @@ import torch
 
 from veneer.data import Message
 from veneer.machine import find_machine
-from veneer.release.weights import NAMES, Planned, bytes_of, weights_of, write_weights
+from veneer.release.weights import NAMES, PlannedTensor, bytes_of, weights_of, write_weights
 from veneer.training.job import environment
 
 RESULTS = Path(__file__).parent / "results" / "release.json"
@@ -45,7 +45,7 @@ def make_base(folder: Path, layers: int) -> None:
     config = LlamaConfig(**(KNOWN["llama-3.1-8b"][1] | {"num_hidden_layers": layers}), dtype="bfloat16")
     block = torch.randn(32 * 2**20, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
 
-    def plan(name: str, shape: tuple[int, ...]) -> Planned:
+    def plan(name: str, shape: tuple[int, ...]) -> PlannedTensor:
         size = torch.Size(shape).numel()
 
         def pieces() -> Any:
@@ -55,7 +55,7 @@ def make_base(folder: Path, layers: int) -> None:
                 left -= len(piece)
                 yield bytes_of(piece)
 
-        return Planned(name, torch.bfloat16, shape, pieces)
+        return PlannedTensor(name, torch.bfloat16, shape, pieces)
 
     weights = [plan(name, tuple(p.shape)) for name, p in build(config, torch.bfloat16).named_parameters()]
     folder.mkdir(parents=True)

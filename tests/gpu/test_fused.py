@@ -43,7 +43,7 @@ def test_four_bit_weights_become_what_bitsandbytes_makes_of_them() -> None:
             for w in weights
         ]
         out = torch.full((576, 600), float("nan"), device="cuda", dtype=torch.bfloat16)
-        nf4.dequantize(nf4.table_of([nf4.Packed.of(p) for p in packed]), out[:, :576])
+        nf4.dequantize(nf4.table_of([nf4.PackedNF4.of(p) for p in packed]), out[:, :576])
         wanted = torch.cat([bnb.functional.dequantize_4bit(p.data, p.quant_state) for p in packed])
         torch.testing.assert_close(out[:, :576], wanted, rtol=1e-2, atol=1e-6)
         assert (out[:, :576] == wanted).float().mean() > 0.999

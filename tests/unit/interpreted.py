@@ -6,14 +6,20 @@ import pytest
 import torch
 
 from veneer.kernels import launch, low_rank, nf4, softmax_loss
-from veneer.kernels.gated_mlp import ACTIVATIONS, Parts, gated_mlp, gated_mlp_backward, gated_mlp_backward_adapters
+from veneer.kernels.cast import Cast, cast_all, cast_table
+from veneer.kernels.gated_mlp import (
+    ACTIVATIONS,
+    AdapterGradientParts,
+    gated_mlp,
+    gated_mlp_backward,
+    gated_mlp_backward_adapters,
+)
 from veneer.kernels.low_rank import Dropout, Member
-from veneer.kernels.place import Place, place, placement_of
 from veneer.kernels.rms_norm import normalize, rms_norm, rms_norm_backward
 from veneer.kernels.rope import HeadNorm, Heads, rope, rope_backward
 from veneer.kernels.update import Update
 
-MODULES = ["place", "low_rank", "nf4", "softmax_loss", "gated_mlp", "rms_norm", "rope"]
+MODULES = ["cast", "low_rank", "nf4", "softmax_loss", "gated_mlp", "rms_norm", "rope"]
 
 
 def both(monkeypatch: pytest.MonkeyPatch, compute: Any) -> tuple[Any, Any]:
@@ -107,7 +113,7 @@ def test_gated_mlp_with_the_adapters_gradients(monkeypatch: pytest.MonkeyPatch, 
     def compute() -> Any:
         stacked = rank if joint else 2 * rank
         slots = (0, 0) if joint else (0, 1)
-        parts = Parts.room(1100, width, rank, stacked, torch.empty(0))
+        parts = AdapterGradientParts.room(1100, width, rank, stacked, torch.empty(0))
         results: list[torch.Tensor] = []
         for is_first, T in ((True, 1100), (False, 70)):
             gate_up, dh, u, v = apart(T, 2 * width), apart(T, width), apart(T, stacked), apart(T, rank)
@@ -201,7 +207,7 @@ def test_adapters_find_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
         sources = [torch.randn(5, 290), torch.randn(30, 3), torch.randn(30, 3)]
         targets = [room[35:, :290], room[:30, 290:293], room[:30, 293:296]]
         factors = (1.0, 2.0, 0.5)
-        place(placement_of([Place(t, s, f) for t, s, f in zip(targets, sources, factors, strict=True)]))
+        cast_all(cast_table([Cast(t, s, f) for t, s, f in zip(targets, sources, factors, strict=True)]))
         return (room,)
 
     check(monkeypatch, compute)
@@ -220,7 +226,7 @@ def test_four_bit_weights(monkeypatch: pytest.MonkeyPatch, double: bool) -> None
     def compute(margins: bool = False) -> Any:
         out = apart(112 + 16, 192 + 16) if margins else apart(112, 192)
         a, b = (torch.randn(3, 192), torch.randn(112, 3)) if margins else (None, None)
-        nf4.dequantize(nf4.table_of([nf4.Packed.of(p) for p in packed]), out, a, b)
+        nf4.dequantize(nf4.table_of([nf4.PackedNF4.of(p) for p in packed]), out, a, b)
         return (out,)
 
     check(monkeypatch, compute)

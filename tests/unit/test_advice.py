@@ -13,7 +13,7 @@ from veneer.config import Run
 from veneer.machine.device import Machine
 from veneer.planning.advice import Situation, advise
 from veneer.planning.base import PlannedModel
-from veneer.planning.forecast import Place, Planner, place_here, place_of
+from veneer.planning.forecast import Planner, TargetDevice, place_here, place_of
 from veneer.planning.foresee import foresee
 
 GiB = 2**30
@@ -150,7 +150,7 @@ def test_a_fix_is_accepted_and_calls_for_no_other(name: str) -> None:
 
 
 def test_float16_is_warned_of_only_where_the_base_was_published_in_bfloat16() -> None:
-    def warned(base: str, place: Place) -> bool:
+    def warned(base: str, place: TargetDevice) -> bool:
         run = Run.model_validate({"model": {"base": base, "dtype": "float16"}, "data": {"train": "-"}})
         return "fp16-compute" in {found.id for found in foresee(run, place, "").advice}
 

@@ -15,7 +15,7 @@ from tests.adapters import save_adapter_of
 from tests.runs import tiny_run, write_rows
 from veneer.cli.main import main
 from veneer.config import Model, RunFolder, UserError, load_run
-from veneer.model import Source, gguf_origin, locate
+from veneer.model import BaseSource, gguf_origin, locate
 from veneer.release.passport import base_name
 from veneer.release.publish.card import MARK, Facts, hub_id
 from veneer.release.publish.card import card as write
@@ -83,7 +83,7 @@ def test_a_card_that_its_owner_rewrote_is_left_alone(run: Path) -> None:
 
 def facts_of(run: Path, base: str) -> Facts:
     """What the card of a run would be made of, had it been trained on another base."""
-    source = Source("builtin" if "/" not in base else "hub", base, base)
+    source = BaseSource("builtin" if "/" not in base else "hub", base, base)
     settings = load_run(run / "run.yaml")
     facts = Facts.of(run / "adapter", settings, locate(settings.model), "tiny", None, None)
     passport = facts.passport | {"base": facts.passport["base"] | {"kind": source.kind, "revision": "abc123"}}

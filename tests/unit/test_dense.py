@@ -15,7 +15,7 @@ from veneer.machine.device import find_machine
 from veneer.model import attach
 from veneer.model.dense import adapter_beside_copies, adapter_in_copies, keep_dense
 from veneer.model.load import load_model
-from veneer.model.locate import Source
+from veneer.model.locate import BaseSource
 
 pytestmark = pytest.mark.skipif(find_machine().device != "cpu", reason="copies are for the CPU")
 
@@ -24,7 +24,9 @@ def adapted(folder: Path, dtype: str, free_bytes: int, family: str = "llama") ->
     """A tiny model in 4 bits with an adapter that adds something, and the bytes of its copies."""
     save_tiny_model(FAMILIES[family], folder)
     machine = replace(find_machine(), free_bytes=0)
-    base = load_model(Source("folder", str(folder), "tiny"), Model(base="tiny", dtype=dtype), Quantization(), machine)
+    base = load_model(
+        BaseSource("folder", str(folder), "tiny"), Model(base="tiny", dtype=dtype), Quantization(), machine
+    )
     needed = keep_dense(base, free_bytes)
     model = attach(base, Adapter(r=4), 0)
     fill_b(model)

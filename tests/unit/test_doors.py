@@ -26,7 +26,7 @@ from veneer.config.load import yaml_values
 from veneer.data.sources.find import find_sources
 from veneer.data.tokens.corpus import is_sound
 from veneer.machine import find_machine
-from veneer.model import Source, config_sha256, load_model, load_tokenizer, locate
+from veneer.model import BaseSource, config_sha256, load_model, load_tokenizer, locate
 from veneer.model.gguf import config_of, open_gguf
 from veneer.model.limits import require_possible
 from veneer.model.remote import read_config
@@ -369,7 +369,7 @@ def test_records_that_nest_too_deeply_count_as_damaged(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"[" * 100_000)
     with pytest.warns(RuntimeWarning, match="damaged; the rows are tokenized again"):
         assert not is_sound(tmp_path)
-    assert config_sha256(Source("folder", str(tmp_path), "nested")) is None
+    assert config_sha256(BaseSource("folder", str(tmp_path), "nested")) is None
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "environment.json").write_bytes(b"[" * 100_000)
     assert RunFolder(tmp_path / "run").holds_run()

@@ -17,7 +17,7 @@ from veneer.engine.fused import FusedEngine, NotCoveredError
 from veneer.engine.fused.block import TENSORS
 from veneer.engine.fused.graphs import Graphs, Inputs, Size, rounded
 from veneer.engine.fused.group import Group, Linear
-from veneer.kernels.place import place, placement_of
+from veneer.kernels.cast import cast_all, cast_table
 from veneer.kernels.rms_norm import rms_norm
 from veneer.model import attach
 from veneer.training.optimizer import build_optimizer
@@ -91,7 +91,7 @@ def test_small_adapters_count_for_what_they_are_in_16_bits() -> None:
     a, b = torch.nn.Parameter(torch.randn(4, D)), torch.nn.Parameter(1e-5 * torch.randn(D, 4))
     group = Group((Linear("o", linear, a, b),), torch.bfloat16, 0, before_norm=True)
     x, residual = (torch.randn(T, D).bfloat16() for _ in range(2))
-    place(placement_of(group.shadows()))
+    cast_all(cast_table(group.shadows()))
 
     def stream() -> torch.Tensor:
         out = x.new_empty((T, D + group.margin))
@@ -102,7 +102,7 @@ def test_small_adapters_count_for_what_they_are_in_16_bits() -> None:
     exact = x.float() @ a.T @ b.T
     with_it = stream()
     b.data.neg_()
-    place(placement_of(group.shadows()))
+    cast_all(cast_table(group.shadows()))
     found = (with_it - stream()) / 2
     assert ((found * exact).sum() / exact.pow(2).sum()).item() == pytest.approx(1, abs=0.25)
 

@@ -17,7 +17,7 @@ from veneer.config import load_run
 from veneer.engine.trace import Peak
 from veneer.model.known import FAMILIES, KNOWN, smaller_siblings
 from veneer.planning.batch_shapes import Lengths, Padded
-from veneer.planning.forecast import Forecast, Place, place_here, place_of
+from veneer.planning.forecast import Forecast, TargetDevice, place_here, place_of
 from veneer.planning.held_out import SPARE, rows_that_fit
 from veneer.planning.model_sizes import leanest, model_sizes, smaller_bases
 from veneer.training import TrainingJob
@@ -103,7 +103,7 @@ def test_evaluate_takes_the_rows_that_the_plan_showed(
     run = tiny_run(tiny_model(), path, tmp_path / "run", data=data, train={"max_steps": 1})
     TrainingJob(run).fit()
 
-    def planned(place: Place) -> Forecast:
+    def planned(place: TargetDevice) -> Forecast:
         for user in ("plan", "generate", "evaluate"):
             monkeypatch.setattr(f"veneer.api.{user}.place_here", lambda *_: place)
         return veneer.plan(run).foreseen.forecast

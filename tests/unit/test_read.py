@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from veneer.config import UserError
-from veneer.data.sources.find import Source, find_sources
-from veneer.data.sources.read import BYTES, ROWS, Block, Unreadable, parse, read_blocks
+from veneer.data.sources.find import DataSource, find_sources
+from veneer.data.sources.read import BYTES, ROWS, RowBlock, Unreadable, parse, read_blocks
 from veneer.data.sources.unpacked import page_sizes
 
 RECORDS = [{"prompt": f'what, {n}?\n\tönd "now"', "completion": f"the cat {n}"} for n in range(1, 8)]
@@ -69,17 +69,17 @@ def written(path: Path, content: bytes | str) -> str:
     return str(path)
 
 
-def source(named: str | list[str], **settings: Any) -> Source:
+def source(named: str | list[str], **settings: Any) -> DataSource:
     (found,) = find_sources(named, "data.train", **settings)
     return found
 
 
-def blocks(named: str | list[str] | Source, text_by: str = "line") -> list[Block]:
-    found = [named] if isinstance(named, Source) else find_sources(named, "data.train")
+def blocks(named: str | list[str] | DataSource, text_by: str = "line") -> list[RowBlock]:
+    found = [named] if isinstance(named, DataSource) else find_sources(named, "data.train")
     return [block for one in found for block in read_blocks(one, "data.train", text_by)]
 
 
-def rows(named: str | list[str] | Source, text_by: str = "line") -> list[dict[str, Any] | Unreadable]:
+def rows(named: str | list[str] | DataSource, text_by: str = "line") -> list[dict[str, Any] | Unreadable]:
     return [parse(row) for block in blocks(named, text_by) for row in block.rows]
 
 

@@ -14,7 +14,7 @@ from tests.tiny import FAMILIES
 from veneer.config import Adapter, Model, Quantization, UserError
 from veneer.config.folder import whole_folder
 from veneer.machine import find_machine
-from veneer.model import Source, attach, locate, reader
+from veneer.model import BaseSource, attach, locate, reader
 from veneer.model.load import LoadReport, keep_4bit_layout, load_base, load_plainly, settings_of
 from veneer.model.quiet import quiet
 from veneer.model.reader import Reader
@@ -33,7 +33,7 @@ def plainly(folder: Path, quantization: Quantization | None = None, dtype: str =
     return plainly_of(locate(Model(base=str(folder))), quantization, dtype)
 
 
-def plainly_of(source: Source, quantization: Quantization | None = None, dtype: str = "float32") -> Any:
+def plainly_of(source: BaseSource, quantization: Quantization | None = None, dtype: str = "float32") -> Any:
     model = Model.model_validate({"base": source.name, "dtype": dtype})
     with quiet():
         base = load_plainly(source, settings_of(model, quantization, find_machine()))[0]
@@ -166,7 +166,7 @@ def test_weights_that_are_pickles_are_refused_unread(
     with pytest.raises(
         OSError, match=r"no file named model\.safetensors"
     ):  # as of a hub, whose files are not seen before
-        plainly_of(Source("folder", str(folder), "model"))
+        plainly_of(BaseSource("folder", str(folder), "model"))
 
 
 def test_an_adapter_in_a_base_that_is_a_pickle_is_refused(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:

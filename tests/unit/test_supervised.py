@@ -22,7 +22,7 @@ from veneer.cli.lasting import Lasting, polite_kills
 from veneer.config import Interrupted, RunFolder, UserError, cache, load_run, run_folder
 from veneer.config.cache import cached
 from veneer.config.folder import remove
-from veneer.model import Source
+from veneer.model import BaseSource
 from veneer.release.publish.card import licence
 from veneer.report.run_page import run_page
 from veneer.training import Listener, TrainingJob, finished
@@ -386,7 +386,7 @@ def test_what_decorates_a_run_costs_no_adapter(
 @pytest.mark.parametrize("head", ["license: mit\ndate: 2024-13-45", "license: [mit]", "license: 'mit", "[" * 2_000])
 def test_a_readme_that_cannot_be_read_states_no_licence(head: str, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(f"---\n{head}\n---\ntext")
-    assert licence(Source("folder", str(tmp_path), str(tmp_path))) is None
+    assert licence(BaseSource("folder", str(tmp_path), str(tmp_path))) is None
 
 
 def test_a_lock_that_waits_says_what_for(

@@ -14,7 +14,14 @@ from tests.runs import losses, tiny_run, write_rows
 from veneer.cli.main import main
 from veneer.config import UserError
 from veneer.data import Message
-from veneer.release.certify.agreement import ENOUGH, Limits, Measured, Noise, distribution_checks, noise_between
+from veneer.release.certify.agreement import (
+    ENOUGH,
+    Measured,
+    Noise,
+    Tolerance,
+    distribution_checks,
+    noise_between,
+)
 from veneer.release.certify.prompts import Prompt
 from veneer.release.certify.runtimes import Answer
 from veneer.release.certify.verdict import verdict_of
@@ -68,12 +75,12 @@ def test_few_rows_say_what_they_can_show_and_no_right_row_says_so() -> None:
 def test_fixed_text_does_not_dilute_agreement() -> None:
     """Of 1,000 tokens 900 are the keys of an object; of the 100 that are a choice 40 differ."""
     measured = [Measured([0.01] * 1000, counted=1000, same=960, choices=100, same_choices=60, finite=True)]
-    _, agreement = distribution_checks(measured, Limits(0.02, 0.95), Noise(0.1, 0.05))
+    _, agreement = distribution_checks(measured, Tolerance(0.02, 0.95), Noise(0.1, 0.05))
     assert not agreement.passed
     assert (agreement.value, agreement.unit) == (0.6, "share")
     assert agreement.detail == "60 of 100 tokens that are a choice and lead by more than 0.20 nats"
     few = [Measured([0.01] * 100, counted=100, same=98, choices=ENOUGH - 1, same_choices=ENOUGH - 3, finite=True)]
-    assert distribution_checks(few, Limits(0.02, 0.95), Noise(0, 0))[1].value == 0.98
+    assert distribution_checks(few, Tolerance(0.02, 0.95), Noise(0, 0))[1].value == 0.98
 
 
 def test_noise_is_how_far_a_lead_moves_while_both_read_the_same() -> None:

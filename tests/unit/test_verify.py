@@ -15,11 +15,11 @@ from tests.runs import tiny_run, write_rows
 from veneer.data import Batch
 from veneer.data.batch import UNTRAINED, Example
 from veneer.engine import ReferenceEngine
-from veneer.engine.choose import Choice, build
+from veneer.engine.choose import EngineChoice, build
 from veneer.engine.fused import FusedEngine
 from veneer.model import save_adapter
 from veneer.training import verify as module
-from veneer.training.parts import Parts, load_parts
+from veneer.training.parts import RunParts, load_parts
 from veneer.training.verify import Verification, verify_parts
 
 MakeRun = Callable[..., veneer.Run]
@@ -39,7 +39,7 @@ def failed(found: Verification) -> set[str]:
     return {check.id for check in found.checks if not check.passed}
 
 
-def with_engine(run: veneer.Run, wrap: Callable[[Any], Any] = lambda engine: engine) -> tuple[Parts, Choice]:
+def with_engine(run: veneer.Run, wrap: Callable[[Any], Any] = lambda engine: engine) -> tuple[RunParts, EngineChoice]:
     parts = load_parts(run)
     choice = build(parts.model, run.train, "cpu")
     return parts, replace(choice, engine=wrap(choice.engine))

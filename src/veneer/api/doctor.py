@@ -7,7 +7,7 @@ from veneer.config import Run
 from veneer.machine.speeds import Ceilings, keep_ceilings
 from veneer.model.known import MODEL_SIZES
 from veneer.model.lineage import builtin_origins
-from veneer.planning.doctor import Found, Problem, diagnose, look, usable
+from veneer.planning.doctor import Found, MachineProblem, diagnose, look, usable
 from veneer.planning.forecast import place_here
 from veneer.planning.model_sizes import ModelSize, model_sizes
 
@@ -24,7 +24,7 @@ class Examined:
     """
 
     found: Found
-    problems: list[Problem]
+    problems: list[MachineProblem]
     trains: list[ModelSize]
     budget_bytes: int
     ceilings: Ceilings | None

@@ -11,7 +11,7 @@ from veneer.planning.model_sizes import compare, smaller_bases
 
 
 @dataclass(frozen=True)
-class Planned:
+class RunPlan:
     """What is known of a run before anything is loaded, and what would make it fit.
 
     Attributes:
@@ -33,7 +33,7 @@ class Planned:
         return compare(self.foreseen.run, self.foreseen.planner)
 
 
-def plan(run: Run, gpu: str | None = None, read_data: bool = True) -> Planned:
+def plan(run: Run, gpu: str | None = None, read_data: bool = True) -> RunPlan:
     """Foresee a run: memory by phase and component, time, advice, and what to change if it does not fit.
 
     Args:
@@ -47,4 +47,4 @@ def plan(run: Run, gpu: str | None = None, read_data: bool = True) -> Planned:
     place = place_here() if gpu is None else place_of(gpu)
     foreseen = foresee(run, place, read_if_at_hand(run) if read_data else "it was not asked for")
     fitted = fit(run, foreseen.planner, smaller_bases)
-    return Planned(foreseen, fitted)
+    return RunPlan(foreseen, fitted)

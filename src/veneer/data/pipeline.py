@@ -24,10 +24,10 @@ from veneer.data.batch import Batches, Example
 from veneer.data.conversation import Conversation
 from veneer.data.ledger import Ledger
 from veneer.data.render import Renderer, needs_template
-from veneer.data.row_parser import Problem, blocks_of, chosen, recognise_source, take_again
+from veneer.data.row_parser import RowProblem, blocks_of, chosen, recognise_source, take_again
 from veneer.data.screening.deduplication import Overlap, near_duplicates
-from veneer.data.sources.find import Source, find_sources
-from veneer.data.sources.read import Block
+from veneer.data.sources.find import DataSource, find_sources
+from veneer.data.sources.read import RowBlock
 from veneer.data.split import Sides, equal_to_earlier, split_rows
 from veneer.data.tokens.corpus import Corpus, is_sound, seal, write
 from veneer.data.tokens.tokenize import Tokenized, tokenize
@@ -86,7 +86,7 @@ class _Input:
     """Files with what they were found to be, and their tokens."""
 
     setting: str
-    sources: list[Source]
+    sources: list[DataSource]
     formats: list[str]
     corpus: Corpus
 
@@ -182,7 +182,9 @@ def _read(
     return _Input(setting, sources, formats, corpus)
 
 
-def _chosen_blocks(sources: Sequence[Source], setting: str, data: Data, seed: int) -> Iterator[tuple[int, Block]]:
+def _chosen_blocks(
+    sources: Sequence[DataSource], setting: str, data: Data, seed: int
+) -> Iterator[tuple[int, RowBlock]]:
     """Blocks of the rows that `limit` and `sample` leave."""
     wanted = None
     if data.sample is not None:
@@ -205,7 +207,7 @@ def _chosen_blocks(sources: Sequence[Source], setting: str, data: Data, seed: in
                 return
 
 
-def _checked(parts: Iterable[tuple[int, Block, Tokenized]], data: Data) -> Iterator[tuple[int, Block, Tokenized]]:
+def _checked(parts: Iterable[tuple[int, RowBlock, Tokenized]], data: Data) -> Iterator[tuple[int, RowBlock, Tokenized]]:
     """The same, refusing what the settings refuse as soon as it is seen.
 
     Raises:
@@ -225,7 +227,7 @@ def _checked(parts: Iterable[tuple[int, Block, Tokenized]], data: Data) -> Itera
         yield source, block, part
 
 
-def _bad_rows(problems: list[Problem], count: int, rows: int, what: str, fix: str) -> UserError:
+def _bad_rows(problems: list[RowProblem], count: int, rows: int, what: str, fix: str) -> UserError:
     lines = [f"{problem.place}: {problem.reason}" for problem in problems[:SHOWN]]
     if count > len(lines):
         lines.append(f"... and {count - len(lines)} more")
@@ -363,7 +365,7 @@ def _numbers(corpus: Corpus, rows: Any) -> dict[int, Any]:
     }
 
 
-def _workers(sources: Sequence[Source]) -> int:
+def _workers(sources: Sequence[DataSource]) -> int:
     """Processes for the data's size; one where several would take longer to start than to work."""
     sizes = [os.path.getsize(s.location) * (4 if s.compression else 1) for s in sources if os.path.isfile(s.location)]
     if len(sizes) == len(sources) and sum(sizes) < SMALL:
@@ -372,7 +374,9 @@ def _workers(sources: Sequence[Source]) -> int:
     return min(MOST_WORKERS, cores)
 
 
-def _fingerprint(sources: Sequence[Source], formats: Sequence[str], data: Data, renderer: Renderer, seed: int) -> str:
+def _fingerprint(
+    sources: Sequence[DataSource], formats: Sequence[str], data: Data, renderer: Renderer, seed: int
+) -> str:
     """Of everything that decides the tokens."""
     tokenizer = renderer.tokenizer
     facts = {

@@ -15,14 +15,14 @@ from veneer.data.conversation import BadRowError, Conversation, Message
 from veneer.data.recognise import recognise, to_conversation
 from veneer.data.screening.prerendered import strip_control_tokens
 from veneer.data.screening.privacy import find, redact
-from veneer.data.sources.find import Source
-from veneer.data.sources.read import Block, Unreadable, parse, read_blocks
+from veneer.data.sources.find import DataSource
+from veneer.data.sources.read import RowBlock, Unreadable, parse, read_blocks
 
 LOOKED_AT = 100  # rows that a format is recognised by
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class RowProblem:
     """A row that is not used, and why."""
 
     place: str
@@ -63,7 +63,7 @@ class RowParser:
         self._data = data
         self.format_name = format_name
 
-    def take(self, raw: Any, place: str) -> ParsedRow | Problem | None:
+    def take(self, raw: Any, place: str) -> ParsedRow | RowProblem | None:
         """A row's conversation, its problem, or None if it is empty."""
         row = parse(raw)
         if isinstance(row, Unreadable):
@@ -82,9 +82,9 @@ class RowParser:
         notes = {"ignored_columns": has_ignored, "control_tokens_stripped": is_stripped}
         return ParsedRow(conversation, group, personal, tuple(name for name, is_so in notes.items() if is_so))
 
-    def _problem(self, place: str, fate: str, reason: str) -> Problem:
+    def _problem(self, place: str, fate: str, reason: str) -> RowProblem:
         """A problem whose reason, which may quote the row, holds no personal data."""
-        return Problem(place, fate, reason if self._data.pii == "off" else redact(reason, find(reason)))
+        return RowProblem(place, fate, reason if self._data.pii == "off" else redact(reason, find(reason)))
 
     def _group(self, row: Mapping[str, Any]) -> Any:
         if self._data.group is None:
@@ -148,12 +148,12 @@ def _searched_value(value: Any) -> tuple[Any, list[tuple[str, int, int]]]:
     return value, []
 
 
-def blocks_of(source: Source, setting: str, data: Data) -> Iterator[Block]:
+def blocks_of(source: DataSource, setting: str, data: Data) -> Iterator[RowBlock]:
     """The rows of a source as the settings have them read."""
     return read_blocks(source, setting, data.text_by, data.max_row_bytes)
 
 
-def recognise_source(source: Source, setting: str, data: Data) -> tuple[str, str]:
+def recognise_source(source: DataSource, setting: str, data: Data) -> tuple[str, str]:
     """The format of a source and the reason, from its first readable rows.
 
     Raises:
@@ -177,7 +177,7 @@ def recognise_source(source: Source, setting: str, data: Data) -> tuple[str, str
 
 
 def take_again(
-    sources: Sequence[Source], formats: Sequence[str], setting: str, data: Data, wanted: Mapping[int, Any] | None
+    sources: Sequence[DataSource], formats: Sequence[str], setting: str, data: Data, wanted: Mapping[int, Any] | None
 ) -> Iterator[tuple[tuple[int, int], Conversation]]:
     """Read rows once more for their conversations: (source, number) and conversation of each usable row.
 
@@ -205,6 +205,6 @@ def _places(wanted: Any, numbers: Sequence[int]) -> list[int]:
     return places
 
 
-def chosen(block: Block, keep: Sequence[int]) -> Block:
+def chosen(block: RowBlock, keep: Sequence[int]) -> RowBlock:
     """A block with only some of its rows."""
     return replace(block, numbers=[block.numbers[n] for n in keep], rows=[block.rows[n] for n in keep])

@@ -26,7 +26,7 @@ FLOOR = 1e-3  # of the largest gradient: what is smaller moves nothing, and is c
 ENOUGH = 32  # trained tokens of a row: the rounding errors of fewer do not cancel
 
 
-class Limits(NamedTuple):
+class GradientLimits(NamedTuple):
     """Largest relative differences of a healthy engine: of the loss, of all gradients as one, of a single matrix's."""
 
     loss: float
@@ -34,11 +34,11 @@ class Limits(NamedTuple):
     matrix: float
 
 
-def limits_of(dtype: torch.dtype, device: str) -> Limits:
+def limits_of(dtype: torch.dtype, device: str) -> GradientLimits:
     """Limits of a compute precision; on a GPU products of float32 may round their inputs to 19 bits."""
     if dtype != torch.float32:
-        return Limits(0.02, 0.2, 0.4)
-    return Limits(1e-3, 1e-3, 1e-3) if device == "cpu" else Limits(1e-3, 1e-2, 1e-2)
+        return GradientLimits(0.02, 0.2, 0.4)
+    return GradientLimits(1e-3, 1e-3, 1e-3) if device == "cpu" else GradientLimits(1e-3, 1e-2, 1e-2)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Agreement:
     gradient: float
     matrix: float
     worst: str
-    limits: Limits
+    limits: GradientLimits
     failure: str | None = None
 
     @property
@@ -109,7 +109,7 @@ def agree(model: Any, engine: Engine, batches: Sequence[Batch]) -> Agreement:
 
 
 def _beside(
-    found: tuple[float, dict[str, torch.Tensor]], wanted: tuple[float, dict[str, torch.Tensor]], limits: Limits
+    found: tuple[float, dict[str, torch.Tensor]], wanted: tuple[float, dict[str, torch.Tensor]], limits: GradientLimits
 ) -> Agreement:
     """Loss and gradients of one batch beside the reference's; what is not finite counts as infinitely far."""
     names = list(wanted[1])

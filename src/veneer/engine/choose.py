@@ -26,7 +26,7 @@ EVEN = (256, 256)  # and of rows of one length, which cuDNN's attention gets whe
 
 
 @dataclass(frozen=True)
-class Choice:
+class EngineChoice:
     """An engine and why it was taken.
 
     Attributes:
@@ -69,7 +69,7 @@ def choose_engine(setting: str, device: str, not_covered: Callable[[], str | Non
     return "reference", reason
 
 
-def build(model: Any, train: Train, device: str) -> Choice:
+def build(model: Any, train: Train, device: str) -> EngineChoice:
     """The engine that settings and model ask for, not yet checked.
 
     Args:
@@ -91,10 +91,10 @@ def build(model: Any, train: Train, device: str) -> Choice:
 
     name, reason = choose_engine(train.engine, device, not_covered)
     engine = made[0] if name == "fused" else ReferenceEngine(model, for_cpu=device == "cpu")
-    return Choice(engine, reason)
+    return EngineChoice(engine, reason)
 
 
-def choose(model: Any, train: Train, device: str, examples: Sequence[Example]) -> Choice:
+def choose(model: Any, train: Train, device: str, examples: Sequence[Example]) -> EngineChoice:
     """The engine of a run, checked on its first rows.
 
     Args:
@@ -114,7 +114,7 @@ def choose(model: Any, train: Train, device: str, examples: Sequence[Example]) -
     agreement = agree(model, choice.engine, batches)
     failure = agreement.describe()
     if agreement.holds:
-        return Choice(choice.engine, f"{choice.reason} and gives the reference's numbers: {failure}")
+        return EngineChoice(choice.engine, f"{choice.reason} and gives the reference's numbers: {failure}")
     if train.engine == "fused":
         raise JobError(
             f"train.engine = fused: it does not give the reference engine's numbers here: {failure}\n"
@@ -123,11 +123,11 @@ def choose(model: Any, train: Train, device: str, examples: Sequence[Example]) -
     return fall_back(model, failure)
 
 
-def fall_back(model: Any, failure: str) -> Choice:
+def fall_back(model: Any, failure: str) -> EngineChoice:
     """The reference engine in the place of a fused one that failed its check."""
     gc.collect()  # the other engine's buffers, which hold each other
     warning = f"the fused engine does not give the reference engine's numbers here: {failure}"
     for_cpu = model.get_input_embeddings().weight.device.type == "cpu"
-    return Choice(
+    return EngineChoice(
         ReferenceEngine(model, for_cpu), warning, f"{warning}; training goes on with the reference engine, slower"
     )

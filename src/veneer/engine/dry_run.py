@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from veneer.engine.reference import Rows, token_losses
+from veneer.engine.reference import PaddedRows, token_losses
 from veneer.engine.trace import FlashAttention, Peak, Trace, Work, is_view, on_meta
 from veneer.model.quiet import quiet
 from veneer.model.shapes import decoder_layers
@@ -230,12 +230,12 @@ def _follow_backward(layers: list[Any], trace: Trace, period: int) -> None:
         layer.register_forward_hook(on_output)
 
 
-def _rows(step: Step) -> Rows:
+def _rows(step: Step) -> PaddedRows:
     """A micro-batch without content."""
     with torch.device("meta"):
         ids_BL = torch.empty((step.rows, step.length), dtype=torch.int64)
         index_N = torch.empty((step.trained,), dtype=torch.int64)
-        return Rows(list(range(step.rows)), ids_BL, index_N, index_N, index_N, torch.empty((step.trained,)))
+        return PaddedRows(list(range(step.rows)), ids_BL, index_N, index_N, index_N, torch.empty((step.trained,)))
 
 
 def head_is_linear(base: Any) -> bool:

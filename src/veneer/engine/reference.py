@@ -37,7 +37,7 @@ PADDING = 1.25  # rows go together while their padded tokens are at most so many
 
 
 @dataclass(frozen=True)
-class Rows:
+class PaddedRows:
     """Documents of like length as right-padded rows, and where their trained tokens are.
 
     Attributes:
@@ -124,7 +124,7 @@ class ReferenceEngine:
         return {"chunked_head": self.chunked_head}
 
     @contextmanager
-    def _cpu_passes(self, rows: Rows) -> Iterator[None]:
+    def _cpu_passes(self, rows: PaddedRows) -> Iterator[None]:
         """Within the block rows are computed as is fastest on a CPU, where that was asked for."""
         if not self._for_cpu:
             yield
@@ -148,7 +148,7 @@ class ReferenceEngine:
         return torch.equal(head(_hidden(self._base, ids_BL)).float(), logits_BLV.float())
 
 
-def token_losses(base: Any, rows: Rows, chunked_head: bool) -> torch.Tensor:
+def token_losses(base: Any, rows: PaddedRows, chunked_head: bool) -> torch.Tensor:
     """Weighted cross-entropy of every trained token, float32, shape (N,).
 
     Args:
@@ -173,7 +173,7 @@ def _hidden(base: Any, ids_BL: torch.Tensor) -> torch.Tensor:
     return hidden_BLD
 
 
-def _rows(batch: Batch, switch: int | None, share: bool = False) -> list[Rows]:
+def _rows(batch: Batch, switch: int | None, share: bool = False) -> list[PaddedRows]:
     """A packed batch as groups of right-padded rows."""
     starts = [0]
     for length in batch.lengths:
@@ -203,7 +203,7 @@ def padded_groups(lengths: Sequence[int], switch: int | None = None) -> list[lis
     return groups
 
 
-def _pad(batch: Batch, documents: list[int], starts: list[int], share: bool) -> Rows:
+def _pad(batch: Batch, documents: list[int], starts: list[int], share: bool) -> PaddedRows:
     longest = batch.lengths[documents[0]]
     ids_BL = batch.ids_T.new_zeros((len(documents), longest))
     targets_BL = torch.full_like(ids_BL, UNTRAINED)
@@ -217,4 +217,6 @@ def _pad(batch: Batch, documents: list[int], starts: list[int], share: bool) -> 
     row_N, column_N = (targets_BL != UNTRAINED).nonzero(as_tuple=True)
     # Of rows that train nothing there is no loss to compute, shared or not.
     shared = shared_tokens(ids_BL, int(column_N.min())) if share and len(column_N) else 0
-    return Rows(documents, ids_BL, row_N, column_N, targets_BL[row_N, column_N], weights_BL[row_N, column_N], shared)
+    return PaddedRows(
+        documents, ids_BL, row_N, column_N, targets_BL[row_N, column_N], weights_BL[row_N, column_N], shared
+    )

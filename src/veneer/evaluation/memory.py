@@ -16,7 +16,7 @@ import torch
 from veneer.config import JobError, Run, UserError
 from veneer.planning.base import PlannedModel
 from veneer.planning.batch_shapes import Padded
-from veneer.planning.forecast import Place, Planner
+from veneer.planning.forecast import Planner, TargetDevice
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 CPU_MESSAGES = ("can't allocate memory", "out of memory", "not enough memory")
 
 
-def rows_at_a_time(run: Run, rows: Padded, place: Place) -> int:
+def rows_at_a_time(run: Run, rows: Padded, place: TargetDevice) -> int:
     """How many rows fit, as `veneer plan` foresees it.
 
     Args:

@@ -54,7 +54,7 @@ def gated_mlp_backward(gate_up_TF: torch.Tensor, dh_TF: torch.Tensor, activation
     )
 
 
-class Parts(NamedTuple):
+class AdapterGradientParts(NamedTuple):
     """Sums of adapters' gradients over parts of the tokens, still to be added up; float32. P parts, r rank, R stacked.
 
     Attributes:
@@ -67,11 +67,11 @@ class Parts(NamedTuple):
     b_PRF: torch.Tensor
 
     @staticmethod
-    def room(tokens: int, width: int, rank: int, stacked: int, like: torch.Tensor) -> "Parts":
+    def room(tokens: int, width: int, rank: int, stacked: int, like: torch.Tensor) -> "AdapterGradientParts":
         """For batches of up to so many tokens at a time."""
         count = max(1, min(MOST_PARTS, tokens // 512)) if runs_triton(like) else 1
         shapes = (count, rank, width), (count, stacked, 2 * width)
-        return Parts(*(torch.empty(shape, dtype=torch.float32, device=like.device) for shape in shapes))
+        return AdapterGradientParts(*(torch.empty(shape, dtype=torch.float32, device=like.device) for shape in shapes))
 
 
 def gated_mlp_backward_adapters(
@@ -81,7 +81,7 @@ def gated_mlp_backward_adapters(
     u_TR: torch.Tensor,
     v_Tr: torch.Tensor,
     slots: tuple[int, int],
-    parts: Parts,
+    parts: AdapterGradientParts,
     is_first: bool,
 ) -> None:
     """`gated_mlp_backward`, and the adapters' products with what passes through: three reads of it less.

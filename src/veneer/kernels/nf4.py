@@ -19,7 +19,7 @@ ROWS = 64  # blocks a program handles
 COPIED = 4096  # elements of an adapter's matrix that a program copies
 
 
-class Packed(NamedTuple):
+class PackedNF4(NamedTuple):
     """A quantized matrix, as bitsandbytes keeps it.
 
     Attributes:
@@ -40,11 +40,11 @@ class Packed(NamedTuple):
     shape: tuple[int, int]
 
     @staticmethod
-    def of(weight: Any) -> "Packed":
+    def of(weight: Any) -> "PackedNF4":
         """Of a bitsandbytes Params4bit; shares its memory."""
         state = weight.quant_state
         nested = state.state2
-        return Packed(
+        return PackedNF4(
             weight.data.view(-1).view(torch.uint8),  # they may be stored as numbers of another type
             state.absmax,
             state.code,
@@ -61,10 +61,10 @@ class Table(NamedTuple):
     addresses: torch.Tensor
     programs: int
     double: bool
-    keep: tuple[Packed, ...]
+    keep: tuple[PackedNF4, ...]
 
 
-def table_of(matrices: Sequence[Packed]) -> Table:
+def table_of(matrices: Sequence[PackedNF4]) -> Table:
     """Of matrices that stand one below the other in the result; all in the same kind of constants."""
     rows, first, above = [], 0, 0
     for m in matrices:
@@ -119,7 +119,7 @@ def _starts(table: Table) -> list[int]:
     return [*starts, 1 << 30, 1 << 30]
 
 
-def _dequantize_torch(m: Packed) -> torch.Tensor:
+def _dequantize_torch(m: PackedNF4) -> torch.Tensor:
     codes = torch.stack([m.weights >> 4, m.weights & 15], dim=1).view(-1)
     values = m.table16[codes.long()].view(-1, BLOCK)
     constants = m.constants

@@ -19,12 +19,12 @@ from veneer.model.adapters import attach, count_parameters, load_adapter, save_a
 from veneer.model.fingerprint import config_sha256, fingerprint, local_folder, stored_quantization
 from veneer.model.lineage import GgufOrigin, gguf_origin
 from veneer.model.load import LoadReport, compute_dtype, load_base, load_model, load_tokenizer
-from veneer.model.locate import Source, locate
+from veneer.model.locate import BaseSource, locate
 
 __all__ = [
+    "BaseSource",
     "GgufOrigin",
     "LoadReport",
-    "Source",
     "attach",
     "compute_dtype",
     "config_sha256",

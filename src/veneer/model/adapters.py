@@ -12,7 +12,7 @@ import torch
 
 from veneer.config import Adapter, UserError
 from veneer.config.files import read_json, reading
-from veneer.model.locate import Source
+from veneer.model.locate import BaseSource
 from veneer.model.quiet import quiet
 from veneer.model.shapes import shapes_of
 from veneer.model.shards import read_header
@@ -105,7 +105,7 @@ def _require_ranks(folder: Path) -> None:
         )
 
 
-def save_adapter(model: Any, tokenizer: Any, chat_template: str | None, base: Source, folder: Path) -> None:
+def save_adapter(model: Any, tokenizer: Any, chat_template: str | None, base: BaseSource, folder: Path) -> None:
     """Write the adapter in PEFT's format, with the tokenizer and the chat template it was trained with.
 
     Its configuration names the base as PEFT finds it: the hub id with its revision, or the folder of the weights that

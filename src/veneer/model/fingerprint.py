@@ -14,7 +14,7 @@ import torch
 
 from veneer.config import Quantization, UserError
 from veneer.config.files import read_json
-from veneer.model.locate import Source
+from veneer.model.locate import BaseSource
 from veneer.model.shards import DTYPES, DamagedError, Piece, UnknownTypeError, find_files, read_header
 
 SAMPLES, SAMPLE_BYTES = 32, 4096
@@ -22,14 +22,14 @@ ALL_DTYPES = DTYPES | {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e
 NO_MATTER = ("_name_or_path", "transformers_version")  # in config.json: what says nothing of the model
 
 
-def fingerprint(source: Source) -> str | None:
+def fingerprint(source: BaseSource) -> str | None:
     """SHA-256 of names, shapes, dtypes and samples of all of a base's tensors; None where it has no safetensors here.
 
     How the tensors are spread over files does not matter.
     """
     folder = local_folder(source)
     try:
-        files = find_files(Source("folder", str(folder), source.name)) if folder is not None else None
+        files = find_files(BaseSource("folder", str(folder), source.name)) if folder is not None else None
         pieces = {piece.name: piece for file in files or () for piece in read_header(file, ALL_DTYPES)}
     except (DamagedError, UnknownTypeError):
         return None
@@ -42,7 +42,7 @@ def fingerprint(source: Source) -> str | None:
     return digest.hexdigest()
 
 
-def config_sha256(source: Source) -> str | None:
+def config_sha256(source: BaseSource) -> str | None:
     """SHA-256 of what a base's config.json says of the model; None where it is not here."""
     if (config := _config(source)) is None:
         return None
@@ -50,7 +50,7 @@ def config_sha256(source: Source) -> str | None:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def stored_quantization(source: Source) -> Quantization | None:
+def stored_quantization(source: BaseSource) -> Quantization | None:
     """How a base's own files are quantized to 4 bits, by its configuration; None: they are not, or it is not here."""
     config = (_config(source) or {}).get("quantization_config") or {}
     if not config.get("load_in_4bit"):
@@ -59,7 +59,7 @@ def stored_quantization(source: Source) -> Quantization | None:
     return Quantization(quant_type=kind, double_quant=twice)
 
 
-def _config(source: Source) -> dict[str, Any] | None:
+def _config(source: BaseSource) -> dict[str, Any] | None:
     """config.json of a base; None where it is not here, or is damaged."""
     folder = local_folder(source)
     try:
@@ -68,7 +68,7 @@ def _config(source: Source) -> dict[str, Any] | None:
         return None
 
 
-def local_folder(source: Source) -> Path | None:
+def local_folder(source: BaseSource) -> Path | None:
     """The folder of a base's files; of a hub model the snapshot in the user's cache, None where there is none."""
     if source.kind != "hub":
         return Path(source.location)

@@ -25,7 +25,7 @@ from veneer.config import Quantization
 from veneer.config.cache import cache_folder
 from veneer.config.files import read_json, reason, visible
 from veneer.config.folder import clear_dead, whole_folder, write_json
-from veneer.model.locate import Source
+from veneer.model.locate import BaseSource
 from veneer.model.reader import CHUNK
 from veneer.model.shards import DTYPES, DamagedError, Piece, UnknownTypeError, read_headers
 
@@ -54,7 +54,9 @@ class Copy(NamedTuple):
     origin: dict[str, Any]
 
     @staticmethod
-    def of(source: Source, files: list[Path], quantization: Quantization, dtype: torch.dtype, device: str) -> "Copy":
+    def of(
+        source: BaseSource, files: list[Path], quantization: Quantization, dtype: torch.dtype, device: str
+    ) -> "Copy":
         """Of a base's files as a run quantizes them."""
         kind = quantization.quant_type + ("-double" if quantization.double_quant else "")
         precision = str(dtype).removeprefix("torch.")

@@ -25,7 +25,7 @@ from veneer.model.dense import keep_dense
 from veneer.model.fingerprint import local_folder
 from veneer.model.kept import Copy, Kept, tell_unusable
 from veneer.model.limits import require_sizes
-from veneer.model.locate import Source
+from veneer.model.locate import BaseSource
 from veneer.model.quiet import quiet
 from veneer.model.remote import refusal, require_attention, require_own_class
 from veneer.model.stream import Checkpoint, circles_collected, find_checkpoint, note_range, require_finite, stream
@@ -60,7 +60,7 @@ def compute_dtype(model: Model, machine: Machine) -> torch.dtype:
     return named_dtype(model.dtype, machine.dtype)
 
 
-def load_tokenizer(source: Source) -> Any:
+def load_tokenizer(source: BaseSource) -> Any:
     """The tokenizer of a base model, always a fast one, padding on the left (as generation needs)."""
     shared().start()  # templates will be rendered: it loads Transformers, too, and does so meanwhile
     from transformers import AutoTokenizer
@@ -85,7 +85,7 @@ def load_tokenizer(source: Source) -> Any:
     return tokenizer
 
 
-def load_model(source: Source, model: Model, quantization: Quantization | None, machine: Machine) -> Any:
+def load_model(source: BaseSource, model: Model, quantization: Quantization | None, machine: Machine) -> Any:
     """The base model on the machine's device, frozen.
 
     Raises:
@@ -96,7 +96,7 @@ def load_model(source: Source, model: Model, quantization: Quantization | None, 
 
 
 def load_base(
-    source: Source, model: Model, quantization: Quantization | None, machine: Machine
+    source: BaseSource, model: Model, quantization: Quantization | None, machine: Machine
 ) -> tuple[Any, LoadReport]:
     """As `load_model`, with a report of where the weights came from and how long it took."""
     started = time.perf_counter()
@@ -166,7 +166,7 @@ def settings_of(model: Model, quantization: Quantization | None, machine: Machin
     return settings
 
 
-def _load(source: Source, settings: dict[str, Any], quantization: Quantization | None, machine: Machine) -> _Loaded:
+def _load(source: BaseSource, settings: dict[str, Any], quantization: Quantization | None, machine: Machine) -> _Loaded:
     checkpoint = find_checkpoint(source, quantization) if machine.device in ("cuda", "cpu") else None
     if checkpoint is None:
         base, missing = load_plainly(source, settings)
@@ -182,7 +182,7 @@ def _load(source: Source, settings: dict[str, Any], quantization: Quantization |
 
 
 def _load_kept(
-    source: Source, checkpoint: Checkpoint, kept: Kept, settings: dict[str, Any], machine: Machine
+    source: BaseSource, checkpoint: Checkpoint, kept: Kept, settings: dict[str, Any], machine: Machine
 ) -> _Loaded | None:
     """The model from its kept 4-bit weights; None, and why is told, where they turn out to be damaged."""
     try:
@@ -200,7 +200,7 @@ def _load_kept(
     return _Loaded(base, missing, bytes_read, "cache")
 
 
-def load_plainly(source: Source, settings: dict[str, Any]) -> tuple[Any, list[str]]:
+def load_plainly(source: BaseSource, settings: dict[str, Any]) -> tuple[Any, list[str]]:
     """The model and the names of weights that its files lack, by Transformers' own reader."""
     from transformers import AutoModelForCausalLM
 
@@ -235,7 +235,7 @@ def keep_4bit_layout(base: Any) -> None:
 
 
 @contextlib.contextmanager
-def _loading(source: Source, what: str) -> Iterator[None]:
+def _loading(source: BaseSource, what: str) -> Iterator[None]:
     """Keep libraries quiet, and turn what they make of a model's files into one message."""
     named = f"model.base = {source.name}: the {what}"
     told, fix = f"{named} cannot be loaded", "name another model.base"

@@ -15,7 +15,7 @@ from veneer.model.gguf import converted_folder
 
 
 @dataclass(frozen=True)
-class Source:
+class BaseSource:
     """Where a base model's files are.
 
     Attributes:
@@ -41,7 +41,7 @@ class Source:
         return self.location if self.kind == "hub" else str(Path(self.location).absolute())
 
 
-def locate(model: Model) -> Source:
+def locate(model: Model) -> BaseSource:
     """Resolve `model.base`; fetches and converts a built-in model or a .gguf file on first use.
 
     Raises:
@@ -52,4 +52,4 @@ def locate(model: Model) -> Source:
         place = str(builtin_folder(place))
     elif kind == "gguf":
         place = str(converted_folder(Path(place)))
-    return Source(kind, place, model.base, model.revision)
+    return BaseSource(kind, place, model.base, model.revision)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from veneer.config.files import read_json, reason
-from veneer.model.locate import Source
+from veneer.model.locate import BaseSource
 
 # Of safetensors' names. A file with a type that is not here is left to Transformers.
 DTYPES = {
@@ -58,7 +58,7 @@ class Piece(NamedTuple):
     shape: tuple[int, ...]
 
 
-def find_files(source: Source) -> list[Path] | None:
+def find_files(source: BaseSource) -> list[Path] | None:
     """The safetensors files of a base model, fetched from the hub if need be; None where it has none, or no access.
 
     Raises:
@@ -78,7 +78,7 @@ def find_files(source: Source) -> list[Path] | None:
     return files
 
 
-def _hub_files(source: Source) -> list[Path] | None:
+def _hub_files(source: BaseSource) -> list[Path] | None:
     from huggingface_hub import hf_hub_download, snapshot_download
 
     def fetch(name: str) -> Path | None:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from veneer.config import Quantization, UserError
-from veneer.model.locate import Source
+from veneer.model.locate import BaseSource
 from veneer.model.reader import Reader
 from veneer.model.remote import read_config
 from veneer.model.shards import DamagedError, Piece, UnknownTypeError, find_files, read_headers
@@ -90,7 +90,7 @@ class PackedHandle(Handle):
         return whole if index is Ellipsis else whole[index]
 
 
-def find_checkpoint(source: Source, quantization: Quantization | None) -> Checkpoint | None:
+def find_checkpoint(source: BaseSource, quantization: Quantization | None) -> Checkpoint | None:
     """What there is to stream of a base model; None where that is Transformers' matter.
 
     Raises:
@@ -131,7 +131,7 @@ def _stored(config: Any) -> dict[str, Any] | None:
     return stored if stored is None or isinstance(stored, dict) else dict(stored.to_dict())
 
 
-def _require_agreement(source: Source, stored: dict[str, Any], quantization: Quantization | None) -> None:
+def _require_agreement(source: BaseSource, stored: dict[str, Any], quantization: Quantization | None) -> None:
     if quantization is None:
         return
     if stored.get("quant_method") != "bitsandbytes" or not stored.get("load_in_4bit"):
@@ -154,7 +154,7 @@ def _require_agreement(source: Source, stored: dict[str, Any], quantization: Qua
 
 
 def stream(
-    source: Source,
+    source: BaseSource,
     checkpoint: Checkpoint,
     settings: dict[str, Any],
     device: str,
@@ -235,7 +235,7 @@ def note_range(ranges: dict[str, torch.Tensor], name: str, tensor: torch.Tensor)
         ranges[name] = torch.stack(tensor.aminmax()).float()
 
 
-def require_finite(source: Source, ranges: dict[str, torch.Tensor]) -> None:
+def require_finite(source: BaseSource, ranges: dict[str, torch.Tensor]) -> None:
     """Raises UserError where weights are NaN or infinite; training would end in NaN whatever its settings."""
     found = torch.stack([*ranges.values()]).isfinite().all(1).tolist() if ranges else []
     bad = [name for name, is_finite in zip(ranges, found) if not is_finite]
@@ -264,7 +264,7 @@ def circles_collected(size: int, device: str) -> Iterator[None]:
         gc.unfreeze()
 
 
-def _generation_config(source: Source) -> Any:
+def _generation_config(source: BaseSource) -> Any:
     from transformers import GenerationConfig
 
     where: dict[str, Any] = {
@@ -278,7 +278,7 @@ def _generation_config(source: Source) -> Any:
         return GenerationConfig.from_pretrained(**where, config_file_name="config.json", _from_model_config=True)
 
 
-def _require_shapes(source: Source, base: Any, report: dict[str, Any]) -> None:
+def _require_shapes(source: BaseSource, base: Any, report: dict[str, Any]) -> None:
     """Raises UserError for the first tensor of another shape. Transformers does not look at those it quantizes."""
     wrong = [(name, tuple(found), tuple(wanted)) for name, found, wanted in report["mismatched_keys"]]
     for name, module in base.named_modules():

@@ -19,7 +19,7 @@ from veneer.engine.fused import NotCoveredError
 from veneer.engine.fused.dry_run import require_covered, run_layers_dry, spending
 from veneer.model.shapes import build, find_config, is_at_hand, is_stored_in_4_bits, shapes_of
 from veneer.model.trainable import require_trainable
-from veneer.planning.batch_shapes import Lengths, Rows, assumed_rows, rows_of
+from veneer.planning.batch_shapes import Lengths, RowShapes, assumed_rows, rows_of
 
 
 class _Known:
@@ -95,7 +95,7 @@ class PlannedModel:
         UserError: There is no such base, or it cannot be trained.
     """
 
-    def __init__(self, model: Model, data: tuple[Lengths, Lengths] | Rows | str) -> None:
+    def __init__(self, model: Model, data: tuple[Lengths, Lengths] | RowShapes | str) -> None:
         config = find_config(model)
         stored = getattr(config, "dtype", None)  # before it is built in another
         base = build(config, torch.bfloat16, attention=model.attn_implementation)
@@ -124,9 +124,9 @@ class PlannedModel:
         """What the fused engine would keep of a step, of memory that is to spare and of the whole budget."""
         return spending(self._known.build(step), step, self.shapes.depth, spare_bytes, budget_bytes)
 
-    def rows(self, run: Run, engine: str) -> Rows:
+    def rows(self, run: Run, engine: str) -> RowShapes:
         """What a run's data will be like for an engine; the settings may differ from those it was read with."""
-        if isinstance(self.data, Rows):
+        if isinstance(self.data, RowShapes):
             return self.data
         if isinstance(self.data, str):
             return assumed_rows(run, self.shapes.positions, self.data)

@@ -30,7 +30,7 @@ class Padded(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowShapes:
     """What is known of a run's data, as the engine will meet it.
 
     Attributes:
@@ -61,7 +61,7 @@ class Rows:
     replayed: float = 1.0
 
 
-def assumed_rows(run: Run, positions: int | None, why: str) -> Rows:
+def assumed_rows(run: Run, positions: int | None, why: str) -> RowShapes:
     """The worst that a run's settings and its base's positions allow, where its data cannot be looked at."""
     train, length = run.train, run.data.max_length
     if positions is not None and not run.data.packing:
@@ -69,7 +69,7 @@ def assumed_rows(run: Run, positions: int | None, why: str) -> Rows:
     full = Padded(train.per_device_train_batch_size, length, train.per_device_train_batch_size * (length - 1))
     passes = train.gradient_accumulation_steps
     held_out = Padded(run.evaluate.batch_size, length, run.evaluate.batch_size * (length - 1))
-    return Rows(
+    return RowShapes(
         full,
         full,
         passes,
@@ -98,7 +98,7 @@ class Lengths(NamedTuple):
         return Lengths(self.tokens[kept], self.trained[kept])
 
 
-def rows_of(run: Run, engine: str, train: Lengths, held_out: Lengths) -> Rows:
+def rows_of(run: Run, engine: str, train: Lengths, held_out: Lengths) -> RowShapes:
     """Shapes of a run's micro-batches in an engine (reference or fused), from the lengths of its rows."""
     sizes: Counter[Size] = Counter()
     met: set[int] = set()
@@ -122,7 +122,7 @@ def rows_of(run: Run, engine: str, train: Lengths, held_out: Lengths) -> Rows:
     steps = settings.max_steps or max(1, int(np.ceil(settings.num_train_epochs * steps_an_epoch)))
     answered = Lengths(*(part[: run.evaluate.rows] for part in held_out))
     tested = list(_micro_batches(held_out, np.arange(len(held_out.tokens)), run.evaluate.batch_size, grouped))
-    return Rows(
+    return RowShapes(
         fullest=_fullest(batches),
         typical=_typical(batches),
         passes=in_step / size * sum(map(len, batches)) / len(batches),

@@ -81,7 +81,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Problem:
+class MachineProblem:
     """Something broken, and its fix."""
 
     id: str
@@ -126,7 +126,7 @@ def look() -> Found:
     )
 
 
-def diagnose(found: Found) -> list[Problem]:
+def diagnose(found: Found) -> list[MachineProblem]:
     """What is broken. A machine without a GPU is not."""
     problems = []
     if found.driver is not None and found.driver_gpus and not found.gpus:
@@ -135,7 +135,7 @@ def diagnose(found: Found) -> list[Problem]:
         if found.torch_capabilities and not any(_runs(built, gpu.capability) for built in found.torch_capabilities):
             built = ", ".join(f"{c / 10:.1f}" for c in found.torch_capabilities)
             problems.append(
-                Problem(
+                MachineProblem(
                     "gpu-not-built-for",
                     f"{gpu.name} has compute capability {gpu.capability / 10:.1f}; this torch is built for {built}",
                     "install a torch that is built for this GPU (pytorch.org/get-started)",
@@ -143,7 +143,7 @@ def diagnose(found: Found) -> list[Problem]:
             )
     if found.gpus and found.bitsandbytes != "cuda":
         problems.append(
-            Problem(
+            MachineProblem(
                 "bitsandbytes-without-cuda",
                 f"bitsandbytes has no CUDA here ({found.bitsandbytes}): no 4-bit base, no 8-bit optimizer on the GPU",
                 f"pip install --force-reinstall bitsandbytes; it must bring a library for CUDA {found.torch_cuda}",
@@ -151,7 +151,7 @@ def diagnose(found: Found) -> list[Problem]:
         )
     if found.outdated:
         problems.append(
-            Problem(
+            MachineProblem(
                 "libraries",
                 f"missing or of another version: {', '.join(found.outdated)}",
                 "pip install --upgrade veneer",
@@ -162,7 +162,9 @@ def diagnose(found: Found) -> list[Problem]:
     ]
     if full:
         problems.append(
-            Problem("disk", f"little space left in {', '.join(full)}", "free some, or set VENEER_CACHE elsewhere")
+            MachineProblem(
+                "disk", f"little space left in {', '.join(full)}", "free some, or set VENEER_CACHE elsewhere"
+            )
         )
     return problems
 
@@ -197,11 +199,11 @@ def usable(found: Found) -> list[Usable]:
     ]
 
 
-def _without_gpu(found: Found) -> Problem:
+def _without_gpu(found: Found) -> MachineProblem:
     """The driver sees a GPU and torch does not."""
     names = ", ".join(found.driver_gpus)
     if found.torch_cuda is None:
-        return Problem(
+        return MachineProblem(
             "torch-without-cuda",
             f"this torch ({found.versions.get('torch')}) is built for the CPU, and there is a GPU: {names}",
             "install the CUDA build of torch (pytorch.org/get-started)",
@@ -209,12 +211,12 @@ def _without_gpu(found: Found) -> Problem:
     major = int(found.torch_cuda.split(".")[0])
     oldest = OLDEST_DRIVER.get(major)
     if oldest is not None and tuple(map(int, (found.driver or "0").split(".")[:2])) < oldest:
-        return Problem(
+        return MachineProblem(
             "driver-too-old",
             f"driver {found.driver} is too old for CUDA {found.torch_cuda}, which this torch is built for",
             f"update NVIDIA's driver to {oldest[0]}.{oldest[1]} or later, or install a torch built for an older CUDA",
         )
-    return Problem(
+    return MachineProblem(
         "gpu-unreachable",
         f"the driver sees {names}, torch does not",
         "check CUDA_VISIBLE_DEVICES, and that nvidia-smi and torch run in the same container",

@@ -21,7 +21,7 @@ from veneer.machine.speeds import Ceilings, ceilings_of, kept_ceilings
 from veneer.model.dense import COPIES_SHARE
 from veneer.model.shapes import Shapes
 from veneer.planning.base import PlannedModel
-from veneer.planning.batch_shapes import Padded, Rows
+from veneer.planning.batch_shapes import Padded, RowShapes
 from veneer.planning.held_out import SPARE, answers_peak, loss_peak, rows_that_fit
 from veneer.planning.memory import adapter_bytes, copies_bytes, loaded, phases, resting, run_disk_bytes
 from veneer.planning.time import seconds
@@ -33,7 +33,7 @@ QUANTIZABLE = 0.5  # of the weights between embeddings and head; less, and 4 bit
 
 
 @dataclass(frozen=True)
-class Place:
+class TargetDevice:
     """Where it is to run.
 
     Attributes:
@@ -55,7 +55,7 @@ class Place:
     capability: int = 8
 
 
-def place_here(machine: Machine | None = None) -> Place:
+def place_here(machine: Machine | None = None) -> TargetDevice:
     """This machine, with what is free on it now."""
     machine = machine or find_machine()
     free = machine.free_bytes - (LATER if machine.device == "cuda" else 0)
@@ -63,10 +63,10 @@ def place_here(machine: Machine | None = None) -> Place:
     card = find_card(machine.name) if machine.device == "cuda" else None
     ceilings = kept_ceilings(machine) or (ceilings_of(card) if card else None)
     capability = card.capability // 10 if card else 8
-    return Place(machine.device, name, free, machine.dtype, ceilings, machine.has_bfloat16, capability)
+    return TargetDevice(machine.device, name, free, machine.dtype, ceilings, machine.has_bfloat16, capability)
 
 
-def place_of(gpu: str) -> Place:
+def place_of(gpu: str) -> TargetDevice:
     """A GPU by its name or its memory, with nothing else on it.
 
     Raises:
@@ -75,7 +75,7 @@ def place_of(gpu: str) -> Place:
     total, card = parse_budget(gpu)
     name = f"{card.name if card else 'a GPU'}, {total / 2**30:.1f} GiB"
     has_bfloat16, capability = (card.has_bfloat16, card.capability // 10) if card else (True, 8)
-    return Place("cuda", name, total - CONTEXT, *_precision(card), has_bfloat16, capability)
+    return TargetDevice("cuda", name, total - CONTEXT, *_precision(card), has_bfloat16, capability)
 
 
 def _precision(card: Card | None) -> tuple[torch.dtype, Ceilings | None]:
@@ -107,11 +107,11 @@ class Forecast:
     trainable: int
     phases: dict[str, Peak]
     rows_at_a_time: dict[str, int]
-    place: Place
+    place: TargetDevice
     engine: str
     engine_reason: str
     kept: Kept | None
-    rows: Rows
+    rows: RowShapes
     host_bytes: int
     disk_bytes: int
     download_bytes: int
@@ -190,7 +190,7 @@ class Forecast:
 class Planner:
     """Forecasts of runs of one base at one place."""
 
-    def __init__(self, base: PlannedModel, place: Place) -> None:
+    def __init__(self, base: PlannedModel, place: TargetDevice) -> None:
         self.base = base
         self.place = place
         self._run_dry = base.run_dry
@@ -269,11 +269,11 @@ class Planner:
         return count, peak_of(count)
 
     def _held_out(
-        self, run: Run, step: Step, train: DryRun, held: Mapping[str, int], rows: Rows
-    ) -> tuple[int, Rows, tuple[Step, DryRun]]:
+        self, run: Run, step: Step, train: DryRun, held: Mapping[str, int], rows: RowShapes
+    ) -> tuple[int, RowShapes, tuple[Step, DryRun]]:
         """How many rows the held-out loss takes at a time, the data in such batches, and the largest's dry run."""
 
-        def batches_of(count: int) -> Rows:
+        def batches_of(count: int) -> RowShapes:
             if count == run.evaluate.batch_size:
                 return rows
             smaller = run.model_copy(update={"evaluate": run.evaluate.model_copy(update={"batch_size": count})})
@@ -291,11 +291,11 @@ class Planner:
         count = rows_that_fit(run.evaluate.batch_size, peak_of, sum(held.values()), self.place.budget_bytes)
         return count, batches_of(count), dry(count)
 
-    def rows(self, run: Run) -> Rows:
+    def rows(self, run: Run) -> RowShapes:
         """What a run's data will be like for the engine it gets."""
         return self._engine(run, self._method(run))[2]
 
-    def _engine(self, run: Run, method: str) -> tuple[str, str, Rows]:
+    def _engine(self, run: Run, method: str) -> tuple[str, str, RowShapes]:
         """Which engine a run gets, why, and its data as that will meet it."""
         any_step = step_of(run, method, self.base.shapes, Padded(1, 1, 1), self.place)
         engine, reason = self.base.engine(run.train, self.place.device, any_step)
@@ -305,7 +305,7 @@ class Planner:
         self,
         step: Step,
         held_out: tuple[Step, DryRun] | None,
-        rows: Rows,
+        rows: RowShapes,
         run: Run,
         kept: Kept | None,
         updated: int,
@@ -350,7 +350,13 @@ UPDATES = 2  # operations a tensor
 
 
 def step_of(
-    run: Run, method: str, shapes: Shapes, batch: Padded, place: Place, engine: str = "reference", even: bool = True
+    run: Run,
+    method: str,
+    shapes: Shapes,
+    batch: Padded,
+    place: TargetDevice,
+    engine: str = "reference",
+    even: bool = True,
 ) -> Step:
     """The micro-batch of a run, for a dry run.
 

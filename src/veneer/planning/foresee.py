@@ -14,7 +14,7 @@ from veneer.model.shapes import is_at_hand
 from veneer.planning.advice import Advice, DataFacts, Situation, TokenizerFacts, advise
 from veneer.planning.base import PlannedModel
 from veneer.planning.batch_shapes import Lengths
-from veneer.planning.forecast import Forecast, Place, Planner
+from veneer.planning.forecast import Forecast, Planner, TargetDevice
 
 CERTAIN = 0.92  # of a predicted peak; what is beyond the budget even so cannot fit
 
@@ -77,7 +77,7 @@ class Read:
         )
 
 
-def foresee(run: Run, place: Place, data: Read | str) -> Foreseen:
+def foresee(run: Run, place: TargetDevice, data: Read | str) -> Foreseen:
     """Foresee a run.
 
     Args:

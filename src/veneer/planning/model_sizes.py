@@ -11,7 +11,7 @@ from veneer.config import Model, Run
 from veneer.config.names import find_model
 from veneer.model.known import MODEL_SIZES, smaller_siblings
 from veneer.planning.base import PlannedModel
-from veneer.planning.forecast import Place, Planner, place_of
+from veneer.planning.forecast import Planner, TargetDevice, place_of
 from veneer.planning.held_out import SPARE
 
 METHODS = ("full", "lora", "qlora")
@@ -54,7 +54,7 @@ def leanest(run: Run, base: str | None = None) -> Run:
     return Run.model_validate(values)
 
 
-def model_sizes(run: Run, place: Place, methods: tuple[str, ...] = METHODS) -> list[ModelSize]:
+def model_sizes(run: Run, place: TargetDevice, methods: tuple[str, ...] = METHODS) -> list[ModelSize]:
     """Models with a run's length and rank, up to what a place holds."""
     found = []
     for base in MODEL_SIZES:

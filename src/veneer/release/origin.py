@@ -21,7 +21,7 @@ from veneer.config.names import require_adapter as require_adapter
 from veneer.data import Renderer
 from veneer.data.template import NAMED_TEMPLATES
 from veneer.machine import find_machine
-from veneer.model import Source, compute_dtype, load_tokenizer, local_folder, locate, stored_quantization
+from veneer.model import BaseSource, compute_dtype, load_tokenizer, local_folder, locate, stored_quantization
 from veneer.release.passport import read_passport, require_match, trained_in_4_bits
 from veneer.release.weights import FETCH_AGAIN
 from veneer.training import checkpoint
@@ -47,7 +47,7 @@ class Origin:
     adapter: Path
     run: Run | None
     model: Model
-    source: Source
+    source: BaseSource
     quantization: Quantization | None
     dtype: torch.dtype
     data: Data | None = None
@@ -129,14 +129,14 @@ def find_origin(name: str, base: str | None = None, force: bool = False, is_merg
 
 def renderer_of(folder: Path, data: Data | None) -> Renderer:
     """The renderer of a folder that holds a tokenizer and a template, with the settings of the training."""
-    tokenizer = load_tokenizer(Source("folder", str(folder), str(folder)))
+    tokenizer = load_tokenizer(BaseSource("folder", str(folder), str(folder)))
     if data is None:
         return Renderer(tokenizer)
     named = data.chat_template in (*NAMED_TEMPLATES, "none")
     return Renderer(tokenizer, data if named else data.model_copy(update={"chat_template": "auto"}))
 
 
-def fetched(source: Source) -> Path:
+def fetched(source: BaseSource) -> Path:
     """The folder with all of a base's files."""
     if source.kind != "hub":
         return Path(source.location)

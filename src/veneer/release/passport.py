@@ -18,7 +18,7 @@ from veneer.config.files import read_json, reading, visible
 from veneer.config.folder import write_json
 from veneer.evaluation.generation import stop_ids_of
 from veneer.model import (
-    Source,
+    BaseSource,
     compute_dtype,
     config_sha256,
     fingerprint,
@@ -97,7 +97,7 @@ def read_passport(folder: Path) -> dict[str, Any] | None:
     return passport
 
 
-def require_match(folder: Path, source: Source | None, force: bool = False) -> None:
+def require_match(folder: Path, source: BaseSource | None, force: bool = False) -> None:
     """Compare an adapter's passport with the base it is to be put on and with its own files.
 
     Args:
@@ -131,7 +131,7 @@ def trained_in_4_bits(folder: Path) -> Quantization | None:
     return Quantization(**kept) if isinstance(kept, dict) else None
 
 
-def find_differences(folder: Path, source: Source | None) -> list[Difference]:
+def find_differences(folder: Path, source: BaseSource | None) -> list[Difference]:
     """What is not as the passport says; nothing where there is no passport."""
     passport = read_passport(folder)
     if passport is None:
@@ -159,14 +159,14 @@ def find_differences(folder: Path, source: Source | None) -> list[Difference]:
     return found
 
 
-def base_name(source: Source) -> str:
+def base_name(source: BaseSource) -> str:
     """What a base is called in files that ship: a built-in name, a hub id, or the name of its folder or file alone."""
     if source.kind in ("builtin", "hub"):
         return source.name
     return Path(source.name).expanduser().absolute().name
 
 
-def revision(source: Source) -> str | None:
+def revision(source: BaseSource) -> str | None:
     """The commit of a hub model that was loaded; None of others."""
     folder = local_folder(source) if source.kind == "hub" else None
     return folder.name if folder is not None else source.revision

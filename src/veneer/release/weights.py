@@ -179,7 +179,7 @@ def weights_of(folder: Path, what: str) -> dict[str, Stored]:
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedTensor:
     """A tensor to be written: its dtype and shape, and what makes it.
 
     `make` gives the tensor, or pieces of its bytes; it is called when its turn comes.
@@ -196,7 +196,7 @@ class Planned:
 
 
 def write_weights(
-    folder: Path, planned: Sequence[Planned], metadata: Mapping[str, str], shard_bytes: int = SHARD_BYTES
+    folder: Path, planned: Sequence[PlannedTensor], metadata: Mapping[str, str], shard_bytes: int = SHARD_BYTES
 ) -> None:
     """Write tensors into one file, or into shards with an index, making each when its turn comes.
 
@@ -222,9 +222,9 @@ def _shard_name(number: int, count: int) -> str:
     return f"model-{number + 1:05}-of-{count:05}.safetensors"
 
 
-def _shards(planned: Sequence[Planned], shard_bytes: int) -> list[list[Planned]]:
+def _shards(planned: Sequence[PlannedTensor], shard_bytes: int) -> list[list[PlannedTensor]]:
     """The tensors in their order, cut where a file is full."""
-    shards: list[list[Planned]] = [[]]
+    shards: list[list[PlannedTensor]] = [[]]
     held = 0
     for tensor in planned:
         if shards[-1] and held + tensor.size > shard_bytes:
@@ -235,7 +235,7 @@ def _shards(planned: Sequence[Planned], shard_bytes: int) -> list[list[Planned]]
     return shards
 
 
-def _write_file(path: Path, tensors: Sequence[Planned], metadata: Mapping[str, str]) -> None:
+def _write_file(path: Path, tensors: Sequence[PlannedTensor], metadata: Mapping[str, str]) -> None:
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     at = 0
     for tensor in tensors:

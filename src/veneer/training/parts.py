@@ -10,13 +10,13 @@ from veneer.config import Run, UserError
 from veneer.data import Prepared, Renderer, prepare
 from veneer.machine import find_machine
 from veneer.machine.device import Machine, map_large_buffers
-from veneer.model import Source, attach, load_model, load_tokenizer, locate
+from veneer.model import BaseSource, attach, load_model, load_tokenizer, locate
 from veneer.planning.forecast import place_here
 from veneer.planning.foresee import Foreseen, Read, foresee
 
 
 @dataclass(frozen=True)
-class Parts:
+class RunParts:
     """A run's parts.
 
     Attributes:
@@ -25,7 +25,7 @@ class Parts:
     """
 
     machine: Machine
-    source: Source
+    source: BaseSource
     tokenizer: Any
     renderer: Renderer
     data: Prepared
@@ -33,7 +33,7 @@ class Parts:
     model: Any
 
 
-def load_parts(run: Run, force: bool = False) -> Parts:
+def load_parts(run: Run, force: bool = False) -> RunParts:
     """Load a run's parts.
 
     Args:
@@ -59,7 +59,7 @@ def load_parts(run: Run, force: bool = False) -> Parts:
     _require_embeddings(base, tokenizer, data)
     model = attach(base, run.adapter, run.train.seed, run.train.gradient_checkpointing is not False)
     model.peft_config["default"].base_model_name_or_path = source.reference  # of checkpoints, too
-    return Parts(machine, source, tokenizer, renderer, data, foreseen, model)
+    return RunParts(machine, source, tokenizer, renderer, data, foreseen, model)
 
 
 def _require_memory(foreseen: Foreseen) -> None:

@@ -24,13 +24,13 @@ from veneer.data import Batch
 from veneer.data.batch import Example
 from veneer.engine import Engine, ReferenceEngine
 from veneer.engine.agreement import ENOUGH, Agreement, agree, all_trained, even_rows, short_name, short_rows
-from veneer.engine.choose import EVEN, Choice, build, fall_back
+from veneer.engine.choose import EVEN, EngineChoice, build, fall_back
 from veneer.engine.temporary import fill_b, untouched
 from veneer.model import save_adapter
 from veneer.model.adapters import is_lora_b
 from veneer.model.quiet import quiet
 from veneer.training.optimizer import build_optimizer, parameters_to_update
-from veneer.training.parts import Parts, load_parts
+from veneer.training.parts import RunParts, load_parts
 
 LENGTHS = (256, 192, 128, 96)  # tokens of the packed rows, at most
 ROWS, ROW_TOKENS = 8, 192  # that are overfitted
@@ -86,7 +86,7 @@ class Verification:
     """
 
     checks: tuple[Check, ...]
-    choice: Choice
+    choice: EngineChoice
     seconds: float
 
     @property
@@ -119,7 +119,7 @@ def verify(run: Run, force: bool = False, on_check: Callable[[Check], None] = la
 
 
 def verify_parts(
-    run: Run, parts: Parts, choice: Choice, on_check: Callable[[Check], None] = lambda check: None
+    run: Run, parts: RunParts, choice: EngineChoice, on_check: Callable[[Check], None] = lambda check: None
 ) -> Verification:
     """Check what is loaded; the adapter is afterwards what it was.
 
@@ -149,7 +149,7 @@ def verify_parts(
     return Verification(tuple(found), choice, time.perf_counter() - began)
 
 
-def _of_data(parts: Parts) -> Iterator[Check]:
+def _of_data(parts: RunParts) -> Iterator[Check]:
     train, ledger = parts.data.train, parts.data.ledger
     trained = train.corpus.trained[train.examples]
     yield Check.at_most("mask", float(np.count_nonzero(trained == 0)), 0, "rows without a trained token")
@@ -161,14 +161,14 @@ def _of_data(parts: Parts) -> Iterator[Check]:
         yield Check("end-of-turn", ends >= 1, ends, 1, what, bound="at least")
 
 
-def _agreement(parts: Parts, engine: Engine, rows: list[Example]) -> Agreement | None:
+def _agreement(parts: RunParts, engine: Engine, rows: list[Example]) -> Agreement | None:
     """Fused against reference, on rows of several lengths and on rows of one; None: the run has no fused engine."""
     if engine.is_reference:
         return None
     return agree(parts.model, engine, [Batch.of(rows), Batch.of(even_rows(parts.data.train, EVEN))])
 
 
-def _of_agreement(choice: Choice, found: Agreement | None) -> Iterator[Check]:
+def _of_agreement(choice: EngineChoice, found: Agreement | None) -> Iterator[Check]:
     whats = {
         "fused-loss": "loss, fused against reference, relative",
         "fused-gradient": "gradient of all adapters, fused against reference, relative",
@@ -184,7 +184,7 @@ def _of_agreement(choice: Choice, found: Agreement | None) -> Iterator[Check]:
         yield replace(Check.at_most(name, value, limit, what, worst), note=found.failure)
 
 
-def _of_engine(run: Run, parts: Parts, engine: Engine, rows: list[Example]) -> Iterator[Check]:
+def _of_engine(run: Run, parts: RunParts, engine: Engine, rows: list[Example]) -> Iterator[Check]:
     """What the engine that the run trains with makes of its rows."""
     model = parts.model
     is_exact = model.get_base_model().get_input_embeddings().weight.dtype == torch.float32
@@ -260,7 +260,7 @@ def _isolated(engine: Engine, rows: list[Example]) -> Check:
     return _largest("isolated", apart[1:], 1e-6, what, rows[1:])
 
 
-def _overfit(run: Run, parts: Parts, engine: Engine) -> Check:
+def _overfit(run: Run, parts: RunParts, engine: Engine) -> Check:
     """A few rows must be learnt by heart, with the run's own optimizer and dropout."""
     rows = short_rows(parts.data.train, [ROW_TOKENS] * ROWS, least=1)
     size = run.train.per_device_train_batch_size
@@ -293,7 +293,7 @@ def _rate(run: Run, step: int) -> float:
     return stride / strength
 
 
-def _reload(run: Run, parts: Parts, rows: list[Example]) -> Check:
+def _reload(run: Run, parts: RunParts, rows: list[Example]) -> Check:
     """The trained adapter from its file, put on the same base beside the live one."""
     model = parts.model
     reference = ReferenceEngine(model)

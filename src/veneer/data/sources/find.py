@@ -55,7 +55,7 @@ REFUSED = (  # (how the file begins, what that is, what to do)
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """One file, Arrow folder or hub dataset.
 
     `name` stands in places (`tickets.jsonl:12`): the file's name, and of two files of one name as much of the path as
@@ -96,7 +96,7 @@ class Source:
 
 def find_sources(
     named: str | Sequence[str], setting: str, split: str = "train", subset: str | None = None
-) -> list[Source]:
+) -> list[DataSource]:
     """The sources that a setting names, in its order; those of a folder or a glob by path.
 
     Args:
@@ -112,12 +112,12 @@ def find_sources(
     names = [named] if isinstance(named, str) else list(named)
     if not names or not all(name.strip() for name in names):
         raise UserError(f"{setting} names no data", f"name a file, folder, glob or hub dataset in {setting}")
-    sources: list[Source] = []
+    sources: list[DataSource] = []
     for name in names:
         require_path(name, setting)
         with told(name, setting):
             if (paths := _paths(name, setting)) is None:
-                sources.append(Source(name, "hub dataset", name, None, split, subset))
+                sources.append(DataSource(name, "hub dataset", name, None, split, subset))
             wanted, beside = _of_split(Path(os.path.expanduser(name)), paths or [], setting, split)
             for path in wanted:
                 source = _arrow_folder(path, setting, split) if path.is_dir() else _file(path, setting)
@@ -163,7 +163,7 @@ def chunks(stream: BinaryIO, size: int) -> Iterator[bytes]:
         yield chunk
 
 
-def open_dataset(source: Source, setting: str) -> Any:
+def open_dataset(source: DataSource, setting: str) -> Any:
     """The `datasets.Dataset` of an Arrow folder or hub dataset, memory-mapped.
 
     Raises:
@@ -187,7 +187,7 @@ def open_dataset(source: Source, setting: str) -> Any:
             raise _not_given(source, setting, f"{found} ({offline or why})") from error
 
 
-def require_at_hand(sources: Sequence[Source], setting: str) -> None:
+def require_at_hand(sources: Sequence[DataSource], setting: str) -> None:
     """Raises UserError for a hub dataset of which nothing is in the cache, where the hub cannot be reached."""
     for source in sources:
         if source.kind != "hub dataset" or (offline := unreachable()) is None:
@@ -200,7 +200,7 @@ def require_at_hand(sources: Sequence[Source], setting: str) -> None:
             raise _not_given(source, setting, f"cannot be reached ({offline})")
 
 
-def _not_given(source: Source, setting: str, why: str) -> UserError:
+def _not_given(source: DataSource, setting: str, why: str) -> UserError:
     asked = f"split {source.split}" + (f" of subset {source.subset}" if source.subset else "")
     return UserError(
         f"{setting} = {source.location}: no such file in {Path.cwd()}, and of the hub dataset of that name the {asked} "
@@ -337,10 +337,10 @@ def _is_saved(folder: Path) -> bool:
     return splits.is_file() or (state.is_file() and info.is_file())
 
 
-def _arrow_folder(folder: Path, setting: str, split: str) -> Source:
+def _arrow_folder(folder: Path, setting: str, split: str) -> DataSource:
     listed = folder / "dataset_dict.json"
     if not listed.is_file():
-        return Source(folder.name, "arrow folder", str(folder), split=split)
+        return DataSource(folder.name, "arrow folder", str(folder), split=split)
     try:
         splits = list(read_json(listed, "splits")["splits"])
     except (UserError, ValueError, TypeError):
@@ -355,7 +355,7 @@ def _arrow_folder(folder: Path, setting: str, split: str) -> Source:
                 f"name one of its splits beside {setting}, or its folder: {folder / splits[0] if splits else folder}",
             )
         split = splits[0]
-    return Source(folder.name, "arrow folder", str(folder / split), split=split)
+    return DataSource(folder.name, "arrow folder", str(folder / split), split=split)
 
 
 def _suffix(path: PurePath) -> str:
@@ -365,7 +365,7 @@ def _suffix(path: PurePath) -> str:
     return PurePath(name).suffix
 
 
-def _file(path: Path, setting: str) -> Source:
+def _file(path: Path, setting: str) -> DataSource:
     with told(str(path), setting):
         with path.open("rb") as file:
             magic = file.read(4)
@@ -376,7 +376,7 @@ def _file(path: Path, setting: str) -> Source:
             compression = "zstd"
         with open_plain(str(path), compression) as stream:
             head = _head(stream)
-    return Source(path.name, _kind(head, path, compression, setting), str(path), compression)
+    return DataSource(path.name, _kind(head, path, compression, setting), str(path), compression)
 
 
 def _head(stream: BinaryIO) -> bytes:
@@ -448,7 +448,7 @@ def _is_pretty_printed(head: bytes) -> bool:
         return len(head) >= HEAD and bool(re.match(rb'[^\n]*([{,]\s*\n\s*"|\[\s*\n)', head))
 
 
-def _with_names(sources: list[Source]) -> list[Source]:
+def _with_names(sources: list[DataSource]) -> list[DataSource]:
     """The sources, with names that no two of them share."""
     depth = [2 if source.kind == "hub dataset" else 1 for source in sources]
     named = [source.name for source in sources]

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from veneer.config import UserError
-from veneer.data.sources.find import Source, chunks, open_dataset, open_plain, told
+from veneer.data.sources.find import DataSource, chunks, open_dataset, open_plain, told
 from veneer.data.sources.json_text import CHUNK, JsonText
 from veneer.data.sources.unpacked import TIMES, require_batches, require_pages
 
@@ -49,7 +49,7 @@ Piece = tuple[list[int], list[Row]]  # numbers and rows of a block
 
 
 @dataclass(frozen=True)
-class Block:
+class RowBlock:
     """Some rows of one source that follow each other.
 
     `numbers` count from 1: lines of a text (of its record's first line) if `by_line`, else rows. A row of bytes is a
@@ -67,7 +67,9 @@ class Block:
         return f"{self.name}:{number}" if self.by_line else f"{self.name}[{number}]"
 
 
-def read_blocks(source: Source, setting: str, text_by: str = "line", max_row_bytes: int = LONGEST) -> Iterator[Block]:
+def read_blocks(
+    source: DataSource, setting: str, text_by: str = "line", max_row_bytes: int = LONGEST
+) -> Iterator[RowBlock]:
     """The rows of a source, in order, at most 1000 of them and about 4 MiB at a time.
 
     Args:
@@ -84,7 +86,7 @@ def read_blocks(source: Source, setting: str, text_by: str = "line", max_row_byt
     with told(source.location, setting):
         for numbers, rows in _pieces(source, setting, text_by, max_row_bytes):
             empty = False
-            yield Block(source.name, by_line, numbers, rows)
+            yield RowBlock(source.name, by_line, numbers, rows)
     if empty:
         raise UserError(f"{setting} = {source.location}: the file holds no rows", f"name a file with rows in {setting}")
 
@@ -121,7 +123,7 @@ def _too_long(longest: int) -> Unreadable:
     return Unreadable(f"is longer than data.max_row_bytes = {longest:,}")
 
 
-def _pieces(source: Source, setting: str, text_by: str, longest: int) -> Iterator[Piece]:
+def _pieces(source: DataSource, setting: str, text_by: str, longest: int) -> Iterator[Piece]:
     if source.kind in ("parquet", "arrow", "arrow folder", "hub dataset"):
         yield from _table_pieces(source, setting, longest)
         return
@@ -212,7 +214,7 @@ def _json_array(stream: BinaryIO, name: str, setting: str, longest: int) -> Iter
         raise text.broken(text.at, "broken JSON: more text after the end of the array")
 
 
-def _csv(stream: BinaryIO, source: Source, setting: str, longest: int) -> Iterator[Item]:
+def _csv(stream: BinaryIO, source: DataSource, setting: str, longest: int) -> Iterator[Item]:
     header: list[str] | None = None
     for first, last, record in _records(stream, source, setting, longest):
         if header is None:
@@ -252,7 +254,7 @@ def _twins(names: list[str]) -> str:
 
 
 def _records(
-    stream: BinaryIO, source: Source, setting: str, longest: int
+    stream: BinaryIO, source: DataSource, setting: str, longest: int
 ) -> Iterator[tuple[int, int, list[str] | Unreadable]]:
     """First line, last line and fields of each record that is not blank."""
     damage: list[str] = []  # found in the lines of the record that is being read
@@ -350,7 +352,7 @@ def _text(line: bytes, longest: int) -> Row:
         return Unreadable(_not_utf8(error))
 
 
-def _table_pieces(source: Source, setting: str, longest: int) -> Iterator[Piece]:
+def _table_pieces(source: DataSource, setting: str, longest: int) -> Iterator[Piece]:
     import pyarrow as pa
 
     at = 1
@@ -375,7 +377,7 @@ def _table_pieces(source: Source, setting: str, longest: int) -> Iterator[Piece]
         raise UserError(what, f"write it again, or name another in {setting}") from error
 
 
-def _batches(source: Source, setting: str, longest: int) -> Iterator[Any]:
+def _batches(source: DataSource, setting: str, longest: int) -> Iterator[Any]:
     """Record batches of whatever size the source is cut into; None: a row that is longer than that."""
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -24,7 +24,7 @@ from veneer.config import UserError
 from veneer.config.files import read_json
 from veneer.data.batch import Example
 from veneer.data.screening.deduplication import BINS
-from veneer.data.sources.read import Block
+from veneer.data.sources.read import RowBlock
 from veneer.data.tokens.tokenize import ROW, SPAN, Tokenized
 
 ACCOUNT = ("fates", "notes", "personal", "lengths", "names", "problems", "stop_ids")
@@ -86,7 +86,7 @@ class Corpus(Sequence[Example]):
             return np.frombuffer(file.read((stop - start) * BINS), dtype=np.uint8).reshape(-1, BINS)
 
 
-def write(folder: Path, parts: Iterable[tuple[int, Block, Tokenized]]) -> None:
+def write(folder: Path, parts: Iterable[tuple[int, RowBlock, Tokenized]]) -> None:
     """Write tokenized blocks into a folder, as they come."""
     counted: dict[str, Counter[Any]] = {name: Counter() for name in ("fates", "notes", "personal", "lengths")}
     names: dict[int, tuple[str, bool]] = {}

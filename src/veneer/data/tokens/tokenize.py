@@ -21,10 +21,10 @@ from veneer.config import Data, JobError, UserError
 from veneer.data.batch import Example
 from veneer.data.conversation import BadRowError, Conversation
 from veneer.data.render import Renderer
-from veneer.data.row_parser import ParsedRow, Personal, Problem, RowParser
+from veneer.data.row_parser import ParsedRow, Personal, RowParser, RowProblem
 from veneer.data.sandbox import TOO_LONG, shared
 from veneer.data.screening.deduplication import signatures
-from veneer.data.sources.read import Block
+from veneer.data.sources.read import RowBlock
 from veneer.data.template import TEMPLATE_FIX
 
 NOTED = 20  # problems of a block and a fate that are kept word for word
@@ -72,7 +72,7 @@ class Tokenized:
     fates: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
     all_lengths: Any = None
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[RowProblem] = field(default_factory=list)
     personal: list[Personal] = field(default_factory=list)
     stop_ids: set[int] = field(default_factory=set)
 
@@ -92,30 +92,30 @@ class Tokenizing:
         self._parsers = [RowParser(data, name) for name in formats]
         self._longest_text = self.renderer.overlong_characters(data.max_length)
 
-    def __call__(self, source: int, block: Block) -> Tokenized:
+    def __call__(self, source: int, block: RowBlock) -> Tokenized:
         """Tokenize a block of a source."""
         with _no_garbage_collection():
             return self._tokenized(source, block)
 
-    def _tokenized(self, source: int, block: Block) -> Tokenized:
+    def _tokenized(self, source: int, block: RowBlock) -> Tokenized:
         fates: Counter[str] = Counter()
         notes: Counter[str] = Counter()
-        problems: list[Problem] = []
+        problems: list[RowProblem] = []
         kept: list[tuple[int, ParsedRow]] = []
         too_long: list[int] = []
         for at, raw in enumerate(block.rows):
             taken = self._parsers[source].take(raw, block.place(at))
             if taken is None:
                 fates["empty"] += 1
-                problems.append(Problem(block.place(at), "empty", "an answer says nothing"))
-            elif isinstance(taken, Problem):
+                problems.append(RowProblem(block.place(at), "empty", "an answer says nothing"))
+            elif isinstance(taken, RowProblem):
                 fates[taken.fate] += 1
                 problems.append(taken)
             elif self._is_hopeless(taken.conversation):
                 fates["overlong"] += 1
                 characters = _characters(taken.conversation)
                 too_long.append(characters * self._data.max_length // self._longest_text)
-                problems.append(Problem(block.place(at), "overlong", f"{characters:,} characters"))
+                problems.append(RowProblem(block.place(at), "overlong", f"{characters:,} characters"))
             else:
                 kept.append((block.numbers[at], taken))
         used: list[tuple[int, ParsedRow, list[Example]]] = []
@@ -126,11 +126,11 @@ class Tokenizing:
         for (number, taken), made in zip(kept, rendered, strict=True):
             if isinstance(made, BadRowError):
                 fates["refused"] += 1
-                problems.append(Problem(taken.conversation.place, "refused", str(made)))
+                problems.append(RowProblem(taken.conversation.place, "refused", str(made)))
                 continue
             if not made or not all(example.trained for example in made):
                 fates["empty"] += 1
-                problems.append(Problem(taken.conversation.place, "empty", "no token is trained"))
+                problems.append(RowProblem(taken.conversation.place, "empty", "no token is trained"))
                 continue
             all_lengths.append(max(len(example.ids) for example in made))
             examples, is_overlong, is_cut = self._fit(made, taken.conversation.is_document)
@@ -138,7 +138,7 @@ class Tokenizing:
                 fates["overlong"] += 1
                 notes["all_cut"] += is_cut
                 reason = f"{all_lengths[-1]:,} tokens" + (", all trained ones at the end" if is_cut else "")
-                problems.append(Problem(taken.conversation.place, "overlong", reason))
+                problems.append(RowProblem(taken.conversation.place, "overlong", reason))
                 continue
             fates["used"] += 1
             notes["chunked" if self._data.overlong == "chunk" else "truncated"] += is_overlong
@@ -174,8 +174,8 @@ class Tokenizing:
 
 
 def tokenize(
-    blocks: Iterable[tuple[int, Block]], renderer: Renderer, data: Data, formats: Sequence[str], workers: int
-) -> Iterator[tuple[int, Block, Tokenized]]:
+    blocks: Iterable[tuple[int, RowBlock]], renderer: Renderer, data: Data, formats: Sequence[str], workers: int
+) -> Iterator[tuple[int, RowBlock, Tokenized]]:
     """Tokenize blocks with so many processes; each comes back with its source and its block, in order.
 
     Raises:
@@ -194,7 +194,7 @@ def tokenize(
     like = {name: getattr(renderer.settings, name) for name in ("chat_template", "template_date")}
     given = (os.getpid(), renderer.tokenizer, data.model_copy(update=like), list(formats))
     pool = ProcessPoolExecutor(workers, initializer=_start, initargs=given)
-    waiting: deque[tuple[int, Block, Any]] = deque()
+    waiting: deque[tuple[int, RowBlock, Any]] = deque()
     try:
         for source, block in blocks:
             waiting.append((source, block, pool.submit(_work, source, block)))
@@ -230,11 +230,11 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _work(source: int, block: Block) -> Tokenized:
+def _work(source: int, block: RowBlock) -> Tokenized:
     return _worker[0](source, block)
 
 
-def _first_of_each_fate(problems: list[Problem]) -> list[Problem]:
+def _first_of_each_fate(problems: list[RowProblem]) -> list[RowProblem]:
     """The first problems of each fate, so that many of one do not hide another."""
     seen: Counter[str] = Counter()
     kept = []

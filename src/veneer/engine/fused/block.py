@@ -27,7 +27,7 @@ import torch
 from veneer.engine.fused.attention import Attention, Documents, attend, attend_backward
 from veneer.engine.fused.family import Decoder, Layer, Norm
 from veneer.engine.fused.group import Group
-from veneer.kernels.gated_mlp import Parts, gated_mlp, gated_mlp_backward, gated_mlp_backward_adapters
+from veneer.kernels.gated_mlp import AdapterGradientParts, gated_mlp, gated_mlp_backward, gated_mlp_backward_adapters
 from veneer.kernels.low_rank import add_a, add_b
 from veneer.kernels.rms_norm import normalize, rms_norm, rms_norm_backward
 from veneer.kernels.rope import rope, rope_backward
@@ -305,7 +305,7 @@ class Block:
         self._norm_backward(dx_TE[:, :D], kept.mid, kept.rstd2, norm, d_TE, update)
         kept.mid = None
 
-    def _gate_parts(self, tokens: int, like: torch.Tensor) -> Parts | None:
+    def _gate_parts(self, tokens: int, like: torch.Tensor) -> AdapterGradientParts | None:
         """Room for the gradients that the gate's backward makes on its way, where every linear of the MLP has its
         adapter; None: it makes none."""
         down, both = self.down, self.gate_up
@@ -313,11 +313,11 @@ class Block:
             return None
         if both.dropout_p or down.dropout_p or down.rank != both.rank or both.rank > MOST_RANK:
             return None
-        return Parts.room(_longest(tokens), down.inputs, down.rank, both.used, like)
+        return AdapterGradientParts.room(_longest(tokens), down.inputs, down.rank, both.used, like)
 
     def _gate_backward(
         self, gate_up_TE: torch.Tensor, dh_TE: torch.Tensor, u_both: torch.Tensor, v_down: torch.Tensor,
-        parts: Parts | None, start: int, at: Context,
+        parts: AdapterGradientParts | None, start: int, at: Context,
     ) -> None:  # fmt: skip
         """Gradient of gate and up in their place, with the adapters' gradients that lie on the way."""
         both, down = self.gate_up, self.down

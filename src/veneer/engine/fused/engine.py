@@ -16,8 +16,8 @@ from veneer.engine.fused.family import Decoder, NotCoveredError, read
 from veneer.engine.fused.graphs import Graphs, Inputs, rounded
 from veneer.engine.fused.spend import spend
 from veneer.engine.interface import BatchShapes
+from veneer.kernels.cast import cast_all, cast_table
 from veneer.kernels.launch import HAS_TRITON
-from veneer.kernels.place import place, placement_of
 from veneer.kernels.rms_norm import rms_norm_backward
 from veneer.kernels.softmax_loss import softmax_loss
 
@@ -225,7 +225,7 @@ class FusedEngine:
         if size != len(self._scratch):
             self._scratch = self._scratch.new_empty(size)
         shadows = [shadow for block in self.blocks for group in block.groups for shadow in group.shadows()]
-        self._adapters = placement_of(shadows)
+        self._adapters = cast_table(shadows)
 
     def _flatten(self, groups: list[Any]) -> None:
         """One buffer for all parameters, one for all gradients; PEFT's become views of them.
@@ -277,7 +277,7 @@ class FusedEngine:
     def _pass(self, inputs: Inputs) -> torch.Tensor:
         """Forward and backward, on the device alone."""
         at = self._context(inputs.documents, training=True)
-        place(self._adapters)
+        cast_all(self._adapters)
         stream, kept = self._forward(inputs.ids_T, at, True)
         losses_N, d_TE = self._head(inputs, stream, True)
         del stream
@@ -290,7 +290,7 @@ class FusedEngine:
     def losses(self, batch: Batch) -> torch.Tensor:
         """See `Engine.losses`."""
         inputs = self._bring(batch, 0.0, training=False)
-        place(self._adapters)
+        cast_all(self._adapters)
         stream, _ = self._forward(inputs.ids_T, self._context(inputs.documents, training=False), False)
         losses_N, _ = self._head(inputs, stream, False)
         document_T = torch.repeat_interleave(torch.tensor(batch.lengths))

@@ -30,8 +30,8 @@ from typing import Any, NamedTuple
 import torch
 
 from veneer.kernels import low_rank, nf4
+from veneer.kernels.cast import Cast
 from veneer.kernels.low_rank import Dropout, Member
-from veneer.kernels.place import Place
 from veneer.kernels.update import OFF_GRID, Update
 
 MOST_ADDED = 32  # ranks that a norm adds on its way; more cost it more than a reading
@@ -102,7 +102,7 @@ class Group:
         self.table: Any = None
         self._resident: torch.Tensor | None = None
         if self.is_quantized:
-            self.table = nf4.table_of([nf4.Packed.of(linear.module.weight) for linear in linears])
+            self.table = nf4.table_of([nf4.PackedNF4.of(linear.module.weight) for linear in linears])
             self.a_RD = torch.zeros((self.stacked, self.inputs), dtype=dtype, device=device)
             self.b_NR = torch.zeros((self.outputs, self.stacked), dtype=dtype, device=device)
         else:
@@ -156,16 +156,16 @@ class Group:
             nf4.dequantize(self.table, matrix)
             self._make_resident(matrix)
 
-    def shadows(self) -> list[Place]:
+    def shadows(self) -> list[Cast]:
         """Where each adapter matrix stands in compute precision."""
         pairs = []
         for linear, (start, end, slot) in zip(self.linears, self.members):
             if slot >= 0:
                 ranks = slice(slot * self.rank, (slot + 1) * self.rank)
-                pairs.append(Place(self.a_RD[ranks], linear.a.data, 1.0))
-                pairs.append(Place(self.b_NR[start:end, ranks], linear.b.data, self.scale))
+                pairs.append(Cast(self.a_RD[ranks], linear.a.data, 1.0))
+                pairs.append(Cast(self.b_NR[start:end, ranks], linear.b.data, self.scale))
                 if self._after:
-                    pairs.append(Place(self._b_RN[ranks, start:end].T, linear.b.data, self.scale))
+                    pairs.append(Cast(self._b_RN[ranks, start:end].T, linear.b.data, self.scale))
         return pairs
 
     def matrix(self, scratch: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,7 @@ ENOUGH = 50  # tokens that are a choice; with fewer, all that count are taken
 
 
 @dataclass(frozen=True)
-class Limits:
+class Tolerance:
     """How far an artifact of a precision may be from the judged model.
 
     Attributes:
@@ -46,20 +46,38 @@ class Limits:
     divergence: float
     agreement: float
 
-    def at_least(self, other: "Limits") -> "Limits":
+    def at_least(self, other: "Tolerance") -> "Tolerance":
         """The wider of each."""
-        return Limits(max(self.divergence, other.divergence), min(self.agreement, other.agreement))
+        return Tolerance(max(self.divergence, other.divergence), min(self.agreement, other.agreement))
 
 
 LIMITS = {
-    **{"float32": Limits(0.01, 0.97), "bfloat16": Limits(0.02, 0.95), "float16": Limits(0.02, 0.95)},
-    **{"f32": Limits(0.02, 0.95), "f16": Limits(0.02, 0.95), "bf16": Limits(0.02, 0.95), "q8_0": Limits(0.03, 0.93)},
-    **{"q6_k": Limits(0.05, 0.9), "q5_k_m": Limits(0.08, 0.87), "q5_k_s": Limits(0.08, 0.87)},
-    **{"q4_k_m": Limits(0.2, 0.75), "q4_k_s": Limits(0.2, 0.75), "q4_0": Limits(0.3, 0.7)},
-    **{"q3_k_l": Limits(0.5, 0.6), "q3_k_m": Limits(0.5, 0.6), "q3_k_s": Limits(0.7, 0.55), "q2_k": Limits(1.5, 0.4)},
-    "endpoint": Limits(0.2, 0.75),
+    **{
+        "float32": Tolerance(0.01, 0.97),
+        "bfloat16": Tolerance(0.02, 0.95),
+        "float16": Tolerance(0.02, 0.95),
+    },
+    **{
+        "f32": Tolerance(0.02, 0.95),
+        "f16": Tolerance(0.02, 0.95),
+        "bf16": Tolerance(0.02, 0.95),
+        "q8_0": Tolerance(0.03, 0.93),
+    },
+    **{
+        "q6_k": Tolerance(0.05, 0.9),
+        "q5_k_m": Tolerance(0.08, 0.87),
+        "q5_k_s": Tolerance(0.08, 0.87),
+    },
+    **{"q4_k_m": Tolerance(0.2, 0.75), "q4_k_s": Tolerance(0.2, 0.75), "q4_0": Tolerance(0.3, 0.7)},
+    **{
+        "q3_k_l": Tolerance(0.5, 0.6),
+        "q3_k_m": Tolerance(0.5, 0.6),
+        "q3_k_s": Tolerance(0.7, 0.55),
+        "q2_k": Tolerance(1.5, 0.4),
+    },
+    "endpoint": Tolerance(0.2, 0.75),
 }
-OTHER_BASE = Limits(0.2, 0.75)  # merged into other weights than were judged, by choice: as far as 4 bits may move it
+OTHER_BASE = Tolerance(0.2, 0.75)  # merged into other weights than were judged, by choice: as far as 4 bits may move it
 
 
 @dataclass(frozen=True)
@@ -181,7 +199,7 @@ def divergence(expected_V: torch.Tensor, found: dict[int, float]) -> float:
     return max(0.0, total)
 
 
-def distribution_checks(measured: Sequence[Measured], limits: Limits, noise: Noise) -> list[Check]:
+def distribution_checks(measured: Sequence[Measured], limits: Tolerance, noise: Noise) -> list[Check]:
     """Divergence and agreement over all prompts."""
     checks = []
     values = [value for row in measured for value in row.divergences]

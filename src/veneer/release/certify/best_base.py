@@ -25,7 +25,7 @@ from veneer.release.origin import Origin
 
 
 @dataclass(frozen=True)
-class Choice:
+class BaseChoice:
     """What was chosen, and why.
 
     Attributes:
@@ -50,7 +50,7 @@ def choose_base(
     max_new_tokens: int,
     recorded: dict[str, Recorded],
     notify: Callable[[str], None] = lambda what: None,
-) -> Choice:
+) -> BaseChoice:
     """Score the adapter on its base in 4 bits and in 16, on the same rows.
 
     Args:
@@ -84,4 +84,4 @@ def choose_base(
     before, after = (right_rows([answer.text for answer in found], references) for found in (judged, answers))
     evidence = paired(before, after)
     on = "base" if evidence.verdict == "better" else "nf4"
-    return Choice(on, evidence, sum(before) / len(rows), sum(after) / len(rows))
+    return BaseChoice(on, evidence, sum(before) / len(rows), sum(after) / len(rows))

@@ -35,9 +35,9 @@ from veneer.model.dense import adapter_in_copies
 from veneer.release.certify.agreement import (
     LIMITS,
     OTHER_BASE,
-    Limits,
     Measured,
     Noise,
+    Tolerance,
     distribution_checks,
     measure,
     noise_between,
@@ -233,7 +233,7 @@ def judged_answers(
     return found, source
 
 
-def _limits(artifact: Artifact, origin: Origin) -> Limits:
+def _limits(artifact: Artifact, origin: Origin) -> Tolerance:
     limits = LIMITS.get(artifact.precision, LIMITS["endpoint"])
     return limits if artifact.on == trained_on(origin) else limits.at_least(OTHER_BASE)
 

@@ -17,7 +17,7 @@ import torch
 
 from veneer.model.gguf import open_gguf
 from veneer.model.shapes import find_config
-from veneer.release.gguf.families import COMPUTED, Layout
+from veneer.release.gguf.families import COMPUTED, TensorLayout
 from veneer.release.gguf.importance import importance_of, read_importance
 from veneer.release.gguf.types import encoded
 from veneer.release.merge.adapter_delta import AdapterDelta
@@ -118,7 +118,7 @@ def _added(origin: Origin, artifact: Path, every: dict[str, Any]) -> list[str]:
     """Tensors of an artifact that neither base nor adapter has: a head that is loaded in place of a tied one, say."""
     if not artifact.is_file():
         return sorted(name for name in weights_of(artifact, str(artifact)).keys() - every.keys())
-    layout = Layout(find_config(origin.model), origin.model.base)
+    layout = TensorLayout(find_config(origin.model), origin.model.base)
     known = {layout.name(name) for name in every if not name.endswith(COMPUTED)} | layout.extra_tensors().keys()
     return sorted(tensor.name for tensor in open_gguf(artifact).tensors if tensor.name not in known)
 
@@ -179,7 +179,7 @@ def _folder_reader(folder: Path) -> Callable[[str], Any]:
 def _gguf_reader(origin: Origin, file: Path, delta: AdapterDelta) -> Callable[[str], Any]:
     from gguf import quants
 
-    layout = Layout(find_config(origin.model), origin.model.base)
+    layout = TensorLayout(find_config(origin.model), origin.model.base)
     tensors = {tensor.name: tensor for tensor in open_gguf(file).tensors}
     importance = read_importance(file)
 

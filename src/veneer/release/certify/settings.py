@@ -21,7 +21,7 @@ from veneer.model.quiet import quiet
 from veneer.model.remote import read_config
 from veneer.model.shapes import find_config
 from veneer.release.certify.checks import Check
-from veneer.release.gguf.families import Layout
+from veneer.release.gguf.families import TensorLayout
 from veneer.release.origin import Origin
 
 # Of config.json: what a merge writes anew, other checks compare, or Transformers notes for itself.
@@ -123,8 +123,8 @@ def _decoding(path: Path) -> Check:
     )
 
 
-def _layout(origin: Origin) -> Layout:
-    return Layout(find_config(origin.model), origin.model.base)
+def _layout(origin: Origin) -> TensorLayout:
+    return TensorLayout(find_config(origin.model), origin.model.base)
 
 
 def _gguf_settings(origin: Origin, file: Path) -> Iterator[str]:

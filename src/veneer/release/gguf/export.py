@@ -19,7 +19,7 @@ from veneer.config import UserError
 from veneer.config.folder import whole_folder, write_text
 from veneer.model import gguf_origin
 from veneer.model.shapes import find_config
-from veneer.release.gguf.families import COMPUTED, Layout
+from veneer.release.gguf.families import COMPUTED, TensorLayout
 from veneer.release.gguf.importance import Importance, importance_of, write_importance
 from veneer.release.gguf.modelfile import modelfile
 from veneer.release.gguf.tokenizer import vocabulary
@@ -92,7 +92,7 @@ def export_model(
     require_quant(quant)
     on = resolved_base(origin, on)
     require_free(out)
-    layout = Layout(find_config(origin.model), origin.model.base)
+    layout = TensorLayout(find_config(origin.model), origin.model.base)
     tensors = base_weights(origin)
     delta = AdapterDelta(origin, tensors)
     merge_plan = MergePlan(origin, delta, on)
@@ -139,7 +139,7 @@ def export_adapter(origin: Origin, out: Path, on_done: Progress = lambda done: N
         UserError: The adapter is more than LoRA matrices on linear layers, which is all that llama.cpp knows.
     """
     require_free(out)
-    layout = Layout(find_config(origin.model), origin.model.base)
+    layout = TensorLayout(find_config(origin.model), origin.model.base)
     refused = [check.message for check in vllm_lint(origin.adapter) if not check.passed and check.id != "rank"]
     if refused:
         raise UserError(
@@ -166,7 +166,7 @@ def export_adapter(origin: Origin, out: Path, on_done: Progress = lambda done: N
 
 
 def _plan(
-    layout: Layout, merge_plan: MergePlan, mix: Mix, name: str, stored: Stored, importance: torch.Tensor | None
+    layout: TensorLayout, merge_plan: MergePlan, mix: Mix, name: str, stored: Stored, importance: torch.Tensor | None
 ) -> _Tensor:
     there = layout.name(name)
     transform = layout.transform(name)
@@ -178,7 +178,7 @@ def _plan(
     return _Tensor(there, stored.shape, mix.type_of(there, stored.shape), make, importance)
 
 
-def _plan_lora(layout: Layout, name: str, stored: Stored) -> _Tensor:
+def _plan_lora(layout: TensorLayout, name: str, stored: Stored) -> _Tensor:
     """A LoRA matrix; B has the rows of its weight, and is laid out as they are."""
     module, _, half = name.removeprefix("base_model.model.").rpartition(".lora_")
     weight = f"{module}.weight"
@@ -201,7 +201,7 @@ def _writer(path: Path, arch: str) -> Any:
     return GGUFWriter(path, arch)
 
 
-def _describe(writer: Any, origin: Origin, layout: Layout, quant: str) -> None:
+def _describe(writer: Any, origin: Origin, layout: TensorLayout, quant: str) -> None:
     """Everything but tokenizer and tensors."""
     writer.add_type("model")
     writer.add_name(_named(_title(origin), origin.renderer().tokenizer))

@@ -57,7 +57,7 @@ def family_of(config: Any, base: str) -> Family:
     return FAMILIES[config.model_type]
 
 
-class Layout:
+class TensorLayout:
     """Names and layouts of one model's tensors in GGUF.
 
     Args:

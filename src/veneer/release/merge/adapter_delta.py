@@ -25,7 +25,7 @@ from veneer.config import Quantization, UserError
 from veneer.model.quiet import quiet
 from veneer.model.shapes import build, find_config
 from veneer.release.merge.disk_names import DiskNames
-from veneer.release.merge.stored_4bit import Packed
+from veneer.release.merge.stored_4bit import StoredNF4
 from veneer.release.origin import Origin
 from veneer.release.weights import Stored, read_header
 
@@ -72,7 +72,7 @@ class AdapterDelta:
         _hollow(base, self._zero)
         self._model = _attached(base, origin, saved)
         self._in_adapter = saved.keys()
-        self.packed = {name for name, stored in tensors.items() if isinstance(stored, Packed)}
+        self.packed = {name for name, stored in tensors.items() if isinstance(stored, StoredNF4)}
         self._changes: dict[str, tuple[Any, str]] = {}
         self._part_of: dict[str, str] = {}  # tensors that are parts of a changed parameter, and which
         self._deltas: dict[str, dict[str, torch.Tensor]] = {}

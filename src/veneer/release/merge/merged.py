@@ -33,7 +33,7 @@ from veneer.release.origin import Origin
 from veneer.release.output import require_free, require_known, require_space
 from veneer.release.passport import file_sha256, read_passport
 from veneer.release.redact import name_of
-from veneer.release.weights import SHARD_BYTES, Planned, Stored, weights_of, write_weights
+from veneer.release.weights import SHARD_BYTES, PlannedTensor, Stored, weights_of, write_weights
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 Progress = Callable[[int], None]
@@ -132,10 +132,10 @@ def unmerge_from(
     delta = AdapterDelta(origin, tensors)
     delta.require_subtractable()
 
-    def plan(name: str, stored: Stored) -> Planned:
+    def plan(name: str, stored: Stored) -> PlannedTensor:
         if name not in delta.changed:
-            return Planned(name, stored.dtype, stored.shape, stored.chunks)
-        return Planned(
+            return PlannedTensor(name, stored.dtype, stored.shape, stored.chunks)
+        return PlannedTensor(
             name,
             stored.dtype,
             stored.shape,
@@ -156,15 +156,15 @@ def unmerge_from(
     return Merged(str(out), dtype, "merged", len(planned), len(delta.changed), size, files, warnings)
 
 
-def _plan(merge_plan: MergePlan, name: str, stored: Stored, dtype: torch.dtype) -> Planned:
+def _plan(merge_plan: MergePlan, name: str, stored: Stored, dtype: torch.dtype) -> PlannedTensor:
     if stored.is_float and merge_plan.changes(name):
-        return Planned(name, dtype, stored.shape, lambda: merge_plan.rounded(name, stored, dtype))
+        return PlannedTensor(name, dtype, stored.shape, lambda: merge_plan.rounded(name, stored, dtype))
     if not stored.is_float or stored.dtype == dtype:
-        return Planned(name, stored.dtype, stored.shape, stored.chunks)
-    return Planned(name, dtype, stored.shape, lambda: cast_pieces(stored, dtype))
+        return PlannedTensor(name, stored.dtype, stored.shape, stored.chunks)
+    return PlannedTensor(name, dtype, stored.shape, lambda: cast_pieces(stored, dtype))
 
 
-def _told(tensor: Planned, on_done: Progress) -> Planned:
+def _told(tensor: PlannedTensor, on_done: Progress) -> PlannedTensor:
     """The same, telling when it has been made."""
 
     def make() -> torch.Tensor | Iterator[memoryview]:
@@ -172,7 +172,7 @@ def _told(tensor: Planned, on_done: Progress) -> Planned:
         on_done(tensor.size)
         return made
 
-    return Planned(tensor.name, tensor.dtype, tensor.shape, make)
+    return PlannedTensor(tensor.name, tensor.dtype, tensor.shape, make)
 
 
 def write_companions(origin: Origin, base: Path, out: Path) -> None:

@@ -17,7 +17,7 @@ from veneer.release.weights import Stored, bytes_of, weights_of
 
 
 @dataclass(frozen=True)
-class Packed(Stored):
+class StoredNF4(Stored):
     """A weight in 4 bits; dtype and shape are those of what it stands for.
 
     Attributes:
@@ -54,9 +54,9 @@ def base_weights(origin: Origin) -> dict[str, Stored]:
     }
 
 
-def _packed(packed: Stored, beside: list[Stored], dtype: torch.dtype) -> Packed:
+def _packed(packed: Stored, beside: list[Stored], dtype: torch.dtype) -> StoredNF4:
     parts = (packed, *beside)
-    return Packed(packed.name, packed.file, dtype, tuple(_state(parts).shape), packed.start, packed.size, parts)
+    return StoredNF4(packed.name, packed.file, dtype, tuple(_state(parts).shape), packed.start, packed.size, parts)
 
 
 def _state(parts: tuple[Stored, ...]) -> Any:

@@ -24,7 +24,7 @@ from veneer.config.folder import write_text
 from veneer.config.load import yaml_values
 from veneer.data.template import begin_ids
 from veneer.machine import find_machine
-from veneer.model import GgufOrigin, Source, compute_dtype, gguf_origin, load_tokenizer, local_folder, locate
+from veneer.model import BaseSource, GgufOrigin, compute_dtype, gguf_origin, load_tokenizer, local_folder, locate
 from veneer.release.passport import base_name, read_passport
 from veneer.release.publish.vllm_lint import vllm_lint
 from veneer.release.redact import failed_check, name_of, without_paths
@@ -78,7 +78,7 @@ class Facts:
 
     @staticmethod
     def of(
-        folder: Path, run: Run, source: Source, name: str, scores: dict[str, Any] | None, certificate: Any
+        folder: Path, run: Run, source: BaseSource, name: str, scores: dict[str, Any] | None, certificate: Any
     ) -> "Facts":
         """Gather them from an adapter's folder."""
         passport = read_passport(folder) or {}
@@ -98,7 +98,7 @@ class Facts:
             lint=[check.as_dict() for check in vllm_lint(folder)],
             dtype=passport.get("dtype") or str(compute_dtype(run.model, find_machine())).removeprefix("torch."),
             is_chat=is_chat,
-            begin_ids=[] if is_chat else begin_ids(load_tokenizer(Source("folder", str(folder), str(folder)))),
+            begin_ids=[] if is_chat else begin_ids(load_tokenizer(BaseSource("folder", str(folder), str(folder)))),
             stop_ids=generation.get("eos_token_id") or passport.get("stop_token_ids", []),
         )
 
@@ -166,12 +166,12 @@ def metadata(facts: Facts) -> dict[str, Any]:
     return found
 
 
-def hub_id(source: Source) -> str | None:
+def hub_id(source: BaseSource) -> str | None:
     """The base's name on the Hub, where it is from there: that name stands for the weights that were trained on."""
     return source.location if source.kind == "hub" else None
 
 
-def licence(source: Source) -> str | None:
+def licence(source: BaseSource) -> str | None:
     """The base's licence as its own files state it: README.md's metadata, or the .gguf file it came from."""
     folder = local_folder(source)
     if folder is None:

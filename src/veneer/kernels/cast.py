@@ -14,7 +14,7 @@ from veneer.kernels.launch import launch, runs_triton, tl, triton
 BLOCK = 4096
 
 
-class Place(NamedTuple):
+class Cast(NamedTuple):
     """One matrix: `target` (any strides) = `source` (contiguous, float32) times `factor`."""
 
     target: torch.Tensor
@@ -22,50 +22,50 @@ class Place(NamedTuple):
     factor: float
 
 
-class Placement(NamedTuple):
+class CastTable(NamedTuple):
     """Addresses of many, for one launch; they must stay where they are."""
 
-    places: tuple[Place, ...]
+    casts: tuple[Cast, ...]
     addresses: torch.Tensor
     factors: torch.Tensor
     member_of: torch.Tensor
 
 
-def placement_of(places: Sequence[Place]) -> Placement:
+def cast_table(casts: Sequence[Cast]) -> CastTable:
     """Prepare the launch."""
-    device = places[0].target.device if places else torch.device("cpu")
+    device = casts[0].target.device if casts else torch.device("cpu")
     rows, members, first = [], [], 0
-    for number, (target, source, _) in enumerate(places):
+    for number, (target, source, _) in enumerate(casts):
         programs = triton.cdiv(source.numel(), BLOCK) if runs_triton(target) else 1
         strides = target.stride()
         rows.append([target.data_ptr(), source.data_ptr(), source.numel(), source.shape[1], *strides, first])
         members += [number] * programs
         first += programs
-    return Placement(
-        tuple(places),
+    return CastTable(
+        tuple(casts),
         torch.tensor(rows, dtype=torch.int64, device=device),
-        torch.tensor([place.factor for place in places], dtype=torch.float32, device=device),
+        torch.tensor([cast.factor for cast in casts], dtype=torch.float32, device=device),
         torch.tensor(members, dtype=torch.int32, device=device),
     )
 
 
-def place(placement: Placement) -> None:
+def cast_all(table: CastTable) -> None:
     """Fill every target."""
-    if not placement.places:
+    if not table.casts:
         return
-    target = placement.places[0].target
+    target = table.casts[0].target
     if not runs_triton(target):
-        for target, source, factor in placement.places:
+        for target, source, factor in table.casts:
             target.copy_(source * factor)
         return
     dtype = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[target.dtype]
-    launch(_place, (len(placement.member_of),))(
-        placement.addresses, placement.factors, placement.member_of, DTYPE=dtype, BLOCK=BLOCK, num_warps=4
+    launch(_cast, (len(table.member_of),))(
+        table.addresses, table.factors, table.member_of, DTYPE=dtype, BLOCK=BLOCK, num_warps=4
     )
 
 
 @triton.jit
-def _place(addresses, factors, member_of, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+def _cast(addresses, factors, member_of, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     program = tl.program_id(0)
     member = tl.load(member_of + program)
     line = addresses + member * 7
