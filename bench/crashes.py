@@ -123,8 +123,8 @@ class Trials:
     """A tiny run in a folder of its own, killed and resumed."""
 
     def __init__(self, folder: Path) -> None:
-        from tests.runs import write_rows
-        from tests.tiny import FAMILIES, save_tiny_model
+        from tests.support.runs import write_rows
+        from tests.support.tiny import FAMILIES, save_tiny_model
 
         self.folder, self.run, self.finished = folder, folder / "run", folder / "finished"
         save_tiny_model(FAMILIES["llama"], folder / "base")

@@ -1,7 +1,7 @@
 """Does the fused engine learn what the reference engine learns? SmolLM2 on gsm8k, the same batches for both.
 
-    python3 bench/curve.py gsm8k_train.jsonl --steps 200          # writes bench/results/curve.json and curve.png
-    python3 bench/curve.py gsm8k_train.jsonl --smollm2 FILE.gguf  # where the built-in model cannot be fetched
+    python3 -m bench.curve gsm8k_train.jsonl --steps 200          # writes bench/results/curve.json and curve.png
+    python3 -m bench.curve gsm8k_train.jsonl --smollm2 FILE.gguf  # where the built-in model cannot be fetched
 
 Three runs on the same 4-bit weights: the reference engine in float32, the same in bfloat16, the fused engine in
 bfloat16. The yardstick is float32: PEFT rounds a layer's output to bfloat16 and then adds what the adapter makes, so
@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from tests.support.exactness import adapted, base_errors
 
-from veneer.config import Adapter, Data, Model, Quantization, Train
-from veneer.data import Batch, Batches, Renderer, prepare
+from veneer.config import Data, Model, Train
+from veneer.data import Batches, Renderer, prepare
 from veneer.engine import ReferenceEngine
 from veneer.engine.fused import FusedEngine
-from veneer.engine.temporary import fill_b
 from veneer.machine import find_machine
-from veneer.model import attach, load_model, load_tokenizer, locate
+from veneer.model import load_tokenizer, locate
 from veneer.training.optimizer import build_optimizer
 from veneer.training.schedule import learning_rate
 
@@ -36,16 +36,10 @@ SMOOTHED = 20
 RATE = 2e-4
 
 
-def model_of(name: str, dtype: str, quantized: bool) -> Any:
-    model = Model(base=name, dtype=dtype)
-    base = load_model(locate(model), model, Quantization() if quantized else None, find_machine())
-    return attach(base, Adapter(r=16, lora_alpha=32), 0)
-
-
 def curve(way: str, name: str, batches: Batches, steps: int) -> tuple[list[float], float]:
     """Loss of each step, and the seconds they took."""
     engine_name, dtype = way.split(", ")
-    model = model_of(name, dtype, quantized=True)
+    model = adapted(name, dtype, quantized=True)
     engine: Any = FusedEngine(model) if engine_name == "fused" else ReferenceEngine(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     train = Train(optim="adamw_torch", learning_rate=RATE)
@@ -64,31 +58,6 @@ def curve(way: str, name: str, batches: Batches, steps: int) -> tuple[list[float
         if number % 20 == 0:
             print(f"{way} {number + 1}/{steps} loss {losses[-1]:.4f}", flush=True)
     return losses, time.perf_counter() - started
-
-
-def errors(name: str, batch: Batch) -> dict[str, Any]:
-    """Of PEFT and of the fused engine in bfloat16 against PEFT in float32, in the loss and the adapters' gradients."""
-    found = {}
-    for way, dtype in (("exact", "float32"), ("peft", "bfloat16"), ("fused", "bfloat16")):
-        model = model_of(name, dtype, quantized=False)
-        fill_b(model)
-        engine: Any = FusedEngine(model) if way == "fused" else ReferenceEngine(model)
-        loss = engine.forward_backward(batch, 1 / batch.weight).item() / batch.weight
-        found[way] = loss, {n: p.grad.float().cpu() for n, p in model.named_parameters() if p.requires_grad}
-    loss, wanted = found["exact"]
-    result: dict[str, Any] = {"loss_float32": loss}
-    relative: dict[str, dict[str, float]] = {}
-    for way in ("peft", "fused"):
-        own_loss, grads = found[way]
-        relative[way] = {n: float((grads[n] - wanted[n]).norm() / wanted[n].norm()) for n in wanted}
-        whole = torch.cat([(grads[n] - wanted[n]).flatten() for n in wanted]).norm()
-        result[way] = {
-            "loss_error": abs(own_loss - loss),
-            "gradient_error": float(whole / torch.cat([g.flatten() for g in wanted.values()]).norm()),
-            "worst_matrix_error": max(relative[way].values()),
-        }
-    result["largest_ratio_of_a_matrix"] = max(relative["fused"][n] / relative["peft"][n] for n in wanted)
-    return result
 
 
 def plot(losses: dict[str, list[float]], differences: dict[str, float], where: str, out: Path) -> None:
@@ -121,7 +90,7 @@ def main() -> None:
     data = Data(train=a.data, validation=0, max_length=512)
     part = prepare(data, Renderer(load_tokenizer(locate(Model(base=a.smollm2))), data), 42).train
     batches = Batches(part, part.lengths, a.rows, 1, 42)
-    first = errors(a.smollm2, batches.step(0)[0])
+    first = base_errors(a.smollm2, batches.step(0)[0])
     print(json.dumps(first), flush=True)
     runs = {way: curve(way, a.smollm2, batches, a.steps) for way in WAYS}
     exact, *others = ({way: smooth(losses)} for way, (losses, _) in runs.items())

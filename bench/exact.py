@@ -12,73 +12,19 @@ written out errs less where keys have a bias (Qwen2), since the others take sums
 """
 
 import argparse
-import copy
 import json
-import math
 import statistics
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from tests.unit.test_fused import COVERED, batch_of, gradients, model_of
+from tests.support.engines import COVERED
+from tests.support.exactness import BATCHES, LENGTHS, ratios, tiny_errors
 
-from veneer.engine import ReferenceEngine
-from veneer.engine.fused import FusedEngine
 from veneer.machine import find_machine
 
 RESULTS = Path(__file__).parent / "results" / "exact.json"
-LENGTHS = ((37, 5, 21), (256, 256))
-BATCHES = 6
-
-
-class Errors(NamedTuple):
-    """Of one batch.
-
-    Attributes:
-        losses: In float32, by PEFT and by the fused engine.
-        matrices: Relative errors of each gradient, by PEFT and by the fused engine.
-    """
-
-    losses: tuple[float, float, float]
-    matrices: dict[str, tuple[float, float]]
-
-
-def errors(family: str, lengths: tuple[int, ...], seed: int, device: str, attention: str = "sdpa") -> Errors:
-    """Of one model and one batch; `attention`: PEFT's, as Transformers names it."""
-    exact, batch = model_of(family, seed, changes={"hidden_size": 128}).to(device), batch_of(lengths, seed=seed)
-    loss, wanted = gradients(ReferenceEngine(exact), exact, batch)
-    peft, fused = in_16_bits(exact), in_16_bits(exact)
-    if not getattr(exact.config, "attn_logit_softcapping", None):
-        peft.set_attn_implementation(attention)
-    with torch.autocast(device, torch.bfloat16):
-        peft_loss, by_peft = gradients(ReferenceEngine(peft), peft, batch)
-    fused_loss, found = gradients(FusedEngine(fused), fused, batch)
-
-    def error(gradient: torch.Tensor, right: torch.Tensor) -> float:
-        return float((gradient - right).norm() / right.norm())
-
-    matrices = {name: (error(by_peft[name], right), error(found[name], right)) for name, right in wanted.items()}
-    return Errors((loss, peft_loss, fused_loss), matrices)
-
-
-def in_16_bits(model: Any) -> Any:
-    """A copy whose base is bfloat16."""
-    model = copy.deepcopy(model)
-    for name, parameter in model.named_parameters():
-        if "lora" not in name:
-            parameter.data = parameter.data.bfloat16()
-    return model
-
-
-def ratios(batches: list[Errors]) -> dict[str, float]:
-    """How many times PEFT's error ours is, over all batches, for each matrix."""
-
-    def size(name: str, who: int) -> float:
-        return math.sqrt(statistics.fmean(batch.matrices[name][who] ** 2 for batch in batches))
-
-    return {name: size(name, 1) / size(name, 0) for name in batches[0].matrices}
 
 
 def keys(device: str) -> dict[str, Any]:
@@ -86,7 +32,7 @@ def keys(device: str) -> dict[str, Any]:
     found: dict[str, list[float]] = {"PEFT, eager": [], "PEFT, sdpa": [], "fused": []}
     for seed in range(100, 116):
         for attention in ("eager", "sdpa"):
-            both = errors("qwen2", LENGTHS[1], seed, device, attention).matrices.values()
+            both = tiny_errors("qwen2", LENGTHS[1], seed, device, attention).matrices.values()
             found[f"PEFT, {attention}"] += [peft for peft, _ in both]
             found["fused"] += [fused for _, fused in both] if attention == "sdpa" else []
     shares = (0.5, 0.9, 0.99, 1.0)
@@ -110,7 +56,7 @@ def main() -> None:
         return
     for family in COVERED:
         for lengths in LENGTHS:
-            batches = [errors(family, lengths, seed, machine.device) for seed in range(BATCHES)]
+            batches = [tiny_errors(family, lengths, seed, machine.device) for seed in range(BATCHES)]
             over_all, single = ratios(batches), [max(ratios([batch]).values()) for batch in batches]
             cases.append({
                 "family": family, "lengths": lengths, "median": round(statistics.median(over_all.values()), 3),

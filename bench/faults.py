@@ -265,8 +265,8 @@ class Good(NamedTuple):
 
 def _good(folder: Path) -> Good:
     """A tiny base, a run on it, one that was stopped, a cache, and a GGUF file of the base."""
-    from tests.runs import tiny_run, write_rows
-    from tests.tiny import FAMILIES, save_tiny_model
+    from tests.support.runs import tiny_run, write_rows
+    from tests.support.tiny import FAMILIES, save_tiny_model
 
     import veneer
     from veneer.config.load import to_yaml
@@ -402,7 +402,7 @@ def _templates(good: Good, folder: Path, chance: random.Random) -> Iterator[Inpu
             "{% set a = a %}",
         ),
     )
-    from tests.tiny import CHATML
+    from tests.support.tiny import CHATML
 
     number = 0
     rows = folder / "rows.jsonl"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.tiny import FAMILIES, save_tiny_model
+from tests.support.tiny import FAMILIES, save_tiny_model
 
 
 @pytest.fixture(scope="session")

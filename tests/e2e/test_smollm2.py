@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from bench.curve import errors
 from hypothesis import assume, given
 from safetensors.torch import load_file
 
-from tests.masks import STARTS, TRIMS, check_mask, hypothesis_settings, random_chats
-from tests.rows import renderer
-from tests.runs import losses
+from tests.support.exactness import base_errors
+from tests.support.masks import STARTS, TRIMS, check_mask, hypothesis_settings, random_chats
+from tests.support.rows import renderer
+from tests.support.runs import losses
 from veneer.cli.demo import SYSTEM_PROMPT
 from veneer.config import Data, Model
 from veneer.data import Batch, Renderer, prepare
@@ -183,7 +183,7 @@ def test_the_fused_engine_errs_at_most_twice_as_much_as_peft() -> None:
     """On real weights and rows, in bfloat16 against float32: every adapter's gradient, and the loss."""
     data = Data(train=str(ROOT / "src/veneer/data/demo/train.jsonl"), validation=0, limit=8)
     rows = prepare(data, Renderer(load_tokenizer(locate(Model(base=NAME))), data), 42).train
-    found = errors(NAME, Batch.of([rows[n] for n in range(8)]))
+    found = base_errors(NAME, Batch.of([rows[n] for n in range(8)]))
     assert found["largest_ratio_of_a_matrix"] <= 2
     assert found["fused"]["gradient_error"] <= found["peft"]["gradient_error"]
     assert found["fused"]["loss_error"] <= max(2 * found["peft"]["loss_error"], 2e-3 * found["loss_float32"])

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 import veneer
-from tests.runs import losses, tiny_run, write_rows
-from tests.tiny import FAMILIES
+from tests.support.runs import StopAt, losses, tiny_run, write_rows
+from tests.support.tiny import FAMILIES
 from veneer.config import Interrupted
 from veneer.training import TrainingJob
 
@@ -19,21 +19,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 OPTIMIZERS = ["adamw_torch", "adamw_8bit", "adamw_32bit", "paged_adamw_8bit", "paged_adamw_32bit"]
-
-
-class StopAt:
-    """A listener that asks for a stop by an exception of its own once a step is done."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_start(self, steps: int, done: int) -> None: ...
-
-    def on_record(self, record: dict[str, Any]) -> None:
-        if record["step"] == self.step:
-            raise Interrupted(Path())
-
-    def on_end(self) -> None: ...
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 import veneer
-from tests.gpu.test_cuda import StopAt
-from tests.runs import losses, tiny_run, write_rows
-from tests.unit.test_fused import COVERED
+from tests.support.engines import COVERED
+from tests.support.runs import StopAt, losses, tiny_run, write_rows
 from veneer.config import Interrupted
 from veneer.engine.fused import FusedEngine
 from veneer.training import TrainingJob

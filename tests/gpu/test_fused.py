@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from bench import exact
 
-from tests.unit.test_fused import COVERED, batch_of, gradients, model_of, worst
+from tests.support.engines import COVERED, batch_of, gradients, model_of, worst
+from tests.support.exactness import BATCHES, LENGTHS, ratios, tiny_errors
 from veneer.engine import ReferenceEngine
 from veneer.engine.fused import FusedEngine
 from veneer.kernels import nf4
@@ -22,14 +22,14 @@ def test_float32_on_the_gpu_is_the_reference(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", COVERED)
-@pytest.mark.parametrize("lengths", exact.LENGTHS)
+@pytest.mark.parametrize("lengths", LENGTHS)
 def test_bfloat16_errs_at_most_twice_as_much_as_peft(family: str, lengths: tuple[int, ...]) -> None:
     """One batch is one draw of what rounding may do to a matrix, and now and then it is twice another. Over six models
     and batches together, no matrix's error may be."""
-    batches = [exact.errors(family, lengths, seed, "cuda") for seed in range(exact.BATCHES)]
+    batches = [tiny_errors(family, lengths, seed, "cuda") for seed in range(BATCHES)]
     for right, by_peft, found in (batch.losses for batch in batches):
         assert abs(found - right) <= max(2 * abs(by_peft - right), 2e-3 * right)
-    assert {name: ratio for name, ratio in exact.ratios(batches).items() if ratio > 2} == {}
+    assert {name: ratio for name, ratio in ratios(batches).items() if ratio > 2} == {}
 
 
 def test_four_bit_weights_become_what_bitsandbytes_makes_of_them() -> None:

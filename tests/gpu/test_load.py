@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny import FAMILIES
-from tests.unit.test_stream import CACHED, copied, load, plainly, tensors
+from tests.support.loading import CACHED, copied, load, plainly, tensors
+from tests.support.tiny import FAMILIES
 from veneer.config import Quantization
 from veneer.model import reader
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 import veneer
-from tests.certified import make_base, tickets
-from tests.runs import losses, tiny_run, write_rows
+from tests.support.certified import make_base, tickets
+from tests.support.runs import losses, tiny_run, write_rows
 from veneer.cli.main import main
 from veneer.config import hub
 from veneer.config.load import to_yaml

@@ -1,28 +1,191 @@
-"""Advice agrees with the defaults, with itself, and with what a base is: beside test_plan.py, which tests each rule."""
+"""Each rule of advice finds its fault; advice agrees with the defaults, with itself, and with what a base is."""
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
 
-from tests.unit.test_plan import DATA, FAULTS, TOKENIZER, situation
+from tests.support.plans import planner_of, run_of
 from veneer.config import Run
 from veneer.machine.device import Machine
-from veneer.planning.advice import Situation, advise
+from veneer.planning.advice import HANDLED, RULES, DataFacts, Situation, TokenizerFacts, advise
 from veneer.planning.base import PlannedModel
 from veneer.planning.forecast import Planner, TargetDevice, place_here, place_of
 from veneer.planning.foresee import foresee
+from veneer.planning.reference import advice_page
 
 GiB = 2**30
+SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CPU = place_here(Machine("cpu", "a CPU", 8, 64 * GiB, 60 * GiB, True))
 BASES = [
     *("smollm2-135m-instruct", "meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.1-8B-Instruct", "openai-community/gpt2"),
     "facebook/opt-1.3b",
 ]
 SETTING = re.compile(r"\b([a-z]+)\.([a-z_]+)=([^\s,]+)")
+
+
+# Rules
+
+DATA = DataFacts(rows=20_000, held_out=500, p95=500, longest=900, end_of_turn=40_000, raw=False)
+TOKENIZER = TokenizerFacts(has_template=True, uses_own=True)
+SOUND: dict[str, Any] = {
+    "adapter": {"r": 16, "lora_alpha": 32, "lora_dropout": 0},
+    "train": {"learning_rate": 2e-4, "warmup_ratio": 0.03, "gradient_checkpointing": "auto", "optim": "adamw_8bit",
+              "max_grad_norm": 1.0, "num_train_epochs": 2},
+    "evaluate": {"batch_size": 1},
+}  # fmt: skip
+
+
+def situation(gpu: str = "rtx 3060", base: str = "meta-llama/Llama-3.2-3B", **changes: Any) -> Situation:
+    """Settings without fault, but for the changes: `section={...}` of the run, or a fact of the situation."""
+    sections = {name: value for name, value in changes.items() if name in Run.model_fields}
+    facts = {name: value for name, value in changes.items() if name not in Run.model_fields}  # of the situation
+    values: dict[str, Any] = {name: dict(section) for name, section in SOUND.items()}
+    for name, section in sections.items():
+        values[name] = values.get(name, {}) | section if section is not None else None
+    run = run_of(base, **values)
+    planner = planner_of(run, gpu)
+    given: dict[str, Any] = {"tokenizer": TOKENIZER} | facts
+    known = given.pop("facts", DATA)
+    return Situation(run, planner.base.shapes, torch.bfloat16, planner.forecast(run), known, **given)
+
+
+def ids(found: Situation) -> set[str]:
+    return {advice.id for advice in advise(found)}
+
+
+def test_sound_settings_are_left_in_peace() -> None:
+    assert ids(situation()) == set()
+    assert ids(situation("rtx 3060", "meta-llama/Llama-3.1-8B", quantization={"bits": 4})) == {"requantized-merge"}
+
+
+# Rule: a situation that it must find, beside `situation()` that it must not.
+FAULTS: dict[str, dict[str, Any]] = {
+    "alpha-low": {"adapter": {"lora_alpha": 4}},
+    "alpha-high": {"adapter": {"lora_alpha": 128}},
+    "rank-for-rows": {"adapter": {"r": 64, "lora_alpha": 64}, "facts": replace(DATA, rows=900)},
+    "rank-for-layer": {"adapter": {"r": 1024, "lora_alpha": 1024}, "gpu": "h100"},
+    "attention-only": {"adapter": {"target_modules": ["q_proj", "v_proj"]}},
+    "tied-embedding": {"adapter": {"target_modules": [*SEVEN, "embed_tokens"]}},
+    "dropout-large-data": {"adapter": {"lora_dropout": 0.05}, "facts": replace(DATA, rows=60_000)},
+    "learning-rate": {"train": {"learning_rate": 2e-6}},
+    "no-warmup": {"train": {"warmup_ratio": 0}},
+    "epochs-many": {"train": {"num_train_epochs": 10}, "facts": replace(DATA, rows=1000)},
+    "no-clipping": {"train": {"max_grad_norm": 0}},
+    "paged-ample": {"train": {"optim": "paged_adamw_8bit"}},
+    "fp16-compute": {"model": {"dtype": "float16"}},
+    "fp32-on-4bit": {"model": {"dtype": "float32"}, "quantization": {"bits": 4}},
+    "no-bfloat16": {"gpu": "t4"},
+    "requantized-merge": {"quantization": {"bits": 4}},
+    "16-bit-fits": {"quantization": {"bits": 4}, "gpu": "h100"},
+    "eager-attention": {"model": {"attn_implementation": "eager"}},
+    "flash-missing": {"model": {"attn_implementation": "flash_attention_2"}},
+    "checkpointing-ample": {"gpu": "h100", "train": {"engine": "reference", "gradient_checkpointing": True}},
+    "foreign-template": {"tokenizer": replace(TOKENIZER, uses_own=False), "data": {"chat_template": "chatml"}},
+    "raw-text": {"data": {"chat_template": "none"}},
+    "no-template": {"tokenizer": replace(TOKENIZER, has_template=False)},
+    "no-end-token": {"facts": replace(DATA, end_of_turn=0)},
+    "max-length-low": {"facts": replace(DATA, p95=1500)},
+    "held-out-small": {"facts": replace(DATA, held_out=20)},
+    "prompts-trained": {"data": {"loss_on": "all"}},
+}
+# Those whose situation is more than settings, each with a test of its own.
+ALONE = {"experts", "few-steps", "positions", "quantized-twice"}
+
+
+def test_every_rule_is_tested() -> None:
+    assert set(FAULTS) | ALONE == {rule.id for rule in RULES}
+
+
+def test_the_readme_counts_the_rules_there_are() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert f"| {len(RULES)} rules look at" in readme
+
+
+@pytest.mark.parametrize("rule", FAULTS)
+def test_a_rule_finds_its_fault_and_says_what_to_do(rule: str) -> None:
+    found = {advice.id: advice for advice in advise(situation(**FAULTS[rule]))}
+    assert rule in found
+    advice = found[rule]
+    assert advice.severity in ("error", "warning", "info")
+    assert advice.message.endswith(")"), "the source stands at the end"
+    assert advice.fix
+
+
+def test_few_steps_too_long_rows_and_a_base_quantized_before() -> None:
+    sound = situation()
+    few = replace(sound.forecast, rows=replace(sound.forecast.rows, steps=5))
+    assert "few-steps" in ids(replace(sound, forecast=few))
+    assert "positions" in ids(replace(sound, shapes=replace(sound.shapes, positions=512)))
+    assert "quantized-twice" in ids(situation(quantization={"bits": 4}, file_type="Q4_1"))
+    assert "quantized-twice" not in ids(situation(file_type="Q4_1"))
+
+
+def test_the_engine_that_spends_memory_itself_is_told_to_where_it_may_not() -> None:
+    fixes = {advice.id: advice.fix for advice in advise(situation("h100", train={"gradient_checkpointing": True}))}
+    assert fixes["checkpointing-ample"] == "set train.gradient_checkpointing=auto"
+    assert "checkpointing-ample" not in ids(situation("h100"))
+
+
+def test_rules_about_what_was_not_read_keep_still() -> None:
+    unread = replace(situation(**FAULTS["max-length-low"]), data=None, tokenizer=None)
+    assert ids(unread) == set()
+
+
+# The guides' own lists: what each calls a pitfall is found by a rule (an id), or cannot be done (an entry of HANDLED).
+GUIDES: dict[str, tuple[str, ...]] = {
+    "guide 0, 8: wrong chat template": ("foreign-template", "hand-written template"),
+    "guide 0, 8: use_cache with checkpointing": ("forgotten use_cache=False",),
+    "guide 0, 8: load_in_8bit": ("8-bit base",),
+    "guide 0, 8: flash_attention_2 not installed": ("flash-missing", "eager-attention"),
+    "guide 0, 8: chat model on raw text": ("raw-text",),
+    "guide 0, 8: saving the full model": ("saving the full model",),
+    "guide 0, 8: merging at fp16": ("merging in float16",),
+    "guide 1: unstable training": ("learning-rate", "no-warmup", "no-clipping"),
+    "guide 1: overfitting": ("epochs-many", "rank-for-rows"),
+    "guide 2: prepare_model_for_kbit_training": ("forgotten prepare_model_for_kbit_training",),
+    "guide 2: fp16 with a bf16 model": ("fp16-compute",),
+    "guide 2: catastrophic forgetting": ("epochs-many",),
+    "guide 2: no EOS, wrong template": ("no-end-token", "foreign-template", "padding that masks the end token"),
+    "guide 2: rank too high": ("rank-for-rows",),
+    "guide 3, code: no LoRA configuration": ("get_peft_model without a config",),
+    "guide 3, code: merged into 4 bits": ("merging into a 4-bit base",),
+    "guide 3, code: fp16 training": ("fp16-compute",),
+    "guide 4, mistake 1: alpha too low": ("alpha-low",),
+    "guide 4, mistake 2: use_cache": ("forgotten use_cache=False", "forgotten enable_input_require_grads"),
+    "guide 4, mistake 3: q and v only": ("attention-only",),
+    "guide 4, mistake 4: too many epochs": ("epochs-many",),
+}
+
+
+@pytest.mark.parametrize("pitfall", GUIDES)
+def test_every_pitfall_of_the_guides_is_caught(pitfall: str) -> None:
+    assert set(GUIDES[pitfall]) <= set(FAULTS) | set(HANDLED)
+
+
+def test_the_three_bugs_of_guide_4_are_found() -> None:
+    run = {
+        "quantization": {"bits": 4, "quant_type": "nf4", "double_quant": True},
+        "model": {"dtype": "float32"},
+        "adapter": {"r": 32, "lora_alpha": 8, "lora_dropout": 0.05, "target_modules": ["q_proj", "v_proj"]},
+    }
+    found = ids(situation("rtx 4090", "meta-llama/Llama-2-7b-hf", **run))
+    assert {"fp32-on-4bit", "alpha-low"} <= found, "two of its three bugs; the third, a key-value cache, cannot be"
+    assert "attention-only" in found, "and the fourth, which it does not count"
+
+
+def test_the_mistakes_of_guide_4_are_found() -> None:
+    assert "alpha-low" in ids(situation(adapter={"r": 16, "lora_alpha": 1}))
+    assert "epochs-many" in ids(situation(train={"num_train_epochs": 10}, facts=replace(DATA, rows=1000)))
+
+
+def test_the_page_of_advice_is_what_the_rules_are() -> None:
+    page = Path(__file__).parents[2] / "docs" / "advice.md"
+    assert page.read_text() == advice_page(), "run `make docs`"
 
 
 # Defaults
@@ -62,7 +225,7 @@ def test_recomputation_that_nobody_asked_for_is_not_complained_of() -> None:
 
 FEW = replace(DATA, rows=40, held_out=3)
 GPT2 = {"base": "openai-community/gpt2", "data": {"max_length": 1500}}
-# Situations beside those that test_plan.py has for each rule, in which a fix could go wrong.
+# Situations beside those of each rule, in which a fix could go wrong.
 MORE: dict[str, dict[str, Any]] = {
     "rank for layers and rows": {"adapter": {"r": 1024, "lora_alpha": 1024}, "gpu": "h100", "facts": FEW},
     "nothing held out": {"facts": replace(DATA, rows=60, held_out=0)},

@@ -11,8 +11,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import veneer
-from tests.runs import tiny_run, write_rows
-from tests.tiny import ARCHITECTURES, FAMILIES, save_tiny_model
+from tests.support.runs import tiny_run, write_rows
+from tests.support.tiny import ARCHITECTURES, FAMILIES, save_tiny_model
 from veneer.config import UserError
 from veneer.model.quiet import quiet
 from veneer.planning.base import PlannedModel

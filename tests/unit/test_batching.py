@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import veneer
-from tests.runs import losses as losses_of
-from tests.runs import tiny_run, write_rows
-from tests.tiny import FAMILIES, save_tiny_model, tiny_tokenizer
+from tests.support.runs import losses as losses_of
+from tests.support.runs import tiny_run, write_rows
+from tests.support.tiny import FAMILIES, save_tiny_model, tiny_tokenizer
 from veneer.config import Data, JobError, UserError
 from veneer.data import Message, Renderer
 from veneer.evaluation import compare, generate

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 import veneer
-from tests.adapters import save_adapter_of
-from tests.runs import tiny_run, write_rows
+from tests.support.adapters import save_adapter_of
+from tests.support.runs import tiny_run, write_rows
 from veneer.cli.main import main
 from veneer.config import Model, RunFolder, UserError, load_run
 from veneer.model import BaseSource, gguf_origin, locate

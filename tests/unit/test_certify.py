@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import veneer
-from tests.adapters import save_adapter_of
-from tests.certified import certificate, edit
+from tests.support.adapters import save_adapter_of
+from tests.support.certified import certificate, edit
 from veneer.cli.main import main
 from veneer.config import UserError
 from veneer.data import Message

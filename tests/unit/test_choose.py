@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 import veneer
-from tests.runs import losses, tiny_run, write_rows
-from tests.unit.test_fused import batch_of, model_of
+from tests.support.engines import batch_of, model_of
+from tests.support.runs import StopAt, losses, tiny_run, write_rows
 from veneer.config import Interrupted, JobError, RunFolder, Train, UserError
 from veneer.data import Batch
 from veneer.engine import ReferenceEngine, choose
@@ -75,21 +75,6 @@ def test_both_engines_train_the_same(optim: str, checkpointing: bool, make_run: 
     plan = json.loads((tmp_path / "fused" / "plan.json").read_text())
     assert plan["engine"] == "fused"
     assert "gives the reference's numbers" in plan["engine_reason"]
-
-
-class StopAt:
-    """A listener that interrupts once a step is done."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_start(self, steps: int, done: int) -> None: ...
-
-    def on_record(self, record: dict[str, Any]) -> None:
-        if record["step"] == self.step:
-            raise Interrupted(Path())
-
-    def on_end(self) -> None: ...
 
 
 @pytest.mark.parametrize(("optim", "rank"), [("adamw_torch", 3), ("adamw_8bit", 64), ("adamw_8bit", 3)])

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from tests.runs import write_rows
+from tests.support.runs import write_rows
 from veneer.cli import demo as demo_module
 from veneer.cli.main import main
 from veneer.training import parts

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny import FAMILIES, save_tiny_model
+from tests.support.tiny import FAMILIES, save_tiny_model
 from veneer.config import Adapter, Model, Quantization
 from veneer.engine.temporary import fill_b
 from veneer.machine.device import find_machine

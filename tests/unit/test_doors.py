@@ -17,7 +17,7 @@ import datasets
 import pytest
 import torch
 
-from tests.runs import write_rows
+from tests.support.runs import write_rows
 from veneer.cli.terminal import Terminal
 from veneer.config import JobError, Model, RunFolder, UserError, load_run
 from veneer.config.files import own_files, read_json, read_json_lines, reading, visible

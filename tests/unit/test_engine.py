@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.tiny import FAMILIES
+from tests.support.tiny import FAMILIES
 from veneer.config import Adapter, Model, Quantization
 from veneer.data import Batch, Example
 from veneer.engine import ReferenceEngine

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import veneer
-from tests.runs import tiny_run, write_rows
+from tests.support.runs import tiny_run, write_rows
 from veneer.config import UserError
 from veneer.config.sampling import Sampling
 from veneer.data import Message

@@ -9,8 +9,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tests.runs import losses, tiny_run, write_rows
-from tests.tiny import FAMILIES
+from tests.support.runs import losses, tiny_run, write_rows
+from tests.support.tiny import FAMILIES
 from veneer.training import TrainingJob
 
 IDS_BL = torch.tensor([[5, 40, 41, 42, 43, 44, 45, 46]])

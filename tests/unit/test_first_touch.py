@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import veneer
-from tests.runs import write_rows
+from tests.support.runs import write_rows
 from veneer.cli import checks
 from veneer.cli.main import main
 from veneer.config import RunFolder, UserError, load_run

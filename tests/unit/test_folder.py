@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import veneer
-from tests.runs import tiny_run, write_rows
+from tests.support.runs import tiny_run, write_rows
 from veneer.config import RunFolder, UserError
 from veneer.config.cache import cached
 from veneer.config.folder import whole_folder, write_text

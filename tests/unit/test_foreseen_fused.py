@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.unit.test_fused import COVERED, model_of
-from tests.unit.test_memory import config_of, step
-from tests.unit.test_plan import planner_of, run_of
+from tests.support.dry_runs import config_of, step
+from tests.support.engines import COVERED, model_of
+from tests.support.plans import planner_of, run_of
 from veneer.config import Run, Train, UserError
 from veneer.engine import choose
 from veneer.engine.dry_run import DryRun, Step

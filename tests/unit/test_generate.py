@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import veneer
-from tests.runs import tiny_run, write_rows
-from tests.tiny import tiny_tokenizer
+from tests.support.runs import tiny_run, write_rows
+from tests.support.tiny import tiny_tokenizer
 from veneer.config import RunFolder, UserError
 from veneer.config.names import find_adapter
 from veneer.config.prompts import read_prompts

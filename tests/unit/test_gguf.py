@@ -13,9 +13,9 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, quants
 from safetensors.torch import load_file, save_file
 
-from tests.adapters import save_adapter_of
-from tests.tiny import FAMILIES, save_tiny_model
-from tests.vocabularies import family_vocabulary
+from tests.support.adapters import save_adapter_of
+from tests.support.tiny import FAMILIES, save_tiny_model
+from tests.support.vocabularies import family_vocabulary
 from veneer.config import Quantization, UserError
 from veneer.data import Example, Message
 from veneer.model.quiet import quiet
@@ -220,7 +220,7 @@ def test_llama_3_rope_is_the_same_in_llama_cpp(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", [*EXPORTED, "smollm"])
 def test_the_modelfile_renders_what_the_template_renders(family: str, tmp_path: Path) -> None:
-    from tests.rows import renderer
+    from tests.support.rows import renderer
     from veneer.release.gguf.modelfile import modelfile
 
     made = renderer(family_vocabulary(family))

@@ -14,7 +14,7 @@ import huggingface_hub.constants
 import pytest
 
 import veneer
-from tests.runs import tiny_run, write_rows
+from tests.support.runs import tiny_run, write_rows
 from veneer.config import Model, UserError, hub
 from veneer.data.sources.find import find_sources, open_dataset
 from veneer.model import load_tokenizer, locate

@@ -8,10 +8,10 @@ import pytest
 from gguf import GGUFReader
 
 import veneer
-from tests.adapters import save_adapter_of
-from tests.runs import tiny_run, write_rows
-from tests.tiny import FAMILIES, save_tiny_model
-from tests.vocabularies import family_vocabulary
+from tests.support.adapters import save_adapter_of
+from tests.support.runs import tiny_run, write_rows
+from tests.support.tiny import FAMILIES, save_tiny_model
+from tests.support.vocabularies import family_vocabulary
 from veneer.config import Model
 from veneer.model import gguf_origin, locate
 from veneer.model.builtin import BUILTIN

@@ -10,7 +10,7 @@ from bitsandbytes.functional import quantize_4bit
 from peft import LoraConfig, get_peft_model
 
 import veneer.engine.dry_run as dry_run_module
-from tests.tiny import FAMILIES
+from tests.support.dry_runs import config_of, step
 from veneer.config import Run, Train
 from veneer.data import Batches, Example
 from veneer.engine.dry_run import Step, run_dry
@@ -25,28 +25,9 @@ from veneer.training.optimizer import build_optimizer
 MiB = 2**20
 
 
-def config_of(family: str, depth: int = 2) -> Any:
-    import transformers
-
-    name, settings = FAMILIES[family]
-    config = getattr(transformers, name)(**settings)
-    config.num_hidden_layers = depth
-    if getattr(config, "layer_types", None):
-        config.layer_types = (config.layer_types * depth)[:depth]
-    return config
-
-
 def maker(family: str, depth: int) -> tuple[Callable[[int], Any], Shapes]:
     config = config_of(family, depth)
     return lambda layers: build(config, torch.bfloat16, layers), shapes_of(build(config, torch.bfloat16))
-
-
-def step(shapes: Shapes, **changes: Any) -> Step:
-    settings: dict[str, Any] = {
-        "rows": 2, "length": 96, "trained": 60, "r": 4,
-        "dtype": torch.bfloat16, "targets": shapes.targets("all-linear"),
-    }  # fmt: skip
-    return Step(**settings | changes)
 
 
 @pytest.mark.parametrize(("double_quant", "bits"), [(True, 4.127), (False, 4.5)])

@@ -12,8 +12,8 @@ from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
 import veneer
-from tests.adapters import KINDS, peft_merged, save_adapter_of
-from tests.tiny import FAMILIES, save_tiny_model
+from tests.support.adapters import KINDS, peft_merged, save_adapter_of
+from tests.support.tiny import FAMILIES, save_tiny_model
 from veneer.config import Quantization, UserError
 from veneer.model.quiet import quiet
 from veneer.release import find_origin

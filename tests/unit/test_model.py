@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.tiny import FAMILIES
+from tests.support.tiny import FAMILIES
 from veneer.config import Adapter, Model, Quantization, UserError
 from veneer.config.cache import cached
 from veneer.machine import find_machine

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tests.runs import write_rows
+from tests.support.runs import write_rows
 from veneer.cli import show, show_plan
 from veneer.cli.progress import LiveProgress, Status, answer_progress, byte_progress, clock
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import veneer
-from tests.runs import tiny_run, write_rows
+from tests.support.runs import tiny_run, write_rows
 from veneer.config import Model, UserError
 from veneer.model import fingerprint, locate
 from veneer.release import find_origin

@@ -1,4 +1,4 @@
-"""Numbers of tiny runs are what they were: see tests/pinned.py."""
+"""Numbers of tiny runs are what they were: see tests/support/pinned.py."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import pinned
+from tests.support import pinned
 
 PINNED = json.loads(pinned.FILE.read_text())
 

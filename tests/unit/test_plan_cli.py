@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.runs import tiny_run, write_rows
+from tests.support.runs import tiny_run, write_rows
 from veneer.cli.main import main
 from veneer.config import load_run
 from veneer.config.load import to_yaml

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import veneer
-from tests.runs import tiny_run, write_rows
-from tests.unit.test_plan import kinds, planner_of, run_of
+from tests.support.plans import kinds, planner_of, run_of
+from tests.support.runs import tiny_run, write_rows
 from veneer.cli.main import main
 from veneer.config import load_run
 from veneer.engine.trace import Peak

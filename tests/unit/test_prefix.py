@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny import FAMILIES, save_tiny_model
+from tests.support.tiny import FAMILIES, save_tiny_model
 from veneer.evaluation.prefix import SHORTEST, SharedPrefix, padded, shared_length
 
 SHARED = list(range(10, 10 + SHORTEST + 4))

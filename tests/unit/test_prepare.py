@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.rows import CHAT, jsonl, prepared, refused, renderer, text_of, trained_text, turns
-from tests.tiny import tiny_tokenizer
+from tests.support.rows import CHAT, jsonl, prepared, refused, renderer, text_of, trained_text, turns
+from tests.support.tiny import tiny_tokenizer
 from veneer.config import Data, UserError
 from veneer.data import Example, Renderer, prepare
 from veneer.data.ledger import FATES, length_summary

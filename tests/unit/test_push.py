@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import veneer
-from tests.runs import tiny_run, write_rows
-from tests.tiny import CHATML, FAMILIES, save_tiny_model
-from tests.vocabularies import family_vocabulary
+from tests.support.runs import tiny_run, write_rows
+from tests.support.tiny import CHATML, FAMILIES, save_tiny_model
+from tests.support.vocabularies import family_vocabulary
 from veneer.cli.main import main
 from veneer.config import RunFolder, UserError
 from veneer.release import find_origin, renew_card

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from tests.masks import STARTS, TRIMS, check_mask, hypothesis_settings, random_chats
-from tests.rows import CHAT, conversation, renderer, text_of, trained_text, turns
-from tests.tiny import family_tokenizer, metaspace_tokenizer, tiny_tokenizer
+from tests.support.masks import STARTS, TRIMS, check_mask, hypothesis_settings, random_chats
+from tests.support.rows import CHAT, conversation, renderer, text_of, trained_text, turns
+from tests.support.tiny import family_tokenizer, metaspace_tokenizer, tiny_tokenizer
 from veneer.config import UserError
 from veneer.data import Conversation, Message
 from veneer.data.batch import UNTRAINED

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.rows import conversation, renderer
-from tests.tiny import tiny_tokenizer
+from tests.support.rows import conversation, renderer
+from tests.support.tiny import tiny_tokenizer
 from veneer.data import Conversation, Message
 from veneer.evaluation.decoding import answer_text
 from veneer.evaluation.examples import examples_of

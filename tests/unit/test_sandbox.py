@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.rows import CHAT, conversation, jsonl, prepared, renderer, text_of
+from tests.support.rows import CHAT, conversation, jsonl, prepared, renderer, text_of
 from veneer.config import UserError
 from veneer.data import Message
 from veneer.data.frozen import freeze_date

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.tiny import FAMILIES, save_tiny_model
+from tests.support.tiny import FAMILIES, save_tiny_model
 from veneer.config import Adapter
 from veneer.data import Batch
 from veneer.data.batch import Example

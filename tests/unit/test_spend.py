@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.unit.test_fused import model_of
+from tests.support.engines import model_of
 from veneer.engine.fused import FusedEngine
 from veneer.engine.fused.block import TENSORS
 from veneer.engine.fused.cudnn import ROOM_BYTES, Call

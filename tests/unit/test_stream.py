@@ -10,36 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.tiny import FAMILIES
+from tests.support.loading import CACHED, copied, load, plainly, plainly_of, tensors
+from tests.support.tiny import FAMILIES
 from veneer.config import Adapter, Model, Quantization, UserError
 from veneer.config.folder import whole_folder
 from veneer.machine import find_machine
 from veneer.model import BaseSource, attach, locate, reader
-from veneer.model.load import LoadReport, keep_4bit_layout, load_base, load_plainly, settings_of
-from veneer.model.quiet import quiet
+from veneer.model.load import load_base
 from veneer.model.reader import Reader
 from veneer.model.shards import read_headers
 
-CACHED = Quantization(cache=True)
 IDS = torch.arange(3, 35).view(2, 16)
-
-
-def load(folder: Path, quantization: Quantization | None = None, dtype: str = "float32") -> tuple[Any, LoadReport]:
-    settings = Model.model_validate({"base": str(folder), "dtype": dtype})
-    return load_base(locate(settings), settings, quantization, find_machine())
-
-
-def plainly(folder: Path, quantization: Quantization | None = None, dtype: str = "float32") -> Any:
-    return plainly_of(locate(Model(base=str(folder))), quantization, dtype)
-
-
-def plainly_of(source: BaseSource, quantization: Quantization | None = None, dtype: str = "float32") -> Any:
-    model = Model.model_validate({"base": source.name, "dtype": dtype})
-    with quiet():
-        base = load_plainly(source, settings_of(model, quantization, find_machine()))[0]
-    base.config.use_cache = False
-    keep_4bit_layout(base)
-    return base
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
@@ -64,19 +45,6 @@ def assert_same(ours: Any, theirs: Any) -> None:
     assert getattr(ours, "is_loaded_in_4bit", False) == getattr(theirs, "is_loaded_in_4bit", False)
     with torch.no_grad():
         assert torch.equal(ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits)
-
-
-def tensors(model: Any) -> dict[str, Any]:
-    found = dict(model.named_parameters()) | {f"{name} (buffer)": buffer for name, buffer in model.named_buffers()}
-    return found | {f"{name} (saved)": value for name, value in model.state_dict().items()}
-
-
-def copied(folder: Path, to: Path, **config: Any) -> Path:
-    """A copy of a model's folder, with a changed configuration."""
-    shutil.copytree(folder, to)
-    found = json.loads((to / "config.json").read_text())
-    (to / "config.json").write_text(json.dumps(found | config))
-    return to
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import veneer
-from tests.runs import losses, tiny_run, write_rows
+from tests.support.runs import losses, tiny_run, write_rows
 from veneer.api.train import finish
 from veneer.cli.lasting import Lasting, polite_kills
 from veneer.config import Interrupted, RunFolder, UserError, cache, load_run, run_folder

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import veneer
-from tests.runs import losses, tiny_run, write_rows
-from tests.tiny import CHATML
+from tests.support.runs import losses, tiny_run, write_rows
+from tests.support.tiny import CHATML
 from veneer.config import Interrupted, JobError, RunFolder, Train, UserError
 from veneer.release import find_origin
 from veneer.training import TrainingJob

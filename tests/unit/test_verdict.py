@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import veneer
-from tests.certified import certificate, make_base, tickets
-from tests.runs import losses, tiny_run, write_rows
+from tests.support.certified import certificate, make_base, tickets
+from tests.support.runs import losses, tiny_run, write_rows
 from veneer.cli.main import main
 from veneer.config import UserError
 from veneer.data import Message

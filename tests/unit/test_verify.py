@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import veneer
-from tests.runs import tiny_run, write_rows
+from tests.support.runs import tiny_run, write_rows
 from veneer.data import Batch
 from veneer.data.batch import UNTRAINED, Example
 from veneer.engine import ReferenceEngine

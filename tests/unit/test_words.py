@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from tests.tiny import TEXT, tiny_tokenizer
+from tests.support.tiny import TEXT, tiny_tokenizer
 from veneer.data.tokens.words import PATTERNS, WordEncoder
 
 ROOT = Path(__file__).parents[2]

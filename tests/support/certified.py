@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import veneer
-from tests.tiny import FAMILIES, save_tiny_model
-from tests.vocabularies import family_vocabulary
+from tests.support.tiny import FAMILIES, save_tiny_model
+from tests.support.vocabularies import family_vocabulary
 
 
 def tickets() -> list[dict[str, str]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import veneer
-from veneer.config import RunFolder
+from veneer.config import Interrupted, RunFolder
 from veneer.training.metrics import read_metrics
 
 
@@ -38,3 +38,18 @@ def tiny_run(base: Path, rows_file: str, output_dir: Path, **sections: dict[str,
 def losses(folder: Path, kind: str = "train") -> list[float]:
     """The losses in a run's metrics.jsonl."""
     return [record["loss"] for record in read_metrics(RunFolder(folder).metrics) if record["kind"] == kind]
+
+
+class StopAt:
+    """A listener that interrupts once a step is done."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_start(self, steps: int, done: int) -> None: ...
+
+    def on_record(self, record: dict[str, Any]) -> None:
+        if record["step"] == self.step:
+            raise Interrupted(Path())
+
+    def on_end(self) -> None: ...

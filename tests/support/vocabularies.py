@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from tests.tiny import TEXT
+from tests.support.tiny import TEXT
 from veneer.release.gguf.tokenizer import RULES
 
 TEMPLATES = Path(__file__).parent / "unit" / "templates"

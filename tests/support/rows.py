@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.tiny import tiny_tokenizer
+from tests.support.tiny import tiny_tokenizer
 from veneer.config import Data, UserError
 from veneer.data import Conversation, Example, Message, Prepared, Renderer, prepare
 

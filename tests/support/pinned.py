@@ -4,7 +4,7 @@ Each run trains six steps through the Python API. Its losses and gradient norms 
 the adapter's SHA-256 holds where the file was written: the same CPU, the same torch. After a change that is meant to
 move numbers, write the file anew with
 
-    OMP_NUM_THREADS=1 python -m tests.pinned
+    OMP_NUM_THREADS=1 python -m tests.support.pinned
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tests.tiny import FAMILIES, save_tiny_model
+from tests.support.tiny import FAMILIES, save_tiny_model
 
 FILE = Path(__file__).with_name("pinned.json")
 FUSED = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2")

@@ -5,7 +5,7 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from tests.rows import conversation
+from tests.support.rows import conversation
 
 TEXT = st.text(max_size=40) | st.sampled_from(
     [
