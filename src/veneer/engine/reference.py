@@ -33,6 +33,7 @@ from veneer.kernels.linear_cross_entropy import linear_cross_entropy
 from veneer.machine.device import return_freed_memory
 from veneer.model.dense import adapter_beside_copies
 
+TRIM_EVERY = 8  # passes between two trims of the heap
 PADDING = 1.25  # rows go together while their padded tokens are at most so many times the real ones
 
 
@@ -75,6 +76,7 @@ class ReferenceEngine:
         self.chunked_head = self._head_is_linear()
         self._switch = switch_of(self._base.config.get_text_config())
         self._for_cpu = for_cpu
+        self._passes = 0
         with short_row_attention(self._base, 0 if for_cpu else None):
             self._shares = for_cpu and self.chunked_head and self._switch is None and can_share(self._base)
 
@@ -88,7 +90,7 @@ class ReferenceEngine:
                 (losses_N.sum() * scale).backward()  # type: ignore[no-untyped-call]
             total += losses_N.detach().to(self._sum_dtype).sum()
             del losses_N
-            self._tidy()
+            self._trim()
         return total
 
     @torch.no_grad()
@@ -101,7 +103,7 @@ class ReferenceEngine:
             with self._cpu_passes(rows):
                 losses_N = token_losses(self._base, rows, self.chunked_head)
             result.index_add_(0, documents_B[rows.row_N], losses_N.to(self._sum_dtype))
-            self._tidy()
+            self._trim()
         return result
 
     def plan_memory(
@@ -132,8 +134,9 @@ class ReferenceEngine:
         with short_row_attention(self._base, rows.ids_BL.shape[1]), adapter_beside_copies(self.model):
             yield
 
-    def _tidy(self) -> None:
-        if self._device.type == "cpu":
+    def _trim(self) -> None:
+        self._passes += 1
+        if self._device.type == "cpu" and self._passes % TRIM_EVERY == 0:
             return_freed_memory()
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Any
 from veneer.config import Run, UserError
 from veneer.data import Prepared, Renderer, prepare
 from veneer.machine import find_machine
-from veneer.machine.device import Machine, map_large_buffers
+from veneer.machine.device import Machine, bound_freed_memory
 from veneer.model import BaseSource, attach, load_model, load_tokenizer, locate
 from veneer.planning.forecast import place_here
 from veneer.planning.foresee import Foreseen, Read, foresee
@@ -45,7 +45,7 @@ def load_parts(run: Run, force: bool = False) -> RunParts:
     """
     machine = find_machine()
     if machine.device == "cpu":
-        map_large_buffers()
+        bound_freed_memory()
     source = locate(run.model)
     tokenizer = load_tokenizer(source)
     renderer = Renderer(tokenizer, run.data)
