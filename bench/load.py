@@ -158,7 +158,7 @@ def measure(folder: Path, runs: int, peer_runs: int) -> dict[str, Any]:
     """All runs, the medians, and whether all processes had the same weights."""
     shutil.rmtree(folder / ".veneer", ignore_errors=True)
     plan = [("cache", "first", 1), ("files", "warm", runs), ("cache", "warm", runs)]
-    plan += [("transformers", "warm", peer_runs), ("files", "cold", 1), ("cache", "cold", 1)]
+    plan += [("transformers", "warm", peer_runs), ("files", "cold", 2), ("cache", "cold", 2)]
     results = []
     for way, state, times in plan:
         for _ in range(times):
