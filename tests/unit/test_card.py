@@ -16,7 +16,7 @@ from tests.support.runs import tiny_run, write_rows
 from veneer.cli.main import main
 from veneer.config import Model, RunFolder, UserError, load_run
 from veneer.model import BaseSource, gguf_origin, locate
-from veneer.release.passport import base_name
+from veneer.model.passport import base_name
 from veneer.release.publish.card import MARK, Facts, hub_id
 from veneer.release.publish.card import card as write
 from veneer.release.publish.push import pack
@@ -85,7 +85,7 @@ def facts_of(run: Path, base: str) -> Facts:
     """What the card of a run would be made of, had it been trained on another base."""
     source = BaseSource("builtin" if "/" not in base else "hub", base, base)
     settings = load_run(run / "run.yaml")
-    facts = Facts.of(run / "adapter", settings, locate(settings.model), "tiny", None, None)
+    facts = Facts.of(run / "adapter", settings, locate(settings.model), "tiny", {}, {})
     passport = facts.passport | {"base": facts.passport["base"] | {"kind": source.kind, "revision": "abc123"}}
     if source.kind == "builtin":
         passport["base"]["revision"] = None

@@ -15,12 +15,12 @@ from tests.support.adapters import save_adapter_of
 from tests.support.certified import certificate, edit
 from veneer.cli.main import main
 from veneer.config import UserError
+from veneer.config.files import file_sha256
 from veneer.data import Message
-from veneer.release import find_origin
+from veneer.model import find_tuned
 from veneer.release.certify.agreement import divergence
 from veneer.release.certify.compare_weights import compare_weights
 from veneer.release.certify.servers import Endpoint, llama_server
-from veneer.release.passport import file_sha256
 
 Damage = Callable[[Path], Any]
 
@@ -339,11 +339,11 @@ def test_an_adapter_that_learnt_little_is_in_with_all_of_its_strength(
     file = adapter / "adapter_model.safetensors"
     save_file({name: tensor * 0.02 for name, tensor in load_file(file).items()}, file)
     veneer.merge(str(adapter), tmp_path / "out", dtype)
-    found = compare_weights(find_origin(str(adapter)), tmp_path / "out", "base")
+    found = compare_weights(find_tuned(str(adapter)), tmp_path / "out", "base")
     assert found.diagnosis == ""
     assert found.strength == pytest.approx(1, abs=1e-3)
     edit(adapter / "adapter_config.json", lora_alpha=32)
-    lost = compare_weights(find_origin(str(adapter)), tmp_path / "out", "base")
+    lost = compare_weights(find_tuned(str(adapter)), tmp_path / "out", "base")
     assert "of its strength: its scale" in lost.diagnosis
 
 
@@ -352,7 +352,7 @@ def test_a_head_of_its_own_that_is_gone_is_a_wrong_tensor(run: Path, merged: Pat
     weights = load_file(tmp_path / "out" / "model.safetensors")
     del weights["lm_head.weight"]
     save_file(weights, tmp_path / "out" / "model.safetensors", {"format": "pt"})
-    assert "lm_head.weight" in compare_weights(find_origin(str(run)), tmp_path / "out", "base").wrong
+    assert "lm_head.weight" in compare_weights(find_tuned(str(run)), tmp_path / "out", "base").wrong
 
 
 def test_divergence_counts_what_is_not_named_as_one_bucket() -> None:

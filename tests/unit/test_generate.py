@@ -17,7 +17,7 @@ from veneer.config.names import find_adapter
 from veneer.config.prompts import read_prompts
 from veneer.config.sampling import Sampling
 from veneer.evaluation.decoding import StopAtText, TextStream, answer_text
-from veneer.release import find_origin
+from veneer.model import find_tuned
 
 QUESTION = "what does the owl say please please"  # the third row; its answer is owlowlowl
 
@@ -76,12 +76,12 @@ def test_runs_checkpoints_and_adapters_answer_alike(run: Path, tmp_path: Path) -
 
 def test_a_checkpoint_is_of_its_run_and_renders_as_it_did(run: Path) -> None:
     (checkpoint,) = (run / "checkpoints").iterdir()
-    origin = find_origin(str(checkpoint))
-    assert origin.is_checkpoint
-    assert not find_origin(str(run)).is_checkpoint
-    assert origin.run is not None
+    tuned = find_tuned(str(checkpoint))
+    assert tuned.is_checkpoint
+    assert not find_tuned(str(run)).is_checkpoint
+    assert tuned.run is not None
     for name in (checkpoint, run, run / "adapter"):
-        assert find_origin(str(name)).renderer().settings.system_prompt == "the hen"
+        assert find_tuned(str(name)).renderer.settings.system_prompt == "the hen"
 
 
 def test_a_checkpoint_is_merged_and_its_proof_is_none_of_its_runs(run: Path, tmp_path: Path) -> None:

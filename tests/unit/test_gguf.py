@@ -18,8 +18,9 @@ from tests.support.tiny import FAMILIES, save_tiny_model
 from tests.support.vocabularies import family_vocabulary
 from veneer.config import Quantization, UserError
 from veneer.data import Example, Message
+from veneer.model import TunedModel, find_tuned
 from veneer.model.quiet import quiet
-from veneer.release import find_origin, judged_model, measure_importance
+from veneer.release import measure_importance
 from veneer.release.certify import servers
 from veneer.release.certify.compare_weights import compare_weights
 from veneer.release.certify.prompts import prompts_of
@@ -28,13 +29,12 @@ from veneer.release.gguf.export import export_adapter, export_model
 from veneer.release.gguf.families import llama3_factors
 from veneer.release.gguf.modelfile import TRIALS, chain_of, unlike
 from veneer.release.gguf.types import QUANTS, Mix, encoded
-from veneer.release.origin import Origin
 
 EXPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3")
 WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8, "vocab_size": 384}
 
 
-def family_origin(family: str, folder: Path, kind: str = "lora", **settings: Any) -> Origin:
+def tiny_tuned(family: str, folder: Path, kind: str = "lora", **settings: Any) -> TunedModel:
     """An adapter on a tiny model of a family with a tokenizer of the family's kind."""
     name, own = FAMILIES[family]
     tokenizer = family_vocabulary(family)
@@ -45,17 +45,17 @@ def family_origin(family: str, folder: Path, kind: str = "lora", **settings: Any
     with quiet():
         adapter = save_adapter_of(kind, folder / family, folder / "adapter")
         tokenizer.save_pretrained(adapter)
-    return find_origin(str(adapter))
+    return find_tuned(str(adapter))
 
 
-def adapter_logits(origin: Origin, ids: list[int]) -> torch.Tensor:
+def adapter_logits(tuned: TunedModel, ids: list[int]) -> torch.Tensor:
     """Log-probabilities of the token after some, by the adapter in float32."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     with quiet(), torch.no_grad():
-        base = AutoModelForCausalLM.from_pretrained(origin.source.location, dtype=torch.float32)
-        model = PeftModel.from_pretrained(base, str(origin.adapter)).eval()
+        base = AutoModelForCausalLM.from_pretrained(tuned.source.location, dtype=torch.float32)
+        model = PeftModel.from_pretrained(base, str(tuned.adapter)).eval()
         found: torch.Tensor = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
     return found
 
@@ -97,9 +97,9 @@ def far(expected_V: torch.Tensor, step: dict[int, float]) -> float:
 
 @pytest.mark.parametrize("family", EXPORTED)
 def test_a_family_in_llama_cpp_has_the_tokens_and_the_numbers_of_the_adapter(family: str, tmp_path: Path) -> None:
-    origin = family_origin(family, tmp_path)
-    report = export_model(origin, tmp_path / "out", "f32")
-    renderer = origin.renderer()
+    tuned = tiny_tuned(family, tmp_path)
+    report = export_model(tuned, tmp_path / "out", "f32")
+    renderer = tuned.renderer
     prompts = prompts_of(renderer, [], 60)
     assert len(prompts) >= 5
     with llama_server(tmp_path / "out" / report.file, True, renderer.stop_ids, 256) as server:
@@ -108,42 +108,42 @@ def test_a_family_in_llama_cpp_has_the_tokens_and_the_numbers_of_the_adapter(fam
             assert server.prompt_count(prompt.messages) == len(prompt.ids), prompt.id
         told = first_steps(server)
     assert {len(step) for _, step in told} == {100}
-    assert max(far(adapter_logits(origin, ids), step) for ids, step in told) < 5e-3
+    assert max(far(adapter_logits(tuned, ids), step) for ids, step in told) < 5e-3
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
 def test_the_adapter_alone_does_the_same_on_its_base(family: str, tmp_path: Path) -> None:
-    origin = family_origin(family, tmp_path, "rslora")
-    lora = export_adapter(origin, tmp_path / "lora")
+    tuned = tiny_tuned(family, tmp_path, "rslora")
+    lora = export_adapter(tuned, tmp_path / "lora")
     assert f"ADAPTER ./{lora.file}" in (tmp_path / "lora" / "Modelfile").read_text()
     # The base as a GGUF file: an adapter that changes nothing, merged into it.
     nothing = tmp_path / "nothing"
-    shutil.copytree(origin.adapter, nothing)
+    shutil.copytree(tuned.adapter, nothing)
     matrices = load_file(nothing / "adapter_model.safetensors")
     save_file({name: tensor * 0 for name, tensor in matrices.items()}, nothing / "adapter_model.safetensors")
-    base = export_model(find_origin(str(nothing)), tmp_path / "base", "f32")
+    base = export_model(find_tuned(str(nothing)), tmp_path / "base", "f32")
     with llama_server(tmp_path / "base" / base.file, True, set(), 256, tmp_path / "lora" / lora.file) as server:
         told = first_steps(server)
-    assert max(far(adapter_logits(origin, ids), step) for ids, step in told) < 5e-3
+    assert max(far(adapter_logits(tuned, ids), step) for ids, step in told) < 5e-3
 
 
 @pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Origin, Path, int]:
+def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[TunedModel, Path, int]:
     """An adapter on rows wide enough for every type; its file in float32, and the bytes that were told of that."""
     folder = tmp_path_factory.mktemp("wide")
-    origin = family_origin("llama", folder, **WIDE)
-    report = export_model(origin, folder / "whole", "f32")
-    return origin, folder / "whole" / report.file, report.bytes
+    tuned = tiny_tuned("llama", folder, **WIDE)
+    report = export_model(tuned, folder / "whole", "f32")
+    return tuned, folder / "whole" / report.file, report.bytes
 
 
 @pytest.mark.parametrize("quant", QUANTS)
 def test_every_type_loads_and_stays_near_what_it_stands_for(
-    quant: str, wide: tuple[Origin, Path, int], tmp_path: Path
+    quant: str, wide: tuple[TunedModel, Path, int], tmp_path: Path
 ) -> None:
     from gguf import GGUFReader, quants
 
-    origin, whole, whole_bytes = wide
-    report = export_model(origin, tmp_path / "out", quant)
+    tuned, whole, whole_bytes = wide
+    report = export_model(tuned, tmp_path / "out", quant)
     expected = {tensor.name: tensor for tensor in GGUFReader(whole).tensors}
     for tensor in GGUFReader(tmp_path / "out" / report.file).tensors:
         exact = expected[tensor.name].data.reshape(-1)
@@ -178,14 +178,14 @@ def test_llama_3_stretches_long_waves_alone() -> None:
 
 
 def test_rotary_frequencies_in_an_old_checkpoint_are_left_to_llama_cpp(tmp_path: Path) -> None:
-    origin = family_origin("llama", tmp_path)
+    tuned = tiny_tuned("llama", tmp_path)
     file = tmp_path / "llama" / "model.safetensors"
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     save_file(load_file(file) | old, file, {"format": "pt"})
-    report = export_model(origin, tmp_path / "out", "f16")
+    report = export_model(tuned, tmp_path / "out", "f16")
     with llama_server(tmp_path / "out" / report.file, True, set(), 256) as server:
         assert server.stop_ids() == set()
-    assert compare_weights(origin, tmp_path / "out" / report.file, "base").wrong == []
+    assert compare_weights(tuned, tmp_path / "out" / report.file, "base").wrong == []
 
 
 def test_a_server_is_there_only_once_its_queue_has_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,8 +198,8 @@ def test_a_server_is_there_only_once_its_queue_has_answered(tmp_path: Path, monk
 
     real = servers._ask
     monkeypatch.setattr(servers, "_ask", ask)
-    origin = family_origin("llama", tmp_path)
-    report = export_model(origin, tmp_path / "out", "f16")
+    tuned = tiny_tuned("llama", tmp_path)
+    report = export_model(tuned, tmp_path / "out", "f16")
     for _ in range(5):
         with llama_server(tmp_path / "out" / report.file, True, set(), 256):
             path, slots = asked[0]
@@ -211,11 +211,11 @@ def test_a_server_is_there_only_once_its_queue_has_answered(tmp_path: Path, monk
 def test_llama_3_rope_is_the_same_in_llama_cpp(tmp_path: Path) -> None:
     rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0}
     rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-    origin = family_origin("llama", tmp_path, rope_parameters=rope)
-    report = export_model(origin, tmp_path / "out", "f32")
+    tuned = tiny_tuned("llama", tmp_path, rope_parameters=rope)
+    report = export_model(tuned, tmp_path / "out", "f32")
     with llama_server(tmp_path / "out" / report.file, True, set(), 256) as server:
         told = first_steps(server)
-    assert max(far(adapter_logits(origin, ids), step) for ids, step in told) < 5e-3
+    assert max(far(adapter_logits(tuned, ids), step) for ids, step in told) < 5e-3
 
 
 @pytest.mark.parametrize("family", [*EXPORTED, "smollm"])
@@ -239,19 +239,19 @@ def test_the_modelfile_renders_what_the_template_renders(family: str, tmp_path: 
 
 
 def test_a_qlora_model_that_is_quantized_twice_is_warned_of(tmp_path: Path) -> None:
-    origin = replace(family_origin("qwen2", tmp_path), quantization=Quantization(), dtype=torch.float32)
-    twice = export_model(origin, tmp_path / "a", "q4_k_m", "nf4")
+    tuned = replace(tiny_tuned("qwen2", tmp_path), quantization=Quantization(), dtype=torch.float32)
+    twice = export_model(tuned, tmp_path / "a", "q4_k_m", "nf4")
     assert "quantized twice, to nf4 in training and to q4_k_m here" in twice.warnings[0]
     assert "--imatrix" in twice.warnings[0]
-    assert export_model(origin, tmp_path / "d", "q4_k_m").on == "nf4", "what was trained on is the default"
-    once = export_model(origin, tmp_path / "b", "q4_k_m", "base")
+    assert export_model(tuned, tmp_path / "d", "q4_k_m").on == "nf4", "what was trained on is the default"
+    once = export_model(tuned, tmp_path / "b", "q4_k_m", "base")
     assert "will run on q4_k_m ones" in once.warnings[0]
-    assert export_model(origin, tmp_path / "c", "q8_0").warnings == ()
+    assert export_model(tuned, tmp_path / "c", "q8_0").warnings == ()
 
 
 def test_an_importance_matrix_is_the_mean_square_of_what_meets_each_column(tmp_path: Path) -> None:
-    origin = family_origin("qwen2", tmp_path)
-    model = judged_model(origin)
+    tuned = tiny_tuned("qwen2", tmp_path)
+    model = tuned.load_as_trained()
     ids = [3, 9, 27, 81, 40]
     found = measure_importance(model, [Example(ids, ((1, 5, 1.0),), "row")] * 2)
     seen: list[torch.Tensor] = []
@@ -262,7 +262,7 @@ def test_an_importance_matrix_is_the_mean_square_of_what_meets_each_column(tmp_p
     expected = seen[0].square().mean(0)
     torch.testing.assert_close(found["model.layers.1.self_attn.q_proj.weight"], expected, rtol=1e-4, atol=1e-6)
     assert found.keys() >= {f"model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
-    report = export_model(origin, tmp_path / "out", "q4_k_m", importance=found)
+    report = export_model(tuned, tmp_path / "out", "q4_k_m", importance=found)
     with_it = GGUFReader(tmp_path / "out" / report.file)
     assert with_it.fields["veneer.importance"].contents() is True
 
@@ -284,17 +284,17 @@ def test_columns_that_matter_are_nearer_with_an_importance_matrix(kind: str) -> 
 def test_what_cannot_be_exported_is_told_and_nothing_is_written(
     tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
-    def refused(origin: Origin, quant: str = "f16") -> str:
+    def refused(tuned: TunedModel, quant: str = "f16") -> str:
         with pytest.raises(UserError) as caught:
-            export_model(origin, tmp_path / "out", quant)
+            export_model(tuned, tmp_path / "out", quant)
         assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
         return str(caught.value)
 
-    opt = find_origin(str(save_adapter_of("lora", tiny_model("opt"), tmp_path / "opt")))
+    opt = find_tuned(str(save_adapter_of("lora", tiny_model("opt"), tmp_path / "opt")))
     told = refused(opt)
     assert "the architecture opt cannot be exported to GGUF" in told
     assert "Llama, Mistral, Qwen2, Qwen3, Gemma 2, Phi-3" in told
-    llama = family_origin("llama", tmp_path)
+    llama = tiny_tuned("llama", tmp_path)
     assert "--quant q4: not known" in refused(llama, "q4")
     spec = json.loads((llama.adapter / "tokenizer.json").read_text())
     spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\w+"
@@ -309,7 +309,7 @@ def test_what_cannot_be_exported_is_told_and_nothing_is_written(
     assert "blk.0.ffn_up.weight: holds 100,000, the largest number of f16 is 65,504" in refused(llama)
     with pytest.raises(UserError, match="modules of several scales"):
         export_adapter(llama, tmp_path / "out")
-    dora = find_origin(str(save_adapter_of("dora", tmp_path / "llama", tmp_path / "dora")))
+    dora = find_tuned(str(save_adapter_of("dora", tmp_path / "llama", tmp_path / "dora")))
     with pytest.raises(UserError, match="LoRA matrices on linear layers alone: DoRA"):
         export_adapter(dora, tmp_path / "out")
 
@@ -317,8 +317,8 @@ def test_what_cannot_be_exported_is_told_and_nothing_is_written(
 def test_a_window_that_llama_cpp_does_not_know_shortens_the_context(tmp_path: Path) -> None:
     from gguf import GGUFReader
 
-    origin = family_origin("mistral", tmp_path, sliding_window=96)
-    report = export_model(origin, tmp_path / "out", "f16")
+    tuned = tiny_tuned("mistral", tmp_path, sliding_window=96)
+    report = export_model(tuned, tmp_path / "out", "f16")
     assert "has no sliding window" in report.warnings[0]
     fields = GGUFReader(tmp_path / "out" / report.file).fields
     assert fields["llama.context_length"].contents() == 96

@@ -13,9 +13,8 @@ from tests.support.runs import tiny_run, write_rows
 from tests.support.tiny import FAMILIES, save_tiny_model
 from tests.support.vocabularies import family_vocabulary
 from veneer.config import Model
-from veneer.model import gguf_origin, locate
+from veneer.model import find_tuned, gguf_origin, locate
 from veneer.model.builtin import BUILTIN
-from veneer.release import find_origin
 from veneer.release.gguf.export import export_model
 
 NAME = "smollm2-135m-instruct"
@@ -99,9 +98,9 @@ def test_an_exported_file_names_the_file_of_its_base_and_no_other_weights(
 ) -> None:
     known = gguf_origin(Model(base=str(files.get(base, base))))
     assert known is not None
-    origin = find_origin(str(files["q8_0"].parent.parent / "adapter"))
+    tuned = find_tuned(str(files["q8_0"].parent.parent / "adapter"))
     monkeypatch.setattr("veneer.release.gguf.export.gguf_origin", lambda model: known)
-    report = export_model(origin, tmp_path / "out", "f16")
+    report = export_model(tuned, tmp_path / "out", "f16")
     fields = GGUFReader(tmp_path / "out" / report.file).fields
     described = f"{known.describe()}, dequantized; {known.caution()}"
     assert fields["general.base_model.0.name"].contents() == Path(known.file).stem

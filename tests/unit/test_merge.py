@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ import veneer
 from tests.support.adapters import KINDS, peft_merged, save_adapter_of
 from tests.support.tiny import FAMILIES, save_tiny_model
 from veneer.config import Quantization, UserError
+from veneer.model import find_tuned
 from veneer.model.quiet import quiet
-from veneer.release import find_origin
 from veneer.release import merge_into as merge
 from veneer.release import unmerge_from as unmerge
 from veneer.release.certify.compare_weights import compare_weights
@@ -41,7 +42,7 @@ def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 def refused(out: Path, adapter: Path, base: Path | None = None, **settings: Any) -> str:
     """What is said of a merge that cannot be; nothing of it may be left."""
     with pytest.raises(UserError) as caught:
-        merge(find_origin(str(adapter), None if base is None else str(base)), out, **settings)
+        merge(find_tuned(str(adapter), None if base is None else str(base)), out, **settings)
     assert not out.exists() or not any(out.iterdir())
     left = [path.name for path in out.parent.iterdir() if path.name.startswith(f".{out.name}")]
     assert left == [], "nothing half-written"
@@ -55,7 +56,7 @@ def test_every_kind_of_adapter_merges_to_the_bit_as_peft_does_and_is_rounded_onc
     base = tiny_model("llama")
     adapter = save_adapter_of(kind, base, tmp_path / "adapter")
     expected = peft_merged(base, adapter)
-    report = merge(find_origin(str(adapter)), tmp_path / "out", "bfloat16")
+    report = merge(find_tuned(str(adapter)), tmp_path / "out", "bfloat16")
     found = tensors(tmp_path / "out")
     assert found.keys() == expected.keys()
     assert [name for name in found if not torch.equal(found[name], expected[name].bfloat16())] == []
@@ -69,7 +70,7 @@ def test_a_merged_model_answers_as_the_adapter_does(family: str, tmp_path: Path,
 
     base = tiny_model(family)
     adapter = save_adapter_of("lora", base, tmp_path / "adapter")
-    merge(find_origin(str(adapter)), tmp_path / "out", "float32")
+    merge(find_tuned(str(adapter)), tmp_path / "out", "float32")
     ids = torch.arange(48).reshape(2, 24) + 3
     with torch.no_grad():
         expected = PeftModel.from_pretrained(loaded(base), str(adapter)).eval()(ids).logits
@@ -84,9 +85,9 @@ def test_on_nf4_gives_the_model_that_was_trained(family: str, tmp_path: Path, ti
 
     base = tiny_model(family)
     adapter = save_adapter_of("lora", base, tmp_path / "adapter")
-    origin = find_origin(str(adapter))
+    tuned = find_tuned(str(adapter))
     assert "was not quantized" in refused(tmp_path / "out", adapter, on="nf4")
-    trained = type(origin)(**{**vars(origin), "quantization": Quantization(), "dtype": torch.float32})
+    trained = replace(tuned, quantization=Quantization(), dtype=torch.float32)
     merge(trained, tmp_path / "out", "float32", on="nf4")
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -112,7 +113,7 @@ def test_tied_embeddings_come_apart_where_the_adapter_changes_one(tmp_path: Path
     ids = torch.arange(24).reshape(1, 24) + 3
     for kind in ("embedding", "head"):
         adapter = save_adapter_of(kind, tmp_path / "base", tmp_path / kind)
-        merge(find_origin(str(adapter)), tmp_path / f"{kind}-out", "float32")
+        merge(find_tuned(str(adapter)), tmp_path / f"{kind}-out", "float32")
         assert json.loads((tmp_path / f"{kind}-out" / "config.json").read_text())["tie_word_embeddings"] is False
         with torch.no_grad(), quiet():
             expected = PeftModel.from_pretrained(loaded(tmp_path / "base"), str(adapter)).eval()(ids).logits
@@ -136,21 +137,21 @@ def test_a_head_that_differs_from_the_embeddings_ships_whatever_config_json_says
 
     make_head_of_its_own(tmp_path / "base")
     adapter = save_adapter_of("lora", tmp_path / "base", tmp_path / "adapter")
-    merge(find_origin(str(adapter)), tmp_path / "out", "float32")
+    merge(find_tuned(str(adapter)), tmp_path / "out", "float32")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
     ids = torch.arange(24).reshape(1, 24) + 3
     with torch.no_grad():
         expected = PeftModel.from_pretrained(loaded(tmp_path / "base"), str(adapter)).eval()(ids).logits
         assert (loaded(tmp_path / "out").eval()(ids).logits - expected).abs().max() <= 1e-4
-    assert compare_weights(find_origin(str(adapter)), tmp_path / "out", "base").wrong == []
-    report = export_model(find_origin(str(adapter)), tmp_path / "gguf", "f16")
+    assert compare_weights(find_tuned(str(adapter)), tmp_path / "out", "base").wrong == []
+    report = export_model(find_tuned(str(adapter)), tmp_path / "gguf", "f16")
     file = tmp_path / "gguf" / report.file
-    assert compare_weights(find_origin(str(adapter)), file, "base").wrong == []
+    assert compare_weights(find_tuned(str(adapter)), file, "base").wrong == []
     assert "output.weight" in {tensor.name for tensor in GGUFReader(file).tensors}
     held = load_file(tmp_path / "out" / "model.safetensors")
     del held["lm_head.weight"]
     save_file(held, tmp_path / "out" / "model.safetensors", {"format": "pt"})
-    assert compare_weights(find_origin(str(adapter)), tmp_path / "out", "base").wrong == ["lm_head.weight"]
+    assert compare_weights(find_tuned(str(adapter)), tmp_path / "out", "base").wrong == ["lm_head.weight"]
 
 
 def test_an_adapter_on_experts_is_merged_with_them_and_missed_where_it_is_not(tmp_path: Path) -> None:
@@ -158,8 +159,8 @@ def test_an_adapter_on_experts_is_merged_with_them_and_missed_where_it_is_not(tm
     save_tiny_model(("GptOssConfig", FAMILIES["llama"][1] | settings), tmp_path / "base")
     adapter = save_adapter_of("experts", tmp_path / "base", tmp_path / "adapter")
     expected = peft_merged(tmp_path / "base", adapter)
-    origin = find_origin(str(adapter))
-    report = merge(origin, tmp_path / "out", "float32")
+    tuned = find_tuned(str(adapter))
+    report = merge(tuned, tmp_path / "out", "float32")
     found = tensors(tmp_path / "out")
     experts = [name for name in found if "experts" in name and name.endswith("proj")]
     assert report.changed == len(experts) + 2 == 6
@@ -170,7 +171,7 @@ def test_an_adapter_on_experts_is_merged_with_them_and_missed_where_it_is_not(tm
     for file in (tmp_path / "out").glob("*.safetensors"):
         file.unlink()
     save_file(without, tmp_path / "out" / "model.safetensors", {"format": "pt"})
-    missed = compare_weights(origin, tmp_path / "out", "base")
+    missed = compare_weights(tuned, tmp_path / "out", "base")
     assert sorted(missed.wrong) == sorted(experts)
 
 
@@ -190,7 +191,7 @@ def test_what_ships_beside_the_weights(tmp_path: Path, tiny_model: TinyModel) ->
     (base / "LICENSE").write_text("Apache-2.0")
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, "top_k": 20}))
     adapter = save_adapter_of("lora", base, tmp_path / "adapter")
-    report = merge(find_origin(str(adapter)), tmp_path / "out", "bfloat16", shard_bytes=100_000)
+    report = merge(find_tuned(str(adapter)), tmp_path / "out", "bfloat16", shard_bytes=100_000)
     out = tmp_path / "out"
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert report.files == len(set(index["weight_map"].values())) > 1
@@ -210,9 +211,9 @@ def test_what_ships_beside_the_weights(tmp_path: Path, tiny_model: TinyModel) ->
 def test_unmerge_gives_the_base_back_within_rounding(dtype: str, tmp_path: Path, tiny_model: TinyModel) -> None:
     base = tiny_model("llama")
     adapter = save_adapter_of("lora", base, tmp_path / "adapter")
-    origin = find_origin(str(adapter))
-    merge(origin, tmp_path / "merged", dtype)
-    unmerge(tmp_path / "merged", origin, tmp_path / "back")
+    tuned = find_tuned(str(adapter))
+    merge(tuned, tmp_path / "merged", dtype)
+    unmerge(tmp_path / "merged", tuned, tmp_path / "back")
     own, back, merged = tensors(base), tensors(tmp_path / "back"), tensors(tmp_path / "merged")
     for name, tensor in own.items():
         largest = max(float(merged[name].float().abs().max()), float(tensor.abs().max()))
@@ -246,22 +247,22 @@ def test_a_whole_file_counts_before_an_index_as_in_transformers(tmp_path: Path, 
     adapter = save_adapter_of("lora", tmp_path / "base", tmp_path / "adapter")
     stale = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
     (tmp_path / "base" / "model.safetensors.index.json").write_text(json.dumps(stale))
-    assert merge(find_origin(str(adapter)), tmp_path / "out").changed > 0
+    assert merge(find_tuned(str(adapter)), tmp_path / "out").changed > 0
 
 
 def test_what_cannot_be_taken_out_is_refused(tmp_path: Path, tiny_model: TinyModel) -> None:
     for kind, reason in (("dora", "a DoRA adapter cannot be taken out"), ("head", "replaced lm_head.weight whole")):
-        origin = find_origin(str(save_adapter_of(kind, tiny_model("llama"), tmp_path / kind)))
-        merge(origin, tmp_path / f"{kind}-out")
+        tuned = find_tuned(str(save_adapter_of(kind, tiny_model("llama"), tmp_path / kind)))
+        merge(tuned, tmp_path / f"{kind}-out")
         with pytest.raises(UserError, match=reason):
-            unmerge(tmp_path / f"{kind}-out", origin, tmp_path / "back")
+            unmerge(tmp_path / f"{kind}-out", tuned, tmp_path / "back")
 
 
 def test_float16_warns_and_refuses_what_does_not_fit(tmp_path: Path, tiny_model: TinyModel) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny_model("llama"), base)
     adapter = save_adapter_of("lora", base, tmp_path / "adapter")
-    assert "65,504" in merge(find_origin(str(adapter)), tmp_path / "out", "float16").warnings[0]
+    assert "65,504" in merge(find_tuned(str(adapter)), tmp_path / "out", "float16").warnings[0]
     for name in ("model.layers.0.mlp.up_proj.weight", "model.norm.weight"):
         weights = load_file(tiny_model("llama") / "model.safetensors")
         weights[name].view(-1)[5] = 1e5
@@ -290,7 +291,7 @@ def test_bad_bases_and_folders_are_told_and_nothing_is_written(
     out.mkdir()
     (out / "mine").write_text("x")
     with pytest.raises(UserError, match="is not empty"):
-        merge(find_origin(str(adapter)), out)
+        merge(find_tuned(str(adapter)), out)
     assert [path.name for path in out.iterdir()] == ["mine"]
 
     usage = shutil.disk_usage(tmp_path)
@@ -301,26 +302,26 @@ def test_bad_bases_and_folders_are_told_and_nothing_is_written(
 def test_a_folder_that_cannot_be_put_in_its_place_is_told_before_any_work(
     tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    origin = find_origin(str(save_adapter_of("lora", tiny_model("llama"), tmp_path / "adapter")))
+    tuned = find_tuned(str(save_adapter_of("lora", tiny_model("llama"), tmp_path / "adapter")))
     here, mount = tmp_path / "here", tmp_path / "mount"
     here.mkdir()
     mount.mkdir()
     (tmp_path / "link").symlink_to(mount)
     monkeypatch.chdir(here)
     with pytest.raises(UserError, match="is the folder you are in"):
-        merge(origin, Path("."))
+        merge(tuned, Path("."))
     with pytest.raises(UserError, match="is a link"):
-        merge(origin, tmp_path / "link")
+        merge(tuned, tmp_path / "link")
     monkeypatch.setattr("os.path.ismount", lambda path: path == mount)
     with pytest.raises(UserError, match="is a mount, which"):
-        merge(origin, mount)
+        merge(tuned, mount)
 
     def read_only(*_: Any, **__: Any) -> str:
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr("tempfile.mkdtemp", read_only)
     with pytest.raises(UserError, match=r"cannot be written \(Read-only file system\)"):
-        merge(origin, tmp_path / "new")
+        merge(tuned, tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "here", "link", "mount"]
 
 

@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 import veneer
 from tests.support.runs import tiny_run, write_rows
 from veneer.config import Model, UserError
-from veneer.model import fingerprint, locate
-from veneer.release import find_origin
+from veneer.model import find_tuned, fingerprint, locate
 
 
 @pytest.fixture
@@ -132,7 +131,7 @@ def test_an_adapter_without_a_passport_loads_and_a_broken_passport_is_told(train
     assert "passport.json: damaged: not JSON" in refused(trained)
     passport.write_text(json.dumps({"settings": {"model": {"base": "x"}, "brand": 1}}))
     with pytest.raises(UserError, match=r"settings in passport.json are not this Veneer's \(.*brand"):
-        find_origin(str(trained / "adapter"))
+        find_tuned(str(trained / "adapter"))
     passport.unlink()
     assert veneer.load(str(trained)).run is not None
 

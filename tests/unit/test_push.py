@@ -15,7 +15,8 @@ from tests.support.tiny import CHATML, FAMILIES, save_tiny_model
 from tests.support.vocabularies import family_vocabulary
 from veneer.cli.main import main
 from veneer.config import RunFolder, UserError
-from veneer.release import find_origin, renew_card
+from veneer.model import find_tuned
+from veneer.release import renew_card
 from veneer.release.publish.push import Parcel, pack
 from veneer.release.redact import name_of, without_paths
 from veneer.report import certificate_page
@@ -227,14 +228,14 @@ def test_files_of_earlier_versions_are_sent_without_their_paths(home: Path, tmp_
 
 def test_an_adapter_finds_its_base_here_and_says_what_it_needs_elsewhere(home: Path, tmp_path: Path) -> None:
     run = home / "runs" / "tickets"
-    assert find_origin(str(run / "adapter")).base_folder == home / "base"
+    assert find_tuned(str(run / "adapter")).base_folder == home / "base"
     (tmp_path / "pulled").mkdir()
     for name, it in content(pack(str(run), REPO, True)).items():
         (tmp_path / "pulled" / name).write_bytes(it)
     with pytest.raises(UserError, match=r"its base is not here(.|\n)*--base"):
-        find_origin(str(tmp_path / "pulled"))
-    origin = find_origin(str(tmp_path / "pulled"), base=str(home / "base"))
-    assert origin.base_folder == home / "base"
+        find_tuned(str(tmp_path / "pulled"))
+    tuned = find_tuned(str(tmp_path / "pulled"), base=str(home / "base"))
+    assert tuned.base_folder == home / "base"
 
 
 def test_exported_files_name_no_path(home: Path, tmp_path: Path) -> None:

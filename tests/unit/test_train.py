@@ -17,7 +17,7 @@ import veneer
 from tests.support.runs import losses, tiny_run, write_rows
 from tests.support.tiny import CHATML
 from veneer.config import Interrupted, JobError, RunFolder, Train, UserError
-from veneer.release import find_origin
+from veneer.model import find_tuned
 from veneer.training import TrainingJob
 from veneer.training.optimizer import build_optimizer, get_state, set_state
 from veneer.training.schedule import learning_rate
@@ -219,8 +219,8 @@ def test_a_run_goes_on_with_the_date_that_its_template_was_given(train: Runner, 
     job.fit()
     assert json.loads(folder.ledger.read_text())["sha256"] == job.data.ledger.sha256
     # What ships holds the date as well, whatever day it is read on.
-    origin = find_origin(str(folder.path))
-    assert origin.renderer().template == job.renderer.template
+    tuned = find_tuned(str(folder.path))
+    assert tuned.renderer.template == job.renderer.template
     assert str(job.run.data.template_date) == "2024-02-29"
 
 
@@ -347,7 +347,7 @@ def test_a_manifest_that_does_not_answer_for_its_checkpoint_is_refused(damage: s
     with pytest.raises(UserError, match="damaged"):
         TrainingJob(veneer.load_run(stopped / "run.yaml"), resume=True).fit()
     with pytest.raises(UserError, match="damaged"):  # and by evaluate, merge and all others that take a checkpoint
-        find_origin(str(path.parent))
+        find_tuned(str(path.parent))
 
 
 @pytest.mark.parametrize("found", [True, "bfloat15", None])
@@ -356,7 +356,7 @@ def test_a_plan_without_a_precision_is_damaged(found: Any, train: Runner) -> Non
     plan = json.loads((run / "plan.json").read_text())
     (run / "plan.json").write_text(json.dumps(plan | {"dtype": found}))
     with pytest.raises(UserError, match=r"plan\.json: damaged: dtype"):
-        find_origin(str(run))
+        find_tuned(str(run))
 
 
 def test_a_run_does_not_go_on_from_a_plan_of_another_precision(stopped: Path) -> None:

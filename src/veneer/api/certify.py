@@ -7,13 +7,12 @@ from veneer.api.evaluate import held_out_rows
 from veneer.api.warned import or_warn
 from veneer.config import RunFolder, UserError
 from veneer.data.pipeline import HeldOut
+from veneer.model import TunedModel, find_tuned
 from veneer.release import (
     Certificate,
-    Origin,
     Prompt,
     certify_artifact,
     find_artifact,
-    find_origin,
     prompts_of,
     recorded_answers,
     renew_card,
@@ -49,36 +48,36 @@ def certify(
     Raises:
         UserError: There is no such artifact or run, or the artifact does not load.
     """
-    origin = find_origin(run, base, force)
-    found = find_artifact(artifact, origin, model)
-    folder = origin.folder or RunFolder(Path(run).expanduser())
-    is_of_run = origin.run is not None and not origin.is_checkpoint  # a checkpoint's proof is none of its run's adapter
-    prompts, longest, skipped = questions_of(origin, rows)
-    certificate = certify_artifact(found, origin, prompts, longest, skipped, recorded_answers(origin), notify)
+    tuned = find_tuned(run, base, force)
+    found = find_artifact(artifact, tuned, model)
+    folder = tuned.folder or RunFolder(Path(run).expanduser())
+    is_of_run = tuned.run is not None and not tuned.is_checkpoint  # a checkpoint's proof is none of its run's adapter
+    prompts, longest, skipped = questions_of(tuned, rows)
+    certificate = certify_artifact(found, tuned, prompts, longest, skipped, recorded_answers(tuned), notify)
     page = certificate_page(certificate.as_dict())
     targets = [] if found.path is None else [found.path if found.path.is_dir() else found.path.parent]
     targets += [folder.path] if is_of_run else []
     for target in targets or [Path()]:
         write_certificate(certificate, target, page)
     if is_of_run:
-        or_warn("the card", lambda: renew_card(folder, origin.model))
+        or_warn("the card", lambda: renew_card(folder, tuned.model))
     return certificate, (targets or [Path()])[0]
 
 
-def questions_of(origin: Origin, rows: int | None) -> tuple[list[Prompt], int, dict[str, str]]:
+def questions_of(tuned: TunedModel, rows: int | None) -> tuple[list[Prompt], int, dict[str, str]]:
     """What a certificate asks, the longest answer, and the checks that cannot be made, with the reason."""
-    renderer = origin.renderer()
+    renderer = tuned.renderer
     held_out: list[HeldOut] = []
     skipped = {}
-    if origin.run is None:
+    if tuned.run is None:
         skipped["answers and score on held-out rows"] = "the adapter has no run beside it"
     elif rows == 0:
         skipped["answers and score on held-out rows"] = "none were asked for (--rows 0)"
     else:
         try:
-            folder = origin.folder or RunFolder(Path(origin.name).expanduser())
-            held_out = held_out_rows(folder, origin.run, renderer, None, rows or origin.run.evaluate.rows)
+            folder = tuned.folder or RunFolder(Path(tuned.name).expanduser())
+            held_out = held_out_rows(folder, tuned.run, renderer, None, rows or tuned.run.evaluate.rows)
         except UserError as error:
             skipped["answers and score on held-out rows"] = str(error).splitlines()[0]
-    longest = origin.run.evaluate.max_new_tokens if origin.run is not None else 64
-    return prompts_of(renderer, held_out, very_long(origin, longest)), longest, skipped
+    longest = tuned.run.evaluate.max_new_tokens if tuned.run is not None else 64
+    return prompts_of(renderer, held_out, very_long(tuned, longest)), longest, skipped

@@ -22,7 +22,6 @@ from veneer.evaluation.memory import rows_at_a_time
 from veneer.machine import find_machine
 from veneer.model import compute_dtype
 from veneer.planning.batch_shapes import Padded
-from veneer.planning.forecast import place_here
 from veneer.release import judged_by, renew_card
 
 
@@ -73,21 +72,20 @@ def evaluate(
         UserError: No such run, no adapter, or no held-out rows.
     """
     folder = require_run(str(run_dir))
-    place = place_here()
     loaded = load(str(run_dir), force, base)
-    assert loaded.run is not None
-    usual = loaded.run.evaluate.rows
-    held_out = held_out_rows(folder, loaded.run, loaded.renderer, data, rows or usual)
+    run = loaded.run
+    assert run is not None
+    usual = run.evaluate.rows
+    held_out = held_out_rows(folder, run, loaded.renderer, data, rows or usual)
     count = count_rows(held_out)
     is_record = data is None and (rows is None or rows == usual or count < rows)
     most = (max(len(row.example.ids) for row in held_out), max(row.example.trained for row in held_out))
-    at_a_time = rows_at_a_time(loaded.run, Padded(len(held_out), *most), place)
-    settings = loaded.run.evaluate.model_copy(update={"batch_size": at_a_time})
+    at_a_time = rows_at_a_time(run, Padded(len(held_out), *most), loaded.device)
+    settings = run.evaluate.model_copy(update={"batch_size": at_a_time})
     engine = ReferenceEngine(loaded.model)  # judges by other code than the adapter was trained by
     result = compare_models(loaded.model, engine, loaded.renderer, held_out, settings, on_done)
     if is_record and not force:
-        assert loaded.origin is not None
-        return Evaluated(result, save_evaluation(folder, result, loaded.origin.model), True)
+        return Evaluated(result, save_evaluation(folder, result, loaded.base), True)
     name = f"{Path(data).name.split('.')[0] if data else 'held-out'}-{count}-rows"
     return Evaluated(result, _save_beside(folder, name, result, data), False)
 

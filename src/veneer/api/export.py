@@ -7,14 +7,12 @@ from pathlib import Path
 from veneer.api.merge import chosen_base
 from veneer.config import UserError
 from veneer.data.pipeline import prepare
+from veneer.model import TunedModel, find_tuned
 from veneer.release import (
     IMPORTANCE_ROWS,
     Exported,
     Importance,
-    Origin,
     export_to,
-    find_origin,
-    judged_model,
     measure_importance,
     takes_importance,
 )
@@ -49,21 +47,21 @@ def export(
     Raises:
         UserError: The architecture, the tokenizer or the type cannot be exported, or as `merge`; nothing was written.
     """
-    origin = find_origin(run, base, force)
-    on, choice = chosen_base(origin, on)
+    tuned = find_tuned(run, base, force)
+    on, choice = chosen_base(tuned, on)
     use = imatrix and not adapter_only and takes_importance(quant)
-    importance = _importance(origin) if use else None
-    return export_to(origin, Path(out), file_format, quant, on, adapter_only, on_done, choice, importance)
+    importance = _importance(tuned) if use else None
+    return export_to(tuned, Path(out), file_format, quant, on, adapter_only, on_done, choice, importance)
 
 
-def _importance(origin: Origin) -> Importance | None:
+def _importance(tuned: TunedModel) -> Importance | None:
     """The importance matrix of a run's own training rows; None where there is no run, or its data is gone."""
-    if origin.run is None:
+    if tuned.run is None:
         return None
     try:
-        rows = prepare(origin.run.data, origin.renderer(), origin.run.train.seed).train
+        rows = prepare(tuned.run.data, tuned.renderer, tuned.run.train.seed).train
     except UserError as error:
         warnings.warn(f"no importance matrix: {str(error).splitlines()[0]}", RuntimeWarning, stacklevel=3)
         return None
     count = min(IMPORTANCE_ROWS, len(rows))
-    return measure_importance(judged_model(origin), [rows[n * len(rows) // count] for n in range(count)])
+    return measure_importance(tuned.load_as_trained(), [rows[n * len(rows) // count] for n in range(count)])

@@ -4,16 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from veneer.api.load import load
-from veneer.config import Data, Evaluate, Model, Run, UserError
+from veneer.config import UserError
 from veneer.config.prompts import Question
 from veneer.config.sampling import Sampling
-from veneer.data import Message
-from veneer.data.conversation import BadRowError
-from veneer.data.turns import read_turns
-from veneer.evaluation import generate as generate_answers
-from veneer.evaluation.memory import Batching, rows_at_a_time
-from veneer.planning.batch_shapes import Padded
-from veneer.planning.forecast import place_here
 
 
 def generate(
@@ -36,7 +29,7 @@ def generate(
     """Answers to prompts: `prompt`, `answer`, and `base` where it is compared.
 
     Args:
-        name: As for `load`.
+        name: Name as for `load`.
         prompts: Questions, or conversations as lists of turns (`{"role": ..., "content": ...}`).
         system: System prompt instead of the run's own, before prompts that have none.
         compare_with_base: Let the base answer too.
@@ -48,42 +41,14 @@ def generate(
     Raises:
         UserError: Nothing of that name, a value out of range, or `compare_with_base` without an adapter.
     """
-    import torch
-
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, tuple(stop), seed)
-    if on_text is not None and len(prompts) != 1:
-        raise UserError(f"on_text with {len(prompts)} prompts: pieces of which answer?", "give a single prompt")
-    place = place_here()
-    loaded = load(name, force, base)
-    if compare_with_base and loaded.origin is None:
+    model = load(name, force, base)
+    if compare_with_base and model.tuned is None:
         raise UserError(f"{name}: a base model alone, there is nothing to compare", "name a run's folder")
-    ids = [loaded.renderer.prompt_ids(_turns(prompt, system)) for prompt in prompts]
-    of_model = loaded.origin.model if loaded.origin is not None else Model(base=name)
-    run = loaded.run or Run(model=of_model, data=Data(train="-"))
-    run = run.model_copy(update={"evaluate": Evaluate(max_new_tokens=max_new_tokens)})
-    batching = Batching(rows_at_a_time(run, Padded(len(ids), max(map(len, ids)), 1), place) if ids else 1)
-
-    def answers(on_text: Callable[[str], None] | None = None) -> list[str]:
-        torch.manual_seed(seed)
-        parts = (loaded.model, loaded.renderer, ids, max_new_tokens, batching)
-        return generate_answers(*parts, sampling=sampling, on_text=on_text)
-
-    results: list[dict[str, Any]] = [
-        {"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers(on_text), strict=True)
-    ]
+    answers = model.generate(prompts, system, max_new_tokens, sampling, on_text)
+    found: list[dict[str, Any]] = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers)]
     if compare_with_base:
-        with loaded.model.disable_adapter():
-            for result, answer in zip(results, answers(), strict=True):
-                result["base"] = answer
-    return results
-
-
-def _turns(prompt: Question, system: str | None) -> list[Message]:
-    """A prompt as turns, with a system prompt before it where it has none."""
-    try:
-        turns = [Message("user", prompt)] if isinstance(prompt, str) else list(read_turns(prompt))
-    except BadRowError as error:
-        raise UserError(f"prompt: {error}", "write turns with role and content") from None
-    if system is None or (turns and turns[0].role == "system"):
-        return turns
-    return [Message("system", system), *turns]
+        with model.model.disable_adapter():
+            for row, answer in zip(found, model.generate(prompts, system, max_new_tokens, sampling), strict=True):
+                row["base"] = answer
+    return found

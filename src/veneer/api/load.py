@@ -1,53 +1,127 @@
 """A run, an adapter or a base, loaded to answer."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from veneer.config import Model, Run, UserError
+from veneer.config import Data, Evaluate, Model, Run, UserError
 from veneer.config.names import find_adapter
-from veneer.data import Renderer
+from veneer.config.prompts import Question
+from veneer.config.sampling import Sampling
+from veneer.data import Message, Renderer
+from veneer.data.conversation import BadRowError
+from veneer.data.turns import read_turns
+from veneer.evaluation import generate as generate_answers
+from veneer.evaluation.memory import Batching, rows_at_a_time
 from veneer.machine import find_machine
-from veneer.model import load_adapter, load_model, load_tokenizer, locate
-from veneer.release import Origin, find_origin
+from veneer.model import TunedModel, find_tuned, load_model, load_tokenizer, locate
+from veneer.planning.batch_shapes import Padded
+from veneer.planning.forecast import TargetDevice, place_here
+
+GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A model ready to answer: a base with an adapter, or a base alone (`origin` is None then).
+class LoadedModel:
+    """A model that answers: `model("a question")`.
 
     Attributes:
-        run: Of an adapter that stands in its run's folder.
-        origin: Where adapter and base came from.
+        model: The Transformers or PEFT model.
+        renderer: Its tokenizer and template, as they were in training.
+        base: The base's settings.
+        device: The device as it was before the model was loaded.
+        tuned: Where its adapter and base came from; None: it is a base alone.
     """
 
     model: Any
     renderer: Renderer
-    run: Run | None
-    origin: Origin | None = None
+    base: Model
+    device: TargetDevice
+    tuned: TunedModel | None = None
+
+    @property
+    def run(self) -> Run | None:
+        """The adapter's run, with the base that is under it here; None: it stands in no run's folder."""
+        run = self.tuned.run if self.tuned is not None else None
+        return run and run.model_copy(update={"model": self.base})
+
+    def __call__(
+        self,
+        prompt: Question,
+        system: str | None = None,
+        max_new_tokens: int = 256,
+        sampling: Sampling = GREEDY,
+        on_text: Callable[[str], None] | None = None,
+    ) -> str:
+        """The answer to one prompt; arguments as of `generate`, and `on_text` gets each piece of it as it is made."""
+        return self.generate([prompt], system, max_new_tokens, sampling, on_text)[0]
+
+    def generate(
+        self,
+        prompts: Sequence[Question],
+        system: str | None = None,
+        max_new_tokens: int = 256,
+        sampling: Sampling = GREEDY,
+        on_text: Callable[[str], None] | None = None,
+    ) -> list[str]:
+        """The answers, in the order of the prompts.
+
+        Args:
+            prompts: Questions, or conversations as lists of turns (`{"role": ..., "content": ...}`).
+            system: System prompt instead of the run's own, before prompts that have none.
+            max_new_tokens: Longest answer.
+            sampling: How tokens are chosen, and which texts end an answer.
+            on_text: Called with each piece of the answer as it is made; for a single prompt.
+
+        Raises:
+            UserError: A prompt is no conversation, or fills the model's positions.
+        """
+        import torch
+
+        if on_text is not None and len(prompts) != 1:
+            raise UserError(f"on_text with {len(prompts)} prompts: pieces of which answer?", "give a single prompt")
+        ids = [self.renderer.prompt_ids(_turns(prompt, system)) for prompt in prompts]
+        run = self.run or Run(model=self.base, data=Data(train="-"))
+        run = run.model_copy(update={"evaluate": Evaluate(max_new_tokens=max_new_tokens)})
+        at_a_time = rows_at_a_time(run, Padded(len(ids), max(map(len, ids)), 1), self.device) if ids else 1
+        torch.manual_seed(sampling.seed)
+        batching = Batching(at_a_time)
+        parts = (self.model, self.renderer, ids, max_new_tokens, batching)
+        return generate_answers(*parts, sampling=sampling, on_text=on_text)
 
 
-def load(name: str, force: bool = False, base: str | None = None) -> Loaded:
+def load(name: str, force: bool = False, base: str | None = None) -> LoadedModel:
     """Load a run, one of its checkpoints or an adapter by its folder, or a base model by any name `model.base` takes.
 
+    Example: `model = veneer.load("runs/demo")`, then `model("Where is my parcel?")`.
+
     Args:
-        name: Of the run, the checkpoint, the adapter or the model.
+        name: Name of the run, the checkpoint, the adapter or the model.
         force: Put the adapter on its base even where its passport says that it does not belong there.
         base: Another base than the adapter names.
 
     Raises:
         UserError: There is nothing of that name, the run has no adapter yet, or it does not belong to the base.
     """
-    machine = find_machine()
-    if find_adapter(name) is None:
-        if base is not None:
-            raise UserError(f"--base {base}: {name} is no adapter, which a base could be put under", "leave it out")
-        settings = Model(base=name)
-        source = locate(settings)
-        renderer = Renderer(load_tokenizer(source))
-        return Loaded(load_model(source, settings, None, machine), renderer, None)
-    origin = find_origin(name, base, force)
-    # Tokenizer and template as they were in training, whatever has become of the base's or of a template's file.
-    renderer = origin.renderer()
-    model = load_model(origin.source, origin.model, origin.quantization, machine)
-    run = origin.run and origin.run.model_copy(update={"model": origin.model})  # with the base that was named instead
-    return Loaded(load_adapter(model, origin.adapter), renderer, run, origin)
+    device = place_here()
+    if find_adapter(name) is not None:
+        tuned = find_tuned(name, base, force)
+        renderer = tuned.renderer  # before the weights, which take longer to load
+        return LoadedModel(tuned.load(), renderer, tuned.model, device, tuned)
+    if base is not None:
+        raise UserError(f"--base {base}: {name} is no adapter, which a base could be put under", "leave it out")
+    settings = Model(base=name)
+    source = locate(settings)
+    renderer = Renderer(load_tokenizer(source))
+    return LoadedModel(load_model(source, settings, None, find_machine()), renderer, settings, device)
+
+
+def _turns(prompt: Question, system: str | None) -> list[Message]:
+    """A prompt as turns, with a system prompt before it where it has none."""
+    try:
+        turns = [Message("user", prompt)] if isinstance(prompt, str) else list(read_turns(prompt))
+    except BadRowError as error:
+        raise UserError(f"prompt: {error}", "write turns with role and content") from None
+    if system is None or (turns and turns[0].role == "system"):
+        return turns
+    return [Message("system", system), *turns]

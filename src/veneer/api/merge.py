@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from veneer.api.certify import questions_of
+from veneer.model import TunedModel, find_tuned
 from veneer.release import (
     Merged,
-    Origin,
     choose_base,
-    find_origin,
     merge_into,
     recorded_answers,
     require_model,
@@ -41,9 +40,9 @@ def merge(
     Raises:
         UserError: They do not fit together, or the folder is not to be had; nothing was written.
     """
-    origin = find_origin(run, base, force)
-    on, choice = chosen_base(origin, on)
-    return merge_into(origin, Path(out), dtype, on, on_done=on_done, choice=choice)
+    tuned = find_tuned(run, base, force)
+    on, choice = chosen_base(tuned, on)
+    return merge_into(tuned, Path(out), dtype, on, on_done=on_done, choice=choice)
 
 
 def unmerge(
@@ -60,14 +59,14 @@ def unmerge(
     """
     require_model(Path(merged))
     # The merged model says all that is needed of its base, which may be gone.
-    origin = find_origin(adapter, str(merged), force, is_merged=True)
-    return unmerge_from(Path(merged), origin, Path(out), force, on_done)
+    tuned = find_tuned(adapter, str(merged), force, is_merged=True)
+    return unmerge_from(Path(merged), tuned, Path(out), force, on_done)
 
 
-def chosen_base(origin: Origin, on: str) -> tuple[str, dict[str, Any] | None]:
+def chosen_base(tuned: TunedModel, on: str) -> tuple[str, dict[str, Any] | None]:
     """What the adapter is merged into, and what `--on best` measured."""
     if on != "best":
         return on, None
-    prompts, longest, _ = questions_of(origin, None)
-    choice = choose_base(origin, prompts, longest, recorded_answers(origin))
+    prompts, longest, _ = questions_of(tuned, None)
+    choice = choose_base(tuned, prompts, longest, recorded_answers(tuned))
     return choice.on, choice.as_dict()

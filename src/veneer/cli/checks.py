@@ -43,19 +43,17 @@ def require_answering(name: str, base: str | None = None) -> None:
 
 def require_merged(name: str, adapter: str) -> None:
     """Raises UserError where there is no such folder, or no adapter of that name; its base may be gone."""
-    found = find_adapter(adapter)
-    require_adapter(found.path if found is not None else Path(adapter).expanduser(), adapter)
+    require_adapter(adapter)
     if not Path(name).expanduser().is_dir():
         raise UserError(f"{name}: no such folder", "name the folder that `veneer merge` wrote")
 
 
 def require_tuned(name: str, base: str | None = None) -> None:
     """Raises UserError where there is no adapter of that name, or the base that it is to be put on is none."""
-    found = find_adapter(name)
-    require_adapter(found.path if found is not None else Path(name).expanduser(), name)
+    found = require_adapter(name)
     if base is not None:
         require_base(Model(base=base))
-    elif found is not None and found.run is not None:
+    elif found.run is not None:
         try:
             require_base(load_run(found.run.run).model)
         except UserError as error:

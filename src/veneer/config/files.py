@@ -7,6 +7,7 @@ such files as it can be shown.
 
 import contextlib
 import errno
+import hashlib
 import json
 import re
 import stat
@@ -66,6 +67,11 @@ def read_json(path: Path, *keys: str, fix: str = RESTORE) -> dict[str, Any]:
     return _object(read_text(path, fix=fix), str(path), keys, fix)
 
 
+def read_optional_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is no file. Raises as `read_json`."""
+    return read_json(path, fix="fetch it again, or delete it if it is not needed") if path.is_file() else {}
+
+
 def read_json_lines(path: Path, *keys: str, fix: str = RESTORE, is_appended: bool = False) -> list[dict[str, Any]]:
     """The JSON objects of a file, one a line, each of which holds `keys`.
 
@@ -113,6 +119,14 @@ def own_files(folder: Path, *patterns: str) -> list[Path]:
                 "put the file itself there, or delete the link",
             )
     return found
+
+
+def file_sha256(path: Path) -> str | None:
+    """SHA-256 of a file; None where there is none."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

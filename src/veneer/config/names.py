@@ -56,17 +56,23 @@ def find_adapter(name: str) -> AdapterFolder | None:
     return AdapterFolder(path, owner if is_checkpoint else None)
 
 
-def require_adapter(adapter: Path, name: str) -> None:
-    """Raises UserError where a folder holds no adapter in PEFT's format."""
-    if not adapter.is_dir():
+def require_adapter(name: str) -> AdapterFolder:
+    """The adapter that a name stands for, with the files of PEFT's format.
+
+    Raises:
+        UserError: There is none, or its run has not come to one yet.
+    """
+    found = find_adapter(name) or AdapterFolder(Path(name).expanduser(), None)
+    if not found.path.is_dir():
         raise UserError(f"{name}: no such folder", "name the folder of a run or of an adapter")
     for file in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (adapter / file).is_file():
-            held = ", ".join(sorted(path.name for path in adapter.iterdir())[:6]) or "nothing"
+        if not (found.path / file).is_file():
+            held = ", ".join(sorted(path.name for path in found.path.iterdir())[:6]) or "nothing"
             raise UserError(
-                f"{name}: holds no adapter: {adapter / file} is missing (it holds {held})",
+                f"{name}: holds no adapter: {found.path / file} is missing (it holds {held})",
                 "name the folder of a finished run, or of an adapter in PEFT's format",
             )
+    return found
 
 
 def require_run(name: str) -> RunFolder:

@@ -13,22 +13,27 @@ shards.py    the safetensors files of a checkpoint, and where each tensor lies i
 reader.py    the threads that read
 kept.py      4-bit weights kept on disk for the next load
 adapters.py  LoRA: attach, save, load
+passport.py  what an adapter belongs to, and the refusal to load it on anything else
+tuned.py     an adapter with its base, tokenizer, template and passport: the one door to a tuned model
 """
 
 from veneer.model.adapters import attach, count_parameters, load_adapter, save_adapter
-from veneer.model.fingerprint import config_sha256, fingerprint, local_folder, stored_quantization
+from veneer.model.fingerprint import config_sha256, fingerprint, stored_quantization
 from veneer.model.lineage import GgufOrigin, gguf_origin
 from veneer.model.load import LoadReport, compute_dtype, load_base, load_model, load_tokenizer
-from veneer.model.locate import BaseSource, locate
+from veneer.model.locate import BaseSource, local_folder, locate
+from veneer.model.tuned import TunedModel, find_tuned
 
 __all__ = [
     "BaseSource",
     "GgufOrigin",
     "LoadReport",
+    "TunedModel",
     "attach",
     "compute_dtype",
     "config_sha256",
     "count_parameters",
+    "find_tuned",
     "fingerprint",
     "gguf_origin",
     "load_adapter",

@@ -7,14 +7,13 @@ certain; a single changed byte may not be, which is what `veneer certify` is for
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from veneer.config import Quantization, UserError
 from veneer.config.files import read_json
-from veneer.model.locate import BaseSource
+from veneer.model.locate import BaseSource, local_folder
 from veneer.model.shards import DTYPES, DamagedError, Piece, UnknownTypeError, find_files, read_header
 
 SAMPLES, SAMPLE_BYTES = 32, 4096
@@ -66,16 +65,6 @@ def _config(source: BaseSource) -> dict[str, Any] | None:
         return read_json(folder / "config.json") if folder is not None else None
     except UserError:
         return None
-
-
-def local_folder(source: BaseSource) -> Path | None:
-    """The folder of a base's files; of a hub model the snapshot in the user's cache, None where there is none."""
-    if source.kind != "hub":
-        return Path(source.location)
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(source.location, "config.json", revision=source.revision)
-    return Path(found).parent if isinstance(found, str) else None
 
 
 def _sample(piece: Piece, digest: Any) -> None:

@@ -22,10 +22,9 @@ from veneer.config.hub import not_here, unreachable
 from veneer.data.sandbox import shared
 from veneer.machine.device import Machine, named_dtype
 from veneer.model.dense import keep_dense
-from veneer.model.fingerprint import local_folder
 from veneer.model.kept import Copy, Kept, tell_unusable
 from veneer.model.limits import require_sizes
-from veneer.model.locate import BaseSource
+from veneer.model.locate import BaseSource, local_folder
 from veneer.model.quiet import quiet
 from veneer.model.remote import refusal, require_attention, require_own_class
 from veneer.model.stream import Checkpoint, circles_collected, find_checkpoint, note_range, require_finite, stream

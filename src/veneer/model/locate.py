@@ -6,9 +6,10 @@ and .gguf files are converted once to a folder in the user's cache.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from veneer.config import Model
-from veneer.config.hub import unreachable
+from veneer.config import Model, UserError
+from veneer.config.hub import not_here, unreachable
 from veneer.config.names import find_model
 from veneer.model.builtin import builtin_folder
 from veneer.model.gguf import converted_folder
@@ -53,3 +54,41 @@ def locate(model: Model) -> BaseSource:
     elif kind == "gguf":
         place = str(converted_folder(Path(place)))
     return BaseSource(kind, place, model.base, model.revision)
+
+
+def local_folder(source: BaseSource) -> Path | None:
+    """The folder of a base's files; of a hub model the snapshot in the user's cache, None where there is none."""
+    if source.kind != "hub":
+        return Path(source.location)
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(source.location, "config.json", revision=source.revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def fetched_folder(source: BaseSource) -> Path:
+    """The folder with all of a base's files; those of a hub model are fetched.
+
+    Raises:
+        UserError: They cannot be fetched.
+    """
+    if source.kind != "hub":
+        return Path(source.location)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "LICENSE*", "NOTICE*"]
+    try:
+        given: dict[str, Any] = {"revision": source.revision, "local_files_only": source.only_local}
+        return Path(snapshot_download(source.location, allow_patterns=wanted, **given))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        kept = local_folder(source)
+        if kept is not None:
+            return kept
+        if (why := unreachable()) is not None:
+            raise not_here(f"model.base = {source.name}", why) from None
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model.base = {source.name}: cannot be had from the hub: {reason}",
+            "check the network and your access (hf auth login), or name a folder with --base",
+        ) from None

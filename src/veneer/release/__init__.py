@@ -1,8 +1,8 @@
 """What leaves the house: passport, card, merged models, GGUF files, and the proof that they are what was trained.
 
 weights.py   safetensors read and written with one tensor in memory at a time
-passport.py  what an adapter belongs to, and the refusal to load it on anything else
-origin.py    an adapter with its base: what a release is made from
+passport.py  passport.json of an adapter: what it belongs to
+tuned.py    an adapter with its base: what a release is made from
 output.py    a folder to be written, checked before any work
 redact.py    what of a run's files may leave the machine
 merge/       base and adapter as one model on disk; and the inverse
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from veneer.release.certify.certificate import (
         Certificate,
         certify_artifact,
-        judged_model,
         write_certificate,
     )
     from veneer.release.certify.judged import judged_by, recorded_answers
@@ -30,8 +29,7 @@ if TYPE_CHECKING:
     from veneer.release.gguf.importance import IMPORTANCE_ROWS, Importance, measure_importance
     from veneer.release.gguf.types import takes_importance
     from veneer.release.merge.merged import Merged, merge_into, require_model, unmerge_from
-    from veneer.release.origin import Origin, find_origin
-    from veneer.release.passport import require_match, write_passport
+    from veneer.release.passport import write_passport
     from veneer.release.publish.card import renew_card, write_card
 
 __all__ = [
@@ -40,21 +38,17 @@ __all__ = [
     "Exported",
     "Importance",
     "Merged",
-    "Origin",
     "Prompt",
     "certify_artifact",
     "choose_base",
     "export_to",
     "find_artifact",
-    "find_origin",
     "judged_by",
-    "judged_model",
     "measure_importance",
     "merge_into",
     "prompts_of",
     "recorded_answers",
     "renew_card",
-    "require_match",
     "require_model",
     "takes_importance",
     "unmerge_from",
@@ -72,21 +66,17 @@ __getattr__ = import_on_use(
         "IMPORTANCE_ROWS": "veneer.release.gguf.importance",
         "Importance": "veneer.release.gguf.importance",
         "Merged": "veneer.release.merge.merged",
-        "Origin": "veneer.release.origin",
         "Prompt": "veneer.release.certify.prompts",
         "certify_artifact": "veneer.release.certify.certificate",
         "choose_base": "veneer.release.certify.best_base",
         "export_to": "veneer.release.gguf.export",
         "find_artifact": "veneer.release.certify.artifact",
-        "find_origin": "veneer.release.origin",
         "judged_by": "veneer.release.certify.judged",
-        "judged_model": "veneer.release.certify.certificate",
         "measure_importance": "veneer.release.gguf.importance",
         "merge_into": "veneer.release.merge.merged",
         "prompts_of": "veneer.release.certify.prompts",
         "recorded_answers": "veneer.release.certify.judged",
         "renew_card": "veneer.release.publish.card",
-        "require_match": "veneer.release.passport",
         "require_model": "veneer.release.merge.merged",
         "takes_importance": "veneer.release.gguf.types",
         "unmerge_from": "veneer.release.merge.merged",

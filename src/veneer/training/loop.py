@@ -25,6 +25,7 @@ from veneer.engine import Engine
 from veneer.machine.device import peak_bytes
 from veneer.model.adapters import is_lora_b
 from veneer.training import checkpoint
+from veneer.training.checkpoint import TrainingState
 from veneer.training.held_out import HeldOutBatches
 from veneer.training.metrics import Listener
 from veneer.training.optimizer import build_optimizer, parameters_to_update
@@ -59,18 +60,17 @@ class Loop:
         device: str,
         scale_loss: bool = False,
     ) -> None:
-        self._model = model
         self._engine = engine
         self._batches = batches
         self._held_out = held_out
         self._train = train
         self._checkpoints = checkpoints
-        self._began_with = began_with
         self._device = device
         self._b_matrices = {name: p for name, p in model.named_parameters() if p.requires_grad and is_lora_b(name)}
         self._updated = parameters_to_update(model, engine, train, device)
         self._optimizer = build_optimizer(self._updated.values(), train, device)
         self._scaler = torch.amp.GradScaler(device, enabled=scale_loss)
+        self._state = TrainingState(model, self._optimizer, self._updated, self._scaler, began_with)
         self.steps = batches.steps(train.num_train_epochs, train.max_steps)
         self.done = 0
         self.loss: float | None = None  # of the last step that was made here
@@ -78,7 +78,7 @@ class Loop:
 
     def resume(self, path: Path) -> None:
         """Restore a checkpoint of this run."""
-        self.done = checkpoint.load(path, self._model, self._optimizer, self._updated, self._scaler, self._began_with)
+        self.done = checkpoint.load(path, self._state)
 
     def run(self, listeners: Sequence[Listener]) -> float:
         """Train to the end; returns the mean of all steps' tokens per second.
@@ -245,15 +245,7 @@ class Loop:
         return checkpoint.path_of(self._checkpoints, self.done)
 
     def _save(self) -> None:
-        checkpoint.save(
-            self._checkpoints,
-            self.done,
-            self._model,
-            self._optimizer,
-            self._updated,
-            self._scaler,
-            self._began_with,
-        )
+        checkpoint.save(self._checkpoints, self.done, self._state)
         checkpoint.drop_old(self._checkpoints, self._train.save_total_limit)
 
 

@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from veneer.config import UserError
-from veneer.config.files import reading
+from veneer.config.files import read_optional_json, reading
 from veneer.data import Renderer
 from veneer.machine import find_machine
 from veneer.model.gguf import open_gguf
+from veneer.model.tuned import TunedModel
 from veneer.release.certify.prompts import Prompt
 from veneer.release.certify.runtimes import Folder, Runtime
 from veneer.release.certify.servers import Endpoint, llama_server
-from veneer.release.merge.merged import json_of
 from veneer.release.merge.plan import trained_on
-from veneer.release.origin import Origin
 
 
 @dataclass(frozen=True)
@@ -39,14 +38,14 @@ class Artifact:
     model: str | None = None
 
 
-def find_artifact(name: str, origin: Origin, model: str | None = None) -> Artifact:
+def find_artifact(name: str, tuned: TunedModel, model: str | None = None) -> Artifact:
     """What a name stands for: an address, a GGUF file, or a folder that holds either.
 
     Raises:
         UserError: It is nothing that can be certified.
     """
     if name.startswith(("http://", "https://")):
-        return Artifact(name, "endpoint", "endpoint", None, trained_on(origin), model)
+        return Artifact(name, "endpoint", "endpoint", None, trained_on(tuned), model)
     if model is not None:
         raise UserError(f"--model {model}: {name} is no server with several models", "leave --model out")
     path = Path(name).expanduser()
@@ -61,7 +60,7 @@ def find_artifact(name: str, origin: Origin, model: str | None = None) -> Artifa
             f"{name}: neither a model's folder (no config.json), nor a GGUF file, nor an address (http://...)",
             "name what `veneer merge` or `veneer export` wrote, or a server",
         )
-    kept, config = json_of(path / "merge.json"), json_of(path / "config.json")
+    kept, config = read_optional_json(path / "merge.json"), read_optional_json(path / "config.json")
     precision = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     return Artifact(name, "transformers", precision, path, kept.get("on", "base"))
 

@@ -12,16 +12,13 @@ from typing import Any
 from veneer.config import UserError
 from veneer.evaluation.fields import right_rows
 from veneer.evaluation.paired import Paired, paired
-from veneer.machine import find_machine
-from veneer.model import load_adapter, load_model
-from veneer.release.certify.certificate import batch_of, judged_answers, judged_model
+from veneer.model.tuned import TunedModel
+from veneer.release.certify.certificate import batch_of, judged_answers
 from veneer.release.certify.judged import Recorded
 from veneer.release.certify.prompts import Prompt
 from veneer.release.certify.runtimes import greedy
 from veneer.release.certify.verdict import describe
-from veneer.release.merge.merged import stop_ids
 from veneer.release.merge.plan import trained_on
-from veneer.release.origin import Origin
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class BaseChoice:
 
 
 def choose_base(
-    origin: Origin,
+    tuned: TunedModel,
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     recorded: dict[str, Recorded],
@@ -54,7 +51,7 @@ def choose_base(
     """Score the adapter on its base in 4 bits and in 16, on the same rows.
 
     Args:
-        origin: The adapter and its base.
+        tuned: The adapter and its base.
         prompts: Held-out rows.
         max_new_tokens: Longest answer.
         recorded: Answers that evaluation recorded, taken where they are of all rows.
@@ -63,23 +60,22 @@ def choose_base(
     Raises:
         UserError: The base was not quantized, or there are no held-out rows.
     """
-    if trained_on(origin) == "base":
+    if trained_on(tuned) == "base":
         raise UserError(
-            f"{origin.name}: --on best, but training did not quantize its base: there is only one",
+            f"{tuned.name}: --on best, but training did not quantize its base: there is only one",
             "leave --on out",
         )
     rows = [prompt for prompt in prompts if prompt.reference is not None]
     if not rows:
-        raise UserError(f"{origin.name}: --on best: there are no held-out rows to choose by", "leave --on out")
-    renderer, ends = origin.renderer(), set(stop_ids(origin, origin.base_folder))
+        raise UserError(f"{tuned.name}: --on best: there are no held-out rows to choose by", "leave --on out")
+    renderer, ends = tuned.renderer, set(tuned.stop_ids)
     notify("the adapter answers on the base in 4 bits")
-    model = None if all(row.id in recorded for row in rows) else judged_model(origin)
-    judged, _ = judged_answers(model, renderer, rows, max_new_tokens, ends, recorded, batch_of(origin))
+    model = None if all(row.id in recorded for row in rows) else tuned.load_as_trained()
+    judged, _ = judged_answers(model, renderer, rows, max_new_tokens, ends, recorded, batch_of(tuned))
     del model
     notify("the adapter answers on the base in 16 bits")
-    settings = origin.model.model_copy(update={"dtype": str(origin.dtype).removeprefix("torch.")})
-    other = load_adapter(load_model(origin.source, settings, None, find_machine()), origin.adapter)
-    answers = greedy(other, renderer.tokenizer, [row.ids for row in rows], max_new_tokens, ends, batch_of(origin))
+    other = tuned.load_as_trained(quantized=False)
+    answers = greedy(other, renderer.tokenizer, [row.ids for row in rows], max_new_tokens, ends, batch_of(tuned))
     references = [row.reference or "" for row in rows]
     before, after = (right_rows([answer.text for answer in found], references) for found in (judged, answers))
     evidence = paired(before, after)

@@ -27,11 +27,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from veneer.config.files import file_sha256
 from veneer.config.folder import write_json
 from veneer.data import Renderer
-from veneer.machine import find_machine
-from veneer.model import load_adapter, load_model
 from veneer.model.dense import adapter_in_copies
+from veneer.model.tuned import TunedModel
 from veneer.release.certify.agreement import (
     LIMITS,
     OTHER_BASE,
@@ -50,10 +50,7 @@ from veneer.release.certify.prompts import Prompt
 from veneer.release.certify.runtimes import Answer, Runtime, greedy
 from veneer.release.certify.settings import setting_checks, stop_token_checks
 from veneer.release.certify.verdict import verdict_of
-from veneer.release.merge.merged import stop_ids
 from veneer.release.merge.plan import trained_on
-from veneer.release.origin import Origin
-from veneer.release.passport import file_sha256
 from veneer.training.job import environment
 
 EDGE_TOKENS = 16  # longest answer to an edge case
@@ -97,7 +94,7 @@ class Certificate:
 
 def certify_artifact(
     artifact: Artifact,
-    origin: Origin,
+    tuned: TunedModel,
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     skipped: dict[str, str],
@@ -108,7 +105,7 @@ def certify_artifact(
 
     Args:
         artifact: What ships.
-        origin: The adapter and its base.
+        tuned: The adapter and its base.
         prompts: What both are asked: held-out rows first, then edge cases.
         max_new_tokens: Longest answer.
         skipped: Checks that cannot be made, and why.
@@ -116,16 +113,16 @@ def certify_artifact(
         notify: Called with what is being done.
     """
     started = time.perf_counter()
-    renderer = origin.renderer()
+    renderer = tuned.renderer
     checks: list[Check] = []
     compared: Compared | None = None
     settings: list[Check] = []
     if artifact.path is not None:
         notify("comparing weights")
-        compared = compare_weights(origin, artifact.path, artifact.on)
-        settings = setting_checks(origin, artifact.path, compared.unties)
+        compared = compare_weights(tuned, artifact.path, artifact.on)
+        settings = setting_checks(tuned, artifact.path, compared.unties)
     edges = [prompt for prompt in prompts if prompt.reference is None]
-    batch = batch_of(origin)
+    batch = batch_of(tuned)
     with running(artifact, renderer, prompts, max_new_tokens, batch) as runtime:
         checks += prompt_checks(runtime, renderer, prompts, artifact)
         checks += stop_token_checks(runtime.stop_ids(), renderer)
@@ -136,8 +133,8 @@ def certify_artifact(
         runtime_kind = runtime.kind
     del runtime
     notify("the judged model answers")
-    model = judged_model(origin)
-    ends = set(stop_ids(origin, origin.base_folder))
+    model = tuned.load_as_trained()
+    ends = set(tuned.stop_ids)
     at = len(prompts) - len(edges)
     with adapter_in_copies(model):  # as evaluation answers
         judged, source = judged_answers(model, renderer, prompts, max_new_tokens, ends, recorded, batch)
@@ -151,13 +148,13 @@ def certify_artifact(
     verdict = verdict_of(prompts, judged, answers, source)
     checks += [] if verdict is None else [verdict.check()]
     checks += stop_checks(answers, judged, prompts)
-    checks += distribution_checks(measured, _limits(artifact, origin), noise)
+    checks += distribution_checks(measured, _limits(artifact, tuned), noise)
     turns = [*(verdict.turns() if verdict is not None else ()), *[None] * len(edges)]
     skipped = skipped | unmade(checks, any(prompt.reference is not None for prompt in prompts))
     return Certificate(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         artifact=_artifact_facts(artifact, runtime_kind),
-        against=_judged_facts(origin),
+        against=_judged_facts(tuned),
         checks=checks,
         skipped=skipped,
         score=None if verdict is None else verdict.as_dict(),
@@ -176,16 +173,9 @@ def write_certificate(certificate: Certificate, folder: Path, page: str) -> None
     write_text(folder / "certificate.html", page)
 
 
-def judged_model(origin: Origin) -> Any:
-    """The adapter on its base in the bits and the precision of the training: what `veneer evaluate` scores."""
-    dtype = str(origin.dtype).removeprefix("torch.")
-    settings = origin.model.model_copy(update={"dtype": dtype})
-    return load_adapter(load_model(origin.source, settings, origin.quantization, find_machine()), origin.adapter)
-
-
-def batch_of(origin: Origin) -> int:
+def batch_of(tuned: TunedModel) -> int:
     """Rows that evaluation answers together, and so the certificate."""
-    return 16 if origin.run is None else origin.run.evaluate.batch_size
+    return 16 if tuned.run is None else tuned.run.evaluate.batch_size
 
 
 def _edge_limit(max_new_tokens: int) -> int:
@@ -233,9 +223,9 @@ def judged_answers(
     return found, source
 
 
-def _limits(artifact: Artifact, origin: Origin) -> Tolerance:
+def _limits(artifact: Artifact, tuned: TunedModel) -> Tolerance:
     limits = LIMITS.get(artifact.precision, LIMITS["endpoint"])
-    return limits if artifact.on == trained_on(origin) else limits.at_least(OTHER_BASE)
+    return limits if artifact.on == trained_on(tuned) else limits.at_least(OTHER_BASE)
 
 
 def _artifact_facts(artifact: Artifact, runtime: str) -> dict[str, Any]:
@@ -249,13 +239,13 @@ def _artifact_facts(artifact: Artifact, runtime: str) -> dict[str, Any]:
     }
 
 
-def _judged_facts(origin: Origin) -> dict[str, Any]:
+def _judged_facts(tuned: TunedModel) -> dict[str, Any]:
     return {
-        "name": origin.name,
-        "base": origin.model.base,
-        "on": trained_on(origin),
-        "dtype": str(origin.dtype).removeprefix("torch."),
-        "adapter_sha256": file_sha256(origin.adapter / "adapter_model.safetensors"),
+        "name": tuned.name,
+        "base": tuned.model.base,
+        "on": trained_on(tuned),
+        "dtype": tuned.dtype_name,
+        "adapter_sha256": file_sha256(tuned.weights),
     }
 
 

@@ -17,13 +17,13 @@ import torch
 
 from veneer.model.gguf import open_gguf
 from veneer.model.shapes import find_config
+from veneer.model.tuned import TunedModel
 from veneer.release.gguf.families import COMPUTED, TensorLayout
 from veneer.release.gguf.importance import importance_of, read_importance
 from veneer.release.gguf.types import encoded
 from veneer.release.merge.adapter_delta import AdapterDelta
 from veneer.release.merge.plan import MergePlan
 from veneer.release.merge.stored_4bit import base_weights
-from veneer.release.origin import Origin
 from veneer.release.weights import weights_of
 
 # Largest error of a tensor in proportion to its largest value, that a precision explains.
@@ -66,18 +66,18 @@ class _Pair:
     base: torch.Tensor | None
 
 
-def compare_weights(origin: Origin, artifact: Path, on: str) -> Compared:
+def compare_weights(tuned: TunedModel, artifact: Path, on: str) -> Compared:
     """Compare a merged folder, or a GGUF file, with its base and adapter.
 
     Args:
-        origin: The adapter and its base.
+        tuned: The adapter and its base.
         artifact: The folder or the file.
         on: What the adapter was merged into: base, or nf4.
     """
-    tensors = base_weights(origin)
-    delta = AdapterDelta(origin, tensors)
-    merge_plan = MergePlan(origin, delta, on)
-    read = _gguf_reader(origin, artifact, delta) if artifact.is_file() else _folder_reader(artifact)
+    tensors = base_weights(tuned)
+    delta = AdapterDelta(tuned, tensors)
+    merge_plan = MergePlan(tuned, delta, on)
+    read = _gguf_reader(tuned, artifact, delta) if artifact.is_file() else _folder_reader(artifact)
     wrong_own: list[str] = []
     wrong_changed: list[str] = []
     count = changed = 0
@@ -106,7 +106,7 @@ def compare_weights(origin: Origin, artifact: Path, on: str) -> Compared:
             along += float(((pair.found - was).double() * change).sum())
             squared += float((change * change).sum())
     strength = along / squared if squared > 0 else None
-    added = _added(origin, artifact, tensors | delta.untied)
+    added = _added(tuned, artifact, tensors | delta.untied)
     wrong = wrong_own + wrong_changed + infinite + added
     diagnosis = _diagnose(wrong_own, wrong_changed, infinite, count - changed, strength)
     if added and not diagnosis:
@@ -114,11 +114,11 @@ def compare_weights(origin: Origin, artifact: Path, on: str) -> Compared:
     return Compared(count + len(added), wrong, worst, strength, diagnosis, delta.unties)
 
 
-def _added(origin: Origin, artifact: Path, every: dict[str, Any]) -> list[str]:
+def _added(tuned: TunedModel, artifact: Path, every: dict[str, Any]) -> list[str]:
     """Tensors of an artifact that neither base nor adapter has: a head that is loaded in place of a tied one, say."""
     if not artifact.is_file():
         return sorted(name for name in weights_of(artifact, str(artifact)).keys() - every.keys())
-    layout = TensorLayout(find_config(origin.model), origin.model.base)
+    layout = TensorLayout(find_config(tuned.model), tuned.model.base)
     known = {layout.name(name) for name in every if not name.endswith(COMPUTED)} | layout.extra_tensors().keys()
     return sorted(tensor.name for tensor in open_gguf(artifact).tensors if tensor.name not in known)
 
@@ -176,10 +176,10 @@ def _folder_reader(folder: Path) -> Callable[[str], Any]:
     return read
 
 
-def _gguf_reader(origin: Origin, file: Path, delta: AdapterDelta) -> Callable[[str], Any]:
+def _gguf_reader(tuned: TunedModel, file: Path, delta: AdapterDelta) -> Callable[[str], Any]:
     from gguf import quants
 
-    layout = TensorLayout(find_config(origin.model), origin.model.base)
+    layout = TensorLayout(find_config(tuned.model), tuned.model.base)
     tensors = {tensor.name: tensor for tensor in open_gguf(file).tensors}
     importance = read_importance(file)
 

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from veneer.config import Run, RunFolder
-from veneer.config.files import read_json, read_json_lines
-from veneer.release.origin import Origin
-from veneer.release.passport import file_sha256
+from veneer.config.files import file_sha256, read_json, read_json_lines
+from veneer.model.tuned import TunedModel
 
 
 def judged_by(run: Run, adapter: Path, dtype: Any) -> dict[str, Any]:
@@ -34,14 +33,14 @@ class Recorded:
     text: str
 
 
-def recorded_answers(origin: Origin) -> dict[str, Recorded]:
+def recorded_answers(tuned: TunedModel) -> dict[str, Recorded]:
     """Answers of the tuned model by the place of their row; empty: there are none of this very model."""
-    if origin.run is None:
+    if tuned.run is None:
         return {}
-    folder = RunFolder(Path(origin.name).expanduser())
+    folder = RunFolder(Path(tuned.name).expanduser())
     try:
         evaluation = read_json(folder.evaluation)
-        if evaluation["judged"] != judged_by(origin.run, origin.adapter, origin.dtype):
+        if evaluation["judged"] != judged_by(tuned.run, tuned.adapter, tuned.dtype):
             return {}
         samples = read_json_lines(folder.samples)
         return {row["place"]: Recorded(row["reference"].strip(), row["tuned"]) for row in samples}

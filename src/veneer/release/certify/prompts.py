@@ -12,7 +12,7 @@ from veneer.data import Message, Renderer
 from veneer.data.pipeline import HeldOut
 from veneer.evaluation.right import expected_answer
 from veneer.model.shapes import find_config
-from veneer.release.origin import Origin
+from veneer.model.tuned import TunedModel
 
 UNICODE = "Grüße aus Zürich! 你好,世界 🙂👩‍🚀 مرحبا नमस्ते Ω≈ç√ \u200b½"
 LONG_WORD = "please tell me more about it, "
@@ -61,9 +61,9 @@ def prompts_of(renderer: Renderer, held_out: list[HeldOut], longest: int) -> lis
     return found
 
 
-def very_long(origin: Origin, max_new_tokens: int) -> int:
+def very_long(tuned: TunedModel, max_new_tokens: int) -> int:
     """Tokens of the very long case: a thousand, or half of what a small model has positions for."""
-    positions = getattr(find_config(origin.model).get_text_config(), "max_position_embeddings", None) or 4096
+    positions = getattr(find_config(tuned.model).get_text_config(), "max_position_embeddings", None) or 4096
     return max(8, min(1000, (positions - max_new_tokens) // 2))
 
 

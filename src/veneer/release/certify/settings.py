@@ -20,9 +20,9 @@ from veneer.model.gguf import open_gguf
 from veneer.model.quiet import quiet
 from veneer.model.remote import read_config
 from veneer.model.shapes import find_config
+from veneer.model.tuned import TunedModel
 from veneer.release.certify.checks import Check
 from veneer.release.gguf.families import TensorLayout
-from veneer.release.origin import Origin
 
 # Of config.json: what a merge writes anew, other checks compare, or Transformers notes for itself.
 NOT_COMPARED = {
@@ -44,17 +44,17 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cuto
 OPTIONAL = ("vocab_size", "rope.dimension_count", "attention.key_length", "attention.value_length")
 
 
-def setting_checks(origin: Origin, path: Path, unties: bool) -> list[Check]:
+def setting_checks(tuned: TunedModel, path: Path, unties: bool) -> list[Check]:
     """Architecture and decoding settings of a merged folder, or the architecture's of a GGUF file.
 
     Args:
-        origin: The adapter and its base.
+        tuned: The adapter and its base.
         path: The folder or the file.
         unties: Whether embeddings and head are two tensors in the merged model, whatever the base's file says.
     """
     if path.is_file():
-        return [_architecture(list(_gguf_settings(origin, path)), len(_layout(origin).metadata()))]
-    config, found = _plain(find_config(origin.model)), _own_config(path)
+        return [_architecture(list(_gguf_settings(tuned, path)), len(_layout(tuned).metadata()))]
+    config, found = _plain(find_config(tuned.model)), _own_config(path)
     config["tie"] = bool(config.get("tie_word_embeddings")) and not unties
     found["tie"] = bool(found.get("tie_word_embeddings"))
     names = sorted((config.keys() | found.keys()) - NOT_COMPARED)
@@ -123,13 +123,13 @@ def _decoding(path: Path) -> Check:
     )
 
 
-def _layout(origin: Origin) -> TensorLayout:
-    return TensorLayout(find_config(origin.model), origin.model.base)
+def _layout(tuned: TunedModel) -> TensorLayout:
+    return TensorLayout(find_config(tuned.model), tuned.model.base)
 
 
-def _gguf_settings(origin: Origin, file: Path) -> Iterator[str]:
+def _gguf_settings(tuned: TunedModel, file: Path) -> Iterator[str]:
     """What differs between a GGUF file's header, or tensors that stand for settings, and the base's configuration."""
-    layout, reader = _layout(origin), open_gguf(file)
+    layout, reader = _layout(tuned), open_gguf(file)
     for key, value in layout.metadata().items():
         if key in reader.fields:
             found = reader.fields[key].contents()

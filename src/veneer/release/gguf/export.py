@@ -18,19 +18,18 @@ import torch
 from veneer.config import UserError
 from veneer.config.folder import whole_folder, write_text
 from veneer.model import gguf_origin
+from veneer.model.passport import base_name
 from veneer.model.shapes import find_config
+from veneer.model.tuned import TunedModel
 from veneer.release.gguf.families import COMPUTED, TensorLayout
 from veneer.release.gguf.importance import Importance, importance_of, write_importance
 from veneer.release.gguf.modelfile import modelfile
 from veneer.release.gguf.tokenizer import vocabulary
 from veneer.release.gguf.types import QUANTS, Mix, encoded, require_quant, size_of
 from veneer.release.merge.adapter_delta import AdapterDelta
-from veneer.release.merge.merged import stop_ids
 from veneer.release.merge.plan import MergePlan, resolved_base
 from veneer.release.merge.stored_4bit import base_weights
-from veneer.release.origin import Origin
 from veneer.release.output import require_free, require_known, require_space
-from veneer.release.passport import base_name
 from veneer.release.publish.card import hub_id, licence
 from veneer.release.publish.vllm_lint import vllm_lint
 from veneer.release.weights import Stored, read_header
@@ -69,7 +68,7 @@ class _Tensor:
 
 
 def export_model(
-    origin: Origin,
+    tuned: TunedModel,
     out: Path,
     quant: str = "q8_0",
     on: str = "trained",
@@ -79,7 +78,7 @@ def export_model(
     """Write base and adapter as one GGUF file, with a Modelfile, into a new folder.
 
     Args:
-        origin: The adapter and its base.
+        tuned: The adapter and its base.
         out: The folder; it appears whole or not at all.
         quant: Type of the weights; see `gguf_types.QUANTS`.
         on: As for a merge: trained, base or nf4.
@@ -90,17 +89,17 @@ def export_model(
         UserError: The architecture, the tokenizer or the type cannot be exported, or as for a merge.
     """
     require_quant(quant)
-    on = resolved_base(origin, on)
+    on = resolved_base(tuned, on)
     require_free(out)
-    layout = TensorLayout(find_config(origin.model), origin.model.base)
-    tensors = base_weights(origin)
-    delta = AdapterDelta(origin, tensors)
-    merge_plan = MergePlan(origin, delta, on)
+    layout = TensorLayout(find_config(tuned.model), tuned.model.base)
+    tensors = base_weights(tuned)
+    delta = AdapterDelta(tuned, tensors)
+    merge_plan = MergePlan(tuned, delta, on)
     every = tensors | delta.untied
     tied = not delta.unties and bool(getattr(layout.config, "tie_word_embeddings", False))
     if delta.unties and layout.family.arch == "gemma2":
         raise UserError(
-            f"{origin.name}: Gemma 2 with a head of its own, which llama.cpp has no place for",
+            f"{tuned.name}: Gemma 2 with a head of its own, which llama.cpp has no place for",
             "serve the folder that `veneer merge` writes",
         )
     mix = Mix(quant, layout.depth, layout.heads // layout.kv_heads, tied)
@@ -112,55 +111,55 @@ def export_model(
     extras = layout.extra_tensors()
     planned += [_Tensor(name, tuple(value.shape), "F32", _constant(value)) for name, value in extras.items()]
     rows = every[delta.name_on_disk(delta.embeddings)].shape[0]
-    file = f"{_title(origin)}-{quant}.gguf"
+    file = f"{_title(tuned)}-{quant}.gguf"
     require_space(out, sum(size_of(tensor.kind, tensor.shape) for tensor in planned))
     with whole_folder(out) as unfinished:
         writer = _writer(unfinished / file, layout.family.arch)
-        _describe(writer, origin, layout, quant)
+        _describe(writer, tuned, layout, quant)
         writer.add_string("veneer.on", on)
         writer.add_bool("veneer.importance", importance is not None)
-        _add_tokenizer(writer, origin, rows)
+        _add_tokenizer(writer, tuned, rows)
         _write_tensors(writer, planned, on_done)
-        _write_modelfile(origin, unfinished, file, None)
+        _write_modelfile(tuned, unfinished, file, None)
         if importance is not None:
             write_importance(unfinished, importance)
         size = (unfinished / file).stat().st_size
     types: dict[str, int] = {}
     for tensor in planned:
         types[tensor.kind] = types.get(tensor.kind, 0) + 1
-    warnings = (*layout.warnings, *_warnings(origin, quant, on, importance is not None))
+    warnings = (*layout.warnings, *_warnings(tuned, quant, on, importance is not None))
     return Exported(str(out), file, quant, on, len(planned), size, types, warnings)
 
 
-def export_adapter(origin: Origin, out: Path, on_done: Progress = lambda done: None) -> Exported:
+def export_adapter(tuned: TunedModel, out: Path, on_done: Progress = lambda done: None) -> Exported:
     """Write the adapter alone as a GGUF LoRA, to be put on a GGUF file of its base (`llama-server --lora`).
 
     Raises:
         UserError: The adapter is more than LoRA matrices on linear layers, which is all that llama.cpp knows.
     """
     require_free(out)
-    layout = TensorLayout(find_config(origin.model), origin.model.base)
-    refused = [check.message for check in vllm_lint(origin.adapter) if not check.passed and check.id != "rank"]
+    layout = TensorLayout(find_config(tuned.model), tuned.model.base)
+    refused = [check.message for check in vllm_lint(tuned.adapter) if not check.passed and check.id != "rank"]
     if refused:
         raise UserError(
-            f"{origin.name}: llama.cpp takes LoRA matrices on linear layers alone: {'; '.join(refused)}",
+            f"{tuned.name}: llama.cpp takes LoRA matrices on linear layers alone: {'; '.join(refused)}",
             "export the merged model: leave --adapter-only out",
         )
-    AdapterDelta(origin, base_weights(origin))  # it belongs to this base
-    config = origin.peft_config
-    held = read_header(origin.adapter / "adapter_model.safetensors")
+    AdapterDelta(tuned, base_weights(tuned))  # it belongs to this base
+    config = tuned.peft_config
+    held = read_header(tuned.weights)
     planned = [_plan_lora(layout, name, stored) for name, stored in held.items()]
     alpha = float(config["lora_alpha"]) * (config["r"] ** 0.5 if config.get("use_rslora") else 1)
-    file = f"{_title(origin)}-lora.gguf"
+    file = f"{_title(tuned)}-lora.gguf"
     require_space(out, sum(size_of(tensor.kind, tensor.shape) for tensor in planned))
     with whole_folder(out) as unfinished:
         writer = _writer(unfinished / file, layout.family.arch)
         writer.add_type("adapter")
-        writer.add_name(_title(origin))
+        writer.add_name(_title(tuned))
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", alpha)
         _write_tensors(writer, planned, on_done)
-        _write_modelfile(origin, unfinished, file, _base_of_lora(origin))
+        _write_modelfile(tuned, unfinished, file, _base_of_lora(tuned))
         size = (unfinished / file).stat().st_size
     return Exported(str(out), file, "f32", "base", len(planned), size, {"F32": len(planned)}, ())
 
@@ -201,18 +200,18 @@ def _writer(path: Path, arch: str) -> Any:
     return GGUFWriter(path, arch)
 
 
-def _describe(writer: Any, origin: Origin, layout: TensorLayout, quant: str) -> None:
+def _describe(writer: Any, tuned: TunedModel, layout: TensorLayout, quant: str) -> None:
     """Everything but tokenizer and tensors."""
     writer.add_type("model")
-    writer.add_name(_named(_title(origin), origin.renderer().tokenizer))
-    if (stated := licence(origin.source)) is not None:
+    writer.add_name(_named(_title(tuned), tuned.renderer.tokenizer))
+    if (stated := licence(tuned.source)) is not None:
         writer.add_license(stated)
-    if (known := hub_id(origin.source)) is not None:
+    if (known := hub_id(tuned.source)) is not None:
         writer.add_base_model_count(1)
         writer.add_base_model_name(0, known.partition("/")[2])
         writer.add_base_model_organization(0, known.partition("/")[0])
         writer.add_base_model_repo_url(0, f"https://huggingface.co/{known}")
-    elif (file := gguf_origin(origin.model)) is not None:
+    elif (file := gguf_origin(tuned.model)) is not None:
         # The file itself, not the model that it was made from: other weights.
         writer.add_base_model_count(1)
         writer.add_base_model_name(0, Path(file.file).stem)
@@ -236,9 +235,9 @@ def _named(title: str, tokenizer: Any) -> str:
     return re.sub(r"(?i)phi-?3", "phi 3", title)
 
 
-def _add_tokenizer(writer: Any, origin: Origin, rows: int) -> None:
-    renderer = origin.renderer()
-    found = vocabulary(renderer.tokenizer, rows, stop_ids(origin, origin.base_folder))
+def _add_tokenizer(writer: Any, tuned: TunedModel, rows: int) -> None:
+    renderer = tuned.renderer
+    found = vocabulary(renderer.tokenizer, rows, tuned.stop_ids)
     writer.add_tokenizer_model(found.model)
     writer.add_tokenizer_pre(found.pre)
     writer.add_token_list(found.tokens)
@@ -279,28 +278,28 @@ def _write_tensors(writer: Any, planned: list[_Tensor], on_done: Progress) -> No
             on_done(size)
 
 
-def _write_modelfile(origin: Origin, folder: Path, file: str, adapter_of: str | None) -> None:
-    renderer = origin.renderer()
-    ids = stop_ids(origin, origin.base_folder)
+def _write_modelfile(tuned: TunedModel, folder: Path, file: str, adapter_of: str | None) -> None:
+    renderer = tuned.renderer
+    ids = tuned.stop_ids
     stops = [str(renderer.tokenizer.convert_ids_to_tokens(number)) for number in ids]
     write_text(folder / "Modelfile", modelfile(file, renderer, stops, adapter_of))
 
 
-def _base_of_lora(origin: Origin) -> str:
+def _base_of_lora(tuned: TunedModel) -> str:
     """What a Modelfile names as the base of an adapter: a hub id, or the base's own file beside it, by name alone."""
-    if (known := hub_id(origin.source)) is not None:
+    if (known := hub_id(tuned.source)) is not None:
         return known
-    file = gguf_origin(origin.model)
-    return f"./{file.file if file is not None else base_name(origin.source)}"
+    file = gguf_origin(tuned.model)
+    return f"./{file.file if file is not None else base_name(tuned.source)}"
 
 
-def _title(origin: Origin) -> str:
-    path = Path(origin.name).expanduser().resolve()
+def _title(tuned: TunedModel) -> str:
+    path = Path(tuned.name).expanduser().resolve()
     return path.parent.name if path.name == "adapter" else path.name
 
 
-def _warnings(origin: Origin, quant: str, on: str, has_importance: bool) -> Iterator[str]:
-    kind = None if origin.quantization is None else origin.quantization.quant_type
+def _warnings(tuned: TunedModel, quant: str, on: str, has_importance: bool) -> Iterator[str]:
+    kind = None if tuned.quantization is None else tuned.quantization.quant_type
     if QUANTS[quant][2] >= 7 or kind is None:
         return
     better = "--quant q8_0 keeps the trained model almost as it is"
@@ -316,7 +315,7 @@ def _warnings(origin: Origin, quant: str, on: str, has_importance: bool) -> Iter
 
 
 def export_to(
-    origin: Origin,
+    tuned: TunedModel,
     out: Path,
     file_format: str = "gguf",
     quant: str = "q8_0",
@@ -329,5 +328,5 @@ def export_to(
     """Export as the options of `veneer export` say."""
     require_known("--format", file_format, FORMATS)
     if adapter_only:
-        return export_adapter(origin, out, on_done)
-    return replace(export_model(origin, out, quant, on, on_done, importance), choice=choice)
+        return export_adapter(tuned, out, on_done)
+    return replace(export_model(tuned, out, quant, on, on_done, importance), choice=choice)

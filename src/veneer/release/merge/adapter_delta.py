@@ -24,9 +24,9 @@ import torch
 from veneer.config import Quantization, UserError
 from veneer.model.quiet import quiet
 from veneer.model.shapes import build, find_config
+from veneer.model.tuned import TunedModel
 from veneer.release.merge.disk_names import DiskNames
 from veneer.release.merge.stored_4bit import StoredNF4
-from veneer.release.origin import Origin
 from veneer.release.weights import Stored, read_header
 
 ADAPTER = "default"
@@ -38,7 +38,7 @@ class AdapterDelta:
     """The changes an adapter makes to the tensors of a base.
 
     Args:
-        origin: The adapter and its base.
+        tuned: The adapter and its base.
         tensors: The base's tensors on disk.
 
     Attributes:
@@ -53,12 +53,12 @@ class AdapterDelta:
         UserError: The adapter is for another architecture or other shapes, or PEFT cannot merge its kind.
     """
 
-    def __init__(self, origin: Origin, tensors: Mapping[str, Stored]) -> None:
-        self.config = find_config(origin.model)
-        self._where = origin.name
+    def __init__(self, tuned: TunedModel, tensors: Mapping[str, Stored]) -> None:
+        self.config = find_config(tuned.model)
+        self._where = tuned.name
         base = build(self.config, torch.float32)
         self._tied = _tied(base)
-        self._disk = DiskNames(base, tensors, self._tied, origin)
+        self._disk = DiskNames(base, tensors, self._tied, tuned)
         self._names = self._disk.names
         self.unties = bool(self._tied) and _heads_differ(self._tied, self._names, tensors)
         if self.unties:
@@ -68,9 +68,9 @@ class AdapterDelta:
             f"{path}.weight" for path, module in base.named_modules() if module is base.get_input_embeddings()
         )
         self._zero = torch.zeros(1)
-        saved = _saved_embeddings(base, origin)
+        saved = _saved_embeddings(base, tuned)
         _hollow(base, self._zero)
-        self._model = _attached(base, origin, saved)
+        self._model = _attached(base, tuned, saved)
         self._in_adapter = saved.keys()
         self.packed = {name for name, stored in tensors.items() if isinstance(stored, StoredNF4)}
         self._changes: dict[str, tuple[Any, str]] = {}
@@ -355,56 +355,56 @@ def _heads_differ(tied: Mapping[str, str], names: Mapping[str, str], tensors: Ma
     return not torch.equal(one.read(), other.read())
 
 
-def _require_mergeable(origin: Origin) -> None:
+def _require_mergeable(tuned: TunedModel) -> None:
     """Raises UserError for kinds of adapters that are no change of weights, or of another base than the one named."""
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import BaseTuner
     from peft.utils.peft_types import PeftType
 
-    config = origin.peft_config
+    config = tuned.peft_config
     kind = str(config.get("peft_type"))
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(PeftType[kind]) if kind in PeftType.__members__ else None
     if tuner is None or not issubclass(tuner, BaseTuner):
         raise UserError(
-            f"{origin.name}: an adapter of the kind {kind} (peft_type in adapter_config.json) cannot be merged: PEFT "
+            f"{tuned.name}: an adapter of the kind {kind} (peft_type in adapter_config.json) cannot be merged: PEFT "
             + ("does not know it" if kind not in PeftType.__members__ else "keeps it beside the weights"),
             "serve it with PEFT on its base, or update peft if it is a newer kind",
         )
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(MOVES_THE_BASE):
         raise UserError(
-            f"{origin.name}: init_lora_weights = {start} moved the base's weights before training, so that the adapter "
+            f"{tuned.name}: init_lora_weights = {start} moved the base's weights before training, so that the adapter "
             "belongs to weights that no file holds",
             "convert it in PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
         )
 
 
-def _attached(base: Any, origin: Origin, saved: Mapping[str, Stored]) -> Any:
+def _attached(base: Any, tuned: TunedModel, saved: Mapping[str, Stored]) -> Any:
     """The adapter on the base without weights; every tensor of its file has found its place."""
-    _require_mergeable(origin)
+    _require_mergeable(tuned)
     with quiet():
         from peft import PeftModel
         from peft.utils import get_peft_model_state_dict
 
-        held = read_header(origin.adapter / "adapter_model.safetensors")
+        held = read_header(tuned.weights)
         try:
-            model = PeftModel.from_pretrained(base, str(origin.adapter), low_cpu_mem_usage=True, torch_device="cpu")
+            model = PeftModel.from_pretrained(base, str(tuned.adapter), low_cpu_mem_usage=True, torch_device="cpu")
         except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
-            raise _does_not_fit(base, origin, held, error) from None
+            raise _does_not_fit(base, tuned, held, error) from None
         taken = set(get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False))
     left = sorted(held.keys() - taken - {stored.name for stored in saved.values()})
     empty = sorted(name for name, p in model.named_parameters() if p.is_meta and re.search(r"\.default\b", name))
     if left or empty:
         what = f"{len(left)} tensors of the adapter" if left else f"{len(empty)} tensors of the adapter are missing"
         raise UserError(
-            f"{origin.name}: {what} {'find no place in' if left else 'for'} a {type(base).__name__}: "
+            f"{tuned.name}: {what} {'find no place in' if left else 'for'} a {type(base).__name__}: "
             + ", ".join((left or empty)[:3]),
             "name the base that the adapter was trained on with --base",
         )
     return model
 
 
-def _saved_embeddings(base: Any, origin: Origin) -> dict[str, Stored]:
+def _saved_embeddings(base: Any, tuned: TunedModel) -> dict[str, Stored]:
     """The base's own embeddings or head that PEFT has saved beside an adapter on them, by parameter.
 
     Raises:
@@ -413,14 +413,14 @@ def _saved_embeddings(base: Any, origin: Origin) -> dict[str, Stored]:
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
     paths = {f"{path}.weight": module.weight for path, module in base.named_modules() if module in ends}
     found = {}
-    for name, stored in read_header(origin.adapter / "adapter_model.safetensors").items():
+    for name, stored in read_header(tuned.weights).items():
         parameter = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
         if parameter not in paths or "modules_to_save" in name:
             continue
         count, known = stored.shape[0], len(paths[parameter])
         if count != known:
             raise UserError(
-                f"{origin.name}: it brings {parameter} of {count} tokens, the base has {known}: its vocabulary was "
+                f"{tuned.name}: it brings {parameter} of {count} tokens, the base has {known}: its vocabulary was "
                 "resized for the training",
                 f"resize the base likewise (resize_token_embeddings({count}), save_pretrained) and name that with "
                 "--base",
@@ -429,13 +429,13 @@ def _saved_embeddings(base: Any, origin: Origin) -> dict[str, Stored]:
     return found
 
 
-def _does_not_fit(base: Any, origin: Origin, held: Iterable[str], error: Exception) -> UserError:
+def _does_not_fit(base: Any, tuned: TunedModel, held: Iterable[str], error: Exception) -> UserError:
     found = re.search(r"copying a param with shape .*?\[(.*?)\].*?\[(.*?)\]", str(error))
     reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
     if found:
         reason = f"its matrices are [{found[1]}], this base needs [{found[2]}]"
     return UserError(
-        f"{origin.name}: the adapter does not fit a {type(base).__name__} ({origin.model.base}): {reason}",
+        f"{tuned.name}: the adapter does not fit a {type(base).__name__} ({tuned.model.base}): {reason}",
         "name the base that the adapter was trained on with --base",
     )
 

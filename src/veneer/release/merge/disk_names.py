@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from veneer.config import UserError
-from veneer.release.origin import Origin
+from veneer.model.tuned import TunedModel
 from veneer.release.weights import Stored
 
 
@@ -23,7 +23,7 @@ class DiskNames:
         base: The model, on the meta device.
         tensors: The base's tensors on disk.
         tied: Embeddings and head by each other's name, where they are one tensor.
-        origin: For messages.
+        tuned: For messages.
 
     Attributes:
         names: Of parameters that are one tensor each.
@@ -33,8 +33,8 @@ class DiskNames:
         UserError: The files lack a tensor, or hold it in another shape, or are quantized.
     """
 
-    def __init__(self, base: Any, tensors: Mapping[str, Stored], tied: Mapping[str, str], origin: Origin) -> None:
-        self._base, self._tensors, self._origin = base, tensors, origin
+    def __init__(self, base: Any, tensors: Mapping[str, Stored], tied: Mapping[str, str], tuned: TunedModel) -> None:
+        self._base, self._tensors, self._tuned = base, tensors, tuned
         self._prefix = f"{base.base_model_prefix}."
         self._conversions = _conversions(base)
         self.names: dict[str, str] = {}
@@ -53,7 +53,7 @@ class DiskNames:
                 missing.append(parameter)
         if missing:
             raise UserError(
-                f"model.base = {origin.model.base}: its files lack {len(missing)} tensors of a {type(base).__name__}: "
+                f"model.base = {tuned.model.base}: its files lack {len(missing)} tensors of a {type(base).__name__}: "
                 + ", ".join(missing[:3]),
                 "name a complete base of the same architecture with --base",
             )
@@ -102,7 +102,7 @@ class DiskNames:
         return reverted
 
     def _require(self, name: str, value: torch.Tensor) -> None:
-        stored, base = self._tensors[name], self._origin.model.base
+        stored, base = self._tensors[name], self._tuned.model.base
         if stored.shape != tuple(value.shape):
             raise UserError(
                 f"model.base = {base}: {name} has the shape {list(stored.shape)}, its config.json means "

@@ -23,15 +23,13 @@ import torch
 
 import veneer
 from veneer.config import UserError
-from veneer.config.files import own_files, read_json
+from veneer.config.files import file_sha256, own_files, read_optional_json
 from veneer.config.folder import whole_folder, write_json
-from veneer.model.load import base_stop_ids
+from veneer.model.tuned import TunedModel
 from veneer.release.merge.adapter_delta import AdapterDelta
 from veneer.release.merge.plan import MergePlan, cast_pieces, resolved_base, rounded
 from veneer.release.merge.stored_4bit import base_weights
-from veneer.release.origin import Origin
 from veneer.release.output import require_free, require_known, require_space
-from veneer.release.passport import file_sha256, read_passport
 from veneer.release.redact import name_of
 from veneer.release.weights import SHARD_BYTES, PlannedTensor, Stored, weights_of, write_weights
 
@@ -63,7 +61,7 @@ class Merged:
 
 
 def merge_into(
-    origin: Origin,
+    tuned: TunedModel,
     out: Path,
     dtype: str = "bfloat16",
     on: str = "trained",
@@ -74,7 +72,7 @@ def merge_into(
     """Write the merged model into a new folder.
 
     Args:
-        origin: The adapter and its base.
+        tuned: The adapter and its base.
         out: The folder; it appears whole or not at all.
         dtype: bfloat16, float16 or float32.
         on: trained: what training computed with, nf4 or base; nf4: the base quantized and dequantized; base: as it is.
@@ -87,37 +85,37 @@ def merge_into(
             a value does not fit float16.
     """
     require_known("--dtype", dtype, DTYPES)
-    on = resolved_base(origin, on)
+    on = resolved_base(tuned, on)
     require_free(out)
-    folder = origin.base_folder
+    folder = tuned.base_folder
     own_files(folder, *LICENCES)  # refused before the work
-    tensors = base_weights(origin)
-    delta = AdapterDelta(origin, tensors)
-    merge_plan = MergePlan(origin, delta, on)
+    tensors = base_weights(tuned)
+    delta = AdapterDelta(tuned, tensors)
+    merge_plan = MergePlan(tuned, delta, on)
     planned = [_plan(merge_plan, name, stored, DTYPES[dtype]) for name, stored in (tensors | delta.untied).items()]
     require_space(out, sum(tensor.size for tensor in planned))
     with whole_folder(out) as unfinished:
         write_weights(unfinished, [_told(tensor, on_done) for tensor in planned], {"format": "pt"}, shard_bytes)
-        _write_config(origin, folder, unfinished, dtype, delta.unties)
-        write_companions(origin, folder, unfinished)
-        inside = file_sha256(origin.adapter / "adapter_model.safetensors")
-        facts = {"adapter": name_of(origin.name), "adapter_sha256": inside, "dtype": dtype, "on": on, "choice": choice}
+        _write_config(tuned, folder, unfinished, dtype, delta.unties)
+        write_companions(tuned, folder, unfinished)
+        inside = file_sha256(tuned.weights)
+        facts = {"adapter": name_of(tuned.name), "adapter_sha256": inside, "dtype": dtype, "on": on, "choice": choice}
         facts |= {"veneer": veneer.__version__}
-        write_json(unfinished / "merge.json", facts | {"passport": read_passport(origin.adapter)})
+        write_json(unfinished / "merge.json", facts | {"passport": tuned.passport})
         files = len(list(unfinished.glob("*.safetensors")))
     size = sum(tensor.size for tensor in planned)
-    warnings = _warnings(origin, dtype, on)
+    warnings = _warnings(tuned, dtype, on)
     return Merged(str(out), dtype, on, len(planned), len(delta.changed), size, files, warnings, choice)
 
 
 def unmerge_from(
-    merged: Path, origin: Origin, out: Path, force: bool = False, on_done: Progress = lambda done: None
+    merged: Path, tuned: TunedModel, out: Path, force: bool = False, on_done: Progress = lambda done: None
 ) -> Merged:
     """Take an adapter out of a merged model: what is left is its base, within the rounding of the merge.
 
     Args:
         merged: Folder of the merged model.
-        origin: The adapter that is in it, with its base's configuration, or the merged model's own.
+        tuned: The adapter that is in it, with its base's configuration, or the merged model's own.
         out: A new folder.
         force: Go on although another adapter was merged.
         on_done: Called with the number of bytes just written.
@@ -127,9 +125,9 @@ def unmerge_from(
     """
     require_free(out)
     require_model(merged)
-    warnings = _require_merged(merged, origin, force)
+    warnings = _require_merged(merged, tuned, force)
     tensors = weights_of(merged, str(merged))
-    delta = AdapterDelta(origin, tensors)
+    delta = AdapterDelta(tuned, tensors)
     delta.require_subtractable()
 
     def plan(name: str, stored: Stored) -> PlannedTensor:
@@ -175,15 +173,15 @@ def _told(tensor: PlannedTensor, on_done: Progress) -> PlannedTensor:
     return PlannedTensor(tensor.name, tensor.dtype, tensor.shape, make)
 
 
-def write_companions(origin: Origin, base: Path, out: Path) -> None:
+def write_companions(tuned: TunedModel, base: Path, out: Path) -> None:
     """Tokenizer and template of the training, generation configuration, licence."""
     for name in TOKENIZER_FILES:
-        if (origin.tokenizer_folder / name).is_file():
-            shutil.copyfile(origin.tokenizer_folder / name, out / name)
+        if (tuned.tokenizer_folder / name).is_file():
+            shutil.copyfile(tuned.tokenizer_folder / name, out / name)
     _copy_licence(base, out)
-    kept = json_of(base / "generation_config.json")
+    kept = read_optional_json(base / "generation_config.json")
     ids = {name: kept[name] for name in ("bos_token_id", "pad_token_id") if name in kept}
-    write_json(out / "generation_config.json", ids | {"do_sample": False, "eos_token_id": stop_ids(origin, base)})
+    write_json(out / "generation_config.json", ids | {"do_sample": False, "eos_token_id": tuned.stop_ids})
 
 
 def _copy_licence(source: Path, out: Path) -> None:
@@ -197,20 +195,20 @@ def require_model(merged: Path) -> None:
         raise UserError(f"{merged}: holds no model (no config.json)", "name the folder that `veneer merge` wrote")
 
 
-def _require_merged(merged: Path, origin: Origin, force: bool) -> tuple[str, ...]:
+def _require_merged(merged: Path, tuned: TunedModel, force: bool) -> tuple[str, ...]:
     """Warnings of a merged model from which an adapter is to be taken.
 
     Raises:
         UserError: Another adapter is in it.
     """
-    kept = json_of(merged / "merge.json")
+    kept = read_optional_json(merged / "merge.json")
     inside = kept.get("adapter_sha256")
     if inside is None:
         return (
             f"{merged} does not say what is in it (no merge.json): if this adapter is not, what is left is no base",
         )
-    if inside != file_sha256(origin.adapter / "adapter_model.safetensors"):
-        told = f"{merged}: holds another adapter ({kept.get('adapter')}) than {origin.name}"
+    if inside != file_sha256(tuned.weights):
+        told = f"{merged}: holds another adapter ({kept.get('adapter')}) than {tuned.name}"
         if not force:
             raise UserError(told, "name that one with --adapter, or use --force to go on all the same")
         return (f"--force: {told}",)
@@ -219,36 +217,19 @@ def _require_merged(merged: Path, origin: Origin, force: bool) -> tuple[str, ...
     return ()
 
 
-def stop_ids(origin: Origin, base: Path) -> list[int]:
-    """Every token at which an answer ends: those training taught, and those the base itself names."""
-    ids = origin.renderer().stop_ids | set((read_passport(origin.adapter) or {}).get("stop_token_ids", []))
-    for file in ("config.json", "generation_config.json"):
-        ids |= base_stop_ids(json_of(base / file), str(base / file))
-    return sorted(ids)
-
-
-def _write_config(origin: Origin, base: Path, out: Path, dtype: str, unties: bool) -> None:
-    config = json_of(base / "config.json")
+def _write_config(tuned: TunedModel, base: Path, out: Path, dtype: str, unties: bool) -> None:
+    config = read_optional_json(base / "config.json")
     config.pop("torch_dtype", None)
     config["dtype"] = dtype
     if unties:
         config["tie_word_embeddings"] = False
     config.pop("quantization_config", None)
-    ids = stop_ids(origin, base)
+    ids = tuned.stop_ids
     config["eos_token_id"] = ids if len(ids) > 1 else ids[0]
     write_json(out / "config.json", config)
 
 
-def json_of(path: Path) -> dict[str, Any]:
-    """A JSON object in a file; nothing where there is no file.
-
-    Raises:
-        UserError: It is damaged.
-    """
-    return read_json(path, fix="fetch it again, or delete it if it is not needed") if path.is_file() else {}
-
-
-def _warnings(origin: Origin, dtype: str, on: str) -> tuple[str, ...]:
+def _warnings(tuned: TunedModel, dtype: str, on: str) -> tuple[str, ...]:
     found = []
     if dtype == "float16":
         found.append(
@@ -259,7 +240,7 @@ def _warnings(origin: Origin, dtype: str, on: str) -> tuple[str, ...]:
         found.append(
             "float32 takes twice the space and memory of bfloat16 and is no better than it unless it is tested"
         )
-    if on == "base" and origin.quantization is not None:
+    if on == "base" and tuned.quantization is not None:
         found.append(
             "the adapter was trained and judged on its base in 4 bits and is merged into the 16-bit one: another model "
             "than was judged; the certificate says how its score compares"

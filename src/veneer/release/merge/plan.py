@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from veneer.config import UserError
+from veneer.model.tuned import TunedModel
 from veneer.release.merge.adapter_delta import AdapterDelta, four_bit_modules, through_four_bits
-from veneer.release.origin import Origin
 from veneer.release.output import require_known
 from veneer.release.weights import Stored, bytes_of
 
@@ -19,26 +19,26 @@ PIECE = 8 * 2**20  # elements that are cast at a time
 ROWS_ELEMENTS = 2**20  # of a weight that are merged at a time: 4 MiB of float32
 
 
-def trained_on(origin: Origin) -> str:
+def trained_on(tuned: TunedModel) -> str:
     """What training computed with, and evaluation judged: nf4, the base in 4 bits, or base, the base as it is."""
-    return "base" if origin.quantization is None else "nf4"
+    return "base" if tuned.quantization is None else "nf4"
 
 
-def resolved_base(origin: Origin, on: str) -> str:
+def resolved_base(tuned: TunedModel, on: str) -> str:
     """base or nf4, where `on` may also be trained.
 
     Raises:
         UserError: Another value.
     """
     require_known("--on", on, ON)
-    return trained_on(origin) if on == "trained" else on
+    return trained_on(tuned) if on == "trained" else on
 
 
 class MergePlan:
     """The value of each tensor of a merged model, before it is rounded.
 
     Args:
-        origin: The adapter and its base.
+        tuned: The adapter and its base.
         delta: The adapter's changes.
         on: base, or nf4: what the adapter is merged into.
 
@@ -46,22 +46,22 @@ class MergePlan:
         UserError: `on` is nf4, and training did not quantize.
     """
 
-    def __init__(self, origin: Origin, delta: AdapterDelta, on: str) -> None:
-        self._origin, self._delta = origin, delta
+    def __init__(self, tuned: TunedModel, delta: AdapterDelta, on: str) -> None:
+        self._tuned, self._delta = tuned, delta
         self._quantized: set[str] = set()
         if on == "nf4":
-            if origin.quantization is None and delta.packed:
+            if tuned.quantization is None and delta.packed:
                 raise UserError(
-                    f"{origin.name}: --on nf4, but the base's files are in 4 bits already and are merged as they are, "
+                    f"{tuned.name}: --on nf4, but the base's files are in 4 bits already and are merged as they are, "
                     "dequantized",
                     "leave --on out",
                 )
-            if origin.quantization is None:
+            if tuned.quantization is None:
                 raise UserError(
-                    f"{origin.name}: --on nf4, but the adapter was trained on a base that was not quantized",
+                    f"{tuned.name}: --on nf4, but the adapter was trained on a base that was not quantized",
                     "merge it into the base itself: --on base",
                 )
-            paths = four_bit_modules(delta.config, origin.quantization)
+            paths = four_bit_modules(delta.config, tuned.quantization)
             self._quantized = {delta.name_on_disk(f"{path}.weight") for path in paths}
 
     def changes(self, name: str) -> bool:
@@ -112,9 +112,9 @@ class MergePlan:
         weight = stored.read()
         if name not in self._quantized:
             return weight
-        assert self._origin.quantization is not None
+        assert self._tuned.quantization is not None
         transposed = self._delta.is_transposed(name)
-        return through_four_bits(weight, self._origin.quantization, self._origin.dtype, transposed)
+        return through_four_bits(weight, self._tuned.quantization, self._tuned.dtype, transposed)
 
 
 def rounded(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:

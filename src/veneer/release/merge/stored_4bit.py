@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from veneer.model.stream import QUANT_STATE
-from veneer.release.origin import Origin
+from veneer.model.tuned import TunedModel
 from veneer.release.weights import Stored, bytes_of, weights_of
 
 
@@ -37,9 +37,9 @@ class StoredNF4(Stored):
         yield bytes_of(self.read())
 
 
-def base_weights(origin: Origin) -> dict[str, Stored]:
+def base_weights(tuned: TunedModel) -> dict[str, Stored]:
     """The tensors of an adapter's base on disk, those in 4 bits as what they stand for. Raises as `weights_of`."""
-    tensors = weights_of(origin.base_folder, f"model.base = {origin.model.base}")
+    tensors = weights_of(tuned.base_folder, f"model.base = {tuned.model.base}")
     weights = {name.partition(QUANT_STATE)[0] for name in tensors if QUANT_STATE in name}
     beside: dict[str, list[Stored]] = {name: [] for name in weights}
     for name, stored in tensors.items():
@@ -48,7 +48,7 @@ def base_weights(origin: Origin) -> dict[str, Stored]:
             beside[weight].append(stored)
     parts = {stored.name for several in beside.values() for stored in several}
     return {
-        name: _packed(stored, beside[name], origin.dtype) if name in weights else stored
+        name: _packed(stored, beside[name], tuned.dtype) if name in weights else stored
         for name, stored in tensors.items()
         if name not in parts
     }

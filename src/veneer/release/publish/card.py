@@ -19,13 +19,13 @@ from typing import Any
 import yaml
 
 from veneer.config import Model, Run, RunFolder, UserError, load_run
-from veneer.config.files import read_json, read_text
+from veneer.config.files import read_optional_json, read_text
 from veneer.config.folder import write_text
 from veneer.config.load import yaml_values
 from veneer.data.template import begin_ids
 from veneer.machine import find_machine
 from veneer.model import BaseSource, GgufOrigin, compute_dtype, gguf_origin, load_tokenizer, local_folder, locate
-from veneer.release.passport import base_name, read_passport
+from veneer.model.passport import base_name, read_passport
 from veneer.release.publish.vllm_lint import vllm_lint
 from veneer.release.redact import failed_check, name_of, without_paths
 from veneer.training.job import TrainingJob
@@ -35,7 +35,7 @@ MARK = "<!-- Written by Veneer from the files of the run; without this line it i
 
 def write_card(job: TrainingJob, folder: Path) -> None:
     """Write README.md into an adapter's folder, which holds everything else already, the passport too."""
-    write_text(folder / "README.md", card(Facts.of(folder, job.run, job.source, job.folder.path.name, None, None)))
+    write_text(folder / "README.md", card(Facts.of(folder, job.run, job.source, job.folder.path.name, {}, {})))
 
 
 def renew_card(folder: RunFolder, model: Model | None = None) -> None:
@@ -50,9 +50,9 @@ def renew_card(folder: RunFolder, model: Model | None = None) -> None:
         return
     run = load_run(folder.run)
     run = run.model_copy(update={"model": model or run.model})
-    certificate = _json(folder.path / "certificate.json")
+    certificate = read_optional_json(folder.path / "certificate.json")
     name = folder.path.name
-    facts = Facts.of(folder.adapter, run, locate(run.model), name, _json(folder.evaluation), certificate)
+    facts = Facts.of(folder.adapter, run, locate(run.model), name, read_optional_json(folder.evaluation), certificate)
     write_text(path, card(facts))
 
 
@@ -64,8 +64,8 @@ class Facts:
     run: Run
     passport: dict[str, Any]
     ledger: dict[str, Any]
-    scores: dict[str, Any] | None
-    certificate: dict[str, Any] | None
+    scores: dict[str, Any]
+    certificate: dict[str, Any]
     base: str
     hub_id: str | None
     gguf: GgufOrigin | None
@@ -78,7 +78,7 @@ class Facts:
 
     @staticmethod
     def of(
-        folder: Path, run: Run, source: BaseSource, name: str, scores: dict[str, Any] | None, certificate: Any
+        folder: Path, run: Run, source: BaseSource, name: str, scores: dict[str, Any], certificate: dict[str, Any]
     ) -> "Facts":
         """Gather them from an adapter's folder."""
         passport = read_passport(folder) or {}
@@ -88,7 +88,7 @@ class Facts:
             name=name,
             run=run,
             passport=passport,
-            ledger=without_paths(_json(folder / "ledger.json") or {}),
+            ledger=without_paths(read_optional_json(folder / "ledger.json")),
             scores=scores,
             certificate=certificate,
             base=base_name(source),
@@ -176,7 +176,7 @@ def licence(source: BaseSource) -> str | None:
     folder = local_folder(source)
     if folder is None:
         return None
-    stated = (_json(folder / "source.json") or {}).get("license")
+    stated = read_optional_json(folder / "source.json").get("license")
     readme = folder / "README.md"
     if readme.is_file():
         with contextlib.suppress(UserError, AttributeError):  # a card is prose: what cannot be read states nothing
@@ -184,10 +184,6 @@ def licence(source: BaseSource) -> str | None:
             if text.startswith("---") and (parts := text.split("---", 2))[2:]:
                 stated = (yaml_values(parts[1], str(readme)) or {}).get("license", stated)
     return stated if isinstance(stated, str) and stated else None
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    return read_json(path) if path.is_file() else None
 
 
 def _shown(value: float | str | None, unit: str = "") -> str:

@@ -15,9 +15,8 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from veneer.config import RunFolder, UserError
-from veneer.config.files import own_files
-from veneer.release.merge.merged import json_of
-from veneer.release.origin import require_adapter
+from veneer.config.files import own_files, read_optional_json
+from veneer.config.names import require_adapter
 from veneer.release.publish.card import MARK
 from veneer.release.publish.vllm_lint import vllm_lint
 from veneer.release.redact import (
@@ -93,7 +92,7 @@ def pack(name: str, repo: str, private: bool, with_samples: bool = False, page: 
         raise UserError(f"--repo {repo}: not of the form owner/name", "for example --repo me/tickets")
     is_adapter = (folder / "adapter_config.json").is_file()
     if is_adapter:
-        require_adapter(folder, name)
+        require_adapter(name)
     else:
         if not folder.is_dir() or not (folder / "config.json").is_file():
             raise UserError(f"{name}: holds neither an adapter nor a model", "name a finished run or a merged model")
@@ -143,21 +142,21 @@ def _public(folder: Path, file: str, content: Content, with_rows: bool, page: Pa
         source = path.with_name("certificate.json")
         if page is None or not source.is_file():
             return None
-        return page(public_certificate(json_of(source), source.read_bytes(), with_rows)).encode()
+        return page(public_certificate(read_optional_json(source), source.read_bytes(), with_rows)).encode()
     if kind == "README.md":
         text = path.read_text(encoding="utf-8", errors="replace")  # cards of earlier versions name the base's folder
         return without_paths(text).encode() if MARK in text and _traces(path) else content
     if kind == "certificate.json":
-        return _json(public_certificate(json_of(path), path.read_bytes(), with_rows))
+        return _json(public_certificate(read_optional_json(path), path.read_bytes(), with_rows))
     if kind == "ledger.json":
-        return _json(public_ledger(json_of(path), path.read_bytes(), with_rows))
+        return _json(public_ledger(read_optional_json(path), path.read_bytes(), with_rows))
     if kind == "passport.json":
-        return _changed(path, public_passport(json_of(path)))
+        return _changed(path, public_passport(read_optional_json(path)))
     if kind == "merge.json":
-        return _changed(path, public_merge(json_of(path)))
+        return _changed(path, public_merge(read_optional_json(path)))
     for named, keys in PATHS_IN.items():
         if kind == named:
-            kept = json_of(path)
+            kept = read_optional_json(path)
             return _changed(path, kept | {key: name_of(kept[key]) for key in keys if kept.get(key)})
     return content
 
@@ -168,7 +167,7 @@ def _json(value: dict[str, Any]) -> bytes:
 
 def _changed(path: Path, value: dict[str, Any]) -> Content:
     """The file as it is where nothing in it had to be changed."""
-    return path if value == json_of(path) else _json(value)
+    return path if value == read_optional_json(path) else _json(value)
 
 
 def _size(content: Content) -> int:
@@ -181,7 +180,7 @@ def _warnings(folder: Path, contents: dict[str, Content], is_adapter: bool, with
         found.append("rows of your data go along word for word (--with-samples)")
     if is_adapter:
         found += [f"vLLM does not take it: {check.message}" for check in vllm_lint(folder) if not check.passed]
-        base = json_of(folder / "adapter_config.json").get("base_model_name_or_path")
+        base = read_optional_json(folder / "adapter_config.json").get("base_model_name_or_path")
         if base and Path(base).expanduser().is_absolute():
             found.append(
                 f"its base is a folder of this machine ({base}), sent as {name_of(base)}: nobody else can load it by "

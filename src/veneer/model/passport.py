@@ -1,0 +1,145 @@
+"""passport.json of an adapter: what it belongs to, and the refusal to load it on anything else.
+
+An adapter is a difference; on another base it is noise that still answers fluently. The passport therefore holds
+fingerprints of what the adapter was trained with: the base's weights and configuration, the tokenizer, the chat
+template, the adapter's own file. It ships, so it names files and folders by their names alone, never by a path.
+Fingerprints are compared whenever a run's adapter is loaded, merged or exported, and a difference is refused by name.
+"""
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from veneer.config import Quantization, UserError
+from veneer.config.files import file_sha256, read_json, reading, visible
+from veneer.model.fingerprint import config_sha256, fingerprint, stored_quantization
+from veneer.model.locate import BaseSource
+
+FILE = "passport.json"
+FIX = "restore it, or delete it to go on without its checks"
+NAMES = {  # of what has a fingerprint, by its key
+    "weights_sampled_sha256": "base weights",
+    "config_sha256": "the base's config.json",
+    "tokenizer_sha256": "tokenizer",
+    "chat_template_sha256": "chat template",
+    "adapter_sha256": "adapter weights",
+    "adapter_config_sha256": "adapter_config.json",
+}
+Passport = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Something that is not as it was in training."""
+
+    what: str
+    was: str
+    found: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: trained with {self.was}, found {self.found}"
+
+
+def read_passport(folder: Path) -> Passport | None:
+    """The passport in an adapter's folder; None where it has none (made by another tool).
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    passport = read_json(folder / FILE, fix=FIX) if (folder / FILE).is_file() else None
+    if passport is not None and not isinstance(passport.get("base") or {}, dict):
+        raise UserError(f"{folder / FILE}: damaged: `base` is no object", FIX)
+    return passport
+
+
+def require_match(folder: Path, passport: Passport | None, source: BaseSource | None, force: bool = False) -> None:
+    """Compare an adapter's passport with the base it is to be put on and with its own files.
+
+    Args:
+        folder: Folder of the adapter.
+        passport: The passport in it; None: there is none, and nothing is compared.
+        source: The base; None: it is not compared.
+        force: Say what differs and go on.
+
+    Raises:
+        UserError: Something differs.
+    """
+    if passport is None:
+        return
+    with reading(folder / FILE, FIX):
+        differences = find_differences(folder, passport, source)
+    told = "\n  ".join(map(str, differences))
+    if differences and source and trained_in_4_bits(passport) and not stored_quantization(source):
+        told += (
+            f"\n  the base of the training was stored in 4 bits, which {source.name} is not: with --force it is "
+            "quantized to them, which gives the weights of the training only where those were made from it"
+        )
+    if differences and not force:
+        raise UserError(
+            f"{folder}: the adapter does not belong to this\n  {told}",
+            "name what it was trained with, or use --force to go on all the same",
+        )
+    if differences:
+        print(f"warning: --force overrides the adapter's passport\n  {visible(told)}", file=sys.stderr)
+
+
+def trained_in_4_bits(passport: Passport | None) -> Quantization | None:
+    """How the files of the base of the training were quantized to 4 bits, as the passport says; None: they were not."""
+    kept = ((passport or {}).get("base") or {}).get("stored_in_4_bits")
+    return Quantization(**kept) if isinstance(kept, dict) else None
+
+
+def find_differences(folder: Path, passport: Passport, source: BaseSource | None) -> list[Difference]:
+    """What is not as the passport says."""
+    base, found = passport.get("base") or {}, []
+    if source is not None:
+        named = base.get("name")
+        for key, now in base_fingerprints(source).items():
+            names = (f"{named} ", f"{source.name} ") if key == "weights_sampled_sha256" else ("", "")
+            found += _difference(key, base.get(key), now, *names)
+    for key, now in adapter_fingerprints(folder).items():
+        found += _difference(key, passport.get(key), now)
+    return found
+
+
+def base_fingerprints(source: BaseSource) -> dict[str, str | None]:
+    """SHA-256 of what a base is known by, by the passport's key; None: it is not here."""
+    return {"weights_sampled_sha256": fingerprint(source), "config_sha256": config_sha256(source)}
+
+
+def adapter_fingerprints(folder: Path) -> dict[str, str | None]:
+    """SHA-256 of an adapter's own files, by the passport's key; None: there is no such file."""
+    template = folder / "chat_template.jinja"
+    return {
+        "tokenizer_sha256": file_sha256(folder / "tokenizer.json"),
+        "chat_template_sha256": hashlib.sha256(template.read_bytes() if template.is_file() else b"").hexdigest(),
+        "adapter_sha256": file_sha256(folder / "adapter_model.safetensors"),
+        "adapter_config_sha256": _adapter_config_sha256(folder),
+    }
+
+
+def base_name(source: BaseSource) -> str:
+    """What a base is called in files that ship: a built-in name, a hub id, or the name of its folder or file alone."""
+    if source.kind in ("builtin", "hub"):
+        return source.name
+    return Path(source.name).expanduser().absolute().name
+
+
+def _adapter_config_sha256(folder: Path) -> str | None:
+    """Of adapter_config.json, whose alpha and ranks are as much of the adapter as its matrices; its base may move."""
+    try:
+        config = read_json(folder / "adapter_config.json")
+        kept = {key: value for key, value in config.items() if key not in ("base_model_name_or_path", "revision")}
+    except (OSError, ValueError, AttributeError):
+        return None
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _difference(key: str, was: str | None, now: str | None, was_name: str = "", now_name: str = "") -> list[Difference]:
+    """The difference of two fingerprints; none where one of them is not known."""
+    if was is None or now is None or was == now:
+        return []
+    return [Difference(NAMES[key], f"{was_name}{was[:12]}", f"{now_name}{now[:12]}")]
