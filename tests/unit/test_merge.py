@@ -345,11 +345,14 @@ def test_damaged_files_are_told_and_nothing_is_written(tmp_path: Path, tiny_mode
     file = base / "model.safetensors"
     whole = file.read_bytes()
     for damage, reason in (
-        (b"version https://git-lfs.github.com/spec/v1\noid", "its header would be"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid",
+            "model.safetensors is not a safetensors file",
+        ),
         (whole[:8] + b"x" + whole[9:], "its header is not JSON"),
-        (whole[:-100], "bytes, its header speaks of"),
-        (whole.replace(b'"F32"', b'"Q99"', 1), "or one that is not known"),
-        (whole[:3], "its header would be"),
+        (whole[:-100], "model.safetensors is cut off: it holds"),
+        (whole.replace(b'"F32"', b'"Q99"', 1), "holds numbers of the type Q99, which is not known"),
+        (whole[:3], "is not a safetensors file"),
     ):
         file.write_bytes(damage)
         assert reason in refused(tmp_path / "out", adapter)

@@ -294,7 +294,7 @@ class Renderer:
         """
         assert self._template is not None
         mark, messages, tools = self._marked(messages, tools)
-        messages = self._with_system(messages)
+        messages = self.with_system(messages)
         row = self._template.spelled(messages if is_prompt else _weighted(messages, loss_on), tools)
         answers = tuple(n for n, message in enumerate(row.messages) if message.role == "assistant")
         return _Chat(row, answers, mark, place, is_prompt)
@@ -372,8 +372,9 @@ class Renderer:
         weights = [weight for _, _, weight in answers for weight in (context, weight)]
         return _Draft(Text(answers[-1][1], tuple(borders), mark), (*weights, context), place, True)
 
-    def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
-        if self.settings.system_prompt is None or (messages and messages[0].role == "system"):
+    def with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        """Turns behind the system prompt of the settings, where they have none and a template renders them."""
+        if not self.is_chat or self.settings.system_prompt is None or (messages and messages[0].role == "system"):
             return messages
         return (Message("system", self.settings.system_prompt), *messages)
 

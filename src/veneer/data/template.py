@@ -223,8 +223,7 @@ def find_template(tokenizer: Any, settings: Data) -> Template | None:
     """
     name = settings.chat_template
     if name == "auto":
-        own = tokenizer.chat_template
-        own = own.get("default") if isinstance(own, dict) else own
+        own = own_template(tokenizer)
         return Template(tokenizer, own, settings) if own else None
     if name == "none":
         return None
@@ -243,6 +242,18 @@ def find_template(tokenizer: Any, settings: Data) -> Template | None:
             f"data.chat_template = {name}: neither a known template nor a readable file ({why})", fix
         ) from None
     return Template(tokenizer, source, settings)
+
+
+def own_template(tokenizer: Any) -> str | None:
+    """The chat template that a tokenizer brings; None or empty: it brings none."""
+    own = tokenizer.chat_template
+    found: str | None = own.get("default") if isinstance(own, dict) else own
+    return found
+
+
+def names_file(chat_template: str) -> bool:
+    """Whether `data.chat_template` is the path of a Jinja file."""
+    return chat_template not in ("auto", "none", *NAMED_TEMPLATES)
 
 
 def begin_ids(tokenizer: Any) -> list[int]:

@@ -5,7 +5,7 @@ each token, and cut off behind. What is shown while an answer is made is never t
 half a character and white space at the end wait for the next token.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from veneer.model.load import base_stop_ids
 SLACK = 8  # tokens before a stop text that may decode to nothing, or to half a character
 
 
-def generation_config(model: Any, renderer: Renderer, max_new_tokens: int, sampling: Sampling) -> Any:
-    """Transformers' GenerationConfig; everything is said outright, or it would come from the base's own settings."""
+def generation_config(stop_ids: Iterable[int], pad_id: int, max_new_tokens: int, sampling: Sampling) -> Any:
+    """Transformers' GenerationConfig; everything is said outright, or it would come from the model's own settings."""
     from transformers import GenerationConfig
 
     is_sampled = sampling.temperature > 0
@@ -29,8 +29,8 @@ def generation_config(model: Any, renderer: Renderer, max_new_tokens: int, sampl
         repetition_penalty=sampling.repetition_penalty,
         top_p=sampling.top_p,
         top_k=sampling.top_k if is_sampled else None,
-        eos_token_id=stop_ids_of(model, renderer),
-        pad_token_id=renderer.tokenizer.pad_token_id,
+        eos_token_id=sorted(stop_ids) or None,
+        pad_token_id=pad_id,
         use_cache=True,
     )
 
@@ -59,6 +59,27 @@ class StopAtText:
         texts = [self._tokenizer.decode(end, clean_up_tokenization_spaces=False) for end in ends]
         found = [any(text in end for text in self._texts) for end in texts]
         return torch.tensor(found, device=ids_BL.device)
+
+
+class LikeliestTokens:
+    """A logits processor of Transformers that changes nothing: it notes the likeliest tokens at each step.
+
+    Args:
+        count: How many of them.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._steps: list[tuple[list[list[int]], list[list[float]]]] = []
+
+    def __call__(self, ids_BL: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
+        top = scores_BV.float().log_softmax(-1).topk(min(self._count, scores_BV.shape[-1]))
+        self._steps.append((top.indices.tolist(), top.values.tolist()))
+        return scores_BV
+
+    def of(self, row: int) -> list[dict[int, float]]:
+        """Log-probabilities by id at each step of a row."""
+        return [dict(zip(ids[row], values[row])) for ids, values in self._steps]
 
 
 class TextStream:

@@ -7,13 +7,13 @@ begin with is read once (prefix.py).
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from veneer.config.sampling import Sampling
 from veneer.data import Renderer
-from veneer.evaluation.decoding import StopAtText, TextStream, answer_text, generation_config
+from veneer.evaluation.decoding import LikeliestTokens, StopAtText, TextStream, answer_text, generation_config
 from veneer.evaluation.decoding import stop_ids_of as stop_ids_of
 from veneer.evaluation.memory import Batching, alike, room_for_answers
 from veneer.evaluation.prefix import SharedPrefix, padded
@@ -23,7 +23,18 @@ from veneer.model.quiet import quiet
 GREEDY = Sampling()
 
 
-@torch.no_grad()
+class Continuation(NamedTuple):
+    """What a model goes on with after a prompt.
+
+    Attributes:
+        ids: Its new tokens; behind the one that ends the answer only padding follows.
+        steps: At each new token the log-probabilities of the likeliest tokens by id; empty: not asked for.
+    """
+
+    ids: list[int]
+    steps: list[dict[int, float]]
+
+
 def generate(
     model: Any,
     renderer: Renderer,
@@ -51,28 +62,64 @@ def generate(
         UserError: A prompt fills the model's positions.
         JobError: Not even one prompt at a time fits into memory.
     """
-    model.eval()
     tokenizer = renderer.tokenizer
-    config = generation_config(model, renderer, max_new_tokens, sampling)
-    answers = [""] * len(prompts)
+    config = generation_config(stop_ids_of(model, renderer), tokenizer.pad_token_id, max_new_tokens, sampling)
+    found = continue_prompts(
+        model, tokenizer, prompts, config, batch_size, stop=sampling.stop, on_done=on_done, on_text=on_text
+    )
+    return [answer_text(tokenizer, ids, sampling.stop) for ids, _ in found]
+
+
+@torch.no_grad()
+def continue_prompts(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    config: Any,
+    batch_size: int | Batching,
+    *,
+    likeliest: int = 0,
+    stop: Sequence[str] = (),
+    on_done: Callable[[int], None] = lambda done: None,
+    on_text: Callable[[str], None] | None = None,
+) -> list[Continuation]:
+    """The tokens that a model goes on with: the one loop for answers, whoever judges them.
+
+    Rows go together by their length, and what all begin with is read once, so that the same weights give the same
+    answers wherever they are asked: products over other shapes round otherwise.
+
+    Args:
+        model, tokenizer, prompts, on_done, on_text: As of `generate`.
+        config: Transformers' GenerationConfig; `max_new_tokens` is lowered for prompts with less room.
+        batch_size: Prompts at a time, fewer where memory is short.
+        likeliest: How many of the likeliest tokens to note at each step.
+        stop: Texts that end an answer.
+
+    Raises:
+        UserError, JobError: As `generate`.
+    """
+    model.eval()
+    found: list[Continuation] = [Continuation([], [])] * len(prompts)
     device = model.get_input_embeddings().weight.device
     batching = batch_size if isinstance(batch_size, Batching) else Batching(batch_size)
-    room = room_for_answers(model, prompts, max_new_tokens)
+    room = room_for_answers(model, prompts, config.max_new_tokens)
 
     def answer(chosen: Sequence[int]) -> int:
-        ids_BL, mask_BL = padded([prompts[n] for n in chosen], prefix.length, tokenizer.pad_token_id)
+        ids_BL, mask_BL = padded([prompts[n] for n in chosen], prefix.length, config.pad_token_id)
         longest = ids_BL.shape[1]
+        noted = LikeliestTokens(likeliest)
         with quiet(), contiguous_head_input(model):
             output_BL = model.generate(
                 input_ids=ids_BL.to(device),
                 attention_mask=mask_BL.to(device),
                 generation_config=config,
-                stopping_criteria=[StopAtText(tokenizer, sampling.stop, longest)] if sampling.stop else None,
-                streamer=TextStream(tokenizer, sampling.stop, on_text) if on_text is not None else None,
+                logits_processor=[noted] if likeliest else None,
+                stopping_criteria=[StopAtText(tokenizer, stop, longest)] if stop else None,
+                streamer=TextStream(tokenizer, stop, on_text) if on_text is not None else None,
                 **prefix.repeated(len(chosen)),
             )
         for row, n in enumerate(chosen):
-            answers[n] = answer_text(tokenizer, output_BL[row, longest:], sampling.stop)
+            found[n] = Continuation(output_BL[row, longest:].tolist(), noted.of(row))
         return len(chosen)
 
     with adapter_in_copies(model):
@@ -81,7 +128,7 @@ def generate(
             config.max_new_tokens = tokens
             for done in batching.over(numbers, answer):
                 on_done(done)
-    return answers
+    return found
 
 
 @contextmanager

@@ -9,15 +9,12 @@ import hashlib
 import json
 from typing import Any
 
-import torch
-
 from veneer.config import Quantization, UserError
 from veneer.config.files import read_json
 from veneer.model.locate import BaseSource, local_folder
-from veneer.model.shards import DTYPES, DamagedError, Piece, UnknownTypeError, find_files, read_header
+from veneer.model.shards import ALL_DTYPES, DamagedError, Piece, UnknownTypeError, find_files, read_header
 
 SAMPLES, SAMPLE_BYTES = 32, 4096
-ALL_DTYPES = DTYPES | {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 NO_MATTER = ("_name_or_path", "transformers_version")  # in config.json: what says nothing of the model
 
 

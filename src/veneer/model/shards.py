@@ -28,6 +28,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+ALL_DTYPES = DTYPES | {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 LONGEST_HEADER_BYTES = 100 * 2**20  # the safetensors library's own limit
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -72,9 +73,9 @@ def find_files(source: BaseSource) -> list[Path] | None:
     if not (folder / INDEX).is_file():
         return None
     files = [folder / name for name in _shards(folder / INDEX)]
-    for file in files:
-        if not file.is_file():
-            raise DamagedError(f"{INDEX} names {file.name}, which is not there")
+    if missing := [file.name for file in files if not file.is_file()]:
+        told = f"{len(missing)} of them are missing: {', '.join(missing[:3])}"
+        raise DamagedError(f"{INDEX} names {len(files)} files, {told}")
     return files
 
 

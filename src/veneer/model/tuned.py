@@ -23,7 +23,7 @@ from veneer.config.files import RESTORE, read_json, read_optional_json
 from veneer.config.manifest import read_manifest
 from veneer.config.names import base_not_here, require_adapter
 from veneer.data.render import Renderer
-from veneer.data.template import NAMED_TEMPLATES
+from veneer.data.template import names_file
 from veneer.machine import find_machine
 from veneer.model.adapters import load_adapter
 from veneer.model.fingerprint import stored_quantization
@@ -98,8 +98,8 @@ class TunedModel:
             return Renderer(load_tokenizer(self.source), self.data)
         tokenizer = load_tokenizer(BaseSource("folder", str(self.adapter), str(self.adapter)))
         data = self.data
-        if data is not None and data.chat_template not in (*NAMED_TEMPLATES, "none"):
-            data = data.model_copy(update={"chat_template": "auto"})  # a file's template ships with the tokenizer
+        if data is not None and names_file(data.chat_template):
+            data = data.model_copy(update={"chat_template": "auto"})  # what was in the file ships with the tokenizer
         return Renderer(tokenizer, data)
 
     @property

@@ -9,6 +9,7 @@ from typing import Any
 from veneer.config import Run, UserError
 from veneer.data import Prepared, Renderer, prepare
 from veneer.data.pipeline import Part
+from veneer.data.template import own_template
 from veneer.model import gguf_origin, load_tokenizer, locate
 from veneer.model.shapes import is_at_hand
 from veneer.planning.advice import Advice, DataFacts, Situation, TokenizerFacts, advise
@@ -70,10 +71,10 @@ class Read:
             end_of_turn=ledger["tokens"]["end_of_turn"],
             raw="text" in ledger["format"].split(", "),
         )
-        own = tokenizer.chat_template
+        own = own_template(tokenizer)
         return data, TokenizerFacts(
-            has_template=own is not None,
-            uses_own=isinstance(own, str) and (self.renderer.template or "").endswith(own),
+            has_template=bool(own),
+            uses_own=bool(own) and (self.renderer.template or "").endswith(own or ""),
         )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from veneer.data.sources.find import HUB_ID
-from veneer.data.template import NAMED_TEMPLATES
+from veneer.data.template import names_file
 from veneer.evaluation.right import is_right
 
 # A path of this machine within a sentence: of two parts at least, so that "prompt / completion" and "/" are none.
@@ -57,7 +57,7 @@ def public_settings(settings: dict[str, Any]) -> dict[str, Any]:
             data[key] = name_of(data[key])
         elif isinstance(data.get(key), list):
             data[key] = [name_of(file) for file in data[key]]
-    if data.get("chat_template", "auto") not in (*NAMED_TEMPLATES, "auto", "none"):
+    if names_file(data.get("chat_template", "auto")):
         data["chat_template"] = name_of(data["chat_template"])
     if "output_dir" in train:
         train["output_dir"] = name_of(train["output_dir"])

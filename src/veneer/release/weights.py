@@ -1,9 +1,8 @@
 """Weights on disk, tensor by tensor: safetensors read and written with one tensor in memory at a time.
 
 The `safetensors` package maps whole files into memory, which the kernel counts as resident as they are read; a merge
-that must stay small reads and writes the format itself. It is simple: eight bytes with the header's length, a JSON
-header of names with dtype, shape and place, then the bytes. Headers are checked in full before anything is written,
-so that a cut or damaged file is a clear message and not a wrong model. Pickled weights are never read.
+that must stay small reads and writes the bytes itself. Headers (model/shards.py) are checked in full before anything is
+written, so that a cut or damaged file is a clear message and not a wrong model. Pickled weights are never read.
 """
 
 import json
@@ -19,16 +18,13 @@ import torch
 
 from veneer.config import UserError
 from veneer.config.files import read_json
-from veneer.model import shards
+from veneer.model import BaseSource, shards
+from veneer.model.shards import ALL_DTYPES, INDEX, WHOLE, DamagedError, UnknownTypeError, find_files
 
-DTYPES = shards.DTYPES | {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-HEADER_BYTES = 100 * 2**20  # the format's own limit
+NAMES = {dtype: name for name, dtype in ALL_DTYPES.items()}
 SHARD_BYTES = 5 * 10**9  # of a file that is written; what the Hub advises
 CHUNK_BYTES = 32 * 2**20
 AHEAD_BYTES = 256 * 2**20  # that the kernel reads in advance
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 FETCH_AGAIN = "fetch the model again, or name another folder"
 
 
@@ -94,46 +90,17 @@ def read_header(path: Path) -> dict[str, Stored]:
     Raises:
         UserError: The file is damaged: its header is not one, or its tensors overlap or reach beyond its end.
     """
-    total = path.stat().st_size
-
-    def damaged(why: str) -> UserError:
-        return UserError(f"{path}: not a whole safetensors file: {why}", FETCH_AGAIN)
-
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if total < 8 or length > min(HEADER_BYTES, total - 8):
-            raise damaged(f"its header would be {length:,} bytes long, the file has {total:,}")
-        try:
-            header = json.loads(file.read(length))
-        except (ValueError, RecursionError):
-            raise damaged("its header is not JSON") from None
-    if not isinstance(header, dict):
-        raise damaged("its header is not a table of tensors")
-    header.pop("__metadata__", None)
-    found = []
-    for name, entry in header.items():
-        try:
-            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-            begin, end = entry["data_offsets"]
-            if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
-                raise TypeError
-            is_sound = end - begin == math.prod(shape) * dtype.itemsize
-        except KeyError as error:
-            raise damaged(f"the tensor {name} has no {error}, or one that is not known") from None
-        except (TypeError, ValueError):
-            raise damaged(f"the entry of the tensor {name} is not one") from None
-        if not is_sound:
-            raise damaged(f"the tensor {name} has {end - begin:,} bytes for the shape {list(shape)}")
-        found.append(Stored(name, path, dtype, shape, 8 + length + begin, end - begin))
-    found.sort(key=lambda stored: stored.start)
-    at = 8 + length
-    for stored in found:
-        if stored.start < at:
-            raise damaged(f"the tensor {stored.name} begins within another")
-        at = stored.start + stored.size
-    if at > total:
-        raise damaged(f"it has {total:,} bytes, its header speaks of {at:,}")
-    return {stored.name: stored for stored in found}
+    try:
+        pieces = shards.read_header(path, ALL_DTYPES)
+    except DamagedError as error:
+        raise UserError(f"{path.parent}/{error}", FETCH_AGAIN) from None
+    except UnknownTypeError as error:
+        raise UserError(f"{path}: holds numbers of the type {error}, which is not known", FETCH_AGAIN) from None
+    pieces.sort(key=lambda piece: piece.offset)
+    return {
+        name: Stored(name, file, ALL_DTYPES[kind], shape, offset, size)
+        for name, file, offset, size, kind, shape in pieces
+    }
 
 
 def weights_of(folder: Path, what: str) -> dict[str, Stored]:
@@ -146,34 +113,20 @@ def weights_of(folder: Path, what: str) -> dict[str, Stored]:
     Raises:
         UserError: There are no safetensors, a shard is missing, or a file is damaged.
     """
-    index = folder / INDEX
-    if (folder / SINGLE).is_file():  # as Transformers does, even where an index lies beside it
-        return read_header(folder / SINGLE)
-    if not index.is_file():
+    try:
+        files = find_files(BaseSource("folder", str(folder), what))
+    except DamagedError as error:
+        raise UserError(f"{what}: {folder}: {error}", FETCH_AGAIN) from None
+    if files is None:
         held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
         pickled = [name for name in held if name.endswith((".bin", ".pt", ".pth"))]
         raise UserError(
-            f"{what}: {folder} holds no {SINGLE}" + (f", but {pickled[0]}, which is a pickle" if pickled else ""),
+            f"{what}: {folder} holds no {WHOLE}" + (f", but {pickled[0]}, which is a pickle" if pickled else ""),
             "convert it: load it with Transformers and call save_pretrained",
         )
-    try:
-        placed: dict[str, str] = read_json(index, "weight_map")["weight_map"]
-        files = list(dict.fromkeys(placed.values()))
-        outside = [name for name in files if Path(name).name != name]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{what}: {index} is not an index of shards", FETCH_AGAIN) from None
-    missing = [name for name in files if not (folder / name).is_file()]
-    if missing or outside:
-        raise UserError(
-            f"{what}: {INDEX} names {len(files)} files, {len(missing)} of them are missing from {folder}: "
-            + ", ".join((missing or outside)[:3]),
-            FETCH_AGAIN,
-        )
-    tensors: dict[str, Stored] = {}
-    for name in files:
-        tensors |= read_header(folder / name)
-    lost = sorted(placed.keys() - tensors.keys())
-    if lost:
+    tensors = {name: stored for file in files for name, stored in read_header(file).items()}
+    listed = {} if files == [folder / WHOLE] else read_json(folder / INDEX, "weight_map")["weight_map"]
+    if lost := sorted(listed.keys() - tensors.keys()):
         raise UserError(f"{what}: {len(lost)} tensors of the index are in no file: {', '.join(lost[:3])}", FETCH_AGAIN)
     return tensors
 
@@ -203,7 +156,7 @@ def write_weights(
     The folder is expected to be a temporary one that is given its name when all is done.
     """
     shards = _shards(planned, shard_bytes)
-    files = [SINGLE] if len(shards) == 1 else [_shard_name(n, len(shards)) for n in range(len(shards))]
+    files = [WHOLE] if len(shards) == 1 else [_shard_name(n, len(shards)) for n in range(len(shards))]
     with ThreadPoolExecutor(1) as behind:  # flushes a finished file to the disk while the next is made
         flushed = []
         for name, tensors in zip(files, shards, strict=True):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from veneer.data import Conversation, Message, Renderer
+from veneer.data import Conversation, Renderer
 from veneer.release.certify.servers import llama_server
 
 SLOTS = 8  # conversations at once: a step of llama.cpp answers them together, and each slot keeps what they begin with
@@ -28,14 +28,7 @@ def gguf_answers(
     Raises:
         UserError: llama.cpp is not installed, or does not load the file.
     """
-    prompts = [_turns(renderer, chat.prompt()) for chat in asked]
+    prompts = [renderer.with_system(chat.prompt()) for chat in asked]
     longest = max(len(renderer.prompt_ids(turns)) for turns in prompts)
     with llama_server(file, renderer.is_chat, set(), longest + max_new_tokens + 16, slots=SLOTS) as server:
         return server.texts(prompts, max_new_tokens, SLOTS, on_done)
-
-
-def _turns(renderer: Renderer, turns: tuple[Message, ...]) -> tuple[Message, ...]:
-    system = renderer.settings.system_prompt
-    if not renderer.is_chat or system is None or turns[0].role == "system":
-        return turns
-    return (Message("system", system), *turns)

@@ -68,9 +68,7 @@ def very_long(tuned: TunedModel, max_new_tokens: int) -> int:
 
 
 def _prompt(reader: Renderer, name: str, turns: tuple[Message, ...], reference: str | None) -> Prompt | None:
-    system = reader.settings.system_prompt
-    if reader.is_chat and system is not None and turns[0].role != "system":
-        turns = (Message("system", system), *turns)
+    turns = reader.with_system(turns)
     try:
         return Prompt(name, turns, reader.prompt_ids(turns), reference)
     except UserError:

@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from veneer.config import JobError
 from veneer.config.files import reading
 from veneer.data import Message
 from veneer.data.sandbox import Job, RefusedError, TemplateLimitError, shared
-from veneer.evaluation.generation import contiguous_head_input
-from veneer.evaluation.prefix import SharedPrefix, padded
+from veneer.evaluation.decoding import answer_text, generation_config
+from veneer.evaluation.generation import GREEDY, continue_prompts
 from veneer.machine.device import Machine
 from veneer.model.load import base_stop_ids
 from veneer.model.quiet import quiet
@@ -120,61 +118,15 @@ class Folder:
         return base_stop_ids(self.model.generation_config, "generation_config.json")
 
 
-class _Likeliest:
-    """Notes the likeliest tokens at each step of a generation, in place of the logits of the whole vocabulary."""
-
-    def __init__(self) -> None:
-        self.steps: list[tuple[list[list[int]], list[list[float]]]] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
-        top = scores_BV.float().log_softmax(-1).topk(min(TOP, scores_BV.shape[-1]))
-        self.steps.append((top.indices.tolist(), top.values.tolist()))
-        return scores_BV
-
-    def of(self, row: int, count: int) -> list[dict[int, float]]:
-        """Log-probabilities by id at the first steps of a row."""
-        return [dict(zip(ids[row], values[row])) for ids, values in self.steps[:count]]
-
-
-@torch.no_grad()
 def greedy(
     model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, stop_ids: set[int], batch: int = 16
 ) -> list[Answer]:
-    """Greedy answers of a Transformers model to token ids, with the likeliest tokens at each step.
-
-    Rows go together as they do in evaluation, shared beginnings and all, so that the same weights give the same
-    answers: products over other shapes round otherwise.
-    """
-    from transformers import GenerationConfig, LogitsProcessorList
-
+    """Greedy answers of a Transformers model to token ids, with the likeliest tokens at each step."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        repetition_penalty=1.0,
-        eos_token_id=sorted(stop_ids) or None,
-        pad_token_id=pad,
-        use_cache=True,
-    )
-    device = model.get_input_embeddings().weight.device
-    answers: list[Answer | None] = [None] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
-    prefix = SharedPrefix(model, prompts)
-    for chosen in (order[at : at + batch] for at in range(0, len(order), batch)):
-        ids_BL, mask_BL = padded([prompts[n] for n in chosen], prefix.length, pad)
-        likeliest = _Likeliest()
-        with quiet(), contiguous_head_input(model):
-            output_BL = model.generate(
-                input_ids=ids_BL.to(device),
-                attention_mask=mask_BL.to(device),
-                generation_config=config,
-                logits_processor=LogitsProcessorList([likeliest]),
-                **prefix.repeated(len(chosen)),
-            )
-        new_BT = output_BL[:, ids_BL.shape[1] :].tolist()
-        for row, n in enumerate(chosen):
-            ends = [at for at, token in enumerate(new_BT[row]) if token in stop_ids]
-            kept = new_BT[row][: ends[0]] if ends else new_BT[row]
-            text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            answers[n] = Answer(text.strip(), kept, bool(ends), likeliest.of(row, len(kept) + bool(ends)))
-    return [answer for answer in answers if answer is not None]
+    config = generation_config(stop_ids, pad, max_new_tokens, GREEDY)
+    answers = []
+    for ids, steps in continue_prompts(model, tokenizer, prompts, config, batch, likeliest=TOP):
+        end = next((at for at, token in enumerate(ids) if token in stop_ids), None)
+        kept, stopped = ids[:end], end is not None
+        answers.append(Answer(answer_text(tokenizer, kept), kept, stopped, steps[: len(kept) + stopped]))
+    return answers

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from veneer.data import Message, Renderer
 from veneer.data.conversation import BadRowError
-from veneer.data.template import Template
+from veneer.data.template import Template, begin_ids
 
 U, A, S = "qzUSERzq", "qzANSWERzq", "qzSYSTEMzq"
 TRIALS = (
@@ -91,7 +91,7 @@ def modelfile(file: str, renderer: Renderer, stops: Sequence[str], adapter_of: s
             lines.append("# llama-server --jinja runs the template itself, which the GGUF file carries.")
         go = found.as_go()
         # The runner puts the begin token before every prompt by itself.
-        go = go.removeprefix(_literal(bos)) if bos and _puts_bos(renderer) else go
+        go = go.removeprefix(_literal(bos)) if bos and begin_ids(renderer.tokenizer) else go
         lines.append(f'TEMPLATE """{go}"""')
     elif renderer.is_chat:
         lines.append("# The model's template cannot be written in Ollama's language;")
@@ -126,7 +126,7 @@ def chain_of(renderer: Renderer) -> Chain | None:
     after_answer = gap[: len(gap) - len(user)]
     lead = before_user[: len(before_user) - len(user)]
     bos = renderer.tokenizer.bos_token or ""
-    start = bos if bos and lead.startswith(bos) and _puts_bos(renderer) else ""
+    start = bos if bos and lead.startswith(bos) and begin_ids(renderer.tokenizer) else ""
     chain = Chain(start, lead[len(start) :], ("", ""), (user, after_user), (prompt, after_answer), prompt)
     if system is None or system.count(S) != 1 or not system.startswith(start):
         return chain
@@ -171,11 +171,6 @@ def _from_last(shared: str, prompt: str) -> str:
     sign = re.match(r"<[^<>]+>", prompt)
     at = shared.rfind(sign[0]) if sign else -1
     return shared[at:] if at > 0 else shared
-
-
-def _puts_bos(renderer: Renderer) -> bool:
-    ids = renderer.tokenizer("a")["input_ids"]
-    return bool(ids) and ids[0] == renderer.tokenizer.bos_token_id
 
 
 def _literal(text: str) -> str:
