@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from veneer.api.plan import plan
     from veneer.api.train import train
     from veneer.config import JobError, Run, UserError, load_run
+    from veneer.config.sampling import Sampling
     from veneer.training.verify import verify
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "JobError",
     "Run",
+    "Sampling",
     "UserError",
     "__version__",
     "certify",
@@ -52,6 +54,7 @@ __getattr__ = import_on_use(
     {
         "JobError": "veneer.config",
         "Run": "veneer.config",
+        "Sampling": "veneer.config.sampling",
         "UserError": "veneer.config",
         "certify": "veneer.api.certify",
         "doctor": "veneer.api.doctor",

@@ -13,7 +13,7 @@ from tests.support.runs import tiny_run, write_rows
 from tests.support.tiny import FAMILIES, save_tiny_model, tiny_tokenizer
 from veneer.config import Data, JobError, UserError
 from veneer.data import Message, Renderer
-from veneer.evaluation import compare, generate
+from veneer.evaluation import Scorer, generate
 from veneer.evaluation.memory import Batching, is_out_of_memory, positions_of
 from veneer.training import TrainingJob
 
@@ -75,7 +75,7 @@ def job(tiny_model: Callable[..., Path], tmp_path: Path, rows: list[dict[str, An
 
 def test_scores_do_not_depend_on_memory_that_runs_out(job: TrainingJob, monkeypatch: pytest.MonkeyPatch) -> None:
     held_out = job.data.held_out()
-    roomy = compare(job.model, job.engine, job.renderer, held_out, job.run.evaluate)
+    roomy = Scorer(job.model, job.engine, job.renderer, held_out, job.run.evaluate).compare()
     base, forward = job.model.get_base_model(), type(job.model.get_base_model()).forward
     sizes: list[int] = []
 
@@ -88,7 +88,7 @@ def test_scores_do_not_depend_on_memory_that_runs_out(job: TrainingJob, monkeypa
 
     monkeypatch.setattr(type(base), "forward", short_of_memory)
     with pytest.warns(RuntimeWarning, match="out of memory with 16") as said:
-        short = compare(job.model, job.engine, job.renderer, held_out, job.run.evaluate)
+        short = Scorer(job.model, job.engine, job.renderer, held_out, job.run.evaluate).compare()
     assert len(said) == 1, "once for base and tuned model together"
     assert max(sizes) <= 3
     assert short.samples() == roomy.samples()

@@ -13,7 +13,7 @@ from tests.support.runs import tiny_run, write_rows
 from veneer.config import UserError
 from veneer.config.sampling import Sampling
 from veneer.data import Message
-from veneer.evaluation import compare, generate
+from veneer.evaluation import Scorer, generate
 from veneer.evaluation.compare import Evaluation, Sample, Score
 from veneer.evaluation.intervals import perplexity, proportion
 from veneer.training import TrainingJob
@@ -54,7 +54,7 @@ def job(tiny_model: Callable[..., Path], tmp_path: Path, rows: list[dict[str, An
 
 
 def test_a_model_that_learnt_its_rows_scores_higher_than_its_base(job: TrainingJob) -> None:
-    result = compare(job.model, job.engine, job.renderer, job.data.held_out(), job.run.evaluate)
+    result = Scorer(job.model, job.engine, job.renderer, job.data.held_out(), job.run.evaluate).compare()
     metrics = result.as_dict()["metrics"]
     assert metrics["exact_match"]["base"]["value"] == 0
     assert metrics["exact_match"]["tuned"]["value"] > 0.9
@@ -113,7 +113,7 @@ def test_pieces_of_a_long_text_are_one_row(tiny_model: Callable[..., Path], tmp_
     job.fit()
     held_out = job.data.held_out()
     assert len(held_out) > 6
-    found = compare(job.model, job.engine, job.renderer, held_out, job.run.evaluate).tuned
+    found = Scorer(job.model, job.engine, job.renderer, held_out, job.run.evaluate).compare().tuned
     assert (found.rows, len(found.losses), len(found.tokens)) == (3, 3, 3)
     assert sum(found.tokens) == sum(row.example.weight for row in held_out)
     assert found.metrics["perplexity"] == perplexity(found.losses, found.tokens)

@@ -18,10 +18,8 @@ from veneer.config import RunFolder, UserError, load_run
 from veneer.config.names import BUILTIN_NAMES
 from veneer.config.options import OPTIONS
 from veneer.model.builtin import BUILTIN
-from veneer.release.gguf import export as export_module
 from veneer.release.gguf import types as gguf_types
 from veneer.release.merge import merged as merge_module
-from veneer.release.merge import plan as merge_plan
 
 Call = Callable[..., tuple[int, str, str]]
 QUICK = ("train.max_steps=1", "data.max_length=64", "adapter.r=2", "train.eval_steps=null", "train.save_steps=null")
@@ -329,5 +327,3 @@ def test_what_is_known_without_libraries_is_what_they_take() -> None:
     assert set(BUILTIN_NAMES) == set(BUILTIN)
     assert set(OPTIONS["--quant"]) == set(gguf_types.QUANTS)
     assert set(OPTIONS["--dtype"]) == set(merge_module.DTYPES)
-    assert set(OPTIONS["--on"]) == {*merge_plan.ON, "best"}
-    assert set(OPTIONS["--format"]) == set(export_module.FORMATS)

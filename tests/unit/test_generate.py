@@ -14,7 +14,7 @@ from tests.support.runs import tiny_run, write_rows
 from tests.support.tiny import tiny_tokenizer
 from veneer.config import RunFolder, UserError
 from veneer.config.names import find_adapter
-from veneer.config.prompts import read_prompts
+from veneer.config.prompts import Question, read_prompts
 from veneer.config.sampling import Sampling
 from veneer.evaluation.decoding import StopAtText, TextStream, answer_text
 from veneer.model import find_tuned
@@ -72,6 +72,21 @@ def test_runs_checkpoints_and_adapters_answer_alike(run: Path, tmp_path: Path) -
     assert answer(plain, system="the hen", base=base) == "owlowlowl"
     (both,) = veneer.generate(str(plain), [QUESTION], base=base, compare_with_base=True, max_new_tokens=12)
     assert both["base"] != "owlowlowl"
+
+
+def test_a_loaded_model_is_called_again_and_again(run: Path) -> None:
+    model = veneer.load(str(run))
+    assert model(QUESTION, max_new_tokens=12) == "owlowlowl"
+    asked: list[Question] = [QUESTION, [{"role": "user", "content": "what does the cat say"}]]
+    assert model.generate(asked, max_new_tokens=12) == ["owlowlowl", "cat"]
+    short = veneer.Sampling(stop=("lo",))
+    assert model.generate(asked, max_new_tokens=12, sampling=short) == ["ow", "cat"]
+    with model.model.disable_adapter():
+        assert model(QUESTION, "the hen", max_new_tokens=12) != "owlowlowl"
+    assert model.tuned is not None
+    plain = veneer.load(model.tuned.model.base)
+    assert plain.tuned is None
+    assert plain(QUESTION, max_new_tokens=12) != "owlowlowl"
 
 
 def test_a_checkpoint_is_of_its_run_and_renders_as_it_did(run: Path) -> None:

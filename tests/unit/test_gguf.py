@@ -251,7 +251,7 @@ def test_a_qlora_model_that_is_quantized_twice_is_warned_of(tmp_path: Path) -> N
 
 def test_an_importance_matrix_is_the_mean_square_of_what_meets_each_column(tmp_path: Path) -> None:
     tuned = tiny_tuned("qwen2", tmp_path)
-    model = tuned.load_as_trained()
+    model = tuned.load(tuned.dtype)
     ids = [3, 9, 27, 81, 40]
     found = measure_importance(model, [Example(ids, ((1, 5, 1.0),), "row")] * 2)
     seen: list[torch.Tensor] = []

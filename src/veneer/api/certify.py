@@ -5,7 +5,7 @@ from pathlib import Path
 
 from veneer.api.evaluate import held_out_rows
 from veneer.api.warned import or_warn
-from veneer.config import RunFolder, UserError
+from veneer.config import UserError
 from veneer.data.pipeline import HeldOut
 from veneer.model import TunedModel, find_tuned
 from veneer.release import (
@@ -50,17 +50,16 @@ def certify(
     """
     tuned = find_tuned(run, base, force)
     found = find_artifact(artifact, tuned, model)
-    folder = tuned.folder or RunFolder(Path(run).expanduser())
-    is_of_run = tuned.run is not None and not tuned.is_checkpoint  # a checkpoint's proof is none of its run's adapter
+    own = None if tuned.is_checkpoint else tuned.folder  # a checkpoint's proof is none of its run's adapter
     prompts, longest, skipped = questions_of(tuned, rows)
     certificate = certify_artifact(found, tuned, prompts, longest, skipped, recorded_answers(tuned), notify)
     page = certificate_page(certificate.as_dict())
     targets = [] if found.path is None else [found.path if found.path.is_dir() else found.path.parent]
-    targets += [folder.path] if is_of_run else []
+    targets += [] if own is None else [own.path]
     for target in targets or [Path()]:
         write_certificate(certificate, target, page)
-    if is_of_run:
-        or_warn("the card", lambda: renew_card(folder, tuned.model))
+    if own is not None:
+        or_warn("the card", lambda: renew_card(own, tuned.model))
     return certificate, (targets or [Path()])[0]
 
 
@@ -69,14 +68,13 @@ def questions_of(tuned: TunedModel, rows: int | None) -> tuple[list[Prompt], int
     renderer = tuned.renderer
     held_out: list[HeldOut] = []
     skipped = {}
-    if tuned.run is None:
+    if tuned.run is None or tuned.folder is None:
         skipped["answers and score on held-out rows"] = "the adapter has no run beside it"
     elif rows == 0:
         skipped["answers and score on held-out rows"] = "none were asked for (--rows 0)"
     else:
         try:
-            folder = tuned.folder or RunFolder(Path(tuned.name).expanduser())
-            held_out = held_out_rows(folder, tuned.run, renderer, None, rows or tuned.run.evaluate.rows)
+            held_out = held_out_rows(tuned.folder, tuned.run, renderer, None, rows or tuned.run.evaluate.rows)
         except UserError as error:
             skipped["answers and score on held-out rows"] = str(error).splitlines()[0]
     longest = tuned.run.evaluate.max_new_tokens if tuned.run is not None else 64

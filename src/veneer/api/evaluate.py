@@ -15,8 +15,7 @@ from veneer.config.names import require_run
 from veneer.data import Renderer
 from veneer.data.pipeline import HeldOut, prepare, read_held_out
 from veneer.engine import ReferenceEngine
-from veneer.evaluation import Evaluation
-from veneer.evaluation import compare as compare_models
+from veneer.evaluation import Evaluation, Scorer
 from veneer.evaluation.compare import count_rows
 from veneer.evaluation.memory import rows_at_a_time
 from veneer.machine import find_machine
@@ -83,7 +82,7 @@ def evaluate(
     at_a_time = rows_at_a_time(run, Padded(len(held_out), *most), loaded.device)
     settings = run.evaluate.model_copy(update={"batch_size": at_a_time})
     engine = ReferenceEngine(loaded.model)  # judges by other code than the adapter was trained by
-    result = compare_models(loaded.model, engine, loaded.renderer, held_out, settings, on_done)
+    result = Scorer(loaded.model, engine, loaded.renderer, held_out, settings).compare(on_done)
     if is_record and not force:
         return Evaluated(result, save_evaluation(folder, result, loaded.base), True)
     name = f"{Path(data).name.split('.')[0] if data else 'held-out'}-{count}-rows"

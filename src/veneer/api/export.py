@@ -2,17 +2,20 @@
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from veneer.api.merge import chosen_base
 from veneer.config import UserError
+from veneer.config.options import require_known
 from veneer.data.pipeline import prepare
 from veneer.model import TunedModel, find_tuned
 from veneer.release import (
     IMPORTANCE_ROWS,
     Exported,
     Importance,
-    export_to,
+    export_adapter,
+    export_model,
     measure_importance,
     takes_importance,
 )
@@ -47,11 +50,13 @@ def export(
     Raises:
         UserError: The architecture, the tokenizer or the type cannot be exported, or as `merge`; nothing was written.
     """
+    require_known("--format", file_format)
     tuned = find_tuned(run, base, force)
+    if adapter_only:
+        return export_adapter(tuned, Path(out), on_done)
     on, choice = chosen_base(tuned, on)
-    use = imatrix and not adapter_only and takes_importance(quant)
-    importance = _importance(tuned) if use else None
-    return export_to(tuned, Path(out), file_format, quant, on, adapter_only, on_done, choice, importance)
+    importance = _importance(tuned) if imatrix and takes_importance(quant) else None
+    return replace(export_model(tuned, Path(out), quant, on, on_done, importance), choice=choice)
 
 
 def _importance(tuned: TunedModel) -> Importance | None:
@@ -64,4 +69,4 @@ def _importance(tuned: TunedModel) -> Importance | None:
         warnings.warn(f"no importance matrix: {str(error).splitlines()[0]}", RuntimeWarning, stacklevel=3)
         return None
     count = min(IMPORTANCE_ROWS, len(rows))
-    return measure_importance(tuned.load_as_trained(), [rows[n * len(rows) // count] for n in range(count)])
+    return measure_importance(tuned.load(tuned.dtype), [rows[n * len(rows) // count] for n in range(count)])

@@ -82,17 +82,17 @@ def _train_and_score(out: Any, job: Any) -> tuple[Any, Any]:
     from veneer.api.train import finish
     from veneer.cli import show, show_demo
     from veneer.data.pipeline import read_held_out
-    from veneer.evaluation import Evaluation, generate, score
+    from veneer.evaluation import Evaluation, Scorer, generate
     from veneer.evaluation.examples import examples_of
 
     run = job.run
     held_out = job.data.held_out(run.evaluate.rows)
-    parts = (job.model, job.engine, job.renderer, held_out, run.evaluate)
+    scorer = Scorer(job.model, job.engine, job.renderer, held_out, run.evaluate)
 
     def scored(examples: Sequence[Any] = ()) -> Any:
         progress, on_done = show.answer_progress(out, len(held_out), "   answering")
         with progress:  # the loss of the held-out rows is measured at the end of the training
-            found = score(*parts, on_done, examples, with_losses=False)
+            found = scorer.score(on_done, examples, with_losses=False)
         show_demo.show_right(out, found.metrics)
         return found
 

@@ -11,7 +11,7 @@ paired.py      two models on the same rows: which turned right or wrong, and a v
 compare.py     base against tuned on the same rows
 """
 
-from veneer.evaluation.compare import Evaluation, Sample, compare, score
+from veneer.evaluation.compare import Evaluation, Sample, Scorer
 from veneer.evaluation.generation import generate
 
-__all__ = ["Evaluation", "Sample", "compare", "generate", "score"]
+__all__ = ["Evaluation", "Sample", "Scorer", "generate"]

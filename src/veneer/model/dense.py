@@ -52,7 +52,7 @@ def adapter_in_copies(model: Any) -> Iterator[None]:
     Nothing happens where layers keep no copies, where the adapter is switched off, or where it is more than plain LoRA
     on these layers. The model must only answer meanwhile: no training, no switching of adapters.
     """
-    layers = _foldable(model)
+    layers = _layers_with_copies(model)
     try:
         for layer, name in layers:
             base = layer.get_base_layer()
@@ -73,7 +73,7 @@ def adapter_beside_copies(model: Any) -> Iterator[None]:
     Nothing happens where `adapter_in_copies` would do nothing, nor with dropout. The factors stay PEFT's parameters,
     and get their gradients in their own dtype.
     """
-    layers = [] if _drops(model) else _foldable(model)
+    layers = [] if _drops(model) else _layers_with_copies(model)
     try:
         for layer, name in layers:
             factors = (layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
@@ -112,7 +112,7 @@ def _drops(model: Any) -> bool:
     return any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
 
 
-def _foldable(model: Any) -> list[tuple[Any, str]]:
+def _layers_with_copies(model: Any) -> list[tuple[Any, str]]:
     """The adapted layers with their adapter's name; none, unless all of them can hold it in a copy."""
     if not hasattr(model, "peft_config"):
         return []

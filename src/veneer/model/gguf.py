@@ -6,7 +6,6 @@ model that sees other tokens than it was trained on is silently worse. An unknow
 """
 
 import contextlib
-import hashlib
 import io
 import json
 import mmap
@@ -20,7 +19,7 @@ from typing import Any
 from tokenizers import pre_tokenizers
 
 from veneer.config.cache import cached
-from veneer.config.files import reading, visible
+from veneer.config.files import file_sha256, reading, visible
 from veneer.model.limits import require_possible
 from veneer.model.quiet import quiet
 
@@ -40,9 +39,8 @@ PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer] | None] = {
 
 def converted_folder(file: Path) -> Path:
     """The converted folder of a .gguf file, keyed by its content."""
-    with file.open("rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    return cached(f"models/{file.stem}-{digest[:12]}", lambda folder: convert(file, folder))
+    digest = (file_sha256(file) or "")[:12]
+    return cached(f"models/{file.stem}-{digest}", lambda folder: convert(file, folder))
 
 
 def convert(file: Path, folder: Path) -> None:

@@ -10,7 +10,7 @@ neither does. A passport names a base that is a folder or a file without its pat
 adapter_config.json, which a push takes out of it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ class TunedModel:
     @property
     def dtype_name(self) -> str:
         """What training computed in, as settings name it."""
-        return str(self.dtype).removeprefix("torch.")
+        return _named(self.dtype)
 
     @cached_property
     def renderer(self) -> Renderer:
@@ -119,25 +119,17 @@ class TunedModel:
             ids |= base_stop_ids(read_optional_json(file), str(file))
         return sorted(ids)
 
-    def load(self, dtype: str | None = None) -> Any:
+    def load(self, dtype: torch.dtype | None = None) -> Any:
         """The adapter on its base, on this machine's device, ready to answer.
 
         Args:
-            dtype: compute dtype; None: what `model.dtype` means on this machine.
+            dtype: compute dtype, as that of the training; None: what `model.dtype` means on this machine.
 
         Raises:
             UserError: The base or the adapter does not load.
         """
-        model = self.model if dtype is None else self.model.model_copy(update={"dtype": dtype})
+        model = self.model if dtype is None else self.model.model_copy(update={"dtype": _named(dtype)})
         return load_adapter(load_model(self.source, model, self.quantization, find_machine()), self.adapter)
-
-    def load_as_trained(self, quantized: bool = True) -> Any:
-        """The adapter on its base in the precision of the training: what `veneer evaluate` scores there.
-
-        Args:
-            quantized: Whether the base is in the bits of the training, too; False: in 16 bits.
-        """
-        return (self if quantized else replace(self, quantization=None)).load(self.dtype_name)
 
 
 def find_tuned(name: str, base: str | None = None, force: bool = False, is_merged: bool = False) -> TunedModel:
@@ -210,6 +202,10 @@ def _base(adapter: Path, run: Run | None, kept: Run | None, passport: Passport |
 
 def _peft_config(adapter: Path) -> dict[str, Any]:
     return read_json(adapter / "adapter_config.json", fix=FETCH_AGAIN)
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _dtype(folder: RunFolder | None, model: Model) -> torch.dtype:

@@ -18,14 +18,10 @@ from veneer.lazy import import_on_use
 if TYPE_CHECKING:
     from veneer.release.certify.artifact import find_artifact
     from veneer.release.certify.best_base import choose_base
-    from veneer.release.certify.certificate import (
-        Certificate,
-        certify_artifact,
-        write_certificate,
-    )
+    from veneer.release.certify.certificate import Certificate, certify_artifact, write_certificate
     from veneer.release.certify.judged import judged_by, recorded_answers
     from veneer.release.certify.prompts import Prompt, prompts_of, very_long
-    from veneer.release.gguf.export import Exported, export_to
+    from veneer.release.gguf.export import Exported, export_adapter, export_model
     from veneer.release.gguf.importance import IMPORTANCE_ROWS, Importance, measure_importance
     from veneer.release.gguf.types import takes_importance
     from veneer.release.merge.merged import Merged, merge_into, require_model, unmerge_from
@@ -41,7 +37,8 @@ __all__ = [
     "Prompt",
     "certify_artifact",
     "choose_base",
-    "export_to",
+    "export_adapter",
+    "export_model",
     "find_artifact",
     "judged_by",
     "measure_importance",
@@ -69,7 +66,8 @@ __getattr__ = import_on_use(
         "Prompt": "veneer.release.certify.prompts",
         "certify_artifact": "veneer.release.certify.certificate",
         "choose_base": "veneer.release.certify.best_base",
-        "export_to": "veneer.release.gguf.export",
+        "export_adapter": "veneer.release.gguf.export",
+        "export_model": "veneer.release.gguf.export",
         "find_artifact": "veneer.release.certify.artifact",
         "judged_by": "veneer.release.certify.judged",
         "measure_importance": "veneer.release.gguf.importance",

@@ -7,18 +7,11 @@ be writable, and it must not be a folder that cannot be renamed over: a mount, o
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 
 from veneer.config import UserError
 from veneer.config.folder import clear_dead
 from veneer.config.paths import require_path
-
-
-def require_known(option: str, value: str, known: Iterable[str]) -> None:
-    """Raises UserError for a value that is not among those an option takes."""
-    if value not in known:
-        raise UserError(f"{option} {value}: not known", f"write one of {', '.join(known)}")
 
 
 def require_free(out: Path) -> None:

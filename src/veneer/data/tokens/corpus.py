@@ -7,7 +7,6 @@ example came from. `account.json` has the counts for the ledger, `pii.jsonl` whe
 `checksums.json` a checksum of every other file: one flipped token would train another adapter under the same name.
 """
 
-import hashlib
 import json
 import os
 import warnings
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from veneer.config import UserError
-from veneer.config.files import read_json
+from veneer.config.files import file_sha256, read_json
 from veneer.data.batch import Example
 from veneer.data.screening.deduplication import BINS
 from veneer.data.sources.read import RowBlock
@@ -133,12 +132,7 @@ def is_sound(folder: Path) -> bool:
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    found = {}
-    for file in sorted(folder.iterdir()):
-        if file.name != CHECKSUMS:
-            with file.open("rb") as handle:
-                found[file.name] = hashlib.file_digest(handle, "sha256").hexdigest()
-    return found
+    return {file.name: file_sha256(file) or "" for file in sorted(folder.iterdir()) if file.name != CHECKSUMS}
 
 
 def _sums(counts: Any) -> Any:

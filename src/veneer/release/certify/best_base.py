@@ -6,7 +6,7 @@ of rows, it is taken. What is not shown is not a reason to ship another model th
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from veneer.config import UserError
@@ -70,11 +70,11 @@ def choose_base(
         raise UserError(f"{tuned.name}: --on best: there are no held-out rows to choose by", "leave --on out")
     renderer, ends = tuned.renderer, set(tuned.stop_ids)
     notify("the adapter answers on the base in 4 bits")
-    model = None if all(row.id in recorded for row in rows) else tuned.load_as_trained()
+    model = None if all(row.id in recorded for row in rows) else tuned.load(tuned.dtype)
     judged, _ = judged_answers(model, renderer, rows, max_new_tokens, ends, recorded, batch_of(tuned))
     del model
     notify("the adapter answers on the base in 16 bits")
-    other = tuned.load_as_trained(quantized=False)
+    other = replace(tuned, quantization=None).load(tuned.dtype)
     answers = greedy(other, renderer.tokenizer, [row.ids for row in rows], max_new_tokens, ends, batch_of(tuned))
     references = [row.reference or "" for row in rows]
     before, after = (right_rows([answer.text for answer in found], references) for found in (judged, answers))

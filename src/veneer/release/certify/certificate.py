@@ -133,7 +133,7 @@ def certify_artifact(
         runtime_kind = runtime.kind
     del runtime
     notify("the judged model answers")
-    model = tuned.load_as_trained()
+    model = tuned.load(tuned.dtype)
     ends = set(tuned.stop_ids)
     at = len(prompts) - len(edges)
     with adapter_in_copies(model):  # as evaluation answers

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from veneer.config import Run, RunFolder
+from veneer.config import Run
 from veneer.config.files import file_sha256, read_json, read_json_lines
 from veneer.model.tuned import TunedModel
 
@@ -35,14 +35,13 @@ class Recorded:
 
 def recorded_answers(tuned: TunedModel) -> dict[str, Recorded]:
     """Answers of the tuned model by the place of their row; empty: there are none of this very model."""
-    if tuned.run is None:
+    if tuned.run is None or tuned.folder is None:
         return {}
-    folder = RunFolder(Path(tuned.name).expanduser())
     try:
-        evaluation = read_json(folder.evaluation)
+        evaluation = read_json(tuned.folder.evaluation)
         if evaluation["judged"] != judged_by(tuned.run, tuned.adapter, tuned.dtype):
             return {}
-        samples = read_json_lines(folder.samples)
+        samples = read_json_lines(tuned.folder.samples)
         return {row["place"]: Recorded(row["reference"].strip(), row["tuned"]) for row in samples}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}  # an older Veneer's, or not written yet

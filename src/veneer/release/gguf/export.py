@@ -8,7 +8,7 @@ the stop tokens of the training, so that what runs it needs nothing else. A Mode
 import contextlib
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,12 @@ from veneer.release.gguf.types import QUANTS, Mix, encoded, require_quant, size_
 from veneer.release.merge.adapter_delta import AdapterDelta
 from veneer.release.merge.plan import MergePlan, resolved_base
 from veneer.release.merge.stored_4bit import base_weights
-from veneer.release.output import require_free, require_known, require_space
+from veneer.release.output import require_free, require_space
 from veneer.release.publish.card import hub_id, licence
 from veneer.release.publish.vllm_lint import vllm_lint
 from veneer.release.weights import Stored, read_header
 
 Progress = Callable[[int], None]
-FORMATS = ("gguf",)
 
 
 @dataclass(frozen=True)
@@ -312,21 +311,3 @@ def _warnings(tuned: TunedModel, quant: str, on: str, has_importance: bool) -> I
             f"the adapter was trained and judged on {kind} weights and will run on {quant} ones, whose errors are "
             f"others; {better}"
         )
-
-
-def export_to(
-    tuned: TunedModel,
-    out: Path,
-    file_format: str = "gguf",
-    quant: str = "q8_0",
-    on: str = "trained",
-    adapter_only: bool = False,
-    on_done: Progress = lambda done: None,
-    choice: dict[str, Any] | None = None,
-    importance: Importance | None = None,
-) -> Exported:
-    """Export as the options of `veneer export` say."""
-    require_known("--format", file_format, FORMATS)
-    if adapter_only:
-        return export_adapter(tuned, out, on_done)
-    return replace(export_model(tuned, out, quant, on, on_done, importance), choice=choice)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from veneer.config import UserError
+from veneer.config.options import require_known
 
 ROWS_BYTES = 32 * 2**20  # of float32 that are quantized at a time
 # Name: file type of the format, type of most tensors, bits a weight about.
@@ -113,8 +114,7 @@ class Mix:
 
 def require_quant(quant: str) -> None:
     """Raises UserError for an unknown type, or one that needs a package that is not there."""
-    if quant not in QUANTS:
-        raise UserError(f"--quant {quant}: not known", f"write one of {', '.join(QUANTS)}")
+    require_known("--quant", quant)
     if QUANTS[quant][1] not in _SELF_MADE:
         _ggml()
 

@@ -25,11 +25,12 @@ import veneer
 from veneer.config import UserError
 from veneer.config.files import file_sha256, own_files, read_optional_json
 from veneer.config.folder import whole_folder, write_json
+from veneer.config.options import require_known
 from veneer.model.tuned import TunedModel
 from veneer.release.merge.adapter_delta import AdapterDelta
 from veneer.release.merge.plan import MergePlan, cast_pieces, resolved_base, rounded
 from veneer.release.merge.stored_4bit import base_weights
-from veneer.release.output import require_free, require_known, require_space
+from veneer.release.output import require_free, require_space
 from veneer.release.redact import name_of
 from veneer.release.weights import SHARD_BYTES, PlannedTensor, Stored, weights_of, write_weights
 
@@ -84,7 +85,7 @@ def merge_into(
         UserError: Base and adapter do not fit together, a file is damaged, the folder is in use or has no space, or
             a value does not fit float16.
     """
-    require_known("--dtype", dtype, DTYPES)
+    require_known("--dtype", dtype)
     on = resolved_base(tuned, on)
     require_free(out)
     folder = tuned.base_folder
