@@ -203,20 +203,21 @@ def logit_difference(run: Path, folder: Path) -> dict[str, float]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from veneer.release import find_origin, merge_into
+    from veneer.model import find_tuned
+    from veneer.release import merge_into
 
-    origin = find_origin(str(run))
-    renderer = origin.renderer()
+    tuned = find_tuned(str(run))
+    renderer = tuned.renderer
     ids = torch.tensor([renderer.prompt_ids([Message("system", renderer.settings.system_prompt or ""), QUESTION])])
     found = {}
     for dtype in ("float32", "bfloat16"):
         out = folder / f"logits-{dtype}"
         shutil.rmtree(out, ignore_errors=True)
-        merge_into(origin, out, dtype)
+        merge_into(tuned, out, dtype)
         kind = getattr(torch, dtype)
         merged = AutoModelForCausalLM.from_pretrained(out, dtype=kind).eval()(ids).logits
-        base = AutoModelForCausalLM.from_pretrained(origin.base_folder, dtype=kind)
-        adapter = PeftModel.from_pretrained(base, str(origin.adapter)).eval()(ids).logits
+        base = AutoModelForCausalLM.from_pretrained(tuned.base_folder, dtype=kind)
+        adapter = PeftModel.from_pretrained(base, str(tuned.adapter)).eval()(ids).logits
         found[dtype] = float((merged.float() - adapter.float()).abs().max())
         shutil.rmtree(out)
     return found

@@ -64,9 +64,9 @@ def generate(
     """
     tokenizer = renderer.tokenizer
     config = generation_config(stop_ids_of(model, renderer), tokenizer.pad_token_id, max_new_tokens, sampling)
-    found = continue_prompts(
-        model, tokenizer, prompts, config, batch_size, stop=sampling.stop, on_done=on_done, on_text=on_text
-    )
+    room = room_for_answers(model, prompts, max_new_tokens)
+    parts = (model, tokenizer, prompts, config, batch_size, room)
+    found = continue_prompts(*parts, stop=sampling.stop, on_done=on_done, on_text=on_text)
     return [answer_text(tokenizer, ids, sampling.stop) for ids, _ in found]
 
 
@@ -77,6 +77,7 @@ def continue_prompts(
     prompts: Sequence[list[int]],
     config: Any,
     batch_size: int | Batching,
+    room: Sequence[int] | None = None,
     *,
     likeliest: int = 0,
     stop: Sequence[str] = (),
@@ -90,19 +91,20 @@ def continue_prompts(
 
     Args:
         model, tokenizer, prompts, on_done, on_text: As of `generate`.
-        config: Transformers' GenerationConfig; `max_new_tokens` is lowered for prompts with less room.
+        config: Transformers' GenerationConfig.
         batch_size: Prompts at a time, fewer where memory is short.
+        room: Longest answer to each prompt; None: as the configuration says.
         likeliest: How many of the likeliest tokens to note at each step.
         stop: Texts that end an answer.
 
     Raises:
-        UserError, JobError: As `generate`.
+        JobError: Not even one prompt at a time fits into memory.
     """
     model.eval()
     found: list[Continuation] = [Continuation([], [])] * len(prompts)
     device = model.get_input_embeddings().weight.device
     batching = batch_size if isinstance(batch_size, Batching) else Batching(batch_size)
-    room = room_for_answers(model, prompts, config.max_new_tokens)
+    room = room or [config.max_new_tokens] * len(prompts)
 
     def answer(chosen: Sequence[int]) -> int:
         ids_BL, mask_BL = padded([prompts[n] for n in chosen], prefix.length, config.pad_token_id)

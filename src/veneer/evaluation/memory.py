@@ -121,7 +121,7 @@ def room_for_answers(model: Any, prompts: Sequence[list[int]], max_new_tokens: i
             f"{capped} of {len(prompts)} prompts leave room for answers of fewer than {max_new_tokens} tokens (of "
             f"{min(room)} at least): the model has positions for {positions}",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
     return room
 
