@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from veneer.config import Data, Evaluate, Model, Run, UserError
 from veneer.config.names import find_adapter
 from veneer.config.prompts import Question
@@ -76,16 +78,13 @@ class LoadedModel:
         Raises:
             UserError: A prompt is no conversation, or fills the model's positions.
         """
-        import torch
-
         if on_text is not None and len(prompts) != 1:
             raise UserError(f"on_text with {len(prompts)} prompts: pieces of which answer?", "give a single prompt")
         ids = [self.renderer.prompt_ids(_turns(prompt, system)) for prompt in prompts]
         run = self.run or Run(model=self.base, data=Data(train="-"))
         run = run.model_copy(update={"evaluate": Evaluate(max_new_tokens=max_new_tokens)})
-        at_a_time = rows_at_a_time(run, Padded(len(ids), max(map(len, ids)), 1), self.device) if ids else 1
+        batching = Batching(rows_at_a_time(run, Padded(len(ids), max(map(len, ids)), 1), self.device) if ids else 1)
         torch.manual_seed(sampling.seed)
-        batching = Batching(at_a_time)
         parts = (self.model, self.renderer, ids, max_new_tokens, batching)
         return generate_answers(*parts, sampling=sampling, on_text=on_text)
 

@@ -25,7 +25,6 @@ from veneer.engine import Engine
 from veneer.machine.device import peak_bytes
 from veneer.model.adapters import is_lora_b
 from veneer.training import checkpoint
-from veneer.training.checkpoint import TrainingState
 from veneer.training.held_out import HeldOutBatches
 from veneer.training.metrics import Listener
 from veneer.training.optimizer import build_optimizer, parameters_to_update
@@ -70,7 +69,7 @@ class Loop:
         self._updated = parameters_to_update(model, engine, train, device)
         self._optimizer = build_optimizer(self._updated.values(), train, device)
         self._scaler = torch.amp.GradScaler(device, enabled=scale_loss)
-        self._state = TrainingState(model, self._optimizer, self._updated, self._scaler, began_with)
+        self._state = checkpoint.TrainingState(model, self._optimizer, self._updated, self._scaler, began_with)
         self.steps = batches.steps(train.num_train_epochs, train.max_steps)
         self.done = 0
         self.loss: float | None = None  # of the last step that was made here

@@ -122,8 +122,7 @@ def greedy(
     model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, stop_ids: set[int], batch: int = 16
 ) -> list[Answer]:
     """Greedy answers of a Transformers model to token ids, with the likeliest tokens at each step."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    config = generation_config(stop_ids, pad, max_new_tokens, GREEDY)
+    config = generation_config(stop_ids, tokenizer.pad_token_id or 0, max_new_tokens, GREEDY)
     answers = []
     for ids, steps in continue_prompts(model, tokenizer, prompts, config, batch, likeliest=TOP):
         end = next((at for at, token in enumerate(ids) if token in stop_ids), None)
