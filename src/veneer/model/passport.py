@@ -9,7 +9,6 @@ Fingerprints are compared whenever a run's adapter is loaded, merged or exported
 import hashlib
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +28,6 @@ NAMES = {  # of what has a fingerprint, by its key
     "adapter_config_sha256": "adapter_config.json",
 }
 Passport = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Something that is not as it was in training."""
-
-    what: str
-    was: str
-    found: str
-
-    def __str__(self) -> str:
-        return f"{self.what}: trained with {self.was}, found {self.found}"
 
 
 def read_passport(folder: Path) -> Passport | None:
@@ -71,7 +58,7 @@ def require_match(folder: Path, passport: Passport | None, source: BaseSource | 
         return
     with reading(folder / FILE, FIX):
         differences = find_differences(folder, passport, source)
-    told = "\n  ".join(map(str, differences))
+    told = "\n  ".join(differences)
     if differences and source and trained_in_4_bits(passport) and not stored_quantization(source):
         told += (
             f"\n  the base of the training was stored in 4 bits, which {source.name} is not: with --force it is "
@@ -92,9 +79,9 @@ def trained_in_4_bits(passport: Passport | None) -> Quantization | None:
     return Quantization(**kept) if isinstance(kept, dict) else None
 
 
-def find_differences(folder: Path, passport: Passport, source: BaseSource | None) -> list[Difference]:
+def find_differences(folder: Path, passport: Passport, source: BaseSource | None) -> list[str]:
     """What is not as the passport says."""
-    base, found = passport.get("base") or {}, []
+    base, found = passport.get("base") or {}, list[str]()
     if source is not None:
         named = base.get("name")
         for key, now in base_fingerprints(source).items():
@@ -138,8 +125,8 @@ def _adapter_config_sha256(folder: Path) -> str | None:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def _difference(key: str, was: str | None, now: str | None, was_name: str = "", now_name: str = "") -> list[Difference]:
+def _difference(key: str, was: str | None, now: str | None, was_name: str = "", now_name: str = "") -> list[str]:
     """The difference of two fingerprints; none where one of them is not known."""
     if was is None or now is None or was == now:
         return []
-    return [Difference(NAMES[key], f"{was_name}{was[:12]}", f"{now_name}{now[:12]}")]
+    return [f"{NAMES[key]}: trained with {was_name}{was[:12]}, found {now_name}{now[:12]}"]
