@@ -306,6 +306,7 @@ def test_what_cannot_be_exported_is_told_and_nothing_is_written(
     shutil.rmtree(llama.adapter)
     save_adapter_of("patterns", tmp_path / "llama", llama.adapter)
     family_vocabulary("llama").save_pretrained(llama.adapter)
+    llama = find_tuned(str(llama.adapter))
     assert "blk.0.ffn_up.weight: holds 100,000, the largest number of f16 is 65,504" in refused(llama)
     with pytest.raises(UserError, match="modules of several scales"):
         export_adapter(llama, tmp_path / "out")
