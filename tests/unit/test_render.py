@@ -13,10 +13,10 @@ from tests.support.masks import STARTS, TRIMS, check_mask, hypothesis_settings, 
 from tests.support.rows import CHAT, conversation, renderer, text_of, trained_text, turns
 from tests.support.tiny import family_tokenizer, metaspace_tokenizer, tiny_tokenizer
 from veneer.config import UserError
-from veneer.data import Conversation, Message
+from veneer.data import Conversation, Message, Renderer
 from veneer.data.batch import UNTRAINED
 from veneer.data.conversation import BadRowError
-from veneer.data.template import END_OF_TURN
+from veneer.data.template import END_OF_TURN, own_template
 from veneer.data.turns import read_turns
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -456,3 +456,13 @@ def test_an_end_token_that_is_not_special_is_named(tmp_path: Path) -> None:
     template.write_text(tokenizer.chat_template.replace("<|im_end|>", "<|over|>"))
     (made,) = renderer(tokenizer, chat_template=str(template)).render([conversation(CHAT)])
     assert "ends an answer in <|over|>, which is not marked as a special token" in str(made)
+
+
+def test_of_several_templates_the_default_is_the_tokenizers_own() -> None:
+    tokenizer = tiny_tokenizer()
+    plain = str(tokenizer.chat_template)
+    tokenizer.chat_template = {"default": plain, "tool_use": "{{ 1 }}"}
+    assert own_template(tokenizer) == plain == Renderer(tokenizer).template
+    tokenizer.chat_template = {"tool_use": "{{ 1 }}"}
+    assert own_template(tokenizer) is None
+    assert Renderer(tokenizer).template is None
