@@ -79,7 +79,7 @@ def evaluate(
     count = count_rows(held_out)
     is_record = data is None and (rows is None or rows == usual or count < rows)
     most = (max(len(row.example.ids) for row in held_out), max(row.example.trained for row in held_out))
-    at_a_time = rows_at_a_time(run, Padded(len(held_out), *most), loaded.device)
+    at_a_time = rows_at_a_time(run, Padded(len(held_out), *most), loaded.target)
     settings = run.evaluate.model_copy(update={"batch_size": at_a_time})
     engine = ReferenceEngine(loaded.model)  # judges by other code than the adapter was trained by
     result = Scorer(loaded.model, engine, loaded.renderer, held_out, settings).compare(on_done)

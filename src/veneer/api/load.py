@@ -31,14 +31,14 @@ class LoadedModel:
         model: The Transformers or PEFT model.
         renderer: Its tokenizer and template, as they were in training.
         base: The base's settings.
-        device: The device as it was before the model was loaded.
+        target: The device as it was before the model was loaded.
         tuned: Where its adapter and base came from; None: it is a base alone.
     """
 
     model: Any
     renderer: Renderer
     base: Model
-    device: TargetDevice
+    target: TargetDevice
     tuned: TunedModel | None = None
 
     @property
@@ -83,7 +83,7 @@ class LoadedModel:
         ids = [self.renderer.prompt_ids(_turns(prompt, system)) for prompt in prompts]
         run = self.run or Run(model=self.base, data=Data(train="-"))
         run = run.model_copy(update={"evaluate": Evaluate(max_new_tokens=max_new_tokens)})
-        batching = Batching(rows_at_a_time(run, Padded(len(ids), max(map(len, ids)), 1), self.device) if ids else 1)
+        batching = Batching(rows_at_a_time(run, Padded(len(ids), max(map(len, ids)), 1), self.target) if ids else 1)
         torch.manual_seed(sampling.seed)
         parts = (self.model, self.renderer, ids, max_new_tokens, batching)
         return generate_answers(*parts, sampling=sampling, on_text=on_text)
@@ -102,17 +102,17 @@ def load(name: str, force: bool = False, base: str | None = None) -> LoadedModel
     Raises:
         UserError: There is nothing of that name, the run has no adapter yet, or it does not belong to the base.
     """
-    device = place_here()
+    target = place_here()
     if find_adapter(name) is not None:
         tuned = find_tuned(name, base, force)
         renderer = tuned.renderer  # before the weights, which take longer to load
-        return LoadedModel(tuned.load(), renderer, tuned.model, device, tuned)
+        return LoadedModel(tuned.load(), renderer, tuned.model, target, tuned)
     if base is not None:
         raise UserError(f"--base {base}: {name} is no adapter, which a base could be put under", "leave it out")
     settings = Model(base=name)
     source = locate(settings)
     renderer = Renderer(load_tokenizer(source))
-    return LoadedModel(load_model(source, settings, None, find_machine()), renderer, settings, device)
+    return LoadedModel(load_model(source, settings, None, find_machine()), renderer, settings, target)
 
 
 def _turns(prompt: Question, system: str | None) -> list[Message]:
