@@ -20,6 +20,7 @@ from veneer.cli.progress import Status
 from veneer.cli.progress import answer_progress as answer_progress
 from veneer.cli.progress import size as size
 from veneer.cli.terminal import Terminal
+from veneer.config.results import limit_text, value_text
 
 
 def console(as_json: bool = False) -> Console:
@@ -63,28 +64,33 @@ def show_engine(out: Console, choice: Any, indent: str = "") -> None:
         say(out, f"{indent}[yellow]warning:[/yellow] {escape(choice.warning)}", 9 + len(indent))
 
 
-def show_checks(out: Console, checks: list[dict[str, Any]]) -> None:
-    """Checks with their values and limits, and below them what is to be said of single ones."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
+def show_checks(
+    out: Console, checks: list[dict[str, Any]], skipped: dict[str, str] | None = None, title: str = ""
+) -> None:
+    """Print checks beside their limits, and below them what is to be said of single ones.
+
+    Args:
+        out: The console to print on.
+        checks: The checks, as `Check.as_dict` gives them.
+        skipped: Checks that could not be made, by name, and why.
+        title: The table's title.
+    """
+    table = Table(title=title or None, title_justify="left", box=None, padding=(0, 2, 0, 0))
     for column in ("", "check", "value", "limit", "what is measured"):
         table.add_column(column, justify="right" if column in ("value", "limit") else "left", overflow="fold")
+    details: dict[str, list[str]] = {}
     for check in checks:
         applies = check["value"] is not None or not check["passed"]
         mark = "[dim]-[/dim]" if not applies else "[green]ok[/green]" if check["passed"] else "[red]failed[/red]"
-        sign = "≥" if check["bound"] == "at least" else "≤"
-        value = ("not finite" if check["value"] is None else f"{check['value']:.3g}") if applies else ""
-        limit = "" if check["limit"] is None else f"{sign} {check['limit']:.3g}"
-        table.add_row(mark, check["id"], value, limit, escape(check["what"]))
+        limit = limit_text(check) if applies else ""
+        table.add_row(mark, check["id"], *(escape(text) for text in (value_text(check), limit, check["name"])))
+        if check["detail"]:
+            details.setdefault(check["detail"], []).append(check["id"])
+    for name, reason in (skipped or {}).items():
+        table.add_row("[dim]-[/dim]", "", "", "", escape(f"{name}: not checked, {reason}"))
     out.print(table, soft_wrap=False)
-    notes: dict[tuple[str, str], list[str]] = {}
-    for check in checks:
-        if "note" in check:
-            kind = "not applicable" if check["passed"] else "failed"
-            notes.setdefault((kind, check["note"]), []).append(check["id"])
-        elif not check["passed"] and "worst" in check:
-            out.print(f"  {check['id']} is worst in {escape(check['worst'])}")
-    for (kind, note), names in notes.items():
-        out.print(f"  {kind} ({', '.join(names)}): {escape(note)}")
+    for detail, names in details.items():
+        say(out, f"  {', '.join(names)}: {escape(detail)}", 4)
 
 
 def show_ledger(out: Console, ledger: dict[str, Any]) -> None:

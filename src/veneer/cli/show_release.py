@@ -6,10 +6,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from veneer.cli import progress, show
-from veneer.report.certificate_page import readable
 
 
 @contextmanager
@@ -52,17 +50,8 @@ def certified(
 
 def show_certificate(out: Console, certificate: dict[str, Any]) -> None:
     """Each check beside its limit, and the verdict."""
-    table = Table(title=f"{len(certificate['prompts'])} prompts, {certificate['seconds']} s", title_justify="left")
-    for column in ("", "check", "measured", "limit"):
-        table.add_column(column, overflow="fold")
-    for check in certificate["checks"]:
-        mark = "[green]passed[/green]" if check["passed"] else "[red]failed[/red]"
-        words = [escape(readable(check, key)) for key in ("value", "limit")]
-        name = escape(check["name"]) + (f"\n[dim]{escape(check['detail'])}[/dim]" if check["detail"] else "")
-        table.add_row(mark, name, *words)
-    for name, reason in certificate["skipped"].items():
-        table.add_row("[yellow]not checked[/yellow]", escape(name), escape(reason), "")
-    out.print(table)
+    title = f"{len(certificate['prompts'])} prompts, {certificate['seconds']} s"
+    show.show_checks(out, certificate["checks"], certificate["skipped"], title)
     if certificate["passed"]:
         out.print("[bold green]certified[/bold green]: it behaves like the model that the run was judged by")
     else:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from veneer.config import Run, Train
+from veneer.config.results import Check
 from veneer.data import Batch
 from veneer.data.batch import Example
 from veneer.engine import Engine, ReferenceEngine
@@ -39,40 +40,6 @@ OVERFIT = 0.95  # of the loss at the beginning: modest, since an adapter on q_pr
 # By how much all ranks of an adapter together may move in the first and in the last of the steps. Large models learn at
 # once where small ones have hardly begun, and what suits these would throw those off: so the rate rises until one does.
 FIRST_STRIDE, LAST_STRIDE = 0.01, 0.2
-
-
-@dataclass(frozen=True)
-class Check:
-    """One check.
-
-    Attributes:
-        id: Its name; see docs/verify.md.
-        passed: Whether it held; also where it does not apply.
-        value, limit: What was measured and what it may be; None where it does not apply.
-        what: What is measured, for a person.
-        bound: Whether the limit is the largest or the smallest value that passes.
-        worst: The adapter matrix or row where it is worst.
-        note: Why it does not apply, or why there is no value.
-    """
-
-    id: str
-    passed: bool
-    value: float | None
-    limit: float | None
-    what: str
-    bound: str = "at most"
-    worst: str | None = None
-    note: str | None = None
-
-    @staticmethod
-    def at_most(name: str, value: float, limit: float, what: str, worst: str | None = None) -> "Check":
-        """A check that a value does not exceed a limit; one that is no number fails."""
-        return Check(name, value <= limit, value if math.isfinite(value) else None, limit, what, worst=worst)
-
-    def as_dict(self) -> dict[str, Any]:
-        values = {"id": self.id, "passed": self.passed, "value": self.value, "limit": self.limit, "bound": self.bound}
-        more = {"what": self.what, "worst": self.worst, "note": self.note}
-        return values | {key: value for key, value in more.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -154,11 +121,11 @@ def _of_data(parts: RunParts) -> Iterator[Check]:
     trained = train.corpus.trained[train.examples]
     yield Check.at_most("mask", float(np.count_nonzero(trained == 0)), 0, "rows without a trained token")
     ends = ledger.tokens["end_of_turn"]
-    what = "end-of-turn tokens that are trained"
+    name = "end-of-turn tokens that are trained"
     if any(known["format"] == "text" for known in ledger.formats.values()):
-        yield Check("end-of-turn", True, None, None, what, note="plain text has no turns")
+        yield Check("end-of-turn", True, name=name, detail="plain text has no turns")
     else:
-        yield Check("end-of-turn", ends >= 1, ends, 1, what, bound="at least")
+        yield Check("end-of-turn", ends >= 1, ends, 1, name, bound="at least")
 
 
 def _agreement(parts: RunParts, engine: Engine, rows: list[Example]) -> Agreement | None:
@@ -169,19 +136,19 @@ def _agreement(parts: RunParts, engine: Engine, rows: list[Example]) -> Agreemen
 
 
 def _of_agreement(choice: EngineChoice, found: Agreement | None) -> Iterator[Check]:
-    whats = {
+    names = {
         "fused-loss": "loss, fused against reference, relative",
         "fused-gradient": "gradient of all adapters, fused against reference, relative",
         "fused-matrix": "gradient of a single matrix, fused against reference, relative",
     }
     if found is None:
-        for name, what in whats.items():
-            yield Check(name, True, None, None, what, note=choice.reason)
+        for id, name in names.items():
+            yield Check(id, True, name=name, detail=choice.reason)
         return
     values = (found.loss, found.gradient, found.matrix)
-    for (name, what), value, limit in zip(whats.items(), values, found.limits, strict=True):
-        worst = None if name == "fused-loss" else found.worst or None
-        yield replace(Check.at_most(name, value, limit, what, worst), note=found.failure)
+    for (id, name), value, limit in zip(names.items(), values, found.limits, strict=True):
+        worst = "" if id == "fused-loss" else _worst(found.worst)
+        yield Check.at_most(id, value, limit, name, found.failure or worst)
 
 
 def _of_engine(run: Run, parts: RunParts, engine: Engine, rows: list[Example]) -> Iterator[Check]:
@@ -212,8 +179,8 @@ def _gradients(model: Any, engine: Engine, rows: list[Example]) -> Check:
         parameter.grad = None
     engine.forward_backward(batch, 1 / batch.weight)
     names = sorted(bad | _without_gradient(model, only_b=False))
-    what = "adapter matrices without a usable gradient"
-    return Check.at_most("gradients", float(len(names)), 0, what, short_name(names[0]) if names else None)
+    worst = short_name(names[0]) if names else ""
+    return Check.at_most("gradients", float(len(names)), 0, "adapter matrices without a usable gradient", _worst(worst))
 
 
 def _without_gradient(model: Any, only_b: bool) -> set[str]:
@@ -251,13 +218,13 @@ def _packed(engine: Engine, rows: list[Example], limit: float) -> Check:
 
 def _isolated(engine: Engine, rows: list[Example]) -> Check:
     """The first row's tokens in another order: the other rows' losses must not notice."""
-    what = "loss of rows when a neighbour changes"
+    name = "loss of rows when a neighbour changes"
     if len(rows) < 2:
-        return Check("isolated", True, None, None, what, note="there is one row")
+        return Check("isolated", True, name=name, detail="there is one row")
     other = replace(rows[0], ids=np.ascontiguousarray(rows[0].ids[::-1]))
     before, after = _losses(engine, rows), _losses(engine, [other, *rows[1:]])
     apart = [abs(a - b) / row.weight for row, a, b in zip(rows, before, after, strict=True)]
-    return _largest("isolated", apart[1:], 1e-6, what, rows[1:])
+    return _largest("isolated", apart[1:], 1e-6, name, rows[1:])
 
 
 def _overfit(run: Run, parts: RunParts, engine: Engine) -> Check:
@@ -281,8 +248,8 @@ def _overfit(run: Run, parts: RunParts, engine: Engine) -> Check:
             group["lr"] = _rate(run, step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    what = f"loss of {len(rows)} rows after up to {STEPS} steps on them, of the loss before"
-    return Check.at_most("overfit", share, OVERFIT, what)
+    name = f"loss of {len(rows)} rows after up to {STEPS} steps on them, of the loss before"
+    return Check.at_most("overfit", share, OVERFIT, name)
 
 
 def _rate(run: Run, step: int) -> float:
@@ -316,8 +283,12 @@ def _losses(engine: Engine, rows: Sequence[Example]) -> list[float]:
     return losses
 
 
-def _largest(name: str, apart: list[float], limit: float, what: str, rows: Sequence[Example]) -> Check:
-    """A check of the largest difference, in nats a token."""
+def _largest(id: str, apart: list[float], limit: float, name: str, rows: Sequence[Example]) -> Check:
+    """Check the largest difference, in nats a token."""
     number = max(range(len(apart)), key=lambda n: math.inf if math.isnan(apart[n]) else apart[n])
-    worst = rows[number].place if apart[number] > 0 else None
-    return Check.at_most(name, apart[number], limit, f"{what}, in nats a token", worst)
+    worst = rows[number].place if apart[number] > 0 else ""
+    return Check.at_most(id, apart[number], limit, f"{name}, in nats a token", _worst(worst))
+
+
+def _worst(place: str) -> str:
+    return f"worst in {place}" if place else ""

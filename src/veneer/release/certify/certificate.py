@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.config.folder import write_json
+from veneer.config.results import Check
 from veneer.data import Renderer
 from veneer.machine import find_machine
 from veneer.model import load_adapter, load_model
@@ -43,7 +44,7 @@ from veneer.release.certify.agreement import (
     noise_between,
 )
 from veneer.release.certify.artifact import Artifact, running
-from veneer.release.certify.checks import Check, prompt_checks, stop_checks, unmade, weight_checks
+from veneer.release.certify.checks import prompt_checks, stop_checks, unmade, weight_checks
 from veneer.release.certify.compare_weights import Compared, compare_weights
 from veneer.release.certify.judged import Recorded
 from veneer.release.certify.prompts import Prompt

@@ -140,7 +140,7 @@ def export_adapter(origin: Origin, out: Path, on_done: Progress = lambda done: N
     """
     require_free(out)
     layout = TensorLayout(find_config(origin.model), origin.model.base)
-    refused = [check.message for check in vllm_lint(origin.adapter) if not check.passed and check.id != "rank"]
+    refused = [check.detail for check in vllm_lint(origin.adapter) if not check.passed and check.id != "rank"]
     if refused:
         raise UserError(
             f"{origin.name}: llama.cpp takes LoRA matrices on linear layers alone: {'; '.join(refused)}",

@@ -180,7 +180,7 @@ def _warnings(folder: Path, contents: dict[str, Content], is_adapter: bool, with
     if with_samples:
         found.append("rows of your data go along word for word (--with-samples)")
     if is_adapter:
-        found += [f"vLLM does not take it: {check.message}" for check in vllm_lint(folder) if not check.passed]
+        found += [f"vLLM does not take it: {check.detail}" for check in vllm_lint(folder) if not check.passed]
         base = json_of(folder / "adapter_config.json").get("base_model_name_or_path")
         if base and Path(base).expanduser().is_absolute():
             found.append(
