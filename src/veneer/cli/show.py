@@ -173,15 +173,16 @@ def show_scores(out: Console, title: str, metrics: dict[str, Any], models: tuple
     for column in ("metric", *shown):
         table.add_column(column.replace("_", " "), justify="left" if column == "metric" else "right")
     for name, values in metrics.items():
-        cells = (interval(name, values[which], which == "difference") if which in values else "" for which in shown)
+        unit = values.get("unit", "")
+        cells = (interval(unit, values[which], which == "difference") if which in values else "" for which in shown)
         table.add_row(escape(name.removeprefix("field.").replace("_", " ")), *cells)
     out.print(table, soft_wrap=False)
 
 
-def interval(metric: str, value: dict[str, float], is_difference: bool = False) -> str:
-    """A value with its interval: shares in percent (their differences in points), perplexities as they are."""
+def interval(unit: str, value: dict[str, float], is_difference: bool = False) -> str:
+    """A value with its interval: shares in percent (their differences in points), others as they are."""
     numbers = [value[key] for key in ("value", "low", "high")]
-    if metric != "perplexity":
+    if unit == "share":
         sign, unit = ("+", "") if is_difference else ("", "%")
         first, low, high = (f"{100 * number:{sign}.0f}" for number in numbers)
         return f"{first}{unit} ({low}{' to ' if is_difference else '-'}{high})"

@@ -58,8 +58,8 @@ def show_right(out: Console, metrics: dict[str, Any]) -> None:
     names = {"record": "exactly right", "valid_json": "valid JSON"}
     if "record" not in metrics:
         names = {"exact_match": "exactly right"}
-    told = (f"{text} {show.interval(name, metrics[name].as_dict())}" for name, text in names.items())
-    out.print("   " + ", ".join(told))
+    scores = (f"{text} {show.interval('share', metrics[name].as_dict())}" for name, text in names.items())
+    out.print("   " + ", ".join(scores))
 
 
 def show_results(out: Console, evaluation: dict[str, Any]) -> None:
@@ -82,7 +82,7 @@ def show_exported(out: Console, file: Path, size: int, seconds: float, exported:
     """How the exported file answers, against the tuned model."""
     out.print(f"   {escape(str(file))}, {size / 1e6:.0f} MB, {exported['rows']} answers in {seconds:.0f} s")
     turned = f"{exported['wrong_to_right']} turned right, {exported['right_to_wrong']} wrong"
-    difference = show.interval("record", exported["difference"], is_difference=True)
+    difference = show.interval("share", exported["difference"], is_difference=True)
     out.print(f"   against the tuned model: [bold]{exported['verdict']}[/bold]")
     out.print(f"   {turned}, difference {difference} points")
 

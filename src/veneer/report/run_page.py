@@ -76,23 +76,23 @@ def _scores(evaluation: dict[str, Any]) -> dict[str, Any]:
     columns = [key for key in MODELS if any(key in values for values in metrics.values())]
     rows = {
         name.removeprefix("field.").replace("_", " "): [
-            _cell(name, values.get(key), key.startswith("difference")) for key in columns
+            _cell(values.get("unit", ""), values.get(key), key.startswith("difference")) for key in columns
         ]
         for name, values in metrics.items()
     }
     return {"columns": [MODELS[key] for key in columns], "rows": rows}
 
 
-def _cell(metric: str, value: dict[str, float] | None, is_difference: bool) -> tuple[str, str]:
+def _cell(unit: str, value: dict[str, float] | None, is_difference: bool) -> tuple[str, str]:
     """A value and its interval."""
     if value is None:
         return "", ""
     sign = "+" if is_difference else ""
-    if metric == "perplexity":
+    if unit != "share":
         return f"{value['value']:{sign}.3g}", f"{value['low']:{sign}.3g} to {value['high']:{sign}.3g}"
-    unit = "" if is_difference else " %"
+    percent = "" if is_difference else " %"
     shown, low, high = (f"{100 * value[key]:{sign}.1f}" for key in ("value", "low", "high"))
-    return f"{shown}{unit}", f"{low} to {high}"
+    return f"{shown}{percent}", f"{low} to {high}"
 
 
 def _curve(metrics: Path) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from veneer.config import UserError
-from veneer.evaluation.fields import right_rows
+from veneer.evaluation.metrics.json_fields import right_rows
 from veneer.evaluation.paired import Paired, paired
 from veneer.machine import find_machine
 from veneer.model import load_adapter, load_model

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from veneer.config.results import Check
-from veneer.evaluation.fields import right_rows
 from veneer.evaluation.intervals import proportion
+from veneer.evaluation.metrics.json_fields import right_rows
 from veneer.evaluation.paired import Paired, paired
 from veneer.release.certify.prompts import Prompt
 from veneer.release.certify.runtimes import Answer

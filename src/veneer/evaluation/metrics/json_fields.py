@@ -8,11 +8,18 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from veneer.evaluation.right import final_text, is_right
+from veneer.evaluation.metrics.exact_match import final_text, is_right
+from veneer.evaluation.metrics.metric import ScoredRows, ShareRight
 
 VALID = "valid_json"
 RECORD = "record"
 FIELD = "field."  # before each key's name, so that no key is taken for another metric
+
+
+def measure(rows: ScoredRows) -> dict[str, ShareRight]:
+    """Measure `valid_json`, each `field.KEY` and `record`, where all references are JSON objects of the same keys."""
+    answers, references = [sample.answer for sample in rows.samples], [sample.reference for sample in rows.samples]
+    return {name: ShareRight(right) for name, right in field_scores(answers, references).items()}
 
 
 def json_object(text: str) -> dict[str, Any] | None:

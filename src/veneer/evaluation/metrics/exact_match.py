@@ -1,6 +1,6 @@
-"""When an answer is right: what the model is to give for a row, and what of it decides.
+"""Exact match: the answer that the model generates is the one that training taught, word for word.
 
-Expected is what training taught: the answer's own tokens, decoded as a generated answer is, so that whatever a template
+The expected answer is the row's own tokens, decoded as a generated answer is, so that whatever a template
 writes into an answer (calls, an empty `<think>` block) is there on both sides. Reasoning does not decide, only what
 follows it. Calls in the form of Qwen and Hermes are compared as JSON: spaces and the order of keys do not count.
 """
@@ -10,8 +10,16 @@ import re
 
 from veneer.data import Conversation, Renderer
 from veneer.evaluation.decoding import answer_text
+from veneer.evaluation.metrics.metric import ScoredRows, ShareRight
 
+EXACT_MATCH = "exact_match"
 CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+
+
+def measure(rows: ScoredRows) -> dict[str, ShareRight]:
+    """Measure `exact_match`, where any row asks something."""
+    right = [is_right(sample.answer, sample.reference) for sample in rows.samples]
+    return {EXACT_MATCH: ShareRight(right)} if right else {}
 
 
 def expected_answer(renderer: Renderer, conversation: Conversation) -> str:
