@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from veneer.api.evaluate import held_out_rows
-from veneer.api.warned import or_warn
 from veneer.config import RunFolder, UserError
+from veneer.config.notify import notify_on_error
 from veneer.data.pipeline import HeldOut
 from veneer.release import (
     Certificate,
@@ -61,7 +61,7 @@ def certify(
     for target in targets or [Path()]:
         write_certificate(certificate, target, page)
     if is_of_run:
-        or_warn("the card", lambda: renew_card(folder, origin.model))
+        notify_on_error("the card", lambda: renew_card(folder, origin.model))
     return certificate, (targets or [Path()])[0]
 
 

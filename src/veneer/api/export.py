@@ -1,11 +1,11 @@
 """An adapter as a GGUF file."""
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from veneer.api.merge import chosen_base
 from veneer.config import UserError
+from veneer.config.notify import notify
 from veneer.data.pipeline import prepare
 from veneer.release import (
     IMPORTANCE_ROWS,
@@ -63,7 +63,7 @@ def _importance(origin: Origin) -> Importance | None:
     try:
         rows = prepare(origin.run.data, origin.renderer(), origin.run.train.seed).train
     except UserError as error:
-        warnings.warn(f"no importance matrix: {str(error).splitlines()[0]}", RuntimeWarning, stacklevel=3)
+        notify(f"no importance matrix: {str(error).splitlines()[0]}", where="--imatrix")
         return None
     count = min(IMPORTANCE_ROWS, len(rows))
     return measure_importance(judged_model(origin), [rows[n * len(rows) // count] for n in range(count)])

@@ -58,10 +58,8 @@ def say(out: Console, markup: str, hang: int = 9) -> None:
 
 
 def show_engine(out: Console, choice: Any, indent: str = "") -> None:
-    """Which engine a run has and why; a failed check in yellow."""
+    """Print which engine a run has and why."""
     say(out, f"{indent}engine   {choice.engine.name}: {escape(choice.reason)}", 9 + len(indent))
-    if choice.warning:
-        say(out, f"{indent}[yellow]warning:[/yellow] {escape(choice.warning)}", 9 + len(indent))
 
 
 def show_checks(

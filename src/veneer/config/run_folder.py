@@ -56,6 +56,10 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
     def loss_plot(self) -> Path:
         return self.path / "loss.png"
 

@@ -6,7 +6,6 @@ itself and judged by itself, so the number changes answers by no more than round
 """
 
 import gc
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from veneer.config import JobError, Run, UserError
+from veneer.config.notify import notify
 from veneer.planning.base import PlannedModel
 from veneer.planning.batch_shapes import Padded
 from veneer.planning.forecast import Planner, TargetDevice
@@ -49,7 +49,7 @@ class Batching:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._told = False
+        self._has_notified = False
 
     def over(self, items: Sequence[Item], work: Callable[[Sequence[Item]], Result]) -> Iterator[Result]:
         """What `work` makes of the items, `size` at a time and in order.
@@ -81,13 +81,12 @@ class Batching:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if not self._told:
-            self._told = True
-            warnings.warn(
+        if not self._has_notified:
+            self._has_notified = True
+            notify(
                 f"out of memory with {rows} rows at a time: going on with {self.size}, and fewer where need be; the "
                 "answers do not depend on it",
-                RuntimeWarning,
-                stacklevel=2,
+                where="evaluate.batch_size",
             )
 
 
@@ -117,11 +116,10 @@ def room_for_answers(model: Any, prompts: Sequence[list[int]], max_new_tokens: i
         )
     room = [min(max_new_tokens, positions - len(prompt)) for prompt in prompts]
     if capped := sum(tokens < max_new_tokens for tokens in room):
-        warnings.warn(
+        notify(
             f"{capped} of {len(prompts)} prompts leave room for answers of fewer than {max_new_tokens} tokens (of "
             f"{min(room)} at least): the model has positions for {positions}",
-            RuntimeWarning,
-            stacklevel=3,
+            where="evaluate.max_new_tokens",
         )
     return room
 

@@ -23,7 +23,7 @@ from veneer.data.sandbox import shared
 from veneer.machine.device import Machine, named_dtype
 from veneer.model.dense import keep_dense
 from veneer.model.fingerprint import local_folder
-from veneer.model.kept import Copy, Kept, tell_unusable
+from veneer.model.kept import Copy, Kept, notify_unusable
 from veneer.model.limits import require_sizes
 from veneer.model.locate import BaseSource
 from veneer.model.quiet import quiet
@@ -184,7 +184,7 @@ def _load(source: BaseSource, settings: dict[str, Any], quantization: Quantizati
 def _load_kept(
     source: BaseSource, checkpoint: Checkpoint, kept: Kept, settings: dict[str, Any], machine: Machine
 ) -> _Loaded | None:
-    """The model from its kept 4-bit weights; None, and why is told, where they turn out to be damaged."""
+    """The model from its kept 4-bit weights; None, with a notice, where they turn out to be damaged."""
     try:
         quantized = checkpoint.quantized_as(settings["quantization_config"].to_dict(), kept.pieces)
         base, missing, bytes_read = stream(source, quantized, settings, machine.device, kept.checksums)
@@ -194,7 +194,7 @@ def _load_kept(
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     if reason:
-        tell_unusable(kept.folder, reason)
+        notify_unusable(kept.folder, reason)
         gc.collect()  # what was loaded of it must not lie beside the next
         return None
     return _Loaded(base, missing, bytes_read, "cache")

@@ -8,14 +8,14 @@ Fingerprints are compared whenever a run's adapter is loaded, merged or exported
 
 import hashlib
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from veneer.config import Quantization, UserError
-from veneer.config.files import read_json, reading, visible
+from veneer.config.files import read_json, reading
 from veneer.config.folder import write_json
+from veneer.config.notify import notify
 from veneer.evaluation.generation import stop_ids_of
 from veneer.model import (
     BaseSource,
@@ -110,19 +110,19 @@ def require_match(folder: Path, source: BaseSource | None, force: bool = False) 
     """
     with reading(folder / FILE, "restore it, or delete it to go on without its checks"):
         differences = find_differences(folder, source)
-    told = "\n  ".join(map(str, differences))
+    text = "\n  ".join(map(str, differences))
     if differences and source and trained_in_4_bits(folder) and not stored_quantization(source):
-        told += (
+        text += (
             f"\n  the base of the training was stored in 4 bits, which {source.name} is not: with --force it is "
             "quantized to them, which gives the weights of the training only where those were made from it"
         )
     if differences and not force:
         raise UserError(
-            f"{folder}: the adapter does not belong to this\n  {told}",
+            f"{folder}: the adapter does not belong to this\n  {text}",
             "name what it was trained with, or use --force to go on all the same",
         )
     if differences:
-        print(f"warning: --force overrides the adapter's passport\n  {visible(told)}", file=sys.stderr)
+        notify(f"--force overrides the adapter's passport\n  {text}", where=str(folder))
 
 
 def trained_in_4_bits(folder: Path) -> Quantization | None:

@@ -22,6 +22,7 @@ from veneer.config.files import read_json
 from veneer.config.folder import remove, whole_folder, write_json, write_text
 from veneer.config.load import to_yaml
 from veneer.config.names import anchored
+from veneer.config.notify import kept_in, notify
 from veneer.data import Batches
 from veneer.data.pipeline import Part
 from veneer.engine.choose import choose
@@ -180,9 +181,14 @@ class TrainingJob:
         self.folder.clear_unfinished()
         if found is not None:
             self._loop.resume(found)
+            notify(f"resuming from {found}", "info", str(found))
         else:  # a run that was killed before its first checkpoint begins anew
             torch.manual_seed(self.run.train.seed)
             self._begin_folder()
+        with kept_in(self.folder.events):
+            return self._train(listeners, write_extras)
+
+    def _train(self, listeners: tuple[Listener, ...], write_extras: WriteExtras) -> Trained:
         speed = self._loop.run((MetricsFile(self.folder.metrics), *listeners))
         loss = self._loop.loss if self._loop.loss is not None else _last_loss(self.folder)
         with whole_folder(self.folder.adapter) as unfinished:

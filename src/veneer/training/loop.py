@@ -12,7 +12,6 @@ Gradients of float16 runs are scaled against underflow as usual (torch's GradSca
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from veneer.config import Interrupted, JobError, Train
+from veneer.config.notify import notify
 from veneer.data import Batches
 from veneer.engine import Engine
 from veneer.machine.device import peak_bytes
@@ -173,10 +173,9 @@ class Loop:
             raise Interrupted(self._checkpoint())
         loss = total / sum(batch.weight for batch in self._held_out)
         if not (is_finite := math.isfinite(loss)):  # the adapter may be good all the same, and its loss was finite
-            warnings.warn(
+            notify(
                 f"the held-out loss after step {self.done} is {loss}; a lower train.learning_rate may mend it",
-                RuntimeWarning,
-                stacklevel=2,
+                where="train.learning_rate",
             )
         record = {
             "kind": "eval",
@@ -208,11 +207,8 @@ class Loop:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         if (now := self._held_out.size) < before:
-            warnings.warn(
-                f"out of memory in the held-out loss with {before} rows at a time: going on with {now}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            text = f"out of memory in the held-out loss with {before} rows at a time: going on with {now}"
+            notify(text, where="evaluate.batch_size")
         return float(total)
 
     def _require_finite(self, number: int, loss: float, norm: float) -> None:

@@ -1,12 +1,12 @@
 """What is told of each step, and to whom: the file metrics.jsonl, a progress bar, a program's own listener."""
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any, Protocol
 
 from veneer.config.files import read_json_lines
 from veneer.config.folder import write_text
+from veneer.config.notify import notify
 
 
 class Listener(Protocol):
@@ -32,7 +32,7 @@ class MetricsFile:
         self._path = path
         self._written = 0  # bytes of whole lines in the file
         self._waiting = b""
-        self._has_told = False
+        self._has_notified = False
 
     def on_start(self, steps: int, done: int) -> None:
         # The evaluation of a checkpoint's step comes after it, and so is made again.
@@ -52,13 +52,12 @@ class MetricsFile:
                 file.truncate(self._written)  # what an error left of a line
                 file.write(self._waiting)
         except OSError as error:
-            if not self._has_told:
-                warnings.warn(
+            if not self._has_notified:
+                notify(
                     f"{self._path}: cannot be written ({error.strerror}); training goes on, and writes its lines later",
-                    RuntimeWarning,
-                    stacklevel=2,
+                    where=str(self._path),
                 )
-            self._has_told = True
+            self._has_notified = True
         else:
             self._written, self._waiting = self._written + len(self._waiting), b""
 
