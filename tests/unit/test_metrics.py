@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 
 import veneer
-from tests.runs import tiny_run, write_rows
+from tests.support.runs import tiny_run, write_rows
 from veneer.evaluation import metrics
 from veneer.evaluation.intervals import Interval
 from veneer.evaluation.metrics import Sample, ScoredRows, measure

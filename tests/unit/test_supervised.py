@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import veneer
+from tests.support.notices import notified
 from tests.support.runs import losses, tiny_run, write_rows
 from veneer.api.train import finish
 from veneer.cli.lasting import Lasting, polite_kills
@@ -325,7 +326,7 @@ def test_a_line_of_metrics_that_fails_is_written_later(tmp_path: Path, monkeypat
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(Path, "open", broken)
-    with pytest.warns(RuntimeWarning, match=r"metrics\.jsonl: cannot be written \(Input/output error\)"):
+    with notified(r"metrics\.jsonl: cannot be written \(Input/output error\)"):
         file.on_record(records[1])
     file.on_record(records[2])  # told once
     monkeypatch.undo()
@@ -345,7 +346,7 @@ def test_metrics_that_cannot_be_written_cost_no_adapter(
         return real(self, *given, **more)
 
     monkeypatch.setattr(Path, "open", broken)
-    with pytest.warns(RuntimeWarning, match="cannot be written"):
+    with notified("cannot be written"):
         trained = veneer.train(run)
     assert trained.final_loss is not None
     assert (run.train.output_dir / "adapter" / "README.md").is_file()
@@ -358,7 +359,7 @@ def test_a_held_out_loss_that_is_not_finite_costs_no_adapter(
     job = TrainingJob(run)
     judge = job.engine.losses
     monkeypatch.setattr(job.engine, "losses", lambda batch: judge(batch) * math.nan)
-    with pytest.warns(RuntimeWarning, match=r"the held-out loss after step \d is nan"):
+    with notified(r"the held-out loss after step \d is nan"):
         finish(job)
     folder = run.train.output_dir
     assert losses(folder, "eval") == [None] * 3
@@ -375,7 +376,7 @@ def test_what_decorates_a_run_costs_no_adapter(
 
     monkeypatch.setattr(f"veneer.api.train.{part}", breaks)
     run = make()
-    with pytest.warns(RuntimeWarning, match=r"could not be written \(KeyError: 'odd'\)"):
+    with notified(r"could not be written \(KeyError: 'odd'\)"):
         veneer.train(run)
     assert {"adapter_model.safetensors", "passport.json"} <= {
         path.name for path in RunFolder(run.train.output_dir).adapter.iterdir()

@@ -11,7 +11,7 @@ from veneer.config import Model, Run, RunFolder, UserError, load_run
 from veneer.config.files import read_json
 from veneer.config.folder import write_json, write_text
 from veneer.config.names import require_run
-from veneer.config.notify import notify_on_error
+from veneer.config.notify import kept_in, notify_on_error
 from veneer.data import Renderer
 from veneer.data.pipeline import HeldOut, prepare, read_held_out
 from veneer.engine import ReferenceEngine
@@ -73,8 +73,21 @@ def evaluate(
         UserError: No such run, no adapter, or no held-out rows.
     """
     folder = require_run(str(run_dir))
+    with kept_in(folder.events):
+        return _evaluate(folder, str(run_dir), data, rows, on_done, force, base)
+
+
+def _evaluate(
+    folder: RunFolder,
+    name: str,
+    data: str | None,
+    rows: int | None,
+    on_done: Callable[[int], None],
+    force: bool,
+    base: str | None,
+) -> Evaluated:
     place = place_here()
-    loaded = load(str(run_dir), force, base)
+    loaded = load(name, force, base)
     assert loaded.run is not None
     usual = loaded.run.evaluate.rows
     held_out = held_out_rows(folder, loaded.run, loaded.renderer, data, rows or usual)

@@ -52,12 +52,13 @@ class Notices:
 
     Attributes:
         events: All that was said.
+        outer: As given.
     """
 
     def __init__(self, outer: "Notices | None", said: set[str], file: Path | None = None) -> None:
         self.events: list[Event] = []
         self.said = said
-        self._outer, self._file = outer, file
+        self.outer, self._file = outer, file
         self._unwritten: list[Event] = []
 
     def add(self, event: Event, is_written: bool = False) -> None:
@@ -66,8 +67,8 @@ class Notices:
         if not is_written:
             self._unwritten.append(event)
             self._write()
-        if self._outer is not None:
-            self._outer.add(event, is_written or self._file is not None)
+        if self.outer is not None:
+            self.outer.add(event, is_written or self._file is not None)
 
     def take_over(self, other: "Notices") -> None:
         """Write what another block could not write yet."""
