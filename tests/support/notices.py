@@ -4,16 +4,16 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from veneer.config.notify import Event, collected
+from veneer.config.notify import collected
 
 
 @contextmanager
-def notified(match: str) -> Iterator[list[Event]]:
-    """Within the block a warning is given that matches; yields the events, complete once the block has ended."""
-    said: list[Event] = []
+def notified(match: str) -> Iterator[list[str]]:
+    """Within the block a warning is given that matches; yields all warnings, complete once the block has ended."""
+    said: list[str] = []
     with collected() as notices:
+        before = len(notices.events)
         yield said
-    said += [event for event in notices.events if event.level == "warning"]
-    if notices.outer is not None:
-        notices.outer.events[:] = [event for event in notices.outer.events if event not in said]
-    assert any(re.search(match, event.message) for event in said), [event.message for event in said]
+        said += [event["message"] for event in notices.events[before:] if event["level"] == "warning"]
+        del notices.events[before:]
+    assert any(re.search(match, message) for message in said), said

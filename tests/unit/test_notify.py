@@ -10,7 +10,7 @@ import pytest
 from tests.support.notices import notified
 from tests.support.runs import tiny_run, write_rows
 from veneer.api.train import finish
-from veneer.config.notify import collected, kept_in, notify, notify_on_error
+from veneer.config.notify import Notices, collected, kept_in, notify, notify_on_error
 from veneer.training import TrainingJob
 
 
@@ -18,8 +18,11 @@ def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_it_is_printed_once_and_kept_each_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with notified("the disk is slow"), collected():
+def test_it_is_printed_once_and_kept_each_time(
+    tmp_path: Path, notices: Notices, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with notified("the disk is slow"):
+        notices.said = set()
         notify("fetching a model", "info", "model.base")
         with kept_in(tmp_path / "events.jsonl"):
             for _ in range(3):

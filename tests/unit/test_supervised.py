@@ -26,7 +26,7 @@ from veneer.config.folder import remove
 from veneer.model import BaseSource
 from veneer.release.publish.card import licence
 from veneer.report.run_page import run_page
-from veneer.training import Listener, TrainingJob, finished
+from veneer.training import TrainingJob, finished
 from veneer.training import job as job_module
 from veneer.training.metrics import MetricsFile, read_metrics
 
@@ -62,19 +62,15 @@ def folder(run_file: Path) -> RunFolder:
     return RunFolder(load_run(run_file).train.output_dir)
 
 
-class Hears(Listener):
+class Hears:
     """Does something when a step has been logged."""
 
     def __init__(self, step: int, do: Callable[[], None], kind: str = "train") -> None:
         self._step, self._do, self._kind = step, do, kind
 
-    def on_start(self, steps: int, done: int) -> None: ...
-
-    def on_record(self, record: dict[str, Any]) -> None:
+    def __call__(self, record: dict[str, Any]) -> None:
         if (record["step"], record["kind"]) == (self._step, self._kind):
             self._do()
-
-    def on_end(self) -> None: ...
 
 
 def fails() -> None:
@@ -316,8 +312,8 @@ def test_a_worker_ends_with_its_parent() -> None:
 def test_a_line_of_metrics_that_fails_is_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = MetricsFile(tmp_path / "metrics.jsonl")
     records = [{"kind": "train", "step": n, "loss": 1.0} for n in range(1, 5)]
-    file.on_start(4, 0)
-    file.on_record(records[0])
+    file.restart(0)
+    file.append(records[0])
     real = Path.open
 
     def broken(self: Path, *given: Any) -> Any:
@@ -327,10 +323,10 @@ def test_a_line_of_metrics_that_fails_is_written_later(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(Path, "open", broken)
     with notified(r"metrics\.jsonl: cannot be written \(Input/output error\)"):
-        file.on_record(records[1])
-    file.on_record(records[2])  # told once
+        file.append(records[1])
+    file.append(records[2])  # said once
     monkeypatch.undo()
-    file.on_record(records[3])
+    file.append(records[3])
     assert read_metrics(tmp_path / "metrics.jsonl") == records
 
 

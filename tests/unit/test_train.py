@@ -52,13 +52,9 @@ class StopAfter:
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_start(self, steps: int, done: int) -> None: ...
-
-    def on_record(self, record: dict[str, Any]) -> None:
+    def __call__(self, record: dict[str, Any]) -> None:
         if record["step"] == self.step:
             os.kill(os.getpid(), signal.SIGINT)
-
-    def on_end(self) -> None: ...
 
 
 def test_two_runs_of_the_same_file_give_the_same_losses(train: Runner) -> None:
@@ -251,7 +247,7 @@ def test_a_run_that_fails_after_its_last_step_is_resumed_from_there(train: Runne
     whole = train(**settings)
 
     class Fails(StopAfter):
-        def on_record(self, record: dict[str, Any]) -> None:
+        def __call__(self, record: dict[str, Any]) -> None:
             if record["kind"] == "eval":
                 raise RuntimeError
 

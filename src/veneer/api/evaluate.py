@@ -73,21 +73,8 @@ def evaluate(
         UserError: No such run, no adapter, or no held-out rows.
     """
     folder = require_run(str(run_dir))
-    with kept_in(folder.events):
-        return _evaluate(folder, str(run_dir), data, rows, on_done, force, base)
-
-
-def _evaluate(
-    folder: RunFolder,
-    name: str,
-    data: str | None,
-    rows: int | None,
-    on_done: Callable[[int], None],
-    force: bool,
-    base: str | None,
-) -> Evaluated:
     place = place_here()
-    loaded = load(name, force, base)
+    loaded = load(str(run_dir), force, base)
     assert loaded.run is not None
     usual = loaded.run.evaluate.rows
     held_out = held_out_rows(folder, loaded.run, loaded.renderer, data, rows or usual)
@@ -97,7 +84,8 @@ def _evaluate(
     at_a_time = rows_at_a_time(loaded.run, Padded(len(held_out), *most), place)
     settings = loaded.run.evaluate.model_copy(update={"batch_size": at_a_time})
     engine = ReferenceEngine(loaded.model)  # judges by other code than the adapter was trained by
-    result = compare_models(loaded.model, engine, loaded.renderer, held_out, settings, on_done)
+    with kept_in(folder.events):
+        result = compare_models(loaded.model, engine, loaded.renderer, held_out, settings, on_done)
     if is_record and not force:
         assert loaded.origin is not None
         return Evaluated(result, save_evaluation(folder, result, loaded.origin.model), True)

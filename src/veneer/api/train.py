@@ -24,7 +24,7 @@ def train(
         run: The settings.
         resume: Go on from the run's last checkpoint. "auto": begin where there is no run yet, go on where there is
             one, and give the report of one that is finished.
-        listeners: Hear of each step.
+        listeners: Called with each record of metrics.jsonl: a logged step or an evaluation.
         force: Start even if it is foreseen not to fit.
         overwrite: Replace the run that is in its folder.
 

@@ -7,6 +7,7 @@ them: the base, the base with examples in its prompt, and the tuned one; and the
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -90,8 +91,8 @@ def _train_and_score(out: Any, job: Any) -> tuple[Any, Any]:
     parts = (job.model, job.engine, job.renderer, held_out, run.evaluate)
 
     def scored(examples: Sequence[Any] = ()) -> Any:
-        progress, on_done = show.answer_progress(out, len(held_out), "   answering")
-        with progress:  # the loss of the held-out rows is measured at the end of the training
+        with show.answer_progress(out, len(held_out), "   answering") as on_done:
+            # The loss of the held-out rows is measured at the end of the training.
             found = score(*parts, on_done, examples, with_losses=False)
         show_demo.show_right(out, found.metrics)
         return found
@@ -108,14 +109,15 @@ def _train_and_score(out: Any, job: Any) -> tuple[Any, Any]:
     show_demo.paragraph(out, first[-1].content)
     out.print("   is answered by the base with")
     show_demo.paragraph(out, base.samples[0].answer)
-    live = show_demo.LiveAnswers(out, lambda: generate(job.model, job.renderer, ids, run.evaluate.max_new_tokens)[0])
-    trained = finish(job, [show.LiveProgress(out), live])
+    answer = partial(generate, job.model, job.renderer, ids, run.evaluate.max_new_tokens)
+    with show.LiveProgress(out, job.steps) as progress:
+        trained = finish(job, [progress, show_demo.LiveAnswers(out, job.steps, lambda: answer()[0])])
     out.print("[bold]5  The tuned model[/bold] answers the same messages")
     return Evaluation(base, scored(), shown), trained
 
 
 def _export(out: Any, job: Any, evaluation: Any) -> tuple[Any, dict[str, Any]]:
-    """The evaluation with the scores of the exported file in llama.cpp, and what is told of the file."""
+    """The evaluation with the scores of the exported file in llama.cpp, and what is said of the file."""
     from dataclasses import replace
 
     import veneer
@@ -137,8 +139,7 @@ def _export(out: Any, job: Any, evaluation: Any) -> tuple[Any, dict[str, Any]]:
     file = folder / "gguf" / made.file
     held_out = job.data.held_out(job.run.evaluate.rows)
     began = time.perf_counter()
-    progress, on_done = show.answer_progress(out, len(held_out), "   answering")
-    with progress:
+    with show.answer_progress(out, len(held_out), "   answering") as on_done:
         answers = gguf_answers(file, job.renderer, questions(held_out), job.run.evaluate.max_new_tokens, on_done)
     seconds = time.perf_counter() - began
     evaluation = replace(evaluation, exported=judge(job.renderer, held_out, answers))

@@ -18,6 +18,7 @@ from rich.text import Text
 from veneer.cli.progress import LiveProgress as LiveProgress
 from veneer.cli.progress import Status
 from veneer.cli.progress import answer_progress as answer_progress
+from veneer.cli.progress import byte_progress as byte_progress
 from veneer.cli.progress import size as size
 from veneer.cli.terminal import Terminal
 from veneer.config.results import limit_text, value_text

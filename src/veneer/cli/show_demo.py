@@ -20,26 +20,21 @@ class LiveAnswers:
     """A listener that prints what the model answers to one message while it is being trained.
 
     Args:
-        out: Where to print.
+        out: The console to print on.
+        steps: Steps of the whole run.
         answer: Answers the message with the model as it is.
     """
 
-    def __init__(self, out: Console, answer: Callable[[], str]) -> None:
+    def __init__(self, out: Console, steps: int, answer: Callable[[], str]) -> None:
         self._out, self._answer = out, answer
-        self._due: list[int] = []
+        self._due = [round(share * steps) for share in LIVE_AT]
 
-    def on_start(self, steps: int, done: int) -> None:
-        self._due = [step for share in LIVE_AT if (step := round(share * steps)) > done]
-
-    def on_record(self, record: dict[str, Any]) -> None:
+    def __call__(self, record: dict[str, Any]) -> None:
         if record["kind"] == "train" and self._due and record["step"] >= self._due[0]:
             self._due.pop(0)
             answer = self._answer()
             self._out.print(f"   after step {record['step']} it answers")
             paragraph(self._out, answer)
-
-    def on_end(self) -> None:
-        pass
 
 
 def paragraph(out: Console, text: str, label: str = "") -> None:

@@ -1,21 +1,11 @@
 """What merge, export and certify print for a person."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
-from veneer.cli import progress, show
-
-
-@contextmanager
-def byte_progress(out: Console, what: str) -> Iterator[Callable[[int], None]]:
-    """A line of bytes done and bytes a second; yields the function that moves it."""
-    bar, on_done = progress.byte_progress(out, what)
-    with bar:
-        yield on_done
+from veneer.cli import show
 
 
 def show_merged(out: Console, report: Any) -> None:

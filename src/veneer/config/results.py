@@ -49,24 +49,17 @@ class Check:
 
 
 def value_text(check: dict[str, Any]) -> str:
-    """The value of a check for a person; empty where it does not apply.
-
-    Args:
-        check: The check, as `Check.as_dict` gives it.
-    """
-    if check["value"] is None and not check["passed"]:
-        return "not finite"
-    return _text(check["value"], check["unit"], "{:.1%}")
+    """The value of a check (as `Check.as_dict` gives it) for a person; empty where it does not apply."""
+    value = check["value"]
+    if isinstance(value, str | None):
+        return value or ("" if check["passed"] else "not finite")
+    return f"{value:.1%}" if check["unit"] == "share" else f"{value:.4g}"
 
 
 def limit_text(check: dict[str, Any]) -> str:
     """The limit of a check for a person, behind its sign where it is a number."""
     limit = check["limit"]
-    sign = "≥ " if check.get("bound") == "at least" else "≤ "
-    return ("" if limit is None or isinstance(limit, str) else sign) + _text(limit, check["unit"], "{:.0%}")
-
-
-def _text(value: float | str | None, unit: str, share: str) -> str:
-    if value is None or isinstance(value, str):
-        return value or ""
-    return share.format(value) if unit == "share" else f"{value:.4g}"
+    if isinstance(limit, str | None):
+        return limit or ""
+    sign = "≥" if check.get("bound") == "at least" else "≤"
+    return f"{sign} {limit:.0%}" if check["unit"] == "share" else f"{sign} {limit:.4g}"

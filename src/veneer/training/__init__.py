@@ -7,7 +7,7 @@ loop.py        optimizer steps, logging, evaluation, checkpoints
 optimizer.py   AdamW by name; schedule.py  the learning rate as a function of the step
 checkpoint.py  a resumable state on disk
 stop.py        signals that ask the loop to end, with a checkpoint
-metrics.py     metrics.jsonl, and the listeners that hear of each step
+metrics.py     metrics.jsonl, and the listeners that get its records
 """
 
 from veneer.training.job import Resume, Trained, TrainingJob, finished

@@ -71,6 +71,11 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"step-{step:06d}"
 
 
+def step_of(path: Path) -> int:
+    """The number of steps after which a checkpoint was written, by its name."""
+    return int(path.name.removeprefix("step-"))
+
+
 def load(
     path: Path,
     model: Any,
@@ -115,7 +120,7 @@ def verified(path: Path) -> dict[str, Any]:
     manifest = read_json(path / MANIFEST, "step", "loss_scale", "began_with", "sha256", fix=damaged)
     try:
         listed, before = dict(manifest["sha256"]), dict(manifest["began_with"])
-        step = int(path.name.removeprefix("step-"))
+        step = step_of(path)
     except (ValueError, TypeError):
         raise UserError(f"{path / MANIFEST}: missing or damaged", damaged) from None
     own = manifest.pop(OWN, None)
@@ -144,7 +149,7 @@ def drop_old(folder: Path, keep: int) -> None:
 
 
 def _all(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(folder.glob("step-*"), key=step_of)
 
 
 def _names(updated: dict[str, torch.nn.Parameter]) -> dict[torch.Tensor, str]:

@@ -152,13 +152,19 @@ class TrainingJob:
         """Optimizer steps of the whole run."""
         return self._loop.steps
 
+    @property
+    def done(self) -> int:
+        """Optimizer steps of the checkpoint that the run goes on from; 0 where it begins."""
+        found = checkpoint.latest(self.folder.checkpoints) if self._resume else None
+        return 0 if found is None else checkpoint.step_of(found)
+
     def fit(
         self, listeners: tuple[Listener, ...] = (), write_extras: WriteExtras = lambda folder, steps, loss: None
     ) -> Trained:
         """Train and write the adapter.
 
         Args:
-            listeners: Hear of each step.
+            listeners: Called with each record of metrics.jsonl.
             write_extras: Adds files to the adapter's folder before it appears; gets the folder, steps and last loss.
 
         Raises:
@@ -189,7 +195,9 @@ class TrainingJob:
             return self._train(listeners, write_extras)
 
     def _train(self, listeners: tuple[Listener, ...], write_extras: WriteExtras) -> Trained:
-        speed = self._loop.run((MetricsFile(self.folder.metrics), *listeners))
+        metrics = MetricsFile(self.folder.metrics)
+        metrics.restart(self._loop.done)
+        speed = self._loop.run((metrics.append, *listeners))
         loss = self._loop.loss if self._loop.loss is not None else _last_loss(self.folder)
         with whole_folder(self.folder.adapter) as unfinished:
             save_adapter(self.model, self.tokenizer, self.renderer.template, self.source, unfinished)

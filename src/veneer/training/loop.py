@@ -92,8 +92,6 @@ class Loop:
         """
         train = self._train
         tokens, seconds = 0, 0.0
-        for listener in listeners:
-            listener.on_start(self.steps, self.done)
         try:
             with stop_signal() as stopped:
                 if self.done:
@@ -105,7 +103,7 @@ class Loop:
                     tokens, seconds = tokens + record["tokens"], seconds + record["seconds"]
                     is_last = self.done == self.steps
                     if self.done % train.logging_steps == 0 or is_last:
-                        _tell(listeners, record)
+                        _report(listeners, record)
                     if is_last or stopped() or _due(self.done, train.save_steps):
                         self._save()
                     if stopped() and not is_last:
@@ -117,9 +115,6 @@ class Loop:
                 "train.per_device_train_batch_size and double train.gradient_accumulation_steps (the same training), "
                 "set train.gradient_checkpointing=true, or lower data.max_length"
             ) from None
-        finally:
-            for listener in listeners:
-                listener.on_end()
         return round(tokens / seconds, 1) if seconds else 0.0
 
     def _step(self, number: int) -> dict[str, Any]:
@@ -184,7 +179,7 @@ class Loop:
             "perplexity": math.exp(loss) if is_finite and loss < 700 else None,
             "trained_tokens": sum(batch.trained for batch in self._held_out),
         }
-        _tell(listeners, record)
+        _report(listeners, record)
 
     def _held_out_total(self, stopped: Callable[[], bool]) -> float | None:
         """The summed held-out loss, None where it was stopped; where memory runs out, from there on with half as many
@@ -261,6 +256,6 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _tell(listeners: Sequence[Listener], record: dict[str, Any]) -> None:
+def _report(listeners: Sequence[Listener], record: dict[str, Any]) -> None:
     for listener in listeners:
-        listener.on_record(record)
+        listener(record)

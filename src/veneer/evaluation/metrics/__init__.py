@@ -5,8 +5,7 @@ exact_match.py  the answer is the expected one
 json_fields.py  answers that are JSON objects, key by key
 perplexity.py   the loss of the references
 
-A new metric is one file with a function `measure`, and one line here. evaluation.json, the printed table, the page and
-the card of a run show every metric that has a result.
+A new metric is a file with a function `measure`, and a line here; then evaluation.json, table, page and card show it.
 """
 
 from veneer.evaluation.metrics import exact_match, json_fields, perplexity

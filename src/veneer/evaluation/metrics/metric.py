@@ -38,13 +38,9 @@ class ScoredRows:
 
 
 class MetricResult(Protocol):
-    """One model's result by one metric.
+    """One model's result by one metric."""
 
-    Attributes:
-        unit: `share`: shown in percent; empty: shown as it is.
-    """
-
-    unit: ClassVar[str]
+    unit: ClassVar[str]  # share: shown in percent; empty: shown as it is
 
     @property
     def interval(self) -> Interval:
@@ -62,11 +58,7 @@ class Metric(Protocol):
 
 @dataclass(frozen=True)
 class ShareRight:
-    """The share of rows that are right.
-
-    Attributes:
-        right: Whether each row is right.
-    """
+    """The share of rows that are right; `right` says of each row whether it is."""
 
     right: Sequence[bool]
     unit: ClassVar[str] = "share"

@@ -31,9 +31,8 @@ class Perplexity:
 
     @property
     def interval(self) -> Interval:
-        losses_R, tokens_R = np.asarray(self.losses, dtype=np.float64), np.asarray(self.tokens, dtype=np.float64)
         low, high = np.quantile(self._resampled(), [0.025, 0.975])
-        value = losses_R.sum() / tokens_R.sum()
+        value = np.sum(np.asarray(self.losses, dtype=np.float64)) / np.sum(np.asarray(self.tokens, dtype=np.float64))
         with np.errstate(over="ignore"):
             return Interval(*(float(np.exp(x)) for x in (value, low, high)))
 
