@@ -29,7 +29,7 @@ def certify(
     rows: int | None = None,
     base: str | None = None,
     force: bool = False,
-    notify: Callable[[str], None] = lambda what: None,
+    on_status: Callable[[str], None] = lambda what: None,
     model: str | None = None,
 ) -> tuple[Certificate, Path]:
     """Put what ships beside the adapter it came from, and write certificate.json and its page.
@@ -40,7 +40,7 @@ def certify(
         rows: At most so many held-out rows; None: as many as the run evaluates (`evaluate.rows`).
         base: Another base than the adapter names.
         force: Go on although the adapter does not belong to the base.
-        notify: Called with what is being done.
+        on_status: Called with what is being done.
         model: Which model of a server that has several, as a server of adapters does.
 
     Returns:
@@ -54,7 +54,7 @@ def certify(
     folder = origin.folder or RunFolder(Path(run).expanduser())
     is_of_run = origin.run is not None and not origin.is_checkpoint  # a checkpoint's proof is none of its run's adapter
     prompts, longest, skipped = questions_of(origin, rows)
-    certificate = certify_artifact(found, origin, prompts, longest, skipped, recorded_answers(origin), notify)
+    certificate = certify_artifact(found, origin, prompts, longest, skipped, recorded_answers(origin), on_status)
     page = certificate_page(certificate.as_dict())
     targets = [] if found.path is None else [found.path if found.path.is_dir() else found.path.parent]
     targets += [folder.path] if is_of_run else []

@@ -163,7 +163,7 @@ def show_scores(out: Console, title: str, metrics: dict[str, Any], models: tuple
     """Scores of several models side by side: shares in percent, others as they are.
 
     Args:
-        title: Of the table.
+        title: The table's title.
         metrics: By name and model; `difference` beside the models where it is known.
         models: Keys of the models, in the order to show.
     """

@@ -175,7 +175,7 @@ def judge(
     """Score answers, whoever gave them.
 
     Args:
-        renderer: Of the training: what it makes of a row's last answer is the right one.
+        renderer: The training's renderer: what it makes of a row's last answer is the right one.
         held_out: The rows.
         answers: One to each row that asks something.
         losses, tokens: Summed loss and trained tokens of each row; none: not measured.

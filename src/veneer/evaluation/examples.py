@@ -1,4 +1,4 @@
-"""Examples for a prompt: training rows chosen by a rule and not by eye."""
+"""Examples for a prompt are training rows, chosen by a rule and not by eye."""
 
 from collections.abc import Sequence
 from typing import Any

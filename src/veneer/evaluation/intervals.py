@@ -1,4 +1,4 @@
-"""95% intervals: what the same measurement on other rows of the same kind would plausibly give."""
+"""95% intervals: the range that the same measurement on other rows of the same kind would plausibly give."""
 
 import math
 from dataclasses import asdict, dataclass

@@ -1,4 +1,4 @@
-"""Rows at a time while a model answers and is measured: as many as were foreseen to fit, fewer where memory is short.
+"""Batch sizes of evaluation: as many rows at a time as were foreseen to fit, and fewer once memory runs out.
 
 `rows_at_a_time` asks the arithmetic of the plan, so `veneer plan` shows the number that is used. What else holds memory
 nobody foresees; where it runs out nevertheless, `Batching` goes on with half as many rows. Each row is padded by

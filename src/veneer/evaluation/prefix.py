@@ -1,4 +1,4 @@
-"""The tokens that all prompts begin with (a system prompt, examples), read once and not once a prompt.
+"""The prefix that all prompts share (a system prompt, examples) is computed once instead of once a prompt.
 
 Their keys and values are computed for one row and repeated for each batch. Generation then goes on behind them, as it
 would behind any cache; each answer is that of ordinary generation but for rounding, since a product over other shapes

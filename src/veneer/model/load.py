@@ -238,11 +238,11 @@ def keep_4bit_layout(base: Any) -> None:
 def _loading(source: BaseSource, what: str) -> Iterator[None]:
     """Keep libraries quiet, and turn what they make of a model's files into one message."""
     named = f"model.base = {source.name}: the {what}"
-    told, fix = f"{named} cannot be loaded", "name another model.base"
+    message, fix = f"{named} cannot be loaded", "name another model.base"
     if source.kind == "hub":
-        told = f"{named} cannot be had from the hub"
+        message = f"{named} cannot be had from the hub"
         fix = "check the name (there is no folder of that name either), the network and your access (hf auth login)"
-    with quiet(), reading(told, fix):
+    with quiet(), reading(message, fix):
         try:
             yield
         except (UserError, torch.OutOfMemoryError):
@@ -251,5 +251,5 @@ def _loading(source: BaseSource, what: str) -> Iterator[None]:
             if (refused := refusal(named, source.location, error)) is not None:
                 raise refused from None
             if source.kind == "hub" and (why := unreachable()) is not None:
-                raise not_here(told, why) from None
+                raise not_here(message, why) from None
             raise

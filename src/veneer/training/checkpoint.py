@@ -42,11 +42,11 @@ def save(
     """Write the state after `step` steps into `folder`/step-NNNNNN.
 
     Args:
-        folder: Of the run's checkpoints.
+        folder: Folder of the run's checkpoints.
         step: Steps done.
         model, optimizer, scaler: What is written.
         updated: What the optimizer updates, by name.
-        began_with: What the training hangs on beside its settings: a hash each, by what it is of.
+        began_with: A hash of the base and of each other input that decides the training, by name.
     """
     path = path_of(folder, step)
     with whole_folder(path) as unfinished:
@@ -67,7 +67,7 @@ def save(
 
 
 def path_of(folder: Path, step: int) -> Path:
-    """Where the checkpoint after `step` steps stands."""
+    """The folder of the checkpoint after `step` steps."""
     return folder / f"step-{step:06d}"
 
 
@@ -111,7 +111,7 @@ def load(
 
 
 def verified(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, all of whose files are as they were written.
+    """Check a checkpoint's files against its manifest, and return that.
 
     Raises:
         UserError: A file is damaged, or the manifest is: it leaves a file out, or is of another step.

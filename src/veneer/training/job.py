@@ -1,4 +1,4 @@
-"""A training job: everything of a run brought together, in the order in which it can go wrong cheaply.
+"""A training job brings a run's parts together, the cheapest to fail first.
 
 Settings, then the output folder, the run's parts (`parts`), the engine, the space on disk; only then is the run's
 folder begun. The adapter appears whole at the end.
@@ -57,7 +57,7 @@ MAY_CHANGE = {
 
 @dataclass(frozen=True)
 class Trained:
-    """What a finished run reports. final_loss is None where nothing is left that says it."""
+    """What a finished run reports; final_loss is None where no record of it is left."""
 
     run_dir: str
     steps: int
@@ -299,7 +299,7 @@ def vary(part: Part, sizes: Any, rows: int) -> bool:
     Args:
         part: The examples.
         sizes: Tokens of every row, or pack.
-        rows: Of a micro-batch; the last of an epoch may hold fewer.
+        rows: Rows of a micro-batch; the last of an epoch may hold fewer.
     """
     counts = (sizes, part.lengths, part.corpus.trained[part.examples])
     return len(sizes) % rows > 0 or any(len(np.unique(count)) > 1 for count in counts)
@@ -317,7 +317,7 @@ def environment() -> dict[str, Any]:
 
 
 def _dated(run: Run, day: date | None) -> Run:
-    """A run with the date that its template is given, on whatever day it goes on."""
+    """A run whose template is given this date, on whatever day the run is resumed."""
     return run.model_copy(update={"data": run.data.model_copy(update={"template_date": day})})
 
 

@@ -158,7 +158,7 @@ class Loop:
         }
 
     def _evaluate_if_due(self, listeners: Sequence[Listener], stopped: Callable[[], bool]) -> None:
-        """The held-out loss, where this step has one; a stop leaves it out, and a checkpoint stands for it."""
+        """Measure the held-out loss, where this step has one; a stop leaves it out, and a checkpoint stands for it."""
         if not self._held_out or not (self.done == self.steps or _due(self.done, self._train.eval_steps)):
             return
         total = self._held_out_total(stopped)

@@ -1,4 +1,4 @@
-"""What a run is made of, loaded in the order in which it can go wrong cheaply: data, forecast, model, adapter.
+"""A run's parts, loaded with the cheapest to fail first: data, forecast, model, adapter.
 
 Training and `veneer verify` begin with it. Nothing is written.
 """

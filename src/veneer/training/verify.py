@@ -1,6 +1,6 @@
-"""Whether training does what it should with this run's model, data and machine: some small experiments.
+"""Small experiments that check whether training works with this run's model, data and machine.
 
-Each check asks for one thing that otherwise goes wrong in silence, and has a number with its limit. They work on short
+Each check looks at one thing that otherwise goes wrong in silence, and has a number with its limit. They work on short
 pieces of the run's own rows. Afterwards the adapter is what it was; nothing is written into the run's folder.
 
 Losses are compared in nats a trained token. In float32 they agree to a thousandth and better; in 16 bits rounding alone
@@ -44,12 +44,12 @@ FIRST_STRIDE, LAST_STRIDE = 0.01, 0.2
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found.
+    """The checks of a run.
 
     Attributes:
         checks: In the order they were made.
         choice: The engine that the run would train with.
-        seconds: That the checks took, loading left out.
+        seconds: Time that the checks took, without loading.
     """
 
     checks: tuple[Check, ...]
@@ -76,7 +76,7 @@ def verify(run: Run, force: bool = False, on_check: Callable[[Check], None] = la
     Args:
         run: The settings.
         force: Load even if the run is foreseen not to fit.
-        on_check: Hears of each check as it is made.
+        on_check: Called with each check as it is made.
 
     Raises:
         UserError: The run cannot be carried out as it is written.
@@ -93,8 +93,8 @@ def verify_parts(
     Args:
         run: The settings.
         parts: The run's parts.
-        choice: Of the engine, not yet checked.
-        on_check: Hears of each check as it is made.
+        choice: The engine, not yet checked.
+        on_check: Called with each check as it is made.
     """
     began = time.perf_counter()
     rows = short_rows(parts.data.train, LENGTHS)
@@ -152,7 +152,7 @@ def _of_agreement(choice: EngineChoice, found: Agreement | None) -> Iterator[Che
 
 
 def _of_engine(run: Run, parts: RunParts, engine: Engine, rows: list[Example]) -> Iterator[Check]:
-    """What the engine that the run trains with makes of its rows."""
+    """Check the engine that the run trains with, on its own rows."""
     model = parts.model
     is_exact = model.get_base_model().get_input_embeddings().weight.dtype == torch.float32
     with untouched(model):
@@ -170,7 +170,7 @@ def _of_engine(run: Run, parts: RunParts, engine: Engine, rows: list[Example]) -
 
 
 def _gradients(model: Any, engine: Engine, rows: list[Example]) -> Check:
-    """B must have gradients as it begins, and A as soon as B is not zero."""
+    """Check that B has gradients while it is zero, and A as soon as B is not."""
     batch = Batch.of(rows)
     engine.forward_backward(batch, 1 / batch.weight)
     bad = _without_gradient(model, only_b=True)
@@ -192,7 +192,7 @@ def _without_gradient(model: Any, only_b: bool) -> set[str]:
 
 
 def _targets(model: Any, engine: Engine, rows: list[Example], limit: float) -> Check:
-    """Losses from the plain model's logits, by the definition: token n is predicted at n - 1.
+    """Compare losses with the plain model's logits, by the definition: token n is predicted at n - 1.
 
     A row of few trained tokens counts as one of `ENOUGH`.
     """
@@ -217,7 +217,7 @@ def _packed(engine: Engine, rows: list[Example], limit: float) -> Check:
 
 
 def _isolated(engine: Engine, rows: list[Example]) -> Check:
-    """The first row's tokens in another order: the other rows' losses must not notice."""
+    """Reorder the first row's tokens; the losses of the other rows must stay as they are."""
     name = "loss of rows when a neighbour changes"
     if len(rows) < 2:
         return Check("isolated", True, name=name, detail="there is one row")
@@ -228,7 +228,7 @@ def _isolated(engine: Engine, rows: list[Example]) -> Check:
 
 
 def _overfit(run: Run, parts: RunParts, engine: Engine) -> Check:
-    """A few rows must be learnt by heart, with the run's own optimizer and dropout."""
+    """Train on a few rows until they are learnt by heart, with the run's own optimizer and dropout."""
     rows = short_rows(parts.data.train, [ROW_TOKENS] * ROWS, least=1)
     size = run.train.per_device_train_batch_size
     batches = [Batch.of(rows[n : n + size]) for n in range(0, len(rows), size)]
@@ -253,7 +253,7 @@ def _overfit(run: Run, parts: RunParts, engine: Engine) -> Check:
 
 
 def _rate(run: Run, step: int) -> float:
-    """Adam moves each value of B by the rate, and B's ranks add up: so the rate is a stride over scale times rank."""
+    """The rate of a step: Adam moves each value of B by it, and B's ranks add up, so scale and rank divide it."""
     adapter = run.adapter
     strength = adapter.lora_alpha * (math.sqrt(adapter.r) if adapter.use_rslora else 1)
     stride: float = FIRST_STRIDE * (LAST_STRIDE / FIRST_STRIDE) ** (step / STEPS)
@@ -261,7 +261,7 @@ def _rate(run: Run, step: int) -> float:
 
 
 def _reload(run: Run, parts: RunParts, rows: list[Example]) -> Check:
-    """The trained adapter from its file, put on the same base beside the live one."""
+    """Load the trained adapter from its file onto the same base, and compare it with the live one."""
     model = parts.model
     reference = ReferenceEngine(model)
     with tempfile.TemporaryDirectory() as name:

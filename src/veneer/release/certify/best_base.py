@@ -49,7 +49,7 @@ def choose_base(
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     recorded: dict[str, Recorded],
-    notify: Callable[[str], None] = lambda what: None,
+    on_status: Callable[[str], None] = lambda what: None,
 ) -> BaseChoice:
     """Score the adapter on its base in 4 bits and in 16, on the same rows.
 
@@ -58,7 +58,7 @@ def choose_base(
         prompts: Held-out rows.
         max_new_tokens: Longest answer.
         recorded: Answers that evaluation recorded, taken where they are of all rows.
-        notify: Called with what is being done.
+        on_status: Called with what is being done.
 
     Raises:
         UserError: The base was not quantized, or there are no held-out rows.
@@ -72,11 +72,11 @@ def choose_base(
     if not rows:
         raise UserError(f"{origin.name}: --on best: there are no held-out rows to choose by", "leave --on out")
     renderer, ends = origin.renderer(), set(stop_ids(origin, origin.base_folder))
-    notify("the adapter answers on the base in 4 bits")
+    on_status("the adapter answers on the base in 4 bits")
     model = None if all(row.id in recorded for row in rows) else judged_model(origin)
     judged, _ = judged_answers(model, renderer, rows, max_new_tokens, ends, recorded, batch_of(origin))
     del model
-    notify("the adapter answers on the base in 16 bits")
+    on_status("the adapter answers on the base in 16 bits")
     settings = origin.model.model_copy(update={"dtype": str(origin.dtype).removeprefix("torch.")})
     other = load_adapter(load_model(origin.source, settings, None, find_machine()), origin.adapter)
     answers = greedy(other, renderer.tokenizer, [row.ids for row in rows], max_new_tokens, ends, batch_of(origin))

@@ -18,8 +18,8 @@ def unmade(checks: Sequence[Check], has_rows: bool) -> dict[str, str]:
     """What could not be checked and why, by the name of the check."""
     made = {check.id for check in checks}
     reasons = {
-        "prompt_tokens": ("prompt tokens", "the server does not tell them"),
-        "stop_tokens": ("stop tokens", "the server does not tell them"),
+        "prompt_tokens": ("prompt tokens", "the server does not report them"),
+        "stop_tokens": ("stop tokens", "the server does not report them"),
         "weights": ("weights", "a server does not show them"),
         "strength": ("strength of the adapter", "it changes no weight that can be seen"),
         "settings": ("architecture settings", "a server does not show them"),

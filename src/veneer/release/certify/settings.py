@@ -62,7 +62,7 @@ def setting_checks(origin: Origin, path: Path, unties: bool) -> list[Check]:
 
 
 def stop_token_checks(stops: set[int] | None, renderer: Renderer) -> list[Check]:
-    """Whether an artifact knows every token at which an answer ends; none where it does not tell."""
+    """Whether an artifact knows every token at which an answer ends; none where it reports none."""
     if stops is None:
         return []
     missing = sorted(set(renderer.stop_ids) - stops)

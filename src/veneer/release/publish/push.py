@@ -4,7 +4,7 @@
 certificate, samples) ids, counts and verdicts are sent, and `--with-samples` sends the texts too. No file is sent with
 a path of this machine: those are cut to names. What is so changed is made for the parcel; the folder stays as it is.
 
-What is sent is told first, file by file, with what its owner should know before.
+What is sent is listed first, file by file, with what its owner should know before.
 """
 
 import json
