@@ -66,6 +66,11 @@ class Status:
     ) -> None:
         self.stop()
 
+    def stop(self) -> None:
+        """Take the line away."""
+        if self._console.is_terminal:
+            self._progress.stop()
+
     def update(self, what: str) -> None:
         """Say what is being done now."""
         self._progress.update(self._task, description=escape(what))
@@ -73,11 +78,6 @@ class Status:
         if not self._console.is_terminal and now - self._printed >= LOG_SECONDS:
             self._printed = now
             self._console.print(f"  {what}, {clock(now - self._started)}", markup=False)
-
-    def stop(self) -> None:
-        """Take the line away."""
-        if self._console.is_terminal:
-            self._progress.stop()
 
 
 class LiveProgress:

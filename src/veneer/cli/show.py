@@ -154,11 +154,6 @@ def show_rows(out: Console, rows: list[dict[str, Any]]) -> None:
         out.print(text, soft_wrap=False)
 
 
-def show_evaluation(out: Console, evaluation: dict[str, Any]) -> None:
-    """Base against tuned, with 95% intervals; the difference's interval pairs the rows."""
-    show_scores(out, f"{evaluation['rows']} held-out rows, 95% intervals", evaluation["metrics"], ("base", "tuned"))
-
-
 def show_scores(out: Console, title: str, metrics: dict[str, Any], models: tuple[str, ...]) -> None:
     """Scores of several models side by side: shares in percent, others as they are.
 

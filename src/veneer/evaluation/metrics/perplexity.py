@@ -32,12 +32,11 @@ class Perplexity:
     @property
     def interval(self) -> Interval:
         low, high = np.quantile(self._resampled(), [0.025, 0.975])
-        value = np.sum(np.asarray(self.losses, dtype=np.float64)) / np.sum(np.asarray(self.tokens, dtype=np.float64))
         with np.errstate(over="ignore"):
-            return Interval(*(float(np.exp(x)) for x in (value, low, high)))
+            return Interval(*(float(np.exp(x)) for x in (np.sum(self.losses) / np.sum(self.tokens), low, high)))
 
     def difference(self, base: "Perplexity") -> Interval:
-        tokens = np.asarray(self.tokens, dtype=np.float64).sum()
+        tokens = np.sum(self.tokens)
         with np.errstate(over="ignore", invalid="ignore"):
             low, high = np.quantile(np.exp(self._resampled()) - np.exp(base._resampled()), [0.025, 0.975])
             value = np.exp(sum(self.losses) / tokens) - np.exp(sum(base.losses) / tokens)
