@@ -66,7 +66,7 @@ def demo(
 
 
 def _show_start(out: Any, job: Any) -> None:
-    """Machine, model, engine and data."""
+    """Print machine, model, engine and data."""
     from veneer.cli import show
 
     trainable, total = job.parameters["trainable"], job.parameters["total"]
@@ -79,7 +79,7 @@ def _show_start(out: Any, job: Any) -> None:
 
 
 def _train_and_score(out: Any, job: Any) -> tuple[Any, Any]:
-    """The evaluation of base, base with examples and tuned model on the same rows, and the report of the training."""
+    """Score base and base with examples, train, score the tuned model; returns the evaluation and the run's report."""
     from veneer.api.train import finish
     from veneer.cli import show, show_demo
     from veneer.data.pipeline import read_held_out
@@ -117,7 +117,7 @@ def _train_and_score(out: Any, job: Any) -> tuple[Any, Any]:
 
 
 def _export(out: Any, job: Any, evaluation: Any) -> tuple[Any, dict[str, Any]]:
-    """The evaluation with the scores of the exported file in llama.cpp, and what is said of the file."""
+    """Export the model and score the file in llama.cpp; returns the evaluation with it, and facts of the file."""
     from dataclasses import replace
 
     import veneer
@@ -149,7 +149,7 @@ def _export(out: Any, job: Any, evaluation: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _save(folder: Any, evaluation: Any) -> tuple[Path, str, list[dict[str, Any]]]:
-    """Write scores, answers and the run's page; the page's path, and the answers to show with their rule."""
+    """Write scores, answers and the run's page; returns the page's path, and the answers to show with their rule."""
     from veneer.api.evaluate import save_evaluation
     from veneer.report.run_page import SHOWN_BY, shown_of, write_run_page
 
@@ -158,7 +158,7 @@ def _save(folder: Any, evaluation: Any) -> tuple[Path, str, list[dict[str, Any]]
 
 
 def demo_run(output_dir: Path) -> Any:
-    """The run of the demo: recipes/smollm2-demo.yaml says the same.
+    """Make the run of the demo; recipes/smollm2-demo.yaml has the same settings.
 
     Its settings were chosen on data/demo/dev.jsonl; test.jsonl is for the scores alone.
     """

@@ -1,4 +1,4 @@
-"""Progress of what takes long: a line that redraws itself on a terminal, and an occasional line in a log file.
+"""Progress of long tasks is a line that redraws itself on a terminal, and an occasional line in a log file.
 
 A log file gets no control codes and no bars. Lines of progress that are not results go to standard error there, so that
 what a command prints can be piped on.
@@ -34,19 +34,19 @@ NARROW = 100  # columns; below them words give way to numbers
 
 
 def clock(seconds: float) -> str:
-    """Seconds as 1:02 or 1:02:03."""
+    """Format seconds as 1:02 or 1:02:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def size(count: int) -> str:
-    """Bytes for a person."""
+    """Format bytes for a person."""
     return f"{count / 2**30:.2f} GiB"
 
 
 class Status:
-    """What is being done, with the time it has taken; for a `with` block."""
+    """A line that says what is being done, and for how long; for a `with` block."""
 
     def __init__(self, out: Console, what: str) -> None:
         self._console = _for_progress(out)
@@ -67,12 +67,12 @@ class Status:
         self.stop()
 
     def stop(self) -> None:
-        """Take the line away."""
+        """Remove the line."""
         if self._console.is_terminal:
             self._progress.stop()
 
     def update(self, what: str) -> None:
-        """Say what is being done now."""
+        """Show what is being done now."""
         self._progress.update(self._task, description=escape(what))
         now = time.monotonic()
         if not self._console.is_terminal and now - self._printed >= LOG_SECONDS:
@@ -174,10 +174,10 @@ def byte_progress(out: Console, what: str) -> Iterator[Callable[[int], None]]:
 
 
 def _for_progress(out: Console) -> Console:
-    """Where progress is drawn: beside the results on a terminal, else on standard error."""
+    """Choose where progress is drawn: beside the results on a terminal, else on standard error."""
     return out if out.is_terminal else Terminal(stderr=True)
 
 
 def _is_milestone(step: int, total: int) -> bool:
-    """Where nothing can be redrawn, ten lines show how a run goes."""
+    """Whether a log file gets a line for this step: ten of them show how a run goes."""
     return step == total or step % max(1, round(total / 10)) == 0

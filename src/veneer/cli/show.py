@@ -25,29 +25,29 @@ from veneer.config.results import limit_text, value_text
 
 
 def console(as_json: bool = False) -> Console:
-    """Where text for a person goes."""
+    """Make the console for text that a person reads."""
     return Terminal(stderr=as_json)
 
 
 def status(out: Console, what: str) -> Status:
-    """What is being done, with the time it has taken, for a `with` block."""
+    """Show what is being done and for how long, for a `with` block."""
     return Status(out, what)
 
 
 def command_name() -> str:
-    """How this shell calls the command: `veneer` where it is on the path, else the path it was started by."""
+    """Return how this shell calls the command: `veneer` where it is on the path, else the path it was started by."""
     if Path(sys.argv[0]).name == "__main__.py":
         return "python -m veneer"
     return "veneer" if shutil.which("veneer") else os.path.relpath(sys.argv[0])
 
 
 def print_json(value: Any) -> None:
-    """The command's result, alone on standard output; in ASCII, which any encoding and terminal takes."""
+    """Print the command's result, alone on standard output, in ASCII, which any encoding and terminal takes."""
     print(json.dumps(value))
 
 
 def say(out: Console, markup: str, hang: int = 9) -> None:
-    """A line of text: on a terminal wrapped between words and indented below, in a file never cut or wrapped."""
+    """Print a line of text: on a terminal wrapped between words and indented below, in a file never cut or wrapped."""
     text = Text.from_markup(markup)
     if not out.is_terminal:
         out.print(text)
@@ -66,7 +66,7 @@ def show_engine(out: Console, choice: Any, indent: str = "") -> None:
 def show_checks(
     out: Console, checks: list[dict[str, Any]], skipped: dict[str, str] | None = None, title: str = ""
 ) -> None:
-    """Print checks beside their limits, and below them what is to be said of single ones.
+    """Print checks beside their limits, and the details of single ones below the table.
 
     Args:
         out: The console to print on.
@@ -93,7 +93,7 @@ def show_checks(
 
 
 def show_ledger(out: Console, ledger: dict[str, Any]) -> None:
-    """The ledger as a table, with its warnings."""
+    """Print the ledger as a table, with its warnings."""
     rows, tokens, lengths = ledger["rows"], ledger["tokens"], ledger["lengths"]["percentiles"]
     table = Table(show_header=False, box=None, padding=(0, 2))
     for name, known in list(ledger["files"].items())[:8]:
@@ -122,7 +122,7 @@ def show_ledger(out: Console, ledger: dict[str, Any]) -> None:
 
 
 def show_histogram(out: Console, lengths: dict[str, Any], width: int = 40) -> None:
-    """How many rows are how long, as bars."""
+    """Print the lengths of rows as a histogram."""
     bars = lengths["histogram"]
     most = max(bar["rows"] for bar in bars)
     out.print("[bold]lengths[/bold] in tokens, before any limit")
@@ -132,7 +132,7 @@ def show_histogram(out: Console, lengths: dict[str, Any], width: int = 40) -> No
 
 
 def show_problems(out: Console, problems: list[dict[str, str]], most: int = 10) -> None:
-    """The first rows that are not used, and why."""
+    """Print the first rows that are not used, and why."""
     table = Table(title=f"first {min(most, len(problems))} rows left out", title_justify="left")
     for column in ("row", "why", ""):
         table.add_column(column, overflow="fold")
@@ -142,7 +142,7 @@ def show_problems(out: Console, problems: list[dict[str, str]], most: int = 10) 
 
 
 def show_rows(out: Console, rows: list[dict[str, Any]]) -> None:
-    """Rows with their tokens: trained green, masked dim, control tokens reversed."""
+    """Print rows with their tokens: trained green, masked dim, control tokens reversed."""
     trained, masked, control = "[green]trained[/green]", "[dim]only read[/dim]", "[reverse]control token[/reverse]"
     out.print(f"[bold]rows[/bold] as the model sees them: {trained}, {masked}, {control}")
     for row in rows:
@@ -155,7 +155,7 @@ def show_rows(out: Console, rows: list[dict[str, Any]]) -> None:
 
 
 def show_scores(out: Console, title: str, metrics: dict[str, Any], models: tuple[str, ...]) -> None:
-    """Scores of several models side by side: shares in percent, others as they are.
+    """Print scores of several models side by side: shares in percent, others as they are.
 
     Args:
         title: The table's title.
@@ -174,7 +174,7 @@ def show_scores(out: Console, title: str, metrics: dict[str, Any], models: tuple
 
 
 def interval(unit: str, value: dict[str, float], is_difference: bool = False) -> str:
-    """A value with its interval: shares in percent (their differences in points), others as they are."""
+    """Format a value with its interval: shares in percent (their differences in points), others as they are."""
     numbers = [value[key] for key in ("value", "low", "high")]
     if unit == "share":
         sign, unit = ("+", "") if is_difference else ("", "%")

@@ -38,7 +38,7 @@ class LiveAnswers:
 
 
 def paragraph(out: Console, text: str, label: str = "") -> None:
-    """Any text, wrapped and indented, behind a label, on at most three lines."""
+    """Print any text behind a label, wrapped and indented, on at most three lines."""
     first = f"     {label:10}" if label else "     "
     flat = " ".join(text.split()) or "(nothing)"
     lines = textwrap.wrap(
@@ -49,7 +49,7 @@ def paragraph(out: Console, text: str, label: str = "") -> None:
 
 
 def show_right(out: Console, metrics: dict[str, Any]) -> None:
-    """In one line: how many answers are right, and valid JSON."""
+    """Print in one line how many answers are right, and valid JSON."""
     names = {"record": "exactly right", "valid_json": "valid JSON"}
     if "record" not in metrics:
         names = {"exact_match": "exactly right"}
@@ -58,7 +58,7 @@ def show_right(out: Console, metrics: dict[str, Any]) -> None:
 
 
 def show_results(out: Console, evaluation: dict[str, Any]) -> None:
-    """All scores of the three models, and what training gained over examples in the prompt."""
+    """Print all scores of the three models, and what training gained over examples in the prompt."""
     metrics = {
         name: {which.replace("base_with", "with"): value for which, value in values.items()}
         for name, values in evaluation["metrics"].items()
@@ -74,7 +74,7 @@ def show_results(out: Console, evaluation: dict[str, Any]) -> None:
 
 
 def show_exported(out: Console, file: Path, size: int, seconds: float, exported: dict[str, Any]) -> None:
-    """How the exported file answers, against the tuned model."""
+    """Print how the exported file answers, against the tuned model."""
     out.print(f"   {escape(str(file))}, {size / 1e6:.0f} MB, {exported['rows']} answers in {seconds:.0f} s")
     turned = f"{exported['wrong_to_right']} turned right, {exported['right_to_wrong']} wrong"
     difference = show.interval("share", exported["difference"], is_difference=True)
@@ -83,7 +83,7 @@ def show_exported(out: Console, file: Path, size: int, seconds: float, exported:
 
 
 def show_examples(out: Console, samples: Sequence[dict[str, Any]], rule: str) -> None:
-    """Some answers side by side."""
+    """Print some answers side by side."""
     out.print("[bold]answers[/bold]")
     paragraph(out, rule)
     for sample in samples:
@@ -99,7 +99,7 @@ def show_examples(out: Console, samples: Sequence[dict[str, Any]], rule: str) ->
 
 
 def show_next(out: Console, folder: Path, prompt: str) -> None:
-    """What the run left, and commands to go on with; none of them changes the run's folder."""
+    """Print the run's files and commands to go on with; none of them changes the run's folder."""
     veneer = show.command_name()
     out.print(f"[bold]files[/bold] in {escape(str(folder))}")
     out.print("   report.html adapter/ gguf/ evaluation.json samples.jsonl metrics.jsonl")

@@ -9,7 +9,7 @@ from veneer.cli import show
 
 
 def show_merged(out: Console, report: Any) -> None:
-    """What a merge wrote."""
+    """Print what a merge wrote."""
     out.print(
         f"[bold]written[/bold]  {escape(report.out)}: {report.tensors} tensors ({report.changed} of them changed), "
         f"{report.bytes / 1e9:.2f} GB in {report.files} file{'s' if report.files != 1 else ''}, {report.dtype}"
@@ -19,7 +19,7 @@ def show_merged(out: Console, report: Any) -> None:
 
 
 def show_warnings(out: Console, warnings: Any) -> None:
-    """Warnings, a line each."""
+    """Print warnings, a line each."""
     for warning in warnings:
         show.say(out, f"  [yellow]warning:[/yellow] {escape(warning)}", 4)
 
@@ -39,7 +39,7 @@ def certified(
 
 
 def show_certificate(out: Console, certificate: dict[str, Any]) -> None:
-    """Each check beside its limit, and the verdict."""
+    """Print each check beside its limit, and the verdict."""
     title = f"{len(certificate['prompts'])} prompts, {certificate['seconds']} s"
     show.show_checks(out, certificate["checks"], certificate["skipped"], title)
     if certificate["passed"]:
@@ -49,12 +49,12 @@ def show_certificate(out: Console, certificate: dict[str, Any]) -> None:
     score = certificate["score"]
     if score and score["verdict"].startswith("not shown"):
         out.print(
-            f"[yellow]score[/yellow]    {score['rows']} rows tell differences from {score['smallest_visible']:.1%}"
+            f"[yellow]score[/yellow]    {score['rows']} rows show differences from {score['smallest_visible']:.1%}"
         )
 
 
 def show_choice(out: Console, choice: dict[str, Any] | None) -> None:
-    """What `--on best` measured, and what it took."""
+    """Print what `--on best` measured, and which base it took."""
     if choice is not None:
         scores = f"base in 4 bits {choice['judged']:.1%}, in 16 bits {choice['base']:.1%} of {choice['rows']} rows"
         out.print(f"[bold]on[/bold]       {choice['on']}: {scores}; {escape(choice['why'])}")

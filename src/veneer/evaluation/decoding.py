@@ -18,7 +18,7 @@ SLACK = 8  # tokens before a stop text that may decode to nothing, or to half a 
 
 
 def generation_config(model: Any, renderer: Renderer, max_new_tokens: int, sampling: Sampling) -> Any:
-    """Transformers' GenerationConfig; everything is said outright, or it would come from the base's own settings."""
+    """Make Transformers' GenerationConfig; what it leaves open would come from the base's own settings."""
     from transformers import GenerationConfig
 
     is_sampled = sampling.temperature > 0
@@ -36,7 +36,7 @@ def generation_config(model: Any, renderer: Renderer, max_new_tokens: int, sampl
 
 
 def answer_text(tokenizer: Any, ids: Any, stop: Sequence[str] = ()) -> str:
-    """The text of an answer's tokens: without special tokens, and up to the first stop text."""
+    """Decode an answer's tokens: without special tokens, and up to the first stop text."""
     return _cut(_decode(tokenizer, ids), stop).strip()
 
 

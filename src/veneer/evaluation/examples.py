@@ -8,7 +8,7 @@ from veneer.evaluation.metrics.json_fields import json_object
 
 
 def examples_of(rows: Sequence[Conversation], count: int) -> list[Message]:
-    """Turns of the first training rows whose answers differ in every key, to stand before a question.
+    """Choose the first training rows whose answers differ in every key, as turns to stand before a question.
 
     The rule gives a model as much to see as so few rows can: each value it is shown is another. Where the answers are
     not JSON objects, or too few rows differ so, the first rows are taken that are not chosen yet.

@@ -25,7 +25,7 @@ CPU_MESSAGES = ("can't allocate memory", "out of memory", "not enough memory")
 
 
 def rows_at_a_time(run: Run, rows: Padded, place: TargetDevice) -> int:
-    """How many rows fit, as `veneer plan` foresees it.
+    """Return how many rows fit at a time, as `veneer plan` foresees it.
 
     Args:
         run: Base, adapter and `evaluate.batch_size`.
@@ -38,7 +38,7 @@ def rows_at_a_time(run: Run, rows: Padded, place: TargetDevice) -> int:
 
 
 class Batching:
-    """Takes rows some at a time, and fewer once memory was short.
+    """Takes rows in batches, and smaller ones once memory was short.
 
     Args:
         size: Rows at a time.
@@ -52,7 +52,7 @@ class Batching:
         self._has_notified = False
 
     def over(self, items: Sequence[Item], work: Callable[[Sequence[Item]], Result]) -> Iterator[Result]:
-        """What `work` makes of the items, `size` at a time and in order.
+        """Yield what `work` makes of the items, `size` at a time and in order.
 
         Raises:
             JobError: Not even one fits.
@@ -98,7 +98,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def room_for_answers(model: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> list[int]:
-    """The longest answer that each prompt leaves room for; says so once where that is less than asked for.
+    """Return the longest answer that each prompt leaves room for; a notice says where that is less than asked for.
 
     Beyond a model's positions learned ones end in an index error, and rotary ones in text that gets worse unnoticed.
 
@@ -125,7 +125,7 @@ def room_for_answers(model: Any, prompts: Sequence[list[int]], max_new_tokens: i
 
 
 def alike(room: Sequence[int], lengths: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
-    """Prompts by the room for their answers, the shortest prompts first: (tokens, numbers of the prompts).
+    """Group prompts by the room for their answers, the shortest prompts first: (tokens, numbers of the prompts).
 
     Those with the same room go together, so that no row's answer is cut because of another row.
     """
@@ -146,7 +146,7 @@ def require_positions(model: Any, rows: Sequence[tuple[str, int]]) -> None:
 
 
 def positions_of(model: Any) -> int | None:
-    """Positions of a model; None: no limit is known."""
+    """Return the positions of a model; None: no limit is known."""
     config = model.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     positions: int | None = getattr(config, "max_position_embeddings", None)

@@ -18,7 +18,7 @@ MOST_ROWS = 100_000
 
 @dataclass(frozen=True)
 class Paired:
-    """Model B against model A on the same rows.
+    """The comparison of model B with model A on the same rows.
 
     Attributes:
         rows: How many were compared.

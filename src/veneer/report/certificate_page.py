@@ -10,7 +10,7 @@ ORDER = ("right to wrong", "wrong to right", "still wrong", "still right", None)
 
 
 def certificate_page(certificate: dict[str, Any]) -> str:
-    """The page as HTML.
+    """Render the page as HTML.
 
     Args:
         certificate: As `certificate.json` has it, or without the texts of its rows, as `veneer push` sends it.

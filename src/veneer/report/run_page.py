@@ -34,10 +34,10 @@ def write_run_page(folder: RunFolder) -> Path:
 
 
 def run_page(folder: Path) -> str:
-    """The page of a run as HTML; parts whose files are not there are left out.
+    """Render the page of a run as HTML; parts whose files are not there are left out.
 
     Args:
-        folder: The run's.
+        folder: The run's folder.
     """
     run = RunFolder(folder)
     page = environment()
@@ -64,7 +64,7 @@ def run_page(folder: Path) -> str:
 
 
 def shown_of(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Lines of samples.jsonl to show, by the rule SHOWN_BY; fewer where there are none such."""
+    """Choose lines of samples.jsonl to show, by the rule SHOWN_BY."""
     right = [sample for sample in samples if sample["tuned_right"]]
     wrong = [sample for sample in samples if not sample["tuned_right"]]
     return right[:2] + wrong[:1]
@@ -84,7 +84,7 @@ def _scores(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cell(unit: str, value: dict[str, float] | None, is_difference: bool) -> tuple[str, str]:
-    """A value and its interval."""
+    """Format a value and its interval."""
     if value is None:
         return "", ""
     sign = "+" if is_difference else ""
@@ -145,5 +145,5 @@ def _size(count: int) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A file's object; empty: there is no such file."""
+    """Read the object in a file; empty: there is no such file."""
     return read_json(path) if path.exists() else {}

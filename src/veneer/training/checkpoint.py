@@ -137,7 +137,7 @@ def verified(path: Path) -> dict[str, Any]:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint, or None."""
+    """Return the newest checkpoint, or None."""
     found = _all(folder)
     return found[-1] if found else None
 

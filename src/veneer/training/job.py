@@ -213,7 +213,7 @@ class TrainingJob:
         )
 
     def plan(self) -> dict[str, Any]:
-        """How the run is placed on this machine, and what is foreseen of it."""
+        """Return how the run is placed on this machine, and what is foreseen of it."""
         train = self.run.train
         return self.foreseen.as_dict() | {
             "machine": self.machine.as_dict(),
@@ -271,7 +271,7 @@ class TrainingJob:
 
 
 def finished(run: Run) -> Trained | None:
-    """What a run reported that is finished; None: it is not.
+    """Return the report of a finished run; None: it is not finished.
 
     Raises:
         UserError: It was another run: its settings differ.
@@ -306,7 +306,7 @@ def vary(part: Part, sizes: Any, rows: int) -> bool:
 
 
 def environment() -> dict[str, Any]:
-    """What a run ran on, for files that ship: no kernel's release, which can carry a host's name."""
+    """Return versions and platform, for files that ship: no kernel's release, which can carry a host's name."""
     versions = {name: metadata.version(name) for name in LIBRARIES}
     versions["veneer"] = veneer.__version__
     return {

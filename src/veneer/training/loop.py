@@ -1,4 +1,4 @@
-"""The loop: optimizer steps, logging, held-out losses, checkpoints, and a clean stop.
+"""The loop makes optimizer steps, logs them, measures held-out losses, writes checkpoints and stops cleanly.
 
 A step's loss is summed over its trained tokens and divided by their number, over all its micro-batches together, so
 that how a step is cut does not change it. Two things are checked that otherwise go wrong in silence: after the first
@@ -216,7 +216,7 @@ class Loop:
             raise JobError(f"the gradient of step {number + 1} is not finite\n  fix: lower train.learning_rate")
 
     def _require_gradients(self, sizes: list[float]) -> None:
-        """Checked once, after the first step whose gradients are finite.
+        """Check gradients once, after the first step in which they are finite.
 
         Args:
             sizes: Largest magnitude in the gradient of each B matrix.
@@ -232,7 +232,7 @@ class Loop:
             )
 
     def _checkpoint(self) -> Path:
-        """Where the checkpoint of this step stands, or would."""
+        """Return the path of this step's checkpoint, written or not."""
         return checkpoint.path_of(self._checkpoints, self.done)
 
     def _save(self) -> None:

@@ -56,7 +56,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records of a metrics.jsonl; a last line that a crash cut short is left out.
+    """Read all records of a metrics.jsonl; a last line that a crash cut short is left out.
 
     Raises:
         UserError: Another line is damaged.

@@ -88,7 +88,7 @@ def verify(run: Run, force: bool = False, on_check: Callable[[Check], None] = la
 def verify_parts(
     run: Run, parts: RunParts, choice: EngineChoice, on_check: Callable[[Check], None] = lambda check: None
 ) -> Verification:
-    """Check what is loaded; the adapter is afterwards what it was.
+    """Check a run that is loaded; the adapter is afterwards what it was.
 
     Args:
         run: The settings.
@@ -129,7 +129,7 @@ def _of_data(parts: RunParts) -> Iterator[Check]:
 
 
 def _agreement(parts: RunParts, engine: Engine, rows: list[Example]) -> Agreement | None:
-    """Fused against reference, on rows of several lengths and on rows of one; None: the run has no fused engine."""
+    """Compare both engines on rows of several lengths and on rows of one; None: the run has no fused engine."""
     if engine.is_reference:
         return None
     return agree(parts.model, engine, [Batch.of(rows), Batch.of(even_rows(parts.data.train, EVEN))])

@@ -23,7 +23,7 @@ def measure(rows: ScoredRows) -> dict[str, ShareRight]:
 
 
 def expected_answer(renderer: Renderer, conversation: Conversation) -> str:
-    """The answer that the model is to give to a row's last question.
+    """Return the answer that the model is to give to a row's last question.
 
     Raises:
         UserError: The row cannot be rendered.
@@ -32,7 +32,7 @@ def expected_answer(renderer: Renderer, conversation: Conversation) -> str:
 
 
 def final_text(answer: str) -> str:
-    """What stands behind the reasoning of an answer; all of it where there is none, or nothing behind it."""
+    """Return what follows the reasoning of an answer; all of it where there is none, or nothing follows."""
     return answer.rpartition("</think>")[2].strip() or answer.strip()
 
 
@@ -42,7 +42,7 @@ def is_right(answer: str, reference: str) -> bool:
 
 
 def _comparable(text: str) -> str | tuple[str, ...]:
-    """The text; where it holds calls, what stands beside them and each as JSON of one form."""
+    """Return the text; where it holds calls, the text beside them and each call as JSON of one form."""
     found = CALL.findall(text)
     if not found:
         return text
