@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from tests.support.notices import notified
-from tests.support.runs import tiny_run, write_rows
+from tests.support.runs import StopAt, tiny_run, write_rows
 from veneer.api.train import finish
+from veneer.config import Interrupted, RunFolder
 from veneer.config.notify import Notices, collected, kept_in, notify, notify_on_error
 from veneer.training import TrainingJob
 
@@ -84,10 +85,19 @@ def test_what_decorates_a_result_costs_nothing() -> None:
 def test_a_run_keeps_what_was_said_while_it_was_loaded_and_trained(
     tiny_model: Callable[..., Path], tmp_path: Path, rows: list[dict[str, Any]]
 ) -> None:
-    run = tiny_run(tiny_model(), write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "run", train={"max_steps": 2})
+    train = {"max_steps": 3, "save_steps": 1}
+    run = tiny_run(tiny_model(), write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "run", train=train)
     with collected():
         notify("said while it is loaded", "info")
         job = TrainingJob(run)
         assert not (tmp_path / "run").exists()
-        finish(job, [])
-    assert [event["message"] for event in lines(tmp_path / "run" / "events.jsonl")] == ["said while it is loaded"]
+        with pytest.raises(Interrupted):
+            finish(job, [StopAt(2)])
+    job = TrainingJob(run, resume=True)
+    assert job.done == 1
+    finish(job, [])
+    folder = RunFolder(tmp_path / "run")
+    assert [event["message"] for event in lines(folder.events)] == [
+        "said while it is loaded",
+        f"resuming from {folder.checkpoints / 'step-000001'}",
+    ]

@@ -41,11 +41,14 @@ def _show_version(is_asked: bool) -> None:
 
 @app.callback()
 def _common(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    pass
+    from veneer.config.notify import collected
+
+    context.with_resource(collected())
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -67,9 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what its encoding does not have is shown as an escape
     words = _spelled([argument for argument in given if argument != "--debug"])
-    from veneer.config.notify import collected
-
-    with lasting_output() as output, polite_kills(), collected():
+    with lasting_output() as output, polite_kills():
         status = _run(words, debug) or output.status()
     sys.exit(status)
 
