@@ -4,6 +4,7 @@ Exit status: 0 done; 1 the job or a gate failed; 2 the input is wrong; 130 inter
 with --debug, which may stand anywhere on the line.
 """
 
+import contextlib
 import errno
 import io
 import os
@@ -41,14 +42,11 @@ def _show_version(is_asked: bool) -> None:
 
 @app.callback()
 def _common(
-    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    from veneer.config.notify import collected
-
-    context.with_resource(collected())
+    pass
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -70,7 +68,11 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what its encoding does not have is shown as an escape
     words = _spelled([argument for argument in given if argument != "--debug"])
-    with lasting_output() as output, polite_kills():
+    with lasting_output() as output, polite_kills(), contextlib.ExitStack() as stack:
+        if words and "--help" not in words:  # help imports nothing of Veneer's
+            from veneer.config.notify import collected
+
+            stack.enter_context(collected())
         status = _run(words, debug) or output.status()
     sys.exit(status)
 
