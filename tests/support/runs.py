@@ -46,10 +46,6 @@ class StopAt:
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_start(self, steps: int, done: int) -> None: ...
-
-    def on_record(self, record: dict[str, Any]) -> None:
+    def __call__(self, record: dict[str, Any]) -> None:
         if record["step"] == self.step:
             raise Interrupted(Path())
-
-    def on_end(self) -> None: ...

@@ -13,6 +13,15 @@ from tests.support.runs import losses, tiny_run, write_rows
 from veneer.cli.main import main
 from veneer.config import hub
 from veneer.config.load import to_yaml
+from veneer.config.notify import Notices, collected
+
+USUAL = ("--force overrides", "the 4-bit weights", "the tokenizer kind")  # what tests make happen on purpose
+
+
+class Forgetful(set[str]):
+    """A set that nothing is ever in."""
+
+    def add(self, message: str) -> None: ...
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -29,6 +38,23 @@ def _interruptible() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
+def notices() -> Iterator[Notices]:
+    """A warning that no test expects (`notified`) fails the test, as Python's own warnings do."""
+    with collected() as notices:
+        notices.said = Forgetful()  # commands of one test say the same again, as they do in processes of their own
+        yield notices
+    unexpected = [event["message"] for event in notices.events if event["level"] == "warning"]
+    assert [message for message in unexpected if not message.startswith(USUAL)] == []
+
+
+@pytest.fixture
+def any_notice(notices: Notices) -> Iterator[None]:
+    """For tests in which some cases warn."""
+    yield
+    notices.events.clear()
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import veneer
+from tests.support.notices import notified
 from tests.support.runs import tiny_run, write_rows
 from tests.support.tiny import ARCHITECTURES, FAMILIES, save_tiny_model
 from veneer.config import UserError
@@ -38,7 +39,7 @@ TABLE: dict[str, tuple[str, ...]] = {
 IDS_BL = torch.arange(5, 21)[None]
 
 
-@pytest.mark.filterwarnings("ignore:adapter.target_modules = all-linear leaves:RuntimeWarning")
+@pytest.mark.usefixtures("any_notice")
 @pytest.mark.parametrize("name", TABLE)
 def test_an_architecture_works_or_says_why_not(name: str, tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     save_tiny_model((FAMILIES | ARCHITECTURES)[name], tmp_path / "base")
@@ -103,7 +104,7 @@ def test_experts_without_an_adapter_are_told(tmp_path: Path, rows: list[dict[str
         tmp_path / "base", write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "run", train={"max_steps": 1}
     )
     assert "experts" in {advice.id for advice in veneer.plan(run).foreseen.advice}
-    with pytest.warns(RuntimeWarning, match=r"all-linear leaves \d+% of the weights without an adapter: .*experts"):
+    with notified(r"all-linear leaves \d+% of the weights without an adapter: .*experts"):
         veneer.train(run)
 
 

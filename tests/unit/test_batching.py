@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import veneer
+from tests.support.notices import notified
 from tests.support.runs import losses as losses_of
 from tests.support.runs import tiny_run, write_rows
 from tests.support.tiny import FAMILIES, save_tiny_model, tiny_tokenizer
@@ -41,7 +42,7 @@ def doubled(most: int, error: Exception) -> tuple[Callable[[Sequence[int]], list
 def test_rows_are_halved_once_memory_is_short_and_none_is_lost(error: Exception) -> None:
     work, tried = doubled(5, error)
     batching = Batching(16)
-    with pytest.warns(RuntimeWarning, match="out of memory with 16 rows at a time: going on with 8") as said:
+    with notified("out of memory with 16 rows at a time: going on with 8") as said:
         results = [n for part in batching.over(range(20), work) for n in part]
     assert results == [2 * n for n in range(20)]
     assert tried == [16, 8, 4, 4, 4, 4, 4]
@@ -52,7 +53,7 @@ def test_rows_are_halved_once_memory_is_short_and_none_is_lost(error: Exception)
 
 def test_one_row_that_does_not_fit_ends_with_advice() -> None:
     work, tried = doubled(0, SHORTAGES[0])
-    with pytest.warns(RuntimeWarning), pytest.raises(JobError, match=r"one row at a time\n  fix: .*max_new_tokens"):
+    with notified(""), pytest.raises(JobError, match=r"one row at a time\n  fix: .*max_new_tokens"):
         list(Batching(4).over(range(4), work))
     assert tried == [4, 2, 1]
 
@@ -87,7 +88,7 @@ def test_scores_do_not_depend_on_memory_that_runs_out(job: TrainingJob, monkeypa
         return forward(self, input_ids, **more)
 
     monkeypatch.setattr(type(base), "forward", short_of_memory)
-    with pytest.warns(RuntimeWarning, match="out of memory with 16") as said:
+    with notified("out of memory with 16") as said:
         short = Scorer(job.model, job.engine, job.renderer, held_out, job.run.evaluate).compare()
     assert len(said) == 1, "once for base and tuned model together"
     assert max(sizes) <= 3
@@ -128,12 +129,10 @@ def test_answers_end_where_the_models_positions_end(family: str, tmp_path: Path)
         read.append(kwargs["input_ids"].shape[1] + (0 if past is None else past.get_seq_length()))
 
     model.register_forward_pre_hook(count, with_kwargs=True)
-    with pytest.warns(
-        RuntimeWarning, match=r"3 of 6 prompts leave room for answers of fewer than 20 .*positions for 40"
-    ):
+    with notified(r"3 of 6 prompts leave room for answers of fewer than 20 .*positions for 40"):
         together = generate(model, renderer, prompts, 20)
     assert 36 < max(read) <= 40
-    with pytest.warns(RuntimeWarning):
+    with notified(""):
         assert generate(model, renderer, prompts, 20, batch_size=1) == together, "none is cut because of another"
 
 
@@ -184,7 +183,7 @@ def test_a_held_out_loss_goes_on_with_fewer_rows(
         return losses_of(tmp_path / name, "eval")[-1]
 
     roomy = held_out_loss("roomy", 16)
-    with pytest.warns(RuntimeWarning, match="with 16 rows at a time: going on with 4"):
+    with notified("with 16 rows at a time: going on with 4"):
         assert held_out_loss("short", 5) == pytest.approx(roomy, rel=1e-5)
     with pytest.raises(JobError, match="out of memory with one held-out row"):
         held_out_loss("shorter", 0)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import veneer
 from tests.support.engines import batch_of, model_of
+from tests.support.notices import notified
 from tests.support.runs import StopAt, losses, tiny_run, write_rows
 from veneer.config import Interrupted, JobError, RunFolder, Train, UserError
 from veneer.data import Batch
@@ -138,7 +139,7 @@ def test_a_wrong_kernel_makes_the_run_fall_back_loudly(
     make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choose, "FUSED_DEVICES", ("cpu",))
-    with pytest.warns(RuntimeWarning, match=rf"most in model\.{WRONG} by 0\.5 .*goes on with the reference engine"):
+    with notified(rf"most in model\.{WRONG} by 0\.5 .*goes on with the reference engine"):
         veneer.train(make_run("fallen", "auto"))
     veneer.train(make_run("plain", "reference"))
     assert losses(tmp_path / "fallen") == losses(tmp_path / "plain")

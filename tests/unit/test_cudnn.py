@@ -8,6 +8,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
+from tests.support.notices import notified
 from veneer.engine.fused import attention, cudnn
 from veneer.engine.fused.attention import Attention, Documents
 from veneer.engine.fused.cudnn import ROOM_BYTES, Call, Layout
@@ -118,7 +119,7 @@ def no_plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_without_the_library_flash_does_it_and_says_so(no_plans: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cudnn", None)
-    with pytest.warns(UserWarning, match=r"goes through flash, which is slower: cuDNN has no plan for rows of 512"):
+    with notified(r"goes through flash, which is slower: cuDNN has no plan for rows of 512"):
         assert not cudnn.is_able(2, 512, LLAMA)
 
 
@@ -143,5 +144,5 @@ def test_what_cudnn_refuses_flash_does_and_says_why(no_plans: None, monkeypatch:
 
     monkeypatch.setattr(library, "pygraph", Refuses)
     monkeypatch.setattr(cudnn, "_handle", lambda device: None)
-    with pytest.warns(UserWarning, match="no deterministic engine"):
+    with notified("no deterministic engine"):
         assert not cudnn.is_able(2, 512, LLAMA)

@@ -17,6 +17,7 @@ import datasets
 import pytest
 import torch
 
+from tests.support.notices import notified
 from tests.support.runs import write_rows
 from veneer.cli.terminal import Terminal
 from veneer.config import JobError, Model, RunFolder, UserError, load_run
@@ -367,7 +368,7 @@ def test_a_configuration_that_builds_no_model_is_told(tmp_path: Path, tiny_model
 def test_records_that_nest_too_deeply_count_as_damaged(tmp_path: Path) -> None:
     for name in ("checksums.json", "config.json", "source.json"):
         (tmp_path / name).write_bytes(b"[" * 100_000)
-    with pytest.warns(RuntimeWarning, match="damaged; the rows are tokenized again"):
+    with notified("damaged; the rows are tokenized again"):
         assert not is_sound(tmp_path)
     assert config_sha256(BaseSource("folder", str(tmp_path), "nested")) is None
     (tmp_path / "run").mkdir()

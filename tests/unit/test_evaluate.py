@@ -14,8 +14,10 @@ from veneer.config import UserError
 from veneer.config.sampling import Sampling
 from veneer.data import Message
 from veneer.evaluation import Scorer, generate
-from veneer.evaluation.compare import Evaluation, Sample, Score
-from veneer.evaluation.intervals import perplexity, proportion
+from veneer.evaluation.compare import Evaluation, Score
+from veneer.evaluation.intervals import proportion
+from veneer.evaluation.metrics import Sample, ScoredRows, measure
+from veneer.evaluation.metrics.perplexity import Perplexity
 from veneer.training import TrainingJob
 
 
@@ -28,11 +30,11 @@ def test_wilsons_interval() -> None:
 
 
 def test_perplexity_weighs_tokens_and_its_interval_holds_the_value() -> None:
-    interval = perplexity([2.0, 9.0], [2, 3])
+    interval = Perplexity([2.0, 9.0], [2, 3]).interval
     assert interval.value == pytest.approx(math.exp(11 / 5))
     assert interval.low == pytest.approx(math.e)
     assert interval.high == pytest.approx(math.exp(3))
-    assert perplexity([1.0] * 9, [1] * 9).low == pytest.approx(math.e)
+    assert Perplexity([1.0] * 9, [1] * 9).interval.low == pytest.approx(math.e)
 
 
 @pytest.fixture
@@ -114,9 +116,10 @@ def test_pieces_of_a_long_text_are_one_row(tiny_model: Callable[..., Path], tmp_
     held_out = job.data.held_out()
     assert len(held_out) > 6
     found = Scorer(job.model, job.engine, job.renderer, held_out, job.run.evaluate).compare().tuned
-    assert (found.rows, len(found.losses), len(found.tokens)) == (3, 3, 3)
-    assert sum(found.tokens) == sum(row.example.weight for row in held_out)
-    assert found.metrics["perplexity"] == perplexity(found.losses, found.tokens)
+    perplexity = found.results["perplexity"]
+    assert isinstance(perplexity, Perplexity)
+    assert (found.rows, len(perplexity.losses), len(perplexity.tokens)) == (3, 3, 3)
+    assert sum(perplexity.tokens) == sum(row.example.weight for row in held_out)
     record = veneer.evaluate(job.folder.path, rows=2)
     assert (record.is_record, record.file.name, record.as_dict()["rows"]) == (False, "held-out-2-rows.json", 2)
 
@@ -124,8 +127,7 @@ def test_pieces_of_a_long_text_are_one_row(tiny_model: Callable[..., Path], tmp_
 def test_better_means_beyond_chance() -> None:
     def score(hits: int) -> Score:
         samples = [Sample("", "", "a", "a" if n < hits else "b") for n in range(20)]
-        right = [sample.is_right for sample in samples]
-        return Score({"exact_match": proportion(sum(right), 20)}, samples, 20, {"exact_match": right})
+        return Score(measure(ScoredRows(samples)), samples, 20)
 
     assert Evaluation(score(1), score(15)).is_better
     assert not Evaluation(score(9), score(10)).is_better

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from veneer.evaluation.compare import Evaluation, Sample, Score
-from veneer.evaluation.fields import field_scores, shared_keys
-from veneer.evaluation.intervals import perplexity, perplexity_difference, proportion
+from veneer.evaluation.compare import Evaluation, Score
+from veneer.evaluation.metrics import Sample, ScoredRows, measure
+from veneer.evaluation.metrics.json_fields import field_scores, shared_keys
+from veneer.evaluation.metrics.perplexity import Perplexity
 
 REFERENCE = '{"team": "sales", "count": 1, "product": null}'
 
@@ -45,10 +46,7 @@ def test_evaluation_has_a_paired_difference_of_each_metric() -> None:
 
     def score(answers: list[str], losses: list[float]) -> Score:
         samples = [Sample("", "", *pair) for pair in zip(references, answers, strict=True)]
-        right = {"exact_match": [sample.is_right for sample in samples]} | field_scores(answers, references)
-        metrics = {name: proportion(sum(rows), 10) for name, rows in right.items()}
-        tokens = [2.0] * 10
-        return Score(metrics | {"perplexity": perplexity(losses, tokens)}, samples, 10, right, losses, tokens)
+        return Score(measure(ScoredRows(samples, losses, [2.0] * 10)), samples, 10)
 
     guesses = ['{"team": "a", "urgency": "low"}'] * 10
     found = Evaluation(score(guesses, [4.0] * 10), score(references, [1.0] * 10)).as_dict()["metrics"]
@@ -62,6 +60,7 @@ def test_evaluation_has_a_paired_difference_of_each_metric() -> None:
 
 def test_a_difference_of_perplexities_pairs_the_rows() -> None:
     hard, easy = [8.0, 1.0, 5.0, 2.0, 9.0, 3.0] * 5, [8.5, 1.5, 5.5, 2.5, 9.5, 3.5] * 5
-    apart = perplexity(easy, [4] * 30).high - perplexity(hard, [4] * 30).low
-    found = perplexity_difference(hard, easy, [4] * 30)
+    base, tuned = Perplexity(hard, [4] * 30), Perplexity(easy, [4] * 30)
+    apart = tuned.interval.high - base.interval.low
+    found = tuned.difference(base)
     assert 0 < found.low < found.value < found.high < apart

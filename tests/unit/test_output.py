@@ -30,17 +30,16 @@ def lines(text: str) -> list[str]:
     return [line.rstrip() for line in re.split(r"[\r\n]+", plain) if line.strip()]
 
 
-def train(listener: LiveProgress, steps: int) -> None:
-    listener.on_start(steps, 0)
-    for step in range(1, steps + 1):
-        listener.on_record(STEP | {"step": step})
-    listener.on_record({"kind": "eval", "step": steps, "loss": 1.25})
-    listener.on_end()
+def train(progress: LiveProgress, steps: int) -> None:
+    with progress:
+        for step in range(1, steps + 1):
+            progress(STEP | {"step": step})
+        progress({"kind": "eval", "step": steps, "loss": 1.25})
 
 
 def test_training_in_a_log_file_is_ten_lines_without_control_codes() -> None:
     out, file = console(80, is_terminal=False)
-    train(LiveProgress(out, step_seconds=30.0), 100)
+    train(LiveProgress(out, 100, step_seconds=30.0), 100)
     told = file.getvalue()
     assert "\x1b" not in told
     assert "\r" not in told
@@ -55,11 +54,10 @@ def test_slow_steps_are_told_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     out, file = console(80, is_terminal=False)
-    listener = LiveProgress(out)
-    listener.on_start(1000, 0)
-    for step in range(1, 4):
-        now[0] += 61
-        listener.on_record(STEP | {"step": step})
+    with LiveProgress(out, 1000) as progress:
+        for step in range(1, 4):
+            now[0] += 61
+            progress(STEP | {"step": step})
     told = file.getvalue().splitlines()
     assert len(told) == 4
     assert told[1].endswith("16:55:39 left")  # 999 x 61 s
@@ -68,14 +66,12 @@ def test_slow_steps_are_told_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("width", [80, 120])
 def test_training_stays_within_the_terminal(width: int) -> None:
     out, file = console(width, is_terminal=True)
-    listener = LiveProgress(out, step_seconds=30.0)
-    listener.on_start(12000, 0)
-    listener._progress.refresh()
-    drawn = lines(file.getvalue())
-    assert any("first step" in line and "of about 100:00:00 foreseen" in line for line in drawn)
-    listener.on_record(STEP | {"step": 11000})
-    listener._progress.refresh()
-    listener.on_end()
+    with LiveProgress(out, 12000, step_seconds=30.0) as progress:
+        progress._progress.refresh()
+        drawn = lines(file.getvalue())
+        assert any("first step" in line and "of about 100:00:00 foreseen" in line for line in drawn)
+        progress(STEP | {"step": 11000})
+        progress._progress.refresh()
     drawn = lines(file.getvalue())
     assert any("11000/12000 loss 1.5000  123,456 tok/s  79.00 GiB" in line and " left" in line for line in drawn)
     assert max(map(len, drawn)) <= width
@@ -83,9 +79,9 @@ def test_training_stays_within_the_terminal(width: int) -> None:
 
 def test_bars_and_states_are_not_drawn_into_a_file(capfd: pytest.CaptureFixture[str]) -> None:
     out, file = console(80, is_terminal=False)
-    for bar, move in (answer_progress(out, 4, "answering"), byte_progress(out, "merging")):
-        with bar:
-            move(2)
+    with answer_progress(out, 4, "answering") as move, byte_progress(out, "merging") as move_bytes:
+        move(2)
+        move_bytes(2)
     with Status(out, "loading") as status:
         status.update("checking")
     assert file.getvalue() == ""

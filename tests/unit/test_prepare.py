@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.support.notices import notified
 from tests.support.rows import CHAT, jsonl, prepared, refused, renderer, text_of, trained_text, turns
 from tests.support.tiny import tiny_tokenizer
 from veneer.config import Data, UserError
@@ -569,5 +570,5 @@ def test_a_damaged_account_or_list_of_checksums_is_told(tmp_path: Path, content:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=r"account\.json: (damaged|cannot be read)"):
         Corpus(tmp_path)
-    with pytest.warns(RuntimeWarning, match="damaged; the rows are tokenized again"):
+    with notified("damaged; the rows are tokenized again"):
         assert not is_sound(tmp_path)

@@ -11,8 +11,8 @@ from tests.support.tiny import tiny_tokenizer
 from veneer.data import Conversation, Message
 from veneer.evaluation.decoding import answer_text
 from veneer.evaluation.examples import examples_of
-from veneer.evaluation.fields import right_rows
-from veneer.evaluation.right import expected_answer, is_right
+from veneer.evaluation.metrics.exact_match import expected_answer, is_right
+from veneer.evaluation.metrics.json_fields import right_rows
 
 TEMPLATES = Path(__file__).parent / "templates"
 CALL = {"name": "lamp", "arguments": {"on": True}}

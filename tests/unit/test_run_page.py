@@ -36,8 +36,11 @@ def folder(tmp_path: Path) -> RunFolder:
     run = RunFolder(tmp_path / "demo")
     settings = Run.model_validate({"model": {"base": "smollm2-135m-instruct"}, "data": {"train": "rows.jsonl"}})
     write_text(run.run, to_yaml(settings))
-    values = {name: SHARE for name in ("base", "base_with_examples", "tuned", "difference", "difference_with_examples")}
+    values: dict[str, Any] = {
+        name: SHARE for name in ("base", "base_with_examples", "tuned", "difference", "difference_with_examples")
+    }
     paired = {"rows": 120, "wrong_to_right": 3, "right_to_wrong": 1, "verdict": "same", "difference": SHARE}
+    values["unit"] = "share"
     metrics = {"record": values | {"tuned": SHARE | {"value": 0.875}}, "field.team": values}
     write_json(run.evaluation, {"metrics": metrics, "rows": 120, "exported": paired})
     lines = [sample("a", False), sample("b", True), sample("c", True), sample("d", True)]

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import veneer
+from tests.support.notices import notified
 from tests.support.runs import losses, tiny_run, write_rows
 from veneer.api.train import finish
 from veneer.cli.lasting import Lasting, polite_kills
@@ -25,7 +26,7 @@ from veneer.config.folder import remove
 from veneer.model import BaseSource
 from veneer.release.publish.card import licence
 from veneer.report.run_page import run_page
-from veneer.training import Listener, TrainingJob, finished
+from veneer.training import TrainingJob, finished
 from veneer.training import job as job_module
 from veneer.training.metrics import MetricsFile, read_metrics
 
@@ -61,19 +62,15 @@ def folder(run_file: Path) -> RunFolder:
     return RunFolder(load_run(run_file).train.output_dir)
 
 
-class Hears(Listener):
+class Hears:
     """Does something when a step has been logged."""
 
     def __init__(self, step: int, do: Callable[[], None], kind: str = "train") -> None:
         self._step, self._do, self._kind = step, do, kind
 
-    def on_start(self, steps: int, done: int) -> None: ...
-
-    def on_record(self, record: dict[str, Any]) -> None:
+    def __call__(self, record: dict[str, Any]) -> None:
         if (record["step"], record["kind"]) == (self._step, self._kind):
             self._do()
-
-    def on_end(self) -> None: ...
 
 
 def fails() -> None:
@@ -315,8 +312,8 @@ def test_a_worker_ends_with_its_parent() -> None:
 def test_a_line_of_metrics_that_fails_is_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = MetricsFile(tmp_path / "metrics.jsonl")
     records = [{"kind": "train", "step": n, "loss": 1.0} for n in range(1, 5)]
-    file.on_start(4, 0)
-    file.on_record(records[0])
+    file.restart(0)
+    file.append(records[0])
     real = Path.open
 
     def broken(self: Path, *given: Any) -> Any:
@@ -325,11 +322,11 @@ def test_a_line_of_metrics_that_fails_is_written_later(tmp_path: Path, monkeypat
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(Path, "open", broken)
-    with pytest.warns(RuntimeWarning, match=r"metrics\.jsonl: cannot be written \(Input/output error\)"):
-        file.on_record(records[1])
-    file.on_record(records[2])  # told once
+    with notified(r"metrics\.jsonl: cannot be written \(Input/output error\)"):
+        file.append(records[1])
+    file.append(records[2])  # said once
     monkeypatch.undo()
-    file.on_record(records[3])
+    file.append(records[3])
     assert read_metrics(tmp_path / "metrics.jsonl") == records
 
 
@@ -345,7 +342,7 @@ def test_metrics_that_cannot_be_written_cost_no_adapter(
         return real(self, *given, **more)
 
     monkeypatch.setattr(Path, "open", broken)
-    with pytest.warns(RuntimeWarning, match="cannot be written"):
+    with notified("cannot be written"):
         trained = veneer.train(run)
     assert trained.final_loss is not None
     assert (run.train.output_dir / "adapter" / "README.md").is_file()
@@ -358,7 +355,7 @@ def test_a_held_out_loss_that_is_not_finite_costs_no_adapter(
     job = TrainingJob(run)
     judge = job.engine.losses
     monkeypatch.setattr(job.engine, "losses", lambda batch: judge(batch) * math.nan)
-    with pytest.warns(RuntimeWarning, match=r"the held-out loss after step \d is nan"):
+    with notified(r"the held-out loss after step \d is nan"):
         finish(job)
     folder = run.train.output_dir
     assert losses(folder, "eval") == [None] * 3
@@ -375,7 +372,7 @@ def test_what_decorates_a_run_costs_no_adapter(
 
     monkeypatch.setattr(f"veneer.api.train.{part}", breaks)
     run = make()
-    with pytest.warns(RuntimeWarning, match=r"could not be written \(KeyError: 'odd'\)"):
+    with notified(r"could not be written \(KeyError: 'odd'\)"):
         veneer.train(run)
     assert {"adapter_model.safetensors", "passport.json"} <= {
         path.name for path in RunFolder(run.train.output_dir).adapter.iterdir()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import veneer
+from tests.support.notices import notified
 from tests.support.runs import losses, tiny_run, write_rows
 from tests.support.tiny import CHATML
 from veneer.config import Interrupted, JobError, RunFolder, Train, UserError
@@ -51,13 +52,9 @@ class StopAfter:
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_start(self, steps: int, done: int) -> None: ...
-
-    def on_record(self, record: dict[str, Any]) -> None:
+    def __call__(self, record: dict[str, Any]) -> None:
         if record["step"] == self.step:
             os.kill(os.getpid(), signal.SIGINT)
-
-    def on_end(self) -> None: ...
 
 
 def test_two_runs_of_the_same_file_give_the_same_losses(train: Runner) -> None:
@@ -250,7 +247,7 @@ def test_a_run_that_fails_after_its_last_step_is_resumed_from_there(train: Runne
     whole = train(**settings)
 
     class Fails(StopAfter):
-        def on_record(self, record: dict[str, Any]) -> None:
+        def __call__(self, record: dict[str, Any]) -> None:
             if record["kind"] == "eval":
                 raise RuntimeError
 
@@ -372,7 +369,7 @@ def test_a_damaged_token_cache_is_made_anew(train: Runner, empty_cache: Path) ->
     content = bytearray(ids.read_bytes())
     content[40] ^= 1
     ids.write_bytes(content)
-    with pytest.warns(RuntimeWarning, match="damaged; the rows are tokenized again"):
+    with notified("damaged; the rows are tokenized again"):
         again = train()
     assert losses(again) == losses(whole)
 

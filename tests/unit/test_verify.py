@@ -66,7 +66,7 @@ def test_a_healthy_run_passes_and_is_left_as_it_was(
     assert failed(found) == set()
     assert list(found.checks) == heard
     fused = [check for check in found.checks if check.id.startswith("fused-")]
-    assert all((check.value is None) == (engine == "auto") == (check.note is not None) for check in fused)
+    assert all((check.value is None) == (engine == "auto") == (check.detail != "") for check in fused)
     assert found.choice.engine is choice.engine
     after = dict(parts.model.named_parameters())
     assert set(after) == set(before)
@@ -92,7 +92,8 @@ def test_a_wrong_kernel_is_found_and_its_layer_named(
     run = make_run()
     found = verify_parts(run, *with_engine(run))
     assert failed(found) == {"fused-gradient", "fused-matrix"}
-    assert {check.worst for check in found.checks if not check.passed} == {"model.layers.1.self_attn.v_proj.lora_B"}
+    details = {check.detail for check in found.checks if not check.passed}
+    assert details == {"worst in model.layers.1.self_attn.v_proj.lora_B"}
     assert found.choice.engine.name == "reference", "what the run would train with"
 
 
@@ -104,7 +105,7 @@ def test_a_kernel_that_cannot_run_is_told(make_run: MakeRun, monkeypatch: pytest
     run = make_run()
     found = verify_parts(run, *with_engine(run))
     assert failed(found) == {"fused-loss", "fused-gradient", "fused-matrix"}
-    assert {check.note for check in found.checks if not check.passed} == {"no kernel image is available"}
+    assert {check.detail for check in found.checks if not check.passed} == {"no kernel image is available"}
     assert found.choice.engine.name == "reference"
 
 
@@ -123,7 +124,7 @@ def test_an_adapter_without_gradient_is_found(make_run: MakeRun) -> None:
     found = verify_parts(run, parts, choice)
     assert failed(found) == {"gradients"}
     (check,) = (check for check in found.checks if not check.passed)
-    assert (check.value, check.worst) == (1, "model.layers.1.mlp.up_proj.lora_A")
+    assert (check.value, check.detail) == (1, "worst in model.layers.1.mlp.up_proj.lora_A")
 
 
 def test_targets_that_are_shifted_are_found(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,4 +209,4 @@ def test_plain_text_has_no_turns_to_end(make_run: MakeRun, tmp_path: Path) -> No
     found = verify_parts(run, *with_engine(run))
     assert found.passed
     (check,) = (check for check in found.checks if check.id == "end-of-turn")
-    assert (check.value, check.note) == (None, "plain text has no turns")
+    assert (check.value, check.detail) == (None, "plain text has no turns")

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from veneer.api.evaluate import held_out_rows
-from veneer.api.warned import or_warn
 from veneer.config import UserError
+from veneer.config.notify import notify_on_error
 from veneer.data.pipeline import HeldOut
 from veneer.model import TunedModel, find_tuned
 from veneer.release import (
@@ -28,7 +28,7 @@ def certify(
     rows: int | None = None,
     base: str | None = None,
     force: bool = False,
-    notify: Callable[[str], None] = lambda what: None,
+    on_status: Callable[[str], None] = lambda what: None,
     model: str | None = None,
 ) -> tuple[Certificate, Path]:
     """Put what ships beside the adapter it came from, and write certificate.json and its page.
@@ -39,7 +39,7 @@ def certify(
         rows: At most so many held-out rows; None: as many as the run evaluates (`evaluate.rows`).
         base: Another base than the adapter names.
         force: Go on although the adapter does not belong to the base.
-        notify: Called with what is being done.
+        on_status: Called with what is being done.
         model: Which model of a server that has several, as a server of adapters does.
 
     Returns:
@@ -52,14 +52,14 @@ def certify(
     found = find_artifact(artifact, tuned, model)
     own = None if tuned.is_checkpoint else tuned.folder  # a checkpoint's proof is none of its run's adapter
     prompts, longest, skipped = questions_of(tuned, rows)
-    certificate = certify_artifact(found, tuned, prompts, longest, skipped, recorded_answers(tuned), notify)
+    certificate = certify_artifact(found, tuned, prompts, longest, skipped, recorded_answers(tuned), on_status)
     page = certificate_page(certificate.as_dict())
     targets = [] if found.path is None else [found.path if found.path.is_dir() else found.path.parent]
     targets += [] if own is None else [own.path]
     for target in targets or [Path()]:
         write_certificate(certificate, target, page)
     if own is not None:
-        or_warn("the card", lambda: renew_card(own, tuned.model))
+        notify_on_error("the card", lambda: renew_card(own, tuned.model))
     return certificate, (targets or [Path()])[0]
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from veneer.api.load import load
-from veneer.api.warned import or_warn
 from veneer.config import Model, Run, RunFolder, UserError, load_run
 from veneer.config.files import read_json
 from veneer.config.folder import write_json, write_text
 from veneer.config.names import require_run
+from veneer.config.notify import kept_in, notify_on_error
 from veneer.data import Renderer
 from veneer.data.pipeline import HeldOut, prepare, read_held_out
 from veneer.engine import ReferenceEngine
@@ -82,7 +82,8 @@ def evaluate(
     at_a_time = rows_at_a_time(run, Padded(len(held_out), *most), loaded.target)
     settings = run.evaluate.model_copy(update={"batch_size": at_a_time})
     engine = ReferenceEngine(loaded.model)  # judges by other code than the adapter was trained by
-    result = Scorer(loaded.model, engine, loaded.renderer, held_out, settings).compare(on_done)
+    with kept_in(folder.events):
+        result = Scorer(loaded.model, engine, loaded.renderer, held_out, settings).compare(on_done)
     if is_record and not force:
         return Evaluated(result, save_evaluation(folder, result, loaded.base), True)
     name = f"{Path(data).name.split('.')[0] if data else 'held-out'}-{count}-rows"
@@ -102,7 +103,7 @@ def save_evaluation(folder: RunFolder, evaluation: Evaluation, model: Model | No
     facts = {"judged": judged_by(run, folder.adapter, dtype)}
     write_text(folder.samples, _sample_lines(evaluation))
     write_json(folder.evaluation, evaluation.as_dict() | facts)
-    or_warn("the card", lambda: renew_card(folder, model))
+    notify_on_error("the card", lambda: renew_card(folder, model))
     return folder.evaluation
 
 

@@ -1,12 +1,12 @@
 """An adapter as a GGUF file."""
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from veneer.api.merge import chosen_base
 from veneer.config import UserError
+from veneer.config.notify import notify
 from veneer.config.options import require_known
 from veneer.data.pipeline import prepare
 from veneer.model import TunedModel, find_tuned
@@ -66,7 +66,7 @@ def _importance(tuned: TunedModel) -> Importance | None:
     try:
         rows = prepare(tuned.run.data, tuned.renderer, tuned.run.train.seed).train
     except UserError as error:
-        warnings.warn(f"no importance matrix: {str(error).splitlines()[0]}", RuntimeWarning, stacklevel=3)
+        notify(f"no importance matrix: {str(error).splitlines()[0]}", where="--imatrix")
         return None
     count = min(IMPORTANCE_ROWS, len(rows))
     return measure_importance(tuned.load(tuned.dtype), [rows[n * len(rows) // count] for n in range(count)])

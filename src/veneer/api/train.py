@@ -1,11 +1,10 @@
 """Training a run, and what is written beside its adapter."""
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from veneer.api.warned import or_warn
 from veneer.config import Run
+from veneer.config.notify import collected, notify, notify_on_error
 from veneer.release import write_card, write_passport
 from veneer.report import plot_loss
 from veneer.training import Listener, Resume, Trained, TrainingJob, finished
@@ -25,7 +24,7 @@ def train(
         run: The settings.
         resume: Go on from the run's last checkpoint. "auto": begin where there is no run yet, go on where there is
             one, and give the report of one that is finished.
-        listeners: Hear of each step.
+        listeners: Called with each record of metrics.jsonl: a logged step or an evaluation.
         force: Start even if it is foreseen not to fit.
         overwrite: Replace the run that is in its folder.
 
@@ -35,19 +34,19 @@ def train(
     """
     if resume == "auto" and (trained := finished(run)) is not None:
         return trained
-    job = TrainingJob(run, resume, force, overwrite)
-    if job.choice.warning:
-        warnings.warn(job.choice.warning, RuntimeWarning, stacklevel=2)
-    return finish(job, listeners)
+    with collected():
+        return finish(TrainingJob(run, resume, force, overwrite), listeners)
 
 
 def finish(job: TrainingJob, listeners: Sequence[Listener] = ()) -> Trained:
     """Train a job that is loaded, and write all that belongs to its folder; the adapter comes last of it."""
+    if job.choice.warning:
+        notify(job.choice.warning, where="train.engine")
     title = f"{job.folder.path.name}: {job.run.model.base}"
 
     def write_extras(folder: Path, steps: int, loss: float | None) -> None:
         write_passport(job, folder, {"steps": steps, "final_loss": loss, "parameters": job.parameters})
-        or_warn("the card", lambda: write_card(job, folder))
-        or_warn("loss.png", lambda: plot_loss(read_metrics(job.folder.metrics), job.folder.loss_plot, title))
+        notify_on_error("the card", lambda: write_card(job, folder))
+        notify_on_error("loss.png", lambda: plot_loss(read_metrics(job.folder.metrics), job.folder.loss_plot, title))
 
     return job.fit(tuple(listeners), write_extras)

@@ -1,6 +1,6 @@
 """What a command can refuse before it imports anything heavy: names, files and options that are wrong for certain.
 
-A wrong path is told in a third of a second so, and not after torch and Transformers were loaded. The rules are those
+A wrong path is refused so before torch and Transformers are loaded, within a third of a second. The rules are those
 of the packages that do the work, and are applied there again; nothing here decides anything else.
 """
 

@@ -7,6 +7,7 @@ them: the base, the base with examples in its prompt, and the tuned one; and the
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -65,7 +66,7 @@ def demo(
 
 
 def _show_start(out: Any, job: Any) -> None:
-    """Machine, model, engine and data."""
+    """Print machine, model, engine and data."""
     from veneer.cli import show
 
     trainable, total = job.parameters["trainable"], job.parameters["total"]
@@ -78,7 +79,7 @@ def _show_start(out: Any, job: Any) -> None:
 
 
 def _train_and_score(out: Any, job: Any) -> tuple[Any, Any]:
-    """The evaluation of base, base with examples and tuned model on the same rows, and the report of the training."""
+    """Score base and base with examples, train, score the tuned model; returns the evaluation and the run's report."""
     from veneer.api.train import finish
     from veneer.cli import show, show_demo
     from veneer.data.pipeline import read_held_out
@@ -90,8 +91,8 @@ def _train_and_score(out: Any, job: Any) -> tuple[Any, Any]:
     scorer = Scorer(job.model, job.engine, job.renderer, held_out, run.evaluate)
 
     def scored(examples: Sequence[Any] = ()) -> Any:
-        progress, on_done = show.answer_progress(out, len(held_out), "   answering")
-        with progress:  # the loss of the held-out rows is measured at the end of the training
+        with show.answer_progress(out, len(held_out), "   answering") as on_done:
+            # The loss of the held-out rows is measured at the end of the training.
             found = scorer.score(on_done, examples, with_losses=False)
         show_demo.show_right(out, found.metrics)
         return found
@@ -108,14 +109,15 @@ def _train_and_score(out: Any, job: Any) -> tuple[Any, Any]:
     show_demo.paragraph(out, first[-1].content)
     out.print("   is answered by the base with")
     show_demo.paragraph(out, base.samples[0].answer)
-    live = show_demo.LiveAnswers(out, lambda: generate(job.model, job.renderer, ids, run.evaluate.max_new_tokens)[0])
-    trained = finish(job, [show.LiveProgress(out), live])
+    answer = partial(generate, job.model, job.renderer, ids, run.evaluate.max_new_tokens)
+    with show.LiveProgress(out, job.steps) as progress:
+        trained = finish(job, [progress, show_demo.LiveAnswers(out, job.steps, lambda: answer()[0])])
     out.print("[bold]5  The tuned model[/bold] answers the same messages")
     return Evaluation(base, scored(), shown), trained
 
 
 def _export(out: Any, job: Any, evaluation: Any) -> tuple[Any, dict[str, Any]]:
-    """The evaluation with the scores of the exported file in llama.cpp, and what is told of the file."""
+    """Export the model and score the file in llama.cpp; returns the evaluation with it, and facts of the file."""
     from dataclasses import replace
 
     import veneer
@@ -137,8 +139,7 @@ def _export(out: Any, job: Any, evaluation: Any) -> tuple[Any, dict[str, Any]]:
     file = folder / "gguf" / made.file
     held_out = job.data.held_out(job.run.evaluate.rows)
     began = time.perf_counter()
-    progress, on_done = show.answer_progress(out, len(held_out), "   answering")
-    with progress:
+    with show.answer_progress(out, len(held_out), "   answering") as on_done:
         answers = gguf_answers(file, job.renderer, questions(held_out), job.run.evaluate.max_new_tokens, on_done)
     seconds = time.perf_counter() - began
     evaluation = replace(evaluation, exported=judge(job.renderer, held_out, answers))
@@ -148,7 +149,7 @@ def _export(out: Any, job: Any, evaluation: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _save(folder: Any, evaluation: Any) -> tuple[Path, str, list[dict[str, Any]]]:
-    """Write scores, answers and the run's page; the page's path, and the answers to show with their rule."""
+    """Write scores, answers and the run's page; returns the page's path, and the answers to show with their rule."""
     from veneer.api.evaluate import save_evaluation
     from veneer.report.run_page import SHOWN_BY, shown_of, write_run_page
 
@@ -157,7 +158,7 @@ def _save(folder: Any, evaluation: Any) -> tuple[Path, str, list[dict[str, Any]]
 
 
 def demo_run(output_dir: Path) -> Any:
-    """The run of the demo: recipes/smollm2-demo.yaml says the same.
+    """Make the run of the demo; recipes/smollm2-demo.yaml has the same settings.
 
     Its settings were chosen on data/demo/dev.jsonl; test.jsonl is for the scores alone.
     """

@@ -39,7 +39,7 @@ def evaluate(
     if as_json:
         show.print_json(result)
         return
-    show.show_evaluation(out, result)
+    show.show_scores(out, f"{result['rows']} held-out rows, 95% intervals", result["metrics"], ("base", "tuned"))
     out.print(f"files  {evaluated.file} {evaluated.samples.name}", markup=False)
     if not evaluated.is_record:
         out.print(

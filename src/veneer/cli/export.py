@@ -45,7 +45,7 @@ def export(
     console = show.console(as_json)
     if certify and not adapter_only:
         require_llama_cpp()
-    with show_release.byte_progress(console, "exporting") as on_done:
+    with show.byte_progress(console, "exporting") as on_done:
         report = veneer.export(run, out, file_format, quant, on, adapter_only, base, force, on_done, imatrix)
     types = ", ".join(f"{count} {kind}" for kind, count in report.types.items())
     console.print(f"[bold]written[/bold]  {escape(str(out / report.file))}: {report.bytes / 1e9:.2f} GB ({types})")

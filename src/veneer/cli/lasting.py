@@ -1,4 +1,4 @@
-"""A command outlives its terminal: output that is gone does not end it, and a polite kill ends it as Ctrl-C does.
+"""A command outlives its terminal: output that is gone does not end it, and SIGTERM ends it as Ctrl-C does.
 
 A reader that went away (`| head`), a terminal that was closed or a full disk behind standard output are no reason to
 lose a training: what would have been printed goes nowhere from there on. Results that were asked for on standard output
@@ -17,14 +17,14 @@ LEFT = (errno.EPIPE, errno.EIO)  # the reader went away, the terminal was closed
 
 
 class Lasting:
-    """A text stream whose failing ends nobody: after the first error, all that is written is dropped."""
+    """A text stream that drops all that is written after its first error, and raises nothing."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
         self.error: OSError | None = None
 
     def write(self, text: str) -> int:
-        """As a file's."""
+        """Write a text, as a file does."""
         try:
             self._stream.write(text)
         except OSError as error:
@@ -32,7 +32,7 @@ class Lasting:
         return len(text)
 
     def flush(self) -> None:
-        """As a file's."""
+        """Flush, as a file does."""
         try:
             self._stream.flush()
         except OSError as error:

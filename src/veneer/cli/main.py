@@ -4,6 +4,7 @@ Exit status: 0 done; 1 the job or a gate failed; 2 the input is wrong; 130 inter
 with --debug, which may stand anywhere on the line.
 """
 
+import contextlib
 import errno
 import io
 import os
@@ -67,7 +68,11 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what its encoding does not have is shown as an escape
     words = _spelled([argument for argument in given if argument != "--debug"])
-    with lasting_output() as output, polite_kills():
+    with lasting_output() as output, polite_kills(), contextlib.ExitStack() as stack:
+        if words and "--help" not in words:  # help imports nothing of Veneer's
+            from veneer.config.notify import collected
+
+            stack.enter_context(collected())
         status = _run(words, debug) or output.status()
     sys.exit(status)
 
@@ -98,14 +103,14 @@ def _run(arguments: list[str], debug: bool) -> int:
     except Exception as error:
         if debug:
             raise
-        return _tell(error)
+        return _report(error)
     status = result if isinstance(result, int) else 0
     if status == 130:  # a Ctrl-C at any other moment; the parser turns it into this status
         print("stopped", file=sys.stderr)
     return status
 
 
-def _tell(error: Exception) -> int:
+def _report(error: Exception) -> int:
     """Say what ended the command, in one message; returns its exit status."""
     from veneer.config import Interrupted, JobError, UserError
     from veneer.config.files import visible

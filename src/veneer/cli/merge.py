@@ -46,7 +46,7 @@ def merge(
     from veneer.cli import show, show_release
 
     out_console = show.console(as_json)
-    with show_release.byte_progress(out_console, "merging") as on_done:
+    with show.byte_progress(out_console, "merging") as on_done:
         report = veneer.merge(run, out, dtype, on, base, force, on_done)
     show_release.show_merged(out_console, report)
     result = report.as_dict()
@@ -79,7 +79,7 @@ def unmerge(
     from veneer.cli import show, show_release
 
     out_console = show.console(as_json)
-    with show_release.byte_progress(out_console, "unmerging") as on_done:
+    with show.byte_progress(out_console, "unmerging") as on_done:
         report = veneer.unmerge(merged, adapter, out, force, on_done)
     show_release.show_merged(out_console, report)
     if as_json:

@@ -1,11 +1,12 @@
-"""Progress of what takes long: a line that redraws itself on a terminal, and an occasional line in a log file.
+"""Progress of long tasks is a line that redraws itself on a terminal, and an occasional line in a log file.
 
 A log file gets no control codes and no bars. Lines of progress that are not results go to standard error there, so that
 what a command prints can be piped on.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -33,26 +34,26 @@ NARROW = 100  # columns; below them words give way to numbers
 
 
 def clock(seconds: float) -> str:
-    """Seconds as 1:02 or 1:02:03."""
+    """Format seconds as 1:02 or 1:02:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def size(count: int) -> str:
-    """Bytes for a person."""
+    """Format bytes for a person."""
     return f"{count / 2**30:.2f} GiB"
 
 
 class Status:
-    """What is being done, with the time it has taken; for a `with` block."""
+    """A line that says what is being done, and for how long; for a `with` block."""
 
     def __init__(self, out: Console, what: str) -> None:
         self._console = _for_progress(out)
         self._what = what
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
         self._progress = Progress(*columns, console=self._console, transient=True)
-        self._started = self._told = time.monotonic()
+        self._started = self._printed = time.monotonic()
 
     def __enter__(self) -> "Status":
         self._task = self._progress.add_task(escape(self._what))
@@ -65,31 +66,33 @@ class Status:
     ) -> None:
         self.stop()
 
-    def update(self, what: str) -> None:
-        """Say what is being done now."""
-        self._progress.update(self._task, description=escape(what))
-        now = time.monotonic()
-        if not self._console.is_terminal and now - self._told >= LOG_SECONDS:
-            self._told = now
-            self._console.print(f"  {what}, {clock(now - self._started)}", markup=False)
-
     def stop(self) -> None:
-        """Take the line away."""
+        """Remove the line."""
         if self._console.is_terminal:
             self._progress.stop()
 
+    def update(self, what: str) -> None:
+        """Show what is being done now."""
+        self._progress.update(self._task, description=escape(what))
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._printed >= LOG_SECONDS:
+            self._printed = now
+            self._console.print(f"  {what}, {clock(now - self._started)}", markup=False)
+
 
 class LiveProgress:
-    """A listener that draws a run's progress: loss, tokens a second, memory, time left.
+    """A listener that draws a run's progress: loss, tokens a second, memory, time left; for a `with` block.
 
     Args:
-        out: Where it goes.
-        step_seconds: What a step was foreseen to take, told until the first one is done.
+        out: The console to draw on.
+        steps: Steps of the whole run.
+        done: Steps that were done before.
+        step_seconds: Foreseen seconds of a step, shown until the first one is done; None: not foreseen.
     """
 
-    def __init__(self, out: Console, step_seconds: float | None = None) -> None:
-        self._out = out
-        self._step_seconds = step_seconds
+    def __init__(self, out: Console, steps: int, done: int = 0, step_seconds: float | None = None) -> None:
+        self._out, self._steps, self._began = out, steps, done
+        self._foreseen = None if step_seconds is None else step_seconds * (steps - done)
         is_narrow = out.width < NARROW
         self._progress = Progress(
             *([] if is_narrow else [TextColumn("training")]),
@@ -101,20 +104,20 @@ class LiveProgress:
             console=out,
         )
 
-    def on_start(self, steps: int, done: int) -> None:
-        foreseen = None if self._step_seconds is None else self._step_seconds * (steps - done)
+    def __enter__(self) -> "LiveProgress":
+        numbers, foreseen = "first step", self._foreseen
         self._task = self._progress.add_task(
-            "training", total=steps, completed=done, numbers="first step", ends=None, foreseen=foreseen
+            "training", total=self._steps, completed=self._began, numbers=numbers, ends=None, foreseen=foreseen
         )
-        self._steps, self._began = steps, done
-        self._started = self._told = time.monotonic()
+        self._started = self._printed = time.monotonic()
         if self._out.is_terminal:
             self._progress.start()
         else:
-            about = "" if foreseen is None else f", about {clock(foreseen)} as foreseen"
-            self._out.print(f"  {steps - done:,} steps to train{about}")
+            about = "" if self._foreseen is None else f", about {clock(self._foreseen)} as foreseen"
+            self._out.print(f"  {self._steps - self._began:,} steps to train{about}")
+        return self
 
-    def on_record(self, record: dict[str, Any]) -> None:
+    def __call__(self, record: dict[str, Any]) -> None:
         if record["kind"] == "eval":
             loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
             self._out.print(f"  step {record['step']}: held-out loss {loss}")
@@ -126,12 +129,14 @@ class LiveProgress:
         self._progress.update(self._task, completed=step, numbers=numbers, ends=now + left)
         if self._out.is_terminal:
             return
-        if _is_milestone(step, self._steps) or now - self._told >= LOG_SECONDS:
-            self._told = now
+        if _is_milestone(step, self._steps) or now - self._printed >= LOG_SECONDS:
+            self._printed = now
             about = f"  {clock(left)} left" if step < self._steps else ""
             self._out.print(f"  step {step}: {numbers}{about}")
 
-    def on_end(self) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         if self._out.is_terminal:
             self._progress.stop()
 
@@ -146,32 +151,33 @@ class _Left(ProgressColumn):
         return Text("" if foreseen is None else f"of about {clock(foreseen)} foreseen")
 
 
-def answer_progress(out: Console, rows: int, what: str) -> tuple[Progress, Callable[[int], None]]:
-    """A bar for answering rows, and the function that moves it."""
+@contextmanager
+def answer_progress(out: Console, rows: int, what: str) -> Iterator[Callable[[int], None]]:
+    """Draw a bar for answering rows; yields the function that moves it."""
     console = _for_progress(out)
-    columns = (TextColumn(what), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
-    progress = Progress(
-        *columns, TextColumn("left"), TimeRemainingColumn(), console=console, transient=True,
-        disable=not console.is_terminal,
-    )  # fmt: skip
-    task = progress.add_task(what, total=rows)
-    return progress, lambda done: progress.advance(task, done)
+    columns = (TextColumn(what), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+        task = progress.add_task(what, total=rows)
+        yield lambda done: progress.advance(task, done)
 
 
-def byte_progress(out: Console, what: str) -> tuple[Progress, Callable[[int], None]]:
-    """Bytes done, bytes a second and the time taken, and the function that counts them on."""
+@contextmanager
+def byte_progress(out: Console, what: str) -> Iterator[Callable[[int], None]]:
+    """Draw bytes done, bytes a second and the time taken; yields the function that counts them on."""
     console = _for_progress(out)
     columns = (TextColumn(what), BarColumn(bar_width=24), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn())
-    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    task = progress.add_task(what, total=None)
-    return progress, lambda done: progress.advance(task, done)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done: progress.advance(task, done)
 
 
 def _for_progress(out: Console) -> Console:
-    """Where progress is drawn: beside the results on a terminal, else on standard error."""
+    """Choose where progress is drawn: beside the results on a terminal, else on standard error."""
     return out if out.is_terminal else Terminal(stderr=True)
 
 
 def _is_milestone(step: int, total: int) -> bool:
-    """Where nothing can be redrawn, ten lines tell the story."""
+    """Whether a log file gets a line for this step: ten of them show how a run goes."""
     return step == total or step % max(1, round(total / 10)) == 0

@@ -18,34 +18,36 @@ from rich.text import Text
 from veneer.cli.progress import LiveProgress as LiveProgress
 from veneer.cli.progress import Status
 from veneer.cli.progress import answer_progress as answer_progress
+from veneer.cli.progress import byte_progress as byte_progress
 from veneer.cli.progress import size as size
 from veneer.cli.terminal import Terminal
+from veneer.config.results import limit_text, value_text
 
 
 def console(as_json: bool = False) -> Console:
-    """Where text for a person goes."""
+    """Make the console for text that a person reads."""
     return Terminal(stderr=as_json)
 
 
 def status(out: Console, what: str) -> Status:
-    """What is being done, with the time it has taken, for a `with` block."""
+    """Show what is being done and for how long, for a `with` block."""
     return Status(out, what)
 
 
 def command_name() -> str:
-    """How this shell calls the command: `veneer` where it is on the path, else the path it was started by."""
+    """Return how this shell calls the command: `veneer` where it is on the path, else the path it was started by."""
     if Path(sys.argv[0]).name == "__main__.py":
         return "python -m veneer"
     return "veneer" if shutil.which("veneer") else os.path.relpath(sys.argv[0])
 
 
 def print_json(value: Any) -> None:
-    """The command's result, alone on standard output; in ASCII, which any encoding and terminal takes."""
+    """Print the command's result, alone on standard output, in ASCII, which any encoding and terminal takes."""
     print(json.dumps(value))
 
 
 def say(out: Console, markup: str, hang: int = 9) -> None:
-    """A line of text: on a terminal wrapped between words and indented below, in a file never cut or wrapped."""
+    """Print a line of text: on a terminal wrapped between words and indented below, in a file never cut or wrapped."""
     text = Text.from_markup(markup)
     if not out.is_terminal:
         out.print(text)
@@ -57,38 +59,41 @@ def say(out: Console, markup: str, hang: int = 9) -> None:
 
 
 def show_engine(out: Console, choice: Any, indent: str = "") -> None:
-    """Which engine a run has and why; a failed check in yellow."""
+    """Print which engine a run has and why."""
     say(out, f"{indent}engine   {choice.engine.name}: {escape(choice.reason)}", 9 + len(indent))
-    if choice.warning:
-        say(out, f"{indent}[yellow]warning:[/yellow] {escape(choice.warning)}", 9 + len(indent))
 
 
-def show_checks(out: Console, checks: list[dict[str, Any]]) -> None:
-    """Checks with their values and limits, and below them what is to be said of single ones."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
+def show_checks(
+    out: Console, checks: list[dict[str, Any]], skipped: dict[str, str] | None = None, title: str = ""
+) -> None:
+    """Print checks beside their limits, and the details of single ones below the table.
+
+    Args:
+        out: The console to print on.
+        checks: The checks, as `Check.as_dict` gives them.
+        skipped: Checks that could not be made, by name, and why.
+        title: The table's title.
+    """
+    table = Table(title=title or None, title_justify="left", box=None, padding=(0, 2, 0, 0))
     for column in ("", "check", "value", "limit", "what is measured"):
         table.add_column(column, justify="right" if column in ("value", "limit") else "left", overflow="fold")
+    details: dict[str, list[str]] = {}
     for check in checks:
         applies = check["value"] is not None or not check["passed"]
         mark = "[dim]-[/dim]" if not applies else "[green]ok[/green]" if check["passed"] else "[red]failed[/red]"
-        sign = "≥" if check["bound"] == "at least" else "≤"
-        value = ("not finite" if check["value"] is None else f"{check['value']:.3g}") if applies else ""
-        limit = "" if check["limit"] is None else f"{sign} {check['limit']:.3g}"
-        table.add_row(mark, check["id"], value, limit, escape(check["what"]))
+        limit = limit_text(check) if applies else ""
+        table.add_row(mark, check["id"], *(escape(text) for text in (value_text(check), limit, check["name"])))
+        if check["detail"]:
+            details.setdefault(check["detail"], []).append(check["id"])
+    for name, reason in (skipped or {}).items():
+        table.add_row("[dim]-[/dim]", "", "", "", escape(f"{name}: not checked, {reason}"))
     out.print(table, soft_wrap=False)
-    notes: dict[tuple[str, str], list[str]] = {}
-    for check in checks:
-        if "note" in check:
-            kind = "not applicable" if check["passed"] else "failed"
-            notes.setdefault((kind, check["note"]), []).append(check["id"])
-        elif not check["passed"] and "worst" in check:
-            out.print(f"  {check['id']} is worst in {escape(check['worst'])}")
-    for (kind, note), names in notes.items():
-        out.print(f"  {kind} ({', '.join(names)}): {escape(note)}")
+    for detail, names in details.items():
+        say(out, f"  {', '.join(names)}: {escape(detail)}", 4)
 
 
 def show_ledger(out: Console, ledger: dict[str, Any]) -> None:
-    """The ledger as a table, with its warnings."""
+    """Print the ledger as a table, with its warnings."""
     rows, tokens, lengths = ledger["rows"], ledger["tokens"], ledger["lengths"]["percentiles"]
     table = Table(show_header=False, box=None, padding=(0, 2))
     for name, known in list(ledger["files"].items())[:8]:
@@ -117,7 +122,7 @@ def show_ledger(out: Console, ledger: dict[str, Any]) -> None:
 
 
 def show_histogram(out: Console, lengths: dict[str, Any], width: int = 40) -> None:
-    """How many rows are how long, as bars."""
+    """Print the lengths of rows as a histogram."""
     bars = lengths["histogram"]
     most = max(bar["rows"] for bar in bars)
     out.print("[bold]lengths[/bold] in tokens, before any limit")
@@ -127,7 +132,7 @@ def show_histogram(out: Console, lengths: dict[str, Any], width: int = 40) -> No
 
 
 def show_problems(out: Console, problems: list[dict[str, str]], most: int = 10) -> None:
-    """The first rows that are not used, and why."""
+    """Print the first rows that are not used, and why."""
     table = Table(title=f"first {min(most, len(problems))} rows left out", title_justify="left")
     for column in ("row", "why", ""):
         table.add_column(column, overflow="fold")
@@ -137,7 +142,7 @@ def show_problems(out: Console, problems: list[dict[str, str]], most: int = 10) 
 
 
 def show_rows(out: Console, rows: list[dict[str, Any]]) -> None:
-    """Rows with their tokens: trained green, masked dim, control tokens reversed."""
+    """Print rows with their tokens: trained green, masked dim, control tokens reversed."""
     trained, masked, control = "[green]trained[/green]", "[dim]only read[/dim]", "[reverse]control token[/reverse]"
     out.print(f"[bold]rows[/bold] as the model sees them: {trained}, {masked}, {control}")
     for row in rows:
@@ -149,16 +154,11 @@ def show_rows(out: Console, rows: list[dict[str, Any]]) -> None:
         out.print(text, soft_wrap=False)
 
 
-def show_evaluation(out: Console, evaluation: dict[str, Any]) -> None:
-    """Base against tuned, with 95% intervals; the difference's interval pairs the rows."""
-    show_scores(out, f"{evaluation['rows']} held-out rows, 95% intervals", evaluation["metrics"], ("base", "tuned"))
-
-
 def show_scores(out: Console, title: str, metrics: dict[str, Any], models: tuple[str, ...]) -> None:
-    """Scores of several models side by side: shares in percent, others as they are.
+    """Print scores of several models side by side: shares in percent, others as they are.
 
     Args:
-        title: Of the table.
+        title: The table's title.
         metrics: By name and model; `difference` beside the models where it is known.
         models: Keys of the models, in the order to show.
     """
@@ -167,15 +167,16 @@ def show_scores(out: Console, title: str, metrics: dict[str, Any], models: tuple
     for column in ("metric", *shown):
         table.add_column(column.replace("_", " "), justify="left" if column == "metric" else "right")
     for name, values in metrics.items():
-        cells = (interval(name, values[which], which == "difference") if which in values else "" for which in shown)
+        unit = values.get("unit", "")
+        cells = (interval(unit, values[which], which == "difference") if which in values else "" for which in shown)
         table.add_row(escape(name.removeprefix("field.").replace("_", " ")), *cells)
     out.print(table, soft_wrap=False)
 
 
-def interval(metric: str, value: dict[str, float], is_difference: bool = False) -> str:
-    """A value with its interval: shares in percent (their differences in points), perplexities as they are."""
+def interval(unit: str, value: dict[str, float], is_difference: bool = False) -> str:
+    """Format a value with its interval: shares in percent (their differences in points), others as they are."""
     numbers = [value[key] for key in ("value", "low", "high")]
-    if metric != "perplexity":
+    if unit == "share":
         sign, unit = ("+", "") if is_difference else ("", "%")
         first, low, high = (f"{100 * number:{sign}.0f}" for number in numbers)
         return f"{first}{unit} ({low}{' to ' if is_difference else '-'}{high})"

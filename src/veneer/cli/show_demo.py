@@ -20,30 +20,25 @@ class LiveAnswers:
     """A listener that prints what the model answers to one message while it is being trained.
 
     Args:
-        out: Where to print.
+        out: The console to print on.
+        steps: Steps of the whole run.
         answer: Answers the message with the model as it is.
     """
 
-    def __init__(self, out: Console, answer: Callable[[], str]) -> None:
+    def __init__(self, out: Console, steps: int, answer: Callable[[], str]) -> None:
         self._out, self._answer = out, answer
-        self._due: list[int] = []
+        self._due = [round(share * steps) for share in LIVE_AT]
 
-    def on_start(self, steps: int, done: int) -> None:
-        self._due = [step for share in LIVE_AT if (step := round(share * steps)) > done]
-
-    def on_record(self, record: dict[str, Any]) -> None:
+    def __call__(self, record: dict[str, Any]) -> None:
         if record["kind"] == "train" and self._due and record["step"] >= self._due[0]:
             self._due.pop(0)
             answer = self._answer()
             self._out.print(f"   after step {record['step']} it answers")
             paragraph(self._out, answer)
 
-    def on_end(self) -> None:
-        pass
-
 
 def paragraph(out: Console, text: str, label: str = "") -> None:
-    """Any text, wrapped and indented, behind a label, on at most three lines."""
+    """Print any text behind a label, wrapped and indented, on at most three lines."""
     first = f"     {label:10}" if label else "     "
     flat = " ".join(text.split()) or "(nothing)"
     lines = textwrap.wrap(
@@ -54,16 +49,16 @@ def paragraph(out: Console, text: str, label: str = "") -> None:
 
 
 def show_right(out: Console, metrics: dict[str, Any]) -> None:
-    """In one line: how many answers are right, and valid JSON."""
+    """Print in one line how many answers are right, and valid JSON."""
     names = {"record": "exactly right", "valid_json": "valid JSON"}
     if "record" not in metrics:
         names = {"exact_match": "exactly right"}
-    told = (f"{text} {show.interval(name, metrics[name].as_dict())}" for name, text in names.items())
-    out.print("   " + ", ".join(told))
+    scores = (f"{text} {show.interval('share', metrics[name].as_dict())}" for name, text in names.items())
+    out.print("   " + ", ".join(scores))
 
 
 def show_results(out: Console, evaluation: dict[str, Any]) -> None:
-    """All scores of the three models, and what training gained over examples in the prompt."""
+    """Print all scores of the three models, and what training gained over examples in the prompt."""
     metrics = {
         name: {which.replace("base_with", "with"): value for which, value in values.items()}
         for name, values in evaluation["metrics"].items()
@@ -79,16 +74,16 @@ def show_results(out: Console, evaluation: dict[str, Any]) -> None:
 
 
 def show_exported(out: Console, file: Path, size: int, seconds: float, exported: dict[str, Any]) -> None:
-    """How the exported file answers, against the tuned model."""
+    """Print how the exported file answers, against the tuned model."""
     out.print(f"   {escape(str(file))}, {size / 1e6:.0f} MB, {exported['rows']} answers in {seconds:.0f} s")
     turned = f"{exported['wrong_to_right']} turned right, {exported['right_to_wrong']} wrong"
-    difference = show.interval("record", exported["difference"], is_difference=True)
+    difference = show.interval("share", exported["difference"], is_difference=True)
     out.print(f"   against the tuned model: [bold]{exported['verdict']}[/bold]")
     out.print(f"   {turned}, difference {difference} points")
 
 
 def show_examples(out: Console, samples: Sequence[dict[str, Any]], rule: str) -> None:
-    """Some answers side by side."""
+    """Print some answers side by side."""
     out.print("[bold]answers[/bold]")
     paragraph(out, rule)
     for sample in samples:
@@ -104,7 +99,7 @@ def show_examples(out: Console, samples: Sequence[dict[str, Any]], rule: str) ->
 
 
 def show_next(out: Console, folder: Path, prompt: str) -> None:
-    """What the run left, and commands to go on with; none of them changes the run's folder."""
+    """Print the run's files and commands to go on with; none of them changes the run's folder."""
     veneer = show.command_name()
     out.print(f"[bold]files[/bold] in {escape(str(folder))}")
     out.print("   report.html adapter/ gguf/ evaluation.json samples.jsonl metrics.jsonl")

@@ -1,27 +1,15 @@
 """What merge, export and certify print for a person."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from veneer.cli import progress, show
-from veneer.report.certificate_page import readable
-
-
-@contextmanager
-def byte_progress(out: Console, what: str) -> Iterator[Callable[[int], None]]:
-    """A line of bytes done and bytes a second; yields the function that moves it."""
-    bar, on_done = progress.byte_progress(out, what)
-    with bar:
-        yield on_done
+from veneer.cli import show
 
 
 def show_merged(out: Console, report: Any) -> None:
-    """What a merge wrote."""
+    """Print what a merge wrote."""
     out.print(
         f"[bold]written[/bold]  {escape(report.out)}: {report.tensors} tensors ({report.changed} of them changed), "
         f"{report.bytes / 1e9:.2f} GB in {report.files} file{'s' if report.files != 1 else ''}, {report.dtype}"
@@ -31,7 +19,7 @@ def show_merged(out: Console, report: Any) -> None:
 
 
 def show_warnings(out: Console, warnings: Any) -> None:
-    """Warnings, a line each."""
+    """Print warnings, a line each."""
     for warning in warnings:
         show.say(out, f"  [yellow]warning:[/yellow] {escape(warning)}", 4)
 
@@ -51,18 +39,9 @@ def certified(
 
 
 def show_certificate(out: Console, certificate: dict[str, Any]) -> None:
-    """Each check beside its limit, and the verdict."""
-    table = Table(title=f"{len(certificate['prompts'])} prompts, {certificate['seconds']} s", title_justify="left")
-    for column in ("", "check", "measured", "limit"):
-        table.add_column(column, overflow="fold")
-    for check in certificate["checks"]:
-        mark = "[green]passed[/green]" if check["passed"] else "[red]failed[/red]"
-        words = [escape(readable(check, key)) for key in ("value", "limit")]
-        name = escape(check["name"]) + (f"\n[dim]{escape(check['detail'])}[/dim]" if check["detail"] else "")
-        table.add_row(mark, name, *words)
-    for name, reason in certificate["skipped"].items():
-        table.add_row("[yellow]not checked[/yellow]", escape(name), escape(reason), "")
-    out.print(table)
+    """Print each check beside its limit, and the verdict."""
+    title = f"{len(certificate['prompts'])} prompts, {certificate['seconds']} s"
+    show.show_checks(out, certificate["checks"], certificate["skipped"], title)
     if certificate["passed"]:
         out.print("[bold green]certified[/bold green]: it behaves like the model that the run was judged by")
     else:
@@ -70,12 +49,12 @@ def show_certificate(out: Console, certificate: dict[str, Any]) -> None:
     score = certificate["score"]
     if score and score["verdict"].startswith("not shown"):
         out.print(
-            f"[yellow]score[/yellow]    {score['rows']} rows tell differences from {score['smallest_visible']:.1%}"
+            f"[yellow]score[/yellow]    {score['rows']} rows show differences from {score['smallest_visible']:.1%}"
         )
 
 
 def show_choice(out: Console, choice: dict[str, Any] | None) -> None:
-    """What `--on best` measured, and what it took."""
+    """Print what `--on best` measured, and which base it took."""
     if choice is not None:
         scores = f"base in 4 bits {choice['judged']:.1%}, in 16 bits {choice['base']:.1%} of {choice['rows']} rows"
         out.print(f"[bold]on[/bold]       {choice['on']}: {scores}; {escape(choice['why'])}")

@@ -16,13 +16,13 @@ _PLAIN = str.maketrans({"█": "#", "▓": "%", "▏": "|", "│": "|", "≥": "
 
 
 class Terminal(Console):
-    """A console whose texts do nothing."""
+    """A console that shows the control characters of a text and never carries them out."""
 
     def __init__(self, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, highlight=False, soft_wrap=True)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """As Rich's own, with the control characters of every text escaped."""
+        """Render as Rich does, with the control characters of every text escaped."""
         is_plain = self.options.ascii_only
         for text, style, control in super().render(renderable, options):
             shown = text if control else visible(text)

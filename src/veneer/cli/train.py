@@ -66,7 +66,9 @@ def train(
     if likely:
         show_plan.show_time(out, foreseen)
     show_plan.show_advice(out, [found for found in foreseen["advice"] if found["severity"] != "info"])
-    _show_result(out, finish(job, [show.LiveProgress(out, likely)]), as_json, "done")
+    with show.LiveProgress(out, job.steps, job.done, likely) as progress:
+        result = finish(job, [progress])
+    _show_result(out, result, as_json, "done")
 
 
 def _show_result(out: Any, result: Any, as_json: bool, what: str) -> None:

@@ -1,7 +1,6 @@
 """The user's cache folder, and entries of it that are made once, whole, by whichever process comes first."""
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from filelock import FileLock, Timeout
 
 from veneer.config import UserError
 from veneer.config.folder import whole_folder
+from veneer.config.notify import notify
 
 
 def cache_folder() -> Path:
@@ -19,7 +19,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "veneer"
 
 
-SILENT_SECONDS = 2.0  # of waiting for another process, before a person is told of it
+SILENT_SECONDS = 2.0  # of waiting for another process, before a person hears of it
 
 
 def cached(entry: str, make: Callable[[Path], None], is_sound: Callable[[Path], bool] = lambda folder: True) -> Path:
@@ -46,12 +46,12 @@ def cached(entry: str, make: Callable[[Path], None], is_sound: Callable[[Path], 
 
 @contextmanager
 def _held(file: Path, folder: Path) -> Iterator[None]:
-    """Hold a lock file; a person is told what is waited for where that takes a while."""
+    """Hold a lock file; a notice says what is waited for where that takes a while."""
     lock = FileLock(file)
     try:
         lock.acquire(timeout=SILENT_SECONDS)
     except Timeout:
-        print(f"waiting for another process, which makes {folder} (it holds {file})", file=sys.stderr)
+        notify(f"waiting for another process, which makes {folder} (it holds {file})", "info", str(folder))
         lock.acquire()
     try:
         yield

@@ -133,7 +133,7 @@ def file_sha256(path: Path) -> str | None:
 def reading(what: object, fix: str = RESTORE) -> Iterator[None]:
     """Turn all that a damaged file makes of the code that reads it into one UserError that names it.
 
-    Parsers of other libraries raise anything on damage, panics of native code among it. Errors that are told already,
+    Parsers of other libraries raise anything on damage, panics of native code among it. Errors that say enough already,
     a full disk and too little memory pass.
 
     Args:
@@ -163,5 +163,5 @@ def reason(error: BaseException) -> str:
         return "nested too deeply"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    told = str(error).strip().splitlines()
-    return told[0][:300] if told else "it is not what its name says"
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else "it is not what its name says"

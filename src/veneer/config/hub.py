@@ -79,5 +79,5 @@ def _reason(error: BaseException) -> str:
         error = error.__cause__
     if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
         return f"no answer within {SECONDS:.0f} s"
-    told = str(error).strip().splitlines()
-    return told[0] if told else type(error).__name__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

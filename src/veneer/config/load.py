@@ -28,7 +28,7 @@ RUN_HEADER = "# The run as it was carried out, with every default spelled out.\n
 MOST_BYTES = 2**20  # of a run's file
 MOST_VALUES = 20_000  # keys and values, counted as often as anchors repeat them; 64 characters of a text count as one
 DEEPEST = 20
-MOST_MISTAKES = 30  # that are told
+MOST_MISTAKES = 30  # that are listed
 _Base: Any = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
 
 
@@ -39,8 +39,8 @@ class _Loader(_Base):
         try:
             return super().construct_object(node, deep)
         except (ValueError, OverflowError, TypeError, LookupError, AttributeError) as error:
-            told = f"`{_show(node.value)}` is no value: {reason(error).split(';')[0]}"
-            raise yaml.constructor.ConstructorError(None, None, told, node.start_mark) from None
+            problem = f"`{_show(node.value)}` is no value: {reason(error).split(';')[0]}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
 
 class _Dumper(yaml.SafeDumper):
@@ -145,8 +145,8 @@ def _document(text: str, where: str) -> tuple[yaml.Node | None, Any]:
     except (yaml.YAMLError, UnicodeEncodeError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{where}:{mark.line + 1}" if mark else where
-        told = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise UserError(f"{place}: not valid YAML: {told}") from None
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise UserError(f"{place}: not valid YAML: {problem}") from None
 
 
 def _require_bounded(text: str, where: str) -> None:

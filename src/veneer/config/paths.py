@@ -1,4 +1,4 @@
-"""What no file system takes as a path, told at once and not after hours, by whichever call fails first."""
+"""What no file system takes as a path, refused at once and not after hours, by whichever call fails first."""
 
 import os
 

@@ -25,60 +25,35 @@ _LOCK = ".lock"
 NEEDED_FILES = 100  # of a run: inodes that have to be free
 
 
+class _Inside:
+    """An attribute of a folder that is the path of something in it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, folder: "RunFolder", kind: type["RunFolder"]) -> Path:
+        return folder.path / self._name
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Where the files of a run lie; the contract between commands."""
 
     path: Path
 
-    @property
-    def run(self) -> Path:
-        return self.path / "run.yaml"
-
-    @property
-    def environment(self) -> Path:
-        return self.path / "environment.json"
-
-    @property
-    def plan(self) -> Path:
-        return self.path / "plan.json"
-
-    @property
-    def ledger(self) -> Path:
-        return self.path / "ledger.json"
-
-    @property
-    def personal(self) -> Path:
-        return self.path / "pii.jsonl"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def loss_plot(self) -> Path:
-        return self.path / "loss.png"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
-
-    @property
-    def evaluation(self) -> Path:
-        return self.path / "evaluation.json"
-
-    @property
-    def samples(self) -> Path:
-        return self.path / "samples.jsonl"
-
-    @property
-    def other_evaluations(self) -> Path:
-        """Evaluations on other rows, or with other settings, than those of the run's record."""
-        return self.path / "evaluations"
+    run = _Inside("run.yaml")
+    environment = _Inside("environment.json")
+    plan = _Inside("plan.json")
+    ledger = _Inside("ledger.json")
+    personal = _Inside("pii.jsonl")
+    metrics = _Inside("metrics.jsonl")
+    events = _Inside("events.jsonl")
+    loss_plot = _Inside("loss.png")
+    checkpoints = _Inside("checkpoints")
+    adapter = _Inside("adapter")
+    evaluation = _Inside("evaluation.json")
+    samples = _Inside("samples.jsonl")
+    other_evaluations = _Inside("evaluations")  # on other rows, or with other settings, than the run's record
 
     def holds_run(self) -> bool:
         """Whether anything is here that a new run would mix with.

@@ -1,4 +1,4 @@
-"""How tokens become an answer: the settings of generation, texts that end an answer, and its text as it grows.
+"""Decoding: the settings of generation, texts that end an answer, and the text of an answer while it grows.
 
 A text that ends an answer may begin and end within tokens, so it is looked for in the decoded end of the answer after
 each token, and cut off behind. What is shown while an answer is made is never taken back: a beginning of such a text,
@@ -36,7 +36,7 @@ def generation_config(stop_ids: Iterable[int], pad_id: int, max_new_tokens: int,
 
 
 def answer_text(tokenizer: Any, ids: Any, stop: Sequence[str] = ()) -> str:
-    """The text of an answer's tokens: without special tokens, and up to the first stop text."""
+    """Decode an answer's tokens: without special tokens, and up to the first stop text."""
     return _cut(_decode(tokenizer, ids), stop).strip()
 
 

@@ -1,14 +1,14 @@
-"""Examples for a prompt: training rows chosen by a rule and not by eye."""
+"""Examples for a prompt are training rows, chosen by a rule and not by eye."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from veneer.data import Conversation, Message
-from veneer.evaluation.fields import json_object
+from veneer.evaluation.metrics.json_fields import json_object
 
 
 def examples_of(rows: Sequence[Conversation], count: int) -> list[Message]:
-    """Turns of the first training rows whose answers differ in every key, to stand before a question.
+    """Choose the first training rows whose answers differ in every key, as turns to stand before a question.
 
     The rule gives a model as much to see as so few rows can: each value it is shown is another. Where the answers are
     not JSON objects, or too few rows differ so, the first rows are taken that are not chosen yet.

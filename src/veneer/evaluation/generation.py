@@ -1,4 +1,4 @@
-"""Answers of a model to prompts, in batches of like length, stopping at the end-of-turn token.
+"""A model answers prompts in batches of similar length, and stops at the end-of-turn token.
 
 Transformers owns generation. Prompts come as token ids from the one renderer that training uses, and are padded before
 their own tokens with an explicit mask, so that a pad token that equals the end token does no harm. What all prompts
@@ -45,7 +45,7 @@ def generate(
     on_done: Callable[[int], None] = lambda done: None,
     on_text: Callable[[str], None] | None = None,
 ) -> list[str]:
-    """The model's answers, in the order of the prompts, without special tokens.
+    """Generate answers, in the order of the prompts, without special tokens.
 
     Args:
         model: A Transformers or PEFT model.

@@ -1,4 +1,4 @@
-"""Rows at a time while a model answers and is measured: as many as were foreseen to fit, fewer where memory is short.
+"""Batch sizes of evaluation: as many rows at a time as were foreseen to fit, and fewer once memory runs out.
 
 `rows_at_a_time` asks the arithmetic of the plan, so `veneer plan` shows the number that is used. What else holds memory
 nobody foresees; where it runs out nevertheless, `Batching` goes on with half as many rows. Each row is padded by
@@ -6,7 +6,6 @@ itself and judged by itself, so the number changes answers by no more than round
 """
 
 import gc
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from veneer.config import JobError, Run, UserError
+from veneer.config.notify import notify
 from veneer.planning.base import PlannedModel
 from veneer.planning.batch_shapes import Padded
 from veneer.planning.forecast import Planner, TargetDevice
@@ -25,7 +25,7 @@ CPU_MESSAGES = ("can't allocate memory", "out of memory", "not enough memory")
 
 
 def rows_at_a_time(run: Run, rows: Padded, place: TargetDevice) -> int:
-    """How many rows fit, as `veneer plan` foresees it.
+    """Return how many rows fit at a time, as `veneer plan` foresees it.
 
     Args:
         run: Base, adapter and `evaluate.batch_size`.
@@ -38,7 +38,7 @@ def rows_at_a_time(run: Run, rows: Padded, place: TargetDevice) -> int:
 
 
 class Batching:
-    """Takes rows some at a time, and fewer once memory was short.
+    """Takes rows in batches, and smaller ones once memory was short.
 
     Args:
         size: Rows at a time.
@@ -49,10 +49,10 @@ class Batching:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._told = False
+        self._has_notified = False
 
     def over(self, items: Sequence[Item], work: Callable[[Sequence[Item]], Result]) -> Iterator[Result]:
-        """What `work` makes of the items, `size` at a time and in order.
+        """Yield what `work` makes of the items, `size` at a time and in order.
 
         Raises:
             JobError: Not even one fits.
@@ -81,13 +81,12 @@ class Batching:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if not self._told:
-            self._told = True
-            warnings.warn(
+        if not self._has_notified:
+            self._has_notified = True
+            notify(
                 f"out of memory with {rows} rows at a time: going on with {self.size}, and fewer where need be; the "
                 "answers do not depend on it",
-                RuntimeWarning,
-                stacklevel=2,
+                where="evaluate.batch_size",
             )
 
 
@@ -99,7 +98,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def room_for_answers(model: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> list[int]:
-    """The longest answer that each prompt leaves room for; says so once where that is less than asked for.
+    """Return the longest answer that each prompt leaves room for; a notice says where that is less than asked for.
 
     Beyond a model's positions learned ones end in an index error, and rotary ones in text that gets worse unnoticed.
 
@@ -117,17 +116,16 @@ def room_for_answers(model: Any, prompts: Sequence[list[int]], max_new_tokens: i
         )
     room = [min(max_new_tokens, positions - len(prompt)) for prompt in prompts]
     if capped := sum(tokens < max_new_tokens for tokens in room):
-        warnings.warn(
+        notify(
             f"{capped} of {len(prompts)} prompts leave room for answers of fewer than {max_new_tokens} tokens (of "
             f"{min(room)} at least): the model has positions for {positions}",
-            RuntimeWarning,
-            stacklevel=3,
+            where="evaluate.max_new_tokens",
         )
     return room
 
 
 def alike(room: Sequence[int], lengths: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
-    """Prompts by the room for their answers, the shortest prompts first: (tokens, numbers of the prompts).
+    """Group prompts by the room for their answers, the shortest prompts first: (tokens, numbers of the prompts).
 
     Those with the same room go together, so that no row's answer is cut because of another row.
     """
@@ -148,7 +146,7 @@ def require_positions(model: Any, rows: Sequence[tuple[str, int]]) -> None:
 
 
 def positions_of(model: Any) -> int | None:
-    """Positions of a model; None: no limit is known."""
+    """Return the positions of a model; None: no limit is known."""
     config = model.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     positions: int | None = getattr(config, "max_position_embeddings", None)

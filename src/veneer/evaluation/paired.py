@@ -1,4 +1,4 @@
-"""Two models on the same rows: which answers turned right or wrong, and what so many rows can show.
+"""Paired comparison of two models on the same rows: which answers turned right or wrong, and whether that is shown.
 
 The same rows are hard for both models, so what counts is where they differ (McNemar 1947): rows that one has right and
 the other wrong. The interval of the difference is Newcombe's score interval for paired proportions (1998, method 10),
@@ -18,7 +18,7 @@ MOST_ROWS = 100_000
 
 @dataclass(frozen=True)
 class Paired:
-    """Model B against model A on the same rows.
+    """The comparison of model B with model A on the same rows.
 
     Attributes:
         rows: How many were compared.
@@ -36,7 +36,7 @@ class Paired:
 
     @property
     def verdict(self) -> str:
-        """better, same (no loss of 5 points), worse, or what cannot be said with so few rows."""
+        """The verdict: better, same (no loss of 5 points), worse, or how many rows would be needed to say."""
         found = _judge(self.difference)
         return found or f"not shown with {self.rows:,} rows ({self.rows_needed:,} would)"
 
@@ -55,7 +55,7 @@ class Paired:
 
     @property
     def smallest_visible(self) -> float:
-        """The smallest difference that so many rows tell from none, if as many differ as of these."""
+        """The smallest difference that so many rows can distinguish from none, if as large a share of them differs."""
         return (self.difference.high - self.difference.low) / 2
 
     def as_dict(self) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class Paired:
 
 
 def _judge(interval: Interval) -> str:
-    """The verdict of an interval; empty: it holds both no loss and one that counts."""
+    """The verdict of an interval; empty: it is too wide for one."""
     if interval.low > 0:
         return "better"
     if interval.low >= -MARGIN:

@@ -1,4 +1,4 @@
-"""The tokens that all prompts begin with (a system prompt, examples), read once and not once a prompt.
+"""The prefix that all prompts share (a system prompt, examples) is computed once instead of once a prompt.
 
 Their keys and values are computed for one row and repeated for each batch. Generation then goes on behind them, as it
 would behind any cache; each answer is that of ordinary generation but for rounding, since a product over other shapes
@@ -18,7 +18,7 @@ SHORTEST = 16  # tokens: sharing fewer is not worth a pass of its own
 
 
 def shared_length(prompts: Sequence[list[int]]) -> int:
-    """How many tokens all prompts begin with, leaving each at least one of its own; 0: not worth sharing."""
+    """Count the tokens that all prompts begin with, leaving each at least one of its own; 0: not worth sharing."""
     if len(prompts) < 2:
         return 0
     first, last = min(prompts), max(prompts)  # in lexical order: what these two share, all share
@@ -55,7 +55,7 @@ class SharedPrefix:
             self.length = 0
 
     def repeated(self, rows: int) -> dict[str, Any]:
-        """What `generate` is given beside ids and mask for a batch of so many rows; a new cache each time."""
+        """Return a new cache for a batch of so many rows, as keyword arguments of `generate`."""
         if self._cache is None:
             return {}
         cache = copy.deepcopy(self._cache)
@@ -64,7 +64,7 @@ class SharedPrefix:
 
 
 def padded(prompts: Sequence[list[int]], shared: int, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts as rows of one length, padded before each one's own tokens, and their mask; both int64 [rows, longest].
+    """Pad prompts to one length before each one's own tokens; ids and their mask are int64 [rows, longest].
 
     Args:
         prompts: Token ids.

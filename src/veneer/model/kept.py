@@ -6,13 +6,12 @@ where that can be written, else in Veneer's cache folder. Nothing in it is execu
 
 A copy is used only if the base's files are those it was made from (name, size, time, and samples of their bytes), the
 settings are the same, and bitsandbytes and the kind of device are, since another may round differently. Anything else
-is told and made anew. A copy that cannot be written is told, and training goes on: it only saves time.
+is made anew, with a notice. A copy that cannot be written is one too, and training goes on: it only saves time.
 """
 
 import hashlib
 import json
 import shutil
-import sys
 import time
 import zlib
 from importlib import metadata
@@ -23,8 +22,9 @@ import torch
 
 from veneer.config import Quantization
 from veneer.config.cache import cache_folder
-from veneer.config.files import read_json, reason, visible
+from veneer.config.files import read_json, reason
 from veneer.config.folder import clear_dead, whole_folder, write_json
+from veneer.config.notify import notify
 from veneer.model.locate import BaseSource
 from veneer.model.reader import CHUNK
 from veneer.model.shards import DTYPES, DamagedError, Piece, UnknownTypeError, read_headers
@@ -71,13 +71,13 @@ class Copy(NamedTuple):
         return Copy(places, {"format": FORMAT, "chunk_bytes": CHUNK, **how, "files": prints})
 
     def find(self) -> Kept | None:
-        """The copy, if there is one that fits. One that does not is told."""
+        """The copy, if there is one that fits. One that does not gives a notice."""
         for folder in self.places:
             try:
                 if (folder / MANIFEST).is_file():
                     return self._open(folder)
             except (OSError, ValueError, TypeError, KeyError, AttributeError, UnknownTypeError) as error:
-                tell_unusable(folder, reason(error))
+                notify_unusable(folder, reason(error))
         return None
 
     def _open(self, folder: Path) -> Kept:
@@ -110,16 +110,15 @@ class Copy(NamedTuple):
                 reasons.append(f"{folder}: {error.strerror or error}")
             else:
                 seconds = time.perf_counter() - started
-                told = f"kept the 4-bit weights in {folder} ({needed / 1e9:.1f} GB, {seconds:.0f} s)"
-                print(visible(told), file=sys.stderr)
+                size = f"{needed / 1e9:.1f} GB, {seconds:.0f} s"
+                notify(f"kept the 4-bit weights in {folder} ({size})", "info", str(folder))
                 return
-        print(f"warning: the 4-bit weights could not be kept ({visible('; '.join(reasons))})", file=sys.stderr)
+        notify(f"the 4-bit weights could not be kept ({'; '.join(reasons)})", where="quantization.cache")
 
 
-def tell_unusable(folder: Path, reason: str) -> None:
+def notify_unusable(folder: Path, reason: str) -> None:
     """Say that a copy is not used, and why."""
-    told = visible(f"warning: the 4-bit weights kept in {folder} are not used: {reason}; making them anew")
-    print(told, file=sys.stderr)
+    notify(f"the 4-bit weights kept in {folder} are not used: {reason}; making them anew", where=str(folder))
 
 
 def _print(file: Path) -> dict[str, Any]:

@@ -47,5 +47,5 @@ def require_possible(config: dict[str, Any], where: str) -> None:
         elif isinstance(value, int | float):
             most = next((most for names, most in LIMITS if names.fullmatch(key)), None)
             if most is not None and value > most:
-                told = f"{value:,}" if value < 10**18 else f"more than {10**18:,}"
-                raise UserError(f"{where}: {key} = {told}, and no model has more than {most:,}", "mend or restore it")
+                shown = f"{value:,}" if value < 10**18 else f"more than {10**18:,}"
+                raise UserError(f"{where}: {key} = {shown}, and no model has more than {most:,}", "mend or restore it")

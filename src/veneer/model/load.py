@@ -22,7 +22,7 @@ from veneer.config.hub import not_here, unreachable
 from veneer.data.sandbox import shared
 from veneer.machine.device import Machine, named_dtype
 from veneer.model.dense import keep_dense
-from veneer.model.kept import Copy, Kept, tell_unusable
+from veneer.model.kept import Copy, Kept, notify_unusable
 from veneer.model.limits import require_sizes
 from veneer.model.locate import BaseSource, local_folder
 from veneer.model.quiet import quiet
@@ -183,7 +183,7 @@ def _load(source: BaseSource, settings: dict[str, Any], quantization: Quantizati
 def _load_kept(
     source: BaseSource, checkpoint: Checkpoint, kept: Kept, settings: dict[str, Any], machine: Machine
 ) -> _Loaded | None:
-    """The model from its kept 4-bit weights; None, and why is told, where they turn out to be damaged."""
+    """The model from its kept 4-bit weights; None, with a notice, where they turn out to be damaged."""
     try:
         quantized = checkpoint.quantized_as(settings["quantization_config"].to_dict(), kept.pieces)
         base, missing, bytes_read = stream(source, quantized, settings, machine.device, kept.checksums)
@@ -193,7 +193,7 @@ def _load_kept(
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     if reason:
-        tell_unusable(kept.folder, reason)
+        notify_unusable(kept.folder, reason)
         gc.collect()  # what was loaded of it must not lie beside the next
         return None
     return _Loaded(base, missing, bytes_read, "cache")
@@ -237,11 +237,11 @@ def keep_4bit_layout(base: Any) -> None:
 def _loading(source: BaseSource, what: str) -> Iterator[None]:
     """Keep libraries quiet, and turn what they make of a model's files into one message."""
     named = f"model.base = {source.name}: the {what}"
-    told, fix = f"{named} cannot be loaded", "name another model.base"
+    message, fix = f"{named} cannot be loaded", "name another model.base"
     if source.kind == "hub":
-        told = f"{named} cannot be had from the hub"
+        message = f"{named} cannot be had from the hub"
         fix = "check the name (there is no folder of that name either), the network and your access (hf auth login)"
-    with quiet(), reading(told, fix):
+    with quiet(), reading(message, fix):
         try:
             yield
         except (UserError, torch.OutOfMemoryError):
@@ -250,5 +250,5 @@ def _loading(source: BaseSource, what: str) -> Iterator[None]:
             if (refused := refusal(named, source.location, error)) is not None:
                 raise refused from None
             if source.kind == "hub" and (why := unreachable()) is not None:
-                raise not_here(told, why) from None
+                raise not_here(message, why) from None
             raise

@@ -8,12 +8,12 @@ Fingerprints are compared whenever a run's adapter is loaded, merged or exported
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from veneer.config import Quantization, UserError
-from veneer.config.files import file_sha256, read_json, reading, visible
+from veneer.config.files import file_sha256, read_json, reading
+from veneer.config.notify import notify
 from veneer.model.fingerprint import config_sha256, fingerprint, stored_quantization
 from veneer.model.locate import BaseSource
 
@@ -58,19 +58,19 @@ def require_match(folder: Path, passport: Passport | None, source: BaseSource | 
         return
     with reading(folder / FILE, FIX):
         differences = find_differences(folder, passport, source)
-    told = "\n  ".join(differences)
+    text = "\n  ".join(differences)
     if differences and source and trained_in_4_bits(passport) and not stored_quantization(source):
-        told += (
+        text += (
             f"\n  the base of the training was stored in 4 bits, which {source.name} is not: with --force it is "
             "quantized to them, which gives the weights of the training only where those were made from it"
         )
     if differences and not force:
         raise UserError(
-            f"{folder}: the adapter does not belong to this\n  {told}",
+            f"{folder}: the adapter does not belong to this\n  {text}",
             "name what it was trained with, or use --force to go on all the same",
         )
     if differences:
-        print(f"warning: --force overrides the adapter's passport\n  {visible(told)}", file=sys.stderr)
+        notify(f"--force overrides the adapter's passport\n  {text}", where=str(folder))
 
 
 def trained_in_4_bits(passport: Passport | None) -> Quantization | None:

@@ -176,18 +176,18 @@ def _load(place: str | Path, model: Model) -> Any:
             )
     is_hub = not Path(place).exists()
     why = unreachable() if is_hub else None
-    told = f"{name}: its configuration cannot be had"
+    message = f"{name}: its configuration cannot be had"
     fix = "check config.json"
     if is_hub:
         fix = "check the name (there is no folder of that name either), the network and your access (hf auth login)"
-    with quiet(), reading(told, fix):
+    with quiet(), reading(message, fix):
         try:
             return read_config(place, name, model.revision, why is not None)
         except (OSError, ValueError) as error:
             if (refused := refusal(name, place, error)) is not None:
                 raise refused from None
             if why is not None:
-                raise not_here(told, why) from None
+                raise not_here(message, why) from None
             raise
 
 
@@ -205,8 +205,8 @@ def build(config: Any, dtype: torch.dtype, depth: int | None = None, attention: 
         text.num_hidden_layers = depth
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:depth]
-    told = f"model.base: the architecture {config.model_type} cannot be built as config.json describes it"
-    with quiet(), reading(told, "check config.json"), torch.device("meta"):
+    message = f"model.base: the architecture {config.model_type} cannot be built as config.json describes it"
+    with quiet(), reading(message, "check config.json"), torch.device("meta"):
         settings = {"attn_implementation": "eager"} if attention == "eager" else {}
         try:
             base = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **settings)

@@ -145,9 +145,9 @@ def _require_agreement(source: BaseSource, stored: dict[str, Any], quantization:
         ("double_quant", quantization.double_quant, stored.get("bnb_4bit_use_double_quant", False)),
     ):
         if asked != found:
-            told, right = (str(value).lower() for value in (asked, found))
+            given, right = (str(value).lower() for value in (asked, found))
             raise UserError(
-                f"quantization.{setting} = {told}: model.base = {source.name} is quantized already, with {right}",
+                f"quantization.{setting} = {given}: model.base = {source.name} is quantized already, with {right}",
                 f"write quantization.{setting}={right}, leave the section quantization out, "
                 "or name the base in 16 bits",
             )

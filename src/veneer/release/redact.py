@@ -13,7 +13,7 @@ from typing import Any
 
 from veneer.data.sources.find import HUB_ID
 from veneer.data.template import names_file
-from veneer.evaluation.right import is_right
+from veneer.evaluation.metrics.exact_match import is_right
 
 # A path of this machine within a sentence: of two parts at least, so that "prompt / completion" and "/" are none.
 PATH = re.compile(r"(?<![\w:/.~])(?:(?:[A-Za-z]:)?(?:[/\\][\w.@+%=-]+){2,}|~[\w.-]*(?:[/\\][\w.@+%=-]+)+)[/\\]?")

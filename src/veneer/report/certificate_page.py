@@ -3,20 +3,20 @@
 from importlib import resources
 from typing import Any
 
+from veneer.config.results import limit_text, value_text
 from veneer.report.page import environment
 
 ORDER = ("right to wrong", "wrong to right", "still wrong", "still right", None)  # what a reader looks for first
 
 
 def certificate_page(certificate: dict[str, Any]) -> str:
-    """The page as HTML.
+    """Render the page as HTML.
 
     Args:
         certificate: As `certificate.json` has it, or without the texts of its rows, as `veneer push` sends it.
     """
     page = environment()
-    page.filters["number"] = number
-    page.globals["readable"] = readable
+    page.filters |= {"value_text": value_text, "limit_text": limit_text}
     source = resources.files("veneer.report").joinpath("certificate_page.html.jinja").read_text(encoding="utf-8")
     rows = sorted(certificate["prompts"], key=lambda row: ORDER.index(row.get("turn")))
     same = sum(same_answer(row) for row in rows)
@@ -24,21 +24,6 @@ def certificate_page(certificate: dict[str, Any]) -> str:
     return page.from_string(source).render(c=certificate, rows=rows, same=same)
 
 
-def readable(check: dict[str, Any], key: str) -> str:
-    """The value or the limit of a check for a person: shares in percent, other numbers short."""
-    value = check[key]
-    if isinstance(value, float) and check["unit"] == "share":
-        return f"{value:.1%}" if key == "value" else f"at least {value:.0%}"
-    return number(value)
-
-
 def same_answer(row: dict[str, Any]) -> bool:
     """Whether adapter and artifact answer in the same words; rows without their texts say so themselves."""
     return bool(row["same_answer"] if "same_answer" in row else row["adapter"] == row["artifact"])
-
-
-def number(value: Any) -> str:
-    """A number for a person; words as they are."""
-    if value is None:
-        return ""
-    return value if isinstance(value, str) else f"{value:.4g}"

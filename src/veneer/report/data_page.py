@@ -9,7 +9,7 @@ WIDTH, HEIGHT = 720, 180  # of the histogram, in pixels
 
 
 def data_page(title: str, base: str, inspected: dict[str, Any]) -> str:
-    """The page as HTML.
+    """Render the page as HTML.
 
     Args:
         title: The data's name.

@@ -46,7 +46,7 @@ def plot_loss(records: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Mean over a window around each value, about a fifteenth of the run wide; it does not lag behind."""
+    """Average over a window around each value, about a fifteenth of the run wide; the curve does not lag."""
     half = max(1, len(values) // 30)
     windows = (values[max(0, n - half) : n + half + 1] for n in range(len(values)))
     return [sum(window) / len(window) for window in windows]

@@ -34,10 +34,10 @@ def write_run_page(folder: RunFolder) -> Path:
 
 
 def run_page(folder: Path) -> str:
-    """The page of a run as HTML; parts whose files are not there are left out.
+    """Render the page of a run as HTML; parts whose files are not there are left out.
 
     Args:
-        folder: The run's.
+        folder: The run's folder.
     """
     run = RunFolder(folder)
     page = environment()
@@ -64,7 +64,7 @@ def run_page(folder: Path) -> str:
 
 
 def shown_of(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Lines of samples.jsonl to show, by the rule SHOWN_BY; fewer where there are none such."""
+    """Choose lines of samples.jsonl to show, by the rule SHOWN_BY."""
     right = [sample for sample in samples if sample["tuned_right"]]
     wrong = [sample for sample in samples if not sample["tuned_right"]]
     return right[:2] + wrong[:1]
@@ -76,23 +76,23 @@ def _scores(evaluation: dict[str, Any]) -> dict[str, Any]:
     columns = [key for key in MODELS if any(key in values for values in metrics.values())]
     rows = {
         name.removeprefix("field.").replace("_", " "): [
-            _cell(name, values.get(key), key.startswith("difference")) for key in columns
+            _cell(values.get("unit", ""), values.get(key), key.startswith("difference")) for key in columns
         ]
         for name, values in metrics.items()
     }
     return {"columns": [MODELS[key] for key in columns], "rows": rows}
 
 
-def _cell(metric: str, value: dict[str, float] | None, is_difference: bool) -> tuple[str, str]:
-    """A value and its interval."""
+def _cell(unit: str, value: dict[str, float] | None, is_difference: bool) -> tuple[str, str]:
+    """Format a value and its interval."""
     if value is None:
         return "", ""
     sign = "+" if is_difference else ""
-    if metric == "perplexity":
+    if unit != "share":
         return f"{value['value']:{sign}.3g}", f"{value['low']:{sign}.3g} to {value['high']:{sign}.3g}"
-    unit = "" if is_difference else " %"
+    percent = "" if is_difference else " %"
     shown, low, high = (f"{100 * value[key]:{sign}.1f}" for key in ("value", "low", "high"))
-    return f"{shown}{unit}", f"{low} to {high}"
+    return f"{shown}{percent}", f"{low} to {high}"
 
 
 def _curve(metrics: Path) -> dict[str, Any] | None:
@@ -145,5 +145,5 @@ def _size(count: int) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A file's object; empty: there is no such file."""
+    """Read the object in a file; empty: there is no such file."""
     return read_json(path) if path.exists() else {}

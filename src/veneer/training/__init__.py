@@ -1,13 +1,13 @@
-"""Training: the loop and what it stands on.
+"""Training: the loop, its optimizer, its checkpoints, and checks of all of it.
 
-parts.py       what a run is made of: data, forecast, model, adapter
-job.py         everything of a run brought together: parts, engine, loop, adapter on disk
+parts.py       a run's parts: data, forecast, model, adapter
+job.py         a whole run: parts, engine, loop, adapter on disk
 verify.py      whether training does what it should, here, with this run's model and rows
 loop.py        optimizer steps, logging, evaluation, checkpoints
 optimizer.py   AdamW by name; schedule.py  the learning rate as a function of the step
 checkpoint.py  a resumable state on disk
 stop.py        signals that ask the loop to end, with a checkpoint
-metrics.py     metrics.jsonl, and the listeners that hear of each step
+metrics.py     metrics.jsonl, and the listeners that get its records
 """
 
 from veneer.training.job import Resume, Trained, TrainingJob, finished

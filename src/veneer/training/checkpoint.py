@@ -28,7 +28,7 @@ class TrainingState:
         model: The PEFT model.
         optimizer, scaler: The optimizer and the scaler of its gradients.
         updated: Parameters that the optimizer updates, by name.
-        began_with: What the training hangs on beside its settings: a hash each, by what it is of.
+        began_with: A hash of the base and of each other input that decides the training, by name.
     """
 
     model: Any
@@ -63,8 +63,13 @@ def save(folder: Path, step: int, state: TrainingState) -> Path:
 
 
 def path_of(folder: Path, step: int) -> Path:
-    """Where the checkpoint after `step` steps stands."""
+    """The folder of the checkpoint after `step` steps."""
     return folder / f"step-{step:06d}"
+
+
+def step_of(path: Path) -> int:
+    """The number of steps after which a checkpoint was written, by its name."""
+    return int(path.name.removeprefix("step-"))
 
 
 def load(path: Path, state: TrainingState) -> int:
@@ -95,7 +100,7 @@ def load(path: Path, state: TrainingState) -> int:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint, or None."""
+    """Return the newest checkpoint, or None."""
     found = _all(folder)
     return found[-1] if found else None
 
@@ -107,7 +112,7 @@ def drop_old(folder: Path, keep: int) -> None:
 
 
 def _all(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(folder.glob("step-*"), key=step_of)
 
 
 def _rng_state() -> dict[str, torch.Tensor]:

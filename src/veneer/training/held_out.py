@@ -1,4 +1,4 @@
-"""Batches of the held-out loss. Their size changes nothing but memory and speed, so it may be halved on the way."""
+"""Batches for the held-out loss; their size affects memory and speed alone, so it may be halved during a run."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""A training job: everything of a run brought together, in the order in which it can go wrong cheaply.
+"""A training job brings a run's parts together, the cheapest to fail first.
 
 Settings, then the output folder, the run's parts (`parts`), the engine, the space on disk; only then is the run's
 folder begun. The adapter appears whole at the end.
@@ -22,6 +22,7 @@ from veneer.config.files import read_json
 from veneer.config.folder import remove, whole_folder, write_json, write_text
 from veneer.config.load import to_yaml
 from veneer.config.names import anchored
+from veneer.config.notify import kept_in, notify
 from veneer.data import Batches
 from veneer.data.pipeline import Part
 from veneer.engine.choose import choose
@@ -56,7 +57,7 @@ MAY_CHANGE = {
 
 @dataclass(frozen=True)
 class Trained:
-    """What a finished run reports. final_loss is None where nothing is left that says it."""
+    """What a finished run reports; final_loss is None where no record of it is left."""
 
     run_dir: str
     steps: int
@@ -151,13 +152,19 @@ class TrainingJob:
         """Optimizer steps of the whole run."""
         return self._loop.steps
 
+    @property
+    def done(self) -> int:
+        """Optimizer steps of the checkpoint that the run goes on from; 0 where it begins."""
+        found = checkpoint.latest(self.folder.checkpoints) if self._resume else None
+        return 0 if found is None else checkpoint.step_of(found)
+
     def fit(
         self, listeners: tuple[Listener, ...] = (), write_extras: WriteExtras = lambda folder, steps, loss: None
     ) -> Trained:
         """Train and write the adapter.
 
         Args:
-            listeners: Hear of each step.
+            listeners: Called with each record of metrics.jsonl.
             write_extras: Adds files to the adapter's folder before it appears; gets the folder, steps and last loss.
 
         Raises:
@@ -180,10 +187,17 @@ class TrainingJob:
         self.folder.clear_unfinished()
         if found is not None:
             self._loop.resume(found)
+            notify(f"resuming from {found}", "info", str(found))
         else:  # a run that was killed before its first checkpoint begins anew
             torch.manual_seed(self.run.train.seed)
             self._begin_folder()
-        speed = self._loop.run((MetricsFile(self.folder.metrics), *listeners))
+        with kept_in(self.folder.events):
+            return self._train(listeners, write_extras)
+
+    def _train(self, listeners: tuple[Listener, ...], write_extras: WriteExtras) -> Trained:
+        metrics = MetricsFile(self.folder.metrics)
+        metrics.restart(self._loop.done)
+        speed = self._loop.run((metrics.append, *listeners))
         loss = self._loop.loss if self._loop.loss is not None else _last_loss(self.folder)
         with whole_folder(self.folder.adapter) as unfinished:
             save_adapter(self.model, self.tokenizer, self.renderer.template, self.source, unfinished)
@@ -199,7 +213,7 @@ class TrainingJob:
         )
 
     def plan(self) -> dict[str, Any]:
-        """How the run is placed on this machine, and what is foreseen of it."""
+        """Return how the run is placed on this machine, and what is foreseen of it."""
         train = self.run.train
         return self.foreseen.as_dict() | {
             "machine": self.machine.as_dict(),
@@ -257,7 +271,7 @@ class TrainingJob:
 
 
 def finished(run: Run) -> Trained | None:
-    """What a run reported that is finished; None: it is not.
+    """Return the report of a finished run; None: it is not finished.
 
     Raises:
         UserError: It was another run: its settings differ.
@@ -285,14 +299,14 @@ def vary(part: Part, sizes: Any, rows: int) -> bool:
     Args:
         part: The examples.
         sizes: Tokens of every row, or pack.
-        rows: Of a micro-batch; the last of an epoch may hold fewer.
+        rows: Rows of a micro-batch; the last of an epoch may hold fewer.
     """
     counts = (sizes, part.lengths, part.corpus.trained[part.examples])
     return len(sizes) % rows > 0 or any(len(np.unique(count)) > 1 for count in counts)
 
 
 def environment() -> dict[str, Any]:
-    """What a run ran on, for files that ship: no kernel's release, which can carry a host's name."""
+    """Return versions and platform, for files that ship: no kernel's release, which can carry a host's name."""
     versions = {name: metadata.version(name) for name in LIBRARIES}
     versions["veneer"] = veneer.__version__
     return {
@@ -303,7 +317,7 @@ def environment() -> dict[str, Any]:
 
 
 def _dated(run: Run, day: date | None) -> Run:
-    """A run with the date that its template is given, on whatever day it goes on."""
+    """A run whose template is given this date, on whatever day the run is resumed."""
     return run.model_copy(update={"data": run.data.model_copy(update={"template_date": day})})
 
 

@@ -1,4 +1,4 @@
-"""The loop: optimizer steps, logging, held-out losses, checkpoints, and a clean stop.
+"""The loop makes optimizer steps, logs them, measures held-out losses, writes checkpoints and stops cleanly.
 
 A step's loss is summed over its trained tokens and divided by their number, over all its micro-batches together, so
 that how a step is cut does not change it. Two things are checked that otherwise go wrong in silence: after the first
@@ -12,7 +12,6 @@ Gradients of float16 runs are scaled against underflow as usual (torch's GradSca
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from veneer.config import Interrupted, JobError, Train
+from veneer.config.notify import notify
 from veneer.data import Batches
 from veneer.engine import Engine
 from veneer.machine.device import peak_bytes
@@ -91,8 +91,6 @@ class Loop:
         """
         train = self._train
         tokens, seconds = 0, 0.0
-        for listener in listeners:
-            listener.on_start(self.steps, self.done)
         try:
             with stop_signal() as stopped:
                 if self.done:
@@ -104,7 +102,7 @@ class Loop:
                     tokens, seconds = tokens + record["tokens"], seconds + record["seconds"]
                     is_last = self.done == self.steps
                     if self.done % train.logging_steps == 0 or is_last:
-                        _tell(listeners, record)
+                        _report(listeners, record)
                     if is_last or stopped() or _due(self.done, train.save_steps):
                         self._save()
                     if stopped() and not is_last:
@@ -116,9 +114,6 @@ class Loop:
                 "train.per_device_train_batch_size and double train.gradient_accumulation_steps (the same training), "
                 "set train.gradient_checkpointing=true, or lower data.max_length"
             ) from None
-        finally:
-            for listener in listeners:
-                listener.on_end()
         return round(tokens / seconds, 1) if seconds else 0.0
 
     def _step(self, number: int) -> dict[str, Any]:
@@ -162,7 +157,7 @@ class Loop:
         }
 
     def _evaluate_if_due(self, listeners: Sequence[Listener], stopped: Callable[[], bool]) -> None:
-        """The held-out loss, where this step has one; a stop leaves it out, and a checkpoint stands for it."""
+        """Measure the held-out loss, where this step has one; a stop leaves it out, and a checkpoint stands for it."""
         if not self._held_out or not (self.done == self.steps or _due(self.done, self._train.eval_steps)):
             return
         total = self._held_out_total(stopped)
@@ -172,10 +167,9 @@ class Loop:
             raise Interrupted(self._checkpoint())
         loss = total / sum(batch.weight for batch in self._held_out)
         if not (is_finite := math.isfinite(loss)):  # the adapter may be good all the same, and its loss was finite
-            warnings.warn(
+            notify(
                 f"the held-out loss after step {self.done} is {loss}; a lower train.learning_rate may mend it",
-                RuntimeWarning,
-                stacklevel=2,
+                where="train.learning_rate",
             )
         record = {
             "kind": "eval",
@@ -184,7 +178,7 @@ class Loop:
             "perplexity": math.exp(loss) if is_finite and loss < 700 else None,
             "trained_tokens": sum(batch.trained for batch in self._held_out),
         }
-        _tell(listeners, record)
+        _report(listeners, record)
 
     def _held_out_total(self, stopped: Callable[[], bool]) -> float | None:
         """The summed held-out loss, None where it was stopped; where memory runs out, from there on with half as many
@@ -207,11 +201,8 @@ class Loop:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         if (now := self._held_out.size) < before:
-            warnings.warn(
-                f"out of memory in the held-out loss with {before} rows at a time: going on with {now}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            text = f"out of memory in the held-out loss with {before} rows at a time: going on with {now}"
+            notify(text, where="evaluate.batch_size")
         return float(total)
 
     def _require_finite(self, number: int, loss: float, norm: float) -> None:
@@ -224,7 +215,7 @@ class Loop:
             raise JobError(f"the gradient of step {number + 1} is not finite\n  fix: lower train.learning_rate")
 
     def _require_gradients(self, sizes: list[float]) -> None:
-        """Checked once, after the first step whose gradients are finite.
+        """Check gradients once, after the first step in which they are finite.
 
         Args:
             sizes: Largest magnitude in the gradient of each B matrix.
@@ -240,7 +231,7 @@ class Loop:
             )
 
     def _checkpoint(self) -> Path:
-        """Where the checkpoint of this step stands, or would."""
+        """Return the path of this step's checkpoint, written or not."""
         return checkpoint.path_of(self._checkpoints, self.done)
 
     def _save(self) -> None:
@@ -256,6 +247,6 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _tell(listeners: Sequence[Listener], record: dict[str, Any]) -> None:
+def _report(listeners: Sequence[Listener], record: dict[str, Any]) -> None:
     for listener in listeners:
-        listener.on_record(record)
+        listener(record)

@@ -1,25 +1,16 @@
-"""What is told of each step, and to whom: the file metrics.jsonl, a progress bar, a program's own listener."""
+"""Records of logged steps and evaluations, and who gets them: metrics.jsonl, a progress bar, a program's listener."""
 
 import json
-import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from veneer.config.files import read_json_lines
 from veneer.config.folder import write_text
+from veneer.config.notify import notify
 
-
-class Listener(Protocol):
-    """Hears of a run's progress. Records are the lines of metrics.jsonl."""
-
-    def on_start(self, steps: int, done: int) -> None:
-        """Training begins (or goes on after `done` steps)."""
-
-    def on_record(self, record: dict[str, Any]) -> None:
-        """A logged step (`kind: train`) or an evaluation (`kind: eval`)."""
-
-    def on_end(self) -> None:
-        """Training has ended, well or not."""
+# Called with each line of metrics.jsonl: a logged step (`kind: train`) or an evaluation (`kind: eval`).
+Listener = Callable[[dict[str, Any]], None]
 
 
 class MetricsFile:
@@ -32,9 +23,10 @@ class MetricsFile:
         self._path = path
         self._written = 0  # bytes of whole lines in the file
         self._waiting = b""
-        self._has_told = False
+        self._has_notified = False
 
-    def on_start(self, steps: int, done: int) -> None:
+    def restart(self, done: int) -> None:
+        """Keep the lines of the first `done` steps alone, with which the training goes on."""
         # The evaluation of a checkpoint's step comes after it, and so is made again.
         kept = [
             line
@@ -45,29 +37,26 @@ class MetricsFile:
         write_text(self._path, text)
         self._written = len(text.encode())
 
-    def on_record(self, record: dict[str, Any]) -> None:
+    def append(self, record: dict[str, Any]) -> None:
+        """Write a line; a notice says once that it could not be written."""
         self._waiting += json.dumps(record).encode() + b"\n"
         try:
             with self._path.open("ab") as file:
                 file.truncate(self._written)  # what an error left of a line
                 file.write(self._waiting)
         except OSError as error:
-            if not self._has_told:
-                warnings.warn(
+            if not self._has_notified:
+                notify(
                     f"{self._path}: cannot be written ({error.strerror}); training goes on, and writes its lines later",
-                    RuntimeWarning,
-                    stacklevel=2,
+                    where=str(self._path),
                 )
-            self._has_told = True
+            self._has_notified = True
         else:
             self._written, self._waiting = self._written + len(self._waiting), b""
 
-    def on_end(self) -> None:
-        pass
-
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records of a metrics.jsonl; a last line that a crash cut short is left out.
+    """Read all records of a metrics.jsonl; a last line that a crash cut short is left out.
 
     Raises:
         UserError: Another line is damaged.

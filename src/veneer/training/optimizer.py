@@ -18,7 +18,7 @@ BLOCK = 256  # values that share a constant in bitsandbytes' 8-bit states
 
 
 def parameters_to_update(model: Any, engine: Engine, train: Train, device: str) -> dict[str, torch.nn.Parameter]:
-    """What the optimizer updates, by the names that its state has in checkpoints.
+    """Return what the optimizer updates, by the names that its state has in checkpoints.
 
     An engine that lays all adapters into one parameter has them updated in one launch. Values of two matrices never
     share a block of 8-bit states: where they would, each matrix is updated by itself.
@@ -31,7 +31,7 @@ def parameters_to_update(model: Any, engine: Engine, train: Train, device: str) 
 
 
 def build_optimizer(parameters: Iterable[torch.nn.Parameter], train: Train, device: str) -> torch.optim.Optimizer:
-    """AdamW over the adapter's parameters; the loop sets the learning rate before each step."""
+    """Make AdamW over the adapter's parameters; the loop sets the learning rate before each step."""
     name = resolve_optim(train.optim, device)
     settings: dict[str, Any] = {
         "lr": train.learning_rate,
@@ -55,7 +55,7 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], train: Train, devi
 
 
 def get_state(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str]) -> dict[str, torch.Tensor]:
-    """The optimizer's state as tensors by name (`<parameter>/<state>`), for safetensors."""
+    """Return the optimizer's state as tensors by name (`<parameter>/<state>`), for safetensors."""
     tensors = {}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
@@ -67,7 +67,7 @@ def get_state(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str]) 
 def set_state(
     optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str], tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Put back what `get_state` took."""
+    """Restore what `get_state` returned."""
     by_name = {name: parameter for parameter, name in names.items()}
     # torch counts its steps in a tensor, on the device where the update is fused; bitsandbytes in a plain int.
     is_torch = isinstance(optimizer, torch.optim.AdamW)

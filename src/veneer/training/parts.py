@@ -1,4 +1,4 @@
-"""What a run is made of, loaded in the order in which it can go wrong cheaply: data, forecast, model, adapter.
+"""A run's parts, loaded with the cheapest to fail first: data, forecast, model, adapter.
 
 Training and `veneer verify` begin with it. Nothing is written.
 """
@@ -101,7 +101,7 @@ def _require_positions(positions: int | None, data: Prepared) -> None:
 
 
 def _require_embeddings(base: Any, tokenizer: Any, data: Prepared) -> None:
-    """Raises UserError for a token beyond the model's embeddings; a GPU would stop there without a word of it."""
+    """Raises UserError for a token beyond the model's embeddings, which ends a GPU's work without a message."""
     known = len(base.get_input_embeddings().weight)
     if len(tokenizer) <= known:
         return

@@ -1,10 +1,10 @@
-"""The learning rate as a pure function of the step, so that nothing about it needs saving."""
+"""The learning rate is a pure function of the step, so nothing about it needs saving."""
 
 import math
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float, kind: str) -> float:
-    """Learning rate of step `step` (from 0) of `steps`.
+    """Compute the learning rate of step `step` (from 0) of `steps`.
 
     It rises linearly over the first `warmup_ratio` of the steps, reaching `peak`, then falls to zero at the end of
     the last step (cosine, linear) or stays (constant), as Transformers' schedules of the same names do.

@@ -1,6 +1,6 @@
-"""A stop that is asked for: the loop ends after its step, with a checkpoint.
+"""Signals that stop a training: the loop ends after its step, with a checkpoint.
 
-Ctrl-C, a polite kill (SIGTERM) and a terminal that was closed (SIGHUP) all ask for the same. Signals that the caller
+Ctrl-C, SIGTERM and a terminal that was closed (SIGHUP) do the same. Signals that the caller
 ignores stay ignored, as `nohup` has it.
 """
 

@@ -1,6 +1,6 @@
-"""Whether training does what it should with this run's model, data and machine: some small experiments.
+"""Small experiments that check whether training works with this run's model, data and machine.
 
-Each check asks for one thing that otherwise goes wrong in silence, and has a number with its limit. They work on short
+Each check looks at one thing that otherwise goes wrong in silence, and has a number with its limit. They work on short
 pieces of the run's own rows. Afterwards the adapter is what it was; nothing is written into the run's folder.
 
 Losses are compared in nats a trained token. In float32 they agree to a thousandth and better; in 16 bits rounding alone
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from veneer.config import Run, Train
+from veneer.config.results import Check
 from veneer.data import Batch
 from veneer.data.batch import Example
 from veneer.engine import Engine, ReferenceEngine
@@ -42,47 +43,13 @@ FIRST_STRIDE, LAST_STRIDE = 0.01, 0.2
 
 
 @dataclass(frozen=True)
-class Check:
-    """One check.
-
-    Attributes:
-        id: Its name; see docs/verify.md.
-        passed: Whether it held; also where it does not apply.
-        value, limit: What was measured and what it may be; None where it does not apply.
-        what: What is measured, for a person.
-        bound: Whether the limit is the largest or the smallest value that passes.
-        worst: The adapter matrix or row where it is worst.
-        note: Why it does not apply, or why there is no value.
-    """
-
-    id: str
-    passed: bool
-    value: float | None
-    limit: float | None
-    what: str
-    bound: str = "at most"
-    worst: str | None = None
-    note: str | None = None
-
-    @staticmethod
-    def at_most(name: str, value: float, limit: float, what: str, worst: str | None = None) -> "Check":
-        """A check that a value does not exceed a limit; one that is no number fails."""
-        return Check(name, value <= limit, value if math.isfinite(value) else None, limit, what, worst=worst)
-
-    def as_dict(self) -> dict[str, Any]:
-        values = {"id": self.id, "passed": self.passed, "value": self.value, "limit": self.limit, "bound": self.bound}
-        more = {"what": self.what, "worst": self.worst, "note": self.note}
-        return values | {key: value for key, value in more.items() if value is not None}
-
-
-@dataclass(frozen=True)
 class Verification:
-    """What was found.
+    """The checks of a run.
 
     Attributes:
         checks: In the order they were made.
         choice: The engine that the run would train with.
-        seconds: That the checks took, loading left out.
+        seconds: Time that the checks took, without loading.
     """
 
     checks: tuple[Check, ...]
@@ -109,7 +76,7 @@ def verify(run: Run, force: bool = False, on_check: Callable[[Check], None] = la
     Args:
         run: The settings.
         force: Load even if the run is foreseen not to fit.
-        on_check: Hears of each check as it is made.
+        on_check: Called with each check as it is made.
 
     Raises:
         UserError: The run cannot be carried out as it is written.
@@ -121,13 +88,13 @@ def verify(run: Run, force: bool = False, on_check: Callable[[Check], None] = la
 def verify_parts(
     run: Run, parts: RunParts, choice: EngineChoice, on_check: Callable[[Check], None] = lambda check: None
 ) -> Verification:
-    """Check what is loaded; the adapter is afterwards what it was.
+    """Check a run that is loaded; the adapter is afterwards what it was.
 
     Args:
         run: The settings.
         parts: The run's parts.
-        choice: Of the engine, not yet checked.
-        on_check: Hears of each check as it is made.
+        choice: The engine, not yet checked.
+        on_check: Called with each check as it is made.
     """
     began = time.perf_counter()
     rows = short_rows(parts.data.train, LENGTHS)
@@ -154,38 +121,38 @@ def _of_data(parts: RunParts) -> Iterator[Check]:
     trained = train.corpus.trained[train.examples]
     yield Check.at_most("mask", float(np.count_nonzero(trained == 0)), 0, "rows without a trained token")
     ends = ledger.tokens["end_of_turn"]
-    what = "end-of-turn tokens that are trained"
+    name = "end-of-turn tokens that are trained"
     if any(known["format"] == "text" for known in ledger.formats.values()):
-        yield Check("end-of-turn", True, None, None, what, note="plain text has no turns")
+        yield Check("end-of-turn", True, name=name, detail="plain text has no turns")
     else:
-        yield Check("end-of-turn", ends >= 1, ends, 1, what, bound="at least")
+        yield Check("end-of-turn", ends >= 1, ends, 1, name, bound="at least")
 
 
 def _agreement(parts: RunParts, engine: Engine, rows: list[Example]) -> Agreement | None:
-    """Fused against reference, on rows of several lengths and on rows of one; None: the run has no fused engine."""
+    """Compare both engines on rows of several lengths and on rows of one; None: the run has no fused engine."""
     if engine.is_reference:
         return None
     return agree(parts.model, engine, [Batch.of(rows), Batch.of(even_rows(parts.data.train, EVEN))])
 
 
 def _of_agreement(choice: EngineChoice, found: Agreement | None) -> Iterator[Check]:
-    whats = {
+    names = {
         "fused-loss": "loss, fused against reference, relative",
         "fused-gradient": "gradient of all adapters, fused against reference, relative",
         "fused-matrix": "gradient of a single matrix, fused against reference, relative",
     }
     if found is None:
-        for name, what in whats.items():
-            yield Check(name, True, None, None, what, note=choice.reason)
+        for id, name in names.items():
+            yield Check(id, True, name=name, detail=choice.reason)
         return
     values = (found.loss, found.gradient, found.matrix)
-    for (name, what), value, limit in zip(whats.items(), values, found.limits, strict=True):
-        worst = None if name == "fused-loss" else found.worst or None
-        yield replace(Check.at_most(name, value, limit, what, worst), note=found.failure)
+    for (id, name), value, limit in zip(names.items(), values, found.limits, strict=True):
+        worst = "" if id == "fused-loss" else _worst(found.worst)
+        yield Check.at_most(id, value, limit, name, found.failure or worst)
 
 
 def _of_engine(run: Run, parts: RunParts, engine: Engine, rows: list[Example]) -> Iterator[Check]:
-    """What the engine that the run trains with makes of its rows."""
+    """Check the engine that the run trains with, on its own rows."""
     model = parts.model
     is_exact = model.get_base_model().get_input_embeddings().weight.dtype == torch.float32
     with untouched(model):
@@ -203,7 +170,7 @@ def _of_engine(run: Run, parts: RunParts, engine: Engine, rows: list[Example]) -
 
 
 def _gradients(model: Any, engine: Engine, rows: list[Example]) -> Check:
-    """B must have gradients as it begins, and A as soon as B is not zero."""
+    """Check that B has gradients while it is zero, and A as soon as B is not."""
     batch = Batch.of(rows)
     engine.forward_backward(batch, 1 / batch.weight)
     bad = _without_gradient(model, only_b=True)
@@ -212,8 +179,8 @@ def _gradients(model: Any, engine: Engine, rows: list[Example]) -> Check:
         parameter.grad = None
     engine.forward_backward(batch, 1 / batch.weight)
     names = sorted(bad | _without_gradient(model, only_b=False))
-    what = "adapter matrices without a usable gradient"
-    return Check.at_most("gradients", float(len(names)), 0, what, short_name(names[0]) if names else None)
+    worst = short_name(names[0]) if names else ""
+    return Check.at_most("gradients", float(len(names)), 0, "adapter matrices without a usable gradient", _worst(worst))
 
 
 def _without_gradient(model: Any, only_b: bool) -> set[str]:
@@ -225,7 +192,7 @@ def _without_gradient(model: Any, only_b: bool) -> set[str]:
 
 
 def _targets(model: Any, engine: Engine, rows: list[Example], limit: float) -> Check:
-    """Losses from the plain model's logits, by the definition: token n is predicted at n - 1.
+    """Compare losses with the plain model's logits, by the definition: token n is predicted at n - 1.
 
     A row of few trained tokens counts as one of `ENOUGH`.
     """
@@ -250,18 +217,18 @@ def _packed(engine: Engine, rows: list[Example], limit: float) -> Check:
 
 
 def _isolated(engine: Engine, rows: list[Example]) -> Check:
-    """The first row's tokens in another order: the other rows' losses must not notice."""
-    what = "loss of rows when a neighbour changes"
+    """Reorder the first row's tokens; the losses of the other rows must stay as they are."""
+    name = "loss of rows when a neighbour changes"
     if len(rows) < 2:
-        return Check("isolated", True, None, None, what, note="there is one row")
+        return Check("isolated", True, name=name, detail="there is one row")
     other = replace(rows[0], ids=np.ascontiguousarray(rows[0].ids[::-1]))
     before, after = _losses(engine, rows), _losses(engine, [other, *rows[1:]])
     apart = [abs(a - b) / row.weight for row, a, b in zip(rows, before, after, strict=True)]
-    return _largest("isolated", apart[1:], 1e-6, what, rows[1:])
+    return _largest("isolated", apart[1:], 1e-6, name, rows[1:])
 
 
 def _overfit(run: Run, parts: RunParts, engine: Engine) -> Check:
-    """A few rows must be learnt by heart, with the run's own optimizer and dropout."""
+    """Train on a few rows until they are learnt by heart, with the run's own optimizer and dropout."""
     rows = short_rows(parts.data.train, [ROW_TOKENS] * ROWS, least=1)
     size = run.train.per_device_train_batch_size
     batches = [Batch.of(rows[n : n + size]) for n in range(0, len(rows), size)]
@@ -281,12 +248,12 @@ def _overfit(run: Run, parts: RunParts, engine: Engine) -> Check:
             group["lr"] = _rate(run, step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    what = f"loss of {len(rows)} rows after up to {STEPS} steps on them, of the loss before"
-    return Check.at_most("overfit", share, OVERFIT, what)
+    name = f"loss of {len(rows)} rows after up to {STEPS} steps on them, of the loss before"
+    return Check.at_most("overfit", share, OVERFIT, name)
 
 
 def _rate(run: Run, step: int) -> float:
-    """Adam moves each value of B by the rate, and B's ranks add up: so the rate is a stride over scale times rank."""
+    """The rate of a step: Adam moves each value of B by it, and B's ranks add up, so scale and rank divide it."""
     adapter = run.adapter
     strength = adapter.lora_alpha * (math.sqrt(adapter.r) if adapter.use_rslora else 1)
     stride: float = FIRST_STRIDE * (LAST_STRIDE / FIRST_STRIDE) ** (step / STEPS)
@@ -294,7 +261,7 @@ def _rate(run: Run, step: int) -> float:
 
 
 def _reload(run: Run, parts: RunParts, rows: list[Example]) -> Check:
-    """The trained adapter from its file, put on the same base beside the live one."""
+    """Load the trained adapter from its file onto the same base, and compare it with the live one."""
     model = parts.model
     reference = ReferenceEngine(model)
     with tempfile.TemporaryDirectory() as name:
@@ -316,8 +283,12 @@ def _losses(engine: Engine, rows: Sequence[Example]) -> list[float]:
     return losses
 
 
-def _largest(name: str, apart: list[float], limit: float, what: str, rows: Sequence[Example]) -> Check:
-    """A check of the largest difference, in nats a token."""
+def _largest(id: str, apart: list[float], limit: float, name: str, rows: Sequence[Example]) -> Check:
+    """Check the largest difference, in nats a token."""
     number = max(range(len(apart)), key=lambda n: math.inf if math.isnan(apart[n]) else apart[n])
-    worst = rows[number].place if apart[number] > 0 else None
-    return Check.at_most(name, apart[number], limit, f"{what}, in nats a token", worst)
+    worst = rows[number].place if apart[number] > 0 else ""
+    return Check.at_most(id, apart[number], limit, f"{name}, in nats a token", _worst(worst))
+
+
+def _worst(place: str) -> str:
+    return f"worst in {place}" if place else ""

@@ -9,7 +9,6 @@ example came from. `account.json` has the counts for the ledger, `pii.jsonl` whe
 
 import json
 import os
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -21,6 +20,7 @@ import numpy as np
 
 from veneer.config import UserError
 from veneer.config.files import file_sha256, read_json
+from veneer.config.notify import notify
 from veneer.data.batch import Example
 from veneer.data.screening.deduplication import BINS
 from veneer.data.sources.read import RowBlock
@@ -121,13 +121,13 @@ def seal(folder: Path) -> None:
 
 
 def is_sound(folder: Path) -> bool:
-    """Whether all files of a corpus are as they were sealed; warns where they are not."""
+    """Whether all files of a corpus are as they were sealed; says so where they are not."""
     try:
         sound = read_json(folder / CHECKSUMS) == _checksums(folder)
     except (OSError, UserError):
         sound = False
     if not sound:
-        warnings.warn(f"{folder}: damaged; the rows are tokenized again", RuntimeWarning, stacklevel=2)
+        notify(f"{folder}: damaged; the rows are tokenized again", where=str(folder))
     return sound
 
 

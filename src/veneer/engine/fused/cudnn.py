@@ -15,12 +15,12 @@ rows of whole blocks come here: those that were cut or packed to a length, hardl
 Shapes: T tokens, B rows of L, H query heads, K key heads, C dimensions of a head.
 """
 
-import warnings
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 
+from veneer.config.notify import notify
 from veneer.kernels.rope import Heads
 
 ROOM_BYTES = 320 * 2**20  # usual room of a call; one row of 2,048 tokens and 32 heads takes 288 MiB
@@ -98,7 +98,7 @@ def is_able(rows: int, length: int, heads: Heads) -> bool:
     except (ImportError, OSError, RuntimeError, AttributeError, TypeError) as error:  # the last two: of other versions
         reason = str(error).strip().splitlines() or [type(error).__name__]
         text = f"attention goes through flash, which is slower: cuDNN has no plan for rows of {length} tokens"
-        warnings.warn(f"{text} ({reason[0]})", stacklevel=2)
+        notify(f"{text} ({reason[0]})")
         return False
     return True
 

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from veneer.config.results import Check
 from veneer.data import Renderer
-from veneer.release.certify.checks import Check
 from veneer.release.certify.prompts import Prompt
 from veneer.release.certify.runtimes import Answer
 
@@ -212,13 +212,12 @@ def distribution_checks(measured: Sequence[Measured], limits: Tolerance, noise: 
         name = "next-token distributions (mean KL, nats)"
         passed = not broken and mean <= limits.divergence
         value = None if math.isinf(mean) else round(mean, 6)
-        checks.append(Check("distributions", name, passed, value, limits.divergence, detail))
+        checks.append(Check("distributions", passed, value, limits.divergence, name, detail))
     share, detail = _agreement(measured, noise)
     if share is not None:
         passed = share >= limits.agreement
-        checks.append(
-            Check("agreement", "greedy agreement", passed, round(share, 4), limits.agreement, detail, unit="share")
-        )
+        value, name = round(share, 4), "greedy agreement"
+        checks.append(Check("agreement", passed, value, limits.agreement, name, detail, "at least", "share"))
     return checks
 
 

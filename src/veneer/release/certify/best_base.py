@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from veneer.config import UserError
-from veneer.evaluation.fields import right_rows
+from veneer.evaluation.metrics.json_fields import right_rows
 from veneer.evaluation.paired import Paired, paired
 from veneer.model.tuned import TunedModel
 from veneer.release.certify.certificate import batch_of, judged_answers
@@ -46,7 +46,7 @@ def choose_base(
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     recorded: dict[str, Recorded],
-    notify: Callable[[str], None] = lambda what: None,
+    on_status: Callable[[str], None] = lambda what: None,
 ) -> BaseChoice:
     """Score the adapter on its base in 4 bits and in 16, on the same rows.
 
@@ -55,7 +55,7 @@ def choose_base(
         prompts: Held-out rows.
         max_new_tokens: Longest answer.
         recorded: Answers that evaluation recorded, taken where they are of all rows.
-        notify: Called with what is being done.
+        on_status: Called with what is being done.
 
     Raises:
         UserError: The base was not quantized, or there are no held-out rows.
@@ -69,11 +69,11 @@ def choose_base(
     if not rows:
         raise UserError(f"{tuned.name}: --on best: there are no held-out rows to choose by", "leave --on out")
     renderer, ends = tuned.renderer, set(tuned.stop_ids)
-    notify("the adapter answers on the base in 4 bits")
+    on_status("the adapter answers on the base in 4 bits")
     model = None if all(row.id in recorded for row in rows) else tuned.load(tuned.dtype)
     judged, _ = judged_answers(model, renderer, rows, max_new_tokens, ends, recorded, batch_of(tuned))
     del model
-    notify("the adapter answers on the base in 16 bits")
+    on_status("the adapter answers on the base in 16 bits")
     other = replace(tuned, quantization=None).load(tuned.dtype)
     answers = greedy(other, renderer.tokenizer, [row.ids for row in rows], max_new_tokens, ends, batch_of(tuned))
     references = [row.reference or "" for row in rows]

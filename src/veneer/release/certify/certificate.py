@@ -29,6 +29,7 @@ from typing import Any
 
 from veneer.config.files import file_sha256
 from veneer.config.folder import write_json
+from veneer.config.results import Check
 from veneer.data import Renderer
 from veneer.model.dense import adapter_in_copies
 from veneer.model.tuned import TunedModel
@@ -43,7 +44,7 @@ from veneer.release.certify.agreement import (
     noise_between,
 )
 from veneer.release.certify.artifact import Artifact, running
-from veneer.release.certify.checks import Check, prompt_checks, stop_checks, unmade, weight_checks
+from veneer.release.certify.checks import prompt_checks, stop_checks, unmade, weight_checks
 from veneer.release.certify.compare_weights import Compared, compare_weights
 from veneer.release.certify.judged import Recorded
 from veneer.release.certify.prompts import Prompt
@@ -85,8 +86,8 @@ class Certificate:
     def __post_init__(self) -> None:
         failed = next((check for check in self.checks if not check.passed), None)
         object.__setattr__(self, "passed", failed is None)
-        told = None if failed is None else failed.name + (f": {failed.detail}" if failed.detail else "")
-        object.__setattr__(self, "first_difference", told)
+        message = None if failed is None else failed.name + (f": {failed.detail}" if failed.detail else "")
+        object.__setattr__(self, "first_difference", message)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -99,7 +100,7 @@ def certify_artifact(
     max_new_tokens: int,
     skipped: dict[str, str],
     recorded: dict[str, Recorded],
-    notify: Callable[[str], None] = lambda what: None,
+    on_status: Callable[[str], None] = lambda what: None,
 ) -> Certificate:
     """Put an artifact beside the model that its run was judged by.
 
@@ -110,7 +111,7 @@ def certify_artifact(
         max_new_tokens: Longest answer.
         skipped: Checks that cannot be made, and why.
         recorded: Answers that evaluation recorded, by the place of their row; rows without one are answered again.
-        notify: Called with what is being done.
+        on_status: Called with what is being done.
     """
     started = time.perf_counter()
     renderer = tuned.renderer
@@ -118,7 +119,7 @@ def certify_artifact(
     compared: Compared | None = None
     settings: list[Check] = []
     if artifact.path is not None:
-        notify("comparing weights")
+        on_status("comparing weights")
         compared = compare_weights(tuned, artifact.path, artifact.on)
         settings = setting_checks(tuned, artifact.path, compared.unties)
     edges = [prompt for prompt in prompts if prompt.reference is None]
@@ -127,12 +128,12 @@ def certify_artifact(
         checks += prompt_checks(runtime, renderer, prompts, artifact)
         checks += stop_token_checks(runtime.stop_ids(), renderer)
         checks += settings + weight_checks(compared)
-        notify("the artifact answers")
+        on_status("the artifact answers")
         answers = _answers(runtime, prompts, max_new_tokens)
         again = [_edge_answers(runtime, [edge], max_new_tokens)[0] for edge in edges]
         runtime_kind = runtime.kind
     del runtime
-    notify("the judged model answers")
+    on_status("the judged model answers")
     model = tuned.load(tuned.dtype)
     ends = set(tuned.stop_ids)
     at = len(prompts) - len(edges)
@@ -140,7 +141,7 @@ def certify_artifact(
         judged, source = judged_answers(model, renderer, prompts, max_new_tokens, ends, recorded, batch)
         single = [greedy(model, renderer.tokenizer, [edge.ids], _edge_limit(max_new_tokens), ends)[0] for edge in edges]
         noise = Noise(noise_between(judged[at:], single), noise_between(answers[at:], again))
-        notify("the judged model reads the artifact's answers")
+        on_status("the judged model reads the artifact's answers")
         measured = [
             measure(model, renderer, prompt, answer, ends, noise.total)
             for prompt, answer in zip(prompts, answers, strict=True)

@@ -4,8 +4,8 @@ settings.py has those of configuration and decoding, agreement.py and verdict.py
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from veneer.config.results import Check
 from veneer.data import Renderer
 from veneer.release.certify.artifact import Artifact
 from veneer.release.certify.compare_weights import STRENGTH, Compared
@@ -14,31 +14,12 @@ from veneer.release.certify.prompts import Prompt
 from veneer.release.certify.runtimes import Answer, Runtime
 
 
-@dataclass(frozen=True)
-class Check:
-    """One check.
-
-    Attributes:
-        value, limit: Numbers, or words where there is no number.
-        detail: Why it fails, or how it was measured.
-        unit: share: value and limit are shown in percent; empty: as they are.
-    """
-
-    id: str
-    name: str
-    passed: bool
-    value: float | str | None
-    limit: float | str | None
-    detail: str = ""
-    unit: str = ""
-
-
 def unmade(checks: Sequence[Check], has_rows: bool) -> dict[str, str]:
     """What could not be checked and why, by the name of the check."""
     made = {check.id for check in checks}
     reasons = {
-        "prompt_tokens": ("prompt tokens", "the server does not tell them"),
-        "stop_tokens": ("stop tokens", "the server does not tell them"),
+        "prompt_tokens": ("prompt tokens", "the server does not report them"),
+        "stop_tokens": ("stop tokens", "the server does not report them"),
         "weights": ("weights", "a server does not show them"),
         "strength": ("strength of the adapter", "it changes no weight that can be seen"),
         "settings": ("architecture settings", "a server does not show them"),
@@ -72,7 +53,7 @@ def prompt_checks(runtime: Runtime, renderer: Renderer, prompts: Sequence[Prompt
             wrong = f"{prompt.id}: {diagnose_prompt(renderer, prompt.ids, found, artifact.path)}"
     if not known:
         return []
-    return [Check("prompt_tokens", "prompt tokens", same == known, f"{same} of {known} identical", "all", wrong)]
+    return [Check("prompt_tokens", same == known, f"{same} of {known} identical", "all", "prompt tokens", wrong)]
 
 
 def weight_checks(compared: Compared | None) -> list[Check]:
@@ -80,30 +61,13 @@ def weight_checks(compared: Compared | None) -> list[Check]:
         return []
     strength = compared.strength
     weak = strength is not None and abs(strength - 1) > STRENGTH
-    is_whole = not compared.wrong
     # Where the adapter's strength is what is wrong, that check has the name for it.
     detail = compared.diagnosis
-    checks = [
-        Check(
-            "weights",
-            "weights",
-            is_whole,
-            f"{compared.tensors - len(compared.wrong)} of {compared.tensors} within their precision",
-            "all",
-            detail if not is_whole else "",
-        )
-    ]
+    whole = f"{compared.tensors - len(compared.wrong)} of {compared.tensors} within their precision"
+    checks = [Check("weights", not compared.wrong, whole, "all", "weights", detail if compared.wrong else "")]
     if strength is not None:
-        checks.append(
-            Check(
-                "strength",
-                "strength of the adapter",
-                not weak,
-                round(strength, 4),
-                f"1 ± {STRENGTH}",
-                detail if weak else "",
-            )
-        )
+        name, limit = "strength of the adapter", f"1 ± {STRENGTH}"
+        checks.append(Check("strength", not weak, round(strength, 4), limit, name, detail if weak else ""))
     return checks
 
 
@@ -115,4 +79,5 @@ def stop_checks(answers: Sequence[Answer], expected: Sequence[Answer], prompts: 
     # One answer in fifty may run on: a different word early can lead anywhere.
     least = len(rows) - len(rows) // 50
     detail = "" if ended >= least else "its answers run on where those of the judged model end"
-    return [Check("stops", "answers that end by themselves", ended >= least, f"{ended} of {len(rows)}", least, detail)]
+    name, value = "answers that end by themselves", f"{ended} of {len(rows)}"
+    return [Check("stops", ended >= least, value, least, name, detail, "at least")]

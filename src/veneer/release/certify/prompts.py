@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from veneer.config import UserError
 from veneer.data import Message, Renderer
 from veneer.data.pipeline import HeldOut
-from veneer.evaluation.right import expected_answer
+from veneer.evaluation.metrics.exact_match import expected_answer
 from veneer.model.shapes import find_config
 from veneer.model.tuned import TunedModel
 

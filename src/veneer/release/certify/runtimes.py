@@ -4,7 +4,7 @@ A Transformers folder is run here, with its own tokenizer, template and generati
 servers.py asks an OpenAI-compatible server, and starts llama.cpp's for a GGUF file.
 
 Each says which tokens it makes of a conversation and answers greedily, with the log-probabilities of the likeliest
-tokens at every step. What a server does not tell (the tokens of a prompt, say) is None and is not checked, not guessed.
+tokens at every step. What a server does not report (the tokens of a prompt, say) is None, neither checked nor guessed.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ class Answer:
 
     Attributes:
         text: As its user sees it.
-        ids: Its tokens, without the one that ended it; None: the server does not tell.
+        ids: Its tokens, without the one that ended it; None: the server does not report.
         stopped: Whether it ended by itself, not at the limit.
         steps: At each of its tokens the log-probabilities of the likeliest tokens by id.
     """
@@ -49,11 +49,11 @@ class Runtime(Protocol):
     kind: str
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int] | None:
-        """The tokens it makes of a conversation to be answered; None: it does not tell."""
+        """The tokens it makes of a conversation to be answered; None: it does not report."""
         ...
 
     def prompt_count(self, messages: Sequence[Message]) -> int | None:
-        """How many tokens it counts in such a conversation; None: it does not tell."""
+        """How many tokens it counts in such a conversation; None: it does not report."""
         ...
 
     def answer(self, prompts: Sequence[Sequence[Message]], max_new_tokens: int) -> list[Answer]:
@@ -61,7 +61,7 @@ class Runtime(Protocol):
         ...
 
     def stop_ids(self) -> set[int] | None:
-        """Tokens at which it ends an answer; None: it does not tell."""
+        """Tokens at which it ends an answer; None: it does not report."""
         ...
 
 

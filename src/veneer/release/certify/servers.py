@@ -140,8 +140,8 @@ class Endpoint:
             path = "/v1/completions"
         made = self._ask(path, asked)
         if not isinstance(made, dict) or "choices" not in made:
-            told = json.dumps(made)[:300] if made else "nothing"
-            raise JobError(f"{self._root}{path}: the server answered {told}")
+            message = json.dumps(made)[:300] if made else "nothing"
+            raise JobError(f"{self._root}{path}: the server answered {message}")
         return dict(made)
 
     def _answer(self, made: dict[str, Any]) -> Answer:
@@ -169,8 +169,8 @@ class Endpoint:
         except (KeyError, TypeError, IndexError, AttributeError, ValueError, OverflowError) as error:
             if isinstance(error, UserError):
                 raise
-            told = f"{self.address}: its answers are not those of an OpenAI-compatible server: {reason(error)}"
-            raise JobError(told) from None
+            message = f"{self.address}: its answers are not those of an OpenAI-compatible server: {reason(error)}"
+            raise JobError(message) from None
 
     @staticmethod
     def _text(messages: Sequence[Message]) -> str:
@@ -276,9 +276,9 @@ def llama_server(
     source = str(Path(veneer.__file__).parents[1])
     paths = os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))
     with (
-        tempfile.TemporaryFile("w+", errors="replace") as told,
+        tempfile.TemporaryFile("w+", errors="replace") as log,
         subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=told, env=os.environ | {"PYTHONPATH": paths}
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=os.environ | {"PYTHONPATH": paths}
         ) as child,
     ):
         assert child.stdin is not None
@@ -286,7 +286,7 @@ def llama_server(
         try:
             address = child.stdout.readline().decode().strip()  # nothing, where it ended
             if not address:
-                raise UserError(f"{file}: llama.cpp does not load it: {_why_it_ended(child, told)}", REMAKE)
+                raise UserError(f"{file}: llama.cpp does not load it: {_why_it_ended(child, log)}", REMAKE)
             try:
                 _ask(f"{address}/slots", None)  # it listens before its queue runs, and that answers this
                 yield Endpoint(address, chat, TOP, stops, "llama.cpp")
@@ -294,7 +294,7 @@ def llama_server(
                 with suppress(subprocess.TimeoutExpired):
                     child.wait(1)  # its connections end a moment before it does
                 if child.poll() is not None:
-                    raise JobError(f"{file}: llama.cpp ended: {_why_it_ended(child, told)}") from None
+                    raise JobError(f"{file}: llama.cpp ended: {_why_it_ended(child, log)}") from None
                 raise
         finally:
             child.stdin.close()  # the end of its input ends it
@@ -304,11 +304,11 @@ def llama_server(
                 child.kill()
 
 
-def _why_it_ended(child: "subprocess.Popen[bytes]", told: IO[str]) -> str:
+def _why_it_ended(child: "subprocess.Popen[bytes]", log: IO[str]) -> str:
     """What a child that ended had to say."""
     status = child.wait()
-    told.seek(0)
-    lines = told.read().splitlines()
+    log.seek(0)
+    lines = log.read().splitlines()
     errors = [line.split(" E ", 1)[1].strip() for line in lines if " E " in line] or [
         line.strip() for line in lines if line.strip()
     ][-1:]

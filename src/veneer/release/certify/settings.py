@@ -15,13 +15,13 @@ import numpy as np
 
 from veneer.config import UserError
 from veneer.config.files import read_json, reading
+from veneer.config.results import Check
 from veneer.data import Renderer
 from veneer.model.gguf import open_gguf
 from veneer.model.quiet import quiet
 from veneer.model.remote import read_config
 from veneer.model.shapes import find_config
 from veneer.model.tuned import TunedModel
-from veneer.release.certify.checks import Check
 from veneer.release.gguf.families import TensorLayout
 
 # Of config.json: what a merge writes anew, other checks compare, or Transformers notes for itself.
@@ -62,19 +62,19 @@ def setting_checks(tuned: TunedModel, path: Path, unties: bool) -> list[Check]:
 
 
 def stop_token_checks(stops: set[int] | None, renderer: Renderer) -> list[Check]:
-    """Whether an artifact knows every token at which an answer ends; none where it does not tell."""
+    """Whether an artifact knows every token at which an answer ends; none where it reports none."""
     if stops is None:
         return []
     missing = sorted(set(renderer.stop_ids) - stops)
     names = ", ".join(str(renderer.tokenizer.convert_ids_to_tokens(number)) for number in missing)
     detail = f"{names} is not among its stop tokens: its answers would go on" if missing else ""
     known = f"{len(renderer.stop_ids) - len(missing)} of {len(renderer.stop_ids)} known"
-    return [Check("stop_tokens", "stop tokens", not missing, known, "all", detail)]
+    return [Check("stop_tokens", not missing, known, "all", "stop tokens", detail)]
 
 
 def _architecture(differences: list[str], count: int) -> Check:
     same = f"{count - len(differences)} of {count} equal"
-    return Check("settings", "architecture settings", not differences, same, "all", "; ".join(differences[:3]))
+    return Check("settings", not differences, same, "all", "architecture settings", "; ".join(differences[:3]))
 
 
 def _own_config(path: Path) -> dict[str, Any]:
@@ -113,14 +113,13 @@ def _decoding(path: Path) -> Check:
     name, limit = "decoding settings", "greedy, as judged"
     if "eos_token_id" not in kept:
         why = "generation_config.json is missing, cut or empty: servers would take settings of their own"
-        return Check("decoding", name, False, "not stated", limit, why)
+        return Check("decoding", False, "not stated", limit, name, why)
     neutral = dict(NEUTRAL)
     if kept.get("do_sample"):
         neutral |= dict.fromkeys(SAMPLING)
     wrong = [f"{key} = {kept[key]}" for key, value in neutral.items() if kept.get(key) not in (None, value)]
-    return Check(
-        "decoding", name, not wrong, ", ".join(wrong) or "greedy", limit, "the run was judged greedily" if wrong else ""
-    )
+    detail = "the run was judged greedily" if wrong else ""
+    return Check("decoding", not wrong, ", ".join(wrong) or "greedy", limit, name, detail)
 
 
 def _layout(tuned: TunedModel) -> TensorLayout:

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from veneer.evaluation.fields import right_rows
+from veneer.config.results import Check
 from veneer.evaluation.intervals import proportion
+from veneer.evaluation.metrics.json_fields import right_rows
 from veneer.evaluation.paired import Paired, paired
-from veneer.release.certify.checks import Check
 from veneer.release.certify.prompts import Prompt
 from veneer.release.certify.runtimes import Answer
 
@@ -61,7 +61,7 @@ class Verdict:
         if not any(self.judged) and not any(self.artifact):
             detail += "; no row is answered exactly, so this score tells little: see the agreement"
         limit = f"not worse than {other}"
-        return Check("score", "held-out rows right", found.verdict != "worse", score, limit, detail)
+        return Check("score", found.verdict != "worse", score, limit, "held-out rows right", detail)
 
 
 def describe(found: Paired) -> str:

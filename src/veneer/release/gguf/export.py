@@ -138,7 +138,7 @@ def export_adapter(tuned: TunedModel, out: Path, on_done: Progress = lambda done
     """
     require_free(out)
     layout = TensorLayout(find_config(tuned.model), tuned.model.base)
-    refused = [check.message for check in vllm_lint(tuned.adapter) if not check.passed and check.id != "rank"]
+    refused = [check.detail for check in vllm_lint(tuned.adapter) if not check.passed and check.id != "rank"]
     if refused:
         raise UserError(
             f"{tuned.name}: llama.cpp takes LoRA matrices on linear layers alone: {'; '.join(refused)}",

@@ -96,7 +96,7 @@ def merge_into(
     planned = [_plan(merge_plan, name, stored, DTYPES[dtype]) for name, stored in (tensors | delta.untied).items()]
     require_space(out, sum(tensor.size for tensor in planned))
     with whole_folder(out) as unfinished:
-        write_weights(unfinished, [_told(tensor, on_done) for tensor in planned], {"format": "pt"}, shard_bytes)
+        write_weights(unfinished, [_reported(tensor, on_done) for tensor in planned], {"format": "pt"}, shard_bytes)
         _write_config(tuned, folder, unfinished, dtype, delta.unties)
         write_companions(tuned, folder, unfinished)
         inside = file_sha256(tuned.weights)
@@ -144,7 +144,7 @@ def unmerge_from(
     planned = [plan(name, stored) for name, stored in tensors.items()]
     require_space(out, sum(tensor.size for tensor in planned))
     with whole_folder(out) as unfinished:
-        write_weights(unfinished, [_told(tensor, on_done) for tensor in planned], {"format": "pt"})
+        write_weights(unfinished, [_reported(tensor, on_done) for tensor in planned], {"format": "pt"})
         for name in ("config.json", "generation_config.json", *TOKENIZER_FILES):
             if (merged / name).is_file():
                 shutil.copyfile(merged / name, unfinished / name)
@@ -163,8 +163,8 @@ def _plan(merge_plan: MergePlan, name: str, stored: Stored, dtype: torch.dtype) 
     return PlannedTensor(name, dtype, stored.shape, lambda: cast_pieces(stored, dtype))
 
 
-def _told(tensor: PlannedTensor, on_done: Progress) -> PlannedTensor:
-    """The same, telling when it has been made."""
+def _reported(tensor: PlannedTensor, on_done: Progress) -> PlannedTensor:
+    """The same tensor, which calls `on_done` once it is made."""
 
     def make() -> torch.Tensor | Iterator[memoryview]:
         made = tensor.make()
@@ -209,10 +209,10 @@ def _require_merged(merged: Path, tuned: TunedModel, force: bool) -> tuple[str, 
             f"{merged} does not say what is in it (no merge.json): if this adapter is not, what is left is no base",
         )
     if inside != file_sha256(tuned.weights):
-        told = f"{merged}: holds another adapter ({kept.get('adapter')}) than {tuned.name}"
+        message = f"{merged}: holds another adapter ({kept.get('adapter')}) than {tuned.name}"
         if not force:
-            raise UserError(told, "name that one with --adapter, or use --force to go on all the same")
-        return (f"--force: {told}",)
+            raise UserError(message, "name that one with --adapter, or use --force to go on all the same")
+        return (f"--force: {message}",)
     if kept.get("on") == "nf4":
         return ("the adapter was merged into the base in 4 bits: what is left is that base, not the original one",)
     return ()

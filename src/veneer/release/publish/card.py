@@ -22,6 +22,7 @@ from veneer.config import Model, Run, RunFolder, UserError, load_run
 from veneer.config.files import read_optional_json, read_text
 from veneer.config.folder import write_text
 from veneer.config.load import yaml_values
+from veneer.config.results import limit_text, value_text
 from veneer.data.template import begin_ids
 from veneer.machine import find_machine
 from veneer.model import BaseSource, GgufOrigin, compute_dtype, gguf_origin, load_tokenizer, local_folder, locate
@@ -111,7 +112,8 @@ def card(facts: Facts) -> str:
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters |= {
-        "shown": _shown,
+        "value_text": value_text,
+        "limit_text": limit_text,
         "literal": literal,
         "fenced": fenced,
         "name_of": name_of,
@@ -184,10 +186,3 @@ def licence(source: BaseSource) -> str | None:
             if text.startswith("---") and (parts := text.split("---", 2))[2:]:
                 stated = (yaml_values(parts[1], str(readme)) or {}).get("license", stated)
     return stated if isinstance(stated, str) and stated else None
-
-
-def _shown(value: float | str | None, unit: str = "") -> str:
-    """The value or the limit of a check: shares in percent, other numbers short, words as they are."""
-    if value is None or isinstance(value, str):
-        return value or ""
-    return f"{value:.1%}" if unit == "share" else f"{value:.4g}"

@@ -4,7 +4,7 @@
 certificate, samples) ids, counts and verdicts are sent, and `--with-samples` sends the texts too. No file is sent with
 a path of this machine: those are cut to names. What is so changed is made for the parcel; the folder stays as it is.
 
-What is sent is told first, file by file, with what its owner should know before.
+What is sent is listed first, file by file, with what its owner should know before.
 """
 
 import json
@@ -179,7 +179,7 @@ def _warnings(folder: Path, contents: dict[str, Content], is_adapter: bool, with
     if with_samples:
         found.append("rows of your data go along word for word (--with-samples)")
     if is_adapter:
-        found += [f"vLLM does not take it: {check.message}" for check in vllm_lint(folder) if not check.passed]
+        found += [f"vLLM does not take it: {check.detail}" for check in vllm_lint(folder) if not check.passed]
         base = read_optional_json(folder / "adapter_config.json").get("base_model_name_or_path")
         if base and Path(base).expanduser().is_absolute():
             found.append(

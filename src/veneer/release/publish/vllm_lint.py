@@ -6,36 +6,17 @@ Source: `vllm/lora/peft_helper.py` and `vllm/config/lora.py`.
 """
 
 import re
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from veneer.config.files import read_json
+from veneer.config.results import Check
 from veneer.release.weights import read_header
 
 MAX_RANK = 512
 
 
-@dataclass(frozen=True)
-class Check:
-    """One rule.
-
-    Attributes:
-        id: Of the rule.
-        passed: Whether the adapter keeps it.
-        message: What is wrong, or what holds.
-    """
-
-    id: str
-    passed: bool
-    message: str
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
 def vllm_lint(folder: Path) -> list[Check]:
-    """Each rule of vLLM on an adapter's folder in PEFT's format."""
+    """Check each rule of vLLM on an adapter's folder in PEFT's format; `detail` says what breaks it."""
     config = read_json(folder / "adapter_config.json")
     names = list(read_header(folder / "adapter_model.safetensors"))
     ranks = [config.get("r") or 0, *(config.get("rank_pattern") or {}).values()]
@@ -61,5 +42,5 @@ def vllm_lint(folder: Path) -> list[Check]:
     ]
 
 
-def _check(name: str, passed: bool, wrong: str) -> Check:
-    return Check(name, bool(passed), "" if passed else wrong)
+def _check(id: str, passed: bool, wrong: str) -> Check:
+    return Check(id, bool(passed), detail="" if passed else wrong)

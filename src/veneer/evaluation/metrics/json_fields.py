@@ -1,4 +1,4 @@
-"""Answers that are JSON objects, judged key by key.
+"""JSON fields: answers that are JSON objects are judged key by key.
 
 An answer counts as an object only as a whole: text around it, or a list, is not one, since a program that reads it
 would fail. The order of keys and white space do not count; a missing key is wrong.
@@ -8,15 +8,22 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from veneer.evaluation.right import final_text, is_right
+from veneer.evaluation.metrics.exact_match import final_text, is_right
+from veneer.evaluation.metrics.metric import ScoredRows, ShareRight
 
 VALID = "valid_json"
 RECORD = "record"
 FIELD = "field."  # before each key's name, so that no key is taken for another metric
 
 
+def measure(rows: ScoredRows) -> dict[str, ShareRight]:
+    """Measure `valid_json`, each `field.KEY` and `record`, where all references are JSON objects of the same keys."""
+    answers, references = [sample.answer for sample in rows.samples], [sample.reference for sample in rows.samples]
+    return {name: ShareRight(right) for name, right in field_scores(answers, references).items()}
+
+
 def json_object(text: str) -> dict[str, Any] | None:
-    """The object that a text is; None: it is none."""
+    """Parse a text that is a JSON object; None: it is none."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -25,7 +32,7 @@ def json_object(text: str) -> dict[str, Any] | None:
 
 
 def shared_keys(references: Sequence[str]) -> tuple[str, ...]:
-    """The keys of references that are all JSON objects of the same keys, in the first one's order; else none."""
+    """Return the keys of references that are JSON objects of the same keys, in the first one's order; else none."""
     objects = [json_object(text) for text in references]
     if not objects or objects[0] is None:
         return ()
@@ -34,7 +41,7 @@ def shared_keys(references: Sequence[str]) -> tuple[str, ...]:
 
 
 def field_scores(answers: Sequence[str], references: Sequence[str]) -> dict[str, list[bool]]:
-    """Which rows are right, by metric; nothing where the references are not JSON objects of the same keys.
+    """Judge rows by each metric; none applies where the references are not JSON objects of the same keys.
 
     Args:
         answers: One a row.
@@ -63,11 +70,11 @@ def field_scores(answers: Sequence[str], references: Sequence[str]) -> dict[str,
 
 
 def right_rows(answers: Sequence[str], references: Sequence[str]) -> list[bool]:
-    """Which rows are right by the rule that decides: the whole record of JSON answers, else the text."""
+    """Judge rows by the rule that decides: the whole record of JSON answers, else the text."""
     exact = [is_right(answer, reference) for answer, reference in zip(answers, references, strict=True)]
     return field_scores(answers, references).get(RECORD, exact)
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Equal as JSON: true is not 1, and the order of keys does not count."""
+    """Whether two values are equal as JSON: true is not 1, and the order of keys does not count."""
     return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)

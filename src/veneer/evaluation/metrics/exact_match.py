@@ -1,6 +1,6 @@
-"""When an answer is right: what the model is to give for a row, and what of it decides.
+"""Exact match: the answer that the model generates is the one that training taught, word for word.
 
-Expected is what training taught: the answer's own tokens, decoded as a generated answer is, so that whatever a template
+The expected answer is the row's own tokens, decoded as a generated answer is, so that whatever a template
 writes into an answer (calls, an empty `<think>` block) is there on both sides. Reasoning does not decide, only what
 follows it. Calls in the form of Qwen and Hermes are compared as JSON: spaces and the order of keys do not count.
 """
@@ -10,12 +10,20 @@ import re
 
 from veneer.data import Conversation, Renderer
 from veneer.evaluation.decoding import answer_text
+from veneer.evaluation.metrics.metric import ScoredRows, ShareRight
 
+EXACT_MATCH = "exact_match"
 CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 
 
+def measure(rows: ScoredRows) -> dict[str, ShareRight]:
+    """Measure `exact_match`, where any row asks something."""
+    right = [is_right(sample.answer, sample.reference) for sample in rows.samples]
+    return {EXACT_MATCH: ShareRight(right)} if right else {}
+
+
 def expected_answer(renderer: Renderer, conversation: Conversation) -> str:
-    """The answer that the model is to give to a row's last question.
+    """Return the answer that the model is to give to a row's last question.
 
     Raises:
         UserError: The row cannot be rendered.
@@ -24,7 +32,7 @@ def expected_answer(renderer: Renderer, conversation: Conversation) -> str:
 
 
 def final_text(answer: str) -> str:
-    """What stands behind the reasoning of an answer; all of it where there is none, or nothing behind it."""
+    """Return what follows the reasoning of an answer; all of it where there is none, or nothing follows."""
     return answer.rpartition("</think>")[2].strip() or answer.strip()
 
 
@@ -34,7 +42,7 @@ def is_right(answer: str, reference: str) -> bool:
 
 
 def _comparable(text: str) -> str | tuple[str, ...]:
-    """The text; where it holds calls, what stands beside them and each as JSON of one form."""
+    """Return the text; where it holds calls, the text beside them and each call as JSON of one form."""
     found = CALL.findall(text)
     if not found:
         return text

@@ -1,0 +1,65 @@
+"""What a check found, for `veneer verify`, for a certificate and for what a serving runtime takes.
+
+A check measures one thing and has a limit for it, so that a person sees how close it was, and a program needs to read
+no sentence. A check that does not apply to a run has passed and has no value; `detail` says why.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check.
+
+    Attributes:
+        id: Its name for programs; docs/verify.md and docs/release.md list them
+        passed: Whether it held; also where it does not apply
+        value: What was measured, a number or words; None: it does not apply, or is not finite
+        limit: What the value may be
+        name: What is measured, for a person
+        detail: Why it failed or does not apply, where it is worst, or how it was measured
+        bound: Whether the limit is the largest or the smallest number that passes (at most, at least)
+        unit: `share`: value and limit are shown in percent; empty: as they are
+    """
+
+    id: str
+    passed: bool
+    value: float | str | None = None
+    limit: float | str | None = None
+    name: str = ""
+    detail: str = ""
+    bound: str = "at most"
+    unit: str = ""
+
+    @classmethod
+    def at_most(cls, id: str, value: float, limit: float, name: str, detail: str = "") -> "Check":
+        """Check that a number does not exceed a limit; NaN and infinity fail and have no value.
+
+        Args:
+            id, value, limit, name: As for the class.
+            detail: What to look at where the check fails.
+        """
+        passed = value <= limit
+        return cls(id, passed, value if math.isfinite(value) else None, limit, name, "" if passed else detail)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def value_text(check: dict[str, Any]) -> str:
+    """The value of a check (as `Check.as_dict` gives it) for a person; empty where it does not apply."""
+    value = check["value"]
+    if isinstance(value, str | None):
+        return value or ("" if check["passed"] else "not finite")
+    return f"{value:.1%}" if check["unit"] == "share" else f"{value:.4g}"
+
+
+def limit_text(check: dict[str, Any]) -> str:
+    """The limit of a check for a person, behind its sign where it is a number."""
+    limit = check["limit"]
+    if isinstance(limit, str | None):
+        return limit or ""
+    sign = "≥" if check.get("bound") == "at least" else "≤"
+    return f"{sign} {limit:.0%}" if check["unit"] == "share" else f"{sign} {limit:.4g}"
