@@ -1,8 +1,9 @@
 """Training a run, and what is written beside its adapter."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from veneer.api.warned import or_warn
 from veneer.config import Run
@@ -11,23 +12,46 @@ from veneer.report import plot_loss
 from veneer.training import Listener, Resume, Trained, TrainingJob, finished
 from veneer.training.metrics import read_metrics
 
+Hook = Listener | Callable[[dict[str, Any]], None]
+
+
+class RecordListener:
+    """A listener that calls a function with each record."""
+
+    def __init__(self, function: Callable[[dict[str, Any]], None]) -> None:
+        self._function = function
+
+    def on_start(self, steps: int, done: int) -> None:
+        pass
+
+    def on_record(self, record: dict[str, Any]) -> None:
+        self._function(record)
+
+    def on_end(self) -> None:
+        pass
+
 
 def train(
     run: Run,
     resume: Resume = False,
-    listeners: Sequence[Listener] = (),
+    listeners: Sequence[Hook] = (),
     force: bool = False,
     overwrite: bool = False,
 ) -> Trained:
     """Carry out a run: load, train, write the adapter with its card and the picture of its loss.
 
+    Example:
+        trained = veneer.train(run, listeners=[listen])
+        print(trained.run_dir, trained.final_loss)
+
     Args:
-        run: The settings.
-        resume: Go on from the run's last checkpoint. "auto": begin where there is no run yet, go on where there is
-            one, and give the report of one that is finished.
-        listeners: Hear of each step.
-        force: Start even if it is foreseen not to fit.
-        overwrite: Replace the run that is in its folder.
+        run: settings of the run.
+        resume: whether to go on from the run's last checkpoint. "auto": begin where there is no run yet, go on where
+            there is one, and give the report of one that is finished.
+        listeners: functions that are called with each record, which is the dict of a line of metrics.jsonl; or objects
+            that also hear of the beginning and the end (`veneer.training.Listener`).
+        force: whether to start a run that is foreseen not to fit.
+        overwrite: whether to replace the run that is in its folder.
 
     Raises:
         UserError: The run cannot be carried out as it is written; nothing was written.
@@ -41,8 +65,9 @@ def train(
     return finish(job, listeners)
 
 
-def finish(job: TrainingJob, listeners: Sequence[Listener] = ()) -> Trained:
+def finish(job: TrainingJob, listeners: Sequence[Hook] = ()) -> Trained:
     """Train a job that is loaded, and write all that belongs to its folder; the adapter comes last of it."""
+    called = tuple(hook if isinstance(hook, Listener) else RecordListener(hook) for hook in listeners)
     title = f"{job.folder.path.name}: {job.run.model.base}"
 
     def write_extras(folder: Path, steps: int, loss: float | None) -> None:
@@ -50,4 +75,4 @@ def finish(job: TrainingJob, listeners: Sequence[Listener] = ()) -> Trained:
         or_warn("the card", lambda: write_card(job, folder))
         or_warn("loss.png", lambda: plot_loss(read_metrics(job.folder.metrics), job.folder.loss_plot, title))
 
-    return job.fit(tuple(listeners), write_extras)
+    return job.fit(called, write_extras)

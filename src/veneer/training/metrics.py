@@ -3,12 +3,13 @@
 import json
 import warnings
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from veneer.config.files import read_json_lines
 from veneer.config.folder import write_text
 
 
+@runtime_checkable
 class Listener(Protocol):
     """Hears of a run's progress. Records are the lines of metrics.jsonl."""
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from veneer.config import UserError
+from veneer.config.rows import without_nulls
 from veneer.data.sources.find import DataSource, chunks, open_dataset, open_plain, told
 from veneer.data.sources.json_text import CHUNK, JsonText
 from veneer.data.sources.unpacked import TIMES, require_batches, require_pages
@@ -453,14 +454,8 @@ def _python(batch: Any) -> list[Row]:
     """Rows of a slice. Unchecked offsets would crash the process: a slice that is not sound is read row by row."""
     try:
         batch.validate(full=True)
-        return [_without_nulls(row) for row in batch.to_pylist(maps_as_pydicts="strict")]
+        return [without_nulls(row) for row in batch.to_pylist(maps_as_pydicts="strict")]
     except (ValueError, LookupError, OverflowError) as error:
         if batch.num_rows == 1:
             return [Unreadable(f"cannot be read: {str(error).splitlines()[0]}")]
         return [row for at in range(batch.num_rows) for row in _python(batch.slice(at, 1))]
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
