@@ -35,8 +35,8 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert made["evaluated"].is_record
     assert set(made["answers"][0]) == {"prompt", "answer", "base"}
     assert made["certificate"].passed
-    assert {"adapter_model.safetensors", "passport.json"} <= set(made["pushed"].parcel.files)
-    assert made["pushed"].as_dict()["sent"] is False
+    assert {"adapter_model.safetensors", "passport.json"} <= set(made["pushed"]["files"])
+    assert made["pushed"]["sent"] is False
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -41,11 +41,11 @@ def push(
         show_release.show_warnings(out, parcel.warnings)
 
     pushed = veneer.push(name, repo, public, dry_run, with_samples, show_parcel)
-    if pushed.address is not None:
-        out.print(f"sent: {escape(pushed.address)}")
+    if pushed["sent"]:
+        out.print(f"sent: {escape(pushed['address'])}")
     elif not dry_run:
-        out.print(f"[red]not sent[/red]: {escape(str(pushed.reason))}")
+        out.print(f"[red]not sent[/red]: {escape(pushed['reason'])}")
         out.print("  fix: check the network and your access (hf auth login); the files above are what would be sent")
     if as_json:
-        show.print_json(pushed.as_dict())
-    return 0 if dry_run or pushed.address is not None else 1
+        show.print_json(pushed)
+    return 0 if dry_run or pushed["sent"] else 1

@@ -12,11 +12,13 @@ import numpy as np
 
 from veneer.config import Data, UserError
 from veneer.data.conversation import BadRowError, Conversation, Message
-from veneer.data.recognise import recognise, to_conversation
+from veneer.data.formats import to_conversation
+from veneer.data.recognise import recognise
 from veneer.data.screening.prerendered import strip_control_tokens
 from veneer.data.screening.privacy import find, redact
+from veneer.data.sources.block import RowBlock, Unreadable
 from veneer.data.sources.find import DataSource
-from veneer.data.sources.read import RowBlock, Unreadable, parse, read_blocks
+from veneer.data.sources.read import parse, read_blocks
 
 LOOKED_AT = 100  # rows that a format is recognised by
 

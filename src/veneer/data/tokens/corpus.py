@@ -24,7 +24,7 @@ from veneer.config import UserError
 from veneer.config.files import read_json
 from veneer.data.batch import Example
 from veneer.data.screening.deduplication import BINS
-from veneer.data.sources.read import RowBlock
+from veneer.data.sources.block import RowBlock
 from veneer.data.tokens.tokenize import ROW, SPAN, Tokenized
 
 ACCOUNT = ("fates", "notes", "personal", "lengths", "names", "problems", "stop_ids")

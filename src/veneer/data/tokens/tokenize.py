@@ -24,7 +24,7 @@ from veneer.data.render import Renderer
 from veneer.data.row_parser import ParsedRow, Personal, RowParser, RowProblem
 from veneer.data.sandbox import TOO_LONG, shared
 from veneer.data.screening.deduplication import signatures
-from veneer.data.sources.read import RowBlock
+from veneer.data.sources.block import RowBlock
 from veneer.data.template import TEMPLATE_FIX
 
 NOTED = 20  # problems of a block and a fate that are kept word for word
