@@ -85,8 +85,8 @@ def whole_folder(path: Path, keep: bool = True) -> Iterator[Path]:
     An existing `path` is replaced. What a process that was killed left of `path` is deleted.
 
     Args:
-        path: The folder to be made.
-        keep: False: it vanishes in any case.
+        path: folder to be made.
+        keep: whether the folder stays; False: it vanishes in any case.
     """
     make_folder(path.parent)
     clear_dead(path)

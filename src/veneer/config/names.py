@@ -24,8 +24,8 @@ class AdapterFolder:
     """An adapter on disk.
 
     Attributes:
-        path: Its folder in PEFT's format.
-        run: The folder of the run it belongs to; None: it stands alone, and knows what it needs by its passport.
+        path: folder in PEFT's format.
+        run: folder of the run it belongs to; None: it stands alone, and knows what it needs by its passport.
     """
 
     path: Path
@@ -36,7 +36,7 @@ def find_adapter(name: str) -> AdapterFolder | None:
     """The adapter that a name stands for; None: no folder of that name holds a run or an adapter.
 
     Args:
-        name: Folder of a run, of one of its checkpoints, or of an adapter.
+        name: folder of a run, of one of its checkpoints, or of an adapter.
 
     Raises:
         UserError: The run has no adapter yet.

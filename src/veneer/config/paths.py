@@ -1,4 +1,4 @@
-"""What no file system takes as a path, told at once and not after hours, by whichever call fails first."""
+"""Refuses at once, and not after hours, what no file system takes as a path."""
 
 import os
 
@@ -27,8 +27,8 @@ def require_path(path: str, setting: str) -> None:
     """Raises UserError for what cannot be a path.
 
     Args:
-        path: As it was given.
-        setting: What it was given for.
+        path: path as it was given.
+        setting: name of the setting it was given for.
     """
     if (fault := fault_of(path)) is not None:
         shown = path if len(path) <= 60 else path[:57] + "..."

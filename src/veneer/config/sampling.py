@@ -16,7 +16,7 @@ class Sampling:
         top_k: Sample from so many of the likeliest tokens; 0: from all.
         repetition_penalty: Divides the logits of tokens that are in the prompt or the answer already; 1: none.
         stop: The answer ends before the first of these texts.
-        seed: Of the sampling.
+        seed: seed of the sampling.
 
     Raises:
         UserError: A value is out of range, or has no effect beside the others.

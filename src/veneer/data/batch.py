@@ -30,10 +30,10 @@ class Example:
     """One document.
 
     Attributes:
-        ids: Its tokens, int32.
-        spans: Its trained tokens: (start, end, weight) of each stretch, rising. The first token of all is in none,
+        ids: tokens, int32.
+        spans: trained tokens: (start, end, weight) of each span, rising. The first token of all is in none,
             since nothing stands before it that could predict it.
-        place: Of the row it came from.
+        place: place of the row it came from.
     """
 
     ids: Any
@@ -140,7 +140,7 @@ class Batches:
         lengths: Tokens of each.
         batch_size: Rows (or packs) of a micro-batch.
         accumulation: Micro-batches of an optimizer step.
-        seed: Of the order.
+        seed: seed of the order.
         pack_length: Fill packs of so many tokens; None: a row is one example.
 
     Attributes:

@@ -17,13 +17,13 @@ Texts = list[str | BadRowError]
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A row before its tokens.
+    """A row's text before it is tokenized.
 
     Attributes:
-        text: With a border before and after each answer.
-        weights: Of the parts before, between and behind the borders: one more than there are borders.
-        place: Of the row.
-        is_chat: Whether a template made the text: every second part is an answer with its end-of-turn token. If
+        text: text with a border before and after each answer.
+        weights: loss weights of the parts before, between and behind the borders: one more than there are borders.
+        place: file and line of the row.
+        is_chat: whether a template made the text: every second part is an answer with its end-of-turn token. If
             not, the begin and end tokens are still to be added.
     """
 
@@ -38,10 +38,11 @@ class ChatDraft:
     """A conversation whose texts a template is to make.
 
     Attributes:
-        row: As the template is given it.
-        answers: Numbers of its answers.
-        mark, place: As of a draft.
-        is_prompt: Whether it is to be continued; no answer of it is trained.
+        row: conversation as the template is given it.
+        answers: positions of its answers among the turns.
+        mark: character that marks control strings, or UNCUT.
+        place: file and line of the row.
+        is_prompt: whether it is to be continued; no answer of it is trained.
     """
 
     row: Spelled
@@ -160,7 +161,7 @@ def prompt_text(chat: ChatDraft, made: Texts) -> Text:
 
 
 def add_span(spans: list[tuple[int, int, float]], start: int, end: int, weight: float) -> None:
-    """Put a stretch behind the others; one that continues the last makes it longer."""
+    """Append a span; one that continues the last makes that longer."""
     if not weight or start >= end:
         return
     if spans and spans[-1][1:] == (start, weight):

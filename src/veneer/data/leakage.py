@@ -16,7 +16,7 @@ from veneer.data.sources.find import DataSource
 from veneer.data.split import Sides, equal_to_earlier
 from veneer.data.tokens.corpus import Corpus
 
-SHOWN = 5  # rows told at once
+SHOWN = 5  # rows that a message shows
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class TokenizedFiles:
 
 
 def find_duplicates(corpus: Corpus, data: Data, ledger: Ledger) -> Sides:
-    """Which rows stay, and which of them must stand on one side of a split."""
+    """Find the rows that stay, and those of them that must stand on one side of a split."""
     near = np.fromfile(corpus.folder / "near.bin", np.uint32).astype(np.int64)
     repeats = equal_to_earlier(corpus.rows["hash"])
     nearly = (near != np.arange(len(near))) & ~repeats
@@ -49,7 +49,7 @@ def find_duplicates(corpus: Corpus, data: Data, ledger: Ledger) -> Sides:
 def leave_out_held_out(
     given: TokenizedFiles, held_out: TokenizedFiles, kept: Sides, data: Data, ledger: Ledger
 ) -> Sides:
-    """Training rows without those that are in the held-out files, or nearly."""
+    """Leave out training rows that are in the held-out files, or nearly."""
     both = [given.corpus, held_out.corpus]
     count = len(both[0].rows)
 
@@ -100,7 +100,7 @@ def report_overlap(given: TokenizedFiles, held_out: TokenizedFiles, sides: Sides
 
 
 def numbers_of(corpus: Corpus, rows: Any) -> dict[int, Any]:
-    """Of each source the numbers of some rows, rising."""
+    """The numbers of some rows, rising, by source."""
     chosen_rows = corpus.rows[rows]
     return {
         int(source): np.sort(chosen_rows["number"][chosen_rows["source"] == source])

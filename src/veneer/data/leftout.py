@@ -17,7 +17,7 @@ def left_out(messages: Sequence[Message], text: str) -> str:
 
     Args:
         messages: Turns, as the template was given them.
-        text: What it made of them.
+        text: text that it made of them.
     """
     said = [(part, name) for message in messages for part, name in _parts(message)]
     at = 0

@@ -57,7 +57,7 @@ class Part(Sequence[Example]):
     """The examples of one side of the split, on disk.
 
     Attributes:
-        lengths: Tokens of each.
+        lengths: number of tokens of each.
     """
 
     def __init__(self, corpus: Corpus, rows: Any) -> None:
@@ -77,7 +77,7 @@ class Part(Sequence[Example]):
         return self.corpus[self.examples[at]]
 
     def fingerprint(self) -> str:
-        """Of tokens and weights of all its rows, in order."""
+        """A hash of the tokens and weights of all its rows, in order."""
         return hashlib.sha256(self.corpus.rows["hash"][self.rows].tobytes()).hexdigest()
 
 
@@ -96,7 +96,7 @@ class Prepared:
         return _with_turns(self._held_out, self.validation, self._data, limit)
 
     def personal(self) -> str:
-        """Where the personal data that was found stood: JSON, a line each."""
+        """The places of the personal data that was found: JSON, a line each."""
         corpora = {part.corpus.folder: part.corpus for part in (self.train, self.validation)}
         return "".join((folder / "pii.jsonl").read_text(encoding="utf-8") for folder in corpora)
 
@@ -200,7 +200,7 @@ def _chosen_blocks(
 
 
 def _checked(parts: Iterable[tuple[int, RowBlock, Tokenized]], data: Data) -> Iterator[tuple[int, RowBlock, Tokenized]]:
-    """The same, refusing what the settings refuse as soon as it is seen.
+    """Pass tokenized blocks on; refuse what the settings refuse as soon as it is seen.
 
     Raises:
         UserError: Bad rows, or overlong ones, where these are refused.
@@ -292,7 +292,7 @@ def _workers(sources: Sequence[DataSource]) -> int:
 def _fingerprint(
     sources: Sequence[DataSource], formats: Sequence[str], data: Data, renderer: Renderer, seed: int
 ) -> str:
-    """Of everything that decides the tokens."""
+    """A hash of everything that decides the tokens."""
     tokenizer = renderer.tokenizer
     facts = {
         "layout": LAYOUT,

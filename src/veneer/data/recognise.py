@@ -24,10 +24,10 @@ def recognise(rows: Sequence[Fields], wanted: str, columns: Mapping[ColumnName, 
     """The format of the rows, and the reason.
 
     Args:
-        rows: The first rows of a file.
-        wanted: `data.format`.
-        columns: `data.columns`: our name of a field to the file's.
-        place: Of the first row, for messages.
+        rows: first rows of a file.
+        wanted: value of `data.format`.
+        columns: value of `data.columns`: our name of a field to the file's.
+        place: file and line of the first row, for messages.
 
     Raises:
         UserError: No format fits, or more than one.

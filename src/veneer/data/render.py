@@ -11,7 +11,7 @@ texts disagree; `data.rewritten_history` says what becomes of such rows. Without
 token.
 
 Training, evaluation, generation and serving all come here; examples are made many at a time, since tokenizers are
-several times faster then.
+several times faster then. The file is long because it is one class: all its steps share a template and a tokenizer.
 """
 
 from collections import Counter
@@ -57,8 +57,8 @@ class Renderer:
             special_tokens_in_text; None: the defaults.
 
     Attributes:
-        settings: With the date that the template was given, where it asks for one.
-        notes: How many conversations were rendered otherwise than they are, by what was done with them.
+        settings: settings with the date that the template was given, where it asks for one.
+        notes: number of conversations that were rendered with a change, by the kind of change.
         template: Jinja text that ships with the adapter; None where rows are plain text.
         stop_ids: Tokens that end an answer.
 
@@ -96,7 +96,7 @@ class Renderer:
 
     @property
     def fingerprint(self) -> str:
-        """Of the tokenizer: equal where the same texts become the same tokens."""
+        """A hash of the tokenizer: equal where the same texts become the same tokens."""
         return self._encoder.fingerprint
 
     @property
@@ -172,7 +172,7 @@ class Renderer:
         return ids[counts[-2] : counts[-1]] if drafts[-1].is_chat else ids[counts[-1] :]
 
     def pieces(self, example: Example) -> list[dict[str, Any]]:
-        """An example's text in stretches of equal weight, control tokens by themselves: text, weight, control."""
+        """An example's text in pieces of equal weight, control tokens by themselves: text, weight, control."""
         pieces: list[dict[str, Any]] = []
         ids, weights = example.ids.tolist(), example.weights.tolist()
         start = 0
@@ -198,7 +198,7 @@ class Renderer:
     def _drafts(
         self, conversations: Sequence[Conversation], settings: Data | None = None
     ) -> list[list[Draft] | BadRowError]:
-        """Of each conversation: one draft, of a pair two, or more where its history is split."""
+        """The drafts of each conversation: one, of a pair two, or more where its history is split."""
         settings = settings or self.settings
         rows: list[list[Draft | ChatDraft] | BadRowError] = []
         for conversation in conversations:
@@ -309,7 +309,7 @@ class Renderer:
         return [self._draft([(*texts[n], messages[n].weight) for n in chat.answers], mark, place)]
 
     def _kept_end(self, before: str, after: str, then: str) -> int | None:
-        """Where an answer ends if only what the template put behind its end token is gone once more follows.
+        """The end of an answer, if only what the template put behind its end token is gone once more follows.
 
         Some close a whole text with one more token. None: more than that is gone.
         """
@@ -392,7 +392,7 @@ class Renderer:
         return Example(np.array(ids, dtype=np.int32), tuple(spans), draft.place)
 
     def _end_of_turn(self, ids: list[int], start: int, end: int) -> int:
-        """Where the last control token of an answer stands; it becomes a stop token."""
+        """The position of an answer's last control token, which becomes a stop token."""
         for at in range(end - 1, start - 1, -1):
             if ids[at] in self._encoder.control:
                 self.stop_ids.add(ids[at])

@@ -34,7 +34,7 @@ class RowProblem:
 
 @dataclass(frozen=True, slots=True)
 class Personal:
-    """Personal data in a row: where it stands and of what kind, never what it is."""
+    """Personal data in a row: its place and kind, never the text itself."""
 
     place: str
     kind: str
@@ -57,8 +57,8 @@ class RowParser:
     """Turns the raw rows of one source into conversations.
 
     Args:
-        data: The settings.
-        format_name: Of this source, recognised.
+        data: settings of the data.
+        format_name: format of this source, recognised.
     """
 
     def __init__(self, data: Data, format_name: str) -> None:
@@ -137,7 +137,7 @@ def _searched(messages: tuple[Message, ...], place: str) -> tuple[tuple[Message,
 
 
 def _searched_value(value: Any) -> tuple[Any, list[tuple[str, int, int]]]:
-    """The same for the texts within a tool call's arguments."""
+    """A tool call's arguments with what was found redacted, and what it was."""
     if isinstance(value, str):
         findings = find(value)
         return redact(value, findings), [(f.kind, f.start, f.end) for f in findings]
@@ -201,7 +201,7 @@ def take_again(
 
 
 def _places(wanted: Any, numbers: Sequence[int]) -> list[int]:
-    """Where rising numbers stand in a rising array of those that are wanted."""
+    """The positions of those rising numbers that are in a rising array of wanted ones."""
     found = np.minimum(np.searchsorted(wanted, numbers), len(wanted) - 1)
     places: list[int] = np.flatnonzero(wanted[found] == np.asarray(numbers)).tolist()
     return places

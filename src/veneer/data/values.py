@@ -28,8 +28,8 @@ def as_json(value: Any, what: str, depth: int = 0) -> Any:
     """A value of JSON's own types.
 
     Args:
-        value: What a row holds.
-        what: Its field, for messages.
+        value: value that a row holds.
+        what: name of its field, for messages.
         depth: Levels above it.
 
     Raises:

@@ -24,7 +24,7 @@ def strip_control_tokens(conversation: Conversation, setting: str) -> tuple[Conv
     """The conversation without control tokens at its ends, where the setting strips them; and whether any were there.
 
     Args:
-        conversation: As its row has it.
+        conversation: conversation as its row has it.
         setting: `data.special_tokens_in_text`.
 
     Raises:

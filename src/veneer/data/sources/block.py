@@ -34,7 +34,7 @@ class RowBlock:
     rows: list[Row]
 
     def place(self, at: int) -> str:
-        """Where row `at` of this block stands: `tickets.jsonl:12`, or `tickets.json[12]`."""
+        """The place of row `at` of this block: `tickets.jsonl:12`, or `tickets.json[12]`."""
         number = self.numbers[at]
         return f"{self.name}:{number}" if self.by_line else f"{self.name}[{number}]"
 

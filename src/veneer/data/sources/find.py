@@ -55,7 +55,7 @@ class DataSource:
         if self.kind == "hub dataset":
             return str(open_dataset(self, setting)._fingerprint)
         digest = hashlib.sha256()
-        with told(self.location, setting):
+        with as_user_errors(self.location, setting):
             files = [Path(self.location)]
             if self.kind == "arrow folder":
                 features = read_json(files[0] / "dataset_info.json").get("features")
@@ -74,11 +74,11 @@ def find_sources(
     """The sources that a setting names, in its order; those of a folder or a glob by path.
 
     Args:
-        named: A file, a glob (`**` too), a folder, a hub id (`org/name`), or several of them. `~` is the home folder.
+        named: file, a glob (`**` too), a folder, a hub id (`org/name`), or several of them. `~` is the home folder.
             A name is a hub id only where nothing on disk bears it and it has no suffix of a data file.
-        setting: The setting that named them, for messages (`data.train`).
-        split: Of a hub dataset or a saved DatasetDict. A DatasetDict of a single split gives that one for `train`.
-        subset: Of a hub dataset. The hub is first asked when rows or the fingerprint are read.
+        setting: name of the setting that named them, for messages (`data.train`).
+        split: split of a hub dataset or saved DatasetDict. A DatasetDict of a single split gives that one for `train`.
+        subset: configuration of a hub dataset. The hub is first asked when rows or the fingerprint are read.
 
     Raises:
         UserError: A name leads to nothing, to something unreadable, empty or not made of rows, or twice to one file.
@@ -89,7 +89,7 @@ def find_sources(
     sources: list[DataSource] = []
     for name in names:
         require_path(name, setting)
-        with told(name, setting):
+        with as_user_errors(name, setting):
             if (paths := _paths(name, setting)) is None:
                 sources.append(DataSource(name, "hub dataset", name, None, split, subset))
             wanted, beside = _of_split(Path(os.path.expanduser(name)), paths or [], setting, split)
@@ -106,7 +106,7 @@ def find_sources(
 
 
 @contextmanager
-def told(location: str, setting: str) -> Iterator[None]:
+def as_user_errors(location: str, setting: str) -> Iterator[None]:
     """Within the block, what the system or a decompressor says against a file becomes a UserError."""
     try:
         yield
@@ -226,7 +226,7 @@ def _arrow_folder(folder: Path, setting: str, split: str) -> DataSource:
 
 
 def _file(path: Path, setting: str) -> DataSource:
-    with told(str(path), setting):
+    with as_user_errors(str(path), setting):
         with path.open("rb") as file:
             magic = file.read(4)
         compression = None

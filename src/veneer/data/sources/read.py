@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 from veneer.config import UserError
 from veneer.data.sources.block import BYTES, ROWS, Item, Piece, Row, RowBlock, Unreadable, too_long, twins
-from veneer.data.sources.find import DataSource, told
+from veneer.data.sources.find import DataSource, as_user_errors
 from veneer.data.sources.json_text import CHUNK, JsonText
 from veneer.data.sources.kind import chunks, open_plain
 from veneer.data.sources.tables import table_pieces
@@ -38,17 +38,17 @@ def read_blocks(
     """The rows of a source, in order, at most 1000 of them and about 4 MiB at a time.
 
     Args:
-        source: From `find_sources`.
-        setting: The setting that named it, for messages (`data.train`).
-        text_by: What is a row of a text: a `line` that is not blank, a `paragraph` between blank lines, or the `file`.
-        max_row_bytes: A longer row is Unreadable. Of JSON arrays and CSV, characters are counted.
+        source: source that `find_sources` gave.
+        setting: name of the setting that named it, for messages (`data.train`).
+        text_by: row of a text: a `line` that is not blank, a `paragraph` between blank lines, or the `file`.
+        max_row_bytes: limit of a row; a longer one is Unreadable. Of JSON arrays and CSV, characters are counted.
 
     Raises:
         UserError: The source holds no rows, is damaged, or cannot be read. Blocks may have been given before.
     """
     by_line = source.kind in ("json lines", "csv", "tsv", "text")
     empty = True
-    with told(source.location, setting):
+    with as_user_errors(source.location, setting):
         for numbers, rows in _pieces(source, setting, text_by, max_row_bytes):
             empty = False
             yield RowBlock(source.name, by_line, numbers, rows)

@@ -79,7 +79,7 @@ def _require(size: int, what: str, parts: str, longest: int) -> None:
 
 
 def page_sizes(stream: BinaryIO, chunk: Any) -> Iterator[tuple[bool, int]]:
-    """Of each page of a column chunk, whether it is its dictionary, and its unpacked size in bytes.
+    """Each page of a column chunk: whether it is its dictionary, and its unpacked size in bytes.
 
     Args:
         stream: The Parquet file.
@@ -175,7 +175,7 @@ def arrow_sizes(mapped: Any) -> Iterator[int]:
 
 
 def _blocks(mapped: Any) -> list[int]:
-    """Where the dictionaries and record batches of an Arrow file begin, by its footer."""
+    """The offsets of the dictionaries and record batches of an Arrow file, by its footer."""
     mapped.seek(max(0, mapped.size() - 10))
     length, _ = struct.unpack("<i6s", mapped.read(10))
     mapped.seek(max(0, mapped.size() - 10 - length))

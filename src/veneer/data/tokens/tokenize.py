@@ -46,20 +46,20 @@ class Tokenized:
     """A block's rows as tokens.
 
     Attributes:
-        ids: Tokens of all examples, one behind the other; uint32.
-        lengths: Tokens of each example; uint32.
-        ends: Trained end-of-turn tokens of each example; uint32.
-        spans: Stretches of equal weight in the examples, one behind the other; dtype SPAN.
-        span_counts: Spans of each example; uint32.
-        rows: The rows that are used; dtype ROW.
-        signatures: What their likeness is judged by; uint8, shape (rows, BINS).
-        fates: How many rows were used, unreadable, refused, empty, overlong.
-        notes: How many were truncated, lost all trained tokens, ended with no answer, were rated good or bad, were
-            rendered otherwise than they are.
-        all_lengths: Tokens of every row that was rendered, before any was left out.
-        problems: The first rows that are not used, and why.
-        personal: Personal data found.
-        stop_ids: Tokens that end an answer.
+        ids: tokens of all examples, one behind the other; uint32.
+        lengths: number of tokens of each example; uint32.
+        ends: number of trained end-of-turn tokens of each example; uint32.
+        spans: spans of equal weight in the examples, one behind the other; dtype SPAN.
+        span_counts: number of spans of each example; uint32.
+        rows: rows that are used; dtype ROW.
+        signatures: what near-duplicates are found by; uint8, shape (rows, BINS).
+        fates: number of rows that were used, unreadable, refused, empty, overlong.
+        notes: number of rows that were truncated, lost all trained tokens, ended with no answer, were rated good or bad,
+            or were rendered with a change.
+        all_lengths: number of tokens of every row that was rendered, before any was left out.
+        problems: first rows that are not used, and why.
+        personal: personal data that was found.
+        stop_ids: tokens that end an answer.
     """
 
     ids: Any
@@ -78,12 +78,12 @@ class Tokenized:
 
 
 class Tokenizing:
-    """What a worker does.
+    """Tokenizes blocks of rows; each worker process has one.
 
     Args:
-        renderer: Of the base model.
-        data: The settings.
-        formats: Of each source.
+        renderer: renderer of the base model.
+        data: settings of the data.
+        formats: format of each source.
     """
 
     def __init__(self, renderer: Renderer, data: Data, formats: Sequence[str]) -> None:

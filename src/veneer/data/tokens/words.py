@@ -34,7 +34,7 @@ class WordEncoder:
 
     Args:
         backend: The tokenizer.
-        parts: How it splits ASCII text, as a pattern of `re`.
+        parts: pattern of `re` by which it splits ASCII text.
     """
 
     def __init__(self, backend: Tokenizer, parts: str) -> None:
@@ -52,7 +52,7 @@ class WordEncoder:
 
         Args:
             backend: The tokenizer.
-            description: What its `to_str` gives.
+            description: output of its `to_str`.
         """
         facts = json.loads(description)
         model, added = facts["model"], facts["added_tokens"]
