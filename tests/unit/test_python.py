@@ -13,7 +13,7 @@ import pytest
 
 import veneer
 import veneer.training
-from tests.runs import tiny_run
+from tests.support.runs import tiny_run
 from veneer.config import Data, RunFolder, UserError, load_run, run_of
 from veneer.config.load import to_yaml
 from veneer.training.metrics import read_metrics

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import veneer
-from tests.certified import make_base
+from tests.support.certified import make_base
 
 PAGE = Path(__file__).parents[2] / "docs" / "python.md"
 BASE = '"smollm2-135m-instruct"'

@@ -2,8 +2,8 @@
 
 A folder of flat arrays, one file each. `ids.bin` has the tokens of all examples, one behind the other; it is read with
 plain reads and not mapped, so that many gigabytes never count as this process's memory, and so is `signatures.bin`, by
-which near-duplicates are found. The others, about 40 bytes an example, are loaded: lengths, trained spans, and which row
-an example came from. `account.json` has the counts for the ledger, `pii.jsonl` where personal data stood, and
+which near-duplicates are found. The others, about 40 bytes an example, are loaded: lengths, trained spans, and which
+row an example came from. `account.json` has the counts for the ledger, `pii.jsonl` where personal data stood, and
 `checksums.json` a checksum of every other file: one flipped token would train another adapter under the same name.
 """
 

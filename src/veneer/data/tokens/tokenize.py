@@ -28,7 +28,6 @@ from veneer.data.sources.block import RowBlock
 from veneer.data.template import TEMPLATE_FIX
 
 NOTED = 20  # problems of a block and a fate that are kept word for word
-
 SPAN = np.dtype([("start", np.uint32), ("end", np.uint32), ("weight", np.float32)])
 ROW = np.dtype(
     [
@@ -54,8 +53,8 @@ class Tokenized:
         rows: rows that are used; dtype ROW.
         signatures: what near-duplicates are found by; uint8, shape (rows, BINS).
         fates: number of rows that were used, unreadable, refused, empty, overlong.
-        notes: number of rows that were truncated, lost all trained tokens, ended with no answer, were rated good or bad,
-            or were rendered with a change.
+        notes: number of rows that were truncated, lost all trained tokens, ended with no answer, were rated good or
+            bad, or were rendered with a change.
         all_lengths: number of tokens of every row that was rendered, before any was left out.
         problems: first rows that are not used, and why.
         personal: personal data that was found.
