@@ -98,7 +98,8 @@ class Data(Section):
     """The training data and how rows become tokens."""
 
     train: Annotated[str, Field(min_length=1)] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
-        description="Files, globs or folders (JSON, JSONL, CSV, TSV, Parquet, Arrow, text; gzip or zstd), or a hub id.",
+        description="Files, globs or folders (JSON, JSONL, CSV, TSV, Parquet, Arrow, text; gzip or zstd), or a hub id. "
+        "In Python also rows: a list of dicts, a datasets.Dataset, a pandas DataFrame.",
         json_schema_extra={"fix": "name a file, or several as [a.jsonl, b.jsonl]"},
     )
     validation: (
