@@ -27,7 +27,7 @@ NEEDED_FILES = 100  # of a run: inodes that have to be free
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The files of a run by name: the contract between commands."""
+    """Where the files of a run lie; the contract between commands."""
 
     path: Path
 
