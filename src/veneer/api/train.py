@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,14 @@ from veneer.training.metrics import read_metrics
 Hook = Listener | Callable[[dict[str, Any]], None]
 
 
+@dataclass(frozen=True)
 class RecordListener:
     """A listener that calls a function with each record."""
 
-    def __init__(self, function: Callable[[dict[str, Any]], None]) -> None:
-        self._function = function
+    on_record: Callable[[dict[str, Any]], None]
 
     def on_start(self, steps: int, done: int) -> None:
         pass
-
-    def on_record(self, record: dict[str, Any]) -> None:
-        self._function(record)
 
     def on_end(self) -> None:
         pass

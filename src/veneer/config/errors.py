@@ -1,4 +1,4 @@
-"""The exceptions that reach a user. Anything else that escapes is a defect of Veneer."""
+"""Defines the exceptions that reach a user. Anything else that escapes is a defect of Veneer."""
 
 from pathlib import Path
 

@@ -142,7 +142,7 @@ def reading(what: object, fix: str = RESTORE) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, in one line and without its class."""
+    """The message of an error, in one line and without its class."""
     if isinstance(error, KeyError) and error.args:
         return f"it lacks {error.args[0]!r}"
     if isinstance(error, RecursionError):

@@ -1,4 +1,4 @@
-"""Files and folders written whole or not at all.
+"""Writes files and folders whole or not at all.
 
 Every file is written under a temporary name, flushed to disk and renamed, so that a crash or a full disk leaves
 the old file or none, never half of one. Folders are made the same way. A name is on the disk once the folder that it

@@ -282,7 +282,7 @@ def _expected(message: str) -> str:
 
 
 def _hint(key: str, known: list[str]) -> str:
-    """What to write instead of a key that a section does not have; `known` are those it has."""
+    """Advice on what to write instead of a key that a section does not have; `known` are those it has."""
     if (instead := foreign(key)) is not None:
         return instead
     if (near := misspelt(key, known)) is not None:

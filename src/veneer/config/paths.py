@@ -8,7 +8,7 @@ LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, on Linux and nearly every file 
 
 
 def fault_of(path: str) -> str | None:
-    """What is wrong with a path, in words; None: nothing that can be seen without looking for it."""
+    """The fault of a path, in words; None: nothing that can be seen without looking for it."""
     if "\0" in path:
         return "holds a NUL character, which no path may"
     try:

@@ -1,4 +1,4 @@
-"""The settings of a run, each with its default, its limits and what it does, in one place.
+"""Declares the settings of a run, each with its default, its limits and what it does, in one place.
 
 Names are those of PEFT and Transformers. Everything is frozen: a run that has started cannot change under it.
 A section's docstring and each field's description are what the documentation shows. `fix` in a field's

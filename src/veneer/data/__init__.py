@@ -1,4 +1,4 @@
-"""From files of rows to batches of tokens, with an account of every row and token.
+"""Turns files of rows into batches of tokens, with an account of every row and token.
 
 sources/          which files a setting names, and their rows
 row_parser.py     one row: a conversation, or why it is none

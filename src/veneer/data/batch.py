@@ -1,4 +1,4 @@
-"""Which examples stand in which step, and the batch that an engine reads.
+"""Deals examples out to steps, and lays out the batch that an engine reads.
 
 A batch is packed: the documents of a micro-batch lie one behind the other in one row of tokens, with their lengths
 beside them. An engine that can attend within documents reads it as it is; another one pads the documents itself.
@@ -42,7 +42,7 @@ class Example:
 
     @property
     def trained(self) -> int:
-        """How many tokens are trained."""
+        """The number of trained tokens."""
         return sum(end - start for start, end, _ in self.spans)
 
     @property

@@ -1,4 +1,4 @@
-"""What a row stands for, whatever its format: the turns of a conversation, or a document to read on.
+"""Holds what a row stands for, whatever its format: the turns of a conversation, or a document to read on.
 
 Nothing here knows a file format or a template. A conversation is plain data, so that a worker process can send it.
 """
@@ -94,7 +94,7 @@ class Conversation:
         return "" if self.is_document else self.messages[self._last_answer()].content
 
     def text(self) -> str:
-        """All it says but for system prompts, which many rows share; what near-duplicates are found by."""
+        """All its text but for system prompts, which many rows share; near-duplicates are found by it."""
         turns = (*self.messages, *self.rejected[-1:])
         return "\n".join(message.content for message in turns if message.role != "system")
 

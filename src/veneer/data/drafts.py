@@ -1,4 +1,4 @@
-"""Drafts: a row as text with borders around its answers, before a tokenizer sees it.
+"""Holds drafts: a row as text with borders around its answers, before a tokenizer sees it.
 
 `render.py` makes them with a chat template, and makes examples of them.
 """
@@ -135,7 +135,7 @@ def text_or_raise(made: str | BadRowError) -> str:
 
 
 def left_out_of(chat: ChatDraft, texts: dict[int, tuple[str, str]]) -> str:
-    """What of a conversation stands nowhere in its texts, in words; nothing where all does."""
+    """The parts of a conversation that stand nowhere in its texts, in words; empty where all do."""
     messages = chat.row.messages
     behind, last = "", 0
     for n in chat.answers:
@@ -170,5 +170,5 @@ def add_span(spans: list[tuple[int, int, float]], start: int, end: int, weight: 
 
 
 def shared_length(first: str, second: str) -> int:
-    """How many characters two texts begin with alike."""
+    """The number of characters that two texts begin with alike."""
     return next((n for n, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))

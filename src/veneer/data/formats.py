@@ -1,4 +1,4 @@
-"""The formats of rows: the fields that mark each, and how a row of it becomes a conversation.
+"""Defines the formats of rows: the fields that mark each, and how a row of it becomes a conversation.
 
 | format            | fields                                      | becomes                                          |
 |-------------------|---------------------------------------------|--------------------------------------------------|
@@ -176,7 +176,7 @@ def _system(row: Fields) -> tuple[Message, ...]:
 
 
 def _only(row: Fields, names: tuple[str, ...]) -> str | None:
-    """Which of the names of one thing a row has."""
+    """The one of several names for a thing that a row has."""
     found = [name for name in names if row.get(name)]
     if len(found) > 1 and row[found[0]] != row[found[1]]:
         raise BadRowError(f"`{found[0]}` and `{found[1]}` differ; set data.ignore_columns to one of them")

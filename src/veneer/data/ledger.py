@@ -1,4 +1,4 @@
-"""The ledger: what became of every row and token of the data. Written beside the run and shipped with the adapter."""
+"""Accounts for every row and token of the data. The ledger is written beside the run and ships with the adapter."""
 
 from collections import Counter
 from dataclasses import dataclass, field

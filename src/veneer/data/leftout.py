@@ -1,4 +1,4 @@
-"""What a chat template leaves out of a row: its fields compared with the text that was rendered of it.
+"""Finds what a chat template leaves out of a row, by comparing its fields with the text that was rendered of it.
 
 A template may trim a text, put it elsewhere, write it as JSON or break its lines anew; none of that is a loss. A loss
 is a field whose text stands nowhere. Equal texts are found as often as they are said, so that a system turn that

@@ -1,4 +1,4 @@
-"""Everything from the data settings of a run to examples: tokenized rows, duplicates, the split, the ledger.
+"""Takes the data settings of a run to examples: tokenized rows, duplicates, the split, the ledger.
 
 Tokenized rows are kept in the user's cache under a fingerprint of the files' content, the tokenizer, the template and
 the settings that matter, so a second start reads them back. What is decided afterwards (duplicates, split, packing)
@@ -246,7 +246,7 @@ def _require_rows(files: str | Sequence[str], setting: str, data: Data, corpus: 
 
 
 def _count(prepared: Prepared, data: Data, seed: int) -> None:
-    """What the ledger says of the training rows."""
+    """Count the training rows and tokens into the ledger."""
     ledger, train = prepared.ledger, prepared.train
     corpus = train.corpus
     ledger.rows["training"], ledger.rows["validation"] = len(train.rows), len(prepared.validation.rows)

@@ -1,4 +1,4 @@
-"""Renders conversations as tokens and says which of them are trained. The one place where text becomes tokens.
+"""Renders conversations as tokens and says which of them are trained: the one place where text becomes tokens.
 
 For each answer two texts are rendered with the model's own chat template: everything before it with the
 generation prompt, and everything up to its end. Their difference is the answer, and its first and last characters give
@@ -250,7 +250,7 @@ class Renderer:
         loss_on: str = "all",
         is_prompt: bool = False,
     ) -> ChatDraft:
-        """What the template is to make texts of.
+        """The conversation that the template is to make texts of.
 
         Raises:
             BadRowError: The template would leave out what settings do not allow it to.
@@ -320,7 +320,7 @@ class Renderer:
     def _rewritten(
         self, messages: Weighted, texts: dict[int, tuple[str, str]], mark: str, place: str, policy: str
     ) -> list[Draft]:
-        """What becomes of a conversation whose earlier turns are rendered anew."""
+        """Refuse, shorten or split a conversation whose earlier turns are rendered anew."""
         if policy == "refuse":
             what = "the chat template renders earlier turns differently once an answer follows: "
             for n, following in pairwise(texts):

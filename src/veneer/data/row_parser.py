@@ -1,4 +1,4 @@
-"""From a raw row to a conversation, or to the reason why it is none: the part that needs no tokenizer.
+"""Turns a raw row into a conversation, or into the reason why it is none: the part that needs no tokenizer.
 
 Every row has one fate, and the ledger counts it: usable, unreadable (it could not be read from its file), refused (it
 was read, and cannot be right), or empty.

@@ -1,4 +1,4 @@
-"""Chat templates: which one a run uses, and what it can say.
+"""Finds the chat template that a run uses, and what that template can say.
 
 A base's own template is used as it is. Named ones, for bases that have none, are fitted to the tokenizer: where
 its vocabulary lacks the template's end-of-turn token, the end-of-sequence token takes its place, since an answer
@@ -208,7 +208,7 @@ class Template:
         return turn
 
     def _trial(self, messages: list[Message], tools: Sequence[dict[str, Any]] = ()) -> str:
-        """What the template makes of a trial conversation, with nothing spelled out; nothing if it refuses."""
+        """The text that the template makes of a trial conversation, with nothing spelled out; empty if it refuses."""
         try:
             return self._text(Spelled(tuple(messages), tuple(tools)), False)
         except BadRowError:

@@ -1,4 +1,4 @@
-"""Values within tool calls and definitions as JSON has them; what JSON cannot say is refused.
+"""Turns values within tool calls and definitions into those of JSON; what JSON has no form for is refused.
 
 Parquet and Arrow give dates, decimals and bytes where JSON has none, and Python's reader of JSON takes NaN and half an
 emoji. A date becomes its ISO text, a decimal a number, bytes their UTF-8 text; all else is the row's fault.

@@ -1,4 +1,4 @@
-"""Rows that bring a chat template with them: their control tokens, learnt as text, would be learnt as letters.
+"""Finds rows that bring a chat template with them, whose control tokens would be learnt as letters.
 
 A row brings a template where a turn, or a text, begins or ends with a control token. Those of the known model families
 are looked for, whichever the base: of another family they are letters for it, too. Control tokens within a text

@@ -1,4 +1,4 @@
-"""Rows as they come from a source: a block of them, each with the place it came from."""
+"""Holds rows as they come from a source: a block of them, each with the place it came from."""
 
 from collections import Counter
 from dataclasses import dataclass

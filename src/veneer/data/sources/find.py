@@ -47,7 +47,7 @@ class DataSource:
     beside: str = ""
 
     def fingerprint(self, setting: str = "data") -> str:
-        """What changes when the content does: sha256 of the bytes on disk; of a hub dataset its own fingerprint.
+        """A hash that changes when the content does: sha256 of the bytes on disk; of a hub dataset its own fingerprint.
 
         Raises:
             UserError: The source cannot be read.

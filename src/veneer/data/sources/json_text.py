@@ -1,4 +1,4 @@
-"""The text of a JSON file, value by value, in memory that one value of the longest kind bounds."""
+"""Reads the text of a JSON file value by value, in no more memory than the longest value takes."""
 
 import codecs
 import json

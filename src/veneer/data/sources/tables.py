@@ -1,4 +1,4 @@
-"""Rows of Parquet and Arrow files, Arrow folders and hub datasets, in slices that fit a block.
+"""Reads the rows of Parquet and Arrow files, Arrow folders and hub datasets, in slices that fit a block.
 
 Keys whose value is null are left out at every depth, since Arrow fills keys that a row never had with null; a row
 without a key and one with null there cannot be told apart.

@@ -1,4 +1,4 @@
-"""To how many bytes a Parquet or Arrow file unpacks, by its own headers, before anything of it is unpacked.
+"""Finds the unpacked size of a Parquet or Arrow file by its headers, before anything of it is unpacked.
 
 pyarrow unpacks a page of Parquet and a record batch of Arrow as a whole, whatever it grows to, and shows neither size
 beforehand. Both stand in the file, in front of what is packed: in page headers (Thrift's compact protocol, as in

@@ -1,4 +1,4 @@
-"""Tokenized rows on disk: written once, read by place, never held in memory as a whole.
+"""Keeps tokenized rows on disk: written once, read by position, never held in memory as a whole.
 
 A folder of flat arrays, one file each. `ids.bin` has the tokens of all examples, one behind the other; it is read with
 plain reads and not mapped, so that many gigabytes never count as this process's memory, and so is `signatures.bin`, by

@@ -1,4 +1,4 @@
-"""Text into tokens with the place of each, and two guarantees that a tokenizer alone does not give.
+"""Turns text into tokens with the position of each, with two guarantees that a tokenizer alone does not give.
 
 A control token's string within a row's own text stays text. Before rendering, such a string is marked behind its first
 character with one that no text holds; the tokenizer then reads the parts by themselves, so it never sees the string.

@@ -1,4 +1,4 @@
-"""Blocks of rows into tokens, in this process or in several, in the order of the rows.
+"""Turns blocks of rows into tokens, in this process or in several, in the order of the rows.
 
 What comes back of a block is a few flat arrays, so that little is sent between processes and nothing is held in memory
 longer than it takes to write it down.

@@ -120,7 +120,7 @@ class WordEncoder:
 
 
 def _ascii_pattern(facts: Any) -> str | None:
-    """How a pre-tokenizer splits ASCII text, as a pattern of `re`; None if it is not one of those that are known."""
+    """The pattern of `re` by which a pre-tokenizer splits ASCII text; None if it is not one of those that are known."""
     if facts is None:
         return None
     *before, last = facts["pretokenizers"] if facts["type"] == "Sequence" else [facts]
