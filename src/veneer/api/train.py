@@ -46,8 +46,7 @@ def train(
         run: settings of the run.
         resume: whether to go on from the run's last checkpoint. "auto": begin where there is no run yet, go on where
             there is one, and give the report of one that is finished.
-        listeners: functions that are called with each record, which is the dict of a line of metrics.jsonl; or objects
-            that also hear of the beginning and the end (`veneer.training.Listener`).
+        listeners: functions that are called with each record of metrics.jsonl: a logged step or an evaluation.
         force: whether to start a run that is foreseen not to fit.
         overwrite: whether to replace the run that is in its folder.
 

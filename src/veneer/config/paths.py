@@ -1,4 +1,4 @@
-"""Refuses at once, and not after hours, what no file system takes as a path."""
+"""What no file system takes as a path, told at once and not after hours, by whichever call fails first."""
 
 import os
 
@@ -8,7 +8,7 @@ LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, on Linux and nearly every file 
 
 
 def fault_of(path: str) -> str | None:
-    """The fault of a path, in words; None: nothing that can be seen without looking for it."""
+    """What is wrong with a path, in words; None: nothing that can be seen without looking for it."""
     if "\0" in path:
         return "holds a NUL character, which no path may"
     try:
@@ -27,8 +27,8 @@ def require_path(path: str, setting: str) -> None:
     """Raises UserError for what cannot be a path.
 
     Args:
-        path: path as it was given.
-        setting: name of the setting it was given for.
+        path: As it was given.
+        setting: What it was given for.
     """
     if (fault := fault_of(path)) is not None:
         shown = path if len(path) <= 60 else path[:57] + "..."

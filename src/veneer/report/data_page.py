@@ -8,19 +8,19 @@ from veneer.report.page import environment
 WIDTH, HEIGHT = 720, 180  # of the histogram, in pixels
 
 
-def data_page(title: str, base: str, prepared: dict[str, Any]) -> str:
+def data_page(title: str, base: str, inspected: dict[str, Any]) -> str:
     """The page as HTML.
 
     Args:
         title: The data's name.
         base: The model whose tokens these are.
-        prepared: ledger and samples, as `veneer data --json` prints it.
+        inspected: As `veneer data --json` prints it.
     """
     page = environment()
     source = resources.files("veneer.report").joinpath("data_page.html.jinja").read_text(encoding="utf-8")
-    histogram = prepared["lengths"]["histogram"]
+    histogram = inspected["lengths"]["histogram"]
     return page.from_string(source).render(
-        title=title, base=base, bars=_bars(histogram), width=WIDTH, height=HEIGHT, **prepared
+        title=title, base=base, bars=_bars(histogram), width=WIDTH, height=HEIGHT, **inspected
     )
 
 
