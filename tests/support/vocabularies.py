@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tests.support.tiny import TEXT
 from veneer.release.gguf.tokenizer import RULES
 
-TEMPLATES = Path(__file__).parent / "unit" / "templates"
+TEMPLATES = Path(__file__).parents[1] / "unit" / "templates"
 CORPUS = [
     *TEXT,
     "Hello! How can I help?",

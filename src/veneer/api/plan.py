@@ -36,10 +36,14 @@ class RunPlan:
 def plan(run: Run, gpu: str | None = None, read_data: bool = True) -> RunPlan:
     """Foresee a run: memory by phase and component, time, advice, and what to change if it does not fit.
 
+    Example:
+        planned = veneer.plan(run, gpu="24GiB").as_dict()
+        print(planned["fits"], planned["peak_bytes"])
+
     Args:
-        run: The settings.
-        gpu: A card by name, or its memory as "24GiB"; None: this machine.
-        read_data: Whether to read the data, where that takes nothing from a network.
+        run: settings of the run.
+        gpu: card by name, or its memory as "24GiB"; None: this machine.
+        read_data: whether to read the data, where that takes nothing from a network.
 
     Raises:
         UserError: An unknown card or base, a target that matches nothing, a quantization the base cannot take.

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from veneer.config import Data, Model, Quantization, Run, RunFolder, UserError, load_run
 from veneer.config.files import RESTORE, read_json
 from veneer.config.hub import not_here, unreachable
+from veneer.config.load import validate
 from veneer.config.names import base_not_here, find_adapter
 from veneer.config.names import require_adapter as require_adapter
 from veneer.data import Renderer
@@ -166,11 +166,10 @@ def _base(adapter: Path, run: Run | None) -> tuple[Model | None, Quantization | 
     passport = read_passport(adapter)
     if passport is not None and isinstance(passport.get("settings"), dict):
         try:
-            kept = Run.model_validate(passport["settings"])
-        except ValidationError as error:
-            wrong = ", ".join(".".join(map(str, entry["loc"])) for entry in error.errors()[:3])
+            kept = validate(passport["settings"], {}, "passport.json")
+        except UserError as error:
             raise UserError(
-                f"{adapter}: the settings in passport.json are not this Veneer's ({wrong})",
+                f"{adapter}: the settings in passport.json are not this Veneer's ({' '.join(str(error).split())})",
                 "update Veneer, or delete passport.json to go on without its checks",
             ) from None
         model = kept.model
@@ -192,7 +191,7 @@ def _data(adapter: Path, run: Run | None) -> Data | None:
     if run is not None:
         return run.data
     settings = (read_passport(adapter) or {}).get("settings")
-    return Run.model_validate(settings).data if isinstance(settings, dict) else None
+    return validate(settings, {}, "passport.json").data if isinstance(settings, dict) else None
 
 
 def _dtype(folder: RunFolder | None, model: Model) -> torch.dtype:
