@@ -281,7 +281,7 @@ def _(s: Situation) -> Found:
 @_rule("paged-ample", "info", "train.optim", "arXiv 2305.14314, section 3: paging is for spikes")
 def _(s: Situation) -> Found:
     forecast = s.forecast
-    if not s.run.train.optim.startswith("paged") or forecast.step_margin_bytes < 0.25 * forecast.place.budget_bytes:
+    if not s.run.train.optim.startswith("paged") or forecast.step_margin_bytes < 0.25 * forecast.target.budget_bytes:
         return None
     free = forecast.step_margin_bytes / 2**30
     return (
@@ -295,22 +295,22 @@ def _(s: Situation) -> Found:
 
 @_rule("fp16-compute", "warning", "model.dtype", "arXiv 1905.12322: bf16 has float32's range, fp16 overflows at 65,504")
 def _(s: Situation) -> Found:
-    if s.run.model.dtype != "float16" or not s.is_bfloat16 or not s.forecast.place.has_bfloat16:
+    if s.run.model.dtype != "float16" or not s.is_bfloat16 or not s.forecast.target.has_bfloat16:
         return None
     return "float16 for a model that was trained in bfloat16", "set model.dtype=bfloat16"
 
 
 @_rule("fp32-on-4bit", "warning", "model.dtype", "arXiv 2305.14314: 4-bit storage, 16-bit compute")
 def _(s: Situation) -> Found:
-    if s.run.quantization is None or s.run.model.dtype != "float32" or not s.forecast.place.has_bfloat16:
+    if s.run.quantization is None or s.run.model.dtype != "float32" or not s.forecast.target.has_bfloat16:
         return None
     return "4-bit weights computed in float32: slow, and more exact than they are", "set model.dtype=bfloat16"
 
 
 @_rule("no-bfloat16", "info", "model.dtype", "CUDA compute capability below 8.0")
 def _(s: Situation) -> Found:
-    place = s.forecast.place
-    if place.device != "cuda" or place.has_bfloat16 or s.run.model.dtype != "auto":
+    target = s.forecast.target
+    if target.device != "cuda" or target.has_bfloat16 or s.run.model.dtype != "auto":
         return None
     return "this GPU has no bfloat16, so auto computes in float32", "set model.dtype=float16 for speed"
 
@@ -345,11 +345,11 @@ def _(s: Situation) -> Found:
 @_rule("16-bit-fits", "info", "quantization", "4-bit weights are dequantized in every pass: bench/results/plan.json")
 def _(s: Situation) -> Found:
     run, forecast = s.run, s.forecast
-    if run.quantization is None or forecast.place.device != "cuda":
+    if run.quantization is None or forecast.target.device != "cuda":
         return None
     now = frozen_bytes(s.shapes, s.shapes.quantizable(), run.quantization.double_quant, 2)
     more = sum(frozen_bytes(s.shapes, frozenset(), True, 2).values()) - sum(now.values())
-    if forecast.step_margin_bytes - more < 0.15 * forecast.place.budget_bytes:
+    if forecast.step_margin_bytes - more < 0.15 * forecast.target.budget_bytes:
         return None
     return "this would fit in 16 bits, which is exact and no slower", "leave the section `quantization` out"
 
@@ -382,10 +382,10 @@ def _(s: Situation) -> Found:
 @_rule("checkpointing-ample", "info", "train.gradient_checkpointing", "up to a third of the work is done twice")
 def _(s: Situation) -> Found:
     forecast = s.forecast
-    if forecast.place.device != "cuda" or s.run.train.gradient_checkpointing is not True:
+    if forecast.target.device != "cuda" or s.run.train.gradient_checkpointing is not True:
         return None
     if forecast.engine == "fused":
-        if forecast.step_margin_bytes < 0.15 * forecast.place.budget_bytes:
+        if forecast.step_margin_bytes < 0.15 * forecast.target.budget_bytes:
             return None
         return "memory is left in which less need be recomputed", "set train.gradient_checkpointing=auto"
     held = forecast.phases["backward"].components.get("working set", 0)

@@ -14,9 +14,10 @@ import torch
 
 from veneer.config import Model, Run, Train
 from veneer.engine.choose import choose_engine
-from veneer.engine.dry_run import DryRun, Kept, Step, carried_on, run_dry
+from veneer.engine.dry_run import DryRun, Step, carried_on, run_dry
 from veneer.engine.fused import NotCoveredError
-from veneer.engine.fused.dry_run import require_covered, run_layers_dry, spending
+from veneer.engine.fused.dry_run import predict_placement, require_covered, run_layers_dry
+from veneer.engine.placement import MemoryPlacement, whole_blocks
 from veneer.model.shapes import build, find_config, is_at_hand, is_stored_in_4_bits, shapes_of
 from veneer.model.trainable import require_trainable
 from veneer.planning.batch_shapes import Lengths, RowShapes, assumed_rows, rows_of
@@ -120,9 +121,14 @@ class PlannedModel:
         """A micro-batch as its engine would compute it, on meta tensors."""
         return _dry_run(self._known, step)
 
-    def placement(self, step: Step, spare_bytes: int, budget_bytes: int) -> Kept:
-        """What the fused engine would keep of a step, of memory that is to spare and of the whole budget."""
-        return spending(self._known.build(step), step, self.shapes.depth, spare_bytes, budget_bytes)
+    def placement(
+        self, step: Step, gradient_checkpointing: bool | str, least_bytes: int, budget_bytes: int
+    ) -> MemoryPlacement:
+        """Where the step's engine would have its tensors, of a peak that cannot be less and of a budget."""
+        if step.engine == "reference":
+            return whole_blocks(self.shapes.depth, gradient_checkpointing)
+        base, depth = self._known.build(step), self.shapes.depth
+        return predict_placement(base, step, depth, gradient_checkpointing, least_bytes, budget_bytes)
 
     def rows(self, run: Run, engine: str) -> RowShapes:
         """What a run's data will be like for an engine; the settings may differ from those it was read with."""

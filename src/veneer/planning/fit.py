@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from veneer.config import Run
-from veneer.planning.forecast import Forecast, Planner
+from veneer.planning.forecast import Forecast
 from veneer.planning.memory import frozen_bytes
+from veneer.planning.planner import Planner
 
 SHORTEST = 256  # tokens; a shorter max_length is not worth a run
 SHORTEST_ANSWER = 64
@@ -56,7 +57,7 @@ def fit(run: Run, planner: Planner, smaller: Callable[[Run, Planner], Iterator[t
 
     Args:
         run: The settings.
-        planner: Of its base, at its place.
+        planner: planner of its base and device.
         smaller: Smaller bases than a run's, the largest first, each with its planner.
     """
     found = _with_changes(run, planner)
@@ -84,7 +85,7 @@ def apply(run: Run, change: Change) -> Run:
 
 def _with_changes(run: Run, planner: Planner) -> Fitted | None:
     shapes = planner.base.shapes
-    if sum(frozen_bytes(shapes, shapes.quantizable(), True, 2).values()) > planner.place.budget_bytes:
+    if sum(frozen_bytes(shapes, shapes.quantizable(), True, 2).values()) > planner.target.budget_bytes:
         return None  # the weights alone are too much, even in 4 bits
     forecast = planner.forecast(run)
     if forecast.verdict == "fits":
@@ -155,12 +156,12 @@ def _checkpointing(run: Run, planner: Planner) -> Iterator[Change]:
 
 
 def _optimizer(run: Run, planner: Planner) -> Iterator[Change]:
-    if run.train.optim not in ("auto", "adamw_8bit", "paged_adamw_8bit") and planner.place.device == "cuda":
+    if run.train.optim not in ("auto", "adamw_8bit", "paged_adamw_8bit") and planner.target.device == "cuda":
         yield Change("optimizer", {"train.optim": "adamw_8bit"}, "nothing measurable")
 
 
 def _offload(run: Run, planner: Planner) -> Iterator[Change]:
-    if not run.train.optim.startswith("paged") and planner.place.device == "cuda":
+    if not run.train.optim.startswith("paged") and planner.target.device == "cuda":
         yield Change("offload", {"train.optim": "paged_adamw_8bit"}, "time to move the optimizer's states")
 
 

@@ -14,7 +14,9 @@ from veneer.model.shapes import is_at_hand
 from veneer.planning.advice import Advice, DataFacts, Situation, TokenizerFacts, advise
 from veneer.planning.base import PlannedModel
 from veneer.planning.batch_shapes import Lengths
-from veneer.planning.forecast import Forecast, Planner, TargetDevice
+from veneer.planning.forecast import Forecast
+from veneer.planning.planner import Planner
+from veneer.planning.target import TargetDevice
 
 CERTAIN = 0.92  # of a predicted peak; what is beyond the budget even so cannot fit
 
@@ -38,7 +40,7 @@ class Foreseen:
     def is_hopeless(self) -> bool:
         """Whether training cannot fit even if the prediction is too high; answers come later, and may elsewhere."""
         peak = self.forecast.phases[self.forecast.training_phase].bytes
-        return CERTAIN * peak > self.forecast.place.budget_bytes
+        return CERTAIN * peak > self.forecast.target.budget_bytes
 
     def as_dict(self) -> dict[str, Any]:
         return self.forecast.as_dict() | {"advice": [advice.as_dict() for advice in self.advice]}
@@ -77,19 +79,19 @@ class Read:
         )
 
 
-def foresee(run: Run, place: TargetDevice, data: Read | str) -> Foreseen:
+def foresee(run: Run, target: TargetDevice, data: Read | str) -> Foreseen:
     """Foresee a run.
 
     Args:
         run: The settings.
-        place: Where it is to run.
+        target: the device it is to run on.
         data: Its data, or why that was not read.
 
     Raises:
         UserError: No such base, an adapter target that matches nothing, or a quantization the base cannot take.
     """
     base = PlannedModel(run.model, data if isinstance(data, str) else data.lengths())
-    planner = Planner(base, place)
+    planner = Planner(base, target)
     forecast = planner.forecast(run)
     facts = data.facts() if isinstance(data, Read) else (None, None)
     origin = gguf_origin(run.model)

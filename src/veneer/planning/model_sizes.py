@@ -11,8 +11,9 @@ from veneer.config import Model, Run
 from veneer.config.names import find_model
 from veneer.model.known import MODEL_SIZES, smaller_siblings
 from veneer.planning.base import PlannedModel
-from veneer.planning.forecast import Planner, TargetDevice, place_of
 from veneer.planning.held_out import SPARE
+from veneer.planning.planner import Planner
+from veneer.planning.target import TargetDevice, device_named
 
 METHODS = ("full", "lora", "qlora")
 GIB = 2**30
@@ -54,16 +55,16 @@ def leanest(run: Run, base: str | None = None) -> Run:
     return Run.model_validate(values)
 
 
-def model_sizes(run: Run, place: TargetDevice, methods: tuple[str, ...] = METHODS) -> list[ModelSize]:
-    """Models with a run's length and rank, up to what a place holds."""
+def model_sizes(run: Run, target: TargetDevice, methods: tuple[str, ...] = METHODS) -> list[ModelSize]:
+    """Models with a run's length and rank, up to what a device holds."""
     found = []
     for base in MODEL_SIZES:
         lean = leanest(run, base)
-        planner = Planner(PlannedModel(Model(base=base), "it is one of many"), place)
+        planner = Planner(PlannedModel(Model(base=base), "it is one of many"), target)
         forecasts = {method: planner.forecast_as(lean, method) for method in methods}
         # What does not fit does not fit with a larger base either.
         found.append(ModelSize(base, planner.base.shapes.total, {m: forecasts[m].peak_bytes for m in methods}))
-        methods = tuple(m for m in methods if forecasts[m].peak_bytes <= place.budget_bytes)
+        methods = tuple(m for m in methods if forecasts[m].peak_bytes <= target.budget_bytes)
         if not methods:
             break
     return found
@@ -77,20 +78,20 @@ def compare(run: Run, planner: Planner, sizes: Sequence[int] = (16, 24, 48, 80))
         planner: Of its base.
         sizes: Memory of GPUs, in GiB.
     """
-    places = {size: place_of(f"{size}GiB") for size in sizes}
-    models = model_sizes(run, places[max(sizes)])
+    devices = {size: device_named(f"{size}GiB") for size in sizes}
+    models = model_sizes(run, devices[max(sizes)])
     lean = leanest(run)
     methods = {}
     for method in METHODS:
         peak = planner.forecast_as(lean, method).peak_bytes
         here = ModelSize(run.model.base, 0, {method: peak})
         largest = {}
-        for size, place in places.items():
-            fitting = [model for model in models if model.fits(method, place.budget_bytes)]
+        for size, target in devices.items():
+            fitting = [model for model in models if model.fits(method, target.budget_bytes)]
             largest[f"{size}GiB"] = fitting[-1].base if fitting else None
         methods[method] = {
             "peak_bytes": peak,
-            "fits": {f"{size}GiB": here.fits(method, place.budget_bytes) for size, place in places.items()},
+            "fits": {f"{size}GiB": here.fits(method, target.budget_bytes) for size, target in devices.items()},
             "largest": largest,
         }
     return {"base": run.model.base, "max_length": run.data.max_length, "r": run.adapter.r, "methods": methods}
@@ -104,4 +105,4 @@ def smaller_bases(run: Run, planner: Planner) -> Iterator[tuple[str, Planner]]:
         # One tokenizer, so its rows are as long.
         smaller = PlannedModel(Model(base=base), planner.base.data)
         if smaller.shapes.total < 0.9 * planner.base.shapes.total:
-            yield base, Planner(smaller, planner.place)
+            yield base, Planner(smaller, planner.target)
