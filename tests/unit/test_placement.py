@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from tests.support.engines import batch_of, gradients, model_of
+from tests.support.runs import tiny_run, write_rows
 from veneer.engine import ReferenceEngine
 from veneer.engine.fused import FusedEngine
 from veneer.engine.fused.block import ACTIVATIONS
@@ -17,6 +19,8 @@ from veneer.engine.fused.cudnn import WORKSPACE_BYTES, Call
 from veneer.engine.fused.policy import Demand, block_placement, place, uniform
 from veneer.engine.interface import BatchShapes
 from veneer.engine.placement import ActivationState, BlockPlacement, MemoryPlacement, WeightState
+from veneer.engine.trace import rounded
+from veneer.training import TrainingJob
 from veneer.training.job import vary
 
 HUGE = 2**50
@@ -48,8 +52,38 @@ def test_memory_goes_where_it_saves_most_time() -> None:
     assert max(rates, key=lambda name: rates[name]) in last
 
 
-# Of the whole, in parts that are 16ths of all activations' bytes: what each block keeps.
-CHOICES: dict[tuple[str, int], list[set[str]]] = {}
+ALL = "attention gate_up mid qkv"
+# By tenths of what all activations take: what the first block keeps, what the last, and the bytes of both.
+CHOICES: dict[str, dict[int, tuple[str, str, int]]] = {
+    "llama": {
+        1: ("", "attention", 2_228_224),
+        3: ("attention mid", "attention mid", 8_912_896),
+        5: ("attention mid", "attention mid qkv", 14_024_704),
+        8: ("attention gate_up mid", "attention gate_up mid", 27_262_976),
+        10: ("attention gate_up mid", ALL, 32_374_784),
+        15: (ALL, ALL, 37_486_592),
+    },
+    "gemma2": {
+        1: ("", "", 0),
+        3: ("", "attention qkv", 720_896),
+        5: ("", "attention gate_up qkv", 1_294_336),
+        8: ("gate_up qkv", ALL, 2_490_368),
+        10: ("gate_up mid qkv", ALL, 2_793_472),
+        15: (ALL, ALL, 3_194_880),
+    },
+}
+
+
+@pytest.mark.parametrize(("family", "rows", "length"), [("llama", 4, 2048), ("gemma2", 1, 512)])
+def test_choices_are_what_they_were(family: str, rows: int, length: int) -> None:
+    blocks = FusedEngine(model_of(family)).blocks
+    tokens = rows * length
+    everything = sum(block.saved_bytes(name, tokens) for block in blocks for name in ACTIVATIONS)
+    for tenths, (first, last, size) in CHOICES[family].items():
+        demand = Demand(tokens, length, rows, everything - int(tenths / 10 * everything))
+        found = place(blocks, demand, everything, False)
+        assert kept(found) == [set(first.split()), set(last.split())], tenths
+        assert found.bytes == size
 
 
 @pytest.mark.parametrize(
@@ -151,3 +185,25 @@ def test_the_reference_engine_recomputes_every_block_or_none(setting: Any, state
     found = engine.plan_memory(BatchShapes((8,)), setting, 0)
     assert [dict(block.activations) for block in found.blocks] == [{"activations": state}] * 2
     assert found.bytes == 0
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "adamw_32bit"])
+def test_what_is_reserved_for_the_optimizer_is_what_it_keeps(
+    optim: str, tmp_path: Path, tiny_model: Any, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2 bytes a parameter and the scales of its blocks where states are in 8 bits, 8 where they are in 32."""
+    reserved: list[int] = []
+    plan_memory = ReferenceEngine.plan_memory
+
+    def hears(self: ReferenceEngine, shapes: BatchShapes, setting: bool | str, later_bytes: int) -> MemoryPlacement:
+        reserved.append(later_bytes)
+        return plan_memory(self, shapes, setting, later_bytes)
+
+    monkeypatch.setattr(ReferenceEngine, "plan_memory", hears)
+    train = {"optim": optim, "max_steps": 1}
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    job = TrainingJob(tiny_run(tiny_model(), path, tmp_path / "run", train=train, adapter={"r": 64}))
+    job.fit()
+    states = [state for of in job._loop._optimizer.state.values() for state in of.values()]
+    kept = {state.data_ptr(): state for state in states if isinstance(state, torch.Tensor)}
+    assert reserved == [sum(rounded(state.numel() * state.element_size()) for state in kept.values())]

@@ -1,8 +1,10 @@
 """What is likely to go wrong with a run's settings, and what to change: one rule a pitfall.
 
-A rule looks at a `Situation` and says a sentence, or nothing. It fires on what is known: a rule about the data
-keeps still while the data has not been read. `HANDLED` lists the pitfalls of the usual guides that cannot be fallen
-into here, and how. Sources are papers by their arXiv number, or the measurement that a rule rests on.
+A rule looks at a `Situation` and gives a message with its fix, or None. It fires on what is known: a rule about the
+data says nothing while the data has not been read. `HANDLED` lists the pitfalls of the usual guides that cannot happen
+here, and why. Sources are papers by their arXiv number, or the measurement that a rule rests on.
+
+All rules are in one file, long as it is: each stands by itself, and a reader looks for one by its id or its section.
 """
 
 from collections.abc import Callable
@@ -25,14 +27,14 @@ SEVERITIES = ("error", "warning", "info")
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What the ledger says of the data.
+    """The facts of the data that rules look at, from the ledger.
 
     Attributes:
-        rows, held_out: Rows to train on, and held out.
-        p95: Tokens that 95% of the rows do not exceed, before any limit.
-        longest: Tokens of the longest row, within the limit.
-        end_of_turn: Trained end-of-turn tokens.
-        raw: Whether the rows are text without turns.
+        rows, held_out: numbers of rows to train on, and held out.
+        p95: tokens that 95% of the rows do not exceed, before any limit.
+        longest: tokens of the longest row, within the limit.
+        end_of_turn: trained end-of-turn tokens.
+        raw: whether the rows are text without turns.
     """
 
     rows: int
@@ -45,11 +47,11 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """What the tokenizer and the template are like.
+    """The facts of tokenizer and template that rules look at.
 
     Attributes:
-        has_template: Whether the base brings a chat template.
-        uses_own: Whether the run renders with it.
+        has_template: whether the base brings a chat template.
+        uses_own: whether the run renders with it.
     """
 
     has_template: bool
@@ -61,12 +63,12 @@ class Situation:
     """All that rules look at.
 
     Attributes:
-        run: The settings.
-        shapes: Of the base.
-        stored: Precision its weights are published in; None: not known.
-        forecast: Of the run.
-        data, tokenizer: None: not looked at.
-        file_type: Type of a quantized GGUF file that the base comes from, as Q4_1; None: it comes from no such file.
+        run: the settings.
+        shapes: shapes of the base.
+        stored: dtype its weights are published in; None: not known.
+        forecast: forecast of the run.
+        data, tokenizer: their facts; None: not looked at.
+        file_type: type of a quantized GGUF file that the base comes from, as Q4_1; None: it comes from no such file.
     """
 
     run: Run
@@ -109,9 +111,9 @@ class Rule:
     """A pitfall.
 
     Attributes:
-        id, severity, setting: As advice has them.
-        source: Where it is known from.
-        look: Says what is wrong and what to do, or None.
+        id, severity, setting: those of its advice.
+        source: paper or measurement that it rests on.
+        look: gives what is wrong and what to do, or None.
     """
 
     id: str
@@ -128,8 +130,9 @@ def advise(situation: Situation) -> list[Advice]:
     """All that the rules find, the gravest first."""
     found = []
     for rule in RULES:
-        if (said := rule.look(situation)) is not None:
-            found.append(Advice(rule.id, rule.severity, rule.setting, f"{said[0]} ({rule.source})", said[1]))
+        if (finding := rule.look(situation)) is not None:
+            message, fix = finding
+            found.append(Advice(rule.id, rule.severity, rule.setting, f"{message} ({rule.source})", fix))
     return sorted(found, key=lambda advice: SEVERITIES.index(advice.severity))
 
 
@@ -491,7 +494,7 @@ def _(s: Situation) -> Found:
     return "the questions are trained as well as the answers", "set data.loss_on=assistant"
 
 
-# Pitfalls of the usual guides that cannot be fallen into here: what they are, and what is done instead.
+# Pitfalls of the usual guides that cannot happen here: what they are, and what is done instead.
 HANDLED = {
     "8-bit base": "bits: 8 is refused: it needs twice the memory of 4 bits and is slower",
     "forgotten use_cache=False": "every base is loaded without a key-value cache",

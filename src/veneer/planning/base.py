@@ -1,4 +1,4 @@
-"""What a plan is made for: a base model by its configuration, as the engine that its run gets would train it.
+"""The base model that a plan is made for: its configuration, and dry runs of the engine that would train it.
 
 Which engine that is, `choose_engine` says, here as in a run: the fused engine itself is put on a few layers of the
 model on the meta device, and says whether it covers them. What only a real GPU can tell, whether it gives the right
@@ -69,7 +69,7 @@ def _dry_run(known: _Known, step: Step) -> DryRun:
 
 @lru_cache(maxsize=256)
 def _not_covered(known: _Known, step: Step) -> str | None:
-    """What of a model the fused engine does not compute; None: it covers it."""
+    """The part of a model that the fused engine does not compute; None: it covers all."""
     try:
         require_covered(known.build(step), step)
     except NotCoveredError as error:
@@ -81,19 +81,19 @@ class PlannedModel:
     """A base model to plan for; its weights are not touched.
 
     Args:
-        model: The base.
-        data: Lengths of the training and of the held-out rows; or the shapes that they make; or why there are none.
+        model: the base.
+        data: lengths of the training and of the held-out rows; or the shapes that they make; or why there are none.
 
     Attributes:
-        name: Of the base, as the run names it.
-        data: As given.
-        shapes: Of the base.
-        stored: Precision its weights are published in; None: not known.
-        is_4bit: Whether its files are in bitsandbytes' 4 bits already.
-        download_bytes: What must be fetched first.
+        name: name of the base in the run.
+        data: as given.
+        shapes: shapes of the base.
+        stored: dtype its weights are published in; None: not known.
+        is_4bit: whether its files are in bitsandbytes' 4 bits already.
+        download_bytes: bytes that must be fetched first.
 
     Raises:
-        UserError: There is no such base, or it cannot be trained.
+        UserError: there is no such base, or it cannot be trained.
     """
 
     def __init__(self, model: Model, data: tuple[Lengths, Lengths] | RowShapes | str) -> None:
@@ -124,14 +124,14 @@ class PlannedModel:
     def placement(
         self, step: Step, gradient_checkpointing: bool | str, least_bytes: int, budget_bytes: int
     ) -> MemoryPlacement:
-        """Where the step's engine would have its tensors, of a peak that cannot be less and of a budget."""
+        """The placement that the step's engine would choose, by its peak at least and the device's memory."""
         if step.engine == "reference":
             return whole_blocks(self.shapes.depth, gradient_checkpointing)
         base, depth = self._known.build(step), self.shapes.depth
         return predict_placement(base, step, depth, gradient_checkpointing, least_bytes, budget_bytes)
 
     def rows(self, run: Run, engine: str) -> RowShapes:
-        """What a run's data will be like for an engine; the settings may differ from those it was read with."""
+        """Shapes of a run's data for an engine; the settings may differ from those it was read with."""
         if isinstance(self.data, RowShapes):
             return self.data
         if isinstance(self.data, str):

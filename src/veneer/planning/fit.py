@@ -1,4 +1,4 @@
-"""What to change so that a run fits: the changes that cost least come first.
+"""Changes of settings that make a run fit: those that cost least come first.
 
 In this order: packing, micro-batch against accumulation, recomputation, the optimizer, its states on the host, shorter
 answers, shorter rows, 4 bits, a smaller base of the same family. The first six change no number of the training, or
@@ -25,8 +25,8 @@ class Change:
 
     Attributes:
         id: packing, micro-batch, checkpointing, optimizer, offload, answers, length, 4-bit or base.
-        settings: New values by `section.key`.
-        cost: What it costs, in a few words.
+        settings: new values by `section.key`.
+        cost: its cost, in a few words.
     """
 
     id: str
@@ -42,9 +42,9 @@ class Fitted:
     """A run that fits, and how it came about.
 
     Attributes:
-        run: The changed run.
-        changes: In order; none: it fits as it is.
-        forecast: Of the changed run.
+        run: the changed run.
+        changes: changes in order; none: it fits as it is.
+        forecast: forecast of the changed run.
     """
 
     run: Run
@@ -53,12 +53,12 @@ class Fitted:
 
 
 def fit(run: Run, planner: Planner, smaller: Callable[[Run, Planner], Iterator[tuple[str, Planner]]]) -> Fitted | None:
-    """The cheapest changes that make a run fit with room to spare; None: nothing does.
+    """The cheapest changes that make a run fit with memory left over; None: nothing does.
 
     Args:
-        run: The settings.
+        run: the settings.
         planner: planner of its base and device.
-        smaller: Smaller bases than a run's, the largest first, each with its planner.
+        smaller: gives smaller bases than a run's, the largest first, each with its planner.
     """
     found = _with_changes(run, planner)
     if found is not None:

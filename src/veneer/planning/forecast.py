@@ -75,7 +75,7 @@ class Forecast:
 
     @property
     def verdict(self) -> str:
-        """fits; tight: it may fail on what cannot be foreseen; does not fit."""
+        """fits; tight: it may fail on what is not predicted; does not fit."""
         if self.margin_bytes < 0:
             return "does not fit"
         return "fits" if self.margin_bytes >= SPARE * self.peak_bytes else "tight"

@@ -1,4 +1,4 @@
-"""What is foreseen of a run before its base is loaded: the forecast, and what is amiss with its settings.
+"""The forecast of a run and the advice on it, before its base is loaded.
 
 `veneer plan` asks for it, and so does every training before it loads anything. Data counts where it has been read.
 """
@@ -26,9 +26,9 @@ class Foreseen:
     """A run before it runs.
 
     Attributes:
-        run: The settings.
-        planner: For other settings on the same data.
-        forecast, advice: What it will hold and take, and what is amiss.
+        run: the settings.
+        planner: makes forecasts of other settings on the same data.
+        forecast, advice: memory and time of the run, and what its settings should be.
     """
 
     run: Run
@@ -62,7 +62,7 @@ class Read:
         return self.prepared.train, self.prepared.validation
 
     def facts(self) -> tuple[DataFacts, TokenizerFacts]:
-        """What the rules of advice ask."""
+        """The facts that rules of advice look at."""
         ledger, tokenizer = self.prepared.ledger.as_dict(), self.renderer.tokenizer
         data = DataFacts(
             rows=ledger["rows"]["training"],
@@ -80,15 +80,15 @@ class Read:
 
 
 def foresee(run: Run, target: TargetDevice, data: Read | str) -> Foreseen:
-    """Foresee a run.
+    """The forecast of a run, and advice.
 
     Args:
-        run: The settings.
+        run: the settings.
         target: the device it is to run on.
-        data: Its data, or why that was not read.
+        data: its data, or why that was not read.
 
     Raises:
-        UserError: No such base, an adapter target that matches nothing, or a quantization the base cannot take.
+        UserError: no such base, an adapter target that matches nothing, or a quantization the base cannot take.
     """
     base = PlannedModel(run.model, data if isinstance(data, str) else data.lengths())
     planner = Planner(base, target)

@@ -1,4 +1,4 @@
-"""What a given amount of memory can train: one family of bases from 0.1B to 72B, by method.
+"""The bases that a given amount of memory can train, from 0.1B to 72B, by method.
 
 Each at its leanest: one row at a time, activations recomputed, 8-bit optimizer, adapters on all linear layers.
 """
@@ -21,12 +21,12 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A base and what it needs.
+    """A base and the memory its training needs.
 
     Attributes:
-        base: Hub id.
-        parameters: Of the base.
-        peak_bytes: At the peak of training, by method; one that did not fit with a smaller base is left out.
+        base: hub id.
+        parameters: number of its parameters.
+        peak_bytes: peak of training, by method; one that did not fit with a smaller base is left out.
     """
 
     base: str
@@ -34,7 +34,7 @@ class ModelSize:
     peak_bytes: dict[str, int]
 
     def best(self, budget_bytes: int) -> str | None:
-        """The best method that fits with room to spare: full before lora before qlora."""
+        """The best method that fits with memory left over: full before lora before qlora."""
         return next((m for m in METHODS if self.fits(m, budget_bytes)), None)
 
     def fits(self, method: str, budget_bytes: int) -> bool:
@@ -74,9 +74,9 @@ def compare(run: Run, planner: Planner, sizes: Sequence[int] = (16, 24, 48, 80))
     """Full fine-tuning, LoRA in 16 bits and QLoRA of a run's base, and the largest base that each can train.
 
     Args:
-        run: The settings; its length and rank count.
-        planner: Of its base.
-        sizes: Memory of GPUs, in GiB.
+        run: the settings, of which length and rank count.
+        planner: planner of its base.
+        sizes: memory of GPUs, in GiB.
     """
     devices = {size: device_named(f"{size}GiB") for size in sizes}
     models = model_sizes(run, devices[max(sizes)])

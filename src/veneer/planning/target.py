@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from veneer.machine.cards import Card, find_card, parse_budget
+from veneer.machine.cards import find_card, parse_budget
 from veneer.machine.device import Machine, find_machine
 from veneer.machine.speeds import Ceilings, ceilings_of, kept_ceilings
 
@@ -54,11 +54,9 @@ def device_named(gpu: str) -> TargetDevice:
     """
     total, card = parse_budget(gpu)
     name = f"{card.name if card else 'a GPU'}, {total / 2**30:.1f} GiB"
-    has_bfloat16, capability = (card.has_bfloat16, card.capability // 10) if card else (True, 8)
-    return TargetDevice("cuda", name, total - CONTEXT, *_precision(card), has_bfloat16, capability)
-
-
-def _precision(card: Card | None) -> tuple[torch.dtype, Ceilings | None]:
     if card is None:
-        return torch.bfloat16, None
-    return (torch.bfloat16 if card.has_bfloat16 else torch.float32), ceilings_of(card)
+        return TargetDevice("cuda", name, total - CONTEXT, torch.bfloat16, None, has_bfloat16=True)
+    dtype = torch.bfloat16 if card.has_bfloat16 else torch.float32
+    return TargetDevice(
+        "cuda", name, total - CONTEXT, dtype, ceilings_of(card), card.has_bfloat16, card.capability // 10
+    )
