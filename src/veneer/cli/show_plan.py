@@ -56,17 +56,21 @@ def show_verdict(out: Console, plan: dict[str, Any]) -> None:
 
 def show_placement(out: Console, placement: dict[str, Any]) -> None:
     """What the engine keeps in the memory that is left: activations and 16-bit weights, by the number of blocks."""
-    counts = {"keep": Counter[str](), "dequantized": Counter[str]()}
+    counts = Counter[tuple[str, str]]()
     for blocks in placement["blocks"]:
         for name, state in (*blocks["activations"].items(), *blocks["weights"].items()):
-            if state in counts:
-                counts[state][name] += blocks["count"]
+            counts[state, name] += blocks["count"]
+    words = {"keep": "", "dequantized": "16-bit weights "}
+    what = [
+        f"{words[state]}{name} of {n} blocks"
+        for state in words
+        for (s, name), n in sorted(counts.items())
+        if s == state
+    ]
     if placement["bytes"]:
-        kept, weights = (
-            ", ".join(f"{name} of {count} blocks" for name, count in sorted(found.items())) for found in counts.values()
+        out.print(
+            f"kept     {size(placement['bytes'])} more in training, so that less is recomputed: {', '.join(what)}"
         )
-        what = f"{kept}; 16-bit copies of the weights {weights}" if weights else kept
-        out.print(f"kept     {size(placement['bytes'])} more in training, so that less is recomputed: {what}")
 
 
 def show_time(out: Console, plan: dict[str, Any]) -> None:

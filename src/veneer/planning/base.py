@@ -6,7 +6,7 @@ numbers there, is taken for granted.
 """
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -23,18 +23,12 @@ from veneer.model.trainable import require_trainable
 from veneer.planning.batch_shapes import Lengths, RowShapes, assumed_rows, rows_of
 
 
+@dataclass(frozen=True)
 class _Known:
     """A configuration that equals another with the same content."""
 
-    def __init__(self, config: Any, content: tuple[str, str, int, int | None]) -> None:
-        self.config = config
-        self.content = content
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Known) and self.content == other.content
-
-    def __hash__(self) -> int:
-        return hash(self.content)
+    config: Any = field(compare=False)
+    content: tuple[str, str, int, int | None]
 
     def build(self, step: Step, layers: int | None = None) -> Any:
         """The model on the meta device, with so many layers; None: as few as tell all of it."""
