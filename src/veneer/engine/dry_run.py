@@ -191,21 +191,21 @@ def _run(base: Any, step: Step, period: int, chunked_head: bool) -> tuple[dict[s
 
 def _follow_backward(layers: list[Any], trace: Trace, period: int) -> None:
     """Begin a phase where the backward of a layer begins: when the gradient of its output is there."""
-    last = len(layers) - period
-
-    def name(number: int) -> str:
-        if number >= last:
-            return f"backward -{len(layers) - number}"
-        return f"backward {number}" if number < 2 * period else "backward between"
-
     for number, layer in enumerate(layers):
 
-        def on_output(_: Any, __: Any, output: Any, phase: str = name(number)) -> None:
+        def on_output(_: Any, __: Any, output: Any, phase: str = backward_phase(number, len(layers), period)) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
             if hidden.requires_grad:
                 hidden.register_hook(lambda _: trace.mark(phase, "working set"))
 
         layer.register_forward_hook(on_output)
+
+
+def backward_phase(number: int, depth: int, period: int) -> str:
+    """The phase of a layer's backward: only layers at either end have one of their own."""
+    if number >= depth - period:
+        return f"backward -{depth - number}"
+    return f"backward {number}" if number < 2 * period else "backward between"
 
 
 def _rows(step: Step) -> PaddedRows:

@@ -153,7 +153,7 @@ class Block:
             keep: activations that the placement keeps.
         """
         T, D = stream.x_TD.shape
-        y_TE = _empty(stream.x_TD, T, self.qkv.inputs + self.qkv.input_margin)
+        y_TE = stream.x_TD.new_empty((T, self.qkv.inputs + self.qkv.input_margin))
         saved = SavedActivations(*stream.norm(self.layer.norm1, y_TE[:, :D]))
         self._project_qkv(saved, at, y_TE)
         del y_TE
@@ -193,7 +193,7 @@ class Block:
     def _project_qkv(self, saved: SavedActivations, at: Context, y_TE: torch.Tensor) -> None:
         """Rotated q, k, v of the normalized stream, with a margin behind them."""
         group, norm = self.qkv, self.layer.head_norm
-        raw_TE = _empty(y_TE, len(y_TE), group.outputs + group.margin)
+        raw_TE = y_TE.new_empty((len(y_TE), group.outputs + group.margin))
         saved.u_qkv, _ = group.forward(y_TE, group.matrix(at.scratch), raw_TE, at.seed)
         saved.qkv_buffer = raw_TE
         saved.qkv = rope(
@@ -205,15 +205,15 @@ class Block:
         """The stream behind attention; returns it normalized, with a margin behind."""
         group, post = self.o, self.layer.post1
         T, D = saved.x.shape
-        delta_TE = _empty(saved.x, T, D + group.margin)
+        delta_TE = saved.x.new_empty((T, D + group.margin))
         out_TE = saved.out
         if group.input_margin:
-            out_TE = _empty(saved.x, T, group.inputs + group.input_margin)
+            out_TE = saved.x.new_empty((T, group.inputs + group.input_margin))
             out_TE[:, : group.inputs] = saved.out
         saved.u_o, update = group.forward(out_TE, group.matrix(at.scratch), delta_TE, at.seed)
         del out_TE
         delta_TD = delta_TE[:, :D]
-        y_TE = _empty(saved.x, T, D + self.gate_up.input_margin)
+        y_TE = saved.x.new_empty((T, D + self.gate_up.input_margin))
         saved.mid, saved.rstd2 = Stream(saved.x, delta_TD, post, update).norm(self.layer.norm2, y_TE[:, :D])
         if post is not None:
             saved.delta1 = delta_TD
@@ -230,9 +230,9 @@ class Block:
         """What the MLP adds to the stream, but for what adapters add to that."""
         T, both, down = len(y_TE), self.gate_up, self.down
         both_matrix, down_matrix = self._mlp_matrices(at)
-        delta_TE = _empty(y_TE, T, down.outputs + down.margin)
-        buffer_TE = _empty(y_TE, T if keeps else _longest(T), both.outputs + both.margin)
-        h_TE = _empty(y_TE, _longest(T), down.inputs + down.input_margin)
+        delta_TE = y_TE.new_empty((T, down.outputs + down.margin))
+        buffer_TE = y_TE.new_empty((T if keeps else _longest(T), both.outputs + both.margin))
+        h_TE = y_TE.new_empty((_longest(T), down.inputs + down.input_margin))
         u_both, u_down = [], []
         for start, end in _pieces(T):
             gate_up_TE = buffer_TE[start:end] if keeps else buffer_TE[: end - start]
@@ -266,7 +266,7 @@ class Block:
         norm = self.layer.norm1
         T, D = saved.x.shape
         if saved.qkv is None:
-            y_TE = _empty(saved.x, T, D + self.qkv.input_margin)
+            y_TE = saved.x.new_empty((T, D + self.qkv.input_margin))
             normalize(saved.x, saved.rstd1, norm.weight_D, norm.offset, y_TE[:, :D])
             self._project_qkv(saved, at, y_TE)
             del y_TE
@@ -283,11 +283,11 @@ class Block:
         dy_TE = self._through_post(d_TE, saved.delta2, layer.post2, down)
         down.add_b(saved.u_down, dy_TE[:, :D])
         longest, parts = _longest(T), self._gate_parts(T, saved.x)
-        dx_TE = _empty(saved.x, T, D + both.margin)
-        dh_TE = _empty(saved.x, longest, down.inputs + down.margin)
+        dx_TE = saved.x.new_empty((T, D + both.margin))
+        dh_TE = saved.x.new_empty((longest, down.inputs + down.margin))
         made = saved.gate_up is None
-        buffer_TE = _empty(saved.x, longest, both.outputs + both.margin) if made else saved.gate_up
-        y_TE = _empty(saved.x, longest if made else 0, D + both.input_margin)
+        buffer_TE = saved.x.new_empty((longest, both.outputs + both.margin)) if made else saved.gate_up
+        y_TE = saved.x.new_empty((longest if made else 0, D + both.input_margin))
         v_both = []
         for number, (start, end) in enumerate(_pieces(T)):
             size = end - start
@@ -342,7 +342,7 @@ class Block:
         """Turns the gradient behind attention into that before it."""
         layer, T, D = self.layer, len(saved.x), saved.x.shape[1]
         dy_TE = self._through_post(d_TE, saved.delta1, layer.post1, self.o)
-        dout_TE = _empty(saved.x, T, self.o.inputs + self.o.margin)
+        dout_TE = saved.x.new_empty((T, self.o.inputs + self.o.margin))
         v_o, _ = self.o.backward(dy_TE, self.o.matrix(at.scratch), dout_TE, at.seed)
         self.o.backward_adapters(dy_TE[:, :D], saved.out, saved.u_o, v_o, at.seed)
         dq_THC, dk_TKC, dv_TKC = attend_backward(
@@ -362,7 +362,7 @@ class Block:
         if is_first:
             v_qkv = self.qkv.project_gradient(buffer_TE)
         else:
-            dx_TE = _empty(saved.x, T, D + self.qkv.margin)
+            dx_TE = saved.x.new_empty((T, D + self.qkv.margin))
             v_qkv, update = self.qkv.backward(buffer_TE, self.qkv.matrix(at.scratch), dx_TE, at.seed)
         self.qkv.backward_adapters(buffer_TE[:, :outputs], saved.x, saved.u_qkv, v_qkv, at.seed, scaling)
         if not is_first:
@@ -383,10 +383,6 @@ class Block:
         dy_TE[:, :D] = d_TE[:, :D]
         rms_norm_backward(dy_TE[:, :D], delta_TD.contiguous(), post.weight_D, None, post.eps, post.offset)
         return dy_TE
-
-
-def _empty(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    return like.new_empty((rows, columns))
 
 
 def _joined(pieces: list[torch.Tensor]) -> torch.Tensor:

@@ -21,7 +21,7 @@ import torch
 
 from veneer.data import Batch
 from veneer.data.batch import UNTRAINED
-from veneer.engine.dry_run import CONSTANT_BLOCK, QUANT_BLOCK, DryRun, Step
+from veneer.engine.dry_run import CONSTANT_BLOCK, QUANT_BLOCK, DryRun, Step, backward_phase
 from veneer.engine.fused.attention import PLANNED
 from veneer.engine.fused.block import ACTIVATIONS, Block
 from veneer.engine.fused.engine import FusedEngine
@@ -104,15 +104,9 @@ class _DryEngine(FusedEngine):
     def _head(self, *arguments: Any) -> Any:
         self._trace.mark("loss", "logits and loss")
         found = super()._head(*arguments)
-        self.blocks = [_Marked(block, self._trace, self._phase(block.number)) for block in self.blocks]
+        phases = [backward_phase(block.number, len(self.blocks), self._period) for block in self.blocks]
+        self.blocks = [_Marked(block, self._trace, phase) for block, phase in zip(self.blocks, phases, strict=True)]
         return found
-
-    def _phase(self, number: int) -> str:
-        """As `engine.dry_run` names them: only blocks at either end have one of their own."""
-        from_end = len(self.blocks) - number
-        if from_end <= self._period:
-            return f"backward -{from_end}"
-        return f"backward {number}" if number < 2 * self._period else "backward between"
 
     def _angles(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         # Transformers' modules look into positions to choose among angles; only the shape matters.
