@@ -1,6 +1,6 @@
 """A run before it runs: memory, time, advice, and what would make it fit."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from veneer.config import Run
@@ -25,7 +25,7 @@ class RunPlan:
     def as_dict(self) -> dict[str, Any]:
         changes = None
         if self.fitted is not None:
-            changes = [change.as_dict() for change in self.fitted.changes]
+            changes = [asdict(change) for change in self.fitted.changes]
         return self.foreseen.as_dict() | {"changes": changes}
 
     def compare(self) -> dict[str, Any]:

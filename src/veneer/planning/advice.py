@@ -8,7 +8,7 @@ All rules are in one file, long as it is: each stands by itself, and a reader lo
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from math import sqrt
@@ -95,9 +95,6 @@ class Advice:
     setting: str
     message: str
     fix: str
-
-    def as_dict(self) -> dict[str, str]:
-        return asdict(self)
 
 
 Found = tuple[str, str] | None  # message and fix

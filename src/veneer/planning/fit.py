@@ -33,9 +33,6 @@ class Change:
     settings: dict[str, Any]
     cost: str
 
-    def as_dict(self) -> dict[str, Any]:
-        return {"id": self.id, "settings": self.settings, "cost": self.cost}
-
 
 @dataclass(frozen=True)
 class Fitted:

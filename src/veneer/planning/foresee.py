@@ -3,7 +3,7 @@
 `veneer plan` asks for it, and so does every training before it loads anything. Data counts where it has been read.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from veneer.config import Run, UserError
@@ -43,7 +43,7 @@ class Foreseen:
         return CERTAIN * peak > self.forecast.target.budget_bytes
 
     def as_dict(self) -> dict[str, Any]:
-        return self.forecast.as_dict() | {"advice": [advice.as_dict() for advice in self.advice]}
+        return self.forecast.as_dict() | {"advice": [asdict(advice) for advice in self.advice]}
 
 
 @dataclass(frozen=True)

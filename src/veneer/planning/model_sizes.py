@@ -16,7 +16,6 @@ from veneer.planning.planner import Planner
 from veneer.planning.target import TargetDevice, device_named
 
 METHODS = ("full", "lora", "qlora")
-GIB = 2**30
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,6 @@ class Planner:
     def __init__(self, base: PlannedModel, target: TargetDevice) -> None:
         self.base = base
         self.target = target
-        self._run_dry = base.run_dry
 
     def forecast(self, run: Run) -> Forecast:
         """The forecast of a run.
@@ -57,10 +56,9 @@ class Planner:
         engine, reason, rows = self._engine(run, method)
         optim = resolve_optim(run.train.optim, target.device)
         step = step_of(run, method, shapes, rows.fullest, target, engine, rows.even)
-        dry = self._run_dry(step)
+        dry = self.base.run_dry(step)
         found = phases(shapes, step, optim, dry, target.device)
-        held_out, at_a_time = None, {}
-        answered = rows.answered
+        held_out, at_a_time, answered = None, {}, rows.answered
         if rows.held_out is not None and answered is not None:
             held = resting(shapes, step, optim, dry, target.device)[0]
             at_a_time["evaluation"], rows, held_out = self._held_out(run, step, dry, held, rows)
@@ -105,7 +103,7 @@ class Planner:
 
         def peak_of(count: int) -> Peak:
             asked = step_for_held_out(step, Padded(count, rows.length, count * rows.trained))
-            return answers_peak(held, shapes, asked, self._run_dry(asked), run.evaluate.max_new_tokens)
+            return answers_peak(held, shapes, asked, self.base.run_dry(asked), run.evaluate.max_new_tokens)
 
         most = min(run.evaluate.batch_size, rows.rows)
         count = rows_that_fit(most, peak_of, sum(held.values()), target.budget_bytes)
@@ -126,7 +124,7 @@ class Planner:
             batch = batches_of(count).held_out
             assert batch is not None
             asked = step_for_held_out(step, batch)
-            return asked, self._run_dry(asked)
+            return asked, self.base.run_dry(asked)
 
         def peak_of(count: int) -> Peak:
             return loss_peak(held, train, dry(count)[1])
@@ -156,19 +154,19 @@ class Planner:
         """Times of a step and of the run, with their ranges; `updated`: tensors that the optimizer steps."""
         ceilings = self.target.ceilings
         assert ceilings is not None
-        low, high = ceilings.spread
         usual = replace(step, rows=rows.typical.rows, length=rows.typical.length, trained=rows.typical.trained)
         host = 1.0 if step.engine == "reference" else LAUNCH
         records = rows.even or run.train.gradient_checkpointing == "auto"  # else what they hold is not reserved
 
         def taken(asked: Step) -> float:
-            found = self._run_dry(asked)
+            found = self.base.run_dry(asked)
             replayed = rows.replayed if found.records and records else 0.0
             launched = seconds(found.work, ceilings, host)
             return replayed * seconds(found.work, ceilings, 0.0) + (1 - replayed) * launched
 
         once = rows.passes * _pass_seconds(usual, placement, taken)
         once += UPDATES * updated * ceilings.host_seconds  # gradients clipped, and each tensor stepped
+        low, high = ceilings.spread
         if rows.steps is None:
             return (low * once, once, high * once), None
         whole = rows.steps * once
