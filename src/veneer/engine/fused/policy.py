@@ -54,9 +54,10 @@ def block_placement(keep: Collection[str], weights: Collection[str] = (), block:
         block: the block, whose other 4-bit weights stay as they are; None: only `weights` are named.
     """
     states = dict.fromkeys(ACTIVATIONS, ActivationState.RECOMPUTE) | dict.fromkeys(keep, ActivationState.KEEP)
-    of_weights = {} if block is None else {name: g.needs_scratch for name, g in block.weights.items() if g.is_quantized}
-    named = {name: WeightState.NF4 if packed else WeightState.DEQUANTIZED for name, packed in of_weights.items()}
-    return BlockPlacement(states, named | dict.fromkeys(weights, WeightState.DEQUANTIZED))
+    groups = {} if block is None else block.weights
+    by_need = {True: WeightState.NF4, False: WeightState.DEQUANTIZED}
+    held = {name: by_need[group.needs_scratch] for name, group in groups.items() if group.is_quantized}
+    return BlockPlacement(states, held | dict.fromkeys(weights, WeightState.DEQUANTIZED))
 
 
 def uniform(
