@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from tests.support.engines import batch_of, gradients, model_of
 from tests.support.runs import tiny_run, write_rows
+from veneer.cli.show_plan import show_placement
 from veneer.engine import ReferenceEngine
 from veneer.engine.fused import FusedEngine
 from veneer.engine.fused.block import ACTIVATIONS
@@ -177,6 +180,17 @@ def test_a_placement_is_printed_block_by_block_and_those_alike_together() -> Non
         "least_bytes": 0,
         "budget_bytes": 0,
     }
+
+
+def test_a_plan_says_what_is_kept_of_how_many_blocks() -> None:
+    some, all_of_it = block_placement({"qkv"}, {"down"}), block_placement(ACTIVATIONS)
+    shown = StringIO()
+    placement = MemoryPlacement((some, some, all_of_it), bytes=2**30)
+    show_placement(Console(file=shown, width=300), placement.as_dict())
+    kept = "attention of 1 blocks, gate_up of 1 blocks, mid of 1 blocks, qkv of 3 blocks"
+    assert shown.getvalue().strip().endswith(f"recomputed: {kept}, 16-bit weights down of 2 blocks")
+    show_placement(Console(file=shown), replace(placement, bytes=0).as_dict())
+    assert shown.getvalue().count("recomputed") == 1, "nothing was chosen"
 
 
 @pytest.mark.parametrize(("setting", "state"), [(True, "recompute"), ("auto", "recompute"), (False, "keep")])
