@@ -22,7 +22,7 @@ from veneer.evaluation.memory import rows_at_a_time
 from veneer.machine import find_machine
 from veneer.model import compute_dtype
 from veneer.planning.batch_shapes import Padded
-from veneer.planning.forecast import place_here
+from veneer.planning.target import this_device
 from veneer.release import judged_by, renew_card
 
 
@@ -76,7 +76,7 @@ def evaluate(
         UserError: No such run, no adapter, or no held-out rows.
     """
     folder = require_run(str(run_dir))
-    place = place_here()
+    target = this_device()
     loaded = load(str(run_dir), force, base)
     assert loaded.run is not None
     usual = loaded.run.evaluate.rows
@@ -84,7 +84,7 @@ def evaluate(
     count = count_rows(held_out)
     is_record = data is None and (rows is None or rows == usual or count < rows)
     most = (max(len(row.example.ids) for row in held_out), max(row.example.trained for row in held_out))
-    at_a_time = rows_at_a_time(loaded.run, Padded(len(held_out), *most), place)
+    at_a_time = rows_at_a_time(loaded.run, Padded(len(held_out), *most), target)
     settings = loaded.run.evaluate.model_copy(update={"batch_size": at_a_time})
     engine = ReferenceEngine(loaded.model)  # judges by other code than the adapter was trained by
     with kept_in(folder.events):

@@ -13,7 +13,7 @@ from veneer.data.turns import read_turns
 from veneer.evaluation import generate as generate_answers
 from veneer.evaluation.memory import Batching, rows_at_a_time
 from veneer.planning.batch_shapes import Padded
-from veneer.planning.forecast import place_here
+from veneer.planning.target import this_device
 
 
 def generate(
@@ -56,7 +56,7 @@ def generate(
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, tuple(stop), seed)
     if on_text is not None and len(prompts) != 1:
         raise UserError(f"on_text with {len(prompts)} prompts: pieces of which answer?", "give a single prompt")
-    place = place_here()
+    target = this_device()
     loaded = load(name, force, base)
     if compare_with_base and loaded.origin is None:
         raise UserError(f"{name}: a base model alone, there is nothing to compare", "name a run's folder")
@@ -64,7 +64,7 @@ def generate(
     of_model = loaded.origin.model if loaded.origin is not None else Model(base=name)
     run = loaded.run or Run(model=of_model, data=Data(train="-"))
     run = run.model_copy(update={"evaluate": Evaluate(max_new_tokens=max_new_tokens)})
-    batching = Batching(rows_at_a_time(run, Padded(len(ids), max(map(len, ids)), 1), place) if ids else 1)
+    batching = Batching(rows_at_a_time(run, Padded(len(ids), max(map(len, ids)), 1), target) if ids else 1)
 
     def answers(on_text: Callable[[str], None] | None = None) -> list[str]:
         torch.manual_seed(seed)
