@@ -119,7 +119,7 @@ def rows(count: int, length: int) -> dict[str, Any]:
     found["forward_ms"]["here"] = replayed(lambda: cudnn.attend(parts, count, SCALE))
     found["torch, any order"] = backward_of(by_torch) | {"ms": replayed(by_torch)}
     own_out, own_lse = cudnn.attend(parts, count, SCALE)
-    for room in (2**40, 640 * 2**20, cudnn.ROOM_BYTES, 0):
+    for room in (2**40, 640 * 2**20, cudnn.WORKSPACE_BYTES, 0):
         call = cudnn.Call.of(count, length, HEADS, room)
 
         def here(room: int = room) -> Any:

@@ -1,7 +1,7 @@
 """Measures the fused engine: tokens/s, peak memory, and where a step's time goes, on random weights of real shapes.
 
 Each case is forward, backward and the optimizer's step (clipping included) on full-length random sequences, r = 16 on
-all linear layers, 8-bit AdamW, in one process, within a budget of GiB that the engine spends as it
+all linear layers, 8-bit AdamW, in one process, within a budget of GiB that the engine uses as it
 likes: ROWSxLENGTH[xACCUMULATION]@BUDGET. Prints a JSON line a case, merges it into bench/results/engine.json.
 
     python3 bench/engine.py --shape 8b --profile --cases 4x2048@70 4x2048@9 2x1024x8@70 2x1024x8@7.5 1x2048@70 2x8192@13
@@ -22,7 +22,9 @@ import torch
 from veneer.config import Adapter, Train
 from veneer.data import Batch
 from veneer.engine.fused import FusedEngine
+from veneer.engine.interface import BatchShapes
 from veneer.model import attach
+from veneer.planning.memory import optimizer_bytes
 from veneer.training.optimizer import build_optimizer
 
 COMMON = {"vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5}
@@ -111,7 +113,8 @@ def train(
     """
     engine = FusedEngine(model)
     optimizer = build_optimizer([engine.master], Train(optim="adamw_8bit"), "cuda")
-    kept = engine.fit(largest, int(gib * 2**30 - 2.05 * engine.master.numel()))
+    states = optimizer_bytes([engine.master.numel()], "adamw_8bit")
+    placement = engine.place_within(BatchShapes(tuple(largest)), int(gib * 2**30) - states)
 
     def step(batches: Sequence[Batch]) -> float:
         weight = sum(batch.weight for batch in batches)
@@ -144,7 +147,7 @@ def train(
         "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
         "process_gib": round(process_bytes() / 2**30, 2),
-        "kept": kept,
+        "placement": placement.as_dict(),
         "losses": [round(loss, 4) for loss in losses[:4]],
     }
     if profile:

@@ -31,6 +31,7 @@ from veneer.config import Adapter, Model, Quantization, Run, Train
 from veneer.data import Batch
 from veneer.data.batch import Example
 from veneer.engine import ReferenceEngine
+from veneer.engine.interface import BatchShapes
 from veneer.machine import find_machine
 from veneer.machine.device import peak_resident_bytes
 from veneer.model import attach, load_model
@@ -38,8 +39,10 @@ from veneer.model.locate import BaseSource
 from veneer.model.quiet import quiet
 from veneer.planning.base import PlannedModel
 from veneer.planning.batch_shapes import Padded, RowShapes
-from veneer.planning.forecast import Forecast, Planner, TargetDevice, place_here, place_of
+from veneer.planning.forecast import Forecast
 from veneer.planning.measure import measure_ceilings
+from veneer.planning.planner import Planner
+from veneer.planning.target import TargetDevice, device_named, this_device
 from veneer.training.job import environment
 from veneer.training.optimizer import build_optimizer
 
@@ -70,7 +73,7 @@ class Case:
     targets: str = "all-linear"
     dropout: float = 0.0
     engine: str = "reference"
-    spends: bool = False
+    fills: bool = False
 
 
 CASES = [
@@ -98,14 +101,14 @@ CASES = [
     Case("8B", "qlora", 8, 512, True, 64, trained=0.2, targets="attention"),
     Case("8B", "qlora", 2, 2048, False, 32),
 ]
-# Of the fused engine: checkpointing keeps the last block's tensors alone; spends: what `FUSED_BUDGET` has room for.
+# Of the fused engine: checkpointing keeps the last block's tensors alone; fills: what `FUSED_BUDGET` has room for.
 FUSED_BUDGET = "24GiB"
 FUSED_CASES = [
     Case("1B", "lora", 4, 2048, True, 16),
     Case("1B", "qlora", 4, 2048, False, 16),
     Case("8B", "lora", 1, 2048, True, 16),
     Case("8B", "qlora", 4, 2048, True, 16),
-    Case("8B", "qlora", 4, 2048, True, 16, spends=True),
+    Case("8B", "qlora", 4, 2048, True, 16, fills=True),
     Case("8B", "qlora", 2, 8192, True, 16),
 ]
 TARGETS = {"all-linear": "all-linear", "attention": ("q_proj", "k_proj", "v_proj", "o_proj")}
@@ -147,7 +150,7 @@ def run_of_case(case: Case) -> Run:
             "train": {
                 "per_device_train_batch_size": case.rows,
                 "gradient_accumulation_steps": case.accumulation,
-                "gradient_checkpointing": "auto" if case.spends else case.checkpointing,
+                "gradient_checkpointing": "auto" if case.fills else case.checkpointing,
                 "engine": case.engine,
                 "optim": case.optim,
                 "max_steps": 1,
@@ -157,16 +160,16 @@ def run_of_case(case: Case) -> Run:
     )
 
 
-def predict(case: Case, folder: Path, place: TargetDevice) -> Forecast:
+def predict(case: Case, folder: Path, target: TargetDevice) -> Forecast:
     """As `veneer plan` would, knowing the shapes of the rows."""
     trained = round((case.length - 1) * case.trained)
     full = Padded(case.rows, case.length, case.rows * trained)
     held_out = Padded(HELD_OUT[0], HELD_OUT[1], HELD_OUT[0] * (HELD_OUT[1] - 1))
-    answered = None if case.spends else Padded(HELD_OUT[0], HELD_OUT[1], HELD_OUT[1] - 1)
+    answered = None if case.fills else Padded(HELD_OUT[0], HELD_OUT[1], HELD_OUT[1] - 1)
     tokens = case.rows * case.length * case.accumulation
-    # Memory is spent by what training needs, so that case is predicted without its held-out loss.
-    rows = RowShapes(full, full, case.accumulation, tokens, 1, None if case.spends else held_out, 0, answered, None)
-    return Planner(PlannedModel(Model(base=str(folder)), rows), place).forecast(run_of_case(case))
+    # Memory is filled by what training needs, so that case is predicted without its held-out loss.
+    rows = RowShapes(full, full, case.accumulation, tokens, 1, None if case.fills else held_out, 0, answered, None)
+    return Planner(PlannedModel(Model(base=str(folder)), rows), target).forecast(run_of_case(case))
 
 
 def batch(case: Case) -> Batch:
@@ -279,9 +282,9 @@ def on_gpu(models: Path, out: Path, only: int | None) -> None:
         "cases": [],
     }
     print(results, flush=True)
-    places = {
-        "measured": replace(place_here(machine), ceilings=measured_ceilings),
-        "data sheet": place_of("h100"),
+    devices = {
+        "measured": replace(this_device(machine), ceilings=measured_ceilings),
+        "data sheet": device_named("h100"),
     }
     for name, method in dict.fromkeys((case.model, case.method) for case in CASES):
         source = make(name, models / name)
@@ -294,7 +297,7 @@ def on_gpu(models: Path, out: Path, only: int | None) -> None:
         torch.cuda.synchronize()
         cases = [c for c in CASES if (c.model, c.method) == (name, method)][:only]
         load = {
-            "predicted": predict(cases[0], models / name, places["measured"]).phases["load"].bytes,
+            "predicted": predict(cases[0], models / name, devices["measured"]).phases["load"].bytes,
             "peak": torch.cuda.max_memory_allocated(),
             "allocated": torch.cuda.memory_allocated(),
             "seconds": time.perf_counter() - started,
@@ -302,7 +305,7 @@ def on_gpu(models: Path, out: Path, only: int | None) -> None:
         results["loads"][f"{name} {method}"] = load
         print("load", name, method, f"{load['peak'] / load['predicted'] - 1:+.2%}", load, flush=True)
         for number, case in enumerate(cases):
-            forecasts = {which: predict(case, models / name, place) for which, place in places.items()}
+            forecasts = {which: predict(case, models / name, target) for which, target in devices.items()}
             forecast = forecasts["measured"]
             guess = max(forecast.phases[phase].bytes for phase in ("forward", "backward", "optimizer"))
             base, measured = measure(case, base, guess, number in (0, 2))
@@ -366,13 +369,12 @@ def fused_steps(engine: Any, case: Case) -> dict[str, Any]:
 def on_gpu_fused(out: Path) -> None:
     """Memory and time of the fused engine on the GPU at hand, into `out`/plan_gpu_fused.json."""
     from bench.engine import random_base
-    from veneer.engine.choose import kept_tensors
     from veneer.engine.fused import FusedEngine
 
     machine = find_machine()
     torch.zeros(1, device="cuda")
     ceilings = measure_ceilings(machine)
-    place = replace(place_here(machine), ceilings=ceilings)
+    target = replace(this_device(machine), ceilings=ceilings)
     results: dict[str, Any] = {
         "machine": machine.as_dict(),
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "triton")},
@@ -385,23 +387,23 @@ def on_gpu_fused(out: Path) -> None:
             base = random_base(name.lower(), None, method == "qlora")
             for case in [c for c in FUSED_CASES if (c.model, c.method) == (name, method)]:
                 case = replace(case, engine="fused")
-                budget = replace(place, budget_bytes=place_of(FUSED_BUDGET).budget_bytes) if case.spends else place
+                budget = replace(target, budget_bytes=device_named(FUSED_BUDGET).budget_bytes) if case.fills else target
                 forecast = predict(case, Path(folder) / name, budget)
                 model = attach(base, Adapter(r=case.r, target_modules=TARGETS[case.targets]), 0)
-                engine = FusedEngine(model, kept_tensors(case.checkpointing))
+                engine = FusedEngine(model, case.checkpointing)
                 fitted = None
-                if case.spends:
+                if case.fills:
                     micro = batch(case)
-                    fitted = engine.fit(micro.lengths, budget.budget_bytes)
+                    fitted = engine.place_within(BatchShapes(micro.lengths), budget.budget_bytes).as_dict()
                 measured = fused_steps(engine, case)
                 guess = max(forecast.phases[phase].bytes for phase in ("forward", "backward", "optimizer"))
-                guess += forecast.kept.bytes if forecast.kept else 0
+                guess += forecast.placement.bytes
                 step = statistics.median(measured["seconds"][3:])
                 row = {
                     "case": asdict(case),
                     "predicted": {phase: peak.bytes for phase, peak in forecast.phases.items()} | {"peak": guess},
                     "components": forecast.phases["forward"].components,
-                    "kept": forecast.kept and forecast.kept.as_dict(),
+                    "placement": forecast.placement.as_dict(),
                     "fitted": fitted,
                     "predicted_seconds": {"measured": forecast.step_seconds and forecast.step_seconds[1]},
                     "measured": measured,
@@ -409,10 +411,10 @@ def on_gpu_fused(out: Path) -> None:
                     "error": guess / measured["peak"] - 1,
                 }
                 print(
-                    f"{name} {method:5} {case.rows}x{case.length} ckpt={case.checkpointing:d} spends={case.spends:d} "
+                    f"{name} {method:5} {case.rows}x{case.length} ckpt={case.checkpointing:d} fills={case.fills:d} "
                     f"predicted {guess / 2**30:.3f} peak {measured['peak'] / 2**30:.3f} {row['error']:+.2%} "
                     f"reserved {measured['reserved'] / 2**30:.3f} time {step:.3f} "
-                    f"{row['predicted_seconds']['measured'] / step:.2f} {row['kept']} {fitted}",
+                    f"{row['predicted_seconds']['measured'] / step:.2f} {forecast.placement} {fitted}",
                     flush=True,
                 )
                 results["cases"].append(row)

@@ -16,6 +16,7 @@ import json
 import re
 import time
 from collections import Counter
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from veneer.config import Adapter, Train
 from veneer.data.batch import Batches
 from veneer.engine.fused import FusedEngine
 from veneer.engine.fused.graphs import MOST, Size
+from veneer.engine.interface import BatchShapes
 from veneer.model import attach
 from veneer.training.optimizer import build_optimizer
 
@@ -71,9 +73,10 @@ def train(
 ) -> dict[str, Any]:
     engine = FusedEngine(model)
     optimizer = build_optimizer([engine.master], Train(optim="adamw_8bit"), "cuda")
-    kept = engine.fit(largest, GIB * 2**30, varies=True, documents=documents)
+    shapes = BatchShapes(tuple(largest), varies=True, documents=documents)
+    placement = engine.place_within(shapes, GIB * 2**30)
     if not records:
-        engine.record_nothing()
+        engine.apply(replace(placement, records_passes=False))
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     seconds, losses = [], []
@@ -96,7 +99,7 @@ def train(
         "second_half": round(sum(tokens[half:]) / sum(seconds[half:])),
         "replayed": round(replay.call_count / sum(map(len, steps)), 3),
         "recordings": len(recorded),
-        "records": kept["records_passes"],
+        "records": placement.records_passes,
         "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
         "process_gib": round(process_bytes() / 2**30, 2),
         "losses": [round(loss, 4) for loss in losses[:3]],

@@ -4,7 +4,7 @@
     run = veneer.Run(model={"base": "smollm2-135m-instruct"}, data={"train": "tickets.jsonl"})
     veneer.train(run)
 
-Everything here is imported when it is first used, so that `import veneer` costs nothing.
+docs/python.md shows the rest. Everything here is imported when it is first used, so `import veneer` costs nothing.
 """
 
 from typing import TYPE_CHECKING
@@ -13,7 +13,6 @@ from veneer.lazy import import_on_use
 
 if TYPE_CHECKING:
     from veneer.api.certify import certify
-    from veneer.api.data import inspect_data
     from veneer.api.doctor import doctor
     from veneer.api.evaluate import evaluate
     from veneer.api.export import export
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
     from veneer.api.load import load
     from veneer.api.merge import merge, unmerge
     from veneer.api.plan import plan
+    from veneer.api.prepare import prepare
+    from veneer.api.push import push
     from veneer.api.train import train
     from veneer.config import JobError, Run, UserError, load_run
     from veneer.config.sampling import Sampling
@@ -39,11 +40,12 @@ __all__ = [
     "evaluate",
     "export",
     "generate",
-    "inspect_data",
     "load",
     "load_run",
     "merge",
     "plan",
+    "prepare",
+    "push",
     "train",
     "unmerge",
     "verify",
@@ -61,11 +63,12 @@ __getattr__ = import_on_use(
         "evaluate": "veneer.api.evaluate",
         "export": "veneer.api.export",
         "generate": "veneer.api.generate",
-        "inspect_data": "veneer.api.data",
         "load": "veneer.api.load",
         "load_run": "veneer.config",
         "merge": "veneer.api.merge",
         "plan": "veneer.api.plan",
+        "prepare": "veneer.api.prepare",
+        "push": "veneer.api.push",
         "train": "veneer.api.train",
         "unmerge": "veneer.api.merge",
         "verify": "veneer.training.verify",

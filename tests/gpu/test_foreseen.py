@@ -9,10 +9,10 @@ import transformers
 
 from veneer.config import Adapter, Train
 from veneer.data import Batch
-from veneer.engine.choose import kept_tensors
 from veneer.engine.dry_run import Step
 from veneer.engine.fused import FusedEngine
 from veneer.engine.fused.dry_run import run_layers_dry
+from veneer.engine.fused.policy import block_placement
 from veneer.model import attach
 from veneer.model.shapes import build, shapes_of
 from veneer.planning.memory import phases
@@ -47,7 +47,7 @@ def test_the_peak_of_a_step_is_foreseen(family: str, checkpointing: bool) -> Non
     before = torch.cuda.memory_allocated()
     with torch.device("cuda"):
         base = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
-    engine = FusedEngine(attach(base, Adapter(r=16), 0), kept_tensors(checkpointing))
+    engine = FusedEngine(attach(base, Adapter(r=16), 0), checkpointing)
     optimizer = build_optimizer([engine.master], Train(optim="adamw_8bit"), "cuda")
     batch = batch_of(rows, length)
     for step in range(4):
@@ -62,7 +62,7 @@ def test_the_peak_of_a_step_is_foreseen(family: str, checkpointing: bool) -> Non
     shapes = shapes_of(build(config, torch.bfloat16))
     asked = Step(
         rows, length, rows * (length - 1), torch.bfloat16, targets=shapes.targets("all-linear"), engine="fused",
-        keep=frozenset() if checkpointing else None, keeps_last=checkpointing,
+        block=block_placement(()) if checkpointing else None, keeps_last=checkpointing,
         capability=torch.cuda.get_device_capability()[0],
     )  # fmt: skip
     dry = run_layers_dry(build(config, torch.bfloat16), asked, 1)

@@ -1,5 +1,7 @@
 """The fused engine on a GPU: its kernels against their twins, its gradients against float32."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -72,12 +74,13 @@ def test_long_documents_replayed_or_made_again(lengths: tuple[int, ...]) -> None
     model, batch = model_of("llama", changes=WIDE).cuda().bfloat16(), batch_of(lengths)
     plain, none, recording, roomy, narrow = (
         FusedEngine(model, graphs=False),
-        FusedEngine(model, frozenset(), graphs=False),
+        FusedEngine(model, True, graphs=False),
         FusedEngine(model),
         FusedEngine(model, graphs=False),
         FusedEngine(model, graphs=False),
     )
-    roomy._room_bytes, narrow._room_bytes = 2**40, 0
+    roomy.apply(replace(roomy.placement, workspace_bytes=2**40))
+    narrow.apply(replace(narrow.placement, workspace_bytes=0))
     loss, wanted = gradients(plain, model, batch)
     for engine in (plain, plain, none, roomy, narrow, recording, recording, recording):
         found_loss, found = gradients(engine, model, batch)
@@ -106,7 +109,7 @@ def test_adapters_of_any_rank_run_at_any_length(dtype: torch.dtype, rank: int, d
     for name, parameter in model.named_parameters():
         if "lora" not in name:
             parameter.data = parameter.data.to(dtype)
-    engine = FusedEngine(model, frozenset(), graphs=False)
+    engine = FusedEngine(model, True, graphs=False)
     for lengths in ((300, 70), (1024,) * 8):
         _, found = gradients(engine, model, batch_of(lengths))
         assert all(gradient.isfinite().all() and gradient.any() for gradient in found.values())

@@ -5,8 +5,9 @@ from typing import Any
 from veneer.config import Run
 from veneer.planning.base import PlannedModel
 from veneer.planning.fit import fit
-from veneer.planning.forecast import Planner, place_of
 from veneer.planning.model_sizes import smaller_bases
+from veneer.planning.planner import Planner
+from veneer.planning.target import device_named
 
 
 def run_of(base: str = "meta-llama/Llama-3.2-1B", **sections: Any) -> Run:
@@ -21,7 +22,7 @@ def run_of(base: str = "meta-llama/Llama-3.2-1B", **sections: Any) -> Run:
 
 
 def planner_of(run: Run, gpu: str, lengths: Any = "it is a test") -> Planner:
-    return Planner(PlannedModel(run.model, lengths), place_of(gpu))
+    return Planner(PlannedModel(run.model, lengths), device_named(gpu))
 
 
 def kinds(run: Run, gpu: str, lengths: Any = "it is a test") -> tuple[list[str], Run | None]:
@@ -30,5 +31,5 @@ def kinds(run: Run, gpu: str, lengths: Any = "it is a test") -> tuple[list[str],
     if found is None:
         return [], None
     assert found.forecast.verdict == "fits"
-    assert Planner(PlannedModel(found.run.model, lengths), planner.place).forecast(found.run).verdict == "fits"
+    assert Planner(PlannedModel(found.run.model, lengths), planner.target).forecast(found.run).verdict == "fits"
     return [change.id for change in found.changes], found.run

@@ -113,7 +113,7 @@ def test_gated_mlp_with_the_adapters_gradients(monkeypatch: pytest.MonkeyPatch, 
     def compute() -> Any:
         stacked = rank if joint else 2 * rank
         slots = (0, 0) if joint else (0, 1)
-        parts = AdapterGradientParts.room(1100, width, rank, stacked, torch.empty(0))
+        parts = AdapterGradientParts.empty(1100, width, rank, stacked, torch.empty(0))
         results: list[torch.Tensor] = []
         for is_first, T in ((True, 1100), (False, 70)):
             gate_up, dh, u, v = apart(T, 2 * width), apart(T, width), apart(T, stacked), apart(T, rank)

@@ -14,13 +14,14 @@ from veneer.config import Run
 from veneer.machine.device import Machine
 from veneer.planning.advice import HANDLED, RULES, DataFacts, Situation, TokenizerFacts, advise
 from veneer.planning.base import PlannedModel
-from veneer.planning.forecast import Planner, TargetDevice, place_here, place_of
 from veneer.planning.foresee import foresee
+from veneer.planning.planner import Planner
 from veneer.planning.reference import advice_page
+from veneer.planning.target import TargetDevice, device_named, this_device
 
 GiB = 2**30
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-CPU = place_here(Machine("cpu", "a CPU", 8, 64 * GiB, 60 * GiB, True))
+CPU = this_device(Machine("cpu", "a CPU", 8, 64 * GiB, 60 * GiB, True))
 BASES = [
     *("smollm2-135m-instruct", "meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.1-8B-Instruct", "openai-community/gpt2"),
     "facebook/opt-1.3b",
@@ -198,17 +199,17 @@ def test_the_smallest_run_file_is_not_told_to_change_what_it_did_not_write(
 ) -> None:
     run = Run.model_validate({"model": {"base": base}, "data": {"train": "-"}, "quantization": quantization})
     written = {"model.base", "data.train", "quantization"}
-    for place in (place_of("12GiB"), place_of("h100"), CPU):
-        unread = foresee(run, place, "it was not asked for")
+    for target in (device_named("12GiB"), device_named("h100"), CPU):
+        unread = foresee(run, target, "it was not asked for")
         read = Situation(run, unread.planner.base.shapes, unread.planner.base.stored, unread.forecast, DATA,
                          TOKENIZER, "qlora" if quantization else "lora")  # fmt: skip
         for found in (*unread.advice, *advise(read)):
-            assert found.setting in written, f"{base} on {place.name}: {found}"
+            assert found.setting in written, f"{base} on {target.name}: {found}"
 
 
 def test_what_a_gpu_lacks_is_said_even_of_defaults() -> None:
     run = Run.model_validate({"model": {"base": BASES[1]}, "data": {"train": "-"}})
-    assert [found.id for found in foresee(run, place_of("t4"), "").advice] == ["no-bfloat16"]
+    assert [found.id for found in foresee(run, device_named("t4"), "").advice] == ["no-bfloat16"]
 
 
 def test_recomputation_that_nobody_asked_for_is_not_complained_of() -> None:
@@ -255,8 +256,8 @@ def changed(found: Situation, settings: dict[str, Any]) -> Situation:
         assert key in type(getattr(Run(**values), section)).model_fields, name
         values[section] = (values[section] or {}) | {key: value}
     run = Run.model_validate(values)
-    place = found.forecast.place
-    forecast = Planner(PlannedModel(run.model, "it is a test"), place).forecast(run)
+    target = found.forecast.target
+    forecast = Planner(PlannedModel(run.model, "it is a test"), target).forecast(run)
     before = found.run
     rows = [r.train.per_device_train_batch_size * r.train.gradient_accumulation_steps for r in (before, run)]
     if (steps := found.forecast.rows.steps) is not None:
@@ -313,15 +314,15 @@ def test_a_fix_is_accepted_and_calls_for_no_other(name: str) -> None:
 
 
 def test_float16_is_warned_of_only_where_the_base_was_published_in_bfloat16() -> None:
-    def warned(base: str, place: TargetDevice) -> bool:
+    def warned(base: str, target: TargetDevice) -> bool:
         run = Run.model_validate({"model": {"base": base, "dtype": "float16"}, "data": {"train": "-"}})
-        return "fp16-compute" in {found.id for found in foresee(run, place, "").advice}
+        return "fp16-compute" in {found.id for found in foresee(run, target, "").advice}
 
-    place = place_of("h100")
+    target = device_named("h100")
     for base in ("meta-llama/Llama-3.1-8B", "Qwen/Qwen2.5-0.5B"):
-        assert warned(base, place), base
+        assert warned(base, target), base
     for base in ("meta-llama/Llama-2-7b-hf", "facebook/opt-125m", "openai-community/gpt2"):
-        assert not warned(base, place), base
+        assert not warned(base, target), base
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from tests.support.tiny import ARCHITECTURES, FAMILIES, save_tiny_model
 from veneer.config import UserError
 from veneer.model.quiet import quiet
 from veneer.planning.base import PlannedModel
-from veneer.planning.forecast import Planner, place_of
+from veneer.planning.planner import Planner
+from veneer.planning.target import device_named
 from veneer.release.merge.adapter_delta import through_four_bits
 
 CELLS = ("plan", "train", "merge", "export")
@@ -189,7 +190,7 @@ def test_modules_named_by_layer_are_planned_where_they_are(tmp_path: Path) -> No
             adapter={"target_modules": targets},
             train={"engine": "reference"},
         )
-        planner = Planner(PlannedModel(run.model, "none are there"), place_of("rtx 4090"))
+        planner = Planner(PlannedModel(run.model, "none are there"), device_named("rtx 4090"))
         return planner.forecast(run)
 
     every, last = [[f"layers.{n}.self_attn.q_proj" for n in range(first, 12)] for first in (0, 8)]

@@ -19,6 +19,7 @@ from veneer.data import Batch
 from veneer.engine import ReferenceEngine, choose
 from veneer.engine.agreement import agree
 from veneer.engine.fused import FusedEngine
+from veneer.engine.fused.block import ACTIVATIONS
 from veneer.kernels.launch import TritonError
 from veneer.training import TrainingJob
 from veneer.training.metrics import read_metrics
@@ -275,10 +276,9 @@ def test_the_fused_engine_recomputes_where_checkpointing_is_asked_for() -> None:
         train = Train(engine="fused", gradient_checkpointing=checkpointing)
         engine = choose.build(model_of("llama"), train, "cpu").engine
         assert isinstance(engine, FusedEngine)
-        assert engine.keep == FusedEngine(model_of("llama"), keep=choose.kept_tensors(checkpointing)).keep
-        seen.append(engine.keep)
-    assert seen[0] != seen[1]
-    assert choose.kept_tensors(True) == frozenset()
+        seen.append([block.kept for block in engine.placement.blocks])
+    everything = set(ACTIVATIONS)
+    assert seen == [[everything, everything], [set(), everything]], "backward needs what the last keeps at once"
 
 
 def test_the_reference_engine_updates_each_matrix() -> None:

@@ -11,7 +11,7 @@ import torch
 from tests.support.notices import notified
 from veneer.engine.fused import attention, cudnn
 from veneer.engine.fused.attention import Attention, Documents
-from veneer.engine.fused.cudnn import ROOM_BYTES, Call, Layout
+from veneer.engine.fused.cudnn import WORKSPACE_BYTES, Call, Layout
 from veneer.kernels.rope import Heads, split_heads
 
 LLAMA = Heads(32, 8, 128)
@@ -87,7 +87,7 @@ def _run_written(plan: _Written, tensors: tuple[torch.Tensor, ...]) -> None:
         gradient.copy_(found)
 
 
-@pytest.mark.parametrize("room", [0, 6_000, ROOM_BYTES])
+@pytest.mark.parametrize("room", [0, 6_000, WORKSPACE_BYTES])
 def test_every_row_and_head_is_covered_once(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cudnn, "_backward", _Written)
     monkeypatch.setattr(cudnn, "_run", _run_written)

@@ -143,9 +143,9 @@ def test_init_writes_a_run_that_trains_as_it_stands(
     run = load_run(here / "run.yaml")
     assert run.train.output_dir == Path("runs/my rows: #1")
     assert "# " in (here / "run.yaml").read_text()
-    inspected = veneer.inspect_data(run.model, run.data, rows=0).ledger
-    assert inspected["rows"]["used"] == count
-    assert inspected["rows"]["training"] > 0
+    ledger = veneer.prepare(run, samples=0).ledger
+    assert ledger["rows"]["used"] == count
+    assert ledger["rows"]["training"] > 0
     if count == 7:
         assert call("plan", "run.yaml", "--json")[0] == 0
         assert call("train", "run.yaml", *QUICK, "data.max_length=128", "quantization=null")[0] == 0

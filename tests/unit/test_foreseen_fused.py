@@ -12,18 +12,24 @@ from tests.support.engines import COVERED, model_of
 from tests.support.plans import planner_of, run_of
 from veneer.config import Run, Train, UserError
 from veneer.engine import choose
-from veneer.engine.dry_run import DryRun, Step
+from veneer.engine.dry_run import DryRun
 from veneer.engine.fused import FusedEngine
-from veneer.engine.fused.block import TENSORS
+from veneer.engine.fused.block import ACTIVATIONS
 from veneer.engine.fused.cudnn import Call
 from veneer.engine.fused.dry_run import _engine, run_layers_dry
+from veneer.engine.fused.policy import block_placement
 from veneer.engine.trace import rounded
 from veneer.kernels.rope import Heads
 from veneer.model.shapes import Shapes, build, shapes_of
-from veneer.planning.forecast import Forecast, Planner, place_of, step_of
+from veneer.planning.batch_shapes import Padded
+from veneer.planning.forecast import Forecast
+from veneer.planning.planner import Planner, step_of
+from veneer.planning.target import device_named
 
 GiB = 2**30
 DEPTH = 6
+RECOMPUTE = block_placement(())
+DEQUANTIZED = block_placement(ACTIVATIONS, ("qkv", "o", "gate_up", "down"))
 
 
 def small(family: str = "llama", **changes: Any) -> tuple[Any, Shapes]:
@@ -35,7 +41,7 @@ def small(family: str = "llama", **changes: Any) -> tuple[Any, Shapes]:
 
 
 def fused(config: Any, shapes: Shapes, **changes: Any) -> DryRun:
-    asked = step(shapes, **{"rows": 2, "length": 512, "trained": 900, "engine": "fused", "keep": frozenset()} | changes)
+    asked = step(shapes, **{"rows": 2, "length": 512, "trained": 900, "engine": "fused", "block": RECOMPUTE} | changes)
     return run_layers_dry(build(config, torch.bfloat16), asked, 1)
 
 
@@ -67,8 +73,8 @@ def test_a_plan_says_which_engine_it_assumes(sections: dict[str, Any], engine: s
 
 def test_off_cuda_the_reference_engine_is_foreseen_unless_the_other_is_asked_for() -> None:
     run = run_of()
-    place = replace(place_of("80GiB"), device="cpu")
-    planner = Planner(planner_of(run, "80GiB").base, place)
+    target = replace(device_named("80GiB"), device="cpu")
+    planner = Planner(planner_of(run, "80GiB").base, target)
     assert planner.forecast(run).engine == "reference"
     assert planner.forecast(run_of(train={"engine": "fused"})).engine == "fused"
 
@@ -102,7 +108,7 @@ def test_what_it_holds_for_good_is_what_a_real_one_holds(family: str) -> None:
     config = config_of(family)
     config.use_cache = False
     shapes = shapes_of(build(config, torch.float32))
-    asked = step(shapes, dtype=torch.float32, engine="fused", keep=frozenset())
+    asked = step(shapes, dtype=torch.float32, engine="fused", block=RECOMPUTE)
     foreseen, held = _engine(build(config, torch.float32), asked)
     # Margins are wider on a GPU, for faster products: 64 columns, not 16.
     margins = 0
@@ -116,17 +122,17 @@ def test_what_it_holds_for_good_is_what_a_real_one_holds(family: str) -> None:
     assert sum(held.values()) == real + margins + tables
 
 
-@pytest.mark.parametrize("name", TENSORS)
+@pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
 @pytest.mark.parametrize("rank", [8, 256])
 def test_a_tensor_that_is_kept_adds_its_bytes(family: str, name: str, rank: int) -> None:
     config, shapes = small(family, **({} if family == "llama" else {"head_dim": 64}))
     least = fused(config, shapes, r=rank)
-    more = fused(config, shapes, r=rank, keep=frozenset({name}))
-    asked = step(shapes, rows=2, length=512, engine="fused", keep=frozenset(), r=rank)
+    more = fused(config, shapes, r=rank, block=block_placement({name}))
+    asked = step(shapes, rows=2, length=512, engine="fused", block=RECOMPUTE, r=rank)
     blocks = _engine(build(config, torch.bfloat16), asked)[0].blocks
     # Seen at the loss: all blocks hold what they keep, and none is at work; the last one's stream is there anyway.
-    expected = (DEPTH - 1) * blocks[0].kept_bytes(name, 1024)
+    expected = (DEPTH - 1) * blocks[0].saved_bytes(name, 1024)
     found = more.peaks["loss"].bytes - least.peaks["loss"].bytes
     if family == "gemma2" and name == "attention":  # run dry as flash, which keeps no copies of q, k and v
         expected -= (DEPTH - 1) * 1024 * blocks[0].qkv.outputs * 2
@@ -136,13 +142,13 @@ def test_a_tensor_that_is_kept_adds_its_bytes(family: str, name: str, rank: int)
 
 
 @pytest.mark.parametrize("family", COVERED)
-@pytest.mark.parametrize("changes", [{}, {"training": False}, {"keep": None}, {"dtype": torch.float32}])
+@pytest.mark.parametrize("changes", [{}, {"training": False}, {"block": None}, {"dtype": torch.float32}])
 def test_every_family_is_run_dry_and_more_takes_more(family: str, changes: dict[str, Any]) -> None:
     config = config_of(family)
     shapes = shapes_of(build(config, torch.bfloat16))
 
     def peak(**more: Any) -> int:
-        asked = step(shapes, **{"engine": "fused", "keep": frozenset(), "length": 256} | changes | more)
+        asked = step(shapes, **{"engine": "fused", "block": RECOMPUTE, "length": 256} | changes | more)
         found = run_layers_dry(build(config, asked.dtype), asked, 1)
         assert found.held is not None
         assert all(count > 0 for count in found.held.values())
@@ -162,7 +168,7 @@ def test_dropout_and_rows_of_other_lengths_and_older_gpus_are_run_dry(monkeypatc
         flash = fused(config, shapes, **changes)
         assert flash.fullest("backward").components["attention workspace"] > 0
         assert flash.fullest("backward").bytes > usual.fullest("backward").bytes, "shared keys are repeated there"
-    monkeypatch.setattr("veneer.engine.fused.engine.ROOM_BYTES", 0)
+    monkeypatch.setattr("veneer.engine.fused.policy.WORKSPACE_BYTES", 0)
     heads = Heads(8, 2, 128)
     more, less = (Call.of(2, 512, heads, room).workspace_bytes(512) for room in (2**30, 0))
     tight = fused(config, shapes).fullest("backward").bytes
@@ -173,7 +179,7 @@ def test_dropout_and_rows_of_other_lengths_and_older_gpus_are_run_dry(monkeypatc
 def test_4_bit_weights_need_room_to_be_made_16_bit() -> None:
     config, shapes = small()
     held = fused(config, shapes, quantized=shapes.quantizable(), method="qlora").held
-    both = fused(config, shapes, quantized=shapes.quantizable(), method="qlora", keeps_16_bits=True).held
+    both = fused(config, shapes, quantized=shapes.quantizable(), method="qlora", block=DEQUANTIZED).held
     assert held is not None
     assert both is not None
     gate_up_and_down = (2 * 512 + 64) * (256 + 64) + (256 + 64) * (512 + 64)
@@ -195,40 +201,37 @@ def test_a_measured_peak_is_foreseen() -> None:
 
 
 def test_settings_and_engine_mean_the_same_by_what_is_kept() -> None:
-    """What a plan rehearses for true and false is what the engine is built with."""
+    """What a dry run keeps for true and false is what the engine is built with."""
     config = config_of("llama")
     shapes = shapes_of(build(config, torch.bfloat16))
     for setting in (True, False):
         run = Run.model_validate(
             {"model": {"base": "-"}, "data": {"train": "-"}, "train": {"gradient_checkpointing": setting}}
         )
-        asked: Step = replace(step_of(run, "lora", shapes, run_rows(), place_of("80GiB"), "fused"), rows=1, length=64)
+        asked = step_of(run, "lora", shapes, Padded(1, 64, 32), device_named("80GiB"), "fused")
         foreseen, _ = _engine(build(config, torch.bfloat16), asked)
         real = choose.build(model_of("llama"), Train(engine="fused", gradient_checkpointing=setting), "cpu").engine
         assert isinstance(real, FusedEngine)
-        assert foreseen.keep == real.keep
+        assert [block.kept for block in foreseen.placement.blocks] == [block.kept for block in real.placement.blocks]
 
 
-def run_rows() -> Any:
-    from veneer.planning.batch_shapes import Padded
-
-    return Padded(1, 64, 32)
-
-
-def test_the_verdict_is_of_the_least_and_what_is_spent_stays_within_the_budget() -> None:
+def test_the_verdict_is_of_the_least_and_what_is_kept_stays_within_the_budget() -> None:
     small_card, large_card = (forecast(gpu, quantization={"bits": 4}) for gpu in ("16GiB", "80GiB"))
-    assert small_card.peak_bytes == large_card.peak_bytes, "what is spent is no part of what is needed"
-    assert small_card.kept is not None
-    assert large_card.kept is not None
-    assert 0 < small_card.kept.bytes < large_card.kept.bytes
+    assert small_card.peak_bytes == large_card.peak_bytes, "what is kept is no part of what is needed"
+    assert 0 < small_card.placement.bytes < large_card.placement.bytes
     for found in (small_card, large_card):
-        assert found.kept is not None
-        assert found.peak_bytes + found.kept.bytes <= found.place.budget_bytes
-        assert sum(found.kept.blocks.values()) == 32
-    assert large_card.as_dict()["kept"]["blocks"] == dict.fromkeys(TENSORS, 32)
+        assert found.peak_bytes + found.placement.bytes <= found.target.budget_bytes
+        assert len(found.placement.blocks) == 32
+    everything = {
+        "activations": dict.fromkeys(ACTIVATIONS, "keep"),
+        "weights": dict.fromkeys(("qkv", "o", "gate_up", "down"), "dequantized"),
+    }
+    assert large_card.as_dict()["placement"]["blocks"] == [{"first": 0, "count": 32} | everything]
+    assert forecast("4GiB").placement.bytes == 0
     for setting in (True, False):
-        assert forecast(train={"gradient_checkpointing": setting}).kept is None
-    assert forecast("4GiB").kept is None
+        assert forecast(train={"gradient_checkpointing": setting}).placement.bytes == 0
+    kept = [block.kept for block in forecast(train={"gradient_checkpointing": True}).placement.blocks]
+    assert kept == [frozenset()] * 31 + [frozenset(ACTIVATIONS)]
 
 
 def test_what_is_kept_makes_it_faster() -> None:
@@ -260,4 +263,4 @@ def test_70b_is_foreseen_at_once() -> None:
     found = forecast("h100", base="meta-llama/Llama-3.1-70B-Instruct", quantization={"bits": 4})
     assert time.process_time() - started < 4
     assert found.engine == "fused"
-    assert found.kept is not None
+    assert found.placement.bytes > 0

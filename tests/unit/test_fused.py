@@ -1,6 +1,7 @@
 """The fused engine computes what the reference engine computes: losses and every adapter's gradient."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +15,12 @@ from veneer.config import Adapter, Train
 from veneer.data import Batch
 from veneer.engine import ReferenceEngine
 from veneer.engine.fused import FusedEngine, NotCoveredError
-from veneer.engine.fused.block import TENSORS
+from veneer.engine.fused.block import ACTIVATIONS
 from veneer.engine.fused.graphs import Graphs, Inputs, Size, rounded
 from veneer.engine.fused.group import Group, Linear
+from veneer.engine.fused.policy import uniform
+from veneer.engine.interface import BatchShapes
+from veneer.engine.placement import MemoryPlacement
 from veneer.kernels.cast import cast_all, cast_table
 from veneer.kernels.rms_norm import rms_norm
 from veneer.model import attach
@@ -74,9 +78,11 @@ def test_small_adapters_count_for_what_they_are_in_16_bits() -> None:
 def test_what_is_kept_changes_no_bit(family: str) -> None:
     batch = batch_of()
     results = []
-    for keep in (TENSORS, (), ("attention",), ("qkv", "mid"), ("mid", "gate_up")):
+    for keep in (ACTIVATIONS, (), ("attention",), ("qkv", "mid"), ("mid", "gate_up")):
         model = model_of(family)
-        results.append(gradients(FusedEngine(model, frozenset(keep)), model, batch))
+        engine = FusedEngine(model)
+        engine.apply(uniform(engine.blocks, keep))
+        results.append(gradients(engine, model, batch))
     for loss, found in results[1:]:
         assert loss == results[0][0]
         assert all(torch.equal(found[n], results[0][1][n]) for n in found)
@@ -104,9 +110,9 @@ def test_the_mlp_in_pieces_is_the_mlp(family: str, dropout: float, monkeypatch: 
     torch.manual_seed(5)  # of the masks
     loss, wanted = gradients(FusedEngine(model), model, batch)
     monkeypatch.setattr("veneer.engine.fused.block.MLP_TOKENS", 100)
-    for keep in (frozenset(TENSORS), frozenset[str]()):
+    for checkpointing in (False, True):
         torch.manual_seed(5)
-        in_pieces, found = gradients(FusedEngine(model, keep), model, batch)
+        in_pieces, found = gradients(FusedEngine(model, checkpointing), model, batch)
         assert in_pieces == pytest.approx(loss, rel=1e-6)
         assert worst(found, wanted)[0] < 1e-5, worst(found, wanted)
 
@@ -224,17 +230,23 @@ def test_small_passes_are_recorded_before_more_is_kept(
     monkeypatch.setattr(FusedEngine, "on_gpu", True)
     monkeypatch.setattr(FusedEngine, "_peak_of", lambda self, compute: 2**20)
     engine, unrecordable = FusedEngine(model_of("llama")), FusedEngine(model_of("llama"))
-    engine._graphs = Graphs(engine._pass)
+    engine.apply(replace(engine.placement, records_passes=True))
     tokens = rounded(sum(lengths))
-    everything = sum(block.kept_bytes(name, tokens) for block in engine.blocks for name in TENSORS)
+    everything = sum(block.saved_bytes(name, tokens) for block in engine.blocks for name in ACTIVATIONS)
     budget = int((2 * 2**20 + times * everything) / 0.97)
-    found, other = (some.fit(lengths, budget, varies=True, documents=(100,) * 4) for some in (engine, unrecordable))
-    assert times <= 0 or min(other["kept"][name] for name in TENSORS) == len(engine.blocks), "all it can"
-    assert found["records_passes"] == records
+    shapes = BatchShapes(lengths, varies=True, documents=(100,) * 4)
+    found, other = (some.place_within(shapes, budget) for some in (engine, unrecordable))
+    assert times <= 0 or keeps_everything(other), "all it can"
+    assert found.records_passes == records
+    assert not other.records_passes
     assert (len(recorded) == 1) == records
-    assert (min(found["kept"][name] for name in TENSORS) == len(engine.blocks)) == whole
+    assert keeps_everything(found) == whole
     assert engine.master.grad is None
     assert torch.equal(engine._bring(batch_of((40, 30)), 1.0, True).ids_T[:70], batch_of((40, 30)).ids_T)
+
+
+def keeps_everything(placement: MemoryPlacement) -> bool:
+    return all(block.kept == set(ACTIVATIONS) for block in placement.blocks)
 
 
 @pytest.mark.parametrize(

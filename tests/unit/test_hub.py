@@ -16,7 +16,8 @@ import pytest
 import veneer
 from tests.support.runs import tiny_run, write_rows
 from veneer.config import Model, UserError, hub
-from veneer.data.sources.find import find_sources, open_dataset
+from veneer.data.sources.find import find_sources
+from veneer.data.sources.hub import open_dataset
 from veneer.model import load_tokenizer, locate
 from veneer.model.shapes import find_config
 

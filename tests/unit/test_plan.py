@@ -15,8 +15,9 @@ from veneer.machine.device import Machine
 from veneer.planning.base import PlannedModel
 from veneer.planning.doctor import Found, Gpu, diagnose, usable
 from veneer.planning.fit import apply, fit
-from veneer.planning.forecast import Planner, place_here, place_of
 from veneer.planning.model_sizes import compare, model_sizes
+from veneer.planning.planner import Planner
+from veneer.planning.target import device_named, this_device
 
 GiB = 2**30
 
@@ -58,8 +59,8 @@ def test_every_card_is_found_by_its_own_name() -> None:
 
 
 def test_a_known_gpu_at_hand_has_the_speed_of_its_data_sheet_until_it_is_measured(empty_cache: Path) -> None:
-    assert place_here(CUDA).ceilings == place_of("h100").ceilings
-    assert place_here(CPU).ceilings is None
+    assert this_device(CUDA).ceilings == device_named("h100").ceilings
+    assert this_device(CPU).ceilings is None
 
 
 def test_a_forecast_says_which_phase_peaks_and_by_how_much_it_fits() -> None:
@@ -68,7 +69,7 @@ def test_a_forecast_says_which_phase_peaks_and_by_how_much_it_fits() -> None:
     assert roomy.peak_bytes == tight.peak_bytes == max(peak.bytes for peak in roomy.phases.values())
     assert roomy.phases[roomy.peak_phase].bytes == roomy.peak_bytes
     assert (roomy.verdict, tight.verdict) == ("fits", "does not fit")
-    assert roomy.margin_bytes == place_of("80GiB").budget_bytes - roomy.peak_bytes
+    assert roomy.margin_bytes == device_named("80GiB").budget_bytes - roomy.peak_bytes
     assert roomy.trainable == 11_272_192
     assert roomy.disk_bytes > 4 * roomy.trainable
     timed = planner_of(run, "rtx 4090").forecast(run)
@@ -81,8 +82,8 @@ def test_copies_of_4_bit_weights_on_a_cpu_are_counted_where_they_are_made() -> N
     run = run_of(quantization={"bits": 4}, train={"optim": "adamw_torch"})
 
     def copies(free: int, device: str) -> set[int]:
-        place = replace(place_here(replace(CPU, free_bytes=free)), device=device, budget_bytes=free)
-        found = Planner(PlannedModel(run.model, "it is a test"), place).forecast(run).phases
+        target = replace(this_device(replace(CPU, free_bytes=free)), device=device, budget_bytes=free)
+        found = Planner(PlannedModel(run.model, "it is a test"), target).forecast(run).phases
         return {peak.components.get("16-bit copies", 0) for name, peak in found.items() if name != "load"}
 
     weights = PlannedModel(run.model, "it is a test").shapes
@@ -191,9 +192,9 @@ def test_methods_side_by_side_and_the_largest_base_of_each() -> None:
 
 
 def test_the_ladder_stops_where_nothing_fits_any_more() -> None:
-    found = model_sizes(run_of(), place_of("12GiB"))
+    found = model_sizes(run_of(), device_named("12GiB"))
     assert found[0].best(12 * GiB) == "full"
-    assert found[-1].best(place_of("12GiB").budget_bytes) is None
+    assert found[-1].best(device_named("12GiB").budget_bytes) is None
     assert all(model.best(12 * GiB) for model in found[:-1])
 
 

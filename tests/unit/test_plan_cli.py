@@ -16,7 +16,7 @@ from veneer.config.load import to_yaml
 from veneer.machine.device import Machine
 from veneer.model.known import MODEL_SIZES
 from veneer.planning.doctor import look
-from veneer.planning.forecast import CONTEXT
+from veneer.planning.target import CONTEXT
 from veneer.training import TrainingJob
 
 Call = Callable[..., tuple[int, str, str]]
@@ -60,7 +60,7 @@ def test_a_plan_speaks_json_alone_and_reads_the_data(call: Call, run_file: Path)
     assert set(plan) >= PLANNED | {"compare", "step_seconds", "tokens_per_second", "host_bytes", "disk_bytes"}
     assert plan["verdict"] == "fits"
     assert plan["rows"]["unread"] is None
-    assert plan["place"]["name"].startswith("rtx 4090")
+    assert plan["target"]["name"].startswith("rtx 4090")
     assert plan["peak_bytes"] == sum(plan["components"].values())
     assert plan["margin_bytes"] == 24564 * 2**20 - CONTEXT - plan["peak_bytes"]
     assert not (run_file.parent / "runs").exists(), "a plan writes nothing"

@@ -17,9 +17,10 @@ from veneer.config import load_run
 from veneer.engine.trace import Peak
 from veneer.model.known import FAMILIES, KNOWN, smaller_siblings
 from veneer.planning.batch_shapes import Lengths, Padded
-from veneer.planning.forecast import Forecast, TargetDevice, place_here, place_of
+from veneer.planning.forecast import Forecast
 from veneer.planning.held_out import SPARE, rows_that_fit
 from veneer.planning.model_sizes import leanest, model_sizes, smaller_bases
+from veneer.planning.target import TargetDevice, device_named, this_device
 from veneer.training import TrainingJob
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "guides").glob("*.yaml"))
@@ -103,12 +104,12 @@ def test_evaluate_takes_the_rows_that_the_plan_showed(
     run = tiny_run(tiny_model(), path, tmp_path / "run", data=data, train={"max_steps": 1})
     TrainingJob(run).fit()
 
-    def planned(place: TargetDevice) -> Forecast:
+    def planned(target: TargetDevice) -> Forecast:
         for user in ("plan", "generate", "evaluate"):
-            monkeypatch.setattr(f"veneer.api.{user}.place_here", lambda *_: place)
+            monkeypatch.setattr(f"veneer.api.{user}.this_device", lambda *_: target)
         return veneer.plan(run).foreseen.forecast
 
-    here = place_here()
+    here = this_device()
     phase = planned(here).phases["generation"]
     whole = phase.bytes - sum(phase.components[name] for name in ("activations", "generation cache"))
     seen: list[int] = []
@@ -160,7 +161,7 @@ def test_no_base_of_another_family_is_offered() -> None:
 
 def test_the_table_of_what_a_machine_can_train_counts_evaluation_too() -> None:
     run = run_of("Qwen/Qwen2.5-0.5B", data={"max_length": 2048, "validation": 0.05})
-    model = next(model for model in model_sizes(run, place_of("6GiB")) if model.base == run.model.base)
+    model = next(model for model in model_sizes(run, device_named("6GiB")) if model.base == run.model.base)
     lean = leanest(run)
     found = planner_of(lean, "6GiB").forecast_as(lean, "lora")
     assert model.peak_bytes["lora"] == found.peak_bytes == max(peak.bytes for peak in found.phases.values())

@@ -17,9 +17,9 @@ from tests.support.rows import CHAT, jsonl, prepared, refused, renderer, text_of
 from tests.support.tiny import tiny_tokenizer
 from veneer.config import Data, UserError
 from veneer.data import Example, Renderer, prepare
+from veneer.data.formats import FORMATS
 from veneer.data.ledger import FATES, length_summary
 from veneer.data.pipeline import read_held_out
-from veneer.data.recognise import FORMATS
 from veneer.data.tokens.corpus import Corpus, is_sound
 
 GOOD = {"prompt": "the cat", "completion": "the dog"}

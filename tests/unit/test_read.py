@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from veneer.config import UserError
+from veneer.data.sources.block import BYTES, ROWS, RowBlock, Unreadable
 from veneer.data.sources.find import DataSource, find_sources
-from veneer.data.sources.read import BYTES, ROWS, RowBlock, Unreadable, parse, read_blocks
+from veneer.data.sources.read import parse, read_blocks
 from veneer.data.sources.unpacked import page_sizes
 
 RECORDS = [{"prompt": f'what, {n}?\n\tönd "now"', "completion": f"the cat {n}"} for n in range(1, 8)]
@@ -530,7 +531,7 @@ def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pyt
     def denied(*_: Any, **__: Any) -> Any:
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr("veneer.data.sources.find.io.FileIO", denied)
+    monkeypatch.setattr("veneer.data.sources.kind.io.FileIO", denied)
     monkeypatch.setattr(Path, "open", denied)
     assert f"data.train = {path}: cannot be read (Permission denied)" in refused(path)
     with pytest.raises(UserError, match="Permission denied"):

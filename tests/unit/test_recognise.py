@@ -8,7 +8,8 @@ import pytest
 
 from veneer.config import UserError
 from veneer.data.conversation import BadRowError, Conversation, Message
-from veneer.data.recognise import CONTENT, FORMATS, recognise, to_conversation
+from veneer.data.formats import CONTENT, FORMATS, to_conversation
+from veneer.data.recognise import recognise
 from veneer.data.screening.prerendered import strip_control_tokens
 from veneer.data.turns import read_turns
 

@@ -33,6 +33,9 @@ def certify(
 ) -> tuple[Certificate, Path]:
     """Put what ships beside the adapter it came from, and write certificate.json and its page.
 
+    Example:
+        certificate, folder = veneer.certify("shipped/merged", "runs/tickets")
+
     Args:
         artifact: A merged folder, a GGUF file, or the address of a server.
         run: Folder of the run, or of the adapter.

@@ -8,8 +8,8 @@ from veneer.machine.speeds import Ceilings, keep_ceilings
 from veneer.model.known import MODEL_SIZES
 from veneer.model.lineage import builtin_origins
 from veneer.planning.doctor import Found, MachineProblem, diagnose, look, usable
-from veneer.planning.forecast import place_here
 from veneer.planning.model_sizes import ModelSize, model_sizes
+from veneer.planning.target import this_device
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def doctor(measure: bool = False) -> Examined:
         from veneer.planning.measure import measure_ceilings
 
         keep_ceilings(found.machine, measure_ceilings(found.machine))
-    place = place_here(found.machine)
+    target = this_device(found.machine)
     usual = Run.model_validate({"model": {"base": MODEL_SIZES[0]}, "data": {"train": "-"}})
-    trains = model_sizes(usual, place, ("lora", "qlora"))
-    return Examined(found, diagnose(found), trains, place.budget_bytes, place.ceilings)
+    trains = model_sizes(usual, target, ("lora", "qlora"))
+    return Examined(found, diagnose(found), trains, target.budget_bytes, target.ceilings)

@@ -57,6 +57,9 @@ def evaluate(
 ) -> Evaluated:
     """Base against tuned on a run's held-out rows, or on the rows of a file; written into the run's folder.
 
+    Example:
+        evaluated = veneer.evaluate("runs/tickets")
+
     The run's record (evaluation.json, samples.jsonl, the scores of its card) is of its held-out rows with its own
     settings. Other data or fewer rows go to a file of their own in evaluations/ and leave the record alone.
 

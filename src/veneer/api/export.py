@@ -35,6 +35,9 @@ def export(
 ) -> Exported:
     """Write a GGUF file with its Modelfile: see `veneer.release.gguf.export`.
 
+    Example:
+        exported = veneer.export("runs/tickets", "shipped/gguf", quant="q8_0")
+
     Args:
         run: Folder of a finished run, or of an adapter.
         out: A new folder.

@@ -28,6 +28,9 @@ def generate(
 ) -> list[dict[str, Any]]:
     """Answers to prompts: `prompt`, `answer`, and `base` where it is compared.
 
+    Example:
+        answers = veneer.generate("runs/tickets", prompts, compare_with_base=True, max_new_tokens=8)
+
     Args:
         name: Name as for `load`.
         prompts: Questions, or conversations as lists of turns (`{"role": ..., "content": ...}`).

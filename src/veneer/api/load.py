@@ -18,7 +18,7 @@ from veneer.evaluation.memory import Batching, rows_at_a_time
 from veneer.machine import find_machine
 from veneer.model import TunedModel, find_tuned, load_model, load_tokenizer, locate
 from veneer.planning.batch_shapes import Padded
-from veneer.planning.forecast import TargetDevice, place_here
+from veneer.planning.target import TargetDevice, this_device
 
 GREEDY = Sampling()
 
@@ -102,7 +102,7 @@ def load(name: str, force: bool = False, base: str | None = None) -> LoadedModel
     Raises:
         UserError: There is nothing of that name, the run has no adapter yet, or it does not belong to the base.
     """
-    target = place_here()
+    target = this_device()
     if find_adapter(name) is not None:
         tuned = find_tuned(name, base, force)
         renderer = tuned.renderer  # before the weights, which take longer to load

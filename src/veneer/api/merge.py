@@ -27,6 +27,9 @@ def merge(
 ) -> Merged:
     """Write base and adapter as one model: see `veneer.release.merge.merged`.
 
+    Example:
+        merged = veneer.merge("runs/tickets", "shipped/merged")
+
     Args:
         run: Folder of a finished run, or of an adapter.
         out: A new folder.

@@ -1,13 +1,13 @@
 """A run before it runs: memory, time, advice, and what would make it fit."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from veneer.config import Run
 from veneer.planning.fit import Fitted, fit
-from veneer.planning.forecast import place_here, place_of
 from veneer.planning.foresee import Foreseen, foresee, read_if_at_hand
 from veneer.planning.model_sizes import compare, smaller_bases
+from veneer.planning.target import device_named, this_device
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class RunPlan:
     def as_dict(self) -> dict[str, Any]:
         changes = None
         if self.fitted is not None:
-            changes = [change.as_dict() for change in self.fitted.changes]
+            changes = [asdict(change) for change in self.fitted.changes]
         return self.foreseen.as_dict() | {"changes": changes}
 
     def compare(self) -> dict[str, Any]:
@@ -36,15 +36,19 @@ class RunPlan:
 def plan(run: Run, gpu: str | None = None, read_data: bool = True) -> RunPlan:
     """Foresee a run: memory by phase and component, time, advice, and what to change if it does not fit.
 
+    Example:
+        planned = veneer.plan(run, gpu="24GiB").as_dict()
+        print(planned["fits"], planned["peak_bytes"])
+
     Args:
-        run: The settings.
-        gpu: A card by name, or its memory as "24GiB"; None: this machine.
-        read_data: Whether to read the data, where that takes nothing from a network.
+        run: settings of the run.
+        gpu: card by name, or its memory as "24GiB"; None: this machine.
+        read_data: whether to read the data, where that takes nothing from a network.
 
     Raises:
         UserError: An unknown card or base, a target that matches nothing, a quantization the base cannot take.
     """
-    place = place_here() if gpu is None else place_of(gpu)
-    foreseen = foresee(run, place, read_if_at_hand(run) if read_data else "it was not asked for")
+    target = this_device() if gpu is None else device_named(gpu)
+    foreseen = foresee(run, target, read_if_at_hand(run) if read_data else "it was not asked for")
     fitted = fit(run, foreseen.planner, smaller_bases)
     return RunPlan(foreseen, fitted)

@@ -20,13 +20,17 @@ def train(
 ) -> Trained:
     """Carry out a run: load, train, write the adapter with its card and the picture of its loss.
 
+    Example:
+        trained = veneer.train(run, listeners=[listen])
+        print(trained.run_dir, trained.final_loss)
+
     Args:
-        run: The settings.
-        resume: Go on from the run's last checkpoint. "auto": begin where there is no run yet, go on where there is
-            one, and give the report of one that is finished.
-        listeners: Called with each record of metrics.jsonl: a logged step or an evaluation.
-        force: Start even if it is foreseen not to fit.
-        overwrite: Replace the run that is in its folder.
+        run: settings of the run.
+        resume: whether to go on from the run's last checkpoint. "auto": begin where there is no run yet, go on where
+            there is one, and give the report of one that is finished.
+        listeners: functions that are called with each record of metrics.jsonl: a logged step or an evaluation.
+        force: whether to start a run that is foreseen not to fit.
+        overwrite: whether to replace the run that is in its folder.
 
     Raises:
         UserError: The run cannot be carried out as it is written; nothing was written.

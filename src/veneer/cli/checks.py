@@ -89,7 +89,8 @@ def require_output(folder: RunFolder, resume: bool | str, overwrite: bool) -> No
 
 def require_inputs(run: Run) -> None:
     """Raises UserError where base or data of a run are not there, or are a hub's that cannot be reached."""
-    from veneer.data.sources.find import find_sources, require_at_hand
+    from veneer.data.sources.find import find_sources
+    from veneer.data.sources.hub import require_at_hand
 
     require_base(run.model)
     data = run.data

@@ -28,22 +28,22 @@ def data(
     with show.status(out, "reading"):
         import veneer
 
-        inspected = veneer.inspect_data(run.model, run.data, run.train.seed, rows)
+        prepared = veneer.prepare(run, rows)
     if html is not None:
         from veneer.config.folder import write_text
         from veneer.report import data_page
 
         title = run.data.train if isinstance(run.data.train, str) else ", ".join(run.data.train)
-        write_text(html, data_page(title, run.model.base, inspected.as_dict()))
+        write_text(html, data_page(title, run.model.base, prepared.as_dict()))
     if as_json:
-        show.print_json(inspected.as_dict())
+        show.print_json(prepared.as_dict())
         return
-    show.show_ledger(out, inspected.ledger)
-    show.show_histogram(out, inspected.ledger["lengths"])
-    if problems := inspected.ledger["problems"]:
+    show.show_ledger(out, prepared.ledger)
+    show.show_histogram(out, prepared.ledger["lengths"])
+    if problems := prepared.ledger["problems"]:
         show.show_problems(out, problems)
-    if inspected.rows:
-        show.show_rows(out, inspected.rows)
+    if prepared.samples:
+        show.show_rows(out, prepared.samples)
     if html is not None:
         out.print(f"page  {html}", markup=False)
 

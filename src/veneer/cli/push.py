@@ -1,6 +1,6 @@
 """veneer push: upload an adapter or a model to a hub, or say what would be sent."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,31 +27,25 @@ def push(
     checks.require_folder(name)
     from rich.markup import escape
 
+    import veneer
     from veneer.cli import show, show_release
-    from veneer.config.hub import unreachable
-    from veneer.release.publish.push import pack, send
-    from veneer.report import certificate_page
 
     out = show.console(as_json)
-    parcel = pack(name, repo, not public, with_samples, certificate_page)
-    out.print(f"{'would send' if dry_run else 'sending'} to {escape(repo)} ({'public' if public else 'private'}):")
-    for file, size in parcel.files.items():
-        out.print(f"  {size:>14,}  {escape(file)}")
-    out.print(f"  {parcel.bytes:>14,}  bytes in all")
-    show_release.show_warnings(out, parcel.warnings)
-    result = parcel.as_dict() | {"sent": False, "address": None, "reason": "it was not asked for"}
-    if not dry_run:
-        try:
-            if (why := unreachable()) is not None:
-                raise OSError(f"the hub cannot be reached: {why}")
-            result |= {"sent": True, "address": send(parcel), "reason": None}
-            out.print(f"sent: {escape(str(result['address']))}")
-        except OSError as error:
-            result["reason"] = str(error).strip().splitlines()[0]
-            out.print(f"[red]not sent[/red]: {escape(str(result['reason']))}")
-            out.print(
-                "  fix: check the network and your access (hf auth login); the files above are what would be sent"
-            )
+
+    def show_parcel(parcel: Any) -> None:
+        verb = "would send" if dry_run else "sending"
+        out.print(f"{verb} to {escape(repo)} ({'public' if public else 'private'}):")
+        for file, size in parcel.files.items():
+            out.print(f"  {size:>14,}  {escape(file)}")
+        out.print(f"  {parcel.bytes:>14,}  bytes in all")
+        show_release.show_warnings(out, parcel.warnings)
+
+    pushed = veneer.push(name, repo, public, dry_run, with_samples, show_parcel)
+    if pushed["sent"]:
+        out.print(f"sent: {escape(pushed['address'])}")
+    elif not dry_run:
+        out.print(f"[red]not sent[/red]: {escape(pushed['reason'])}")
+        out.print("  fix: check the network and your access (hf auth login); the files above are what would be sent")
     if as_json:
-        show.print_json(result)
-    return 0 if dry_run or result["sent"] else 1
+        show.print_json(pushed)
+    return 0 if dry_run or pushed["sent"] else 1

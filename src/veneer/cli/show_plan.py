@@ -1,5 +1,6 @@
 """What `veneer plan` and `veneer doctor` print for a person: bars of memory, the verdict, advice, tables of methods."""
 
+from collections import Counter
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -23,18 +24,18 @@ def show_plan(out: Console, run: Any, plan: dict[str, Any]) -> None:
     fullest = rows["fullest"]
     known = "as read" if rows["unread"] is None else f"assumed: {escape(rows['unread'])}"
     out.print(f"data     fullest micro-batch {fullest['rows']} x {fullest['length']:,} tokens ({known})")
-    out.print(f"place    {escape(plan['place']['name'])}")
+    out.print(f"device   {escape(plan['target']['name'])}")
     out.print(f"engine   {plan['engine']}: {escape(plan['engine_reason'])}")
     out.print(f"\n[bold]memory at the peak[/bold] ({plan['peak_phase']})")
     _bars(out, plan["components"], plan["budget_bytes"])
     out.print("\n[bold]phases[/bold]")
     counts = {name: f", {count} row{'s' * (count > 1)} at a time" for name, count in plan["rows_at_a_time"].items()}
-    phases = {name + counts.get(name, ""): moment["bytes"] for name, moment in plan["phases"].items()}
+    phases = {name + counts.get(name, ""): peak["bytes"] for name, peak in plan["phases"].items()}
     _bars(out, phases, plan["budget_bytes"], False)
     out.print()
     show_verdict(out, plan)
-    show_kept(out, plan["kept"])
-    host = f"host {size(plan['host_bytes'])}, " if plan["place"]["device"] == "cuda" else ""
+    show_placement(out, plan["placement"])
+    host = f"host {size(plan['host_bytes'])}, " if plan["target"]["device"] == "cuda" else ""
     fetch = f", to fetch {plan['download_bytes'] / 1e9:.1f} GB" if plan["download_bytes"] else ""
     out.print(f"besides  {host}disk {size(plan['disk_bytes'])}{fetch}")
     show_time(out, plan)
@@ -53,12 +54,23 @@ def show_verdict(out: Console, plan: dict[str, Any]) -> None:
     )
 
 
-def show_kept(out: Console, kept: dict[str, Any] | None) -> None:
-    """What the engine does with the memory that is left."""
-    if kept is not None and kept["bytes"]:
-        what = ", ".join(f"{name} of {count} blocks" for name, count in kept["blocks"].items() if count)
-        weights = f"; 16-bit copies of {kept['16_bit_weights']:.0%} of the weights" if kept["16_bit_weights"] else ""
-        out.print(f"spent    {size(kept['bytes'])} more in training, so that less is made twice: {what}{weights}")
+def show_placement(out: Console, placement: dict[str, Any]) -> None:
+    """What the engine keeps in the memory that is left: activations and 16-bit weights, by the number of blocks."""
+    counts = Counter[tuple[str, str]]()
+    for blocks in placement["blocks"]:
+        for name, state in (*blocks["activations"].items(), *blocks["weights"].items()):
+            counts[state, name] += blocks["count"]
+    words = {"keep": "", "dequantized": "16-bit weights "}
+    what = [
+        f"{words[state]}{name} of {n} blocks"
+        for state in words
+        for (s, name), n in sorted(counts.items())
+        if s == state
+    ]
+    if placement["bytes"]:
+        out.print(
+            f"kept     {size(placement['bytes'])} more in training, so that less is recomputed: {', '.join(what)}"
+        )
 
 
 def show_time(out: Console, plan: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a run is: its settings, its folder on disk, and the errors a user can cause.
+"""Defines what a run is: its settings, its folder on disk, and the errors a user can cause.
 
 `run.py` holds the settings with their defaults, `load.py` reads them from YAML, `run_folder.py` names the files of a
 run, `folder.py` writes files and folders whole or not at all, `errors.py` has the exceptions that reach a user.

@@ -1,4 +1,4 @@
-"""The user's cache folder, and entries of it that are made once, whole, by whichever process comes first."""
+"""Keeps entries in the user's cache folder; the first process that needs one makes it, whole or not at all."""
 
 import os
 from collections.abc import Callable, Iterator

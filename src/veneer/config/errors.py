@@ -1,4 +1,4 @@
-"""The exceptions that reach a user. Anything else that escapes is a defect of Veneer."""
+"""Defines the exceptions that reach a user. Anything else that escapes is a defect of Veneer."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ class UserError(ValueError):
     """The input is wrong: exit status 2, nothing written.
 
     Args:
-        message: What is wrong, where, with the value and the limit.
-        fix: What to change; it names the setting.
+        message: fault, with its place, the value and the limit.
+        fix: advice, which names the setting to change.
     """
 
     def __init__(self, message: str, fix: str = "") -> None:

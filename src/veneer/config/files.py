@@ -77,7 +77,7 @@ def read_json_lines(path: Path, *keys: str, fix: str = RESTORE, is_appended: boo
 
     Args:
         path, keys: The file and the keys.
-        fix: What to do about damage.
+        fix: advice on damage.
         is_appended: Lines were added to it one by one, so that a crash may have cut the last one, which is left out.
 
     Raises:
@@ -137,8 +137,8 @@ def reading(what: object, fix: str = RESTORE) -> Iterator[None]:
     a full disk and too little memory pass.
 
     Args:
-        what: What is read, as the message begins.
-        fix: What to do about it.
+        what: name of what is read, as the message begins.
+        fix: advice on it.
     """
     try:
         yield
@@ -156,7 +156,7 @@ def reading(what: object, fix: str = RESTORE) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, in one line and without its class."""
+    """The message of an error, in one line and without its class."""
     if isinstance(error, KeyError) and error.args:
         return f"it lacks {error.args[0]!r}"
     if isinstance(error, RecursionError):

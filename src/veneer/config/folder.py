@@ -1,4 +1,4 @@
-"""Files and folders written whole or not at all.
+"""Writes files and folders whole or not at all.
 
 Every file is written under a temporary name, flushed to disk and renamed, so that a crash or a full disk leaves
 the old file or none, never half of one. Folders are made the same way. A name is on the disk once the folder that it
@@ -85,8 +85,8 @@ def whole_folder(path: Path, keep: bool = True) -> Iterator[Path]:
     An existing `path` is replaced. What a process that was killed left of `path` is deleted.
 
     Args:
-        path: The folder to be made.
-        keep: False: it vanishes in any case.
+        path: folder to be made.
+        keep: whether the folder stays; False: it vanishes in any case.
     """
     make_folder(path.parent)
     clear_dead(path)

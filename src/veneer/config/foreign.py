@@ -1,4 +1,4 @@
-"""Settings of TRL, PEFT, Transformers, Axolotl, LLaMA-Factory and Unsloth that are not ours, and what to write instead.
+"""Names our setting for those of TRL, PEFT, Transformers, Axolotl, LLaMA-Factory and Unsloth; the file is a long table.
 
 CALLED has those with the same meaning and scale under another name. INSTEAD has all others: what serves the purpose
 here, or that there is nothing and why. A guess by likeness would send `min_length` to `max_length`; so only a
@@ -331,7 +331,7 @@ INSTEAD: dict[str, str] = {
 
 
 def foreign(name: str) -> str | None:
-    """What to write instead of another tool's setting; None: it is not known as one."""
+    """Advice on what to write instead of another tool's setting; None: it is not known as one."""
     name = name.lower().replace("-", "_")
     if name in CALLED:
         return f"it is called `{CALLED[name]}` here"

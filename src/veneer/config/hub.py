@@ -1,4 +1,4 @@
-"""Whether the hub can be asked: found out once, within three seconds, before any library tries and tries again.
+"""Finds out once, within three seconds, whether the hub can be asked, before any library tries and tries again.
 
 The question goes through the library's own client, so that HF_ENDPOINT, HF_HUB_OFFLINE, proxies and certificates mean
 what they mean for a download. Where the hub cannot be asked, files of its local cache are used, and what is not there
@@ -74,7 +74,7 @@ def _ask(endpoint: str, answer: "Future[int]") -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """What failed, in a line: the cause is the system's, where the client only wraps it."""
+    """The failure in a line: the cause is the system's, where the client only wraps it."""
     while error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:

@@ -83,10 +83,19 @@ def _with_overrides(values: dict[str, Any], places: dict[Path_, str], overrides:
     return validate(values, places, source)
 
 
-def validate(values: dict[str, Any], places: dict[Path_, str], source: str) -> Run:
-    """Build the run from plain values; `places` maps a setting's path to where it was written."""
+def validate(values: dict[str, Any], places: dict[Path_, str], source: str, run: Run | None = None) -> Run:
+    """Build a run from plain values, or fill one that Python makes from objects.
+
+    Args:
+        values: settings by section.
+        places: where each setting was written, by its path.
+        source: what holds the settings, for those that have no place.
+        run: object to fill; only then may rows be objects.
+    """
     try:
-        return Run.model_validate(values)
+        made = Run.__new__(Run) if run is None else run
+        Run.__pydantic_validator__.validate_python(values, self_instance=made, context={"is_text": run is None})
+        return made
     except ValidationError as error:
         lines, seen = [], set()
         for problem in error.errors():
@@ -246,6 +255,8 @@ def _kinds(annotation: Any) -> set[Any]:
 
 def _describe(problem: Any, places: dict[Path_, str], source: str) -> str:
     """One mistake in one line: place, setting, value, what it should be, what to do."""
+    if isinstance(told := problem.get("ctx", {}).get("error"), UserError):
+        return str(told)
     location = [str(part) for part in problem["loc"]]
     # Alternatives of a union carry extra parts (`data.validation.float`): cut to the setting itself.
     setting = tuple(location[:2])
@@ -271,7 +282,7 @@ def _expected(message: str) -> str:
 
 
 def _hint(key: str, known: list[str]) -> str:
-    """What to write instead of a key that a section does not have; `known` are those it has."""
+    """Advice on what to write instead of a key that a section does not have; `known` are those it has."""
     if (instead := foreign(key)) is not None:
         return instead
     if (near := misspelt(key, known)) is not None:

@@ -1,4 +1,4 @@
-"""What a name on the command line stands for: a base model, a run, one of its checkpoints, or an adapter's folder.
+"""Finds what a name on the command line stands for: a base model, a run, one of its checkpoints, or an adapter.
 
 Only names and folders are looked at; nothing is fetched, and nothing heavy is imported. A wrong name is refused here
 before any library is loaded, and the same functions resolve it for the work itself.
@@ -24,8 +24,8 @@ class AdapterFolder:
     """An adapter on disk.
 
     Attributes:
-        path: Its folder in PEFT's format.
-        run: The folder of the run it belongs to; None: it stands alone, and knows what it needs by its passport.
+        path: folder in PEFT's format.
+        run: folder of the run it belongs to; None: it stands alone, and knows what it needs by its passport.
     """
 
     path: Path
@@ -36,7 +36,7 @@ def find_adapter(name: str) -> AdapterFolder | None:
     """The adapter that a name stands for; None: no folder of that name holds a run or an adapter.
 
     Args:
-        name: Folder of a run, of one of its checkpoints, or of an adapter.
+        name: folder of a run, of one of its checkpoints, or of an adapter.
 
     Raises:
         UserError: The run has no adapter yet.
@@ -89,7 +89,7 @@ def require_run(name: str) -> RunFolder:
 
 
 def find_model(model: Model) -> tuple[str, str]:
-    """What `model.base` names, with nothing fetched or converted: its kind, and its name, path or hub id.
+    """Find what `model.base` names, with nothing fetched or converted: its kind, and its name, path or hub id.
 
     Raises:
         UserError: Nothing of that name exists, or the folder holds no model.
@@ -136,7 +136,7 @@ def _absolute(name: str) -> str:
 
 
 def base_not_here(name: str, error: UserError) -> UserError:
-    """What to say where the base that an adapter names is not on this machine."""
+    """The error where the base that an adapter names is not on this machine."""
     return UserError(f"{name}: its base is not here: {str(error).splitlines()[0]}", "name the base with --base")
 
 
@@ -193,7 +193,7 @@ def _refuse_pickles(path: Path, base: str) -> None:
 
 
 def _finish(run: RunFolder) -> str:
-    """What to do about a run without an adapter."""
+    """Advice on a run without an adapter."""
     checkpoints = sorted(run.checkpoints.glob("step-*"))
     fix = "finish it with `veneer train ... --resume`"
     return f"{fix}, or name a checkpoint: {checkpoints[-1]}" if checkpoints else fix

@@ -1,4 +1,4 @@
-"""Values that options of merge and export take, known without the libraries that carry them out."""
+"""Lists the values that options of merge and export take, known without the libraries that carry them out."""
 
 from veneer.config.errors import UserError
 

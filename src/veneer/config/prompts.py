@@ -1,4 +1,4 @@
-"""Prompts from a file or from standard input: one a line, or a conversation a line as JSON."""
+"""Reads prompts from a file or from standard input: one a line, or a conversation a line as JSON."""
 
 import json
 import re

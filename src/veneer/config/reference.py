@@ -1,4 +1,4 @@
-"""docs/settings.md, made from the settings themselves: `python -m veneer.config.reference > docs/settings.md`."""
+"""Writes docs/settings.md from the settings themselves: `python -m veneer.config.reference > docs/settings.md`."""
 
 import types
 import typing

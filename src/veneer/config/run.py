@@ -1,4 +1,4 @@
-"""The settings of a run, each with its default, its limits and what it does, in one place.
+"""Declares the settings of a run, each with its default, its limits and what it does, in one place.
 
 Names are those of PEFT and Transformers. Everything is frozen: a run that has started cannot change under it.
 A section's docstring and each field's description are what the documentation shows. `fix` in a field's
@@ -8,9 +8,11 @@ metadata is the advice printed when a value is refused.
 import re
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from veneer.config.rows import rows_as_file
 
 _NO_TEXT = re.compile("[\x00\ud800-\udfff]")
 
@@ -96,7 +98,8 @@ class Data(Section):
     """The training data and how rows become tokens."""
 
     train: Annotated[str, Field(min_length=1)] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
-        description="Files, globs or folders (JSON, JSONL, CSV, TSV, Parquet, Arrow, text; gzip or zstd), or a hub id.",
+        description="Files, globs or folders (JSON, JSONL, CSV, TSV, Parquet, Arrow, text; gzip or zstd), or a hub id. "
+        "In Python also rows: a list of dicts, a datasets.Dataset, a pandas DataFrame.",
         json_schema_extra={"fix": "name a file, or several as [a.jsonl, b.jsonl]"},
     )
     validation: (
@@ -209,6 +212,13 @@ class Data(Section):
     )
     workers: int | None = Field(None, ge=1, description="Processes that tokenize; null: by size of the data.")
 
+    @field_validator("train", "validation", mode="before")
+    @classmethod
+    def _with_rows_as_file(cls, value: Any, info: ValidationInfo) -> Any:
+        """Replace rows as Python objects, which no text holds, by the file that they are written to."""
+        is_text = info.context is not None and info.context["is_text"]
+        return value if is_text else rows_as_file(value, f"data.{info.field_name}")
+
 
 class Train(Section):
     """The training loop, as in Transformers' TrainingArguments."""
@@ -262,3 +272,11 @@ class Run(Section):
     data: Data
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+
+    if not TYPE_CHECKING:  # a type checker knows the arguments by the fields
+
+        def __init__(self, **sections: Any) -> None:
+            """Take the sections, as objects or as dicts; raise a UserError that tells every mistake, as of a file."""
+            from veneer.config.load import validate  # which imports this module
+
+            validate(sections, {}, "Run", self)

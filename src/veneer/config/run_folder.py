@@ -1,4 +1,4 @@
-"""A run's folder: the names of its files, whether it is free, and who holds it."""
+"""Describes a run's folder: the names of its files, whether it is free, and who holds it."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""How the tokens of an answer are chosen, and where it stops. Names and scales are those of Transformers."""
+"""Says how the tokens of an answer are chosen, and where it stops. Names and scales are those of Transformers."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from veneer.config.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How each token of an answer is chosen.
+    """The way in which each token of an answer is chosen.
 
     Attributes:
         temperature: 0: the likeliest token each time; above: sampled.
@@ -16,7 +16,7 @@ class Sampling:
         top_k: Sample from so many of the likeliest tokens; 0: from all.
         repetition_penalty: Divides the logits of tokens that are in the prompt or the answer already; 1: none.
         stop: The answer ends before the first of these texts.
-        seed: Of the sampling.
+        seed: seed of the sampling.
 
     Raises:
         UserError: A value is out of range, or has no effect beside the others.

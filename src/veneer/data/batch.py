@@ -1,4 +1,4 @@
-"""Which examples stand in which step, and the batch that an engine reads.
+"""Deals examples out to steps, and lays out the batch that an engine reads.
 
 A batch is packed: the documents of a micro-batch lie one behind the other in one row of tokens, with their lengths
 beside them. An engine that can attend within documents reads it as it is; another one pads the documents itself.
@@ -30,10 +30,10 @@ class Example:
     """One document.
 
     Attributes:
-        ids: Its tokens, int32.
-        spans: Its trained tokens: (start, end, weight) of each stretch, rising. The first token of all is in none,
+        ids: tokens, int32.
+        spans: trained tokens: (start, end, weight) of each span, rising. The first token of all is in none,
             since nothing stands before it that could predict it.
-        place: Of the row it came from.
+        place: place of the row it came from.
     """
 
     ids: Any
@@ -42,7 +42,7 @@ class Example:
 
     @property
     def trained(self) -> int:
-        """How many tokens are trained."""
+        """The number of trained tokens."""
         return sum(end - start for start, end, _ in self.spans)
 
     @property
@@ -140,7 +140,7 @@ class Batches:
         lengths: Tokens of each.
         batch_size: Rows (or packs) of a micro-batch.
         accumulation: Micro-batches of an optimizer step.
-        seed: Of the order.
+        seed: seed of the order.
         pack_length: Fill packs of so many tokens; None: a row is one example.
 
     Attributes:

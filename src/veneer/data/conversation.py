@@ -1,4 +1,4 @@
-"""What a row stands for, whatever its format: the turns of a conversation, or a document to read on.
+"""Holds what a row stands for, whatever its format: the turns of a conversation, or a document to read on.
 
 Nothing here knows a file format or a template. A conversation is plain data, so that a worker process can send it.
 """
@@ -17,12 +17,12 @@ class Message:
 
     Attributes:
         role: system, user, assistant, tool; or document, for text that is no conversation.
-        content: Its text; empty where an answer only calls tools.
-        weight: Of an answer's tokens in the loss; 0: read, not learnt.
-        reasoning: What an answer thought before it was given.
+        content: text; empty where an answer only calls tools.
+        weight: weight of an answer's tokens in the loss; 0: read, not learnt.
+        reasoning: text that an answer thought before it was given.
         tool_calls: `{"name": ..., "arguments": {...}}` each.
-        name: Of a tool turn: which tool answered.
-        ids: Of its calls, where the row has them; of a tool turn: the id of the call that it answers.
+        name: tool that answered, of a tool turn.
+        ids: ids of its calls, where the row has them; of a tool turn: the id of the call that it answers.
     """
 
     role: str
@@ -54,11 +54,11 @@ class Conversation:
     """One row.
 
     Attributes:
-        messages: Its turns.
-        place: Where it stands (`tickets.jsonl:12`).
+        messages: turns.
+        place: file and line (`tickets.jsonl:12`).
         tools: Definitions of the tools that the answers may call, as JSON schemas.
-        rejected: Of a preference pair: the turns with the answer that was not preferred.
-        label: Of a rated row: whether the answer is good.
+        rejected: turns with the answer that was not preferred, of a preference pair.
+        label: whether the answer is good, of a rated row.
     """
 
     messages: tuple[Message, ...]
@@ -94,7 +94,7 @@ class Conversation:
         return "" if self.is_document else self.messages[self._last_answer()].content
 
     def text(self) -> str:
-        """All it says but for system prompts, which many rows share; what likeness of rows is judged by."""
+        """All its text but for system prompts, which many rows share; near-duplicates are found by it."""
         turns = (*self.messages, *self.rejected[-1:])
         return "\n".join(message.content for message in turns if message.role != "system")
 

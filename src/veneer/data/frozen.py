@@ -1,4 +1,4 @@
-"""Today's date in a chat template, frozen: what a run was trained with stands in every later prompt.
+"""Freezes today's date in a chat template: the date that a run was trained with stands in every later prompt.
 
 Llama 3's templates and others write the date of the rendering into the system turn. Trained today and asked
 tomorrow, a model would see another prompt, and the rows another hash. So a macro of the name that such templates call

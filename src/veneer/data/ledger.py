@@ -1,4 +1,4 @@
-"""The ledger: what became of every row and token of the data. Written beside the run and shipped with the adapter."""
+"""Accounts for every row and token of the data. The ledger is written beside the run and ships with the adapter."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ class Ledger:
         notes: Counts of what is worth knowing of rows that are among those counted above.
         lengths: Tokens of a row to the number of such rows, before overlong ones were left out.
         sha256: Fingerprints of either part's tokens and weights, in order.
-        pack: What packing makes of the training rows.
+        pack: number, fill and lengths of the packed training sequences.
         overlap: Held-out rows that share a passage with training rows, and their places.
     """
 

@@ -1,4 +1,4 @@
-"""What a chat template leaves out of a row: its fields compared with the text that was rendered of it.
+"""Finds what a chat template leaves out of a row, by comparing its fields with the text that was rendered of it.
 
 A template may trim a text, put it elsewhere, write it as JSON or break its lines anew; none of that is a loss. A loss
 is a field whose text stands nowhere. Equal texts are found as often as they are said, so that a system turn that
@@ -17,7 +17,7 @@ def left_out(messages: Sequence[Message], text: str) -> str:
 
     Args:
         messages: Turns, as the template was given them.
-        text: What it made of them.
+        text: text that it made of them.
     """
     said = [(part, name) for message in messages for part, name in _parts(message)]
     at = 0

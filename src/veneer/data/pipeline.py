@@ -1,4 +1,4 @@
-"""Everything from the data settings of a run to examples: tokenized rows, duplicates, the split, the ledger.
+"""Takes the data settings of a run to examples: tokenized rows, duplicates, the split, the ledger.
 
 Tokenized rows are kept in the user's cache under a fingerprint of the files' content, the tokenizer, the template and
 the settings that matter, so a second start reads them back. What is decided afterwards (duplicates, split, packing)
@@ -22,19 +22,19 @@ from veneer.config import Data, UserError
 from veneer.config.cache import cached
 from veneer.data.batch import Batches, Example
 from veneer.data.conversation import Conversation
+from veneer.data.leakage import SHOWN, TokenizedFiles, find_duplicates, leave_out_held_out, numbers_of, report_overlap
 from veneer.data.ledger import Ledger
 from veneer.data.render import Renderer, needs_template
 from veneer.data.row_parser import RowProblem, blocks_of, chosen, recognise_source, take_again
-from veneer.data.screening.deduplication import Overlap, near_duplicates
+from veneer.data.screening.deduplication import near_duplicates
+from veneer.data.sources.block import RowBlock
 from veneer.data.sources.find import DataSource, find_sources
-from veneer.data.sources.read import RowBlock
-from veneer.data.split import Sides, equal_to_earlier, split_rows
+from veneer.data.split import split_rows
 from veneer.data.tokens.corpus import Corpus, is_sound, seal, write
 from veneer.data.tokens.tokenize import Tokenized, tokenize
 from veneer.data.warn import warnings_of
 
 LAYOUT = 2  # of the cache's files; another number makes them anew
-SHOWN = 5  # bad rows told at once
 SMALL = 8 * 2**20  # bytes of input that one process does sooner than several would start
 MOST_WORKERS = 8
 # Settings that decide what is cached.
@@ -57,7 +57,7 @@ class Part(Sequence[Example]):
     """The examples of one side of the split, on disk.
 
     Attributes:
-        lengths: Tokens of each.
+        lengths: number of tokens of each.
     """
 
     def __init__(self, corpus: Corpus, rows: Any) -> None:
@@ -77,18 +77,8 @@ class Part(Sequence[Example]):
         return self.corpus[self.examples[at]]
 
     def fingerprint(self) -> str:
-        """Of tokens and weights of all its rows, in order."""
+        """A hash of the tokens and weights of all its rows, in order."""
         return hashlib.sha256(self.corpus.rows["hash"][self.rows].tobytes()).hexdigest()
-
-
-@dataclass(frozen=True)
-class _Input:
-    """Files with what they were found to be, and their tokens."""
-
-    setting: str
-    sources: list[DataSource]
-    formats: list[str]
-    corpus: Corpus
 
 
 @dataclass(frozen=True)
@@ -98,7 +88,7 @@ class Prepared:
     train: Part
     validation: Part
     ledger: Ledger
-    _held_out: _Input
+    _held_out: TokenizedFiles
     _data: Data
 
     def held_out(self, limit: int | None = None) -> list[HeldOut]:
@@ -106,7 +96,7 @@ class Prepared:
         return _with_turns(self._held_out, self.validation, self._data, limit)
 
     def personal(self) -> str:
-        """Where the personal data that was found stood: JSON, a line each."""
+        """The places of the personal data that was found: JSON, a line each."""
         corpora = {part.corpus.folder: part.corpus for part in (self.train, self.validation)}
         return "".join((folder / "pii.jsonl").read_text(encoding="utf-8") for folder in corpora)
 
@@ -121,14 +111,14 @@ def prepare(data: Data, renderer: Renderer, seed: int) -> Prepared:
     began = time.perf_counter()
     ledger = Ledger(was_cached=True)
     given = _read(data.train, "data.train", data, renderer, seed, ledger)
-    repeats = _duplicates(given.corpus, data, ledger)
+    repeats = find_duplicates(given.corpus, data, ledger)
     if isinstance(data.validation, float | int):
         held_out = given
         sides = split_rows(given.corpus, repeats, data.validation, seed)
     else:
         held_out = read_files(data.validation, "data.validation", data, renderer, ledger)
-        sides = _apart(given, held_out, repeats, data, ledger)
-        _overlap(given, held_out, sides, data, ledger)
+        sides = leave_out_held_out(given, held_out, repeats, data, ledger)
+        report_overlap(given, held_out, sides, data, ledger)
     prepared = Prepared(
         Part(given.corpus, sides.train), Part(held_out.corpus, sides.validation), ledger, held_out, data
     )
@@ -146,14 +136,16 @@ def read_held_out(
     return _with_turns(given, Part(given.corpus, np.arange(len(given.corpus.rows))), data, limit)
 
 
-def read_files(files: str | Sequence[str], setting: str, data: Data, renderer: Renderer, ledger: Ledger) -> _Input:
+def read_files(
+    files: str | Sequence[str], setting: str, data: Data, renderer: Renderer, ledger: Ledger
+) -> TokenizedFiles:
     """All rows of held-out files, tokenized; `limit` and `sample` are the training data's."""
     return _read(files, setting, data.model_copy(update={"limit": None, "sample": None}), renderer, 0, ledger)
 
 
 def _read(
     files: str | Sequence[str], setting: str, data: Data, renderer: Renderer, seed: int, ledger: Ledger
-) -> _Input:
+) -> TokenizedFiles:
     sources = find_sources(files, setting, data.split, data.subset)
     ledger.warnings += sorted({source.beside for source in sources if source.beside})
     formats = []
@@ -179,7 +171,7 @@ def _read(
     ledger.add(corpus.account)
     _require_rows(files, setting, data, corpus)
     assert ledger.rows["used"] - before["used"] == len(corpus.rows)
-    return _Input(setting, sources, formats, corpus)
+    return TokenizedFiles(setting, sources, formats, corpus)
 
 
 def _chosen_blocks(
@@ -208,7 +200,7 @@ def _chosen_blocks(
 
 
 def _checked(parts: Iterable[tuple[int, RowBlock, Tokenized]], data: Data) -> Iterator[tuple[int, RowBlock, Tokenized]]:
-    """The same, refusing what the settings refuse as soon as it is seen.
+    """Pass tokenized blocks on; refuse what the settings refuse as soon as it is seen.
 
     Raises:
         UserError: Bad rows, or overlong ones, where these are refused.
@@ -253,76 +245,8 @@ def _require_rows(files: str | Sequence[str], setting: str, data: Data, corpus: 
         )
 
 
-def _duplicates(corpus: Corpus, data: Data, ledger: Ledger) -> Sides:
-    """Which rows stay, and which of them must stand on one side of a split."""
-    near = np.fromfile(corpus.folder / "near.bin", np.uint32).astype(np.int64)
-    repeats = equal_to_earlier(corpus.rows["hash"])
-    nearly = (near != np.arange(len(near))) & ~repeats
-    drop = np.zeros(len(near), dtype=bool)
-    if data.duplicates != "keep":
-        drop |= repeats
-    if data.duplicates == "drop-near":
-        drop |= nearly
-    ledger.move("duplicate", int(drop.sum()))
-    ledger.notes["near_duplicate_dropped"] += int((drop & nearly).sum())
-    ledger.notes["near_duplicate_kept"] += int((nearly & ~drop).sum())
-    ledger.notes["duplicate_kept"] += int((repeats & ~drop).sum())
-    return Sides(np.flatnonzero(~drop), np.empty(0, np.int64), near)
-
-
-def _apart(given: _Input, held_out: _Input, kept: Sides, data: Data, ledger: Ledger) -> Sides:
-    """Training rows without those that are in the held-out files, or nearly."""
-    both = [given.corpus, held_out.corpus]
-    count = len(both[0].rows)
-
-    def load(start: int, stop: int) -> Any:
-        parts = [both[0].signatures(min(start, count), min(stop, count))]
-        parts.append(both[1].signatures(max(start, count) - count, max(stop, count) - count))
-        return np.concatenate(parts)
-
-    near = near_duplicates(count + len(both[1].rows), load)
-    known = np.isin(near[:count], near[count:]) | np.isin(both[0].rows["hash"], both[1].rows["hash"])
-    inside = known[kept.train]
-    ledger.notes["in_held_out_file"] += int(inside.sum())
-    train = kept.train
-    if data.duplicates != "keep" and inside.any():
-        train = train[~inside]
-        ledger.move("duplicate", int(inside.sum()))
-    if not len(train):
-        raise UserError(
-            "data.validation: every training row stands in the held-out files too",
-            "name other files in data.validation, or set data.duplicates=keep to measure memory",
-        )
-    if data.group is not None:
-        shared = np.isin(both[0].rows["group"][train], both[1].rows["group"])
-        ledger.notes["in_held_out_group"] += int(shared.sum())
-    return Sides(train, np.arange(len(both[1].rows)), near)
-
-
-def _overlap(given: _Input, held_out: _Input, sides: Sides, data: Data, ledger: Ledger) -> None:
-    """Report, or refuse, held-out rows that share a passage with training rows."""
-    turns = list(take_again(held_out.sources, held_out.formats, held_out.setting, data, None))
-    overlap = Overlap([conversation.text() for _, conversation in turns])
-    wanted = _numbers(given.corpus, sides.train)
-    texts: list[str] = []
-    for _, conversation in take_again(given.sources, given.formats, given.setting, data, wanted):
-        texts.append(conversation.text())
-        if len(texts) == 1000:
-            overlap.look(texts)
-            texts = []
-    overlap.look(texts)
-    places = [turns[n][1].place for n in overlap.rows()]
-    ledger.overlap = {"rows": len(places), "of": len(turns), "places": places[:100]}
-    if places and data.overlap == "refuse":
-        raise UserError(
-            f"data.validation: {len(places)} of {len(turns)} held-out rows share 13 words in a row with training rows: "
-            + ", ".join(places[:SHOWN]),
-            "take these rows out of either side, or set data.overlap to report",
-        )
-
-
 def _count(prepared: Prepared, data: Data, seed: int) -> None:
-    """What the ledger says of the training rows."""
+    """Count the training rows and tokens into the ledger."""
     ledger, train = prepared.ledger, prepared.train
     corpus = train.corpus
     ledger.rows["training"], ledger.rows["validation"] = len(train.rows), len(prepared.validation.rows)
@@ -343,9 +267,9 @@ def _count(prepared: Prepared, data: Data, seed: int) -> None:
     }
 
 
-def _with_turns(given: _Input, part: Part, data: Data, limit: int | None) -> list[HeldOut]:
+def _with_turns(given: TokenizedFiles, part: Part, data: Data, limit: int | None) -> list[HeldOut]:
     rows = part.rows[:limit]
-    turns = dict(take_again(given.sources, given.formats, given.setting, data, _numbers(given.corpus, rows)))
+    turns = dict(take_again(given.sources, given.formats, given.setting, data, numbers_of(given.corpus, rows)))
     firsts = np.searchsorted(given.corpus.row_of, rows)
     known = given.corpus.rows[rows]
     held_out = []
@@ -354,15 +278,6 @@ def _with_turns(given: _Input, part: Part, data: Data, limit: int | None) -> lis
         for piece in range(count if conversation.is_document else 1):
             held_out.append(HeldOut(given.corpus[at + piece], conversation))
     return held_out
-
-
-def _numbers(corpus: Corpus, rows: Any) -> dict[int, Any]:
-    """Of each source the numbers of some rows, rising."""
-    chosen_rows = corpus.rows[rows]
-    return {
-        int(source): np.sort(chosen_rows["number"][chosen_rows["source"] == source])
-        for source in np.unique(chosen_rows["source"])
-    }
 
 
 def _workers(sources: Sequence[DataSource]) -> int:
@@ -377,7 +292,7 @@ def _workers(sources: Sequence[DataSource]) -> int:
 def _fingerprint(
     sources: Sequence[DataSource], formats: Sequence[str], data: Data, renderer: Renderer, seed: int
 ) -> str:
-    """Of everything that decides the tokens."""
+    """A hash of everything that decides the tokens."""
     tokenizer = renderer.tokenizer
     facts = {
         "layout": LAYOUT,

@@ -1,4 +1,4 @@
-"""Renders conversations as tokens and says which of them are trained. The one place where text becomes tokens.
+"""Renders conversations as tokens and says which of them are trained: the one place where text becomes tokens.
 
 For each answer two texts are rendered with the model's own chat template: everything before it with the
 generation prompt, and everything up to its end. Their difference is the answer, and its first and last characters give
@@ -11,13 +11,13 @@ texts disagree; `data.rewritten_history` says what becomes of such rows. Without
 token.
 
 Training, evaluation, generation and serving all come here; examples are made many at a time, since tokenizers are
-several times faster then.
+several times faster then. The file is long because it is one class: all its steps share a template and a tokenizer.
 """
 
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import date
 from itertools import pairwise
 from typing import Any
@@ -27,64 +27,25 @@ import numpy as np
 from veneer.config import Data, UserError
 from veneer.data.batch import Example
 from veneer.data.conversation import BadRowError, Conversation, Message
+from veneer.data.drafts import (
+    ChatDraft,
+    Draft,
+    Texts,
+    Weighted,
+    add_span,
+    left_out_of,
+    prompt_text,
+    shared_length,
+    texts_around,
+    weighted,
+    with_marks,
+)
 from veneer.data.frozen import CALL
-from veneer.data.leftout import left_out, names_left_out, strings_of
 from veneer.data.sandbox import AT_ONCE
-from veneer.data.template import NAMED_TEMPLATES, Spelled, begin_ids, find_template
-from veneer.data.tokens.encode import MARKS, UNCUT, Encoder, Text
+from veneer.data.template import NAMED_TEMPLATES, begin_ids, find_template
+from veneer.data.tokens.encode import UNCUT, Encoder, Text
 
-Weighted = tuple[Message, ...]
-Texts = list[str | BadRowError]
-
-
-@dataclass(frozen=True, slots=True)
-class _Draft:
-    """A row before its tokens.
-
-    Attributes:
-        text: With a border before and after each answer.
-        weights: Of the parts before, between and behind the borders: one more than there are borders.
-        place: Of the row.
-        is_chat: Whether a template made the text: every second part is an answer with its end-of-turn token. If
-            not, the begin and end tokens are still to be added.
-    """
-
-    text: Text
-    weights: tuple[float, ...]
-    place: str
-    is_chat: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Chat:
-    """A conversation whose texts a template is to make.
-
-    Attributes:
-        row: As the template is given it.
-        answers: Numbers of its answers.
-        mark, place: As of a draft.
-        is_prompt: Whether it is to be continued; no answer of it is trained.
-    """
-
-    row: Spelled
-    answers: tuple[int, ...]
-    mark: str
-    place: str
-    is_prompt: bool = False
-
-    def cuts(self) -> list[tuple[int, bool]]:
-        """The texts before and behind each answer, and a prompt's own."""
-        cuts = [cut for n in self.answers for cut in ((n, True), (n + 1, False))]
-        return [*cuts, (len(self.row.messages), True)] if self.is_prompt else cuts
-
-    def others(self) -> list[tuple[Spelled, list[tuple[int, bool]]]]:
-        """Two other first answers, where the conversation begins with one: what they share stands before it."""
-        if self.answers[:1] != (0,):
-            return []
-        first = [
-            replace(self.row.messages[0], content=text, reasoning="", tool_calls=(), ids=()) for text in ("a", "b")
-        ]
-        return [(replace(self.row, messages=(message,)), [(1, False)]) for message in first]
+Tools = tuple[dict[str, Any], ...]
 
 
 class Renderer:
@@ -96,8 +57,8 @@ class Renderer:
             special_tokens_in_text; None: the defaults.
 
     Attributes:
-        settings: With the date that the template was given, where it asks for one.
-        notes: How many conversations were rendered otherwise than they are, by what was done with them.
+        settings: settings with the date that the template was given, where it asks for one.
+        notes: number of conversations that were rendered with a change, by the kind of change.
         template: Jinja text that ships with the adapter; None where rows are plain text.
         stop_ids: Tokens that end an answer.
 
@@ -135,7 +96,7 @@ class Renderer:
 
     @property
     def fingerprint(self) -> str:
-        """Of the tokenizer: equal where the same texts become the same tokens."""
+        """A hash of the tokenizer: equal where the same texts become the same tokens."""
         return self._encoder.fingerprint
 
     @property
@@ -154,7 +115,7 @@ class Renderer:
         with ThreadPoolExecutor(1) as ahead:  # the sandbox renders while this thread tokenizes
             return [row for drafts in ahead.map(self._drafts, parts) for row in self._examples(drafts)]
 
-    def _examples(self, drafts: list[list[_Draft] | BadRowError]) -> list[list[Example] | BadRowError]:
+    def _examples(self, drafts: list[list[Draft] | BadRowError]) -> list[list[Example] | BadRowError]:
         """The examples of each row's drafts."""
         flat = [draft for row in drafts if not isinstance(row, BadRowError) for draft in row]
         made = iter(zip(flat, self._encoder.encode_at([draft.text for draft in flat])))
@@ -190,7 +151,7 @@ class Renderer:
             try:
                 chat = self._chat(tuple(messages), tools, "prompt", is_prompt=True)
                 (texts,) = self._rendered([chat])
-                text, lead = _prompt_text(chat, texts), []
+                text, lead = prompt_text(chat, texts), []
             except BadRowError as error:
                 raise UserError(f"prompt: {error}") from None
         return lead + self._encoder.encode_at([text])[0][0]
@@ -211,7 +172,7 @@ class Renderer:
         return ids[counts[-2] : counts[-1]] if drafts[-1].is_chat else ids[counts[-1] :]
 
     def pieces(self, example: Example) -> list[dict[str, Any]]:
-        """An example's text in stretches of equal weight, control tokens by themselves: text, weight, control."""
+        """An example's text in pieces of equal weight, control tokens by themselves: text, weight, control."""
         pieces: list[dict[str, Any]] = []
         ids, weights = example.ids.tolist(), example.weights.tolist()
         start = 0
@@ -236,45 +197,47 @@ class Renderer:
 
     def _drafts(
         self, conversations: Sequence[Conversation], settings: Data | None = None
-    ) -> list[list[_Draft] | BadRowError]:
-        """Of each conversation: one draft, of a pair two, or more where its history is split."""
+    ) -> list[list[Draft] | BadRowError]:
+        """The drafts of each conversation: one, of a pair two, or more where its history is split."""
         settings = settings or self.settings
-        rows: list[list[_Draft | _Chat] | BadRowError] = []
+        rows: list[list[Draft | ChatDraft] | BadRowError] = []
         for conversation in conversations:
             try:
                 rows.append(self._sides(conversation, settings.loss_on))
             except BadRowError as error:
                 rows.append(error)
-        chats = [side for row in rows if not isinstance(row, BadRowError) for side in row if isinstance(side, _Chat)]
+        chats = [
+            side for row in rows if not isinstance(row, BadRowError) for side in row if isinstance(side, ChatDraft)
+        ]
         texts = iter(self._rendered(chats))
-        drafts: list[list[_Draft] | BadRowError] = []
+        drafts: list[list[Draft] | BadRowError] = []
         for row in rows:
             if isinstance(row, BadRowError):
                 drafts.append(row)
                 continue
-            given = [(side, next(texts) if isinstance(side, _Chat) else []) for side in row]
+            given = [(side, next(texts) if isinstance(side, ChatDraft) else []) for side in row]
             notes: set[str] = set()
             try:
-                made: list[_Draft] = []
+                made: list[Draft] = []
                 for side, some in given:
-                    made += [side] if isinstance(side, _Draft) else self._chat_drafts(side, some, settings, notes)
+                    made += [side] if isinstance(side, Draft) else self._chat_drafts(side, some, settings, notes)
                 drafts.append(made)
                 self.notes.update(notes)
             except BadRowError as error:
                 drafts.append(error)
         return drafts
 
-    def _sides(self, conversation: Conversation, loss_on: str) -> list[_Draft | _Chat]:
+    def _sides(self, conversation: Conversation, loss_on: str) -> list[Draft | ChatDraft]:
         """A row as drafts, or as what a template is to make texts of; a preference pair has two sides."""
         place = conversation.place
         sides = [conversation.messages] + ([conversation.rejected] if conversation.rejected else [])
         if not conversation.is_document and self._template is not None:
             return [self._chat(side, conversation.tools, place, loss_on) for side in sides]
-        found: list[_Draft | _Chat] = []
+        found: list[Draft | ChatDraft] = []
         for side in sides:
             mark, messages, tools = self._marked(side, conversation.tools)
             if conversation.is_document:
-                found.append(_Draft(Text(messages[0].content, (0,), mark), (0.0, 1.0), place, False))
+                found.append(Draft(Text(messages[0].content, (0,), mark), (0.0, 1.0), place, False))
             else:
                 found.append(self._plain(messages, tools, mark, place))
         return found
@@ -286,8 +249,8 @@ class Renderer:
         place: str,
         loss_on: str = "all",
         is_prompt: bool = False,
-    ) -> _Chat:
-        """What the template is to make texts of.
+    ) -> ChatDraft:
+        """The conversation that the template is to make texts of.
 
         Raises:
             BadRowError: The template would leave out what settings do not allow it to.
@@ -295,11 +258,11 @@ class Renderer:
         assert self._template is not None
         mark, messages, tools = self._marked(messages, tools)
         messages = self.with_system(messages)
-        row = self._template.spelled(messages if is_prompt else _weighted(messages, loss_on), tools)
+        row = self._template.spelled(messages if is_prompt else weighted(messages, loss_on), tools)
         answers = tuple(n for n, message in enumerate(row.messages) if message.role == "assistant")
-        return _Chat(row, answers, mark, place, is_prompt)
+        return ChatDraft(row, answers, mark, place, is_prompt)
 
-    def _rendered(self, chats: Sequence[_Chat]) -> list[Texts]:
+    def _rendered(self, chats: Sequence[ChatDraft]) -> list[Texts]:
         """The texts of each chat's cuts, and of its others."""
         if not chats:
             return []
@@ -309,7 +272,7 @@ class Renderer:
         texts = iter(self._template.texts([job for some in jobs for job in some], places))
         return [[text for _ in some for text in next(texts)] for some in jobs]
 
-    def _plain(self, messages: tuple[Message, ...], tools: tuple[dict[str, Any], ...], mark: str, place: str) -> _Draft:
+    def _plain(self, messages: tuple[Message, ...], tools: tuple[dict[str, Any], ...], mark: str, place: str) -> Draft:
         *prompt, answer = messages
         if answer.role != "assistant" or any(message.role == "assistant" for message in prompt):
             raise BadRowError("without a chat template a row is one prompt and one completion")
@@ -320,16 +283,16 @@ class Renderer:
         before = "".join(message.content for message in prompt)
         context = float(self.settings.loss_on == "all")
         text = Text(before + answer.content, (0, len(before)), mark)
-        return _Draft(text, (0.0, context, answer.weight), place, False)
+        return Draft(text, (0.0, context, answer.weight), place, False)
 
-    def _chat_drafts(self, chat: _Chat, made: Texts, settings: Data, notes: set[str]) -> list[_Draft]:
+    def _chat_drafts(self, chat: ChatDraft, made: Texts, settings: Data, notes: set[str]) -> list[Draft]:
         """Drafts of one conversation: one, or more where its history is split."""
-        texts = _around(chat, made)
+        texts = texts_around(chat, made)
         messages, mark, place = chat.row.messages, chat.mark, chat.place
         for n in chat.answers:
             self._require_prompt(*texts[n])
         notes.update(chat.row.notes)
-        if what := _left_out(chat, texts):
+        if what := left_out_of(chat, texts):
             if self.settings.unrendered != "leave-out":
                 raise BadRowError(
                     f"the chat template leaves out {what}; set data.unrendered to leave-out to learn the row without "
@@ -346,18 +309,18 @@ class Renderer:
         return [self._draft([(*texts[n], messages[n].weight) for n in chat.answers], mark, place)]
 
     def _kept_end(self, before: str, after: str, then: str) -> int | None:
-        """Where an answer ends if only what the template put behind its end token is gone once more follows.
+        """The end of an answer, if only what the template put behind its end token is gone once more follows.
 
         Some close a whole text with one more token. None: more than that is gone.
         """
-        shared = _shared(after, then)
+        shared = shared_length(after, then)
         ends = [end for end in self._encoder.control_ends(after) if len(before) < end <= shared]
         return ends[-1] if ends and not self._encoder.without_control(after[ends[-1] :]).strip() else None
 
     def _rewritten(
         self, messages: Weighted, texts: dict[int, tuple[str, str]], mark: str, place: str, policy: str
-    ) -> list[_Draft]:
-        """What becomes of a conversation whose earlier turns are rendered anew."""
+    ) -> list[Draft]:
+        """Refuse, shorten or split a conversation whose earlier turns are rendered anew."""
         if policy == "refuse":
             what = "the chat template renders earlier turns differently once an answer follows: "
             for n, following in pairwise(texts):
@@ -365,12 +328,12 @@ class Renderer:
         kept = list(texts) if policy == "split" else list(texts)[-1:]
         return [self._draft([(*texts[n], messages[n].weight)], mark, place) for n in kept if messages[n].weight]
 
-    def _draft(self, answers: list[tuple[str, str, float]], mark: str, place: str) -> _Draft:
+    def _draft(self, answers: list[tuple[str, str, float]], mark: str, place: str) -> Draft:
         """A draft of texts (before, after, weight) that continue each other."""
         borders = [border for before, after, _ in answers for border in (len(before), len(after))]
         context = float(self.settings.loss_on == "all")
         weights = [weight for _, _, weight in answers for weight in (context, weight)]
-        return _Draft(Text(answers[-1][1], tuple(borders), mark), (*weights, context), place, True)
+        return Draft(Text(answers[-1][1], tuple(borders), mark), (*weights, context), place, True)
 
     def with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
         """Turns behind the system prompt of the settings, where they have none and a template renders them."""
@@ -378,43 +341,17 @@ class Renderer:
             return messages
         return (Message("system", self.settings.system_prompt), *messages)
 
-    def _marked(
-        self, messages: tuple[Message, ...], tools: tuple[dict[str, Any], ...]
-    ) -> tuple[str, tuple[Message, ...], tuple[dict[str, Any], ...]]:
-        """The turns with control strings marked, so that they stay text, and the mark; UNCUT where there are none."""
+    def _marked(self, messages: tuple[Message, ...], tools: Tools) -> tuple[str, tuple[Message, ...], Tools]:
+        """The turns with control strings marked, unless the settings make them control tokens."""
         if self.settings.special_tokens_in_text == "control":
             return UNCUT, messages, tools
-        texts = [message.content for message in messages]
-        if tools or any(message.reasoning or message.tool_calls for message in messages):
-            texts += strings_of(([(message.reasoning, message.tool_calls) for message in messages], tools))
-        if not any(map(self._encoder.holds_control, texts)):
-            return UNCUT, messages, tools
-        mark = next((mark for mark in MARKS if not any(mark in text for text in texts)), None)
-        if mark is None:
-            raise BadRowError("holds every one of Unicode's noncharacters U+FDD0 to U+FDEF")
-        marked = tuple(
-            replace(
-                message,
-                content=self._encoder.marked(message.content, mark),
-                reasoning=self._encoder.marked(message.reasoning, mark),
-                tool_calls=tuple(self._mark_all(call, mark) for call in message.tool_calls),
-            )
-            for message in messages
-        )
-        return mark, marked, tuple(self._mark_all(tool, mark) for tool in tools)
-
-    def _mark_all(self, value: Any, mark: str) -> Any:
-        if isinstance(value, str):
-            return self._encoder.marked(value, mark)
-        if isinstance(value, dict):
-            return {key: self._mark_all(item, mark) for key, item in value.items()}
-        return [self._mark_all(item, mark) for item in value] if isinstance(value, list) else value
+        return with_marks(self._encoder, messages, tools)
 
     def _require_prompt(self, before: str, after: str) -> None:
         """Raises BadRowError where the generation prompt is not what the template writes before an answer."""
         if after.startswith(before):
             return
-        shared = _shared(before, after)
+        shared = shared_length(before, after)
         raise BadRowError(
             f"the generation prompt is not what stands before the answer: behind {before[:shared][-24:]!r} it has "
             f"{before[shared:][:24]!r}, and the template writes {after[shared:][:24]!r} there where an answer follows; "
@@ -437,7 +374,7 @@ class Renderer:
 
     # From drafts to examples: tokens and weights.
 
-    def _example(self, draft: _Draft, ids: list[int], counts: list[int]) -> Example:
+    def _example(self, draft: Draft, ids: list[int], counts: list[int]) -> Example:
         if not draft.is_chat:  # a text with control tokens of its own may bring these two
             lead = [] if self._lead == ids[:1] else self._lead
             ids = [*lead, *ids, *([] if ids[-1:] == [self.tokenizer.eos_token_id] else [self.tokenizer.eos_token_id])]
@@ -450,13 +387,13 @@ class Renderer:
             start, end = max(1, edges[part]), edges[part + 1]  # nothing stands before the first token to predict it
             if draft.is_chat and part % 2:
                 stop = self._end_of_turn(ids, edges[part], end) + 1
-                _add(spans, start, stop, weight)
+                add_span(spans, start, stop, weight)
                 start, weight = max(1, stop), draft.weights[0]
-            _add(spans, start, end, weight)
+            add_span(spans, start, end, weight)
         return Example(np.array(ids, dtype=np.int32), tuple(spans), draft.place)
 
     def _end_of_turn(self, ids: list[int], start: int, end: int) -> int:
-        """Where the last control token of an answer stands; it becomes a stop token."""
+        """The position of an answer's last control token, which becomes a stop token."""
         for at in range(end - 1, start - 1, -1):
             if ids[at] in self._encoder.control:
                 self.stop_ids.add(ids[at])
@@ -482,79 +419,3 @@ def needs_template(format_name: str, renderer: Renderer) -> None:
             f"set data.chat_template to {', '.join(NAMED_TEMPLATES)} or a Jinja file, take an instruct model as "
             "model.base, or use prompt / completion rows",
         )
-
-
-def _weighted(messages: tuple[Message, ...], loss_on: str) -> Weighted:
-    """The turns with the weights that `loss_on` leaves their answers."""
-    answers = [n for n, message in enumerate(messages) if message.role == "assistant"]
-    if loss_on == "last":
-        kept = set(answers[-1:])
-    elif loss_on == "completion":
-        asked = max((n for n, message in enumerate(messages[: answers[-1]]) if message.role == "user"), default=-1)
-        kept = {n for n in answers if n > asked}
-    else:
-        return messages
-    return tuple(m if n in kept else replace(m, weight=0.0) for n, m in enumerate(messages))
-
-
-def _around(chat: _Chat, made: Texts) -> dict[int, tuple[str, str]]:
-    """For each answer the text before it, and the text up to its end.
-
-    Raises:
-        BadRowError: The template refuses one of them.
-    """
-    found: dict[int, tuple[str, str]] = {}
-    for at, n in enumerate(chat.answers):
-        before, after = made[2 * at : 2 * at + 2]
-        if n == 0 and (isinstance(before, BadRowError) or not _text(after).startswith(before)):
-            # Templates that look at the first turn fail on none, or begin otherwise.
-            first, second = map(_text, made[-2:])
-            before = first[: _shared(first, second)]
-        found[n] = _text(before), _text(after)
-    return found
-
-
-def _text(made: str | BadRowError) -> str:
-    if isinstance(made, BadRowError):
-        raise made
-    return made
-
-
-def _left_out(chat: _Chat, texts: dict[int, tuple[str, str]]) -> str:
-    """What of a conversation stands nowhere in its texts, in words; nothing where all does."""
-    messages = chat.row.messages
-    behind, last = "", 0
-    for n in chat.answers:
-        before, after = texts[n]
-        asked = before[len(behind) :] if before.startswith(behind) else before
-        if what := left_out(messages[last:n], asked) or left_out(messages[n : n + 1], after[len(before) :]):
-            return what
-        behind, last = after, n + 1
-    return names_left_out(chat.row.tools, behind)
-
-
-def _prompt_text(chat: _Chat, made: Texts) -> Text:
-    """The text of a prompt, cut where training would cut it."""
-    count = len(chat.cuts())
-    whole = _text(made[count - 1])
-    borders: list[int] = []
-    for before, after in _around(chat, made).values():
-        if not whole.startswith(after) or not after.startswith(before):
-            borders = []  # rewritten history: trained as one text, too
-            break
-        borders += [len(before), len(after)]
-    return Text(whole, tuple(borders), chat.mark)
-
-
-def _add(spans: list[tuple[int, int, float]], start: int, end: int, weight: float) -> None:
-    """Put a stretch behind the others; one that continues the last makes it longer."""
-    if not weight or start >= end:
-        return
-    if spans and spans[-1][1:] == (start, weight):
-        start = spans.pop()[0]
-    spans.append((start, end, weight))
-
-
-def _shared(first: str, second: str) -> int:
-    """How many characters two texts begin with alike."""
-    return next((n for n, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))

@@ -1,4 +1,4 @@
-"""From a raw row to a conversation, or to the reason why it is none: the part that needs no tokenizer.
+"""Turns a raw row into a conversation, or into the reason why it is none: the part that needs no tokenizer.
 
 Every row has one fate, and the ledger counts it: usable, unreadable (it could not be read from its file), refused (it
 was read, and cannot be right), or empty.
@@ -12,11 +12,13 @@ import numpy as np
 
 from veneer.config import Data, UserError
 from veneer.data.conversation import BadRowError, Conversation, Message
-from veneer.data.recognise import recognise, to_conversation
+from veneer.data.formats import to_conversation
+from veneer.data.recognise import recognise
 from veneer.data.screening.prerendered import strip_control_tokens
 from veneer.data.screening.privacy import find, redact
+from veneer.data.sources.block import RowBlock, Unreadable
 from veneer.data.sources.find import DataSource
-from veneer.data.sources.read import RowBlock, Unreadable, parse, read_blocks
+from veneer.data.sources.read import parse, read_blocks
 
 LOOKED_AT = 100  # rows that a format is recognised by
 
@@ -32,7 +34,7 @@ class RowProblem:
 
 @dataclass(frozen=True, slots=True)
 class Personal:
-    """Personal data in a row: where it stands and of what kind, never what it is."""
+    """Personal data in a row: its place and kind, never the text itself."""
 
     place: str
     kind: str
@@ -55,8 +57,8 @@ class RowParser:
     """Turns the raw rows of one source into conversations.
 
     Args:
-        data: The settings.
-        format_name: Of this source, recognised.
+        data: settings of the data.
+        format_name: format of this source, recognised.
     """
 
     def __init__(self, data: Data, format_name: str) -> None:
@@ -135,7 +137,7 @@ def _searched(messages: tuple[Message, ...], place: str) -> tuple[tuple[Message,
 
 
 def _searched_value(value: Any) -> tuple[Any, list[tuple[str, int, int]]]:
-    """The same for the texts within a tool call's arguments."""
+    """A tool call's arguments with what was found redacted, and what it was."""
     if isinstance(value, str):
         findings = find(value)
         return redact(value, findings), [(f.kind, f.start, f.end) for f in findings]
@@ -199,7 +201,7 @@ def take_again(
 
 
 def _places(wanted: Any, numbers: Sequence[int]) -> list[int]:
-    """Where rising numbers stand in a rising array of those that are wanted."""
+    """The positions of those rising numbers that are in a rising array of wanted ones."""
     found = np.minimum(np.searchsorted(wanted, numbers), len(wanted) - 1)
     places: list[int] = np.flatnonzero(wanted[found] == np.asarray(numbers)).tolist()
     return places

@@ -47,7 +47,7 @@ class Job:
     """Texts of one conversation.
 
     Attributes:
-        turns: As templates read them (`Message.as_turn`).
+        turns: turns as templates read them (`Message.as_turn`).
         tools: Definitions.
         cuts: For each text: how many turns it holds, and whether the generation prompt follows.
     """

@@ -1,4 +1,4 @@
-"""What is amiss with a file whose rows fit no format: the guess that would help, from its first rows."""
+"""Guesses from its first rows what is amiss with a file whose rows fit no format, and what would help."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which rows are held out. Rows that are equal, nearly equal, or of one group stand on one side."""
+"""Chooses the rows that are held out. Rows that are equal, nearly equal, or of one group stand on one side."""
 
 from dataclasses import dataclass
 from typing import Any

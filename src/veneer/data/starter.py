@@ -1,4 +1,4 @@
-"""A first run file for some data: small, commented, and accepted by `plan` and `train` as it stands."""
+"""Writes a first run file for some data: small, commented, and accepted by `plan` and `train` as it stands."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Chat templates: which one a run uses, and what it can say.
+"""Finds the chat template that a run uses, and what that template can say.
 
 A base's own template is used as it is. Named ones, for bases that have none, are fitted to the tokenizer: where
 its vocabulary lacks the template's end-of-turn token, the end-of-sequence token takes its place, since an answer
@@ -56,7 +56,7 @@ class Spelled:
     """A conversation as the template is given it.
 
     Attributes:
-        notes: What became of its parts, for the ledger.
+        notes: changes that were made to its parts, for the ledger.
     """
 
     messages: tuple[Message, ...]
@@ -73,7 +73,7 @@ class Template:
         settings: template_date and unrendered.
 
     Attributes:
-        source: What ships with the adapter.
+        source: Jinja text that ships with the adapter.
         says_system, says_reasoning: Whether the template renders them.
         says_calls, says_tools: Whether it renders calls with their results, and definitions of tools.
 
@@ -114,7 +114,7 @@ class Template:
 
         Args:
             rows: Each with the cuts to render: how many turns, and whether the generation prompt follows.
-            places: Of the rows, for messages.
+            places: file and line of each row, for messages.
 
         Returns:
             A text for each cut, or why the template refuses it.
@@ -208,7 +208,7 @@ class Template:
         return turn
 
     def _trial(self, messages: list[Message], tools: Sequence[dict[str, Any]] = ()) -> str:
-        """What the template makes of a trial conversation, with nothing spelled out; nothing if it refuses."""
+        """The text that the template makes of a trial conversation, with nothing spelled out; empty if it refuses."""
         try:
             return self._text(Spelled(tuple(messages), tuple(tools)), False)
         except BadRowError:

@@ -1,4 +1,4 @@
-"""Reads turns as the world writes them: role / content or from / value, parts, tool calls, reasoning, flags."""
+"""Reads turns in the forms of public data: role / content or from / value, parts, tool calls, reasoning, flags."""
 
 import json
 import re
@@ -169,12 +169,12 @@ def _content(turn: dict[str, Any], key: str, role: str) -> tuple[str, str, tuple
 
 
 def _said(part: dict[str, Any], kind: Any) -> Any:
-    """What a part holds: under `value`, or under the name that its type has with others."""
+    """The content of a part: under `value`, or under the name that its type has with others."""
     return next((part[name] for name in ("value", "text", kind) if part.get(name) is not None), None)
 
 
 def _weight(turn: dict[str, Any], role: str) -> float:
-    """How much a turn's tokens count in the loss, from its weights and flags, which must agree."""
+    """The weight of a turn's tokens in the loss, from its weights and flags, which must agree."""
     found = {key: _factor(turn[key], key) for key in (*WEIGHTS, *FLAGS) if turn.get(key) is not None}
     if not found:
         return 1.0

@@ -1,4 +1,4 @@
-"""Values within tool calls and definitions as JSON has them; what JSON cannot say is refused.
+"""Turns values within tool calls and definitions into those of JSON; what JSON has no form for is refused.
 
 Parquet and Arrow give dates, decimals and bytes where JSON has none, and Python's reader of JSON takes NaN and half an
 emoji. A date becomes its ISO text, a decimal a number, bytes their UTF-8 text; all else is the row's fault.
@@ -28,8 +28,8 @@ def as_json(value: Any, what: str, depth: int = 0) -> Any:
     """A value of JSON's own types.
 
     Args:
-        value: What a row holds.
-        what: Its field, for messages.
+        value: value that a row holds.
+        what: name of its field, for messages.
         depth: Levels above it.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a user should know of their data, in sentences: from the ledger's counts alone."""
+"""Writes what a user should know of their data, from the ledger's counts alone."""
 
 from veneer.config import Data
 from veneer.data.ledger import Ledger

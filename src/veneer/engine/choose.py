@@ -16,7 +16,6 @@ from veneer.data import Batch
 from veneer.data.batch import Example
 from veneer.engine.agreement import agree, even_rows, short_rows
 from veneer.engine.fused import FusedEngine, NotCoveredError
-from veneer.engine.fused.block import TENSORS
 from veneer.engine.interface import Engine
 from veneer.engine.reference import ReferenceEngine
 
@@ -38,11 +37,6 @@ class EngineChoice:
     engine: Engine
     reason: str
     warning: str | None = None
-
-
-def kept_tensors(gradient_checkpointing: bool | str) -> frozenset[str]:
-    """Tensors of a block that the fused engine keeps from forward to backward, before it fits itself to the memory."""
-    return frozenset(TENSORS) if gradient_checkpointing is False else frozenset()
 
 
 def choose_engine(setting: str, device: str, not_covered: Callable[[], str | None]) -> tuple[str, str]:
@@ -84,7 +78,7 @@ def build(model: Any, train: Train, device: str) -> EngineChoice:
 
     def not_covered() -> str | None:
         try:
-            made.append(FusedEngine(model, keep=kept_tensors(train.gradient_checkpointing)))
+            made.append(FusedEngine(model, train.gradient_checkpointing))
         except NotCoveredError as error:
             return str(error)
         return None

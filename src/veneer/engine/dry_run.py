@@ -12,7 +12,7 @@ none, all layers are run dry.
 Shapes: B rows, L length, N trained tokens, K inputs and M outputs of a linear layer.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from veneer.engine.placement import BlockPlacement
 from veneer.engine.reference import PaddedRows, token_losses
 from veneer.engine.trace import FlashAttention, Peak, Trace, Work, is_view, on_meta
 from veneer.model.quiet import quiet
@@ -34,24 +35,23 @@ class Step:
     """A micro-batch for a dry run.
 
     Attributes:
-        rows, length: Its padded shape: rows, and tokens of each.
-        trained: Trained tokens in it.
-        dtype: Of the compute.
+        rows, length: padded shape: rows, and tokens of each.
+        trained: trained tokens in it.
+        dtype: compute dtype.
         method: qlora, lora or full.
-        targets: Paths of the modules the adapter is on.
-        quantized: Paths of the modules whose weights are in 4 bits.
-        r, dropout: Of the adapter.
-        double_quant: Whether the constants of 4-bit blocks are quantized too.
-        checkpointing: Whether the reference engine recomputes activations.
+        targets: paths of the modules the adapter is on.
+        quantized: paths of the modules whose weights are in 4 bits.
+        r, dropout: rank and dropout of the adapter.
+        double_quant: whether the constants of 4-bit blocks are quantized too.
+        checkpointing: whether the reference engine recomputes activations.
         engine: reference or fused.
-        keep: What the fused engine keeps of each block from forward to backward; None: everything.
-        keeps_last: Whether it keeps all of the last block even so.
-        keeps_16_bits: Whether it holds 4-bit weights as 16-bit matrices too.
-        even: Whether the rows are of one length; the fused engine has other kernels for those that are not.
-        capability: Major compute capability of the GPU.
-        accumulating: Whether gradients of an earlier micro-batch are there.
+        block: placement of each of the fused engine's blocks; None: everything is kept.
+        keeps_last: whether the last block keeps everything even so.
+        even: whether the rows are of one length; the fused engine has other kernels for those that are not.
+        capability: major compute capability of the GPU.
+        accumulating: whether gradients of an earlier micro-batch are there.
         training: False: the held-out loss alone.
-        copies: Whether there are 16-bit copies of 4-bit weights beside them, as on a CPU with memory for them.
+        copies: whether there are 16-bit copies of 4-bit weights beside them, as on a CPU with memory for them.
     """
 
     rows: int
@@ -66,9 +66,8 @@ class Step:
     double_quant: bool = True
     checkpointing: bool = True
     engine: str = "reference"
-    keep: frozenset[str] | None = None
+    block: BlockPlacement | None = None
     keeps_last: bool = False
-    keeps_16_bits: bool = False
     even: bool = True
     capability: int = 9
     accumulating: bool = False
@@ -81,11 +80,11 @@ class DryRun:
     """What a micro-batch would hold beside weights, adapter, and optimizer; and the work it is.
 
     Attributes:
-        peaks: The peak of each of its phases: `forward`, `loss`, `backward ...`.
-        work: Forward and backward.
-        held: What the engine holds all the time in the place of adapter and gradients, and beside the weights: buffers
-            it lays out itself; None: it has none.
-        records: Whether passes of a shape that comes again are recorded and replayed without the host.
+        peaks: peak of each of its phases: `forward`, `loss`, `backward ...`.
+        work: operations of forward and backward.
+        held: bytes that the engine holds all the time in the place of adapter and gradients, and beside the weights:
+            buffers it lays out itself; None: it has none.
+        records: whether passes of a shape that comes again are recorded and replayed without the host.
     """
 
     peaks: dict[str, Peak]
@@ -102,27 +101,6 @@ class DryRun:
     def recorded_bytes(self) -> int:
         """What a recording keeps to itself between its passes: all that one of them holds."""
         return max(peak.bytes for peak in self.peaks.values()) if self.records else 0
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What an engine would keep from forward to backward of memory that is to spare.
-
-    Attributes:
-        bytes: What that adds to the peak.
-        blocks: How many blocks keep each set of tensors.
-        share_16_bits: Of the weights in 4 bits, that stay in 16 bits too.
-    """
-
-    bytes: int
-    blocks: Mapping[frozenset[str], int]
-    share_16_bits: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON: bytes, how many blocks keep each tensor, and the share of weights."""
-        names = sorted({name for kept in self.blocks for name in kept})
-        counts = {name: sum(count for kept, count in self.blocks.items() if name in kept) for name in names}
-        return {"bytes": self.bytes, "blocks": counts, "16_bit_weights": self.share_16_bits}
 
 
 FUSED_TOKENS = 1536  # bitsandbytes multiplies up to so many tokens without first dequantizing the whole weight
@@ -213,21 +191,21 @@ def _run(base: Any, step: Step, period: int, chunked_head: bool) -> tuple[dict[s
 
 def _follow_backward(layers: list[Any], trace: Trace, period: int) -> None:
     """Begin a phase where the backward of a layer begins: when the gradient of its output is there."""
-    last = len(layers) - period
-
-    def name(number: int) -> str:
-        if number >= last:
-            return f"backward -{len(layers) - number}"
-        return f"backward {number}" if number < 2 * period else "backward between"
-
     for number, layer in enumerate(layers):
 
-        def on_output(_: Any, __: Any, output: Any, phase: str = name(number)) -> None:
+        def on_output(_: Any, __: Any, output: Any, phase: str = backward_phase(number, len(layers), period)) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
             if hidden.requires_grad:
                 hidden.register_hook(lambda _: trace.mark(phase, "working set"))
 
         layer.register_forward_hook(on_output)
+
+
+def backward_phase(number: int, depth: int, period: int) -> str:
+    """The phase of a layer's backward: only layers at either end have one of their own."""
+    if number >= depth - period:
+        return f"backward -{depth - number}"
+    return f"backward {number}" if number < 2 * period else "backward between"
 
 
 def _rows(step: Step) -> PaddedRows:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from veneer.data import Batch
+from veneer.engine.placement import MemoryPlacement
 
 
 class BatchShapes(NamedTuple):
@@ -56,18 +57,16 @@ class Engine(Protocol):
         """Summed weighted loss of each document, shape (documents,), in the same dtype; no gradients, dropout off."""
         ...
 
-    def plan_memory(
-        self, shapes: BatchShapes, gradient_checkpointing: bool | str, later_bytes: int
-    ) -> dict[str, Any] | None:
-        """Choose what stays in memory from forward to backward; for before training, since gradients are lost.
+    def plan_memory(self, shapes: BatchShapes, gradient_checkpointing: bool | str, later_bytes: int) -> MemoryPlacement:
+        """Choose where tensors live, and place them so; for before training, since gradients are lost.
 
         Args:
-            shapes: Of the run's batches.
-            gradient_checkpointing: The setting; auto: keep as much as the device has room for.
-            later_bytes: What is still to come on the device, as the optimizer's states.
+            shapes: lengths of the run's batches.
+            gradient_checkpointing: the setting; auto: keep as much as the device's memory allows.
+            later_bytes: what is still to come on the device, as the optimizer's states.
 
         Returns:
-            What was chosen, for plan.json; None: this engine, device or setting leaves nothing to choose.
+            The placement, where this engine, device or setting leaves nothing to choose as well.
         """
         ...
 

@@ -26,6 +26,7 @@ from veneer.data import Batch
 from veneer.data.batch import UNTRAINED
 from veneer.engine.attention import short_row_attention
 from veneer.engine.interface import BatchShapes
+from veneer.engine.placement import MemoryPlacement, whole_blocks
 from veneer.engine.positions import switch_of
 from veneer.engine.prefix import can_share, hidden_behind, shared_tokens
 from veneer.engine.temporary import no_dropout
@@ -106,11 +107,9 @@ class ReferenceEngine:
             self._trim()
         return result
 
-    def plan_memory(
-        self, shapes: BatchShapes, gradient_checkpointing: bool | str, later_bytes: int
-    ) -> dict[str, Any] | None:
+    def plan_memory(self, shapes: BatchShapes, gradient_checkpointing: bool | str, later_bytes: int) -> MemoryPlacement:
         """See `Engine.plan_memory`; here Transformers does as the setting says."""
-        return None
+        return whole_blocks(self._base.config.get_text_config().num_hidden_layers, gradient_checkpointing)
 
     def adapter_off(self) -> AbstractContextManager[None]:
         """See `Engine.adapter_off`."""

@@ -16,7 +16,8 @@ from veneer.config import JobError, Run, UserError
 from veneer.config.notify import notify
 from veneer.planning.base import PlannedModel
 from veneer.planning.batch_shapes import Padded
-from veneer.planning.forecast import Planner, TargetDevice
+from veneer.planning.planner import Planner
+from veneer.planning.target import TargetDevice
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -24,17 +25,17 @@ Result = TypeVar("Result")
 CPU_MESSAGES = ("can't allocate memory", "out of memory", "not enough memory")
 
 
-def rows_at_a_time(run: Run, rows: Padded, place: TargetDevice) -> int:
+def rows_at_a_time(run: Run, rows: Padded, target: TargetDevice) -> int:
     """Return how many rows fit at a time, as `veneer plan` foresees it.
 
     Args:
         run: Base, adapter and `evaluate.batch_size`.
         rows: How many rows there are, and the most tokens and trained tokens of one.
-        place: The device, before the model was loaded.
+        target: the device, before the model was loaded.
     """
     if min(rows.rows, run.evaluate.batch_size) <= 1:
         return 1
-    return Planner(PlannedModel(run.model, "only its size is asked for"), place).answers(run, rows)[0]
+    return Planner(PlannedModel(run.model, "only its size is asked for"), target).answers(run, rows)[0]
 
 
 class Batching:

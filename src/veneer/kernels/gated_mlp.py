@@ -67,7 +67,7 @@ class AdapterGradientParts(NamedTuple):
     b_PRF: torch.Tensor
 
     @staticmethod
-    def room(tokens: int, width: int, rank: int, stacked: int, like: torch.Tensor) -> "AdapterGradientParts":
+    def empty(tokens: int, width: int, rank: int, stacked: int, like: torch.Tensor) -> "AdapterGradientParts":
         """For batches of up to so many tokens at a time."""
         count = max(1, min(MOST_PARTS, tokens // 512)) if runs_triton(like) else 1
         shapes = (count, rank, width), (count, stacked, 2 * width)

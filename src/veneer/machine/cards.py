@@ -17,10 +17,10 @@ class Card:
     """A GPU as its maker describes it.
 
     Attributes:
-        name: As people call it.
+        name: its common name.
         memory_mib: MiB the driver reports.
         half_tflops: 10^12 operations a second in bf16 or fp16.
-        single_tflops: The same in float32.
+        single_tflops: the same in float32.
         bandwidth_gbs: 10^9 bytes a second.
         capability: CUDA compute capability, times ten.
     """

@@ -1,4 +1,4 @@
-"""What this machine offers a run: device, precision, memory. Looked up once, printed, stored with the run."""
+"""The device, precision and memory of this machine: looked up once, printed, stored with the run."""
 
 import ctypes
 import os
@@ -24,7 +24,7 @@ class Machine:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of compute where the run leaves it open: bfloat16 where it is fast, else float32."""
+        """Compute dtype where the run leaves it open: bfloat16 where it is fast, else float32."""
         return torch.bfloat16 if self.has_bfloat16 else torch.float32
 
     def describe(self) -> str:

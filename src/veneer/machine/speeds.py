@@ -15,18 +15,18 @@ from veneer.machine.device import Machine
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a machine can do, sustained.
+    """Speeds that a machine sustains at most.
 
     Attributes:
-        half_flops: Of a large bf16 (or fp16) product, operations a second.
-        single_flops: Of a float32 one.
-        attention_flops: Of attention.
-        bandwidth: Bytes read and written a second.
-        start_seconds: Of the shortest operation on the device.
-        host_seconds: Of one operation in Python and torch on the host, autograd included.
-        overlaps: Whether the host goes on while the device works; a CPU is both.
-        spread: The true time is within these factors of the predicted one.
-        source: Where the numbers come from.
+        half_flops: operations a second of a large bf16 (or fp16) product.
+        single_flops: operations a second of a float32 one.
+        attention_flops: operations a second of attention.
+        bandwidth: bytes read and written a second.
+        start_seconds: time of the shortest operation on the device.
+        host_seconds: time of one operation in Python and torch on the host, autograd included.
+        overlaps: whether the host goes on while the device works; a CPU is both.
+        spread: factors of the predicted time within which the true one is.
+        source: origin of the numbers.
     """
 
     half_flops: float
@@ -41,7 +41,7 @@ class Ceilings:
 
 
 def ceilings_of(card: Card) -> Ceilings:
-    """Of a card that is not at hand: the shares of the data sheet that an H100 reaches."""
+    """Ceilings of a card that is not at hand: the shares of the data sheet that an H100 reaches."""
     return Ceilings(
         half_flops=0.66e12 * card.half_tflops,
         single_flops=0.67e12 * card.single_tflops,

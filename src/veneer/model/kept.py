@@ -34,8 +34,8 @@ WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
 SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
-class Kept(NamedTuple):
-    """A copy that fits: where it lies, its tensors, and the CRC-32 of each one's chunks."""
+class CopyOnDisk(NamedTuple):
+    """A copy that was found and fits: its folder, its tensors, and the CRC-32 of each one's chunks."""
 
     folder: Path
     pieces: list[Piece]
@@ -43,14 +43,14 @@ class Kept(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """What a copy must be of, and where it may lie.
+    """The copy that a run can use: what it must be made of, and where it may lie.
 
     Attributes:
-        places: Folders, the better first.
-        origin: What the manifest must say.
+        folders: folders it may lie in, the better first.
+        origin: content of the manifest that it must have.
     """
 
-    places: list[Path]
+    folders: list[Path]
     origin: dict[str, Any]
 
     @staticmethod
@@ -63,16 +63,16 @@ class Copy(NamedTuple):
         entry = f"{kind}-{precision}-{device}"
         where = source.location if source.kind == "hub" else str(Path(source.location).resolve())
         name = f"{Path(where).name}-{hashlib.sha256(f'{where} {source.revision}'.encode()).hexdigest()[:12]}"
-        places = [cache_folder() / "quantized" / name / entry]
+        folders = [cache_folder() / "quantized" / name / entry]
         if source.kind != "hub":
-            places.insert(0, Path(source.location) / ".veneer" / entry)
+            folders.insert(0, Path(source.location) / ".veneer" / entry)
         how = {"kind": kind, "dtype": precision, "device": device, "bitsandbytes": metadata.version("bitsandbytes")}
         prints = [_print(file) for file in (files[0].parent / "config.json", *files)]
-        return Copy(places, {"format": FORMAT, "chunk_bytes": CHUNK, **how, "files": prints})
+        return Copy(folders, {"format": FORMAT, "chunk_bytes": CHUNK, **how, "files": prints})
 
-    def find(self) -> Kept | None:
+    def find(self) -> CopyOnDisk | None:
         """The copy, if there is one that fits. One that does not gives a notice."""
-        for folder in self.places:
+        for folder in self.folders:
             try:
                 if (folder / MANIFEST).is_file():
                     return self._open(folder)
@@ -80,7 +80,7 @@ class Copy(NamedTuple):
                 notify_unusable(folder, reason(error))
         return None
 
-    def _open(self, folder: Path) -> Kept:
+    def _open(self, folder: Path) -> CopyOnDisk:
         manifest = read_json(folder / MANIFEST, "origin", "checksums")
         for key, value in self.origin.items():
             if manifest["origin"].get(key) != value:
@@ -90,15 +90,15 @@ class Copy(NamedTuple):
         checksums = {str(name): [int(sum_) for sum_ in sums] for name, sums in manifest["checksums"].items()}
         if {piece.name: -(-piece.size // CHUNK) for piece in pieces} != {n: len(sums) for n, sums in checksums.items()}:
             raise DamagedError("manifest and weights do not belong together")
-        return Kept(folder, pieces, checksums)
+        return CopyOnDisk(folder, pieces, checksums)
 
     def write(self, base: Any) -> None:
-        """Keep a quantized model at the first place that takes it; where none does, say so."""
+        """Keep a quantized model in the first folder that takes it; where none does, say so."""
         tied = getattr(base, "all_tied_weights_keys", None) or {}
         tensors = {name: tensor.detach() for name, tensor in base.state_dict().items() if name not in tied}
         needed = sum(tensor.nbytes for tensor in tensors.values())
         reasons = []
-        for folder in self.places:
+        for folder in self.folders:
             started = time.perf_counter()
             try:
                 clear_dead(folder)

@@ -22,7 +22,7 @@ from veneer.config.hub import not_here, unreachable
 from veneer.data.sandbox import shared
 from veneer.machine.device import Machine, named_dtype
 from veneer.model.dense import keep_dense
-from veneer.model.kept import Copy, Kept, notify_unusable
+from veneer.model.kept import Copy, CopyOnDisk, notify_unusable
 from veneer.model.limits import require_sizes
 from veneer.model.locate import BaseSource, local_folder
 from veneer.model.quiet import quiet
@@ -181,7 +181,7 @@ def _load(source: BaseSource, settings: dict[str, Any], quantization: Quantizati
 
 
 def _load_kept(
-    source: BaseSource, checkpoint: Checkpoint, kept: Kept, settings: dict[str, Any], machine: Machine
+    source: BaseSource, checkpoint: Checkpoint, kept: CopyOnDisk, settings: dict[str, Any], machine: Machine
 ) -> _Loaded | None:
     """The model from its kept 4-bit weights; None, with a notice, where they turn out to be damaged."""
     try:

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from veneer.config import Data, Model, Quantization, Run, RunFolder, UserError, load_run
 from veneer.config.files import RESTORE, read_json, read_optional_json
+from veneer.config.load import validate
 from veneer.config.manifest import read_manifest
 from veneer.config.names import base_not_here, require_adapter
 from veneer.data.render import Renderer
@@ -180,11 +180,10 @@ def _run_of_passport(adapter: Path, passport: Passport | None) -> Run | None:
     if not isinstance(settings, dict):
         return None
     try:
-        return Run.model_validate(settings)
-    except ValidationError as error:
-        wrong = ", ".join(".".join(map(str, entry["loc"])) for entry in error.errors()[:3])
+        return validate(settings, {}, "passport.json")
+    except UserError as error:
         raise UserError(
-            f"{adapter}: the settings in passport.json are not this Veneer's ({wrong})",
+            f"{adapter}: the settings in passport.json are not this Veneer's ({' '.join(str(error).split())})",
             "update Veneer, or delete passport.json to go on without its checks",
         ) from None
 

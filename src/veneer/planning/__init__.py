@@ -1,11 +1,12 @@
 """Memory and time of a run before anything is loaded, and what to change.
 
-memory.py        what a run holds in each phase: weights, adapter, optimizer, activations of a dry run
+memory.py        bytes of each phase of a run: weights, adapter, optimizer, activations of a dry run
 time.py          how long a step takes, from its operations and the machine's speeds
 held_out.py      how many rows evaluation takes at a time
-batch_shapes.py  micro-batches of a run's data, as an engine meets them
+batch_shapes.py  micro-batches of a run's data, as an engine has them
 base.py          a base model to plan for: shapes, engine, dry runs
-forecast.py      all of that for a run
+target.py        the device that is planned for
+forecast.py      memory and time of a run;  planner.py  makes it
 fit.py           the cheapest changes that make a run fit
 model_sizes.py   what fits which card: one family of bases, by method
 advice.py        rules about settings, data and forecast; reference.py  their page

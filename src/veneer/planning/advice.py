@@ -1,12 +1,15 @@
 """What is likely to go wrong with a run's settings, and what to change: one rule a pitfall.
 
-A rule looks at a `Situation` and says a sentence, or nothing. It fires on what is known: a rule about the data
-keeps still while the data has not been read. `HANDLED` lists the pitfalls of the usual guides that cannot be fallen
-into here, and how. Sources are papers by their arXiv number, or the measurement that a rule rests on.
+A rule looks at a `Situation` and gives a message with its fix, or None. It fires on what is known: a rule about the
+data says nothing while the data has not been read. `HANDLED` lists the pitfalls of the usual guides that cannot happen
+here, and why. Sources are papers by their arXiv number, or the measurement that a rule rests on.
+
+All rules are in one file, long as it is: each stands by itself, and a reader looks for one by its id or its section.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from math import sqrt
 from typing import Any
@@ -25,14 +28,14 @@ SEVERITIES = ("error", "warning", "info")
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What the ledger says of the data.
+    """The facts of the data that rules look at, from the ledger.
 
     Attributes:
-        rows, held_out: Rows to train on, and held out.
-        p95: Tokens that 95% of the rows do not exceed, before any limit.
-        longest: Tokens of the longest row, within the limit.
-        end_of_turn: Trained end-of-turn tokens.
-        raw: Whether the rows are text without turns.
+        rows, held_out: numbers of rows to train on, and held out.
+        p95: tokens that 95% of the rows do not exceed, before any limit.
+        longest: tokens of the longest row, within the limit.
+        end_of_turn: trained end-of-turn tokens.
+        raw: whether the rows are text without turns.
     """
 
     rows: int
@@ -45,11 +48,11 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """What the tokenizer and the template are like.
+    """The facts of tokenizer and template that rules look at.
 
     Attributes:
-        has_template: Whether the base brings a chat template.
-        uses_own: Whether the run renders with it.
+        has_template: whether the base brings a chat template.
+        uses_own: whether the run renders with it.
     """
 
     has_template: bool
@@ -61,12 +64,12 @@ class Situation:
     """All that rules look at.
 
     Attributes:
-        run: The settings.
-        shapes: Of the base.
-        stored: Precision its weights are published in; None: not known.
-        forecast: Of the run.
-        data, tokenizer: None: not looked at.
-        file_type: Type of a quantized GGUF file that the base comes from, as Q4_1; None: it comes from no such file.
+        run: the settings.
+        shapes: shapes of the base.
+        stored: dtype its weights are published in; None: not known.
+        forecast: forecast of the run.
+        data, tokenizer: their facts; None: not looked at.
+        file_type: type of a quantized GGUF file that the base comes from, as Q4_1; None: it comes from no such file.
     """
 
     run: Run
@@ -82,10 +85,6 @@ class Situation:
         adapter = self.run.adapter
         return adapter.lora_alpha / (sqrt(adapter.r) if adapter.use_rslora else adapter.r)
 
-    @property
-    def is_bfloat16(self) -> bool:
-        return self.stored == torch.bfloat16
-
 
 @dataclass(frozen=True)
 class Advice:
@@ -97,9 +96,6 @@ class Advice:
     message: str
     fix: str
 
-    def as_dict(self) -> dict[str, str]:
-        return asdict(self)
-
 
 Found = tuple[str, str] | None  # message and fix
 
@@ -109,9 +105,9 @@ class Rule:
     """A pitfall.
 
     Attributes:
-        id, severity, setting: As advice has them.
-        source: Where it is known from.
-        look: Says what is wrong and what to do, or None.
+        id, severity, setting: those of its advice.
+        source: paper or measurement that it rests on.
+        look: gives what is wrong and what to do, or None.
     """
 
     id: str
@@ -128,22 +124,23 @@ def advise(situation: Situation) -> list[Advice]:
     """All that the rules find, the gravest first."""
     found = []
     for rule in RULES:
-        if (said := rule.look(situation)) is not None:
-            found.append(Advice(rule.id, rule.severity, rule.setting, f"{said[0]} ({rule.source})", said[1]))
+        if (finding := rule.look(situation)) is not None:
+            message, fix = finding
+            found.append(Advice(rule.id, rule.severity, rule.setting, f"{message} ({rule.source})", fix))
     return sorted(found, key=lambda advice: SEVERITIES.index(advice.severity))
 
 
-def _rule(name: str, severity: str, setting: str, source: str) -> Callable[[Callable[[Situation], Found]], None]:
-    def keep(look: Callable[[Situation], Found]) -> None:
-        RULES.append(Rule(name, severity, setting, source, look))
+def _rule(severity: str, name: str, setting: str, source: str) -> Callable[[Callable[[Situation], Found]], None]:
+    return lambda look: RULES.append(Rule(name, severity, setting, source, look))
 
-    return keep
+
+_error, _warning, _info = (partial(_rule, severity) for severity in SEVERITIES)
 
 
 # The adapter
 
 
-@_rule("alpha-low", "warning", "adapter.lora_alpha", "arXiv 2106.09685; 2 r is usual")
+@_warning("alpha-low", "adapter.lora_alpha", "arXiv 2106.09685; 2 r is usual")
 def _(s: Situation) -> Found:
     if s.scale >= 0.5 or s.run.adapter.use_rslora:
         return None
@@ -151,7 +148,7 @@ def _(s: Situation) -> Found:
     return f"the update is scaled by {s.scale:.3g}, so it hardly changes the model", f"set adapter.lora_alpha={2 * r}"
 
 
-@_rule("alpha-high", "warning", "adapter.lora_alpha", "arXiv 2106.09685; 2 r is usual")
+@_warning("alpha-high", "adapter.lora_alpha", "arXiv 2106.09685; 2 r is usual")
 def _(s: Situation) -> Found:
     if s.scale <= 4 or s.run.adapter.use_rslora:
         return None
@@ -159,7 +156,7 @@ def _(s: Situation) -> Found:
     return f"the update is scaled by {s.scale:.3g}, which trains unsteadily", f"set adapter.lora_alpha={2 * r}"
 
 
-@_rule("rank-for-rows", "warning", "adapter.r", "arXiv 2405.09673: more capacity, more memorised")
+@_warning("rank-for-rows", "adapter.r", "arXiv 2405.09673: more capacity, more memorised")
 def _(s: Situation) -> Found:
     r = s.run.adapter.r
     if s.data is None or not ((r > 16 and s.data.rows < 1000) or (r >= 64 and s.data.rows < 5000)):
@@ -167,7 +164,7 @@ def _(s: Situation) -> Found:
     return f"rank {r} is much for {s.data.rows:,} rows", "set adapter.r=8 and adapter.lora_alpha=16"
 
 
-@_rule("experts", "warning", "adapter.target_modules", "peft 0.21: _convert_peft_config_moe")
+@_warning("experts", "adapter.target_modules", "peft 0.21: _convert_peft_config_moe")
 def _(s: Situation) -> Found:
     if not s.shapes.experts or s.run.adapter.target_modules != "all-linear":
         return None
@@ -179,7 +176,7 @@ def _(s: Situation) -> Found:
     )
 
 
-@_rule("rank-for-layer", "warning", "adapter.r", "arithmetic")
+@_warning("rank-for-layer", "adapter.r", "arithmetic")
 def _(s: Situation) -> Found:
     r = s.run.adapter.r
     sides = [s.shapes.linears[path] for path in s.shapes.targets(s.run.adapter.target_modules) & set(s.shapes.linears)]
@@ -193,7 +190,7 @@ def _(s: Situation) -> Found:
     )
 
 
-@_rule("attention-only", "warning", "adapter.target_modules", "arXiv 2305.14314, figure 2; arXiv 2405.09673")
+@_warning("attention-only", "adapter.target_modules", "arXiv 2305.14314, figure 2; arXiv 2405.09673")
 def _(s: Situation) -> Found:
     def weights(paths: Any) -> int:
         return sum(s.shapes.linears[p][0] * s.shapes.linears[p][1] for p in paths if p in s.shapes.linears)
@@ -208,7 +205,7 @@ def _(s: Situation) -> Found:
     )
 
 
-@_rule("tied-embedding", "warning", "adapter.target_modules", "huggingface/peft issue 2777")
+@_warning("tied-embedding", "adapter.target_modules", "huggingface/peft issue 2777")
 def _(s: Situation) -> Found:
     head_is_stored = s.shapes.head is None or f"{s.shapes.head}.weight" in s.shapes.weights
     adapted = sorted(s.shapes.targets(s.run.adapter.target_modules) & {*s.shapes.embeddings, s.shapes.head})
@@ -220,7 +217,7 @@ def _(s: Situation) -> Found:
     )
 
 
-@_rule("dropout-large-data", "info", "adapter.lora_dropout", "arXiv 2305.14314, section 4: no gain on large models")
+@_info("dropout-large-data", "adapter.lora_dropout", "arXiv 2305.14314, section 4: no gain on large models")
 def _(s: Situation) -> Found:
     if not s.run.adapter.lora_dropout or s.data is None or s.data.rows < 50_000:
         return None
@@ -230,9 +227,7 @@ def _(s: Situation) -> Found:
 # Optimization
 
 
-@_rule(
-    "learning-rate", "warning", "train.learning_rate", "arXiv 2106.09685, 2305.14314; ten times that of full training"
-)
+@_warning("learning-rate", "train.learning_rate", "arXiv 2106.09685, 2305.14314; ten times that of full training")
 def _(s: Situation) -> Found:
     rate = s.run.train.learning_rate
     if RATES[0] <= rate <= RATES[1]:
@@ -240,14 +235,14 @@ def _(s: Situation) -> Found:
     return f"{rate:g} is {'low' if rate < RATES[0] else 'high'} for LoRA", "set train.learning_rate=2e-4"
 
 
-@_rule("no-warmup", "info", "train.warmup_ratio", "arXiv 1706.02677")
+@_info("no-warmup", "train.warmup_ratio", "arXiv 1706.02677")
 def _(s: Situation) -> Found:
     if s.run.train.warmup_ratio or (s.forecast.rows.steps or 100) < 20:
         return None
     return "the first steps go at the full rate, before the optimizer knows its scale", "set train.warmup_ratio=0.03"
 
 
-@_rule("epochs-many", "warning", "train.num_train_epochs", "arXiv 2305.16264: little is learned from a fifth pass on")
+@_warning("epochs-many", "train.num_train_epochs", "arXiv 2305.16264: little is learned from a fifth pass on")
 def _(s: Situation) -> Found:
     train = s.run.train
     epochs = train.num_train_epochs
@@ -258,7 +253,7 @@ def _(s: Situation) -> Found:
     return ("more passes than anything new is learned from", "set train.num_train_epochs=2") if epochs > 5 else None
 
 
-@_rule("few-steps", "warning", "train.gradient_accumulation_steps", "arithmetic")
+@_warning("few-steps", "train.gradient_accumulation_steps", "arithmetic")
 def _(s: Situation) -> Found:
     train, steps = s.run.train, s.forecast.rows.steps
     if steps is None or steps >= 20 or train.max_steps is not None:
@@ -271,17 +266,17 @@ def _(s: Situation) -> Found:
     return f"the whole run is {steps} optimizer steps of {size * times} rows", fix if size * times > 1 else MORE_ROWS
 
 
-@_rule("no-clipping", "info", "train.max_grad_norm", "arXiv 1211.5063")
+@_info("no-clipping", "train.max_grad_norm", "arXiv 1211.5063")
 def _(s: Situation) -> Found:
     if s.run.train.max_grad_norm:
         return None
     return "gradients are not clipped: one odd row can undo much", "set train.max_grad_norm=1.0"
 
 
-@_rule("paged-ample", "info", "train.optim", "arXiv 2305.14314, section 3: paging is for spikes")
+@_info("paged-ample", "train.optim", "arXiv 2305.14314, section 3: paging is for spikes")
 def _(s: Situation) -> Found:
     forecast = s.forecast
-    if not s.run.train.optim.startswith("paged") or forecast.step_margin_bytes < 0.25 * forecast.place.budget_bytes:
+    if not s.run.train.optim.startswith("paged") or forecast.step_margin_bytes < 0.25 * forecast.target.budget_bytes:
         return None
     free = forecast.step_margin_bytes / 2**30
     return (
@@ -293,31 +288,29 @@ def _(s: Situation) -> Found:
 # Precision
 
 
-@_rule("fp16-compute", "warning", "model.dtype", "arXiv 1905.12322: bf16 has float32's range, fp16 overflows at 65,504")
+@_warning("fp16-compute", "model.dtype", "arXiv 1905.12322: bf16 has float32's range, fp16 overflows at 65,504")
 def _(s: Situation) -> Found:
-    if s.run.model.dtype != "float16" or not s.is_bfloat16 or not s.forecast.place.has_bfloat16:
+    if s.run.model.dtype != "float16" or s.stored != torch.bfloat16 or not s.forecast.target.has_bfloat16:
         return None
     return "float16 for a model that was trained in bfloat16", "set model.dtype=bfloat16"
 
 
-@_rule("fp32-on-4bit", "warning", "model.dtype", "arXiv 2305.14314: 4-bit storage, 16-bit compute")
+@_warning("fp32-on-4bit", "model.dtype", "arXiv 2305.14314: 4-bit storage, 16-bit compute")
 def _(s: Situation) -> Found:
-    if s.run.quantization is None or s.run.model.dtype != "float32" or not s.forecast.place.has_bfloat16:
+    if s.run.quantization is None or s.run.model.dtype != "float32" or not s.forecast.target.has_bfloat16:
         return None
     return "4-bit weights computed in float32: slow, and more exact than they are", "set model.dtype=bfloat16"
 
 
-@_rule("no-bfloat16", "info", "model.dtype", "CUDA compute capability below 8.0")
+@_info("no-bfloat16", "model.dtype", "CUDA compute capability below 8.0")
 def _(s: Situation) -> Found:
-    place = s.forecast.place
-    if place.device != "cuda" or place.has_bfloat16 or s.run.model.dtype != "auto":
+    target = s.forecast.target
+    if target.device != "cuda" or target.has_bfloat16 or s.run.model.dtype != "auto":
         return None
     return "this GPU has no bfloat16, so auto computes in float32", "set model.dtype=float16 for speed"
 
 
-@_rule(
-    "quantized-twice", "warning", "quantization", "bench: a 4-bit file read into bf16 and quantized again errs twice"
-)
+@_warning("quantized-twice", "quantization", "bench: a 4-bit file read into bf16 and quantized again errs twice")
 def _(s: Situation) -> Found:
     if s.run.quantization is None or s.file_type is None:
         return None
@@ -327,12 +320,7 @@ def _(s: Situation) -> Found:
     )
 
 
-@_rule(
-    "requantized-merge",
-    "info",
-    "quantization",
-    "arXiv 2305.14314: the adapter makes up for the errors of its 4-bit base",
-)
+@_info("requantized-merge", "quantization", "arXiv 2305.14314: the adapter makes up for the errors of its 4-bit base")
 def _(s: Situation) -> Found:
     if s.run.quantization is None:
         return None
@@ -342,14 +330,14 @@ def _(s: Situation) -> Found:
     )
 
 
-@_rule("16-bit-fits", "info", "quantization", "4-bit weights are dequantized in every pass: bench/results/plan.json")
+@_info("16-bit-fits", "quantization", "4-bit weights are dequantized in every pass: bench/results/plan.json")
 def _(s: Situation) -> Found:
     run, forecast = s.run, s.forecast
-    if run.quantization is None or forecast.place.device != "cuda":
+    if run.quantization is None or forecast.target.device != "cuda":
         return None
     now = frozen_bytes(s.shapes, s.shapes.quantizable(), run.quantization.double_quant, 2)
     more = sum(frozen_bytes(s.shapes, frozenset(), True, 2).values()) - sum(now.values())
-    if forecast.step_margin_bytes - more < 0.15 * forecast.place.budget_bytes:
+    if forecast.step_margin_bytes - more < 0.15 * forecast.target.budget_bytes:
         return None
     return "this would fit in 16 bits, which is exact and no slower", "leave the section `quantization` out"
 
@@ -357,19 +345,14 @@ def _(s: Situation) -> Found:
 # Speed and memory
 
 
-@_rule(
-    "eager-attention",
-    "warning",
-    "model.attn_implementation",
-    "arXiv 2205.14135: memory grows with the square of length",
-)
+@_warning("eager-attention", "model.attn_implementation", "arXiv 2205.14135: memory grows with the square of length")
 def _(s: Situation) -> Found:
     if s.run.model.attn_implementation != "eager":
         return None
     return "eager attention keeps every score", "set model.attn_implementation=sdpa"
 
 
-@_rule("flash-missing", "error", "model.attn_implementation", "the package flash-attn is not installed")
+@_error("flash-missing", "model.attn_implementation", "the package flash-attn is not installed")
 def _(s: Situation) -> Found:
     if s.run.model.attn_implementation != "flash_attention_2" or find_spec("flash_attn") is not None:
         return None
@@ -379,13 +362,13 @@ def _(s: Situation) -> Found:
     )
 
 
-@_rule("checkpointing-ample", "info", "train.gradient_checkpointing", "up to a third of the work is done twice")
+@_info("checkpointing-ample", "train.gradient_checkpointing", "up to a third of the work is done twice")
 def _(s: Situation) -> Found:
     forecast = s.forecast
-    if forecast.place.device != "cuda" or s.run.train.gradient_checkpointing is not True:
+    if forecast.target.device != "cuda" or s.run.train.gradient_checkpointing is not True:
         return None
     if forecast.engine == "fused":
-        if forecast.step_margin_bytes < 0.15 * forecast.place.budget_bytes:
+        if forecast.step_margin_bytes < 0.15 * forecast.target.budget_bytes:
             return None
         return "memory is left in which less need be recomputed", "set train.gradient_checkpointing=auto"
     held = forecast.phases["backward"].components.get("working set", 0)
@@ -398,7 +381,7 @@ def _(s: Situation) -> Found:
 # Data
 
 
-@_rule("foreign-template", "warning", "data.chat_template", "the base has only ever seen its own")
+@_warning("foreign-template", "data.chat_template", "the base has only ever seen its own")
 def _(s: Situation) -> Found:
     if (
         s.tokenizer is None
@@ -413,7 +396,7 @@ def _(s: Situation) -> Found:
     )
 
 
-@_rule("raw-text", "warning", "data.chat_template", "what a chat model knows of turns is unlearned")
+@_warning("raw-text", "data.chat_template", "what a chat model knows of turns is unlearned")
 def _(s: Situation) -> Found:
     if s.tokenizer is None or not s.tokenizer.has_template:
         return None
@@ -425,7 +408,7 @@ def _(s: Situation) -> Found:
     )
 
 
-@_rule("no-template", "info", "data.chat_template", "a base model has no turns of its own")
+@_info("no-template", "data.chat_template", "a base model has no turns of its own")
 def _(s: Situation) -> Found:
     if s.tokenizer is None or s.tokenizer.has_template or s.run.data.chat_template not in ("auto", "none"):
         return None
@@ -435,7 +418,7 @@ def _(s: Situation) -> Found:
     )
 
 
-@_rule("no-end-token", "warning", "data.chat_template", "the ledger counts them")
+@_warning("no-end-token", "data.chat_template", "the ledger counts them")
 def _(s: Situation) -> Found:
     if s.data is None or s.data.end_of_turn:
         return None
@@ -445,7 +428,7 @@ def _(s: Situation) -> Found:
     )
 
 
-@_rule("max-length-low", "warning", "data.max_length", "the ledger counts them")
+@_warning("max-length-low", "data.max_length", "the ledger counts them")
 def _(s: Situation) -> Found:
     longest, positions = s.run.data.max_length, s.shapes.positions
     if s.data is None or s.data.p95 <= longest:
@@ -460,7 +443,7 @@ def _(s: Situation) -> Found:
     )
 
 
-@_rule("positions", "error", "data.max_length", "the model's configuration")
+@_error("positions", "data.max_length", "the model's configuration")
 def _(s: Situation) -> Found:
     positions, longest = s.shapes.positions, s.run.data.max_length
     if s.data is not None:
@@ -472,7 +455,7 @@ def _(s: Situation) -> Found:
     return f"rows of {longest} tokens, the model has positions for {positions}", f"set data.max_length={positions}"
 
 
-@_rule("held-out-small", "warning", "data.validation", "normal approximation of a share near one half, 95%")
+@_warning("held-out-small", "data.validation", "normal approximation of a share near one half, 95%")
 def _(s: Situation) -> Found:
     if s.data is None or s.data.held_out >= 100:
         return None
@@ -484,14 +467,14 @@ def _(s: Situation) -> Found:
     return f"a score on {s.data.held_out} held-out rows is uncertain by {width:.0f} points either way", fix
 
 
-@_rule("prompts-trained", "info", "data.loss_on", "arXiv 2305.14314, table 10: training on answers alone is better")
+@_info("prompts-trained", "data.loss_on", "arXiv 2305.14314, table 10: training on answers alone is better")
 def _(s: Situation) -> Found:
     if s.run.data.loss_on != "all" or (s.data is not None and s.data.raw):
         return None
     return "the questions are trained as well as the answers", "set data.loss_on=assistant"
 
 
-# Pitfalls of the usual guides that cannot be fallen into here: what they are, and what is done instead.
+# Pitfalls of the usual guides that cannot happen here: what they are, and what is done instead.
 HANDLED = {
     "8-bit base": "bits: 8 is refused: it needs twice the memory of 4 bits and is slower",
     "forgotten use_cache=False": "every base is loaded without a key-value cache",

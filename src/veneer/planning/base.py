@@ -1,4 +1,4 @@
-"""What a plan is made for: a base model by its configuration, as the engine that its run gets would train it.
+"""The base model that a plan is made for: its configuration, and dry runs of the engine that would train it.
 
 Which engine that is, `choose_engine` says, here as in a run: the fused engine itself is put on a few layers of the
 model on the meta device, and says whether it covers them. What only a real GPU can tell, whether it gives the right
@@ -6,7 +6,7 @@ numbers there, is taken for granted.
 """
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -14,26 +14,21 @@ import torch
 
 from veneer.config import Model, Run, Train
 from veneer.engine.choose import choose_engine
-from veneer.engine.dry_run import DryRun, Kept, Step, carried_on, run_dry
+from veneer.engine.dry_run import DryRun, Step, carried_on, run_dry
 from veneer.engine.fused import NotCoveredError
-from veneer.engine.fused.dry_run import require_covered, run_layers_dry, spending
+from veneer.engine.fused.dry_run import predict_placement, require_covered, run_layers_dry
+from veneer.engine.placement import MemoryPlacement, whole_blocks
 from veneer.model.shapes import build, find_config, is_at_hand, is_stored_in_4_bits, shapes_of
 from veneer.model.trainable import require_trainable
 from veneer.planning.batch_shapes import Lengths, RowShapes, assumed_rows, rows_of
 
 
+@dataclass(frozen=True)
 class _Known:
     """A configuration that equals another with the same content."""
 
-    def __init__(self, config: Any, content: tuple[str, str, int, int | None]) -> None:
-        self.config = config
-        self.content = content
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Known) and self.content == other.content
-
-    def __hash__(self) -> int:
-        return hash(self.content)
+    config: Any = field(compare=False)
+    content: tuple[str, str, int, int | None]
 
     def build(self, step: Step, layers: int | None = None) -> Any:
         """The model on the meta device, with so many layers; None: as few as tell all of it."""
@@ -68,7 +63,7 @@ def _dry_run(known: _Known, step: Step) -> DryRun:
 
 @lru_cache(maxsize=256)
 def _not_covered(known: _Known, step: Step) -> str | None:
-    """What of a model the fused engine does not compute; None: it covers it."""
+    """The part of a model that the fused engine does not compute; None: it covers all."""
     try:
         require_covered(known.build(step), step)
     except NotCoveredError as error:
@@ -80,19 +75,19 @@ class PlannedModel:
     """A base model to plan for; its weights are not touched.
 
     Args:
-        model: The base.
-        data: Lengths of the training and of the held-out rows; or the shapes that they make; or why there are none.
+        model: the base.
+        data: lengths of the training and of the held-out rows; or the shapes that they make; or why there are none.
 
     Attributes:
-        name: Of the base, as the run names it.
-        data: As given.
-        shapes: Of the base.
-        stored: Precision its weights are published in; None: not known.
-        is_4bit: Whether its files are in bitsandbytes' 4 bits already.
-        download_bytes: What must be fetched first.
+        name: name of the base in the run.
+        data: as given.
+        shapes: shapes of the base.
+        stored: dtype its weights are published in; None: not known.
+        is_4bit: whether its files are in bitsandbytes' 4 bits already.
+        download_bytes: bytes that must be fetched first.
 
     Raises:
-        UserError: There is no such base, or it cannot be trained.
+        UserError: there is no such base, or it cannot be trained.
     """
 
     def __init__(self, model: Model, data: tuple[Lengths, Lengths] | RowShapes | str) -> None:
@@ -120,12 +115,17 @@ class PlannedModel:
         """A micro-batch as its engine would compute it, on meta tensors."""
         return _dry_run(self._known, step)
 
-    def placement(self, step: Step, spare_bytes: int, budget_bytes: int) -> Kept:
-        """What the fused engine would keep of a step, of memory that is to spare and of the whole budget."""
-        return spending(self._known.build(step), step, self.shapes.depth, spare_bytes, budget_bytes)
+    def placement(
+        self, step: Step, gradient_checkpointing: bool | str, least_bytes: int, budget_bytes: int
+    ) -> MemoryPlacement:
+        """The placement that the step's engine would choose, by its peak at least and the device's memory."""
+        if step.engine == "reference":
+            return whole_blocks(self.shapes.depth, gradient_checkpointing)
+        base, depth = self._known.build(step), self.shapes.depth
+        return predict_placement(base, step, depth, gradient_checkpointing, least_bytes, budget_bytes)
 
     def rows(self, run: Run, engine: str) -> RowShapes:
-        """What a run's data will be like for an engine; the settings may differ from those it was read with."""
+        """Shapes of a run's data for an engine; the settings may differ from those it was read with."""
         if isinstance(self.data, RowShapes):
             return self.data
         if isinstance(self.data, str):

@@ -1,4 +1,4 @@
-"""What an engine will meet in a run's data: the fullest micro-batch there can be, and a usual one.
+"""The batch shapes of a run's data, for an engine: the fullest micro-batch there can be, and a usual one.
 
 Rows of a step are of like length (`veneer.data.Batches`), so the fullest micro-batch is one of neighbours in the order
 of length. The rows that go through the model together are those the engine itself would put together: the reference
@@ -31,21 +31,21 @@ class Padded(NamedTuple):
 
 @dataclass(frozen=True)
 class RowShapes:
-    """What is known of a run's data, as the engine will meet it.
+    """Shapes of a run's data, as the engine will have them.
 
     Attributes:
-        fullest: The micro-batch with the most tokens.
-        typical: A usual one, for the time.
-        passes: How many of them an optimizer step is.
-        tokens: Real tokens of an optimizer step.
-        steps: Optimizer steps; None: not known.
-        held_out: The largest batch of the held-out loss; None: there is none.
-        held_out_passes: How many of them the held-out loss takes.
-        answered: The rows that `veneer evaluate` answers: how many, and the most tokens and trained tokens of one;
+        fullest: the micro-batch with the most tokens.
+        typical: a usual one, for the time.
+        passes: passes of an optimizer step.
+        tokens: real tokens of an optimizer step.
+        steps: optimizer steps; None: not known.
+        held_out: the largest batch of the held-out loss; None: there is none.
+        held_out_passes: passes of the held-out loss.
+        answered: the rows that `veneer evaluate` answers: how many, and the most tokens and trained tokens of one;
             None: there are none.
-        unread: Why the data itself was not looked at; None: it was.
-        even: Whether all rows are of one length.
-        replayed: Share of micro-batches that are of the few shapes which come again most.
+        unread: why the data itself was not read; None: it was.
+        even: whether all rows are of one length.
+        replayed: share of micro-batches that are of the few shapes which come again most.
     """
 
     fullest: Padded
@@ -62,7 +62,7 @@ class RowShapes:
 
 
 def assumed_rows(run: Run, positions: int | None, why: str) -> RowShapes:
-    """The worst that a run's settings and its base's positions allow, where its data cannot be looked at."""
+    """The largest shapes that a run's settings and its base's positions allow, where its data cannot be read."""
     train, length = run.train, run.data.max_length
     if positions is not None and not run.data.packing:
         length = min(length, positions)
@@ -167,7 +167,7 @@ def _micro_batches(
 
 
 def _spread(count: int) -> list[int]:
-    """Places to look at: evenly over all, and each of the first."""
+    """Numbers of the micro-batches to look at: evenly over all, and each of the first."""
     even = np.linspace(0, count - 1, min(count, LOOKED_AT)).astype(int)
     return sorted({*even.tolist(), *range(min(LONGEST, count))})
 

@@ -1,4 +1,4 @@
-"""The machine examined: what is there, what works, what is broken and how to mend it.
+"""The machine examined: what is there, what works, what is broken and how to fix it.
 
 `look` only finds out; `diagnose` only judges what was found, so that every fault can be tested without having it.
 """
@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -21,15 +22,7 @@ from veneer.config.cache import cache_folder
 from veneer.machine.device import Machine, find_machine
 
 LIBRARIES = (
-    "torch",
-    "transformers",
-    "peft",
-    "bitsandbytes",
-    "accelerate",
-    "datasets",
-    "safetensors",
-    "tokenizers",
-    "triton",
+    *("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "tokenizers", "triton"),
 )
 # Oldest driver for a major version of CUDA: the CUDA release notes, table "CUDA Toolkit and Minimum Required Driver".
 OLDEST_DRIVER = {11: (450, 80), 12: (525, 60), 13: (580, 65)}
@@ -51,17 +44,17 @@ class Found:
     """A machine as found.
 
     Attributes:
-        machine: What a run would use.
-        driver: NVIDIA's driver; None: there is none.
+        machine: the device a run would use.
+        driver: version of NVIDIA's driver; None: there is none.
         driver_gpus: GPUs that the driver sees.
-        gpus: Those that torch can use.
+        gpus: those that torch can use.
         torch_cuda: CUDA version that torch was built for; None: built for the CPU.
-        torch_capabilities: What torch was built for, as 90.
+        torch_capabilities: compute capabilities that torch was built for, as 90.
         bitsandbytes: cuda, cpu, or why it does not load.
-        flash_attn: Whether the package is installed.
-        versions: Of the libraries that matter; None: missing.
-        outdated: What is missing or of another version, as requirements.
-        disk_free_bytes: By folder.
+        flash_attn: whether the package is installed.
+        versions: versions of the libraries that matter; None: missing.
+        outdated: requirements that are missing or of another version.
+        disk_free_bytes: free bytes by folder.
     """
 
     machine: Machine
@@ -100,7 +93,7 @@ class Usable:
 
 
 def look() -> Found:
-    """Find out; takes a second or two."""
+    """Examine the machine; takes a second or two."""
     import torch
 
     machine = find_machine()
@@ -128,75 +121,52 @@ def look() -> Found:
 
 def diagnose(found: Found) -> list[MachineProblem]:
     """What is broken. A machine without a GPU is not."""
-    problems = []
+    return list(_problems(found))
+
+
+def _problems(found: Found) -> Iterator[MachineProblem]:
     if found.driver is not None and found.driver_gpus and not found.gpus:
-        problems.append(_without_gpu(found))
+        yield _without_gpu(found)
     for gpu in found.gpus:
         if found.torch_capabilities and not any(_runs(built, gpu.capability) for built in found.torch_capabilities):
             built = ", ".join(f"{c / 10:.1f}" for c in found.torch_capabilities)
-            problems.append(
-                MachineProblem(
-                    "gpu-not-built-for",
-                    f"{gpu.name} has compute capability {gpu.capability / 10:.1f}; this torch is built for {built}",
-                    "install a torch that is built for this GPU (pytorch.org/get-started)",
-                )
+            yield MachineProblem(
+                "gpu-not-built-for",
+                f"{gpu.name} has compute capability {gpu.capability / 10:.1f}; this torch is built for {built}",
+                "install a torch that is built for this GPU (pytorch.org/get-started)",
             )
     if found.gpus and found.bitsandbytes != "cuda":
-        problems.append(
-            MachineProblem(
-                "bitsandbytes-without-cuda",
-                f"bitsandbytes has no CUDA here ({found.bitsandbytes}): no 4-bit base, no 8-bit optimizer on the GPU",
-                f"pip install --force-reinstall bitsandbytes; it must bring a library for CUDA {found.torch_cuda}",
-            )
+        yield MachineProblem(
+            "bitsandbytes-without-cuda",
+            f"bitsandbytes has no CUDA here ({found.bitsandbytes}): no 4-bit base, no 8-bit optimizer on the GPU",
+            f"pip install --force-reinstall bitsandbytes; it must bring a library for CUDA {found.torch_cuda}",
         )
     if found.outdated:
-        problems.append(
-            MachineProblem(
-                "libraries",
-                f"missing or of another version: {', '.join(found.outdated)}",
-                "pip install --upgrade veneer",
-            )
-        )
-    full = [
-        f"{folder} ({free / 2**30:.1f} GiB)" for folder, free in found.disk_free_bytes.items() if free < LITTLE_DISK
-    ]
-    if full:
-        problems.append(
-            MachineProblem(
-                "disk", f"little space left in {', '.join(full)}", "free some, or set VENEER_CACHE elsewhere"
-            )
-        )
-    return problems
+        unmet = f"missing or of another version: {', '.join(found.outdated)}"
+        yield MachineProblem("libraries", unmet, "pip install --upgrade veneer")
+    sizes = found.disk_free_bytes.items()
+    if full := [f"{folder} ({free / 2**30:.1f} GiB)" for folder, free in sizes if free < LITTLE_DISK]:
+        left = f"little space left in {', '.join(full)}"
+        yield MachineProblem("disk", left, "free some, or set VENEER_CACHE elsewhere")
 
 
 def usable(found: Found) -> list[Usable]:
     """Engines, attention backends, optimizers, quantization: which work here."""
-    cuda = bool(found.gpus)
-    no_gpu = "needs a CUDA GPU"
-    bits = found.bitsandbytes in ("cuda", "cpu")
-    broken = "" if bits else f"bitsandbytes does not load: {found.bitsandbytes}"
-    flash = cuda and found.flash_attn
-    return [
-        Usable("engine", "reference", True),
-        Usable("engine", "fused", cuda, "" if cuda else no_gpu),
-        Usable("attention", "sdpa", True),
-        Usable("attention", "eager", True),
-        Usable(
-            "attention",
-            "flash_attention_2",
-            flash,
-            "" if flash else no_gpu if not cuda else "flash-attn is not installed",
-        ),
-        Usable("optimizer", "adamw_torch", True),
-        Usable("optimizer", "adamw_8bit", bits, broken),
-        Usable(
-            "optimizer", "paged_adamw_8bit", cuda and bits, broken or ("" if cuda else f"{no_gpu}; kept unpaged here")
-        ),
-        Usable("quantization", "4 bits", bits, broken),
-        Usable(
-            "precision", "bfloat16", found.machine.has_bfloat16, "" if found.machine.has_bfloat16 else "not in hardware"
-        ),
-    ]
+    gpu = "" if found.gpus else "needs a CUDA GPU"
+    broken = "" if found.bitsandbytes in ("cuda", "cpu") else f"bitsandbytes does not load: {found.bitsandbytes}"
+    parts = (
+        ("engine", "reference", ""),
+        ("engine", "fused", gpu),
+        ("attention", "sdpa", ""),
+        ("attention", "eager", ""),
+        ("attention", "flash_attention_2", gpu or ("" if found.flash_attn else "flash-attn is not installed")),
+        ("optimizer", "adamw_torch", ""),
+        ("optimizer", "adamw_8bit", broken),
+        ("optimizer", "paged_adamw_8bit", broken or (gpu and f"{gpu}; kept unpaged here")),
+        ("quantization", "4 bits", broken),
+        ("precision", "bfloat16", "" if found.machine.has_bfloat16 else "not in hardware"),
+    )
+    return [Usable(part, name, not why, why) for part, name, why in parts]
 
 
 def _without_gpu(found: Found) -> MachineProblem:

@@ -1,4 +1,4 @@
-"""What to change so that a run fits: the changes that cost least come first.
+"""Changes of settings that make a run fit: those that cost least come first.
 
 In this order: packing, micro-batch against accumulation, recomputation, the optimizer, its states on the host, shorter
 answers, shorter rows, 4 bits, a smaller base of the same family. The first six change no number of the training, or
@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from veneer.config import Run
-from veneer.planning.forecast import Forecast, Planner
+from veneer.planning.forecast import Forecast
 from veneer.planning.memory import frozen_bytes
+from veneer.planning.planner import Planner
 
 SHORTEST = 256  # tokens; a shorter max_length is not worth a run
 SHORTEST_ANSWER = 64
@@ -24,16 +25,13 @@ class Change:
 
     Attributes:
         id: packing, micro-batch, checkpointing, optimizer, offload, answers, length, 4-bit or base.
-        settings: New values by `section.key`.
-        cost: What it costs, in a few words.
+        settings: new values by `section.key`.
+        cost: its cost, in a few words.
     """
 
     id: str
     settings: dict[str, Any]
     cost: str
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"id": self.id, "settings": self.settings, "cost": self.cost}
 
 
 @dataclass(frozen=True)
@@ -41,9 +39,9 @@ class Fitted:
     """A run that fits, and how it came about.
 
     Attributes:
-        run: The changed run.
-        changes: In order; none: it fits as it is.
-        forecast: Of the changed run.
+        run: the changed run.
+        changes: changes in order; none: it fits as it is.
+        forecast: forecast of the changed run.
     """
 
     run: Run
@@ -52,12 +50,12 @@ class Fitted:
 
 
 def fit(run: Run, planner: Planner, smaller: Callable[[Run, Planner], Iterator[tuple[str, Planner]]]) -> Fitted | None:
-    """The cheapest changes that make a run fit with room to spare; None: nothing does.
+    """The cheapest changes that make a run fit with memory left over; None: nothing does.
 
     Args:
-        run: The settings.
-        planner: Of its base, at its place.
-        smaller: Smaller bases than a run's, the largest first, each with its planner.
+        run: the settings.
+        planner: planner of its base and device.
+        smaller: gives smaller bases than a run's, the largest first, each with its planner.
     """
     found = _with_changes(run, planner)
     if found is not None:
@@ -84,7 +82,7 @@ def apply(run: Run, change: Change) -> Run:
 
 def _with_changes(run: Run, planner: Planner) -> Fitted | None:
     shapes = planner.base.shapes
-    if sum(frozen_bytes(shapes, shapes.quantizable(), True, 2).values()) > planner.place.budget_bytes:
+    if sum(frozen_bytes(shapes, shapes.quantizable(), True, 2).values()) > planner.target.budget_bytes:
         return None  # the weights alone are too much, even in 4 bits
     forecast = planner.forecast(run)
     if forecast.verdict == "fits":
@@ -155,12 +153,12 @@ def _checkpointing(run: Run, planner: Planner) -> Iterator[Change]:
 
 
 def _optimizer(run: Run, planner: Planner) -> Iterator[Change]:
-    if run.train.optim not in ("auto", "adamw_8bit", "paged_adamw_8bit") and planner.place.device == "cuda":
+    if run.train.optim not in ("auto", "adamw_8bit", "paged_adamw_8bit") and planner.target.device == "cuda":
         yield Change("optimizer", {"train.optim": "adamw_8bit"}, "nothing measurable")
 
 
 def _offload(run: Run, planner: Planner) -> Iterator[Change]:
-    if not run.train.optim.startswith("paged") and planner.place.device == "cuda":
+    if not run.train.optim.startswith("paged") and planner.target.device == "cuda":
         yield Change("offload", {"train.optim": "paged_adamw_8bit"}, "time to move the optimizer's states")
 
 

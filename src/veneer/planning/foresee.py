@@ -1,9 +1,9 @@
-"""What is foreseen of a run before its base is loaded: the forecast, and what is amiss with its settings.
+"""The forecast of a run and the advice on it, before its base is loaded.
 
 `veneer plan` asks for it, and so does every training before it loads anything. Data counts where it has been read.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from veneer.config import Run, UserError
@@ -15,7 +15,9 @@ from veneer.model.shapes import is_at_hand
 from veneer.planning.advice import Advice, DataFacts, Situation, TokenizerFacts, advise
 from veneer.planning.base import PlannedModel
 from veneer.planning.batch_shapes import Lengths
-from veneer.planning.forecast import Forecast, Planner, TargetDevice
+from veneer.planning.forecast import Forecast
+from veneer.planning.planner import Planner
+from veneer.planning.target import TargetDevice
 
 CERTAIN = 0.92  # of a predicted peak; what is beyond the budget even so cannot fit
 
@@ -25,9 +27,9 @@ class Foreseen:
     """A run before it runs.
 
     Attributes:
-        run: The settings.
-        planner: For other settings on the same data.
-        forecast, advice: What it will hold and take, and what is amiss.
+        run: the settings.
+        planner: makes forecasts of other settings on the same data.
+        forecast, advice: memory and time of the run, and what its settings should be.
     """
 
     run: Run
@@ -39,10 +41,10 @@ class Foreseen:
     def is_hopeless(self) -> bool:
         """Whether training cannot fit even if the prediction is too high; answers come later, and may elsewhere."""
         peak = self.forecast.phases[self.forecast.training_phase].bytes
-        return CERTAIN * peak > self.forecast.place.budget_bytes
+        return CERTAIN * peak > self.forecast.target.budget_bytes
 
     def as_dict(self) -> dict[str, Any]:
-        return self.forecast.as_dict() | {"advice": [advice.as_dict() for advice in self.advice]}
+        return self.forecast.as_dict() | {"advice": [asdict(advice) for advice in self.advice]}
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Read:
         return self.prepared.train, self.prepared.validation
 
     def facts(self) -> tuple[DataFacts, TokenizerFacts]:
-        """What the rules of advice ask."""
+        """The facts that rules of advice look at."""
         ledger, tokenizer = self.prepared.ledger.as_dict(), self.renderer.tokenizer
         data = DataFacts(
             rows=ledger["rows"]["training"],
@@ -78,19 +80,19 @@ class Read:
         )
 
 
-def foresee(run: Run, place: TargetDevice, data: Read | str) -> Foreseen:
-    """Foresee a run.
+def foresee(run: Run, target: TargetDevice, data: Read | str) -> Foreseen:
+    """The forecast of a run, and advice.
 
     Args:
-        run: The settings.
-        place: Where it is to run.
-        data: Its data, or why that was not read.
+        run: the settings.
+        target: the device it is to run on.
+        data: its data, or why that was not read.
 
     Raises:
-        UserError: No such base, an adapter target that matches nothing, or a quantization the base cannot take.
+        UserError: no such base, an adapter target that matches nothing, or a quantization the base cannot take.
     """
     base = PlannedModel(run.model, data if isinstance(data, str) else data.lengths())
-    planner = Planner(base, place)
+    planner = Planner(base, target)
     forecast = planner.forecast(run)
     facts = data.facts() if isinstance(data, Read) else (None, None)
     origin = gguf_origin(run.model)

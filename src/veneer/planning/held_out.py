@@ -1,4 +1,4 @@
-"""How many held-out rows go at a time, and what that holds: for the held-out loss, and for `veneer evaluate`.
+"""The number of held-out rows at a time, and its memory: for the held-out loss, and for `veneer evaluate`.
 
 Both take `evaluate.batch_size` rows where they fit, else half as many, until they do. Training, `veneer evaluate` and
 the plan ask the same functions, so a plan shows the number that is used.
@@ -15,13 +15,13 @@ SPARE = 0.05  # of the peak: pages the allocator cannot fill, and what a predict
 
 
 def rows_that_fit(asked: int, peak_of: Callable[[int], Peak], resting_bytes: int, budget_bytes: int) -> int:
-    """The rows that go at a time: those asked for, halved until they fit with room to spare; at least one.
+    """The rows that go at a time: those asked for, halved until they fit with memory left over; at least one.
 
     Args:
-        asked: Rows at a time at most.
-        peak_of: What so many rows hold at their fullest, with all that rests beside them.
-        resting_bytes: What is held whatever their number.
-        budget_bytes: What may be held.
+        asked: rows at a time at most.
+        peak_of: gives the peak of so many rows, with all that is held beside them.
+        resting_bytes: bytes that are held whatever their number.
+        budget_bytes: bytes that may be held.
     """
     if resting_bytes > budget_bytes:
         return 1
@@ -35,9 +35,9 @@ def loss_peak(resting: Mapping[str, int], train: DryRun, held_out: DryRun) -> Pe
     """The peak of a held-out loss within training.
 
     Args:
-        resting: What the run holds between its passes.
-        train: The dry run of its micro-batch; recordings of it stay.
-        held_out: The dry run of the held-out batch.
+        resting: bytes that the run holds between its passes.
+        train: dry run of its micro-batch; recordings of it stay.
+        held_out: dry run of the held-out batch.
     """
     parts = Counter(resting) + Counter({"recorded passes": train.recorded_bytes})
     parts += Counter(held_out.fullest("forward").components)
@@ -48,11 +48,11 @@ def answers_peak(loaded: Mapping[str, int], shapes: Shapes, asked: Step, dry: Dr
     """The peak of `veneer evaluate`, which answers a batch of prompts and measures the loss of references.
 
     Args:
-        loaded: Base and adapter.
-        shapes: Of the base.
-        asked: The batch, through Transformers, which generates whatever the engine.
-        dry: That batch.
-        max_new_tokens: Longest answer; the model's positions may leave room for less.
+        loaded: bytes of base and adapter.
+        shapes: shapes of the base.
+        asked: the batch, through Transformers, which generates whatever the engine.
+        dry: dry run of that batch.
+        max_new_tokens: tokens of the longest answer; the model's positions may allow less.
     """
     tokens = asked.length + max_new_tokens
     tokens = asked.rows * (tokens if shapes.positions is None else min(tokens, max(shapes.positions, asked.length)))

@@ -27,8 +27,8 @@ def measure_ceilings(machine: Machine, seconds: float = SECONDS) -> Ceilings:
     """Measure this machine.
 
     Args:
-        machine: Where it runs.
-        seconds: Of each of its five measurements.
+        machine: this machine.
+        seconds: duration of each of its five measurements.
     """
     device = machine.device
     size = 8192 if device == "cuda" else 1536

@@ -1,4 +1,4 @@
-"""What each part of a run holds, in bytes, from shapes alone; and the peak of each phase.
+"""The bytes of each part of a run, from shapes alone, and the peak of each phase.
 
 Frozen weights are counted in the bits they are stored in, the adapter and what the optimizer keeps of it exactly, each
 tensor rounded up as the allocator rounds. What a step holds beside them comes from a dry run of the engine that will
@@ -23,10 +23,10 @@ def phases(shapes: Shapes, step: Step, optim: str, train: DryRun, device: str) -
     """The peak of each phase of training, with all its components.
 
     Args:
-        shapes: The base model.
-        step: The micro-batch of training.
-        optim: The optimizer, as `train.optim` resolves.
-        train: The dry run of `step`.
+        shapes: shapes of the base model.
+        step: the micro-batch of training.
+        optim: the optimizer, as `train.optim` resolves.
+        train: dry run of `step`.
         device: cuda, cpu or mps.
     """
     held, gradients = resting(shapes, step, optim, train, device)
@@ -45,7 +45,7 @@ def phases(shapes: Shapes, step: Step, optim: str, train: DryRun, device: str) -
 
 
 def resting(shapes: Shapes, step: Step, optim: str, train: DryRun, device: str) -> tuple[Counter[str], int]:
-    """What a run holds between its passes, and the bytes of its gradients beside that; arguments as for `phases`."""
+    """Bytes that a run holds between its passes, and those of its gradients beside; arguments as for `phases`."""
     frozen, libraries = Counter(_frozen(shapes, step)), Counter({"libraries": LIBRARIES[device]})
     itemsize = step.dtype.itemsize
     if step.method == "full":
@@ -56,7 +56,7 @@ def resting(shapes: Shapes, step: Step, optim: str, train: DryRun, device: str) 
     else:
         sizes = shapes.adapter(step.targets, step.r)
         states, gradients = 0, adapter_bytes(sizes)
-    states += 0 if optim.startswith("paged") else optimizer_bytes(sizes, optim)
+    states += optimizer_bytes(sizes, optim)
     optimizer = Counter({"optimizer": states})
     if train.held is not None:  # adapter and gradients among it, for good
         return frozen + libraries + optimizer + Counter(train.held), 0
@@ -64,7 +64,7 @@ def resting(shapes: Shapes, step: Step, optim: str, train: DryRun, device: str) 
 
 
 def loaded(shapes: Shapes, step: Step, device: str) -> Counter[str]:
-    """What a base with its adapter holds, ready to answer."""
+    """Bytes of a base with its adapter, ready to answer."""
     adapter = 0 if step.method == "full" else adapter_bytes(shapes.adapter(step.targets, step.r))
     return Counter(_frozen(shapes, step)) + Counter({"adapter": adapter, "libraries": LIBRARIES[device]})
 
@@ -106,7 +106,14 @@ def quantized_bytes(weights: int, double_quant: bool) -> int:
 
 
 def optimizer_bytes(sizes: list[int], name: str) -> int:
-    """What AdamW keeps of parameters of these sizes: two moments, in 32 bits or in 8 with a constant a 256."""
+    """Bytes of AdamW's states on the device: two moments, in 32 bits or in 8 with a constant for each 256.
+
+    Args:
+        sizes: numbers in each tensor that the optimizer updates; bitsandbytes keeps small ones in 32 bits.
+        name: the optimizer, as `train.optim` resolves; paged states are the host's.
+    """
+    if name.startswith("paged"):
+        return 0
     if not name.endswith("8bit"):
         return sum(2 * rounded(4 * n) + (rounded(4) if name == "adamw_torch" else 0) for n in sizes)
     small, large = [n for n in sizes if n < 4096], [n for n in sizes if n >= 4096]
@@ -124,6 +131,6 @@ def adapter_bytes(sizes: list[int]) -> int:
 
 
 def run_disk_bytes(trainable: int, steps: int | None, train: Train) -> int:
-    """Adapter and checkpoints (adapter and two moments each) in float32, and some room for the rest."""
+    """Adapter and checkpoints (adapter and two moments each) in float32, and 16 MiB for the rest."""
     kept = min(train.save_total_limit, steps or train.save_total_limit) + 1
     return trainable * 4 * (1 + 3 * kept) + 16 * 2**20

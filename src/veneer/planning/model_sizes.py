@@ -1,4 +1,4 @@
-"""What a given amount of memory can train: one family of bases from 0.1B to 72B, by method.
+"""The bases that a given amount of memory can train, from 0.1B to 72B, by method.
 
 Each at its leanest: one row at a time, activations recomputed, 8-bit optimizer, adapters on all linear layers.
 """
@@ -11,21 +11,21 @@ from veneer.config import Model, Run
 from veneer.config.names import find_model
 from veneer.model.known import MODEL_SIZES, smaller_siblings
 from veneer.planning.base import PlannedModel
-from veneer.planning.forecast import Planner, TargetDevice, place_of
 from veneer.planning.held_out import SPARE
+from veneer.planning.planner import Planner
+from veneer.planning.target import TargetDevice, device_named
 
 METHODS = ("full", "lora", "qlora")
-GIB = 2**30
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A base and what it needs.
+    """A base and the memory its training needs.
 
     Attributes:
-        base: Hub id.
-        parameters: Of the base.
-        peak_bytes: At the peak of training, by method; one that did not fit with a smaller base is left out.
+        base: hub id.
+        parameters: number of its parameters.
+        peak_bytes: peak of training, by method; one that did not fit with a smaller base is left out.
     """
 
     base: str
@@ -33,7 +33,7 @@ class ModelSize:
     peak_bytes: dict[str, int]
 
     def best(self, budget_bytes: int) -> str | None:
-        """The best method that fits with room to spare: full before lora before qlora."""
+        """The best method that fits with memory left over: full before lora before qlora."""
         return next((m for m in METHODS if self.fits(m, budget_bytes)), None)
 
     def fits(self, method: str, budget_bytes: int) -> bool:
@@ -54,16 +54,16 @@ def leanest(run: Run, base: str | None = None) -> Run:
     return Run.model_validate(values)
 
 
-def model_sizes(run: Run, place: TargetDevice, methods: tuple[str, ...] = METHODS) -> list[ModelSize]:
-    """Models with a run's length and rank, up to what a place holds."""
+def model_sizes(run: Run, target: TargetDevice, methods: tuple[str, ...] = METHODS) -> list[ModelSize]:
+    """Models with a run's length and rank, up to what a device holds."""
     found = []
     for base in MODEL_SIZES:
         lean = leanest(run, base)
-        planner = Planner(PlannedModel(Model(base=base), "it is one of many"), place)
+        planner = Planner(PlannedModel(Model(base=base), "it is one of many"), target)
         forecasts = {method: planner.forecast_as(lean, method) for method in methods}
         # What does not fit does not fit with a larger base either.
         found.append(ModelSize(base, planner.base.shapes.total, {m: forecasts[m].peak_bytes for m in methods}))
-        methods = tuple(m for m in methods if forecasts[m].peak_bytes <= place.budget_bytes)
+        methods = tuple(m for m in methods if forecasts[m].peak_bytes <= target.budget_bytes)
         if not methods:
             break
     return found
@@ -73,24 +73,24 @@ def compare(run: Run, planner: Planner, sizes: Sequence[int] = (16, 24, 48, 80))
     """Full fine-tuning, LoRA in 16 bits and QLoRA of a run's base, and the largest base that each can train.
 
     Args:
-        run: The settings; its length and rank count.
-        planner: Of its base.
-        sizes: Memory of GPUs, in GiB.
+        run: the settings, of which length and rank count.
+        planner: planner of its base.
+        sizes: memory of GPUs, in GiB.
     """
-    places = {size: place_of(f"{size}GiB") for size in sizes}
-    models = model_sizes(run, places[max(sizes)])
+    devices = {size: device_named(f"{size}GiB") for size in sizes}
+    models = model_sizes(run, devices[max(sizes)])
     lean = leanest(run)
     methods = {}
     for method in METHODS:
         peak = planner.forecast_as(lean, method).peak_bytes
         here = ModelSize(run.model.base, 0, {method: peak})
         largest = {}
-        for size, place in places.items():
-            fitting = [model for model in models if model.fits(method, place.budget_bytes)]
+        for size, target in devices.items():
+            fitting = [model for model in models if model.fits(method, target.budget_bytes)]
             largest[f"{size}GiB"] = fitting[-1].base if fitting else None
         methods[method] = {
             "peak_bytes": peak,
-            "fits": {f"{size}GiB": here.fits(method, place.budget_bytes) for size, place in places.items()},
+            "fits": {f"{size}GiB": here.fits(method, target.budget_bytes) for size, target in devices.items()},
             "largest": largest,
         }
     return {"base": run.model.base, "max_length": run.data.max_length, "r": run.adapter.r, "methods": methods}
@@ -104,4 +104,4 @@ def smaller_bases(run: Run, planner: Planner) -> Iterator[tuple[str, Planner]]:
         # One tokenizer, so its rows are as long.
         smaller = PlannedModel(Model(base=base), planner.base.data)
         if smaller.shapes.total < 0.9 * planner.base.shapes.total:
-            yield base, Planner(smaller, planner.place)
+            yield base, Planner(smaller, planner.target)

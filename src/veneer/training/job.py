@@ -29,11 +29,12 @@ from veneer.engine.choose import choose
 from veneer.engine.interface import BatchShapes
 from veneer.machine.device import peak_bytes, resolve_optim
 from veneer.model import compute_dtype, config_sha256, count_parameters, fingerprint, save_adapter
-from veneer.planning.memory import run_disk_bytes
+from veneer.planning.memory import optimizer_bytes, run_disk_bytes
 from veneer.training import checkpoint
 from veneer.training.held_out import HeldOutBatches
 from veneer.training.loop import Loop
 from veneer.training.metrics import Listener, MetricsFile, read_metrics
+from veneer.training.optimizer import parameters_to_update
 from veneer.training.parts import load_parts
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers", "numpy")
@@ -81,7 +82,7 @@ class TrainingJob:
     Attributes:
         machine, source, tokenizer, renderer, data, foreseen, model: The parts, for others to show or evaluate.
         engine, choice: What computes losses and gradients, and why it was taken.
-        placed: What the fused engine keeps of a step, and the memory it takes; None: another engine, or not measured.
+        placement: where the engine has the tensors of a step.
 
     Raises:
         UserError: Anything the user can mend; nothing has been written then.
@@ -126,7 +127,10 @@ class TrainingJob:
             held_out=held_out[0].lengths if len(held_out) else (),
             documents=batches.most_documents() if run.data.packing else (),
         )
-        self.placed = self.engine.plan_memory(shapes, train.gradient_checkpointing, 8 * self.parameters["trainable"])
+        device = self.machine.device
+        updated = parameters_to_update(self.model, self.engine, train, device).values()
+        states = optimizer_bytes([parameter.numel() for parameter in updated], resolve_optim(train.optim, device))
+        self.placement = self.engine.plan_memory(shapes, train.gradient_checkpointing, states)
         self._loop = Loop(
             model=self.model,
             engine=self.engine,
@@ -219,7 +223,7 @@ class TrainingJob:
             "machine": self.machine.as_dict(),
             "engine": self.engine.name,
             "engine_reason": self.choice.reason,
-            "kept": self.placed,
+            "placement": self.placement.as_dict(),
             **self.engine.describe(),
             "dtype": str(compute_dtype(self.run.model, self.machine)).removeprefix("torch."),
             "optim": resolve_optim(train.optim, self.machine.device),

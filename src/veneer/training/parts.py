@@ -11,8 +11,8 @@ from veneer.data import Prepared, Renderer, prepare
 from veneer.machine import find_machine
 from veneer.machine.device import Machine, bound_freed_memory
 from veneer.model import BaseSource, attach, load_model, load_tokenizer, locate
-from veneer.planning.forecast import place_here
 from veneer.planning.foresee import Foreseen, Read, foresee
+from veneer.planning.target import this_device
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def load_parts(run: Run, force: bool = False) -> RunParts:
     renderer = Renderer(tokenizer, run.data)
     data = prepare(run.data, renderer, run.train.seed)
     _require_objective(data)
-    foreseen = foresee(run, place_here(machine), Read(data, renderer))
+    foreseen = foresee(run, this_device(machine), Read(data, renderer))
     _require_positions(foreseen.planner.base.shapes.positions, data)
     if not force:
         _require_memory(foreseen)
@@ -65,12 +65,12 @@ def load_parts(run: Run, force: bool = False) -> RunParts:
 def _require_memory(foreseen: Foreseen) -> None:
     """Raises UserError for a run that cannot fit, before an hour is spent on loading it."""
     if foreseen.is_hopeless:
-        forecast, place = foreseen.forecast, foreseen.forecast.place
+        forecast, target = foreseen.forecast, foreseen.forecast.target
         phase = forecast.training_phase
         peak = forecast.phases[phase].bytes
         raise UserError(
             f"the run does not fit: at its peak ({phase}) it would hold {peak / 2**30:.1f} GiB, "
-            f"{place.budget_bytes / 2**30:.1f} GiB are there, on {place.name}",
+            f"{target.budget_bytes / 2**30:.1f} GiB are there, on {target.name}",
             "`veneer plan` says what to change; --force tries it all the same",
         )
 

@@ -1,4 +1,4 @@
-"""What rows are checked for before they are trained on.
+"""Checks rows before they are trained on.
 
 privacy.py        personal data and secrets in a text
 prerendered.py    rows that bring a chat template with them

@@ -1,4 +1,4 @@
-"""Which rows are alike, and which share long passages: duplicates, near-duplicates, overlap with held-out files.
+"""Finds rows that are alike or share long passages: duplicates, near-duplicates, overlap with held-out files.
 
 Likeness is judged on words, without case and punctuation, of what a row says (no system prompt, no template). Every
 word becomes a number and every run of words (an n-gram) a number made of theirs, for a whole block of rows at a time.
@@ -8,7 +8,7 @@ bytes a row: one hash of every n-gram, the smallest in each of 64 bins (one-perm
 with empty bins filled from the next, Shrivastava and Li 2014). Pairs to compare are found by bands of four bytes that
 agree. The estimate's standard error is 0.05.
 
-Overlap is told by 13-grams, as in GPT-3's study of contamination (arXiv 2005.14165, appendix C).
+Overlap is found by 13-grams, as in GPT-3's study of contamination (arXiv 2005.14165, appendix C).
 """
 
 import zlib
@@ -140,7 +140,7 @@ def _root(first: Any, row: int) -> int:
 
 
 class Overlap:
-    """Which held-out rows share 13 words in a row with training rows.
+    """Finds held-out rows that share 13 words in a row with training rows.
 
     Args:
         texts: The held-out rows.

@@ -1,4 +1,4 @@
-"""Rows that bring a chat template with them: their control tokens, learnt as text, would be learnt as letters.
+"""Finds rows that bring a chat template with them, whose control tokens would be learnt as letters.
 
 A row brings a template where a turn, or a text, begins or ends with a control token. Those of the known model families
 are looked for, whichever the base: of another family they are letters for it, too. Control tokens within a text
@@ -24,7 +24,7 @@ def strip_control_tokens(conversation: Conversation, setting: str) -> tuple[Conv
     """The conversation without control tokens at its ends, where the setting strips them; and whether any were there.
 
     Args:
-        conversation: As its row has it.
+        conversation: conversation as its row has it.
         setting: `data.special_tokens_in_text`.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Files of rows: which ones a setting names, what each is, and its rows.
+"""Reads files of rows: those that a setting names, the kind of each, and its rows.
 
-find.py        files, Arrow folders and hub datasets, each recognised by its content
-read.py        their rows, block by block, each with its place
+find.py        files, Arrow folders and hub datasets;  kind.py  what a file is, by its content;  hub.py  opens datasets
+read.py        their rows, in blocks (block.py), each with its place;  tables.py  those of Parquet and Arrow
 json_text.py   JSON that is one value, read piece by piece
 unpacked.py    to how many bytes a Parquet or Arrow file unpacks, and the limit of it
 """

@@ -1,57 +1,31 @@
-"""Finds the files, Arrow folders and hub datasets that a data setting names, and tells what each of them is.
+"""Finds the files, Arrow folders and hub datasets that a data setting names; `kind.py` tells what each file is.
 
-What a file is follows from its content: magic bytes first, then the first character of its text. Its suffix decides
-only between kinds of text that look alike (CSV, TSV, prose). So a renamed or a compressed file reads as it did before,
-and what cannot be read as rows (UTF-16, an archive, a pretty-printed object) is refused here, before any row is read.
-
-Only the first HEAD bytes of a file are looked at; read.py reads the rows. A folder gives the files of known suffixes;
-files that are not data by their name (README.md) are passed over. Where files of a folder or of a glob are of several
-splits by their names (`train-00000-of-00001.parquet`, `test/a.jsonl`), those of the wanted split are taken, with those
-that name none, and the others are told of. Files that are none (FIFOs, devices and links to them) are refused.
+A folder gives the files of known suffixes; files that are not data by their name (README.md) are passed over. Where
+files of a folder or of a glob are of several splits by their names (`train-00000-of-00001.parquet`, `test/a.jsonl`),
+those of the wanted split are taken, with those that name none, and the others are told of. FIFOs, devices and links to
+them are refused.
 """
 
 import glob
 import hashlib
-import io
 import json
-import logging
 import os
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO
 
 from veneer.config import UserError
 from veneer.config.files import read_json
-from veneer.config.hub import unreachable
 from veneer.config.paths import require_path
+from veneer.data.sources.hub import open_dataset
+from veneer.data.sources.kind import PACKED, SUFFIXES, head_of, kind_of, open_plain, suffix_of
 
-HEAD = 1 << 16  # bytes of a file, after decompression, that tell what it is
-JSON = "json"  # lines or array: the first character tells
-SUFFIXES = {".json": JSON, ".jsonl": JSON, ".ndjson": JSON, ".csv": "csv", ".tsv": "tsv"}
-SUFFIXES |= {".txt": "text", ".text": "text", ".md": "text"}
-SUFFIXES |= {".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow"}
-PACKED = (".gz", ".zst", ".zstd")
 NOT_DATA = {"readme.md", "readme.txt", "license.md", "license.txt", "dataset_info.json", "dataset_infos.json"}
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # a hub's name never begins with a dot: `../data` is a path
-BOM = b"\xef\xbb\xbf"
-BLANK_HEAD = 64 << 20  # bytes of white space that a file may begin with
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation"), "validation")
-UTF_8 = "save the file as UTF-8"
-UNPACK = "unpack it and name what is inside"
-REFUSED = (  # (how the file begins, what that is, what to do)
-    (rb"\xff\xfe|\xfe\xff|\x00\x00\xfe\xff", "text in UTF-16 or UTF-32", UTF_8),
-    (rb"PK\x03\x04", "a zip archive or an office document", UNPACK),
-    (rb"BZh\d1AY&SY", "a bzip2 archive", UNPACK),
-    (rb"\xfd7zXZ\x00", "an xz archive", UNPACK),
-    (rb"(?s).{257}ustar", "a tar archive", UNPACK),
-    (rb"%PDF-", "a PDF document", "save its text as .txt"),
-    (rb"version https://git-lfs", "a Git LFS pointer, not the data itself", "fetch the data with `git lfs pull`"),
-)
 
 
 @dataclass(frozen=True)
@@ -73,7 +47,7 @@ class DataSource:
     beside: str = ""
 
     def fingerprint(self, setting: str = "data") -> str:
-        """What changes when the content does: sha256 of the bytes on disk; of a hub dataset its own fingerprint.
+        """A hash that changes when the content does: sha256 of the bytes on disk; of a hub dataset its own fingerprint.
 
         Raises:
             UserError: The source cannot be read.
@@ -81,7 +55,7 @@ class DataSource:
         if self.kind == "hub dataset":
             return str(open_dataset(self, setting)._fingerprint)
         digest = hashlib.sha256()
-        with told(self.location, setting):
+        with as_user_errors(self.location, setting):
             files = [Path(self.location)]
             if self.kind == "arrow folder":
                 features = read_json(files[0] / "dataset_info.json").get("features")
@@ -100,11 +74,11 @@ def find_sources(
     """The sources that a setting names, in its order; those of a folder or a glob by path.
 
     Args:
-        named: A file, a glob (`**` too), a folder, a hub id (`org/name`), or several of them. `~` is the home folder.
+        named: file, a glob (`**` too), a folder, a hub id (`org/name`), or several of them. `~` is the home folder.
             A name is a hub id only where nothing on disk bears it and it has no suffix of a data file.
-        setting: The setting that named them, for messages (`data.train`).
-        split: Of a hub dataset or a saved DatasetDict. A DatasetDict of a single split gives that one for `train`.
-        subset: Of a hub dataset. The hub is first asked when rows or the fingerprint are read.
+        setting: name of the setting that named them, for messages (`data.train`).
+        split: split of a hub dataset or saved DatasetDict. A DatasetDict of a single split gives that one for `train`.
+        subset: configuration of a hub dataset. The hub is first asked when rows or the fingerprint are read.
 
     Raises:
         UserError: A name leads to nothing, to something unreadable, empty or not made of rows, or twice to one file.
@@ -115,7 +89,7 @@ def find_sources(
     sources: list[DataSource] = []
     for name in names:
         require_path(name, setting)
-        with told(name, setting):
+        with as_user_errors(name, setting):
             if (paths := _paths(name, setting)) is None:
                 sources.append(DataSource(name, "hub dataset", name, None, split, subset))
             wanted, beside = _of_split(Path(os.path.expanduser(name)), paths or [], setting, split)
@@ -132,7 +106,7 @@ def find_sources(
 
 
 @contextmanager
-def told(location: str, setting: str) -> Iterator[None]:
+def as_user_errors(location: str, setting: str) -> Iterator[None]:
     """Within the block, what the system or a decompressor says against a file becomes a UserError."""
     try:
         yield
@@ -141,113 +115,6 @@ def told(location: str, setting: str) -> Iterator[None]:
         why = f"damaged ({error})" if error.errno is None else f"cannot be read ({error.strerror})"
         fix = f"mend {error.filename or location}, or name another file in {setting}"
         raise UserError(f"{setting} = {location}: {why}", fix) from error
-
-
-def open_plain(location: str, compression: str | None) -> BinaryIO:
-    """The bytes of a file, decompressed as they are read. Reads may come back short."""
-    if compression is None:
-        return io.FileIO(location)
-    import pyarrow as pa
-
-    stream: BinaryIO = pa.input_stream(location, compression=compression)
-    return stream
-
-
-def chunks(stream: BinaryIO, size: int) -> Iterator[bytes]:
-    """The bytes of a stream, some at a time, without a byte order mark."""
-    first = b""
-    while len(first) < len(BOM) and (more := stream.read(size)):
-        first += more
-    yield first.removeprefix(BOM)
-    while chunk := stream.read(size):
-        yield chunk
-
-
-def open_dataset(source: DataSource, setting: str) -> Any:
-    """The `datasets.Dataset` of an Arrow folder or hub dataset, memory-mapped.
-
-    Raises:
-        UserError: The folder is damaged; the hub cannot be reached or does not know dataset, subset or split.
-    """
-    offline = unreachable() if source.kind == "hub dataset" else None
-    with _quiet_datasets(), _from_cache_alone(offline is not None):
-        import datasets
-
-        try:
-            if source.kind == "arrow folder":
-                return datasets.load_from_disk(source.location)
-            return datasets.load_dataset(source.location, source.subset, split=source.split)
-        except (OSError, ValueError, LookupError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            why, what = str(error).strip().split("\n")[0][:300], f"{setting} = {source.location}"
-            if source.kind == "arrow folder":
-                raise UserError(
-                    f"{what}: damaged Arrow folder ({why})", f"save it again, or name other data in {setting}"
-                ) from error
-            found = "cannot be reached" if offline or isinstance(error, ConnectionError) else "does not give it"
-            raise _not_given(source, setting, f"{found} ({offline or why})") from error
-
-
-def require_at_hand(sources: Sequence[DataSource], setting: str) -> None:
-    """Raises UserError for a hub dataset of which nothing is in the cache, where the hub cannot be reached."""
-    for source in sources:
-        if source.kind != "hub dataset" or (offline := unreachable()) is None:
-            continue
-        from huggingface_hub import constants
-
-        cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
-        owner = source.location.split("/")[0].lower()
-        if not cache.is_dir() or not any(path.name.lower().startswith(owner) for path in cache.iterdir()):
-            raise _not_given(source, setting, f"cannot be reached ({offline})")
-
-
-def _not_given(source: DataSource, setting: str, why: str) -> UserError:
-    asked = f"split {source.split}" + (f" of subset {source.subset}" if source.subset else "")
-    return UserError(
-        f"{setting} = {source.location}: no such file in {Path.cwd()}, and of the hub dataset of that name the {asked} "
-        f"was asked for: the hub {why}",
-        f"correct the name, subset or split, or download the dataset and name its files in {setting}",
-    )
-
-
-@contextmanager
-def _from_cache_alone(wanted: bool) -> Iterator[None]:
-    """Within the block, if it is wanted, `datasets` asks no hub; there is no argument that would say so."""
-    if not wanted:
-        yield
-        return
-    import datasets
-    from huggingface_hub import constants
-
-    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
-
-
-@contextmanager
-def _quiet_datasets() -> Iterator[None]:
-    """Within the block, no progress bars and no notices of retries; the switches are global, so they are put back."""
-    import datasets
-    import huggingface_hub
-
-    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
-    levels = [logger.level for logger in loggers]
-    lit = [utils for utils in (datasets.utils, huggingface_hub.utils) if not utils.are_progress_bars_disabled()]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for utils in lit:
-            utils.disable_progress_bars()
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels):
-                logger.setLevel(level)
-            for utils in lit:
-                utils.enable_progress_bars()
 
 
 def _paths(name: str, setting: str) -> list[Path] | None:
@@ -268,7 +135,7 @@ def _paths(name: str, setting: str) -> list[Path] | None:
         raise UserError(f"{setting} = {name}: is neither a file nor a folder", f"name a file or a folder in {setting}")
     if re.search(r"[*?[]", name):
         return _matches(str(path), f"{setting} = {name}", setting)
-    if HUB_ID.fullmatch(name) and _suffix(path) not in SUFFIXES:
+    if HUB_ID.fullmatch(name) and suffix_of(path) not in SUFFIXES:
         return None
     folder = path.absolute().parent
     looked = f"looked in {folder}" if folder.is_dir() else f"there is no folder {folder}"
@@ -297,7 +164,7 @@ def _walk(folder: Path, seen: set[str]) -> Iterator[Path]:
         if path.is_dir():
             if os.path.realpath(path) not in seen:
                 yield from _walk(path, seen)
-        elif _suffix(path) in SUFFIXES and path.name.lower() not in NOT_DATA:
+        elif suffix_of(path) in SUFFIXES and path.name.lower() not in NOT_DATA:
             if path.exists() and not path.is_file():
                 raise UserError(
                     f"{path}: is neither a file nor a folder, but a pipe, socket or device, or a link to one",
@@ -358,15 +225,8 @@ def _arrow_folder(folder: Path, setting: str, split: str) -> DataSource:
     return DataSource(folder.name, "arrow folder", str(folder / split), split=split)
 
 
-def _suffix(path: PurePath) -> str:
-    name = path.name.lower()
-    for packed in PACKED:
-        name = name.removesuffix(packed)
-    return PurePath(name).suffix
-
-
 def _file(path: Path, setting: str) -> DataSource:
-    with told(str(path), setting):
+    with as_user_errors(str(path), setting):
         with path.open("rb") as file:
             magic = file.read(4)
         compression = None
@@ -375,77 +235,8 @@ def _file(path: Path, setting: str) -> DataSource:
         elif magic == b"\x28\xb5\x2f\xfd" or re.fullmatch(rb"[\x50-\x5f]\x2a\x4d\x18", magic):  # a skippable frame
             compression = "zstd"
         with open_plain(str(path), compression) as stream:
-            head = _head(stream)
-    return DataSource(path.name, _kind(head, path, compression, setting), str(path), compression)
-
-
-def _head(stream: BinaryIO) -> bytes:
-    """The first HEAD bytes, from the first that is not blank."""
-    head, read = b"", 0
-    for chunk in chunks(stream, HEAD):
-        head, read = (head + chunk).lstrip(), read + len(chunk)
-        if len(head) >= HEAD or (not head and read > BLANK_HEAD):
-            break
-    return head
-
-
-def _kind(head: bytes, path: Path, compression: str | None, setting: str) -> str:
-    what, suffix = f"{setting} = {path}", _suffix(path)
-    if not head:
-        raise UserError(f"{what}: the file holds no rows", f"name a file with rows in {setting}")
-    for begins, is_a, fix in REFUSED:
-        if re.match(begins, head):
-            raise UserError(f"{what}: is {is_a}", f"{fix}, then name that in {setting}")
-    for magic, kind in ((b"PAR1", "parquet"), (b"ARROW1", "arrow"), (b"\xff\xff\xff\xff", "arrow")):
-        if head.startswith(magic):
-            if compression:
-                raise UserError(
-                    f"{what}: is a {kind} file within {compression}", f"unpack it, then name that in {setting}"
-                )
-            return kind
-    kind = _text_kind(head, SUFFIXES.get(suffix, ""), suffix)
-    is_binary = b"\0" in head and suffix not in SUFFIXES and not kind.startswith(JSON)
-    if is_binary or kind in ("parquet", "arrow"):
-        raise UserError(f"{what}: its content is no {suffix or 'text'} data", f"name a data file in {setting}")
-    if kind == "json lines" and _is_pretty_printed(head):
-        raise UserError(
-            f"{what}: one JSON object over several lines",
-            f"write an array of objects, or one object a line, into the file that {setting} names",
-        )
-    return kind
-
-
-def _text_kind(head: bytes, kind: str, suffix: str) -> str:
-    """The kind of a text, of which the suffix says `kind` (or nothing)."""
-    line, newline, _ = head.partition(b"\n")
-    if suffix == ".txt" and head[:1] == b"{":
-        # A first line beyond HEAD cannot be parsed; prose does not begin like this.
-        whole = bool(newline) or len(head) < HEAD
-        is_row = _is_object(line) if whole else re.match(rb'\{\s*"', line)
-        return "json lines" if is_row else kind
-    if kind == JSON or (kind in ("", "parquet", "arrow") and head[:1] in b"{["):
-        return "json array" if head[:1] == b"[" else "json lines"
-    return kind or ("tsv" if b"\t" in line else "csv" if b"," in line else "text")
-
-
-def _is_object(line: bytes) -> bool:
-    try:
-        return isinstance(json.loads(line.decode()), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _is_pretty_printed(head: bytes) -> bool:
-    """Whether the first object goes on beyond the first line (a row that is cut off does not)."""
-    line, newline, _ = head.partition(b"\n")
-    if not newline or line[:1] != b"{" or _is_object(line):
-        return False
-    text = head.decode(errors="replace")
-    try:
-        return json.JSONDecoder().raw_decode(text)[1] > text.index("\n")
-    except (ValueError, RecursionError):
-        # Too long to be seen whole: a key stands on the next line, or an array opens; a row stands after a cut one.
-        return len(head) >= HEAD and bool(re.match(rb'[^\n]*([{,]\s*\n\s*"|\[\s*\n)', head))
+            head = head_of(stream)
+    return DataSource(path.name, kind_of(head, path, compression, setting), str(path), compression)
 
 
 def _with_names(sources: list[DataSource]) -> list[DataSource]:

@@ -1,4 +1,4 @@
-"""The text of a JSON file, value by value, in memory that one value of the longest kind bounds."""
+"""Reads the text of a JSON file value by value, in no more memory than the longest value takes."""
 
 import codecs
 import json
@@ -97,11 +97,12 @@ class JsonText:
 
 
 def _end_of_value(text: str, depth: int, is_quoted: bool) -> tuple[int, int, bool]:
-    """Where a value of an array ends, found by whole arrays, since a character at a time would take minutes.
+    """The end of a value of an array, found by whole arrays, since a character at a time would take minutes.
 
     Args:
         text: A part of the value and what follows, without escaped quotes.
-        depth, is_quoted: How many brackets are open before it, and whether a string is.
+        depth: number of brackets that are open before it.
+        is_quoted: whether a string is open before it.
 
     Returns:
         The place of the comma or bracket behind the value, the length of the text where there is none; and depth and

@@ -7,9 +7,8 @@ file and line.
 
 JSON lines come as bytes, not parsed: parsing is what costs, and `parse` runs in worker processes. All other kinds come
 as dicts. CSV is read strictly: a quote in the wrong place makes its record unreadable where the csv module's default
-would change the value in silence. Every CSV value is a str. Line ends of texts become `\\n`. In Parquet, Arrow and hub
-rows, keys whose value is null are left out at every depth, since Arrow fills keys that a row never had with null; a
-row without a key and one with null there cannot be told apart.
+would change the value in silence. Every CSV value is a str. Line ends of texts become `\\n`. tables.py reads Parquet,
+Arrow and hub datasets.
 
 Not done here: recognising what a row means, joining files, shuffling.
 """
@@ -17,54 +16,20 @@ Not done here: recognising what a row means, joining files, shuffling.
 import csv
 import io
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import compress
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from veneer.config import UserError
-from veneer.data.sources.find import DataSource, chunks, open_dataset, open_plain, told
+from veneer.data.sources.block import BYTES, ROWS, Item, Piece, Row, RowBlock, Unreadable, too_long, twins
+from veneer.data.sources.find import DataSource, as_user_errors
 from veneer.data.sources.json_text import CHUNK, JsonText
-from veneer.data.sources.unpacked import TIMES, require_batches, require_pages
+from veneer.data.sources.kind import chunks, open_plain
+from veneer.data.sources.tables import table_pieces
 
-ROWS = 1000  # of a block, at most
-BYTES = 4 << 20  # of a block, about; a single row may be larger
 LONGEST = 64 << 20  # bytes of a row, by default
 FIELD_BYTES = 64  # of memory that each field of a row takes beside its characters
 NUL = "holds NUL bytes: the file is damaged, or not UTF-8 text"
-
-
-@dataclass(frozen=True, slots=True)
-class Unreadable:
-    """Stands in place of a row that cannot be read."""
-
-    reason: str
-
-
-Row = bytes | dict[str, Any] | Unreadable
-Item = tuple[int, Row, int]  # number, row, its size in bytes or characters
-Piece = tuple[list[int], list[Row]]  # numbers and rows of a block
-
-
-@dataclass(frozen=True)
-class RowBlock:
-    """Some rows of one source that follow each other.
-
-    `numbers` count from 1: lines of a text (of its record's first line) if `by_line`, else rows. A row of bytes is a
-    line of JSON for `parse`.
-    """
-
-    name: str
-    by_line: bool
-    numbers: list[int]
-    rows: list[Row]
-
-    def place(self, at: int) -> str:
-        """Where row `at` of this block stands: `tickets.jsonl:12`, or `tickets.json[12]`."""
-        number = self.numbers[at]
-        return f"{self.name}:{number}" if self.by_line else f"{self.name}[{number}]"
 
 
 def read_blocks(
@@ -73,17 +38,17 @@ def read_blocks(
     """The rows of a source, in order, at most 1000 of them and about 4 MiB at a time.
 
     Args:
-        source: From `find_sources`.
-        setting: The setting that named it, for messages (`data.train`).
-        text_by: What is a row of a text: a `line` that is not blank, a `paragraph` between blank lines, or the `file`.
-        max_row_bytes: A longer row is Unreadable. Of JSON arrays and CSV, characters are counted.
+        source: source that `find_sources` gave.
+        setting: name of the setting that named it, for messages (`data.train`).
+        text_by: row of a text: a `line` that is not blank, a `paragraph` between blank lines, or the `file`.
+        max_row_bytes: limit of a row; a longer one is Unreadable. Of JSON arrays and CSV, characters are counted.
 
     Raises:
         UserError: The source holds no rows, is damaged, or cannot be read. Blocks may have been given before.
     """
     by_line = source.kind in ("json lines", "csv", "tsv", "text")
     empty = True
-    with told(source.location, setting):
+    with as_user_errors(source.location, setting):
         for numbers, rows in _pieces(source, setting, text_by, max_row_bytes):
             empty = False
             yield RowBlock(source.name, by_line, numbers, rows)
@@ -119,13 +84,9 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
     return f"is not UTF-8 text: byte {error.object[error.start]:#04x} at byte {error.start + 1}"
 
 
-def _too_long(longest: int) -> Unreadable:
-    return Unreadable(f"is longer than data.max_row_bytes = {longest:,}")
-
-
 def _pieces(source: DataSource, setting: str, text_by: str, longest: int) -> Iterator[Piece]:
     if source.kind in ("parquet", "arrow", "arrow folder", "hub dataset"):
-        yield from _table_pieces(source, setting, longest)
+        yield from table_pieces(source, setting, longest)
         return
     with open_plain(source.location, source.compression) as stream:
         if source.kind == "json lines":
@@ -186,7 +147,7 @@ def _json_lines(stream: BinaryIO, longest: int) -> Iterator[Piece]:
             lines = batch[at : at + ROWS]
             numbers = range(first + at, first + at + len(lines))
             is_row = [bool(line) and not line.isspace() for line in lines]
-            rows: list[Row] = [line if len(line) <= longest else _too_long(longest) for line in compress(lines, is_row)]
+            rows: list[Row] = [line if len(line) <= longest else too_long(longest) for line in compress(lines, is_row)]
             if rows:
                 yield list(compress(numbers, is_row)), rows
 
@@ -204,7 +165,7 @@ def _json_array(stream: BinaryIO, name: str, setting: str, longest: int) -> Iter
             raise text.broken(text.at, "broken JSON: the array is not closed")
         value, size = text.value(longest)
         number += 1
-        yield number, _object(value) if size else _too_long(longest), size
+        yield number, _object(value) if size else too_long(longest), size
         mark = text.mark()
         if mark not in (",", "]"):
             why = "expecting ',' or ']' after a row" if mark else "the array is not closed"
@@ -224,7 +185,7 @@ def _csv(stream: BinaryIO, source: DataSource, setting: str, longest: int) -> It
         if isinstance(record, Unreadable):
             row = record
         elif sum(map(len, record)) > longest:
-            row = _too_long(longest)
+            row = too_long(longest)
         elif len(record) == len(header):
             row = dict(zip(header, record))
         else:
@@ -243,14 +204,9 @@ def _header(record: list[str] | Unreadable, place: str, setting: str) -> list[st
     if "" in record:
         index = "; is it the index of a pandas frame? write that with to_csv(index=False)" if not record[0] else ""
         raise UserError(f"{place}: column {record.index('') + 1} of {len(record)} has no name{index}", fix)
-    if twins := _twins(record):
-        raise UserError(f"{place}: several columns are named {twins}", fix)
+    if shared := twins(record):
+        raise UserError(f"{place}: several columns are named {shared}", fix)
     return record
-
-
-def _twins(names: list[str]) -> str:
-    """Names that several columns have, the first of them; nothing where all differ."""
-    return ", ".join([name for name, count in Counter(names).items() if count > 1][:5])
 
 
 def _records(
@@ -266,7 +222,7 @@ def _records(
         with io.TextIOWrapper(buffered, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
             while line := text.readline(longest + 1):
                 if len(line) > longest:
-                    damage.append(_too_long(longest).reason)
+                    damage.append(too_long(longest).reason)
                     while line and not line.endswith(("\n", "\r")):
                         line = text.readline(CHUNK)
                     line = "\n"
@@ -343,124 +299,10 @@ def _joined(lines: list[bytes], longest: int) -> tuple[Row, int]:
 
 def _text(line: bytes, longest: int) -> Row:
     if len(line) > longest:
-        return _too_long(longest)
+        return too_long(longest)
     if b"\0" in line:
         return Unreadable(NUL)
     try:
         return {"text": line.decode()}
     except UnicodeDecodeError as error:
         return Unreadable(_not_utf8(error))
-
-
-def _table_pieces(source: DataSource, setting: str, longest: int) -> Iterator[Piece]:
-    import pyarrow as pa
-
-    at = 1
-    try:
-        for batch in _batches(source, setting, longest):
-            if batch is None:
-                yield [at], [_too_long(longest)]
-                at += 1
-                continue
-            if twins := _twins(batch.schema.names):
-                what = f"{setting} = {source.location}: several columns are named {twins}"
-                raise UserError(what, f"rename them, or name another file in {setting}")
-            batch.validate()
-            for part in _parts(batch):
-                rows: list[Row] = _python(part) if len(part) > 1 or _size(part) <= longest else [_too_long(longest)]
-                yield list(range(at, at + len(rows))), rows
-                at += len(rows)
-    except (pa.ArrowException, ValueError) as error:  # the latter of a damaged schema or header
-        if isinstance(error, UserError):
-            raise
-        what = f"{setting} = {source.location}: damaged {source.kind} after row {at - 1} ({error})"
-        raise UserError(what, f"write it again, or name another in {setting}") from error
-
-
-def _batches(source: DataSource, setting: str, longest: int) -> Iterator[Any]:
-    """Record batches of whatever size the source is cut into; None: a row that is longer than that."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    what = f"{setting} = {source.location}"
-    if source.kind == "parquet":
-        # Unless both are said, a whole row group, which may be the whole file, is held in memory.
-        small = {"pre_buffer": False, "buffer_size": CHUNK}
-        opened = pq.ParquetFile(source.location, page_checksum_verification=True, **small)
-        with opened as file, open(source.location, "rb") as stream:
-            for number in range(file.num_row_groups):
-                group = file.metadata.row_group(number)
-                if group.num_rows == 1 and group.total_byte_size > 2 * longest:  # its encoding counts, too
-                    yield None
-                    continue
-                largest = require_pages(stream, group, what, longest)
-                mean = max(1, group.total_byte_size // max(1, group.num_rows), largest // TIMES)
-                yield from file.iter_batches(min(ROWS, max(1, longest // mean)), row_groups=[number])
-    elif source.kind == "arrow":
-        require_batches(Path(source.location), what, longest)
-        with pa.memory_map(source.location) as mapped:
-            is_file = mapped.read(6) == b"ARROW1"
-            mapped.seek(0)
-            if is_file:
-                reader = pa.ipc.open_file(mapped)
-                yield from (reader.get_batch(n) for n in range(reader.num_record_batches))
-            else:
-                yield from pa.ipc.open_stream(mapped)
-    else:
-        if source.kind == "arrow folder":
-            for path in sorted(Path(source.location).glob("*.arrow")):
-                require_batches(path, what, longest)
-        # As Arrow, so that images and audio are not decoded.
-        for table in open_dataset(source, setting).with_format("arrow").iter(batch_size=ROWS):
-            yield from table.to_batches()
-
-
-def _parts(batch: Any) -> Iterator[Any]:
-    """A batch in slices that fit a block."""
-    if batch.num_rows > ROWS:
-        for at in range(0, batch.num_rows, ROWS):
-            yield from _parts(batch.slice(at, ROWS))
-    elif batch.num_rows > 1 and _size(batch) > BYTES:
-        half = batch.num_rows // 2
-        yield from _parts(batch.slice(0, half))
-        yield from _parts(batch.slice(half))
-    elif batch.num_rows:
-        yield batch
-
-
-def _size(batch: Any) -> float:
-    """Bytes of a slice. It counts the whole of its dictionary, so of that the values that are used are counted."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    size = 0.0
-    for column in batch.columns:
-        if pa.types.is_dictionary(column.type):
-            try:
-                lengths = pc.binary_length(column.dictionary).take(column.indices)
-                size += (pc.sum(lengths).as_py() or 0) + 8 * len(column)
-            except (
-                pa.ArrowNotImplementedError,
-                pa.ArrowIndexError,
-            ):  # no texts, or a damaged place, which is told later
-                size += column.dictionary.nbytes / max(1, len(column.dictionary)) * len(column)
-        else:
-            size += column.nbytes
-    return size
-
-
-def _python(batch: Any) -> list[Row]:
-    """Rows of a slice. Unchecked offsets would crash the process: a slice that is not sound is read row by row."""
-    try:
-        batch.validate(full=True)
-        return [_without_nulls(row) for row in batch.to_pylist(maps_as_pydicts="strict")]
-    except (ValueError, LookupError, OverflowError) as error:
-        if batch.num_rows == 1:
-            return [Unreadable(f"cannot be read: {str(error).splitlines()[0]}")]
-        return [row for at in range(batch.num_rows) for row in _python(batch.slice(at, 1))]
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

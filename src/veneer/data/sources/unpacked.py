@@ -1,4 +1,4 @@
-"""To how many bytes a Parquet or Arrow file unpacks, by its own headers, before anything of it is unpacked.
+"""Finds the unpacked size of a Parquet or Arrow file by its headers, before anything of it is unpacked.
 
 pyarrow unpacks a page of Parquet and a record batch of Arrow as a whole, whatever it grows to, and shows neither size
 beforehand. Both stand in the file, in front of what is packed: in page headers (Thrift's compact protocol, as in
@@ -79,7 +79,7 @@ def _require(size: int, what: str, parts: str, longest: int) -> None:
 
 
 def page_sizes(stream: BinaryIO, chunk: Any) -> Iterator[tuple[bool, int]]:
-    """Of each page of a column chunk, whether it is its dictionary, and its unpacked size in bytes.
+    """Each page of a column chunk: whether it is its dictionary, and its unpacked size in bytes.
 
     Args:
         stream: The Parquet file.
@@ -175,7 +175,7 @@ def arrow_sizes(mapped: Any) -> Iterator[int]:
 
 
 def _blocks(mapped: Any) -> list[int]:
-    """Where the dictionaries and record batches of an Arrow file begin, by its footer."""
+    """The offsets of the dictionaries and record batches of an Arrow file, by its footer."""
     mapped.seek(max(0, mapped.size() - 10))
     length, _ = struct.unpack("<i6s", mapped.read(10))
     mapped.seek(max(0, mapped.size() - 10 - length))

@@ -1,4 +1,4 @@
-"""Text as tokens, and tokenized rows on disk.
+"""Turns text into tokens, and keeps tokenized rows on disk.
 
 encode.py    text into tokens with the place of each, control tokens kept apart
 words.py     byte-level BPE word by word: the same tokens, faster

@@ -1,9 +1,9 @@
-"""Tokenized rows on disk: written once, read by place, never held in memory as a whole.
+"""Keeps tokenized rows on disk: written once, read by position, never held in memory as a whole.
 
 A folder of flat arrays, one file each. `ids.bin` has the tokens of all examples, one behind the other; it is read with
-plain reads and not mapped, so that many gigabytes never count as this process's memory, and so is `signatures.bin`,
-what likeness is judged by. The others, about 40 bytes an example, are loaded: lengths, trained spans, and which row an
-example came from. `account.json` has the counts for the ledger, `pii.jsonl` where personal data stood, and
+plain reads and not mapped, so that many gigabytes never count as this process's memory, and so is `signatures.bin`, by
+which near-duplicates are found. The others, about 40 bytes an example, are loaded: lengths, trained spans, and which
+row an example came from. `account.json` has the counts for the ledger, `pii.jsonl` where personal data stood, and
 `checksums.json` a checksum of every other file: one flipped token would train another adapter under the same name.
 """
 
@@ -23,7 +23,7 @@ from veneer.config.files import file_sha256, read_json
 from veneer.config.notify import notify
 from veneer.data.batch import Example
 from veneer.data.screening.deduplication import BINS
-from veneer.data.sources.read import RowBlock
+from veneer.data.sources.block import RowBlock
 from veneer.data.tokens.tokenize import ROW, SPAN, Tokenized
 
 ACCOUNT = ("fates", "notes", "personal", "lengths", "names", "problems", "stop_ids")
@@ -38,10 +38,10 @@ class Corpus(Sequence[Example]):
 
     Attributes:
         lengths, trained, ends: Tokens of each example, those trained, and end-of-turn tokens among these.
-        rows: What is known of each row; dtype ROW.
+        rows: source, number, hash and group of each row; dtype ROW.
         row_of: The row of each example.
         account: Counts for the ledger.
-        folder: Where it lies.
+        folder: folder of its files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -73,7 +73,7 @@ class Corpus(Sequence[Example]):
         return Example(ids.astype(np.int32), tuple(spans), self.place(int(self.row_of[at])))
 
     def place(self, row: int) -> str:
-        """Where a row stands in its file."""
+        """The place of a row in its file."""
         name, by_line = self.account["names"][str(self.rows["source"][row])]
         number = int(self.rows["number"][row])
         return f"{name}:{number}" if by_line else f"{name}[{number}]"

@@ -1,4 +1,4 @@
-"""Text into tokens with the place of each, and two guarantees that a tokenizer alone does not give.
+"""Turns text into tokens with the position of each, with two guarantees that a tokenizer alone does not give.
 
 A control token's string within a row's own text stays text. Before rendering, such a string is marked behind its first
 character with one that no text holds; the tokenizer then reads the parts by themselves, so it never sees the string.
@@ -31,9 +31,9 @@ class Text:
     """Rendered text, to be tokenized.
 
     Attributes:
-        text: With marks in it.
-        borders: Places that must be borders of tokens, rising; they count the marks.
-        mark: The character that is a mark, or UNCUT.
+        text: rendered text with marks in it.
+        borders: positions that must be borders of tokens, rising; they count the marks.
+        mark: character that is a mark, or UNCUT.
     """
 
     text: str
@@ -45,11 +45,11 @@ class Encoder:
     """Tokenizes rendered text.
 
     Args:
-        tokenizer: A fast Transformers tokenizer; it is not changed.
+        tokenizer: fast Transformers tokenizer; it is not changed.
 
     Attributes:
-        control: Ids of control tokens.
-        fingerprint: Of everything that decides the tokens of a text.
+        control: ids of control tokens.
+        fingerprint: hash of everything that decides the tokens of a text.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -87,7 +87,7 @@ class Encoder:
         return text
 
     def control_ends(self, text: str) -> list[int]:
-        """Where the strings of control tokens end in a rendered text."""
+        """The ends of control tokens' strings in a rendered text."""
         return [found.end() for found in self._pattern.finditer(text)]
 
     def without_control(self, text: str) -> str:
@@ -113,7 +113,7 @@ class Encoder:
         return results
 
     def _encode_parts(self, texts: Sequence[Text]) -> list[tuple[list[int], list[int]]]:
-        """The same where tokens of a text's end do not depend on what stands before it: every part by itself."""
+        """Encode every part by itself, where a part's tokens do not depend on the text before it."""
         parts: list[str] = []
         for text in texts:
             edges = (0, *text.borders, len(text.text))

@@ -1,4 +1,4 @@
-"""Blocks of rows into tokens, in this process or in several, in the order of the rows.
+"""Turns blocks of rows into tokens, in this process or in several, in the order of the rows.
 
 What comes back of a block is a few flat arrays, so that little is sent between processes and nothing is held in memory
 longer than it takes to write it down.
@@ -24,11 +24,10 @@ from veneer.data.render import Renderer
 from veneer.data.row_parser import ParsedRow, Personal, RowParser, RowProblem
 from veneer.data.sandbox import TOO_LONG, shared
 from veneer.data.screening.deduplication import signatures
-from veneer.data.sources.read import RowBlock
+from veneer.data.sources.block import RowBlock
 from veneer.data.template import TEMPLATE_FIX
 
 NOTED = 20  # problems of a block and a fate that are kept word for word
-
 SPAN = np.dtype([("start", np.uint32), ("end", np.uint32), ("weight", np.float32)])
 ROW = np.dtype(
     [
@@ -46,20 +45,20 @@ class Tokenized:
     """A block's rows as tokens.
 
     Attributes:
-        ids: Tokens of all examples, one behind the other; uint32.
-        lengths: Tokens of each example; uint32.
-        ends: Trained end-of-turn tokens of each example; uint32.
-        spans: Stretches of equal weight in the examples, one behind the other; dtype SPAN.
-        span_counts: Spans of each example; uint32.
-        rows: The rows that are used; dtype ROW.
-        signatures: What their likeness is judged by; uint8, shape (rows, BINS).
-        fates: How many rows were used, unreadable, refused, empty, overlong.
-        notes: How many were truncated, lost all trained tokens, ended with no answer, were rated good or bad, were
-            rendered otherwise than they are.
-        all_lengths: Tokens of every row that was rendered, before any was left out.
-        problems: The first rows that are not used, and why.
-        personal: Personal data found.
-        stop_ids: Tokens that end an answer.
+        ids: tokens of all examples, one behind the other; uint32.
+        lengths: number of tokens of each example; uint32.
+        ends: number of trained end-of-turn tokens of each example; uint32.
+        spans: spans of equal weight in the examples, one behind the other; dtype SPAN.
+        span_counts: number of spans of each example; uint32.
+        rows: rows that are used; dtype ROW.
+        signatures: what near-duplicates are found by; uint8, shape (rows, BINS).
+        fates: number of rows that were used, unreadable, refused, empty, overlong.
+        notes: number of rows that were truncated, lost all trained tokens, ended with no answer, were rated good or
+            bad, or were rendered with a change.
+        all_lengths: number of tokens of every row that was rendered, before any was left out.
+        problems: first rows that are not used, and why.
+        personal: personal data that was found.
+        stop_ids: tokens that end an answer.
     """
 
     ids: Any
@@ -78,12 +77,12 @@ class Tokenized:
 
 
 class Tokenizing:
-    """What a worker does.
+    """Tokenizes blocks of rows; each worker process has one.
 
     Args:
-        renderer: Of the base model.
-        data: The settings.
-        formats: Of each source.
+        renderer: renderer of the base model.
+        data: settings of the data.
+        formats: format of each source.
     """
 
     def __init__(self, renderer: Renderer, data: Data, formats: Sequence[str]) -> None:

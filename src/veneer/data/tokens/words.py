@@ -34,7 +34,7 @@ class WordEncoder:
 
     Args:
         backend: The tokenizer.
-        parts: How it splits ASCII text, as a pattern of `re`.
+        parts: pattern of `re` by which it splits ASCII text.
     """
 
     def __init__(self, backend: Tokenizer, parts: str) -> None:
@@ -52,7 +52,7 @@ class WordEncoder:
 
         Args:
             backend: The tokenizer.
-            description: What its `to_str` gives.
+            description: output of its `to_str`.
         """
         facts = json.loads(description)
         model, added = facts["model"], facts["added_tokens"]
@@ -120,7 +120,7 @@ class WordEncoder:
 
 
 def _ascii_pattern(facts: Any) -> str | None:
-    """How a pre-tokenizer splits ASCII text, as a pattern of `re`; None if it is not one of those that are known."""
+    """The pattern of `re` by which a pre-tokenizer splits ASCII text; None if it is not one of those that are known."""
     if facts is None:
         return None
     *before, last = facts["pretokenizers"] if facts["type"] == "Sequence" else [facts]

@@ -139,7 +139,7 @@ def attend_backward(
     saved: Any,
     documents: Documents,
     kind: Attention,
-    room_bytes: int = cudnn.ROOM_BYTES,
+    workspace_bytes: int = cudnn.WORKSPACE_BYTES,
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of q (T, H, C), k and v (T, K, C); in so much memory, where that is for us to choose."""
     q, k, v = split_heads(qkv_TN, kind.heads)
@@ -147,9 +147,9 @@ def attend_backward(
     backend = kind.backend(documents, qkv_TN)
     if backend == "cudnn":
         if qkv_TN.is_meta:
-            return _foreseen_backward(dout, (q, k, v), saved, kind, room_bytes)
+            return _foreseen_backward(dout, (q, k, v), saved, kind, workspace_bytes)
         out, lse = saved
-        return cudnn.attend_backward(dout, (q, k, v), out, lse, kind.scale, room_bytes)
+        return cudnn.attend_backward(dout, (q, k, v), out, lse, kind.scale, workspace_bytes)
     if backend == "flash":
         out, lse, state, unused, _ = saved
         with _fixed_order():
@@ -174,12 +174,12 @@ def _rows(x_THC: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def _foreseen_backward(
-    dout: torch.Tensor, qkv: tuple[torch.Tensor, ...], saved: Any, kind: Attention, room_bytes: int
+    dout: torch.Tensor, qkv: tuple[torch.Tensor, ...], saved: Any, kind: Attention, workspace_bytes: int
 ) -> tuple[torch.Tensor, ...]:
     """cuDNN's on meta tensors, with the memory it takes on the way."""
     out, lse = saved
     B, _, L = lse.shape[:3]
-    call = cudnn.Call.of(B, L, kind.heads, room_bytes)
+    call = cudnn.Call.of(B, L, kind.heads, workspace_bytes)
     workspace = dout.new_empty(call.workspace_bytes(L), dtype=torch.uint8)
     seed = dout.new_empty((), dtype=torch.int64)
     grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(

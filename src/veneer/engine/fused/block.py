@@ -1,6 +1,6 @@
 """One decoder block, forward and backward, written by hand as one unit.
 
-What a step must hold between the two is a list of named tensors, and for each the plan says keep or recompute:
+What a step must hold between the two is a list of saved activations, and for each the placement says keep or recompute:
 
     x          residual stream before the block                         always kept (the checkpoint)
     qkv        rotated q, k, v          <- norm, product, rotation      "qkv"
@@ -16,7 +16,7 @@ pieces, so that a kept and a recomputed step are equal bit for bit. Frozen weigh
 
 What a block adds to the residual stream is added by the norm that comes next (`Stream`), here or in the next block.
 
-Shapes: T tokens, D model width, F width of the MLP, N outputs of q, k, v; E a width with a margin behind it.
+Shapes: T tokens, D model width, F width of the MLP, N outputs of q, k, v; E a width with a margin behind it (`group`).
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ from veneer.kernels.rms_norm import normalize, rms_norm, rms_norm_backward
 from veneer.kernels.rope import rope, rope_backward
 from veneer.kernels.update import Update
 
-TENSORS = ("qkv", "attention", "mid", "gate_up")
+ACTIVATIONS = ("qkv", "attention", "mid", "gate_up")
 MOST_RANK = 64  # of adapters whose gradients the gate's backward makes on its way
 ATTENTION_SLOWER = 1.4  # than a large product, for as many multiply-adds
 MLP_TOKENS = 2048  # at most so many at a time; large products are no slower for it
@@ -44,11 +44,11 @@ class Context:
     """What all blocks of a pass share.
 
     Attributes:
-        documents: Of the packed batch.
-        cos_PS, sin_PS: Rotary tables.
-        scratch: Where 4-bit matrices are made 16-bit.
-        seed: Of dropout; None: none.
-        room_bytes: What attention's backward may take on the way.
+        documents: bounds of the packed batch's documents.
+        cos_PS, sin_PS: rotary tables.
+        scratch: buffer in which 4-bit matrices are made 16-bit.
+        seed: seed of dropout; None: none.
+        workspace_bytes: memory that attention's backward may take on the way.
     """
 
     documents: Documents
@@ -56,17 +56,17 @@ class Context:
     sin_PS: torch.Tensor
     scratch: torch.Tensor
     seed: torch.Tensor | None
-    room_bytes: int
+    workspace_bytes: int
 
 
 class Stream(NamedTuple):
     """The residual stream with what is still to be added to it.
 
     Attributes:
-        x_TD: The stream.
-        delta_TD: To be added; None: nothing.
-        post: A norm that goes over delta first (Gemma 2), or None.
-        update: What adapters add to delta.
+        x_TD: the stream.
+        delta_TD: what is to be added; None: nothing.
+        post: norm that goes over delta first (Gemma 2), or None.
+        update: what adapters add to delta.
     """
 
     x_TD: torch.Tensor
@@ -82,12 +82,12 @@ class Stream(NamedTuple):
         )  # fmt: skip
 
 
-class Kept:
-    """Tensors of one block between forward and backward; None: to be recomputed."""
+class SavedActivations:
+    """Activations of one block between forward and backward; None: to be recomputed."""
 
     def __init__(self, x_TD: torch.Tensor, rstd1_T: torch.Tensor) -> None:
         self.x, self.rstd1 = x_TD, rstd1_T
-        self.qkv_room: Any = None  # the product's output, with a margin
+        self.qkv_buffer: Any = None  # the product's output, with a margin
         self.raw: Any = None  # q, k, v before their norm, where they have one
         self.qkv: Any = None
         self.u_qkv: Any = None
@@ -103,9 +103,9 @@ class Kept:
         self.delta2: Any = None
 
     def drop(self, keep: frozenset[str]) -> None:
-        """Let go of what the plan does not keep."""
+        """Let go of what the placement does not keep."""
         if "qkv" not in keep:
-            self.qkv_room = self.raw = self.qkv = self.u_qkv = None
+            self.qkv_buffer = self.raw = self.qkv = self.u_qkv = None
         if "attention" not in keep:
             self.out = self.attention = None
         if "mid" not in keep:
@@ -118,10 +118,13 @@ class Block:
     """A decoder block over its groups of linears.
 
     Args:
-        layer: The model's modules.
-        decoder: Facts all blocks share.
-        number: Which block.
-        dtype: Of compute.
+        layer: the model's modules.
+        decoder: facts all blocks share.
+        number: position of the block.
+        dtype: compute dtype.
+
+    Attributes:
+        weights: groups of linears by name; `groups`: the same in order.
     """
 
     def __init__(self, layer: Layer, decoder: Decoder, number: int, dtype: torch.dtype) -> None:
@@ -131,7 +134,8 @@ class Block:
         self.o = Group((layer.o,), dtype, key + 4, before_norm=layer.post1 is None)
         self.gate_up = Group(layer.gate_up, dtype, key + 8, behind_norm=True)
         self.down = Group((layer.down,), dtype, key + 12, before_norm=layer.post2 is None)
-        self.groups = (self.qkv, self.o, self.gate_up, self.down)
+        self.weights = {"qkv": self.qkv, "o": self.o, "gate_up": self.gate_up, "down": self.down}
+        self.groups = tuple(self.weights.values())
         self.attention = Attention(decoder.heads, decoder.scale, layer.window, decoder.softcap)
 
     @property
@@ -140,32 +144,33 @@ class Block:
         sizes = [group.size if group.needs_scratch else 0 for group in self.groups]
         return max(sizes[0], sizes[1], sizes[2] + sizes[3])
 
-    def forward(self, stream: Stream, at: Context, keep: frozenset[str]) -> tuple[Stream, Kept]:
-        """The block.
+    def forward(self, stream: Stream, at: Context, keep: frozenset[str]) -> tuple[Stream, SavedActivations]:
+        """The block's output, and what is saved for backward.
 
         Args:
-            stream: What the blocks before made.
-            keep: Of TENSORS.
+            stream: output of the blocks before.
+            at: what all blocks share.
+            keep: activations that the placement keeps.
         """
         T, D = stream.x_TD.shape
-        y_TE = _room(stream.x_TD, T, self.qkv.inputs + self.qkv.input_margin)
-        kept = Kept(*stream.norm(self.layer.norm1, y_TE[:, :D]))
-        self._project_qkv(kept, at, y_TE)
+        y_TE = stream.x_TD.new_empty((T, self.qkv.inputs + self.qkv.input_margin))
+        saved = SavedActivations(*stream.norm(self.layer.norm1, y_TE[:, :D]))
+        self._project_qkv(saved, at, y_TE)
         del y_TE
-        kept.out, kept.attention = attend(kept.qkv, at.documents, self.attention)
-        kept.drop(keep | {"attention", "mid"})
-        y_TE = self._project_out(kept, at)
-        kept.drop(keep | {"mid"})
-        delta_TD, update = self._mlp(kept, at, y_TE, "gate_up" in keep)
+        saved.out, saved.attention = attend(saved.qkv, at.documents, self.attention)
+        saved.drop(keep | {"attention", "mid"})
+        y_TE = self._project_out(saved, at)
+        saved.drop(keep | {"mid"})
+        delta_TD, update = self._mlp(saved, at, y_TE, "gate_up" in keep)
         post = self.layer.post2
         if post is not None:
-            kept.delta2 = delta_TD
-        after = Stream(kept.mid, delta_TD, post, update)
-        kept.drop(keep)
-        return after, kept
+            saved.delta2 = delta_TD
+        after = Stream(saved.mid, delta_TD, post, update)
+        saved.drop(keep)
+        return after, saved
 
-    def kept_bytes(self, name: str, tokens: int) -> int:
-        """What keeping one of TENSORS from forward to backward takes, with what adapters make of its input."""
+    def saved_bytes(self, name: str, tokens: int) -> int:
+        """Bytes of one of ACTIVATIONS from forward to backward, with what adapters make of its input."""
         layer, heads, itemsize = self.layer, self.decoder.heads, self.dtype.itemsize
         # FlexAttention's own backward keeps q, k, v in whole blocks of tokens.
         flex = self.qkv.outputs if self.decoder.softcap else 0
@@ -177,41 +182,41 @@ class Block:
         }[name]
         return tokens * width * itemsize
 
-    def kept_seconds(self, name: str, tokens: int, longest: int) -> float:
-        """Work that keeping it saves backward, in products' multiply-adds; only ratios count."""
+    def recompute_cost(self, name: str, tokens: int, longest: int) -> float:
+        """Work of recomputing one of ACTIVATIONS, in products' multiply-adds; only ratios count."""
         groups = {"qkv": self.qkv, "mid": self.o, "gate_up": self.gate_up}
         if name in groups:
             return float(tokens * groups[name].size)
         seen = min(longest, self.layer.window or longest) / 2
         return ATTENTION_SLOWER * 2 * tokens * seen * self.o.inputs
 
-    def _project_qkv(self, kept: Kept, at: Context, y_TE: torch.Tensor) -> None:
+    def _project_qkv(self, saved: SavedActivations, at: Context, y_TE: torch.Tensor) -> None:
         """Rotated q, k, v of the normalized stream, with a margin behind them."""
         group, norm = self.qkv, self.layer.head_norm
-        raw_TE = _room(y_TE, len(y_TE), group.outputs + group.margin)
-        kept.u_qkv, _ = group.forward(y_TE, group.matrix(at.scratch), raw_TE, at.seed)
-        kept.qkv_room = raw_TE
-        kept.qkv = rope(
+        raw_TE = y_TE.new_empty((len(y_TE), group.outputs + group.margin))
+        saved.u_qkv, _ = group.forward(y_TE, group.matrix(at.scratch), raw_TE, at.seed)
+        saved.qkv_buffer = raw_TE
+        saved.qkv = rope(
             raw_TE[:, : group.outputs], self.decoder.heads, at.documents.position_T, at.cos_PS, at.sin_PS, norm
         )
-        kept.raw = raw_TE[:, : group.outputs] if norm else None
+        saved.raw = raw_TE[:, : group.outputs] if norm else None
 
-    def _project_out(self, kept: Kept, at: Context) -> torch.Tensor:
+    def _project_out(self, saved: SavedActivations, at: Context) -> torch.Tensor:
         """The stream behind attention; returns it normalized, with a margin behind."""
         group, post = self.o, self.layer.post1
-        T, D = kept.x.shape
-        delta_TE = _room(kept.x, T, D + group.margin)
-        out_TE = kept.out
+        T, D = saved.x.shape
+        delta_TE = saved.x.new_empty((T, D + group.margin))
+        out_TE = saved.out
         if group.input_margin:
-            out_TE = _room(kept.x, T, group.inputs + group.input_margin)
-            out_TE[:, : group.inputs] = kept.out
-        kept.u_o, update = group.forward(out_TE, group.matrix(at.scratch), delta_TE, at.seed)
+            out_TE = saved.x.new_empty((T, group.inputs + group.input_margin))
+            out_TE[:, : group.inputs] = saved.out
+        saved.u_o, update = group.forward(out_TE, group.matrix(at.scratch), delta_TE, at.seed)
         del out_TE
         delta_TD = delta_TE[:, :D]
-        y_TE = _room(kept.x, T, D + self.gate_up.input_margin)
-        kept.mid, kept.rstd2 = Stream(kept.x, delta_TD, post, update).norm(self.layer.norm2, y_TE[:, :D])
+        y_TE = saved.x.new_empty((T, D + self.gate_up.input_margin))
+        saved.mid, saved.rstd2 = Stream(saved.x, delta_TD, post, update).norm(self.layer.norm2, y_TE[:, :D])
         if post is not None:
-            kept.delta1 = delta_TD
+            saved.delta1 = delta_TD
         return y_TE
 
     def _mlp_matrices(self, at: Context) -> tuple[torch.Tensor, torch.Tensor]:
@@ -219,76 +224,79 @@ class Block:
         behind = self.gate_up.size if self.gate_up.needs_scratch else 0
         return self.gate_up.matrix(at.scratch), self.down.matrix(at.scratch[behind:])
 
-    def _mlp(self, kept: Kept, at: Context, y_TE: torch.Tensor, keeps: bool) -> tuple[torch.Tensor, Update | None]:
+    def _mlp(
+        self, saved: SavedActivations, at: Context, y_TE: torch.Tensor, keeps: bool
+    ) -> tuple[torch.Tensor, Update | None]:
         """What the MLP adds to the stream, but for what adapters add to that."""
         T, both, down = len(y_TE), self.gate_up, self.down
         both_matrix, down_matrix = self._mlp_matrices(at)
-        delta_TE = _room(y_TE, T, down.outputs + down.margin)
-        room_TE = _room(y_TE, T if keeps else _longest(T), both.outputs + both.margin)
-        h_TE = _room(y_TE, _longest(T), down.inputs + down.input_margin)
+        delta_TE = y_TE.new_empty((T, down.outputs + down.margin))
+        buffer_TE = y_TE.new_empty((T if keeps else _longest(T), both.outputs + both.margin))
+        h_TE = y_TE.new_empty((_longest(T), down.inputs + down.input_margin))
         u_both, u_down = [], []
         for start, end in _pieces(T):
-            gate_up_TE = room_TE[start:end] if keeps else room_TE[: end - start]
+            gate_up_TE = buffer_TE[start:end] if keeps else buffer_TE[: end - start]
             u, _ = both.forward(y_TE[start:end], both_matrix, gate_up_TE, at.seed, start)
             u_both.append(u)
             h = h_TE[: end - start]
             gated_mlp(gate_up_TE, h[:, : down.inputs], self.decoder.activation)
             u, update = down.forward(h, down_matrix, delta_TE[start:end], at.seed, start)
             u_down.append(u)
-        kept.gate_up, kept.u_gate_up = (room_TE, u_both) if keeps else (None, None)
-        kept.u_down = _joined(u_down)
+        saved.gate_up, saved.u_gate_up = (buffer_TE, u_both) if keeps else (None, None)
+        saved.u_down = _joined(u_down)
         if update is not None:  # that of the last piece, over all
-            update = down.update(kept.u_down)
+            update = down.update(saved.u_down)
         return delta_TE[:, : down.outputs], update
 
-    def backward(self, d_TE: torch.Tensor, kept: Kept, at: Context, is_first: bool) -> None:
+    def backward(self, d_TE: torch.Tensor, saved: SavedActivations, at: Context, is_first: bool) -> None:
         """Adds the adapters' gradients to theirs, and turns the gradient behind the block into that before it.
 
         Args:
-            d_TE: Gradient of the residual stream, in place; the columns behind it are scratch.
-            kept: Used up.
-            is_first: Nothing before this block is trained, so that the gradient of its input is not needed.
+            d_TE: gradient of the residual stream, in place; the columns behind it are scratch.
+            saved: activations of the forward; used up.
+            at: what all blocks share.
+            is_first: whether nothing before this block is trained, so that its input needs no gradient.
         """
-        self._recompute(kept, at)
-        self._mlp_backward(d_TE, kept, at)
-        self._attention_backward(d_TE, kept, at, is_first)
+        self._recompute(saved, at)
+        self._mlp_backward(d_TE, saved, at)
+        self._attention_backward(d_TE, saved, at, is_first)
 
-    def _recompute(self, kept: Kept, at: Context) -> None:
+    def _recompute(self, saved: SavedActivations, at: Context) -> None:
         """Make every tensor that backward needs and that is not there, but gate and up."""
         norm = self.layer.norm1
-        T, D = kept.x.shape
-        if kept.qkv is None:
-            y_TE = _room(kept.x, T, D + self.qkv.input_margin)
-            normalize(kept.x, kept.rstd1, norm.weight_D, norm.offset, y_TE[:, :D])
-            self._project_qkv(kept, at, y_TE)
+        T, D = saved.x.shape
+        if saved.qkv is None:
+            y_TE = saved.x.new_empty((T, D + self.qkv.input_margin))
+            normalize(saved.x, saved.rstd1, norm.weight_D, norm.offset, y_TE[:, :D])
+            self._project_qkv(saved, at, y_TE)
             del y_TE
-        if kept.out is None:
-            kept.out, kept.attention = attend(kept.qkv, at.documents, self.attention)
-        if kept.mid is None:
-            self._project_out(kept, at)
+        if saved.out is None:
+            saved.out, saved.attention = attend(saved.qkv, at.documents, self.attention)
+        if saved.mid is None:
+            self._project_out(saved, at)
 
-    def _mlp_backward(self, d_TE: torch.Tensor, kept: Kept, at: Context) -> None:
+    def _mlp_backward(self, d_TE: torch.Tensor, saved: SavedActivations, at: Context) -> None:
         """Turns the gradient behind the MLP into that before it."""
-        layer, T, D = self.layer, len(kept.x), kept.x.shape[1]
+        layer, T, D = self.layer, len(saved.x), saved.x.shape[1]
         both, down, norm = self.gate_up, self.down, layer.norm2
         both_matrix, down_matrix = self._mlp_matrices(at)
-        dy_TE = self._through_post(d_TE, kept.delta2, layer.post2, down)
-        down.add_b(kept.u_down, dy_TE[:, :D])
-        longest, parts = _longest(T), self._gate_parts(T, kept.x)
-        dx_TE = _room(kept.x, T, D + both.margin)
-        dh_TE = _room(kept.x, longest, down.inputs + down.margin)
-        made = kept.gate_up is None
-        room_TE = _room(kept.x, longest, both.outputs + both.margin) if made else kept.gate_up
-        y_TE = _room(kept.x, longest if made else 0, D + both.input_margin)
+        dy_TE = self._through_post(d_TE, saved.delta2, layer.post2, down)
+        down.add_b(saved.u_down, dy_TE[:, :D])
+        longest, parts = _longest(T), self._gate_parts(T, saved.x)
+        dx_TE = saved.x.new_empty((T, D + both.margin))
+        dh_TE = saved.x.new_empty((longest, down.inputs + down.margin))
+        made = saved.gate_up is None
+        buffer_TE = saved.x.new_empty((longest, both.outputs + both.margin)) if made else saved.gate_up
+        y_TE = saved.x.new_empty((longest if made else 0, D + both.input_margin))
         v_both = []
         for number, (start, end) in enumerate(_pieces(T)):
             size = end - start
             if made:
-                gate_up_TE, y = room_TE[:size], y_TE[:size]
-                normalize(kept.mid[start:end], kept.rstd2[start:end], norm.weight_D, norm.offset, y[:, :D])
+                gate_up_TE, y = buffer_TE[:size], y_TE[:size]
+                normalize(saved.mid[start:end], saved.rstd2[start:end], norm.weight_D, norm.offset, y[:, :D])
                 u_both, _ = both.forward(y, both_matrix, gate_up_TE, at.seed, start)
             else:
-                gate_up_TE, u_both = room_TE[start:end], kept.u_gate_up[number]
+                gate_up_TE, u_both = buffer_TE[start:end], saved.u_gate_up[number]
             v_down, _ = down.backward(dy_TE[start:end], down_matrix, dh_TE[:size], at.seed, start)
             self._gate_backward(gate_up_TE, dh_TE[:size], u_both, v_down, parts, start, at)
             v, update = both.backward(gate_up_TE, both_matrix, dx_TE[start:end], at.seed, start)
@@ -296,24 +304,24 @@ class Block:
         if parts is not None:
             add_a(parts.a_PrF, down.grad_a)
             add_b(parts.b_PRF, both.grad_b, both.members, both.rank, both.scale)
-        kept.gate_up = None
+        saved.gate_up = None
         v = _joined(v_both)
-        del dh_TE, room_TE, gate_up_TE, y_TE, parts, v_both
+        del dh_TE, buffer_TE, gate_up_TE, y_TE, parts, v_both
         if update is not None:  # that of the last piece, over all
             update = Update(dx_TE[:, D : D + both.used], update.b_RN)
-        both.add_a(v, kept.mid, at.seed, (kept.rstd2, norm.weight_D, norm.offset))
-        self._norm_backward(dx_TE[:, :D], kept.mid, kept.rstd2, norm, d_TE, update)
-        kept.mid = None
+        both.add_a(v, saved.mid, at.seed, (saved.rstd2, norm.weight_D, norm.offset))
+        self._norm_backward(dx_TE[:, :D], saved.mid, saved.rstd2, norm, d_TE, update)
+        saved.mid = None
 
     def _gate_parts(self, tokens: int, like: torch.Tensor) -> AdapterGradientParts | None:
-        """Room for the gradients that the gate's backward makes on its way, where every linear of the MLP has its
+        """Buffers of the gradients that the gate's backward makes on its way, where every linear of the MLP has its
         adapter; None: it makes none."""
         down, both = self.down, self.gate_up
         if not down.used or min(member.slot for member in both.members) < 0:
             return None
         if both.dropout_p or down.dropout_p or down.rank != both.rank or both.rank > MOST_RANK:
             return None
-        return AdapterGradientParts.room(_longest(tokens), down.inputs, down.rank, both.used, like)
+        return AdapterGradientParts.empty(_longest(tokens), down.inputs, down.rank, both.used, like)
 
     def _gate_backward(
         self, gate_up_TE: torch.Tensor, dh_TE: torch.Tensor, u_both: torch.Tensor, v_down: torch.Tensor,
@@ -330,35 +338,35 @@ class Block:
         down.add_a(v_down, dh_TF, at.seed, skipped=start)
         both.add_b(u_both, gate_up_TE[:, : both.outputs])
 
-    def _attention_backward(self, d_TE: torch.Tensor, kept: Kept, at: Context, is_first: bool) -> None:
+    def _attention_backward(self, d_TE: torch.Tensor, saved: SavedActivations, at: Context, is_first: bool) -> None:
         """Turns the gradient behind attention into that before it."""
-        layer, T, D = self.layer, len(kept.x), kept.x.shape[1]
-        dy_TE = self._through_post(d_TE, kept.delta1, layer.post1, self.o)
-        dout_TE = _room(kept.x, T, self.o.inputs + self.o.margin)
+        layer, T, D = self.layer, len(saved.x), saved.x.shape[1]
+        dy_TE = self._through_post(d_TE, saved.delta1, layer.post1, self.o)
+        dout_TE = saved.x.new_empty((T, self.o.inputs + self.o.margin))
         v_o, _ = self.o.backward(dy_TE, self.o.matrix(at.scratch), dout_TE, at.seed)
-        self.o.backward_adapters(dy_TE[:, :D], kept.out, kept.u_o, v_o, at.seed)
+        self.o.backward_adapters(dy_TE[:, :D], saved.out, saved.u_o, v_o, at.seed)
         dq_THC, dk_TKC, dv_TKC = attend_backward(
-            dout_TE[:, : self.o.inputs], kept.qkv, kept.attention, at.documents, self.attention, at.room_bytes
+            dout_TE[:, : self.o.inputs], saved.qkv, saved.attention, at.documents, self.attention, at.workspace_bytes
         )
         del dout_TE, dy_TE
         # q, k and v are of no more use: their gradient takes the place of what they were made from.
-        room_TE, norm, outputs = kept.qkv_room, layer.norm1, self.qkv.outputs
-        raw_TN = kept.raw.clone() if kept.raw is not None else None
-        kept.out = kept.attention = kept.qkv = kept.raw = kept.qkv_room = None
+        buffer_TE, norm, outputs = saved.qkv_buffer, layer.norm1, self.qkv.outputs
+        raw_TN = saved.raw.clone() if saved.raw is not None else None
+        saved.out = saved.attention = saved.qkv = saved.raw = saved.qkv_buffer = None
         rope_backward(
             dq_THC, dk_TKC, dv_TKC, self.decoder.heads, at.documents.position_T, at.cos_PS, at.sin_PS,
-            room_TE[:, :outputs], raw_TN, layer.head_norm,
+            buffer_TE[:, :outputs], raw_TN, layer.head_norm,
         )  # fmt: skip
         del dq_THC, dk_TKC, dv_TKC
-        scaling = (kept.rstd1, norm.weight_D, norm.offset)
+        scaling = (saved.rstd1, norm.weight_D, norm.offset)
         if is_first:
-            v_qkv = self.qkv.project_gradient(room_TE)
+            v_qkv = self.qkv.project_gradient(buffer_TE)
         else:
-            dx_TE = _room(kept.x, T, D + self.qkv.margin)
-            v_qkv, update = self.qkv.backward(room_TE, self.qkv.matrix(at.scratch), dx_TE, at.seed)
-        self.qkv.backward_adapters(room_TE[:, :outputs], kept.x, kept.u_qkv, v_qkv, at.seed, scaling)
+            dx_TE = saved.x.new_empty((T, D + self.qkv.margin))
+            v_qkv, update = self.qkv.backward(buffer_TE, self.qkv.matrix(at.scratch), dx_TE, at.seed)
+        self.qkv.backward_adapters(buffer_TE[:, :outputs], saved.x, saved.u_qkv, v_qkv, at.seed, scaling)
         if not is_first:
-            self._norm_backward(dx_TE[:, :D], kept.x, kept.rstd1, norm, d_TE, update)
+            self._norm_backward(dx_TE[:, :D], saved.x, saved.rstd1, norm, d_TE, update)
 
     def _norm_backward(
         self, dx_TD: torch.Tensor, x_TD: torch.Tensor, rstd_T: torch.Tensor, norm: Norm, d_TE: torch.Tensor, update: Any
@@ -375,10 +383,6 @@ class Block:
         dy_TE[:, :D] = d_TE[:, :D]
         rms_norm_backward(dy_TE[:, :D], delta_TD.contiguous(), post.weight_D, None, post.eps, post.offset)
         return dy_TE
-
-
-def _room(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    return like.new_empty((rows, columns))
 
 
 def _joined(pieces: list[torch.Tensor]) -> torch.Tensor:

@@ -11,9 +11,9 @@ take more than the kernels do; they are for tests.
 Shapes: T tokens, N trained ones, D inputs and M outputs of a linear layer, R rank.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,12 +21,13 @@ import torch
 
 from veneer.data import Batch
 from veneer.data.batch import UNTRAINED
-from veneer.engine.dry_run import CONSTANT_BLOCK, QUANT_BLOCK, DryRun, Kept, Step
+from veneer.engine.dry_run import CONSTANT_BLOCK, QUANT_BLOCK, DryRun, Step, backward_phase
 from veneer.engine.fused.attention import PLANNED
-from veneer.engine.fused.block import TENSORS, Block
+from veneer.engine.fused.block import ACTIVATIONS, Block
 from veneer.engine.fused.engine import FusedEngine
 from veneer.engine.fused.graphs import Inputs, rounded
-from veneer.engine.fused.spend import spend
+from veneer.engine.fused.policy import Demand, block_placement, checkpointed, place
+from veneer.engine.placement import MemoryPlacement
 from veneer.engine.trace import Trace
 from veneer.engine.trace import rounded as rounded_bytes
 from veneer.kernels.launch import LISTENERS
@@ -38,9 +39,9 @@ def run_layers_dry(base: Any, step: Step, period: int) -> DryRun:
     """A micro-batch, or the held-out loss of one, of a model with all the layers it has.
 
     Args:
-        base: On the meta device; changed.
-        step: The micro-batch.
-        period: Layers that have phases of their own in backward, at its beginning and at its end.
+        base: model on the meta device; changed.
+        step: the micro-batch.
+        period: layers that have phases of their own in backward, at its beginning and at its end.
 
     Raises:
         NotCoveredError: The engine does not compute this model.
@@ -61,29 +62,31 @@ def require_covered(base: Any, step: Step) -> None:
     _engine(base, step)
 
 
-def spending(base: Any, step: Step, depth: int, spare_bytes: int, budget_bytes: int) -> Kept:
-    """What the engine would keep of memory that is to spare; see `spend`.
+def predict_placement(
+    base: Any, step: Step, depth: int, gradient_checkpointing: bool | str, least_bytes: int, budget_bytes: int
+) -> MemoryPlacement:
+    """The placement that the engine would choose, by its own policy.
 
     Args:
-        base: On the meta device, with a few layers that repeat in the model; changed.
-        step: The largest micro-batch.
-        depth: Layers of the model.
-        spare_bytes, budget_bytes: As `spend` has them.
+        base: model on the meta device, with a few layers that repeat in the model; changed.
+        step: the largest micro-batch.
+        depth: layers of the model.
+        gradient_checkpointing: the setting; only auto goes by the memory.
+        least_bytes: predicted peak of a step that keeps nothing.
+        budget_bytes: memory of the device.
     """
     engine = _engine(base, step)[0]
-    blocks = engine.blocks
-    every = [blocks[number % len(blocks)] for number in range(depth)]
-    tokens = step.rows * step.length
+    blocks = [engine.blocks[number % len(engine.blocks)] for number in range(depth)]
+    if gradient_checkpointing != "auto":
+        return replace(checkpointed(blocks, gradient_checkpointing), records_passes=step.even and engine.is_recordable)
     with _planned(step):
         backend = blocks[0].attention.backend(_inputs(step, engine).documents, engine.decoder.embed.weight)
     rows = step.rows if backend == "cudnn" else 0
-    found = spend(every, rounded(tokens), step.length, rows, spare_bytes, budget_bytes)
-    quantized = sum(group.size for block in every for group in block.groups if group.needs_scratch)
-    stay = sum(group.size for group in found.dequantized)
-    return Kept(found.spent_bytes, Counter(found.keep), stay / max(1, quantized))
+    demand = Demand(rounded(step.rows * step.length), step.length, rows, least_bytes)
+    return place(blocks, demand, budget_bytes, engine.is_recordable)
 
 
-class _Rehearsing(FusedEngine):
+class _DryEngine(FusedEngine):
     """The engine, with a phase of the trace for its head and for the backward of each block."""
 
     def watch(self, trace: Trace, period: int) -> None:
@@ -101,15 +104,9 @@ class _Rehearsing(FusedEngine):
     def _head(self, *arguments: Any) -> Any:
         self._trace.mark("loss", "logits and loss")
         found = super()._head(*arguments)
-        self.blocks = [_Marked(block, self._trace, self._phase(block.number)) for block in self.blocks]
+        phases = [backward_phase(block.number, len(self.blocks), self._period) for block in self.blocks]
+        self.blocks = [_Marked(block, self._trace, phase) for block, phase in zip(self.blocks, phases, strict=True)]
         return found
-
-    def _phase(self, number: int) -> str:
-        """As `engine.dry_run` names them: only blocks at either end have one of their own."""
-        from_end = len(self.blocks) - number
-        if from_end <= self._period:
-            return f"backward -{from_end}"
-        return f"backward {number}" if number < 2 * self._period else "backward between"
 
     def _angles(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         # Transformers' modules look into positions to choose among angles; only the shape matters.
@@ -129,17 +126,18 @@ class _Marked(Block):
         super().backward(*arguments)
 
 
-def _engine(base: Any, step: Step) -> tuple[_Rehearsing, dict[str, int]]:
+def _engine(base: Any, step: Step) -> tuple[_DryEngine, dict[str, int]]:
     """The engine on stand-ins, and what it holds for good, by component."""
     model = _Adapted(base, step)
     weights = [module.weight for module in model.replaced if not isinstance(module.weight, _Packed)]
     laid_out = sum(rounded_bytes(weight.numel() * weight.element_size()) for weight in weights)
     depth = base.config.num_hidden_layers
-    kept = frozenset(TENSORS) if step.keep is None else step.keep
-    keep = kept if step.keeps_last else [kept] * depth
+    chosen = step.block or block_placement(ACTIVATIONS)
+    last = block_placement(ACTIVATIONS) if step.keeps_last else chosen
     with Trace(stands_in=False) as trace:
         trace.mark("start", "adapter's 16-bit copies")
-        engine = _Rehearsing(model, keep, step.keeps_16_bits, graphs=False)
+        engine = _DryEngine(model, graphs=False)
+        engine.apply(replace(engine.placement, blocks=(*[chosen] * (depth - 1), last)))
         trace.call(engine.master.data, "adapter")
         trace.call(engine._flat_grad, "gradients")
         trace.call(engine._scratch, "dequantized weights")
@@ -149,12 +147,12 @@ def _engine(base: Any, step: Step) -> tuple[_Rehearsing, dict[str, int]]:
                     trace.call(group._resident, "other weights" if not group.is_quantized else "dequantized weights")
         engine._rotary(_inputs(step, engine).documents.longest)
         held = dict(trace.live)
-    # Weights in 16 bits are moved into matrices with margins: what is more are the margins.
+    # Weights in 16 bits are moved into matrices with margins: the rest is the margins.
     held["other weights"] = held.get("other weights", 0) - laid_out
     return engine, {name: count for name, count in held.items() if count}
 
 
-def _inputs(step: Step, engine: _Rehearsing) -> Inputs:
+def _inputs(step: Step, engine: _DryEngine) -> Inputs:
     """A micro-batch without content, padded as the engine pads it."""
     tokens = step.rows * step.length
     targets = torch.full((tokens,), UNTRAINED)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,30 +11,30 @@ import torch.nn.functional as F
 
 from veneer.data import Batch
 from veneer.engine.fused.attention import Documents, bring
-from veneer.engine.fused.block import TENSORS, Block, Context, Kept, Stream
-from veneer.engine.fused.cudnn import ROOM_BYTES
+from veneer.engine.fused.block import Block, Context, SavedActivations, Stream
 from veneer.engine.fused.family import Decoder, NotCoveredError, read
 from veneer.engine.fused.graphs import Graphs, Inputs, rounded
-from veneer.engine.fused.spend import spend
+from veneer.engine.fused.policy import Demand, checkpointed, place, uniform
 from veneer.engine.interface import BatchShapes
+from veneer.engine.placement import MemoryPlacement, WeightState
 from veneer.kernels.cast import cast_all, cast_table
 from veneer.kernels.launch import HAS_TRITON
 from veneer.kernels.rms_norm import rms_norm_backward
 from veneer.kernels.softmax_loss import softmax_loss
 
 LOGITS_BYTES = 256 * 2**20  # of logits made at a time
-SMALL = 2048  # tokens; passes below gain from being replayed, even those of 8B models on an H100 (`bench/replays.py`)
 
 
 class FusedEngine:
     """Runs a PEFT model's blocks by hand-written code.
 
     Args:
-        model: From `veneer.model.attach` or `load_adapter`.
-        keep: Tensors that are kept from forward to backward, of `block.TENSORS`: of every block but the last, which
-            keeps all, since backward needs them at once; or a set for each block.
-        keep_dequantized: Hold 4-bit weights as 16-bit matrices too.
-        graphs: Record passes of a shape that comes again.
+        model: a PEFT model from `veneer.model.attach` or `load_adapter`.
+        gradient_checkpointing: the setting; auto recomputes as true does, until `plan_memory` has measured.
+        graphs: whether passes of a shape that comes again are recorded.
+
+    Attributes:
+        placement: where the tensors of its blocks are; see `apply`.
 
     Raises:
         NotCoveredError: The model has parts this engine does not compute.
@@ -42,13 +43,7 @@ class FusedEngine:
     name = "fused"
     is_reference = False
 
-    def __init__(
-        self,
-        model: Any,
-        keep: frozenset[str] | Sequence[frozenset[str]] = frozenset(TENSORS),
-        keep_dequantized: bool = False,
-        graphs: bool = True,
-    ) -> None:
+    def __init__(self, model: Any, gradient_checkpointing: bool | str = False, graphs: bool = True) -> None:
         self.model = model
         self.decoder: Decoder = read(model)
         weight = self.decoder.embed.weight
@@ -58,21 +53,12 @@ class FusedEngine:
         if self.on_gpu and not HAS_TRITON:
             raise NotCoveredError("a machine without Triton")
         self.blocks = [Block(layer, self.decoder, n, self._dtype) for n, layer in enumerate(self.decoder.layers)]
-        if isinstance(keep, frozenset):
-            keep = [*[keep] * (len(self.blocks) - 1), frozenset(TENSORS)]
-        self.keep = tuple(keep)
-        groups = [group for block in self.blocks for group in block.groups]
-        if keep_dequantized:
-            for group in groups:
-                group.keep_dequantized()
         self._scratch = weight.new_empty(0)
-        self._flatten(groups)
-        self._settle()
-        self._room_bytes = ROOM_BYTES
+        self._flatten([group for block in self.blocks for group in block.groups])
         self._seed = torch.zeros(1, dtype=torch.int64, device=self._device)
         # Batches are padded whether or not passes are recorded, so that neither changes a bit.
         self._pads = self._device.type == "cuda" and self.is_recordable
-        self._graphs = Graphs(self._pass) if graphs and self._pads else None
+        self.apply(replace(checkpointed(self.blocks, gradient_checkpointing), records_passes=graphs and self._pads))
         # The last is the longest; the others stay, since recorded passes read them.
         self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -95,19 +81,15 @@ class FusedEngine:
         """Whether its memory can be measured."""
         return bool(self._device.type == "cuda")
 
-    def plan_memory(
-        self, shapes: BatchShapes, gradient_checkpointing: bool | str, later_bytes: int
-    ) -> dict[str, Any] | None:
-        """See `Engine.plan_memory`, and `fit`."""
-        if not self.on_gpu:
-            return None
-        if gradient_checkpointing != "auto":
-            if shapes.varies:
-                self.record_nothing()  # what recorded passes would hold was not asked for
-            return None
-        torch.cuda.empty_cache()
-        budget = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - later_bytes
-        return self.fit(shapes.largest, budget, shapes.held_out, shapes.varies, shapes.documents)
+    def plan_memory(self, shapes: BatchShapes, gradient_checkpointing: bool | str, later_bytes: int) -> MemoryPlacement:
+        """See `Engine.plan_memory`, and `place_within`."""
+        if self.on_gpu and gradient_checkpointing == "auto":
+            torch.cuda.empty_cache()
+            budget = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - later_bytes
+            return self.place_within(shapes, budget)
+        if shapes.varies:  # what recorded passes would hold was not asked for
+            self.apply(replace(self.placement, records_passes=False))
+        return self.placement
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
@@ -137,79 +119,60 @@ class FusedEngine:
         """See `Engine.describe`."""
         return {"chunked_head": True}
 
-    def record_nothing(self) -> None:
-        """Every pass is launched anew, and none holds memory of its own."""
-        self._graphs = None
+    def apply(self, placement: MemoryPlacement) -> None:
+        """Place the blocks' tensors; recorded passes are dropped, and what was dequantized for good stays so.
 
-    def fit(
-        self,
-        lengths: Sequence[int],
-        budget_bytes: int,
-        held_out: Sequence[int] = (),
-        varies: bool = False,
-        documents: Sequence[int] = (),
-    ) -> dict[str, Any]:
-        """Keep as much as a budget allows; see `spend`. For before training: gradients are lost.
+        Raises:
+            NotImplementedError: a state that no engine implements.
+        """
+        placement.require_implemented()
+        self.placement = placement
+        for block, chosen in zip(self.blocks, placement.blocks, strict=True):
+            for name, state in chosen.weights.items():
+                if state == WeightState.DEQUANTIZED:
+                    block.weights[name].keep_dequantized()
+        size = max(block.scratch for block in self.blocks)
+        if size != len(self._scratch):
+            self._scratch = self._scratch.new_empty(size)
+        shadows = [shadow for block in self.blocks for group in block.groups for shadow in group.shadows()]
+        self._adapters = cast_table(shadows)
+        self._graphs = Graphs(self._pass) if placement.records_passes else None
 
-        Recorded passes hold their memory for good, and a pass of another shape needs its own beside it. Where shapes
-        vary, passes are recorded only if all of that fits twice. Else the memory is better spent, but where passes are
-        so small that the host takes longer to launch them than the GPU to compute: there, half of it is spent.
+    def place_within(self, shapes: BatchShapes, budget_bytes: int) -> MemoryPlacement:
+        """Keep as much as a budget allows; see `policy.place`. For before training: gradients are lost.
 
         Args:
-            lengths: Of the rows of the largest batch.
-            budget_bytes: What tensors may take on the device, those there now included.
-            held_out: Of the documents of the largest batch of held-out losses, which comes on top of recorded passes.
-            varies: Whether batches come in many shapes.
-            documents: Lengths in the batch with the most documents, where rows hold several.
-
-        Returns:
-            The peak of a pass that keeps nothing, what is spent beyond, attention's room, and how often each tensor is
-            kept.
+            shapes: lengths of the largest batches.
+            budget_bytes: what tensors may take on the device, those there now included.
         """
         assert self.on_gpu, "there is nothing to measure elsewhere"
-        self.keep, self._room_bytes = (frozenset[str](),) * len(self.blocks), ROOM_BYTES
-        before = torch.cuda.memory_allocated()
-        beside = self._peak_of(lambda: self.losses(_made_up(held_out))) - before if held_out else 0
+        records = self.placement.records_passes
+        self.apply(uniform(self.blocks, (), ()))
+        demand, fullest = self._measure(shapes)
+        self.apply(place(self.blocks, demand, budget_bytes, records))
+        if self._graphs is not None and shapes.varies:
+            self._graphs.lay_out(self._bring(_made_up(fullest), 1.0, True))
+            self.master.grad = None
+        return self.placement
+
+    def _measure(self, shapes: BatchShapes) -> tuple[Demand, tuple[int, ...]]:
+        """What passes need as they are placed now, and the lengths of the batch that needs most."""
+        lengths, before = shapes.largest, torch.cuda.memory_allocated()
+        held_out = self._peak_of(lambda: self.losses(_made_up(shapes.held_out))) - before if shapes.held_out else 0
         # Where lengths vary, batches may be even or not, and attention has a backend for either.
-        several = [tuple(lengths)]
-        if varies and lengths[-1] > 1:
+        several = [lengths]
+        if shapes.varies and lengths[-1] > 1:
             several.append((*lengths[:-1], lengths[-1] - 1, 1))
-        if documents:
-            several.append(tuple(documents))
+        if shapes.documents:
+            several.append(shapes.documents)
         peaks = {some: self._peak_of(partial(self._pass, self._bring(_made_up(some), 1.0, True))) for some in several}
-        largest, peak = max(peaks.items(), key=lambda pair: pair[1])
+        fullest, peak = max(peaks.items(), key=lambda pair: pair[1])
         self.master.grad = None
-        tokens, spare = rounded(sum(lengths)), budget_bytes - peak - beside
         usual = Documents.of(several[-1], self._device)
         backend = self.blocks[0].attention.backend(usual, self.decoder.embed.weight)
         rows = len(lengths) if backend == "cudnn" else 0
-        spending = spend(self.blocks, tokens, max(lengths), rows, spare, budget_bytes)
-        everything = sum(block.kept_bytes(name, tokens) for block in self.blocks for name in TENSORS)
-        second = spare - (peak - before)  # to spare beside a second pass
-        if varies and self._graphs is not None and spending.spent_bytes + everything > second:
-            if second > 0 and tokens < SMALL:
-                spending = spend(self.blocks, tokens, max(lengths), rows, second // 2, budget_bytes)
-            else:
-                self.record_nothing()
-        self.keep, self._room_bytes = spending.keep, spending.room_bytes
-        if self._graphs is not None:
-            self._graphs = Graphs(self._pass)  # what was seen before had other room
-        for group in spending.dequantized:
-            group.keep_dequantized()
-        self._settle()
-        if self._graphs is not None and varies:
-            self._graphs.lay_out(self._bring(_made_up(largest), 1.0, True))
-            self.master.grad = None
-        kept = {name: sum(name in names for names in self.keep) for name in TENSORS}
-        return {
-            "budget_bytes": budget_bytes,
-            "least_bytes": peak,
-            "spent_bytes": spending.spent_bytes,
-            "records_passes": self._graphs is not None,
-            "blocks": len(self.blocks),
-            "attention_bytes": spending.room_bytes if rows else 0,
-            "kept": kept | {"16-bit weights": len(spending.dequantized) / len(self.blocks[0].groups)},
-        }
+        tokens = rounded(sum(lengths))
+        return Demand(tokens, max(lengths), rows, peak, peak - before, held_out, shapes.varies), fullest
 
     @torch.no_grad()
     def _peak_of(self, compute: Callable[[], object]) -> int:
@@ -218,14 +181,6 @@ class FusedEngine:
         compute()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
-
-    def _settle(self) -> None:
-        """What hangs on which weights stay in 16 bits."""
-        size = max(block.scratch for block in self.blocks)
-        if size != len(self._scratch):
-            self._scratch = self._scratch.new_empty(size)
-        shadows = [shadow for block in self.blocks for group in block.groups for shadow in group.shadows()]
-        self._adapters = cast_table(shadows)
 
     def _flatten(self, groups: list[Any]) -> None:
         """One buffer for all parameters, one for all gradients; PEFT's become views of them.
@@ -278,12 +233,12 @@ class FusedEngine:
         """Forward and backward, on the device alone."""
         at = self._context(inputs.documents, training=True)
         cast_all(self._adapters)
-        stream, kept = self._forward(inputs.ids_T, at, True)
+        stream, saved = self._forward(inputs.ids_T, at, True)
         losses_N, d_TE = self._head(inputs, stream, True)
         del stream
         total = (losses_N.double() * inputs.weights_N).sum()
         for block in reversed(self.blocks):
-            block.backward(d_TE, kept.pop(), at, block.number == 0)
+            block.backward(d_TE, saved.pop(), at, block.number == 0)
         return total
 
     @torch.no_grad()
@@ -308,7 +263,7 @@ class FusedEngine:
     def _context(self, documents: Documents, training: bool) -> Context:
         cos_PS, sin_PS = self._rotary(documents.longest)
         seed = self._seed if training and self.has_dropout else None
-        return Context(documents, cos_PS, sin_PS, self._scratch, seed, self._room_bytes)
+        return Context(documents, cos_PS, sin_PS, self._scratch, seed, self.placement.workspace_bytes)
 
     def _rotary(self, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Tables of the model's own rotary module, float32, for documents of up to so many tokens.
@@ -329,15 +284,15 @@ class FusedEngine:
         half = cos.shape[-1] // 2
         return cos[0, :, :half], sin[0, :, :half]
 
-    def _forward(self, ids_T: torch.Tensor, at: Context, training: bool) -> tuple[Stream, list[Kept]]:
-        """The residual stream behind the last block, and what each block keeps."""
+    def _forward(self, ids_T: torch.Tensor, at: Context, training: bool) -> tuple[Stream, list[SavedActivations]]:
+        """The residual stream behind the last block, and what each block saves."""
         stream = Stream(self.decoder.embed(ids_T))
-        kept: list[Kept] = []
-        for block, keep in zip(self.blocks, self.keep):
-            stream, of_block = block.forward(stream, at, keep if training else frozenset())
+        saved: list[SavedActivations] = []
+        for block, placement in zip(self.blocks, self.placement.blocks, strict=True):
+            stream, of_block = block.forward(stream, at, placement.kept if training else frozenset())
             if training:
-                kept.append(of_block)
-        return stream, kept
+                saved.append(of_block)
+        return stream, saved
 
     def _head(self, inputs: Inputs, stream: Stream, training: bool) -> tuple[torch.Tensor, Any]:
         """Losses of trained tokens, and in training the gradient of the residual stream, with columns behind it."""

@@ -15,13 +15,14 @@ two ways. Where u is known first, y = [x | u] [W | s B]^T is one product ("befor
 [y | u] = x [W ; A]^T gives u as further columns of y, and the norm that reads y next adds what is missing ("after"), an
 `Update`. The same two ways lead back: dx = [dy | v] [W ; A], or [dx | v] = dy [W | s B]. "After" saves a reading of the
 input but needs a norm behind, of few enough ranks. Where W is in 4 bits, the matrix is made in a scratch buffer just
-before it is used; where there is room, it stays.
+before it is used; where memory allows, it stays.
 
 A product whose adapters are added after it is stored 1.618 times too large (see `update`).
 
 With dropout, u comes from a masked copy of x that exists only within a kernel, and v A is masked likewise.
 
-Shapes: T tokens, D inputs, N outputs, R stacked ranks, padded to a multiple of 16; E a width with a margin behind it.
+Shapes: T tokens, D inputs, N outputs, R stacked ranks, padded to a multiple of 16; E a width with a margin behind it:
+columns for the adapters, padded so that rows begin where products read them fastest.
 """
 
 from collections.abc import Sequence

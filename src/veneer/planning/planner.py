@@ -1,0 +1,247 @@
+"""Makes forecasts of runs: which engine, the peak of each phase, where tensors live, how long a step takes.
+
+A planner has a base model (`PlannedModel`: its shapes, dry runs of an engine, the shapes of a run's batches) and a
+device. It works the same for a model on disk and for a name, for data that was read and for data that was not, for the
+machine at hand and for a card one thinks of buying.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from math import prod
+
+from veneer.config import Run, UserError
+from veneer.engine.dry_run import DryRun, Step
+from veneer.engine.fused.policy import block_placement
+from veneer.engine.placement import MemoryPlacement
+from veneer.engine.trace import Peak
+from veneer.machine.device import named_dtype, resolve_optim
+from veneer.model.dense import COPIES_SHARE
+from veneer.model.shapes import Shapes
+from veneer.planning.base import PlannedModel
+from veneer.planning.batch_shapes import Padded, RowShapes
+from veneer.planning.forecast import Forecast
+from veneer.planning.held_out import answers_peak, loss_peak, rows_that_fit
+from veneer.planning.memory import adapter_bytes, copies_bytes, loaded, phases, resting, run_disk_bytes
+from veneer.planning.target import TargetDevice
+from veneer.planning.time import seconds
+
+LAUNCH = 0.35  # of the host's time an operation, without autograd: 13.7 us a launch beside an H100
+QUANTIZABLE = 0.5  # of the weights between embeddings and head; less, and 4 bits change little
+HOST_BYTES = 3 * 2**30  # of a process with CUDA's libraries; weights are read through, not held
+UPDATES = 2  # operations a tensor
+
+
+class Planner:
+    """Forecasts of runs of one base on one device."""
+
+    def __init__(self, base: PlannedModel, target: TargetDevice) -> None:
+        self.base = base
+        self.target = target
+
+    def forecast(self, run: Run) -> Forecast:
+        """The forecast of a run.
+
+        Raises:
+            UserError: an adapter target matches nothing, or the architecture cannot take the quantization.
+        """
+        return self.forecast_as(run, self._method(run))
+
+    def _method(self, run: Run) -> str:
+        return "qlora" if run.quantization or self.base.is_4bit else "lora"
+
+    def forecast_as(self, run: Run, method: str) -> Forecast:
+        """The forecast of a run as full fine-tuning, LoRA in 16 bits or QLoRA: method full, lora or qlora."""
+        shapes, target = self.base.shapes, self.target
+        engine, reason, rows = self._engine(run, method)
+        optim = resolve_optim(run.train.optim, target.device)
+        step = step_of(run, method, shapes, rows.fullest, target, engine, rows.even)
+        dry = self.base.run_dry(step)
+        found = phases(shapes, step, optim, dry, target.device)
+        held_out, at_a_time, answered = None, {}, rows.answered
+        if rows.held_out is not None and answered is not None:
+            held = resting(shapes, step, optim, dry, target.device)[0]
+            at_a_time["evaluation"], rows, held_out = self._held_out(run, step, dry, held, rows)
+            found["evaluation"] = loss_peak(held, dry, held_out[1])
+            at_a_time["generation"], found["generation"] = self.answers(run, answered, method)
+        sizes = shapes.adapter(step.targets, step.r)
+        trainable = shapes.total if method == "full" else sum(sizes)
+        peak = max(peak.bytes for peak in found.values())
+        paged = adapter_bytes(sizes) * 2 if optim.startswith("paged") else 0
+        least = max(peak.bytes for name, peak in found.items() if name != "generation")
+        placement = self.base.placement(step, run.train.gradient_checkpointing, least, target.budget_bytes)
+        updated = 1 if engine == "fused" else len(sizes)
+        timed = self._times(step, held_out, rows, run, placement, updated) if target.ceilings else (None, None)
+        return Forecast(
+            total=shapes.total + (trainable if method != "full" else 0),
+            trainable=trainable,
+            phases=found,
+            rows_at_a_time=at_a_time,
+            target=target,
+            engine=engine,
+            engine_reason=reason,
+            placement=placement,
+            rows=rows,
+            host_bytes=peak if target.device != "cuda" else HOST_BYTES + paged,
+            disk_bytes=run_disk_bytes(trainable, rows.steps, run.train),
+            download_bytes=self.base.download_bytes,
+            step_seconds=timed[0],
+            run_seconds=timed[1],
+        )
+
+    def answers(self, run: Run, rows: Padded, method: str | None = None) -> tuple[int, Peak]:
+        """How many rows `veneer evaluate` takes at a time, and the memory it holds then.
+
+        Args:
+            run: the settings.
+            rows: number of rows, and the most tokens and trained tokens of one.
+            method: see `forecast_as`; None: as the run says.
+        """
+        shapes, target = self.base.shapes, self.target
+        step = step_of(run, method or self._method(run), shapes, Padded(1, 1, 1), target)
+        held = loaded(shapes, step, target.device)
+
+        def peak_of(count: int) -> Peak:
+            asked = step_for_held_out(step, Padded(count, rows.length, count * rows.trained))
+            return answers_peak(held, shapes, asked, self.base.run_dry(asked), run.evaluate.max_new_tokens)
+
+        most = min(run.evaluate.batch_size, rows.rows)
+        count = rows_that_fit(most, peak_of, sum(held.values()), target.budget_bytes)
+        return count, peak_of(count)
+
+    def _held_out(
+        self, run: Run, step: Step, train: DryRun, held: Mapping[str, int], rows: RowShapes
+    ) -> tuple[int, RowShapes, tuple[Step, DryRun]]:
+        """How many rows the held-out loss takes at a time, the data in such batches, and the largest's dry run."""
+
+        def batches_of(count: int) -> RowShapes:
+            if count == run.evaluate.batch_size:
+                return rows
+            smaller = run.model_copy(update={"evaluate": run.evaluate.model_copy(update={"batch_size": count})})
+            return self.base.rows(smaller, step.engine)
+
+        def dry(count: int) -> tuple[Step, DryRun]:
+            batch = batches_of(count).held_out
+            assert batch is not None
+            asked = step_for_held_out(step, batch)
+            return asked, self.base.run_dry(asked)
+
+        def peak_of(count: int) -> Peak:
+            return loss_peak(held, train, dry(count)[1])
+
+        count = rows_that_fit(run.evaluate.batch_size, peak_of, sum(held.values()), self.target.budget_bytes)
+        return count, batches_of(count), dry(count)
+
+    def rows(self, run: Run) -> RowShapes:
+        """Shapes of a run's data for the engine it gets."""
+        return self._engine(run, self._method(run))[2]
+
+    def _engine(self, run: Run, method: str) -> tuple[str, str, RowShapes]:
+        """The engine that a run gets, why, and the shapes of its data there."""
+        any_step = step_of(run, method, self.base.shapes, Padded(1, 1, 1), self.target)
+        engine, reason = self.base.engine(run.train, self.target.device, any_step)
+        return engine, reason, self.base.rows(run, engine)
+
+    def _times(
+        self,
+        step: Step,
+        held_out: tuple[Step, DryRun] | None,
+        rows: RowShapes,
+        run: Run,
+        placement: MemoryPlacement,
+        updated: int,
+    ) -> tuple[tuple[float, float, float], tuple[float, float, float] | None]:
+        """Times of a step and of the run, with their ranges; `updated`: tensors that the optimizer steps."""
+        ceilings = self.target.ceilings
+        assert ceilings is not None
+        usual = replace(step, rows=rows.typical.rows, length=rows.typical.length, trained=rows.typical.trained)
+        host = 1.0 if step.engine == "reference" else LAUNCH
+        records = rows.even or run.train.gradient_checkpointing == "auto"  # else what they hold is not reserved
+
+        def taken(asked: Step) -> float:
+            found = self.base.run_dry(asked)
+            replayed = rows.replayed if found.records and records else 0.0
+            launched = seconds(found.work, ceilings, host)
+            return replayed * seconds(found.work, ceilings, 0.0) + (1 - replayed) * launched
+
+        once = rows.passes * _pass_seconds(usual, placement, taken)
+        once += UPDATES * updated * ceilings.host_seconds  # gradients clipped, and each tensor stepped
+        low, high = ceilings.spread
+        if rows.steps is None:
+            return (low * once, once, high * once), None
+        whole = rows.steps * once
+        if held_out is not None:
+            times = 1 + (rows.steps - 1) // run.train.eval_steps if run.train.eval_steps else 1
+            whole += times * rows.held_out_passes * seconds(held_out[1].work, ceilings, host)
+        return (low * once, once, high * once), (low * whole, whole, high * whole)
+
+
+def _pass_seconds(step: Step, placement: MemoryPlacement, taken: Callable[[Step], float]) -> float:
+    """Time of a pass: where blocks are placed differently, each as if all were placed as it is, in proportion."""
+    if not placement.bytes:
+        return taken(step)
+    counts = Counter(placement.blocks).items()
+    return sum(count / len(placement.blocks) * taken(replace(step, block=block)) for block, count in counts)
+
+
+def step_of(
+    run: Run,
+    method: str,
+    shapes: Shapes,
+    batch: Padded,
+    target: TargetDevice,
+    engine: str = "reference",
+    even: bool = True,
+) -> Step:
+    """The micro-batch of a run, for a dry run.
+
+    Raises:
+        UserError: an adapter target matches nothing, or the architecture cannot take the quantization.
+    """
+    quantized, dtype = frozenset[str](), named_dtype(run.model.dtype, target.dtype)
+    if method == "qlora":
+        quantized = shapes.quantizable()
+        _require_quantizable(shapes)
+    return Step(
+        rows=batch.rows,
+        length=batch.length,
+        trained=batch.trained,
+        dtype=dtype,
+        method=method,
+        targets=frozenset() if method == "full" else shapes.targets(run.adapter.target_modules),
+        quantized=quantized,
+        r=run.adapter.r,
+        dropout=run.adapter.lora_dropout,
+        double_quant=run.quantization.double_quant if run.quantization else True,
+        checkpointing=run.train.gradient_checkpointing is not False,
+        engine=engine,
+        block=None if run.train.gradient_checkpointing is False else block_placement(()),
+        keeps_last=run.train.gradient_checkpointing is True,
+        even=even,
+        capability=target.capability,
+        accumulating=run.train.gradient_accumulation_steps > 1,
+        copies=target.device == "cpu" and COPIES_SHARE * copies_bytes(shapes, quantized, dtype) <= target.budget_bytes,
+    )
+
+
+def step_for_held_out(step: Step, batch: Padded) -> Step:
+    """The same without training."""
+    return Step(
+        batch.rows, batch.length, batch.trained, step.dtype, step.method, step.targets, step.quantized, step.r,
+        double_quant=step.double_quant, engine=step.engine, even=step.even, capability=step.capability, training=False,
+        copies=step.copies,
+    )  # fmt: skip
+
+
+def _require_quantizable(shapes: Shapes) -> None:
+    ends = {f"{path}.weight" for path in (*shapes.embeddings, shapes.head) if path}
+    quantized = {f"{path}.weight" for path in shapes.quantizable()}
+    inner = {name: prod(shape) for name, shape in shapes.weights.items() if name not in ends}
+    share = sum(count for name, count in inner.items() if name in quantized) / max(1, sum(inner.values()))
+    if share < QUANTIZABLE:
+        largest = max((name for name in inner if name not in quantized), key=lambda name: inner[name])
+        raise UserError(
+            f"quantization: only {share:.0%} of {shapes.architecture}'s weights lie in linear layers, which is what 4 "
+            f"bits can store ({largest} is not one)",
+            "leave the section `quantization` out, or name another model.base",
+        )

@@ -1,0 +1,223 @@
+"""What the fused engine finds out about memory before training, and where it has the tensors of a step."""
+
+import json
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from tests.support.engines import batch_of, gradients, model_of
+from tests.support.runs import tiny_run, write_rows
+from veneer.cli.show_plan import show_placement
+from veneer.engine import ReferenceEngine
+from veneer.engine.fused import FusedEngine
+from veneer.engine.fused.block import ACTIVATIONS
+from veneer.engine.fused.cudnn import WORKSPACE_BYTES, Call
+from veneer.engine.fused.policy import Demand, block_placement, place, uniform
+from veneer.engine.interface import BatchShapes
+from veneer.engine.placement import ActivationState, BlockPlacement, MemoryPlacement, WeightState
+from veneer.engine.trace import rounded
+from veneer.training import TrainingJob
+from veneer.training.job import vary
+
+HUGE = 2**50
+EVERYTHING = frozenset(ACTIVATIONS)
+
+
+def kept(placement: MemoryPlacement) -> list[frozenset[str]]:
+    return [block.kept for block in placement.blocks]
+
+
+def filled(engine: FusedEngine, tokens: int, longest: int, rows: int, spare_bytes: int) -> MemoryPlacement:
+    """The placement with so much memory beside a pass that keeps nothing."""
+    budget = HUGE // 4  # of which pages that cannot be filled are a part
+    demand = Demand(tokens, longest, rows, int(budget * 0.98) - spare_bytes)
+    return place(engine.blocks, demand, budget, False)
+
+
+def test_memory_goes_where_it_saves_most_time() -> None:
+    engine = FusedEngine(model_of("llama"))
+    blocks, tokens = engine.blocks, 512
+    everything = sum(block.saved_bytes(name, tokens) for block in blocks for name in ACTIVATIONS)
+    assert kept(filled(engine, tokens, 64, 0, 0)) == [frozenset(), frozenset()]
+    assert kept(filled(engine, tokens, 64, 0, everything + 2)) == [EVERYTHING] * 2
+    half = filled(engine, tokens, 64, 0, everything // 2)
+    assert half.bytes <= everything // 2
+    first, last = kept(half)
+    assert len(last) >= len(first)
+    rates = {n: blocks[0].recompute_cost(n, tokens, 64) / blocks[0].saved_bytes(n, tokens) for n in ACTIVATIONS}
+    assert max(rates, key=lambda name: rates[name]) in last
+
+
+ALL = "attention gate_up mid qkv"
+# By tenths of what all activations take: what the first block keeps, what the last, and the bytes of both.
+CHOICES: dict[str, dict[int, tuple[str, str, int]]] = {
+    "llama": {
+        1: ("", "attention", 2_228_224),
+        3: ("attention mid", "attention mid", 8_912_896),
+        5: ("attention mid", "attention mid qkv", 14_024_704),
+        8: ("attention gate_up mid", "attention gate_up mid", 27_262_976),
+        10: ("attention gate_up mid", ALL, 32_374_784),
+        15: (ALL, ALL, 37_486_592),
+    },
+    "gemma2": {
+        1: ("", "", 0),
+        3: ("", "attention qkv", 720_896),
+        5: ("", "attention gate_up qkv", 1_294_336),
+        8: ("gate_up qkv", ALL, 2_490_368),
+        10: ("gate_up mid qkv", ALL, 2_793_472),
+        15: (ALL, ALL, 3_194_880),
+    },
+}
+
+
+@pytest.mark.parametrize(("family", "rows", "length"), [("llama", 4, 2048), ("gemma2", 1, 512)])
+def test_choices_are_what_they_were(family: str, rows: int, length: int) -> None:
+    blocks = FusedEngine(model_of(family)).blocks
+    tokens = rows * length
+    everything = sum(block.saved_bytes(name, tokens) for block in blocks for name in ACTIVATIONS)
+    for tenths, (first, last, size) in CHOICES[family].items():
+        demand = Demand(tokens, length, rows, everything - int(tenths / 10 * everything))
+        found = place(blocks, demand, everything, False)
+        assert kept(found) == [set(first.split()), set(last.split())], tenths
+        assert found.bytes == size
+
+
+@pytest.mark.parametrize(
+    ("lengths", "trained", "rows", "varies"),
+    [
+        ((40, 40, 40, 40), (9, 9, 9, 9), 2, False),
+        ((40, 40, 40, 39), (9, 9, 9, 9), 2, True),
+        ((40, 40, 40, 40), (9, 9, 9, 8), 2, True),
+        ((40, 40, 40), (9, 9, 9), 2, True),
+    ],
+)
+def test_a_pass_that_is_not_the_recorded_one_is_reckoned_with(
+    lengths: tuple[int, ...], trained: tuple[int, ...], rows: int, varies: bool
+) -> None:
+    """It needs its own memory beside the recorded ones: the last rows of an epoch, say, that fill no micro-batch."""
+    corpus = SimpleNamespace(trained=np.array(trained))
+    part: Any = SimpleNamespace(lengths=np.array(lengths), corpus=corpus, examples=np.arange(len(lengths)))
+    assert vary(part, part.lengths, rows) == varies
+
+
+@pytest.mark.parametrize("varies", [False, True])
+def test_memory_is_measured_with_the_attention_that_batches_get(varies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FusedEngine(model_of("llama"))
+    seen: list[bool] = []
+    peaks = iter((7, 9))
+    monkeypatch.setattr(FusedEngine, "on_gpu", True)
+    monkeypatch.setattr(FusedEngine, "_peak_of", lambda self, compute: compute() or next(peaks))
+    monkeypatch.setattr(FusedEngine, "_pass", lambda self, inputs: seen.append(inputs.documents.is_even))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
+    found = engine.place_within(BatchShapes((64, 64), varies), 2**20)
+    assert seen == ([True, False] if varies else [True])
+    assert found.least_bytes == (9 if varies else 7)
+    assert found.budget_bytes == 2**20
+
+
+def test_attention_gets_its_workspace_before_anything_is_kept() -> None:
+    engine = FusedEngine(model_of("llama"))
+    heads, rows, length = engine.decoder.heads, 64, 4096
+    usual = Call.of(rows, length, heads, WORKSPACE_BYTES).workspace_bytes(length)
+    whole = Call(rows, heads).workspace_bytes(length)
+    tokens = rows * length
+    ample = filled(engine, tokens, length, rows, HUGE)
+    assert ample.workspace_bytes == whole
+    assert ample.bytes - (whole - usual) == filled(engine, tokens, length, 0, HUGE).bytes
+    assert kept(ample) == [EVERYTHING] * 2
+
+    tight = filled(engine, tokens, length, rows, whole)
+    assert usual < tight.workspace_bytes < whole
+    assert tight.workspace_bytes - usual <= whole // 2
+    assert tight.workspace_bytes - usual <= tight.bytes <= whole
+
+    for none in (filled(engine, tokens, length, rows, 0), filled(engine, tokens, length, 0, HUGE)):
+        assert none.workspace_bytes == WORKSPACE_BYTES
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"activations": {"mid": ActivationState.HOST}}, r"block 1, mid: no engine implements the state HOST"),
+        ({"weights": {"down": WeightState.STREAMED}}, r"block 1, down: no engine implements the state STREAMED"),
+    ],
+)
+def test_a_state_that_nothing_implements_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
+    model = model_of("llama")
+    engine = FusedEngine(model)
+    before, batch = engine.placement, batch_of()
+    loss, wanted = gradients(engine, model, batch)
+    first, last = before.blocks
+    other = BlockPlacement(**{"activations": last.activations, "weights": last.weights} | changes)
+    with pytest.raises(NotImplementedError, match=named):
+        engine.apply(replace(before, blocks=(first, other)))
+    assert engine.placement == before
+    again, found = gradients(engine, model, batch)
+    assert again == loss
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_placement_is_printed_block_by_block_and_those_alike_together() -> None:
+    engine = FusedEngine(model_of("llama"))
+    some = block_placement({"qkv"}, {"down"})
+    placement = replace(uniform(engine.blocks), blocks=(some, some, block_placement(ACTIVATIONS)), bytes=5)
+    states = dict.fromkeys(ACTIVATIONS, "recompute") | {"qkv": "keep"}
+    assert json.loads(json.dumps(placement.as_dict())) == {
+        "blocks": [
+            {"first": 0, "count": 2, "activations": states, "weights": {"down": "dequantized"}},
+            {"first": 2, "count": 1, "activations": dict.fromkeys(ACTIVATIONS, "keep"), "weights": {}},
+        ],
+        "workspace_bytes": WORKSPACE_BYTES,
+        "records_passes": False,
+        "bytes": 5,
+        "least_bytes": 0,
+        "budget_bytes": 0,
+    }
+
+
+def test_a_plan_says_what_is_kept_of_how_many_blocks() -> None:
+    some, all_of_it = block_placement({"qkv"}, {"down"}), block_placement(ACTIVATIONS)
+    shown = StringIO()
+    placement = MemoryPlacement((some, some, all_of_it), bytes=2**30)
+    show_placement(Console(file=shown, width=300), placement.as_dict())
+    kept = "attention of 1 blocks, gate_up of 1 blocks, mid of 1 blocks, qkv of 3 blocks"
+    assert shown.getvalue().strip().endswith(f"recomputed: {kept}, 16-bit weights down of 2 blocks")
+    show_placement(Console(file=shown), replace(placement, bytes=0).as_dict())
+    assert shown.getvalue().count("recomputed") == 1, "nothing was chosen"
+
+
+@pytest.mark.parametrize(("setting", "state"), [(True, "recompute"), ("auto", "recompute"), (False, "keep")])
+def test_the_reference_engine_recomputes_every_block_or_none(setting: Any, state: str) -> None:
+    engine = ReferenceEngine(model_of("llama"))
+    found = engine.plan_memory(BatchShapes((8,)), setting, 0)
+    assert [dict(block.activations) for block in found.blocks] == [{"activations": state}] * 2
+    assert found.bytes == 0
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "adamw_32bit"])
+def test_what_is_reserved_for_the_optimizer_is_what_it_keeps(
+    optim: str, tmp_path: Path, tiny_model: Any, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2 bytes a parameter and the scales of its blocks where states are in 8 bits, 8 where they are in 32."""
+    reserved: list[int] = []
+    plan_memory = ReferenceEngine.plan_memory
+
+    def hears(self: ReferenceEngine, shapes: BatchShapes, setting: bool | str, later_bytes: int) -> MemoryPlacement:
+        reserved.append(later_bytes)
+        return plan_memory(self, shapes, setting, later_bytes)
+
+    monkeypatch.setattr(ReferenceEngine, "plan_memory", hears)
+    train = {"optim": optim, "max_steps": 1}
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    job = TrainingJob(tiny_run(tiny_model(), path, tmp_path / "run", train=train, adapter={"r": 64}))
+    job.fit()
+    states = [state for of in job._loop._optimizer.state.values() for state in of.values()]
+    kept = {state.data_ptr(): state for state in states if isinstance(state, torch.Tensor)}
+    assert reserved == [sum(rounded(state.numel() * state.element_size()) for state in kept.values())]
