@@ -21,7 +21,7 @@ from veneer.model.gguf import open_gguf
 from veneer.model.quiet import quiet
 from veneer.model.remote import read_config
 from veneer.model.shapes import find_config
-from veneer.release.gguf.families import TensorLayout
+from veneer.release.gguf.tensor_layout import TensorLayout
 from veneer.release.origin import Origin
 
 # Of config.json: what a merge writes anew, other checks compare, or Transformers notes for itself.
