@@ -39,10 +39,12 @@ def make_base(folder: Path, layers: int) -> None:
     from transformers import LlamaConfig
 
     from veneer.model.builtin import builtin_folder
-    from veneer.model.known import KNOWN
+    from veneer.model.known import known_shape
     from veneer.model.shapes import build
 
-    config = LlamaConfig(**(KNOWN["llama-3.1-8b"][1] | {"num_hidden_layers": layers}), dtype="bfloat16")
+    known = known_shape("llama-3.1-8b")
+    assert known is not None
+    config = LlamaConfig(**(known[1] | {"num_hidden_layers": layers}), dtype="bfloat16")
     block = torch.randn(32 * 2**20, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
 
     def plan(name: str, shape: tuple[int, ...]) -> PlannedTensor:

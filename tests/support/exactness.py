@@ -12,7 +12,7 @@ from veneer.config import Adapter, Model, Quantization
 from veneer.data import Batch
 from veneer.engine import ReferenceEngine
 from veneer.engine.fused import FusedEngine
-from veneer.engine.temporary import fill_b
+from veneer.engine.temporary import fill_zeros
 from veneer.machine import find_machine
 from veneer.model import attach, load_model, locate
 
@@ -80,7 +80,7 @@ def base_errors(name: str, batch: Batch) -> dict[str, Any]:
     found = {}
     for way, dtype in (("exact", "float32"), ("peft", "bfloat16"), ("fused", "bfloat16")):
         model = adapted(name, dtype, quantized=False)
-        fill_b(model)
+        fill_zeros(model)
         engine: Any = FusedEngine(model) if way == "fused" else ReferenceEngine(model)
         loss = engine.forward_backward(batch, 1 / batch.weight).item() / batch.weight
         found[way] = loss, {n: p.grad.float().cpu() for n, p in model.named_parameters() if p.requires_grad}

@@ -7,7 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from veneer.config import Model, UserError
-from veneer.model.known import KNOWN, MODEL_SIZES, known_shape
+from veneer.model.adapters import LORA
+from veneer.model.families import FAMILIES
+from veneer.model.known import MODEL_SIZES, known_shape
 from veneer.model.shapes import Shapes, build, find_config, shapes_of
 
 
@@ -17,7 +19,7 @@ def shapes(name: str) -> Shapes:
 
 def trained(name: str, r: int, targets: str | tuple[str, ...] = "all-linear") -> int:
     found = shapes(name)
-    return sum(found.adapter(found.targets(targets), r))
+    return sum(LORA.sizes(found, found.targets(targets), r))
 
 
 @pytest.mark.parametrize(
@@ -82,8 +84,10 @@ def test_totals_of_published_models(base: str, expected: int) -> None:
 
 
 def test_every_published_shape_builds_and_repeats() -> None:
-    for name, (kind, settings) in KNOWN.items():
-        assert known_shape(name) == (kind, settings)
+    for family in FAMILIES.values():
+        for series in family.published:
+            for name, settings in series.items():
+                assert known_shape(name) == (family.model_type, settings)
     assert shapes("google/gemma-2-2b").period == 2, "sliding and full attention take turns"
     assert shapes("meta-llama/Llama-3.2-1B").period == 1
     totals = [shapes(name).total for name in MODEL_SIZES]

@@ -10,7 +10,7 @@ import torch
 
 from tests.support.tiny import FAMILIES, save_tiny_model
 from veneer.config import Adapter, Model, Quantization
-from veneer.engine.temporary import fill_b
+from veneer.engine.temporary import fill_zeros
 from veneer.machine.device import find_machine
 from veneer.model import attach
 from veneer.model.dense import adapter_beside_copies, adapter_in_copies, keep_dense
@@ -29,7 +29,7 @@ def adapted(folder: Path, dtype: str, free_bytes: int, family: str = "llama") ->
     )
     needed = keep_dense(base, free_bytes)
     model = attach(base, Adapter(r=4), 0)
-    fill_b(model)
+    fill_zeros(model)
     return model, needed
 
 

@@ -26,8 +26,8 @@ from veneer.release.certify.compare_weights import compare_weights
 from veneer.release.certify.prompts import prompts_of
 from veneer.release.certify.servers import Endpoint, llama_server
 from veneer.release.gguf.export import export_adapter, export_model
-from veneer.release.gguf.families import llama3_factors
 from veneer.release.gguf.modelfile import TRIALS, chain_of, unlike
+from veneer.release.gguf.tensor_layout import llama3_factors
 from veneer.release.gguf.types import QUANTS, Mix, encoded
 
 EXPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3")

@@ -13,7 +13,7 @@ from veneer.data import Batch
 from veneer.data.batch import Example
 from veneer.engine import ReferenceEngine
 from veneer.engine.prefix import SHORTEST, can_share, shared_tokens
-from veneer.engine.temporary import fill_b
+from veneer.engine.temporary import fill_zeros
 from veneer.model import attach
 
 PREFIX = list(range(10, 10 + SHORTEST + 4))
@@ -32,7 +32,7 @@ def adapted(family: str, folder: Path, dropout: float = 0.0) -> Any:
     save_tiny_model(FAMILIES[family], folder)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False).eval()
     model = attach(base, Adapter(r=4, lora_dropout=dropout), 0)
-    fill_b(model)
+    fill_zeros(model)
     return model.eval()
 
 

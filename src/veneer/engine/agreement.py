@@ -18,7 +18,7 @@ from veneer.data import Batch
 from veneer.data.batch import Example
 from veneer.engine.interface import Engine
 from veneer.engine.reference import ReferenceEngine
-from veneer.engine.temporary import fill_b, untouched
+from veneer.engine.temporary import fill_zeros, untouched
 from veneer.kernels.launch import KERNEL_ERRORS
 
 FLOOR = 1e-3  # of the largest gradient: what is smaller moves nothing, and is compared with this much
@@ -92,7 +92,7 @@ def agree(model: Any, engine: Engine, batches: Sequence[Batch]) -> Agreement:
     limits = limits_of(dtype, weight.device.type)
     try:
         with untouched(model), engine.dropout_off(), reference.dropout_off():
-            fill_b(model)
+            fill_zeros(model)
             found = [_beside(_pass(model, engine, batch), _pass(model, reference, batch), limits) for batch in batches]
     except torch.OutOfMemoryError:
         raise

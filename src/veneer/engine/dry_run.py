@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from veneer.engine.placement import BlockPlacement
 from veneer.engine.reference import PaddedRows, token_losses
 from veneer.engine.trace import FlashAttention, Peak, Trace, Work, is_view, on_meta
+from veneer.model.adapters import LORA, AdapterMethod
 from veneer.model.quiet import quiet
 from veneer.model.shapes import decoder_layers
 
@@ -41,7 +42,7 @@ class Step:
         method: qlora, lora or full.
         targets: paths of the modules the adapter is on.
         quantized: paths of the modules whose weights are in 4 bits.
-        r, dropout: rank and dropout of the adapter.
+        adapter, r, dropout: method of the adapter, its rank and its dropout.
         double_quant: whether the constants of 4-bit blocks are quantized too.
         checkpointing: whether the reference engine recomputes activations.
         engine: reference or fused.
@@ -61,6 +62,7 @@ class Step:
     method: str = "lora"
     targets: frozenset[str] = frozenset()
     quantized: frozenset[str] = frozenset()
+    adapter: AdapterMethod = LORA
     r: int = 16
     dropout: float = 0.0
     double_quant: bool = True
@@ -243,67 +245,27 @@ def adapt(base: Any, step: Step) -> None:
     base.requires_grad_(step.method == "full")
     for path, module in list(base.named_modules()):
         if path in step.targets or path in step.quantized:
+            # Conv1D of GPT-2 keeps its weight the other way round, an embedding too.
+            is_turned = hasattr(module, "nf") or isinstance(module, torch.nn.Embedding)
+            inputs, outputs = module.weight.shape if is_turned else module.weight.shape[::-1]
+            layer = _Linear4bit(module.bias, (outputs, inputs), step) if path in step.quantized else module
+            if path in step.targets:
+                layer = step.adapter.stand_in(layer, inputs, outputs, step.r, step.dropout)
             parent, _, name = path.rpartition(".")
-            stand_in = (
-                _Embedding(module, step) if isinstance(module, torch.nn.Embedding) else _Linear(module, path, step)
-            )
-            setattr(base.get_submodule(parent), name, stand_in)
+            setattr(base.get_submodule(parent), name, layer)
 
 
-class _Embedding(torch.nn.Module):
-    """Stands in for PEFT's adapter on an embedding."""
+class _Linear4bit(torch.nn.Module):
+    """Stands in for a linear layer of bitsandbytes."""
 
-    def __init__(self, base: torch.nn.Embedding, step: Step) -> None:
+    is_4bit = True
+
+    def __init__(self, bias: Any, shape_MK: tuple[int, int], step: Step) -> None:
         super().__init__()
-        self.base = base
-        with torch.device("meta"):
-            self.lora_embedding_A = torch.nn.Parameter(torch.empty(step.r, base.num_embeddings))
-            self.lora_embedding_B = torch.nn.Parameter(torch.empty(base.embedding_dim, step.r))
+        self.bias, self.shape_MK, self.step = bias, shape_MK, step
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        after_A = torch.nn.functional.embedding(ids, self.lora_embedding_A.T, self.base.padding_idx)
-        result: torch.Tensor = self.base(ids) + (after_A @ self.lora_embedding_B.T) * 2.0
-        return result.to(self.base.weight.dtype)
-
-
-class _Linear(torch.nn.Module):
-    """Stands in for a linear layer of bitsandbytes, with or without PEFT's adapter around it, or for PEFT's alone."""
-
-    def __init__(self, base: Any, path: str, step: Step) -> None:
-        super().__init__()
-        self.is_4bit = path in step.quantized
-        # Conv1D of GPT-2 keeps its weight the other way round.
-        inputs, outputs = base.weight.shape if hasattr(base, "nf") else base.weight.shape[::-1]
-        self.shape_MK = (outputs, inputs)
-        self.base = None if self.is_4bit else base
-        self.bias = base.bias
-        self.step = step
-        self.is_adapted = path in step.targets
-        if self.is_adapted:
-            with torch.device("meta"):
-                self.lora_A = torch.nn.Linear(inputs, step.r, bias=False)
-                self.lora_B = torch.nn.Linear(step.r, outputs, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.base(x) if self.base is not None else self._four_bit(x)
-        if not self.is_adapted:
-            return result
-        dtype = result.dtype
-        if self.is_4bit:
-            result = result.clone()
-        x = x.to(torch.float32)  # a name, since PEFT holds it to the end as well
-        output = self.lora_B(self.lora_A(self._dropout(x))) * 2.0
-        if self.is_4bit:
-            output = output.to(dtype)
-        result = result + output
-        return result.to(dtype)
-
-    def _four_bit(self, x: torch.Tensor) -> Any:
+    def forward(self, x: torch.Tensor) -> Any:
         return _FourBit.apply(x, self.bias, self.shape_MK, self.step)  # type: ignore[no-untyped-call]
-
-    def _dropout(self, x: torch.Tensor) -> torch.Tensor:
-        # F.dropout takes this kernel on a GPU, and another one on meta tensors.
-        return torch.native_dropout(x, self.step.dropout, True)[0] if self.step.dropout and self.training else x
 
 
 class _FourBit(torch.autograd.Function):

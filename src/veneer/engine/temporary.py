@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from veneer.model.adapters import find_method
+
 REACH = 0.1  # of the input's size: what adapters add in checks, whatever their rank and scale
 
 
@@ -28,21 +30,16 @@ def untouched(model: Any) -> Iterator[None]:
             torch.cuda.set_rng_state(on_gpu)
 
 
-def fill_b(model: Any) -> None:
-    """Give every LoRA B small random values, in place: while B is zero, as it begins, A has no gradient.
-
-    Of an adapter on embeddings it is A that begins with zeros.
+def fill_zeros(model: Any) -> None:
+    """Give the adapter's matrices that begin as zeros small random values, in place: until then, others have no
+    gradient.
     """
-    from peft.tuners.lora import LoraLayer  # takes a second to import, which a plan need not wait for
-
+    config = model.peft_config["default"]
+    method = find_method(config)
     torch.manual_seed(0)
-    for module in model.modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        matrices = [linear.weight for linear in module.lora_B.values()] + list(module.lora_embedding_A.values())
-        for matrix in matrices:
-            std = REACH / (module.scaling["default"] * math.sqrt(module.r["default"]))
-            torch.nn.init.normal_(matrix.data, std=std)
+    for name, parameter in model.named_parameters():
+        if method.zeros is not None and method.zeros.search(name):
+            torch.nn.init.normal_(parameter.data, std=REACH / (method.scale(config) * math.sqrt(config.r)))
 
 
 @contextmanager

@@ -12,12 +12,14 @@ limits.py    sizes that no model has, refused before anything is made from them
 shards.py    the safetensors files of a checkpoint, and where each tensor lies in them
 reader.py    the threads that read
 kept.py      4-bit weights kept on disk for the next load
-adapters.py  LoRA: attach, save, load
 passport.py  what an adapter belongs to, and the refusal to load it on anything else
 tuned.py     an adapter with its base, tokenizer, template and passport: the one door to a tuned model
+attach.py    an adapter on a base: attach, save, load
+adapters/    methods of adapters: one description a file
+families/    families of models: one description a lineage
 """
 
-from veneer.model.adapters import attach, count_parameters, load_adapter, save_adapter
+from veneer.model.attach import attach, count_parameters, load_adapter, save_adapter
 from veneer.model.fingerprint import config_sha256, fingerprint, stored_quantization
 from veneer.model.lineage import GgufOrigin, gguf_origin
 from veneer.model.load import LoadReport, compute_dtype, load_base, load_model, load_tokenizer

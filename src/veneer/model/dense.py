@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from veneer.model.adapters import low_rank
+
 # 16-bit copies on the CPU may take one part in so many of the memory that is free: the run's own needs are to come.
 COPIES_SHARE = 8
 
@@ -76,8 +78,9 @@ def adapter_beside_copies(model: Any) -> Iterator[None]:
     layers = [] if _drops(model) else _layers_with_copies(model)
     try:
         for layer, name in layers:
-            factors = (layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
-            layer.get_base_layer().beside = factors
+            factors = low_rank(layer)
+            assert factors is not None
+            layer.get_base_layer().beside = factors[:3]
             layer.merged_adapters = [name]  # PEFT's layer adds nothing itself
         yield
     finally:
@@ -124,11 +127,8 @@ def _layers_with_copies(model: Any) -> list[tuple[Any, str]]:
 
 def _holds_in_copy(layer: Any) -> bool:
     """Whether a layer is plain LoRA with one active adapter on a layer that keeps a copy."""
-    if not hasattr(layer, "lora_A") or not hasattr(layer.get_base_layer(), "with_adapter"):
-        return False
-    name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
-    is_plain = name in layer.lora_A and not layer.lora_variant and not layer.lora_bias.get(name)
-    return is_plain and not layer.disable_adapters and not layer.merged_adapters
+    keeps = hasattr(layer.get_base_layer(), "with_adapter")
+    return keeps and not layer.disable_adapters and low_rank(layer) is not None
 
 
 def _can_keep(module: Any) -> bool:

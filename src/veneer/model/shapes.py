@@ -100,14 +100,6 @@ class Shapes:
         adapted = (path for path in self.linears if path != self.head and path not in self.beside)
         return list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in adapted))
 
-    def adapter(self, targets: frozenset[str], r: int) -> list[int]:
-        """Sizes of the adapter's matrices, A and B of each target, in parameters."""
-        sizes = []
-        for path in sorted(targets):
-            inputs, outputs = self.linears.get(path) or self.embeddings[path]
-            sizes += [r * inputs, r * outputs]
-        return sizes
-
 
 def find_config(model: Model) -> Any:
     """The configuration of a base model; no weights are fetched or read.

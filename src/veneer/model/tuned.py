@@ -25,7 +25,7 @@ from veneer.config.names import base_not_here, require_adapter
 from veneer.data.render import Renderer
 from veneer.data.template import names_file
 from veneer.machine import find_machine
-from veneer.model.adapters import load_adapter
+from veneer.model.attach import load_adapter
 from veneer.model.fingerprint import stored_quantization
 from veneer.model.load import base_stop_ids, compute_dtype, load_model, load_tokenizer
 from veneer.model.locate import BaseSource, fetched_folder, locate

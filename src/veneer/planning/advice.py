@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from veneer.config import Data, Run
+from veneer.model.adapters import AdapterMethod, find_method
 from veneer.model.shapes import Shapes
 from veneer.planning.forecast import Forecast
 from veneer.planning.memory import frozen_bytes
@@ -82,8 +83,11 @@ class Situation:
 
     @property
     def scale(self) -> float:
-        adapter = self.run.adapter
-        return adapter.lora_alpha / (sqrt(adapter.r) if adapter.use_rslora else adapter.r)
+        return self.method.scale(self.run.adapter)
+
+    @property
+    def method(self) -> AdapterMethod:
+        return find_method(self.run.adapter)
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,7 @@ _error, _warning, _info = (partial(_rule, severity) for severity in SEVERITIES)
 
 @_warning("alpha-low", "adapter.lora_alpha", "arXiv 2106.09685; 2 r is usual")
 def _(s: Situation) -> Found:
-    if s.scale >= 0.5 or s.run.adapter.use_rslora:
+    if s.method.usual_scale is None or s.scale >= s.method.usual_scale[0]:
         return None
     r = s.run.adapter.r
     return f"the update is scaled by {s.scale:.3g}, so it hardly changes the model", f"set adapter.lora_alpha={2 * r}"
@@ -150,7 +154,7 @@ def _(s: Situation) -> Found:
 
 @_warning("alpha-high", "adapter.lora_alpha", "arXiv 2106.09685; 2 r is usual")
 def _(s: Situation) -> Found:
-    if s.scale <= 4 or s.run.adapter.use_rslora:
+    if s.method.usual_scale is None or s.scale <= s.method.usual_scale[1]:
         return None
     r = s.run.adapter.r
     return f"the update is scaled by {s.scale:.3g}, which trains unsteadily", f"set adapter.lora_alpha={2 * r}"

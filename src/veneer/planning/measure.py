@@ -17,7 +17,7 @@ from veneer.engine.dry_run import Step, run_dry
 from veneer.engine.reference import ReferenceEngine
 from veneer.machine.device import Machine
 from veneer.machine.speeds import Ceilings
-from veneer.model.adapters import attach
+from veneer.model.attach import attach
 from veneer.model.shapes import build, shapes_of
 
 SECONDS = 2.0  # of each measurement

@@ -54,7 +54,7 @@ def resting(shapes: Shapes, step: Step, optim: str, train: DryRun, device: str) 
         states = sum(rounded(4 * n) for n in sizes) if itemsize < 4 else 0
         gradients = sum(rounded(itemsize * n) for n in sizes)
     else:
-        sizes = shapes.adapter(step.targets, step.r)
+        sizes = step.adapter.sizes(shapes, step.targets, step.r)
         states, gradients = 0, adapter_bytes(sizes)
     states += optimizer_bytes(sizes, optim)
     optimizer = Counter({"optimizer": states})
@@ -65,7 +65,7 @@ def resting(shapes: Shapes, step: Step, optim: str, train: DryRun, device: str) 
 
 def loaded(shapes: Shapes, step: Step, device: str) -> Counter[str]:
     """Bytes of a base with its adapter, ready to answer."""
-    adapter = 0 if step.method == "full" else adapter_bytes(shapes.adapter(step.targets, step.r))
+    adapter = 0 if step.method == "full" else adapter_bytes(step.adapter.sizes(shapes, step.targets, step.r))
     return Counter(_frozen(shapes, step)) + Counter({"adapter": adapter, "libraries": LIBRARIES[device]})
 
 

@@ -16,6 +16,7 @@ from veneer.engine.fused.policy import block_placement
 from veneer.engine.placement import MemoryPlacement
 from veneer.engine.trace import Peak
 from veneer.machine.device import named_dtype, resolve_optim
+from veneer.model.adapters import find_method
 from veneer.model.dense import COPIES_SHARE
 from veneer.model.shapes import Shapes
 from veneer.planning.base import PlannedModel
@@ -64,7 +65,7 @@ class Planner:
             at_a_time["evaluation"], rows, held_out = self._held_out(run, step, dry, held, rows)
             found["evaluation"] = loss_peak(held, dry, held_out[1])
             at_a_time["generation"], found["generation"] = self.answers(run, answered, method)
-        sizes = shapes.adapter(step.targets, step.r)
+        sizes = step.adapter.sizes(shapes, step.targets, step.r)
         trainable = shapes.total if method == "full" else sum(sizes)
         peak = max(peak.bytes for peak in found.values())
         paged = adapter_bytes(sizes) * 2 if optim.startswith("paged") else 0
@@ -210,6 +211,7 @@ def step_of(
         method=method,
         targets=frozenset() if method == "full" else shapes.targets(run.adapter.target_modules),
         quantized=quantized,
+        adapter=find_method(run.adapter),
         r=run.adapter.r,
         dropout=run.adapter.lora_dropout,
         double_quant=run.quantization.double_quant if run.quantization else True,
@@ -227,9 +229,9 @@ def step_of(
 def step_for_held_out(step: Step, batch: Padded) -> Step:
     """The same without training."""
     return Step(
-        batch.rows, batch.length, batch.trained, step.dtype, step.method, step.targets, step.quantized, step.r,
-        double_quant=step.double_quant, engine=step.engine, even=step.even, capability=step.capability, training=False,
-        copies=step.copies,
+        batch.rows, batch.length, batch.trained, step.dtype, step.method, step.targets, step.quantized,
+        step.adapter, step.r, double_quant=step.double_quant, engine=step.engine, even=step.even,
+        capability=step.capability, training=False, copies=step.copies,
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from veneer.config.notify import notify
 from veneer.data import Batches
 from veneer.engine import Engine
 from veneer.machine.device import peak_bytes
-from veneer.model.adapters import is_lora_b
+from veneer.model.adapters import find_method
 from veneer.training import checkpoint
 from veneer.training.held_out import HeldOutBatches
 from veneer.training.metrics import Listener
@@ -65,7 +65,9 @@ class Loop:
         self._train = train
         self._checkpoints = checkpoints
         self._device = device
-        self._b_matrices = {name: p for name, p in model.named_parameters() if p.requires_grad and is_lora_b(name)}
+        method = find_method(model.peft_config["default"])
+        trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+        self._learn_first = {name: p for name, p in trained if method.learns_first(name)}
         self._updated = parameters_to_update(model, engine, train, device)
         self._optimizer = build_optimizer(self._updated.values(), train, device)
         self._scaler = torch.amp.GradScaler(device, enabled=scale_loss)
@@ -129,7 +131,7 @@ class Loop:
         total = torch.stack([self._engine.forward_backward(batch, scaled / weight) for batch in micro_batches]).sum()
         self._scaler.unscale_(self._optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self._updated.values(), train.max_grad_norm or math.inf)
-        largest = [] if self._has_gradients else [_largest(parameter.grad) for parameter in self._b_matrices.values()]
+        largest = [] if self._has_gradients else [_largest(parameter.grad) for parameter in self._learn_first.values()]
         # A float16 step may overflow: the scaler leaves it out and tries a smaller scale.
         self._scaler.step(self._optimizer)
         self._scaler.update()
@@ -223,7 +225,7 @@ class Loop:
         if self._has_gradients:
             return
         self._has_gradients = True
-        bad = [name for name, value in zip(self._b_matrices, sizes, strict=True) if not 0 < value < math.inf]
+        bad = [name for name, value in zip(self._learn_first, sizes, strict=True) if not 0 < value < math.inf]
         if bad:
             raise JobError(
                 f"{len(bad)} adapter matrices got no usable gradient in the first step, first {bad[0]}: training "

@@ -26,9 +26,9 @@ from veneer.data.batch import Example
 from veneer.engine import Engine, ReferenceEngine
 from veneer.engine.agreement import ENOUGH, Agreement, agree, all_trained, even_rows, short_name, short_rows
 from veneer.engine.choose import EVEN, EngineChoice, build, fall_back
-from veneer.engine.temporary import fill_b, untouched
+from veneer.engine.temporary import fill_zeros, untouched
 from veneer.model import save_adapter
-from veneer.model.adapters import is_lora_b
+from veneer.model.adapters import find_method
 from veneer.model.quiet import quiet
 from veneer.training.optimizer import build_optimizer, parameters_to_update
 from veneer.training.parts import RunParts, load_parts
@@ -158,7 +158,7 @@ def _of_engine(run: Run, parts: RunParts, engine: Engine, rows: list[Example]) -
     with untouched(model):
         yield _gradients(model, engine, rows)
     with untouched(model):
-        fill_b(model)
+        fill_zeros(model)
         own = short_rows(parts.data.train, LENGTHS, least=1)
         yield _targets(model, engine, own, 1e-3 if is_exact else 0.05)
         whole = [all_trained(row) for row in rows]
@@ -170,21 +170,23 @@ def _of_engine(run: Run, parts: RunParts, engine: Engine, rows: list[Example]) -
 
 
 def _gradients(model: Any, engine: Engine, rows: list[Example]) -> Check:
-    """Check that B has gradients while it is zero, and A as soon as B is not."""
+    """Check that what begins as zeros (LoRA's B) has gradients then, and all else (A) once it is not zero."""
     batch = Batch.of(rows)
     engine.forward_backward(batch, 1 / batch.weight)
-    bad = _without_gradient(model, only_b=True)
-    fill_b(model)
+    bad = _without_gradient(model, first=True)
+    fill_zeros(model)
     for parameter in model.parameters():
         parameter.grad = None
     engine.forward_backward(batch, 1 / batch.weight)
-    names = sorted(bad | _without_gradient(model, only_b=False))
+    names = sorted(bad | _without_gradient(model, first=False))
     worst = short_name(names[0]) if names else ""
     return Check.at_most("gradients", float(len(names)), 0, "adapter matrices without a usable gradient", _worst(worst))
 
 
-def _without_gradient(model: Any, only_b: bool) -> set[str]:
-    named = {n: p for n, p in model.named_parameters() if p.requires_grad and (is_lora_b(n) or not only_b)}
+def _without_gradient(model: Any, first: bool) -> set[str]:
+    method = find_method(model.peft_config["default"])
+    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    named = {name: p for name, p in trained if not first or method.learns_first(name)}
     sizes = {n: p.grad.abs().amax() for n, p in named.items() if p.grad is not None}
     values = torch.stack(list(sizes.values())).tolist() if sizes else []
     usable = {n for n, value in zip(sizes, values, strict=True) if 0 < value < math.inf}
@@ -254,10 +256,8 @@ def _overfit(run: Run, parts: RunParts, engine: Engine) -> Check:
 
 def _rate(run: Run, step: int) -> float:
     """The rate of a step: Adam moves each value of B by it, and B's ranks add up, so scale and rank divide it."""
-    adapter = run.adapter
-    strength = adapter.lora_alpha * (math.sqrt(adapter.r) if adapter.use_rslora else 1)
     stride: float = FIRST_STRIDE * (LAST_STRIDE / FIRST_STRIDE) ** (step / STEPS)
-    return stride / strength
+    return stride / (find_method(run.adapter).scale(run.adapter) * run.adapter.r)
 
 
 def _reload(run: Run, parts: RunParts, rows: list[Example]) -> Check:

@@ -3,11 +3,11 @@
 It computes what the reference engine computes, with the same parameters: Transformers owns the model, bitsandbytes the
 4-bit weights, PEFT the adapters; all are read in place. What makes it fast is in four places: the adapter rides in the
 large products (`group`), a block keeps what the placement says (`block`, `policy`), attention stays within documents
-and goes to the fastest backend (`attention`), and what lies between is fused (`veneer.kernels`). `family` says what is
+and goes to the fastest backend (`attention`), and what lies between is fused (`veneer.kernels`). `decoder` says what is
 covered.
 """
 
+from veneer.engine.fused.decoder import NotCoveredError
 from veneer.engine.fused.engine import FusedEngine
-from veneer.engine.fused.family import NotCoveredError
 
 __all__ = ["FusedEngine", "NotCoveredError"]

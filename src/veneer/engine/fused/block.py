@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 from veneer.engine.fused.attention import Attention, Documents, attend, attend_backward
-from veneer.engine.fused.family import Decoder, Layer, Norm
+from veneer.engine.fused.decoder import Decoder, Layer, Norm
 from veneer.engine.fused.group import Group
 from veneer.kernels.gated_mlp import AdapterGradientParts, gated_mlp, gated_mlp_backward, gated_mlp_backward_adapters
 from veneer.kernels.low_rank import add_a, add_b

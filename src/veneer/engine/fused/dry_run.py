@@ -1,7 +1,7 @@
 """A dry run of the fused engine on meta tensors: what it holds and does, before anything is loaded.
 
 The engine itself runs, on a model whose frozen weights and adapters are stand-ins with a shape and no data: the parts
-of PEFT's and bitsandbytes' modules that `family` reads, and no more, since importing either takes longer than a plan
+of PEFT's and bitsandbytes' modules that `decoder` reads, and no more, since importing either takes longer than a plan
 may. Kernels launched on meta tensors do nothing but say what they would move; what is allocated between them is
 followed as it is made and freed. So a tensor that the engine no longer makes leaves the forecast with it.
 
@@ -24,6 +24,7 @@ from veneer.data.batch import UNTRAINED
 from veneer.engine.dry_run import CONSTANT_BLOCK, QUANT_BLOCK, DryRun, Step, backward_phase
 from veneer.engine.fused.attention import PLANNED
 from veneer.engine.fused.block import ACTIVATIONS, Block
+from veneer.engine.fused.decoder import NotCoveredError
 from veneer.engine.fused.engine import FusedEngine
 from veneer.engine.fused.graphs import Inputs, rounded
 from veneer.engine.fused.policy import Demand, block_placement, checkpointed, place
@@ -128,6 +129,8 @@ class _Marked(Block):
 
 def _engine(base: Any, step: Step) -> tuple[_DryEngine, dict[str, int]]:
     """The engine on stand-ins, and what it holds for good, by component."""
+    if not step.adapter.is_low_rank:
+        raise NotCoveredError(f"adapters of the method {step.adapter.name}")
     model = _Adapted(base, step)
     weights = [module.weight for module in model.replaced if not isinstance(module.weight, _Packed)]
     laid_out = sum(rounded_bytes(weight.numel() * weight.element_size()) for weight in weights)
@@ -202,27 +205,15 @@ class _Adapted(torch.nn.Module):
                 if path in step.targets and hasattr(module, "weight"):
                     module.weight.requires_grad_(True)  # an adapter that the engine does not compute
                 continue
-            frozen = _quantized(module, step) if path in step.quantized else module
-            self.replaced.append(frozen)
+            layer = _quantized(module, step) if path in step.quantized else module
+            self.replaced.append(layer)
+            if path in step.targets:
+                layer = step.adapter.stand_in(layer, module.in_features, module.out_features, step.r, step.dropout)
             parent, _, name = path.rpartition(".")
-            setattr(base.get_submodule(parent), name, _Linear(frozen, step) if path in step.targets else frozen)
+            setattr(base.get_submodule(parent), name, layer)
 
     def get_base_model(self) -> Any:
         return self.base
-
-
-class _Linear(torch.nn.Module):
-    """Stands in for PEFT's adapter on a linear layer: one plain LoRA."""
-
-    def __init__(self, base_layer: Any, step: Step) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.active_adapters, self.merged = ["default"], False
-        self.scaling = {"default": 2.0}
-        self.lora_dropout = {"default": SimpleNamespace(p=step.dropout)}
-        with META:
-            self.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(base_layer.in_features, step.r, bias=False)})
-            self.lora_B = torch.nn.ModuleDict({"default": torch.nn.Linear(step.r, base_layer.out_features, bias=False)})
 
 
 class _Packed(torch.nn.Parameter):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from veneer.data import Batch
 from veneer.engine.fused.attention import Documents, bring
 from veneer.engine.fused.block import Block, Context, SavedActivations, Stream
-from veneer.engine.fused.family import Decoder, NotCoveredError, read
+from veneer.engine.fused.decoder import Decoder, NotCoveredError, read
 from veneer.engine.fused.graphs import Graphs, Inputs, rounded
 from veneer.engine.fused.policy import Demand, checkpointed, place, uniform
 from veneer.engine.interface import BatchShapes

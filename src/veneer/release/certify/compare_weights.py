@@ -18,8 +18,8 @@ import torch
 from veneer.model.gguf import open_gguf
 from veneer.model.shapes import find_config
 from veneer.model.tuned import TunedModel
-from veneer.release.gguf.families import COMPUTED, TensorLayout
 from veneer.release.gguf.importance import importance_of, read_importance
+from veneer.release.gguf.tensor_layout import COMPUTED, TensorLayout
 from veneer.release.gguf.types import encoded
 from veneer.release.merge.adapter_delta import AdapterDelta
 from veneer.release.merge.plan import MergePlan

@@ -22,7 +22,7 @@ from veneer.model.quiet import quiet
 from veneer.model.remote import read_config
 from veneer.model.shapes import find_config
 from veneer.model.tuned import TunedModel
-from veneer.release.gguf.families import TensorLayout
+from veneer.release.gguf.tensor_layout import TensorLayout
 
 # Of config.json: what a merge writes anew, other checks compare, or Transformers notes for itself.
 NOT_COMPARED = {

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,13 @@ import torch
 from veneer.config import UserError
 from veneer.config.folder import whole_folder, write_text
 from veneer.model import gguf_origin
+from veneer.model.adapters import find_method
 from veneer.model.passport import base_name
 from veneer.model.shapes import find_config
 from veneer.model.tuned import TunedModel
-from veneer.release.gguf.families import COMPUTED, TensorLayout
 from veneer.release.gguf.importance import Importance, importance_of, write_importance
 from veneer.release.gguf.modelfile import modelfile
+from veneer.release.gguf.tensor_layout import COMPUTED, TensorLayout
 from veneer.release.gguf.tokenizer import vocabulary
 from veneer.release.gguf.types import QUANTS, Mix, encoded, require_quant, size_of
 from veneer.release.merge.adapter_delta import AdapterDelta
@@ -96,9 +98,9 @@ def export_model(
     merge_plan = MergePlan(tuned, delta, on)
     every = tensors | delta.untied
     tied = not delta.unties and bool(getattr(layout.config, "tie_word_embeddings", False))
-    if delta.unties and layout.family.arch == "gemma2":
+    if delta.unties and layout.format.always_ties:
         raise UserError(
-            f"{tuned.name}: Gemma 2 with a head of its own, which llama.cpp has no place for",
+            f"{tuned.name}: {layout.family.title} with a head of its own, which llama.cpp has no place for",
             "serve the folder that `veneer merge` writes",
         )
     mix = Mix(quant, layout.depth, layout.heads // layout.kv_heads, tied)
@@ -113,7 +115,7 @@ def export_model(
     file = f"{_title(tuned)}-{quant}.gguf"
     require_space(out, sum(size_of(tensor.kind, tensor.shape) for tensor in planned))
     with whole_folder(out) as unfinished:
-        writer = _writer(unfinished / file, layout.family.arch)
+        writer = _writer(unfinished / file, layout.format.arch)
         _describe(writer, tuned, layout, quant)
         writer.add_string("veneer.on", on)
         writer.add_bool("veneer.importance", importance is not None)
@@ -148,11 +150,12 @@ def export_adapter(tuned: TunedModel, out: Path, on_done: Progress = lambda done
     config = tuned.peft_config
     held = read_header(tuned.weights)
     planned = [_plan_lora(layout, name, stored) for name, stored in held.items()]
-    alpha = float(config["lora_alpha"]) * (config["r"] ** 0.5 if config.get("use_rslora") else 1)
+    options = SimpleNamespace(**config)
+    alpha = find_method(options).scale(options) * config["r"]
     file = f"{_title(tuned)}-lora.gguf"
     require_space(out, sum(size_of(tensor.kind, tensor.shape) for tensor in planned))
     with whole_folder(out) as unfinished:
-        writer = _writer(unfinished / file, layout.family.arch)
+        writer = _writer(unfinished / file, layout.format.arch)
         writer.add_type("adapter")
         writer.add_name(_title(tuned))
         writer.add_string("adapter.type", "lora")

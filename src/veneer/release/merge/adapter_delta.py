@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from veneer.config import Quantization, UserError
+from veneer.model.adapters import MOVES_THE_BASE, low_rank
 from veneer.model.quiet import quiet
 from veneer.model.shapes import build, find_config
 from veneer.model.tuned import TunedModel
@@ -31,7 +32,6 @@ from veneer.release.weights import Stored, read_header
 
 ADAPTER = "default"
 PARAMETERS_HELD = 2  # of experts, whose tensors alternate on disk: what goes in and what comes out of a layer
-MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights
 
 
 class AdapterDelta:
@@ -92,16 +92,15 @@ class AdapterDelta:
 
     def low_rank(self, name: str) -> tuple[torch.Tensor, torch.Tensor, float] | None:
         """B, A and the scale where a change is just scale * B @ A; None: only PEFT knows what it is."""
-        if name not in self._changes or not _is_plain_lora(self._model.peft_config[ADAPTER]):
+        if name not in self._changes:
             return None
         layer, part = self._changes[name]
         if hasattr(layer, "parameter_name") or name in self._part_of or name in self._saved:
             return None
-        is_linear = hasattr(layer, "lora_A") and isinstance(layer.get_base_layer(), torch.nn.Linear)
-        if part != "weight" or not is_linear or layer.fan_in_fan_out or layer.lora_variant:
+        found = low_rank(layer) if part == "weight" and isinstance(layer.get_base_layer(), torch.nn.Linear) else None
+        if found is None or layer.fan_in_fan_out:
             return None
-        halves = layer.lora_B[ADAPTER].weight, layer.lora_A[ADAPTER].weight
-        return halves[0].data, halves[1].data, float(layer.scaling[ADAPTER])
+        return found.b_OR.data, found.a_RI.data, found.scale
 
     def merged(self, name: str, base: torch.Tensor) -> torch.Tensor:
         """The tensor with the adapter in it, float32.

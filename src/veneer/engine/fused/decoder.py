@@ -1,8 +1,7 @@
 """What the engine must know of a model: its parts, read from Transformers' and PEFT's modules in place.
 
-Decoders of the Llama kind differ in few ways: biases on q, k and v (Qwen2), a norm on each head (Qwen3), fused
-products (Phi-3), a sliding window (Mistral), four norms with weights around zero, capped scores and logits, scaled
-embeddings (Gemma 2). A model that differs in another way is not covered; `NotCoveredError` says in which.
+Decoders of the Llama kind differ in few ways; those of a family stand in model/families/, those of a model in its
+configuration. A model that differs in another way is not covered; `NotCoveredError` says in which.
 """
 
 from collections.abc import Iterable
@@ -14,8 +13,9 @@ from veneer.engine.fused.group import Linear
 from veneer.engine.positions import switch_of
 from veneer.kernels.gated_mlp import ACTIVATIONS
 from veneer.kernels.rope import HeadNorm, Heads
+from veneer.model.adapters import low_rank
+from veneer.model.families import FAMILIES, DecoderNames
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
@@ -76,8 +76,10 @@ def read(model: Any) -> Decoder:
     """
     base = model.get_base_model()
     config = base.config
-    if config.model_type not in FAMILIES:
-        raise NotCoveredError(f"the architecture {config.model_type} (covered: {', '.join(FAMILIES)})")
+    family = FAMILIES.get(config.model_type)
+    if family is None or family.decoder is None:
+        covered = ", ".join(known.model_type for known in FAMILIES.values() if known.decoder)
+        raise NotCoveredError(f"the architecture {config.model_type} (covered: {covered})")
     rope = config.rope_parameters or {}
     rope_type = rope.get("rope_type", "default")
     if rope_type not in ROPE_TYPES:
@@ -90,9 +92,8 @@ def read(model: Any) -> Decoder:
     inner = base.base_model
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = Heads(config.num_attention_heads, config.num_key_value_heads, size)
-    offset = 1.0 if config.model_type == "gemma2" else 0.0
-    first = inner.layers[0].self_attn
-    layers = tuple(_layer(layer, n, config, offset) for n, layer in enumerate(inner.layers))
+    offset, first = family.norm_offset, inner.layers[0].self_attn
+    layers = tuple(_layer(layer, n, config, family.decoder, offset) for n, layer in enumerate(inner.layers))
     head = base.get_output_embeddings()
     for module, what in ((inner.embed_tokens, "embeddings"), (head, "head")):
         if type(module).__module__.startswith("peft") or module.weight.requires_grad:
@@ -114,28 +115,30 @@ def _linears(layer: Layer) -> tuple[Linear, ...]:
     return (*layer.qkv, layer.o, *layer.gate_up, layer.down)
 
 
-def _layer(layer: Any, number: int, config: Any, offset: float) -> Layer:
-    at, mlp, name = layer.self_attn, layer.mlp, f"layers.{number}"
-    is_fused = config.model_type == "phi3"
-    qkv = ("qkv_proj",) if is_fused else ("q_proj", "k_proj", "v_proj")
-    gate_up = ("gate_up_proj",) if is_fused else ("gate_proj", "up_proj")
-    four = config.model_type == "gemma2"
-    second = layer.pre_feedforward_layernorm if four else layer.post_attention_layernorm
+def _layer(layer: Any, number: int, config: Any, names: DecoderNames, offset: float) -> Layer:
     types = getattr(config, "layer_types", None)
     slides = types[number] == "sliding_attention" if types else getattr(config, "use_sliding_window", True)
     window = (getattr(config, "sliding_window", None) or 0) if slides else 0
     head_norm = None
-    if hasattr(at, "q_norm"):
-        head_norm = HeadNorm(at.q_norm.weight.data, at.k_norm.weight.data, at.q_norm.variance_epsilon)
+    if names.head_norms is not None:
+        q_norm, k_norm = (layer.get_submodule(name) for name in names.head_norms)
+        head_norm = HeadNorm(q_norm.weight.data, k_norm.weight.data, q_norm.variance_epsilon)
+
+    def linear(path: str) -> Linear:
+        return _linear(layer.get_submodule(path), f"layers.{number}.{path}")
+
+    def norm(path: str) -> Norm:
+        return _norm(layer.get_submodule(path), offset)
+
     return Layer(
-        _group(_linear(getattr(at, n), f"{name}.self_attn.{n}") for n in qkv),
-        _linear(at.o_proj, f"{name}.self_attn.o_proj"),
-        _group(_linear(getattr(mlp, n), f"{name}.mlp.{n}") for n in gate_up),
-        _linear(mlp.down_proj, f"{name}.mlp.down_proj"),
-        _norm(layer.input_layernorm, offset),
-        _norm(second, offset),
-        _norm(layer.post_attention_layernorm, offset) if four else None,
-        _norm(layer.post_feedforward_layernorm, offset) if four else None,
+        _group(map(linear, names.qkv)),
+        linear(names.o),
+        _group(map(linear, names.gate_up)),
+        linear(names.down),
+        norm(names.norm1),
+        norm(names.norm2),
+        norm(names.post1) if names.post1 else None,
+        norm(names.post2) if names.post2 else None,
         head_norm,
         window,
     )
@@ -157,15 +160,13 @@ def _group(linears: Iterable[Linear]) -> tuple[Linear, ...]:
 
 
 def _linear(module: Any, name: str) -> Linear:
-    if not hasattr(module, "lora_A"):
+    if not hasattr(module, "base_layer"):
         return Linear(name, _frozen(module, name))
-    if module.active_adapters != ["default"] or module.merged or getattr(module, "use_dora", {}).get("default"):
+    found = low_rank(module)
+    if found is None or module.active_adapters != ["default"]:
         raise NotCoveredError(f"{name}: an adapter other than one plain LoRA")
-    a, b = module.lora_A["default"], module.lora_B["default"]
-    if a.bias is not None or b.bias is not None:
-        raise NotCoveredError(f"{name}: an adapter with biases")
-    dropout = getattr(module.lora_dropout["default"], "p", 0.0)
-    return Linear(name, _frozen(module.base_layer, name), a.weight, b.weight, module.scaling["default"], dropout)
+    frozen = _frozen(module.base_layer, name)
+    return Linear(name, frozen, found.a_RI, found.b_OR, found.scale, found.dropout)
 
 
 def _frozen(module: Any, name: str) -> Any:

@@ -1,9 +1,8 @@
-"""LoRA on a loaded base model: attach, save, load. PEFT owns the modules and the file format.
+"""An adapter on a loaded base model: attach, save, load, count. PEFT owns the modules and the file format.
 
 The adapter's weights are float32 whatever the base is in: they are the master weights of the optimizer.
 """
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from veneer.config import Adapter, UserError
 from veneer.config.files import read_json, reading
 from veneer.config.notify import notify
+from veneer.model.adapters import find_method
 from veneer.model.locate import BaseSource
 from veneer.model.quiet import quiet
 from veneer.model.shapes import shapes_of
@@ -25,17 +25,9 @@ def attach(base: Any, adapter: Adapter, seed: int, gradient_checkpointing: bool 
         UserError: An entry of target_modules matches nothing.
     """
     with quiet():
-        from peft import LoraConfig, get_peft_model
+        from peft import get_peft_model
 
-    targets = _targets(base, adapter)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=adapter.r,
-        lora_alpha=adapter.lora_alpha,
-        lora_dropout=adapter.lora_dropout,
-        target_modules=targets,
-        use_rslora=adapter.use_rslora,
-    )
+        config = find_method(adapter).configure(adapter, _targets(base, adapter))
     torch.manual_seed(seed)
     with quiet():
         try:
@@ -129,8 +121,3 @@ def count_parameters(model: Any) -> dict[str, int]:
         total += count
         trainable += count if parameter.requires_grad else 0
     return {"total": total, "trainable": trainable}
-
-
-def is_lora_b(name: str) -> bool:
-    """Whether a parameter is a LoRA B matrix: the half whose gradient is not zero at the first step."""
-    return re.search(r"\.lora_B\.", name) is not None

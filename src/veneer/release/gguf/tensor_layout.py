@@ -1,60 +1,20 @@
-"""What llama.cpp calls a model: its architecture, its numbers, the names of its tensors, and how it lays them out.
+"""How a model lies in a GGUF file: the names of its tensors, their layouts, its numbers.
 
-The `gguf` package owns the names of keys and tensors. Here stands what differs between Transformers' definition of a
-family and llama.cpp's, family by family:
-
-Llama, Mistral   rotary pairs are neighbours there and halves here: rows of Q and K are put in another order
-Gemma 2          the norms' weights are stored as w there and as w - 1 here
-Phi-3            Q, K, V and gate, up stay fused in both
-Qwen2, Qwen3     nothing
-
-A setting that llama.cpp's architecture has no word for is refused, not dropped.
+The `gguf` package owns the names; what differs between Transformers' definition of a family and llama.cpp's stands in
+model/families/. A setting that llama.cpp's architecture has no word for is refused, not dropped.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from veneer.config import UserError
+from veneer.model.families import FAMILIES
 
 COMPUTED = (".rotary_emb.inv_freq",)  # ends of tensors in old checkpoints that every runtime computes for itself
 Transform = Callable[[torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Family:
-    """A family that can be exported."""
-
-    arch: str
-    title: str
-
-
-FAMILIES = {
-    "llama": Family("llama", "Llama"),
-    "mistral": Family("llama", "Mistral"),
-    "qwen2": Family("qwen2", "Qwen2"),
-    "qwen3": Family("qwen3", "Qwen3"),
-    "gemma2": Family("gemma2", "Gemma 2"),
-    "phi3": Family("phi3", "Phi-3"),
-}
-
-
-def family_of(config: Any, base: str) -> Family:
-    """The family of a configuration.
-
-    Raises:
-        UserError: It cannot be exported.
-    """
-    if config.model_type not in FAMILIES:
-        known = ", ".join(family.title for family in FAMILIES.values())
-        raise UserError(
-            f"model.base = {base}: the architecture {config.model_type} cannot be exported to GGUF; these can: {known}",
-            "serve the folder that `veneer merge` writes, or convert that folder with llama.cpp's own converter",
-        )
-    return FAMILIES[config.model_type]
 
 
 class TensorLayout:
@@ -71,14 +31,22 @@ class TensorLayout:
     def __init__(self, config: Any, base: str) -> None:
         import gguf
 
-        self.family = family_of(config, base)
+        family = FAMILIES.get(config.model_type)
+        if family is None or family.gguf is None:
+            known = ", ".join(known.title for known in FAMILIES.values() if known.gguf)
+            raise UserError(
+                f"model.base = {base}: the architecture {config.model_type} cannot be exported to GGUF; "
+                f"these can: {known}",
+                "serve the folder that `veneer merge` writes, or convert that folder with llama.cpp's own converter",
+            )
+        self.family, self.format = family, family.gguf
         self.config = config
         self.depth: int = config.num_hidden_layers
         self.heads: int = config.num_attention_heads
         self.kv_heads: int = config.num_key_value_heads or self.heads
         self.head_width: int = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self._base = base
-        arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.family.arch)
+        arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.format.arch)
         self._map = gguf.get_tensor_name_map(arch, self.depth)
         self.warnings: list[str] = []
         self._require_known()
@@ -94,26 +62,25 @@ class TensorLayout:
         )
         if found is None:
             raise UserError(
-                f"model.base = {self._base}: the tensor {tensor} has no name in llama.cpp's {self.family.arch}",
+                f"model.base = {self._base}: the tensor {tensor} has no name in llama.cpp's {self.format.arch}",
                 "serve the folder that `veneer merge` writes",
             )
         return str(found)
 
     def transform(self, tensor: str) -> Transform | None:
         """How a tensor is laid out there; None: as here."""
-        if self.family.arch == "llama":
+        if self.format.pairs_are_neighbours:
             if ".q_proj." in tensor:
                 return lambda weight: interleaved(weight, self.heads)
             if ".k_proj." in tensor:
                 return lambda weight: interleaved(weight, self.kv_heads)
-        if self.family.arch == "gemma2" and tensor.endswith("norm.weight"):
-            return lambda weight: weight.float() + 1
+        if self.family.norm_offset and tensor.endswith("norm.weight"):
+            return lambda weight: weight.float() + self.family.norm_offset
         return None
 
     def metadata(self) -> dict[str, Any]:
         """Numbers of the model by their keys, as plain ints, floats, strings."""
-        config, arch = self.config, self.family.arch
-        rope = _rope(config)
+        config, rope = self.config, _rope(self.config)
         found: dict[str, Any] = {
             "context_length": self._context_length(),
             "embedding_length": config.hidden_size,
@@ -126,14 +93,10 @@ class TensorLayout:
             "rope.dimension_count": int(self.head_width * rope.get("partial_rotary_factor", 1.0)),
             "vocab_size": config.vocab_size,
         }
-        if (arch != "phi3" and self.head_width != config.hidden_size // self.heads) or arch == "gemma2":
+        is_unusual = self.head_width != config.hidden_size // self.heads
+        if self.format.head_width == "always" or (self.format.head_width == "unusual" and is_unusual):
             found |= {"attention.key_length": self.head_width, "attention.value_length": self.head_width}
-        if arch == "gemma2":
-            found["attn_logit_softcapping"] = float(config.attn_logit_softcapping)
-            found["final_logit_softcapping"] = float(config.final_logit_softcapping)
-            found["attention.sliding_window"] = config.sliding_window
-        if arch == "phi3":
-            found["attention.sliding_window"] = config.sliding_window or 0
+        found |= {key: kind(getattr(config, name) or 0) for key, name, kind in self.format.settings}
         kind = rope.get("rope_type", "default")
         if kind in ("linear", "yarn"):
             found |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
@@ -144,7 +107,7 @@ class TensorLayout:
                 scale = config.max_position_embeddings / original
                 factor = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
                 found["rope.scaling.attn_factor"] = factor
-        return {f"{arch}.{key}": value for key, value in found.items()}
+        return {f"{self.format.arch}.{key}": value for key, value in found.items()}
 
     def extra_tensors(self) -> dict[str, torch.Tensor]:
         """Tensors that stand for settings there: the factors of stretched rotary frequencies."""
@@ -165,7 +128,7 @@ class TensorLayout:
 
     def _dropped_window(self) -> int | None:
         """A sliding window that llama.cpp's architecture does not know of."""
-        if self.family.arch not in ("llama", "qwen2", "qwen3"):
+        if any(name == "sliding_window" for _, name, _ in self.format.settings):
             return None
         kinds = getattr(self.config, "layer_types", None)
         if kinds is not None and "sliding_attention" not in kinds:
@@ -176,25 +139,22 @@ class TensorLayout:
     def _require_known(self) -> None:
         config = self.config
         kind = _rope(config).get("rope_type", "default")
-        known = {"llama": ("default", "linear", "llama3", "yarn"), "phi3": ("default", "longrope")}
-        if kind not in known.get(self.family.arch, ("default", "linear", "yarn")):
+        if kind not in self.format.rope_types:
             raise self._no_word(f"rotary frequencies of the kind {kind}")
         activation = getattr(config, "hidden_activation", None) or config.hidden_act
         if activation not in ("silu", "swish", "gelu_pytorch_tanh"):
             raise self._no_word(f"the activation {activation}")
-        if self.family.arch == "gemma2":
-            usual = self.head_width if self.depth != 46 else config.hidden_size // self.heads
-            if config.query_pre_attn_scalar != usual:
-                raise self._no_word(f"query_pre_attn_scalar = {config.query_pre_attn_scalar} (only {usual})")
+        if (refused := self.format.refusal(config)) is not None:
+            raise self._no_word(refused)
         if window := self._dropped_window():
             self.warnings.append(
-                f"llama.cpp's {self.family.arch} has no sliding window; the file's context is therefore {window:,} "
+                f"llama.cpp's {self.format.arch} has no sliding window; the file's context is therefore {window:,} "
                 f"tokens, the window of this model, instead of {config.max_position_embeddings:,}"
             )
 
     def _no_word(self, what: str) -> UserError:
         return UserError(
-            f"model.base = {self._base}: llama.cpp's {self.family.arch} has no word for {what}",
+            f"model.base = {self._base}: llama.cpp's {self.format.arch} has no word for {what}",
             "serve the folder that `veneer merge` writes",
         )
 

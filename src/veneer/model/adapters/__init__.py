@@ -1,0 +1,17 @@
+"""Adapter methods, each one frozen description (method.py), in a file a method. A new one is registered here."""
+
+from typing import Any
+
+from veneer.model.adapters.lora import LORA, MOVES_THE_BASE, LowRank, low_rank
+from veneer.model.adapters.method import AdapterMethod
+from veneer.model.adapters.rslora import RSLORA
+
+__all__ = ["LORA", "METHODS", "MOVES_THE_BASE", "AdapterMethod", "LowRank", "find_method", "low_rank"]
+
+METHODS = (RSLORA, LORA)  # the first that applies is taken
+
+
+def find_method(options: Any) -> AdapterMethod:
+    """The method that a run's section `adapter`, or PEFT's configuration of an adapter made by Veneer, asks for."""
+    kind = getattr(options, "peft_type", None)
+    return next(method for method in METHODS if kind in (None, method.peft_type) and method.applies(options))
