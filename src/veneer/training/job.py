@@ -34,6 +34,7 @@ from veneer.training import checkpoint
 from veneer.training.held_out import HeldOutBatches
 from veneer.training.loop import Loop
 from veneer.training.metrics import Listener, MetricsFile, read_metrics
+from veneer.training.objectives import OBJECTIVES
 from veneer.training.parts import load_parts
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers", "numpy")
@@ -130,6 +131,7 @@ class TrainingJob:
         self._loop = Loop(
             model=self.model,
             engine=self.engine,
+            objective=OBJECTIVES["supervised"],
             batches=batches,
             held_out=held_out,
             train=train,
