@@ -9,7 +9,7 @@ Shapes: N trained tokens, padding included; D documents, empty ones included.
 from collections.abc import Mapping
 from functools import partial
 from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 
@@ -74,8 +74,7 @@ class Objective(Protocol):
             before the forward pass then.
     """
 
-    @property
-    def is_weighted_sum(self) -> bool: ...
+    is_weighted_sum: ClassVar[bool] = False
 
     def weight(self, batch: Batch) -> float:
         """The weight of a batch, before its pass."""
@@ -88,8 +87,12 @@ class Objective(Protocol):
         """
         ...
 
+    def held_out_metrics(self, loss: float) -> dict[str, float | None]:
+        """What is logged beside the mean loss of held-out rows, which may be no finite number."""
+        return {}
 
-class NegativeLogLikelihood:
+
+class NegativeLogLikelihood(Objective):
     """Minus the weighted sum of log-probabilities: what engines are compared and measured with."""
 
     is_weighted_sum = True

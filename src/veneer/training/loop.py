@@ -22,13 +22,12 @@ from veneer.config import Interrupted, JobError, Train
 from veneer.config.notify import notify
 from veneer.data import Batches
 from veneer.engine import Engine
-from veneer.engine.objective import StepOutput, TrainedTokens
+from veneer.engine.objective import Objective, StepOutput, TrainedTokens
 from veneer.machine.device import peak_bytes
 from veneer.model.adapters import is_lora_b
 from veneer.training import checkpoint
 from veneer.training.held_out import HeldOutBatches
 from veneer.training.metrics import Listener
-from veneer.training.objectives import TrainingObjective
 from veneer.training.optimizer import build_optimizer, parameters_to_update
 from veneer.training.schedule import learning_rate
 from veneer.training.stop import stop_signal
@@ -54,7 +53,7 @@ class Loop:
         self,
         model: Any,
         engine: Engine,
-        objective: TrainingObjective,
+        objective: Objective,
         batches: Batches,
         held_out: HeldOutBatches,
         train: Train,
