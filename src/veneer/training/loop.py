@@ -247,13 +247,7 @@ class Loop:
 
     def _save(self) -> None:
         checkpoint.save(
-            self._checkpoints,
-            self.done,
-            self._model,
-            self._optimizer,
-            self._updated,
-            self._scaler,
-            self._began_with,
+            self._checkpoints, self.done, self._model, self._optimizer, self._updated, self._scaler, self._began_with
         )
         checkpoint.drop_old(self._checkpoints, self._train.save_total_limit)
 

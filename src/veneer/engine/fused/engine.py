@@ -16,7 +16,7 @@ from veneer.engine.fused.family import Decoder, NotCoveredError, read
 from veneer.engine.fused.graphs import Graphs, Inputs, rounded
 from veneer.engine.fused.spend import spend
 from veneer.engine.interface import BatchShapes
-from veneer.engine.objective import LIKELIHOOD, Objective, StepOutput
+from veneer.engine.objective import LIKELIHOOD, Objective, StepOutput, TrainedTokens
 from veneer.kernels.cast import cast_all, cast_table
 from veneer.kernels.launch import HAS_TRITON
 from veneer.kernels.rms_norm import rms_norm_backward
@@ -284,7 +284,8 @@ class FusedEngine:
         stream, kept = self._forward(inputs.ids_T, at, True)
         losses_N, d_TE = self._head(inputs, stream, True)
         del stream
-        output, coefficients_N = objective(inputs.tokens(-losses_N.double()))
+        about = inputs.weights_N, inputs.index_N, inputs.documents.bounds, inputs.values
+        output, coefficients_N = objective(TrainedTokens(-losses_N.double(), *about))
         if coefficients_N is not None:  # all behind the head is linear in its gradient's rows
             factor_N = torch.where(inputs.targets_N >= 0, -coefficients_N, 0.0).float()
             d_TE *= torch.zeros_like(d_TE[:, :1], dtype=torch.float32).index_copy_(0, inputs.index_N, factor_N[:, None])

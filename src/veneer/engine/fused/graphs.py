@@ -25,7 +25,7 @@ from veneer.data import Batch
 from veneer.data.batch import UNTRAINED
 from veneer.engine.fused import cudnn
 from veneer.engine.fused.attention import Documents
-from veneer.engine.objective import Objective, StepOutput, TrainedTokens
+from veneer.engine.objective import Objective, StepOutput
 from veneer.machine.device import bring
 
 MOST = 32  # graphs; their launches take some memory each
@@ -133,9 +133,6 @@ class Inputs(NamedTuple):
         tensors = [tensor.clone() for tensor in self.tensors]
         documents = self.documents._replace(position_T=tensors[5], bounds=tensors[6])
         return Inputs._make([*tensors[:5], dict(zip(self.values, tensors[7:], strict=True)), documents, self.size])
-
-    def tokens(self, logprobs_N: torch.Tensor) -> TrainedTokens:
-        return TrainedTokens(logprobs_N, self.weights_N, self.index_N, self.documents.bounds, self.values)
 
 
 def rounded(count: int) -> int:
