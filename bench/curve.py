@@ -25,6 +25,7 @@ from veneer.config import Data, Model, Train
 from veneer.data import Batches, Renderer, prepare
 from veneer.engine import ReferenceEngine
 from veneer.engine.fused import FusedEngine
+from veneer.engine.objective import LIKELIHOOD
 from veneer.machine import find_machine
 from veneer.model import load_tokenizer, locate
 from veneer.training.optimizer import build_optimizer
@@ -50,7 +51,8 @@ def curve(way: str, name: str, batches: Batches, steps: int) -> tuple[list[float
             group["lr"] = learning_rate(number, steps, RATE, 0.03, "cosine")
         micro_batches = batches.step(number)
         weight = sum(batch.weight for batch in micro_batches)
-        total = sum(engine.forward_backward(batch, 1 / weight).item() for batch in micro_batches)
+        sums = [engine.forward_backward(batch.scaled(1 / weight), LIKELIHOOD).loss.item() for batch in micro_batches]
+        total = sum(sums)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

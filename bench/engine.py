@@ -23,6 +23,7 @@ from veneer.config import Adapter, Train
 from veneer.data import Batch
 from veneer.engine.fused import FusedEngine
 from veneer.engine.interface import BatchShapes
+from veneer.engine.objective import LIKELIHOOD
 from veneer.model import attach
 from veneer.planning.memory import optimizer_bytes
 from veneer.training.optimizer import build_optimizer
@@ -118,7 +119,8 @@ def train(
 
     def step(batches: Sequence[Batch]) -> float:
         weight = sum(batch.weight for batch in batches)
-        total = torch.stack([engine.forward_backward(batch, 1 / weight) for batch in batches]).sum()
+        sums = [engine.forward_backward(batch.scaled(1 / weight), LIKELIHOOD).loss for batch in batches]
+        total = torch.stack(sums).sum()
         torch.nn.utils.clip_grad_norm_([engine.master], 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

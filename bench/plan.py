@@ -31,7 +31,8 @@ from veneer.config import Adapter, Model, Quantization, Run, Train
 from veneer.data import Batch
 from veneer.data.batch import Example
 from veneer.engine import ReferenceEngine
-from veneer.engine.interface import BatchShapes
+from veneer.engine.interface import BatchShapes, document_losses
+from veneer.engine.objective import LIKELIHOOD
 from veneer.machine import find_machine
 from veneer.machine.device import peak_resident_bytes
 from veneer.model import attach, load_model
@@ -186,7 +187,8 @@ def train_steps(engine: ReferenceEngine, optimizer: Any, micro: Batch, times: in
     """One optimizer step, as the loop does it; its loss."""
     parameters = [p for p in engine.model.parameters() if p.requires_grad]
     scale = 1 / (micro.trained * times)
-    loss = torch.stack([engine.forward_backward(micro, scale) for _ in range(times)]).sum().item() * scale
+    losses = [engine.forward_backward(micro.scaled(scale), LIKELIHOOD).loss for _ in range(times)]
+    loss = torch.stack(losses).sum().item() * scale
     torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -242,7 +244,7 @@ def measure(case: Case, base: Any, peak: int, limited: bool) -> tuple[Any, dict[
     cuda.empty_cache()
     cuda.reset_peak_memory_stats()
     asked = batch(Case(case.model, case.method, *HELD_OUT, False, 1))
-    engine.losses(asked)
+    engine.token_logprobs(asked)
     result["evaluation"] = cuda.max_memory_allocated()
     optimizer.state.clear()
     cuda.empty_cache()
@@ -352,7 +354,7 @@ def fused_steps(engine: Any, case: Case) -> dict[str, Any]:
         cuda.synchronize()
         started = time.perf_counter()
         for _ in range(case.accumulation):
-            engine.forward_backward(micro, 1 / micro.trained)
+            engine.forward_backward(micro.scaled(1 / micro.trained), LIKELIHOOD)
         torch.nn.utils.clip_grad_norm_([engine.master], 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -362,7 +364,7 @@ def fused_steps(engine: Any, case: Case) -> dict[str, Any]:
         "peak": cuda.max_memory_allocated(),
         "reserved": cuda.max_memory_reserved(),
         "seconds": seconds,
-        "losses": engine.losses(micro).tolist(),
+        "losses": document_losses(engine, micro),
     }
 
 

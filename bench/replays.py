@@ -32,6 +32,7 @@ from veneer.data.batch import Batches
 from veneer.engine.fused import FusedEngine
 from veneer.engine.fused.graphs import MOST, Size
 from veneer.engine.interface import BatchShapes
+from veneer.engine.objective import LIKELIHOOD
 from veneer.model import attach
 from veneer.training.optimizer import build_optimizer
 
@@ -86,7 +87,8 @@ def train(
             torch.cuda.synchronize()
             started = time.perf_counter()
             weight = sum(batch.weight for batch in batches)
-            total = torch.stack([engine.forward_backward(batch, 1 / weight) for batch in batches]).sum()
+            sums = [engine.forward_backward(batch.scaled(1 / weight), LIKELIHOOD).loss for batch in batches]
+            total = torch.stack(sums).sum()
             torch.nn.utils.clip_grad_norm_([engine.master], 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

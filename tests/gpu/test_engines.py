@@ -14,6 +14,7 @@ from tests.support.notices import notified
 from tests.support.runs import StopAt, losses, tiny_run, write_rows
 from veneer.config import Interrupted
 from veneer.engine.fused import FusedEngine
+from veneer.engine.objective import Objective, StepOutput
 from veneer.training import TrainingJob
 
 pytestmark = [
@@ -80,10 +81,10 @@ def test_a_wrong_kernel_makes_the_run_fall_back(
 ) -> None:
     forward_backward = FusedEngine.forward_backward
 
-    def wrong(self: FusedEngine, batch: Any, scale: float) -> torch.Tensor:
-        loss = forward_backward(self, batch, scale)
+    def wrong(self: FusedEngine, batch: Any, objective: Objective) -> StepOutput:
+        output = forward_backward(self, batch, objective)
         next(p for name, p in self.model.named_parameters() if "layers.1.mlp.down_proj.lora_A" in name).grad.mul_(1.5)
-        return loss
+        return output
 
     monkeypatch.setattr(FusedEngine, "forward_backward", wrong)
     run = tiny_run(tiny_model(), write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "run", model={"dtype": "auto"})

@@ -13,6 +13,7 @@ from veneer.engine.dry_run import Step
 from veneer.engine.fused import FusedEngine
 from veneer.engine.fused.dry_run import run_layers_dry
 from veneer.engine.fused.policy import block_placement
+from veneer.engine.objective import LIKELIHOOD
 from veneer.model import attach
 from veneer.model.shapes import build, shapes_of
 from veneer.planning.memory import phases
@@ -54,7 +55,7 @@ def test_the_peak_of_a_step_is_foreseen(family: str, checkpointing: bool) -> Non
         if step == 1:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        engine.forward_backward(batch, 1 / batch.trained)
+        engine.forward_backward(batch.scaled(1 / batch.trained), LIKELIHOOD)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     measured = torch.cuda.max_memory_allocated() - before

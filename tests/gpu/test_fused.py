@@ -7,6 +7,7 @@ import torch
 
 from tests.support.engines import COVERED, batch_of, gradients, model_of, worst
 from tests.support.exactness import BATCHES, LENGTHS, ratios, tiny_errors
+from tests.support.preference import Preference, pairs, step
 from veneer.engine import ReferenceEngine
 from veneer.engine.fused import FusedEngine
 from veneer.kernels import nf4
@@ -60,7 +61,29 @@ def test_replayed_passes_are_equal_bit_for_bit() -> None:
         replayed_loss, found = gradients(recording, model, batch)
         assert loss == replayed_loss
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-        assert torch.equal(plain.losses(batch), recording.losses(batch))
+        assert torch.equal(plain.token_logprobs(batch), recording.token_logprobs(batch))
+
+
+@pytest.mark.parametrize("lengths", [(64, 64), (64, 30), (40, 37, 60, 5)])
+def test_a_preference_replayed_is_the_launched_one_bit_for_bit(lengths: tuple[int, ...]) -> None:
+    """Coefficients are made and used within the recording, from what each batch carries."""
+    model = model_of("llama", changes={"hidden_size": 128}).cuda().bfloat16()
+    plain, recording = FusedEngine(model, graphs=False), FusedEngine(model)
+    for seed in (1, 1, 2, 3):
+        batches = [pairs(lengths, seed=seed).scaled(0.5)]
+        launched, wanted = step(plain, model, batches, Preference())
+        replayed, found = step(recording, model, batches, Preference())
+        assert replayed == launched
+        assert replayed.weight == len(lengths) / 2
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_preferences_gradient_on_the_gpu_is_the_references() -> None:
+    model, batches = model_of("llama").cuda(), [pairs().scaled(0.5)]
+    wanted_output, wanted = step(ReferenceEngine(model), model, batches, Preference())
+    output, found = step(FusedEngine(model), model, batches, Preference())
+    assert output.loss.item() == pytest.approx(wanted_output.loss.item(), rel=1e-4)
+    assert worst(found, wanted)[0] < 5e-3, worst(found, wanted)
 
 
 WIDE = {  # as many heads as an 8B model has: with few, the order of what is added hardly ever differs

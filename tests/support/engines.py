@@ -8,6 +8,7 @@ import transformers
 from tests.support.tiny import FAMILIES
 from veneer.config import Adapter
 from veneer.data import Batch
+from veneer.engine.objective import LIKELIHOOD
 from veneer.model import attach
 
 COVERED = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2")
@@ -40,7 +41,7 @@ def batch_of(lengths: tuple[int, ...] = (37, 5, 21), vocabulary: int = 384, seed
 
 def gradients(engine: Any, model: Any, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad()
-    loss = engine.forward_backward(batch, 0.01).item()
+    loss = engine.forward_backward(batch.scaled(0.01), LIKELIHOOD).loss.item()
     return loss, {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
 

@@ -12,6 +12,7 @@ from veneer.config import Adapter, Model, Quantization
 from veneer.data import Batch
 from veneer.engine import ReferenceEngine
 from veneer.engine.fused import FusedEngine
+from veneer.engine.objective import LIKELIHOOD
 from veneer.engine.temporary import fill_zeros
 from veneer.machine import find_machine
 from veneer.model import attach, load_model, locate
@@ -82,7 +83,7 @@ def base_errors(name: str, batch: Batch) -> dict[str, Any]:
         model = adapted(name, dtype, quantized=False)
         fill_zeros(model)
         engine: Any = FusedEngine(model) if way == "fused" else ReferenceEngine(model)
-        loss = engine.forward_backward(batch, 1 / batch.weight).item() / batch.weight
+        loss = engine.forward_backward(batch.scaled(1 / batch.weight), LIKELIHOOD).loss.item() / batch.weight
         found[way] = loss, {n: p.grad.float().cpu() for n, p in model.named_parameters() if p.requires_grad}
     loss, wanted = found["exact"]
     result: dict[str, Any] = {"loss_float32": loss}

@@ -171,14 +171,14 @@ def test_a_held_out_loss_goes_on_with_fewer_rows(
     def held_out_loss(name: str, most: int) -> float:
         data = {"validation": path, "duplicates": "keep"}
         job = TrainingJob(tiny_run(tiny_model(), path, tmp_path / name, data=data, train={"max_steps": 1}))
-        losses = job.engine.losses
+        token_logprobs = job.engine.token_logprobs
 
         def short_of_memory(batch: Any) -> torch.Tensor:
             if len(batch.lengths) > most:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-            return losses(batch)
+            return token_logprobs(batch)
 
-        monkeypatch.setattr(job.engine, "losses", short_of_memory)
+        monkeypatch.setattr(job.engine, "token_logprobs", short_of_memory)
         job.fit()
         return losses_of(tmp_path / name, "eval")[-1]
 

@@ -20,6 +20,7 @@ from veneer.engine import ReferenceEngine, choose
 from veneer.engine.agreement import agree
 from veneer.engine.fused import FusedEngine
 from veneer.engine.fused.block import ACTIVATIONS
+from veneer.engine.objective import LIKELIHOOD, Objective, StepOutput
 from veneer.kernels.launch import TritonError
 from veneer.training import TrainingJob
 from veneer.training.metrics import read_metrics
@@ -46,10 +47,10 @@ def wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fused engine that makes one matrix's gradient too large."""
     forward_backward = FusedEngine.forward_backward
 
-    def wrong(self: FusedEngine, batch: Batch, scale: float) -> torch.Tensor:
-        loss = forward_backward(self, batch, scale)
+    def wrong(self: FusedEngine, batch: Batch, objective: Objective) -> StepOutput:
+        output = forward_backward(self, batch, objective)
         next(p for name, p in self.model.named_parameters() if WRONG in name).grad.mul_(1.5)
-        return loss
+        return output
 
     monkeypatch.setattr(FusedEngine, "forward_backward", wrong)
 
@@ -167,7 +168,7 @@ def test_a_wrong_kernel_that_was_asked_for_ends_the_run(make_run: MakeRun, tmp_p
 def test_a_kernel_that_cannot_run_makes_the_run_fall_back(
     error: Exception, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(self: FusedEngine, batch: Batch, scale: float) -> torch.Tensor:
+    def fails(self: FusedEngine, batch: Batch, objective: Objective) -> StepOutput:
         raise error
 
     monkeypatch.setattr(choose, "FUSED_DEVICES", ("cpu",))
@@ -183,8 +184,9 @@ def test_what_is_wrong_for_rows_of_one_length_alone_makes_the_run_fall_back(
     """A GPU computes their attention in another way than that of packed rows."""
     forward_backward = FusedEngine.forward_backward
 
-    def wrong(self: FusedEngine, batch: Batch, scale: float) -> torch.Tensor:
-        return forward_backward(self, batch, scale) * (1.5 if len(set(batch.lengths)) == 1 else 1.0)
+    def wrong(self: FusedEngine, batch: Batch, objective: Objective) -> StepOutput:
+        output = forward_backward(self, batch, objective)
+        return output._replace(loss=output.loss * (1.5 if len(set(batch.lengths)) == 1 else 1.0))
 
     monkeypatch.setattr(choose, "FUSED_DEVICES", ("cpu",))
     monkeypatch.setattr(FusedEngine, "forward_backward", wrong)
@@ -206,13 +208,13 @@ def test_a_gradient_that_is_not_finite_reaches_no_file(
     job = TrainingJob(make_run("run", engine, train={"save_steps": 1}))
     forward_backward, count = job.engine.forward_backward, 0
 
-    def breaks(batch: Batch, scale: float) -> torch.Tensor:
+    def breaks(batch: Batch, objective: Objective) -> StepOutput:
         nonlocal count
         count += 1
-        loss = forward_backward(batch, scale)
+        output = forward_backward(batch, objective)
         if count == 3:
             next(p for name, p in job.model.named_parameters() if WRONG in name).grad[0, 0] = float("inf")
-        return loss
+        return output
 
     monkeypatch.setattr(job.engine, "forward_backward", breaks)
     with pytest.raises(JobError, match="the gradient of step 3 is not finite"):
@@ -230,7 +232,7 @@ def test_the_check_leaves_everything_as_it_was() -> None:
     engine = FusedEngine(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     torch.manual_seed(7)
-    first = engine.forward_backward(engine_batch, 1.0)
+    first = engine.forward_backward(engine_batch, LIKELIHOOD).loss
     torch.manual_seed(7)
     state = torch.get_rng_state()
     found = agree(model, engine, [engine_batch])
@@ -238,7 +240,7 @@ def test_the_check_leaves_everything_as_it_was() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert all(p.grad is None for p in model.parameters())
-    assert engine.forward_backward(engine_batch, 1.0) == first, "the same dropout as before"
+    assert engine.forward_backward(engine_batch, LIKELIHOOD).loss == first, "the same dropout as before"
 
 
 def test_a_gradient_that_is_not_finite_is_no_agreement(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,10 +248,10 @@ def test_a_gradient_that_is_not_finite_is_no_agreement(monkeypatch: pytest.Monke
     engine = FusedEngine(model)
     forward_backward = engine.forward_backward
 
-    def wrong(batch: Batch, scale: float) -> torch.Tensor:
-        loss = forward_backward(batch, scale)
+    def wrong(batch: Batch, objective: Objective) -> StepOutput:
+        output = forward_backward(batch, objective)
         next(p for name, p in model.named_parameters() if WRONG in name).grad[0, 0] = float("nan")
-        return loss
+        return output
 
     monkeypatch.setattr(engine, "forward_backward", wrong)
     found = agree(model, engine, [batch_of()])
@@ -261,13 +263,13 @@ def test_a_gradient_that_is_not_finite_is_no_agreement(monkeypatch: pytest.Monke
 def test_the_base_alone_is_without_its_adapter(engine_type: Any) -> None:
     model, batch = model_of("llama"), batch_of()
     engine = engine_type(model)
-    tuned = engine.losses(batch)
+    tuned = engine.token_logprobs(batch)
     with model.disable_adapter():
-        base = ReferenceEngine(model).losses(batch)
+        base = ReferenceEngine(model).token_logprobs(batch)
     with engine.adapter_off():
-        torch.testing.assert_close(engine.losses(batch), base)
+        torch.testing.assert_close(engine.token_logprobs(batch), base)
     assert not torch.allclose(base, tuned)
-    assert torch.equal(engine.losses(batch), tuned)
+    assert torch.equal(engine.token_logprobs(batch), tuned)
 
 
 def test_the_fused_engine_recomputes_where_checkpointing_is_asked_for() -> None:

@@ -19,7 +19,8 @@ from veneer.engine.fused.block import ACTIVATIONS
 from veneer.engine.fused.graphs import Graphs, Inputs, Size, rounded
 from veneer.engine.fused.group import Group, Linear
 from veneer.engine.fused.policy import uniform
-from veneer.engine.interface import BatchShapes
+from veneer.engine.interface import BatchShapes, document_losses
+from veneer.engine.objective import LIKELIHOOD, Objective, StepOutput
 from veneer.engine.placement import MemoryPlacement
 from veneer.kernels.cast import cast_all, cast_table
 from veneer.kernels.rms_norm import rms_norm
@@ -31,12 +32,12 @@ from veneer.training.optimizer import build_optimizer
 def test_losses_and_gradients_are_the_references(family: str) -> None:
     model, batch = model_of(family), batch_of()
     wanted_loss, wanted = gradients(ReferenceEngine(model), model, batch)
-    wanted_losses = ReferenceEngine(model).losses(batch)
+    wanted_losses = document_losses(ReferenceEngine(model), batch)
     engine = FusedEngine(model)
     loss, found = gradients(engine, model, batch)
     assert loss == pytest.approx(wanted_loss, rel=1e-5)
     assert worst(found, wanted)[0] < 1e-4, worst(found, wanted)
-    torch.testing.assert_close(engine.losses(batch), wanted_losses, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(document_losses(engine, batch), wanted_losses, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_packed_equals_unpacked() -> None:
     for length in batch.lengths:
         part = slice(start, start + length)
         alone = Batch(batch.ids_T[part], batch.targets_T[part], batch.weights_T[part], (length,), 0, 0.0)
-        total += engine.forward_backward(alone, 0.01).item()
+        total += engine.forward_backward(alone.scaled(0.01), LIKELIHOOD).loss.item()
         start += length
     assert total == pytest.approx(loss, rel=1e-6)
     assert worst({n: p.grad for n, p in model.named_parameters() if p.requires_grad}, found)[0] < 1e-5
@@ -134,7 +135,7 @@ def test_the_gradient_under_dropout_is_the_slope_of_the_loss(family: str) -> Non
 
     def loss(seed: int = 5) -> float:
         torch.manual_seed(seed)  # of the masks
-        return engine.forward_backward(batch, 1.0).item()
+        return engine.forward_backward(batch, LIKELIHOOD).loss.item()
 
     model.zero_grad()
     first = loss()
@@ -176,23 +177,23 @@ def test_batches_are_padded_to_sizes_that_come_again(batches: tuple[tuple[int, .
     sizes = set()
     for lengths in batches:
         batch = batch_of(lengths)
-        inputs = Inputs.of(batch, 0.5, torch.device("cpu"), None, pads=True)
+        inputs = Inputs.of(batch.scaled(0.5), torch.device("cpu"), None, pads=True)
         sizes.add(inputs.size._replace(trained=0))
-        shape = len(inputs.ids_T), len(inputs.bounds) - 1, inputs.documents.longest, len(inputs.index_N)
+        shape = len(inputs.ids_T), len(inputs.documents.bounds) - 1, inputs.documents.longest, len(inputs.index_N)
         assert Size(False, *shape) == inputs.size
         real = inputs.targets_N >= 0
         assert torch.equal(inputs.ids_T[: batch.tokens], batch.ids_T)
         assert torch.equal(inputs.targets_N[real], batch.targets_T[batch.targets_T >= 0])
         assert (inputs.factor_N[~real] == 0).all()
         assert not set(inputs.index_N[~real].tolist()) & set(inputs.index_N[real].tolist())
-        assert inputs.bounds[len(lengths)] == batch.tokens
+        assert inputs.documents.bounds[len(lengths)] == batch.tokens
     assert len(sizes) == 1
 
 
 def test_rows_of_whole_blocks_are_left_as_they_are_and_told_from_others() -> None:
     even, uneven = (256,) * 32, (255, 257, *(256,) * 30)
     batch = batch_of(even)
-    inputs = Inputs.of(batch, 1.0, torch.device("cpu"), None, pads=True)
+    inputs = Inputs.of(batch, torch.device("cpu"), None, pads=True)
     assert inputs.size == Size(True, 8192, 32, 256, inputs.size.trained)
     assert inputs.documents.lengths == even
     assert Size.of(uneven, 8192).documents == 32
@@ -202,13 +203,13 @@ def test_rows_of_whole_blocks_are_left_as_they_are_and_told_from_others() -> Non
 
 def test_the_largest_pass_is_recorded_first_and_not_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded: list[Inputs] = []
-    monkeypatch.setattr(Graphs, "_record", lambda self, inputs: recorded.append(inputs))
+    monkeypatch.setattr(Graphs, "_record", lambda self, inputs, objective: recorded.append(inputs))
     engine = FusedEngine(model_of("llama"))
     graphs = Graphs(engine._pass)
-    largest = Inputs.of(batch_of((60, 40)), 1.0, torch.device("cpu"), None, pads=True)
-    graphs.lay_out(largest)
+    largest = Inputs.of(batch_of((60, 40)), torch.device("cpu"), None, pads=True)
+    graphs.lay_out(largest, LIKELIHOOD)
     assert recorded == [largest]
-    assert graphs.run(largest) > 0, "launched: a shape is recorded the second time that it comes"
+    assert graphs.run(largest, LIKELIHOOD).loss > 0, "launched: a shape is recorded the second time that it comes"
     assert len(recorded) == 1
 
 
@@ -226,7 +227,7 @@ def test_small_passes_are_recorded_before_more_is_kept(
     lengths: tuple[int, ...], times: float, records: bool, whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorded: list[Inputs] = []
-    monkeypatch.setattr(Graphs, "_record", lambda self, inputs: recorded.append(inputs))
+    monkeypatch.setattr(Graphs, "_record", lambda self, inputs, objective: recorded.append(inputs))
     monkeypatch.setattr(FusedEngine, "on_gpu", True)
     monkeypatch.setattr(FusedEngine, "_peak_of", lambda self, compute: 2**20)
     engine, unrecordable = FusedEngine(model_of("llama")), FusedEngine(model_of("llama"))
@@ -242,7 +243,7 @@ def test_small_passes_are_recorded_before_more_is_kept(
     assert (len(recorded) == 1) == records
     assert keeps_everything(found) == whole
     assert engine.master.grad is None
-    assert torch.equal(engine._bring(batch_of((40, 30)), 1.0, True).ids_T[:70], batch_of((40, 30)).ids_T)
+    assert torch.equal(engine._bring(batch_of((40, 30)), True).ids_T[:70], batch_of((40, 30)).ids_T)
 
 
 def keeps_everything(placement: MemoryPlacement) -> bool:
@@ -263,16 +264,18 @@ def test_a_pass_with_dropout_is_not_the_recorded_one_without(monkeypatch: pytest
     class Recording:
         def replay(self) -> None: ...
 
-    def record(self: Graphs, inputs: Inputs) -> Any:
-        return SimpleNamespace(graph=Recording(), inputs=inputs.cloned(), total=torch.tensor(-1.0))
+    output = StepOutput(torch.tensor(-1.0), torch.tensor(1.0), {})
+
+    def record(self: Graphs, inputs: Inputs, objective: Objective) -> Any:
+        return SimpleNamespace(graph=Recording(), inputs=inputs.cloned(), output=output)
 
     monkeypatch.setattr(Graphs, "_record", record)
     engine = FusedEngine(model_of("llama", lora_dropout=0.3))
     engine._graphs = Graphs(engine._pass)
     with engine.dropout_off():
-        losses = [engine.forward_backward(batch_of(), 1.0).item() for _ in range(3)]
+        losses = [engine.forward_backward(batch_of(), LIKELIHOOD).loss.item() for _ in range(3)]
     assert losses[1:] == [-1, -1], "recorded"
-    assert engine.forward_backward(batch_of(), 1.0).item() > 0
+    assert engine.forward_backward(batch_of(), LIKELIHOOD).loss.item() > 0
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "adamw_32bit"])
@@ -287,7 +290,7 @@ def test_one_launch_for_all_adapters_is_one_for_each(optim: str) -> None:
         parameters = [engine.master] if flat else [p for p in model.parameters() if p.requires_grad]
         optimizer = build_optimizer(parameters, Train(optim=optim, learning_rate=1e-2, weight_decay=0.1), "cpu")
         for seed in range(3):
-            engine.forward_backward(batch_of(seed=seed), 0.01)
+            engine.forward_backward(batch_of(seed=seed).scaled(0.01), LIKELIHOOD)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         results.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})

@@ -12,6 +12,7 @@ from veneer.config import Adapter
 from veneer.data import Batch
 from veneer.data.batch import Example
 from veneer.engine import ReferenceEngine
+from veneer.engine.objective import LIKELIHOOD
 from veneer.engine.prefix import SHORTEST, can_share, shared_tokens
 from veneer.engine.temporary import fill_zeros
 from veneer.model import attach
@@ -46,10 +47,10 @@ def test_loss_and_gradients_are_those_of_whole_rows(family: str, tmp_path: Path)
         """Tokens that went through the model, losses, gradients."""
         model.zero_grad()
         seen.clear()
-        total = engine.forward_backward(BATCH, 0.1)
+        total = engine.forward_backward(BATCH.scaled(0.1), LIKELIHOOD).loss
         tokens = sum(seen)
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-        return tokens, [total, engine.losses(BATCH)], gradients
+        return tokens, [total, engine.token_logprobs(BATCH)], gradients
 
     whole_tokens, whole_losses, whole = step(ReferenceEngine(model))
     tokens, losses, gradients = step(ReferenceEngine(model, for_cpu=True))

@@ -228,7 +228,7 @@ def test_an_evaluation_gives_way_to_a_stop(
     whole, run = (make(name, **EVALUATES, evaluate={"batch_size": 1}) for name in ("whole", "run"))
     veneer.train(whole)
     job = TrainingJob(run)
-    judge, batches = job.engine.losses, [0]
+    judge, batches = job.engine.token_logprobs, [0]
 
     def stops(batch: Any) -> Any:
         batches[0] += 1
@@ -236,7 +236,7 @@ def test_an_evaluation_gives_way_to_a_stop(
             os.kill(os.getpid(), signal.SIGTERM)
         return judge(batch)
 
-    monkeypatch.setattr(job.engine, "losses", stops)
+    monkeypatch.setattr(job.engine, "token_logprobs", stops)
     with pytest.raises(Interrupted, match=f"step-00000{2 * evaluation}"):
         job.fit()
     assert batches[0] == 2 * evaluation - 1
@@ -353,8 +353,8 @@ def test_a_held_out_loss_that_is_not_finite_costs_no_adapter(
 ) -> None:
     run = make(**EVALUATES)
     job = TrainingJob(run)
-    judge = job.engine.losses
-    monkeypatch.setattr(job.engine, "losses", lambda batch: judge(batch) * math.nan)
+    judge = job.engine.token_logprobs
+    monkeypatch.setattr(job.engine, "token_logprobs", lambda batch: judge(batch) * math.nan)
     with notified(r"the held-out loss after step \d is nan"):
         finish(job)
     folder = run.train.output_dir

@@ -392,7 +392,7 @@ def test_too_little_memory_says_what_to_change(
 ) -> None:
     job = TrainingJob(tiny_run(tiny_model(), write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "run"))
 
-    def full(batch: Any, scale: float) -> Any:
+    def full(batch: Any, objective: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. And more.")
 
     monkeypatch.setattr(job.engine, "forward_backward", full)

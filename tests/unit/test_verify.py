@@ -17,6 +17,7 @@ from veneer.data.batch import UNTRAINED, Example
 from veneer.engine import ReferenceEngine
 from veneer.engine.choose import EngineChoice, build
 from veneer.engine.fused import FusedEngine
+from veneer.engine.objective import Objective, StepOutput
 from veneer.model import save_adapter
 from veneer.training import verify as module
 from veneer.training.parts import RunParts, load_parts
@@ -82,11 +83,11 @@ def test_a_wrong_kernel_is_found_and_its_layer_named(
 ) -> None:
     forward_backward = FusedEngine.forward_backward
 
-    def wrong(self: FusedEngine, batch: Batch, scale: float) -> torch.Tensor:
-        loss = forward_backward(self, batch, scale)
+    def wrong(self: FusedEngine, batch: Batch, objective: Objective) -> StepOutput:
+        output = forward_backward(self, batch, objective)
         name = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.default.weight"
         self.model.get_parameter(name).grad.mul_(factor)
-        return loss
+        return output
 
     monkeypatch.setattr(FusedEngine, "forward_backward", wrong)
     run = make_run()
@@ -98,7 +99,7 @@ def test_a_wrong_kernel_is_found_and_its_layer_named(
 
 
 def test_a_kernel_that_cannot_run_is_told(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(self: FusedEngine, batch: Batch, scale: float) -> torch.Tensor:
+    def fails(self: FusedEngine, batch: Batch, objective: Objective) -> StepOutput:
         raise RuntimeError("no kernel image is available\nfor execution")
 
     monkeypatch.setattr(FusedEngine, "forward_backward", fails)
@@ -111,7 +112,12 @@ def test_a_kernel_that_cannot_run_is_told(make_run: MakeRun, monkeypatch: pytest
 
 def test_a_wrong_loss_is_found(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     forward_backward = FusedEngine.forward_backward
-    monkeypatch.setattr(FusedEngine, "forward_backward", lambda *given: 1.01 * forward_backward(*given))
+
+    def wrong(self: FusedEngine, batch: Batch, objective: Objective) -> StepOutput:
+        output = forward_backward(self, batch, objective)
+        return output._replace(loss=1.01 * output.loss)
+
+    monkeypatch.setattr(FusedEngine, "forward_backward", wrong)
     run = make_run()
     assert failed(verify_parts(run, *with_engine(run))) == {"fused-loss"}
 
@@ -142,10 +148,11 @@ def test_targets_that_are_shifted_are_found(make_run: MakeRun, monkeypatch: pyte
 class Leaking(ReferenceEngine):
     """Later rows of a batch notice the first one's tokens."""
 
-    def losses(self, batch: Batch) -> torch.Tensor:
-        losses = super().losses(batch)
-        losses[1:] += 1e-2 * float(batch.ids_T[0] + batch.lengths[0])
-        return losses
+    def token_logprobs(self, batch: Batch) -> torch.Tensor:
+        logprobs = super().token_logprobs(batch)
+        first = int((batch.targets_T[: batch.lengths[0]] >= 0).sum())
+        logprobs[first:] -= 1e-3 * float(batch.ids_T[0] + batch.lengths[0])
+        return logprobs
 
 
 def test_rows_that_see_each_other_are_found(make_run: MakeRun) -> None:
@@ -157,15 +164,15 @@ def test_rows_that_see_each_other_are_found(make_run: MakeRun) -> None:
 class Ascending(ReferenceEngine):
     """Its gradient points uphill."""
 
-    def forward_backward(self, batch: Batch, scale: float) -> torch.Tensor:
-        return super().forward_backward(batch, -scale)
+    def forward_backward(self, batch: Batch, objective: Objective) -> StepOutput:
+        return super().forward_backward(batch.scaled(-batch.scale), objective)
 
 
 class Frozen(ReferenceEngine):
     """Its gradients are too small to move anything."""
 
-    def forward_backward(self, batch: Batch, scale: float) -> torch.Tensor:
-        return super().forward_backward(batch, scale * 1e-12)
+    def forward_backward(self, batch: Batch, objective: Objective) -> StepOutput:
+        return super().forward_backward(batch.scaled(batch.scale * 1e-12), objective)
 
 
 @pytest.mark.parametrize("kind", [Ascending, Frozen])

@@ -12,8 +12,8 @@ optimizer step is drawn whole and then cut into micro-batches, so that 1 x 8, 2 
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -102,6 +102,8 @@ class Batch:
         lengths: Tokens of each document; they add up to T.
         trained: Number of trained tokens.
         weight: Sum of their weights; the number of trained tokens where no row says otherwise.
+        scale: Factor of the loss where gradients are computed; see `Engine.forward_backward`.
+        values: What else an objective needs of each target, by name, float32 of shape (T,).
     """
 
     ids_T: "torch.Tensor"
@@ -110,6 +112,8 @@ class Batch:
     lengths: tuple[int, ...]
     trained: int
     weight: float
+    scale: float = 1.0
+    values: Mapping[str, "torch.Tensor"] = field(default_factory=dict)
 
     @staticmethod
     def of(examples: Sequence[Example]) -> "Batch":
@@ -127,9 +131,8 @@ class Batch:
     def tokens(self) -> int:
         return len(self.ids_T)
 
-    def to(self, device: str) -> "Batch":
-        ids_T, targets_T, weights_T = (t.to(device) for t in (self.ids_T, self.targets_T, self.weights_T))
-        return replace(self, ids_T=ids_T, targets_T=targets_T, weights_T=weights_T)
+    def scaled(self, scale: float) -> "Batch":
+        return replace(self, scale=scale)
 
 
 class Batches:

@@ -17,6 +17,7 @@ import torch
 from veneer.data import Batch
 from veneer.data.batch import Example
 from veneer.engine.interface import Engine
+from veneer.engine.objective import LIKELIHOOD
 from veneer.engine.reference import ReferenceEngine
 from veneer.engine.temporary import fill_zeros, untouched
 from veneer.kernels.launch import KERNEL_ERRORS
@@ -128,7 +129,7 @@ def _pass(model: Any, engine: Engine, batch: Batch) -> tuple[float, dict[str, to
     """Summed loss, and the gradient of the mean loss for every adapter matrix; zero where there is none."""
     for parameter in model.parameters():
         parameter.grad = None
-    loss = engine.forward_backward(batch, 1 / batch.weight)
+    loss = engine.forward_backward(batch.scaled(1 / batch.weight), LIKELIHOOD).loss
     return loss.item(), {
         name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()
         for name, p in model.named_parameters()

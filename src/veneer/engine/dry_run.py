@@ -21,7 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from veneer.engine.placement import BlockPlacement
-from veneer.engine.reference import PaddedRows, token_losses
+from veneer.engine.reference import PaddedRows, token_logprobs
 from veneer.engine.trace import FlashAttention, Peak, Trace, Work, is_view, on_meta
 from veneer.model.adapters import LORA, AdapterMethod
 from veneer.model.quiet import quiet
@@ -170,7 +170,7 @@ def _run(base: Any, step: Step, period: int, chunked_head: bool) -> tuple[dict[s
         base.eval()
         with trace, torch.no_grad():
             trace.mark("forward", "activations")
-            token_losses(base, rows, chunked_head)
+            token_logprobs(base, rows, chunked_head)
         return dict(trace.peaks), trace.total_work()
     if step.checkpointing:
         contexts = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), FlashAttention())}
@@ -185,9 +185,9 @@ def _run(base: Any, step: Step, period: int, chunked_head: bool) -> tuple[dict[s
                 parameter.grad = torch.zeros_like(parameter)  # made outside: whoever plans counts it
     with trace:
         trace.mark("forward", "activations")
-        losses_N = token_losses(base, rows, chunked_head)
+        logprobs_N = token_logprobs(base, rows, chunked_head)
         trace.mark("loss", "logits and loss")
-        losses_N.sum().backward()  # type: ignore[no-untyped-call]
+        logprobs_N.backward(-rows.weights_N)  # type: ignore[no-untyped-call]
     return dict(trace.peaks), trace.total_work()
 
 
@@ -215,7 +215,7 @@ def _rows(step: Step) -> PaddedRows:
     with torch.device("meta"):
         ids_BL = torch.empty((step.rows, step.length), dtype=torch.int64)
         index_N = torch.empty((step.trained,), dtype=torch.int64)
-        return PaddedRows(list(range(step.rows)), ids_BL, index_N, index_N, index_N, torch.empty((step.trained,)))
+        return PaddedRows(0, ids_BL, index_N, index_N, index_N, torch.empty((step.trained,)), index_N)
 
 
 def head_is_linear(base: Any) -> bool:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from veneer.data import Batch
+from veneer.engine.objective import Objective, StepOutput, TrainedTokens
 from veneer.engine.placement import MemoryPlacement
 
 
@@ -41,20 +42,19 @@ class Engine(Protocol):
         """One parameter of which all adapter parameters are views, where the engine lays them so."""
         ...
 
-    def forward_backward(self, batch: Batch, scale: float) -> torch.Tensor:
-        """Add the gradient of `scale` times the batch's summed loss to the adapter's parameters.
+    def forward_backward(self, batch: Batch, objective: Objective) -> StepOutput:
+        """Add the gradient of `batch.scale` times the batch's summed loss to the adapter's parameters.
 
-        The caller chooses the scale (1 / summed weights of the whole optimizer step's tokens), so that any split of a
-        step into micro-batches gives the same gradient. Documents of a batch never see each other.
+        The caller chooses the scale (1 / summed weights of the whole optimizer step), so that any split of a step into
+        micro-batches gives the same gradient. Documents of a batch never see each other.
 
         Returns:
-            The summed loss over trained tokens, each times its weight, unscaled; a scalar on the device, float64
-            where it has that.
+            The summed loss and metrics, unscaled; on the device, float64 where it has that.
         """
         ...
 
-    def losses(self, batch: Batch) -> torch.Tensor:
-        """Summed weighted loss of each document, shape (documents,), in the same dtype; no gradients, dropout off."""
+    def token_logprobs(self, batch: Batch) -> torch.Tensor:
+        """Log-probability of each trained token, in the batch's order and the same dtype; no gradients, dropout off."""
         ...
 
     def plan_memory(self, shapes: BatchShapes, gradient_checkpointing: bool | str, later_bytes: int) -> MemoryPlacement:
@@ -81,3 +81,10 @@ class Engine(Protocol):
     def describe(self) -> dict[str, Any]:
         """How it computes, for plan.json: `chunked_head`, whether only a part of the logits is there at a time."""
         ...
+
+
+def document_losses(engine: Engine, batch: Batch) -> list[float]:
+    """Weighted negative log-likelihood of each document."""
+    tokens = TrainedTokens.of(batch, engine.token_logprobs(batch).cpu().double())
+    losses: list[float] = tokens.sum_documents(-tokens.logprobs_N * tokens.weights_N).tolist()
+    return losses

@@ -14,18 +14,20 @@ compute these once (prefix.py), short rows attend by plain products (attention.p
 Shapes: B rows, L padded length, N trained tokens, D model width, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from veneer.data import Batch
 from veneer.data.batch import UNTRAINED
 from veneer.engine.attention import short_row_attention
 from veneer.engine.interface import BatchShapes
+from veneer.engine.objective import Objective, StepOutput, TrainedTokens
 from veneer.engine.placement import MemoryPlacement, whole_blocks
 from veneer.engine.positions import switch_of
 from veneer.engine.prefix import can_share, hidden_behind, shared_tokens
@@ -43,16 +45,17 @@ class PaddedRows:
     """Documents of like length as right-padded rows, and where their trained tokens are.
 
     Attributes:
+        order_N: Which of the batch's trained tokens each one is.
         shared: Tokens that all rows begin with and that are computed once; 0: each row is computed whole.
     """
 
-    documents: list[int]
+    shared: int
     ids_BL: torch.Tensor
     row_N: torch.Tensor
     column_N: torch.Tensor
     targets_N: torch.Tensor
     weights_N: torch.Tensor
-    shared: int = 0
+    order_N: torch.Tensor
 
 
 class ReferenceEngine:
@@ -81,31 +84,48 @@ class ReferenceEngine:
         with short_row_attention(self._base, 0 if for_cpu else None):
             self._shares = for_cpu and self.chunked_head and self._switch is None and can_share(self._base)
 
-    def forward_backward(self, batch: Batch, scale: float) -> torch.Tensor:
-        """See `Engine.forward_backward`."""
+    def forward_backward(self, batch: Batch, objective: Objective) -> StepOutput:
+        """See `Engine.forward_backward`.
+
+        Rows go back at once where the coefficients of their tokens are known; else all go forward first.
+        """
         self.model.train()
-        total = torch.zeros((), dtype=self._sum_dtype, device=self._device)
-        for rows in _rows(batch.to(str(self._device)), self._switch, self._shares):
-            with self._cpu_passes(rows):
-                losses_N = token_losses(self._base, rows, self.chunked_head)
-                (losses_N.sum() * scale).backward()  # type: ignore[no-untyped-call]
-            total += losses_N.detach().to(self._sum_dtype).sum()
-            del losses_N
-            self._trim()
-        return total
+        waiting: list[tuple[PaddedRows, torch.Tensor]] = []
+
+        def go_back(rows: PaddedRows, logprobs_N: torch.Tensor) -> None:
+            if objective.is_weighted_sum:
+                logprobs_N.backward(rows.weights_N * -batch.scale)  # type: ignore[no-untyped-call]
+            else:
+                waiting.append((rows, logprobs_N))
+
+        logprobs_N = self._forward(batch, go_back)
+        output, coefficients_N = objective(TrainedTokens.of(batch, logprobs_N))
+        if coefficients_N is not None:
+            coefficients_N = coefficients_N.float() * batch.scale
+            while waiting:
+                rows, logprobs_N = waiting.pop()
+                with self._cpu_passes(rows):
+                    logprobs_N.backward(coefficients_N[rows.order_N])  # type: ignore[no-untyped-call]
+        return output
 
     @torch.no_grad()
-    def losses(self, batch: Batch) -> torch.Tensor:
-        """See `Engine.losses`."""
+    def token_logprobs(self, batch: Batch) -> torch.Tensor:
+        """See `Engine.token_logprobs`."""
         self.model.eval()
-        result = torch.zeros(len(batch.lengths), dtype=self._sum_dtype, device=self._device)
-        for rows in _rows(batch.to(str(self._device)), self._switch, self._shares):
-            documents_B = torch.tensor(rows.documents, device=self._device)
+        return self._forward(batch, lambda rows, logprobs_N: None)
+
+    def _forward(self, batch: Batch, go_back: Callable[[PaddedRows, torch.Tensor], None]) -> torch.Tensor:
+        """Log-probabilities in the batch's order; those of each group of rows are given to `go_back` first."""
+        trained = int((batch.targets_T >= 0).sum())
+        found_N = torch.empty(trained, dtype=self._sum_dtype, device=self._device)
+        for rows in _rows(batch, self._device, self._switch, self._shares):
             with self._cpu_passes(rows):
-                losses_N = token_losses(self._base, rows, self.chunked_head)
-            result.index_add_(0, documents_B[rows.row_N], losses_N.to(self._sum_dtype))
+                logprobs_N = token_logprobs(self._base, rows, self.chunked_head)
+                go_back(rows, logprobs_N)
+            found_N[rows.order_N] = logprobs_N.detach().to(self._sum_dtype)
+            del logprobs_N
             self._trim()
-        return result
+        return found_N
 
     def plan_memory(self, shapes: BatchShapes, gradient_checkpointing: bool | str, later_bytes: int) -> MemoryPlacement:
         """See `Engine.plan_memory`; here Transformers does as the setting says."""
@@ -150,8 +170,8 @@ class ReferenceEngine:
         return torch.equal(head(_hidden(self._base, ids_BL)).float(), logits_BLV.float())
 
 
-def token_losses(base: Any, rows: PaddedRows, chunked_head: bool) -> torch.Tensor:
-    """Weighted cross-entropy of every trained token, float32, shape (N,).
+def token_logprobs(base: Any, rows: PaddedRows, chunked_head: bool) -> torch.Tensor:
+    """Log-probability of every trained token, float32, shape (N,).
 
     Args:
         base: Transformers' model, with or without adapters in it.
@@ -167,7 +187,7 @@ def token_losses(base: Any, rows: PaddedRows, chunked_head: bool) -> torch.Tenso
         logits_BLV = base(input_ids=rows.ids_BL, use_cache=False).logits
         logits_NV = logits_BLV[rows.row_N, rows.column_N].float()
         losses_N = F.cross_entropy(logits_NV, rows.targets_N, reduction="none")
-    return losses_N * rows.weights_N
+    return -losses_N
 
 
 def _hidden(base: Any, ids_BL: torch.Tensor) -> torch.Tensor:
@@ -175,12 +195,12 @@ def _hidden(base: Any, ids_BL: torch.Tensor) -> torch.Tensor:
     return hidden_BLD
 
 
-def _rows(batch: Batch, switch: int | None, share: bool = False) -> list[PaddedRows]:
+def _rows(batch: Batch, device: torch.device, switch: int | None, share: bool = False) -> list[PaddedRows]:
     """A packed batch as groups of right-padded rows."""
-    starts = [0]
-    for length in batch.lengths:
-        starts.append(starts[-1] + length)
-    return [_pad(batch, group, starts, share) for group in padded_groups(batch.lengths, switch)]
+    order_T = (batch.targets_T >= 0).cumsum(0) - 1
+    parts = [torch.split(t, list(batch.lengths)) for t in (batch.ids_T, batch.targets_T, batch.weights_T, order_T)]
+    groups = padded_groups(batch.lengths, switch)
+    return [_pad([[part[document] for document in group] for part in parts], device, share) for group in groups]
 
 
 def padded_groups(lengths: Sequence[int], switch: int | None = None) -> list[list[int]]:
@@ -205,20 +225,13 @@ def padded_groups(lengths: Sequence[int], switch: int | None = None) -> list[lis
     return groups
 
 
-def _pad(batch: Batch, documents: list[int], starts: list[int], share: bool) -> PaddedRows:
-    longest = batch.lengths[documents[0]]
-    ids_BL = batch.ids_T.new_zeros((len(documents), longest))
-    targets_BL = torch.full_like(ids_BL, UNTRAINED)
-    weights_BL = batch.weights_T.new_zeros(ids_BL.shape)
-    for row, document in enumerate(documents):
-        length = batch.lengths[document]
-        place = slice(starts[document], starts[document] + length)
-        ids_BL[row, :length] = batch.ids_T[place]
-        targets_BL[row, :length] = batch.targets_T[place]
-        weights_BL[row, :length] = batch.weights_T[place]
-    row_N, column_N = (targets_BL != UNTRAINED).nonzero(as_tuple=True)
+def _pad(parts: list[list[torch.Tensor]], device: torch.device, share: bool) -> PaddedRows:
+    paddings = (0, UNTRAINED, 0, 0)
+    ids_BL, targets_BL, weights_BL, order_BL = (
+        pad_sequence(part, batch_first=True, padding_value=padding) for part, padding in zip(parts, paddings)
+    )
+    row_N, column_N = at_N = (targets_BL != UNTRAINED).nonzero(as_tuple=True)
     # Of rows that train nothing there is no loss to compute, shared or not.
     shared = shared_tokens(ids_BL, int(column_N.min())) if share and len(column_N) else 0
-    return PaddedRows(
-        documents, ids_BL, row_N, column_N, targets_BL[row_N, column_N], weights_BL[row_N, column_N], shared
-    )
+    tensors = ids_BL, row_N, column_N, targets_BL[at_N], weights_BL[at_N], order_BL[at_N]
+    return PaddedRows(shared, *(t.to(device) for t in tensors))

@@ -15,6 +15,7 @@ from veneer.config import Evaluate
 from veneer.data import Batch, Conversation, Message, Renderer
 from veneer.data.pipeline import HeldOut
 from veneer.engine import Engine
+from veneer.engine.interface import document_losses
 from veneer.evaluation.generation import generate
 from veneer.evaluation.intervals import Interval
 from veneer.evaluation.memory import Batching, require_positions
@@ -224,9 +225,8 @@ def _behind(examples: Sequence[Message], turns: Sequence[Message]) -> list[Messa
 def _losses(engine: Engine, held_out: Sequence[HeldOut], batching: Batching) -> tuple[list[float], list[float]]:
     """Measure summed loss and trained tokens of each row, the longest first; pieces of one document are one row."""
     ordered = sorted(held_out, key=lambda row: -len(row.example.ids))
-    of_batches = batching.over(
-        [row.example for row in ordered], lambda examples: engine.losses(Batch.of(examples)).tolist()
-    )
+    examples = [row.example for row in ordered]
+    of_batches = batching.over(examples, lambda examples: document_losses(engine, Batch.of(examples)))
     losses: dict[str, float] = defaultdict(float)
     tokens: dict[str, float] = defaultdict(float)
     for row, loss in zip(ordered, chain.from_iterable(of_batches), strict=True):

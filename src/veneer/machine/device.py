@@ -50,6 +50,13 @@ def find_machine() -> Machine:
     return Machine("cpu", _cpu_name(), cores, memory.total, memory.available, _cpu_has_bfloat16())
 
 
+def bring(tensor: torch.Tensor, device: Any) -> torch.Tensor:
+    """To the device, in its order of work: the host waits for nothing."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def named_dtype(setting: str, default: torch.dtype) -> torch.dtype:
     """The precision that `model.dtype` means where `auto` means `default`."""
     named = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

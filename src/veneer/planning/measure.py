@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from veneer.config import Adapter
 from veneer.data.batch import Batch, Example
 from veneer.engine.dry_run import Step, run_dry
+from veneer.engine.objective import LIKELIHOOD
 from veneer.engine.reference import ReferenceEngine
 from veneer.machine.device import Machine
 from veneer.machine.speeds import Ceilings
@@ -90,4 +91,4 @@ def _host_seconds(machine: Machine, seconds: float) -> float:
     engine = ReferenceEngine(attach(base, Adapter(), 0, gradient_checkpointing=True))
     ids = torch.zeros(16, dtype=torch.int32).numpy()
     batch = Batch.of([Example(ids, ((1, 16, 1.0),), "")])
-    return _sustained(lambda: engine.forward_backward(batch, 1.0), machine.device, seconds) / operations
+    return _sustained(lambda: engine.forward_backward(batch, LIKELIHOOD), machine.device, seconds) / operations

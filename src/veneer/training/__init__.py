@@ -4,6 +4,7 @@ parts.py       a run's parts: data, forecast, model, adapter
 job.py         a whole run: parts, engine, loop, adapter on disk
 verify.py      whether training does what it should, here, with this run's model and rows
 loop.py        optimizer steps, logging, evaluation, checkpoints
+objectives/    what is minimized
 optimizer.py   AdamW by name; schedule.py  the learning rate as a function of the step
 checkpoint.py  a resumable state on disk
 stop.py        signals that ask the loop to end, with a checkpoint

@@ -34,6 +34,7 @@ from veneer.training import checkpoint
 from veneer.training.held_out import HeldOutBatches
 from veneer.training.loop import Loop
 from veneer.training.metrics import Listener, MetricsFile, read_metrics
+from veneer.training.objectives import OBJECTIVES
 from veneer.training.optimizer import parameters_to_update
 from veneer.training.parts import load_parts
 
@@ -134,6 +135,7 @@ class TrainingJob:
         self._loop = Loop(
             model=self.model,
             engine=self.engine,
+            objective=OBJECTIVES["supervised"],
             batches=batches,
             held_out=held_out,
             train=train,

@@ -22,6 +22,7 @@ from veneer.config import Interrupted, JobError, Train
 from veneer.config.notify import notify
 from veneer.data import Batches
 from veneer.engine import Engine
+from veneer.engine.objective import Objective, StepOutput, TrainedTokens
 from veneer.machine.device import peak_bytes
 from veneer.model.adapters import find_method
 from veneer.training import checkpoint
@@ -37,7 +38,8 @@ class Loop:
 
     Args:
         model: The PEFT model whose adapter is trained.
-        engine: Computes its losses and gradients.
+        engine: Computes its log-probabilities and gradients.
+        objective: What is minimized.
         batches: The training data.
         held_out: For the held-out loss; may be empty.
         train: The settings.
@@ -51,6 +53,7 @@ class Loop:
         self,
         model: Any,
         engine: Engine,
+        objective: Objective,
         batches: Batches,
         held_out: HeldOutBatches,
         train: Train,
@@ -60,6 +63,7 @@ class Loop:
         scale_loss: bool = False,
     ) -> None:
         self._engine = engine
+        self._objective = objective
         self._batches = batches
         self._held_out = held_out
         self._train = train
@@ -125,10 +129,13 @@ class Loop:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         micro_batches = self._batches.step(number)
-        weight = sum(batch.weight for batch in micro_batches)
+        weight = sum(map(self._objective.weight, micro_batches))
         # Only a scaler that is used lives on the device.
         scaled = self._scaler.scale(torch.ones((), device=self._device)).item() if self._scaler.is_enabled() else 1.0
-        total = torch.stack([self._engine.forward_backward(batch, scaled / weight) for batch in micro_batches]).sum()
+        outputs = [
+            self._engine.forward_backward(batch.scaled(scaled / weight), self._objective) for batch in micro_batches
+        ]
+        sums = _sums(outputs)
         self._scaler.unscale_(self._optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self._updated.values(), train.max_grad_norm or math.inf)
         largest = [] if self._has_gradients else [_largest(parameter.grad) for parameter in self._learn_first.values()]
@@ -136,9 +143,11 @@ class Loop:
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
-        values = [value.to(total.device, total.dtype) for value in (total, norm, *largest)]
-        summed_loss, grad_norm, *sizes = torch.stack(values).tolist()
-        loss = summed_loss / weight
+        like = sums["loss"]
+        values = [value.to(like.device, like.dtype) for value in (norm, *sums.values(), *largest)]
+        grad_norm, *read = torch.stack(values).tolist()
+        means = _means(dict(zip(sums, read, strict=False)))
+        loss, sizes = means["loss"], read[len(sums) :]
         self._require_finite(number, loss, grad_norm)
         if math.isfinite(grad_norm):
             self._require_gradients(sizes)
@@ -148,7 +157,7 @@ class Loop:
             "kind": "train",
             "step": number + 1,
             "epoch": round((number + 1) / self._batches.steps_per_epoch, 4),
-            "loss": loss,
+            **means,
             "learning_rate": rate,
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "tokens": tokens,
@@ -162,13 +171,13 @@ class Loop:
         """Measure the held-out loss, where this step has one; a stop leaves it out, and a checkpoint stands for it."""
         if not self._held_out or not (self.done == self.steps or _due(self.done, self._train.eval_steps)):
             return
-        total = self._held_out_total(stopped)
-        if total is None:
+        means = self._held_out_means(stopped)
+        if means is None:
             if not self._checkpoint().exists():
                 self._save()
             raise Interrupted(self._checkpoint())
-        loss = total / sum(batch.weight for batch in self._held_out)
-        if not (is_finite := math.isfinite(loss)):  # the adapter may be good all the same, and its loss was finite
+        loss = means["loss"]
+        if not math.isfinite(loss):  # the adapter may be good all the same, and its loss was finite
             notify(
                 f"the held-out loss after step {self.done} is {loss}; a lower train.learning_rate may mend it",
                 where="train.learning_rate",
@@ -176,25 +185,26 @@ class Loop:
         record = {
             "kind": "eval",
             "step": self.done,
-            "loss": loss if is_finite else None,
-            "perplexity": math.exp(loss) if is_finite and loss < 700 else None,
+            **{name: value if math.isfinite(value) else None for name, value in means.items()},
+            **self._objective.held_out_metrics(loss),
             "trained_tokens": sum(batch.trained for batch in self._held_out),
         }
         _report(listeners, record)
 
-    def _held_out_total(self, stopped: Callable[[], bool]) -> float | None:
-        """The summed held-out loss, None where it was stopped; where memory runs out, from there on with half as many
-        rows at a time.
+    def _held_out_means(self, stopped: Callable[[], bool]) -> dict[str, float] | None:
+        """The held-out loss and metrics, None where it was stopped; where memory runs out, from there on with half as
+        many rows at a time.
         """
         before = self._held_out.size
         while True:
             try:
-                sums = []
+                outputs = []
                 for batch in self._held_out:
                     if stopped():
                         return None
-                    sums.append(self._engine.losses(batch).sum())
-                total = sum(torch.stack(sums).tolist())
+                    logprobs_N = self._engine.token_logprobs(batch)
+                    outputs.append(self._objective(TrainedTokens.of(batch, logprobs_N))[0])
+                sums = {name: value.item() for name, value in _sums(outputs).items()}
                 break
             except torch.OutOfMemoryError:
                 if self._held_out.size == 1:
@@ -205,7 +215,7 @@ class Loop:
         if (now := self._held_out.size) < before:
             text = f"out of memory in the held-out loss with {before} rows at a time: going on with {now}"
             notify(text, where="evaluate.batch_size")
-        return float(total)
+        return _means(sums)
 
     def _require_finite(self, number: int, loss: float, norm: float) -> None:
         if not math.isfinite(loss):
@@ -243,6 +253,17 @@ class Loop:
 
 def _largest(gradient: torch.Tensor | None) -> torch.Tensor:
     return torch.zeros(()) if gradient is None else gradient.abs().amax()
+
+
+def _sums(outputs: Sequence[StepOutput]) -> dict[str, torch.Tensor]:
+    """Weight, loss and metrics of several batches together."""
+    found = [{"weight": output.weight, "loss": output.loss, **output.metrics} for output in outputs]
+    return {name: torch.stack([sums[name] for sums in found]).sum() for name in found[0]}
+
+
+def _means(sums: dict[str, float]) -> dict[str, float]:
+    weight = sums.pop("weight")
+    return {name: value / weight for name, value in sums.items()}
 
 
 def _due(step: int, every: int | None) -> bool:

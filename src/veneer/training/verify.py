@@ -26,6 +26,8 @@ from veneer.data.batch import Example
 from veneer.engine import Engine, ReferenceEngine
 from veneer.engine.agreement import ENOUGH, Agreement, agree, all_trained, even_rows, short_name, short_rows
 from veneer.engine.choose import EVEN, EngineChoice, build, fall_back
+from veneer.engine.interface import document_losses
+from veneer.engine.objective import LIKELIHOOD
 from veneer.engine.temporary import fill_zeros, untouched
 from veneer.model import save_adapter
 from veneer.model.adapters import find_method
@@ -172,12 +174,13 @@ def _of_engine(run: Run, parts: RunParts, engine: Engine, rows: list[Example]) -
 def _gradients(model: Any, engine: Engine, rows: list[Example]) -> Check:
     """Check that what begins as zeros (LoRA's B) has gradients then, and all else (A) once it is not zero."""
     batch = Batch.of(rows)
-    engine.forward_backward(batch, 1 / batch.weight)
+    batch = batch.scaled(1 / batch.weight)
+    engine.forward_backward(batch, LIKELIHOOD)
     bad = _without_gradient(model, first=True)
     fill_zeros(model)
     for parameter in model.parameters():
         parameter.grad = None
-    engine.forward_backward(batch, 1 / batch.weight)
+    engine.forward_backward(batch, LIKELIHOOD)
     names = sorted(bad | _without_gradient(model, first=False))
     worst = short_name(names[0]) if names else ""
     return Check.at_most("gradients", float(len(names)), 0, "adapter matrices without a usable gradient", _worst(worst))
@@ -233,14 +236,15 @@ def _overfit(run: Run, parts: RunParts, engine: Engine) -> Check:
     """Train on a few rows until they are learnt by heart, with the run's own optimizer and dropout."""
     rows = short_rows(parts.data.train, [ROW_TOKENS] * ROWS, least=1)
     size = run.train.per_device_train_batch_size
-    batches = [Batch.of(rows[n : n + size]) for n in range(0, len(rows), size)]
-    weight = sum(batch.weight for batch in batches)
+    weight = sum(row.weight for row in rows)
+    batches = [Batch.of(rows[n : n + size]).scaled(1 / weight) for n in range(0, len(rows), size)]
     train, device = run.train, parts.machine.device
     updated = parameters_to_update(parts.model, engine, train, device)
     optimizer = build_optimizer(updated.values(), Train(optim=train.optim), device)
     first = share = math.nan
     for step in range(STEPS + 1):
-        loss = torch.stack([engine.forward_backward(batch, 1 / weight) for batch in batches]).sum().item() / weight
+        losses = [engine.forward_backward(batch, LIKELIHOOD).loss for batch in batches]
+        loss = torch.stack(losses).sum().item() / weight
         first = loss if step == 0 else first
         share = loss / first
         if not share > OVERFIT:  # also where it is no number
@@ -279,8 +283,7 @@ def _reload(run: Run, parts: RunParts, rows: list[Example]) -> Check:
 
 
 def _losses(engine: Engine, rows: Sequence[Example]) -> list[float]:
-    losses: list[float] = engine.losses(Batch.of(rows)).tolist()
-    return losses
+    return document_losses(engine, Batch.of(rows))
 
 
 def _largest(id: str, apart: list[float], limit: float, name: str, rows: Sequence[Example]) -> Check:

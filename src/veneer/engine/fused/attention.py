@@ -27,6 +27,7 @@ import torch.utils.deterministic
 
 from veneer.engine.fused import cudnn
 from veneer.kernels.rope import Heads, split_heads
+from veneer.machine.device import bring
 
 HOPPER = 9  # major compute capability from which cuDNN's is the faster one
 PLANNED: ContextVar[int] = ContextVar("planned", default=HOPPER)  # that of the GPU which meta tensors stand for
@@ -68,13 +69,6 @@ class Documents(NamedTuple):
     def is_even(self) -> bool:
         """Whether all are of one length."""
         return len(set(self.lengths)) == 1
-
-
-def bring(tensor: torch.Tensor, device: Any) -> torch.Tensor:
-    """To the device, in its order of work: the host waits for nothing."""
-    if torch.device(device).type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Attention(NamedTuple):

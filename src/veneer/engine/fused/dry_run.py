@@ -96,11 +96,7 @@ class _DryEngine(FusedEngine):
 
     def run_dry(self, inputs: Inputs, training: bool) -> None:
         """A pass, or the losses alone."""
-        if training:
-            self._pass(inputs)
-            return
-        stream, _ = self._forward(inputs.ids_T, self._context(inputs.documents, training=False), False)
-        self._head(inputs, stream, False)
+        self._pass(inputs) if training else self._logprobs(inputs)
 
     def _head(self, *arguments: Any) -> Any:
         self._trace.mark("loss", "logits and loss")
@@ -165,7 +161,7 @@ def _inputs(step: Step, engine: _DryEngine) -> Inputs:
         lengths = [*lengths[:-1], step.length - 1, 1]
     ids = torch.zeros(tokens, dtype=torch.int64)
     batch = Batch(ids, targets, torch.ones(tokens), tuple(lengths), step.trained, float(step.trained))
-    return Inputs.of(batch, 1.0, META, engine.decoder.longest, step.training and engine.is_recordable)
+    return Inputs.of(batch, META, engine.decoder.longest, step.training and engine.is_recordable)
 
 
 @contextmanager

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from veneer.data import Batch
-from veneer.engine.fused.attention import Documents, bring
+from veneer.engine.fused.attention import Documents
 from veneer.engine.fused.block import Block, Context, SavedActivations, Stream
 from veneer.engine.fused.decoder import Decoder, NotCoveredError, read
 from veneer.engine.fused.graphs import Graphs, Inputs, rounded
 from veneer.engine.fused.policy import Demand, checkpointed, place, uniform
 from veneer.engine.interface import BatchShapes
+from veneer.engine.objective import LIKELIHOOD, Objective, StepOutput, TrainedTokens
 from veneer.engine.placement import MemoryPlacement, WeightState
 from veneer.kernels.cast import cast_all, cast_table
 from veneer.kernels.launch import HAS_TRITON
@@ -151,21 +152,23 @@ class FusedEngine:
         demand, fullest = self._measure(shapes)
         self.apply(place(self.blocks, demand, budget_bytes, records))
         if self._graphs is not None and shapes.varies:
-            self._graphs.lay_out(self._bring(_made_up(fullest), 1.0, True))
+            self._graphs.lay_out(self._bring(_made_up(fullest), True), LIKELIHOOD)
             self.master.grad = None
         return self.placement
 
     def _measure(self, shapes: BatchShapes) -> tuple[Demand, tuple[int, ...]]:
         """What passes need as they are placed now, and the lengths of the batch that needs most."""
         lengths, before = shapes.largest, torch.cuda.memory_allocated()
-        held_out = self._peak_of(lambda: self.losses(_made_up(shapes.held_out))) - before if shapes.held_out else 0
+        held_out = (
+            self._peak_of(lambda: self.token_logprobs(_made_up(shapes.held_out))) - before if shapes.held_out else 0
+        )
         # Where lengths vary, batches may be even or not, and attention has a backend for either.
         several = [lengths]
         if shapes.varies and lengths[-1] > 1:
             several.append((*lengths[:-1], lengths[-1] - 1, 1))
         if shapes.documents:
             several.append(shapes.documents)
-        peaks = {some: self._peak_of(partial(self._pass, self._bring(_made_up(some), 1.0, True))) for some in several}
+        peaks = {some: self._peak_of(partial(self._pass, self._bring(_made_up(some), True))) for some in several}
         fullest, peak = max(peaks.items(), key=lambda pair: pair[1])
         self.master.grad = None
         usual = Documents.of(several[-1], self._device)
@@ -220,43 +223,46 @@ class FusedEngine:
                 parameter.grad = view
 
     @torch.no_grad()
-    def forward_backward(self, batch: Batch, scale: float) -> torch.Tensor:
+    def forward_backward(self, batch: Batch, objective: Objective) -> StepOutput:
         """See `Engine.forward_backward`."""
         self._gradients()
         has_dropout = self.has_dropout
         if has_dropout:
             self._seed.random_(0, 2**31)
-        inputs = self._bring(batch, scale, training=True)
-        return self._graphs.run(inputs, has_dropout) if self._graphs is not None else self._pass(inputs)
+        inputs = self._bring(batch, True, objective.is_weighted_sum)
+        if self._graphs is None:
+            return self._pass(inputs, objective)
+        return self._graphs.run(inputs, objective, has_dropout)
 
-    def _pass(self, inputs: Inputs) -> torch.Tensor:
+    def _pass(self, inputs: Inputs, objective: Objective = LIKELIHOOD) -> StepOutput:
         """Forward and backward, on the device alone."""
         at = self._context(inputs.documents, training=True)
         cast_all(self._adapters)
         stream, saved = self._forward(inputs.ids_T, at, True)
         losses_N, d_TE = self._head(inputs, stream, True)
         del stream
-        total = (losses_N.double() * inputs.weights_N).sum()
+        about = inputs.weights_N, inputs.index_N, inputs.documents.bounds, inputs.values
+        output, coefficients_N = objective(TrainedTokens(-losses_N.double(), *about))
+        if coefficients_N is not None:  # all behind the head is linear in its gradient's rows
+            factor_N = torch.where(inputs.targets_N >= 0, -coefficients_N, 0.0).float()
+            d_TE *= torch.zeros_like(d_TE[:, :1], dtype=torch.float32).index_copy_(0, inputs.index_N, factor_N[:, None])
         for block in reversed(self.blocks):
             block.backward(d_TE, saved.pop(), at, block.number == 0)
-        return total
+        return output
 
     @torch.no_grad()
-    def losses(self, batch: Batch) -> torch.Tensor:
-        """See `Engine.losses`."""
-        inputs = self._bring(batch, 0.0, training=False)
+    def token_logprobs(self, batch: Batch) -> torch.Tensor:
+        """See `Engine.token_logprobs`."""
+        return self._logprobs(self._bring(batch, training=False))
+
+    def _logprobs(self, inputs: Inputs) -> torch.Tensor:
         cast_all(self._adapters)
         stream, _ = self._forward(inputs.ids_T, self._context(inputs.documents, training=False), False)
-        losses_N, _ = self._head(inputs, stream, False)
-        document_T = torch.repeat_interleave(torch.tensor(batch.lengths))
-        counts = torch.bincount(document_T[batch.targets_T >= 0], minlength=len(batch.lengths))
-        weighted_N = losses_N.double() * inputs.weights_N
-        # Unlike index_add_, it adds in a fixed order. Counts need no check, for which the host would have to wait.
-        return torch.segment_reduce(weighted_N, "sum", lengths=bring(counts, self._device), unsafe=True)
+        return -self._head(inputs, stream, False)[0].double()
 
-    def _bring(self, batch: Batch, scale: float, training: bool) -> Inputs:
+    def _bring(self, batch: Batch, training: bool, by_weight: bool = True) -> Inputs:
         """The batch on the device, with rotary tables for it."""
-        inputs = Inputs.of(batch, scale, self._device, self.decoder.longest, training and self._pads)
+        inputs = Inputs.of(batch, self._device, self.decoder.longest, training and self._pads, by_weight)
         self._rotary(inputs.documents.longest)
         return inputs
 

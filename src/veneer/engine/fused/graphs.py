@@ -19,11 +19,14 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from veneer.data import Batch
 from veneer.data.batch import UNTRAINED
 from veneer.engine.fused import cudnn
-from veneer.engine.fused.attention import Documents, bring
+from veneer.engine.fused.attention import Documents
+from veneer.engine.objective import Objective, StepOutput
+from veneer.machine.device import bring
 
 MOST = 32  # graphs; their launches take some memory each
 SIZES = 16  # of tokens between a power of two and the next
@@ -72,8 +75,8 @@ class Inputs(NamedTuple):
         index_N: Where trained tokens' hidden states stand, int64.
         targets_N: What follows them, int64.
         weights_N: Weight of each in the loss, float32.
-        factor_N: Weight times the step's scale, float32.
-        position_T, bounds: As in `documents`, which hold them too.
+        factor_N: What each counts in the gradient as the head computes it, float32.
+        values: What an objective needs beside, by name; float32.
         documents: Their bounds.
         size: What decides the launches, where it was padded.
     """
@@ -83,24 +86,24 @@ class Inputs(NamedTuple):
     targets_N: torch.Tensor
     weights_N: torch.Tensor
     factor_N: torch.Tensor
-    position_T: torch.Tensor
-    bounds: torch.Tensor
+    values: dict[str, torch.Tensor]
     documents: Documents
     size: Size
 
     @staticmethod
-    def of(batch: Batch, scale: float, device: torch.device, switch: int | None, pads: bool) -> "Inputs":
+    def of(batch: Batch, device: torch.device, switch: int | None, pads: bool, by_weight: bool = True) -> "Inputs":
         """What is trained is found on the host, so that nothing waits for the device.
 
         Args:
             batch: On the host.
-            scale: Of the loss.
             device: Where it goes.
             switch: See `Documents.of`.
             pads: Whether to round up to sizes that come again.
+            by_weight: Whether the weights are coefficients already; else those of an objective come later.
         """
         index_N = (batch.targets_T >= 0).nonzero().squeeze(1)
         ids_T, targets_N, weights_N = batch.ids_T, batch.targets_T[index_N], batch.weights_T[index_N]
+        values = {name: value_T[index_N] for name, value_T in batch.values.items()}
         lengths, size = batch.lengths, Size.of(batch.lengths, len(index_N))
         if pads:
             more = size.tokens - len(ids_T)
@@ -110,24 +113,26 @@ class Inputs(NamedTuple):
             more = size.trained - len(index_N)
             index_N = torch.cat([index_N, index_N.new_full((more,), untrained or 0)])
             targets_N = torch.cat([targets_N, targets_N.new_full((more,), UNTRAINED)])
-            weights_N = torch.cat([weights_N, weights_N.new_zeros(more)])
+            weights_N = F.pad(weights_N, (0, more))
+            values = {name: F.pad(value_N, (0, more)) for name, value_N in values.items()}
         documents = Documents.of(lengths, device, switch)
         if pads and not size.is_even:
             empty = documents.bounds[-1:].expand(size.documents - len(lengths))
             documents = documents._replace(bounds=torch.cat([documents.bounds, empty]), longest=size.longest)
-        tensors = [bring(t, device) for t in (ids_T, index_N, targets_N, weights_N, weights_N * scale)]
-        return Inputs._make([*tensors, documents.position_T, documents.bounds, documents, size])
+        factor_N = (weights_N if by_weight else torch.ones_like(weights_N)) * batch.scale
+        tensors = [bring(t, device) for t in (ids_T, index_N, targets_N, weights_N, factor_N)]
+        values = {name: bring(value_N, device) for name, value_N in values.items()}
+        return Inputs._make([*tensors, values, documents, size])
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        tensors: tuple[torch.Tensor, ...] = tuple(self[:-2])  # all but documents and size
-        return tensors
+        return (*self[:5], self.documents.position_T, self.documents.bounds, *self.values.values())
 
     def cloned(self) -> "Inputs":
         """At addresses of its own."""
         tensors = [tensor.clone() for tensor in self.tensors]
-        documents = self.documents._replace(position_T=tensors[-2], bounds=tensors[-1])
-        return Inputs._make([*tensors, documents, self.size])
+        documents = self.documents._replace(position_T=tensors[5], bounds=tensors[6])
+        return Inputs._make([*tensors[:5], dict(zip(self.values, tensors[7:], strict=True)), documents, self.size])
 
 
 def rounded(count: int) -> int:
@@ -152,43 +157,44 @@ def _first_gap(index_N: torch.Tensor, tokens: int) -> int | None:
 class _Recorded(NamedTuple):
     graph: torch.cuda.CUDAGraph
     inputs: Inputs
-    total: torch.Tensor
+    output: StepOutput
 
 
 class Graphs:
     """Records and replays `compute`.
 
     Args:
-        compute: A pass; launches on the device and never waits for it.
+        compute: A pass for an objective; launches on the device and never waits for it.
     """
 
-    def __init__(self, compute: Callable[[Inputs], torch.Tensor]) -> None:
+    def __init__(self, compute: Callable[[Inputs, Objective], StepOutput]) -> None:
         self._compute = compute
         self._seen: Counter[Hashable] = Counter()
         self._recorded: dict[Hashable, _Recorded] = {}
         self._pool: Any = None
         self._largest: _Recorded | None = None
 
-    def lay_out(self, inputs: Inputs) -> None:
+    def lay_out(self, inputs: Inputs, objective: Objective) -> None:
         """Record the largest pass; it is not replayed, but holds the pool."""
-        self._compute(inputs)  # so that kernels are there: none can be compiled while a pass is recorded
-        self._largest = self._record(inputs)
+        self._compute(inputs, objective)  # so that kernels are there: none can be compiled while a pass is recorded
+        self._largest = self._record(inputs, objective)
 
-    def run(self, inputs: Inputs, kind: Hashable = None) -> torch.Tensor:
+    def run(self, inputs: Inputs, objective: Objective, kind: Hashable = None) -> StepOutput:
         """The pass, replayed where it can be; one of another kind does other work."""
-        key = inputs.size, kind
+        key = inputs.size, objective, kind
         self._seen[key] += 1
         if key not in self._recorded:
             if self._seen[key] < 2 or len(self._recorded) == MOST:
-                return self._compute(inputs)
-            self._recorded[key] = self._record(inputs)
+                return self._compute(inputs, objective)
+            self._recorded[key] = self._record(inputs, objective)
         recorded = self._recorded[key]
         for static, new in zip(recorded.inputs.tensors, inputs.tensors, strict=True):
             static.copy_(new)
         recorded.graph.replay()
-        return recorded.total.clone()
+        loss, weight, metrics = recorded.output
+        return StepOutput(loss.clone(), weight.clone(), {name: value.clone() for name, value in metrics.items()})
 
-    def _record(self, inputs: Inputs) -> _Recorded:
+    def _record(self, inputs: Inputs, objective: Objective) -> _Recorded:
         # What the allocator holds for passes without a graph is of no use to the graph's own pool.
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -197,5 +203,5 @@ class Graphs:
         static = inputs.cloned()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            total = self._compute(static)
-        return _Recorded(graph, static, total)
+            output = self._compute(static, objective)
+        return _Recorded(graph, static, output)
