@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -470,7 +471,9 @@ def test_several_processes_give_the_same_rows(tmp_path: Path, monkeypatch: pytes
     path = jsonl(tmp_path, distinct(2500))
     one = prepared(path, workers=1)
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "other"))
+    before = os.times().children_user
     two = prepared(path, workers=2)
+    assert os.times().children_user > before, "the work was done by others"
     assert not two.ledger.was_cached
     assert one.ledger.sha256 == two.ledger.sha256
     assert one.ledger.rows == two.ledger.rows
