@@ -63,11 +63,6 @@ def ids(found: Situation) -> set[str]:
     return {advice.id for advice in advise(found)}
 
 
-def test_sound_settings_are_left_in_peace() -> None:
-    assert ids(situation()) == set()
-    assert ids(situation("rtx 3060", "meta-llama/Llama-3.1-8B", quantization={"bits": 4})) == {"requantized-merge"}
-
-
 # Rule: a situation that it must find, beside `situation()` that it must not.
 FAULTS: dict[str, dict[str, Any]] = {
     "alpha-low": {"adapter": {"lora_alpha": 4}},
@@ -112,13 +107,13 @@ EARNED: dict[str, dict[str, Any]] = {
     "experts": {"base": "experts"},
     "dropout-large-data": {"base": "chat", "adapter": {"lora_dropout": 0.05}, "data": {"train": "many.txt"}},
     "epochs-many": {"base": "chat", "train": {"num_train_epochs": 4}},
-    "few-steps": {"base": "chat", "train": {"per_device_train_batch_size": 16}},
+    "few-steps": {"base": "chat", "train": {"per_device_train_batch_size": 32}},
     "quantized-twice": {"base": "smollm2-135m-instruct", "quantization": {"bits": 4}},
     "foreign-template": {"base": "chat", "data": {"chat_template": "alpaca"}},
     "raw-text": {"base": "chat", "data": {"chat_template": "none"}},
     "no-template": {"base": "plain"},
-    "no-end-token": {"base": "chat", "data": {"chat_template": "endless.jinja"}},
-    "max-length-low": {"base": "chat", "data": {"max_length": 24}},
+    "no-end-token": {"base": "chat", "data": {"train": "long.jsonl", "overlong": "truncate", "max_length": 60}},
+    "max-length-low": {"base": "chat", "data": {"max_length": 36}},
     "positions": {"base": "openai-community/gpt2", "data": {"max_length": 1500}},
     "held-out-small": {"base": "chat", "data": {"validation": 20}},
 }
@@ -137,7 +132,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Pa
     rows = [{"prompt": f"what does the cat say to {n}" + " please" * (n % 9), "completion": "cat"} for n in range(800)]
     write_rows(folder / "rows.jsonl", rows)
     (folder / "many.txt").write_text("".join(f"{n}\n" for n in range(50_200)))
-    (folder / "endless.jinja").write_text("{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}")
+    write_rows(folder / "long.jsonl", [row | {"completion": "cat " * 60} for row in rows])
     return folder
 
 
@@ -170,10 +165,10 @@ def test_a_plan_finds_the_fault_of_a_run_and_says_what_to_do(
     assert advice["fix"]
 
 
-@pytest.mark.parametrize("base", ["meta-llama/Llama-3.2-3B", "chat"])
-def test_a_plan_leaves_sound_runs_in_peace(base: str, bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_leaves_sound_runs_in_peace(bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(bases)
-    assert advised(base) == {}
+    assert advised() == advised("chat") == {}
+    assert set(advised("meta-llama/Llama-3.1-8B", quantization={"bits": 4})) == {"requantized-merge"}
 
 
 def test_rows_that_are_too_long_and_a_base_quantized_before() -> None:
