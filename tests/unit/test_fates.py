@@ -99,10 +99,11 @@ def _arrow_folder(folder: Path, rows: list[dict[str, Any]]) -> Path:
 )
 def test_every_row_of_every_kind_of_file_has_one_fate(tmp_path: Path, kind: str, settings: dict[str, Any]) -> None:
     """Prompt and completion of every fate; the counts must add up whatever the settings."""
+    workers = 1 if settings else None  # an Arrow folder starts a pool where nothing is said
     rows = [*distinct(8), GOOD, GOOD, GOOD | {"completion": " "}, GOOD | {"completion": "the dog " * 90}]
     rows += [GOOD | {"prompt": "x " * 200}, GOOD | {"prompt": "mail me: jane.roe@company.com"}]
     path = WRITERS[kind](tmp_path, rows)
-    ledger = prepared(str(path), max_length=100, **settings).ledger.as_dict()
+    ledger = prepared(str(path), max_length=100, workers=workers, **settings).ledger.as_dict()
     counts = ledger["rows"]
     assert counts["read"] == settings.get("limit", settings.get("sample", len(rows)))
     assert counts["read"] == sum(counts[fate] for fate in FATES)
@@ -116,7 +117,9 @@ def test_every_row_of_every_kind_of_file_has_one_fate(tmp_path: Path, kind: str,
     # Broken rows are counted where they may be left out.
     with path.open("a") as file:
         file.write('{"prompt": \n[1]\n{"prompt": "a", "completion": 3}\n')
-    counts = prepared(str(path), max_length=100, **({"bad_rows": "drop"} | settings)).ledger.as_dict()["rows"]
+    counts = prepared(str(path), max_length=100, workers=workers, **({"bad_rows": "drop"} | settings)).ledger.as_dict()[
+        "rows"
+    ]
     assert counts["read"] == sum(counts[fate] for fate in FATES)
     if not {"limit", "sample"} & set(settings):
         assert (counts["read"], counts["unreadable"]) == (len(rows) + 3, 2)

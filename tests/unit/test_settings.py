@@ -7,7 +7,7 @@ differs.
 
 import datetime
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
@@ -141,7 +141,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Pa
 
 
 @pytest.fixture
-def here(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def here(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A place to run in, with a hub that knows one model and one dataset."""
 
     def load_dataset(name: str, subset: str | None, split: str) -> datasets.Dataset:
