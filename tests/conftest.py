@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.runs import some_rows
 from tests.support.tiny import FAMILIES, save_tiny_model
 
 
@@ -26,12 +27,5 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture
 def rows() -> list[dict[str, Any]]:
-    """Sixteen rows of uneven length whose answers follow from their questions; one holds an address."""
-    animals = ["cat", "dog", "owl", "hen"]
-    return [
-        {
-            "prompt": f"what does the {animals[n % 4]} say" + " please" * (n % 5) + (" a@b.org" if n == 3 else ""),
-            "completion": animals[n % 4] * (1 + n % 3),
-        }
-        for n in range(16)
-    ]
+    """Rows that a tiny model learns."""
+    return some_rows()

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.support.tiny import tiny_tokenizer
@@ -18,6 +19,10 @@ CHAT = [
 ]
 
 
+GOOD = {"prompt": "the cat", "completion": "the dog"}
+WORDS = ["cat", "dog", "owl", "hen", "team", "route", "please", "message", "right", "says"]
+
+
 def conversation(turns: list[tuple[str, str]]) -> Conversation:
     """Turns of (role, text) as a conversation."""
     return Conversation(tuple(Message(role, text) for role, text in turns), "rows.jsonl:1")
@@ -26,6 +31,15 @@ def conversation(turns: list[tuple[str, str]]) -> Conversation:
 def turns(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
     """Turns of (role, text) as OpenAI writes them."""
     return [{"role": role, "content": text} for role, text in pairs]
+
+
+def distinct(count: int, start: int = 0) -> list[dict[str, Any]]:
+    """Rows that are not nearly equal."""
+    rng = np.random.default_rng(start)
+    return [
+        {"prompt": f"{n} " + " ".join(rng.choice(WORDS, 12)), "completion": f"answer {n}"}
+        for n in range(start, start + count)
+    ]
 
 
 def jsonl(folder: Path, rows: list[Any], name: str = "rows.jsonl") -> str:

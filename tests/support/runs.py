@@ -9,6 +9,18 @@ from veneer.config import Interrupted, RunFolder
 from veneer.training.metrics import read_metrics
 
 
+def some_rows() -> list[dict[str, Any]]:
+    """Sixteen rows of uneven length whose answers follow from their questions; one holds an address."""
+    animals = ["cat", "dog", "owl", "hen"]
+    return [
+        {
+            "prompt": f"what does the {animals[n % 4]} say" + " please" * (n % 5) + (" a@b.org" if n == 3 else ""),
+            "completion": animals[n % 4] * (1 + n % 3),
+        }
+        for n in range(16)
+    ]
+
+
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)

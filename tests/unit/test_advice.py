@@ -1,15 +1,19 @@
 """Each rule of advice finds its fault; advice agrees with the defaults, with itself, and with what a base is."""
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 
+import veneer
 from tests.support.plans import planner_of, run_of
+from tests.support.runs import write_rows
 from veneer.config import Run
 from veneer.machine.device import Machine
 from veneer.planning.advice import HANDLED, RULES, DataFacts, Situation, TokenizerFacts, advise
@@ -59,11 +63,6 @@ def ids(found: Situation) -> set[str]:
     return {advice.id for advice in advise(found)}
 
 
-def test_sound_settings_are_left_in_peace() -> None:
-    assert ids(situation()) == set()
-    assert ids(situation("rtx 3060", "meta-llama/Llama-3.1-8B", quantization={"bits": 4})) == {"requantized-merge"}
-
-
 # Rule: a situation that it must find, beside `situation()` that it must not.
 FAULTS: dict[str, dict[str, Any]] = {
     "alpha-low": {"adapter": {"lora_alpha": 4}},
@@ -94,12 +93,6 @@ FAULTS: dict[str, dict[str, Any]] = {
     "held-out-small": {"facts": replace(DATA, held_out=20)},
     "prompts-trained": {"data": {"loss_on": "all"}},
 }
-# Those whose situation is more than settings, each with a test of its own.
-ALONE = {"experts", "few-steps", "positions", "quantized-twice"}
-
-
-def test_every_rule_is_tested() -> None:
-    assert set(FAULTS) | ALONE == {rule.id for rule in RULES}
 
 
 def test_the_readme_counts_the_rules_there_are() -> None:
@@ -107,22 +100,80 @@ def test_the_readme_counts_the_rules_there_are() -> None:
     assert f"| {len(RULES)} rules look at" in readme
 
 
-@pytest.mark.parametrize("rule", FAULTS)
-def test_a_rule_finds_its_fault_and_says_what_to_do(rule: str) -> None:
-    found = {advice.id: advice for advice in advise(situation(**FAULTS[rule]))}
-    assert rule in found
+# Rule: a run that earns it, as changes of a sound one. `base`: a model of `bases`, whose rows are read, or a known one.
+EARNED: dict[str, dict[str, Any]] = {
+    **{rule: changes for rule, changes in FAULTS.items() if not {"facts", "tokenizer"} & changes.keys()},
+    "rank-for-rows": {"base": "chat", "adapter": {"r": 64, "lora_alpha": 64}},
+    "experts": {"base": "experts"},
+    "dropout-large-data": {"base": "chat", "adapter": {"lora_dropout": 0.05}, "data": {"train": "many.txt"}},
+    "epochs-many": {"base": "chat", "train": {"num_train_epochs": 4}},
+    "few-steps": {"base": "chat", "train": {"per_device_train_batch_size": 32}},
+    "quantized-twice": {"base": "smollm2-135m-instruct", "quantization": {"bits": 4}},
+    "foreign-template": {"base": "chat", "data": {"chat_template": "alpaca"}},
+    "raw-text": {"base": "chat", "data": {"chat_template": "none"}},
+    "no-template": {"base": "plain"},
+    "no-end-token": {"base": "chat", "data": {"train": "long.jsonl", "overlong": "truncate", "max_length": 60}},
+    "max-length-low": {"base": "chat", "data": {"max_length": 36}},
+    "positions": {"base": "openai-community/gpt2", "data": {"max_length": 1500}},
+    "held-out-small": {"base": "chat", "data": {"validation": 20}},
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Path]) -> Path:
+    """Folders of tiny models, rows and templates."""
+    folder = tmp_path_factory.mktemp("advice")
+    for name, chat in (("chat", True), ("plain", False)):
+        (folder / name).symlink_to(tiny_model(chat=chat))
+    transformers.MixtralConfig(
+        hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=384, num_local_experts=8, dtype="bfloat16",
+    ).save_pretrained(folder / "experts")  # fmt: skip
+    rows = [{"prompt": f"what does the cat say to {n}" + " please" * (n % 9), "completion": "cat"} for n in range(800)]
+    write_rows(folder / "rows.jsonl", rows)
+    (folder / "many.txt").write_text("".join(f"{n}\n" for n in range(50_200)))
+    write_rows(folder / "long.jsonl", [row | {"completion": "cat " * 60} for row in rows])
+    return folder
+
+
+def advised(base: str = "meta-llama/Llama-3.2-3B", gpu: str = "rtx 3060", **changes: Any) -> dict[str, dict[str, str]]:
+    """What `veneer plan` says of a run whose settings are sound but for the changes, by rule."""
+    values: dict[str, Any] = {name: dict(section) for name, section in SOUND.items()}
+    values["model"] = {"base": base}
+    values["data"] = {"train": "rows.jsonl", "validation": 200, "max_length": 200, "workers": 1}
+    for name, section in changes.items():
+        values[name] = values.get(name, {}) | section
+    planned = veneer.plan(Run.model_validate(values), gpu).as_dict()
+    return {advice["id"]: advice for advice in planned["advice"]}
+
+
+def test_every_rule_is_earned_by_a_run() -> None:
+    rules = [rule.id for rule in RULES]
+    assert sorted(EARNED) == sorted(rules), "a rule of advice and the run that earns it"
+
+
+@pytest.mark.parametrize("rule", EARNED)
+def test_a_plan_finds_the_fault_of_a_run_and_says_what_to_do(
+    rule: str, bases: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bases)
+    found = advised(**EARNED[rule])
+    assert rule in found, f"{rule} is not among {sorted(found)}"
     advice = found[rule]
-    assert advice.severity in ("error", "warning", "info")
-    assert advice.message.endswith(")"), "the source stands at the end"
-    assert advice.fix
+    assert advice["severity"] in ("error", "warning", "info")
+    assert advice["message"].endswith(")"), "the source stands at the end"
+    assert advice["fix"]
 
 
-def test_few_steps_too_long_rows_and_a_base_quantized_before() -> None:
+def test_a_plan_leaves_sound_runs_in_peace(bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(bases)
+    assert advised() == advised("chat") == {}
+    assert set(advised("meta-llama/Llama-3.1-8B", quantization={"bits": 4})) == {"requantized-merge"}
+
+
+def test_rows_that_are_too_long_and_a_base_quantized_before() -> None:
     sound = situation()
-    few = replace(sound.forecast, rows=replace(sound.forecast.rows, steps=5))
-    assert "few-steps" in ids(replace(sound, forecast=few))
     assert "positions" in ids(replace(sound, shapes=replace(sound.shapes, positions=512)))
-    assert "quantized-twice" in ids(situation(quantization={"bits": 4}, file_type="Q4_1"))
     assert "quantized-twice" not in ids(situation(file_type="Q4_1"))
 
 

@@ -1,14 +1,9 @@
-"""What a setting names is found, known for what it is, and read row by row, each with its place."""
+"""Every kind of file gives its rows, each with its place; what is damaged is told."""
 
 import csv
 import gzip
-import io
 import json
-import logging
-import os
 import random
-import sys
-import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,89 +14,29 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.support.row_files import (
+    PACK,
+    RECORDS,
+    TEXTS,
+    blocks,
+    lines,
+    places,
+    reasons,
+    refused,
+    rows,
+    save_arrow_file,
+    save_arrow_stream,
+    save_folder,
+    save_parquet,
+    save_splits,
+    separated,
+    source,
+    written,
+)
 from veneer.config import UserError
-from veneer.data.sources.block import BYTES, ROWS, RowBlock, Unreadable
-from veneer.data.sources.find import DataSource, find_sources
+from veneer.data.sources.block import BYTES, Unreadable
+from veneer.data.sources.find import find_sources
 from veneer.data.sources.read import parse, read_blocks
-from veneer.data.sources.unpacked import page_sizes
-
-RECORDS = [{"prompt": f'what, {n}?\n\tönd "now"', "completion": f"the cat {n}"} for n in range(1, 8)]
-
-
-def zstd(data: bytes) -> bytes:
-    packed: bytes = pa.Codec("zstd").compress(data).to_pybytes()
-    return packed
-
-
-PACK: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstd}
-
-
-def separated(records: list[dict[str, str]], dialect: str) -> bytes:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(records[0]), dialect=dialect)
-    writer.writeheader()
-    writer.writerows(records)
-    return text.getvalue().encode()
-
-
-def lines(records: list[Any]) -> bytes:
-    return b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
-
-
-TEXTS = {
-    "rows.jsonl": (lines(RECORDS), "json lines"),
-    "rows.ndjson": (lines(RECORDS), "json lines"),
-    "lines.json": (lines(RECORDS), "json lines"),
-    "array.json": (json.dumps(RECORDS, indent=1).encode(), "json array"),
-    "array.jsonl": (b"\n " + json.dumps(RECORDS, ensure_ascii=False).encode(), "json array"),
-    "rows.csv": (separated(RECORDS, "excel"), "csv"),
-    "rows.tsv": (separated(RECORDS, "excel-tab"), "tsv"),
-    "lines.txt": (lines(RECORDS), "json lines"),
-    "lines": (lines(RECORDS), "json lines"),
-    "array.dat": (json.dumps(RECORDS).encode(), "json array"),
-    "commas.dat": (separated(RECORDS, "excel"), "csv"),
-    "tabs.dat": (separated(RECORDS, "excel-tab"), "tsv"),
-}
-
-
-def written(path: Path, content: bytes | str) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return str(path)
-
-
-def source(named: str | list[str], **settings: Any) -> DataSource:
-    (found,) = find_sources(named, "data.train", **settings)
-    return found
-
-
-def blocks(named: str | list[str] | DataSource, text_by: str = "line") -> list[RowBlock]:
-    found = [named] if isinstance(named, DataSource) else find_sources(named, "data.train")
-    return [block for one in found for block in read_blocks(one, "data.train", text_by)]
-
-
-def rows(named: str | list[str] | DataSource, text_by: str = "line") -> list[dict[str, Any] | Unreadable]:
-    return [parse(row) for block in blocks(named, text_by) for row in block.rows]
-
-
-def places(named: str | list[str], text_by: str = "line") -> list[str]:
-    return [block.place(at) for block in blocks(named, text_by) for at in range(len(block.rows))]
-
-
-def reasons(named: str) -> dict[str, str]:
-    """What is told of each unreadable row, by its place."""
-    told = [(block.place(at), parse(row)) for block in blocks(named) for at, row in enumerate(block.rows)]
-    return {place: row.reason for place, row in told if isinstance(row, Unreadable)}
-
-
-def refused(named: str | list[str], **settings: Any) -> str:
-    """The message of the error that finding or reading raises; it always names the setting."""
-    with pytest.raises(UserError) as caught:
-        for one in find_sources(named, "data.train", **settings):
-            list(read_blocks(one, "data.train"))
-    assert "data.train" in str(caught.value)
-    return str(caught.value)
-
 
 # Every kind
 
@@ -119,31 +54,6 @@ def test_every_kind_of_text_gives_the_same_rows(tmp_path: Path, name: str, packe
 def test_compression_follows_from_the_content_not_from_the_name(tmp_path: Path, packed: str) -> None:
     assert rows(written(tmp_path / "rows.csv", PACK[packed](separated(RECORDS, "excel")))) == RECORDS
     assert rows(written(tmp_path / "rows.jsonl.gz", PACK[packed](lines(RECORDS)))) == RECORDS
-
-
-def save_parquet(path: Path) -> None:
-    pq.write_table(pa.Table.from_pylist(RECORDS), path, row_group_size=3)
-
-
-def save_arrow_file(path: Path) -> None:
-    table = pa.Table.from_pylist(RECORDS)
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table, max_chunksize=3)
-
-
-def save_arrow_stream(path: Path) -> None:
-    table = pa.Table.from_pylist(RECORDS)
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
-        writer.write_table(table, max_chunksize=3)
-
-
-def save_folder(path: Path) -> None:
-    datasets.Dataset.from_list(RECORDS).save_to_disk(path, num_shards=2)
-
-
-def save_splits(path: Path, train: str = "train", **more: list[dict[str, str]]) -> None:
-    splits = {split: datasets.Dataset.from_list(records) for split, records in ({train: RECORDS} | more).items()}
-    datasets.DatasetDict(splits).save_to_disk(path)
 
 
 @pytest.mark.parametrize(
@@ -383,196 +293,6 @@ def test_old_line_ends_and_the_modules_limit(tmp_path: Path) -> None:
     assert csv.field_size_limit() == before
 
 
-# Size
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files that hold one row of 50 MB between small ones."""
-    folder, value = tmp_path_factory.mktemp("large"), "x" * 50_000_000
-    written(folder / "large.jsonl", f'{{"a": "1"}}\n{{"a": "{value}"}}\n{{"a": "3"}}\n')
-    written(folder / "large.json", f'[{{"a": "1"}},\n{{"a": "{value}"}},\n{{"a": "3"}}]\n')
-    written(folder / "large.csv", f"a\n1\n{value}\n3\n")
-    return folder
-
-
-@pytest.mark.parametrize("name", ["large.jsonl", "large.json", "large.csv"])
-def test_a_row_of_50_mb_stands_between_its_neighbours(large: Path, name: str) -> None:
-    read = rows(str(large / name))
-    assert [len(row["a"]) for row in read if isinstance(row, dict)] == [1, 50_000_000, 1]
-
-
-def length(row: Any) -> int:
-    return len(row if isinstance(row, bytes) else row["text"])
-
-
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.txt", "rows.parquet", "rows.jsonl.gz"])
-def test_blocks_and_memory_stay_small_whatever_the_size(tmp_path: Path, name: str) -> None:
-    """24 MB of short rows, and of rows of 100 kB."""
-    short = [{"text": f"{n:0100}"} for n in range(40_000)]
-    records = short + [{"text": "y" * 100_000}] * 200
-    path = tmp_path / name
-    if name == "rows.parquet":
-        pq.write_table(pa.Table.from_pylist(records), path)
-    elif name == "rows.json":
-        written(path, json.dumps(records, indent=0))
-    elif name == "rows.csv":
-        written(path, separated(records, "excel"))
-    elif name == "rows.txt":
-        written(path, "\n".join(record["text"] for record in records))
-    else:
-        written(path, PACK[".gz" if name.endswith(".gz") else ""](lines(records)))
-    del short, records
-    count, firsts = 0, set()
-    found = source(str(path))
-    tracemalloc.start()
-    try:
-        for block in read_blocks(found, "data.train"):
-            count += len(block.rows)
-            firsts.add(block.place(0))
-            size = sum(map(length, block.rows))
-            assert len(block.rows) <= ROWS
-            assert size <= 1.1 * BYTES
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert count == 40_200
-    assert len(firsts) >= 45
-    assert peak < 20_000_000
-
-
-def test_a_parquet_file_of_one_row_group_is_not_held_in_memory(tmp_path: Path) -> None:
-    table = pa.table({"text": [f"{n:01000}" for n in range(50_000)]})
-    pq.write_table(table, tmp_path / "rows.parquet", compression="none", use_dictionary=False)
-    del table
-    found, before = source(str(tmp_path / "rows.parquet")), pa.total_allocated_bytes()
-    held = max(pa.total_allocated_bytes() - before for _ in read_blocks(found, "data.train"))
-    assert held < 16_000_000
-
-
-# What a setting names
-
-
-def test_files_globs_and_folders_are_found_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("b.jsonl", "a.jsonl.gz", "deep/er/c.jsonl", ".hidden.jsonl", ".git/d.jsonl", "deep/a.json"):
-        written(tmp_path / "data" / name, PACK[".gz" if name.endswith(".gz") else ""](lines(RECORDS)))
-    for other in ("README.md", "deep/image.png", "_SUCCESS"):
-        written(tmp_path / "data" / other, b"\x00")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-
-    def names(named: str | list[str]) -> list[str]:
-        return [one.name for one in find_sources(named, "data.train")]
-
-    assert names("data") == ["a.jsonl.gz", "b.jsonl", "a.json", "c.jsonl"]
-    assert names("~/data/") == names("data")
-    assert names("data/*.jsonl") == ["b.jsonl"]
-    assert names("data/**/*.json*") == ["a.jsonl.gz", "b.jsonl", "a.json", "c.jsonl"]
-    assert names(["data/b.jsonl", "~/data/a*"]) == ["b.jsonl", "a.jsonl.gz"]
-    assert len(rows(["data/b.jsonl", "data/deep"])) == 3 * len(RECORDS)
-    written(tmp_path / "odd[1].jsonl", lines(RECORDS))
-    assert names("odd[1].jsonl") == ["odd[1].jsonl"]
-
-
-def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
-    for name in ("x/1/rows.jsonl", "y/1/rows.jsonl", "y/2/rows.jsonl", "y/2/other.jsonl"):
-        written(tmp_path / name, lines(RECORDS[:1]))
-    assert places(str(tmp_path)) == ["x/1/rows.jsonl:1", "y/1/rows.jsonl:1", "other.jsonl:1", "2/rows.jsonl:1"]
-
-
-def test_arrow_folders_are_read_whole_and_once(tmp_path: Path) -> None:
-    save_folder(tmp_path / "data" / "saved")
-    written(tmp_path / "data" / "rows.jsonl", lines(RECORDS))
-    for named in ("data", "data/**", "data/*"):
-        found = find_sources(str(tmp_path / named), "data.train")
-        assert [one.kind for one in found] == ["json lines", "arrow folder"]
-    # Named by the user, its files are files.
-    assert len(rows(str(tmp_path / "data" / "saved" / "*.arrow"))) == 7
-
-
-def test_a_circle_of_links_ends(tmp_path: Path) -> None:
-    written(tmp_path / "data" / "rows.jsonl", lines(RECORDS))
-    (tmp_path / "data" / "again").symlink_to(tmp_path / "data")
-    assert len(find_sources(str(tmp_path / "data"), "data.train")) == 1
-
-
-@pytest.mark.parametrize(
-    ("named", "told"),
-    [
-        ("none.jsonl", "data.train = none.jsonl: no such file (looked in {cwd})"),
-        ("data/none.jsonl", "no such file (looked in {cwd}/data)"),
-        ("nowhere/none.jsonl", "no such file (there is no folder {cwd}/nowhere)"),
-        ("../none", "no such file (looked in "),
-        ("data/*.csv", "matches no file (looked from {cwd})"),
-        ("empty", "the folder holds no data files (.json .jsonl"),
-        ("", "data.train names no data"),
-        ([], "data.train names no data"),
-        (["data/rows.jsonl", "data/*"], "data/rows.jsonl: is named twice"),
-        (["org/name", "org/name"], "org/name: is named twice"),
-        ("pipe", "is neither a file nor a folder"),
-        ("x" * 5000, "a name in it has 5000 bytes, at most 255 are allowed"),
-        ("\0", "holds a NUL character, which no path may"),
-    ],
-)
-def test_names_that_lead_nowhere_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str | list[str], told: str
-) -> None:
-    written(tmp_path / "data" / "rows.jsonl", lines(RECORDS))
-    written(tmp_path / "empty" / "README.md", "nothing")
-    os.mkfifo(tmp_path / "pipe")
-    monkeypatch.chdir(tmp_path)
-    assert told.format(cwd=tmp_path) in refused(named)
-
-
-def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = written(tmp_path / "rows.jsonl", lines(RECORDS))
-    found = source(path)
-
-    def denied(*_: Any, **__: Any) -> Any:
-        raise PermissionError(13, "Permission denied", path)
-
-    monkeypatch.setattr("veneer.data.sources.kind.io.FileIO", denied)
-    monkeypatch.setattr(Path, "open", denied)
-    assert f"data.train = {path}: cannot be read (Permission denied)" in refused(path)
-    with pytest.raises(UserError, match="Permission denied"):
-        list(read_blocks(found, "data.train"))
-    with pytest.raises(UserError, match="Permission denied"):
-        found.fingerprint()
-
-
-PRETTY = json.dumps({"messages": [{"role": "user", "content": "x" * 200_000}]}, indent=2)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "told"),
-    [
-        ("rows.jsonl", b"", "the file holds no rows"),
-        ("rows.jsonl", b"\n \n" * 50_000, "the file holds no rows"),
-        ("rows.jsonl", b"\xef\xbb\xbf", "the file holds no rows"),
-        ("rows.jsonl.gz", gzip.compress(b"", mtime=0), "the file holds no rows"),
-        ("rows.jsonl", '{"a": 1}'.encode("utf-16"), "UTF-16 or UTF-32\n  fix: save the file as UTF-8"),
-        ("rows.csv", b"\xfe\xff" + "a,b".encode("utf-16-be"), "UTF-16 or UTF-32"),
-        ("rows.txt", "a".encode("utf-32"), "UTF-16 or UTF-32"),
-        ("rows.json", json.dumps({"a": 1, "b": {}}, indent=2), "one JSON object over several lines"),
-        ("rows.jsonl", PRETTY, "one JSON object over several lines"),
-        ("rows.zip", b"PK\x03\x04", "a zip archive"),
-        ("rows.tar.gz", gzip.compress(b"rows.jsonl".ljust(257, b"\0") + b"ustar\0", mtime=0), "a tar archive"),
-        ("rows.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
-        ("rows.parquet", b"abc", "its content is no .parquet data"),
-        ("image.png", b"\x89PNG\0", "its content is no .png data"),
-        ("rows.parquet.gz", gzip.compress(b"PAR1PAR1", mtime=0), "is a parquet file within gzip"),
-    ],
-)
-def test_files_that_hold_no_rows_are_refused(tmp_path: Path, name: str, content: bytes | str, told: str) -> None:
-    assert told in refused(written(tmp_path / name, content))
-
-
-def test_a_first_row_that_is_cut_off_is_a_row_that_is_cut_off(tmp_path: Path) -> None:
-    path = written(tmp_path / "rows.jsonl", b'{"a": \n{"a": "' + b"x" * 100_000 + b'"}\n')
-    assert "broken JSON" in reasons(path)["rows.jsonl:1"]
-    assert len(rows(path)) == 2
-
-
 # Damage
 
 
@@ -638,217 +358,6 @@ def test_a_fingerprint_changes_with_the_content_alone(tmp_path: Path) -> None:
         replace(source(path), location="gone.jsonl").fingerprint()
 
 
-# The hub
-
-
-def test_a_hub_dataset_is_loaded_by_subset_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-
-    def load(*args: Any, **settings: Any) -> datasets.Dataset:
-        asked.append((args, settings, datasets.utils.are_progress_bars_disabled()))
-        return datasets.Dataset.from_list(RECORDS)
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    found = source("org/tickets-2.0", split="dev", subset="en")
-    assert (found.kind, found.name) == ("hub dataset", "org/tickets-2.0")
-    assert not asked, "finding alone asks nobody"
-    assert rows(found) == RECORDS
-    assert asked == [(("org/tickets-2.0", "en"), {"split": "dev"}, True)]
-    assert next(read_blocks(found, "data.train")).place(2) == "org/tickets-2.0[3]"
-    assert found.fingerprint() == datasets.Dataset.from_list(RECORDS)._fingerprint
-
-
-@pytest.mark.parametrize(
-    ("error", "told"),
-    [
-        (ConnectionError("Couldn't reach 'org/name' on the Hub"), "the hub cannot be reached (Couldn't reach"),
-        (ValueError('Unknown split "dev". Should be one of'), 'the hub does not give it (Unknown split "dev"'),
-        (datasets.exceptions.DatasetNotFoundError("Dataset 'org/name' doesn't exist"), "does not give it (Dataset"),
-        (RuntimeError("Dataset scripts are no longer supported"), "scripts are no longer supported"),
-    ],
-)
-def test_what_the_hub_does_not_give_is_told(monkeypatch: pytest.MonkeyPatch, error: Exception, told: str) -> None:
-    def load(*_: Any, **__: Any) -> Any:
-        raise error
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    level = logging.getLogger("datasets").level
-    message = refused("org/name", split="dev", subset="en")
-    assert told in message
-    assert "split dev of subset en" in message
-    assert "download the dataset and name its files in data.train" in message
-    assert logging.getLogger("datasets").level == level
-
-
-BOMB = 64 << 20  # bytes that a row unpacks to
-
-
-@pytest.fixture(scope="module")
-def bombs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files of a few kilobytes, each with a row of many MiB between small ones."""
-    folder = tmp_path_factory.mktemp("bombs")
-    whole, nested = b"x" * BOMB, b"[{}]," * (BOMB >> 9)
-    row = b'{"text": "%s"}'
-    files = {
-        "lines.jsonl": (row + b"\n") * 3 % (b"a", whole, b"b"),
-        "array.json": b"[" + b",".join([row] * 3) % (b"a", b'\\"' * (BOMB >> 6), b"b") + b"]",
-        "nested.json": b'[{"text": "a"}, {"text": [%s1]}, {"text": "b"}]' % nested,
-        "strings.json": b'[{"text": "a"}, "%s", {"text": "b"}]' % whole,
-        "table.csv": b"text,n\na,1\n%s,2\nb,3\n" % whole,
-        "lines.txt": b"a\n%s\nb\n" % whole,
-    }
-    for name, content in files.items():
-        (folder / f"{name}.gz").write_bytes(gzip.compress(content, 1))
-    pq.write_table(pa.table({"text": ["a", "x" * BOMB, "b"]}), folder / "rows.parquet", row_group_size=1)
-    return folder
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["lines.jsonl", "array.json", "nested.json", "strings.json", "table.csv", "lines.txt", "rows.parquet"],
-)
-def test_a_row_that_unpacks_to_more_than_the_limit_is_one_bad_row_in_bounded_memory(bombs: Path, name: str) -> None:
-    (path,) = bombs.glob(f"{name}*")
-    (source,) = find_sources(str(path), "data.train")
-    tracemalloc.start()
-    try:
-        found = [row for block in read_blocks(source, "data.train", max_row_bytes=1 << 17) for row in block.rows]
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    first, bomb, last = (parse(row) for row in found)
-    assert [row["text"] for row in (first, last) if isinstance(row, dict)] == ["a", "b"]
-    assert isinstance(bomb, Unreadable)
-    assert bomb.reason == "is longer than data.max_row_bytes = 131,072"
-    assert peak < 32 << 20
-
-
-@pytest.mark.parametrize("text_by", ["paragraph", "file"])
-def test_a_text_of_many_lines_has_the_same_limit(tmp_path: Path, text_by: str) -> None:
-    path = written(tmp_path / "a.txt", "the cat says\n" * 200)
-    (source,) = find_sources(path, "data.train")
-    for limit, is_read in ((2048, False), (4096, True)):
-        ((row,),) = (block.rows for block in read_blocks(source, "data.train", text_by, limit))
-        assert isinstance(row, dict) is is_read
-
-
-def test_a_hundred_thousand_columns_are_read(tmp_path: Path) -> None:
-    names = [f"c{n}" for n in range(100_000)]
-    path = written(tmp_path / "wide.csv", "\n".join([",".join(names)] + [",".join("ab" for _ in names)] * 2))
-    assert [len(row) for row in rows(path) if isinstance(row, dict)] == [100_000] * 2
-    twins = written(tmp_path / "twins.csv", ",".join(names * 2) + "\n")
-    assert "several columns are named c0, c1, c2, c3, c4" in refused(twins)
-
-
-def test_what_is_no_file_within_a_folder_is_refused(tmp_path: Path) -> None:
-    written(tmp_path / "a" / "rows.jsonl", "{}")
-    for name, make in (
-        ("pipe.jsonl", os.mkfifo),
-        ("zero.jsonl", lambda path: os.symlink("/dev/zero", path)),
-    ):
-        make(tmp_path / "a" / name)
-        with pytest.raises(UserError, match=rf"{name}: is neither a file nor a folder, but a pipe"):
-            find_sources(str(tmp_path / "a"), "data.train")
-        (tmp_path / "a" / name).unlink()
-
-
 def test_the_index_of_a_frame_is_named(tmp_path: Path) -> None:
     told = refused(written(tmp_path / "rows.csv", ",a\n0,b\n"))
     assert "column 1 of 2 has no name; is it the index of a pandas frame?" in told
-
-
-@pytest.mark.parametrize("unit", ['\\"', "\\\\", "a", "\U0001f600,", "]"])
-@pytest.mark.parametrize("form", ['{{"a": "{}"}}', '["{}"]', '{{"a": [["{}"], {{}}], "b": 1}}'])
-def test_a_huge_row_of_an_array_is_passed_over_in_few_steps(tmp_path: Path, unit: str, form: str) -> None:
-    huge = form.format(unit * (3 * 2**20 // len(unit)))
-    assert_passed_over(tmp_path, huge)
-
-
-@pytest.mark.parametrize("unit", ["1,", "[],", '{"a":"]"},', '"\\"",', '"\\\\",'])
-def test_a_row_of_very_many_small_values_is_too(tmp_path: Path, unit: str) -> None:
-    assert_passed_over(tmp_path, '{"a": [' + unit * (3 * 2**20 // len(unit)) + '{}], "b": "x"}')
-
-
-def assert_passed_over(folder: Path, huge: str) -> None:
-    path = folder / "rows.json"
-    path.write_text('[{"a": 1}, ' + huge + ' , {"a": 2},' + huge + "]", encoding="utf-8")
-    (source,) = find_sources(str(path), "data.train")
-    calls = 0
-
-    def count(frame: Any, event: str, argument: Any) -> None:
-        nonlocal calls
-        calls += 1
-
-    before = sys.getprofile()
-    sys.setprofile(count)
-    try:
-        rows = [row for block in read_blocks(source, "data.train", max_row_bytes=4096) for row in block.rows]
-    finally:
-        sys.setprofile(before)
-    too_long = Unreadable("is longer than data.max_row_bytes = 4,096")
-    assert rows == [{"a": 1}, too_long, {"a": 2}, too_long]
-    assert calls < 20_000  # and not one for each of millions of characters
-
-
-PACKED_TABLE = pa.table({"text": ["a", "x" * (80 << 20), "b"], "more": ["y"] * 3})  # 80 MiB in a few kB
-
-
-@pytest.mark.parametrize("name", ["one.parquet", "two.arrow", "three.arrow", "dictionary.arrow", "saved"])
-def test_what_unpacks_to_more_than_may_be_held_is_refused_before_it_is_unpacked(tmp_path: Path, name: str) -> None:
-    options = pa.ipc.IpcWriteOptions(compression="zstd")
-    path, table = tmp_path / name, PACKED_TABLE
-    if name == "one.parquet":
-        pq.write_table(table, path, compression="zstd")
-    elif name == "saved":
-        datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(str(path))
-        (file,) = path.glob("*.arrow")
-        with pa.OSFile(str(file), "wb") as out, pa.ipc.new_stream(out, table.schema, options=options) as writer:
-            writer.write_table(table)
-    else:
-        if name == "dictionary.arrow":
-            table = pa.table({"text": table["text"].dictionary_encode()})
-        new = pa.ipc.new_stream if name == "three.arrow" else pa.ipc.new_file
-        with pa.OSFile(str(path), "wb") as out, new(out, table.schema, options=options) as writer:
-            writer.write_table(table)
-    found, before = source(str(path)), pa.total_allocated_bytes()
-    with pytest.raises(
-        UserError, match=r"unpacks to 83,\d{3},\d{3} bytes, and at most 67,108,864 (.|\n)*data\.max_row_bytes"
-    ):
-        list(read_blocks(found, "data.train", max_row_bytes=1 << 20))
-    assert pa.total_allocated_bytes() - before < 1 << 20
-    if name != "saved":  # whose own description is of another table
-        rows = [row for block in read_blocks(found, "data.train", max_row_bytes=16 << 20) for row in block.rows]
-        assert rows[1] == Unreadable("is longer than data.max_row_bytes = 16,777,216")
-        assert [row["text"] for row in (rows[0], rows[2]) if isinstance(row, dict)] == ["a", "b"]
-
-
-def test_a_large_value_that_many_rows_share_is_not_held_for_each(tmp_path: Path) -> None:
-    table = pa.table({"text": ["x" * (1 << 20)] * 2000})
-    pq.write_table(table, tmp_path / "rows.parquet", dictionary_pagesize_limit=8 << 20)
-    assert (tmp_path / "rows.parquet").stat().st_size < 1 << 20
-    found, most = source(str(tmp_path / "rows.parquet")), 0
-    del table
-    before, count = pa.total_allocated_bytes(), 0
-    for block in read_blocks(found, "data.train", max_row_bytes=1 << 20):
-        most, count = max(most, pa.total_allocated_bytes() - before), count + len(block.rows)
-    assert (count, most < 64 << 20) == (2000, True)
-
-
-@pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"data_page_version": "2.0", "use_dictionary": False}, {"data_page_size": 1000, "write_page_checksum": True}],
-)
-def test_page_headers_of_every_form_are_read(tmp_path: Path, compression: str, settings: dict[str, Any]) -> None:
-    texts = ["x" * n for n in range(2000)]
-    table = pa.table({"text": texts, "nested": [[{"role": text[:9], "n": 1}] for text in texts]})
-    pq.write_table(table, tmp_path / "rows.parquet", compression=compression, row_group_size=900, **settings)
-    held = pq.ParquetFile(tmp_path / "rows.parquet").metadata
-    groups = [held.row_group(n) for n in range(held.num_row_groups)]
-    with (tmp_path / "rows.parquet").open("rb") as file:
-        for column in (group.column(n) for group in groups for n in range(group.num_columns)):
-            sizes = [size for _, size in page_sizes(file, column)]
-            headers = column.total_uncompressed_size - sum(sizes)
-            assert 0 < headers < 5000 * len(sizes)  # statistics stand in them, too
-            with pytest.raises(ValueError, match="page"):
-                list(page_sizes(io.BytesIO(b"\xff" * 10), column))
