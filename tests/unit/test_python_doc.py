@@ -12,7 +12,7 @@ from tests.support.certified import make_base
 
 PAGE = Path(__file__).parents[2] / "docs" / "python.md"
 BASE = '"smollm2-135m-instruct"'
-FUNCTIONS = ("certify", "evaluate", "export", "generate", "merge", "plan", "prepare", "push", "train")
+FUNCTIONS = ("certify", "evaluate", "export", "generate", "load", "merge", "plan", "prepare", "push", "train")
 
 
 def code() -> str:

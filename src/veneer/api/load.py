@@ -92,7 +92,9 @@ class LoadedModel:
 def load(name: str, force: bool = False, base: str | None = None) -> LoadedModel:
     """Load a run, one of its checkpoints or an adapter by its folder, or a base model by any name `model.base` takes.
 
-    Example: `model = veneer.load("runs/demo")`, then `model("Where is my parcel?")`.
+    Example:
+        model = veneer.load("runs/tickets")
+        print(model("Which team? A question about my screen", max_new_tokens=8))
 
     Args:
         name: Name of the run, the checkpoint, the adapter or the model.
