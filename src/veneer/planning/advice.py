@@ -422,13 +422,13 @@ def _(s: Situation) -> Found:
     )
 
 
-@_warning("no-end-token", "data.chat_template", "the ledger counts them")
+@_warning("no-end-token", "data.max_length", "the ledger counts them")
 def _(s: Situation) -> Found:
     if s.data is None or s.data.end_of_turn:
         return None
     return (
-        "no end-of-turn token is trained: the model would never learn to stop",
-        "use a template that ends turns, as chatml",
+        f"no end-of-turn token is trained: every answer is cut at {s.run.data.max_length} tokens, and none learns to stop",
+        "raise data.max_length to the longest row's length, or set data.overlong=drop",
     )
 
 
