@@ -1,6 +1,8 @@
 """Tiny random models of real families, and a tiny byte-level tokenizer with a chat template."""
 
-from functools import cache
+from collections.abc import Callable
+from copy import deepcopy
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,12 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def copied(make: Callable[..., Any]) -> Callable[..., Any]:
+    """What a function makes is made once, and each caller gets a copy: a test may change its own."""
+    made = cache(make)
+    return wraps(make)(lambda *given, **named: deepcopy(made(*given, **named)))
+
+
 def save_tiny_model(family: tuple[str, dict[str, Any]], folder: Path, chat: bool = True) -> None:
     """Write a tiny random model with its tokenizer, as `save_pretrained` does. Weights float32, seeded."""
     import transformers
@@ -146,17 +154,15 @@ def save_tiny_model(family: tuple[str, dict[str, Any]], folder: Path, chat: bool
     tiny_tokenizer(chat).save_pretrained(folder)
 
 
-@cache
+@copied
 def family_tokenizer() -> Any:
     """The tiny tokenizer with the end-of-turn tokens of Llama 3, Gemma and Phi-3 as well."""
-    from copy import deepcopy
-
-    tokenizer = deepcopy(tiny_tokenizer())
+    tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot_id|>", "<end_of_turn>", "<|end|>"]})
     return tokenizer
 
 
-@cache
+@copied
 def metaspace_tokenizer() -> Any:
     """A BPE in the way of SentencePiece, as Llama 2's and Mistral's: spaces are signs, and a text begins with one."""
     from transformers import PreTrainedTokenizerFast
@@ -172,7 +178,7 @@ def metaspace_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-@cache
+@copied
 def tiny_tokenizer(chat: bool = True) -> Any:
     """A byte-level BPE of 384 tokens with ChatML's control tokens; with ChatML as its template, or without one."""
     from transformers import PreTrainedTokenizerFast

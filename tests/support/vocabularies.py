@@ -1,13 +1,12 @@
 """Tiny tokenizers that cut text as the real ones of each family do, with the control tokens of their templates."""
 
 import re
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from tests.support.tiny import TEXT
+from tests.support.tiny import TEXT, copied
 from veneer.release.gguf.tokenizer import RULES
 
 TEMPLATES = Path(__file__).parents[1] / "unit" / "templates"
@@ -37,7 +36,7 @@ CONTROL: dict[str, tuple[str, str | None, str, tuple[str, ...]]] = {
 _RULE_OF = {"llama": "llama-bpe", "qwen2": "qwen2", "qwen3": "qwen2"}
 
 
-@cache
+@copied
 def family_vocabulary(family: str) -> Any:
     """A tokenizer of a family's kind with its template."""
     from transformers import PreTrainedTokenizerFast

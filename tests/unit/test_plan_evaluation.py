@@ -105,7 +105,7 @@ def test_evaluate_takes_the_rows_that_the_plan_showed(
     TrainingJob(run).fit()
 
     def planned(target: TargetDevice) -> Forecast:
-        for user in ("plan", "generate", "evaluate"):
+        for user in ("plan", "load"):
             monkeypatch.setattr(f"veneer.api.{user}.this_device", lambda *_: target)
         return veneer.plan(run).foreseen.forecast
 

@@ -446,11 +446,9 @@ def test_answers_that_the_generation_prompt_does_not_ask_for_are_told_with_what_
 
 
 def test_an_end_token_that_is_not_special_is_named(tmp_path: Path) -> None:
-    from copy import deepcopy
-
     from tokenizers import AddedToken
 
-    tokenizer = deepcopy(tiny_tokenizer())
+    tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([AddedToken("<|over|>", special=False, normalized=False)])
     template = tmp_path / "t.jinja"
     template.write_text(tokenizer.chat_template.replace("<|im_end|>", "<|over|>"))
