@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import Future
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from veneer.config.errors import UserError
@@ -46,6 +47,30 @@ def not_here(what: str, why: str) -> UserError:
         f"{what}: not on this machine, and the hub ({constants.ENDPOINT}) cannot be reached: {why}",
         "name a local folder or file; or check the network (HTTPS_PROXY, HF_ENDPOINT); HF_HUB_OFFLINE=1 never asks",
     )
+
+
+def adapter_folder(name: str) -> Path | None:
+    """The folder of a hub's adapter in the user's cache, fetched where the hub can be asked; None: it is no adapter.
+
+    Args:
+        name: hub id of the form owner/name.
+
+    Raises:
+        UserError: The hub holds the adapter, and does not give it.
+    """
+    from huggingface_hub import file_exists, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if unreachable() is not None:
+        held = try_to_load_from_cache(name, "adapter_config.json")
+        return Path(held).parent if isinstance(held, str) else None
+    try:
+        if not file_exists(name, "adapter_config.json"):
+            return None
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]))
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{name}: cannot be had from the hub: {reason}", "check your access (hf auth login)") from None
 
 
 @cache

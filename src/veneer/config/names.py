@@ -1,7 +1,7 @@
 """Finds what a name on the command line stands for: a base model, a run, one of its checkpoints, or an adapter.
 
-Only names and folders are looked at; nothing is fetched, and nothing heavy is imported. A wrong name is refused here
-before any library is loaded, and the same functions resolve it for the work itself.
+Only names and folders are looked at, and nothing heavy is imported; an adapter's hub id alone is looked up and fetched.
+A wrong name is refused here before any library is loaded, and the same functions resolve it for the work itself.
 """
 
 import re
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.config.errors import UserError
+from veneer.config.hub import adapter_folder
 from veneer.config.paths import require_path
 from veneer.config.run import Model, Run
 from veneer.config.run_folder import RunFolder
@@ -33,10 +34,11 @@ class AdapterFolder:
 
 
 def find_adapter(name: str) -> AdapterFolder | None:
-    """The adapter that a name stands for; None: no folder of that name holds a run or an adapter.
+    """The adapter that a name stands for; None: nothing of that name holds a run or an adapter.
 
     Args:
-        name: folder of a run, of one of its checkpoints, or of an adapter.
+        name: folder of a run, of one of its checkpoints, or of an adapter; or a hub id, where there is no folder of its
+            owner's name, so that a mistyped `runs/nmae` asks nobody.
 
     Raises:
         UserError: The run has no adapter yet.
@@ -48,6 +50,9 @@ def find_adapter(name: str) -> AdapterFolder | None:
         if not run.adapter.is_dir():
             raise UserError(f"{name}: the run has no adapter yet", _finish(run))
         return AdapterFolder(run.adapter, run)
+    if _HUB_ID.match(name) and not path.parent.exists():
+        fetched = adapter_folder(name)
+        return AdapterFolder(fetched, None) if fetched is not None else None
     if not (path / "adapter_config.json").is_file():
         return None
     whole = path.absolute()
@@ -64,7 +69,7 @@ def require_adapter(name: str) -> AdapterFolder:
     """
     found = find_adapter(name) or AdapterFolder(Path(name).expanduser(), None)
     if not found.path.is_dir():
-        raise UserError(f"{name}: no such folder", "name the folder of a run or of an adapter")
+        raise UserError(f"{name}: no such folder", "name the folder of a run or of an adapter, or an adapter's hub id")
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         if not (found.path / file).is_file():
             held = ", ".join(sorted(path.name for path in found.path.iterdir())[:6]) or "nothing"
