@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from veneer.config import Data, Run
-from veneer.model.adapters import AdapterMethod, find_method
+from veneer.model.adapters import find_method
+from veneer.model.adapters.method import AdapterMethod
 from veneer.model.shapes import Shapes
 from veneer.planning.forecast import Forecast
 from veneer.planning.memory import frozen_bytes

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from veneer.data import Renderer
+from veneer.data.render import Renderer
 from veneer.model.gguf import open_gguf
 from veneer.release.gguf.tokenizer import CONTROL, UNKNOWN, USER_DEFINED
 

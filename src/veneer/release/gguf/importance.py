@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from veneer.data import Example
+from veneer.data.batch import Example
 from veneer.release.merge.adapter_delta import AdapterDelta
 
 FILE = "importance.safetensors"

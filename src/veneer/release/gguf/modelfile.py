@@ -12,8 +12,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from veneer.data import Message, Renderer
-from veneer.data.conversation import BadRowError
+from veneer.data.conversation import BadRowError, Message
+from veneer.data.render import Renderer
 from veneer.data.template import Template, begin_ids
 
 U, A, S = "qzUSERzq", "qzANSWERzq", "qzSYSTEMzq"
