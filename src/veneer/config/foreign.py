@@ -6,15 +6,14 @@ with that name (`misspelt`).
 
 from collections.abc import Iterable
 from functools import cache
-from importlib import resources
 
-import yaml
+from veneer.config.files import packaged_table
 
 
 @cache
 def names_of_others() -> tuple[dict[str, str], dict[str, str]]:
     """Settings of other tools: what ours of the same meaning is called; for all others, what to write instead."""
-    table = yaml.safe_load(resources.files("veneer.config").joinpath("foreign.yaml").read_text(encoding="utf-8"))
+    table = packaged_table("veneer.config", "foreign.yaml")
     called = {theirs: ours for ours, names in table["called"].items() for theirs in names}
     return called, {theirs: found["answer"] for found in table["instead"] for theirs in found["names"]}
 

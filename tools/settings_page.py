@@ -1,4 +1,4 @@
-"""Writes docs/settings.md from the settings themselves: `python -m veneer.config.reference > docs/settings.md`."""
+"""Writes docs/settings.md from the settings themselves: `python -m tools.settings_page > docs/settings.md`."""
 
 import types
 import typing
