@@ -428,7 +428,8 @@ def _(s: Situation) -> Found:
     if s.data is None or s.data.end_of_turn:
         return None
     return (
-        f"no end-of-turn token is trained: every answer is cut at {s.run.data.max_length} tokens, and none learns to stop",
+        f"no end-of-turn token is trained: every answer is cut at {s.run.data.max_length} tokens, and none learns to "
+        "stop",
         "raise data.max_length to the longest row's length, or set data.overlong=drop",
     )
 
