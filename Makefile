@@ -38,8 +38,8 @@ lint: $(READY)  ## ruff, mypy and the import contracts
 	$(BIN)/lint-imports
 
 docs: $(READY)  ## Write docs/settings.md and docs/advice.md from the code
-	$(BIN)/python -m veneer.config.reference > docs/settings.md
-	$(BIN)/python -m veneer.planning.reference > docs/advice.md
+	$(BIN)/python -m tools.settings_page > docs/settings.md
+	$(BIN)/python -m tools.advice_page > docs/advice.md
 
 format: $(READY)  ## Format the code
 	$(BIN)/ruff check --fix .

@@ -22,12 +22,15 @@ import torch
 from tests.support.exactness import adapted, base_errors
 
 from veneer.config import Data, Model, Train
-from veneer.data import Batches, Renderer, prepare
-from veneer.engine import ReferenceEngine
-from veneer.engine.fused import FusedEngine
+from veneer.data.batch import Batches
+from veneer.data.pipeline import prepare
+from veneer.data.render import Renderer
+from veneer.engine.fused.engine import FusedEngine
 from veneer.engine.objective import LIKELIHOOD
-from veneer.machine import find_machine
-from veneer.model import load_tokenizer, locate
+from veneer.engine.reference import ReferenceEngine
+from veneer.machine.device import find_machine
+from veneer.model.load import load_tokenizer
+from veneer.model.locate import locate
 from veneer.training.optimizer import build_optimizer
 from veneer.training.schedule import learning_rate
 

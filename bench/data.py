@@ -25,7 +25,8 @@ from typing import Any
 import psutil
 
 from veneer.config import Data
-from veneer.data import Renderer, prepare
+from veneer.data.pipeline import prepare
+from veneer.data.render import Renderer
 
 HERE = Path(__file__).parent
 BASE = "smollm2-135m-instruct"
@@ -67,7 +68,7 @@ def child(cache: str, *arguments: str) -> dict[str, Any]:
 def _tokenizer() -> str:
     """The folder of SmolLM2's tokenizer."""
     from veneer.config import Model
-    from veneer.model import locate
+    from veneer.model.locate import locate
 
     return os.environ.get("BENCH_TOKENIZER") or str(locate(Model(base=BASE)).location)
 
@@ -222,7 +223,7 @@ def main() -> None:
     if given.child:
         print(json.dumps(ours(given.child[0], int(given.child[1]), given.child[2])))
         return
-    from veneer.machine import find_machine
+    from veneer.machine.device import find_machine
     from veneer.training.job import environment
 
     path = HERE / "results" / "data.json"

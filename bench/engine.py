@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from veneer.config import Adapter, Train
-from veneer.data import Batch
-from veneer.engine.fused import FusedEngine
+from veneer.data.batch import Batch
+from veneer.engine.fused.engine import FusedEngine
 from veneer.engine.interface import BatchShapes
 from veneer.engine.objective import LIKELIHOOD
-from veneer.model import attach
+from veneer.model.attach import attach
 from veneer.planning.memory import optimizer_bytes
 from veneer.training.optimizer import build_optimizer
 

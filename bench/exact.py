@@ -22,7 +22,7 @@ from typing import Any
 from tests.support.engines import COVERED
 from tests.support.exactness import BATCHES, LENGTHS, ratios, tiny_errors
 
-from veneer.machine import find_machine
+from veneer.machine.device import find_machine
 
 RESULTS = Path(__file__).parent / "results" / "exact.json"
 

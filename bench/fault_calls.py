@@ -56,7 +56,8 @@ def merge(path: str) -> Found:
 
 
 def _weights(path: str, tensors: dict[str, Any]) -> Found:
-    from veneer.model import BaseSource, fingerprint
+    from veneer.model.fingerprint import fingerprint
+    from veneer.model.locate import BaseSource
 
     folder = str(Path(path).parent)
     names = sorted(tensors)
@@ -79,8 +80,8 @@ def base(path: str) -> Found:
 
     import veneer
     from veneer.config import Model
-    from veneer.model import fingerprint, locate
-    from veneer.model.fingerprint import config_sha256
+    from veneer.model.fingerprint import config_sha256, fingerprint
+    from veneer.model.locate import locate
     from veneer.model.shapes import build, find_config
 
     model = Model(base=path, dtype="float32")
@@ -119,9 +120,11 @@ def cache(path: str) -> Found:
     import os
 
     from veneer.config import load_run
-    from veneer.data import Renderer, prepare
-    from veneer.machine import find_machine
-    from veneer.model import load_model, load_tokenizer, locate
+    from veneer.data.pipeline import prepare
+    from veneer.data.render import Renderer
+    from veneer.machine.device import find_machine
+    from veneer.model.load import load_model, load_tokenizer
+    from veneer.model.locate import locate
 
     settings = load_run(Path(path) / "asked.yaml", [f"model.base={path}/base"])
     kept, os.environ["VENEER_CACHE"] = os.environ["VENEER_CACHE"], f"{path}/cache"
@@ -137,7 +140,7 @@ def cache(path: str) -> Found:
 
 def _ids(renderer: Any) -> list[list[int]]:
     """Tokens of prompts as the template renders them."""
-    from veneer.data import Message
+    from veneer.data.conversation import Message
 
     return [renderer.prompt_ids([Message("user", text)]) for text in TEXTS]
 

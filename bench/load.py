@@ -67,10 +67,10 @@ def load_once(way: str, folder: Path) -> dict[str, Any]:
     from transformers import LlamaForCausalLM  # noqa: F401
 
     from veneer.config import Adapter, Model, Quantization
-    from veneer.machine import find_machine
-    from veneer.machine.device import peak_resident_bytes
-    from veneer.model import attach, locate
+    from veneer.machine.device import find_machine, peak_resident_bytes
+    from veneer.model.attach import attach
     from veneer.model.load import compute_dtype, keep_4bit_layout, load_base, load_plainly, settings_of
+    from veneer.model.locate import locate
     from veneer.model.quiet import quiet
 
     machine, model = find_machine(), Model(base=str(folder), dtype="bfloat16")
@@ -205,7 +205,7 @@ def main() -> None:
         print(f"made {arguments.folder} in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     found = measure(arguments.folder, arguments.runs, arguments.peer_runs)
 
-    from veneer.machine import find_machine
+    from veneer.machine.device import find_machine
     from veneer.training.job import environment
 
     size = sum(file.stat().st_size for file in arguments.folder.glob("*.safetensors"))

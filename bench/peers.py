@@ -49,8 +49,10 @@ def write_tokens(files: list[str], out: Path, rows: int) -> None:
     import numpy as np
 
     from veneer.config import Data, Model
-    from veneer.data import Renderer, prepare
-    from veneer.model import load_tokenizer, locate
+    from veneer.data.pipeline import prepare
+    from veneer.data.render import Renderer
+    from veneer.model.load import load_tokenizer
+    from veneer.model.locate import locate
 
     source = locate(Model(base="smollm2-135m-instruct"))
     tokenizer = load_tokenizer(source)
@@ -83,7 +85,7 @@ def real_steps(work: Path, steps: int) -> list[list[Any]]:
     """Micro-batches of packs."""
     import numpy as np
 
-    from veneer.data import Batches
+    from veneer.data.batch import Batches
 
     examples = read_examples(work / "tokens.npz")
     batches = Batches(examples, np.array([len(e.ids) for e in examples]), 4, 1, 0, 2048)
@@ -104,8 +106,10 @@ def run_veneer(work: Path, folder: Path, jobs: list[str]) -> None:
 
     from bench.engine import measure, train
     from veneer.config import Adapter, Model, Quantization
-    from veneer.machine import find_machine
-    from veneer.model import attach, load_model, locate
+    from veneer.machine.device import find_machine
+    from veneer.model.attach import attach
+    from veneer.model.load import load_model
+    from veneer.model.locate import locate
 
     started = time.perf_counter()
     model = Model(base=str(folder), dtype="bfloat16")

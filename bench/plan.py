@@ -28,14 +28,13 @@ import torch
 from transformers import GenerationConfig
 
 from veneer.config import Adapter, Model, Quantization, Run, Train
-from veneer.data import Batch
-from veneer.data.batch import Example
-from veneer.engine import ReferenceEngine
+from veneer.data.batch import Batch, Example
 from veneer.engine.interface import BatchShapes, document_losses
 from veneer.engine.objective import LIKELIHOOD
-from veneer.machine import find_machine
-from veneer.machine.device import peak_resident_bytes
-from veneer.model import attach, load_model
+from veneer.engine.reference import ReferenceEngine
+from veneer.machine.device import find_machine, peak_resident_bytes
+from veneer.model.attach import attach
+from veneer.model.load import load_model
 from veneer.model.locate import BaseSource
 from veneer.model.quiet import quiet
 from veneer.planning.base import PlannedModel
@@ -371,7 +370,7 @@ def fused_steps(engine: Any, case: Case) -> dict[str, Any]:
 def on_gpu_fused(out: Path) -> None:
     """Memory and time of the fused engine on the GPU at hand, into `out`/plan_gpu_fused.json."""
     from bench.engine import random_base
-    from veneer.engine.fused import FusedEngine
+    from veneer.engine.fused.engine import FusedEngine
 
     machine = find_machine()
     torch.zeros(1, device="cuda")

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from veneer.data import Message
-from veneer.machine import find_machine
+from veneer.data.conversation import Message
+from veneer.machine.device import find_machine
 from veneer.release.weights import NAMES, PlannedTensor, bytes_of, weights_of, write_weights
 from veneer.training.job import environment
 
@@ -205,8 +205,8 @@ def logit_difference(run: Path, folder: Path) -> dict[str, float]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from veneer.model import find_tuned
-    from veneer.release import merge_into
+    from veneer.model.tuned import find_tuned
+    from veneer.release.merge.merged import merge_into
 
     tuned = find_tuned(str(run))
     renderer = tuned.renderer

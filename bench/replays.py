@@ -29,11 +29,11 @@ from bench.engine import process_bytes, random_base
 from bench.peers import read_examples
 from veneer.config import Adapter, Train
 from veneer.data.batch import Batches
-from veneer.engine.fused import FusedEngine
+from veneer.engine.fused.engine import FusedEngine
 from veneer.engine.fused.graphs import MOST, Size
 from veneer.engine.interface import BatchShapes
 from veneer.engine.objective import LIKELIHOOD
-from veneer.model import attach
+from veneer.model.attach import attach
 from veneer.training.optimizer import build_optimizer
 
 RESULTS = Path(__file__).parent / "results" / "replays.json"

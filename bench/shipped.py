@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from veneer.machine import find_machine
+from veneer.machine.device import find_machine
 from veneer.training.job import environment
 
 RESULTS = Path(__file__).parent / "results"

@@ -7,9 +7,8 @@
 docs/python.md shows the rest. Everything here is imported when it is first used, so `import veneer` costs nothing.
 """
 
-from typing import TYPE_CHECKING
-
-from veneer.lazy import import_on_use
+import importlib
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from veneer.api.certify import certify
@@ -50,27 +49,16 @@ __all__ = [
     "unmerge",
     "verify",
 ]
+_NOT_IN_API = {
+    **dict.fromkeys(("JobError", "Run", "UserError", "load_run"), "veneer.config"),
+    "Sampling": "veneer.config.sampling",
+    "unmerge": "veneer.api.merge",
+    "verify": "veneer.training.verify",
+}
 
-__getattr__ = import_on_use(
-    __name__,
-    {
-        "JobError": "veneer.config",
-        "Run": "veneer.config",
-        "Sampling": "veneer.config.sampling",
-        "UserError": "veneer.config",
-        "certify": "veneer.api.certify",
-        "doctor": "veneer.api.doctor",
-        "evaluate": "veneer.api.evaluate",
-        "export": "veneer.api.export",
-        "generate": "veneer.api.generate",
-        "load": "veneer.api.load",
-        "load_run": "veneer.config",
-        "merge": "veneer.api.merge",
-        "plan": "veneer.api.plan",
-        "prepare": "veneer.api.prepare",
-        "push": "veneer.api.push",
-        "train": "veneer.api.train",
-        "unmerge": "veneer.api.merge",
-        "verify": "veneer.training.verify",
-    },
-)
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module 'veneer' has no attribute {name!r}")
+        return getattr(importlib.import_module(_NOT_IN_API.get(name, f"veneer.api.{name}")), name)

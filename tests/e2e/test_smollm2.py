@@ -22,10 +22,13 @@ from tests.support.rows import renderer
 from tests.support.runs import losses
 from veneer.cli.demo import SYSTEM_PROMPT
 from veneer.config import Data, Model
-from veneer.data import Batch, Renderer, prepare
+from veneer.data.batch import Batch
+from veneer.data.pipeline import prepare
+from veneer.data.render import Renderer
 from veneer.data.template import END_OF_TURN
-from veneer.model import load_tokenizer, locate
 from veneer.model.builtin import BUILTIN, _download, builtin_folder
+from veneer.model.load import load_tokenizer
+from veneer.model.locate import locate
 
 pytestmark = pytest.mark.e2e
 on_one_run = pytest.mark.xdist_group("trained")  # one process trains it, the other does the rest

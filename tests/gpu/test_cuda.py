@@ -12,7 +12,7 @@ import veneer
 from tests.support.runs import StopAt, losses, tiny_run, write_rows
 from tests.support.tiny import FAMILIES
 from veneer.config import Interrupted
-from veneer.training import TrainingJob
+from veneer.training.job import TrainingJob
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,9 +13,9 @@ from tests.support.engines import COVERED
 from tests.support.notices import notified
 from tests.support.runs import StopAt, losses, tiny_run, write_rows
 from veneer.config import Interrupted
-from veneer.engine.fused import FusedEngine
+from veneer.engine.fused.engine import FusedEngine
 from veneer.engine.objective import Objective, StepOutput
-from veneer.training import TrainingJob
+from veneer.training.job import TrainingJob
 
 pytestmark = [
     pytest.mark.gpu,

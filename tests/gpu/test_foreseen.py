@@ -8,13 +8,13 @@ import torch
 import transformers
 
 from veneer.config import Adapter, Train
-from veneer.data import Batch
+from veneer.data.batch import Batch
 from veneer.engine.dry_run import Step
-from veneer.engine.fused import FusedEngine
 from veneer.engine.fused.dry_run import run_layers_dry
+from veneer.engine.fused.engine import FusedEngine
 from veneer.engine.fused.policy import block_placement
 from veneer.engine.objective import LIKELIHOOD
-from veneer.model import attach
+from veneer.model.attach import attach
 from veneer.model.shapes import build, shapes_of
 from veneer.planning.memory import phases
 from veneer.training.optimizer import build_optimizer

@@ -8,8 +8,8 @@ import torch
 from tests.support.engines import COVERED, batch_of, gradients, model_of, worst
 from tests.support.exactness import BATCHES, LENGTHS, ratios, tiny_errors
 from tests.support.preference import Preference, pairs, step
-from veneer.engine import ReferenceEngine
-from veneer.engine.fused import FusedEngine
+from veneer.engine.fused.engine import FusedEngine
+from veneer.engine.reference import ReferenceEngine
 from veneer.kernels import nf4
 
 pytestmark = pytest.mark.gpu

@@ -7,9 +7,9 @@ import transformers
 
 from tests.support.tiny import FAMILIES
 from veneer.config import Adapter
-from veneer.data import Batch
+from veneer.data.batch import Batch
 from veneer.engine.objective import LIKELIHOOD
-from veneer.model import attach
+from veneer.model.attach import attach
 
 COVERED = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2")
 

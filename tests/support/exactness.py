@@ -9,13 +9,15 @@ import torch
 
 from tests.support.engines import batch_of, gradients, model_of
 from veneer.config import Adapter, Model, Quantization
-from veneer.data import Batch
-from veneer.engine import ReferenceEngine
-from veneer.engine.fused import FusedEngine
+from veneer.data.batch import Batch
+from veneer.engine.fused.engine import FusedEngine
 from veneer.engine.objective import LIKELIHOOD
+from veneer.engine.reference import ReferenceEngine
 from veneer.engine.temporary import fill_zeros
-from veneer.machine import find_machine
-from veneer.model import attach, load_model, locate
+from veneer.machine.device import find_machine
+from veneer.model.attach import attach
+from veneer.model.load import load_model
+from veneer.model.locate import locate
 
 LENGTHS = ((37, 5, 21), (256, 256))
 BATCHES = 6

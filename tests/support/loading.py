@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from veneer.config import Model, Quantization
-from veneer.machine import find_machine
-from veneer.model import BaseSource, locate
+from veneer.machine.device import find_machine
 from veneer.model.load import LoadReport, keep_4bit_layout, load_base, load_plainly, settings_of
+from veneer.model.locate import BaseSource, locate
 from veneer.model.quiet import quiet
 
 CACHED = Quantization(cache=True)

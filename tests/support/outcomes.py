@@ -11,9 +11,11 @@ from typing import Any
 
 import veneer
 from veneer.config import Run, RunFolder, UserError
-from veneer.data import Renderer, prepare
-from veneer.model import load_tokenizer, locate
-from veneer.training import TrainingJob
+from veneer.data.pipeline import prepare
+from veneer.data.render import Renderer
+from veneer.model.load import load_tokenizer
+from veneer.model.locate import locate
+from veneer.training.job import TrainingJob
 from veneer.training.metrics import read_metrics
 
 TIMED = {"seconds", "tokens_per_second", "peak_bytes"}

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from veneer.data import Batch
+from veneer.data.batch import Batch
 from veneer.engine.interface import Engine
 from veneer.engine.objective import Objective, StepOutput, TrainedTokens
 

@@ -9,7 +9,10 @@ import pytest
 
 from tests.support.tiny import tiny_tokenizer
 from veneer.config import Data, UserError
-from veneer.data import Conversation, Example, Message, Prepared, Renderer, prepare
+from veneer.data.batch import Example
+from veneer.data.conversation import Conversation, Message
+from veneer.data.pipeline import Prepared, prepare
+from veneer.data.render import Renderer
 
 CHAT = [
     ("user", "what does the cat say"),

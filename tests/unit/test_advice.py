@@ -10,17 +10,17 @@ import pytest
 import torch
 import transformers
 import yaml
+from tools.advice_page import HANDLED, advice_page
 
 import veneer
 from tests.support.plans import planner_of, run_of
 from tests.support.runs import write_rows
 from veneer.config import Run
 from veneer.machine.device import Machine
-from veneer.planning.advice import HANDLED, RULES, DataFacts, Situation, TokenizerFacts, advise
+from veneer.planning.advice import RULES, DataFacts, Situation, TokenizerFacts, advise
 from veneer.planning.base import PlannedModel
 from veneer.planning.foresee import foresee
 from veneer.planning.planner import Planner
-from veneer.planning.reference import advice_page
 from veneer.planning.target import TargetDevice, device_named, this_device
 
 GiB = 2**30

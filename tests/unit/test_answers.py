@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from veneer.config import JobError, UserError
-from veneer.data import Message
+from veneer.data.conversation import Message
 from veneer.release.certify.servers import Endpoint, llama_server
 
 AT_ONCE = 3

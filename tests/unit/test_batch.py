@@ -5,8 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from veneer.data import Batch, Batches, Example
-from veneer.data.batch import UNTRAINED, pack
+from veneer.data.batch import UNTRAINED, Batch, Batches, Example, pack
 
 
 def example(length: int, first: int = 0) -> Example:

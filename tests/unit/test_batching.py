@@ -13,10 +13,12 @@ from tests.support.runs import losses as losses_of
 from tests.support.runs import tiny_run, write_rows
 from tests.support.tiny import FAMILIES, save_tiny_model, tiny_tokenizer
 from veneer.config import Data, JobError, UserError
-from veneer.data import Message, Renderer
-from veneer.evaluation import Scorer, generate
+from veneer.data.conversation import Message
+from veneer.data.render import Renderer
+from veneer.evaluation.compare import Scorer
+from veneer.evaluation.generation import generate
 from veneer.evaluation.memory import Batching, is_out_of_memory, positions_of
-from veneer.training import TrainingJob
+from veneer.training.job import TrainingJob
 
 SHORTAGES = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),

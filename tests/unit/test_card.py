@@ -15,7 +15,8 @@ from tests.support.adapters import save_adapter_of
 from tests.support.runs import tiny_run, write_rows
 from veneer.cli.main import main
 from veneer.config import Model, RunFolder, UserError, load_run
-from veneer.model import BaseSource, gguf_origin, locate
+from veneer.model.lineage import gguf_origin
+from veneer.model.locate import BaseSource, locate
 from veneer.model.passport import base_name
 from veneer.release.publish.card import MARK, Facts, hub_id
 from veneer.release.publish.card import card as write

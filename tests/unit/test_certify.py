@@ -16,8 +16,8 @@ from tests.support.certified import certificate, edit
 from veneer.cli.main import main
 from veneer.config import UserError
 from veneer.config.files import file_sha256
-from veneer.data import Message
-from veneer.model import find_tuned
+from veneer.data.conversation import Message
+from veneer.model.tuned import find_tuned
 from veneer.release.certify.agreement import divergence
 from veneer.release.certify.compare_weights import compare_weights
 from veneer.release.certify.servers import Endpoint, llama_server

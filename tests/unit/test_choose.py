@@ -15,14 +15,15 @@ from tests.support.engines import batch_of, model_of
 from tests.support.notices import notified
 from tests.support.runs import StopAt, losses, tiny_run, write_rows
 from veneer.config import Interrupted, JobError, RunFolder, Train, UserError
-from veneer.data import Batch
-from veneer.engine import ReferenceEngine, choose
+from veneer.data.batch import Batch
+from veneer.engine import choose
 from veneer.engine.agreement import agree
-from veneer.engine.fused import FusedEngine
 from veneer.engine.fused.block import ACTIVATIONS
+from veneer.engine.fused.engine import FusedEngine
 from veneer.engine.objective import LIKELIHOOD, Objective, StepOutput
+from veneer.engine.reference import ReferenceEngine
 from veneer.kernels.launch import TritonError
-from veneer.training import TrainingJob
+from veneer.training.job import TrainingJob
 from veneer.training.metrics import read_metrics
 from veneer.training.optimizer import parameters_to_update
 

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
+from tools.settings_page import settings_page
 
 from veneer.config import Run, UserError, load_run
 from veneer.config.load import to_yaml
-from veneer.config.reference import settings_page
 
 SMALLEST = "model: {base: smollm2-135m-instruct}\ndata: {train: tickets.jsonl}\n"
 

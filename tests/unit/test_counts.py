@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from veneer.config import Model, UserError
-from veneer.model.adapters import LORA
+from veneer.model.adapters.lora import LORA
 from veneer.model.families import FAMILIES
 from veneer.model.known import MODEL_SIZES, known_shape
 from veneer.model.shapes import Shapes, build, find_config, shapes_of

@@ -12,7 +12,7 @@ from tests.support.tiny import FAMILIES, save_tiny_model
 from veneer.config import Adapter, Model, Quantization
 from veneer.engine.temporary import fill_zeros
 from veneer.machine.device import find_machine
-from veneer.model import attach
+from veneer.model.attach import attach
 from veneer.model.dense import adapter_beside_copies, adapter_in_copies, keep_dense
 from veneer.model.load import load_model
 from veneer.model.locate import BaseSource

@@ -16,11 +16,14 @@ from tests.support.runs import losses, tiny_run, write_rows
 from tests.support.tiny import FAMILIES as TINY
 from tests.support.tiny import save_tiny_model
 from veneer.config import Adapter, Model
-from veneer.engine import ReferenceEngine
-from veneer.engine.fused import FusedEngine, NotCoveredError
+from veneer.engine.fused.decoder import NotCoveredError
+from veneer.engine.fused.engine import FusedEngine
+from veneer.engine.reference import ReferenceEngine
 from veneer.engine.temporary import fill_zeros
-from veneer.model import attach, count_parameters
-from veneer.model.adapters import LORA, METHODS, AdapterMethod, find_method, low_rank
+from veneer.model.adapters import METHODS, find_method
+from veneer.model.adapters.lora import LORA, low_rank
+from veneer.model.adapters.method import AdapterMethod
+from veneer.model.attach import attach, count_parameters
 from veneer.model.families import FAMILIES
 from veneer.model.families.llama import LLAMA
 from veneer.model.known import known_shape, smaller_siblings

@@ -23,7 +23,8 @@ from veneer.config.folder import write_json
 from veneer.config.load import yaml_values
 from veneer.data.sources.find import find_sources
 from veneer.data.tokens.corpus import is_sound
-from veneer.model import BaseSource, config_sha256
+from veneer.model.fingerprint import config_sha256
+from veneer.model.locate import BaseSource
 from veneer.release.certify import servers
 from veneer.release.certify.servers import Endpoint
 from veneer.report.data_page import data_page
@@ -313,7 +314,7 @@ def test_an_endless_answer_ends(address: str, monkeypatch: pytest.MonkeyPatch) -
     [{}, {"choices": []}, {"choices": [3]}, {"choices": [{"message": None}]}, {"choices": [{"text": "a"}]}, [], "x"],
 )
 def test_an_answer_of_another_form_is_a_message(address: str, monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
-    from veneer.data import Message
+    from veneer.data.conversation import Message
 
     def send(self: Handler) -> None:
         listed = {"data": [{"id": "m"}]}

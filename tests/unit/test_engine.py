@@ -11,13 +11,15 @@ import torch.nn.functional as F
 
 from tests.support.tiny import FAMILIES
 from veneer.config import Adapter, Model, Quantization
-from veneer.data import Batch, Example
-from veneer.engine import ReferenceEngine
+from veneer.data.batch import Batch, Example
 from veneer.engine.interface import document_losses
 from veneer.engine.objective import LIKELIHOOD
+from veneer.engine.reference import ReferenceEngine
 from veneer.kernels import linear_cross_entropy as kernel
-from veneer.machine import find_machine
-from veneer.model import attach, load_model, locate
+from veneer.machine.device import find_machine
+from veneer.model.attach import attach
+from veneer.model.load import load_model
+from veneer.model.locate import locate
 
 NO_SDPA = ("gemma2", "sdpa")  # Transformers has none for it
 

@@ -12,13 +12,14 @@ import veneer
 from tests.support.runs import tiny_run, write_rows
 from veneer.config import UserError
 from veneer.config.sampling import Sampling
-from veneer.data import Message
-from veneer.evaluation import Scorer, generate
-from veneer.evaluation.compare import Evaluation, Score
+from veneer.data.conversation import Message
+from veneer.evaluation.compare import Evaluation, Score, Scorer
+from veneer.evaluation.generation import generate
 from veneer.evaluation.intervals import proportion
-from veneer.evaluation.metrics import Sample, ScoredRows, measure
+from veneer.evaluation.metrics import measure
+from veneer.evaluation.metrics.metric import Sample, ScoredRows
 from veneer.evaluation.metrics.perplexity import Perplexity
-from veneer.training import TrainingJob
+from veneer.training.job import TrainingJob
 
 
 def test_wilsons_interval() -> None:

@@ -2,7 +2,7 @@
 
 import json
 
-from veneer.data import Conversation, Message
+from veneer.data.conversation import Conversation, Message
 from veneer.evaluation.examples import examples_of
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.runs import losses, tiny_run, write_rows
 from tests.support.tiny import FAMILIES
-from veneer.training import TrainingJob
+from veneer.training.job import TrainingJob
 
 IDS_BL = torch.tensor([[5, 40, 41, 42, 43, 44, 45, 46]])
 

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from veneer.evaluation.compare import Evaluation, Score
-from veneer.evaluation.metrics import Sample, ScoredRows, measure
+from veneer.evaluation.metrics import measure
 from veneer.evaluation.metrics.json_fields import field_scores, shared_keys
+from veneer.evaluation.metrics.metric import Sample, ScoredRows
 from veneer.evaluation.metrics.perplexity import Perplexity
 
 REFERENCE = '{"team": "sales", "count": 1, "product": null}'

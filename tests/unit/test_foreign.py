@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from veneer.config import UserError, run_of
-from veneer.config.foreign import CALLED, INSTEAD, foreign, misspelt
+from veneer.config.foreign import foreign, misspelt, names_of_others
 from veneer.config.load import sections
 
+CALLED, INSTEAD = names_of_others()
 OURS = {f"{name}.{key}" for name, section in sections().items() for key in section.model_fields}
 ASKED = {
     "load_in_8bit", "bf16", "fp16", "use_reentrant", "lora_modules_to_save", "modules_to_save",

@@ -13,10 +13,10 @@ from tests.support.plans import planner_of, run_of
 from veneer.config import Run, Train, UserError
 from veneer.engine import choose
 from veneer.engine.dry_run import DryRun
-from veneer.engine.fused import FusedEngine
 from veneer.engine.fused.block import ACTIVATIONS
 from veneer.engine.fused.cudnn import Call
 from veneer.engine.fused.dry_run import _engine, run_layers_dry
+from veneer.engine.fused.engine import FusedEngine
 from veneer.engine.fused.policy import block_placement
 from veneer.engine.trace import rounded
 from veneer.kernels.rope import Heads

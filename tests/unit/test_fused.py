@@ -12,19 +12,20 @@ import transformers
 
 from tests.support.engines import COVERED, batch_of, gradients, model_of, worst
 from veneer.config import Adapter, Train
-from veneer.data import Batch
-from veneer.engine import ReferenceEngine
-from veneer.engine.fused import FusedEngine, NotCoveredError
+from veneer.data.batch import Batch
 from veneer.engine.fused.block import ACTIVATIONS
+from veneer.engine.fused.decoder import NotCoveredError
+from veneer.engine.fused.engine import FusedEngine
 from veneer.engine.fused.graphs import Graphs, Inputs, Size, rounded
 from veneer.engine.fused.group import Group, Linear
 from veneer.engine.fused.policy import uniform
 from veneer.engine.interface import BatchShapes, document_losses
 from veneer.engine.objective import LIKELIHOOD, Objective, StepOutput
 from veneer.engine.placement import MemoryPlacement
+from veneer.engine.reference import ReferenceEngine
 from veneer.kernels.cast import cast_all, cast_table
 from veneer.kernels.rms_norm import rms_norm
-from veneer.model import attach
+from veneer.model.attach import attach
 from veneer.training.optimizer import build_optimizer
 
 

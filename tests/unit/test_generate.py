@@ -17,7 +17,7 @@ from veneer.config.names import find_adapter
 from veneer.config.prompts import Question, read_prompts
 from veneer.config.sampling import Sampling
 from veneer.evaluation.decoding import StopAtText, TextStream, answer_text
-from veneer.model import find_tuned
+from veneer.model.tuned import find_tuned
 
 QUESTION = "what does the owl say please please"  # the third row; its answer is owlowlowl
 

@@ -17,15 +17,16 @@ from tests.support.adapters import save_adapter_of
 from tests.support.tiny import FAMILIES, save_tiny_model
 from tests.support.vocabularies import family_vocabulary
 from veneer.config import Quantization, UserError
-from veneer.data import Example, Message
-from veneer.model import TunedModel, find_tuned
+from veneer.data.batch import Example
+from veneer.data.conversation import Message
 from veneer.model.quiet import quiet
-from veneer.release import measure_importance
+from veneer.model.tuned import TunedModel, find_tuned
 from veneer.release.certify import servers
 from veneer.release.certify.compare_weights import compare_weights
 from veneer.release.certify.prompts import prompts_of
 from veneer.release.certify.servers import Endpoint, llama_server
 from veneer.release.gguf.export import export_adapter, export_model
+from veneer.release.gguf.importance import measure_importance
 from veneer.release.gguf.modelfile import TRIALS, chain_of, unlike
 from veneer.release.gguf.tensor_layout import llama3_factors
 from veneer.release.gguf.types import QUANTS, Mix, encoded

@@ -18,7 +18,8 @@ from tests.support.runs import tiny_run, write_rows
 from veneer.config import Model, UserError, hub
 from veneer.data.sources.find import find_sources
 from veneer.data.sources.hub import open_dataset
-from veneer.model import load_tokenizer, locate
+from veneer.model.load import load_tokenizer
+from veneer.model.locate import locate
 from veneer.model.shapes import find_config
 
 PROBE = hub._probe  # that of conftest.py asks nobody

@@ -13,8 +13,10 @@ from tests.support.runs import tiny_run, write_rows
 from tests.support.tiny import FAMILIES, save_tiny_model
 from tests.support.vocabularies import family_vocabulary
 from veneer.config import Model
-from veneer.model import find_tuned, gguf_origin, locate
 from veneer.model.builtin import BUILTIN
+from veneer.model.lineage import gguf_origin
+from veneer.model.locate import locate
+from veneer.model.tuned import find_tuned
 from veneer.release.gguf.export import export_model
 
 NAME = "smollm2-135m-instruct"

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 import veneer.engine.dry_run as dry_run_module
 from tests.support.dry_runs import config_of, step
 from veneer.config import Run, Train
-from veneer.data import Batches, Example
+from veneer.data.batch import Batches, Example
 from veneer.engine.dry_run import Step, run_dry
 from veneer.engine.reference import padded_groups
 from veneer.engine.trace import Trace, rounded

@@ -16,14 +16,14 @@ import veneer
 from tests.support.adapters import KINDS, peft_merged, save_adapter_of
 from tests.support.tiny import FAMILIES, save_tiny_model
 from veneer.config import Quantization, UserError
-from veneer.model import find_tuned
 from veneer.model.quiet import quiet
-from veneer.release import merge_into as merge
-from veneer.release import unmerge_from as unmerge
+from veneer.model.tuned import find_tuned
 from veneer.release.certify.compare_weights import compare_weights
 from veneer.release.gguf.export import export_model
 from veneer.release.merge.adapter_delta import AdapterDelta
 from veneer.release.merge.merged import DTYPES
+from veneer.release.merge.merged import merge_into as merge
+from veneer.release.merge.merged import unmerge_from as unmerge
 
 TinyModel = Callable[..., Path]
 

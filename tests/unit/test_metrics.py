@@ -12,8 +12,9 @@ import veneer
 from tests.support.runs import tiny_run, write_rows
 from veneer.evaluation import metrics
 from veneer.evaluation.intervals import Interval
-from veneer.evaluation.metrics import Sample, ScoredRows, measure
-from veneer.report import run_page
+from veneer.evaluation.metrics import measure
+from veneer.evaluation.metrics.metric import Sample, ScoredRows
+from veneer.report.run_page import run_page
 
 Call = Callable[..., tuple[int, str, str]]
 

@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from tests.support.tiny import FAMILIES
 from veneer.config import Adapter, Model, Quantization, UserError
 from veneer.config.cache import cached
-from veneer.machine import find_machine
-from veneer.model import attach, count_parameters, load_adapter, load_model, load_tokenizer, locate
+from veneer.machine.device import find_machine
+from veneer.model.attach import attach, count_parameters, load_adapter
 from veneer.model.gguf import PRE_TOKENIZERS
+from veneer.model.load import load_model, load_tokenizer
+from veneer.model.locate import locate
 
 
 def load(folder: Path, quantization: Quantization | None = None) -> Any:

@@ -12,7 +12,7 @@ from tests.support.runs import StopAt, tiny_run, write_rows
 from veneer.api.train import finish
 from veneer.config import Interrupted, RunFolder
 from veneer.config.notify import Notices, collected, kept_in, notify, notify_on_error
-from veneer.training import TrainingJob
+from veneer.training.job import TrainingJob
 
 
 def lines(file: Path) -> list[dict[str, Any]]:

@@ -15,14 +15,15 @@ import veneer
 from tests.support.engines import COVERED, model_of, worst
 from tests.support.preference import Preference, gradients_of, pairs, step
 from tests.support.runs import tiny_run, write_rows
-from veneer.data import Batch
-from veneer.engine import ReferenceEngine
-from veneer.engine.fused import FusedEngine
+from veneer.data.batch import Batch
+from veneer.engine.fused.engine import FusedEngine
 from veneer.engine.fused.graphs import Graphs
 from veneer.engine.interface import Engine, document_losses
 from veneer.engine.objective import LIKELIHOOD, Objective, StepOutput, TrainedTokens
+from veneer.engine.reference import ReferenceEngine
 from veneer.model.quiet import quiet
-from veneer.training.objectives import OBJECTIVES, Supervised
+from veneer.training.objectives import OBJECTIVES
+from veneer.training.objectives.supervised import Supervised
 
 
 def one_by_one(batch: Batch) -> list[Batch]:

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 import veneer
 from tests.support.runs import tiny_run, write_rows
 from veneer.config import Model, UserError
-from veneer.model import find_tuned, fingerprint, locate
+from veneer.model.fingerprint import fingerprint
+from veneer.model.locate import locate
+from veneer.model.tuned import find_tuned
 
 
 @pytest.fixture

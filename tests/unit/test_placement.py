@@ -15,16 +15,15 @@ from rich.console import Console
 from tests.support.engines import batch_of, gradients, model_of
 from tests.support.runs import tiny_run, write_rows
 from veneer.cli.show_plan import show_placement
-from veneer.engine import ReferenceEngine
-from veneer.engine.fused import FusedEngine
 from veneer.engine.fused.block import ACTIVATIONS
 from veneer.engine.fused.cudnn import WORKSPACE_BYTES, Call
+from veneer.engine.fused.engine import FusedEngine
 from veneer.engine.fused.policy import Demand, block_placement, place, uniform
 from veneer.engine.interface import BatchShapes
 from veneer.engine.placement import ActivationState, BlockPlacement, MemoryPlacement, WeightState
+from veneer.engine.reference import ReferenceEngine
 from veneer.engine.trace import rounded
-from veneer.training import TrainingJob
-from veneer.training.job import vary
+from veneer.training.job import TrainingJob, vary
 
 HUGE = 2**50
 EVERYTHING = frozenset(ACTIVATIONS)

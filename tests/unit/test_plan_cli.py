@@ -17,7 +17,7 @@ from veneer.machine.device import Machine
 from veneer.model.known import MODEL_SIZES
 from veneer.planning.doctor import look
 from veneer.planning.target import CONTEXT
-from veneer.training import TrainingJob
+from veneer.training.job import TrainingJob
 
 Call = Callable[..., tuple[int, str, str]]
 PLANNED = {"peak_bytes", "peak_phase", "fits", "verdict", "margin_bytes", "components", "phases", "advice", "changes"}

@@ -21,7 +21,7 @@ from veneer.planning.forecast import Forecast
 from veneer.planning.held_out import SPARE, rows_that_fit
 from veneer.planning.model_sizes import leanest, model_sizes, smaller_bases
 from veneer.planning.target import TargetDevice, device_named, this_device
-from veneer.training import TrainingJob
+from veneer.training.job import TrainingJob
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "guides").glob("*.yaml"))
 

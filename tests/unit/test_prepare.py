@@ -24,8 +24,9 @@ from tests.support.rows import (
 )
 from tests.support.tiny import tiny_tokenizer
 from veneer.config import Data, UserError
-from veneer.data import Example, Renderer, prepare
-from veneer.data.pipeline import read_held_out
+from veneer.data.batch import Example
+from veneer.data.pipeline import prepare, read_held_out
+from veneer.data.render import Renderer
 from veneer.data.tokens.corpus import Corpus, is_sound
 
 pytestmark = pytest.mark.usefixtures("empty_cache")

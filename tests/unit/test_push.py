@@ -15,11 +15,11 @@ from tests.support.tiny import CHATML, FAMILIES, save_tiny_model
 from tests.support.vocabularies import family_vocabulary
 from veneer.cli.main import main
 from veneer.config import RunFolder, UserError
-from veneer.model import find_tuned
-from veneer.release import renew_card
+from veneer.model.tuned import find_tuned
+from veneer.release.publish.card import renew_card
 from veneer.release.publish.push import Parcel, pack
 from veneer.release.redact import name_of, without_paths
-from veneer.report import certificate_page
+from veneer.report.certificate_page import certificate_page
 
 SECRET, USER, REPO = "xyzzysecret", "qzuser", "me/tickets"
 

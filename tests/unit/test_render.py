@@ -13,9 +13,9 @@ from tests.support.masks import STARTS, TRIMS, check_mask, hypothesis_settings, 
 from tests.support.rows import CHAT, conversation, renderer, text_of, trained_text, turns
 from tests.support.tiny import family_tokenizer, metaspace_tokenizer, tiny_tokenizer
 from veneer.config import UserError
-from veneer.data import Conversation, Message, Renderer
 from veneer.data.batch import UNTRAINED
-from veneer.data.conversation import BadRowError
+from veneer.data.conversation import BadRowError, Conversation, Message
+from veneer.data.render import Renderer
 from veneer.data.template import END_OF_TURN, own_template
 from veneer.data.turns import read_turns
 

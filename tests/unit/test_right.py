@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.rows import conversation, renderer
 from tests.support.tiny import tiny_tokenizer
-from veneer.data import Conversation, Message
+from veneer.data.conversation import Conversation, Message
 from veneer.evaluation.decoding import answer_text
 from veneer.evaluation.examples import examples_of
 from veneer.evaluation.metrics.exact_match import expected_answer, is_right

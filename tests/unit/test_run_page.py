@@ -11,8 +11,7 @@ import pytest
 from veneer.config import Run, RunFolder
 from veneer.config.folder import write_json, write_text
 from veneer.config.load import to_yaml
-from veneer.report import run_page, write_run_page
-from veneer.report.run_page import shown_of
+from veneer.report.run_page import run_page, shown_of, write_run_page
 
 SHARE = {"value": 0.7, "low": 0.6, "high": 0.8}
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.rows import CHAT, conversation, jsonl, prepared, renderer, text_of
 from veneer.config import UserError
-from veneer.data import Message
+from veneer.data.conversation import Message
 from veneer.data.frozen import freeze_date
 from veneer.data.leftout import left_out
 from veneer.data.sandbox import Job, RefusedError, Sandbox, TemplateLimitError

@@ -9,13 +9,12 @@ import torch
 
 from tests.support.tiny import FAMILIES, save_tiny_model
 from veneer.config import Adapter
-from veneer.data import Batch
-from veneer.data.batch import Example
-from veneer.engine import ReferenceEngine
+from veneer.data.batch import Batch, Example
 from veneer.engine.objective import LIKELIHOOD
 from veneer.engine.prefix import SHORTEST, can_share, shared_tokens
+from veneer.engine.reference import ReferenceEngine
 from veneer.engine.temporary import fill_zeros
-from veneer.model import attach
+from veneer.model.attach import attach
 
 PREFIX = list(range(10, 10 + SHORTEST + 4))
 BATCH = Batch.of(

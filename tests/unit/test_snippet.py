@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import veneer
 from tests.support.runs import tiny_run, write_rows
 from tests.support.tiny import FAMILIES, save_tiny_model
-from veneer.data import Message
+from veneer.data.conversation import Message
 from veneer.release.publish.card import fenced, literal
 
 ROWS = [

@@ -14,10 +14,11 @@ import torch
 
 from tests.support.runs import write_rows
 from veneer.config import Model, UserError
-from veneer.machine import find_machine
-from veneer.model import load_model, load_tokenizer, locate
+from veneer.machine.device import find_machine
 from veneer.model.gguf import config_of, open_gguf
 from veneer.model.limits import require_possible
+from veneer.model.load import load_model, load_tokenizer
+from veneer.model.locate import locate
 from veneer.model.remote import read_config
 from veneer.model.shapes import build, find_config
 

@@ -14,9 +14,11 @@ from tests.support.loading import CACHED, copied, load, plainly, plainly_of, ten
 from tests.support.tiny import FAMILIES
 from veneer.config import Adapter, Model, Quantization, UserError
 from veneer.config.folder import whole_folder
-from veneer.machine import find_machine
-from veneer.model import BaseSource, attach, locate, reader
+from veneer.machine.device import find_machine
+from veneer.model import reader
+from veneer.model.attach import attach
 from veneer.model.load import load_base
+from veneer.model.locate import BaseSource, locate
 from veneer.model.reader import Reader
 from veneer.model.shards import read_headers
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import veneer
+import veneer.api.train as train_module
 from tests.support.notices import notified
 from tests.support.runs import losses, tiny_run, write_rows
 from veneer.api.train import finish
@@ -23,14 +24,13 @@ from veneer.cli.lasting import Lasting, polite_kills
 from veneer.config import Interrupted, RunFolder, UserError, cache, load_run, run_folder
 from veneer.config.cache import cached
 from veneer.config.folder import remove
-from veneer.model import BaseSource
+from veneer.model.locate import BaseSource
 from veneer.release.publish.card import licence
 from veneer.report.run_page import run_page
-from veneer.training import TrainingJob, finished
 from veneer.training import job as job_module
+from veneer.training.job import TrainingJob, finished
 from veneer.training.metrics import MetricsFile, read_metrics
 
-train_package = sys.modules["veneer.training"]  # `veneer.training` is the function
 Call = Callable[..., tuple[int, str, str]]
 EVALUATES: dict[str, Any] = {"data": {"validation": 2}, "train": {"eval_steps": 2, "save_steps": None}}
 
@@ -417,7 +417,7 @@ WRONG: list[tuple[list[str], str]] = [
 def test_what_cannot_be_a_path_is_told_at_once(
     given: list[str], setting: str, resume: tuple[str, ...], call: Call, run_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_package, "TrainingJob", None)  # it does not come to that
+    monkeypatch.setattr(train_module, "TrainingJob", None)  # it does not come to that
     status, _, err = call("train", str(run_file), *given, *resume)
     assert status == 2, err
     assert setting in err

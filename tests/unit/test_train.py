@@ -18,8 +18,8 @@ from tests.support.notices import notified
 from tests.support.runs import losses, some_rows, tiny_run, write_rows
 from tests.support.tiny import CHATML
 from veneer.config import Interrupted, JobError, RunFolder, Train, UserError
-from veneer.model import find_tuned
-from veneer.training import TrainingJob
+from veneer.model.tuned import find_tuned
+from veneer.training.job import TrainingJob
 from veneer.training.optimizer import build_optimizer, get_state, set_state
 from veneer.training.schedule import learning_rate
 

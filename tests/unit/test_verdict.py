@@ -13,7 +13,7 @@ from tests.support.certified import certificate, make_base, tickets
 from tests.support.runs import losses, tiny_run, write_rows
 from veneer.cli.main import main
 from veneer.config import UserError
-from veneer.data import Message
+from veneer.data.conversation import Message
 from veneer.release.certify.agreement import (
     ENOUGH,
     Measured,

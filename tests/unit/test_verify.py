@@ -12,13 +12,12 @@ from safetensors.torch import load_file, save_file
 
 import veneer
 from tests.support.runs import tiny_run, write_rows
-from veneer.data import Batch
-from veneer.data.batch import UNTRAINED, Example
-from veneer.engine import ReferenceEngine
+from veneer.data.batch import UNTRAINED, Batch, Example
 from veneer.engine.choose import EngineChoice, build
-from veneer.engine.fused import FusedEngine
+from veneer.engine.fused.engine import FusedEngine
 from veneer.engine.objective import Objective, StepOutput
-from veneer.model import save_adapter
+from veneer.engine.reference import ReferenceEngine
+from veneer.model.attach import save_adapter
 from veneer.training import verify as module
 from veneer.training.parts import RunParts, load_parts
 from veneer.training.verify import Verification, verify_parts

@@ -7,19 +7,13 @@ from veneer.api.evaluate import held_out_rows
 from veneer.config import UserError
 from veneer.config.notify import notify_on_error
 from veneer.data.pipeline import HeldOut
-from veneer.model import TunedModel, find_tuned
-from veneer.release import (
-    Certificate,
-    Prompt,
-    certify_artifact,
-    find_artifact,
-    prompts_of,
-    recorded_answers,
-    renew_card,
-    very_long,
-    write_certificate,
-)
-from veneer.report import certificate_page
+from veneer.model.tuned import TunedModel, find_tuned
+from veneer.release.certify.artifact import find_artifact
+from veneer.release.certify.certificate import Certificate, certify_artifact, write_certificate
+from veneer.release.certify.judged import recorded_answers
+from veneer.release.certify.prompts import Prompt, prompts_of, very_long
+from veneer.release.publish.card import renew_card
+from veneer.report.certificate_page import certificate_page
 
 
 def certify(

@@ -12,16 +12,16 @@ from veneer.config.files import read_json
 from veneer.config.folder import write_json, write_text
 from veneer.config.names import require_run
 from veneer.config.notify import kept_in, notify_on_error
-from veneer.data import Renderer
 from veneer.data.pipeline import HeldOut, prepare, read_held_out
-from veneer.engine import ReferenceEngine
-from veneer.evaluation import Evaluation, Scorer
-from veneer.evaluation.compare import count_rows
+from veneer.data.render import Renderer
+from veneer.engine.reference import ReferenceEngine
+from veneer.evaluation.compare import Evaluation, Scorer, count_rows
 from veneer.evaluation.memory import rows_at_a_time
-from veneer.machine import find_machine
-from veneer.model import compute_dtype
+from veneer.machine.device import find_machine
+from veneer.model.load import compute_dtype
 from veneer.planning.batch_shapes import Padded
-from veneer.release import judged_by, renew_card
+from veneer.release.certify.judged import judged_by
+from veneer.release.publish.card import renew_card
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,10 @@ from veneer.config import UserError
 from veneer.config.notify import notify
 from veneer.config.options import require_known
 from veneer.data.pipeline import prepare
-from veneer.model import TunedModel, find_tuned
-from veneer.release import (
-    IMPORTANCE_ROWS,
-    Exported,
-    Importance,
-    export_adapter,
-    export_model,
-    measure_importance,
-    takes_importance,
-)
+from veneer.model.tuned import TunedModel, find_tuned
+from veneer.release.gguf.export import Exported, export_adapter, export_model
+from veneer.release.gguf.importance import IMPORTANCE_ROWS, Importance, measure_importance
+from veneer.release.gguf.types import takes_importance
 
 
 def export(

@@ -10,13 +10,15 @@ from veneer.config import Data, Evaluate, Model, Run, UserError
 from veneer.config.names import find_adapter
 from veneer.config.prompts import Question
 from veneer.config.sampling import Sampling
-from veneer.data import Message, Renderer
-from veneer.data.conversation import BadRowError
+from veneer.data.conversation import BadRowError, Message
+from veneer.data.render import Renderer
 from veneer.data.turns import read_turns
-from veneer.evaluation import generate as generate_answers
+from veneer.evaluation.generation import generate as generate_answers
 from veneer.evaluation.memory import Batching, rows_at_a_time
-from veneer.machine import find_machine
-from veneer.model import TunedModel, find_tuned, load_model, load_tokenizer, locate
+from veneer.machine.device import find_machine
+from veneer.model.load import load_model, load_tokenizer
+from veneer.model.locate import locate
+from veneer.model.tuned import TunedModel, find_tuned
 from veneer.planning.batch_shapes import Padded
 from veneer.planning.target import TargetDevice, this_device
 

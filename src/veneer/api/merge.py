@@ -5,15 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from veneer.api.certify import questions_of
-from veneer.model import TunedModel, find_tuned
-from veneer.release import (
-    Merged,
-    choose_base,
-    merge_into,
-    recorded_answers,
-    require_model,
-    unmerge_from,
-)
+from veneer.model.tuned import TunedModel, find_tuned
+from veneer.release.certify.best_base import choose_base
+from veneer.release.certify.judged import recorded_answers
+from veneer.release.merge.merged import Merged, merge_into, require_model, unmerge_from
 
 
 def merge(

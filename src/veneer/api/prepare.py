@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from veneer.config import Run
-from veneer.data import Example, Renderer
-from veneer.data import prepare as prepare_data
-from veneer.model import load_tokenizer, locate
+from veneer.data.batch import Example
+from veneer.data.pipeline import prepare as prepare_data
+from veneer.data.render import Renderer
+from veneer.model.load import load_tokenizer
+from veneer.model.locate import locate
 
 
 @dataclass(frozen=True)

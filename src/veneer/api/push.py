@@ -5,7 +5,7 @@ from typing import Any
 
 from veneer.config.hub import unreachable
 from veneer.release.publish.push import Parcel, pack, send
-from veneer.report import certificate_page
+from veneer.report.certificate_page import certificate_page
 
 
 def push(

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from veneer.config import Run
 from veneer.config.notify import collected, notify, notify_on_error
-from veneer.release import write_card, write_passport
-from veneer.report import plot_loss
-from veneer.training import Listener, Resume, Trained, TrainingJob, finished
-from veneer.training.metrics import read_metrics
+from veneer.release.passport import write_passport
+from veneer.release.publish.card import write_card
+from veneer.report.plots import plot_loss
+from veneer.training.job import Resume, Trained, TrainingJob, finished
+from veneer.training.metrics import Listener, read_metrics
 
 
 def train(

@@ -31,7 +31,7 @@ def data(
         prepared = veneer.prepare(run, rows)
     if html is not None:
         from veneer.config.folder import write_text
-        from veneer.report import data_page
+        from veneer.report.data_page import data_page
 
         title = run.data.train if isinstance(run.data.train, str) else ", ".join(run.data.train)
         write_text(html, data_page(title, run.model.base, prepared.as_dict()))

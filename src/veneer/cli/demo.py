@@ -38,7 +38,7 @@ def demo(
     from veneer.cli import show_demo
     from veneer.config import RunFolder
     from veneer.machine.device import peak_resident_bytes
-    from veneer.training import TrainingJob
+    from veneer.training.job import TrainingJob
 
     job = TrainingJob(run)
     _show_start(out, job)
@@ -83,8 +83,9 @@ def _train_and_score(out: Any, job: Any) -> tuple[Any, Any]:
     from veneer.api.train import finish
     from veneer.cli import show, show_demo
     from veneer.data.pipeline import read_held_out
-    from veneer.evaluation import Evaluation, Scorer, generate
+    from veneer.evaluation.compare import Evaluation, Scorer
     from veneer.evaluation.examples import examples_of
+    from veneer.evaluation.generation import generate
 
     run = job.run
     held_out = job.data.held_out(run.evaluate.rows)

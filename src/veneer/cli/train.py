@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from veneer.training import Resume
+    from veneer.training.job import Resume
 
 
 def train(
@@ -44,7 +44,7 @@ def train(
     checks.require_output(folder, mode, overwrite)
     out = show.console(as_json)
     if mode == "auto" and folder.adapter.exists():
-        from veneer.training import finished
+        from veneer.training.job import finished
 
         if (result := finished(settings)) is not None:
             _show_result(out, result, as_json, "finished already")
@@ -52,7 +52,7 @@ def train(
     checks.require_inputs(settings)
     with show.status(out, "loading"):
         from veneer.api.train import finish
-        from veneer.training import TrainingJob
+        from veneer.training.job import TrainingJob
 
         job = TrainingJob(settings, mode, force, overwrite)
     out.print(f"machine  {escape(job.machine.describe())}")

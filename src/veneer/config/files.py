@@ -12,8 +12,11 @@ import json
 import re
 import stat
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from veneer.config.errors import Interrupted, JobError, UserError
 
@@ -99,6 +102,12 @@ def _object(text: str, where: str, keys: tuple[str, ...], fix: str) -> dict[str,
     if missing := [key for key in keys if key not in found]:
         raise UserError(f"{where}: damaged: it lacks `{missing[0]}`", fix)
     return found
+
+
+def packaged_table(package: str, name: str) -> Any:
+    """The values of a YAML file that lies beside the code of a package."""
+    text = resources.files(package).joinpath(name).read_text(encoding="utf-8")
+    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 def own_files(folder: Path, *patterns: str) -> list[Path]:

@@ -3,6 +3,7 @@
 `render.py` makes them with a chat template, and makes examples of them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -169,6 +170,6 @@ def add_span(spans: list[tuple[int, int, float]], start: int, end: int, weight: 
     spans.append((start, end, weight))
 
 
-def shared_length(first: str, second: str) -> int:
-    """The number of characters that two texts begin with alike."""
+def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """The number of characters, or of tokens, that two sequences begin with alike."""
     return next((n for n, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))

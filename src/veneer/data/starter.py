@@ -1,5 +1,6 @@
 """Writes a first run file for some data: small, commented, and accepted by `plan` and `train` as it stands."""
 
+from importlib import resources
 from pathlib import Path
 
 from veneer.config import Data, UserError
@@ -9,35 +10,6 @@ from veneer.config.names import BUILTIN_NAMES
 from veneer.data.row_parser import recognise_source
 from veneer.data.sources.find import find_sources
 
-PAGE = """\
-# A run of Veneer. All settings and their defaults: docs/settings.md. Each can be overridden on the command line.
-#   veneer data {file}    what becomes of every row
-#   veneer plan {file}    does it fit, how long, what is amiss
-#   veneer train {file}
-
-model:
-  base: {base}{about_base}
-
-# QLoRA: the frozen weights in 4 bits, about a quarter of their memory. LoRA in 16 bits without these lines.
-{quantize}quantization:
-{quantize}  bits: 4
-
-data:
-  train: {train}  # {recognised}
-{data_lines}  validation: {validation}{about_validation}
-  max_length: 2048  # tokens; {longer}
-
-adapter:
-  r: 16
-  lora_alpha: 32
-
-train:
-  output_dir: {output_dir}
-  num_train_epochs: 2
-  learning_rate: 2.0e-4
-  per_device_train_batch_size: 4
-  gradient_accumulation_steps: 4
-"""
 FEW = 200  # rows; of fewer, a twentieth says little
 
 
@@ -64,18 +36,25 @@ def starter_page(named: str, model: str | None, file: str) -> tuple[str, dict[st
     lines = _format_lines(formats, named) + _template_lines(model, formats)
     stem = Path(named.rstrip("/")).name.split(".")[0].strip("*?[]") or "run"
     rows = _count(named)
-    page = PAGE.format(
-        file=file,
-        base=scalar(model or BUILTIN_NAMES[0]),
-        about_base="" if model else "  # small, to try things with; name a hub id, a folder or a .gguf file",
-        quantize="# " if _is_quantized(model or BUILTIN_NAMES[0]) else "",
-        train=scalar(named),
-        recognised=", ".join(formats) + ": recognised by " + next(iter(found.values()))[1],
-        longer="longer text is cut into pieces" if formats == ["text"] else "longer rows are left out and counted",
-        data_lines="".join(f"  {line}\n" for line in lines),
-        validation=0.05 if rows is None or rows >= FEW else 0.1 if rows >= FEW // 4 else min(rows // 5, 5),
-        about_validation="  # share of the rows that is held out" if rows is None or rows >= FEW // 4 else "  # rows",
-        output_dir=scalar(f"runs/{stem}"),
+    page = (
+        resources.files("veneer.data")
+        .joinpath("starter.yaml.txt")
+        .read_text(encoding="utf-8")
+        .format(
+            file=file,
+            base=scalar(model or BUILTIN_NAMES[0]),
+            about_base="" if model else "  # small, to try things with; name a hub id, a folder or a .gguf file",
+            quantize="# " if _is_quantized(model or BUILTIN_NAMES[0]) else "",
+            train=scalar(named),
+            recognised=", ".join(formats) + ": recognised by " + next(iter(found.values()))[1],
+            longer="longer text is cut into pieces" if formats == ["text"] else "longer rows are left out and counted",
+            data_lines="".join(f"  {line}\n" for line in lines),
+            validation=0.05 if rows is None or rows >= FEW else 0.1 if rows >= FEW // 4 else min(rows // 5, 5),
+            about_validation="  # share of the rows that is held out"
+            if rows is None or rows >= FEW // 4
+            else "  # rows",
+            output_dir=scalar(f"runs/{stem}"),
+        )
     )
     return page, {name: f"{kind} ({why})" for name, (kind, why) in found.items()}
 

@@ -9,28 +9,13 @@ from typing import Any
 from veneer.data.conversation import BadRowError, Message
 from veneer.data.values import as_json, check_text
 
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "tool": "tool",
-    "tool_response": "tool",
-    "observation": "tool",
-    "function": "tool",
-    "function_response": "tool",
-    "ipython": "tool",
+_NAMES = {
+    "system": ("system", "developer"),
+    "user": ("user", "human", "prompter"),
+    "assistant": ("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot", "function_call", "tool_call"),
+    "tool": ("tool", "tool_response", "observation", "function", "function_response", "ipython"),
 }
+ROLES = {name: role for role, names in _NAMES.items() for name in names}
 CALLS = ("function_call", "tool_call")  # roles whose text is a call
 REASONING = ("reasoning_content", "reasoning", "thinking")
 WEIGHTS = ("loss_weight", "weight")  # ours, and OpenAI's: any number of at least 0

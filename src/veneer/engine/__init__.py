@@ -4,8 +4,3 @@
 model, and must give the same numbers: `agreement` compares them, and `choose` decides which one a run gets;
 `placement` says where the tensors of a step are.
 """
-
-from veneer.engine.interface import Engine
-from veneer.engine.reference import ReferenceEngine
-
-__all__ = ["Engine", "ReferenceEngine"]

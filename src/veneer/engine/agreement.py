@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from veneer.data import Batch
-from veneer.data.batch import Example
+from veneer.data.batch import Batch, Example
 from veneer.engine.interface import Engine
 from veneer.engine.objective import LIKELIHOOD
 from veneer.engine.reference import ReferenceEngine

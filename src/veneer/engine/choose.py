@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from veneer.config import JobError, Train, UserError
-from veneer.data import Batch
-from veneer.data.batch import Example
+from veneer.data.batch import Batch, Example
 from veneer.engine.agreement import agree, even_rows, short_rows
-from veneer.engine.fused import FusedEngine, NotCoveredError
+from veneer.engine.fused.decoder import NotCoveredError
+from veneer.engine.fused.engine import FusedEngine
 from veneer.engine.interface import Engine
 from veneer.engine.reference import ReferenceEngine
 

@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from veneer.engine.placement import BlockPlacement
 from veneer.engine.reference import PaddedRows, token_logprobs
 from veneer.engine.trace import FlashAttention, Peak, Trace, Work, is_view, on_meta
-from veneer.model.adapters import LORA, AdapterMethod
+from veneer.model.adapters.lora import LORA
+from veneer.model.adapters.method import AdapterMethod
 from veneer.model.quiet import quiet
 from veneer.model.shapes import decoder_layers
 

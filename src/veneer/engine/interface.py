@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from veneer.data import Batch
+from veneer.data.batch import Batch
 from veneer.engine.objective import Objective, StepOutput, TrainedTokens
 from veneer.engine.placement import MemoryPlacement
 

@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 
-from veneer.data import Batch
+from veneer.data.batch import Batch
 from veneer.machine.device import bring
 
 

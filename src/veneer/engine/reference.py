@@ -23,8 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from veneer.data import Batch
-from veneer.data.batch import UNTRAINED
+from veneer.data.batch import UNTRAINED, Batch
 from veneer.engine.attention import short_row_attention
 from veneer.engine.interface import BatchShapes
 from veneer.engine.objective import Objective, StepOutput, TrainedTokens

@@ -14,8 +14,8 @@ asks for flash's or cuDNN's kernels by name is followed as it is; what these tak
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Any, ClassVar, NamedTuple
@@ -63,8 +63,8 @@ class Peak:
 class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A context in which operations on meta tensors are counted.
 
-    `mark` begins a new phase; `scope` names the component that tensors made within belong to. `stands_in=False`: the
-    code does not call scaled dot-product attention, and is followed faster.
+    `mark` begins a new phase. `stands_in=False`: the code does not call scaled dot-product attention, and is followed
+    faster.
 
     Attributes:
         peaks: The peak of each phase.
@@ -112,18 +112,9 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._active.pop()
 
     def mark(self, phase: str, component: str) -> None:
-        """Begin a phase; what is made in it belongs to `component`, where no scope says otherwise."""
+        """Begin a phase; what is made in it belongs to `component`."""
         self._phase, self._component = phase, component
         self._look()
-
-    @contextmanager
-    def scope(self, component: str) -> Iterator[None]:
-        """Tensors made within belong to `component`."""
-        before, self._component = self._component, component
-        try:
-            yield
-        finally:
-            self._component = before
 
     def hold(self, component: str, count: int) -> None:
         """Count bytes that an operation holds while it runs."""

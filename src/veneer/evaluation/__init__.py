@@ -9,9 +9,3 @@ intervals.py   95% intervals
 paired.py      two models on the same rows: which rows turned right or wrong, and a verdict
 compare.py     base against tuned on the same rows
 """
-
-from veneer.evaluation.compare import Evaluation, Scorer
-from veneer.evaluation.generation import generate
-from veneer.evaluation.metrics import Sample
-
-__all__ = ["Evaluation", "Sample", "Scorer", "generate"]

@@ -12,16 +12,18 @@ from itertools import chain
 from typing import Any
 
 from veneer.config import Evaluate
-from veneer.data import Batch, Conversation, Message, Renderer
+from veneer.data.batch import Batch
+from veneer.data.conversation import Conversation, Message
 from veneer.data.pipeline import HeldOut
-from veneer.engine import Engine
-from veneer.engine.interface import document_losses
+from veneer.data.render import Renderer
+from veneer.engine.interface import Engine, document_losses
 from veneer.evaluation.generation import generate
 from veneer.evaluation.intervals import Interval
 from veneer.evaluation.memory import Batching, require_positions
-from veneer.evaluation.metrics import MetricResult, Sample, ScoredRows, ShareRight, measure
+from veneer.evaluation.metrics import measure
 from veneer.evaluation.metrics.exact_match import EXACT_MATCH, expected_answer
 from veneer.evaluation.metrics.json_fields import RECORD
+from veneer.evaluation.metrics.metric import MetricResult, Sample, ScoredRows, ShareRight
 from veneer.evaluation.paired import paired
 
 Progress = Callable[[int], None]

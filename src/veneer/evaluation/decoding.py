@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from veneer.config.sampling import Sampling
-from veneer.data import Renderer
+from veneer.data.render import Renderer
 from veneer.model.load import base_stop_ids
 
 SLACK = 8  # tokens before a stop text that may decode to nothing, or to half a character

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from veneer.data import Conversation, Message
+from veneer.data.conversation import Conversation, Message
 from veneer.evaluation.metrics.json_fields import json_object
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from veneer.config.sampling import Sampling
-from veneer.data import Renderer
+from veneer.data.render import Renderer
 from veneer.evaluation.decoding import LikeliestTokens, StopAtText, TextStream, answer_text, generation_config
 from veneer.evaluation.decoding import stop_ids_of as stop_ids_of
 from veneer.evaluation.memory import Batching, alike, room_for_answers

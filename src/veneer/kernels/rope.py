@@ -137,6 +137,14 @@ def _norm_backward(dy: torch.Tensor, x: Any, weight_C: Any, eps: float) -> torch
 
 
 @triton.jit
+def _weight(q_weight, k_weight, is_q, at, inside):
+    """Weights of the norm of q's heads, or of k's."""
+    of_q = tl.load(q_weight + at, mask=inside, other=0.0).to(tl.float32)
+    of_k = tl.load(k_weight + at, mask=inside, other=0.0).to(tl.float32)
+    return tl.where(is_q, of_q, of_k)
+
+
+@triton.jit
 def _forward(
     qkv, out, position, cos, sin, q_weight, k_weight, eps, stride, out_stride,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, S: tl.constexpr, HAS_NORM: tl.constexpr,
@@ -156,21 +164,9 @@ def _forward(
         whole = tl.load(qkv + at + c, mask=(h < H + 2 * K) & (c < C), other=0.0).to(tl.float32)
         rstd = tl.rsqrt(tl.sum(whole * whole, axis=1) / C + eps)[:, None]
         is_q = h < H
-        w1 = tl.where(
-            is_q,
-            tl.load(q_weight + s, mask=s < S, other=0.0).to(tl.float32),
-            tl.load(k_weight + s, mask=s < S, other=0.0).to(tl.float32),
-        )
-        w2 = tl.where(
-            is_q,
-            tl.load(q_weight + S + s, mask=s < S, other=0.0).to(tl.float32),
-            tl.load(k_weight + S + s, mask=s < S, other=0.0).to(tl.float32),
-        )
-        w = tl.where(
-            is_q,
-            tl.load(q_weight + c, mask=c < C, other=0.0).to(tl.float32),
-            tl.load(k_weight + c, mask=c < C, other=0.0).to(tl.float32),
-        )
+        w1 = _weight(q_weight, k_weight, is_q, s, s < S)
+        w2 = _weight(q_weight, k_weight, is_q, S + s, s < S)
+        w = _weight(q_weight, k_weight, is_q, c, c < C)
         first, second = first * rstd * w1, second * rstd * w2
         # What is not rotated: v whole, and the rest of a head where only its first part turns.
         stays = (h < H + 2 * K) & (c < C) & ((h >= H + K) | (c >= 2 * S))
@@ -213,21 +209,9 @@ def _backward(
         x1 = tl.load(raw + r_at + s, mask=turned & half, other=0.0).to(tl.float32)
         x2 = tl.load(raw + r_at + S + s, mask=turned & half, other=0.0).to(tl.float32)
         x3 = tl.load(raw + r_at + c, mask=turned & rest, other=0.0).to(tl.float32)
-        w1 = tl.where(
-            is_q,
-            tl.load(q_weight + s, mask=half, other=0.0).to(tl.float32),
-            tl.load(k_weight + s, mask=half, other=0.0).to(tl.float32),
-        )
-        w2 = tl.where(
-            is_q,
-            tl.load(q_weight + S + s, mask=half, other=0.0).to(tl.float32),
-            tl.load(k_weight + S + s, mask=half, other=0.0).to(tl.float32),
-        )
-        w3 = tl.where(
-            is_q,
-            tl.load(q_weight + c, mask=c < C, other=0.0).to(tl.float32),
-            tl.load(k_weight + c, mask=c < C, other=0.0).to(tl.float32),
-        )
+        w1 = _weight(q_weight, k_weight, is_q, s, half)
+        w2 = _weight(q_weight, k_weight, is_q, S + s, half)
+        w3 = _weight(q_weight, k_weight, is_q, c, c < C)
         rstd = tl.rsqrt((tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1) + tl.sum(x3 * x3, axis=1)) / C + eps)[
             :, None
         ]

@@ -18,32 +18,3 @@ attach.py    an adapter on a base: attach, save, load
 adapters/    methods of adapters: one description a file
 families/    families of models: one description a lineage
 """
-
-from veneer.model.attach import attach, count_parameters, load_adapter, save_adapter
-from veneer.model.fingerprint import config_sha256, fingerprint, stored_quantization
-from veneer.model.lineage import GgufOrigin, gguf_origin
-from veneer.model.load import LoadReport, compute_dtype, load_base, load_model, load_tokenizer
-from veneer.model.locate import BaseSource, local_folder, locate
-from veneer.model.tuned import TunedModel, find_tuned
-
-__all__ = [
-    "BaseSource",
-    "GgufOrigin",
-    "LoadReport",
-    "TunedModel",
-    "attach",
-    "compute_dtype",
-    "config_sha256",
-    "count_parameters",
-    "find_tuned",
-    "fingerprint",
-    "gguf_origin",
-    "load_adapter",
-    "load_base",
-    "load_model",
-    "load_tokenizer",
-    "local_folder",
-    "locate",
-    "save_adapter",
-    "stored_quantization",
-]

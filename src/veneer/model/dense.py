@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from veneer.model.adapters import low_rank
+from veneer.model.adapters.lora import low_rank
 
 # 16-bit copies on the CPU may take one part in so many of the memory that is free: the run's own needs are to come.
 COPIES_SHARE = 8

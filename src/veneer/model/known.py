@@ -8,7 +8,8 @@ configuration. Training does not read this.
 from collections.abc import Iterator
 from typing import Any
 
-from veneer.model.families import FAMILIES, Family
+from veneer.model.families import FAMILIES
+from veneer.model.families.family import Family
 
 MAKERS = {
     *("meta-llama", "huggingfacetb", "qwen", "mistralai", "google", "microsoft", "facebook", "openai-community"),

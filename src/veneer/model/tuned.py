@@ -24,7 +24,7 @@ from veneer.config.manifest import read_manifest
 from veneer.config.names import base_not_here, require_adapter
 from veneer.data.render import Renderer
 from veneer.data.template import names_file
-from veneer.machine import find_machine
+from veneer.machine.device import find_machine
 from veneer.model.attach import load_adapter
 from veneer.model.fingerprint import stored_quantization
 from veneer.model.load import base_stop_ids, compute_dtype, load_model, load_tokenizer

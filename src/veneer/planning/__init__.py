@@ -9,7 +9,7 @@ target.py        the device that is planned for
 forecast.py      memory and time of a run;  planner.py  makes it
 fit.py           the cheapest changes that make a run fit
 model_sizes.py   what fits which card: one family of bases, by method
-advice.py        rules about settings, data and forecast; reference.py  their page
+advice.py        rules about settings, data and forecast
 foresee.py       forecast and advice of a run, as `veneer plan` and `veneer train` ask for them
 doctor.py        what is wrong with a machine;  measure.py  its speeds
 """

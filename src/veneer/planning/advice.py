@@ -1,8 +1,8 @@
 """What is likely to go wrong with a run's settings, and what to change: one rule a pitfall.
 
 A rule looks at a `Situation` and gives a message with its fix, or None. It fires on what is known: a rule about the
-data says nothing while the data has not been read. `HANDLED` lists the pitfalls of the usual guides that cannot happen
-here, and why. Sources are papers by their arXiv number, or the measurement that a rule rests on.
+data says nothing while the data has not been read. Sources are papers by their arXiv number, or the measurement that a
+rule rests on. docs/advice.md also lists the pitfalls that cannot happen here.
 
 All rules are in one file, long as it is: each stands by itself, and a reader looks for one by its id or its section.
 """
@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from veneer.config import Data, Run
-from veneer.model.adapters import AdapterMethod, find_method
+from veneer.model.adapters import find_method
+from veneer.model.adapters.method import AdapterMethod
 from veneer.model.shapes import Shapes
 from veneer.planning.forecast import Forecast
 from veneer.planning.memory import frozen_bytes
@@ -476,22 +477,3 @@ def _(s: Situation) -> Found:
     if s.run.data.loss_on != "all" or (s.data is not None and s.data.raw):
         return None
     return "the questions are trained as well as the answers", "set data.loss_on=assistant"
-
-
-# Pitfalls of the usual guides that cannot happen here: what they are, and what is done instead.
-HANDLED = {
-    "8-bit base": "bits: 8 is refused: it needs twice the memory of 4 bits and is slower",
-    "forgotten use_cache=False": "every base is loaded without a key-value cache",
-    "forgotten prepare_model_for_kbit_training": "gradients reach the adapter without it; the first step is checked "
-    "for that, and a loss that is not a number ends the run",
-    "forgotten enable_input_require_grads": "recomputation is of the kind that does not need it, and the first step is "
-    "checked for gradients",
-    "get_peft_model without a config": "a run without an adapter does not exist",
-    "saving the full model": "only the adapter is saved",
-    "merging in float16": "an adapter is merged in bfloat16, unless --dtype says otherwise",
-    "merging into a 4-bit base": "an adapter is never merged into a quantized base",
-    "hand-written template": "rows are rendered by the template alone, and `veneer data` shows every token",
-    "padding that masks the end token": "padding never enters a row",
-    "packed rows that see each other": "documents stay apart in every engine, and `veneer verify` tries it",
-    "a target that matches nothing": "refused, with the nearest names",
-}

@@ -15,7 +15,7 @@ import torch
 from veneer.config import Model, Run, Train
 from veneer.engine.choose import choose_engine
 from veneer.engine.dry_run import DryRun, Step, carried_on, run_dry
-from veneer.engine.fused import NotCoveredError
+from veneer.engine.fused.decoder import NotCoveredError
 from veneer.engine.fused.dry_run import predict_placement, require_covered, run_layers_dry
 from veneer.engine.placement import MemoryPlacement, whole_blocks
 from veneer.model.shapes import build, find_config, is_at_hand, is_stored_in_4_bits, shapes_of

@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from veneer.config import Run, UserError
-from veneer.data import Prepared, Renderer, prepare
-from veneer.data.pipeline import Part
+from veneer.data.pipeline import Part, Prepared, prepare
+from veneer.data.render import Renderer
 from veneer.data.template import own_template
-from veneer.model import gguf_origin, load_tokenizer, locate
+from veneer.model.lineage import gguf_origin
+from veneer.model.load import load_tokenizer
+from veneer.model.locate import locate
 from veneer.model.shapes import is_at_hand
 from veneer.planning.advice import Advice, DataFacts, Situation, TokenizerFacts, advise
 from veneer.planning.base import PlannedModel

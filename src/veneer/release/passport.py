@@ -10,7 +10,10 @@ from typing import Any
 
 from veneer.config.folder import write_json
 from veneer.evaluation.generation import stop_ids_of
-from veneer.model import BaseSource, compute_dtype, gguf_origin, local_folder, stored_quantization
+from veneer.model.fingerprint import stored_quantization
+from veneer.model.lineage import gguf_origin
+from veneer.model.load import compute_dtype
+from veneer.model.locate import BaseSource, local_folder
 from veneer.model.passport import FILE, adapter_fingerprints, base_fingerprints, base_name
 from veneer.release.redact import public_settings
 from veneer.training.job import TrainingJob, environment

@@ -18,7 +18,8 @@ import torch
 
 from veneer.config import UserError
 from veneer.config.files import read_json
-from veneer.model import BaseSource, shards
+from veneer.model import shards
+from veneer.model.locate import BaseSource
 from veneer.model.shards import ALL_DTYPES, INDEX, WHOLE, DamagedError, UnknownTypeError, find_files
 
 NAMES = {dtype: name for name, dtype in ALL_DTYPES.items()}

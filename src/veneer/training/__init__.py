@@ -10,8 +10,3 @@ checkpoint.py  a resumable state on disk
 stop.py        signals that ask the loop to end, with a checkpoint
 metrics.py     metrics.jsonl, and the listeners that get its records
 """
-
-from veneer.training.job import Resume, Trained, TrainingJob, finished
-from veneer.training.metrics import Listener
-
-__all__ = ["Listener", "Resume", "Trained", "TrainingJob", "finished"]

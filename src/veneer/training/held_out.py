@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from veneer.data import Batch
+from veneer.data.batch import Batch
 from veneer.data.pipeline import Part
 
 

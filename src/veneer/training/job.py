@@ -23,12 +23,14 @@ from veneer.config.folder import remove, whole_folder, write_json, write_text
 from veneer.config.load import to_yaml
 from veneer.config.names import anchored
 from veneer.config.notify import kept_in, notify
-from veneer.data import Batches
+from veneer.data.batch import Batches
 from veneer.data.pipeline import Part
 from veneer.engine.choose import choose
 from veneer.engine.interface import BatchShapes
 from veneer.machine.device import peak_bytes, resolve_optim
-from veneer.model import compute_dtype, config_sha256, count_parameters, fingerprint, save_adapter
+from veneer.model.attach import count_parameters, save_adapter
+from veneer.model.fingerprint import config_sha256, fingerprint
+from veneer.model.load import compute_dtype
 from veneer.planning.memory import optimizer_bytes, run_disk_bytes
 from veneer.training import checkpoint
 from veneer.training.held_out import HeldOutBatches

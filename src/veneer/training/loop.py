@@ -20,8 +20,8 @@ import torch
 
 from veneer.config import Interrupted, JobError, Train
 from veneer.config.notify import notify
-from veneer.data import Batches
-from veneer.engine import Engine
+from veneer.data.batch import Batches
+from veneer.engine.interface import Engine
 from veneer.engine.objective import Objective, StepOutput, TrainedTokens
 from veneer.machine.device import peak_bytes
 from veneer.model.adapters import find_method

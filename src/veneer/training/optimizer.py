@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from veneer.config import Train
-from veneer.engine import Engine
+from veneer.engine.interface import Engine
 from veneer.machine.device import resolve_optim
 from veneer.model.quiet import quiet
 

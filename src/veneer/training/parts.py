@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from veneer.config import Run, UserError
-from veneer.data import Prepared, Renderer, prepare
-from veneer.machine import find_machine
-from veneer.machine.device import Machine, bound_freed_memory
-from veneer.model import BaseSource, attach, load_model, load_tokenizer, locate
+from veneer.data.pipeline import Prepared, prepare
+from veneer.data.render import Renderer
+from veneer.machine.device import Machine, bound_freed_memory, find_machine
+from veneer.model.attach import attach
+from veneer.model.load import load_model, load_tokenizer
+from veneer.model.locate import BaseSource, locate
 from veneer.planning.foresee import Foreseen, Read, foresee
 from veneer.planning.target import this_device
 

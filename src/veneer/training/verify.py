@@ -21,16 +21,15 @@ import torch.nn.functional as F
 
 from veneer.config import Run, Train
 from veneer.config.results import Check
-from veneer.data import Batch
-from veneer.data.batch import Example
-from veneer.engine import Engine, ReferenceEngine
+from veneer.data.batch import Batch, Example
 from veneer.engine.agreement import ENOUGH, Agreement, agree, all_trained, even_rows, short_name, short_rows
 from veneer.engine.choose import EVEN, EngineChoice, build, fall_back
-from veneer.engine.interface import document_losses
+from veneer.engine.interface import Engine, document_losses
 from veneer.engine.objective import LIKELIHOOD
+from veneer.engine.reference import ReferenceEngine
 from veneer.engine.temporary import fill_zeros, untouched
-from veneer.model import save_adapter
 from veneer.model.adapters import find_method
+from veneer.model.attach import save_adapter
 from veneer.model.quiet import quiet
 from veneer.training.optimizer import build_optimizer, parameters_to_update
 from veneer.training.parts import RunParts, load_parts

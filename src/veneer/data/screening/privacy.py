@@ -7,8 +7,8 @@ street addresses, which take a model to find, addresses written out ("john at ex
 and passwords in running prose. Checksums and numbering plans come from `python-stdnum` and `phonenumbers`.
 
 Most rows hold nothing. Cheap tests over the whole text therefore come first, and the two libraries are imported only
-where a candidate stands. What was found is named by its place alone, never repeated. The file is long because its
-tables of patterns are: each kind is a few lines of code beside its table.
+where a candidate stands. What was found is named by its place alone, never repeated. Formats of keys and of national
+ids stand in privacy.yaml.
 """
 
 import importlib
@@ -18,6 +18,8 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+
+from veneer.config.files import packaged_table
 
 # The most specific come first: of two findings that overlap, the earlier kind stays.
 KINDS = ("secret", "email", "iban", "card", "national_id", "ip_address", "phone")
@@ -91,41 +93,13 @@ _HYPHEN = "[-\u2010\u2011]"
 _GAP = "[-. \u00a0\u2010\u2011]"
 
 
-# Secrets: (vendor, the literal that every key starts with, the rest).
-_VENDORS = [
-    ("Anthropic", "sk-ant-", r"[\w-]{20,}"),
-    ("OpenAI, OpenRouter, DeepSeek", "sk-", r"(?:(?:proj|svcacct|admin|or)-[\w-]{20,}|[A-Za-z0-9]{32,})"),
-    *(("AWS", lead, r"[A-Z0-9]{16}") for lead in ("AKIA", "ASIA")),
-    ("Azure", "AccountKey=", r"[\w+/]{40,}={0,2}"),
-    ("Databricks", "dapi", r"[0-9a-f]{32}"),
-    ("DigitalOcean", "dop_v1_", r"[0-9a-f]{64}"),
-    *(("GitHub", f"gh{letter}_", r"\w{36,}") for letter in "pousr"),
-    ("GitHub, fine-grained", "github_pat_", r"\w{40,}"),
-    ("GitLab", "glpat-", r"[\w-]{20,}"),
-    ("Google", "AIza", r"[\w-]{35}"),
-    ("Google OAuth", "GOCSPX-", r"[\w-]{20,}"),
-    ("Groq", "gsk_", r"[A-Za-z0-9]{40,}"),
-    ("Hugging Face", "hf_", r"[A-Za-z0-9]{30,}"),
-    ("JSON Web Token", "eyJ", r"[\w-]{8,2000}\.eyJ[\w-]{8,}(?:\.[\w-]*)?"),
-    ("npm", "npm_", r"[A-Za-z0-9]{36}"),
-    ("PyPI", "pypi-AgEI", r"[\w-]{50,}"),
-    ("SendGrid", "SG.", r"[\w-]{16,32}\.[\w-]{16,64}"),
-    ("Slack", "xox", r"[a-z]-[\w-]{10,}"),
-    *(("Stripe", lead, r"(?:live|test)_[A-Za-z0-9]{16,}") for lead in ("sk_", "rk_")),
-    ("Twilio", "SK", r"[0-9a-f]{32}"),
-    # To the end of the block, or of the text where it is cut off; a header without key material is only talked about.
-    (
-        "PEM",
-        "-----BEGIN ",
-        r"[A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----(?=(?s:.{0,300}?)[\w+/]{24})"
-        r"(?s:.*?)(?:-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----|\Z)",
-    ),
-]
+_TABLES = packaged_table("veneer.data.screening", "privacy.yaml")
 # By the rarest character of the literal, since looking for one character takes a tenth of the time of looking for two.
 _KEYS: dict[str, list[tuple[str, re.Pattern[str]]]] = defaultdict(list)
-for _vendor, _lead, _rest in _VENDORS:
-    _key = re.compile(rf"(?<!\w){re.escape(_lead)}{_rest}(?![A-Za-z0-9])", re.ASCII)
-    _KEYS[max(_lead, key="-SEIBGxzKJX=_".find)].append((_lead, _key))
+for _vendor, _leads, _rest in _TABLES["secrets"]:
+    for _lead in _leads:
+        _key = re.compile(rf"(?<!\w){re.escape(_lead)}{_rest}(?![A-Za-z0-9])", re.ASCII)
+        _KEYS[max(_lead, key="-SEIBGxzKJX=_".find)].append((_lead, _key))
 # `password = "..."`, `"api_key": "..."`, `Authorization: Bearer ...`: the value, then the name that stands before it.
 _ASSIGNED = re.compile(r"[=:]>?[ \t]{0,3}(?:Bearer |Basic )?[\"'`]?([A-Za-z0-9+/=_.~!@#$%^&*-]{8,200}+)(?![(\[{<])")
 _SECRET_NAME = re.compile(
@@ -237,65 +211,8 @@ def _checks(module: str, value: str) -> bool:
         return False
 
 
-# National ids whose shape, with a checksum or a birth date, is enough. (module of stdnum, "" where it has none; shape)
-_FORMATTED = [
-    ("ar.cuit", r"\d\d-\d{8}-\d"),
-    ("be.nn", r"\d\d\.\d\d\.\d\d-\d{3}\.\d\d"),
-    ("br.cpf", r"\d{3}\.\d{3}\.\d{3}-\d\d"),
-    ("ch.ssn", r"756\.\d{4}\.\d{4}\.\d\d"),
-    ("cl.rut", r"\d\d?\.\d{3}\.\d{3}-[\dK]"),
-    ("cn.ric", r"[1-9]\d{16}[\dX]"),
-    ("es.dni", r"\d{8}-?[A-Z]"),
-    ("es.nie", r"[XYZ]-?\d{7}-?[A-Z]"),
-    ("fi.hetu", r"\d{6}[-A-FU-Y]\d{3}[A-Z\d]"),
-    ("fr.nir", r"[12] \d\d \d\d \d[\dAB] \d{3} \d{3} \d\d"),
-    ("", r"(?!BG|GB|NK|KN|TN|NT|ZZ)[A-CEGHJ-PR-TW-Z][A-CEGHJ-NPR-TW-Z]( ?)\d\d(?:\1\d\d){2}\1[A-D]"),  # British NINO
-    ("in_.pan", r"[A-Z]{5}\d{4}[A-Z]"),
-    ("it.codicefiscale", r"[A-Z]{6}\d\d[A-Z]\d\d[A-Z]\d{3}[A-Z]"),
-    ("kr.rrn", r"\d{6}-\d{7}"),
-    ("mx.curp", r"[A-Z]{4}\d{6}[HMX][A-Z]{5}[A-Z\d]\d"),
-    ("my.nric", r"\d{6}-\d\d-\d{4}"),
-    ("pk.cnic", r"\d{5}-\d{7}-\d"),
-    ("pt.cc", r"\d{8} \d [A-Z\d]{2}\d"),
-    ("se.personnummer", r"(?:19|20)?\d{6}-\d{4}"),
-    ("th.pin", r"\d-\d{4}-\d{5}-\d\d-\d"),
-    ("us.itin", r"9\d\d-\d\d-\d{4}"),
-    ("us.ssn", r"\d{3}-\d\d-\d{4}"),
-]
-_FORMS = [(module, re.compile(rf"{_LEFT}{form}{_RIGHT}", re.ASCII)) for module, form in _FORMATTED]
-# And those that are bare digits, or whose checksum one number in ten passes: (module, the words that must stand near).
-_NAMED = [
-    ("au.tfn", r"\bTFN\b|(?i:tax file)"),
-    ("be.nn", r"(?i:rijksregister|registre national|\bNISS\b)"),
-    ("bg.egn", r"\bEGN\b|ЕГН"),
-    ("br.cpf", r"\bCPF\b"),
-    ("ca.sin", r"\bSIN\b|(?i:social insurance)"),
-    ("cz.rc", r"(?i:rodn[ée] [čc][íi]slo)"),
-    ("de.idnr", r"(?i:steuer-?id|identifikationsnummer|\bidnr\b)"),
-    ("dk.cpr", r"(?i:\bcpr\b)"),
-    ("ee.ik", r"(?i:isikukood)"),
-    ("fr.nir", r"\bNIR\b|(?i:s[ée]curit[ée] sociale)"),
-    ("gb.nhs", r"\bNHS\b"),
-    ("gr.amka", r"\bAMKA\b|ΑΜΚΑ"),
-    ("hr.oib", r"\bOIB\b"),
-    ("id.nik", r"\bNIK\b"),
-    ("ie.pps", r"\bPPSN?\b"),
-    ("il.idnr", r"(?i:teudat zehut)|תעודת זהות"),
-    ("in_.aadhaar", r"(?i:aadh?aar|uidai)"),
-    ("jp.in_", r"(?i:my number)|マイナンバー|個人番号"),
-    ("lt.asmens", r"(?i:asmens kodas)"),
-    ("nl.bsn", r"(?i:\bbsn\b|burgerservice)"),
-    ("no.fodselsnummer", r"(?i:f[øo]dselsnummer|personnummer)"),
-    ("pl.pesel", r"(?i:pesel)"),
-    ("pt.nif", r"\bNIF\b|(?i:contribuinte)"),
-    ("ro.cnp", r"\bCNP\b"),
-    ("se.personnummer", r"(?i:personnummer)"),
-    ("tr.tckimlik", r"(?i:kimlik|\btckn\b)"),
-    ("us.ssn", r"(?i:social security|(?<![a-z])ssn(?![a-z]))"),
-    ("za.idnr", r"(?i:south african? id)|\bRSA ID\b"),
-    ("", r"(?i:passport)"),
-]
-_NAMES = [(module, re.compile(words)) for module, words in _NAMED]
+_FORMS = [(module, re.compile(rf"{_LEFT}{form}{_RIGHT}", re.ASCII)) for module, form in _TABLES["formatted"]]
+_NAMES = [(module, re.compile(words)) for module, words in _TABLES["named"]]
 _BARE_ID = re.compile(rf"{_LEFT}[A-Z]{{0,2}}[0-9](?:[ /-]?[0-9]){{5,15}}[A-Z]{{0,2}}{_RIGHT}")
 _PASSPORT = re.compile(r"[A-Z]{0,2}[0-9]{6,9}")
 

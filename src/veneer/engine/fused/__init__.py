@@ -6,8 +6,3 @@ large products (`group`), a block keeps what the placement says (`block`, `polic
 and goes to the fastest backend (`attention`), and what lies between is fused (`veneer.kernels`). `decoder` says what is
 covered.
 """
-
-from veneer.engine.fused.decoder import NotCoveredError
-from veneer.engine.fused.engine import FusedEngine
-
-__all__ = ["FusedEngine", "NotCoveredError"]

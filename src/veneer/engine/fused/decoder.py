@@ -13,8 +13,9 @@ from veneer.engine.fused.group import Linear
 from veneer.engine.positions import switch_of
 from veneer.kernels.gated_mlp import ACTIVATIONS
 from veneer.kernels.rope import HeadNorm, Heads
-from veneer.model.adapters import low_rank
-from veneer.model.families import FAMILIES, DecoderNames
+from veneer.model.adapters.lora import low_rank
+from veneer.model.families import FAMILIES
+from veneer.model.families.family import DecoderNames
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 

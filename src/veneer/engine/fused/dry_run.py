@@ -19,8 +19,7 @@ from typing import Any
 
 import torch
 
-from veneer.data import Batch
-from veneer.data.batch import UNTRAINED
+from veneer.data.batch import UNTRAINED, Batch
 from veneer.engine.dry_run import CONSTANT_BLOCK, QUANT_BLOCK, DryRun, Step, backward_phase
 from veneer.engine.fused.attention import PLANNED
 from veneer.engine.fused.block import ACTIVATIONS, Block

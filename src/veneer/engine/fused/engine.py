@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from veneer.data import Batch
+from veneer.data.batch import Batch
 from veneer.engine.fused.attention import Documents
 from veneer.engine.fused.block import Block, Context, SavedActivations, Stream
 from veneer.engine.fused.decoder import Decoder, NotCoveredError, read

@@ -21,8 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from veneer.data import Batch
-from veneer.data.batch import UNTRAINED
+from veneer.data.batch import UNTRAINED, Batch
 from veneer.engine.fused import cudnn
 from veneer.engine.fused.attention import Documents
 from veneer.engine.objective import Objective, StepOutput

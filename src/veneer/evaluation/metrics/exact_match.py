@@ -8,7 +8,8 @@ follows it. Calls in the form of Qwen and Hermes are compared as JSON: spaces an
 import json
 import re
 
-from veneer.data import Conversation, Renderer
+from veneer.data.conversation import Conversation
+from veneer.data.render import Renderer
 from veneer.evaluation.decoding import answer_text
 from veneer.evaluation.metrics.metric import ScoredRows, ShareRight
 

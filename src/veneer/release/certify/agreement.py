@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from veneer.config.results import Check
-from veneer.data import Renderer
+from veneer.data.render import Renderer
 from veneer.release.certify.prompts import Prompt
 from veneer.release.certify.runtimes import Answer
 

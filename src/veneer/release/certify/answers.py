@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from veneer.data import Conversation, Renderer
+from veneer.data.conversation import Conversation
+from veneer.data.render import Renderer
 from veneer.release.certify.servers import llama_server
 
 SLOTS = 8  # conversations at once: a step of llama.cpp answers them together, and each slot keeps what they begin with

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from veneer.config import UserError
 from veneer.config.files import read_optional_json, reading
-from veneer.data import Renderer
-from veneer.machine import find_machine
+from veneer.data.render import Renderer
+from veneer.machine.device import find_machine
 from veneer.model.gguf import open_gguf
 from veneer.model.tuned import TunedModel
 from veneer.release.certify.prompts import Prompt

@@ -5,7 +5,7 @@ the 4-bit base, dequantized, is the better one (docs/release.md); where the 16-b
 of rows, it is taken. What is not shown is not a reason to ship another model than was judged.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,7 +46,6 @@ def choose_base(
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     recorded: dict[str, Recorded],
-    on_status: Callable[[str], None] = lambda what: None,
 ) -> BaseChoice:
     """Score the adapter on its base in 4 bits and in 16, on the same rows.
 
@@ -55,7 +54,6 @@ def choose_base(
         prompts: Held-out rows.
         max_new_tokens: Longest answer.
         recorded: Answers that evaluation recorded, taken where they are of all rows.
-        on_status: Called with what is being done.
 
     Raises:
         UserError: The base was not quantized, or there are no held-out rows.
@@ -69,11 +67,9 @@ def choose_base(
     if not rows:
         raise UserError(f"{tuned.name}: --on best: there are no held-out rows to choose by", "leave --on out")
     renderer, ends = tuned.renderer, set(tuned.stop_ids)
-    on_status("the adapter answers on the base in 4 bits")
     model = None if all(row.id in recorded for row in rows) else tuned.load(tuned.dtype)
     judged, _ = judged_answers(model, renderer, rows, max_new_tokens, ends, recorded, batch_of(tuned))
     del model
-    on_status("the adapter answers on the base in 16 bits")
     other = replace(tuned, quantization=None).load(tuned.dtype)
     answers = greedy(other, renderer.tokenizer, [row.ids for row in rows], max_new_tokens, ends, batch_of(tuned))
     references = [row.reference or "" for row in rows]

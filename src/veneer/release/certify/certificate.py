@@ -30,7 +30,7 @@ from typing import Any
 from veneer.config.files import file_sha256
 from veneer.config.folder import write_json
 from veneer.config.results import Check
-from veneer.data import Renderer
+from veneer.data.render import Renderer
 from veneer.model.dense import adapter_in_copies
 from veneer.model.tuned import TunedModel
 from veneer.release.certify.agreement import (

@@ -6,7 +6,7 @@ settings.py has those of configuration and decoding, agreement.py and verdict.py
 from collections.abc import Sequence
 
 from veneer.config.results import Check
-from veneer.data import Renderer
+from veneer.data.render import Renderer
 from veneer.release.certify.artifact import Artifact
 from veneer.release.certify.compare_weights import STRENGTH, Compared
 from veneer.release.certify.diagnose import diagnose_prompt

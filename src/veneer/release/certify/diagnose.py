@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from veneer.data import Renderer
+from veneer.data.drafts import shared_length
+from veneer.data.render import Renderer
 from veneer.model.gguf import open_gguf
 from veneer.release.gguf.tokenizer import CONTROL, UNKNOWN, USER_DEFINED
 
@@ -21,11 +22,11 @@ def diagnose_prompt(renderer: Renderer, expected: list[int], found: list[int], a
         return f"the tokenizer lacks {', '.join(lost[:3])}"
     one, other = _text(tokenizer, expected), _text(tokenizer, found)
     if one == other:
-        at = next((n for n, (a, b) in enumerate(zip(expected, found)) if a != b), min(len(expected), len(found)))
+        at = shared_length(expected, found)
         shown = tokenizer.convert_ids_to_tokens(expected[at : at + 3])
         theirs = tokenizer.convert_ids_to_tokens([number for number in found[at : at + 3] if number < len(tokenizer)])
         return f"the tokenizer cuts the same text otherwise: {shown} in training, {theirs} here"
-    at = next((n for n, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+    at = shared_length(one, other)
     start = max(0, at - AROUND)
     shown, theirs = one[start : at + AROUND], other[start : at + AROUND]
     if bos is not None and found[:1] != [bos] and expected[:1] == [bos] and found == expected[1:]:

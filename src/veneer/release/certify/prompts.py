@@ -8,8 +8,9 @@ A case that the model's template refuses (as in training) is left out.
 from dataclasses import dataclass
 
 from veneer.config import UserError
-from veneer.data import Message, Renderer
+from veneer.data.conversation import Message
 from veneer.data.pipeline import HeldOut
+from veneer.data.render import Renderer
 from veneer.evaluation.metrics.exact_match import expected_answer
 from veneer.model.shapes import find_config
 from veneer.model.tuned import TunedModel

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from veneer.config import JobError
 from veneer.config.files import reading
-from veneer.data import Message
+from veneer.data.conversation import Message
 from veneer.data.sandbox import Job, RefusedError, TemplateLimitError, shared
 from veneer.evaluation.decoding import answer_text, generation_config
 from veneer.evaluation.generation import GREEDY, continue_prompts

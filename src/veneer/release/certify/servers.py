@@ -23,7 +23,7 @@ from typing import IO, Any
 import veneer
 from veneer.config import JobError, UserError
 from veneer.config.files import reason
-from veneer.data import Message
+from veneer.data.conversation import Message
 from veneer.release.certify.runtimes import TOP, Answer
 
 TOP_OF_A_SERVER = 20  # what OpenAI's protocol allows

@@ -16,7 +16,7 @@ import numpy as np
 from veneer.config import UserError
 from veneer.config.files import read_json, reading
 from veneer.config.results import Check
-from veneer.data import Renderer
+from veneer.data.render import Renderer
 from veneer.model.gguf import open_gguf
 from veneer.model.quiet import quiet
 from veneer.model.remote import read_config

@@ -18,8 +18,8 @@ import torch
 
 from veneer.config import UserError
 from veneer.config.folder import whole_folder, write_text
-from veneer.model import gguf_origin
 from veneer.model.adapters import find_method
+from veneer.model.lineage import gguf_origin
 from veneer.model.passport import base_name
 from veneer.model.shapes import find_config
 from veneer.model.tuned import TunedModel

@@ -8,7 +8,7 @@ Hooks on the judged model's linear layers sum squares in float32, one number an 
 The matrix lies beside the file that was made with it, so that a certificate can make the same bytes again.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from veneer.data import Example
+from veneer.data.batch import Example
 from veneer.release.merge.adapter_delta import AdapterDelta
 
 FILE = "importance.safetensors"
@@ -25,17 +25,13 @@ IMPORTANCE_ROWS = 64  # training rows that are read: on the demo more change not
 Importance = dict[str, torch.Tensor]
 
 
-def measure_importance(
-    model: Any, rows: Sequence[Example], notify: Callable[[str], None] = lambda what: None
-) -> Importance:
+def measure_importance(model: Any, rows: Sequence[Example]) -> Importance:
     """Mean square of each input column of each linear layer, float32 [columns], by the name of its weight.
 
     Args:
         model: The judged model, a PEFT model in evaluation mode.
         rows: Training rows.
-        notify: Called with what is being done.
     """
-    notify(f"measuring which weights matter on {len(rows)} training rows")
     device = model.get_input_embeddings().weight.device
     with torch.no_grad(), _summed_squares(model.get_base_model()) as sums:
         for row in rows:

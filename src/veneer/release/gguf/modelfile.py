@@ -12,8 +12,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from veneer.data import Message, Renderer
-from veneer.data.conversation import BadRowError
+from veneer.data.conversation import BadRowError, Message
+from veneer.data.drafts import shared_length
+from veneer.data.render import Renderer
 from veneer.data.template import Template, begin_ids
 
 U, A, S = "qzUSERzq", "qzANSWERzq", "qzSYSTEMzq"
@@ -112,7 +113,7 @@ def chain_of(renderer: Renderer) -> Chain | None:
     if one is None or more is None or alone is None or one.count(U) != 1 or more.count(A) != 1:
         return None
     # A template may close a text that asks for nothing with one more token.
-    shared = _shared_start(one, alone)
+    shared = one[: shared_length(one, alone)]
     cut = len(shared) if one[len(shared) :].startswith("<") or "<" not in shared else shared.rindex("<")
     cut = max(cut, one.index(U) + len(U))
     prompt = one[cut:]
@@ -122,7 +123,8 @@ def chain_of(renderer: Renderer) -> Chain | None:
         return None
     # After the answer comes the next question: the part all questions share is what stands before one.
     gap = middle[len(after_user + prompt + A) : middle.rindex("more")]
-    user = _from_last(_shared_end(before_user, gap), prompt)
+    alike = shared_length(before_user[::-1], gap[::-1])
+    user = _from_last(gap[len(gap) - alike :], prompt)
     after_answer = gap[: len(gap) - len(user)]
     lead = before_user[: len(before_user) - len(user)]
     bos = renderer.tokenizer.bos_token or ""
@@ -150,20 +152,6 @@ def _rendered(renderer: Renderer, messages: Sequence[Message], asks: bool = True
         return Template(renderer.tokenizer, renderer.template, renderer.settings).text(messages, asks)
     except BadRowError:
         return None
-
-
-def _shared_start(one: str, other: str) -> str:
-    """The longest text both begin with."""
-    n = next((n for n, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
-    return one[:n]
-
-
-def _shared_end(one: str, other: str) -> str:
-    """The longest text both end with."""
-    n = 0
-    while n < min(len(one), len(other)) and one[-1 - n] == other[-1 - n]:
-        n += 1
-    return one[len(one) - n :]
 
 
 def _from_last(shared: str, prompt: str) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from veneer.config import Quantization, UserError
-from veneer.model.adapters import MOVES_THE_BASE, low_rank
+from veneer.model.adapters.lora import MOVES_THE_BASE, low_rank
 from veneer.model.quiet import quiet
 from veneer.model.shapes import build, find_config
 from veneer.model.tuned import TunedModel

@@ -24,8 +24,10 @@ from veneer.config.folder import write_text
 from veneer.config.load import yaml_values
 from veneer.config.results import limit_text, value_text
 from veneer.data.template import begin_ids
-from veneer.machine import find_machine
-from veneer.model import BaseSource, GgufOrigin, compute_dtype, gguf_origin, load_tokenizer, local_folder, locate
+from veneer.machine.device import find_machine
+from veneer.model.lineage import GgufOrigin, gguf_origin
+from veneer.model.load import compute_dtype, load_tokenizer
+from veneer.model.locate import BaseSource, local_folder, locate
 from veneer.model.passport import base_name, read_passport
 from veneer.release.publish.vllm_lint import vllm_lint
 from veneer.release.redact import failed_check, name_of, without_paths

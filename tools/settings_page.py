@@ -1,4 +1,4 @@
-"""Writes docs/settings.md from the settings themselves: `python -m veneer.config.reference > docs/settings.md`."""
+"""Writes docs/settings.md from the settings themselves: `python -m tools.settings_page > docs/settings.md`."""
 
 import types
 import typing
@@ -6,7 +6,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from veneer.config.foreign import CALLED, INSTEAD
+from veneer.config.foreign import names_of_others
 from veneer.config.load import sections
 from veneer.config.run import Run
 
@@ -37,14 +37,15 @@ def settings_page() -> str:
         parts.append("| setting | default | values | what it does |\n|---|---|---|---|")
         parts += [_row(key, field) for key, field in section.model_fields.items()]
         parts.append("")
-    return "\n".join([*parts, OTHERS, *_names_of_others(), ""])
+    return "\n".join([*parts, OTHERS, *_rows_of_others(), ""])
 
 
-def _names_of_others() -> list[str]:
+def _rows_of_others() -> list[str]:
     """A row for each answer, with the names that get it."""
+    called, instead = names_of_others()
     answers: dict[str, list[str]] = {}
-    for name in (*CALLED, *INSTEAD):
-        answer = f"`{CALLED[name]}`" if name in CALLED else INSTEAD[name].replace("nothing: ", "none: ")
+    for name in (*called, *instead):
+        answer = f"`{called[name]}`" if name in called else instead[name].replace("nothing: ", "none: ")
         answers.setdefault(answer, []).append(f"`{name}`")
     return [f"| {', '.join(names)} | {answer} |" for answer, names in answers.items()]
 

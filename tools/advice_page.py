@@ -1,0 +1,45 @@
+"""docs/advice.md, made from the rules themselves: `python -m tools.advice_page > docs/advice.md`."""
+
+from veneer.planning.advice import RULES
+
+HEAD = """\
+# What Veneer advises
+
+`veneer plan` and `veneer train` look at a run's settings, its base, its data and what is foreseen of it, and say what
+is likely to go wrong, why, and what to change. An error is certain to hurt, a warning likely; info is worth knowing.
+Nothing is changed and nothing is refused because of advice.
+"""
+
+# Pitfalls of the usual guides that cannot happen here: what they are, and what is done instead.
+HANDLED = {
+    "8-bit base": "bits: 8 is refused: it needs twice the memory of 4 bits and is slower",
+    "forgotten use_cache=False": "every base is loaded without a key-value cache",
+    "forgotten prepare_model_for_kbit_training": "gradients reach the adapter without it; the first step is checked "
+    "for that, and a loss that is not a number ends the run",
+    "forgotten enable_input_require_grads": "recomputation is of the kind that does not need it, and the first step is "
+    "checked for gradients",
+    "get_peft_model without a config": "a run without an adapter does not exist",
+    "saving the full model": "only the adapter is saved",
+    "merging in float16": "an adapter is merged in bfloat16, unless --dtype says otherwise",
+    "merging into a 4-bit base": "an adapter is never merged into a quantized base",
+    "hand-written template": "rows are rendered by the template alone, and `veneer data` shows every token",
+    "padding that masks the end token": "padding never enters a row",
+    "packed rows that see each other": "documents stay apart in every engine, and `veneer verify` tries it",
+    "a target that matches nothing": "refused, with the nearest names",
+}
+
+
+def advice_page() -> str:
+    """The page: the rules, then what cannot go wrong here."""
+    rules = [f"| `{rule.id}` | {rule.severity} | `{rule.setting}` | {rule.source} |" for rule in RULES]
+    handled = [f"| {pitfall} | {instead} |" for pitfall, instead in HANDLED.items()]
+    return "\n".join(
+        [
+            *(HEAD, "| rule | severity | setting | known from |\n|---|---|---|---|", *rules),
+            *("\n## What cannot go wrong here\n", "| pitfall of the usual guides | here |\n|---|---|", *handled, ""),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    print(advice_page(), end="")
