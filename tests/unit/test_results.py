@@ -26,6 +26,12 @@ def test_a_check_as_a_person_reads_it(check: Check, passed: bool, value: str, li
     assert {"id", "passed", "value", "limit", "detail"} <= set(check.as_dict())
 
 
+def test_a_limit_whose_kind_is_not_known_has_no_sign() -> None:
+    """Certificates of earlier versions do not say whether a limit is the largest or the smallest value."""
+    check = {"id": "agreement", "passed": True, "value": 0.987, "limit": 0.95, "unit": "share"}
+    assert (value_text(check), limit_text(check)) == ("98.7%", "95%")
+
+
 def test_a_check_names_where_to_look_only_where_it_fails() -> None:
     assert Check.at_most("loss", 2.0, 1.0, "loss", "worst in row 3").detail == "worst in row 3"
     assert Check.at_most("loss", 0.5, 1.0, "loss", "worst in row 3").detail == ""

@@ -48,9 +48,8 @@ def show_certificate(out: Console, certificate: dict[str, Any]) -> None:
         out.print(f"[bold red]differs[/bold red]  first at {escape(certificate['first_difference'])}")
     score = certificate["score"]
     if score and score["verdict"].startswith("not shown"):
-        out.print(
-            f"[yellow]score[/yellow]    {score['rows']} rows show differences from {score['smallest_visible']:.1%}"
-        )
+        points = f"{100 * score['smallest_visible']:.1f} points"
+        out.print(f"[yellow]score[/yellow]    {score['rows']} rows show only differences of {points} or more")
 
 
 def show_choice(out: Console, choice: dict[str, Any] | None) -> None:

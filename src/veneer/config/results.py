@@ -57,9 +57,9 @@ def value_text(check: dict[str, Any]) -> str:
 
 
 def limit_text(check: dict[str, Any]) -> str:
-    """The limit of a check for a person, behind its sign where it is a number."""
+    """The limit of a check for a person, behind its sign where it is a number; older certificates say no bound."""
     limit = check["limit"]
     if isinstance(limit, str | None):
         return limit or ""
-    sign = "≥" if check.get("bound") == "at least" else "≤"
-    return f"{sign} {limit:.0%}" if check["unit"] == "share" else f"{sign} {limit:.4g}"
+    sign = {"at least": "≥ ", "at most": "≤ "}.get(check.get("bound", ""), "")
+    return f"{sign}{limit:.0%}" if check["unit"] == "share" else f"{sign}{limit:.4g}"

@@ -2,7 +2,6 @@
 
 weights.py   safetensors read and written with one tensor in memory at a time
 passport.py  passport.json of an adapter: what it belongs to
-tuned.py    an adapter with its base: what a release is made from
 output.py    a folder to be written, checked before any work
 redact.py    what of a run's files may leave the machine
 merge/       base and adapter as one model on disk; and the inverse
