@@ -186,8 +186,8 @@ def test_a_plan_says_what_is_kept_of_how_many_blocks() -> None:
     shown = StringIO()
     placement = MemoryPlacement((some, some, all_of_it), bytes=2**30)
     show_placement(Console(file=shown, width=300), placement.as_dict())
-    kept = "attention of 1 blocks, gate_up of 1 blocks, mid of 1 blocks, qkv of 3 blocks"
-    assert shown.getvalue().strip().endswith(f"recomputed: {kept}, 16-bit weights down of 2 blocks")
+    kept = "qkv of 3 blocks; attention, gate_up, mid of 1 blocks"
+    assert shown.getvalue().strip().endswith(f"recomputed: {kept}; 16-bit weights down of 2 blocks")
     show_placement(Console(file=shown), replace(placement, bytes=0).as_dict())
     assert shown.getvalue().count("recomputed") == 1, "nothing was chosen"
 

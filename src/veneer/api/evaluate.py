@@ -74,18 +74,18 @@ def evaluate(
         UserError: No such run, no adapter, or no held-out rows.
     """
     folder = require_run(str(run_dir))
-    loaded = load(str(run_dir), force, base)
-    run = loaded.run
-    assert run is not None
-    usual = run.evaluate.rows
-    held_out = held_out_rows(folder, run, loaded.renderer, data, rows or usual)
-    count = count_rows(held_out)
-    is_record = data is None and (rows is None or rows == usual or count < rows)
-    most = (max(len(row.example.ids) for row in held_out), max(row.example.trained for row in held_out))
-    at_a_time = rows_at_a_time(run, Padded(len(held_out), *most), loaded.target)
-    settings = run.evaluate.model_copy(update={"batch_size": at_a_time})
-    engine = ReferenceEngine(loaded.model)  # judges by other code than the adapter was trained by
     with kept_in(folder.events):
+        loaded = load(str(run_dir), force, base)
+        run = loaded.run
+        assert run is not None
+        usual = run.evaluate.rows
+        held_out = held_out_rows(folder, run, loaded.renderer, data, rows or usual)
+        count = count_rows(held_out)
+        is_record = data is None and (rows is None or rows == usual or count < rows)
+        most = (max(len(row.example.ids) for row in held_out), max(row.example.trained for row in held_out))
+        at_a_time = rows_at_a_time(run, Padded(len(held_out), *most), loaded.target)
+        settings = run.evaluate.model_copy(update={"batch_size": at_a_time})
+        engine = ReferenceEngine(loaded.model)  # judges by other code than the adapter was trained by
         result = Scorer(loaded.model, engine, loaded.renderer, held_out, settings).compare(on_done)
     if is_record and not force:
         return Evaluated(result, save_evaluation(folder, result, loaded.base), True)

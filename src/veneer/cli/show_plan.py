@@ -60,23 +60,21 @@ def show_placement(out: Console, placement: dict[str, Any]) -> None:
     for blocks in placement["blocks"]:
         for name, state in (*blocks["activations"].items(), *blocks["weights"].items()):
             counts[state, name] += blocks["count"]
-    words = {"keep": "", "dequantized": "16-bit weights "}
-    what = [
-        f"{words[state]}{name} of {n} blocks"
-        for state in words
-        for (s, name), n in sorted(counts.items())
-        if s == state
-    ]
+    what = []
+    for state, kind in (("keep", ""), ("dequantized", "16-bit weights ")):
+        for n in sorted({n for (s, _), n in counts.items() if s == state}, reverse=True):
+            names = sorted(name for (s, name), count in counts.items() if (s, count) == (state, n))
+            what.append(f"{kind}{', '.join(names)} of {n} blocks")
     if placement["bytes"]:
         out.print(
-            f"kept     {size(placement['bytes'])} more in training, so that less is recomputed: {', '.join(what)}"
+            f"kept     {size(placement['bytes'])} more in training, so that less is recomputed: {'; '.join(what)}"
         )
 
 
 def show_time(out: Console, plan: dict[str, Any]) -> None:
     """Speed and duration with their ranges, or why there are none."""
     if plan["step_seconds"] is None:
-        out.print("time     not known here: `veneer doctor --measure` takes 20 seconds")
+        out.print("time     not known: `veneer doctor --measure` on that machine takes 20 seconds")
         return
     step, whole = plan["step_seconds"], plan["run_seconds"]
     line = f"time     {plan['tokens_per_second']:,.0f} tok/s, a step {duration(step['likely'])}"

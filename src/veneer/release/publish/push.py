@@ -17,6 +17,7 @@ from typing import Any
 from veneer.config import RunFolder, UserError
 from veneer.config.files import own_files, read_optional_json
 from veneer.config.names import require_adapter
+from veneer.model.passport import read_passport
 from veneer.release.publish.card import MARK
 from veneer.release.publish.vllm_lint import vllm_lint
 from veneer.release.redact import (
@@ -181,7 +182,8 @@ def _warnings(folder: Path, contents: dict[str, Content], is_adapter: bool, with
     if is_adapter:
         found += [f"vLLM does not take it: {check.detail}" for check in vllm_lint(folder) if not check.passed]
         base = read_optional_json(folder / "adapter_config.json").get("base_model_name_or_path")
-        if base and Path(base).expanduser().is_absolute():
+        is_builtin = ((read_passport(folder) or {}).get("base") or {}).get("kind") == "builtin"  # any Veneer has it
+        if base and Path(base).expanduser().is_absolute() and not is_builtin:
             found.append(
                 f"its base is a folder of this machine ({base}), sent as {name_of(base)}: nobody else can load it by "
                 "that name"
