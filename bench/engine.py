@@ -115,7 +115,7 @@ def train(
     engine = FusedEngine(model)
     optimizer = build_optimizer([engine.master], Train(optim="adamw_8bit"), "cuda")
     states = optimizer_bytes([engine.master.numel()], "adamw_8bit")
-    placement = engine.place_within(BatchShapes(tuple(largest)), int(gib * 2**30) - states)
+    placement = engine.plan_within(BatchShapes(tuple(largest)), int(gib * 2**30) - states)
 
     def step(batches: Sequence[Batch]) -> float:
         weight = sum(batch.weight for batch in batches)

@@ -27,7 +27,7 @@ while (($#)); do
   case $what in
     tests)
       # Side by side: most of it is compiling.
-      for file in test_engines test_load test_cuda test_foreseen; do
+      for file in test_engines test_load test_cuda test_predict; do
         part "$file" 300 python3 -m pytest "tests/gpu/$file.py" --tb=short --durations=5 &
       done
       for some in any_rank bfloat16_errs "not any_rank and not bfloat16_errs"; do

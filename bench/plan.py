@@ -395,7 +395,7 @@ def on_gpu_fused(out: Path) -> None:
                 fitted = None
                 if case.fills:
                     micro = batch(case)
-                    fitted = engine.place_within(BatchShapes(micro.lengths), budget.budget_bytes).as_dict()
+                    fitted = engine.plan_within(BatchShapes(micro.lengths), budget.budget_bytes).as_dict()
                 measured = fused_steps(engine, case)
                 guess = max(forecast.phases[phase].bytes for phase in ("forward", "backward", "optimizer"))
                 guess += forecast.placement.bytes

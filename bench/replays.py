@@ -30,7 +30,7 @@ from bench.peers import read_examples
 from veneer.config import Adapter, Train
 from veneer.data.batch import Batches
 from veneer.engine.fused.engine import FusedEngine
-from veneer.engine.fused.graphs import MOST, Size
+from veneer.engine.fused.graphs import MAX_GRAPHS, PassShape
 from veneer.engine.interface import BatchShapes
 from veneer.engine.objective import LIKELIHOOD
 from veneer.model.attach import attach
@@ -53,12 +53,12 @@ def steps_of(case: str, examples: list[Any], steps: int) -> tuple[list[Any], lis
 
 def count(steps: list[Any]) -> dict[str, Any]:
     """Passes that are replayed by the engine's rule, and what padding adds."""
-    seen: Counter[Size] = Counter()
-    recorded, replayed, tokens, padded = set[Size](), 0, 0, 0
+    seen: Counter[PassShape] = Counter()
+    recorded, replayed, tokens, padded = set[PassShape](), 0, 0, 0
     for batch in (batch for batches in steps for batch in batches):
-        size = Size.of(batch.lengths, batch.trained)
+        size = PassShape.of(batch.lengths, batch.trained)
         seen[size] += 1
-        if size not in recorded and seen[size] > 1 and len(recorded) < MOST:
+        if size not in recorded and seen[size] > 1 and len(recorded) < MAX_GRAPHS:
             recorded.add(size)
         replayed += size in recorded
         tokens, padded = tokens + batch.tokens, padded + size.tokens
@@ -75,7 +75,7 @@ def train(
     engine = FusedEngine(model)
     optimizer = build_optimizer([engine.master], Train(optim="adamw_8bit"), "cuda")
     shapes = BatchShapes(tuple(largest), varies=True, documents=documents)
-    placement = engine.place_within(shapes, GIB * 2**30)
+    placement = engine.plan_within(shapes, GIB * 2**30)
     if not records:
         engine.apply(replace(placement, records_passes=False))
     torch.cuda.empty_cache()

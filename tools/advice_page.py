@@ -5,9 +5,9 @@ from veneer.planning.advice import RULES
 HEAD = """\
 # What Veneer advises
 
-`veneer plan` and `veneer train` look at a run's settings, its base, its data and what is foreseen of it, and say what
-is likely to go wrong, why, and what to change. An error is certain to hurt, a warning likely; info is worth knowing.
-Nothing is changed and nothing is refused because of advice.
+`veneer plan` and `veneer train` look at a run's settings, its base, its data and its predicted memory and time, and say
+what is likely to go wrong, why, and what to change. An error is certain to hurt, a warning likely; info is worth
+knowing. Nothing is changed and nothing is refused because of advice.
 """
 
 # Pitfalls of the usual guides that cannot happen here: what they are, and what is done instead.

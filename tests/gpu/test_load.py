@@ -52,4 +52,4 @@ def test_memory_is_bounded_while_it_loads(tmp_path: Path) -> None:
     largest = 2048 * 8192 * 2
     assert base.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
     assert held - before < 64 * 2**20
-    assert peak < weights + reader.AHEAD + 3 * largest
+    assert peak < weights + reader.READ_AHEAD + 3 * largest

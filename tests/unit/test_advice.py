@@ -19,8 +19,8 @@ from veneer.config import Run
 from veneer.machine.device import Machine
 from veneer.planning.advice import RULES, DataFacts, Situation, TokenizerFacts, advise
 from veneer.planning.base import PlannedModel
-from veneer.planning.foresee import foresee
 from veneer.planning.planner import Planner
+from veneer.planning.predict import predict_run
 from veneer.planning.target import TargetDevice, device_named, this_device
 
 GiB = 2**30
@@ -251,7 +251,7 @@ def test_the_smallest_run_file_is_not_told_to_change_what_it_did_not_write(
     run = Run.model_validate({"model": {"base": base}, "data": {"train": "-"}, "quantization": quantization})
     written = {"model.base", "data.train", "quantization"}
     for target in (device_named("12GiB"), device_named("h100"), CPU):
-        unread = foresee(run, target, "it was not asked for")
+        unread = predict_run(run, target, "it was not asked for")
         read = Situation(run, unread.planner.base.shapes, unread.planner.base.stored, unread.forecast, DATA,
                          TOKENIZER, "qlora" if quantization else "lora")  # fmt: skip
         for found in (*unread.advice, *advise(read)):
@@ -260,7 +260,7 @@ def test_the_smallest_run_file_is_not_told_to_change_what_it_did_not_write(
 
 def test_what_a_gpu_lacks_is_said_even_of_defaults() -> None:
     run = Run.model_validate({"model": {"base": BASES[1]}, "data": {"train": "-"}})
-    assert [found.id for found in foresee(run, device_named("t4"), "").advice] == ["no-bfloat16"]
+    assert [found.id for found in predict_run(run, device_named("t4"), "").advice] == ["no-bfloat16"]
 
 
 def test_recomputation_that_nobody_asked_for_is_not_complained_of() -> None:
@@ -367,7 +367,7 @@ def test_a_fix_is_accepted_and_calls_for_no_other(name: str) -> None:
 def test_float16_is_warned_of_only_where_the_base_was_published_in_bfloat16() -> None:
     def warned(base: str, target: TargetDevice) -> bool:
         run = Run.model_validate({"model": {"base": base, "dtype": "float16"}, "data": {"train": "-"}})
-        return "fp16-compute" in {found.id for found in foresee(run, target, "").advice}
+        return "fp16-compute" in {found.id for found in predict_run(run, target, "").advice}
 
     target = device_named("h100")
     for base in ("meta-llama/Llama-3.1-8B", "Qwen/Qwen2.5-0.5B"):
@@ -391,7 +391,7 @@ def test_the_precision_of_a_folder_is_what_its_configuration_says(
 def test_rows_are_assumed_no_longer_than_the_models_positions() -> None:
     def rows(**data: Any) -> Any:
         run = Run.model_validate({"model": {"base": "openai-community/gpt2"}, "data": {"train": "-"} | data})
-        return foresee(run, CPU, "").forecast.rows
+        return predict_run(run, CPU, "").forecast.rows
 
     assert rows().fullest.length == 1024
     assert rows(max_length=300).fullest.length == 300

@@ -104,7 +104,7 @@ def test_experts_without_an_adapter_are_told(tmp_path: Path, rows: list[dict[str
     run = tiny_run(
         tmp_path / "base", write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "run", train={"max_steps": 1}
     )
-    assert "experts" in {advice.id for advice in veneer.plan(run).foreseen.advice}
+    assert "experts" in {advice.id for advice in veneer.plan(run).prediction.advice}
     with notified(r"all-linear leaves \d+% of the weights without an adapter: .*experts"):
         veneer.train(run)
 
@@ -129,7 +129,7 @@ def test_a_base_that_is_stored_in_4_bits_merges(on: str, tmp_path: Path, rows: l
         train={"max_steps": 2},
     )
     veneer.train(run)
-    assert veneer.plan(run).foreseen.forecast.phases["load"].components["4-bit weights"] > 0
+    assert veneer.plan(run).prediction.forecast.phases["load"].components["4-bit weights"] > 0
     if on == "original":
         with pytest.raises(UserError, match=r"was stored in 4 bits, which .* is not"):
             veneer.merge(str(tmp_path / "run"), tmp_path / "merged", base=str(tmp_path / "original"))

@@ -13,7 +13,7 @@ from veneer.config import Adapter, Model, Quantization
 from veneer.engine.temporary import fill_zeros
 from veneer.machine.device import find_machine
 from veneer.model.attach import attach
-from veneer.model.dense import adapter_beside_copies, adapter_in_copies, keep_dense
+from veneer.model.dense import adapter_beside_copies, adapter_in_copies, add_dense_copies
 from veneer.model.load import load_model
 from veneer.model.locate import BaseSource
 
@@ -27,7 +27,7 @@ def adapted(folder: Path, dtype: str, free_bytes: int, family: str = "llama") ->
     base = load_model(
         BaseSource("folder", str(folder), "tiny"), Model(base="tiny", dtype=dtype), Quantization(), machine
     )
-    needed = keep_dense(base, free_bytes)
+    needed = add_dense_copies(base, free_bytes)
     model = attach(base, Adapter(r=4), 0)
     fill_zeros(model)
     return model, needed

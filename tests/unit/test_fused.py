@@ -16,7 +16,7 @@ from veneer.data.batch import Batch
 from veneer.engine.fused.block import ACTIVATIONS
 from veneer.engine.fused.decoder import NotCoveredError
 from veneer.engine.fused.engine import FusedEngine
-from veneer.engine.fused.graphs import Graphs, Inputs, Size, rounded
+from veneer.engine.fused.graphs import Graphs, Inputs, PassShape, rounded
 from veneer.engine.fused.group import Group, Linear
 from veneer.engine.fused.policy import uniform
 from veneer.engine.interface import BatchShapes, document_losses
@@ -58,12 +58,12 @@ def test_small_adapters_count_for_what_they_are_in_16_bits() -> None:
     torch.manual_seed(0)
     linear = torch.nn.Linear(D, D, bias=False, dtype=torch.bfloat16)
     a, b = torch.nn.Parameter(torch.randn(4, D)), torch.nn.Parameter(1e-5 * torch.randn(D, 4))
-    group = Group((Linear("o", linear, a, b),), torch.bfloat16, 0, before_norm=True)
+    group = Group((Linear("o", linear, a, b),), torch.bfloat16, 0, norm_follows=True)
     x, residual = (torch.randn(T, D).bfloat16() for _ in range(2))
-    cast_all(cast_table(group.shadows()))
+    cast_all(cast_table(group.casts()))
 
     def stream() -> torch.Tensor:
-        out = x.new_empty((T, D + group.margin))
+        out = x.new_empty((T, D + group.padding))
         _, update = group.forward(x, group.matrix(x), out, None)
         weight, y = torch.ones(D, dtype=torch.bfloat16), torch.empty_like(residual)
         return rms_norm(residual, out[:, :D], weight, 1e-6, 0.0, y, None, update)[0].float()
@@ -71,7 +71,7 @@ def test_small_adapters_count_for_what_they_are_in_16_bits() -> None:
     exact = x.float() @ a.T @ b.T
     with_it = stream()
     b.data.neg_()
-    cast_all(cast_table(group.shadows()))
+    cast_all(cast_table(group.casts()))
     found = (with_it - stream()) / 2
     assert ((found * exact).sum() / exact.pow(2).sum()).item() == pytest.approx(1, abs=0.25)
 
@@ -181,7 +181,7 @@ def test_batches_are_padded_to_sizes_that_come_again(batches: tuple[tuple[int, .
         inputs = Inputs.of(batch.scaled(0.5), torch.device("cpu"), None, pads=True)
         sizes.add(inputs.size._replace(trained=0))
         shape = len(inputs.ids_T), len(inputs.documents.bounds) - 1, inputs.documents.longest, len(inputs.index_N)
-        assert Size(False, *shape) == inputs.size
+        assert PassShape(False, *shape) == inputs.size
         real = inputs.targets_N >= 0
         assert torch.equal(inputs.ids_T[: batch.tokens], batch.ids_T)
         assert torch.equal(inputs.targets_N[real], batch.targets_T[batch.targets_T >= 0])
@@ -195,10 +195,10 @@ def test_rows_of_whole_blocks_are_left_as_they_are_and_told_from_others() -> Non
     even, uneven = (256,) * 32, (255, 257, *(256,) * 30)
     batch = batch_of(even)
     inputs = Inputs.of(batch, torch.device("cpu"), None, pads=True)
-    assert inputs.size == Size(True, 8192, 32, 256, inputs.size.trained)
+    assert inputs.size == PassShape(True, 8192, 32, 256, inputs.size.trained)
     assert inputs.documents.lengths == even
-    assert Size.of(uneven, 8192).documents == 32
-    everything = Size.of(even, 8192)
+    assert PassShape.of(uneven, 8192).documents == 32
+    everything = PassShape.of(even, 8192)
     assert everything.trained == 8192
 
 
@@ -208,7 +208,7 @@ def test_the_largest_pass_is_recorded_first_and_not_replayed(monkeypatch: pytest
     engine = FusedEngine(model_of("llama"))
     graphs = Graphs(engine._pass)
     largest = Inputs.of(batch_of((60, 40)), torch.device("cpu"), None, pads=True)
-    graphs.lay_out(largest, LIKELIHOOD)
+    graphs.reserve(largest, LIKELIHOOD)
     assert recorded == [largest]
     assert graphs.run(largest, LIKELIHOOD).loss > 0, "launched: a shape is recorded the second time that it comes"
     assert len(recorded) == 1
@@ -237,14 +237,14 @@ def test_small_passes_are_recorded_before_more_is_kept(
     everything = sum(block.saved_bytes(name, tokens) for block in engine.blocks for name in ACTIVATIONS)
     budget = int((2 * 2**20 + times * everything) / 0.97)
     shapes = BatchShapes(lengths, varies=True, documents=(100,) * 4)
-    found, other = (some.place_within(shapes, budget) for some in (engine, unrecordable))
+    found, other = (some.plan_within(shapes, budget) for some in (engine, unrecordable))
     assert times <= 0 or keeps_everything(other), "all it can"
     assert found.records_passes == records
     assert not other.records_passes
     assert (len(recorded) == 1) == records
     assert keeps_everything(found) == whole
     assert engine.master.grad is None
-    assert torch.equal(engine._bring(batch_of((40, 30)), True).ids_T[:70], batch_of((40, 30)).ids_T)
+    assert torch.equal(engine._to_device(batch_of((40, 30)), True).ids_T[:70], batch_of((40, 30)).ids_T)
 
 
 def keeps_everything(placement: MemoryPlacement) -> bool:

@@ -185,7 +185,7 @@ def test_the_cache_serves_where_the_hub_does_not(
     base = tiny_model()
     settings = tiny_run(base, write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "run", train={"max_steps": 1})
     run = settings.model_copy(update={"model": Model(base="owner/name", dtype="float32")})
-    assert veneer.plan(run).foreseen.forecast.peak_bytes > 0
+    assert veneer.plan(run).prediction.forecast.peak_bytes > 0
     veneer.train(run)
     (answer,) = veneer.generate(str(tmp_path / "run"), ["the cat"], max_new_tokens=3)
     assert isinstance(answer["answer"], str)

@@ -42,7 +42,7 @@ def advised(base: str, bits: int | None = 4) -> set[str]:
     run = veneer.Run.model_validate(
         {"model": {"base": base}, "quantization": quantization, "data": {"train": "rows.jsonl"}}
     )
-    return {advice.id for advice in veneer.plan(run, "rtx 3060", read_data=False).foreseen.advice}
+    return {advice.id for advice in veneer.plan(run, "rtx 3060", read_data=False).prediction.advice}
 
 
 def test_the_built_in_model_is_known_as_a_quantized_file() -> None:

@@ -18,8 +18,8 @@ from veneer.engine.reference import padded_groups
 from veneer.engine.trace import Trace, rounded
 from veneer.model.shapes import Shapes, build, shapes_of
 from veneer.planning.batch_shapes import Lengths, rows_of
-from veneer.planning.held_out import answers_peak, loss_peak
-from veneer.planning.memory import loaded, optimizer_bytes, phases, quantized_bytes, resting
+from veneer.planning.held_out import generation_peak, held_out_peak
+from veneer.planning.memory import loaded, optimizer_bytes, persistent, phases, quantized_bytes
 from veneer.training.optimizer import build_optimizer
 
 MiB = 2**20
@@ -124,8 +124,8 @@ def test_phases_name_every_component() -> None:
     asked = step(shapes, accumulating=True, quantized=shapes.quantizable(), method="qlora")
     train, tested = run_dry(make, 4, 1, asked), run_dry(make, 4, 1, held)
     found = phases(shapes, asked, "adamw_8bit", train, "cuda")
-    found["evaluation"] = loss_peak(resting(shapes, asked, "adamw_8bit", train, "cuda")[0], train, tested)
-    found["generation"] = answers_peak(loaded(shapes, asked, "cuda"), shapes, held, tested, 256)
+    found["evaluation"] = held_out_peak(persistent(shapes, asked, "adamw_8bit", train, "cuda")[0], train, tested)
+    found["generation"] = generation_peak(loaded(shapes, asked, "cuda"), shapes, held, tested, 256)
     assert set(found) == {"load", "forward", "backward", "optimizer", "evaluation", "generation"}
     for peak in found.values():
         assert peak.bytes == sum(peak.components.values())
@@ -147,7 +147,7 @@ def test_full_fine_tuning_trains_all_and_keeps_a_copy_in_float32() -> None:
 
 
 @pytest.mark.parametrize(("size", "packing"), [(1, False), (4, False), (3, True)])
-def test_the_fullest_micro_batch_foreseen_is_the_fullest_there_is(size: int, packing: bool) -> None:
+def test_the_fullest_micro_batch_predicted_is_the_fullest_there_is(size: int, packing: bool) -> None:
     lengths = np.random.default_rng(0).integers(5, 200, size=150)
     run = Run.model_validate(
         {
@@ -156,22 +156,22 @@ def test_the_fullest_micro_batch_foreseen_is_the_fullest_there_is(size: int, pac
             "train": {"output_dir": "-", "per_device_train_batch_size": size, "gradient_accumulation_steps": 3},
         }
     )
-    foreseen = rows_of(run, "reference", Lengths(lengths, lengths - 3), Lengths(lengths[:7], lengths[:7] - 3))
+    prediction = rows_of(run, "reference", Lengths(lengths, lengths - 3), Lengths(lengths[:7], lengths[:7] - 3))
 
     examples = [Example(np.zeros(n, dtype=np.int32), ((3, int(n), 1.0),), "rows:1") for n in lengths]
     met = []
     batches = Batches(examples, lengths, size, 3, 0, 256 if packing else None)
-    for number in range(foreseen.steps or 0):
+    for number in range(prediction.steps or 0):
         for batch in batches.step(number):
             for group in padded_groups(batch.lengths):
                 met.append(len(group) * batch.lengths[group[0]])
-    assert foreseen.fullest.rows * foreseen.fullest.length >= max(met)
-    assert foreseen.fullest.rows * foreseen.fullest.length <= 1.25 * max(met)
-    assert foreseen.steps == batches.steps_per_epoch * run.train.num_train_epochs
+    assert prediction.fullest.rows * prediction.fullest.length >= max(met)
+    assert prediction.fullest.rows * prediction.fullest.length <= 1.25 * max(met)
+    assert prediction.steps == batches.steps_per_epoch * run.train.num_train_epochs
     tested = [int(n) for n in lengths[:7]]
     fullest = max(padded_groups(tested), key=lambda group: len(group) * tested[group[0]])
-    assert foreseen.held_out is not None
-    assert foreseen.held_out[:2] == (len(fullest), tested[fullest[0]])
+    assert prediction.held_out is not None
+    assert prediction.held_out[:2] == (len(fullest), tested[fullest[0]])
 
 
 def test_rows_longer_than_the_limit_count_as_the_run_treats_them() -> None:

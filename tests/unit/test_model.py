@@ -53,7 +53,7 @@ def test_hub_ids_keep_their_revision() -> None:
 
 def test_a_hub_that_is_not_reached_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"model\.base = owner/name: the tokenizer cannot be had from the hub"):
+    with pytest.raises(UserError, match=r"model\.base = owner/name: the tokenizer cannot be fetched from the hub"):
         load_tokenizer(locate(Model(base="owner/name")))
 
 

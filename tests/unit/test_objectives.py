@@ -181,9 +181,9 @@ def test_a_pass_for_another_objective_is_not_the_recorded_one(monkeypatch: pytes
 
 def test_what_the_data_carries_is_read_anew_by_a_replayed_pass() -> None:
     engine = padded(model_of("llama"))
-    static = engine._bring(pairs(), True, by_weight=False).cloned()
+    static = engine._to_device(pairs(), True, by_weight=False).cloned()
     new = pairs(seed=2)
-    for tensor, other in zip(static.tensors, engine._bring(new, True, by_weight=False).tensors, strict=True):
+    for tensor, other in zip(static.tensors, engine._to_device(new, True, by_weight=False).tensors, strict=True):
         tensor.copy_(other)
     engine._gradients()
     with torch.no_grad():

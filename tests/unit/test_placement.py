@@ -18,7 +18,7 @@ from veneer.cli.show_plan import show_placement
 from veneer.engine.fused.block import ACTIVATIONS
 from veneer.engine.fused.cudnn import WORKSPACE_BYTES, Call
 from veneer.engine.fused.engine import FusedEngine
-from veneer.engine.fused.policy import Demand, block_placement, place, uniform
+from veneer.engine.fused.policy import Demand, block_placement, choose_placement, uniform
 from veneer.engine.interface import BatchShapes
 from veneer.engine.placement import ActivationState, BlockPlacement, MemoryPlacement, WeightState
 from veneer.engine.reference import ReferenceEngine
@@ -37,7 +37,7 @@ def filled(engine: FusedEngine, tokens: int, longest: int, rows: int, spare_byte
     """The placement with so much memory beside a pass that keeps nothing."""
     budget = HUGE // 4  # of which pages that cannot be filled are a part
     demand = Demand(tokens, longest, rows, int(budget * 0.98) - spare_bytes)
-    return place(engine.blocks, demand, budget, False)
+    return choose_placement(engine.blocks, demand, budget, False)
 
 
 def test_memory_goes_where_it_saves_most_time() -> None:
@@ -83,7 +83,7 @@ def test_choices_are_what_they_were(family: str, rows: int, length: int) -> None
     everything = sum(block.saved_bytes(name, tokens) for block in blocks for name in ACTIVATIONS)
     for tenths, (first, last, size) in CHOICES[family].items():
         demand = Demand(tokens, length, rows, everything - int(tenths / 10 * everything))
-        found = place(blocks, demand, everything, False)
+        found = choose_placement(blocks, demand, everything, False)
         assert kept(found) == [set(first.split()), set(last.split())], tenths
         assert found.bytes == size
 
@@ -115,7 +115,7 @@ def test_memory_is_measured_with_the_attention_that_batches_get(varies: bool, mo
     monkeypatch.setattr(FusedEngine, "_peak_of", lambda self, compute: compute() or next(peaks))
     monkeypatch.setattr(FusedEngine, "_pass", lambda self, inputs: seen.append(inputs.documents.is_even))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
-    found = engine.place_within(BatchShapes((64, 64), varies), 2**20)
+    found = engine.plan_within(BatchShapes((64, 64), varies), 2**20)
     assert seen == ([True, False] if varies else [True])
     assert found.least_bytes == (9 if varies else 7)
     assert found.budget_bytes == 2**20

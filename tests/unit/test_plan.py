@@ -13,7 +13,7 @@ from veneer.config import UserError
 from veneer.machine.cards import CARDS, find_card, parse_budget
 from veneer.machine.device import Machine
 from veneer.planning.base import PlannedModel
-from veneer.planning.doctor import Found, Gpu, diagnose, usable
+from veneer.planning.doctor import Gpu, MachineReport, diagnose, usable
 from veneer.planning.fit import apply, fit
 from veneer.planning.model_sizes import compare, model_sizes
 from veneer.planning.planner import Planner
@@ -93,7 +93,7 @@ def test_copies_of_4_bit_weights_on_a_cpu_are_counted_where_they_are_made() -> N
     assert copies(8 * needed, "cuda") == {0}
 
 
-def test_what_costs_memory_is_foreseen_to_cost_it() -> None:
+def test_what_costs_memory_is_predicted_to_cost_it() -> None:
     def peak(**sections: Any) -> int:
         run = run_of(**sections)
         return planner_of(run, "80GiB").forecast(run).peak_bytes
@@ -237,7 +237,7 @@ def test_4_bits_are_refused_where_they_reach_few_weights(tmp_path: Any) -> None:
     config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"only \d+% of MixtralForCausalLM's weights"):
         veneer.plan(run_of(str(tmp_path), quantization={"bits": 4}), "24GiB", read_data=False)
-    assert veneer.plan(run_of(str(tmp_path)), "24GiB", read_data=False).foreseen.forecast.verdict == "fits"
+    assert veneer.plan(run_of(str(tmp_path)), "24GiB", read_data=False).prediction.forecast.verdict == "fits"
 
 
 # The doctor
@@ -245,7 +245,9 @@ def test_4_bits_are_refused_where_they_reach_few_weights(tmp_path: Any) -> None:
 CPU = Machine("cpu", "a CPU", 8, 32 * GiB, 30 * GiB, True)
 CUDA = Machine("cuda", "NVIDIA H100", 8, 80 * GiB, 79 * GiB, True)
 H100 = Gpu("NVIDIA H100", 80 * GiB, 79 * GiB, 90)
-SOUND_GPU = Found(CUDA, "580.95.05", ["NVIDIA H100"], [H100], "13.0", [80, 90], "cuda", versions={"torch": "2.11"})
+SOUND_GPU = MachineReport(
+    CUDA, "580.95.05", ["NVIDIA H100"], [H100], "13.0", [80, 90], "cuda", versions={"torch": "2.11"}
+)
 
 
 @pytest.mark.parametrize(
@@ -266,23 +268,24 @@ SOUND_GPU = Found(CUDA, "580.95.05", ["NVIDIA H100"], [H100], "13.0", [80, 90], 
         (replace(SOUND_GPU, disk_free_bytes={"/": GiB}), "disk", "1.0 GiB"),
     ],
 )
-def test_each_fault_of_a_machine_has_its_fix(found: Found, problem: str, said: str) -> None:
+def test_each_fault_of_a_machine_has_its_fix(found: MachineReport, problem: str, said: str) -> None:
     problems = diagnose(found)
     assert [p.id for p in problems] == [problem]
     assert said in problems[0].message + problems[0].fix
 
 
 @pytest.mark.parametrize(
-    "found", [SOUND_GPU, Found(CPU), replace(SOUND_GPU, gpus=[replace(H100, capability=89)], driver="580.105.8")]
+    "found",
+    [SOUND_GPU, MachineReport(CPU), replace(SOUND_GPU, gpus=[replace(H100, capability=89)], driver="580.105.8")],
 )
-def test_nothing_is_broken_on_a_sound_machine(found: Found) -> None:
+def test_nothing_is_broken_on_a_sound_machine(found: MachineReport) -> None:
     assert diagnose(found) == []
 
 
 def test_what_does_not_work_says_why() -> None:
-    parts = {part.name: part for part in usable(Found(CPU, bitsandbytes="cpu"))}
+    parts = {part.name: part for part in usable(MachineReport(CPU, bitsandbytes="cpu"))}
     assert parts["paged_adamw_8bit"].why == "needs a CUDA GPU; kept unpaged here"
     assert not parts["flash_attention_2"].works
-    broken = {part.name: part for part in usable(Found(CPU, bitsandbytes="OSError: gone"))}
+    broken = {part.name: part for part in usable(MachineReport(CPU, bitsandbytes="OSError: gone"))}
     assert "gone" in broken["4 bits"].why
-    assert all(part.works or part.why for found in (SOUND_GPU, Found(CPU)) for part in usable(found))
+    assert all(part.works or part.why for found in (SOUND_GPU, MachineReport(CPU)) for part in usable(found))

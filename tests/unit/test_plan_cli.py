@@ -15,7 +15,7 @@ from veneer.config import load_run
 from veneer.config.load import to_yaml
 from veneer.machine.device import Machine
 from veneer.model.known import MODEL_SIZES
-from veneer.planning.doctor import look
+from veneer.planning.doctor import examine_machine
 from veneer.planning.target import CONTEXT
 from veneer.training.job import TrainingJob
 
@@ -127,8 +127,8 @@ def test_the_doctor_speaks_json_alone(call: Call) -> None:
 
 
 def test_the_doctor_exits_1_with_the_fix(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    sound = look()
-    monkeypatch.setattr("veneer.api.doctor.look", lambda: replace(sound, outdated=["peft>=99 (found 1)"]))
+    sound = examine_machine()
+    monkeypatch.setattr("veneer.api.doctor.examine_machine", lambda: replace(sound, outdated=["peft>=99 (found 1)"]))
     status, out, err = call("doctor")
     assert status == 1
     assert "peft>=99" in out + err
@@ -154,9 +154,9 @@ def test_what_was_foreseen_is_kept_with_the_run_and_agrees_with_it(run_file: Pat
     job.fit()
     plan = json.loads(job.folder.plan.read_text())
     assert plan["parameters"] == job.parameters
-    assert plan["parameters"]["trainable"] == job.foreseen.forecast.trainable
+    assert plan["parameters"]["trainable"] == job.prediction.forecast.trainable
     assert plan["steps"] == plan["rows"]["steps"]
-    assert plan["peak_bytes"] == job.foreseen.forecast.peak_bytes
+    assert plan["peak_bytes"] == job.prediction.forecast.peak_bytes
     assert isinstance(plan["advice"], list)
     longest = max(len(example.ids) for example in job.data.train)
     assert plan["rows"]["fullest"]["length"] == longest

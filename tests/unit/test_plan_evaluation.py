@@ -19,7 +19,7 @@ from veneer.model.known import smaller_siblings
 from veneer.planning.batch_shapes import Lengths, Padded
 from veneer.planning.forecast import Forecast
 from veneer.planning.held_out import SPARE, rows_that_fit
-from veneer.planning.model_sizes import leanest, model_sizes, smaller_bases
+from veneer.planning.model_sizes import least_memory, model_sizes, smaller_bases
 from veneer.planning.target import TargetDevice, device_named, this_device
 from veneer.training.job import TrainingJob
 
@@ -107,7 +107,7 @@ def test_evaluate_takes_the_rows_that_the_plan_showed(
     def planned(target: TargetDevice) -> Forecast:
         for user in ("plan", "load"):
             monkeypatch.setattr(f"veneer.api.{user}.this_device", lambda *_: target)
-        return veneer.plan(run).foreseen.forecast
+        return veneer.plan(run).prediction.forecast
 
     here = this_device()
     phase = planned(here).phases["generation"]
@@ -161,7 +161,7 @@ def test_no_base_of_another_family_is_offered() -> None:
 def test_the_table_of_what_a_machine_can_train_counts_evaluation_too() -> None:
     run = run_of("Qwen/Qwen2.5-0.5B", data={"max_length": 2048, "validation": 0.05})
     model = next(model for model in model_sizes(run, device_named("6GiB")) if model.base == run.model.base)
-    lean = leanest(run)
+    lean = least_memory(run)
     found = planner_of(lean, "6GiB").forecast_as(lean, "lora")
     assert model.peak_bytes["lora"] == found.peak_bytes == max(peak.bytes for peak in found.phases.values())
     assert found.rows_at_a_time == {"evaluation": 1, "generation": 1}

@@ -11,12 +11,12 @@ from tests.support.tiny import FAMILIES, save_tiny_model
 from veneer.config import Adapter
 from veneer.data.batch import Batch, Example
 from veneer.engine.objective import LIKELIHOOD
-from veneer.engine.prefix import SHORTEST, can_share, shared_tokens
+from veneer.engine.prefix import MIN_SHARED, can_share, shared_tokens
 from veneer.engine.reference import ReferenceEngine
 from veneer.engine.temporary import fill_zeros
 from veneer.model.attach import attach
 
-PREFIX = list(range(10, 10 + SHORTEST + 4))
+PREFIX = list(range(10, 10 + MIN_SHARED + 4))
 BATCH = Batch.of(
     [
         Example(np.array([*PREFIX, 40, 41, 42, 43, 44, 45], dtype=np.int32), ((22, 26, 1.0),), "a"),
@@ -65,9 +65,9 @@ def test_no_trained_token_is_shared() -> None:
     ids_BL = torch.tensor([[*PREFIX, 1, 2, 3], [*PREFIX, 1, 5, 6]])
     assert shared_tokens(ids_BL, 22) == len(PREFIX) + 1
     assert shared_tokens(ids_BL, 18) == 18
-    assert shared_tokens(ids_BL, SHORTEST - 1) == 0
+    assert shared_tokens(ids_BL, MIN_SHARED - 1) == 0
     assert shared_tokens(ids_BL[:1], 22) == 0
-    assert shared_tokens(ids_BL[:, : SHORTEST + 1], SHORTEST + 1) == SHORTEST, "a row keeps a token of its own"
+    assert shared_tokens(ids_BL[:, : MIN_SHARED + 1], MIN_SHARED + 1) == MIN_SHARED, "a row keeps a token of its own"
 
 
 @pytest.mark.parametrize(("family", "dropout"), [("mistral", 0.0), ("gemma2", 0.0), ("llama", 0.1)])

@@ -206,7 +206,7 @@ def test_memory_ahead_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     held = {f"t.{n}": torch.arange(size, dtype=torch.int32) for n, size in enumerate(sizes)}
     save_file(held, tmp_path / "x.safetensors")
     monkeypatch.setattr(reader, "CHUNK", 4096)
-    monkeypatch.setattr(reader, "AHEAD", 50_000)
+    monkeypatch.setattr(reader, "READ_AHEAD", 50_000)
     pieces = read_headers([tmp_path / "x.safetensors"])
     assert [piece.name for piece in pieces] == list(held)
     with Reader(pieces, "cpu") as reading:
@@ -272,7 +272,7 @@ def test_kept_weights_are_those_that_were_quantized(
     again, later = load(folder, CACHED, "bfloat16")
     assert later.way == "cache"
     assert_same(again, first)
-    assert capsys.readouterr().err.count("kept the 4-bit weights in") == 1
+    assert capsys.readouterr().err.count("cached the 4-bit weights in") == 1
     again.save_pretrained(tmp_path / "saved")
     first.save_pretrained(tmp_path / "saved too")
     saved, saved_too = (load_file(tmp_path / name / "model.safetensors") for name in ("saved", "saved too"))
@@ -366,7 +366,7 @@ def test_kept_weights_that_do_not_fit_are_told_and_made_anew(
     base, report = load(folder, CACHED)
     error = capsys.readouterr().err
     assert told in error
-    assert "making them anew" in error
+    assert "quantizing again" in error
     assert report.way == "files"
     assert_same(base, plainly(folder, CACHED))
     assert load(folder, CACHED)[1].way == "cache"
@@ -395,7 +395,7 @@ def test_where_weights_cannot_be_kept_beside_the_base_the_cache_takes_them(
     folder = copied(tiny_model(), tmp_path / "model")
     (folder / ".veneer").touch()
     load(folder, CACHED)
-    assert f"kept the 4-bit weights in {empty_cache}" in capsys.readouterr().err
+    assert f"cached the 4-bit weights in {empty_cache}" in capsys.readouterr().err
     assert load(folder, CACHED)[1].way == "cache"
 
 
@@ -425,14 +425,14 @@ def test_a_full_disk_is_told_and_nothing_is_left(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("veneer.model.kept._write_tensor", full)
+        patch.setattr("veneer.model.quantized_cache._write_tensor", full)
         base, _ = load(folder, CACHED)
     assert_same(base, plainly(folder, CACHED))
     with monkeypatch.context() as patch:
-        patch.setattr("veneer.model.kept.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
+        patch.setattr("veneer.model.quantized_cache.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
         load(folder, CACHED)
     told = capsys.readouterr().err
-    assert told.count("warning: the 4-bit weights could not be kept") == 2
+    assert told.count("warning: the 4-bit weights could not be cached") == 2
     assert "No space left on device" in told
     assert "0.0 GB free, 0.0 GB needed" in told
     assert [file for file in (*folder.glob(".veneer/*"), *empty_cache.glob("*/*/*"))] == []

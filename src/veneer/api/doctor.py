@@ -4,10 +4,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from veneer.config import Run
-from veneer.machine.speeds import Ceilings, keep_ceilings
+from veneer.machine.speeds import Ceilings, save_ceilings
 from veneer.model.known import MODEL_SIZES
 from veneer.model.lineage import builtin_origins
-from veneer.planning.doctor import Found, MachineProblem, diagnose, look, usable
+from veneer.planning.doctor import MachineProblem, MachineReport, diagnose, examine_machine, usable
 from veneer.planning.model_sizes import ModelSize, model_sizes
 from veneer.planning.target import this_device
 
@@ -23,7 +23,7 @@ class Examined:
         budget_bytes: What a run may hold here.
     """
 
-    found: Found
+    found: MachineReport
     problems: list[MachineProblem]
     trains: list[ModelSize]
     budget_bytes: int
@@ -49,11 +49,11 @@ def doctor(measure: bool = False) -> Examined:
     Args:
         measure: Measure its speed too, for the times of later plans; takes about 20 seconds.
     """
-    found = look()
+    found = examine_machine()
     if measure:
         from veneer.planning.measure import measure_ceilings
 
-        keep_ceilings(found.machine, measure_ceilings(found.machine))
+        save_ceilings(found.machine, measure_ceilings(found.machine))
     target = this_device(found.machine)
     usual = Run.model_validate({"model": {"base": MODEL_SIZES[0]}, "data": {"train": "-"}})
     trains = model_sizes(usual, target, ("lora", "qlora"))

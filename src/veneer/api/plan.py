@@ -5,8 +5,8 @@ from typing import Any
 
 from veneer.config import Run
 from veneer.planning.fit import Fitted, fit
-from veneer.planning.foresee import Foreseen, foresee, read_if_at_hand
 from veneer.planning.model_sizes import compare, smaller_bases
+from veneer.planning.predict import Prediction, predict_run, prepare_if_local
 from veneer.planning.target import device_named, this_device
 
 
@@ -19,18 +19,18 @@ class RunPlan:
         fitted: The cheapest changes that make it fit; none in it: it fits as it is; None: nothing makes it fit.
     """
 
-    foreseen: Foreseen
+    prediction: Prediction
     fitted: Fitted | None
 
     def as_dict(self) -> dict[str, Any]:
         changes = None
         if self.fitted is not None:
             changes = [asdict(change) for change in self.fitted.changes]
-        return self.foreseen.as_dict() | {"changes": changes}
+        return self.prediction.as_dict() | {"changes": changes}
 
     def compare(self) -> dict[str, Any]:
         """Methods side by side on common sizes of GPU: see `veneer.planning.model_sizes.compare`."""
-        return compare(self.foreseen.run, self.foreseen.planner)
+        return compare(self.prediction.run, self.prediction.planner)
 
 
 def plan(run: Run, gpu: str | None = None, read_data: bool = True) -> RunPlan:
@@ -49,6 +49,6 @@ def plan(run: Run, gpu: str | None = None, read_data: bool = True) -> RunPlan:
         UserError: An unknown card or base, a target that matches nothing, a quantization the base cannot take.
     """
     target = this_device() if gpu is None else device_named(gpu)
-    foreseen = foresee(run, target, read_if_at_hand(run) if read_data else "it was not asked for")
-    fitted = fit(run, foreseen.planner, smaller_bases)
-    return RunPlan(foreseen, fitted)
+    prediction = predict_run(run, target, prepare_if_local(run) if read_data else "it was not asked for")
+    fitted = fit(run, prediction.planner, smaller_bases)
+    return RunPlan(prediction, fitted)

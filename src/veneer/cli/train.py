@@ -60,12 +60,12 @@ def train(
     out.print(f"model    {escape(settings.model.base)}: {total:,} parameters, {trainable:,} trained")
     show.show_engine(out, job.choice)
     show.show_ledger(out, job.data.ledger.as_dict())
-    foreseen = job.foreseen.as_dict()
-    show_plan.show_verdict(out, foreseen)
-    likely = foreseen["step_seconds"] and foreseen["step_seconds"]["likely"]
+    prediction = job.prediction.as_dict()
+    show_plan.show_verdict(out, prediction)
+    likely = prediction["step_seconds"] and prediction["step_seconds"]["likely"]
     if likely:
-        show_plan.show_time(out, foreseen)
-    show_plan.show_advice(out, [found for found in foreseen["advice"] if found["severity"] != "info"])
+        show_plan.show_time(out, prediction)
+    show_plan.show_advice(out, [found for found in prediction["advice"] if found["severity"] != "info"])
     with show.LiveProgress(out, job.steps, job.done, likely) as progress:
         result = finish(job, [progress])
     _show_result(out, result, as_json, "done")

@@ -88,8 +88,8 @@ def validate(values: dict[str, Any], places: dict[Path_, str], source: str, run:
 
     Args:
         values: settings by section.
-        places: where each setting was written, by its path.
-        source: what holds the settings, for those that have no place.
+        places: file and line of each setting, by its path.
+        source: name of the settings' source, for those without a line.
         run: object to fill; only then may rows be objects.
     """
     try:

@@ -54,12 +54,12 @@ _CURRENT: ContextVar[Notices | None] = ContextVar("notices", default=None)
 
 
 def notify(message: str, level: Literal["info", "warning"] = "warning", where: str = "") -> None:
-    """Tell a person something; ranks other than 0 are silent, and what the block said before is not printed again.
+    """Notify a person; ranks other than 0 are silent, and a context does not print the same message twice.
 
     Args:
-        message: What to say: one sentence, or a sentence and indented lines.
+        message: one sentence, or a sentence and indented lines.
         level: `warning`: something may be wrong; `info`: what is being done and why it takes a while.
-        where: The setting, file or folder that it is about.
+        where: setting, file or folder that it is about.
     """
     if os.environ.get("RANK", "0") != "0":
         return

@@ -27,8 +27,8 @@ def require_path(path: str, setting: str) -> None:
     """Raises UserError for what cannot be a path.
 
     Args:
-        path: As it was given.
-        setting: What it was given for.
+        path: value of the setting.
+        setting: name of the setting, for messages.
     """
     if (fault := fault_of(path)) is not None:
         shown = path if len(path) <= 60 else path[:57] + "..."

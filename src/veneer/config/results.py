@@ -14,13 +14,13 @@ class Check:
     """One check.
 
     Attributes:
-        id: Its name for programs; docs/verify.md and docs/release.md list them
-        passed: Whether it held; also where it does not apply
-        value: What was measured, a number or words; None: it does not apply, or is not finite
-        limit: What the value may be
-        name: What is measured, for a person
-        detail: Why it failed or does not apply, where it is worst, or how it was measured
-        bound: Whether the limit is the largest or the smallest number that passes (at most, at least)
+        id: name for programs; docs/verify.md and docs/release.md list them
+        passed: whether it passed; true if it does not apply
+        value: measured value, a number or words; None: it does not apply, or is not finite
+        limit: limit of the value
+        name: name of the measured quantity, for display
+        detail: reason why it failed or does not apply, worst case, or method of measurement
+        bound: whether the limit is the largest or the smallest number that passes (at most, at least)
         unit: `share`: value and limit are shown in percent; empty: as they are
     """
 
@@ -38,8 +38,8 @@ class Check:
         """Check that a number does not exceed a limit; NaN and infinity fail and have no value.
 
         Args:
-            id, value, limit, name: As for the class.
-            detail: What to look at where the check fails.
+            id, value, limit, name: attributes of the class.
+            detail: detail if the check fails.
         """
         passed = value <= limit
         return cls(id, passed, value if math.isfinite(value) else None, limit, name, "" if passed else detail)

@@ -103,7 +103,7 @@ class Batch:
         trained: Number of trained tokens.
         weight: Sum of their weights; the number of trained tokens where no row says otherwise.
         scale: Factor of the loss where gradients are computed; see `Engine.forward_backward`.
-        values: What else an objective needs of each target, by name, float32 of shape (T,).
+        values: further values of each target for objectives, by name, float32 of shape (T,).
     """
 
     ids_T: "torch.Tensor"

@@ -1,8 +1,8 @@
-"""Whether an engine gives the reference engine's numbers on this model, this machine and these rows.
+"""Checks that an engine computes the same numbers as the reference engine on this model, machine and rows.
 
-Losses are compared, the gradient of all adapters together and that of every matrix, with B filled so that A has a
-gradient too. In float32 both engines are nearly exact and so is the comparison. In bfloat16 each is off the exact
-gradient by some 4% on the whole and up to 20% in a single matrix of queries or keys (SmolLM2-135M), and two healthy
+It compares the loss, the gradient of all adapters together and the gradient of every matrix, with B filled so that A
+has a gradient too. In float32 both engines are nearly exact and so is the comparison. In bfloat16 each is off the exact
+gradient by some 4% on the whole and up to 20% in a single matrix of queries or keys (SmolLM2-135M), and two correct
 ones differ by as much; a wrong kernel is off by half or more in its own matrices, or by a third in all below it.
 """
 
@@ -18,16 +18,16 @@ from veneer.data.batch import Batch, Example
 from veneer.engine.interface import Engine
 from veneer.engine.objective import LIKELIHOOD
 from veneer.engine.reference import ReferenceEngine
-from veneer.engine.temporary import fill_zeros, untouched
+from veneer.engine.temporary import fill_zeros, preserve_adapter
 from veneer.kernels.launch import KERNEL_ERRORS
 
-FLOOR = 1e-3  # of the largest gradient: what is smaller moves nothing, and is compared with this much
+FLOOR = 1e-3  # share of the largest gradient; smaller gradients are compared relative to this
 
-ENOUGH = 32  # trained tokens of a row: the rounding errors of fewer do not cancel
+MIN_TRAINED = 32  # trained tokens a row; rounding errors of fewer do not cancel
 
 
 class GradientLimits(NamedTuple):
-    """Largest relative differences of a healthy engine: of the loss, of all gradients as one, of a single matrix's."""
+    """Limits on the relative differences in the loss, in all gradients as one vector, and in a single matrix."""
 
     loss: float
     gradient: float
@@ -35,7 +35,7 @@ class GradientLimits(NamedTuple):
 
 
 def limits_of(dtype: torch.dtype, device: str) -> GradientLimits:
-    """Limits of a compute precision; on a GPU products of float32 may round their inputs to 19 bits."""
+    """Return the limits for a compute dtype; a GPU may round the inputs of float32 products to 19 bits (TF32)."""
     if dtype != torch.float32:
         return GradientLimits(0.02, 0.2, 0.4)
     return GradientLimits(1e-3, 1e-3, 1e-3) if device == "cpu" else GradientLimits(1e-3, 1e-2, 1e-2)
@@ -43,15 +43,15 @@ def limits_of(dtype: torch.dtype, device: str) -> GradientLimits:
 
 @dataclass(frozen=True)
 class Agreement:
-    """An engine beside the reference.
+    """The result of comparing an engine with the reference engine.
 
     Attributes:
-        loss: Relative difference of a batch's loss.
-        gradient: Of all adapters' gradients as one vector, by norm.
-        matrix: The largest of an adapter matrix's gradient, by norm; infinite where one is not finite.
-        worst: The matrix with that difference.
-        limits: Of the three.
-        failure: Why the engine gave no numbers at all; None: it gave some.
+        loss: relative difference of a batch's loss.
+        gradient: relative difference of all adapters' gradients as one vector, by norm.
+        matrix: largest relative difference of one matrix's gradient, by norm; infinite where one is not finite.
+        worst: name of the matrix with that difference.
+        limits: limits of the three.
+        failure: reason why the engine gave no numbers at all; None: it gave some.
     """
 
     loss: float
@@ -67,7 +67,7 @@ class Agreement:
         return all(value <= limit for value, limit in zip(found, self.limits, strict=True))
 
     def describe(self) -> str:
-        """For a person: what differs, and where most."""
+        """Describe the differences and their limits in one line."""
         if self.failure is not None:
             return self.failure
         loss, gradient, matrix = self.limits
@@ -80,20 +80,20 @@ class Agreement:
 def agree(model: Any, engine: Engine, batches: Sequence[Batch]) -> Agreement:
     """Compare an engine of a model with the reference engine of the same model.
 
-    Adapter, random numbers and gradients' absence are afterwards as before. Dropout is off. A kernel that this machine
-    cannot run is a disagreement, too.
+    The adapter and the state of the random number generators are restored afterwards. Dropout is off. A kernel that
+    this machine cannot run counts as a disagreement.
 
     Raises:
-        torch.OutOfMemoryError: There is no room for it.
+        torch.OutOfMemoryError: memory does not suffice.
     """
     weight = next(parameter for parameter in model.parameters() if not parameter.requires_grad)
     dtype = model.get_base_model().get_input_embeddings().weight.dtype
     reference = ReferenceEngine(model)
     limits = limits_of(dtype, weight.device.type)
     try:
-        with untouched(model), engine.dropout_off(), reference.dropout_off():
+        with preserve_adapter(model), engine.dropout_off(), reference.dropout_off():
             fill_zeros(model)
-            found = [_beside(_pass(model, engine, batch), _pass(model, reference, batch), limits) for batch in batches]
+            found = [_compare(_pass(model, engine, batch), _pass(model, reference, batch), limits) for batch in batches]
     except torch.OutOfMemoryError:
         raise
     except KERNEL_ERRORS as error:
@@ -108,10 +108,10 @@ def agree(model: Any, engine: Engine, batches: Sequence[Batch]) -> Agreement:
     )
 
 
-def _beside(
+def _compare(
     found: tuple[float, dict[str, torch.Tensor]], wanted: tuple[float, dict[str, torch.Tensor]], limits: GradientLimits
 ) -> Agreement:
-    """Loss and gradients of one batch beside the reference's; what is not finite counts as infinitely far."""
+    """Compare loss and gradients of one batch with the reference's; a value that is not finite differs infinitely."""
     names = list(wanted[1])
     size = torch.stack([wanted[1][name].norm() for name in names]).double()
     apart = torch.stack([(found[1][name] - wanted[1][name]).norm() for name in names]).double()
@@ -125,7 +125,7 @@ def _beside(
 
 
 def _pass(model: Any, engine: Engine, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
-    """Summed loss, and the gradient of the mean loss for every adapter matrix; zero where there is none."""
+    """Return the summed loss, and the gradient of the mean loss for every adapter matrix; zeros where it has none."""
     for parameter in model.parameters():
         parameter.grad = None
     loss = engine.forward_backward(batch.scaled(1 / batch.weight), LIKELIHOOD).loss
@@ -137,23 +137,23 @@ def _pass(model: Any, engine: Engine, batch: Batch) -> tuple[float, dict[str, to
 
 
 def even_rows(examples: Sequence[Example], lengths: Sequence[int]) -> list[Example]:
-    """The first rows' tokens as rows of one length, at most as asked, all trained: attention has a way of its own."""
+    """Cut the first rows into rows of one length, all trained: attention may use another backend for these."""
     ids = np.concatenate([example.ids for example in examples[: 4 * len(lengths)]])
     length = max(2, min(*lengths, len(ids) // len(lengths)))
     return [Example(np.resize(ids[n * length :], length), ((1, length, 1.0),), "") for n in range(len(lengths))]
 
 
-def short_rows(examples: Sequence[Example], lengths: Sequence[int], least: int = ENOUGH) -> list[Example]:
-    """The first rows, each cut to a length; where fewer than `least` trained tokens are left, all become trained."""
+def short_rows(examples: Sequence[Example], lengths: Sequence[int], least: int = MIN_TRAINED) -> list[Example]:
+    """Cut the first rows to given lengths; where fewer than `least` trained tokens are left, train all tokens."""
     rows = [examples[n].cut(length) for n, length in enumerate(lengths[: len(examples)])]
     return [row if row.trained >= least else all_trained(row) for row in rows]
 
 
 def all_trained(row: Example) -> Example:
-    """The same row with a loss on every token."""
+    """Return the same row with a loss on every token."""
     return Example(row.ids, ((1, len(row.ids), 1.0),), row.place)
 
 
 def short_name(parameter: str) -> str:
-    """A parameter's name without what all of them share."""
+    """Return a parameter's name without the prefix and suffixes that all of them share."""
     return parameter.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".default")

@@ -1,9 +1,9 @@
-"""Which engine a run gets, and why. The only place that decides it.
+"""Chooses the engine of a run, and gives the reason. Nothing else decides it.
 
 The fused engine is taken where it covers the model, and only after it has given the reference engine's numbers on a
-few tokens of the run's own rows: its kernels are tested, but not on this GPU, with this driver, on this model. Where it
-gives others, the run goes on with the reference engine and says so. Off CUDA its kernels are plain torch, which is for
-tests; `auto` means the reference engine there.
+few tokens of the run's own rows: its kernels are tested, but not on this GPU, driver and model. Where its numbers
+differ, the run warns and goes on with the reference engine. Without CUDA its kernels are plain torch, for tests alone,
+so `auto` means the reference engine there.
 """
 
 import gc
@@ -21,17 +21,17 @@ from veneer.engine.reference import ReferenceEngine
 
 FUSED_DEVICES = ("cuda",)  # where `auto` takes the fused engine
 PROBE = (160, 96)  # tokens of the rows that the engines are compared on
-EVEN = (256, 256)  # and of rows of one length, which cuDNN's attention gets where there is one
+EVEN = (256, 256)  # the same for rows of one length, which go through cuDNN's attention where it is available
 
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """An engine and why it was taken.
+    """An engine, and the reason for choosing it.
 
     Attributes:
-        engine: The engine.
-        reason: Why this one; for the plan and for a person.
-        warning: What a person must hear of: that the fused engine failed its check. None: nothing.
+        engine: the engine.
+        reason: reason for the choice, as plan and log show it.
+        warning: warning to notify: that the fused engine failed its check; None: there is none.
     """
 
     engine: Engine
@@ -40,15 +40,15 @@ class EngineChoice:
 
 
 def choose_engine(setting: str, device: str, not_covered: Callable[[], str | None]) -> tuple[str, str]:
-    """Which engine a run gets, reference or fused, and why; plans ask as runs do.
+    """Return the engine of a run, reference or fused, and the reason; plans and runs both call this.
 
     Args:
         setting: `train.engine`.
         device: cuda, cpu or mps.
-        not_covered: What of the model the fused engine does not compute; None: it covers it. Asked only if it decides.
+        not_covered: function that returns the part of the model that the fused engine does not cover, or None.
 
     Raises:
-        UserError: The fused engine is asked for and does not cover the model.
+        UserError: the fused engine is asked for and does not cover the model.
     """
     if setting == "reference":
         return "reference", "train.engine asks for the reference engine"
@@ -64,15 +64,15 @@ def choose_engine(setting: str, device: str, not_covered: Callable[[], str | Non
 
 
 def build(model: Any, train: Train, device: str) -> EngineChoice:
-    """The engine that settings and model ask for, not yet checked.
+    """Build the engine that settings and model ask for, not yet checked.
 
     Args:
-        model: A PEFT model.
-        train: The settings `engine` and `gradient_checkpointing`.
-        device: Where the model is.
+        model: PEFT model.
+        train: settings, of which `engine` and `gradient_checkpointing` count.
+        device: device of the model.
 
     Raises:
-        UserError: See `choose_engine`.
+        UserError: see `choose_engine`.
     """
     made: list[Engine] = []
 
@@ -89,17 +89,17 @@ def build(model: Any, train: Train, device: str) -> EngineChoice:
 
 
 def choose(model: Any, train: Train, device: str, examples: Sequence[Example]) -> EngineChoice:
-    """The engine of a run, checked on its first rows.
+    """Choose the engine of a run, and check it on the run's first rows.
 
     Args:
-        model: A PEFT model; afterwards as before.
-        train: The settings.
-        device: Where the model is.
-        examples: The training data.
+        model: PEFT model; restored afterwards.
+        train: settings.
+        device: device of the model.
+        examples: training data.
 
     Raises:
-        UserError: See `build`.
-        JobError: The fused engine is asked for and gives other numbers than the reference engine.
+        UserError: see `build`.
+        JobError: the fused engine is asked for and gives other numbers than the reference engine.
     """
     choice = build(model, train, device)
     if choice.engine.is_reference:
@@ -118,8 +118,8 @@ def choose(model: Any, train: Train, device: str, examples: Sequence[Example]) -
 
 
 def fall_back(model: Any, failure: str) -> EngineChoice:
-    """The reference engine in the place of a fused one that failed its check."""
-    gc.collect()  # the other engine's buffers, which hold each other
+    """Replace a fused engine that failed its check by the reference engine."""
+    gc.collect()  # the other engine's buffers are in reference cycles
     warning = f"the fused engine does not give the reference engine's numbers here: {failure}"
     for_cpu = model.get_input_embeddings().weight.device.type == "cpu"
     return EngineChoice(

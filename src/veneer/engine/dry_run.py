@@ -1,13 +1,12 @@
-"""A dry run of the reference engine on meta tensors: the memory and the work of a step, before anything is loaded.
+"""Runs the reference engine dry on meta tensors: the memory and the work of a step, before anything is loaded.
 
-Transformers' own model code runs, and the engine's own loss; what stands in is what PEFT and bitsandbytes add to a
-linear layer, operation for operation (a test compares them with the real ones). They are not imported, since a plan
-should answer at once, and bitsandbytes' kernels want data anyway.
+Transformers' own model code runs, and the engine's own loss; only the operations that PEFT and bitsandbytes add to a
+linear layer have stand-ins (a test compares them with the real ones). They are not imported, since a plan should answer
+at once, and bitsandbytes' kernels need data anyway.
 
-Decoder layers are alike, so a deep model is run dry with a few of them and carried on in a straight line: each
-phase of a step (the forward, the head and the loss, the backward of the last layers, of the first) holds the same
-bytes more for each further layer. Where layers differ in a pattern, the pattern is repeated whole; where there is
-none, all layers are run dry.
+Decoder layers are alike, so a deep model is run dry with a few of them and extrapolated linearly: each phase of a step
+(the forward, the head and the loss, the backward of the last layers, of the first) adds the same bytes for each further
+layer. Where layers differ in a pattern, the pattern is repeated whole; where there is none, all layers are run dry.
 
 Shapes: B rows, L length, N trained tokens, K inputs and M outputs of a linear layer.
 """
@@ -48,12 +47,12 @@ class Step:
         checkpointing: whether the reference engine recomputes activations.
         engine: reference or fused.
         block: placement of each of the fused engine's blocks; None: everything is kept.
-        keeps_last: whether the last block keeps everything even so.
-        even: whether the rows are of one length; the fused engine has other kernels for those that are not.
+        keeps_last: whether the last block keeps everything nevertheless.
+        even: whether the rows are of one length; the fused engine has other kernels for uneven ones.
         capability: major compute capability of the GPU.
-        accumulating: whether gradients of an earlier micro-batch are there.
-        training: False: the held-out loss alone.
-        copies: whether there are 16-bit copies of 4-bit weights beside them, as on a CPU with memory for them.
+        accumulating: whether gradients of an earlier micro-batch are held.
+        training: whether there is a backward; else only the held-out loss is computed.
+        copies: whether 4-bit weights have 16-bit copies beside them, as on a CPU with memory for them.
     """
 
     rows: int
@@ -80,14 +79,14 @@ class Step:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a micro-batch would hold beside weights, adapter, and optimizer; and the work it is.
+    """The memory of a micro-batch beside weights, adapter and optimizer, and its work.
 
     Attributes:
         peaks: peak of each of its phases: `forward`, `loss`, `backward ...`.
         work: operations of forward and backward.
-        held: bytes that the engine holds all the time in the place of adapter and gradients, and beside the weights:
-            buffers it lays out itself; None: it has none.
-        records: whether passes of a shape that comes again are recorded and replayed without the host.
+        held: bytes of buffers that the engine always holds, instead of adapter and gradients and beside the weights;
+            None: it has none.
+        records: whether passes of a shape that recurs are recorded and replayed without the host.
     """
 
     peaks: dict[str, Peak]
@@ -96,43 +95,43 @@ class DryRun:
     records: bool = False
 
     def fullest(self, phase: str) -> Peak:
-        """Of a phase: `forward` (with the loss) or `backward`."""
+        """Return the peak of a phase: `forward` (with the loss) or `backward`."""
         found = [m for name, m in self.peaks.items() if ("backward" in name) == (phase == "backward")]
         return max(found, key=lambda peak: peak.bytes)
 
     @property
     def recorded_bytes(self) -> int:
-        """What a recording keeps to itself between its passes: all that one of them holds."""
+        """The bytes that a recording holds between its passes: the peak of one of them."""
         return max(peak.bytes for peak in self.peaks.values()) if self.records else 0
 
 
-FUSED_TOKENS = 1536  # bitsandbytes multiplies up to so many tokens without first dequantizing the whole weight
+FUSED_TOKENS = 1536  # up to so many tokens, bitsandbytes does not dequantize the whole weight
 
 
 def run_dry(make: Callable[[int], Any], depth: int, period: int | None, step: Step) -> DryRun:
     """Run a micro-batch dry, or the held-out loss of one.
 
     Args:
-        make: Builds the base model on the meta device with so many layers.
-        depth: Layers of the model.
-        period: After so many layers they repeat; None: they do not.
-        step: The micro-batch.
+        make: function that builds the base model on the meta device with so many layers.
+        depth: layers of the model.
+        period: layers after which they repeat; None: they do not.
+        step: the micro-batch.
     """
     chunked_head = step.method != "full" and head_is_linear(make(period or depth))
 
     def run(layers: int, ends: int) -> DryRun:
         return DryRun(*_run(make(layers), step, ends, chunked_head))
 
-    return carried_on(run, depth, period, step.training)
+    return extrapolate(run, depth, period, step.training)
 
 
-def carried_on(run: Callable[[int, int], DryRun], depth: int, period: int | None, training: bool) -> DryRun:
-    """The dry run of a deep model from those of two models with few layers, in a straight line.
+def extrapolate(run: Callable[[int, int], DryRun], depth: int, period: int | None, training: bool) -> DryRun:
+    """Extrapolate the dry run of a deep model linearly from those of two models with few layers.
 
     Args:
-        run: A dry run of so many layers; at either end so many have phases of their own in backward.
-        depth, period: See `run_dry`.
-        training: Whether there is a backward.
+        run: function from a number of layers, and of those at either end with own backward phases, to a dry run.
+        depth, period: arguments of `run_dry`.
+        training: whether there is a backward.
     """
     few = depth if period is None else (3 if training else 2) * period + depth % period
     if period is None or few + period >= depth:
@@ -158,9 +157,9 @@ def carried_on(run: Callable[[int, int], DryRun], depth: int, period: int | None
 
 
 def _run(base: Any, step: Step, period: int, chunked_head: bool) -> tuple[dict[str, Peak], Work]:
-    """One micro-batch; the peaks of its phases, and its work.
+    """Run one micro-batch; return the peaks of its phases, and its work.
 
-    The layers between the first two periods and the last one hold no more than these, and have no phase of their own.
+    Layers between the first two periods and the last one hold no more than these, and have no phase of their own.
     """
     adapt(base, step)
     chunked_head = chunked_head and type(base.get_output_embeddings()) is torch.nn.Linear
@@ -181,9 +180,9 @@ def _run(base: Any, step: Step, period: int, chunked_head: bool) -> tuple[dict[s
     _follow_backward(decoder_layers(base), trace, period)
     for parameter in base.parameters():
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(lambda p: trace.call(p.grad, "gradients"))
+            parameter.register_post_accumulate_grad_hook(lambda p: trace.assign(p.grad, "gradients"))
             if step.accumulating:
-                parameter.grad = torch.zeros_like(parameter)  # made outside: whoever plans counts it
+                parameter.grad = torch.zeros_like(parameter)  # made before the trace: the planner counts it
     with trace:
         trace.mark("forward", "activations")
         logprobs_N = token_logprobs(base, rows, chunked_head)
@@ -193,7 +192,7 @@ def _run(base: Any, step: Step, period: int, chunked_head: bool) -> tuple[dict[s
 
 
 def _follow_backward(layers: list[Any], trace: Trace, period: int) -> None:
-    """Begin a phase where the backward of a layer begins: when the gradient of its output is there."""
+    """Begin a phase with the backward of each layer: when the gradient of its output has been computed."""
     for number, layer in enumerate(layers):
 
         def on_output(_: Any, __: Any, output: Any, phase: str = backward_phase(number, len(layers), period)) -> None:
@@ -205,14 +204,14 @@ def _follow_backward(layers: list[Any], trace: Trace, period: int) -> None:
 
 
 def backward_phase(number: int, depth: int, period: int) -> str:
-    """The phase of a layer's backward: only layers at either end have one of their own."""
+    """Return the phase of a layer's backward: only layers at either end have one of their own."""
     if number >= depth - period:
         return f"backward -{depth - number}"
     return f"backward {number}" if number < 2 * period else "backward between"
 
 
 def _rows(step: Step) -> PaddedRows:
-    """A micro-batch without content."""
+    """Return a dummy micro-batch."""
     with torch.device("meta"):
         ids_BL = torch.empty((step.rows, step.length), dtype=torch.int64)
         index_N = torch.empty((step.trained,), dtype=torch.int64)
@@ -220,7 +219,7 @@ def _rows(step: Step) -> PaddedRows:
 
 
 def head_is_linear(base: Any) -> bool:
-    """Whether a model does nothing between its last hidden state and its logits but one product."""
+    """Return whether a model computes logits from its last hidden state by one product alone."""
     head = base.get_output_embeddings()
     if type(head) is not torch.nn.Linear or base.base_model is base:
         return False
@@ -246,7 +245,7 @@ def adapt(base: Any, step: Step) -> None:
     base.requires_grad_(step.method == "full")
     for path, module in list(base.named_modules()):
         if path in step.targets or path in step.quantized:
-            # Conv1D of GPT-2 keeps its weight the other way round, an embedding too.
+            # The weight of GPT-2's Conv1D is transposed, and an embedding's too.
             is_turned = hasattr(module, "nf") or isinstance(module, torch.nn.Embedding)
             inputs, outputs = module.weight.shape if is_turned else module.weight.shape[::-1]
             layer = _Linear4bit(module.bias, (outputs, inputs), step) if path in step.quantized else module
@@ -257,7 +256,7 @@ def adapt(base: Any, step: Step) -> None:
 
 
 class _Linear4bit(torch.nn.Module):
-    """Stands in for a linear layer of bitsandbytes."""
+    """A stand-in for a linear layer of bitsandbytes."""
 
     is_4bit = True
 
@@ -291,7 +290,7 @@ class _FourBit(torch.autograd.Function):
 
 
 def _dequantize(shape_MK: tuple[int, int], dtype: torch.dtype, step: Step, copies: int) -> None:
-    """The weight in full, beside the blocks' constants in float32 where these are quantized too."""
+    """Count the memory and work of a dequantized weight, and of its constants under double quantization."""
     weights = shape_MK[0] * shape_MK[1]
     blocks = weights // QUANT_BLOCK
     constants = 4 * blocks * copies if step.double_quant else 0

@@ -1,4 +1,4 @@
-"""What every engine does. The loop, evaluation, verification and the plan know nothing else of an engine."""
+"""The protocol of engines. The loop, evaluation, verification and the plan use nothing else of an engine."""
 
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
@@ -11,13 +11,13 @@ from veneer.engine.placement import MemoryPlacement
 
 
 class BatchShapes(NamedTuple):
-    """Tokens of the rows or documents in the batches of a run that need most memory.
+    """The batches of a run that need most memory.
 
     Attributes:
-        largest: Of the rows of the largest micro-batch.
-        varies: Whether micro-batches come in more than one shape.
-        held_out: Of the rows of the largest held-out batch.
-        documents: Of the documents of the micro-batch that holds most of them, where rows are packed.
+        largest: lengths of the rows of the largest micro-batch.
+        varies: whether micro-batches have more than one shape.
+        held_out: lengths of the rows of the largest held-out batch.
+        documents: lengths of the documents of the micro-batch with most of them, where rows are packed.
     """
 
     largest: tuple[int, ...]
@@ -31,7 +31,7 @@ class Engine(Protocol):
 
     Attributes:
         name: reference or fused.
-        is_reference: Whether it is what others are compared with.
+        is_reference: whether it is the engine that others are compared with.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Engine(Protocol):
 
     @property
     def master(self) -> torch.nn.Parameter | None:
-        """One parameter of which all adapter parameters are views, where the engine lays them so."""
+        """One parameter of which all adapter parameters are views; None where the engine has none."""
         ...
 
     def forward_backward(self, batch: Batch, objective: Objective) -> StepOutput:
@@ -54,37 +54,37 @@ class Engine(Protocol):
         ...
 
     def token_logprobs(self, batch: Batch) -> torch.Tensor:
-        """Log-probability of each trained token, in the batch's order and the same dtype; no gradients, dropout off."""
+        """Return the log-probability of each trained token, in the batch's order; no gradients, dropout off."""
         ...
 
     def plan_memory(self, shapes: BatchShapes, gradient_checkpointing: bool | str, later_bytes: int) -> MemoryPlacement:
-        """Choose where tensors live, and place them so; for before training, since gradients are lost.
+        """Choose a placement of tensors, and apply it; call it before training, since it drops gradients.
 
         Args:
             shapes: lengths of the run's batches.
             gradient_checkpointing: the setting; auto: keep as much as the device's memory allows.
-            later_bytes: what is still to come on the device, as the optimizer's states.
+            later_bytes: memory of the device to reserve for later, as for the optimizer's states.
 
         Returns:
-            The placement, where this engine, device or setting leaves nothing to choose as well.
+            The placement, also where this engine, device or setting leaves no choice.
         """
         ...
 
     def adapter_off(self) -> AbstractContextManager[None]:
-        """Within the block the base alone answers, in generation and in the engine's losses."""
+        """Within the context, the base is used without its adapter, in generation and in the engine's losses."""
         ...
 
     def dropout_off(self) -> AbstractContextManager[None]:
-        """Within the block training passes drop nothing: two engines never draw the same mask."""
+        """Within the context, training passes use no dropout: two engines never draw the same mask."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """How it computes, for plan.json: `chunked_head`, whether only a part of the logits is there at a time."""
+        """Describe it for plan.json: `chunked_head`, whether logits are computed a chunk at a time."""
         ...
 
 
 def document_losses(engine: Engine, batch: Batch) -> list[float]:
-    """Weighted negative log-likelihood of each document."""
+    """Return the weighted negative log-likelihood of each document."""
     tokens = TrainedTokens.of(batch, engine.token_logprobs(batch).cpu().double())
     losses: list[float] = tokens.sum_documents(-tokens.logprobs_N * tokens.weights_N).tolist()
     return losses

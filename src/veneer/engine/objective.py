@@ -1,7 +1,7 @@
-"""What training minimizes: a loss of the log-probabilities of a batch's trained tokens, on whichever engine.
+"""Objectives of training: a loss as a function of the log-probabilities of a batch's trained tokens.
 
 An engine computes these, asks the objective for the loss and its derivative by each of them, scales the rows of the
-head's gradient by that, and goes back: one forward and one backward pass for any such objective.
+head's gradient by it, and runs backward: one forward and one backward pass for any such objective.
 
 Shapes: N trained tokens, padding included; D documents, empty ones included.
 """
@@ -14,18 +14,18 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 
 from veneer.data.batch import Batch
-from veneer.machine.device import bring
+from veneer.machine.device import to_device
 
 
 class TrainedTokens(NamedTuple):
-    """The trained tokens of a batch, in its order, with padding behind them.
+    """The trained tokens of a batch, in its order, with padding after them.
 
     Attributes:
         logprobs_N: log-probability of each, float64 where the device has it.
         weights_N: weight of each in the loss, float32; 0 for padding.
         index_N: position in the batch before each, int64.
-        bounds: positions where documents begin, and where the last one ends; (D + 1,).
-        values: what else `Batch.values` has of each.
+        bounds: positions at which documents begin and the last one ends; (D + 1,).
+        values: further values of each, from `Batch.values`.
     """
 
     logprobs_N: torch.Tensor
@@ -36,30 +36,30 @@ class TrainedTokens(NamedTuple):
 
     @staticmethod
     def of(batch: Batch, logprobs_N: torch.Tensor) -> "TrainedTokens":
-        """Those of a batch on the host, on the device of their log-probabilities."""
+        """Move those of a batch on the host to the device of their log-probabilities."""
         index_N = (batch.targets_T >= 0).nonzero().squeeze(1)
-        to_device = partial(bring, device=logprobs_N.device)
-        bounds = to_device(torch.tensor([0, *accumulate(batch.lengths)]))
-        values = {name: to_device(value_T[index_N]) for name, value_T in batch.values.items()}
-        return TrainedTokens(logprobs_N, to_device(batch.weights_T[index_N]), to_device(index_N), bounds, values)
+        move = partial(to_device, device=logprobs_N.device)
+        bounds = move(torch.tensor([0, *accumulate(batch.lengths)]))
+        values = {name: move(value_T[index_N]) for name, value_T in batch.values.items()}
+        return TrainedTokens(logprobs_N, move(batch.weights_T[index_N]), move(index_N), bounds, values)
 
     def sum_documents(self, values_N: torch.Tensor) -> torch.Tensor:
-        """Sum of each document's values, added in a fixed order; (D,), 0 where nothing is trained."""
-        offsets = torch.searchsorted(self._places(), self.bounds.long())
+        """Sum each document's values in a fixed order; (D,), 0 where nothing is trained."""
+        offsets = torch.searchsorted(self._positions(), self.bounds.long())
         return torch.segment_reduce(values_N, "sum", offsets=offsets, unsafe=True)  # a check would wait for the device
 
     def to_tokens(self, values_D: torch.Tensor) -> torch.Tensor:
-        """Its document's value for each token; (N,)."""
-        after = torch.searchsorted(self.bounds.long(), self._places(), right=True)
+        """Return its document's value for each token; (N,)."""
+        after = torch.searchsorted(self.bounds.long(), self._positions(), right=True)
         return values_D[after.clamp_(max=len(values_D)) - 1]
 
-    def _places(self) -> torch.Tensor:
-        """Positions that rise to the end: those of padding are behind all others."""
+    def _positions(self) -> torch.Tensor:
+        """Return the positions in ascending order: padding comes after all others."""
         return torch.where(self.weights_N != 0, self.index_N, self.bounds[-1])
 
 
 class StepOutput(NamedTuple):
-    """Sums over a batch, scalars on the device: the loss, the weight to divide it and the metrics by, and these."""
+    """Sums over a batch as scalars on the device: loss and metrics, and the weight that both are divided by."""
 
     loss: torch.Tensor
     weight: torch.Tensor
@@ -67,33 +67,33 @@ class StepOutput(NamedTuple):
 
 
 class Objective(Protocol):
-    """A pure function from log-probabilities to a loss. Passes are recorded with it and replayed for all that equal it.
+    """A pure function from log-probabilities to a loss. Recorded passes are replayed for objectives that equal it.
 
     Attributes:
-        is_weighted_sum: whether the loss is minus the weighted sum of log-probabilities: its derivative is known
-            before the forward pass then.
+        is_weighted_sum: whether the loss is minus the weighted sum of log-probabilities, so that its derivative is
+            known before the forward pass.
     """
 
     is_weighted_sum: ClassVar[bool] = False
 
     def weight(self, batch: Batch) -> float:
-        """The weight of a batch, before its pass."""
+        """Return the weight of a batch, before its pass."""
         ...
 
     def __call__(self, tokens: TrainedTokens) -> tuple[StepOutput, torch.Tensor | None]:
-        """Sums, and the loss's derivative by each log-probability; None for a weighted sum.
+        """Return the sums, and the loss's derivative by each log-probability; None for a weighted sum.
 
-        It must not wait for the device. Padding and empty documents count nothing.
+        It must not wait for the device. Padding and empty documents must not count.
         """
         ...
 
     def held_out_metrics(self, loss: float) -> dict[str, float | None]:
-        """What is logged beside the mean loss of held-out rows, which may be no finite number."""
+        """Return metrics to log beside the mean loss of held-out rows, which may not be finite."""
         return {}
 
 
 class NegativeLogLikelihood(Objective):
-    """Minus the weighted sum of log-probabilities: what engines are compared and measured with."""
+    """Minus the weighted sum of log-probabilities; engines are compared and measured with it."""
 
     is_weighted_sum = True
 

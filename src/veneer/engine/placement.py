@@ -1,10 +1,10 @@
-"""Where a training step's tensors are: one frozen value that a policy writes, blocks read, and plans print.
+"""The placement of a training step's tensors: a frozen value that a policy writes, blocks read, and plans print.
 
 Two kinds of tensors have a choice. An activation that backward needs is kept from forward to backward, or recomputed,
-or brought to the host's memory and back. A frozen weight in 4 bits is dequantized whenever it is used, or once and for
-good, or streamed from the host. What makes the choice is a policy (`engine/fused/policy.py`), here are only its words.
+or offloaded to the host's memory. A frozen weight in 4 bits is dequantized for each use, or once and kept, or streamed
+from the host. A policy makes the choice (`engine/fused/policy.py`); this module only defines its vocabulary.
 
-Not here: trained weights and the optimizer's states, which stay where they are; 16-bit weights, which have no choice.
+Trained weights, the optimizer's states and 16-bit weights always stay on the device, and have no entry.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from typing import Any
 
 
 class ActivationState(StrEnum):
-    """What happens to an activation between forward and backward."""
+    """The state of an activation between forward and backward."""
 
     KEEP = "keep"
     RECOMPUTE = "recompute"
@@ -24,7 +24,7 @@ class ActivationState(StrEnum):
 
 
 class WeightState(StrEnum):
-    """How a frozen 4-bit weight is held: as stored, in 16 bits as well, or on the host."""
+    """The state of a frozen 4-bit weight: as stored, in 16 bits as well, or on the host."""
 
     NF4 = "nf4"
     DEQUANTIZED = "dequantized"
@@ -36,11 +36,11 @@ NOT_IMPLEMENTED = (ActivationState.HOST, WeightState.STREAMED)
 
 @dataclass(frozen=True)
 class BlockPlacement:
-    """Where one decoder block's tensors are.
+    """The placement of one decoder block's tensors.
 
     Attributes:
         activations: state of each activation that backward needs, by name.
-        weights: state of each frozen 4-bit weight, by name; one that is not named stays as it is.
+        weights: state of each frozen 4-bit weight, by name; others stay as they are.
     """
 
     activations: Mapping[str, ActivationState]
@@ -51,21 +51,21 @@ class BlockPlacement:
 
     @cached_property
     def kept(self) -> frozenset[str]:
-        """Names of the activations that are kept."""
+        """The names of the activations that are kept."""
         return frozenset(name for name, state in self.activations.items() if state == ActivationState.KEEP)
 
 
 @dataclass(frozen=True)
 class MemoryPlacement:
-    """Where all blocks' tensors are, and what that takes.
+    """The placement of all blocks' tensors, and its memory.
 
     Attributes:
         blocks: placement of each block, in the model's order.
-        workspace_bytes: memory that the backward of attention may take on its way.
-        records_passes: whether passes of a shape that comes again are recorded; they hold their memory for good.
-        bytes: what the placement adds to the peak of a step that keeps nothing; 0: nobody chose it by its size.
+        workspace_bytes: workspace that the backward of attention may take.
+        records_passes: whether passes of a shape that recurs are recorded; they never free their memory.
+        bytes: memory that it adds to the peak of a step that keeps nothing; 0: it was not chosen by its size.
         least_bytes: that peak, measured or predicted; 0: not known.
-        budget_bytes: what the device has for all of it; 0: not known.
+        budget_bytes: memory of the device; 0: not known.
     """
 
     blocks: tuple[BlockPlacement, ...]
@@ -76,14 +76,14 @@ class MemoryPlacement:
     budget_bytes: int = 0
 
     def require_implemented(self) -> None:
-        """Raises NotImplementedError, with block and tensor, for a state that no engine implements yet."""
+        """Raise NotImplementedError, with block and tensor, for a state that no engine implements yet."""
         for number, block in enumerate(self.blocks):
             for name, state in (*block.activations.items(), *block.weights.items()):
                 if state in NOT_IMPLEMENTED:
                     raise NotImplementedError(f"block {number}, {name}: no engine implements the state {state.name}")
 
     def as_dict(self) -> dict[str, Any]:
-        """The placement as JSON, blocks that follow each other and are alike as one entry."""
+        """Return the placement as JSON, with one entry for consecutive blocks that are alike."""
         blocks, first = [], 0
         for block, alike in groupby(self.blocks):
             count = len(list(alike))
@@ -94,7 +94,7 @@ class MemoryPlacement:
 
 
 def whole_blocks(depth: int, gradient_checkpointing: bool | str) -> MemoryPlacement:
-    """The placement of Transformers' own gradient checkpointing: every block is recomputed whole, or none is.
+    """Return the placement of Transformers' own gradient checkpointing: all blocks are recomputed, or none.
 
     Args:
         depth: number of blocks.

@@ -1,15 +1,15 @@
-"""The reference engine: Transformers' own model with PEFT's own adapters, for any architecture.
+"""The reference engine runs Transformers' own model with PEFT's own adapters, for any architecture.
 
-It is what faster engines are measured against, so it takes no liberties: the model's code computes everything up to
-the last hidden state. A packed batch is laid out again as right-padded rows, so a document cannot see another
-whatever the attention backend; rows of like length go together, so that little is padding. Padding stands behind
-the tokens and causal attention never looks there, so no mask is passed, and backends that take none stay available.
+Faster engines are compared with it, so it changes nothing: the model's code computes everything up to the last hidden
+state. A packed batch is unpacked to right-padded rows, so that no document sees another whatever the attention backend;
+rows of similar length are batched, so that padding is little. Padding comes after the tokens, where causal attention
+never looks, so no mask is passed, and backends that take none stay available.
 
 Only the head is handled here, because logits of untrained positions are the largest waste of a small step. Whether a
-model's head really is one linear layer (some scale or cap their logits) is not assumed but tried on a few tokens;
-where it is not, the model computes its own logits. For the CPU, on request, rows that begin with the same tokens
-compute these once (prefix.py), short rows attend by plain products (attention.py), and adapters beside 16-bit copies of
-4-bit weights are multiplied in 16 bits (model/dense.py); what other engines are compared with does none of it.
+model's head really is one linear layer (some scale or cap their logits) is not assumed but tested on a few tokens;
+where it is not, the model computes its own logits. For the CPU, on request, a prefix that rows share is computed once
+(prefix.py), attention of short rows takes plain products (attention.py), and adapters beside 16-bit copies of 4-bit
+weights are multiplied in 16 bits (model/dense.py); comparisons with other engines do none of it.
 
 Shapes: B rows, L padded length, N trained tokens, D model width, V vocabulary.
 """
@@ -29,23 +29,23 @@ from veneer.engine.interface import BatchShapes
 from veneer.engine.objective import Objective, StepOutput, TrainedTokens
 from veneer.engine.placement import MemoryPlacement, whole_blocks
 from veneer.engine.positions import switch_of
-from veneer.engine.prefix import can_share, hidden_behind, shared_tokens
+from veneer.engine.prefix import can_share, hidden_after_prefix, shared_tokens
 from veneer.engine.temporary import no_dropout
 from veneer.kernels.linear_cross_entropy import linear_cross_entropy
 from veneer.machine.device import return_freed_memory
 from veneer.model.dense import adapter_beside_copies
 
 TRIM_EVERY = 8  # passes between two trims of the heap
-PADDING = 1.25  # rows go together while their padded tokens are at most so many times the real ones
+PADDING = 1.25  # largest ratio of padded to real tokens in a group of rows
 
 
 @dataclass(frozen=True)
 class PaddedRows:
-    """Documents of like length as right-padded rows, and where their trained tokens are.
+    """Documents of similar length as right-padded rows, with the positions of their trained tokens.
 
     Attributes:
-        order_N: Which of the batch's trained tokens each one is.
-        shared: Tokens that all rows begin with and that are computed once; 0: each row is computed whole.
+        order_N: index of each trained token among those of the batch.
+        shared: length of a common prefix that is computed once; 0: each row is computed whole.
     """
 
     shared: int
@@ -61,9 +61,9 @@ class ReferenceEngine:
     """Runs a PEFT model as it is.
 
     Args:
-        model: A PEFT model from `veneer.model.attach` or `load_adapter`.
-        for_cpu: Let rows that begin with the same tokens compute these once, where the model allows it, and compute
-            attention and adapters as is fastest on a CPU.
+        model: PEFT model from `veneer.model.attach` or `load_adapter`.
+        for_cpu: whether to compute a prefix that rows share once, where the model allows it, and attention and adapters
+            as is fastest on a CPU.
     """
 
     name = "reference"
@@ -86,7 +86,7 @@ class ReferenceEngine:
     def forward_backward(self, batch: Batch, objective: Objective) -> StepOutput:
         """See `Engine.forward_backward`.
 
-        Rows go back at once where the coefficients of their tokens are known; else all go forward first.
+        Each group of rows runs backward at once where coefficients are known; else all run forward first.
         """
         self.model.train()
         waiting: list[tuple[PaddedRows, torch.Tensor]] = []
@@ -114,7 +114,7 @@ class ReferenceEngine:
         return self._forward(batch, lambda rows, logprobs_N: None)
 
     def _forward(self, batch: Batch, go_back: Callable[[PaddedRows, torch.Tensor], None]) -> torch.Tensor:
-        """Log-probabilities in the batch's order; those of each group of rows are given to `go_back` first."""
+        """Return log-probabilities in the batch's order; `go_back` is called with those of each group of rows first."""
         trained = int((batch.targets_T >= 0).sum())
         found_N = torch.empty(trained, dtype=self._sum_dtype, device=self._device)
         for rows in _rows(batch, self._device, self._switch, self._shares):
@@ -127,7 +127,7 @@ class ReferenceEngine:
         return found_N
 
     def plan_memory(self, shapes: BatchShapes, gradient_checkpointing: bool | str, later_bytes: int) -> MemoryPlacement:
-        """See `Engine.plan_memory`; here Transformers does as the setting says."""
+        """See `Engine.plan_memory`; Transformers follows the setting."""
         return whole_blocks(self._base.config.get_text_config().num_hidden_layers, gradient_checkpointing)
 
     def adapter_off(self) -> AbstractContextManager[None]:
@@ -145,7 +145,7 @@ class ReferenceEngine:
 
     @contextmanager
     def _cpu_passes(self, rows: PaddedRows) -> Iterator[None]:
-        """Within the block rows are computed as is fastest on a CPU, where that was asked for."""
+        """Within the context, rows are computed as is fastest on a CPU, if the engine was built for it."""
         if not self._for_cpu:
             yield
             return
@@ -159,7 +159,7 @@ class ReferenceEngine:
 
     @torch.no_grad()
     def _head_is_linear(self) -> bool:
-        """Whether head(last hidden state) equals the model's logits, tried on eight tokens."""
+        """Return whether head(last hidden state) equals the model's logits on eight tokens."""
         head = self._base.get_output_embeddings()
         if type(head) is not torch.nn.Linear or head.weight.requires_grad or self._base.base_model is self._base:
             return False
@@ -170,16 +170,16 @@ class ReferenceEngine:
 
 
 def token_logprobs(base: Any, rows: PaddedRows, chunked_head: bool) -> torch.Tensor:
-    """Log-probability of every trained token, float32, shape (N,).
+    """Return the log-probability of every trained token, float32, shape (N,).
 
     Args:
         base: Transformers' model, with or without adapters in it.
-        rows: The micro-batch.
-        chunked_head: Whether the head is one linear layer, so that its logits need never be there all at once.
+        rows: the micro-batch.
+        chunked_head: whether the head is one linear layer, so that logits can be computed a chunk at a time.
     """
     if chunked_head:
         head = base.get_output_embeddings()
-        hidden_BLD = hidden_behind(base, rows.ids_BL, rows.shared) if rows.shared else _hidden(base, rows.ids_BL)
+        hidden_BLD = hidden_after_prefix(base, rows.ids_BL, rows.shared) if rows.shared else _hidden(base, rows.ids_BL)
         hidden_ND = hidden_BLD[rows.row_N, rows.column_N - rows.shared]
         losses_N = linear_cross_entropy(hidden_ND, head.weight, head.bias, rows.targets_N)
     else:
@@ -195,7 +195,7 @@ def _hidden(base: Any, ids_BL: torch.Tensor) -> torch.Tensor:
 
 
 def _rows(batch: Batch, device: torch.device, switch: int | None, share: bool = False) -> list[PaddedRows]:
-    """A packed batch as groups of right-padded rows."""
+    """Return a packed batch as groups of right-padded rows."""
     order_T = (batch.targets_T >= 0).cumsum(0) - 1
     parts = [torch.split(t, list(batch.lengths)) for t in (batch.ids_T, batch.targets_T, batch.weights_T, order_T)]
     groups = padded_groups(batch.lengths, switch)
@@ -203,11 +203,11 @@ def _rows(batch: Batch, device: torch.device, switch: int | None, share: bool = 
 
 
 def padded_groups(lengths: Sequence[int], switch: int | None = None) -> list[list[int]]:
-    """Which documents go together: those of like length, the longest first.
+    """Group documents of similar length, the longest first.
 
     Args:
-        lengths: Tokens of each.
-        switch: Longer ones get other rotary angles, and so would those in one group with them.
+        lengths: tokens of each.
+        switch: length beyond which rotary angles differ; a group must lie on one side of it.
     """
     groups: list[list[int]] = []
     real = 0
@@ -230,7 +230,7 @@ def _pad(parts: list[list[torch.Tensor]], device: torch.device, share: bool) -> 
         pad_sequence(part, batch_first=True, padding_value=padding) for part, padding in zip(parts, paddings)
     )
     row_N, column_N = at_N = (targets_BL != UNTRAINED).nonzero(as_tuple=True)
-    # Of rows that train nothing there is no loss to compute, shared or not.
+    # Rows without trained tokens have no loss to compute, shared or not.
     shared = shared_tokens(ids_BL, int(column_N.min())) if share and len(column_N) else 0
     tensors = ids_BL, row_N, column_N, targets_BL[at_N], weights_BL[at_N], order_BL[at_N]
     return PaddedRows(shared, *(t.to(device) for t in tensors))

@@ -1,4 +1,4 @@
-"""A model changed for a while: to look at its base alone, or to check something, after which it is what it was."""
+"""Contexts that change a model temporarily, for checks, and restore it."""
 
 import math
 from collections.abc import Iterator
@@ -9,20 +9,20 @@ import torch
 
 from veneer.model.adapters import find_method
 
-REACH = 0.1  # of the input's size: what adapters add in checks, whatever their rank and scale
+REACH = 0.1  # size of the adapters' output in checks relative to their input's, whatever their rank and scale
 
 
 @contextmanager
-def untouched(model: Any) -> Iterator[None]:
-    """Adapter and random numbers are afterwards what they were, in place; gradients are dropped."""
+def preserve_adapter(model: Any) -> Iterator[None]:
+    """On exit, restore the adapter, in place, and the random number generators; gradients are dropped."""
     adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    kept = [parameter.detach().clone() for parameter in adapter]
+    saved = [parameter.detach().clone() for parameter in adapter]
     on_cpu = torch.get_rng_state()
     on_gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     try:
         yield
     finally:
-        for parameter, before in zip(adapter, kept, strict=True):
+        for parameter, before in zip(adapter, saved, strict=True):
             parameter.data.copy_(before)
             parameter.grad = None
         torch.set_rng_state(on_cpu)
@@ -31,9 +31,7 @@ def untouched(model: Any) -> Iterator[None]:
 
 
 def fill_zeros(model: Any) -> None:
-    """Give the adapter's matrices that begin as zeros small random values, in place: until then, others have no
-    gradient.
-    """
+    """Fill the adapter's matrices that are zero at first with small random values, so that others get gradients."""
     config = model.peft_config["default"]
     method = find_method(config)
     torch.manual_seed(0)
@@ -44,7 +42,7 @@ def fill_zeros(model: Any) -> None:
 
 @contextmanager
 def no_dropout(model: Any) -> Iterator[None]:
-    """Within the block a model's dropout modules drop nothing, in training mode too."""
+    """Within the context, a model's dropout modules drop nothing, in training mode too."""
     modules = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
     before = [module.p for module in modules]
     try:

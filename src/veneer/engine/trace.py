@@ -1,15 +1,15 @@
-"""Watches code run on meta tensors: what memory it would hold at its peak, and what work it would do.
+"""Traces code on meta tensors: the memory it would hold at its peak, and the work it would do.
 
 Tensors on torch's meta device have a shape and no data, so a whole training step of a 70B model runs on a laptop in a
-moment. Every operation passes through here. A tensor's storage counts from the operation that makes it until
-Python and autograd have let go of it, rounded up as CUDA's allocator rounds. What an operation takes for itself
-and gives back before it returns cannot be seen from outside; whoever stands in for it says so with `hold`.
+moment. Every operation is dispatched here. A tensor's storage counts from the operation that allocates it until Python
+and autograd have freed it, rounded up as CUDA's allocator rounds. An operation's own workspace cannot be seen from
+outside; code that stands in for the operation reports it with `hold`.
 
-Work is noted an operation: FLOPs of matrix products by precision, and bytes read and written. Views are free.
+Work is recorded per operation: FLOPs of matrix products by precision, and bytes read and written. Views are free.
 
-Scaled dot-product attention would fall apart into its plain form on meta tensors, with all scores in memory, so
-it stands in here as one operation with the memory and the work of the flash kernels (arXiv 2307.08691). Code that
-asks for flash's or cuDNN's kernels by name is followed as it is; what these take for themselves is put down here.
+Scaled dot-product attention would be decomposed on meta tensors, with all scores in memory, so one operation with the
+memory and the work of the flash kernels stands in for it (arXiv 2307.08691). Calls of flash's or cuDNN's kernels by
+name are traced as they are; their workspace is added here.
 """
 
 import weakref
@@ -27,16 +27,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 BLOCK = 512  # bytes that CUDA's caching allocator rounds up to
 MULTIPROCESSORS = 132  # of an H100
-CUDNN_FASTER = 1.8  # than flash, by whose speed attention is counted; on an H100
+CUDNN_FASTER = 1.8  # speed of cuDNN's attention relative to flash's on an H100
 
 
 class Operation(NamedTuple):
-    """What one operation does.
+    """The work of one operation.
 
     Attributes:
-        kind: bfloat16, float16 or float32 of matrix products; `attention`; or `memory`, for all that only moves.
-        flops: Of a product; a product and a sum are two.
-        bytes: Read and written.
+        kind: bfloat16, float16 or float32 for matrix products; `attention`; or `memory` for all others.
+        flops: floating-point operations; a multiply-add is two.
+        bytes: bytes read and written.
     """
 
     kind: str
@@ -44,7 +44,7 @@ class Operation(NamedTuple):
     bytes: float
 
 
-Work = dict[Operation, float]  # how often each operation is done
+Work = dict[Operation, float]  # count of each operation
 
 
 @dataclass
@@ -52,8 +52,8 @@ class Peak:
     """The peak of a phase of code.
 
     Attributes:
-        bytes: Held by tensors made since tracing began, and by the operation that was running.
-        components: The same by component.
+        bytes: bytes of tensors made since tracing began, and of the running operation's workspace.
+        components: the same by component.
     """
 
     bytes: int = -1
@@ -63,13 +63,13 @@ class Peak:
 class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A context in which operations on meta tensors are counted.
 
-    `mark` begins a new phase. `stands_in=False`: the code does not call scaled dot-product attention, and is followed
+    `mark` begins a new phase. `stands_in=False`: the code does not assign scaled dot-product attention, and is followed
     faster.
 
     Attributes:
-        peaks: The peak of each phase.
-        work: The work of each phase.
-        live: Bytes held now, by component.
+        peaks: peak of each phase.
+        work: work of each phase.
+        live: bytes held now, by component.
     """
 
     _active: ClassVar[list["Trace"]] = []
@@ -88,11 +88,11 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def current(cls) -> "Trace":
-        """The trace that runs, for code that stands in for an operation and says what it does."""
+        """Return the active trace, for code that stands in for an operation and reports its work."""
         return cls._active[-1]
 
     def total_work(self) -> Work:
-        """The work of all phases together."""
+        """Return the work of all phases together."""
         total: Work = defaultdict(float)
         for work in self.work.values():
             for operation, count in work.items():
@@ -114,14 +114,14 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def mark(self, phase: str, component: str) -> None:
         """Begin a phase; what is made in it belongs to `component`."""
         self._phase, self._component = phase, component
-        self._look()
+        self._update_peak()
 
     def hold(self, component: str, count: int) -> None:
         """Count bytes that an operation holds while it runs."""
-        self._look({component: count})
+        self._update_peak({component: count})
 
-    def call(self, tensor: torch.Tensor, component: str) -> None:
-        """Say to which component a tensor belongs after all; one that was made outside belongs to none."""
+    def assign(self, tensor: torch.Tensor, component: str) -> None:
+        """Assign a tensor to another component; a tensor that was made before the trace belongs to none."""
         key = tensor.untyped_storage()._cdata
         if key not in self._known:
             return
@@ -130,7 +130,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live[before] -= count
         self.live[component] += count
 
-    def moved(self, tensors: list[torch.Tensor]) -> None:
+    def note_moved(self, tensors: list[torch.Tensor]) -> None:
         """Count the work of a kernel that reads or writes each of these."""
         self.note("memory", 0.0, sum(map(_bytes, tensors)))
 
@@ -139,7 +139,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.work[self._phase][Operation(kind, flops, count)] += 1
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunction():  # `FlashAttention` has had its turn
+        with torch._C.DisableTorchFunction():  # `FlashAttention` has been called before
             return self._follow(function, args, kwargs or {})
 
     def _follow(self, function: Any, args: Any, kwargs: Any) -> Any:
@@ -155,8 +155,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._free(args[0].untyped_storage()._cdata)
             if not function._schema.is_mutable:
                 for tensor in results:
-                    self._keep(tensor)
-        self._look()
+                    self._track(tensor)
+        self._update_peak()
         return result
 
     def _count(self, function: Any, args: Any, results: list[torch.Tensor]) -> None:
@@ -170,11 +170,11 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kind, flops = product(args, results) if product is not None else ("memory", 0.0)
         self.note(kind, flops, sum(map(_bytes, inputs)) + sum(map(_bytes, results)))
 
-    def _keep(self, tensor: torch.Tensor) -> None:
+    def _track(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._known or tensor.device.type != "meta":
-            return  # the same tensor handed on, or one with data
+            return  # it is already tracked, or has data
         count = -(-storage.nbytes() // BLOCK) * BLOCK
         self._known[key] = (count, self._component)
         self.live[self._component] += count
@@ -187,8 +187,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.live[component] -= count
             self._total -= count
 
-    def _look(self, extra: dict[str, int] | None = None) -> None:
-        """See whether more is held now than at the peak of the phase so far."""
+    def _update_peak(self, extra: dict[str, int] | None = None) -> None:
+        """Update the peak of the phase if more is held now."""
         total = self._total + sum(extra.values()) if extra else self._total
         peak = self.peaks[self._phase]
         if total > peak.bytes:
@@ -199,10 +199,10 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def on_meta(function: Any, args: Any, kwargs: Any) -> Any:
-    """What an operation gives; on meta tensors by a shorter way where there is one."""
+    """Run an operation; on meta tensors, by a faster stand-in where there is one."""
     is_meta = bool(args) and torch.is_tensor(args[0]) and args[0].is_meta
     if is_meta and function is torch.ops.aten._local_scalar_dense.default:
-        # Code asks what is in a tensor: whether all positions start anew (they do), or the like.
+        # Code reads a tensor's value: whether all positions begin at 0 (they do), for one.
         return True
     stand_in = _QUICK.get(function) if is_meta else None
     result = stand_in(*args, **kwargs) if stand_in is not None else None
@@ -210,9 +210,9 @@ def on_meta(function: Any, args: Any, kwargs: Any) -> Any:
 
 
 class FlashAttention(TorchFunctionMode):
-    """A context that puts `_Flash` in the place of F.scaled_dot_product_attention where it has no mask.
+    """A context that replaces F.scaled_dot_product_attention by `_Flash` where it has no mask.
 
-    Torch leaves it while a backward runs; code that is recomputed there must enter it again.
+    Torch disables it during backward; code that is recomputed there must enter it again.
     """
 
     def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -224,7 +224,7 @@ class FlashAttention(TorchFunctionMode):
 
 
 class _Flash(torch.autograd.Function):
-    """Causal attention as the flash kernels do it: output and log-sum-exp are kept, scores never exist.
+    """Causal attention as in flash kernels: output and log-sum-exp are saved, scores never exist in memory.
 
     Shapes: B batch, H heads (keys and values may have fewer), T tokens, D head width.
     """
@@ -232,13 +232,13 @@ class _Flash(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         B, H, T, D = query.shape
-        # The kernels write heads within tokens; the view has heads first.
+        # The kernels write (B, T, H, D); the view is (B, H, T, D).
         output = query.new_empty((B, T, H, value.shape[-1])).transpose(1, 2)
         lse = query.new_empty((B, H, T), dtype=torch.float32)
         ctx.save_for_backward(query, key, value, output, lse)
-        moved = sum(map(_bytes, (query, key, value, output)))
+        note_moved = sum(map(_bytes, (query, key, value, output)))
         Trace.current().note(
-            "attention", 2.0 * B * H * T * key.shape[2] * D, moved
+            "attention", 2.0 * B * H * T * key.shape[2] * D, note_moved
         )  # two products, half of them masked
         return output
 
@@ -253,18 +253,18 @@ class _Flash(torch.autograd.Function):
         trace = Trace.current()
         results = tuple(torch.empty_like(tensor) for tensor in (query, key, value))
         trace.hold("attention workspace", workspace)
-        moved = 2 * sum(map(_bytes, (query, key, value, query)))
-        trace.note("attention", 5.0 * B * H * T * key.shape[2] * D, moved)
+        note_moved = 2 * sum(map(_bytes, (query, key, value, query)))
+        trace.note("attention", 5.0 * B * H * T * key.shape[2] * D, note_moved)
         return results
 
 
 def _bytes(tensor: torch.Tensor) -> int:
-    """Bytes a kernel touches: a tensor expanded from a smaller one is read where it is."""
+    """Return the bytes that a kernel touches: an expanded tensor is read at its own size."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
 def _is_accumulation(function: Any) -> bool:
-    """Whether autograd adds up gradients: in the first one's place, but not where it sees a mode like ours."""
+    """Return whether autograd sums gradients: it does so in place, except within a dispatch mode like this."""
     in_backward = torch._C._current_graph_task_id() != -1
     return function is torch.ops.aten.add.Tensor and in_backward and not torch.is_grad_enabled()
 
@@ -273,7 +273,7 @@ _views: dict[Any, bool] = {}
 
 
 def is_view(function: Any) -> bool:
-    """Whether an operation only looks at its input in another shape."""
+    """Return whether an operation only views its input."""
     known = _views.get(function)
     if known is None:
         returns = function._schema.returns
@@ -296,14 +296,15 @@ def _addmm(args: Any, results: list[torch.Tensor]) -> tuple[str, float]:
 
 
 def _attention(factor: float, query: torch.Tensor, longest: int) -> tuple[str, float]:
-    """Causal attention by kernels called by name, cuDNN's with (B, H, T, C) and flash's with (T, H, C)."""
+    """Return the work of attention kernels called by name, cuDNN's with (B, H, T, C), flash's with (T, H, C)."""
     return "attention", factor * query.numel() * longest / (CUDNN_FASTER if query.dim() == 4 else 1)
 
 
 def _flash_workspace(query: torch.Tensor, key: torch.Tensor, documents: int) -> int:
-    """Float32 sums of the query's gradient and of its rows: a block more for each document, and all of it several times
-    where it adds in a fixed order and documents are too few to fill a GPU; gradients of shared keys and values are
-    repeated.
+    """Return the bytes of float32 sums of the query's gradient and of its rows, with a block more for each document.
+
+    In a fixed order there are several copies where documents are too few to fill a GPU; gradients of shared keys and
+    values are repeated.
     """
     tokens, heads, size = query.shape
     sums = -(-MULTIPROCESSORS // (documents * heads))
@@ -330,7 +331,7 @@ _PRODUCTS: dict[Any, Callable[[Any, list[torch.Tensor]], tuple[str, float]]] = {
 
 
 def _element_wise(*operands: Any, **_: Any) -> torch.Tensor | None:
-    """Of the largest operand's shape and of the type that all have in common; None: not so simple."""
+    """Return a tensor of the largest operand's shape and the promoted dtype; None: torch must decide."""
     tensors = [x for x in operands if torch.is_tensor(x)]
     largest = max(tensors, key=torch.Tensor.numel)
     dtype = torch.result_type(*operands) if len(operands) > 1 else largest.dtype
@@ -340,21 +341,21 @@ def _element_wise(*operands: Any, **_: Any) -> torch.Tensor | None:
 
 
 def _spreads(shape: torch.Size, over: torch.Size) -> bool:
-    """Whether one shape is broadcast to another."""
+    """Return whether one shape broadcasts to another."""
     return len(shape) <= len(over) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(over)))
 
 
 def _grouped(a: torch.Tensor, b: torch.Tensor, offs: Any = None, *_: Any, **__: Any) -> torch.Tensor | None:
-    """Products of experts: rows with a stack of matrices, or, for its gradient, columns with rows; None: another.
+    """Return the product of experts: rows with a stack of matrices, or, for its gradient, columns with rows.
 
-    Torch's own for meta tensors takes bfloat16 alone, which the kernels do not ask for.
+    None: another case. Torch's own meta kernel takes bfloat16 alone, which the real kernels do not require.
     """
     if a.dim() != 2 or offs is None:
         return None
     return a.new_empty((len(a), b.shape[-1]) if b.dim() == 3 else (len(offs), len(a), b.shape[-1]))
 
 
-# Torch takes a long way round for these on meta tensors, and they are called hundreds of times.
+# Torch's own meta kernels for these are slow, and they are called hundreds of times.
 _QUICK: dict[Any, Callable[..., torch.Tensor | None]] = {
     _aten._log_softmax.default: lambda x, dim, to_float: torch.empty_like(x, dtype=torch.float32 if to_float else None),
     _aten.exp_.default: lambda x: x,
@@ -374,5 +375,5 @@ _FREE = {_aten.empty.memory_format, _aten.empty_like.default, _aten.empty_stride
 
 
 def rounded(count: float) -> int:
-    """Bytes that the allocator takes for a tensor."""
+    """Return the bytes that the allocator takes for a tensor."""
     return ceil(count / BLOCK) * BLOCK

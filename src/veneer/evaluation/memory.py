@@ -35,7 +35,7 @@ def rows_at_a_time(run: Run, rows: Padded, target: TargetDevice) -> int:
     """
     if min(rows.rows, run.evaluate.batch_size) <= 1:
         return 1
-    return Planner(PlannedModel(run.model, "only its size is asked for"), target).answers(run, rows)[0]
+    return Planner(PlannedModel(run.model, "only its size is asked for"), target).generation(run, rows)[0]
 
 
 class Batching:

@@ -1,1 +1,1 @@
-"""Operations the engine is built from: one a file, with its plain torch twin and its backward."""
+"""Operations of the fused engine: one per file, with its plain torch twin and its backward."""

@@ -1,6 +1,6 @@
-"""Rounds all adapters to the compute precision, each into its place beside the frozen weights, in one launch.
+"""Casts all adapters to the compute dtype, each into the padding of a matrix of frozen weights, in one launch.
 
-Master weights are float32 and change once a step; the large products read a 16-bit copy of them in the margins of their
+Master weights are float32 and change once a step; the large products read a 16-bit copy of them in the padding of their
 matrices. Some hundred small copies would cost ten milliseconds of host time.
 """
 
@@ -15,7 +15,7 @@ BLOCK = 4096
 
 
 class Cast(NamedTuple):
-    """One matrix: `target` (any strides) = `source` (contiguous, float32) times `factor`."""
+    """The cast of one matrix: `target` (any strides) = `source` (contiguous, float32) times `factor`."""
 
     target: torch.Tensor
     source: torch.Tensor
@@ -23,7 +23,7 @@ class Cast(NamedTuple):
 
 
 class CastTable(NamedTuple):
-    """Addresses of many, for one launch; they must stay where they are."""
+    """The addresses of many casts, for one launch; the tensors must not move."""
 
     casts: tuple[Cast, ...]
     addresses: torch.Tensor
@@ -32,7 +32,7 @@ class CastTable(NamedTuple):
 
 
 def cast_table(casts: Sequence[Cast]) -> CastTable:
-    """Prepare the launch."""
+    """Collect the addresses of many casts."""
     device = casts[0].target.device if casts else torch.device("cpu")
     rows, members, first = [], [], 0
     for number, (target, source, _) in enumerate(casts):

@@ -1,7 +1,7 @@
-"""The gate of the MLP: h = act(gate) * up, forward and backward, for SwiGLU and GeGLU (arXiv 2002.05202).
+"""Computes the gate of the MLP: h = act(gate) * up, forward and backward, for SwiGLU and GeGLU (arXiv 2002.05202).
 
-Gate and up lie side by side, as their joint product writes them. Backward overwrites them with their gradients and
-the gradient of h with h itself, which the adapter's gradient needs: nothing new is allocated.
+Gate and up are adjacent columns, as their joint product writes them. Backward overwrites them with their gradients and
+the gradient of h with h itself, which the adapter's gradient needs: nothing is allocated.
 
 Shapes: T tokens, F width of the MLP.
 """
@@ -17,17 +17,17 @@ from veneer.kernels.launch import launch, power_of_2, runs_triton, tl, triton
 SILU, GELU_TANH, GELU = 0, 1, 2
 ACTIVATIONS = {"silu": SILU, "swish": SILU, "gelu_pytorch_tanh": GELU_TANH, "gelu": GELU}
 BLOCK = 1024
-TILE = (32, 64, 2)  # tokens, columns and warps of a program that makes adapters' gradients too
-MOST_PARTS = 4
+TILE = (32, 64, 2)  # tokens, columns and warps of a program that computes adapters' gradients too
+MAX_PARTS = 4
 
 
 def gated_mlp(gate_up_TF: torch.Tensor, h_TF: torch.Tensor, activation: int) -> None:
-    """h = act(gate) * up.
+    """Compute h = act(gate) * up.
 
     Args:
-        gate_up_TF: Gate, then up, shape (T, 2F or more); rows may lie apart.
-        h_TF: Filled; rows may lie apart.
-        activation: One of ACTIVATIONS.
+        gate_up_TF: gate, then up, shape (T, 2F or more), with any row stride.
+        h_TF: output, with any row stride.
+        activation: one of ACTIVATIONS.
     """
     T, width = h_TF.shape
     if not runs_triton(h_TF):
@@ -40,7 +40,7 @@ def gated_mlp(gate_up_TF: torch.Tensor, h_TF: torch.Tensor, activation: int) -> 
 
 
 def gated_mlp_backward(gate_up_TF: torch.Tensor, dh_TF: torch.Tensor, activation: int) -> None:
-    """Overwrites gate and up with their gradients, and the gradient of h with h."""
+    """Overwrite gate and up with their gradients, and the gradient of h with h."""
     T, width = dh_TF.shape
     if not runs_triton(dh_TF):
         gate, up = gate_up_TF[:, :width].float(), gate_up_TF[:, width : 2 * width].float()
@@ -55,12 +55,12 @@ def gated_mlp_backward(gate_up_TF: torch.Tensor, dh_TF: torch.Tensor, activation
 
 
 class AdapterGradientParts(NamedTuple):
-    """Sums of adapters' gradients over parts of the tokens, still to be added up; float32. P parts, r rank, R stacked.
+    """Partial sums of adapters' gradients over parts of the tokens; float32. P parts, r rank, R stacked ranks.
 
     Attributes:
-        a_PrF: Of down's A gradient.
-        b_PRF: Of gate's and up's B gradients, (P, R, 2F); each column holds its own slot's rows alone, the others are
-            not set.
+        a_PrF: partial sums of down's A gradient.
+        b_PRF: partial sums of gate's and up's B gradients, (P, R, 2F); each column holds its own slot's rows alone, the
+            others are not set.
     """
 
     a_PrF: torch.Tensor
@@ -68,8 +68,8 @@ class AdapterGradientParts(NamedTuple):
 
     @staticmethod
     def empty(tokens: int, width: int, rank: int, stacked: int, like: torch.Tensor) -> "AdapterGradientParts":
-        """For batches of up to so many tokens at a time."""
-        count = max(1, min(MOST_PARTS, tokens // 512)) if runs_triton(like) else 1
+        """Allocate for pieces of up to so many tokens."""
+        count = max(1, min(MAX_PARTS, tokens // 512)) if runs_triton(like) else 1
         shapes = (count, rank, width), (count, stacked, 2 * width)
         return AdapterGradientParts(*(torch.empty(shape, dtype=torch.float32, device=like.device) for shape in shapes))
 
@@ -84,16 +84,16 @@ def gated_mlp_backward_adapters(
     parts: AdapterGradientParts,
     is_first: bool,
 ) -> None:
-    """`gated_mlp_backward`, and the adapters' products with what passes through: three reads of it less.
+    """Compute `gated_mlp_backward` and the adapters' gradients in one pass, which saves three reads.
 
     Args:
-        gate_up_TF: Overwritten with its gradient.
-        dh_TF: Gradient of h; left as it is or overwritten.
-        u_TR: What the adapters of gate and up made of their input.
-        v_Tr: What down's adapter makes of the gradient of its output.
-        slots: Which block of u belongs to gate, which to up.
-        parts: Filled, or added to.
-        is_first: Whether they are filled.
+        gate_up_TF: gate and up; overwritten with their gradient.
+        dh_TF: gradient of h; it may be overwritten.
+        u_TR: low-rank activations x A^T of the adapters of gate and up.
+        v_Tr: low-rank gradient dy B of down's adapter.
+        slots: index of the block of u that belongs to gate, and of up's.
+        parts: partial sums, filled or added to.
+        is_first: whether the sums are filled.
     """
     T, width = dh_TF.shape
     rank = v_Tr.shape[1]
@@ -120,7 +120,7 @@ def gated_mlp_backward_adapters(
 
 
 def _act_torch(gate: torch.Tensor, activation: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Value and slope of the activation."""
+    """Return value and derivative of the activation."""
     if activation == SILU:
         s = torch.sigmoid(gate)
         return gate * s, s * (1 + gate * (1 - s))
@@ -214,13 +214,13 @@ def _backward_adapters(
         total_gate = tl.dot(of_gate, d_gate, total_gate, input_precision=PRECISION)
         total_up = tl.dot(of_up, d_up, total_up, input_precision=PRECISION)
     keep = (r < rank)[:, None] & (f < width)[None, :]
-    place_a = parts_a + (part * rank + r)[:, None].to(tl.int64) * width + f[None, :]
-    place = parts_b + (part * R + r)[:, None].to(tl.int64) * (2 * width) + f[None, :]
-    place_gate, place_up = place + gate_slot * rank * 2 * width, place + up_slot * rank * 2 * width + width
+    ptr_a = parts_a + (part * rank + r)[:, None].to(tl.int64) * width + f[None, :]
+    ptr = parts_b + (part * R + r)[:, None].to(tl.int64) * (2 * width) + f[None, :]
+    ptr_gate, ptr_up = ptr + gate_slot * rank * 2 * width, ptr + up_slot * rank * 2 * width + width
     if not IS_FIRST:
-        total_a += tl.load(place_a, mask=keep, other=0.0)
-        total_gate += tl.load(place_gate, mask=keep, other=0.0)
-        total_up += tl.load(place_up, mask=keep, other=0.0)
-    tl.store(place_a, total_a, mask=keep)
-    tl.store(place_gate, total_gate, mask=keep)
-    tl.store(place_up, total_up, mask=keep)
+        total_a += tl.load(ptr_a, mask=keep, other=0.0)
+        total_gate += tl.load(ptr_gate, mask=keep, other=0.0)
+        total_up += tl.load(ptr_up, mask=keep, other=0.0)
+    tl.store(ptr_a, total_a, mask=keep)
+    tl.store(ptr_gate, total_gate, mask=keep)
+    tl.store(ptr_up, total_up, mask=keep)

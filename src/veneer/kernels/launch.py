@@ -1,10 +1,10 @@
-"""Where a kernel runs: Triton on a GPU (or in its interpreter), else the plain torch twin.
+"""Launches a kernel by Triton on a GPU (or in its interpreter), else runs the plain torch twin.
 
-Every operation here has two bodies with one signature. `runs_triton` decides between them, so that machines without
-Triton compute the same thing, and a test can ask for either.
+Every operation has two implementations with one signature. `runs_triton` chooses between them, so that machines without
+Triton compute the same, and a test can run either.
 
-On meta tensors, which have no data, a kernel is launched for nothing: a dry run on them goes Triton's
-way, makes the tensors that Triton's way makes, and `LISTENERS` hear what each launch would have read and written.
+On meta tensors, which have no data, no kernel is launched: a dry run follows Triton's branch and allocates the same
+tensors, and `LISTENERS` are called with the tensors that each launch would read and write.
 """
 
 import os
@@ -20,10 +20,10 @@ try:
     from triton import TritonError
 
     HAS_TRITON = True
-except ImportError:  # not on every platform; the twins do without
+except ImportError:  # not on every platform; the twins do not need it
 
     class _Absent:
-        """Lets kernels be defined and run dry, not launched."""
+        """A stand-in with which kernels can be defined and run dry, but not launched."""
 
         constexpr = Any
         bfloat16 = float16 = float32 = None
@@ -38,32 +38,32 @@ except ImportError:  # not on every platform; the twins do without
             return 1 << (number - 1).bit_length()
 
     class TritonError(Exception):  # type: ignore[no-redef]
-        """Not raised by anything."""
+        """A stand-in that is never raised."""
 
     triton = tl = _Absent()
     HAS_TRITON = False
 
-# What a kernel raises that this machine cannot build or run: Triton's own are no RuntimeErrors, and where its launcher
-# cannot be compiled (no Python headers), it is the compiler that failed.
+# Errors of kernels that this machine cannot build or run: Triton's own are no RuntimeErrors, and where its launcher
+# cannot be compiled (no Python headers), the compiler's process fails.
 KERNEL_ERRORS = (RuntimeError, TritonError, CalledProcessError)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def runs_triton(tensor: torch.Tensor) -> bool:
-    """Whether kernels on this tensor are Triton's."""
+    """Return whether Triton's kernels are used on this tensor."""
     return tensor.is_cuda or tensor.is_meta or INTERPRETED
 
 
-LISTENERS: list[Callable[[list[torch.Tensor]], None]] = []  # hear of launches on meta tensors
+LISTENERS: list[Callable[[list[torch.Tensor]], None]] = []  # called for launches on meta tensors
 
 
 def launch(kernel: Any, grid: tuple[int, ...], also: Sequence[torch.Tensor] = ()) -> Callable[..., None]:
-    """`kernel[grid]`, whose first argument must be a tensor.
+    """Return `kernel[grid]`, whose first argument must be a tensor.
 
     Args:
-        kernel: Triton's.
-        grid: Programs.
-        also: Tensors it touches beside its arguments, or once more: read by address, or read and written.
+        kernel: Triton kernel.
+        grid: numbers of programs.
+        also: further tensors that it moves: read by address, or both read and written.
     """
 
     def start(first: torch.Tensor, *more: Any, **constants: Any) -> None:
@@ -71,14 +71,14 @@ def launch(kernel: Any, grid: tuple[int, ...], also: Sequence[torch.Tensor] = ()
             kernel[grid](first, *more, **constants)
             return
         touched = {id(tensor): tensor for tensor in (first, *more) if isinstance(tensor, torch.Tensor)}
-        for hear in LISTENERS:
-            hear([*touched.values(), *also])
+        for listener in LISTENERS:
+            listener([*touched.values(), *also])
 
     return start
 
 
 def power_of_2(number: int) -> int:
-    """The next power of two, at least 16: the smallest side of a matrix product."""
+    """Return the next power of two, at least 16: the smallest side of a product in Triton."""
     return max(16, 1 << (number - 1).bit_length())
 
 

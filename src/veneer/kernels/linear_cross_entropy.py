@@ -1,9 +1,9 @@
-"""Linear layer and cross-entropy in one, without ever holding the logits of all tokens.
+"""Computes a linear layer and its cross-entropy together, without ever holding the logits of all tokens.
 
-Logits are the largest tensor of a small step: 4 x 2048 tokens of a 128k vocabulary are 4 GB in float32. Here they
-exist for one chunk of tokens at a time. The gradient of a token's loss with respect to its hidden state does not
-depend on what happens later but for one factor, so forward computes it while the chunk's logits are there, and
-backward only scales it. The head is frozen; it gets no gradient.
+Logits are the largest tensor of a small step: 4 x 2048 tokens of a 128k vocabulary are 4 GB in float32. Here they exist
+for one chunk of tokens at a time. The gradient of a token's loss with respect to its hidden state is known up to one
+factor, so forward computes it while it holds the chunk's logits, and backward only scales it. The head is frozen; it
+gets no gradient.
 
 This is the torch twin; kernels for a GPU are tested against it.
 
@@ -21,13 +21,13 @@ CHUNK_BYTES = 64 * 2**20  # float32 logits held at a time
 def linear_cross_entropy(
     hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, targets_N: torch.Tensor
 ) -> torch.Tensor:
-    """Cross-entropy of every token, float32, shape (N,).
+    """Return the cross-entropy of every token, float32, shape (N,).
 
     Args:
-        hidden_ND: Hidden states; the only input that receives a gradient.
-        weight_VD: Frozen weight of the head, in the dtype of hidden_ND.
-        bias_V: Its frozen bias, or None.
-        targets_N: Token ids, int64.
+        hidden_ND: hidden states; the only input that gets a gradient.
+        weight_VD: frozen weight of the head, in the dtype of hidden_ND.
+        bias_V: frozen bias of the head, or None.
+        targets_N: token ids, int64.
     """
     losses_N: torch.Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, bias_V, targets_N)
     return losses_N

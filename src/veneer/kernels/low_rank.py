@@ -1,9 +1,9 @@
-"""The adapters' own products: skinny matrices, whose cost is reading the activations, so each is read once.
+"""Computes the adapters' own products: skinny matrices, whose cost is reading the activations, so each is read once.
 
-Linears that share an input (q, k and v; gate and up) share these: their A matrices are stacked, their B matrices
-stand in blocks on a diagonal. `project` is x A^T (or dy B), `outer` is u^T x, the gradient of A (or of B). Dropout on
-the adapter's input is part of them: its mask is a function of seed, token and column, computed where it is needed and
-stored nowhere. Each linear has its own mask, as in PEFT.
+Linear layers that share an input (q, k and v; gate and up) share these: their A matrices are stacked, their B matrices
+form a block diagonal. `project` is x A^T (or dy B), `outer` is u^T x, the gradient of A (or of B). Dropout on the
+adapter's input is part of them: its mask is a function of seed, token and column, computed in the kernel and never
+stored. Each layer has its own mask, as in PEFT.
 
 Sums over many tokens are split into a fixed number of parts that are added in a fixed order, so results are the same
 bit for bit each time.
@@ -18,19 +18,19 @@ import torch
 from veneer.kernels.launch import launch, power_of_2, runs_triton, tl, triton
 
 PARTS = 264  # programs that fill a large GPU twice
-# Ranks that a program takes on: more need more registers and shared memory than it can have. Of `project`, which has
-# fewer tokens in hand, twice as many.
-MOST_RANKS = 128
-# In float32 there are no tensor cores, and more stacked ranks take minutes to compile; they go to cuBLAS.
-MOST_SINGLE = 64
+# Largest number of ranks of a program, by its registers and shared memory; twice as many in `project`, which holds
+# fewer tokens.
+MAX_RANKS = 128
+# Float32 has no tensor cores, and more stacked ranks take minutes to compile; cuBLAS computes those.
+MAX_RANKS_FLOAT32 = 64
 
 
 class Dropout(NamedTuple):
-    """Zeroes an adapter's inputs with probability `p`.
+    """Dropout that zeroes an adapter's inputs with probability `p`.
 
-    `seed` is an int64 tensor on the device with one number, so that a recorded graph can be replayed with another.
-    `key` tells apart what shares a step's seed: layers and linears; the mask of stacked slot n has key + n.
-    `skipped` is how many of the batch's tokens stand before the first row: a piece's mask is its part of the whole one.
+    `seed` is an int64 tensor on the device with one element, so that a recorded graph can be replayed with another.
+    `key` makes masks of layers that share a seed differ; the mask of stacked slot n has key + n.
+    `skipped` is the number of tokens before the first row: a piece's mask is its part of the batch's mask.
     """
 
     p: float
@@ -47,15 +47,15 @@ def project(
     dropout: Dropout | None = None,
     copy_TR: torch.Tensor | None = None,
 ) -> None:
-    """out = x a^T.
+    """Compute out = x a^T.
 
     Args:
-        x_TD: Activations; rows may lie apart.
-        a_RD: Any strides.
-        out_TR: Filled; rows may lie apart.
-        rank: Rank of one linear (with dropout: the slots' width).
-        dropout: On x, a mask for each slot.
-        copy_TR: Filled too; contiguous, with the first columns of `out_TR`, as many as it has.
+        x_TD: activations, with any row stride.
+        a_RD: stacked A matrices, with any strides.
+        out_TR: output, with any row stride.
+        rank: rank of one layer (with dropout: the slots' width).
+        dropout: dropout on x, with a mask for each slot.
+        copy_TR: second output, contiguous: the first columns of `out_TR`, as many as it has.
     """
     T, D = x_TD.shape
     R = len(a_RD)
@@ -66,7 +66,7 @@ def project(
         return
     rows = 64 if T >= 8192 else 32 if T >= 4096 else 16
     width = R if dropout is None else rank
-    block_r, chunks = _chunks(width, 2 * MOST_RANKS)
+    block_r, chunks = _chunks(width, 2 * MAX_RANKS)
     stages = 4 if block_r <= 64 and x_TD.dtype != torch.float32 else 2
     launch(_project, (triton.cdiv(T, rows), triton.cdiv(R, width) * chunks))(
         x_TD, a_RD, out_TR, out_TR if copy_TR is None else copy_TR, *(_dropout_arguments(dropout, x_TD)),
@@ -81,14 +81,14 @@ def project(
 def outer(
     u_TR: torch.Tensor, x_TD: torch.Tensor, rank: int, dropout: Dropout | None = None, norm: Any = None
 ) -> torch.Tensor:
-    """u^T x as parts to be added up, float32, shape (P, R, D).
+    """Return partial sums of u^T x, float32, shape (P, R, D).
 
     Args:
-        u_TR: Rows may lie apart.
-        x_TD: Rows may lie apart.
-        rank: Rank of one linear.
-        dropout: On x, a mask for each slot.
-        norm: None, or (rstd_T, weight_D, offset): x is first normalized, as `rms_norm` does.
+        u_TR: low-rank factor, with any row stride.
+        x_TD: activations, with any row stride.
+        rank: rank of one layer.
+        dropout: dropout on x, with a mask for each slot.
+        norm: none, or (rstd_T, weight_D, offset): x is first normalized, as `rms_norm` does.
     """
     T, D = x_TD.shape
     R = u_TR.shape[1]
@@ -103,7 +103,7 @@ def outer(
         return torch.cat(rows)[None]
     block_d = 128
     width = R if dropout is None else rank
-    block_r, chunks = _chunks(width, MOST_RANKS)
+    block_r, chunks = _chunks(width, MAX_RANKS)
     blocks = triton.cdiv(R, width) * chunks
     tiles = triton.cdiv(D, block_d)
     parts = max(1, min(triton.cdiv(PARTS, tiles * blocks), triton.cdiv(T, 256)))
@@ -122,7 +122,7 @@ def outer(
 
 
 def add_projected(dx_TD: torch.Tensor, u_TR: torch.Tensor, a_RD: torch.Tensor, rank: int, dropout: Dropout) -> None:
-    """dx += sum over slots of mask * (u a) / (1 - p): what dropout keeps out of the large product. In place."""
+    """Add the sum over slots of mask * (u a) / (1 - p) to dx in place; with dropout it is not in the large product."""
     T, D = dx_TD.shape
     R = len(a_RD)
     if not _is_compiled(dx_TD, R):
@@ -132,7 +132,7 @@ def add_projected(dx_TD: torch.Tensor, u_TR: torch.Tensor, a_RD: torch.Tensor, r
             total += _dropped(part, dropout, slot)
         dx_TD.copy_(total)
         return
-    block_r, chunks = _chunks(rank, MOST_RANKS)
+    block_r, chunks = _chunks(rank, MAX_RANKS)
     launch(_add_projected, (triton.cdiv(T, 64), triton.cdiv(D, 128)), (dx_TD,))(
         dx_TD, u_TR, a_RD, *_dropout_arguments(dropout, dx_TD), T, D, R, rank,
         dx_TD.stride(0), u_TR.stride(0), a_RD.stride(0), a_RD.stride(1),
@@ -142,22 +142,22 @@ def add_projected(dx_TD: torch.Tensor, u_TR: torch.Tensor, a_RD: torch.Tensor, r
 
 
 def _is_compiled(x: torch.Tensor, ranks: int) -> bool:
-    """Whether Triton computes this; else plain torch."""
-    return runs_triton(x) and not (x.is_cuda and x.dtype == torch.float32 and ranks > MOST_SINGLE)
+    """Return whether Triton computes this; else plain torch does."""
+    return runs_triton(x) and not (x.is_cuda and x.dtype == torch.float32 and ranks > MAX_RANKS_FLOAT32)
 
 
 def _chunks(ranks: int, most: int) -> tuple[int, int]:
-    """How many ranks a program takes on, and into how many chunks that cuts them."""
+    """Return the ranks of a program, and the number of chunks that all ranks need."""
     block = min(power_of_2(ranks), most)
     return block, triton.cdiv(ranks, block)
 
 
 class Member(NamedTuple):
-    """One linear of a group, in the group's stacked products.
+    """One linear layer of a group, in the group's stacked products.
 
     Attributes:
-        start, end: Its columns among the group's outputs.
-        slot: Which stacked rank block is its own; -1: it has no adapter.
+        start, end: columns among the group's outputs.
+        slot: index of its block of stacked ranks; -1: it has no adapter.
     """
 
     start: int
@@ -166,7 +166,7 @@ class Member(NamedTuple):
 
 
 def add_a(parts_PRD: torch.Tensor, grad_RD: torch.Tensor) -> None:
-    """grad += sum of parts. `grad_RD` holds the adapters' A gradients, stacked, float32; the parts may be wider."""
+    """Add the sum of parts to `grad_RD`, the adapters' stacked A gradients in float32; parts may have more rows."""
     if not runs_triton(parts_PRD):
         grad_RD += parts_PRD.sum(0)[: len(grad_RD)]
         return
@@ -177,11 +177,11 @@ def add_a(parts_PRD: torch.Tensor, grad_RD: torch.Tensor) -> None:
 
 
 def add_b(parts_PRN: torch.Tensor, grad: torch.Tensor, members: tuple[Member, ...], rank: int, scale: float) -> None:
-    """grad += scale * each adapted linear's own block of the parts, turned round.
+    """Add scale * each adapted layer's own block of the parts, transposed, to grad.
 
     Args:
-        parts_PRN: Of `outer`, over the group's outputs.
-        grad: B gradients of the adapted linears, (outputs, rank) each, one behind the other, float32.
+        parts_PRN: result of `outer` over the group's outputs.
+        grad: B gradients of the adapted layers, (outputs, rank) each, one after the other, float32.
         scale: lora_alpha / r.
     """
     if not runs_triton(parts_PRN):
@@ -207,18 +207,15 @@ def add_b(parts_PRN: torch.Tensor, grad: torch.Tensor, members: tuple[Member, ..
     )  # fmt: skip
 
 
-# The mask
-
-
 def keep_mask(
     seed: int, key: int, shape: tuple[int, int], p: float, device: Any = None, skipped: int = 0
 ) -> torch.Tensor:
-    """Which elements dropout keeps, as the kernels compute it: a hash of seed, key and place."""
+    """Return the elements that dropout keeps, as the kernels do: by a hash of seed, key and index."""
     T, D = shape
     mask32 = 0xFFFFFFFF
     row_T1 = torch.arange(skipped, skipped + T, device=device)[:, None]
-    place = (row_T1 * D + torch.arange(D, device=device)[None]) & mask32
-    mixed = place ^ _mix_int((seed + key * 0x9E3779B9) & mask32)
+    index = (row_T1 * D + torch.arange(D, device=device)[None]) & mask32
+    mixed = index ^ _mix_int((seed + key * 0x9E3779B9) & mask32)
     for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97), (15, 0x846CA68B)):
         mixed = ((mixed ^ (mixed >> shift)) * factor) & mask32
     mixed = mixed ^ (mixed >> 16)
@@ -294,8 +291,8 @@ def _project(
         mask=(t < T)[:, None] & is_r[None, :],
     )
     if copied > 0:
-        place = copy + t.to(tl.int64)[:, None] * copied + r[None, :]
-        tl.store(place, total.to(out.dtype.element_ty), mask=(t < T)[:, None] & (is_r & (r < copied))[None, :])
+        ptr = copy + t.to(tl.int64)[:, None] * copied + r[None, :]
+        tl.store(ptr, total.to(out.dtype.element_ty), mask=(t < T)[:, None] & (is_r & (r < copied))[None, :])
 
 
 @triton.jit
@@ -326,8 +323,8 @@ def _outer(
             keep = _keeps(seed, key + slot, t + skipped, d, D, threshold)
             tile = tl.where(keep, tile.to(tl.float32) * kept_scale, 0.0).to(tile.dtype)
         total = tl.dot(left, tile, total, input_precision=PRECISION)
-    place = (part.to(tl.int64) * R + r[:, None]) * D + d[None, :]
-    tl.store(out + place, total, mask=is_r[:, None] & (d < D)[None, :])
+    index = (part.to(tl.int64) * R + r[:, None]) * D + d[None, :]
+    tl.store(out + index, total, mask=is_r[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -339,8 +336,8 @@ def _add_projected(
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = (t < T)[:, None] & (d < D)[None, :]
-    place = dx + t.to(tl.int64)[:, None] * dx_t + d[None, :]
-    total = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    ptr = dx + t.to(tl.int64)[:, None] * dx_t + d[None, :]
+    total = tl.load(ptr, mask=inside, other=0.0).to(tl.float32)
     for block in tl.static_range(SLOTS * CHUNKS):
         slot = block // CHUNKS
         within = block % CHUNKS * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -350,7 +347,7 @@ def _add_projected(
         right = tl.load(a + r[:, None] * a_r + d[None, :] * a_d, mask=is_r[:, None] & (d < D)[None, :], other=0.0)
         keep = _keeps(seed, key + slot, t + skipped, d, D, threshold)
         total += tl.where(keep, tl.dot(left, right, input_precision=PRECISION) * kept_scale, 0.0)
-    tl.store(place, total.to(dx.dtype.element_ty), mask=inside)
+    tl.store(ptr, total.to(dx.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -374,9 +371,9 @@ def _add_b(
     slot = tl.where(n >= START2, SLOT2, tl.where(n >= START1, SLOT1, SLOT0))
     skip = tl.where(n >= START2, SKIP2, tl.where(n >= START1, SKIP1, SKIP0))
     inside = ((n < N) & (slot >= 0))[:, None] & (r < RANK)[None, :]
-    place = (slot[:, None] * RANK + r[None, :]).to(tl.int64) * N + n[:, None]
+    index = (slot[:, None] * RANK + r[None, :]).to(tl.int64) * N + n[:, None]
     total = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
     for part in range(P):
-        total += tl.load(parts + part * R * N + place, mask=inside, other=0.0)
+        total += tl.load(parts + part * R * N + index, mask=inside, other=0.0)
     at = grad + (n - skip)[:, None] * RANK + r[None, :]
     tl.store(at, tl.load(at, mask=inside, other=0.0) + total * scale, mask=inside)

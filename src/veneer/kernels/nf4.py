@@ -1,10 +1,10 @@
-"""4-bit weights to 16-bit ones: both levels of constants, and several matrices, in one launch.
+"""Dequantizes 4-bit weights: both levels of constants, and several matrices, in one launch.
 
 bitsandbytes' format (arXiv 2305.14314): weights in blocks of 64 along the flattened matrix, two to a byte, the first in
 the high half; each is an entry of a table of 16 values times its block's constant. With double quantization the
 constant itself is an 8-bit entry of a table of 256 values times a float32 of 256 blocks, plus an offset.
 
-Shapes: N outputs, D inputs; rows of the result may lie apart.
+Shapes: N outputs, D inputs; the result may have any row stride.
 """
 
 from collections.abc import Sequence
@@ -15,20 +15,20 @@ import torch
 from veneer.kernels.launch import launch, runs_triton, tl, triton
 
 BLOCK = 64  # weights that share a constant
-ROWS = 64  # blocks a program handles
-COPIED = 4096  # elements of an adapter's matrix that a program copies
+ROWS = 64  # blocks per program
+COPIED = 4096  # elements of an adapter's matrix per program
 
 
 class PackedNF4(NamedTuple):
-    """A quantized matrix, as bitsandbytes keeps it.
+    """A quantized matrix, as bitsandbytes stores it.
 
     Attributes:
-        weights: Two to a byte, uint8.
-        constants: One a block: float32, or uint8 entries of `table256`.
-        table16: Values of a weight, float32.
-        table256, scales, offset: Values of a constant, its scales (one a 256 constants) and what is added, float32;
-            None without double quantization.
-        shape: (N, D).
+        weights: weights, two to a byte, uint8.
+        constants: constants of the blocks: float32, or uint8 entries of `table256`.
+        table16: values of a weight, float32.
+        table256, scales, offset: values of a constant, scales (one for 256 constants) and an offset, float32; None
+            without double quantization.
+        shape: shape (N, D).
     """
 
     weights: torch.Tensor
@@ -41,11 +41,11 @@ class PackedNF4(NamedTuple):
 
     @staticmethod
     def of(weight: Any) -> "PackedNF4":
-        """Of a bitsandbytes Params4bit; shares its memory."""
+        """Read a bitsandbytes Params4bit; shares its memory."""
         state = weight.quant_state
         nested = state.state2
         return PackedNF4(
-            weight.data.view(-1).view(torch.uint8),  # they may be stored as numbers of another type
+            weight.data.view(-1).view(torch.uint8),  # they may be stored in another dtype
             state.absmax,
             state.code,
             nested.code if nested else None,
@@ -56,7 +56,7 @@ class PackedNF4(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Addresses of several matrices, for one launch; `keep` holds what they point to."""
+    """The addresses of several matrices, for one launch; `keep` keeps these alive."""
 
     addresses: torch.Tensor
     programs: int
@@ -65,7 +65,7 @@ class Table(NamedTuple):
 
 
 def table_of(matrices: Sequence[PackedNF4]) -> Table:
-    """Of matrices that stand one below the other in the result; all in the same kind of constants."""
+    """Make the table of matrices that are stacked in the result; all have the same kind of constants."""
     rows, first, above = [], 0, 0
     for m in matrices:
         blocks = m.shape[0] * m.shape[1] // BLOCK
@@ -79,13 +79,13 @@ def table_of(matrices: Sequence[PackedNF4]) -> Table:
 def dequantize(
     table: Table, out_ND: torch.Tensor, a_RD: torch.Tensor | None = None, b_NR: torch.Tensor | None = None
 ) -> None:
-    """Fill `out_ND`, whose rows may lie apart, with the matrices of a table, one below the other.
+    """Fill `out_ND`, of any row stride, with the stacked matrices of a table.
 
     Each matrix's D must be a multiple of 64, and so a block lies within a row.
 
     Args:
-        out_ND: Of shape (N, D), or (N + R, D + R) with the two that follow.
-        a_RD, b_NR: Copied below and beside the matrices in the same launch; contiguous.
+        out_ND: output of shape (N, D), or (N + R, D + R) with the two that follow.
+        a_RD, b_NR: adapter matrices that are copied below and beside the others in the same launch; contiguous.
     """
     first = table.keep[0]
     N, D = sum(m.shape[0] for m in table.keep), first.shape[1]
@@ -170,5 +170,5 @@ def _dequantize(
     values = tl.reshape(tl.join(high, low), (ROWS, 64))
     row = (tl.load(line + 5) + block // blocks_a_row).to(tl.int64)
     column = (block % blocks_a_row) * 64
-    place = (row * stride + column)[:, None] + tl.arange(0, 64)[None, :]
-    tl.store(out + place, values.to(out.dtype.element_ty), mask=inside[:, None])
+    index = (row * stride + column)[:, None] + tl.arange(0, 64)[None, :]
+    tl.store(out + index, values.to(out.dtype.element_ty), mask=inside[:, None])

@@ -1,16 +1,15 @@
-"""Residual addition and RMSNorm (arXiv 1910.07467) in one pass, and the backward of the norm.
+"""Computes residual addition and RMSNorm (arXiv 1910.07467) in one pass, and the backward of the norm.
 
-A block begins with x + delta, where delta is what the block before it, or its own attention, adds to the residual
-stream; then it normalizes. Both in one kernel read and write each tensor once. Gemma 2 normalizes delta too, before it
-is added. Adapters' part of delta (or of the gradient that comes in) may still have to be added: see `update`. All
-arithmetic is float32, rounded once at the end; Llama's own code rounds before it multiplies by the weight, which is one
-rounding more.
+A block begins with x + delta, where delta is the output of the block before it, or of its own attention; then it
+normalizes. One kernel for both reads and writes each tensor once. Gemma 2 normalizes delta too, before it is added. The
+adapters' part of delta (or of the incoming gradient) may still have to be added: see `update`. All arithmetic is
+float32, rounded once at the end; Llama's own code rounds before it multiplies by the weight, which is one rounding
+more.
 
-A program holds one row in registers; with an update it takes several, since each rank's row of the adapter is read for
-all of them. What has been normalized is made again from 1 / root mean square as it was kept, so that it is the same bit
-for bit.
+A program holds one row in registers; with an update it holds several, which share the reading of the adapter's rows.
+Normalized activations are recomputed from the saved 1 / root mean square, so that they are equal bit for bit.
 
-Shapes: T tokens, D model width. Rows may lie apart, columns are dense.
+Shapes: T tokens, D model width. Tensors may have any row stride, columns are dense.
 """
 
 from typing import Any
@@ -21,7 +20,7 @@ from veneer.kernels.launch import launch, power_of_2, runs_triton, tl, triton
 from veneer.kernels.update import Update, updated
 
 ROWS = 2  # rows of a program with an update
-ELEMENTS = 32  # of a tensor that one of its threads holds
+ELEMENTS = 32  # elements of a tensor per thread
 
 
 def rms_norm(
@@ -34,17 +33,17 @@ def rms_norm(
     post_D: torch.Tensor | None = None,
     update: Update | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y = norm(x + delta) * (weight + offset), written to `y_TD`.
+    """Compute y = norm(x + delta) * (weight + offset) into `y_TD`.
 
     Args:
-        x_TD: The residual stream; contiguous.
-        delta_TD: Added to it first, or None.
-        weight_D: The norm's weight.
-        eps: Added to the mean square.
+        x_TD: residual stream; contiguous.
+        delta_TD: addition to it, or None.
+        weight_D: weight of the norm.
+        eps: epsilon, added to the mean square.
         offset: 1 where the weight is stored as its difference from 1 (Gemma), else 0.
-        y_TD: Filled.
-        post_D: Weight of a norm on delta itself (Gemma 2), or None.
-        update: Still to be added to delta; not together with `post_D`.
+        y_TD: output.
+        post_D: weight of a norm on delta itself (Gemma 2), or None.
+        update: update still to be added to delta; not together with `post_D`.
 
     Returns:
         x + delta (x itself where delta is None), and 1 / root mean square of each of its rows, float32, shape (T,).
@@ -74,7 +73,7 @@ def rms_norm(
 def normalize(
     x_TD: torch.Tensor, rstd_T: torch.Tensor, weight_D: torch.Tensor, offset: float, y_TD: torch.Tensor
 ) -> None:
-    """y = x * rstd * (weight + offset): what `rms_norm` wrote, once more and bit for bit."""
+    """Compute y = x * rstd * (weight + offset), bit for bit as `rms_norm` did."""
     T, D = x_TD.shape
     if not runs_triton(x_TD):
         y_TD.copy_(x_TD.float() * rstd_T[:, None] * (weight_D.float() + offset))
@@ -96,14 +95,14 @@ def rms_norm_backward(
     add_TD: torch.Tensor | None = None,
     update: Update | None = None,
 ) -> torch.Tensor:
-    """Gradient of the norm's input, plus `add_TD` (the gradient that goes past the norm).
+    """Compute the gradient of the norm's input, plus `add_TD` (the gradient of the residual stream).
 
     Args:
-        dy_TD: Gradient of the output.
-        x_TD: The input; contiguous.
-        rstd_T: As `rms_norm` returned it; None: computed anew.
-        add_TD: Added, and overwritten with the result; None: the result overwrites `dy_TD`.
-        update: Still to be added to dy; needs `rstd_T` and `add_TD`.
+        dy_TD: gradient of the output.
+        x_TD: input; contiguous.
+        rstd_T: result of `rms_norm`; None: it is recomputed.
+        add_TD: gradient to add, overwritten with the result; None: the result overwrites `dy_TD`.
+        update: update still to be added to dy; needs `rstd_T` and `add_TD`.
 
     Returns:
         The tensor that was overwritten.
@@ -130,7 +129,7 @@ def rms_norm_backward(
 
 
 def _rows(width: int) -> dict[str, int]:
-    """Constants of a program that holds several rows."""
+    """Return the constants of a program that holds several rows."""
     block = power_of_2(width)
     return {"ROWS": ROWS, "BLOCK": block, "num_warps": min(16, max(1, ROWS * block // (32 * ELEMENTS)))}
 
@@ -200,7 +199,7 @@ def _normalize(x, rstd, weight, y, D, x_t, y_t, offset, BLOCK: tl.constexpr):
 
 @triton.jit
 def _add_update(rows, u, b, t, d, is_t, is_d, u_t, b_r, RANKS: tl.constexpr):
-    """Rows plus u b, rank by rank."""
+    """Return rows + u b, rank by rank."""
     for r in tl.static_range(RANKS):
         left = tl.load(u + t * u_t + r, mask=is_t, other=0.0).to(tl.float32)
         right = tl.load(b + r * b_r + d, mask=is_d, other=0.0).to(tl.float32)

@@ -1,8 +1,8 @@
-"""Rotary positions (arXiv 2104.09864) on the output of the q, k, v product, with Qwen3's norm of each head before.
+"""Applies rotary positions (arXiv 2104.09864) to the output of the q, k, v product, after Qwen3's norm of heads.
 
-The three lie side by side in one tensor; the kernel reads and writes its q and k part in place, so nothing is copied.
-Backward gathers the gradients of q, k and v into one such tensor, which the next product reads. A model may rotate
-only the first dimensions of a head (Phi). Positions start anew in every document.
+The three are columns of one tensor; the kernel rotates its q and k part in place, so nothing is copied. Backward
+gathers the gradients of q, k and v into one such tensor, which the next product reads. A model may rotate only the
+first dimensions of a head (Phi). Positions begin at 0 in every document.
 
 Shapes: T tokens, N = (H + 2K) C, H query heads, K key heads, C dimensions of a head, P positions, S half of the
 dimensions that are rotated.
@@ -16,7 +16,7 @@ from veneer.kernels.launch import launch, power_of_2, runs_triton, tl, triton
 
 
 class Heads(NamedTuple):
-    """What q, k and v are made of."""
+    """The numbers of query and key heads, and their size."""
 
     query: int
     key: int
@@ -24,7 +24,7 @@ class Heads(NamedTuple):
 
 
 class HeadNorm(NamedTuple):
-    """RMSNorm of each head of q and of k."""
+    """The weights of RMSNorm on each head of q and of k."""
 
     query_C: torch.Tensor
     key_C: torch.Tensor
@@ -39,12 +39,12 @@ def rope(
     sin_PS: torch.Tensor,
     norm: HeadNorm | None = None,
 ) -> torch.Tensor:
-    """Rotated q and k beside v: in place, or in a new tensor where `norm` is given (backward needs the old one).
+    """Rotate q and k: in place, or in a new tensor where `norm` is given, since backward needs the old one.
 
     Args:
-        qkv_TN: Output of the q, k, v product; rows may lie apart.
-        position_T: Position of each token in its document, int32.
-        cos_PS, sin_PS: Tables by position, float32.
+        qkv_TN: output of the q, k, v product, with any row stride.
+        position_T: position of each token in its document, int32.
+        cos_PS, sin_PS: tables by position, float32.
     """
     T, N = qkv_TN.shape
     out_TN = qkv_TN if norm is None else qkv_TN.new_empty((T, N))
@@ -79,11 +79,11 @@ def rope_backward(
     raw_TN: torch.Tensor | None = None,
     norm: HeadNorm | None = None,
 ) -> None:
-    """Gradient of the q, k, v product's output, written to `out_TN` (whose rows may lie apart).
+    """Compute the gradient of the q, k, v product's output into `out_TN`, of any row stride.
 
     Args:
-        dq_THC, dk_TKC, dv_TKC: Gradients of the rotated q and k and of v, in any layout.
-        raw_TN: The product's output before norm and rotation; needed with `norm`.
+        dq_THC, dk_TKC, dv_TKC: gradients of the rotated q and k and of v, in any layout.
+        raw_TN: output of the product before norm and rotation; needed with `norm`.
     """
     T = len(dq_THC)
     if not runs_triton(out_TN):
@@ -112,7 +112,7 @@ def rope_backward(
 
 
 def split_heads(qkv_TN: torch.Tensor, heads: Heads) -> tuple[torch.Tensor, ...]:
-    """Views (T, heads, C) of q, k and v."""
+    """Return views (T, heads, C) of q, k and v."""
     sizes = [heads.query * heads.size, heads.key * heads.size, heads.key * heads.size]
     return tuple(part.unflatten(1, (-1, heads.size)) for part in qkv_TN.split(sizes, dim=1))
 
@@ -154,9 +154,9 @@ def _forward(
     h = tl.program_id(1) * 8 + tl.arange(0, 8)[:, None]
     s, c = tl.arange(0, BLOCK_S)[None, :], tl.arange(0, BLOCK_C)[None, :]
     turns = (h < H + K) & (s < S)
-    place = tl.load(position + t)
-    co = tl.load(cos + place * S + s, mask=s < S, other=0.0)
-    si = tl.load(sin + place * S + s, mask=s < S, other=0.0)
+    pos = tl.load(position + t)
+    co = tl.load(cos + pos * S + s, mask=s < S, other=0.0)
+    si = tl.load(sin + pos * S + s, mask=s < S, other=0.0)
     at, out_at = t * stride + h * C, t * out_stride + h * C
     first = tl.load(qkv + at + s, mask=turns, other=0.0).to(tl.float32)
     second = tl.load(qkv + at + S + s, mask=turns, other=0.0).to(tl.float32)
@@ -168,7 +168,7 @@ def _forward(
         w2 = _weight(q_weight, k_weight, is_q, S + s, s < S)
         w = _weight(q_weight, k_weight, is_q, c, c < C)
         first, second = first * rstd * w1, second * rstd * w2
-        # What is not rotated: v whole, and the rest of a head where only its first part turns.
+        # Copy what is not rotated: v, and the rest of a head of which only the first part is.
         stays = (h < H + 2 * K) & (c < C) & ((h >= H + K) | (c >= 2 * S))
         tl.store(out + out_at + c, tl.where(h < H + K, whole * rstd * w, whole).to(out.dtype.element_ty), mask=stays)
     tl.store(out + out_at + s, (first * co - second * si).to(out.dtype.element_ty), mask=turns)
@@ -188,9 +188,9 @@ def _backward(
     is_q, is_k, is_v = h < H, (h >= H) & (h < H + K), (h >= H + K) & (h < H + 2 * K)
     q_at, k_at, v_at = t * q_t + h * q_h, t * k_t + (h - H) * k_h, t * v_t + (h - H - K) * v_h
     at = t * stride + h * C
-    place = tl.load(position + t)
-    co = tl.load(cos + place * S + s, mask=s < S, other=0.0)
-    si = tl.load(sin + place * S + s, mask=s < S, other=0.0)
+    pos = tl.load(position + t)
+    co = tl.load(cos + pos * S + s, mask=s < S, other=0.0)
+    si = tl.load(sin + pos * S + s, mask=s < S, other=0.0)
     half = s < S
     g1 = tl.load(dq + q_at + s, mask=is_q & half, other=0.0).to(tl.float32) + tl.load(
         dk + k_at + s, mask=is_k & half, other=0.0

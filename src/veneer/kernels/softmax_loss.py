@@ -1,7 +1,7 @@
-"""Cross-entropy of logits and its gradient, in place: logits go in, their gradient comes out.
+"""Computes the cross-entropy of logits, and overwrites the logits with their gradient.
 
-The head's logits are the largest tensor of a step; nothing of their size is made beside them. A cap on them (Gemma 2:
-cap * tanh(logits / cap)) is part of both.
+The head's logits are the largest tensor of a step; nothing else of their size is allocated. A soft cap on them (Gemma
+2: cap * tanh(logits / cap)) is part of both.
 
 Shapes: N tokens, V vocabulary.
 """
@@ -21,14 +21,15 @@ def softmax_loss(
     cap: float = 0.0,
     gradient: bool = True,
 ) -> None:
-    """Losses of tokens; the logits become their gradients.
+    """Compute losses of tokens, and replace the logits by their gradients.
 
     Args:
-        logits_NV: Overwritten with factor * d loss / d logits, where `gradient`.
-        targets_N: Token ids, int64; negative: no token, loss and gradient 0.
-        factor_N: What a token's loss counts in the sum that is derived, float32.
-        losses_N: Filled with each token's own loss, float32.
-        cap: Soft cap of the logits; 0: none.
+        logits_NV: logits, overwritten with factor * d loss / d logits, where `gradient`.
+        targets_N: token ids, int64; negative: no token, loss and gradient 0.
+        factor_N: factor of each token's loss in the gradient, float32.
+        losses_N: output, each token's own loss, float32.
+        cap: soft cap of the logits; 0: none.
+        gradient: whether to compute the gradient.
     """
     N, V = logits_NV.shape
     if not runs_triton(logits_NV):

@@ -1,4 +1,4 @@
-"""What this machine is: device, precision, memory, known cards, measured speeds.
+"""The machine: its device, precision and memory, known GPUs, measured speeds.
 
 device.py   the device of a run, and the memory of its process
 cards.py    GPUs by name: memory, speed, what they can compute

@@ -1,4 +1,4 @@
-"""Known GPUs (cards.yaml), and sizes as a person writes them.
+"""Known GPUs (cards.yaml), and parsing of `--gpu`.
 
 Memory is what the driver reports, in MiB. Speeds are the data sheets': dense bf16 (fp16 where there is no bf16)
 products summed in float32, float32 products outside the tensor cores, and memory bandwidth. What is reached in
@@ -15,11 +15,11 @@ from veneer.config.files import packaged_table
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU as its maker describes it.
+    """A GPU with the numbers of its data sheet.
 
     Attributes:
-        name: its common name.
-        memory_mib: MiB the driver reports.
+        name: common name.
+        memory_mib: memory that the driver reports, in MiB.
         half_tflops: 10^12 operations a second in bf16 or fp16.
         single_tflops: the same in float32.
         bandwidth_gbs: 10^9 bytes a second.
@@ -48,7 +48,7 @@ _SIZE = re.compile(r"^([-+]?[0-9]*\.?[0-9]+)\s*([a-z]*)$")
 
 
 def find_card(name: str) -> Card | None:
-    """A card by the name a person or a driver gives it: "RTX 4090", "NVIDIA H100 80GB HBM3"; None: not known."""
+    """Find a card by a common name or the driver's: "RTX 4090", "NVIDIA H100 80GB HBM3"; None: not known."""
     wanted = _plain(name)
     if wanted in _BY_PLAIN_NAME:
         return _BY_PLAIN_NAME[wanted]
@@ -58,13 +58,13 @@ def find_card(name: str) -> Card | None:
 
 
 def parse_budget(text: str) -> tuple[int, Card | None]:
-    """`--gpu`: a known card, or an amount of memory with its unit.
+    """Parse `--gpu`: a known card, or an amount of memory with its unit.
 
     Returns:
         Bytes, and the card where one was named.
 
     Raises:
-        UserError: An unknown card, a number without a unit, nothing or less.
+        UserError: the card is unknown, or the memory has no unit or is not positive.
     """
     size = _SIZE.match(text.strip().lower())
     if size is not None:

@@ -1,4 +1,4 @@
-"""The device, precision and memory of this machine: looked up once, printed, stored with the run."""
+"""Finds the device, precision and memory of this machine."""
 
 import ctypes
 import os
@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine as one run sees it. Sizes in bytes; for a GPU, the GPU's memory."""
+    """The machine of a run. Sizes are in bytes; on a GPU they are those of its memory."""
 
     device: str
     name: str
@@ -24,11 +24,11 @@ class Machine:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Compute dtype where the run leaves it open: bfloat16 where it is fast, else float32."""
+        """The default compute dtype: bfloat16 where it is fast, else float32."""
         return torch.bfloat16 if self.has_bfloat16 else torch.float32
 
     def describe(self) -> str:
-        """One line for a person."""
+        """Describe the machine in one line."""
         where = f"{self.name}, {self.cores} cores" if self.device == "cpu" else self.name
         precision = "bfloat16" if self.has_bfloat16 else "float32 (no fast bfloat16)"
         return f"{where}, {self.total_bytes / 2**30:.0f} GiB ({self.free_bytes / 2**30:.0f} free), {precision}"
@@ -38,7 +38,7 @@ class Machine:
 
 
 def find_machine() -> Machine:
-    """The best device here: CUDA, then Apple's MPS, then the CPU."""
+    """Find the best device: CUDA, then Apple's MPS, then the CPU."""
     memory = psutil.virtual_memory()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if torch.cuda.is_available():
@@ -50,28 +50,28 @@ def find_machine() -> Machine:
     return Machine("cpu", _cpu_name(), cores, memory.total, memory.available, _cpu_has_bfloat16())
 
 
-def bring(tensor: torch.Tensor, device: Any) -> torch.Tensor:
-    """To the device, in its order of work: the host waits for nothing."""
+def to_device(tensor: torch.Tensor, device: Any) -> torch.Tensor:
+    """Copy a tensor to a device, asynchronously from pinned memory on CUDA."""
     if torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def named_dtype(setting: str, default: torch.dtype) -> torch.dtype:
-    """The precision that `model.dtype` means where `auto` means `default`."""
+    """Return the dtype that `model.dtype` names, where `auto` means `default`."""
     named = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     return named.get(setting, default)
 
 
 def resolve_optim(setting: str, device: str) -> str:
-    """The optimizer that `train.optim` means on a device. Paged states need CUDA; elsewhere they are kept unpaged."""
+    """Return the optimizer that `train.optim` means on a device. Paged states need CUDA; elsewhere they are unpaged."""
     if setting == "auto":
         return "adamw_8bit" if device == "cuda" else "adamw_torch"
     return setting if device == "cuda" else setting.removeprefix("paged_")
 
 
 def peak_resident_bytes() -> int:
-    """Largest resident memory of this process so far."""
+    """Return the peak resident memory of this process."""
     import resource  # not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -79,16 +79,16 @@ def peak_resident_bytes() -> int:
 
 
 def peak_bytes(device: str) -> int:
-    """Largest memory of the run so far: allocated on the GPU, resident on the CPU."""
+    """Return the peak memory of the run: allocated on the GPU, resident on the CPU."""
     return torch.cuda.max_memory_allocated() if device == "cuda" else peak_resident_bytes()
 
 
 def bound_freed_memory() -> None:
-    """Have the C library return large buffers to the system as soon as they are freed; for the CPU.
+    """Make the C library return large buffers to the system as soon as they are freed; for the CPU.
 
-    A buffer above the threshold is mapped by itself, so that it leaves no hole between others, and its pages are
-    cleared anew each time. For buffers of a few MiB that clearing costs a tenth of a step, and half of a pass over many
-    rows; those stay in the heap, which `return_freed_memory` trims. Does nothing outside the GNU C library.
+    A buffer above the threshold gets its own mapping, so that it does not fragment the heap, and its pages are cleared
+    each time. For buffers of a few MiB that clearing costs a tenth of a step, and half of a pass over many rows; those
+    stay in the heap, which `return_freed_memory` trims. Does nothing outside the GNU C library.
     """
     if _C_LIBRARY is not None:
         threshold, top = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
@@ -97,7 +97,7 @@ def bound_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Give the heap's free pages back to the system; for the CPU, now and then.
+    """Return the heap's free pages to the system; call it on a CPU every few passes.
 
     Untrimmed, a step of SmolLM2 holds 0.15 GiB more; trimmed after each step, it is an eighth slower, since all pages
     are cleared again.
@@ -107,7 +107,7 @@ def return_freed_memory() -> None:
 
 
 def _c_library() -> Any:
-    """The GNU C library, if this process runs on it."""
+    """Return the GNU C library, if this process runs on it."""
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     return library if hasattr(library, "malloc_trim") else None
 
@@ -125,7 +125,7 @@ def _cpu_name() -> str:
 
 
 def _cpu_has_bfloat16() -> bool:
-    """Whether matrix products in bfloat16 run on instructions made for them; emulated ones are slower than float32."""
+    """Return whether the CPU has instructions for bfloat16 products; emulated ones are slower than float32."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     if capabilities:
         return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))

@@ -1,4 +1,4 @@
-"""How fast a machine is: its ceilings, measured on it (`veneer doctor --measure`) or from its card's data sheet."""
+"""The speed of a machine: ceilings measured on it (`veneer doctor --measure`) or from its card's data sheet."""
 
 import platform
 from dataclasses import asdict, dataclass
@@ -41,11 +41,11 @@ class Ceilings:
 
 
 def ceilings_of(card: Card) -> Ceilings:
-    """Ceilings of a card that is not at hand: the shares of the data sheet that an H100 reaches."""
+    """Estimate the ceilings of a card from its data sheet, by the shares of it that an H100 reaches."""
     return Ceilings(
         half_flops=0.66e12 * card.half_tflops,
         single_flops=0.67e12 * card.single_tflops,
-        attention_flops=0.25e12 * card.half_tflops * (1.6 if card.capability < 90 else 1),  # kernels made for those
+        attention_flops=0.25e12 * card.half_tflops * (1.6 if card.capability < 90 else 1),  # tuned kernels
         bandwidth=0.78e9 * card.bandwidth_gbs,
         start_seconds=3e-6,
         host_seconds=40e-6,
@@ -56,13 +56,13 @@ def ceilings_of(card: Card) -> Ceilings:
 
 
 def ceilings_file(machine: Machine) -> Path:
-    """Where the measured ceilings of this machine are kept."""
+    """Return the file of this machine's measured ceilings."""
     name = f"{machine.name} {machine.cores} {platform.machine()} torch {torch.__version__}"
     return cache_folder() / "ceilings" / ("".join(c if c.isalnum() else "-" for c in name) + ".json")
 
 
-def kept_ceilings(machine: Machine) -> Ceilings | None:
-    """The measured ceilings of this machine; None: never measured."""
+def load_ceilings(machine: Machine) -> Ceilings | None:
+    """Load the measured ceilings of this machine; None: never measured."""
     file = ceilings_file(machine)
     if not file.exists():
         return None
@@ -72,8 +72,8 @@ def kept_ceilings(machine: Machine) -> Ceilings | None:
         return Ceilings(**values | {"spread": tuple(values["spread"])})
 
 
-def keep_ceilings(machine: Machine, ceilings: Ceilings) -> None:
-    """Keep what was measured for later plans."""
+def save_ceilings(machine: Machine, ceilings: Ceilings) -> None:
+    """Save measured ceilings for later plans."""
     file = ceilings_file(machine)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, asdict(ceilings))

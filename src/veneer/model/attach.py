@@ -1,6 +1,6 @@
-"""An adapter on a loaded base model: attach, save, load, count. PEFT owns the modules and the file format.
+"""Attaches, saves and loads an adapter on a base model. PEFT owns the modules and the file format.
 
-The adapter's weights are float32 whatever the base is in: they are the master weights of the optimizer.
+The adapter's weights are float32 whatever the base's dtype: they are the master weights of the optimizer.
 """
 
 from pathlib import Path
@@ -19,10 +19,10 @@ from veneer.model.shards import read_header
 
 
 def attach(base: Any, adapter: Adapter, seed: int, gradient_checkpointing: bool = False) -> Any:
-    """Put a new adapter on a frozen base model, in place; returns PEFT's wrapper around it.
+    """Put a new adapter on a frozen base model, in place; return PEFT's wrapper around it.
 
     Raises:
-        UserError: An entry of target_modules matches nothing.
+        UserError: an entry of target_modules matches nothing.
     """
     with quiet():
         from peft import get_peft_model
@@ -42,7 +42,7 @@ def attach(base: Any, adapter: Adapter, seed: int, gradient_checkpointing: bool 
 
 
 def _notify_left_out(model: Any, adapter: Adapter) -> None:
-    """Warn where all-linear has left experts without an adapter."""
+    """Warn if all-linear has left experts without an adapter."""
     stacked = {name: p for name, p in model.get_base_model().named_parameters() if p.dim() == 3 and "expert" in name}
     left = {name: p.numel() for name, p in stacked.items() if "lora_" not in name and "base_layer" not in name}
     if left and adapter.target_modules == "all-linear":
@@ -56,9 +56,9 @@ def _notify_left_out(model: Any, adapter: Adapter) -> None:
 
 
 def _targets(base: Any, adapter: Adapter) -> str | list[str]:
-    """What PEFT is to match: what the settings say, or paths where PEFT would match more by it than they mean.
+    """Return the target modules for PEFT: those of the settings, or full paths where PEFT would match more modules.
 
-    More are a vision tower that text does not go through, and layers that are linear by their class alone.
+    Such modules are a vision tower, and layers that are linear by their class alone.
     """
     named = adapter.target_modules
     meant = shapes_of(base).targets(named)
@@ -84,7 +84,7 @@ def load_adapter(base: Any, folder: Path) -> Any:
 
 
 def _require_ranks(folder: Path) -> None:
-    """Raises UserError where a configuration asks for larger matrices than its weights are: PEFT would make them."""
+    """Raise UserError if a configuration has a larger rank than its weights: PEFT would allocate it."""
     config = read_json(folder / "adapter_config.json", "peft_type")
     held = [piece.shape[0] for piece in read_header(folder / "adapter_model.safetensors") if ".lora_A." in piece.name]
     ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
@@ -99,21 +99,20 @@ def _require_ranks(folder: Path) -> None:
 def save_adapter(model: Any, tokenizer: Any, chat_template: str | None, base: BaseSource, folder: Path) -> None:
     """Write the adapter in PEFT's format, with the tokenizer and the chat template it was trained with.
 
-    Its configuration names the base as PEFT finds it: the hub id with its revision, or the folder of the weights that
-    it was trained on.
+    Its configuration names the base as PEFT finds it: the hub id with its revision, or the folder of the weights.
     """
-    kept = tokenizer.chat_template
+    own_template = tokenizer.chat_template
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = base.reference, base.revision
     with quiet():
         model.save_pretrained(str(folder), save_embedding_layers=False)
         tokenizer.chat_template = chat_template
         tokenizer.save_pretrained(str(folder))
-        tokenizer.chat_template = kept
+        tokenizer.chat_template = own_template
 
 
 def count_parameters(model: Any) -> dict[str, int]:
-    """Parameters in all and trainable. A 4-bit weight counts as the weights it stands for, not as its bytes."""
+    """Count all parameters and the trainable ones. Packed 4-bit weights count as weights, not as bytes."""
     total = trainable = 0
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)

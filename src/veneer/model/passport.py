@@ -1,8 +1,8 @@
-"""passport.json of an adapter: what it belongs to, and the refusal to load it on anything else.
+"""Reads and checks passport.json of an adapter: hashes of its base, tokenizer and template.
 
-An adapter is a difference; on another base it is noise that still answers fluently. The passport therefore holds
-fingerprints of what the adapter was trained with: the base's weights and configuration, the tokenizer, the chat
-template, the adapter's own file. It ships, so it names files and folders by their names alone, never by a path.
+An adapter is a difference; on another base it is noise, but the model still answers fluently. The passport therefore
+holds fingerprints of what the adapter was trained with: the base's weights and configuration, the tokenizer, the chat
+template, the adapter's own file. It is published, so it has names of files and folders, but never a path.
 Fingerprints are compared whenever a run's adapter is loaded, merged or exported, and a difference is refused by name.
 """
 
@@ -19,7 +19,7 @@ from veneer.model.locate import BaseSource
 
 FILE = "passport.json"
 FIX = "restore it, or delete it to go on without its checks"
-NAMES = {  # of what has a fingerprint, by its key
+NAMES = {  # names of fingerprints in messages
     "weights_sampled_sha256": "base weights",
     "config_sha256": "the base's config.json",
     "tokenizer_sha256": "tokenizer",
@@ -31,10 +31,10 @@ Passport = dict[str, Any]
 
 
 def read_passport(folder: Path) -> Passport | None:
-    """The passport in an adapter's folder; None where it has none (made by another tool).
+    """Read the passport in an adapter's folder; None if it has none (made by another tool).
 
     Raises:
-        UserError: It cannot be read.
+        UserError: it cannot be read.
     """
     passport = read_json(folder / FILE, fix=FIX) if (folder / FILE).is_file() else None
     if passport is not None and not isinstance(passport.get("base") or {}, dict):
@@ -43,16 +43,16 @@ def read_passport(folder: Path) -> Passport | None:
 
 
 def require_match(folder: Path, passport: Passport | None, source: BaseSource | None, force: bool = False) -> None:
-    """Compare an adapter's passport with the base it is to be put on and with its own files.
+    """Compare an adapter's passport with its new base and with its own files.
 
     Args:
-        folder: Folder of the adapter.
-        passport: The passport in it; None: there is none, and nothing is compared.
-        source: The base; None: it is not compared.
-        force: Say what differs and go on.
+        folder: folder of the adapter.
+        passport: passport in it; None: there is none, and nothing is compared.
+        source: the base; None: it is not compared.
+        force: whether to warn of differences and go on.
 
     Raises:
-        UserError: Something differs.
+        UserError: something differs.
     """
     if passport is None:
         return
@@ -74,13 +74,13 @@ def require_match(folder: Path, passport: Passport | None, source: BaseSource | 
 
 
 def trained_in_4_bits(passport: Passport | None) -> Quantization | None:
-    """How the files of the base of the training were quantized to 4 bits, as the passport says; None: they were not."""
-    kept = ((passport or {}).get("base") or {}).get("stored_in_4_bits")
-    return Quantization(**kept) if isinstance(kept, dict) else None
+    """Return how the files of the training's base were quantized to 4 bits, by the passport; None: they were not."""
+    stored = ((passport or {}).get("base") or {}).get("stored_in_4_bits")
+    return Quantization(**stored) if isinstance(stored, dict) else None
 
 
 def find_differences(folder: Path, passport: Passport, source: BaseSource | None) -> list[str]:
-    """What is not as the passport says."""
+    """Return the differences from the passport."""
     base, found = passport.get("base") or {}, list[str]()
     if source is not None:
         named = base.get("name")
@@ -93,12 +93,12 @@ def find_differences(folder: Path, passport: Passport, source: BaseSource | None
 
 
 def base_fingerprints(source: BaseSource) -> dict[str, str | None]:
-    """SHA-256 of what a base is known by, by the passport's key; None: it is not here."""
+    """Return the fingerprints of a base, by the passport's keys; None: the file is not local."""
     return {"weights_sampled_sha256": fingerprint(source), "config_sha256": config_sha256(source)}
 
 
 def adapter_fingerprints(folder: Path) -> dict[str, str | None]:
-    """SHA-256 of an adapter's own files, by the passport's key; None: there is no such file."""
+    """Return SHA-256 of an adapter's own files, by the passport's keys; None: there is no such file."""
     template = folder / "chat_template.jinja"
     return {
         "tokenizer_sha256": file_sha256(folder / "tokenizer.json"),
@@ -109,24 +109,24 @@ def adapter_fingerprints(folder: Path) -> dict[str, str | None]:
 
 
 def base_name(source: BaseSource) -> str:
-    """What a base is called in files that ship: a built-in name, a hub id, or the name of its folder or file alone."""
+    """Return a base's name for published files: a built-in name, a hub id, or the name of its folder or file."""
     if source.kind in ("builtin", "hub"):
         return source.name
     return Path(source.name).expanduser().absolute().name
 
 
 def _adapter_config_sha256(folder: Path) -> str | None:
-    """Of adapter_config.json, whose alpha and ranks are as much of the adapter as its matrices; its base may move."""
+    """Return SHA-256 of adapter_config.json, since alpha and ranks matter too; without its base, which may move."""
     try:
         config = read_json(folder / "adapter_config.json")
-        kept = {key: value for key, value in config.items() if key not in ("base_model_name_or_path", "revision")}
+        properties = {key: value for key, value in config.items() if key not in ("base_model_name_or_path", "revision")}
     except (OSError, ValueError, AttributeError):
         return None
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(properties, sort_keys=True).encode()).hexdigest()
 
 
 def _difference(key: str, was: str | None, now: str | None, was_name: str = "", now_name: str = "") -> list[str]:
-    """The difference of two fingerprints; none where one of them is not known."""
+    """Return the difference of two fingerprints; empty if one of them is not known."""
     if was is None or now is None or was == now:
         return []
     return [f"{NAMES[key]}: trained with {was_name}{was[:12]}, found {now_name}{now[:12]}"]

@@ -1,7 +1,6 @@
-"""Keeps the progress bars and standing notices of libraries off the screen while they load, and their advice after.
+"""Suppresses progress bars and routine notices of libraries while they load, and their advice afterwards.
 
-Real trouble is not hidden: what loading leaves uninitialised is read from its own report (load.py), and errors
-pass through.
+Real problems are not hidden: missing weights are read from the loader's own report (load.py), and errors pass through.
 """
 
 import contextlib
@@ -10,10 +9,10 @@ import warnings
 from collections.abc import Iterator
 
 NOISY = ("transformers", "bitsandbytes", "accelerate", "peft")
-# Modules whose warnings are advice that does not apply here, given at any time: while bitsandbytes is imported by
-# whatever needs it first, and in a forward pass. They log errors only; a program may set their levels back.
+# Modules whose warnings are advice that does not apply here, given at any time: while bitsandbytes is imported, and in
+# a forward pass. They log errors only; a program may reset their levels.
 for _name in (
-    "transformers.modeling_utils",  # rows are never padded on the left without a mask; pad and end may be one token
+    "transformers.modeling_utils",  # rows are never left-padded without a mask; pad and end may be one token
     "bitsandbytes.backends.cpu.ops",  # a kernel from a hub that is never fetched; the built-in one does the same
 ):
     logging.getLogger(_name).setLevel(logging.ERROR)
@@ -21,7 +20,7 @@ for _name in (
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Within the block, libraries log errors only, warn of nothing, and draw no bars."""
+    """Within the context, libraries log errors only, without warnings and progress bars."""
     from transformers.utils import logging as transformers_logging
 
     bars = transformers_logging.is_progress_bar_enabled()

@@ -1,12 +1,12 @@
-"""Reads tensors from files to the device, in several threads and a little ahead of who takes them.
+"""Reads tensors from files to the device, in several threads and a little ahead of their use.
 
-Threads read pieces of CHUNK bytes into page-locked memory of their own, from where the GPU copies them; on the CPU they
-read straight into the tensor. So the host holds a few chunks and never a model, and the device holds at most
-AHEAD bytes that nobody has taken yet (or one larger tensor). Page faults of mapped files, which make a single
-thread that reads through them slow, do not occur.
+Threads read pieces of CHUNK bytes into their own pinned memory, from where the GPU copies them; on the CPU they read
+directly into the tensor. So the host holds a few chunks and never a model, and the device holds at most READ_AHEAD
+bytes that have not been taken yet (or one larger tensor). There are no page faults of memory-mapped files, which make
+reading by a single thread slow.
 
-All copies go to the stream of the thread that made the reader. There they stand in order with what this thread
-computes, so that memory which it has just freed may be written again at once.
+All copies go to the CUDA stream of the thread that made the reader. There they are ordered with the work of this
+thread, so that memory which it has just freed can be written at once.
 """
 
 import os
@@ -23,33 +23,33 @@ import torch
 
 from veneer.model.shards import DTYPES, DamagedError, Piece
 
-CHUNK = 4 * 2**20  # what a processor's caches hold: twice as fast as 16 MiB
-AHEAD = 128 * 2**20
+CHUNK = 4 * 2**20  # fits a processor's cache: twice as fast as 16 MiB
+READ_AHEAD = 128 * 2**20
 THREADS = 8
-PASSED = 64  # tensors behind the last one taken that are still kept, in case they are taken in another order
+RETAINED = 64  # unused tensors before the last one taken that are retained, since the order may vary
 
 
 class _Tensor:
-    """A tensor on its way: its memory, the starts of chunks that no thread has begun, how many chunks are not done."""
+    """A tensor that is being read: its memory, offsets of chunks not begun, and the number of chunks not done."""
 
-    def __init__(self, place: int, piece: Piece, device: str) -> None:
-        self.place, self.piece = place, piece
+    def __init__(self, index: int, piece: Piece, device: str) -> None:
+        self.index, self.piece = index, piece
         self.bytes_ = torch.empty(piece.size, dtype=torch.uint8, device=device)
         self.chunks = deque(range(0, piece.size, CHUNK))
         self.left = len(self.chunks)
 
 
 class Reader:
-    """Reads pieces as they are taken, expecting them in the given order. Use it as a context.
+    """Reads tensors ahead, expecting them to be taken in the given order. Use it as a context manager.
 
     Args:
-        pieces: Tensors and where they lie.
+        pieces: tensors and their locations in files.
         device: cpu or cuda.
         checksums: CRC-32 of each chunk of a tensor, by name; None: not checked.
 
     Attributes:
-        bytes_read: So far.
-        most_ahead_bytes: Largest memory of tensors that were read and not taken yet.
+        bytes_read: bytes read so far.
+        most_ahead_bytes: largest memory of tensors that were read and not taken yet.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class Reader:
     ) -> None:
         self.device, self._checksums = device, checksums
         self._pieces = tuple(pieces)
-        self._place = {piece.name: place for place, piece in enumerate(self._pieces)}
+        self._index = {piece.name: index for index, piece in enumerate(self._pieces)}
         self._stream = torch.cuda.current_stream() if device == "cuda" else None
         self._changed = threading.Condition()
         self._ahead: dict[str, _Tensor] = {}
         self._asked: deque[_Tensor] = deque()
-        self._next, self._window, self._closed = 0, AHEAD, False
+        self._next, self._window, self._closed = 0, READ_AHEAD, False
         self.failure: Exception | None = None
         self.bytes_read = self.most_ahead_bytes = 0
         count = min(THREADS, os.cpu_count() or 1)
@@ -85,20 +85,20 @@ class Reader:
         self._ahead.clear()
 
     def take(self, name: str) -> torch.Tensor:
-        """A tensor, in the file's type and on the device; waits until it is whole. A name may be taken again.
+        """Return a tensor, in the file's dtype and on the device, once it is complete. A name may be taken again.
 
         Raises:
-            DamagedError: Its file ends early, or its checksum is another.
-            OSError: Its file cannot be read.
+            DamagedError: its file is truncated, or a checksum differs.
+            OSError: its file cannot be read.
         """
         with self._changed:
             tensor = self._ahead.pop(name, None)
             if tensor is None:
-                tensor = self._begin(self._place[name])
+                tensor = self._begin(self._index[name])
             if tensor.chunks:
                 self._asked.append(tensor)
-            self._next = max(self._next, tensor.place + 1)
-            self._pass_over(tensor.place)
+            self._next = max(self._next, tensor.index + 1)
+            self._pass_over(tensor.index)
             self._changed.notify_all()
             while tensor.left and self.failure is None:
                 assert self._working, "the threads that read have ended"
@@ -107,22 +107,22 @@ class Reader:
                 raise self.failure
         return tensor.bytes_.view(DTYPES[tensor.piece.kind]).view(tensor.piece.shape)
 
-    def _begin(self, place: int) -> _Tensor:
+    def _begin(self, index: int) -> _Tensor:
         with self._in_order():
-            return _Tensor(place, self._pieces[place], self.device)
+            return _Tensor(index, self._pieces[index], self.device)
 
     def _in_order(self) -> AbstractContextManager[object]:
-        """Within the block, copies and memory are those of the stream of the thread that made the reader."""
+        """Within the context, copies and allocations use the CUDA stream of the thread that made the reader."""
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
-    def _pass_over(self, place: int) -> None:
-        """Forget tensors that nobody seems to want; they would fill the window."""
+    def _pass_over(self, index: int) -> None:
+        """Drop tensors that were passed over, which would fill the read-ahead memory."""
         for name, tensor in list(self._ahead.items()):
-            if tensor.place < place - PASSED:
+            if tensor.index < index - RETAINED:
                 del self._ahead[name]
 
     def _job(self) -> tuple[_Tensor, int] | None:
-        """The next chunk to read: of what is waited for, then of what will be."""
+        """Return the next chunk to read: of tensors that are waited for, then of those ahead."""
         while self._asked:
             if self._asked[0].chunks:
                 return self._asked[0], self._asked[0].chunks.popleft()
@@ -140,7 +140,7 @@ class Reader:
             except torch.OutOfMemoryError:
                 if not self._window:
                     return None
-                self._window = 0  # No room to read ahead; what is asked for is still tried.
+                self._window = 0  # No memory to read ahead; tensors that are taken are still read.
                 continue
             self._next += 1
             self._ahead[piece.name] = tensor

@@ -1,9 +1,9 @@
-"""No code of a model's maker is run: what Transformers would import or fetch beside its own classes is refused by name.
+"""Refuses code that comes with a model: what Transformers would import or fetch beside its own classes.
 
-Two doors lead to such code. `auto_map` in config.json or tokenizer_config.json names Python files of the repository;
-Transformers would ask on standard input whether to run them, so every call here says no beforehand. An attention
-named `owner/kernel` is compiled code that the package `kernels` fetches from a hub, and so is flash attention where
-its own package is missing.
+There are two kinds of such code. `auto_map` in config.json or tokenizer_config.json names Python files of the
+repository; Transformers would ask on standard input whether to run them, so every call here declines in advance. An
+attention named `owner/kernel` is compiled code that the package `kernels` fetches from a hub, and so is flash attention
+where its own package is missing.
 """
 
 import importlib.util
@@ -15,27 +15,27 @@ from veneer.config import UserError
 from veneer.config.files import read_json
 from veneer.model.limits import require_sizes
 
-MAKERS_CODE = "trust_remote_code"  # how Transformers calls it in its errors
+MAKERS_CODE = "trust_remote_code"  # its name in Transformers' errors
 
 
-def read_config(place: str | Path, name: str, revision: str | None = None, only_local: bool = False) -> Any:
-    """The configuration of a model, with no code but Transformers' own.
+def read_config(location: str | Path, name: str, revision: str | None = None, only_local: bool = False) -> Any:
+    """Read the configuration of a model, with Transformers' own code alone.
 
     Args:
-        place: A folder or a hub id.
-        name: What the user wrote, for messages.
-        revision: Of a hub model.
-        only_local: Whether a hub is not to be asked.
+        location: folder or hub id.
+        name: name in messages.
+        revision: revision of a hub model.
+        only_local: whether to read the hub's cache alone.
 
     Raises:
-        UserError: It asks for code of its maker's, or has sizes that no model has.
-        OSError, ValueError, KeyError: It cannot be had.
+        UserError: it needs code of its maker's, or has sizes that no model has.
+        OSError, ValueError, KeyError: it cannot be read.
     """
     from transformers import AutoConfig
 
-    require_sizes(place, name, revision, only_local)
+    require_sizes(location, name, revision, only_local)
     config = AutoConfig.from_pretrained(
-        str(place), revision=revision, local_files_only=only_local, trust_remote_code=False
+        str(location), revision=revision, local_files_only=only_local, trust_remote_code=False
     )
     for part in _parts(config):
         require_attention(getattr(part, "_attn_implementation_internal", None), f"{name}: attn_implementation")
@@ -43,7 +43,7 @@ def read_config(place: str | Path, name: str, revision: str | None = None, only_
 
 
 def _parts(config: Any) -> Iterator[Any]:
-    """A configuration and those within it (of a text model, a vision tower)."""
+    """Yield a configuration and its nested ones (of a text model, a vision tower)."""
     yield config
     for key in getattr(config, "sub_configs", {}):
         if (part := getattr(config, key, None)) is not None:
@@ -51,11 +51,11 @@ def _parts(config: Any) -> Iterator[Any]:
 
 
 def require_attention(implementation: Any, setting: str) -> None:
-    """Raises UserError for an attention that would be fetched as code from a hub.
+    """Raise UserError for an attention that would be fetched as code from a hub.
 
     Args:
-        implementation: Its name, or names by part of the model; None: not said.
-        setting: Where it is written.
+        implementation: name, or names by part of the model; None: not set.
+        setting: setting that has the name, for messages.
     """
     for named in implementation.values() if isinstance(implementation, dict) else (implementation,):
         if named is not None and "/" in str(named):
@@ -69,32 +69,32 @@ def require_attention(implementation: Any, setting: str) -> None:
             )
 
 
-def refusal(named: str, place: str | Path, error: Exception) -> UserError | None:
-    """What is said of a model that loads only with code of its maker's; None: that is not why `error` came."""
-    return code_refused(named, place) if MAKERS_CODE in str(error) else None
+def refusal(named: str, location: str | Path, error: Exception) -> UserError | None:
+    """Return the error of a model that needs code of its maker's; None: `error` has another cause."""
+    return code_refused(named, location) if MAKERS_CODE in str(error) else None
 
 
-def require_own_class(named: str, place: str | Path) -> None:
-    """Raises UserError for a folder whose architecture is none of Transformers' own, but code that comes with it."""
+def require_own_class(named: str, location: str | Path) -> None:
+    """Raise UserError for a folder whose architecture is code that comes with it and not part of Transformers."""
     from transformers import CONFIG_MAPPING
 
-    file = Path(place) / "config.json"
-    if file.is_file() and read_json(file).get("model_type") not in CONFIG_MAPPING and makers_code(place):
-        raise code_refused(named, place)
+    file = Path(location) / "config.json"
+    if file.is_file() and read_json(file).get("model_type") not in CONFIG_MAPPING and makers_code(location):
+        raise code_refused(named, location)
 
 
-def code_refused(named: str, place: str | Path) -> UserError:
-    """The error of a model that needs code of its maker's, with the names of that code."""
-    code = ", ".join(makers_code(place)[:4]) or "auto_map"
+def code_refused(named: str, location: str | Path) -> UserError:
+    """Return the error of a model that needs code of its maker's, with the names of that code."""
+    code = ", ".join(makers_code(location)[:4]) or "auto_map"
     return UserError(
         f"{named}: it needs Python code of its maker's ({code}), which is never run",
         "name a model whose architecture is part of Transformers, or update transformers",
     )
 
 
-def makers_code(place: str | Path) -> list[str]:
-    """Python code that a model's files name in `auto_map`, each with its file; none where there is no folder."""
-    files = [Path(place) / name for name in ("config.json", "tokenizer_config.json")]
+def makers_code(location: str | Path) -> list[str]:
+    """Return Python code that a model's files name in `auto_map`, each with its file; empty without a folder."""
+    files = [Path(location) / name for name in ("config.json", "tokenizer_config.json")]
     return [f"{file.name} names {code}" for file in files if file.is_file() for code in _auto_map(file)]
 
 

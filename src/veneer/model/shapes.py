@@ -1,7 +1,7 @@
-"""A model's shapes without its weights: built on torch's meta device from its configuration.
+"""Finds a model's shapes without its weights, by building it on torch's meta device from its configuration.
 
-Any architecture of Transformers, since its own code builds it. The configuration comes from the folder or the .gguf
-file, from the user's cache, from the published shapes in known.py, and only for what is none of these from the hub.
+This works for any architecture of Transformers, since its own code builds it. The configuration comes from the folder
+or the .gguf file, from the user's cache, from the published shapes in known.py, and otherwise from the hub.
 """
 
 import difflib
@@ -28,21 +28,21 @@ from veneer.model.trainable import FIX
 
 @dataclass(frozen=True)
 class Shapes:
-    """A base model's parameters, without the parameters.
+    """The shapes of a base model.
 
     Attributes:
-        architecture: Its class in Transformers.
-        weights: Shape of every parameter, by name; tied ones once.
-        other_bytes: Of its buffers.
-        linears: Inputs and outputs of every linear layer, by path, the head included.
-        embeddings: Rows and width of every embedding, by path.
-        head: Path of the output layer.
-        depth: Decoder layers.
-        period: After so many layers they repeat; None: they do not.
-        key_value_bytes: Of the generation cache, a token, in 16 bits.
-        vocabulary: Tokens.
-        positions: Longest sequence it can read; None: no limit known.
-        beside: Paths of layers that text does not go through: those of a vision tower.
+        architecture: class in Transformers.
+        weights: shape of every parameter, by name; tied ones once.
+        other_bytes: bytes of its buffers.
+        linears: inputs and outputs of every linear layer, by path, the head included.
+        embeddings: rows and width of every embedding, by path.
+        head: path of the output layer.
+        depth: number of decoder layers.
+        period: number of layers after which they repeat; None: they do not.
+        key_value_bytes: bytes of the generation cache for a token, in 16 bits.
+        vocabulary: number of tokens.
+        positions: longest sequence it can read; None: no limit known.
+        beside: paths of layers that text does not pass, as those of a vision tower.
     """
 
     architecture: str
@@ -60,24 +60,24 @@ class Shapes:
 
     @property
     def total(self) -> int:
-        """Parameters in all."""
+        """The number of parameters."""
         return sum(prod(shape) for shape in self.weights.values())
 
     @property
     def experts(self) -> float:
-        """Share of the parameters that are experts' matrices, stacked in parameters that are no linear layers."""
+        """The share of parameters that are experts' matrices, stacked in parameters that are no linear layers."""
         stacked = (prod(shape) for name, shape in self.weights.items() if len(shape) == 3 and "expert" in name)
         return sum(stacked) / self.total
 
     def quantizable(self) -> frozenset[str]:
-        """Paths of the layers that bitsandbytes quantizes: all linear ones but the head."""
+        """Return paths of the layers that bitsandbytes quantizes: all linear ones but the head."""
         return frozenset(path for path in self.linears if path != self.head)
 
     def targets(self, target_modules: str | tuple[str, ...]) -> frozenset[str]:
-        """Paths of the modules that an adapter goes on, as PEFT matches them: a name, or the end of a path.
+        """Return paths of an adapter's modules, matched as in PEFT: by a name, or the end of a path.
 
         Raises:
-            UserError: An entry matches nothing.
+            UserError: an entry matches nothing.
         """
         if target_modules == "all-linear":
             return self.quantizable() - self.beside
@@ -96,49 +96,49 @@ class Shapes:
 
     @property
     def linear_names(self) -> list[str]:
-        """Last parts of the paths of all linear layers that text goes through, in order, the head left out."""
+        """The last parts of the paths of all linear layers that text passes, in order, without the head."""
         adapted = (path for path in self.linears if path != self.head and path not in self.beside)
         return list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in adapted))
 
 
 def find_config(model: Model) -> Any:
-    """The configuration of a base model; no weights are fetched or read.
+    """Find the configuration of a base model; no weights are fetched or read.
 
     Raises:
-        UserError: There is no such model, its folder holds no configuration, or Transformers does not know its kind.
+        UserError: there is no such model, its folder holds no configuration, or Transformers does not know its kind.
     """
-    kind, place = find_model(model)
+    kind, location = find_model(model)
     if kind == "builtin":
-        folder = cache_folder() / "models" / place
-        return _load(folder, model) if folder.is_dir() else _published(BUILTIN[place].hub_id)
+        folder = cache_folder() / "models" / location
+        return _load(folder, model) if folder.is_dir() else _published(BUILTIN[location].hub_id)
     if kind == "gguf":
-        return config_of(Path(place))
+        return config_of(Path(location))
     if kind == "hub":
         from huggingface_hub import try_to_load_from_cache
 
-        kept = try_to_load_from_cache(place, "config.json", revision=model.revision)
-        if isinstance(kept, str):
-            return _load(Path(kept).parent, model)
-        if (published := _published(place)) is not None:
+        cached = try_to_load_from_cache(location, "config.json", revision=model.revision)
+        if isinstance(cached, str):
+            return _load(Path(cached).parent, model)
+        if (published := _published(location)) is not None:
             return published
-    return _load(place, model)
+    return _load(location, model)
 
 
 def is_stored_in_4_bits(config: Any) -> bool:
-    """Whether a base's files are in bitsandbytes' 4 bits already."""
+    """Return whether a base's files are in bitsandbytes' 4-bit format already."""
     stored = getattr(config, "quantization_config", None) or {}
     return bool(stored.get("load_in_4bit") if isinstance(stored, dict) else getattr(stored, "load_in_4bit", False))
 
 
-def is_at_hand(model: Model, files: tuple[str, ...] = ("model.safetensors", "model.safetensors.index.json")) -> bool:
-    """Whether one of these files of a base is on this machine; the hub's and the built-in model's are fetched once."""
-    kind, place = find_model(model)
+def is_local(model: Model, files: tuple[str, ...] = ("model.safetensors", "model.safetensors.index.json")) -> bool:
+    """Return whether one of these files of a base is on this machine, or must still be fetched."""
+    kind, location = find_model(model)
     if kind == "builtin":
-        return (cache_folder() / "models" / place).is_dir()
+        return (cache_folder() / "models" / location).is_dir()
     if kind == "hub":
         from huggingface_hub import try_to_load_from_cache
 
-        return any(isinstance(try_to_load_from_cache(place, file, revision=model.revision), str) for file in files)
+        return any(isinstance(try_to_load_from_cache(location, file, revision=model.revision), str) for file in files)
     return True
 
 
@@ -151,32 +151,32 @@ def _published(name: str) -> Any:
     return AutoConfig.for_model(known[0], **{"dtype": "bfloat16"} | known[1])
 
 
-def _load(place: str | Path, model: Model) -> Any:
+def _load(location: str | Path, model: Model) -> Any:
     from transformers import CONFIG_MAPPING
 
     name = f"model.base = {model.base}"
-    file = Path(place) / "config.json"
+    file = Path(location) / "config.json"
     if file.is_file():
         kind = read_json(file, fix="name a whole model").get("model_type")
         if kind not in CONFIG_MAPPING:
-            require_own_class(name, place)
+            require_own_class(name, location)
             near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=3, cutoff=0.3)
             raise UserError(
                 f"{name}: Transformers knows no architecture `{kind}` (model_type in config.json); "
                 f"nearest: {', '.join(near)}",
                 "update transformers, or name another model.base",
             )
-    is_hub = not Path(place).exists()
+    is_hub = not Path(location).exists()
     why = unreachable() if is_hub else None
-    message = f"{name}: its configuration cannot be had"
+    message = f"{name}: its configuration cannot be {'fetched' if is_hub else 'read'}"
     fix = "check config.json"
     if is_hub:
         fix = "check the name (there is no folder of that name either), the network and your access (hf auth login)"
     with quiet(), reading(message, fix):
         try:
-            return read_config(place, name, model.revision, why is not None)
+            return read_config(location, name, model.revision, why is not None)
         except (OSError, ValueError) as error:
-            if (refused := refusal(name, place, error)) is not None:
+            if (refused := refusal(name, location, error)) is not None:
                 raise refused from None
             if why is not None:
                 raise not_here(message, why) from None
@@ -184,10 +184,10 @@ def _load(place: str | Path, model: Model) -> Any:
 
 
 def build(config: Any, dtype: torch.dtype, depth: int | None = None, attention: str = "auto") -> Any:
-    """The base model on the meta device, with its own or another number of layers.
+    """Build the base model on the meta device, with its own or another number of layers.
 
     Raises:
-        UserError: The architecture is no causal language model, or its configuration is damaged.
+        UserError: the architecture is no causal language model, or its configuration is damaged.
     """
     from transformers import AutoModelForCausalLM
 
@@ -214,7 +214,7 @@ def build(config: Any, dtype: torch.dtype, depth: int | None = None, attention: 
 
 
 def shapes_of(base: Any) -> Shapes:
-    """The shapes of a model on the meta device."""
+    """Return the shapes of a model on the meta device."""
     from transformers.pytorch_utils import Conv1D
 
     config = base.config.get_text_config()
@@ -231,7 +231,7 @@ def shapes_of(base: Any) -> Shapes:
             embeddings[path] = (module.num_embeddings, module.embedding_dim)
         if module is base.get_output_embeddings():
             head = path
-    all_heads = getattr(config, "num_attention_heads", None) or 0  # 0: it has no attention, and no cache that grows
+    all_heads = getattr(config, "num_attention_heads", None) or 0  # 0: it has no attention, and no growing cache
     heads = getattr(config, "num_key_value_heads", None) or all_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // max(1, all_heads)
     return Shapes(
@@ -251,20 +251,20 @@ def shapes_of(base: Any) -> Shapes:
 
 
 def _is_its_own(linear: Any) -> bool:
-    """Whether a model has made a linear layer into something else, as Llama 4's router that gives two tensors."""
+    """Return whether a model's own subclass of a linear layer computes something else, as Llama 4's router."""
     kind = type(linear)
     return kind.__module__.startswith("transformers.models.") and kind.forward is not torch.nn.Linear.forward
 
 
 def decoder_layers(base: Any) -> list[Any]:
-    """The model's decoder layers: the longest list of modules of what reads text."""
+    """Return the model's decoder layers: the longest list of modules in the text model."""
     of_text = base if base.config.get_text_config() is base.config else base.get_decoder()
     lists = [list(module) for module in of_text.modules() if isinstance(module, torch.nn.ModuleList)]
     return max(lists, key=len, default=[])
 
 
 def _period(base: Any) -> int | None:
-    """After how many layers the decoder repeats itself; None where it does not, or does so too rarely to matter."""
+    """Return the number of layers after which the decoder repeats; None if it does not, or fewer than four times."""
     layers = decoder_layers(base)
     config = base.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or [""] * len(layers)

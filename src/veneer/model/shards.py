@@ -1,8 +1,8 @@
-"""The safetensors files of a checkpoint, and where each tensor lies in them.
+"""Reads the headers of a checkpoint's safetensors files: the location of each tensor in them.
 
-The format is a length, a JSON header and the tensors' bytes without holes, so that a file which ends early, or is no
-safetensors file at all, is told from its header and its size before anything is loaded. The header is read here and
-not by the safetensors library, since only its offsets let several threads read large pieces ahead (reader.py).
+The format is a length, a JSON header and the tensors' bytes without gaps, so that a truncated file, or one that is no
+safetensors file at all, is detected by its header and its size before anything is loaded. The header is read here and
+not by the safetensors library, since several threads need the offsets to read large pieces ahead (reader.py).
 """
 
 import json
@@ -15,7 +15,7 @@ import torch
 from veneer.config.files import read_json, reason
 from veneer.model.locate import BaseSource
 
-# Of safetensors' names. A file with a type that is not here is left to Transformers.
+# By safetensors' names. Transformers loads files with other dtypes.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -34,21 +34,21 @@ WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class DamagedError(ValueError):
-    """A file that is cut off, or not what its name says."""
+    """Raised for a file that is truncated or invalid."""
 
 
 class UnknownTypeError(Exception):
-    """A file holds a type of number that is not in DTYPES."""
+    """Raised for a file with a dtype that is not in DTYPES."""
 
 
 class Piece(NamedTuple):
     """A tensor in a file.
 
     Attributes:
-        name, file: Which tensor, and where.
-        offset, size: Of its bytes in the file.
-        kind: Its type, as safetensors names it.
-        shape: Its shape.
+        name, file: name of the tensor, and its file.
+        offset, size: position and number of its bytes in the file.
+        kind: dtype, as safetensors names it.
+        shape: shape of the tensor.
     """
 
     name: str
@@ -60,10 +60,10 @@ class Piece(NamedTuple):
 
 
 def find_files(source: BaseSource) -> list[Path] | None:
-    """The safetensors files of a base model, fetched from the hub if need be; None where it has none, or no access.
+    """Find the safetensors files of a base model, fetched from the hub if needed; None without any, or without access.
 
     Raises:
-        DamagedError: The index of a sharded checkpoint cannot be read or names a file that is not there.
+        DamagedError: the index of a sharded checkpoint cannot be read or names a file that is not there.
     """
     if source.kind == "hub":
         return _hub_files(source)
@@ -74,8 +74,8 @@ def find_files(source: BaseSource) -> list[Path] | None:
         return None
     files = [folder / name for name in _shards(folder / INDEX)]
     if missing := [file.name for file in files if not file.is_file()]:
-        told = f"{len(missing)} of them are missing: {', '.join(missing[:3])}"
-        raise DamagedError(f"{INDEX} names {len(files)} files, {told}")
+        detail = f"{len(missing)} of them are missing: {', '.join(missing[:3])}"
+        raise DamagedError(f"{INDEX} names {len(files)} files, {detail}")
     return files
 
 
@@ -87,7 +87,7 @@ def _hub_files(source: BaseSource) -> list[Path] | None:
             given: dict[str, Any] = {"revision": source.revision, "local_files_only": source.only_local}
             return Path(hf_hub_download(source.location, name, **given))
         except (OSError, ValueError):
-            return None  # Transformers finds out, and says, whether it is the name, the network or the access.
+            return None  # Transformers reports whether the name, the network or the access is at fault.
 
     if (whole := fetch(WHOLE)) is not None:
         return [whole]
@@ -114,11 +114,11 @@ def _shards(index: Path) -> list[str]:
 
 
 def read_headers(files: Iterable[Path]) -> list[Piece]:
-    """All tensors of a checkpoint, in the order that Transformers loads them in.
+    """Return all tensors of a checkpoint, in the order in which Transformers loads them.
 
     Raises:
-        DamagedError: A file is cut off or is no safetensors file, or its tensors overlap or leave holes.
-        UnknownTypeError: A file holds numbers of a type that is not in DTYPES.
+        DamagedError: a file is truncated or is no safetensors file, or its tensors overlap or leave gaps.
+        UnknownTypeError: a file has a dtype that is not in DTYPES.
     """
     pieces = {piece.name: piece for file in files for piece in read_header(file)}
     return sorted(pieces.values(), key=lambda piece: _order(piece.name))
@@ -130,7 +130,7 @@ def _order(name: str) -> list[tuple[int, int, str]]:
 
 
 def read_header(file: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> list[Piece]:
-    """The tensors of one file, which are of these types. Raises as `read_headers`."""
+    """Return the tensors of one file, of these dtypes. It raises what `read_headers` raises."""
     entries, start = _entries(file)
     held = file.stat().st_size - start
     pieces = []
@@ -160,7 +160,7 @@ def read_header(file: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> list[
 
 
 def _entries(file: Path) -> tuple[dict[str, Any], int]:
-    """The header of a file and where the tensors begin."""
+    """Return the header of a file and the offset of its tensors."""
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
         header = handle.read(length) if length <= LONGEST_HEADER_BYTES else b""

@@ -1,13 +1,13 @@
-"""Loads a safetensors checkpoint through Transformers, but reads it here: in large pieces, in threads, to the device.
+"""Loads a safetensors checkpoint through Transformers, but reads it itself: in large pieces, in threads, to the device.
 
-Transformers builds the model, renames, converts, quantizes, ties and checks as it always does, since it is given the
-checkpoint as a state dict, the way its `from_pretrained` documents. The entries of that state dict are no tensors yet
-but handles that Transformers resolves one by one; each then comes whole and on the device from the reader, which is a
-little ahead. A linear layer is quantized as soon as it is there, and its 16-bit copy dropped. One that is in 4 bits
-already has six tensors in its file; they are put together here, since Transformers copies a set of patterns for each.
+Transformers builds the model, renames, converts, quantizes, ties and checks as it always does, since it gets the
+checkpoint as a state dict, as its `from_pretrained` documents. The entries of that state dict are no tensors yet but
+handles that Transformers resolves one by one; the reader, which is a little ahead, then gives each tensor on the
+device. A linear layer is quantized as soon as it is read, and its 16-bit weight freed. A layer stored in 4 bits has six
+tensors in its file; they are combined here, since Transformers copies a set of patterns for each.
 
-What comes out is therefore the same to the bit; `tests/unit/test_stream.py` compares every tensor. A model that this
-does not fit (rare types of numbers, other quantizers, models of several parts) is left to Transformers' own reader.
+The result is therefore equal bit for bit; `tests/unit/test_stream.py` compares every tensor. Transformers' own reader
+loads all other models (rare dtypes, other quantizers, models of several parts).
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from veneer.model.reader import Reader
 from veneer.model.remote import read_config
 from veneer.model.shards import DamagedError, Piece, UnknownTypeError, find_files, read_headers
 
-QUANT_STATE = ".quant_state."  # in the name of what bitsandbytes keeps beside a weight in 4 bits
+QUANT_STATE = ".quant_state."  # in the names of tensors that bitsandbytes stores beside a 4-bit weight
 LARGE_BYTES = 64 * 2**20
 
 
@@ -33,9 +33,9 @@ class Checkpoint(NamedTuple):
     """A checkpoint that can be streamed.
 
     Attributes:
-        config: Its configuration.
-        files: Its safetensors files.
-        pieces: Its tensors, in the order in which they are loaded.
+        config: configuration of the model.
+        files: safetensors files.
+        pieces: tensors, in the order in which they are loaded.
     """
 
     config: Any
@@ -48,14 +48,14 @@ class Checkpoint(NamedTuple):
         return bool(getattr(self.config, "quantization_config", None))
 
     def quantized_as(self, stored: dict[str, Any], pieces: list[Piece]) -> "Checkpoint":
-        """The same model, with other tensors: those of a copy in 4 bits."""
+        """Return the same model with the tensors of a 4-bit copy."""
         config = copy.deepcopy(self.config)
         config.quantization_config = stored
         return Checkpoint(config, [], pieces)
 
 
 class Handle:
-    """An entry of the state dict, in the manner of a slice of a safetensors file."""
+    """An entry of the state dict, with the interface of a slice of a safetensors file."""
 
     def __init__(self, reader: Reader, piece: Piece, ranges: dict[str, torch.Tensor]) -> None:
         self._reader, self._piece, self._ranges = reader, piece, ranges
@@ -73,7 +73,7 @@ class Handle:
 
 
 class PackedHandle(Handle):
-    """Of a linear layer in 4 bits: its packed weight, with all that belongs to it."""
+    """The entry of a 4-bit layer: its packed weight, with its constants."""
 
     def __init__(self, reader: Reader, piece: Piece, ranges: dict[str, torch.Tensor], beside: list[str]) -> None:
         super().__init__(reader, piece, ranges)
@@ -91,12 +91,12 @@ class PackedHandle(Handle):
 
 
 def find_checkpoint(source: BaseSource, quantization: Quantization | None) -> Checkpoint | None:
-    """What there is to stream of a base model; None where that is Transformers' matter.
+    """Find the checkpoint of a base model; None if Transformers must load it.
 
     Raises:
-        UserError: It is quantized in another way than the run asks for.
-        DamagedError: A file is cut off or is none.
-        OSError, ValueError: Its configuration cannot be had.
+        UserError: it is quantized in another way than the run asks for.
+        DamagedError: a file is truncated or is no safetensors file.
+        OSError, ValueError: its configuration cannot be read.
     """
     config = read_config(source.location, f"model.base = {source.name}", source.revision, source.only_local)
     stored = _stored(config)
@@ -116,7 +116,7 @@ def find_checkpoint(source: BaseSource, quantization: Quantization | None) -> Ch
 
 
 def _class_of(config: Any) -> Any:
-    """The class of the causal language model; None where it is not one class, made from this very configuration."""
+    """Return the class of the causal language model; None unless it is a single class for this configuration."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -126,7 +126,7 @@ def _class_of(config: Any) -> Any:
 
 
 def _stored(config: Any) -> dict[str, Any] | None:
-    """How the checkpoint says that it is quantized."""
+    """Return the quantization that the checkpoint declares."""
     stored = getattr(config, "quantization_config", None)
     return stored if stored is None or isinstance(stored, dict) else dict(stored.to_dict())
 
@@ -160,19 +160,19 @@ def stream(
     device: str,
     checksums: dict[str, list[int]] | None = None,
 ) -> tuple[Any, list[str], int]:
-    """The model, the names of weights that its files lack, and the bytes read.
+    """Load a checkpoint; return the model, the names of weights that its files lack, and the bytes read.
 
     Args:
-        source: Where configuration and generation settings are.
-        checkpoint: What to load.
-        settings: Of `from_pretrained`.
+        source: source of configuration and generation settings.
+        checkpoint: checkpoint to load.
+        settings: arguments of `from_pretrained`.
         device: cpu or cuda.
-        checksums: See `Reader`.
+        checksums: argument of `Reader`.
 
     Raises:
-        UserError: A tensor has another shape than the configuration says, or holds numbers that are not finite.
-        DamagedError, OSError: A file cannot be read.
-        Others: What Transformers raises.
+        UserError: a tensor has another shape than the configuration says, or is not finite.
+        DamagedError, OSError: a file cannot be read.
+        Others: all that Transformers raises.
     """
     config = checkpoint.config
     if (stored := _stored(config)) is not None:
@@ -180,13 +180,13 @@ def stream(
         settings = {key: value for key, value in settings.items() if key != "quantization_config"}
     size = sum(piece.size for piece in checkpoint.pieces)
     ranges: dict[str, torch.Tensor] = {}
-    with circles_collected(size, device), Reader(checkpoint.pieces, device, checksums) as reader:
+    with collect_cycles(size, device), Reader(checkpoint.pieces, device, checksums) as reader:
         try:
             base, report = _class_of(config).from_pretrained(
                 None,
                 config=config,
                 state_dict=_handles(checkpoint.pieces, reader, ranges),
-                ignore_mismatched_sizes=True,  # so that they are reported; they are refused below
+                ignore_mismatched_sizes=True,  # they are reported, and refused below
                 output_loading_info=True,
                 trust_remote_code=False,
                 **settings,
@@ -198,7 +198,7 @@ def stream(
     _require_shapes(source, base, report)
     require_finite(source, ranges)
     if stored is not None:
-        # Transformers notes how it read 4-bit weights, to undo it in save_pretrained, and then cannot undo it.
+        # Transformers records a conversion of 4-bit weights for save_pretrained, where it then fails.
         vars(base).pop("_weight_conversions", None)
         for module in base.modules():
             if (state := getattr(getattr(module, "weight", None), "quant_state", None)) is not None:
@@ -209,7 +209,7 @@ def stream(
 
 
 def _handles(pieces: list[Piece], reader: Reader, ranges: dict[str, torch.Tensor]) -> dict[str, Handle]:
-    """One for each tensor of the model; what belongs to a weight in 4 bits is named behind the weight."""
+    """Return a handle for each tensor of the model; the handle of a 4-bit weight includes its constants."""
     names = [piece.name for piece in pieces]
     beside: dict[str, list[str]] = {name.partition(QUANT_STATE)[0]: [] for name in names if QUANT_STATE in name}
     for name in names:
@@ -230,13 +230,13 @@ def _handles(pieces: list[Piece], reader: Reader, ranges: dict[str, torch.Tensor
 
 
 def note_range(ranges: dict[str, torch.Tensor], name: str, tensor: torch.Tensor) -> None:
-    """Note the least and the greatest number of a tensor, on its device; both NaN where it holds one."""
+    """Record the minimum and maximum of a tensor, on its device; both are NaN if it holds one."""
     if tensor.is_floating_point() and tensor.numel():
         ranges[name] = torch.stack(tensor.aminmax()).float()
 
 
 def require_finite(source: BaseSource, ranges: dict[str, torch.Tensor]) -> None:
-    """Raises UserError where weights are NaN or infinite; training would end in NaN whatever its settings."""
+    """Raise UserError if weights are NaN or infinite; training would give NaN whatever its settings."""
     found = torch.stack([*ranges.values()]).isfinite().all(1).tolist() if ranges else []
     bad = [name for name, is_finite in zip(ranges, found) if not is_finite]
     if bad:
@@ -248,11 +248,11 @@ def require_finite(source: BaseSource, ranges: dict[str, torch.Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def circles_collected(size: int, device: str) -> Iterator[None]:
-    """Collect what a load of so many bytes leaves in circles, which hold up to 8% of the weights once more.
+def collect_cycles(size: int, device: str) -> Iterator[None]:
+    """Collect reference cycles that a load of so many bytes leaves, which hold up to 8% of the weights again.
 
-    What was there before is collected first, since a base that was let go must not lie beside this one, but only where
-    that can matter: to walk through all that torch and transformers have made takes 0.3 s.
+    Older garbage is collected first, since it may hold another base, but only if that matters: visiting all objects of
+    torch and transformers takes 0.3 s.
     """
     if size > LARGE_BYTES and (device == "cpu" or torch.cuda.memory_allocated()):
         gc.collect()
@@ -279,7 +279,7 @@ def _generation_config(source: BaseSource) -> Any:
 
 
 def _require_shapes(source: BaseSource, base: Any, report: dict[str, Any]) -> None:
-    """Raises UserError for the first tensor of another shape. Transformers does not look at those it quantizes."""
+    """Raise UserError for the first tensor of another shape. Transformers does not check those that it quantizes."""
     wrong = [(name, tuple(found), tuple(wanted)) for name, found, wanted in report["mismatched_keys"]]
     for name, module in base.named_modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)

@@ -1,25 +1,25 @@
-"""Which architectures an adapter can be trained on, told from the configuration and the modules alone.
+"""Refuses architectures on which an adapter cannot be trained, by configuration and modules alone.
 
-Refused before anything is loaded is what would train and be wrong: a model that sees the tokens it is to predict, and
-one whose layers read weights past the adapter on them.
+These would train and be wrong: a model that sees the tokens that it is to predict, and one whose layers read weights
+without the adapter on them.
 """
 
 from typing import Any
 
 from veneer.config import UserError
 
-# Parameters of recurrent layers whose code, or whose kernels, take `layer.weight` of some linear layers and never call
-# these: an adapter there is without effect. By what a module of such a kind holds.
+# Parameters that identify recurrent layers whose code or kernels read `layer.weight` of linear layers and never call
+# these, so that an adapter there has no effect.
 RECURRENT = (({"A_log", "D"}, "state-space (Mamba)"), ({"recurrent_param"}, "RG-LRU"), ({"time_decay"}, "RWKV"))
 FIX = "name a model that writes text token by token, of attention layers, such as Llama, Mistral, Qwen or Gemma"
 
 
 def require_trainable(base: Any, name: str) -> None:
-    """Raises UserError for an architecture that cannot be trained rightly.
+    """Raise UserError for an architecture that cannot be trained correctly.
 
     Args:
-        base: The model, on the meta device.
-        name: What `model.base` says.
+        base: model on the meta device.
+        name: value of `model.base`.
     """
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,

@@ -1,10 +1,10 @@
-"""What is likely to go wrong with a run's settings, and what to change: one rule a pitfall.
+"""Rules that find likely mistakes in a run's settings, each with its fix.
 
-A rule looks at a `Situation` and gives a message with its fix, or None. It fires on what is known: a rule about the
-data says nothing while the data has not been read. Sources are papers by their arXiv number, or the measurement that a
-rule rests on. docs/advice.md also lists the pitfalls that cannot happen here.
+A rule checks a `Situation` and returns a message with its fix, or None. It uses only what is known: a rule about the
+data returns None while the data has not been read. Sources are papers by their arXiv number, or the measurement that a
+rule is based on. docs/advice.md also lists the pitfalls that cannot happen here.
 
-All rules are in one file, long as it is: each stands by itself, and a reader looks for one by its id or its section.
+All rules are in one file, although it is long: they are independent, and readers search for one by id or section.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ SEVERITIES = ("error", "warning", "info")
 
 @dataclass(frozen=True)
 class DataFacts:
-    """The facts of the data that rules look at, from the ledger.
+    """Facts of the data that rules check, from the ledger.
 
     Attributes:
         rows, held_out: numbers of rows to train on, and held out.
@@ -50,10 +50,10 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """The facts of tokenizer and template that rules look at.
+    """Facts of the tokenizer and template that rules check.
 
     Attributes:
-        has_template: whether the base brings a chat template.
+        has_template: whether the base has a chat template.
         uses_own: whether the run renders with it.
     """
 
@@ -63,15 +63,15 @@ class TokenizerFacts:
 
 @dataclass(frozen=True)
 class Situation:
-    """All that rules look at.
+    """Everything that rules check.
 
     Attributes:
         run: the settings.
         shapes: shapes of the base.
         stored: dtype its weights are published in; None: not known.
         forecast: forecast of the run.
-        data, tokenizer: their facts; None: not looked at.
-        file_type: type of a quantized GGUF file that the base comes from, as Q4_1; None: it comes from no such file.
+        data, tokenizer: facts of these; None: not read.
+        file_type: type of a quantized GGUF file that the base comes from, as Q4_1; None: the base is no such file.
     """
 
     run: Run
@@ -102,7 +102,7 @@ class Advice:
     fix: str
 
 
-Found = tuple[str, str] | None  # message and fix
+Finding = tuple[str, str] | None  # message and fix
 
 
 @dataclass(frozen=True)
@@ -111,32 +111,32 @@ class Rule:
 
     Attributes:
         id, severity, setting: those of its advice.
-        source: paper or measurement that it rests on.
-        look: gives what is wrong and what to do, or None.
+        source: paper or measurement that it is based on.
+        check: function that returns the mistake and its fix, or None.
     """
 
     id: str
     severity: str
     setting: str
     source: str
-    look: Callable[[Situation], Found]
+    check: Callable[[Situation], Finding]
 
 
 RULES: list[Rule] = []
 
 
 def advise(situation: Situation) -> list[Advice]:
-    """All that the rules find, the gravest first."""
+    """Return all findings of the rules, errors first."""
     found = []
     for rule in RULES:
-        if (finding := rule.look(situation)) is not None:
+        if (finding := rule.check(situation)) is not None:
             message, fix = finding
             found.append(Advice(rule.id, rule.severity, rule.setting, f"{message} ({rule.source})", fix))
     return sorted(found, key=lambda advice: SEVERITIES.index(advice.severity))
 
 
-def _rule(severity: str, name: str, setting: str, source: str) -> Callable[[Callable[[Situation], Found]], None]:
-    return lambda look: RULES.append(Rule(name, severity, setting, source, look))
+def _rule(severity: str, name: str, setting: str, source: str) -> Callable[[Callable[[Situation], Finding]], None]:
+    return lambda check: RULES.append(Rule(name, severity, setting, source, check))
 
 
 _error, _warning, _info = (partial(_rule, severity) for severity in SEVERITIES)
@@ -146,7 +146,7 @@ _error, _warning, _info = (partial(_rule, severity) for severity in SEVERITIES)
 
 
 @_warning("alpha-low", "adapter.lora_alpha", "arXiv 2106.09685; 2 r is usual")
-def _(s: Situation) -> Found:
+def _(s: Situation) -> Finding:
     if s.method.usual_scale is None or s.scale >= s.method.usual_scale[0]:
         return None
     r = s.run.adapter.r
@@ -154,7 +154,7 @@ def _(s: Situation) -> Found:
 
 
 @_warning("alpha-high", "adapter.lora_alpha", "arXiv 2106.09685; 2 r is usual")
-def _(s: Situation) -> Found:
+def _(s: Situation) -> Finding:
     if s.method.usual_scale is None or s.scale <= s.method.usual_scale[1]:
         return None
     r = s.run.adapter.r
@@ -162,7 +162,7 @@ def _(s: Situation) -> Found:
 
 
 @_warning("rank-for-rows", "adapter.r", "arXiv 2405.09673: more capacity, more memorised")
-def _(s: Situation) -> Found:
+def _(s: Situation) -> Finding:
     r = s.run.adapter.r
     if s.data is None or not ((r > 16 and s.data.rows < 1000) or (r >= 64 and s.data.rows < 5000)):
         return None
@@ -170,19 +170,19 @@ def _(s: Situation) -> Found:
 
 
 @_warning("experts", "adapter.target_modules", "peft 0.21: _convert_peft_config_moe")
-def _(s: Situation) -> Found:
+def _(s: Situation) -> Finding:
     if not s.shapes.experts or s.run.adapter.target_modules != "all-linear":
         return None
     return (
         f"{s.shapes.experts:.0%} of the weights are experts, stacked in parameters that are no linear layers: most are "
         "left without an adapter, and where PEFT adapts them (Mixtral, Qwen3-MoE, DeepSeek and their like) it takes "
-        "memory for copies of their weights that is not foreseen here",
-        "name the layers of attention in adapter.target_modules for a run as it is foreseen",
+        "memory for copies of their weights that is not predicted here",
+        "name the layers of attention in adapter.target_modules for a run as predicted",
     )
 
 
 @_warning("rank-for-layer", "adapter.r", "arithmetic")
-def _(s: Situation) -> Found:
+def _(s: Situation) -> Finding:
     r = s.run.adapter.r
     sides = [s.shapes.linears[path] for path in s.shapes.targets(s.run.adapter.target_modules) & set(s.shapes.linears)]
     small = [side for side in sides if r * sum(side) >= side[0] * side[1]]
@@ -196,7 +196,7 @@ def _(s: Situation) -> Found:
 
 
 @_warning("attention-only", "adapter.target_modules", "arXiv 2305.14314, figure 2; arXiv 2405.09673")
-def _(s: Situation) -> Found:
+def _(s: Situation) -> Finding:
     def weights(paths: Any) -> int:
         return sum(s.shapes.linears[p][0] * s.shapes.linears[p][1] for p in paths if p in s.shapes.linears)
 
@@ -211,7 +211,7 @@ def _(s: Situation) -> Found:
 
 
 @_warning("tied-embedding", "adapter.target_modules", "huggingface/peft issue 2777")
-def _(s: Situation) -> Found:
+def _(s: Situation) -> Finding:
     head_is_stored = s.shapes.head is None or f"{s.shapes.head}.weight" in s.shapes.weights
     adapted = sorted(s.shapes.targets(s.run.adapter.target_modules) & {*s.shapes.embeddings, s.shapes.head})
     if head_is_stored or not adapted:
@@ -223,7 +223,7 @@ def _(s: Situation) -> Found:
 
 
 @_info("dropout-large-data", "adapter.lora_dropout", "arXiv 2305.14314, section 4: no gain on large models")
-def _(s: Situation) -> Found:
+def _(s: Situation) -> Finding:
     if not s.run.adapter.lora_dropout or s.data is None or s.data.rows < 50_000:
         return None
     return f"dropout slows training and does not help with {s.data.rows:,} rows", "set adapter.lora_dropout=0"
@@ -233,7 +233,7 @@ def _(s: Situation) -> Found:
 
 
 @_warning("learning-rate", "train.learning_rate", "arXiv 2106.09685, 2305.14314; ten times that of full training")
-def _(s: Situation) -> Found:
+def _(s: Situation) -> Finding:
     rate = s.run.train.learning_rate
     if RATES[0] <= rate <= RATES[1]:
         return None
@@ -241,14 +241,14 @@ def _(s: Situation) -> Found:
 
 
 @_info("no-warmup", "train.warmup_ratio", "arXiv 1706.02677")
-def _(s: Situation) -> Found:
+def _(s: Situation) -> Finding:
     if s.run.train.warmup_ratio or (s.forecast.rows.steps or 100) < 20:
         return None
     return "the first steps go at the full rate, before the optimizer knows its scale", "set train.warmup_ratio=0.03"
 
 
 @_warning("epochs-many", "train.num_train_epochs", "arXiv 2305.16264: little is learned from a fifth pass on")
-def _(s: Situation) -> Found:
+def _(s: Situation) -> Finding:
     train = s.run.train
     epochs = train.num_train_epochs
     if train.max_steps is not None:
@@ -259,7 +259,7 @@ def _(s: Situation) -> Found:
 
 
 @_warning("few-steps", "train.gradient_accumulation_steps", "arithmetic")
-def _(s: Situation) -> Found:
+def _(s: Situation) -> Finding:
     train, steps = s.run.train, s.forecast.rows.steps
     if steps is None or steps >= 20 or train.max_steps is not None:
         return None
@@ -272,14 +272,14 @@ def _(s: Situation) -> Found:
 
 
 @_info("no-clipping", "train.max_grad_norm", "arXiv 1211.5063")
-def _(s: Situation) -> Found:
+def _(s: Situation) -> Finding:
     if s.run.train.max_grad_norm:
         return None
     return "gradients are not clipped: one odd row can undo much", "set train.max_grad_norm=1.0"
 
 
 @_info("paged-ample", "train.optim", "arXiv 2305.14314, section 3: paging is for spikes")
-def _(s: Situation) -> Found:
+def _(s: Situation) -> Finding:
     forecast = s.forecast
     if not s.run.train.optim.startswith("paged") or forecast.step_margin_bytes < 0.25 * forecast.target.budget_bytes:
         return None
@@ -294,21 +294,21 @@ def _(s: Situation) -> Found:
 
 
 @_warning("fp16-compute", "model.dtype", "arXiv 1905.12322: bf16 has float32's range, fp16 overflows at 65,504")
-def _(s: Situation) -> Found:
+def _(s: Situation) -> Finding:
     if s.run.model.dtype != "float16" or s.stored != torch.bfloat16 or not s.forecast.target.has_bfloat16:
         return None
     return "float16 for a model that was trained in bfloat16", "set model.dtype=bfloat16"
 
 
 @_warning("fp32-on-4bit", "model.dtype", "arXiv 2305.14314: 4-bit storage, 16-bit compute")
-def _(s: Situation) -> Found:
+def _(s: Situation) -> Finding:
     if s.run.quantization is None or s.run.model.dtype != "float32" or not s.forecast.target.has_bfloat16:
         return None
     return "4-bit weights computed in float32: slow, and more exact than they are", "set model.dtype=bfloat16"
 
 
 @_info("no-bfloat16", "model.dtype", "CUDA compute capability below 8.0")
-def _(s: Situation) -> Found:
+def _(s: Situation) -> Finding:
     target = s.forecast.target
     if target.device != "cuda" or target.has_bfloat16 or s.run.model.dtype != "auto":
         return None
@@ -316,7 +316,7 @@ def _(s: Situation) -> Found:
 
 
 @_warning("quantized-twice", "quantization", "bench: a 4-bit file read into bf16 and quantized again errs twice")
-def _(s: Situation) -> Found:
+def _(s: Situation) -> Finding:
     if s.run.quantization is None or s.file_type is None:
         return None
     return (
@@ -326,7 +326,7 @@ def _(s: Situation) -> Found:
 
 
 @_info("requantized-merge", "quantization", "arXiv 2305.14314: the adapter makes up for the errors of its 4-bit base")
-def _(s: Situation) -> Found:
+def _(s: Situation) -> Finding:
     if s.run.quantization is None:
         return None
     return (
@@ -336,7 +336,7 @@ def _(s: Situation) -> Found:
 
 
 @_info("16-bit-fits", "quantization", "4-bit weights are dequantized in every pass: bench/results/plan.json")
-def _(s: Situation) -> Found:
+def _(s: Situation) -> Finding:
     run, forecast = s.run, s.forecast
     if run.quantization is None or forecast.target.device != "cuda":
         return None
@@ -351,24 +351,24 @@ def _(s: Situation) -> Found:
 
 
 @_warning("eager-attention", "model.attn_implementation", "arXiv 2205.14135: memory grows with the square of length")
-def _(s: Situation) -> Found:
+def _(s: Situation) -> Finding:
     if s.run.model.attn_implementation != "eager":
         return None
     return "eager attention keeps every score", "set model.attn_implementation=sdpa"
 
 
 @_error("flash-missing", "model.attn_implementation", "the package flash-attn is not installed")
-def _(s: Situation) -> Found:
+def _(s: Situation) -> Finding:
     if s.run.model.attn_implementation != "flash_attention_2" or find_spec("flash_attn") is not None:
         return None
     return (
-        "flash_attention_2 cannot be had here",
+        "flash_attention_2 is not available here",
         "set model.attn_implementation=sdpa, which has flash kernels of its own",
     )
 
 
 @_info("checkpointing-ample", "train.gradient_checkpointing", "up to a third of the work is done twice")
-def _(s: Situation) -> Found:
+def _(s: Situation) -> Finding:
     forecast = s.forecast
     if forecast.target.device != "cuda" or s.run.train.gradient_checkpointing is not True:
         return None
@@ -377,7 +377,7 @@ def _(s: Situation) -> Found:
             return None
         return "memory is left in which less need be recomputed", "set train.gradient_checkpointing=auto"
     held = forecast.phases["backward"].components.get("working set", 0)
-    layers = held * s.shapes.depth  # what one layer holds while it is recomputed, all would hold
+    layers = held * s.shapes.depth  # each layer would hold as much as one does while it is recomputed
     if layers > 0.8 * forecast.step_margin_bytes:
         return None
     return "memory is ample: nothing need be recomputed", "set train.gradient_checkpointing=false"
@@ -387,7 +387,7 @@ def _(s: Situation) -> Found:
 
 
 @_warning("foreign-template", "data.chat_template", "the base has only ever seen its own")
-def _(s: Situation) -> Found:
+def _(s: Situation) -> Finding:
     if (
         s.tokenizer is None
         or not s.tokenizer.has_template
@@ -396,13 +396,13 @@ def _(s: Situation) -> Found:
     ):
         return None
     return (
-        f"a chat model trained with {s.run.data.chat_template} in the place of its own template",
+        f"a chat model trained with {s.run.data.chat_template} instead of its own template",
         "set data.chat_template=auto",
     )
 
 
 @_warning("raw-text", "data.chat_template", "what a chat model knows of turns is unlearned")
-def _(s: Situation) -> Found:
+def _(s: Situation) -> Finding:
     if s.tokenizer is None or not s.tokenizer.has_template:
         return None
     if s.run.data.chat_template != "none" and not (s.data and s.data.raw):
@@ -414,17 +414,17 @@ def _(s: Situation) -> Found:
 
 
 @_info("no-template", "data.chat_template", "a base model has no turns of its own")
-def _(s: Situation) -> Found:
+def _(s: Situation) -> Finding:
     if s.tokenizer is None or s.tokenizer.has_template or s.run.data.chat_template not in ("auto", "none"):
         return None
     return (
-        "this base has no chat template: prompts and answers stand one behind the other",
+        "this base has no chat template: prompts and answers are only concatenated",
         "set data.chat_template=chatml",
     )
 
 
 @_warning("no-end-token", "data.max_length", "the ledger counts them")
-def _(s: Situation) -> Found:
+def _(s: Situation) -> Finding:
     if s.data is None or s.data.end_of_turn:
         return None
     return (
@@ -434,7 +434,7 @@ def _(s: Situation) -> Found:
 
 
 @_warning("max-length-low", "data.max_length", "the ledger counts them")
-def _(s: Situation) -> Found:
+def _(s: Situation) -> Finding:
     longest, positions = s.run.data.max_length, s.shapes.positions
     if s.data is None or s.data.p95 <= longest:
         return None
@@ -449,19 +449,19 @@ def _(s: Situation) -> Found:
 
 
 @_error("positions", "data.max_length", "the model's configuration")
-def _(s: Situation) -> Found:
+def _(s: Situation) -> Finding:
     positions, longest = s.shapes.positions, s.run.data.max_length
     if s.data is not None:
         longest = s.data.longest
     elif longest == Data(train="-").max_length:
-        return None  # rows may be as long, but nobody said so
+        return None  # rows may be so long, but the default does not say so
     if positions is None or longest <= positions:
         return None
     return f"rows of {longest} tokens, the model has positions for {positions}", f"set data.max_length={positions}"
 
 
 @_warning("held-out-small", "data.validation", "normal approximation of a share near one half, 95%")
-def _(s: Situation) -> Found:
+def _(s: Situation) -> Finding:
     if s.data is None or s.data.held_out >= 100:
         return None
     wanted = max(1, min(200, (s.data.rows + s.data.held_out) // 5))
@@ -473,7 +473,7 @@ def _(s: Situation) -> Found:
 
 
 @_info("prompts-trained", "data.loss_on", "arXiv 2305.14314, table 10: training on answers alone is better")
-def _(s: Situation) -> Found:
+def _(s: Situation) -> Finding:
     if s.run.data.loss_on != "all" or (s.data is not None and s.data.raw):
         return None
     return "the questions are trained as well as the answers", "set data.loss_on=assistant"

@@ -1,8 +1,8 @@
-"""The base model that a plan is made for: its configuration, and dry runs of the engine that would train it.
+"""The base model of a plan: its configuration, and dry runs of the engine that would train it.
 
-Which engine that is, `choose_engine` says, here as in a run: the fused engine itself is put on a few layers of the
-model on the meta device, and says whether it covers them. What only a real GPU can tell, whether it gives the right
-numbers there, is taken for granted.
+`choose_engine` chooses that engine, as in a run: the fused engine itself is built on a few layers of the model on the
+meta device, which shows whether it covers them. Whether it gives the right numbers can only be checked on a real GPU,
+and is assumed.
 """
 
 import re
@@ -14,29 +14,29 @@ import torch
 
 from veneer.config import Model, Run, Train
 from veneer.engine.choose import choose_engine
-from veneer.engine.dry_run import DryRun, Step, carried_on, run_dry
+from veneer.engine.dry_run import DryRun, Step, extrapolate, run_dry
 from veneer.engine.fused.decoder import NotCoveredError
 from veneer.engine.fused.dry_run import predict_placement, require_covered, run_layers_dry
 from veneer.engine.placement import MemoryPlacement, whole_blocks
-from veneer.model.shapes import build, find_config, is_at_hand, is_stored_in_4_bits, shapes_of
+from veneer.model.shapes import build, find_config, is_local, is_stored_in_4_bits, shapes_of
 from veneer.model.trainable import require_trainable
 from veneer.planning.batch_shapes import Lengths, RowShapes, assumed_rows, rows_of
 
 
 @dataclass(frozen=True)
-class _Known:
-    """A configuration that equals another with the same content."""
+class _HashableConfig:
+    """A configuration that compares and hashes by its content, as a key of the cache."""
 
     config: Any = field(compare=False)
     content: tuple[str, str, int, int | None]
 
     def build(self, step: Step, layers: int | None = None) -> Any:
-        """The model on the meta device, with so many layers; None: as few as tell all of it."""
+        """Build the model on the meta device, with so many layers; None: as few as show all of its kinds."""
         _, attention, depth, _ = self.content
         return build(self.config, step.dtype, layers or self.period(step) or depth, attention)
 
     def period(self, step: Step) -> int | None:
-        """After how many layers the model repeats, with the adapter that the step has on them; None: it does not."""
+        """Return the number of layers after which model and adapter repeat; None: they do not."""
         _, _, depth, period = self.content
         if period is None:
             return None
@@ -51,19 +51,19 @@ class _Known:
 
 
 @lru_cache(maxsize=256)
-def _dry_run(known: _Known, step: Step) -> DryRun:
-    """A dry run; planning the same again, with another optimizer say, costs nothing."""
+def _dry_run(known: _HashableConfig, step: Step) -> DryRun:
+    """Run dry, with a cache: planning again with, say, another optimizer costs nothing."""
     depth, period = known.content[2], known.period(step)
     if step.engine == "fused":
-        return carried_on(
+        return extrapolate(
             lambda layers, ends: run_layers_dry(known.build(step, layers), step, ends), depth, period, step.training
         )
     return run_dry(lambda layers: known.build(step, layers), depth, period, step)
 
 
 @lru_cache(maxsize=256)
-def _not_covered(known: _Known, step: Step) -> str | None:
-    """The part of a model that the fused engine does not compute; None: it covers all."""
+def _not_covered(known: _HashableConfig, step: Step) -> str | None:
+    """Return the part of a model that the fused engine does not cover; None: it covers all."""
     try:
         require_covered(known.build(step), step)
     except NotCoveredError as error:
@@ -72,19 +72,19 @@ def _not_covered(known: _Known, step: Step) -> str | None:
 
 
 class PlannedModel:
-    """A base model to plan for; its weights are not touched.
+    """A base model to plan for; its weights are not read.
 
     Args:
         model: the base.
-        data: lengths of the training and of the held-out rows; or the shapes that they make; or why there are none.
+        data: lengths of the training and of the held-out rows; or their batch shapes; or the reason why there are none.
 
     Attributes:
         name: name of the base in the run.
-        data: as given.
+        data: data, as given.
         shapes: shapes of the base.
         stored: dtype its weights are published in; None: not known.
-        is_4bit: whether its files are in bitsandbytes' 4 bits already.
-        download_bytes: bytes that must be fetched first.
+        is_4bit: whether its files are in bitsandbytes' 4-bit format already.
+        download_bytes: bytes to download first.
 
     Raises:
         UserError: there is no such base, or it cannot be trained.
@@ -92,40 +92,40 @@ class PlannedModel:
 
     def __init__(self, model: Model, data: tuple[Lengths, Lengths] | RowShapes | str) -> None:
         config = find_config(model)
-        stored = getattr(config, "dtype", None)  # before it is built in another
+        stored = getattr(config, "dtype", None)  # before building, which may change it
         base = build(config, torch.bfloat16, attention=model.attn_implementation)
         require_trainable(base, model.base)
         self.name, self.data = model.base, data
         self.shapes = shapes_of(base)
         self.stored: torch.dtype | None = getattr(torch, stored) if isinstance(stored, str) else stored
         self.is_4bit = is_stored_in_4_bits(config)
-        self.download_bytes = 0 if is_at_hand(model) else self.shapes.total * (self.stored or torch.bfloat16).itemsize
-        # What decides a dry run, in a form that can be compared.
+        self.download_bytes = 0 if is_local(model) else self.shapes.total * (self.stored or torch.bfloat16).itemsize
+        # Everything that decides a dry run, as a hashable key.
         text = config.to_json_string(use_diff=False)
-        self._known = _Known(config, (text, model.attn_implementation, self.shapes.depth, self.shapes.period))
+        self._known = _HashableConfig(config, (text, model.attn_implementation, self.shapes.depth, self.shapes.period))
 
     def engine(self, train: Train, device: str, step: Step) -> tuple[str, str]:
-        """Which engine trains it on a device, and why; the step says in what precision and which weights."""
+        """Return the engine that trains it on a device, and the reason; the step gives precision and quantization."""
         if step.method == "full":
             return "reference", "full fine-tuning has no other"
         small = replace(step, rows=1, length=64, trained=1)
         return choose_engine(train.engine, device, lambda: _not_covered(self._known, small))
 
     def run_dry(self, step: Step) -> DryRun:
-        """A micro-batch as its engine would compute it, on meta tensors."""
+        """Run a micro-batch dry, as the step's engine would compute it."""
         return _dry_run(self._known, step)
 
     def placement(
         self, step: Step, gradient_checkpointing: bool | str, least_bytes: int, budget_bytes: int
     ) -> MemoryPlacement:
-        """The placement that the step's engine would choose, by its peak at least and the device's memory."""
+        """Return the placement that the step's engine would choose, from its least peak and the device's memory."""
         if step.engine == "reference":
             return whole_blocks(self.shapes.depth, gradient_checkpointing)
         base, depth = self._known.build(step), self.shapes.depth
         return predict_placement(base, step, depth, gradient_checkpointing, least_bytes, budget_bytes)
 
     def rows(self, run: Run, engine: str) -> RowShapes:
-        """Shapes of a run's data for an engine; the settings may differ from those it was read with."""
+        """Return batch shapes of a run's data for an engine; settings may differ from those it was read with."""
         if isinstance(self.data, RowShapes):
             return self.data
         if isinstance(self.data, str):

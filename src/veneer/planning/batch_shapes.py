@@ -1,8 +1,8 @@
-"""The batch shapes of a run's data, for an engine: the fullest micro-batch there can be, and a usual one.
+"""Batch shapes of a run's data: the largest possible micro-batch, and a typical one.
 
-Rows of a step are of like length (`veneer.data.Batches`), so the fullest micro-batch is one of neighbours in the order
-of length. The rows that go through the model together are those the engine itself would put together: the reference
-engine pads groups of like length, the fused one takes all at once.
+Rows of a step have similar lengths (`veneer.data.Batches`), so the largest micro-batch consists of neighbours in the
+order of length. The rows that go through the model together are those that the engine itself would batch: the reference
+engine pads groups of similar length, the fused one takes all at once.
 """
 
 from collections import Counter
@@ -14,15 +14,15 @@ import numpy as np
 
 from veneer.config import Run
 from veneer.data.batch import pack
-from veneer.engine.fused.graphs import MOST, Size
+from veneer.engine.fused.graphs import MAX_GRAPHS, PassShape
 from veneer.engine.reference import padded_groups
 
-LOOKED_AT = 2000  # micro-batches at most, among them the longest rows
-LONGEST = 200
+MAX_SAMPLED = 2000  # micro-batches to inspect
+LONGEST = 200  # those of the longest rows among them
 
 
 class Padded(NamedTuple):
-    """Rows that go through the model together: how many, their padded length, their trained tokens."""
+    """Rows that go through the model together: their number, padded length, and trained tokens."""
 
     rows: int
     length: int
@@ -31,21 +31,21 @@ class Padded(NamedTuple):
 
 @dataclass(frozen=True)
 class RowShapes:
-    """Shapes of a run's data, as the engine will have them.
+    """Batch shapes of a run's data in its engine.
 
     Attributes:
-        fullest: the micro-batch with the most tokens.
-        typical: a usual one, for the time.
+        fullest: micro-batch with the most tokens.
+        typical: typical micro-batch, which decides the time.
         passes: passes of an optimizer step.
         tokens: real tokens of an optimizer step.
         steps: optimizer steps; None: not known.
-        held_out: the largest batch of the held-out loss; None: there is none.
+        held_out: largest batch of the held-out loss; None: there is none.
         held_out_passes: passes of the held-out loss.
-        answered: the rows that `veneer evaluate` answers: how many, and the most tokens and trained tokens of one;
+        answered: rows that `veneer evaluate` answers: their number, and the most tokens and trained tokens of one;
             None: there are none.
-        unread: why the data itself was not read; None: it was.
+        unread: reason why the data was not read; None: it was.
         even: whether all rows are of one length.
-        replayed: share of micro-batches that are of the few shapes which come again most.
+        replayed: share of micro-batches of the most frequent shapes, which are recorded and replayed.
     """
 
     fullest: Padded
@@ -62,7 +62,7 @@ class RowShapes:
 
 
 def assumed_rows(run: Run, positions: int | None, why: str) -> RowShapes:
-    """The largest shapes that a run's settings and its base's positions allow, where its data cannot be read."""
+    """Return the largest shapes that a run's settings and its base's positions allow, where data cannot be read."""
     train, length = run.train, run.data.max_length
     if positions is not None and not run.data.packing:
         length = min(length, positions)
@@ -84,13 +84,13 @@ def assumed_rows(run: Run, positions: int | None, why: str) -> RowShapes:
 
 
 class Lengths(NamedTuple):
-    """Tokens of every row, and those trained; integer arrays."""
+    """Tokens and trained tokens of every row; integer arrays."""
 
     tokens: Any
     trained: Any
 
     def within(self, run: Run) -> "Lengths":
-        """As they are under a run's max_length."""
+        """Return the lengths of rows under a run's max_length."""
         longest = run.data.max_length
         if run.data.overlong == "truncate":
             return Lengths(np.minimum(self.tokens, longest), np.minimum(self.trained, longest - 1))
@@ -99,12 +99,12 @@ class Lengths(NamedTuple):
 
 
 def rows_of(run: Run, engine: str, train: Lengths, held_out: Lengths) -> RowShapes:
-    """Shapes of a run's micro-batches in an engine (reference or fused), from the lengths of its rows."""
-    sizes: Counter[Size] = Counter()
+    """Compute shapes of a run's micro-batches in an engine (reference or fused), from the lengths of its rows."""
+    sizes: Counter[PassShape] = Counter()
     met: set[int] = set()
 
     def grouped(lengths: list[int], trained: list[int]) -> list[Padded]:
-        sizes[Size.of(lengths, sum(trained))] += 1
+        sizes[PassShape.of(lengths, sum(trained))] += 1
         met.update(lengths)
         return _whole(lengths, trained) if engine == "fused" else _padded(lengths, trained)
 
@@ -115,7 +115,7 @@ def rows_of(run: Run, engine: str, train: Lengths, held_out: Lengths) -> RowShap
     size = settings.per_device_train_batch_size
     packs = pack(train.tokens, run.data.max_length) if run.data.packing else np.arange(len(train.tokens))
     batches = list(_micro_batches(train, packs, size, grouped))
-    replayed = sum(count for _, count in sizes.most_common(MOST)) / sizes.total()
+    replayed = sum(count for _, count in sizes.most_common(MAX_GRAPHS)) / sizes.total()
     count = int(packs.max()) + 1
     in_step = min(size * settings.gradient_accumulation_steps, count)
     steps_an_epoch = -(-count // (size * settings.gradient_accumulation_steps))
@@ -138,14 +138,13 @@ def rows_of(run: Run, engine: str, train: Lengths, held_out: Lengths) -> RowShap
 
 
 def _padded(lengths: list[int], trained: list[int]) -> list[Padded]:
-    """The groups of like length that the reference engine pads."""
+    """Return the groups of similar length that the reference engine pads."""
     groups = padded_groups(lengths)
     return [Padded(len(group), lengths[group[0]], sum(trained[n] for n in group)) for group in groups]
 
 
 def _whole(lengths: list[int], trained: list[int]) -> list[Padded]:
-    """All at once, as the fused engine takes them: so many rows of one length that are as many tokens and as much
-    attention."""
+    """Return rows of one length with the same tokens and attention as one batch of the fused engine."""
     total = sum(lengths)
     rows = max(1, round(total * total / sum(n * n for n in lengths)))
     return [Padded(rows, -(-total // rows), sum(trained))]
@@ -154,7 +153,7 @@ def _whole(lengths: list[int], trained: list[int]) -> list[Padded]:
 def _micro_batches(
     rows: Lengths, packs: Any, size: int, grouped: Callable[[list[int], list[int]], list[Padded]]
 ) -> Iterator[list[Padded]]:
-    """Micro-batches of neighbours in the order of length, each as the groups that the engine makes of it."""
+    """Yield micro-batches of neighbours in the order of length, each as the groups that the engine makes of it."""
     order = np.lexsort((-rows.tokens, packs))
     starts = np.flatnonzero(np.r_[True, np.diff(packs[order]) != 0])
     members = np.split(order, starts[1:]) if len(order) else []
@@ -167,8 +166,8 @@ def _micro_batches(
 
 
 def _spread(count: int) -> list[int]:
-    """Numbers of the micro-batches to look at: evenly over all, and each of the first."""
-    even = np.linspace(0, count - 1, min(count, LOOKED_AT)).astype(int)
+    """Return indices of micro-batches to inspect: evenly spread, and all of the first."""
+    even = np.linspace(0, count - 1, min(count, MAX_SAMPLED)).astype(int)
     return sorted({*even.tolist(), *range(min(LONGEST, count))})
 
 

@@ -1,6 +1,6 @@
-"""The machine examined: what is there, what works, what is broken and how to fix it.
+"""Examines the machine: its parts, which of them work, and how to fix those that do not.
 
-`look` only finds out; `diagnose` only judges what was found, so that every fault can be tested without having it.
+`examine_machine` only collects facts and `diagnose` only judges them, so that every fault can be tested anywhere.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ LITTLE_DISK = 5 * 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as driver and torch see it. Sizes in bytes; capability as torch writes it, 9.0 as 90."""
+    """A GPU as torch reports it. Sizes are in bytes; the capability 9.0 is 90."""
 
     name: str
     total_bytes: int
@@ -40,17 +40,17 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class Found:
-    """A machine as found.
+class MachineReport:
+    """The facts of a machine.
 
     Attributes:
-        machine: the device a run would use.
+        machine: device that a run would use.
         driver: version of NVIDIA's driver; None: there is none.
         driver_gpus: GPUs that the driver sees.
-        gpus: those that torch can use.
+        gpus: GPUs that torch can use.
         torch_cuda: CUDA version that torch was built for; None: built for the CPU.
         torch_capabilities: compute capabilities that torch was built for, as 90.
-        bitsandbytes: cuda, cpu, or why it does not load.
+        bitsandbytes: cuda, cpu, or the reason why it does not load.
         flash_attn: whether the package is installed.
         versions: versions of the libraries that matter; None: missing.
         outdated: requirements that are missing or of another version.
@@ -75,7 +75,7 @@ class Found:
 
 @dataclass(frozen=True)
 class MachineProblem:
-    """Something broken, and its fix."""
+    """A fault of the machine, and its fix."""
 
     id: str
     message: str
@@ -84,7 +84,7 @@ class MachineProblem:
 
 @dataclass(frozen=True)
 class Usable:
-    """A part that a run can choose; `why` says why not."""
+    """A choice of a run's settings, and whether it works here; `why` is the reason if not."""
 
     part: str
     name: str
@@ -92,7 +92,7 @@ class Usable:
     why: str = ""
 
 
-def look() -> Found:
+def examine_machine() -> MachineReport:
     """Examine the machine; takes a second or two."""
     import torch
 
@@ -104,7 +104,7 @@ def look() -> Found:
         major, minor = torch.cuda.get_device_capability(number)
         gpus.append(Gpu(torch.cuda.get_device_name(number), total, free, 10 * major + minor))
     archs = torch.cuda.get_arch_list() if machine.device == "cuda" else []
-    return Found(
+    return MachineReport(
         machine=machine,
         driver=driver,
         driver_gpus=driver_gpus,
@@ -119,12 +119,12 @@ def look() -> Found:
     )
 
 
-def diagnose(found: Found) -> list[MachineProblem]:
-    """What is broken. A machine without a GPU is not."""
+def diagnose(found: MachineReport) -> list[MachineProblem]:
+    """Return the faults of a machine. A missing GPU is not one."""
     return list(_problems(found))
 
 
-def _problems(found: Found) -> Iterator[MachineProblem]:
+def _problems(found: MachineReport) -> Iterator[MachineProblem]:
     if found.driver is not None and found.driver_gpus and not found.gpus:
         yield _without_gpu(found)
     for gpu in found.gpus:
@@ -139,7 +139,7 @@ def _problems(found: Found) -> Iterator[MachineProblem]:
         yield MachineProblem(
             "bitsandbytes-without-cuda",
             f"bitsandbytes has no CUDA here ({found.bitsandbytes}): no 4-bit base, no 8-bit optimizer on the GPU",
-            f"pip install --force-reinstall bitsandbytes; it must bring a library for CUDA {found.torch_cuda}",
+            f"pip install --force-reinstall bitsandbytes; it must include a library for CUDA {found.torch_cuda}",
         )
     if found.outdated:
         unmet = f"missing or of another version: {', '.join(found.outdated)}"
@@ -150,8 +150,8 @@ def _problems(found: Found) -> Iterator[MachineProblem]:
         yield MachineProblem("disk", left, "free some, or set VENEER_CACHE elsewhere")
 
 
-def usable(found: Found) -> list[Usable]:
-    """Engines, attention backends, optimizers, quantization: which work here."""
+def usable(found: MachineReport) -> list[Usable]:
+    """Return which engines, attention backends, optimizers and quantizations work here."""
     gpu = "" if found.gpus else "needs a CUDA GPU"
     broken = "" if found.bitsandbytes in ("cuda", "cpu") else f"bitsandbytes does not load: {found.bitsandbytes}"
     parts = (
@@ -169,8 +169,8 @@ def usable(found: Found) -> list[Usable]:
     return [Usable(part, name, not why, why) for part, name, why in parts]
 
 
-def _without_gpu(found: Found) -> MachineProblem:
-    """The driver sees a GPU and torch does not."""
+def _without_gpu(found: MachineReport) -> MachineProblem:
+    """Return the fault of a machine whose driver sees a GPU that torch does not see."""
     names = ", ".join(found.driver_gpus)
     if found.torch_cuda is None:
         return MachineProblem(
@@ -194,7 +194,7 @@ def _without_gpu(found: Found) -> MachineProblem:
 
 
 def _runs(built: int, capability: int) -> bool:
-    """Code for a capability runs on later ones of the same major version."""
+    """Return whether code built for a capability runs on another: a later one of the same major version."""
     return built // 10 == capability // 10 and built <= capability
 
 
@@ -235,7 +235,7 @@ def _version(name: str) -> str | None:
 
 
 def _outdated() -> list[str]:
-    """Of this package's own requirements, those not met; none are known where it runs without being installed."""
+    """Return unmet requirements of this package; none are known where it runs without being installed."""
     try:
         wanted = [Requirement(text) for text in metadata.requires("veneer") or []]
     except metadata.PackageNotFoundError:

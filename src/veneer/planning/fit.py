@@ -1,9 +1,9 @@
-"""Changes of settings that make a run fit: those that cost least come first.
+"""Finds changes of settings that make a run fit, the cheapest first.
 
-In this order: packing, micro-batch against accumulation, recomputation, the optimizer, its states on the host, shorter
+The order is: packing, micro-batch against accumulation, recomputation, the optimizer, its states on the host, shorter
 answers, shorter rows, 4 bits, a smaller base of the same family. The first six change no number of the training, or
-hardly one. Held-out rows need no change: as many go at a time as fit. Changes are added one after the other until the
-run fits; then each that turns out not to be needed is taken back, the costliest first.
+hardly one. Held-out rows need no change: their batch size follows from memory. Changes are added one by one until the
+run fits; then each that turns out not to be needed is undone, the costliest first.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ class Change:
     Attributes:
         id: packing, micro-batch, checkpointing, optimizer, offload, answers, length, 4-bit or base.
         settings: new values by `section.key`.
-        cost: its cost, in a few words.
+        cost: cost in a few words.
     """
 
     id: str
@@ -36,7 +36,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A run that fits, and how it came about.
+    """A run that fits, and the changes that made it fit.
 
     Attributes:
         run: the changed run.
@@ -50,12 +50,12 @@ class Fitted:
 
 
 def fit(run: Run, planner: Planner, smaller: Callable[[Run, Planner], Iterator[tuple[str, Planner]]]) -> Fitted | None:
-    """The cheapest changes that make a run fit with memory left over; None: nothing does.
+    """Find the cheapest changes that make a run fit with memory left over; None: there are none.
 
     Args:
         run: the settings.
         planner: planner of its base and device.
-        smaller: gives smaller bases than a run's, the largest first, each with its planner.
+        smaller: function that yields smaller bases than a run's, the largest first, each with its planner.
     """
     found = _with_changes(run, planner)
     if found is not None:
@@ -69,7 +69,7 @@ def fit(run: Run, planner: Planner, smaller: Callable[[Run, Planner], Iterator[t
 
 
 def apply(run: Run, change: Change) -> Run:
-    """A run with other settings, checked as any run is."""
+    """Return a run with other settings, validated as any run is."""
     values = run.model_dump()
     for name, value in change.settings.items():
         section, _, key = name.partition(".")
@@ -87,7 +87,7 @@ def _with_changes(run: Run, planner: Planner) -> Fitted | None:
     forecast = planner.forecast(run)
     if forecast.verdict == "fits":
         return Fitted(run, [], forecast)
-    tried: dict[str, list[Change]] = {}  # of each kind, from mild to severe; the last of each is in force
+    tried: dict[str, list[Change]] = {}  # changes by kind, from mild to severe; the last of each applies
     for kind in KINDS:
         for change in kind(_changed(run, tried), planner):
             tried.setdefault(change.id, []).append(change)
@@ -99,7 +99,7 @@ def _with_changes(run: Run, planner: Planner) -> Fitted | None:
 
 
 def _mildest(run: Run, tried: dict[str, list[Change]], planner: Planner) -> dict[str, list[Change]]:
-    """Each change left out or made milder where the others suffice, the costliest first."""
+    """Drop each change, or make it milder, where the others suffice, the costliest first."""
     for name in list(reversed(tried))[1:]:
         for count in range(len(tried[name])):
             milder = {n: changes[:count] if n == name else changes for n, changes in tried.items()}
@@ -117,7 +117,7 @@ def _changed(run: Run, tried: dict[str, list[Change]]) -> Run:
 
 
 def _packing(run: Run, planner: Planner) -> Iterator[Change]:
-    """Full sequences instead of many padded rows: as many tokens a step in fewer, smaller micro-batches."""
+    """Propose packed sequences instead of padded rows: as many tokens a step in fewer, smaller micro-batches."""
     rows = planner.rows(run)
     train = run.train
     a_step = rows.tokens / run.data.max_length  # packs that hold the tokens of a step
@@ -171,7 +171,7 @@ def _length(run: Run, planner: Planner) -> Iterator[Change]:
 
 
 def _answers(run: Run, planner: Planner) -> Iterator[Change]:
-    """Shorter answers, where `veneer evaluate` needs more than training even with one row at a time."""
+    """Propose shorter answers, where `veneer evaluate` needs more than training even with one row at a time."""
     for longest in (run.evaluate.max_new_tokens // part for part in (2, 4, 8)):
         if longest >= SHORTEST_ANSWER and planner.forecast(run).peak_phase == "generation":
             yield Change("answers", {"evaluate.max_new_tokens": longest}, "longer answers are cut")

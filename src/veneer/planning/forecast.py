@@ -1,4 +1,4 @@
-"""A forecast: the memory a run holds in each phase, whether that fits its device, and how long it takes."""
+"""The forecast of a run: its memory in each phase, whether that fits the device, and its time."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -20,14 +20,14 @@ class Forecast:
         phases: peak of each phase, in the order of a run; `generation` is `veneer evaluate` afterwards.
         rows_at_a_time: rows of the phases `evaluation` and `generation`, as `evaluate.batch_size` and memory allow.
         target: the device.
-        engine, engine_reason: reference or fused, and why that one; it is checked again on the loaded model.
-        placement: where the engine would have the tensors of a step.
-        rows: the data it was made for.
+        engine, engine_reason: reference or fused, and the reason; the choice is checked again on the loaded model.
+        placement: placement of a step's tensors.
+        rows: batch shapes of the data.
         host_bytes: memory of the host; on a CPU, the peak itself.
         disk_bytes: bytes that the run writes.
-        download_bytes: bytes that must be fetched first.
+        download_bytes: bytes to download first.
         step_seconds: time of an optimizer step, low, likely and high; None: the speed of the device is not known.
-        run_seconds: time of the whole run likewise; None: that, or the number of its steps is not known.
+        run_seconds: time of the whole run likewise; None: the speed or the number of steps is not known.
     """
 
     total: int
@@ -57,7 +57,7 @@ class Forecast:
 
     @property
     def step_margin_bytes(self) -> int:
-        """Memory left of the budget beside training steps; evaluation takes no more of it than there is."""
+        """The memory left of the budget beside training steps; the batch size of evaluation adapts to it."""
         steps = self._fullest(name for name in self.phases if name not in self.rows_at_a_time)
         return self.target.budget_bytes - self.phases[steps].bytes
 
@@ -70,18 +70,18 @@ class Forecast:
 
     @property
     def margin_bytes(self) -> int:
-        """Memory left of the budget at the peak; negative: it does not fit."""
+        """The memory left of the budget at the peak; negative: it does not fit."""
         return self.target.budget_bytes - self.peak_bytes
 
     @property
     def verdict(self) -> str:
-        """fits; tight: it may fail on what is not predicted; does not fit."""
+        """One of: fits; tight (it may fail, since the prediction is not exact); does not fit."""
         if self.margin_bytes < 0:
             return "does not fit"
         return "fits" if self.margin_bytes >= SPARE * self.peak_bytes else "tight"
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON; times in seconds as low, likely, high."""
+        """Return the forecast as JSON; times in seconds as low, likely, high."""
         times = {"low": 0.0, "likely": 0.0, "high": 0.0}
         return {
             "parameters": {"total": self.total, "trainable": self.trainable},

@@ -1,7 +1,7 @@
-"""The number of held-out rows at a time, and its memory: for the held-out loss, and for `veneer evaluate`.
+"""Chooses the batch size of held-out rows, for the held-out loss and for `veneer evaluate`, from its memory.
 
-Both take `evaluate.batch_size` rows where they fit, else half as many, until they do. Training, `veneer evaluate` and
-the plan ask the same functions, so a plan shows the number that is used.
+Both take `evaluate.batch_size` rows if they fit, else halve it until they do. Training, `veneer evaluate` and the plan
+call the same functions, so a plan shows the number that is used.
 """
 
 from collections import Counter
@@ -11,19 +11,19 @@ from veneer.engine.dry_run import DryRun, Step
 from veneer.engine.trace import Peak
 from veneer.model.shapes import Shapes
 
-SPARE = 0.05  # of the peak: pages the allocator cannot fill, and what a prediction may be under
+SPARE = 0.05  # share of the peak: fragmentation, and the error of a prediction
 
 
-def rows_that_fit(asked: int, peak_of: Callable[[int], Peak], resting_bytes: int, budget_bytes: int) -> int:
-    """The rows that go at a time: those asked for, halved until they fit with memory left over; at least one.
+def rows_that_fit(asked: int, peak_of: Callable[[int], Peak], persistent_bytes: int, budget_bytes: int) -> int:
+    """Return the largest batch size that fits: the one asked for, halved until memory is left over; at least one.
 
     Args:
-        asked: rows at a time at most.
-        peak_of: gives the peak of so many rows, with all that is held beside them.
-        resting_bytes: bytes that are held whatever their number.
+        asked: largest batch size.
+        peak_of: function that returns the peak of so many rows, with everything held beside them.
+        persistent_bytes: bytes that are held whatever their number.
         budget_bytes: bytes that may be held.
     """
-    if resting_bytes > budget_bytes:
+    if persistent_bytes > budget_bytes:
         return 1
     rows = asked
     while rows > 1 and peak_of(rows).bytes * (1 + SPARE) > budget_bytes:
@@ -31,26 +31,26 @@ def rows_that_fit(asked: int, peak_of: Callable[[int], Peak], resting_bytes: int
     return rows
 
 
-def loss_peak(resting: Mapping[str, int], train: DryRun, held_out: DryRun) -> Peak:
-    """The peak of a held-out loss within training.
+def held_out_peak(persistent: Mapping[str, int], train: DryRun, held_out: DryRun) -> Peak:
+    """Return the peak of a held-out loss within training.
 
     Args:
-        resting: bytes that the run holds between its passes.
-        train: dry run of its micro-batch; recordings of it stay.
+        persistent: bytes that the run holds between its passes.
+        train: dry run of its micro-batch, whose recordings are held.
         held_out: dry run of the held-out batch.
     """
-    parts = Counter(resting) + Counter({"recorded passes": train.recorded_bytes})
+    parts = Counter(persistent) + Counter({"recorded passes": train.recorded_bytes})
     parts += Counter(held_out.fullest("forward").components)
     return Peak(sum(parts.values()), dict(parts))
 
 
-def answers_peak(loaded: Mapping[str, int], shapes: Shapes, asked: Step, dry: DryRun, max_new_tokens: int) -> Peak:
-    """The peak of `veneer evaluate`, which answers a batch of prompts and measures the loss of references.
+def generation_peak(loaded: Mapping[str, int], shapes: Shapes, asked: Step, dry: DryRun, max_new_tokens: int) -> Peak:
+    """Return the peak of `veneer evaluate`, which answers a batch of prompts and measures the loss of references.
 
     Args:
         loaded: bytes of base and adapter.
         shapes: shapes of the base.
-        asked: the batch, through Transformers, which generates whatever the engine.
+        asked: the batch, on the reference engine, since Transformers generates.
         dry: dry run of that batch.
         max_new_tokens: tokens of the longest answer; the model's positions may allow less.
     """
@@ -58,7 +58,7 @@ def answers_peak(loaded: Mapping[str, int], shapes: Shapes, asked: Step, dry: Dr
     tokens = asked.rows * (tokens if shapes.positions is None else min(tokens, max(shapes.positions, asked.length)))
     cache = shapes.key_value_bytes * tokens * asked.dtype.itemsize // 2
     logits = asked.rows * shapes.vocabulary * (4 + 4 + asked.dtype.itemsize)
-    # Keys and values of all layers, and one layer's again while they grow.
+    # Keys and values of all layers, and a second copy of one layer's while they grow.
     generated = {
         "generation cache": cache + cache // shapes.depth,
         "activations": max(dry.peaks["forward"].bytes, logits),

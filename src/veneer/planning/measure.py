@@ -1,7 +1,7 @@
-"""The machine's ceilings, measured as the engine meets them: some twenty seconds of products, copies and small steps.
+"""Measures the machine's ceilings by some twenty seconds of products, copies and small steps.
 
-Sustained speed counts: a card at its power limit clocks down within seconds, so each measurement goes on for a while,
-and its later half is taken.
+Sustained speed counts: a card at its power limit lowers its clock within seconds, so each measurement runs for a while,
+and only its later half counts.
 """
 
 import statistics
@@ -63,7 +63,7 @@ def measure_ceilings(machine: Machine, seconds: float = SECONDS) -> Ceilings:
 
 
 def _sustained(work: Callable[[], object], device: str, seconds: float) -> float:
-    """Seconds of one go, once the machine has settled."""
+    """Return the median seconds of one call, once the clock is steady."""
     work()
     times: list[float] = []
     began = time.perf_counter()
@@ -78,7 +78,7 @@ def _sustained(work: Callable[[], object], device: str, seconds: float) -> float
 
 
 def _host_seconds(machine: Machine, seconds: float) -> float:
-    """Host time of an operation: a tiny model's whole step, divided by the operations a dry run counts in it."""
+    """Measure the host time of an operation: a tiny model's step, divided by its operations in a dry run."""
     from transformers import LlamaConfig
 
     config = LlamaConfig(

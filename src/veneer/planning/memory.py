@@ -1,8 +1,8 @@
-"""The bytes of each part of a run, from shapes alone, and the peak of each phase.
+"""Computes the bytes of each part of a run from shapes alone, and the peak of each phase.
 
-Frozen weights are counted in the bits they are stored in, the adapter and what the optimizer keeps of it exactly, each
-tensor rounded up as the allocator rounds. What a step holds beside them comes from a dry run of the engine that will
-run it (`DryRun`), since only its own code knows. An engine that places tensors itself hands over a dry run of its own.
+Frozen weights are counted in the bits they are stored in, the adapter and its optimizer states exactly, each tensor
+rounded up as the allocator rounds. Activations and workspace come from a dry run (`DryRun`) of the engine that will
+run, since only its own code knows them.
 """
 
 from collections import Counter
@@ -15,12 +15,12 @@ from veneer.engine.dry_run import CONSTANT_BLOCK, QUANT_BLOCK, DryRun, Step
 from veneer.engine.trace import Peak, rounded
 from veneer.model.shapes import Shapes
 
-# Beside tensors: what cuBLAS takes of the allocator's; on a CPU the process, its code, and the holes in its heap.
+# Memory beside tensors: cuBLAS' workspace; on a CPU the process, its code, and fragmentation of its heap.
 LIBRARIES = {"cuda": 66 * 2**20, "cpu": 830 * 2**20, "mps": 0}
 
 
 def phases(shapes: Shapes, step: Step, optim: str, train: DryRun, device: str) -> dict[str, Peak]:
-    """The peak of each phase of training, with all its components.
+    """Return the peak of each phase of training, by component.
 
     Args:
         shapes: shapes of the base model.
@@ -29,7 +29,7 @@ def phases(shapes: Shapes, step: Step, optim: str, train: DryRun, device: str) -
         train: dry run of `step`.
         device: cuda, cpu or mps.
     """
-    held, gradients = resting(shapes, step, optim, train, device)
+    held, gradients = persistent(shapes, step, optim, train, device)
     quantized = [
         prod(shape) for name, shape in shapes.weights.items() if name.removesuffix(".weight") in step.quantized
     ]
@@ -44,13 +44,13 @@ def phases(shapes: Shapes, step: Step, optim: str, train: DryRun, device: str) -
     return {name: Peak(sum(parts.values()), dict(parts)) for name, parts in found.items()}
 
 
-def resting(shapes: Shapes, step: Step, optim: str, train: DryRun, device: str) -> tuple[Counter[str], int]:
-    """Bytes that a run holds between its passes, and those of its gradients beside; arguments as for `phases`."""
+def persistent(shapes: Shapes, step: Step, optim: str, train: DryRun, device: str) -> tuple[Counter[str], int]:
+    """Return the bytes that a run holds between passes, and those of its gradients; arguments as for `phases`."""
     frozen, libraries = Counter(_frozen(shapes, step)), Counter({"libraries": LIBRARIES[device]})
     itemsize = step.dtype.itemsize
     if step.method == "full":
         sizes = [prod(shape) for shape in shapes.weights.values()]
-        # The optimizer steps a float32 copy of weights in 16 bits.
+        # The optimizer updates a float32 copy of 16-bit weights.
         states = sum(rounded(4 * n) for n in sizes) if itemsize < 4 else 0
         gradients = sum(rounded(itemsize * n) for n in sizes)
     else:
@@ -58,13 +58,13 @@ def resting(shapes: Shapes, step: Step, optim: str, train: DryRun, device: str) 
         states, gradients = 0, adapter_bytes(sizes)
     states += optimizer_bytes(sizes, optim)
     optimizer = Counter({"optimizer": states})
-    if train.held is not None:  # adapter and gradients among it, for good
+    if train.held is not None:  # includes adapter and gradients
         return frozen + libraries + optimizer + Counter(train.held), 0
     return loaded(shapes, step, device) + optimizer, gradients
 
 
 def loaded(shapes: Shapes, step: Step, device: str) -> Counter[str]:
-    """Bytes of a base with its adapter, ready to answer."""
+    """Return the bytes of a base with its adapter, ready to answer."""
     adapter = 0 if step.method == "full" else adapter_bytes(step.adapter.sizes(shapes, step.targets, step.r))
     return Counter(_frozen(shapes, step)) + Counter({"adapter": adapter, "libraries": LIBRARIES[device]})
 
@@ -77,13 +77,13 @@ def _frozen(shapes: Shapes, step: Step) -> dict[str, int]:
 
 
 def copies_bytes(shapes: Shapes, quantized: frozenset[str], dtype: Any) -> int:
-    """Bytes of copies of the weights in 4 bits, in the dtype of compute."""
+    """Return the bytes of copies of 4-bit weights in the compute dtype."""
     named = ((name.removesuffix(".weight"), shape) for name, shape in shapes.weights.items())
     return sum(dtype.itemsize * prod(shape) for name, shape in named if name in quantized)
 
 
 def frozen_bytes(shapes: Shapes, quantized: frozenset[str], double_quant: bool, itemsize: int) -> dict[str, int]:
-    """The base's weights by where they are and how they are stored."""
+    """Return the bytes of the base's weights, by their kind."""
     parts = {"4-bit weights": 0, "embeddings and head": 0, "other weights": rounded(shapes.other_bytes)}
     ends = {f"{path}.weight" for path in (*shapes.embeddings, shapes.head) if path}
     for name, shape in shapes.weights.items():
@@ -96,7 +96,7 @@ def frozen_bytes(shapes: Shapes, quantized: frozenset[str], double_quant: bool, 
 
 
 def quantized_bytes(weights: int, double_quant: bool) -> int:
-    """A 4-bit matrix with its constants: 4.127 bits a weight with double quantization, else 4.5."""
+    """Return the bytes of a 4-bit matrix with constants: 4.127 bits a weight with double quantization, else 4.5."""
     blocks = ceil(weights / QUANT_BLOCK)
     table = rounded(16 * 4)
     if not double_quant:
@@ -106,11 +106,11 @@ def quantized_bytes(weights: int, double_quant: bool) -> int:
 
 
 def optimizer_bytes(sizes: list[int], name: str) -> int:
-    """Bytes of AdamW's states on the device: two moments, in 32 bits or in 8 with a constant for each 256.
+    """Return the bytes of AdamW's states on the device: two moments, in 32 bits or in 8 with a constant for each 256.
 
     Args:
-        sizes: numbers in each tensor that the optimizer updates; bitsandbytes keeps small ones in 32 bits.
-        name: the optimizer, as `train.optim` resolves; paged states are the host's.
+        sizes: elements of each tensor that the optimizer updates; bitsandbytes keeps small ones in 32 bits.
+        name: name of the optimizer, as `train.optim` resolves; paged states are on the host.
     """
     if name.startswith("paged"):
         return 0
@@ -126,11 +126,11 @@ def optimizer_bytes(sizes: list[int], name: str) -> int:
 
 
 def adapter_bytes(sizes: list[int]) -> int:
-    """The adapter's matrices in float32."""
+    """Return the bytes of the adapter's matrices in float32."""
     return sum(rounded(4 * n) for n in sizes)
 
 
 def run_disk_bytes(trainable: int, steps: int | None, train: Train) -> int:
-    """Adapter and checkpoints (adapter and two moments each) in float32, and 16 MiB for the rest."""
-    kept = min(train.save_total_limit, steps or train.save_total_limit) + 1
-    return trainable * 4 * (1 + 3 * kept) + 16 * 2**20
+    """Return the bytes of adapter and checkpoints (adapter and two moments each) in float32, and 16 MiB more."""
+    checkpoints = min(train.save_total_limit, steps or train.save_total_limit) + 1
+    return trainable * 4 * (1 + 3 * checkpoints) + 16 * 2**20

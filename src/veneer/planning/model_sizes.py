@@ -1,6 +1,7 @@
-"""The bases that a given amount of memory can train, from 0.1B to 72B, by method.
+"""Finds the bases that a given amount of memory can train, from 0.1B to 72B, by method.
 
-Each at its leanest: one row at a time, activations recomputed, 8-bit optimizer, adapters on all linear layers.
+Each is planned with the least memory: one row at a time, activations recomputed, 8-bit optimizer, adapters on all
+linear layers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ class ModelSize:
     Attributes:
         base: hub id.
         parameters: number of its parameters.
-        peak_bytes: peak of training, by method; one that did not fit with a smaller base is left out.
+        peak_bytes: peak of training, by method; methods that did not fit with a smaller base are left out.
     """
 
     base: str
@@ -33,15 +34,15 @@ class ModelSize:
     peak_bytes: dict[str, int]
 
     def best(self, budget_bytes: int) -> str | None:
-        """The best method that fits with memory left over: full before lora before qlora."""
+        """Return the best method that fits with memory left over: full before lora before qlora."""
         return next((m for m in METHODS if self.fits(m, budget_bytes)), None)
 
     def fits(self, method: str, budget_bytes: int) -> bool:
         return method in self.peak_bytes and self.peak_bytes[method] * (1 + SPARE) <= budget_bytes
 
 
-def leanest(run: Run, base: str | None = None) -> Run:
-    """A run with the least memory that changes nothing but speed."""
+def least_memory(run: Run, base: str | None = None) -> Run:
+    """Return a run with the settings that need least memory and change nothing but speed."""
     values = run.model_dump()
     values["train"] |= {
         "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
@@ -55,10 +56,10 @@ def leanest(run: Run, base: str | None = None) -> Run:
 
 
 def model_sizes(run: Run, target: TargetDevice, methods: tuple[str, ...] = METHODS) -> list[ModelSize]:
-    """Models with a run's length and rank, up to what a device holds."""
+    """Return models that fit a device, planned with a run's length and rank."""
     found = []
     for base in MODEL_SIZES:
-        lean = leanest(run, base)
+        lean = least_memory(run, base)
         planner = Planner(PlannedModel(Model(base=base), "it is one of many"), target)
         forecasts = {method: planner.forecast_as(lean, method) for method in methods}
         # What does not fit does not fit with a larger base either.
@@ -70,16 +71,16 @@ def model_sizes(run: Run, target: TargetDevice, methods: tuple[str, ...] = METHO
 
 
 def compare(run: Run, planner: Planner, sizes: Sequence[int] = (16, 24, 48, 80)) -> dict[str, Any]:
-    """Full fine-tuning, LoRA in 16 bits and QLoRA of a run's base, and the largest base that each can train.
+    """Compare full fine-tuning, LoRA in 16 bits and QLoRA of a run's base, and the largest base that each can train.
 
     Args:
-        run: the settings, of which length and rank count.
+        run: settings, of which length and rank count.
         planner: planner of its base.
         sizes: memory of GPUs, in GiB.
     """
     devices = {size: device_named(f"{size}GiB") for size in sizes}
     models = model_sizes(run, devices[max(sizes)])
-    lean = leanest(run)
+    lean = least_memory(run)
     methods = {}
     for method in METHODS:
         peak = planner.forecast_as(lean, method).peak_bytes
@@ -97,11 +98,11 @@ def compare(run: Run, planner: Planner, sizes: Sequence[int] = (16, 24, 48, 80))
 
 
 def smaller_bases(run: Run, planner: Planner) -> Iterator[tuple[str, Planner]]:
-    """Models of a base's own family and kind that are smaller than it, the largest first; of a hub model alone."""
+    """Yield smaller models of a hub base's own family and kind, the largest first."""
     if find_model(run.model)[0] != "hub":
         return
     for base in smaller_siblings(run.model.base):
-        # One tokenizer, so its rows are as long.
+        # They share a tokenizer, so rows have the same length.
         smaller = PlannedModel(Model(base=base), planner.base.data)
         if smaller.shapes.total < 0.9 * planner.base.shapes.total:
             yield base, Planner(smaller, planner.target)

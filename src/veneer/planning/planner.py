@@ -1,8 +1,8 @@
-"""Makes forecasts of runs: which engine, the peak of each phase, where tensors live, how long a step takes.
+"""Makes forecasts of runs: the engine, the peak of each phase, the placement of tensors, the time of a step.
 
-A planner has a base model (`PlannedModel`: its shapes, dry runs of an engine, the shapes of a run's batches) and a
-device. It works the same for a model on disk and for a name, for data that was read and for data that was not, for the
-machine at hand and for a card one thinks of buying.
+A planner has a base model (`PlannedModel`: its shapes, dry runs of an engine, batch shapes of a run) and a device. It
+works the same for a model on disk and for a name, for data that was read and for data that was not, for this machine
+and for any card.
 """
 
 from collections import Counter
@@ -22,26 +22,26 @@ from veneer.model.shapes import Shapes
 from veneer.planning.base import PlannedModel
 from veneer.planning.batch_shapes import Padded, RowShapes
 from veneer.planning.forecast import Forecast
-from veneer.planning.held_out import answers_peak, loss_peak, rows_that_fit
-from veneer.planning.memory import adapter_bytes, copies_bytes, loaded, phases, resting, run_disk_bytes
+from veneer.planning.held_out import generation_peak, held_out_peak, rows_that_fit
+from veneer.planning.memory import adapter_bytes, copies_bytes, loaded, persistent, phases, run_disk_bytes
 from veneer.planning.target import TargetDevice
 from veneer.planning.time import seconds
 
-LAUNCH = 0.35  # of the host's time an operation, without autograd: 13.7 us a launch beside an H100
-QUANTIZABLE = 0.5  # of the weights between embeddings and head; less, and 4 bits change little
-HOST_BYTES = 3 * 2**30  # of a process with CUDA's libraries; weights are read through, not held
-UPDATES = 2  # operations a tensor
+LAUNCH = 0.35  # share of the host's time an operation that remains without autograd: 13.7 us a launch on an H100 host
+QUANTIZABLE = 0.5  # least share of the weights between embeddings and head that 4 bits must store
+HOST_BYTES = 3 * 2**30  # a process with CUDA's libraries; weights pass through without staying
+UPDATES = 2  # operations per updated tensor
 
 
 class Planner:
-    """Forecasts of runs of one base on one device."""
+    """Forecasts runs of one base on one device."""
 
     def __init__(self, base: PlannedModel, target: TargetDevice) -> None:
         self.base = base
         self.target = target
 
     def forecast(self, run: Run) -> Forecast:
-        """The forecast of a run.
+        """Forecast a run.
 
         Raises:
             UserError: an adapter target matches nothing, or the architecture cannot take the quantization.
@@ -52,7 +52,7 @@ class Planner:
         return "qlora" if run.quantization or self.base.is_4bit else "lora"
 
     def forecast_as(self, run: Run, method: str) -> Forecast:
-        """The forecast of a run as full fine-tuning, LoRA in 16 bits or QLoRA: method full, lora or qlora."""
+        """Forecast a run as full fine-tuning, LoRA in 16 bits or QLoRA: method full, lora or qlora."""
         shapes, target = self.base.shapes, self.target
         engine, reason, rows = self._engine(run, method)
         optim = resolve_optim(run.train.optim, target.device)
@@ -61,10 +61,10 @@ class Planner:
         found = phases(shapes, step, optim, dry, target.device)
         held_out, at_a_time, answered = None, {}, rows.answered
         if rows.held_out is not None and answered is not None:
-            held = resting(shapes, step, optim, dry, target.device)[0]
+            held = persistent(shapes, step, optim, dry, target.device)[0]
             at_a_time["evaluation"], rows, held_out = self._held_out(run, step, dry, held, rows)
-            found["evaluation"] = loss_peak(held, dry, held_out[1])
-            at_a_time["generation"], found["generation"] = self.answers(run, answered, method)
+            found["evaluation"] = held_out_peak(held, dry, held_out[1])
+            at_a_time["generation"], found["generation"] = self.generation(run, answered, method)
         sizes = step.adapter.sizes(shapes, step.targets, step.r)
         trainable = shapes.total if method == "full" else sum(sizes)
         peak = max(peak.bytes for peak in found.values())
@@ -90,13 +90,13 @@ class Planner:
             run_seconds=timed[1],
         )
 
-    def answers(self, run: Run, rows: Padded, method: str | None = None) -> tuple[int, Peak]:
-        """How many rows `veneer evaluate` takes at a time, and the memory it holds then.
+    def generation(self, run: Run, rows: Padded, method: str | None = None) -> tuple[int, Peak]:
+        """Return the batch size of `veneer evaluate`, and its peak.
 
         Args:
             run: the settings.
             rows: number of rows, and the most tokens and trained tokens of one.
-            method: see `forecast_as`; None: as the run says.
+            method: method of `forecast_as`; None: that of the run.
         """
         shapes, target = self.base.shapes, self.target
         step = step_of(run, method or self._method(run), shapes, Padded(1, 1, 1), target)
@@ -104,7 +104,7 @@ class Planner:
 
         def peak_of(count: int) -> Peak:
             asked = step_for_held_out(step, Padded(count, rows.length, count * rows.trained))
-            return answers_peak(held, shapes, asked, self.base.run_dry(asked), run.evaluate.max_new_tokens)
+            return generation_peak(held, shapes, asked, self.base.run_dry(asked), run.evaluate.max_new_tokens)
 
         most = min(run.evaluate.batch_size, rows.rows)
         count = rows_that_fit(most, peak_of, sum(held.values()), target.budget_bytes)
@@ -113,7 +113,7 @@ class Planner:
     def _held_out(
         self, run: Run, step: Step, train: DryRun, held: Mapping[str, int], rows: RowShapes
     ) -> tuple[int, RowShapes, tuple[Step, DryRun]]:
-        """How many rows the held-out loss takes at a time, the data in such batches, and the largest's dry run."""
+        """Return the batch size of the held-out loss, the shapes of such batches, and the largest one's dry run."""
 
         def batches_of(count: int) -> RowShapes:
             if count == run.evaluate.batch_size:
@@ -128,17 +128,17 @@ class Planner:
             return asked, self.base.run_dry(asked)
 
         def peak_of(count: int) -> Peak:
-            return loss_peak(held, train, dry(count)[1])
+            return held_out_peak(held, train, dry(count)[1])
 
         count = rows_that_fit(run.evaluate.batch_size, peak_of, sum(held.values()), self.target.budget_bytes)
         return count, batches_of(count), dry(count)
 
     def rows(self, run: Run) -> RowShapes:
-        """Shapes of a run's data for the engine it gets."""
+        """Return batch shapes of a run's data for its engine."""
         return self._engine(run, self._method(run))[2]
 
     def _engine(self, run: Run, method: str) -> tuple[str, str, RowShapes]:
-        """The engine that a run gets, why, and the shapes of its data there."""
+        """Return the engine of a run, the reason, and batch shapes of its data."""
         any_step = step_of(run, method, self.base.shapes, Padded(1, 1, 1), self.target)
         engine, reason = self.base.engine(run.train, self.target.device, any_step)
         return engine, reason, self.base.rows(run, engine)
@@ -152,12 +152,12 @@ class Planner:
         placement: MemoryPlacement,
         updated: int,
     ) -> tuple[tuple[float, float, float], tuple[float, float, float] | None]:
-        """Times of a step and of the run, with their ranges; `updated`: tensors that the optimizer steps."""
+        """Return times of a step and of the run, with ranges; `updated`: tensors that the optimizer updates."""
         ceilings = self.target.ceilings
         assert ceilings is not None
         usual = replace(step, rows=rows.typical.rows, length=rows.typical.length, trained=rows.typical.trained)
         host = 1.0 if step.engine == "reference" else LAUNCH
-        records = rows.even or run.train.gradient_checkpointing == "auto"  # else what they hold is not reserved
+        records = rows.even or run.train.gradient_checkpointing == "auto"  # else no memory is reserved for recordings
 
         def taken(asked: Step) -> float:
             found = self.base.run_dry(asked)
@@ -166,7 +166,7 @@ class Planner:
             return replayed * seconds(found.work, ceilings, 0.0) + (1 - replayed) * launched
 
         once = rows.passes * _pass_seconds(usual, placement, taken)
-        once += UPDATES * updated * ceilings.host_seconds  # gradients clipped, and each tensor stepped
+        once += UPDATES * updated * ceilings.host_seconds  # gradients are clipped, and each tensor is updated
         low, high = ceilings.spread
         if rows.steps is None:
             return (low * once, once, high * once), None
@@ -178,7 +178,7 @@ class Planner:
 
 
 def _pass_seconds(step: Step, placement: MemoryPlacement, taken: Callable[[Step], float]) -> float:
-    """Time of a pass: where blocks are placed differently, each as if all were placed as it is, in proportion."""
+    """Return the time of a pass; with several block placements, a mean of passes with one each, by their share."""
     if not placement.bytes:
         return taken(step)
     counts = Counter(placement.blocks).items()
@@ -194,7 +194,7 @@ def step_of(
     engine: str = "reference",
     even: bool = True,
 ) -> Step:
-    """The micro-batch of a run, for a dry run.
+    """Describe the micro-batch of a run for a dry run.
 
     Raises:
         UserError: an adapter target matches nothing, or the architecture cannot take the quantization.
@@ -227,7 +227,7 @@ def step_of(
 
 
 def step_for_held_out(step: Step, batch: Padded) -> Step:
-    """The same without training."""
+    """Return the step of a held-out batch: the same without training."""
     return Step(
         batch.rows, batch.length, batch.trained, step.dtype, step.method, step.targets, step.quantized,
         step.adapter, step.r, double_quant=step.double_quant, engine=step.engine, even=step.even,
@@ -243,7 +243,7 @@ def _require_quantizable(shapes: Shapes) -> None:
     if share < QUANTIZABLE:
         largest = max((name for name in inner if name not in quantized), key=lambda name: inner[name])
         raise UserError(
-            f"quantization: only {share:.0%} of {shapes.architecture}'s weights lie in linear layers, which is what 4 "
+            f"quantization: only {share:.0%} of {shapes.architecture}'s weights are in linear layers, which is what 4 "
             f"bits can store ({largest} is not one)",
             "leave the section `quantization` out, or name another model.base",
         )

@@ -1,4 +1,4 @@
-"""The device that a run is planned for: the one at hand, or a card by its name or memory."""
+"""The device that a run is planned for: that of this machine, or a card by its name or memory."""
 
 from dataclasses import dataclass
 
@@ -6,10 +6,10 @@ import torch
 
 from veneer.machine.cards import find_card, parse_budget
 from veneer.machine.device import Machine, find_machine
-from veneer.machine.speeds import Ceilings, ceilings_of, kept_ceilings
+from veneer.machine.speeds import Ceilings, ceilings_of, load_ceilings
 
-CONTEXT = 790 * 2**20  # of a CUDA process, beside what the allocator has
-LATER = 160 * 2**20  # of that, what comes only with work: a context that is there already has the rest
+CONTEXT = 790 * 2**20  # memory of a CUDA process beside the allocator's
+DEFERRED = 160 * 2**20  # part of it that is allocated with the first kernels, not with the context
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,12 @@ class TargetDevice:
 
     Attributes:
         device: cuda, cpu or mps.
-        name: its name, for a person.
+        name: name to display.
         budget_bytes: memory that the run may hold there.
-        dtype: compute dtype where the run leaves it open.
-        ceilings: its speeds; None: not known.
+        dtype: default compute dtype.
+        ceilings: speeds; None: not known.
         has_bfloat16: whether bfloat16 is fast there.
-        capability: major compute capability of a GPU; where it is not known, one whose attention needs more memory.
+        capability: major compute capability of a GPU; if not known, that of the GPUs whose attention needs more memory.
     """
 
     device: str
@@ -36,21 +36,21 @@ class TargetDevice:
 
 
 def this_device(machine: Machine | None = None) -> TargetDevice:
-    """The device of this machine, with the memory that is free on it now."""
+    """Return the device of this machine, with the memory that is free on it now."""
     machine = machine or find_machine()
-    free = machine.free_bytes - (LATER if machine.device == "cuda" else 0)
+    free = machine.free_bytes - (DEFERRED if machine.device == "cuda" else 0)
     name = f"{machine.name}, {machine.free_bytes / 2**30:.1f} of {machine.total_bytes / 2**30:.1f} GiB free"
     card = find_card(machine.name) if machine.device == "cuda" else None
-    ceilings = kept_ceilings(machine) or (ceilings_of(card) if card else None)
+    ceilings = load_ceilings(machine) or (ceilings_of(card) if card else None)
     capability = card.capability // 10 if card else 8
     return TargetDevice(machine.device, name, free, machine.dtype, ceilings, machine.has_bfloat16, capability)
 
 
 def device_named(gpu: str) -> TargetDevice:
-    """A GPU by its name or its memory, with nothing else on it.
+    """Return an otherwise empty GPU by its name or its memory.
 
     Raises:
-        UserError: an unknown card, or no amount of memory.
+        UserError: it is neither a known card nor an amount of memory.
     """
     total, card = parse_budget(gpu)
     name = f"{card.name if card else 'a GPU'}, {total / 2**30:.1f} GiB"

@@ -1,9 +1,9 @@
-"""How long a step takes, from its operations and the machine's ceilings.
+"""Predicts the time of a step from its operations and the machine's ceilings.
 
-Each operation takes the longest of its arithmetic, its memory traffic and its start; the device does one after the
-other. Meanwhile the host starts them: where that takes longer, the device waits, and the host's time is the step's. The
-ceilings are measured on the machine (`veneer doctor --measure`), or come from a card's data sheet and the shares of it
-that were reached where both are known (an H100: docs/planning.md), with a wider range.
+Each operation takes the longest of its arithmetic, its memory traffic and its launch; the device runs them one after
+the other. Meanwhile the host launches them: where that takes longer, the device waits, and the host's time is the
+step's. Ceilings are measured on the machine (`veneer doctor --measure`), or estimated from a card's data sheet by the
+shares of it that an H100 reaches (docs/planning.md), with a wider range.
 """
 
 from veneer.engine.trace import Work
@@ -11,7 +11,7 @@ from veneer.machine.speeds import Ceilings
 
 
 def seconds(work: Work, ceilings: Ceilings, host: float = 1.0) -> float:
-    """Time of some work; `host`: how much of the host's time an operation takes, of that with autograd."""
+    """Return the time of some work; `host`: the host's time an operation, relative to that with autograd."""
     flops = {
         "bfloat16": ceilings.half_flops,
         "float16": ceilings.half_flops,

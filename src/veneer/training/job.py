@@ -108,7 +108,8 @@ class TrainingJob:
         if parts.renderer.is_dated:
             self.run = run = _dated(run, parts.renderer.settings.template_date)
         self.machine, self.source, self.tokenizer = parts.machine, parts.source, parts.tokenizer
-        self.renderer, self.data, self.foreseen, self.model = parts.renderer, parts.data, parts.foreseen, parts.model
+        self.renderer, self.data, self.model = parts.renderer, parts.data, parts.model
+        self.prediction = parts.prediction
         self.choice = choose(self.model, run.train, self.machine.device, self.data.train)
         self.engine = self.choice.engine
         self.parameters = count_parameters(self.model)
@@ -121,7 +122,7 @@ class TrainingJob:
             train.seed,
             run.data.max_length if run.data.packing else None,
         )
-        at_a_time = self.foreseen.forecast.rows_at_a_time
+        at_a_time = self.prediction.forecast.rows_at_a_time
         held_out = HeldOutBatches(self.data.validation, at_a_time.get("evaluation", run.evaluate.batch_size))
         varies = vary(self.data.train, batches.sizes, train.per_device_train_batch_size)
         shapes = BatchShapes(
@@ -223,7 +224,7 @@ class TrainingJob:
     def plan(self) -> dict[str, Any]:
         """Return how the run is placed on this machine, and what is foreseen of it."""
         train = self.run.train
-        return self.foreseen.as_dict() | {
+        return self.prediction.as_dict() | {
             "machine": self.machine.as_dict(),
             "engine": self.engine.name,
             "engine_reason": self.choice.reason,

@@ -13,7 +13,7 @@ from veneer.machine.device import Machine, bound_freed_memory, find_machine
 from veneer.model.attach import attach
 from veneer.model.load import load_model, load_tokenizer
 from veneer.model.locate import BaseSource, locate
-from veneer.planning.foresee import Foreseen, Read, foresee
+from veneer.planning.predict import Prediction, PreparedData, predict_run
 from veneer.planning.target import this_device
 
 
@@ -31,7 +31,7 @@ class RunParts:
     tokenizer: Any
     renderer: Renderer
     data: Prepared
-    foreseen: Foreseen
+    prediction: Prediction
     model: Any
 
 
@@ -53,21 +53,21 @@ def load_parts(run: Run, force: bool = False) -> RunParts:
     renderer = Renderer(tokenizer, run.data)
     data = prepare(run.data, renderer, run.train.seed)
     _require_objective(data)
-    foreseen = foresee(run, this_device(machine), Read(data, renderer))
-    _require_positions(foreseen.planner.base.shapes.positions, data)
+    prediction = predict_run(run, this_device(machine), PreparedData(data, renderer))
+    _require_positions(prediction.planner.base.shapes.positions, data)
     if not force:
-        _require_memory(foreseen)
+        _require_memory(prediction)
     base = load_model(source, run.model, run.quantization, machine)
     _require_embeddings(base, tokenizer, data)
     model = attach(base, run.adapter, run.train.seed, run.train.gradient_checkpointing is not False)
     model.peft_config["default"].base_model_name_or_path = source.reference  # of checkpoints, too
-    return RunParts(machine, source, tokenizer, renderer, data, foreseen, model)
+    return RunParts(machine, source, tokenizer, renderer, data, prediction, model)
 
 
-def _require_memory(foreseen: Foreseen) -> None:
+def _require_memory(prediction: Prediction) -> None:
     """Raises UserError for a run that cannot fit, before an hour is spent on loading it."""
-    if foreseen.is_hopeless:
-        forecast, target = foreseen.forecast, foreseen.forecast.target
+    if prediction.cannot_fit:
+        forecast, target = prediction.forecast, prediction.forecast.target
         phase = forecast.training_phase
         peak = forecast.phases[phase].bytes
         raise UserError(

@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from veneer.config import Run, Train
 from veneer.config.results import Check
 from veneer.data.batch import Batch, Example
-from veneer.engine.agreement import ENOUGH, Agreement, agree, all_trained, even_rows, short_name, short_rows
+from veneer.engine.agreement import MIN_TRAINED, Agreement, agree, all_trained, even_rows, short_name, short_rows
 from veneer.engine.choose import EVEN, EngineChoice, build, fall_back
 from veneer.engine.interface import Engine, document_losses
 from veneer.engine.objective import LIKELIHOOD
 from veneer.engine.reference import ReferenceEngine
-from veneer.engine.temporary import fill_zeros, untouched
+from veneer.engine.temporary import fill_zeros, preserve_adapter
 from veneer.model.adapters import find_method
 from veneer.model.attach import save_adapter
 from veneer.model.quiet import quiet
@@ -156,16 +156,16 @@ def _of_engine(run: Run, parts: RunParts, engine: Engine, rows: list[Example]) -
     """Check the engine that the run trains with, on its own rows."""
     model = parts.model
     is_exact = model.get_base_model().get_input_embeddings().weight.dtype == torch.float32
-    with untouched(model):
+    with preserve_adapter(model):
         yield _gradients(model, engine, rows)
-    with untouched(model):
+    with preserve_adapter(model):
         fill_zeros(model)
         own = short_rows(parts.data.train, LENGTHS, least=1)
         yield _targets(model, engine, own, 1e-3 if is_exact else 0.05)
         whole = [all_trained(row) for row in rows]
         yield _packed(engine, whole, 1e-3 if is_exact else 0.05)
         yield _isolated(engine, whole)
-    with untouched(model):
+    with preserve_adapter(model):
         yield _overfit(run, parts, engine)
         yield _reload(run, parts, rows)
 
@@ -210,7 +210,7 @@ def _targets(model: Any, engine: Engine, rows: list[Example], limit: float) -> C
             weight * float(F.cross_entropy(logits[start - 1 : end - 1], ids[start:end], reduction="sum"))
             for start, end, weight in row.spans
         )
-        apart.append(abs(plain - loss) / max(row.weight, ENOUGH))
+        apart.append(abs(plain - loss) / max(row.weight, MIN_TRAINED))
     return _largest("targets", apart, limit, "loss of the trained tokens, against the plain model's logits", rows)
 
 

@@ -51,7 +51,7 @@ class Tokenized:
         spans: spans of equal weight in the examples, one behind the other; dtype SPAN.
         span_counts: number of spans of each example; uint32.
         rows: rows that are used; dtype ROW.
-        signatures: what near-duplicates are found by; uint8, shape (rows, BINS).
+        signatures: signatures that find near-duplicates; uint8, shape (rows, BINS).
         fates: number of rows that were used, unreadable, refused, empty, overlong.
         notes: number of rows that were truncated, lost all trained tokens, ended with no answer, were rated good or
             bad, or were rendered with a change.

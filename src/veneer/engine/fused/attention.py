@@ -1,16 +1,15 @@
-"""Attention within documents, through the fastest backend that can do what is asked.
+"""Computes attention within documents, through the fastest backend that supports the case.
 
 cuDNN's is twice as fast as flash on a Hopper GPU, but wants rows of one length, in whole blocks, and no window
-(`cudnn`); flash takes documents of any length, one behind the other. Neither caps its scores: for that there is
-FlexAttention, compiled once. `plain` does all of it, in float32 and on any machine; it is what the others are tested
-against.
+(`cudnn`); flash takes documents of any length, packed one after the other. Neither caps its scores: for that there is
+FlexAttention, compiled once. `plain` supports everything, in float32 and on any machine; the others are tested
+against it.
 
-All add in a fixed order, so that the same pass gives the same bits. Flash's backward does so only on request, and is
-the slower for it: by 7% for documents of a few hundred tokens, by a third to two thirds for long ones.
+All sum in a fixed order, so that the same pass gives the same bits. Flash's backward does so only on request, which
+makes it slower: by 7% for documents of a few hundred tokens, by a third to two thirds for long ones.
 
-Tensors on the meta device, on which a plan's dry run is made, go the way that those of the GPU planned for will go
-(`PLANNED`), through torch's own account of what the kernels return; FlexAttention, which is compiled, is put down as
-flash.
+Tensors on the meta device, in a plan's dry run, take the backend of the GPU that is planned for (`PLANNED`), through
+torch's own meta kernels; FlexAttention, which is compiled, is counted as flash.
 
 Shapes: T tokens, H query heads, K key heads, C dimensions of a head, B documents, L length of each.
 """
@@ -27,23 +26,21 @@ import torch.utils.deterministic
 
 from veneer.engine.fused import cudnn
 from veneer.kernels.rope import Heads, split_heads
-from veneer.machine.device import bring
+from veneer.machine.device import to_device
 
-HOPPER = 9  # major compute capability from which cuDNN's is the faster one
-PLANNED: ContextVar[int] = ContextVar("planned", default=HOPPER)  # that of the GPU which meta tensors stand for
-
-
-FLEX_BLOCK = 128  # tokens
+HOPPER = 9  # major compute capability from which cuDNN's attention is faster
+PLANNED: ContextVar[int] = ContextVar("planned", default=HOPPER)  # capability of the planned GPU, for meta tensors
+FLEX_BLOCK = 128  # tokens of a block of FlexAttention's mask
 
 
 class Documents(NamedTuple):
-    """Where documents begin and end in a packed batch.
+    """The documents of a packed batch.
 
     Attributes:
-        lengths: Tokens of each.
-        position_T: Each token's row in the rotary tables, int32.
-        bounds: Where documents begin and end, int32, on the device.
-        longest: Tokens of the longest, or more.
+        lengths: tokens of each document.
+        position_T: each token's row in the rotary tables, int32.
+        bounds: offsets at which documents begin and the last one ends, int32, on the device.
+        longest: tokens of the longest document, or more.
     """
 
     lengths: tuple[int, ...]
@@ -53,17 +50,17 @@ class Documents(NamedTuple):
 
     @staticmethod
     def of(lengths: Sequence[int], device: Any, switch: int | None = None) -> "Documents":
-        """Of documents of these lengths.
+        """Lay out documents of these lengths.
 
         Args:
-            lengths: Tokens of each.
-            device: Where the tensors go.
-            switch: Documents longer than this have a rotary table of their own, that many rows further down.
+            lengths: tokens of each.
+            device: device of the tensors.
+            switch: length beyond which documents have a rotary table of their own, that many rows further down.
         """
         starts = [switch if switch is not None and length > switch else 0 for length in lengths]
         positions = torch.cat([torch.arange(s, s + n, dtype=torch.int32) for s, n in zip(starts, lengths, strict=True)])
         bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return Documents(tuple(lengths), bring(positions, device), bring(bounds, device), max(lengths))
+        return Documents(tuple(lengths), to_device(positions, device), to_device(bounds, device), max(lengths))
 
     @property
     def is_even(self) -> bool:
@@ -72,13 +69,13 @@ class Documents(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """What a layer's attention is.
+    """The attention of a layer.
 
     Attributes:
-        heads: Of q, k and v.
-        scale: Of the scores.
-        window: Tokens it looks back, itself included; 0: all.
-        softcap: Of the scores; 0: none.
+        heads: heads of q, k and v.
+        scale: factor of the scores.
+        window: tokens that a query sees, its own included; 0: all.
+        softcap: soft cap of the scores; 0: none.
     """
 
     heads: Heads
@@ -87,7 +84,7 @@ class Attention(NamedTuple):
     softcap: float
 
     def backend(self, documents: Documents, like: torch.Tensor) -> str:
-        """Which backend these documents get."""
+        """Return the backend that these documents take."""
         if not (like.is_cuda or like.is_meta) or like.dtype == torch.float32:
             return "plain"
         if self.softcap:
@@ -101,7 +98,7 @@ class Attention(NamedTuple):
 
 
 def attend(qkv_TN: torch.Tensor, documents: Documents, kind: Attention) -> tuple[torch.Tensor, Any]:
-    """Output, shape (T, H C), and what backward needs beside it."""
+    """Return the output, shape (T, H C), and the tensors that backward needs beside it."""
     q, k, v = split_heads(qkv_TN, kind.heads)
     T = len(qkv_TN)
     backend = kind.backend(documents, qkv_TN)
@@ -135,13 +132,13 @@ def attend_backward(
     kind: Attention,
     workspace_bytes: int = cudnn.WORKSPACE_BYTES,
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of q (T, H, C), k and v (T, K, C); in so much memory, where that is for us to choose."""
+    """Return gradients of q (T, H, C), k and v (T, K, C); `workspace_bytes` limits cuDNN's workspace."""
     q, k, v = split_heads(qkv_TN, kind.heads)
     dout = torch.unflatten(dout_TO, 1, (-1, kind.heads.size))
     backend = kind.backend(documents, qkv_TN)
     if backend == "cudnn":
         if qkv_TN.is_meta:
-            return _foreseen_backward(dout, (q, k, v), saved, kind, workspace_bytes)
+            return _meta_backward(dout, (q, k, v), saved, kind, workspace_bytes)
         out, lse = saved
         return cudnn.attend_backward(dout, (q, k, v), out, lse, kind.scale, workspace_bytes)
     if backend == "flash":
@@ -156,21 +153,21 @@ def attend_backward(
     if backend == "flex":
         out, rows = saved
         return tuple(g[0].transpose(0, 1)[: len(dout)] for g in torch.autograd.grad(out, rows, dout))
-    # In this thread: cuBLAS warns of any that has no CUDA context yet.
+    # In this thread, since cuBLAS warns in threads that have no CUDA context yet.
     with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
         q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
         return torch.autograd.grad(_plain(q, k, v, documents, kind), (q, k, v), dout)
 
 
 def _rows(x_THC: torch.Tensor, rows: int) -> torch.Tensor:
-    """(B, H, L, C), a view."""
+    """View as (B, H, L, C)."""
     return torch.unflatten(x_THC, 0, (rows, -1)).transpose(1, 2)
 
 
-def _foreseen_backward(
+def _meta_backward(
     dout: torch.Tensor, qkv: tuple[torch.Tensor, ...], saved: Any, kind: Attention, workspace_bytes: int
 ) -> tuple[torch.Tensor, ...]:
-    """cuDNN's on meta tensors, with the memory it takes on the way."""
+    """Allocate on meta tensors what cuDNN's backward allocates, workspace included."""
     out, lse = saved
     B, _, L = lse.shape[:3]
     call = cudnn.Call.of(B, L, kind.heads, workspace_bytes)
@@ -185,7 +182,7 @@ def _foreseen_backward(
 
 @contextmanager
 def _fixed_order() -> Iterator[None]:
-    """Torch adds in a fixed order; it does not fill new memory besides, as it would by default."""
+    """Within the context, torch's kernels are deterministic, without filling new memory, which is its default then."""
     settings: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fills = settings.fill_uninitialized_memory
@@ -199,13 +196,13 @@ def _fixed_order() -> Iterator[None]:
 
 
 def _flex_rows(x_THC: torch.Tensor) -> torch.Tensor:
-    """(1, H, whole blocks of tokens, C), a leaf: torch's compiler warns of any other input that wants a gradient."""
+    """Pad to (1, H, whole blocks, C), as a leaf: torch.compile warns of other inputs that require a gradient."""
     missing = _flex_blocks(len(x_THC)) * FLEX_BLOCK - len(x_THC)
     return F.pad(x_THC.detach(), (0, 0, 0, 0, 0, missing)).transpose(0, 1)[None].requires_grad_()
 
 
 def _flex(rows: Sequence[torch.Tensor], tokens: int, documents: Documents, kind: Attention) -> torch.Tensor:
-    """(T, H, C) by FlexAttention, of `_flex_rows` of q, k and v."""
+    """Compute (T, H, C) by FlexAttention from `_flex_rows` of q, k and v."""
     mask = _flex_mask(documents.lengths, kind.window, _flex_blocks(tokens), rows[0].device)
     with torch._dynamo.config.patch(specialize_float=True):  # cap and scale are constants, whatever else is dynamic
         out = _compiled_flex()(
@@ -216,7 +213,7 @@ def _flex(rows: Sequence[torch.Tensor], tokens: int, documents: Documents, kind:
 
 
 def _flex_blocks(tokens: int) -> int:
-    """Blocks that hold so many tokens; at least two, since a size of one is compiled as a case of its own."""
+    """Return the number of blocks; at least two, since torch.compile specializes on a size of one."""
     return max(2, -(-tokens // FLEX_BLOCK))
 
 
@@ -229,7 +226,7 @@ def _compiled_flex() -> Any:
 
 @lru_cache(maxsize=4)
 def _capped(softcap: float) -> Callable[..., torch.Tensor]:
-    def cap(score: torch.Tensor, *place: torch.Tensor) -> torch.Tensor:
+    def cap(score: torch.Tensor, *position: torch.Tensor) -> torch.Tensor:
         return softcap * torch.tanh(score / softcap)
 
     return cap
@@ -237,22 +234,22 @@ def _capped(softcap: float) -> Callable[..., torch.Tensor]:
 
 @lru_cache(maxsize=4)
 def _flex_mask(lengths: tuple[int, ...], window: int, blocks: int, device: torch.device) -> Any:
-    """Which scores are computed: within documents, backwards, within the window. Shared by all layers of a kind.
+    """Mask scores to those within a document, causal and within the window. Shared by all layers of a kind.
 
-    All that differs between batches and kinds of layer is a tensor, so that one compiled kernel serves them all. Which
-    blocks are empty or full follows from it without making the scores' whole square.
+    All that differs between batches and kinds of layer is in a tensor, so that one compiled kernel serves them all.
+    Empty and full blocks follow from it without making the whole square of scores.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
     sizes = torch.tensor([*lengths, blocks * FLEX_BLOCK - sum(lengths)])
-    first_T = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes).int()  # key that a query sees first
+    first_T = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes).int()  # first key that a query sees
     if window:
         first_T = torch.maximum(first_T, torch.arange(1 - window, len(first_T) + 1 - window).int())
     number = torch.arange(blocks)
     begin = number * FLEX_BLOCK
     is_seen = (number <= number[:, None]) & (begin + FLEX_BLOCK > first_T[begin][:, None])
     is_full = (number < number[:, None]) & (begin >= first_T[begin + FLEX_BLOCK - 1][:, None])
-    first_T = bring(first_T, device)
+    first_T = to_device(first_T, device)
 
     def sees(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return (query >= key) & (key >= first_T[query])
@@ -262,13 +259,13 @@ def _flex_mask(lengths: tuple[int, ...], window: int, blocks: int, device: torch
 
 
 def _listed(blocks_QK: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many key blocks each query block has, and their numbers, in FlexAttention's shapes."""
+    """Return the number of key blocks of each query block, and their indices, in FlexAttention's shapes."""
     numbers = blocks_QK.int().argsort(dim=1, descending=True, stable=True)
-    return bring(blocks_QK.sum(1).int()[None, None], device), bring(numbers.int()[None, None], device)
+    return to_device(blocks_QK.sum(1).int()[None, None], device), to_device(numbers.int()[None, None], device)
 
 
 def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, kind: Attention) -> torch.Tensor:
-    """Softmax attention written out, document by document, in float32."""
+    """Compute softmax attention in float32, document by document."""
     outs, start = [], 0
     repeat = kind.heads.query // kind.heads.key
     for length in documents.lengths:

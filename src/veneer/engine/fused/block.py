@@ -1,22 +1,22 @@
-"""One decoder block, forward and backward, written by hand as one unit.
+"""One decoder block, with forward and backward written by hand as one unit.
 
-What a step must hold between the two is a list of saved activations, and for each the placement says keep or recompute:
+A block saves a list of activations between the two, and for each the placement says keep or recompute:
 
     x          residual stream before the block                         always kept (the checkpoint)
     qkv        rotated q, k, v          <- norm, product, rotation      "qkv"
     out        attention's output       <- attention                    "attention" (with its log-sum-exp)
     mid        residual stream between  <- o_proj, sum                  "mid"
     gate_up    gate and up              <- norm, product                "gate_up"
-    h          act(gate) * up           <- element-wise                 made anew by backward in any case
+    h          act(gate) * up           <- element-wise                 always recomputed by backward
 
-down_proj is never recomputed: nothing in backward needs its output. What adapters make of their inputs (x A^T, T x r)
-and the norms' 1 / root mean square are so small that they are kept. The MLP runs over a few thousand tokens at a time,
-so that what it holds does not grow with the batch. Recomputing runs the same code on the same inputs, in the same
+down_proj is never recomputed: nothing in backward needs its output. The adapters' low-rank activations (x A^T, T x r)
+and the norms' 1 / root mean square are so small that they are always kept. The MLP runs over a few thousand tokens at a
+time, so that its memory does not grow with the batch. Recomputing runs the same code on the same inputs, in the same
 pieces, so that a kept and a recomputed step are equal bit for bit. Frozen weights get no gradient.
 
-What a block adds to the residual stream is added by the norm that comes next (`Stream`), here or in the next block.
+The output of attention and of the MLP is added to the residual stream by the norm that follows (`Residual`).
 
-Shapes: T tokens, D model width, F width of the MLP, N outputs of q, k, v; E a width with a margin behind it (`group`).
+Shapes: T tokens, D model width, F width of the MLP, N outputs of q, k, v; E a width with padding after it (`group`).
 """
 
 from dataclasses import dataclass
@@ -34,21 +34,21 @@ from veneer.kernels.rope import rope, rope_backward
 from veneer.kernels.update import Update
 
 ACTIVATIONS = ("qkv", "attention", "mid", "gate_up")
-MOST_RANK = 64  # of adapters whose gradients the gate's backward makes on its way
-ATTENTION_SLOWER = 1.4  # than a large product, for as many multiply-adds
-MLP_TOKENS = 2048  # at most so many at a time; large products are no slower for it
+MAX_RANK = 64  # largest rank of adapters whose gradients the gate's backward computes too
+ATTENTION_SLOWER = 1.4  # time of a multiply-add in attention relative to a large product
+MLP_TOKENS = 2048  # largest piece; with it, large products are as fast as with all tokens
 
 
 @dataclass(frozen=True)
 class Context:
-    """What all blocks of a pass share.
+    """Tensors and limits that all blocks of a pass share.
 
     Attributes:
         documents: bounds of the packed batch's documents.
         cos_PS, sin_PS: rotary tables.
-        scratch: buffer in which 4-bit matrices are made 16-bit.
+        scratch: buffer into which 4-bit matrices are dequantized.
         seed: seed of dropout; None: none.
-        workspace_bytes: memory that attention's backward may take on the way.
+        workspace_bytes: workspace that attention's backward may take.
     """
 
     documents: Documents
@@ -59,14 +59,14 @@ class Context:
     workspace_bytes: int
 
 
-class Stream(NamedTuple):
-    """The residual stream with what is still to be added to it.
+class Residual(NamedTuple):
+    """The residual stream with an addition that the next norm makes.
 
     Attributes:
         x_TD: the stream.
-        delta_TD: what is to be added; None: nothing.
-        post: norm that goes over delta first (Gemma 2), or None.
-        update: what adapters add to delta.
+        delta_TD: tensor to add; None: there is none.
+        post: norm applied to delta first (Gemma 2), or None.
+        update: the adapters' part of delta.
     """
 
     x_TD: torch.Tensor
@@ -75,7 +75,7 @@ class Stream(NamedTuple):
     update: Update | None = None
 
     def norm(self, norm: Norm, y_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add, and normalize into `y_TD`; returns the sum and 1 / root mean square of its rows."""
+        """Add, and normalize into `y_TD`; return the sum and 1 / root mean square of its rows."""
         post_D = self.post.weight_D if self.post is not None else None
         return rms_norm(
             self.x_TD, self.delta_TD, norm.weight_D, norm.eps, norm.offset, y_TD, post_D, self.update
@@ -87,14 +87,14 @@ class SavedActivations:
 
     def __init__(self, x_TD: torch.Tensor, rstd1_T: torch.Tensor) -> None:
         self.x, self.rstd1 = x_TD, rstd1_T
-        self.qkv_buffer: Any = None  # the product's output, with a margin
+        self.qkv_buffer: Any = None  # the product's output, with padding
         self.raw: Any = None  # q, k, v before their norm, where they have one
         self.qkv: Any = None
         self.u_qkv: Any = None
         self.out: Any = None
-        self.attention: Any = None  # log-sum-exp and the like
+        self.attention: Any = None  # log-sum-exp and other tensors of the backend
         self.u_o: Any = None
-        self.delta1: Any = None  # what a post-norm normalizes
+        self.delta1: Any = None  # input of the post-norm
         self.mid: Any = None
         self.rstd2: Any = None
         self.gate_up: Any = None
@@ -103,7 +103,7 @@ class SavedActivations:
         self.delta2: Any = None
 
     def drop(self, keep: frozenset[str]) -> None:
-        """Let go of what the placement does not keep."""
+        """Free the activations that the placement does not keep."""
         if "qkv" not in keep:
             self.qkv_buffer = self.raw = self.qkv = self.u_qkv = None
         if "attention" not in keep:
@@ -130,30 +130,30 @@ class Block:
     def __init__(self, layer: Layer, decoder: Decoder, number: int, dtype: torch.dtype) -> None:
         self.layer, self.decoder, self.number, self.dtype = layer, decoder, number, dtype
         key = number * 16
-        self.qkv = Group(layer.qkv, dtype, key, behind_norm=True)
-        self.o = Group((layer.o,), dtype, key + 4, before_norm=layer.post1 is None)
-        self.gate_up = Group(layer.gate_up, dtype, key + 8, behind_norm=True)
-        self.down = Group((layer.down,), dtype, key + 12, before_norm=layer.post2 is None)
+        self.qkv = Group(layer.qkv, dtype, key, norm_precedes=True)
+        self.o = Group((layer.o,), dtype, key + 4, norm_follows=layer.post1 is None)
+        self.gate_up = Group(layer.gate_up, dtype, key + 8, norm_precedes=True)
+        self.down = Group((layer.down,), dtype, key + 12, norm_follows=layer.post2 is None)
         self.weights = {"qkv": self.qkv, "o": self.o, "gate_up": self.gate_up, "down": self.down}
         self.groups = tuple(self.weights.values())
         self.attention = Attention(decoder.heads, decoder.scale, layer.window, decoder.softcap)
 
     @property
     def scratch(self) -> int:
-        """Elements of scratch it needs: the MLP's two matrices are there together, the others one at a time."""
+        """The elements of scratch it needs: the MLP uses two matrices together, all others one at a time."""
         sizes = [group.size if group.needs_scratch else 0 for group in self.groups]
         return max(sizes[0], sizes[1], sizes[2] + sizes[3])
 
-    def forward(self, stream: Stream, at: Context, keep: frozenset[str]) -> tuple[Stream, SavedActivations]:
-        """The block's output, and what is saved for backward.
+    def forward(self, stream: Residual, at: Context, keep: frozenset[str]) -> tuple[Residual, SavedActivations]:
+        """Return the block's output and the activations saved for backward.
 
         Args:
             stream: output of the blocks before.
-            at: what all blocks share.
+            at: tensors that all blocks share.
             keep: activations that the placement keeps.
         """
         T, D = stream.x_TD.shape
-        y_TE = stream.x_TD.new_empty((T, self.qkv.inputs + self.qkv.input_margin))
+        y_TE = stream.x_TD.new_empty((T, self.qkv.inputs + self.qkv.input_padding))
         saved = SavedActivations(*stream.norm(self.layer.norm1, y_TE[:, :D]))
         self._project_qkv(saved, at, y_TE)
         del y_TE
@@ -165,25 +165,25 @@ class Block:
         post = self.layer.post2
         if post is not None:
             saved.delta2 = delta_TD
-        after = Stream(saved.mid, delta_TD, post, update)
+        after = Residual(saved.mid, delta_TD, post, update)
         saved.drop(keep)
         return after, saved
 
     def saved_bytes(self, name: str, tokens: int) -> int:
-        """Bytes of one of ACTIVATIONS from forward to backward, with what adapters make of its input."""
+        """Return the bytes of one of ACTIVATIONS, with the adapters' low-rank activations of its input."""
         layer, heads, itemsize = self.layer, self.decoder.heads, self.dtype.itemsize
         # FlexAttention's own backward keeps q, k, v in whole blocks of tokens.
         flex = self.qkv.outputs if self.decoder.softcap else 0
         width = {
-            "qkv": self.qkv.outputs * (1 if layer.head_norm is None else 2) + self.qkv.margin + self.qkv.used,
+            "qkv": self.qkv.outputs * (1 if layer.head_norm is None else 2) + self.qkv.padding + self.qkv.used,
             "attention": self.o.inputs + heads.query * 4 // itemsize + flex,
-            "mid": self.o.outputs + self.o.used + (0 if layer.post1 is None else self.o.outputs + self.o.margin),
-            "gate_up": self.gate_up.outputs + self.gate_up.margin + self.gate_up.used,
+            "mid": self.o.outputs + self.o.used + (0 if layer.post1 is None else self.o.outputs + self.o.padding),
+            "gate_up": self.gate_up.outputs + self.gate_up.padding + self.gate_up.used,
         }[name]
         return tokens * width * itemsize
 
     def recompute_cost(self, name: str, tokens: int, longest: int) -> float:
-        """Work of recomputing one of ACTIVATIONS, in products' multiply-adds; only ratios count."""
+        """Return the work of recomputing one of ACTIVATIONS, in multiply-adds of products; only ratios matter."""
         groups = {"qkv": self.qkv, "mid": self.o, "gate_up": self.gate_up}
         if name in groups:
             return float(tokens * groups[name].size)
@@ -191,9 +191,9 @@ class Block:
         return ATTENTION_SLOWER * 2 * tokens * seen * self.o.inputs
 
     def _project_qkv(self, saved: SavedActivations, at: Context, y_TE: torch.Tensor) -> None:
-        """Rotated q, k, v of the normalized stream, with a margin behind them."""
+        """Compute rotated q, k, v of the normalized stream, with padding after them."""
         group, norm = self.qkv, self.layer.head_norm
-        raw_TE = y_TE.new_empty((len(y_TE), group.outputs + group.margin))
+        raw_TE = y_TE.new_empty((len(y_TE), group.outputs + group.padding))
         saved.u_qkv, _ = group.forward(y_TE, group.matrix(at.scratch), raw_TE, at.seed)
         saved.qkv_buffer = raw_TE
         saved.qkv = rope(
@@ -202,37 +202,37 @@ class Block:
         saved.raw = raw_TE[:, : group.outputs] if norm else None
 
     def _project_out(self, saved: SavedActivations, at: Context) -> torch.Tensor:
-        """The stream behind attention; returns it normalized, with a margin behind."""
+        """Compute the stream after attention; return it normalized, with padding."""
         group, post = self.o, self.layer.post1
         T, D = saved.x.shape
-        delta_TE = saved.x.new_empty((T, D + group.margin))
+        delta_TE = saved.x.new_empty((T, D + group.padding))
         out_TE = saved.out
-        if group.input_margin:
-            out_TE = saved.x.new_empty((T, group.inputs + group.input_margin))
+        if group.input_padding:
+            out_TE = saved.x.new_empty((T, group.inputs + group.input_padding))
             out_TE[:, : group.inputs] = saved.out
         saved.u_o, update = group.forward(out_TE, group.matrix(at.scratch), delta_TE, at.seed)
         del out_TE
         delta_TD = delta_TE[:, :D]
-        y_TE = saved.x.new_empty((T, D + self.gate_up.input_margin))
-        saved.mid, saved.rstd2 = Stream(saved.x, delta_TD, post, update).norm(self.layer.norm2, y_TE[:, :D])
+        y_TE = saved.x.new_empty((T, D + self.gate_up.input_padding))
+        saved.mid, saved.rstd2 = Residual(saved.x, delta_TD, post, update).norm(self.layer.norm2, y_TE[:, :D])
         if post is not None:
             saved.delta1 = delta_TD
         return y_TE
 
     def _mlp_matrices(self, at: Context) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of gate and up, and of down, both there at a time."""
-        behind = self.gate_up.size if self.gate_up.needs_scratch else 0
-        return self.gate_up.matrix(at.scratch), self.down.matrix(at.scratch[behind:])
+        """Return the matrices of gate and up, and of down, in separate parts of the scratch buffer."""
+        offset = self.gate_up.size if self.gate_up.needs_scratch else 0
+        return self.gate_up.matrix(at.scratch), self.down.matrix(at.scratch[offset:])
 
     def _mlp(
         self, saved: SavedActivations, at: Context, y_TE: torch.Tensor, keeps: bool
     ) -> tuple[torch.Tensor, Update | None]:
-        """What the MLP adds to the stream, but for what adapters add to that."""
+        """Return the MLP's output, and the adapters' part that is still to be added to it."""
         T, both, down = len(y_TE), self.gate_up, self.down
         both_matrix, down_matrix = self._mlp_matrices(at)
-        delta_TE = y_TE.new_empty((T, down.outputs + down.margin))
-        buffer_TE = y_TE.new_empty((T if keeps else _longest(T), both.outputs + both.margin))
-        h_TE = y_TE.new_empty((_longest(T), down.inputs + down.input_margin))
+        delta_TE = y_TE.new_empty((T, down.outputs + down.padding))
+        buffer_TE = y_TE.new_empty((T if keeps else _longest(T), both.outputs + both.padding))
+        h_TE = y_TE.new_empty((_longest(T), down.inputs + down.input_padding))
         u_both, u_down = [], []
         for start, end in _pieces(T):
             gate_up_TE = buffer_TE[start:end] if keeps else buffer_TE[: end - start]
@@ -244,17 +244,17 @@ class Block:
             u_down.append(u)
         saved.gate_up, saved.u_gate_up = (buffer_TE, u_both) if keeps else (None, None)
         saved.u_down = _joined(u_down)
-        if update is not None:  # that of the last piece, over all
+        if update is not None:  # extend the last piece's update to all tokens
             update = down.update(saved.u_down)
         return delta_TE[:, : down.outputs], update
 
     def backward(self, d_TE: torch.Tensor, saved: SavedActivations, at: Context, is_first: bool) -> None:
-        """Adds the adapters' gradients to theirs, and turns the gradient behind the block into that before it.
+        """Accumulate the adapters' gradients, and turn the gradient of the output into that of the input, in place.
 
         Args:
-            d_TE: gradient of the residual stream, in place; the columns behind it are scratch.
-            saved: activations of the forward; used up.
-            at: what all blocks share.
+            d_TE: gradient of the residual stream, in place; the columns after it are scratch.
+            saved: activations of the forward; freed on the way.
+            at: tensors that all blocks share.
             is_first: whether nothing before this block is trained, so that its input needs no gradient.
         """
         self._recompute(saved, at)
@@ -262,11 +262,11 @@ class Block:
         self._attention_backward(d_TE, saved, at, is_first)
 
     def _recompute(self, saved: SavedActivations, at: Context) -> None:
-        """Make every tensor that backward needs and that is not there, but gate and up."""
+        """Recompute every activation that backward needs and that was not kept, except gate and up."""
         norm = self.layer.norm1
         T, D = saved.x.shape
         if saved.qkv is None:
-            y_TE = saved.x.new_empty((T, D + self.qkv.input_margin))
+            y_TE = saved.x.new_empty((T, D + self.qkv.input_padding))
             normalize(saved.x, saved.rstd1, norm.weight_D, norm.offset, y_TE[:, :D])
             self._project_qkv(saved, at, y_TE)
             del y_TE
@@ -276,18 +276,18 @@ class Block:
             self._project_out(saved, at)
 
     def _mlp_backward(self, d_TE: torch.Tensor, saved: SavedActivations, at: Context) -> None:
-        """Turns the gradient behind the MLP into that before it."""
+        """Turn the gradient of the MLP's output into that of its input."""
         layer, T, D = self.layer, len(saved.x), saved.x.shape[1]
         both, down, norm = self.gate_up, self.down, layer.norm2
         both_matrix, down_matrix = self._mlp_matrices(at)
         dy_TE = self._through_post(d_TE, saved.delta2, layer.post2, down)
         down.add_b(saved.u_down, dy_TE[:, :D])
         longest, parts = _longest(T), self._gate_parts(T, saved.x)
-        dx_TE = saved.x.new_empty((T, D + both.margin))
-        dh_TE = saved.x.new_empty((longest, down.inputs + down.margin))
+        dx_TE = saved.x.new_empty((T, D + both.padding))
+        dh_TE = saved.x.new_empty((longest, down.inputs + down.padding))
         made = saved.gate_up is None
-        buffer_TE = saved.x.new_empty((longest, both.outputs + both.margin)) if made else saved.gate_up
-        y_TE = saved.x.new_empty((longest if made else 0, D + both.input_margin))
+        buffer_TE = saved.x.new_empty((longest, both.outputs + both.padding)) if made else saved.gate_up
+        y_TE = saved.x.new_empty((longest if made else 0, D + both.input_padding))
         v_both = []
         for number, (start, end) in enumerate(_pieces(T)):
             size = end - start
@@ -307,19 +307,18 @@ class Block:
         saved.gate_up = None
         v = _joined(v_both)
         del dh_TE, buffer_TE, gate_up_TE, y_TE, parts, v_both
-        if update is not None:  # that of the last piece, over all
+        if update is not None:  # extend the last piece's update to all tokens
             update = Update(dx_TE[:, D : D + both.used], update.b_RN)
         both.add_a(v, saved.mid, at.seed, (saved.rstd2, norm.weight_D, norm.offset))
         self._norm_backward(dx_TE[:, :D], saved.mid, saved.rstd2, norm, d_TE, update)
         saved.mid = None
 
     def _gate_parts(self, tokens: int, like: torch.Tensor) -> AdapterGradientParts | None:
-        """Buffers of the gradients that the gate's backward makes on its way, where every linear of the MLP has its
-        adapter; None: it makes none."""
+        """Allocate the gradients that the gate's backward computes; None where not every linear has its adapter."""
         down, both = self.down, self.gate_up
         if not down.used or min(member.slot for member in both.members) < 0:
             return None
-        if both.dropout_p or down.dropout_p or down.rank != both.rank or both.rank > MOST_RANK:
+        if both.dropout_p or down.dropout_p or down.rank != both.rank or both.rank > MAX_RANK:
             return None
         return AdapterGradientParts.empty(_longest(tokens), down.inputs, down.rank, both.used, like)
 
@@ -327,7 +326,7 @@ class Block:
         self, gate_up_TE: torch.Tensor, dh_TE: torch.Tensor, u_both: torch.Tensor, v_down: torch.Tensor,
         parts: AdapterGradientParts | None, start: int, at: Context,
     ) -> None:  # fmt: skip
-        """Gradient of gate and up in their place, with the adapters' gradients that lie on the way."""
+        """Overwrite gate and up with their gradient, and compute the adapters' gradients that need them."""
         both, down = self.gate_up, self.down
         dh_TF, activation = dh_TE[:, : down.inputs], self.decoder.activation
         if parts is not None:
@@ -339,17 +338,17 @@ class Block:
         both.add_b(u_both, gate_up_TE[:, : both.outputs])
 
     def _attention_backward(self, d_TE: torch.Tensor, saved: SavedActivations, at: Context, is_first: bool) -> None:
-        """Turns the gradient behind attention into that before it."""
+        """Turn the gradient of attention's output into that of its input."""
         layer, T, D = self.layer, len(saved.x), saved.x.shape[1]
         dy_TE = self._through_post(d_TE, saved.delta1, layer.post1, self.o)
-        dout_TE = saved.x.new_empty((T, self.o.inputs + self.o.margin))
+        dout_TE = saved.x.new_empty((T, self.o.inputs + self.o.padding))
         v_o, _ = self.o.backward(dy_TE, self.o.matrix(at.scratch), dout_TE, at.seed)
         self.o.backward_adapters(dy_TE[:, :D], saved.out, saved.u_o, v_o, at.seed)
         dq_THC, dk_TKC, dv_TKC = attend_backward(
             dout_TE[:, : self.o.inputs], saved.qkv, saved.attention, at.documents, self.attention, at.workspace_bytes
         )
         del dout_TE, dy_TE
-        # q, k and v are of no more use: their gradient takes the place of what they were made from.
+        # q, k and v are not needed any more: their gradient overwrites the product's output.
         buffer_TE, norm, outputs = saved.qkv_buffer, layer.norm1, self.qkv.outputs
         raw_TN = saved.raw.clone() if saved.raw is not None else None
         saved.out = saved.attention = saved.qkv = saved.raw = saved.qkv_buffer = None
@@ -362,7 +361,7 @@ class Block:
         if is_first:
             v_qkv = self.qkv.project_gradient(buffer_TE)
         else:
-            dx_TE = saved.x.new_empty((T, D + self.qkv.margin))
+            dx_TE = saved.x.new_empty((T, D + self.qkv.padding))
             v_qkv, update = self.qkv.backward(buffer_TE, self.qkv.matrix(at.scratch), dx_TE, at.seed)
         self.qkv.backward_adapters(buffer_TE[:, :outputs], saved.x, saved.u_qkv, v_qkv, at.seed, scaling)
         if not is_first:
@@ -375,11 +374,11 @@ class Block:
         rms_norm_backward(dx_TD, x_TD, norm.weight_D, rstd_T, norm.eps, norm.offset, d_TE[:, :D], update)
 
     def _through_post(self, d_TE: torch.Tensor, delta_TD: Any, post: Norm | None, group: Group) -> torch.Tensor:
-        """Gradient of what was added to the residual stream, with columns behind it."""
+        """Return the gradient of the addition to the residual stream, with padding after it."""
         D = group.outputs
         if post is None:
             return d_TE
-        dy_TE = d_TE.new_empty((len(d_TE), D + group.margin))
+        dy_TE = d_TE.new_empty((len(d_TE), D + group.padding))
         dy_TE[:, :D] = d_TE[:, :D]
         rms_norm_backward(dy_TE[:, :D], delta_TD.contiguous(), post.weight_D, None, post.eps, post.offset)
         return dy_TE
@@ -390,12 +389,12 @@ def _joined(pieces: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _pieces(tokens: int) -> list[tuple[int, int]]:
-    """Where the MLP's pieces begin and end: as few as may be, of multiples of 64 tokens as equal as may be."""
+    """Return bounds of the MLP's pieces: as few as possible, of nearly equal multiples of 64 tokens."""
     size = _longest(tokens)
     return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
 def _longest(tokens: int) -> int:
-    """Tokens of the longest piece."""
+    """Return the tokens of the longest piece."""
     count = -(-tokens // MLP_TOKENS)
     return min(tokens, -(-tokens // count // 64) * 64)

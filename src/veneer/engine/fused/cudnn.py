@@ -1,17 +1,16 @@
-"""Attention of rows of one length by cuDNN, asked to add in a fixed order.
+"""Computes attention of rows of one length by cuDNN, with deterministic sums.
 
-Torch calls the same kernels, but has no way to ask: its gradient of q is summed in whatever order programs come by, and
-differs in its last bits from call to call. So plans are made here, by cuDNN's own frontend library, a dependency on
-Linux; where that or a plan cannot be had, flash does the work.
+Torch calls the same kernels, but has no option for it: its gradient of q is summed in whatever order programs finish,
+and differs in its last bits from call to call. So plans are built here, by cuDNN's own frontend library, a dependency
+on Linux; where that or a plan is not available, flash is used.
 
 In a fixed order, gradients of scores are written to memory and read again: rows x heads x length^2 numbers of 16 bits.
 So backward goes over some rows and heads at a time, as many as its workspace holds; heads that share a key stay
-together.
-Each head's numbers are the same however they are grouped, but the fewer calls the faster (H100, 4 rows of 2,048 tokens,
-32 heads: 0.99 ms in one call with 1.1 GiB, 1.26 in four with 0.3; torch's takes 0.94, `bench/attention.py`).
+together. Each head's numbers are the same however they are grouped, but fewer calls are faster (H100, 4 rows of 2,048
+tokens, 32 heads: 0.99 ms in one call with 1.1 GiB, 1.26 in four with 0.3; torch's takes 0.94, `bench/attention.py`).
 
-A plan takes a second to make, serves all layers and steps, and is never let go, since recorded passes use it. So only
-rows of whole blocks come here: those that were cut or packed to a length, hardly ever those that have their own.
+A plan takes a second to build, serves all layers and steps, and is never freed, since recorded passes use it. So only
+rows of whole blocks are taken: rows that were cut or packed to one length.
 
 Shapes: T tokens, B rows of L, H query heads, K key heads, C dimensions of a head.
 """
@@ -25,42 +24,42 @@ from veneer.config.notify import notify
 from veneer.kernels.rope import Heads
 
 WORKSPACE_BYTES = 320 * 2**20  # usual workspace of a call; one row of 2,048 tokens and 32 heads takes 288 MiB
-MOST_BYTES = 2560 * 2**20  # of the smallest call: longer rows go through flash
-BLOCK = 128  # tokens; gradients of scores are written in whole ones
-LEAST = 256  # tokens
+MAX_BYTES = 2560 * 2**20  # workspace of the smallest call; rows that need more go through flash
+BLOCK = 128  # tokens; gradients of scores are written in whole blocks
+MIN_TOKENS = 256  # shorter rows go through flash
 
 
 class Call(NamedTuple):
-    """What a call of backward covers."""
+    """The rows and heads that one call of backward covers."""
 
     rows: int
     heads: Heads
 
     @staticmethod
-    def of(rows: int, length: int, heads: Heads, most_bytes: int) -> "Call":
-        """The largest whose workspace is within the bytes; where none is, the smallest."""
+    def of(rows: int, length: int, heads: Heads, max_bytes: int) -> "Call":
+        """Return the largest call whose workspace fits, or the smallest where none does."""
         group = heads.query // heads.key
         keys = [n for n in range(1, heads.key + 1) if heads.key % n == 0]
         calls = [Call(some, Heads(group * n, n, heads.size)) for some in (1, rows) for n in keys]
         calls.sort(key=lambda call: call.workspace_bytes(length))
-        fitting = [call for call in calls if call.workspace_bytes(length) <= most_bytes]
+        fitting = [call for call in calls if call.workspace_bytes(length) <= max_bytes]
         return fitting[-1] if fitting else calls[0]
 
     def workspace_bytes(self, length: int) -> int:
-        """Gradients of scores, sums of rows, and gradients of shared keys and values before they are added up."""
+        """Return the bytes of score gradients, row sums, and gradients of shared keys and values before their sum."""
         shared = 4 * self.heads.size * length if self.heads.query != self.heads.key else 0
         return self.rows * self.heads.query * (2 * length * length + shared + 4 * length)
 
 
 class Layout(NamedTuple):
-    """What a plan is made for.
+    """The tensors and the call that a plan is built for.
 
     Attributes:
-        call: Rows and heads.
-        length: Of each row.
-        scale: Of the scores.
-        qkv, out, dout: Numbers from one token to the next.
-        heads: Of the tensors that a call covers a part of.
+        call: rows and heads.
+        length: tokens of each row.
+        scale: factor of the scores.
+        qkv, out, dout: strides of a token.
+        heads: heads of the whole tensors, of which a call covers a part.
     """
 
     call: Call
@@ -73,7 +72,7 @@ class Layout(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A graph that cuDNN has compiled, its tensors, and the memory it needs beside them."""
+    """A graph compiled by cuDNN, its tensors, and its workspace."""
 
     graph: Any
     tensors: tuple[Any, ...]
@@ -81,14 +80,14 @@ class Plan(NamedTuple):
 
 
 def takes(length: int, heads: Heads) -> bool:
-    """Whether rows this long, which see all that is before them, come here on a GPU that can."""
-    is_whole = length % BLOCK == 0 and length >= LEAST and heads.size % 8 == 0 and heads.size <= 128
-    return is_whole and Call.of(1, length, heads, 0).workspace_bytes(length) <= MOST_BYTES
+    """Return whether causal rows of this length go through cuDNN on a GPU that supports it."""
+    is_whole = length % BLOCK == 0 and length >= MIN_TOKENS and heads.size % 8 == 0 and heads.size <= 128
+    return is_whole and Call.of(1, length, heads, 0).workspace_bytes(length) <= MAX_BYTES
 
 
 @cache
 def is_able(rows: int, length: int, heads: Heads) -> bool:
-    """Whether the current GPU has plans for such rows, in bfloat16."""
+    """Return whether the current GPU has bfloat16 plans for such rows."""
     token, out = (heads.query + 2 * heads.key) * heads.size, heads.query * heads.size
     try:
         for plan, call in (
@@ -96,7 +95,7 @@ def is_able(rows: int, length: int, heads: Heads) -> bool:
             (_backward, Call.of(rows, length, heads, WORKSPACE_BYTES)),
         ):
             plan(Layout(call, length, heads.size**-0.5, token, out, out, heads), torch.cuda.current_device())
-    except (ImportError, OSError, RuntimeError, AttributeError, TypeError) as error:  # the last two: of other versions
+    except (ImportError, OSError, RuntimeError, AttributeError, TypeError) as error:  # last two: other versions
         reason = str(error).strip().splitlines() or [type(error).__name__]
         text = f"attention goes through flash, which is slower: cuDNN has no plan for rows of {length} tokens"
         notify(f"{text} ({reason[0]})")
@@ -105,7 +104,7 @@ def is_able(rows: int, length: int, heads: Heads) -> bool:
 
 
 def attend(qkv: tuple[torch.Tensor, ...], rows: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (T, H, C) and its log-sum-exp (B, H, L), float32, of q (T, H, C), k and v (T, K, C)."""
+    """Return the output (T, H, C) and its log-sum-exp (B, H, L), float32, of q (T, H, C), k and v (T, K, C)."""
     q, k, _ = qkv
     T, H, C = q.shape
     heads, length = Heads(H, k.shape[1], C), T // rows
@@ -121,12 +120,12 @@ def attend_backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     scale: float,
-    most_bytes: int = WORKSPACE_BYTES,
+    max_bytes: int = WORKSPACE_BYTES,
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of q (T, H, C), k and v (T, K, C), taking so much memory on the way, if that is enough."""
+    """Return gradients of q (T, H, C), k and v (T, K, C), with at most so much workspace where that suffices."""
     B, H, L = lse.shape
     K, C = qkv[1].shape[1:]
-    call = Call.of(B, L, Heads(H, K, C), most_bytes)
+    call = Call.of(B, L, Heads(H, K, C), max_bytes)
     layout = Layout(call, L, scale, qkv[0].stride(0), out.stride(0), dout.stride(0), Heads(H, K, C))
     plan = _backward(layout, dout.device.index)
     grads = tuple(x.new_empty(x.shape) for x in qkv)
@@ -151,7 +150,7 @@ def _handle(device: int) -> Any:
 
 
 def _run(plan: Plan, tensors: tuple[torch.Tensor, ...]) -> None:
-    """On the current stream; may be recorded."""
+    """Execute a plan on the current CUDA stream; the launch may be recorded."""
     import cudnn
 
     device = tensors[0].device
@@ -162,7 +161,7 @@ def _run(plan: Plan, tensors: tuple[torch.Tensor, ...]) -> None:
 
 
 class _Builder:
-    """A graph in the making."""
+    """Builds a graph."""
 
     def __init__(self, layout: Layout, device: int) -> None:
         import cudnn
@@ -177,7 +176,7 @@ class _Builder:
         self.common = {"attn_scale": layout.scale, "use_causal_mask": True}
 
     def shape(self, heads: int, token: int) -> "_Shape":
-        """Of a tensor with so many heads, and so many numbers from one token to the next."""
+        """Return the shape of a tensor with so many heads, and the given stride of a token."""
         (rows, some), L = self._layout.call, self._layout.length
         return _Shape(self._kinds.BFLOAT16, (rows, heads, L, some.size), (L * token, some.size, token, 1))
 
@@ -193,7 +192,7 @@ class _Builder:
         tensor.set_output(True).set_data_type(shape.kind).set_dim(shape.dim).set_stride(shape.stride)
 
     def plan(self, *tensors: Any) -> Plan:
-        """Raises RuntimeError where cuDNN refuses."""
+        """Compile the graph. Raises RuntimeError where cuDNN does not support it."""
         try:
             self.graph.build([self._modes.A])
         except (self._refusal, ValueError) as error:

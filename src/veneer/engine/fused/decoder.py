@@ -1,7 +1,7 @@
-"""What the engine must know of a model: its parts, read from Transformers' and PEFT's modules in place.
+"""Reads the parts of a model that the fused engine computes with, from Transformers' and PEFT's modules in place.
 
-Decoders of the Llama kind differ in few ways; those of a family stand in model/families/, those of a model in its
-configuration. A model that differs in another way is not covered; `NotCoveredError` says in which.
+Llama-like decoders differ in few ways; model/families/ describes those of a family, the model's configuration its own.
+A model that differs in another way is not covered; `NotCoveredError` names the difference.
 """
 
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 class NotCoveredError(Exception):
-    """The model has something the fused engine does not compute; the message says what."""
+    """Raised for a model with a part that the fused engine does not compute; the message names it."""
 
 
 class Norm(NamedTuple):
@@ -31,14 +31,14 @@ class Norm(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """One decoder block's parts.
+    """The parts of one decoder block.
 
     Attributes:
-        qkv, o, gate_up, down: Linears of each group.
-        norm1, norm2: Before attention, before the MLP.
-        post1, post2: On the output of attention and of the MLP (Gemma 2), or None.
-        head_norm: Of q and k (Qwen3), or None.
-        window: Tokens that attention looks back; 0: all.
+        qkv, o, gate_up, down: linear layers of each group.
+        norm1, norm2: norms before attention and before the MLP.
+        post1, post2: norms on the output of attention and of the MLP (Gemma 2), or None.
+        head_norm: norms of each head of q and k (Qwen3), or None.
+        window: tokens that a query sees; 0: all.
     """
 
     qkv: tuple[Linear, ...]
@@ -54,7 +54,7 @@ class Layer(NamedTuple):
 
 
 class Decoder(NamedTuple):
-    """A whole model's parts."""
+    """The parts of a whole model."""
 
     layers: tuple[Layer, ...]
     heads: Heads
@@ -70,10 +70,10 @@ class Decoder(NamedTuple):
 
 
 def read(model: Any) -> Decoder:
-    """Parts of a PEFT model.
+    """Read the parts of a PEFT model.
 
     Raises:
-        NotCoveredError: It has parts that the fused engine does not compute.
+        NotCoveredError: it has parts that the fused engine does not compute.
     """
     base = model.get_base_model()
     config = base.config
@@ -150,7 +150,7 @@ def _norm(module: Any, offset: float) -> Norm:
 
 
 def _group(linears: Iterable[Linear]) -> tuple[Linear, ...]:
-    """Linears that share an input, and so one matrix."""
+    """Group linear layers that share an input, and so one matrix."""
     found = tuple(linears)
     names = ", ".join(linear.name for linear in found)
     if len({getattr(linear.module.weight, "quant_state", None) is None for linear in found}) > 1:

@@ -1,12 +1,12 @@
-"""A dry run of the fused engine on meta tensors: what it holds and does, before anything is loaded.
+"""Runs the fused engine dry on meta tensors: its memory and work are known before anything is loaded.
 
 The engine itself runs, on a model whose frozen weights and adapters are stand-ins with a shape and no data: the parts
 of PEFT's and bitsandbytes' modules that `decoder` reads, and no more, since importing either takes longer than a plan
-may. Kernels launched on meta tensors do nothing but say what they would move; what is allocated between them is
-followed as it is made and freed. So a tensor that the engine no longer makes leaves the forecast with it.
+may. Kernels launched on meta tensors only report the bytes they would move; allocations between them are traced. So a
+tensor that the engine no longer allocates leaves the forecast with it.
 
-What this leaves out: FlexAttention's own memory (counted as flash's), recordings' launches, and the plain twins, which
-take more than the kernels do; they are for tests.
+Not counted: FlexAttention's own memory (flash's is), the launches of recorded passes, and the plain torch twins, which
+take more memory than the kernels; they are for tests.
 
 Shapes: T tokens, N trained ones, D inputs and M outputs of a linear layer, R rank.
 """
@@ -26,7 +26,7 @@ from veneer.engine.fused.block import ACTIVATIONS, Block
 from veneer.engine.fused.decoder import NotCoveredError
 from veneer.engine.fused.engine import FusedEngine
 from veneer.engine.fused.graphs import Inputs, rounded
-from veneer.engine.fused.policy import Demand, block_placement, checkpointed, place
+from veneer.engine.fused.policy import Demand, block_placement, checkpointed, choose_placement
 from veneer.engine.placement import MemoryPlacement
 from veneer.engine.trace import Trace
 from veneer.engine.trace import rounded as rounded_bytes
@@ -36,7 +36,7 @@ META = torch.device("meta")
 
 
 def run_layers_dry(base: Any, step: Step, period: int) -> DryRun:
-    """A micro-batch, or the held-out loss of one, of a model with all the layers it has.
+    """Run a micro-batch, or its held-out loss, dry through all layers of a model.
 
     Args:
         base: model on the meta device; changed.
@@ -44,13 +44,13 @@ def run_layers_dry(base: Any, step: Step, period: int) -> DryRun:
         period: layers that have phases of their own in backward, at its beginning and at its end.
 
     Raises:
-        NotCoveredError: The engine does not compute this model.
+        NotCoveredError: the engine does not compute this model.
     """
     engine, held = _engine(base, step)
     inputs = _inputs(step, engine)
     trace = Trace(stands_in=False)
     engine.watch(trace, period)
-    with trace, _heard(trace), _planned(step), torch.no_grad():
+    with trace, _counting_launches(trace), _planned_capability(step), torch.no_grad():
         trace.mark("forward", "activations")
         engine.run_dry(inputs, step.training)
     records = step.training and engine.is_recordable
@@ -58,20 +58,20 @@ def run_layers_dry(base: Any, step: Step, period: int) -> DryRun:
 
 
 def require_covered(base: Any, step: Step) -> None:
-    """Raises NotCoveredError if the engine does not compute a model on the meta device; that is changed."""
+    """Raise NotCoveredError if the engine does not compute a model on the meta device, which is changed."""
     _engine(base, step)
 
 
 def predict_placement(
     base: Any, step: Step, depth: int, gradient_checkpointing: bool | str, least_bytes: int, budget_bytes: int
 ) -> MemoryPlacement:
-    """The placement that the engine would choose, by its own policy.
+    """Return the placement that the engine would choose, by its own policy.
 
     Args:
         base: model on the meta device, with a few layers that repeat in the model; changed.
         step: the largest micro-batch.
         depth: layers of the model.
-        gradient_checkpointing: the setting; only auto goes by the memory.
+        gradient_checkpointing: the setting; only auto depends on memory.
         least_bytes: predicted peak of a step that keeps nothing.
         budget_bytes: memory of the device.
     """
@@ -79,11 +79,11 @@ def predict_placement(
     blocks = [engine.blocks[number % len(engine.blocks)] for number in range(depth)]
     if gradient_checkpointing != "auto":
         return replace(checkpointed(blocks, gradient_checkpointing), records_passes=step.even and engine.is_recordable)
-    with _planned(step):
+    with _planned_capability(step):
         backend = blocks[0].attention.backend(_inputs(step, engine).documents, engine.decoder.embed.weight)
     rows = step.rows if backend == "cudnn" else 0
     demand = Demand(rounded(step.rows * step.length), step.length, rows, least_bytes)
-    return place(blocks, demand, budget_bytes, engine.is_recordable)
+    return choose_placement(blocks, demand, budget_bytes, engine.is_recordable)
 
 
 class _DryEngine(FusedEngine):
@@ -94,7 +94,7 @@ class _DryEngine(FusedEngine):
         self._trace, self._period = trace, period
 
     def run_dry(self, inputs: Inputs, training: bool) -> None:
-        """A pass, or the losses alone."""
+        """Run a pass, or the forward with losses alone."""
         self._pass(inputs) if training else self._logprobs(inputs)
 
     def _head(self, *arguments: Any) -> Any:
@@ -105,7 +105,7 @@ class _DryEngine(FusedEngine):
         return found
 
     def _angles(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        # Transformers' modules look into positions to choose among angles; only the shape matters.
+        # Transformers' modules read the values of positions to choose angles; only the shape matters here.
         table = torch.empty((rows, len(self.decoder.rotary.inv_freq)), device=META)
         return table, table.clone()
 
@@ -123,7 +123,7 @@ class _Marked(Block):
 
 
 def _engine(base: Any, step: Step) -> tuple[_DryEngine, dict[str, int]]:
-    """The engine on stand-ins, and what it holds for good, by component."""
+    """Build the engine on stand-ins; also return the bytes that it always holds, by component."""
     if not step.adapter.is_low_rank:
         raise NotCoveredError(f"adapters of the method {step.adapter.name}")
     model = _Adapted(base, step)
@@ -136,22 +136,22 @@ def _engine(base: Any, step: Step) -> tuple[_DryEngine, dict[str, int]]:
         trace.mark("start", "adapter's 16-bit copies")
         engine = _DryEngine(model, graphs=False)
         engine.apply(replace(engine.placement, blocks=(*[chosen] * (depth - 1), last)))
-        trace.call(engine.master.data, "adapter")
-        trace.call(engine._flat_grad, "gradients")
-        trace.call(engine._scratch, "dequantized weights")
+        trace.assign(engine.master.data, "adapter")
+        trace.assign(engine._flat_grad, "gradients")
+        trace.assign(engine._scratch, "dequantized weights")
         for block in engine.blocks:
             for group in block.groups:
                 if group._resident is not None:
-                    trace.call(group._resident, "other weights" if not group.is_quantized else "dequantized weights")
+                    trace.assign(group._resident, "other weights" if not group.is_quantized else "dequantized weights")
         engine._rotary(_inputs(step, engine).documents.longest)
         held = dict(trace.live)
-    # Weights in 16 bits are moved into matrices with margins: the rest is the margins.
+    # Weights in 16 bits are moved into padded matrices: only the padding is added.
     held["other weights"] = held.get("other weights", 0) - laid_out
     return engine, {name: count for name, count in held.items() if count}
 
 
 def _inputs(step: Step, engine: _DryEngine) -> Inputs:
-    """A micro-batch without content, padded as the engine pads it."""
+    """Return a dummy micro-batch, padded as the engine pads it."""
     tokens = step.rows * step.length
     targets = torch.full((tokens,), UNTRAINED)
     targets[: step.trained] = 0
@@ -164,18 +164,18 @@ def _inputs(step: Step, engine: _DryEngine) -> Inputs:
 
 
 @contextmanager
-def _heard(trace: Trace) -> Iterator[None]:
-    """Launches of kernels are counted in a trace."""
-    LISTENERS.append(trace.moved)
+def _counting_launches(trace: Trace) -> Iterator[None]:
+    """Within the context, a trace counts launches of kernels."""
+    LISTENERS.append(trace.note_moved)
     try:
         yield
     finally:
-        LISTENERS.remove(trace.moved)
+        LISTENERS.remove(trace.note_moved)
 
 
 @contextmanager
-def _planned(step: Step) -> Iterator[None]:
-    """Attention goes the way of the GPU that is planned for."""
+def _planned_capability(step: Step) -> Iterator[None]:
+    """Within the context, attention takes the backend of the GPU that is planned for."""
     before = PLANNED.set(step.capability)
     try:
         yield
@@ -184,10 +184,10 @@ def _planned(step: Step) -> Iterator[None]:
 
 
 class _Adapted(torch.nn.Module):
-    """Stands in for a PEFT model of a base on the meta device, with 4-bit weights where the step has them.
+    """A stand-in for a PEFT model of a base on the meta device, with 4-bit weights where the step has them.
 
     Attributes:
-        replaced: Linear layers of the decoder blocks, the frozen part of each.
+        replaced: frozen linear layers of the decoder blocks.
     """
 
     def __init__(self, base: Any, step: Step) -> None:
@@ -198,7 +198,7 @@ class _Adapted(torch.nn.Module):
         for path, module in list(base.named_modules()):
             if not isinstance(module, torch.nn.Linear) or module is head:
                 if path in step.targets and hasattr(module, "weight"):
-                    module.weight.requires_grad_(True)  # an adapter that the engine does not compute
+                    module.weight.requires_grad_(True)  # stands for an adapter that the engine does not cover
                 continue
             layer = _quantized(module, step) if path in step.quantized else module
             self.replaced.append(layer)
@@ -212,13 +212,13 @@ class _Adapted(torch.nn.Module):
 
 
 class _Packed(torch.nn.Parameter):
-    """Stands in for bitsandbytes' Params4bit."""
+    """A stand-in for bitsandbytes' Params4bit."""
 
     quant_state: Any
 
 
 def _quantized(linear: torch.nn.Linear, step: Step) -> Any:
-    """Stands in for bitsandbytes' Linear4bit."""
+    """Return a stand-in for bitsandbytes' Linear4bit."""
     module: Any = torch.nn.Module()
     weights = linear.weight.numel()
     blocks = weights // QUANT_BLOCK

@@ -1,4 +1,4 @@
-"""The fused engine: whole passes over hand-written blocks. See `veneer.engine.fused`."""
+"""The fused engine runs whole passes over hand-written blocks. See `veneer.engine.fused`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,10 +11,10 @@ import torch.nn.functional as F
 
 from veneer.data.batch import Batch
 from veneer.engine.fused.attention import Documents
-from veneer.engine.fused.block import Block, Context, SavedActivations, Stream
+from veneer.engine.fused.block import Block, Context, Residual, SavedActivations
 from veneer.engine.fused.decoder import Decoder, NotCoveredError, read
 from veneer.engine.fused.graphs import Graphs, Inputs, rounded
-from veneer.engine.fused.policy import Demand, checkpointed, place, uniform
+from veneer.engine.fused.policy import Demand, checkpointed, choose_placement, uniform
 from veneer.engine.interface import BatchShapes
 from veneer.engine.objective import LIKELIHOOD, Objective, StepOutput, TrainedTokens
 from veneer.engine.placement import MemoryPlacement, WeightState
@@ -23,22 +23,22 @@ from veneer.kernels.launch import HAS_TRITON
 from veneer.kernels.rms_norm import rms_norm_backward
 from veneer.kernels.softmax_loss import softmax_loss
 
-LOGITS_BYTES = 256 * 2**20  # of logits made at a time
+LOGITS_BYTES = 256 * 2**20  # logits computed at a time
 
 
 class FusedEngine:
     """Runs a PEFT model's blocks by hand-written code.
 
     Args:
-        model: a PEFT model from `veneer.model.attach` or `load_adapter`.
+        model: PEFT model from `veneer.model.attach` or `load_adapter`.
         gradient_checkpointing: the setting; auto recomputes as true does, until `plan_memory` has measured.
-        graphs: whether passes of a shape that comes again are recorded.
+        graphs: whether passes of a shape that recurs are recorded as CUDA graphs.
 
     Attributes:
-        placement: where the tensors of its blocks are; see `apply`.
+        placement: placement of its blocks' tensors; see `apply`.
 
     Raises:
-        NotCoveredError: The model has parts this engine does not compute.
+        NotCoveredError: the model has parts this engine does not compute.
     """
 
     name = "fused"
@@ -57,18 +57,18 @@ class FusedEngine:
         self._scratch = weight.new_empty(0)
         self._flatten([group for block in self.blocks for group in block.groups])
         self._seed = torch.zeros(1, dtype=torch.int64, device=self._device)
-        # Batches are padded whether or not passes are recorded, so that neither changes a bit.
+        # Batches are padded whether or not passes are recorded, so that both give the same bits.
         self._pads = self._device.type == "cuda" and self.is_recordable
         self.apply(replace(checkpointed(self.blocks, gradient_checkpointing), records_passes=graphs and self._pads))
-        # The last is the longest; the others stay, since recorded passes read them.
+        # The last is the longest; the others are not freed, since recorded passes read them.
         self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     @property
     def is_recordable(self) -> bool:
-        """Whether batches of one shape differ in nothing but data.
+        """Whether passes over batches of one shape launch the same kernels on the same addresses.
 
-        FlexAttention's masks are made anew for each batch, and attention in float32 goes by the lengths that the host
-        knows: a recorded pass would see neither.
+        FlexAttention's masks are new tensors for each batch, and attention in float32 depends on lengths on the host: a
+        recorded pass would see neither change.
         """
         return not self.decoder.softcap and self._dtype != torch.float32
 
@@ -79,22 +79,22 @@ class FusedEngine:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether its memory can be measured."""
+        """Whether it runs on a CUDA device, whose memory can be measured."""
         return bool(self._device.type == "cuda")
 
     def plan_memory(self, shapes: BatchShapes, gradient_checkpointing: bool | str, later_bytes: int) -> MemoryPlacement:
-        """See `Engine.plan_memory`, and `place_within`."""
+        """See `Engine.plan_memory` and `plan_within`."""
         if self.on_gpu and gradient_checkpointing == "auto":
             torch.cuda.empty_cache()
             budget = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - later_bytes
-            return self.place_within(shapes, budget)
-        if shapes.varies:  # what recorded passes would hold was not asked for
+            return self.plan_within(shapes, budget)
+        if shapes.varies:  # no memory was reserved for recorded passes
             self.apply(replace(self.placement, records_passes=False))
         return self.placement
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
-        """See `Engine.adapter_off`; PEFT's switch is in modules that are not called here, so matrices are zero."""
+        """See `Engine.adapter_off`. PEFT's modules are not called here, so the adapter's matrices are zeroed."""
         with self.model.disable_adapter():
             before = self.master.detach().clone()
             self.master.data.zero_()
@@ -121,7 +121,7 @@ class FusedEngine:
         return {"chunked_head": True}
 
     def apply(self, placement: MemoryPlacement) -> None:
-        """Place the blocks' tensors; recorded passes are dropped, and what was dequantized for good stays so.
+        """Apply a placement; recorded passes are dropped, and weights that were dequantized stay dequantized.
 
         Raises:
             NotImplementedError: a state that no engine implements.
@@ -135,40 +135,40 @@ class FusedEngine:
         size = max(block.scratch for block in self.blocks)
         if size != len(self._scratch):
             self._scratch = self._scratch.new_empty(size)
-        shadows = [shadow for block in self.blocks for group in block.groups for shadow in group.shadows()]
-        self._adapters = cast_table(shadows)
+        casts = [cast for block in self.blocks for group in block.groups for cast in group.casts()]
+        self._adapters = cast_table(casts)
         self._graphs = Graphs(self._pass) if placement.records_passes else None
 
-    def place_within(self, shapes: BatchShapes, budget_bytes: int) -> MemoryPlacement:
-        """Keep as much as a budget allows; see `policy.place`. For before training: gradients are lost.
+    def plan_within(self, shapes: BatchShapes, budget_bytes: int) -> MemoryPlacement:
+        """Keep as much as a budget allows; see `policy.choose_placement`. Call it before training: it drops gradients.
 
         Args:
             shapes: lengths of the largest batches.
-            budget_bytes: what tensors may take on the device, those there now included.
+            budget_bytes: memory of the device for tensors, those allocated now included.
         """
-        assert self.on_gpu, "there is nothing to measure elsewhere"
+        assert self.on_gpu, "memory can be measured on CUDA devices only"
         records = self.placement.records_passes
         self.apply(uniform(self.blocks, (), ()))
         demand, fullest = self._measure(shapes)
-        self.apply(place(self.blocks, demand, budget_bytes, records))
+        self.apply(choose_placement(self.blocks, demand, budget_bytes, records))
         if self._graphs is not None and shapes.varies:
-            self._graphs.lay_out(self._bring(_made_up(fullest), True), LIKELIHOOD)
+            self._graphs.reserve(self._to_device(_dummy(fullest), True), LIKELIHOOD)
             self.master.grad = None
         return self.placement
 
     def _measure(self, shapes: BatchShapes) -> tuple[Demand, tuple[int, ...]]:
-        """What passes need as they are placed now, and the lengths of the batch that needs most."""
+        """Measure the memory of passes with the current placement; also return the lengths of the fullest batch."""
         lengths, before = shapes.largest, torch.cuda.memory_allocated()
         held_out = (
-            self._peak_of(lambda: self.token_logprobs(_made_up(shapes.held_out))) - before if shapes.held_out else 0
+            self._peak_of(lambda: self.token_logprobs(_dummy(shapes.held_out))) - before if shapes.held_out else 0
         )
-        # Where lengths vary, batches may be even or not, and attention has a backend for either.
+        # Where lengths vary, a batch may have one length or several, and attention has a backend for each case.
         several = [lengths]
         if shapes.varies and lengths[-1] > 1:
             several.append((*lengths[:-1], lengths[-1] - 1, 1))
         if shapes.documents:
             several.append(shapes.documents)
-        peaks = {some: self._peak_of(partial(self._pass, self._bring(_made_up(some), True))) for some in several}
+        peaks = {some: self._peak_of(partial(self._pass, self._to_device(_dummy(some), True))) for some in several}
         fullest, peak = max(peaks.items(), key=lambda pair: pair[1])
         self.master.grad = None
         usual = Documents.of(several[-1], self._device)
@@ -186,10 +186,10 @@ class FusedEngine:
         return torch.cuda.max_memory_allocated()
 
     def _flatten(self, groups: list[Any]) -> None:
-        """One buffer for all parameters, one for all gradients; PEFT's become views of them.
+        """Move all adapter parameters into one buffer, and all gradients into another; PEFT's become views of them.
 
-        `master` is the first of them: an optimizer of that one parameter updates all adapters in one launch. Its
-        8-bit states (blocks of 256) are those of separate parameters where each one's size is a multiple of 256.
+        An optimizer of the one parameter `master` updates all adapters in one launch. Its 8-bit states (blocks of 256)
+        equal those of separate parameters where each one's size is a multiple of 256.
         """
         ordered = []
         for group in groups:
@@ -215,7 +215,7 @@ class FusedEngine:
             at += size_a + size_b
 
     def _gradients(self) -> None:
-        """Gradients that the optimizer dropped begin at zero, in the flat buffer."""
+        """Restore gradients that the optimizer set to None, as zeros in the flat buffer."""
         if self.master.grad is None or self._views[0][0].grad is None:
             self._flat_grad.zero_()
             self.master.grad = self._flat_grad
@@ -229,13 +229,13 @@ class FusedEngine:
         has_dropout = self.has_dropout
         if has_dropout:
             self._seed.random_(0, 2**31)
-        inputs = self._bring(batch, True, objective.is_weighted_sum)
+        inputs = self._to_device(batch, True, objective.is_weighted_sum)
         if self._graphs is None:
             return self._pass(inputs, objective)
         return self._graphs.run(inputs, objective, has_dropout)
 
     def _pass(self, inputs: Inputs, objective: Objective = LIKELIHOOD) -> StepOutput:
-        """Forward and backward, on the device alone."""
+        """Run forward and backward without waiting for the device."""
         at = self._context(inputs.documents, training=True)
         cast_all(self._adapters)
         stream, saved = self._forward(inputs.ids_T, at, True)
@@ -243,7 +243,7 @@ class FusedEngine:
         del stream
         about = inputs.weights_N, inputs.index_N, inputs.documents.bounds, inputs.values
         output, coefficients_N = objective(TrainedTokens(-losses_N.double(), *about))
-        if coefficients_N is not None:  # all behind the head is linear in its gradient's rows
+        if coefficients_N is not None:  # backward is linear in the rows of the head's gradient
             factor_N = torch.where(inputs.targets_N >= 0, -coefficients_N, 0.0).float()
             d_TE *= torch.zeros_like(d_TE[:, :1], dtype=torch.float32).index_copy_(0, inputs.index_N, factor_N[:, None])
         for block in reversed(self.blocks):
@@ -253,15 +253,15 @@ class FusedEngine:
     @torch.no_grad()
     def token_logprobs(self, batch: Batch) -> torch.Tensor:
         """See `Engine.token_logprobs`."""
-        return self._logprobs(self._bring(batch, training=False))
+        return self._logprobs(self._to_device(batch, training=False))
 
     def _logprobs(self, inputs: Inputs) -> torch.Tensor:
         cast_all(self._adapters)
         stream, _ = self._forward(inputs.ids_T, self._context(inputs.documents, training=False), False)
         return -self._head(inputs, stream, False)[0].double()
 
-    def _bring(self, batch: Batch, training: bool, by_weight: bool = True) -> Inputs:
-        """The batch on the device, with rotary tables for it."""
+    def _to_device(self, batch: Batch, training: bool, by_weight: bool = True) -> Inputs:
+        """Move the batch to the device, and make rotary tables for its length."""
         inputs = Inputs.of(batch, self._device, self.decoder.longest, training and self._pads, by_weight)
         self._rotary(inputs.documents.longest)
         return inputs
@@ -272,9 +272,9 @@ class FusedEngine:
         return Context(documents, cos_PS, sin_PS, self._scratch, seed, self.placement.workspace_bytes)
 
     def _rotary(self, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tables of the model's own rotary module, float32, for documents of up to so many tokens.
+        """Return tables of the model's own rotary module, float32, for documents of up to so many tokens.
 
-        Where it has other angles for long documents, the table of these stands below that of the short ones.
+        Where it has other angles for long documents, their table follows that of the short ones.
         """
         switch = self.decoder.longest
         if not self._tables or len(self._tables[-1][0]) - (switch or 0) < longest:
@@ -290,9 +290,9 @@ class FusedEngine:
         half = cos.shape[-1] // 2
         return cos[0, :, :half], sin[0, :, :half]
 
-    def _forward(self, ids_T: torch.Tensor, at: Context, training: bool) -> tuple[Stream, list[SavedActivations]]:
-        """The residual stream behind the last block, and what each block saves."""
-        stream = Stream(self.decoder.embed(ids_T))
+    def _forward(self, ids_T: torch.Tensor, at: Context, training: bool) -> tuple[Residual, list[SavedActivations]]:
+        """Return the residual stream after the last block, and the saved activations of each block."""
+        stream = Residual(self.decoder.embed(ids_T))
         saved: list[SavedActivations] = []
         for block, placement in zip(self.blocks, self.placement.blocks, strict=True):
             stream, of_block = block.forward(stream, at, placement.kept if training else frozenset())
@@ -300,15 +300,15 @@ class FusedEngine:
                 saved.append(of_block)
         return stream, saved
 
-    def _head(self, inputs: Inputs, stream: Stream, training: bool) -> tuple[torch.Tensor, Any]:
-        """Losses of trained tokens, and in training the gradient of the residual stream, with columns behind it."""
+    def _head(self, inputs: Inputs, stream: Residual, training: bool) -> tuple[torch.Tensor, Any]:
+        """Return losses of trained tokens, and in training the gradient of the residual stream, with padding."""
         norm, weight_VD = self.decoder.norm, self.decoder.head.weight
         y_TD = torch.empty_like(stream.x_TD)
         x_TD, rstd_T = stream.norm(norm, y_TD)
         D, index_N = x_TD.shape[1], inputs.index_N
         losses_N = torch.empty(len(index_N), dtype=torch.float32, device=self._device)
-        margin = max(max(block.o.margin, block.down.margin) for block in self.blocks)
-        d_TE = x_TD.new_zeros((len(x_TD), D + margin)) if training else None
+        padding = max(max(block.o.padding, block.down.padding) for block in self.blocks)
+        d_TE = x_TD.new_zeros((len(x_TD), D + padding)) if training else None
         rows = max(16, LOGITS_BYTES // (weight_VD.shape[0] * weight_VD.element_size()) // 16 * 16)
         for start in range(0, len(index_N), rows):
             part = slice(start, start + rows)
@@ -324,8 +324,8 @@ class FusedEngine:
         return losses_N, d_TE
 
 
-def _made_up(lengths: Sequence[int]) -> Batch:
-    """A batch that trains every token."""
+def _dummy(lengths: Sequence[int]) -> Batch:
+    """Return a batch of zeros that trains every token."""
     tokens = sum(lengths)
     ids_T, weights_T = torch.zeros(tokens, dtype=torch.int64), torch.ones(tokens)
     return Batch(ids_T, ids_T, weights_T, tuple(lengths), tokens, float(tokens))

@@ -1,17 +1,16 @@
-"""Passes recorded as CUDA graphs, by the shape of their batch.
+"""Records passes as CUDA graphs, by the shape of their batch.
 
-A pass over a small batch takes the host longer to launch than the GPU to compute. A batch of the same shape as one
-before launches the same kernels on the same addresses; so the second time it is recorded, and from then on replayed in
-one launch. What changes between steps (tokens, targets, weights, where documents begin, the seed of dropout, the
-adapters themselves) is data the kernels read; the learning rate is the optimizer's.
+A pass over a small batch takes the host longer to launch than the GPU to compute. A batch of a shape seen before
+launches the same kernels on the same addresses; so the second time it is recorded, and from then on replayed in one
+launch. What changes between steps (tokens, targets, weights, bounds of documents, the seed of dropout, the adapters
+themselves) is data that the kernels read; the learning rate belongs to the optimizer.
 
-Documents of uneven lengths would hardly ever come twice in one shape. So batches are padded (`Size`): by one more
-document that nothing is learned from, to one of 16 sizes between a power of two and the next; trained tokens to one of
-8. Of packed rows that leaves a dozen shapes, and most passes are replayed; of rows by themselves some forty
-(`bench/replays.py`).
+Batches of documents of uneven lengths would hardly ever share a shape. So they are padded (`PassShape`): by one more
+document without trained tokens, to one of 16 sizes between a power of two and the next; trained tokens to one of 8.
+Packed rows then have a dozen shapes, and most passes are replayed; unpacked rows have some forty (`bench/replays.py`).
 
-All graphs share one pool of memory, since only one runs at a time. The largest pass is recorded first (`lay_out`): what
-the others need is then a part of what it left, where pass after larger pass would each add to it.
+All graphs share one pool of memory, since only one runs at a time. The largest pass is recorded first (`reserve`), so
+that the others reuse its memory; recorded in rising order of size, each would add to the pool.
 """
 
 from collections import Counter
@@ -25,24 +24,24 @@ from veneer.data.batch import UNTRAINED, Batch
 from veneer.engine.fused import cudnn
 from veneer.engine.fused.attention import Documents
 from veneer.engine.objective import Objective, StepOutput
-from veneer.machine.device import bring
+from veneer.machine.device import to_device
 
-MOST = 32  # graphs; their launches take some memory each
-SIZES = 16  # of tokens between a power of two and the next
-TRAINED = 8  # of trained ones, in so many parts of that power of two
-DOCUMENTS = 32  # their number is rounded up to a multiple of this
-LONGEST = 512  # tokens; the longest of a batch counts as this, or as the next power of two
+MAX_GRAPHS = 32  # each takes some memory
+SIZES = 16  # numbers of tokens between a power of two and the next
+TRAINED = 8  # numbers of trained tokens, in the same way
+DOCUMENTS = 32  # the number of documents is rounded up to a multiple of this
+LONGEST = 512  # tokens; the longest document counts as this many, or as the next power of two
 
 
-class Size(NamedTuple):
-    """What decides the launches of a pass.
+class PassShape(NamedTuple):
+    """The shape that decides the launches of a pass.
 
     Attributes:
-        is_even: Whether all documents are of one length, and cut or packed to it: such batches come again as they are.
-        tokens: Of all documents.
-        documents: How many, the empty ones included.
-        longest: Tokens of the longest, or more.
-        trained: Tokens.
+        is_even: whether all documents are cut or packed to one length: such batches recur without padding.
+        tokens: tokens of all documents.
+        documents: number of documents, empty ones included.
+        longest: tokens of the longest document, or more.
+        trained: number of trained tokens.
     """
 
     is_even: bool
@@ -52,10 +51,10 @@ class Size(NamedTuple):
     trained: int
 
     @staticmethod
-    def of(lengths: Sequence[int], trained: int) -> "Size":
-        """That to which a batch with so many trained tokens is padded."""
+    def of(lengths: Sequence[int], trained: int) -> "PassShape":
+        """Return the shape to which a batch with so many trained tokens is padded."""
         tokens, longest = sum(lengths), max(lengths)
-        is_even = len(set(lengths)) == 1 and longest % cudnn.BLOCK == 0 and longest >= cudnn.LEAST
+        is_even = len(set(lengths)) == 1 and longest % cudnn.BLOCK == 0 and longest >= cudnn.MIN_TOKENS
         documents, more = len(lengths), 0 if is_even else rounded(tokens) - tokens
         if not is_even:
             documents = -(-(documents + (more > 0)) // DOCUMENTS) * DOCUMENTS
@@ -63,21 +62,21 @@ class Size(NamedTuple):
         if trained < tokens + more:
             step = max(64, _power_of_2(tokens + more) // TRAINED)
             trained = -(-trained // step) * step
-        return Size(is_even, tokens + more, documents, longest, trained)
+        return PassShape(is_even, tokens + more, documents, longest, trained)
 
 
 class Inputs(NamedTuple):
     """A batch on the device. N trained tokens.
 
     Attributes:
-        ids_T: Tokens, int64.
-        index_N: Where trained tokens' hidden states stand, int64.
-        targets_N: What follows them, int64.
-        weights_N: Weight of each in the loss, float32.
-        factor_N: What each counts in the gradient as the head computes it, float32.
-        values: What an objective needs beside, by name; float32.
-        documents: Their bounds.
-        size: What decides the launches, where it was padded.
+        ids_T: tokens, int64.
+        index_N: positions whose next token is trained, int64.
+        targets_N: the trained tokens, int64.
+        weights_N: weight of each in the loss, float32.
+        factor_N: factor of each in the gradient that the head computes, float32.
+        values: further inputs of the objective, by name; float32.
+        documents: bounds of the documents.
+        size: shape of the padded batch, which decides the launches.
     """
 
     ids_T: torch.Tensor
@@ -87,23 +86,23 @@ class Inputs(NamedTuple):
     factor_N: torch.Tensor
     values: dict[str, torch.Tensor]
     documents: Documents
-    size: Size
+    size: PassShape
 
     @staticmethod
     def of(batch: Batch, device: torch.device, switch: int | None, pads: bool, by_weight: bool = True) -> "Inputs":
-        """What is trained is found on the host, so that nothing waits for the device.
+        """Find the trained tokens on the host, so that nothing waits for the device, and move all to the device.
 
         Args:
-            batch: On the host.
-            device: Where it goes.
-            switch: See `Documents.of`.
-            pads: Whether to round up to sizes that come again.
-            by_weight: Whether the weights are coefficients already; else those of an objective come later.
+            batch: batch on the host.
+            device: device of the tensors.
+            switch: argument of `Documents.of`.
+            pads: whether to pad to sizes that recur.
+            by_weight: whether the weights are the coefficients; else an objective gives these after the forward.
         """
         index_N = (batch.targets_T >= 0).nonzero().squeeze(1)
         ids_T, targets_N, weights_N = batch.ids_T, batch.targets_T[index_N], batch.weights_T[index_N]
         values = {name: value_T[index_N] for name, value_T in batch.values.items()}
-        lengths, size = batch.lengths, Size.of(batch.lengths, len(index_N))
+        lengths, size = batch.lengths, PassShape.of(batch.lengths, len(index_N))
         if pads:
             more = size.tokens - len(ids_T)
             untrained = len(ids_T) if more else _first_gap(index_N, len(ids_T))
@@ -119,8 +118,8 @@ class Inputs(NamedTuple):
             empty = documents.bounds[-1:].expand(size.documents - len(lengths))
             documents = documents._replace(bounds=torch.cat([documents.bounds, empty]), longest=size.longest)
         factor_N = (weights_N if by_weight else torch.ones_like(weights_N)) * batch.scale
-        tensors = [bring(t, device) for t in (ids_T, index_N, targets_N, weights_N, factor_N)]
-        values = {name: bring(value_N, device) for name, value_N in values.items()}
+        tensors = [to_device(t, device) for t in (ids_T, index_N, targets_N, weights_N, factor_N)]
+        values = {name: to_device(value_N, device) for name, value_N in values.items()}
         return Inputs._make([*tensors, values, documents, size])
 
     @property
@@ -128,25 +127,25 @@ class Inputs(NamedTuple):
         return (*self[:5], self.documents.position_T, self.documents.bounds, *self.values.values())
 
     def cloned(self) -> "Inputs":
-        """At addresses of its own."""
+        """Return a copy at addresses of its own."""
         tensors = [tensor.clone() for tensor in self.tensors]
         documents = self.documents._replace(position_T=tensors[5], bounds=tensors[6])
         return Inputs._make([*tensors[:5], dict(zip(self.values, tensors[7:], strict=True)), documents, self.size])
 
 
 def rounded(count: int) -> int:
-    """The next of the sizes that batches are padded to, a multiple of 64 at least."""
+    """Return the number of tokens that a batch of `count` is padded to, a multiple of 64."""
     step = max(64, _power_of_2(count) // SIZES)
     return -(-count // step) * step
 
 
 def _power_of_2(count: int) -> int:
-    """The largest that is not above."""
+    """Return the largest power of two that is not above `count`."""
     return 1 << (count.bit_length() - 1)
 
 
 def _first_gap(index_N: torch.Tensor, tokens: int) -> int | None:
-    """The first token that is not trained; None: all are."""
+    """Return the first position that is not trained; None: all are."""
     if len(index_N) == tokens:
         return None
     gaps = (index_N != torch.arange(len(index_N))).nonzero()
@@ -163,7 +162,7 @@ class Graphs:
     """Records and replays `compute`.
 
     Args:
-        compute: A pass for an objective; launches on the device and never waits for it.
+        compute: function that runs a pass for an objective, and never waits for the device.
     """
 
     def __init__(self, compute: Callable[[Inputs, Objective], StepOutput]) -> None:
@@ -173,17 +172,17 @@ class Graphs:
         self._pool: Any = None
         self._largest: _Recorded | None = None
 
-    def lay_out(self, inputs: Inputs, objective: Objective) -> None:
-        """Record the largest pass; it is not replayed, but holds the pool."""
-        self._compute(inputs, objective)  # so that kernels are there: none can be compiled while a pass is recorded
+    def reserve(self, inputs: Inputs, objective: Objective) -> None:
+        """Record the largest pass; it is never replayed, but sizes the pool."""
+        self._compute(inputs, objective)  # compiles the kernels, which cannot be done while recording
         self._largest = self._record(inputs, objective)
 
     def run(self, inputs: Inputs, objective: Objective, kind: Hashable = None) -> StepOutput:
-        """The pass, replayed where it can be; one of another kind does other work."""
+        """Run a pass, replayed where it was recorded; passes of different `kind` launch different kernels."""
         key = inputs.size, objective, kind
         self._seen[key] += 1
         if key not in self._recorded:
-            if self._seen[key] < 2 or len(self._recorded) == MOST:
+            if self._seen[key] < 2 or len(self._recorded) == MAX_GRAPHS:
                 return self._compute(inputs, objective)
             self._recorded[key] = self._record(inputs, objective)
         recorded = self._recorded[key]
@@ -194,7 +193,7 @@ class Graphs:
         return StepOutput(loss.clone(), weight.clone(), {name: value.clone() for name, value in metrics.items()})
 
     def _record(self, inputs: Inputs, objective: Objective) -> _Recorded:
-        # What the allocator holds for passes without a graph is of no use to the graph's own pool.
+        # A graph's pool cannot reuse memory that the allocator has cached for other passes.
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         if self._pool is None:

@@ -1,4 +1,4 @@
-"""Linears that share an input, as one matrix with their adapters in its margins.
+"""Computes linear layers that share an input as one matrix, with their adapters in its padding.
 
 For q, k and v (or gate and up, or a single linear) with stacked weights W (N x D), stacked A (R x D) and B in blocks on
 a diagonal (N x R), one matrix holds all:
@@ -10,19 +10,19 @@ a diagonal (N x R), one matrix holds all:
       R |   A   |      |      dx = dy W + v A,        v = dy s B
         +-------+------+
 
-An adapter's products are skinny: what they cost is reading activations. So they ride in the large products, in one of
-two ways. Where u is known first, y = [x | u] [W | s B]^T is one product ("before"). Where the product comes first,
-[y | u] = x [W ; A]^T gives u as further columns of y, and the norm that reads y next adds what is missing ("after"), an
-`Update`. The same two ways lead back: dx = [dy | v] [W ; A], or [dx | v] = dy [W | s B]. "After" saves a reading of the
-input but needs a norm behind, of few enough ranks. Where W is in 4 bits, the matrix is made in a scratch buffer just
-before it is used; where memory allows, it stays.
+An adapter's products are skinny: their cost is reading activations. So they are computed within the large products, in
+one of two ways. Where u is computed first, y = [x | u] [W | s B]^T is one product ("before"). Where the product comes
+first, [y | u] = x [W ; A]^T gives u as further columns of y, and the norm that reads y next adds u (s B)^T, an `Update`
+("after"). Backward has the same two ways: dx = [dy | v] [W ; A], or [dx | v] = dy [W | s B]. "After" saves a reading of
+the input but needs a norm next, and few ranks. Where W is in 4 bits, the matrix is dequantized into a scratch buffer
+just before it is used; where memory allows, it is kept.
 
 A product whose adapters are added after it is stored 1.618 times too large (see `update`).
 
 With dropout, u comes from a masked copy of x that exists only within a kernel, and v A is masked likewise.
 
-Shapes: T tokens, D inputs, N outputs, R stacked ranks, padded to a multiple of 16; E a width with a margin behind it:
-columns for the adapters, padded so that rows begin where products read them fastest.
+Shapes: T tokens, D inputs, N outputs, R stacked ranks, padded to a multiple of 16; E a width with padding after it:
+columns for the adapters, as many as align rows to what products read fastest.
 """
 
 from collections.abc import Sequence
@@ -35,18 +35,18 @@ from veneer.kernels.cast import Cast
 from veneer.kernels.low_rank import Dropout, Member
 from veneer.kernels.update import OFF_GRID, Update
 
-MOST_ADDED = 32  # ranks that a norm adds on its way; more cost it more than a reading
+MAX_ADDED = 32  # ranks that a norm adds; with more, a separate product is faster
 
 
 class Linear(NamedTuple):
     """One linear layer and its adapter, if it has one.
 
     Attributes:
-        name: Of the module.
+        name: name of the module.
         module: nn.Linear or bitsandbytes' Linear4bit.
-        a, b: The adapter's matrices, (r, D) and (N, r) parameters; None without adapter.
-        scale: lora_alpha / r or the like.
-        dropout: Probability on the adapter's input.
+        a, b: matrices of the adapter, (r, D) and (N, r) parameters; None without adapter.
+        scale: factor of the adapter's output, as lora_alpha / r.
+        dropout: probability of dropout on the adapter's input.
     """
 
     name: str
@@ -58,14 +58,14 @@ class Linear(NamedTuple):
 
 
 class Group:
-    """See the module.
+    """A group of linear layers that share an input; see the module.
 
     Args:
-        linears: One to three that read the same input.
-        dtype: Of compute.
-        key: Tells its dropout masks apart from other groups'.
-        before_norm: Whether a norm reads the outputs next, and can add to them.
-        behind_norm: Whether the inputs come from a norm, whose backward can add to their gradient.
+        linears: one to three layers that read the same input.
+        dtype: compute dtype.
+        key: number that makes its dropout masks differ from those of other groups.
+        before_norm: whether a norm reads the outputs next, and can add to them.
+        behind_norm: whether the inputs come from a norm, whose backward can add to their gradient.
     """
 
     def __init__(
@@ -73,8 +73,8 @@ class Group:
         linears: Sequence[Linear],
         dtype: torch.dtype,
         key: int,
-        before_norm: bool = False,
-        behind_norm: bool = False,
+        norm_follows: bool = False,
+        norm_precedes: bool = False,
     ) -> None:
         self.linears = tuple(linears)
         adapted = [linear for linear in linears if linear.a is not None]
@@ -87,11 +87,11 @@ class Group:
         self.key = key
         self.used = self.rank * len(adapted)
         self.stacked = -(-self.used // 16) * 16
-        # Rows that begin at multiples of 128 bytes: a product whose rows do not is 3% slower on an H100.
+        # Rows are aligned to 128 bytes: a product of unaligned rows is 3% slower on an H100.
         unit = 16 if first.weight.device.type == "cpu" else 64
-        self.margin = -(-self.stacked // unit) * unit
-        self._after = before_norm and 0 < self.used <= MOST_ADDED
-        self._after_back = behind_norm and 0 < self.used <= MOST_ADDED
+        self.padding = -(-self.stacked // unit) * unit
+        self._after = norm_follows and 0 < self.used <= MAX_ADDED
+        self._after_back = norm_precedes and 0 < self.used <= MAX_ADDED
         members, at, slot = [], 0, 0
         for linear in linears:
             size = linear.module.out_features
@@ -109,11 +109,11 @@ class Group:
         else:
             matrix = torch.zeros(self.shape, dtype=dtype, device=device)
             for linear, member in zip(linears, members):
-                place = matrix[member.start : member.end, : self.inputs]
-                place.copy_(linear.module.weight.data)
-                linear.module.weight.data = place  # the module reads the same memory, so nothing is there twice
+                view = matrix[member.start : member.end, : self.inputs]
+                view.copy_(linear.module.weight.data)
+                linear.module.weight.data = view  # the module shares this memory
             self._make_resident(matrix)
-        # What an update reads, rank by rank.
+        # B transposed, which an update reads rank by rank.
         self._b_RN = torch.zeros((self.used if self._after else 0, self.outputs), dtype=dtype, device=device)
         self._bias: torch.Tensor | None = None
         if any(linear.module.bias is not None for linear in linears):
@@ -121,7 +121,7 @@ class Group:
             for linear, member in zip(linears, members):
                 if linear.module.bias is not None:
                     self._bias[member.start : member.end] = linear.module.bias.data
-        # Set by the engine: where the adapters' gradients lie, stacked A (R, D) and the B one behind the other.
+        # Set by the engine: views of the adapters' gradients, stacked A (R, D), and all B one after the other.
         self.grad_a: Any = None
         self.grad_b: Any = None
 
@@ -132,33 +132,33 @@ class Group:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of its matrix."""
-        return self.outputs + self.margin, self.inputs + self.margin
+        """The shape of its matrix."""
+        return self.outputs + self.padding, self.inputs + self.padding
 
     @property
     def size(self) -> int:
-        """Elements of its matrix."""
+        """The number of elements of its matrix."""
         return self.shape[0] * self.shape[1]
 
     @property
-    def input_margin(self) -> int:
-        """Columns that `forward` needs behind its input."""
-        return 0 if self._after else self.margin
+    def input_padding(self) -> int:
+        """The columns that `forward` needs after its input."""
+        return 0 if self._after else self.padding
 
     @property
     def needs_scratch(self) -> bool:
-        """Whether its matrix is made anew each time."""
+        """Whether its matrix is dequantized for each use."""
         return self._resident is None
 
     def keep_dequantized(self) -> None:
-        """Hold the 16-bit matrix for good: no time for dequantization any more."""
+        """Dequantize once, and keep the 16-bit matrix."""
         if self._resident is None:
             matrix = self.a_RD.new_zeros(self.shape)
             nf4.dequantize(self.table, matrix)
             self._make_resident(matrix)
 
-    def shadows(self) -> list[Cast]:
-        """Where each adapter matrix stands in compute precision."""
+    def casts(self) -> list[Cast]:
+        """Return the casts that copy each adapter matrix into the group's matrices, in the compute dtype."""
         pairs = []
         for linear, (start, end, slot) in zip(self.linears, self.members):
             if slot >= 0:
@@ -170,7 +170,7 @@ class Group:
         return pairs
 
     def matrix(self, scratch: torch.Tensor) -> torch.Tensor:
-        """The whole matrix, of `shape`; valid until the scratch buffer is used again."""
+        """Return the whole matrix, of `shape`; it is valid until the scratch buffer is used again."""
         if self._resident is not None:
             return self._resident
         matrix = scratch[: self.size].view(self.shape)
@@ -186,14 +186,14 @@ class Group:
         """Fill the first N columns of `out_TE`.
 
         Args:
-            x_TE: (T, D), with `input_margin` columns behind.
-            matrix: From `matrix`.
-            out_TE: (T, N + margin).
-            seed: Of dropout; None: none (evaluation).
-            skipped: Tokens of the batch before the first of these, which are a piece of it.
+            x_TE: input, (T, D + `input_padding`).
+            matrix: result of `matrix`.
+            out_TE: output, (T, N + padding).
+            seed: seed of dropout; None: none (evaluation).
+            skipped: tokens of the batch before the first of these, which are a piece of it.
 
         Returns:
-            u = x A^T, shape (T, used), which backward needs, and what is still to be added to the output.
+            u = x A^T, shape (T, used), which backward needs, and the update still to be added to the output.
         """
         N, D, R = self.outputs, self.inputs, self.stacked
         dropout = self._dropout(seed, skipped)
@@ -217,7 +217,7 @@ class Group:
         return u_TR, self.update(u_TR)
 
     def update(self, u_TR: torch.Tensor) -> Update:
-        """What is to be added behind a product whose adapters are "after"."""
+        """Return the update of a product whose adapters are added "after"."""
         return Update(u_TR, self._b_RN, 1 / OFF_GRID)
 
     def _product(self, x_TD: torch.Tensor, weight_DN: torch.Tensor, out_TN: torch.Tensor, factor: float = 1.0) -> None:
@@ -243,11 +243,11 @@ class Group:
         """Fill the first D columns of `dx_TE`.
 
         Args:
-            dy_TE: Gradient of the output, with a margin behind it.
-            dx_TE: (T, D + margin).
+            dy_TE: gradient of the output, with padding.
+            dx_TE: gradient of the input, (T, D + padding).
 
         Returns:
-            v = dy s B, shape (T, used), which `add_a` needs, and what is still to be added to the gradient.
+            v = dy s B, shape (T, used), which `add_a` needs, and the update still to be added to the gradient.
         """
         N, D, R = self.outputs, self.inputs, self.stacked
         dropout = self._dropout(seed, skipped)
@@ -265,7 +265,7 @@ class Group:
         return v_TR, None
 
     def project_gradient(self, dy_TE: torch.Tensor) -> torch.Tensor:
-        """v = dy s B by a kernel of its own, into the columns behind dy."""
+        """Compute v = dy s B by a kernel of its own, into the padding of dy."""
         N, R = self.outputs, self.stacked
         if self.used:
             low_rank.project(dy_TE[:, :N], self.b_NR.T, dy_TE[:, N : N + R], R)
@@ -274,12 +274,12 @@ class Group:
     def backward_adapters(
         self, dy_TN: torch.Tensor, x_TD: torch.Tensor, u_TR: Any, v_TR: Any, seed: torch.Tensor | None, norm: Any = None
     ) -> None:
-        """Add the adapters' gradients to theirs.
+        """Accumulate the adapters' gradients.
 
         Args:
-            dy_TN: Gradient of the output.
-            x_TD: The forward's input, or what `norm` makes it from (see `low_rank.outer`).
-            u_TR, v_TR: As `forward` and `backward` gave them.
+            dy_TN: gradient of the output.
+            x_TD: the forward's input, or the norm's input where `norm` is given (see `low_rank.outer`).
+            u_TR, v_TR: results of `forward` and `backward`.
         """
         self.add_a(v_TR, x_TD, seed, norm)
         self.add_b(u_TR, dy_TN)
@@ -287,12 +287,12 @@ class Group:
     def add_a(
         self, v_TR: torch.Tensor, x_TD: torch.Tensor, seed: torch.Tensor | None, norm: Any = None, skipped: int = 0
     ) -> None:
-        """A's gradients, v^T x."""
+        """Accumulate A's gradients, v^T x."""
         if self.used:
             low_rank.add_a(low_rank.outer(v_TR, x_TD, self.rank, self._dropout(seed, skipped), norm), self.grad_a)
 
     def add_b(self, u_TR: torch.Tensor, dy_TN: torch.Tensor) -> None:
-        """B's gradients, s dy^T u."""
+        """Accumulate B's gradients, s dy^T u."""
         if self.used:
             parts = low_rank.outer(u_TR, dy_TN, self.used)
             low_rank.add_b(parts, self.grad_b, self.members, self.rank, self.scale)

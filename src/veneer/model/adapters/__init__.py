@@ -1,4 +1,4 @@
-"""Adapter methods, each one frozen description (method.py), in a file a method. A new one is registered here."""
+"""Adapter methods, each a frozen description (method.py) in its own file. A new one is registered here."""
 
 from typing import Any
 
@@ -12,6 +12,6 @@ METHODS = (RSLORA, LORA)  # the first that applies is taken
 
 
 def find_method(options: Any) -> AdapterMethod:
-    """The method that a run's section `adapter`, or PEFT's configuration of an adapter made by Veneer, asks for."""
+    """Find the method for a run's section `adapter`, or for PEFT's configuration of an adapter made by Veneer."""
     kind = getattr(options, "peft_type", None)
     return next(method for method in METHODS if kind in (None, method.peft_type) and method.applies(options))

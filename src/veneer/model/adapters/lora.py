@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685): y = W x + s B A x, with B zero at first and s = lora_alpha / r."""
+"""LoRA (arXiv 2106.09685) computes y = W x + s B A x, with B zero at first and s = lora_alpha / r."""
 
 import re
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of in
 
 
 class LowRank(NamedTuple):
-    """A change of a linear layer that is scale * B A, with dropout on its input. R rank, I inputs, O outputs."""
+    """A low-rank delta of a linear layer, scale * B A, with dropout on its input. R rank, I inputs, O outputs."""
 
     a_RI: Any
     b_OR: Any
@@ -22,7 +22,7 @@ class LowRank(NamedTuple):
 
 
 def low_rank(layer: Any) -> LowRank | None:
-    """What an adapted layer computes beside its base; None: more than one plain LoRA that is not merged."""
+    """Return the low-rank delta of an adapted layer; None: it has more than one plain LoRA that is not merged."""
     name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
     if name not in getattr(layer, "lora_A", ()) or layer.merged or layer.lora_variant or layer.lora_bias.get(name):
         return None
@@ -33,7 +33,7 @@ def low_rank(layer: Any) -> LowRank | None:
 
 
 def lora_config(adapter: Adapter, targets: str | list[str]) -> Any:
-    """PEFT's configuration."""
+    """Return PEFT's configuration."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -46,7 +46,7 @@ def lora_config(adapter: Adapter, targets: str | list[str]) -> Any:
 
 
 class _Linear(torch.nn.Module):
-    """Stands in for PEFT's layer around a linear one: its operations, and the parts that `low_rank` reads."""
+    """A stand-in for PEFT's layer around a linear one: its operations, and the parts that `low_rank` reads."""
 
     def __init__(self, base_layer: Any, inputs: int, outputs: int, r: int, dropout: float) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class _Linear(torch.nn.Module):
         is_4bit = hasattr(self.base_layer, "is_4bit")
         if is_4bit:
             result = result.clone()
-        x = x.to(torch.float32)  # a name, since PEFT holds it to the end as well
+        x = x.to(torch.float32)  # a variable, since PEFT holds it until the end too
         output: torch.Tensor = self.lora_B["default"](self.lora_A["default"](self._dropout(x))) * 2.0
         if is_4bit:
             output = output.to(dtype)
@@ -78,7 +78,7 @@ class _Linear(torch.nn.Module):
 
 
 class _Embedding(torch.nn.Module):
-    """Stands in for PEFT's layer around an embedding."""
+    """A stand-in for PEFT's layer around an embedding."""
 
     def __init__(self, base: torch.nn.Embedding, r: int) -> None:
         super().__init__()

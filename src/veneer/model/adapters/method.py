@@ -1,7 +1,7 @@
-"""What an adapter method is, for whoever must know it: PEFT's configuration, its parameters, how it begins.
+"""The description of an adapter method: PEFT's configuration, its parameters, its initial zeros.
 
-PEFT owns the modules and the file, and merges every kind it has. What differs between methods stands in a file each.
-`options` are the section `adapter` of a run or PEFT's configuration of an adapter: they name things alike.
+PEFT owns the modules and the file, and merges every kind it has. Each method has a file with its differences.
+`options` are the section `adapter` of a run or PEFT's configuration of an adapter, which use the same names.
 """
 
 import re
@@ -16,20 +16,20 @@ from veneer.model.shapes import Shapes
 
 @dataclass(frozen=True)
 class AdapterMethod:
-    """A method.
+    """An adapter method.
 
     Attributes:
-        name: For a person.
-        peft_type: The type of its configuration in PEFT.
-        applies: Whether options ask for it.
-        configure: Makes PEFT's configuration from a run's settings and what PEFT is to match.
-        stand_in: Makes what stands for PEFT's layer in dry runs: the same operations and parameters on the meta device,
-            around a frozen layer (None: it is not called), with its inputs and outputs, a rank and a dropout.
-        zeros: Names of the parameters that are zero at first; until they move, the others have no gradient. None: no
-            parameter waits for another.
-        scale: What a product of its matrices is multiplied by, for given options.
-        usual_scale: The range outside of which it trains badly; None: not known.
-        is_low_rank: Whether `low_rank` reads its linear layers, as the fused engine needs.
+        name: name to display.
+        peft_type: type of its configuration in PEFT.
+        applies: whether options ask for it.
+        configure: function that makes PEFT's configuration from a run's settings and the target modules for PEFT.
+        stand_in: function that makes a stand-in for PEFT's layer in dry runs, with equal operations and parameters on
+            the meta device, from a frozen layer (None: it is not called), its inputs and outputs, rank and dropout.
+        zeros: names of the parameters that are zero at first, so that the others have no gradient yet; None: all have
+            gradients at the first step.
+        scale: factor of the product of its matrices, for given options.
+        usual_scale: range outside of which it trains badly; None: not known.
+        is_low_rank: whether `low_rank` reads its linear layers, as the fused engine needs.
     """
 
     name: str
@@ -43,11 +43,11 @@ class AdapterMethod:
     is_low_rank: bool = False
 
     def learns_first(self, name: str) -> bool:
-        """Whether a parameter of it has a gradient at the first step."""
+        """Return whether a parameter of it has a gradient at the first step."""
         return self.zeros is None or self.zeros.search(name) is not None
 
     def sizes(self, shapes: Shapes, targets: frozenset[str], r: int) -> list[int]:
-        """Sizes of its parameters on modules of a model, in the order of their paths."""
+        """Return the sizes of its parameters on modules of a model, in the order of their paths."""
         sides = (shapes.linears.get(path) or shapes.embeddings[path] for path in sorted(targets))
         return [size for inputs, outputs in sides for size in _sizes(self, inputs, outputs, r)]
 

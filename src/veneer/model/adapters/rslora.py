@@ -1,4 +1,4 @@
-"""Rank-stabilized LoRA (arXiv 2312.03732): LoRA with s = lora_alpha / sqrt(r)."""
+"""Rank-stabilized LoRA (arXiv 2312.03732) is LoRA with s = lora_alpha / sqrt(r)."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Families of models, each one frozen description (family.py), in a file a lineage. A new one is registered here."""
+"""Model families, each a frozen description (family.py), in a file per lineage. A new one is registered here."""
 
 from veneer.model.families.family import DecoderNames, Family, GgufNames
 from veneer.model.families.gemma import GEMMA2

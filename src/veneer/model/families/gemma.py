@@ -1,4 +1,4 @@
-"""Gemma 2: four norms a layer with weights around zero, capped scores and logits, a window in every other layer."""
+"""Gemma 2 has four norms a layer with weights around zero, soft caps, and a window in every other layer."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ _GEMMA2: dict[str, Any] = {"vocab_size": 256000, "head_dim": 256, "max_position_
 
 
 def _refusal(config: Any) -> str | None:
-    """llama.cpp knows the scale of attention from the depth: that of the 27B, and of all others."""
+    """Refuse a scale of attention other than the one that llama.cpp derives from the depth (27B, or all others)."""
     usual = config.head_dim if config.num_hidden_layers != 46 else config.hidden_size // config.num_attention_heads
     if config.query_pre_attn_scalar == usual:
         return None

@@ -1,4 +1,4 @@
-"""GPT-2 and OPT, which train on the reference engine and are not exported: known for plans alone."""
+"""GPT-2 and OPT train on the reference engine and are not exported; plans use their published shapes."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
-"""Llama, what has its shape (SmolLM2, TinyLlama), and Mistral, which adds a sliding window.
+"""Llama, models of its shape (SmolLM2, TinyLlama), and Mistral, which adds a sliding window.
 
-llama.cpp has one architecture for all of them, which knows no window.
+llama.cpp has one architecture for all of them, without a window.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Phi-3: q, k and v are one product, gate and up are another, in Transformers as in llama.cpp."""
+"""Phi-3 computes q, k and v by one product, and gate and up by another, in Transformers as in llama.cpp."""
 
 from veneer.model.families.family import DecoderNames, Family, GgufNames, sizes
 

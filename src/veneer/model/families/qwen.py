@@ -1,4 +1,4 @@
-"""Qwen2 (2 and 2.5), with biases on q, k and v; and Qwen3, with a norm on each head of q and k in their place."""
+"""Qwen2 (2 and 2.5) has biases on q, k and v; Qwen3 has a norm on each head of q and k instead."""
 
 from typing import Any
 

@@ -1,12 +1,12 @@
-"""A base's 4-bit weights, kept on disk, so that the next load reads a third of the bytes and quantizes nothing.
+"""Caches a base's 4-bit weights on disk, so that the next load reads a third of the bytes and quantizes nothing.
 
-A copy is a folder with the quantized model's tensors in one safetensors file, in the order in which they are loaded,
-and a manifest: what it was made from and how, and a checksum of every 4 MiB. It lies beside the base, in `.veneer`,
-where that can be written, else in Veneer's cache folder. Nothing in it is executed or unpickled.
+A copy is a folder with the quantized model's tensors in one safetensors file, in the order of loading, and a manifest:
+the files and settings that it was made from, and a checksum of every 4 MiB. It is stored beside the base, in
+`.veneer`, if that is writable, else in Veneer's cache folder. Nothing in it is executed or unpickled.
 
-A copy is used only if the base's files are those it was made from (name, size, time, and samples of their bytes), the
-settings are the same, and bitsandbytes and the kind of device are, since another may round differently. Anything else
-is made anew, with a notice. A copy that cannot be written is one too, and training goes on: it only saves time.
+A copy is used only if the base's files (name, size, time, and samples of their bytes), the settings, the version of
+bitsandbytes and the kind of device are the same, since others may round differently. Else it is made again, with a
+notice. A failed write gives a notice too, and training goes on: the copy only saves time.
 """
 
 import hashlib
@@ -34,20 +34,20 @@ WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
 SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
-class CopyOnDisk(NamedTuple):
-    """A copy that was found and fits: its folder, its tensors, and the CRC-32 of each one's chunks."""
+class CachedWeights(NamedTuple):
+    """A valid copy on disk: its folder, its tensors, and the CRC-32 of their chunks."""
 
     folder: Path
     pieces: list[Piece]
     checksums: dict[str, list[int]]
 
 
-class Copy(NamedTuple):
-    """The copy that a run can use: what it must be made of, and where it may lie.
+class QuantizedCache(NamedTuple):
+    """The copy that a run can use.
 
     Attributes:
-        folders: folders it may lie in, the better first.
-        origin: content of the manifest that it must have.
+        folders: possible folders, the preferred first.
+        origin: files and settings that its manifest must name.
     """
 
     folders: list[Path]
@@ -56,8 +56,8 @@ class Copy(NamedTuple):
     @staticmethod
     def of(
         source: BaseSource, files: list[Path], quantization: Quantization, dtype: torch.dtype, device: str
-    ) -> "Copy":
-        """Of a base's files as a run quantizes them."""
+    ) -> "QuantizedCache":
+        """Describe the copy of a base's files as a run quantizes them."""
         kind = quantization.quant_type + ("-double" if quantization.double_quant else "")
         precision = str(dtype).removeprefix("torch.")
         entry = f"{kind}-{precision}-{device}"
@@ -68,10 +68,10 @@ class Copy(NamedTuple):
             folders.insert(0, Path(source.location) / ".veneer" / entry)
         how = {"kind": kind, "dtype": precision, "device": device, "bitsandbytes": metadata.version("bitsandbytes")}
         prints = [_print(file) for file in (files[0].parent / "config.json", *files)]
-        return Copy(folders, {"format": FORMAT, "chunk_bytes": CHUNK, **how, "files": prints})
+        return QuantizedCache(folders, {"format": FORMAT, "chunk_bytes": CHUNK, **how, "files": prints})
 
-    def find(self) -> CopyOnDisk | None:
-        """The copy, if there is one that fits. One that does not gives a notice."""
+    def find(self) -> CachedWeights | None:
+        """Find a valid copy; an invalid one gives a notice."""
         for folder in self.folders:
             try:
                 if (folder / MANIFEST).is_file():
@@ -80,7 +80,7 @@ class Copy(NamedTuple):
                 notify_unusable(folder, reason(error))
         return None
 
-    def _open(self, folder: Path) -> CopyOnDisk:
+    def _open(self, folder: Path) -> CachedWeights:
         manifest = read_json(folder / MANIFEST, "origin", "checksums")
         for key, value in self.origin.items():
             if manifest["origin"].get(key) != value:
@@ -90,10 +90,10 @@ class Copy(NamedTuple):
         checksums = {str(name): [int(sum_) for sum_ in sums] for name, sums in manifest["checksums"].items()}
         if {piece.name: -(-piece.size // CHUNK) for piece in pieces} != {n: len(sums) for n, sums in checksums.items()}:
             raise DamagedError("manifest and weights do not belong together")
-        return CopyOnDisk(folder, pieces, checksums)
+        return CachedWeights(folder, pieces, checksums)
 
     def write(self, base: Any) -> None:
-        """Keep a quantized model in the first folder that takes it; where none does, say so."""
+        """Write a quantized model to the first folder that is writable; if none is, give a notice."""
         tied = getattr(base, "all_tied_weights_keys", None) or {}
         tensors = {name: tensor.detach() for name, tensor in base.state_dict().items() if name not in tied}
         needed = sum(tensor.nbytes for tensor in tensors.values())
@@ -111,18 +111,18 @@ class Copy(NamedTuple):
             else:
                 seconds = time.perf_counter() - started
                 size = f"{needed / 1e9:.1f} GB, {seconds:.0f} s"
-                notify(f"kept the 4-bit weights in {folder} ({size})", "info", str(folder))
+                notify(f"cached the 4-bit weights in {folder} ({size})", "info", str(folder))
                 return
-        notify(f"the 4-bit weights could not be kept ({'; '.join(reasons)})", where="quantization.cache")
+        notify(f"the 4-bit weights could not be cached ({'; '.join(reasons)})", where="quantization.cache")
 
 
 def notify_unusable(folder: Path, reason: str) -> None:
-    """Say that a copy is not used, and why."""
-    notify(f"the 4-bit weights kept in {folder} are not used: {reason}; making them anew", where=str(folder))
+    """Give notice that a copy is not used, with the reason."""
+    notify(f"the 4-bit weights cached in {folder} are not used: {reason}; quantizing again", where=str(folder))
 
 
 def _print(file: Path) -> dict[str, Any]:
-    """What tells a file from another: of a hub's file the name of its blob, too, which is its content's hash."""
+    """Identify a file by stat and samples; a hub file also by the name of its blob, its content's hash."""
     state = file.stat()
     digest = hashlib.blake2b(digest_size=16)
     with file.open("rb") as handle:
@@ -143,7 +143,7 @@ def _require_space(folder: Path, needed: int) -> None:
 
 
 def _write(tensors: dict[str, torch.Tensor], file: Path) -> dict[str, list[int]]:
-    """Write a safetensors file, a chunk at a time; returns each tensor's checksums."""
+    """Write a safetensors file, a chunk at a time; return each tensor's checksums."""
     kinds = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

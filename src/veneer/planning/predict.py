@@ -1,6 +1,6 @@
-"""The forecast of a run and the advice on it, before its base is loaded.
+"""Predicts a run before its base is loaded: its forecast, and advice on its settings.
 
-`veneer plan` asks for it, and so does every training before it loads anything. Data counts where it has been read.
+`veneer plan` calls it, and so does every training before it loads anything. Data is used where it has been read.
 """
 
 from dataclasses import asdict, dataclass
@@ -13,7 +13,7 @@ from veneer.data.template import own_template
 from veneer.model.lineage import gguf_origin
 from veneer.model.load import load_tokenizer
 from veneer.model.locate import locate
-from veneer.model.shapes import is_at_hand
+from veneer.model.shapes import is_local
 from veneer.planning.advice import Advice, DataFacts, Situation, TokenizerFacts, advise
 from veneer.planning.base import PlannedModel
 from veneer.planning.batch_shapes import Lengths
@@ -21,17 +21,17 @@ from veneer.planning.forecast import Forecast
 from veneer.planning.planner import Planner
 from veneer.planning.target import TargetDevice
 
-CERTAIN = 0.92  # of a predicted peak; what is beyond the budget even so cannot fit
+CERTAIN = 0.92  # share of a predicted peak; a run whose share exceeds the budget cannot fit
 
 
 @dataclass(frozen=True)
-class Foreseen:
-    """A run before it runs.
+class Prediction:
+    """The prediction of a run.
 
     Attributes:
         run: the settings.
-        planner: makes forecasts of other settings on the same data.
-        forecast, advice: memory and time of the run, and what its settings should be.
+        planner: planner that forecasts other settings on the same data.
+        forecast, advice: memory and time of the run, and findings on its settings.
     """
 
     run: Run
@@ -40,8 +40,8 @@ class Foreseen:
     advice: list[Advice]
 
     @property
-    def is_hopeless(self) -> bool:
-        """Whether training cannot fit even if the prediction is too high; answers come later, and may elsewhere."""
+    def cannot_fit(self) -> bool:
+        """Whether training cannot fit even if the prediction is too high; evaluation may run elsewhere."""
         peak = self.forecast.phases[self.forecast.training_phase].bytes
         return CERTAIN * peak > self.forecast.target.budget_bytes
 
@@ -50,14 +50,14 @@ class Foreseen:
 
 
 @dataclass(frozen=True)
-class Read:
-    """A run's data with the tokenizer it was read with."""
+class PreparedData:
+    """A run's data with the renderer that prepared it."""
 
     prepared: Prepared
     renderer: Renderer
 
     def lengths(self) -> tuple[Lengths, Lengths]:
-        """Of the training and of the held-out rows."""
+        """Return the lengths of the training and of the held-out rows."""
         train, held_out = (Lengths(part.lengths, part.corpus.trained[part.examples]) for part in self._parts())
         return train, held_out
 
@@ -65,7 +65,7 @@ class Read:
         return self.prepared.train, self.prepared.validation
 
     def facts(self) -> tuple[DataFacts, TokenizerFacts]:
-        """The facts that rules of advice look at."""
+        """Return the facts that rules of advice check."""
         ledger, tokenizer = self.prepared.ledger.as_dict(), self.renderer.tokenizer
         data = DataFacts(
             rows=ledger["rows"]["training"],
@@ -82,21 +82,21 @@ class Read:
         )
 
 
-def foresee(run: Run, target: TargetDevice, data: Read | str) -> Foreseen:
-    """The forecast of a run, and advice.
+def predict_run(run: Run, target: TargetDevice, data: PreparedData | str) -> Prediction:
+    """Predict a run, and advise on its settings.
 
     Args:
         run: the settings.
-        target: the device it is to run on.
-        data: its data, or why that was not read.
+        target: device that it is to run on.
+        data: data of the run, or the reason why that was not read.
 
     Raises:
-        UserError: no such base, an adapter target that matches nothing, or a quantization the base cannot take.
+        UserError: there is no such base, an adapter target matches nothing, or the base cannot be quantized.
     """
     base = PlannedModel(run.model, data if isinstance(data, str) else data.lengths())
     planner = Planner(base, target)
     forecast = planner.forecast(run)
-    facts = data.facts() if isinstance(data, Read) else (None, None)
+    facts = data.facts() if isinstance(data, PreparedData) else (None, None)
     origin = gguf_origin(run.model)
     situation = Situation(
         run=run,
@@ -107,15 +107,15 @@ def foresee(run: Run, target: TargetDevice, data: Read | str) -> Foreseen:
         tokenizer=facts[1],
         file_type=origin.type if origin is not None and origin.is_quantized else None,
     )
-    return Foreseen(run, planner, forecast, advise(situation))
+    return Prediction(run, planner, forecast, advise(situation))
 
 
-def read_if_at_hand(run: Run) -> Read | str:
-    """A run's data, or why it cannot be read without fetching anything."""
-    if not is_at_hand(run.model, ("tokenizer.json",)):
+def prepare_if_local(run: Run) -> PreparedData | str:
+    """Prepare a run's data, or return the reason why that needs a download."""
+    if not is_local(run.model, ("tokenizer.json",)):
         return f"the tokenizer of {run.model.base} is not on this machine yet"
     try:
         renderer = Renderer(load_tokenizer(locate(run.model)), run.data)
-        return Read(prepare(run.data, renderer, run.train.seed), renderer)
+        return PreparedData(prepare(run.data, renderer, run.train.seed), renderer)
     except UserError as error:
         return str(error).splitlines()[0]

@@ -40,7 +40,7 @@ def batch_of(rows: int, length: int) -> Batch:
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("family", ["Llama", "Qwen3"])
-def test_the_peak_of_a_step_is_foreseen(family: str, checkpointing: bool) -> None:
+def test_the_peak_of_a_step_is_predicted(family: str, checkpointing: bool) -> None:
     rows, length = 8, 1024
     config = config_of(family)
     gc.collect()  # what other tests left is not this one's

@@ -1,4 +1,4 @@
-"""The fused engine is foreseen as it is: which runs get it, what it holds, what it keeps, how fast that makes it."""
+"""The fused engine is predicted as it is: which runs get it, what it holds, what it keeps, how fast that makes it."""
 
 import time
 from dataclasses import replace
@@ -71,7 +71,7 @@ def test_a_plan_says_which_engine_it_assumes(sections: dict[str, Any], engine: s
     assert reason in found["engine_reason"]
 
 
-def test_off_cuda_the_reference_engine_is_foreseen_unless_the_other_is_asked_for() -> None:
+def test_off_cuda_the_reference_engine_is_predicted_unless_the_other_is_asked_for() -> None:
     run = run_of()
     target = replace(device_named("80GiB"), device="cpu")
     planner = Planner(planner_of(run, "80GiB").base, target)
@@ -109,16 +109,16 @@ def test_what_it_holds_for_good_is_what_a_real_one_holds(family: str) -> None:
     config.use_cache = False
     shapes = shapes_of(build(config, torch.float32))
     asked = step(shapes, dtype=torch.float32, engine="fused", block=RECOMPUTE)
-    foreseen, held = _engine(build(config, torch.float32), asked)
+    prediction, held = _engine(build(config, torch.float32), asked)
     # Margins are wider on a GPU, for faster products: 64 columns, not 16.
     margins = 0
-    for block, twin in zip(engine.blocks, foreseen.blocks, strict=True):
+    for block, twin in zip(engine.blocks, prediction.blocks, strict=True):
         for group, other in zip(block.groups, twin.groups, strict=True):
             assert (group.used, group.stacked, group.inputs, group.outputs) == (
                 other.used, other.stacked, other.inputs, other.outputs,
             )  # fmt: skip
             margins += rounded(4 * other.size) - rounded(4 * group.size)
-    tables = sum(rounded(4 * table.numel()) for table in foreseen._tables[0])
+    tables = sum(rounded(4 * table.numel()) for table in prediction._tables[0])
     assert sum(held.values()) == real + margins + tables
 
 
@@ -188,7 +188,7 @@ def test_4_bit_weights_need_room_to_be_made_16_bit() -> None:
     assert "dequantized weights" not in (fused(config, shapes).held or {})
 
 
-def test_a_measured_peak_is_foreseen() -> None:
+def test_a_measured_peak_is_predicted() -> None:
     """H100, torch 2.11: Llama-3-8B in NF4, r 16, 8-bit AdamW, nothing kept but the last block's tensors."""
     for rows, length, measured in ((4, 2048, 9.41), (2, 8192, 12.34)):
         train = {"per_device_train_batch_size": rows, "gradient_checkpointing": True, "gradient_accumulation_steps": 1}
@@ -209,10 +209,10 @@ def test_settings_and_engine_mean_the_same_by_what_is_kept() -> None:
             {"model": {"base": "-"}, "data": {"train": "-"}, "train": {"gradient_checkpointing": setting}}
         )
         asked = step_of(run, "lora", shapes, Padded(1, 64, 32), device_named("80GiB"), "fused")
-        foreseen, _ = _engine(build(config, torch.bfloat16), asked)
+        prediction, _ = _engine(build(config, torch.bfloat16), asked)
         real = choose.build(model_of("llama"), Train(engine="fused", gradient_checkpointing=setting), "cpu").engine
         assert isinstance(real, FusedEngine)
-        assert [block.kept for block in foreseen.placement.blocks] == [block.kept for block in real.placement.blocks]
+        assert [block.kept for block in prediction.placement.blocks] == [block.kept for block in real.placement.blocks]
 
 
 def test_the_verdict_is_of_the_least_and_what_is_kept_stays_within_the_budget() -> None:
@@ -257,7 +257,7 @@ def test_a_recorded_pass_stays_beside_the_held_out_loss() -> None:
     assert found.phases["evaluation"].components["recorded passes"] > 0
 
 
-def test_70b_is_foreseen_at_once() -> None:
+def test_70b_is_predicted_at_once() -> None:
     forecast("80GiB")  # imports
     started = time.process_time()
     found = forecast("h100", base="meta-llama/Llama-3.1-70B-Instruct", quantization={"bits": 4})
