@@ -33,11 +33,11 @@ def certify(
     Args:
         artifact: A merged folder, a GGUF file, or the address of a server.
         run: Folder of the run, or of the adapter.
-        rows: At most so many held-out rows; None: as many as the run evaluates (`evaluate.rows`).
+        rows: Largest number of held-out rows; None: as many as the run evaluates (`evaluate.rows`).
         base: Another base than the adapter names.
         force: Go on although the adapter does not belong to the base.
-        on_status: Called with what is being done.
-        model: Which model of a server that has several, as a server of adapters does.
+        on_status: Callback that gets a line of status.
+        model: Name of the model, on a server that has several.
 
     Returns:
         The certificate, and the folder it was written into: the artifact's, or the run's for a server.

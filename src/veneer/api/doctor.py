@@ -17,10 +17,10 @@ class Examined:
     """A machine, what is broken on it, and what it can train.
 
     Attributes:
-        found: As it was found.
-        problems: What is broken, with fixes.
+        found: Description of the machine.
+        problems: Problems and their fixes.
         trains: Common bases from small to large, with the memory each method needs.
-        budget_bytes: What a run may hold here.
+        budget_bytes: Memory that a run may use here.
     """
 
     found: MachineReport

@@ -30,7 +30,7 @@ class Evaluated:
 
     Attributes:
         evaluation: Base against tuned.
-        file: Its file in the run's folder; the answers lie beside it.
+        file: File in the run's folder; the answers lie beside it.
         is_record: Whether it is the run's record, evaluation.json: the held-out rows, with the run's own settings.
     """
 
@@ -66,8 +66,8 @@ def evaluate(
     Args:
         run_dir: Folder of a finished run.
         data: A file of rows to use instead of the run's held-out rows.
-        rows: At most so many rows; None: as `evaluate.rows` in the run. Pieces of a long text are one row.
-        on_done: Called with the number of rows just answered; each row is answered twice.
+        rows: Largest number of rows; None: as `evaluate.rows` in the run. Pieces of a long text are one row.
+        on_done: Callback that gets the number of rows just answered; each row is answered twice.
         force, base: As for `load`.
 
     Raises:
@@ -97,8 +97,8 @@ def save_evaluation(folder: RunFolder, evaluation: Evaluation, model: Model | No
     """Write the run's record: evaluation.json and samples.jsonl, and the scores into the adapter's card.
 
     Args:
-        folder: Of the run.
-        evaluation: What was measured.
+        folder: Folder of the run.
+        evaluation: Scores and answers.
         model: The base, where it is not where the run says.
     """
     run = load_run(folder.run)

@@ -37,12 +37,12 @@ def export(
         out: A new folder.
         file_format: gguf.
         quant: Type of the weights.
-        on: As for `merge`.
+        on: Base to merge into, as for `merge`.
         adapter_only: Write the adapter alone.
         base: Another base than the adapter names.
         force: Go on although the adapter does not belong to the base.
-        on_done: Called with the number of bytes just written.
-        imatrix: For types of 2 to 6 bits: measure on the run's own training rows which weights matter.
+        on_done: Callback that gets the number of bytes just written.
+        imatrix: Whether types of 2 to 6 bits use an importance matrix of the run's own training rows.
 
     Raises:
         UserError: The architecture, the tokenizer or the type cannot be exported, or as `merge`; nothing was written.

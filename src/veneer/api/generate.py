@@ -39,7 +39,7 @@ def generate(
         max_new_tokens: Longest answer.
         temperature, top_p, top_k, repetition_penalty, stop, seed: See `veneer.config.sampling.Sampling`.
         force, base: As for `load`.
-        on_text: Called with each piece of the answer as it is made; for a single prompt.
+        on_text: Callback that gets each piece of the answer as it is made; for a single prompt.
 
     Raises:
         UserError: Nothing of that name, a value out of range, or `compare_with_base` without an adapter.

@@ -31,10 +31,10 @@ class LoadedModel:
 
     Attributes:
         model: The Transformers or PEFT model.
-        renderer: Its tokenizer and template, as they were in training.
+        renderer: Tokenizer and template, as they were in training.
         base: The base's settings.
         target: The device as it was before the model was loaded.
-        tuned: Where its adapter and base came from; None: it is a base alone.
+        tuned: Source of its adapter and base; None: it is a base alone.
     """
 
     model: Any
@@ -74,8 +74,8 @@ class LoadedModel:
             prompts: Questions, or conversations as lists of turns (`{"role": ..., "content": ...}`).
             system: System prompt instead of the run's own, before prompts that have none.
             max_new_tokens: Longest answer.
-            sampling: How tokens are chosen, and which texts end an answer.
-            on_text: Called with each piece of the answer as it is made; for a single prompt.
+            sampling: Sampling settings, and the texts that end an answer.
+            on_text: Callback that gets each piece of the answer as it is made; for a single prompt.
 
         Raises:
             UserError: A prompt is no conversation, or fills the model's positions.

@@ -33,7 +33,7 @@ def merge(
             it is; best: `nf4` or `base`, whichever answers more of the held-out rows right.
         base: Another base than the adapter names.
         force: Go on although the adapter does not belong to the base.
-        on_done: Called with the number of bytes just written.
+        on_done: Callback that gets the number of bytes just written.
 
     Raises:
         UserError: They do not fit together, or the folder is not to be had; nothing was written.

@@ -74,7 +74,7 @@ def require_output(folder: RunFolder, resume: bool | str, overwrite: bool) -> No
     """Raises UserError where a run's folder is not free, or holds nothing to resume or to replace.
 
     Args:
-        resume: "auto": either will do.
+        resume: Value of `--resume`; "auto" accepts either.
     """
     if resume and overwrite:
         raise UserError("--resume goes on with a run and --overwrite replaces it", "leave one of them out")
@@ -111,9 +111,9 @@ def output_file(option: str, path: Path, beginning: str) -> Path:
     """Where a file is to be written, with ~ resolved.
 
     Args:
-        option: That names it.
-        path: As it was given.
-        beginning: How such files begin; only one of them is replaced, so that no input is written over.
+        option: Option that names it.
+        path: Path as it was given.
+        beginning: First bytes of such files; only one of them is replaced, so that no input is overwritten.
 
     Raises:
         UserError: Its folder does not exist, or something else is there.

@@ -159,7 +159,7 @@ def show_scores(out: Console, title: str, metrics: dict[str, Any], models: tuple
 
     Args:
         title: The table's title.
-        metrics: By name and model; `difference` beside the models where it is known.
+        metrics: Results by name and model; `difference` beside the models where it is known.
         models: Keys of the models, in the order to show.
     """
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1))

@@ -22,7 +22,7 @@ class LiveAnswers:
     Args:
         out: The console to print on.
         steps: Steps of the whole run.
-        answer: Answers the message with the model as it is.
+        answer: Function that answers the message with the model as it is.
     """
 
     def __init__(self, out: Console, steps: int, answer: Callable[[], str]) -> None:

@@ -34,9 +34,9 @@ class Score:
     """The scores of one model on the held-out rows.
 
     Attributes:
-        results: What each metric found, by name.
+        results: Result of each metric, by name.
         samples: Rows that ask something, with the model's answers.
-        rows: How many rows there are; pieces of one document are one.
+        rows: Number of rows; pieces of one document are one.
         batching: Rows at a time, as they came to be.
     """
 
@@ -138,7 +138,7 @@ class Scorer:
     Attributes:
         model: The PEFT model, which answers.
         engine: The engine that runs it: it measures losses and switches the adapter off.
-        renderer: Its tokenizer and template.
+        renderer: Tokenizer and template of the model.
         held_out: The rows.
         settings: max_new_tokens and batch_size.
     """
@@ -165,7 +165,7 @@ class Scorer:
         """Generate an answer to each row and judge it; measure the loss of the references. Documents ask nothing.
 
         Args:
-            on_done: Called with the number of rows just answered.
+            on_done: Callback that gets the number of rows just answered.
             examples: Turns that stand between the system prompt and each row's own.
             with_losses: Whether to measure losses, which are of the rows without the examples.
             batching: Rows at a time, as they came to be for another model; None: `evaluate.batch_size`.

@@ -44,8 +44,8 @@ class StopAtText:
     """A stopping criterion of Transformers: rows whose answer holds one of the texts are finished.
 
     Args:
-        tokenizer: Decodes.
-        texts: What ends an answer.
+        tokenizer: Tokenizer that decodes.
+        texts: Texts that end an answer.
         start: Tokens before the answer.
     """
 
@@ -65,7 +65,7 @@ class LikeliestTokens:
     """A logits processor of Transformers that changes nothing: it notes the likeliest tokens at each step.
 
     Args:
-        count: How many of them.
+        count: Number of tokens to record.
     """
 
     def __init__(self, count: int) -> None:
@@ -86,9 +86,9 @@ class TextStream:
     """A streamer of Transformers: gives the text of one answer as it grows; joined, the pieces are `answer_text`.
 
     Args:
-        tokenizer: Decodes.
-        stop: What ends the answer.
-        on_text: Called with each piece.
+        tokenizer: Tokenizer that decodes.
+        stop: Texts that end the answer.
+        on_text: Callback that gets each piece.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], on_text: Callable[[str], None]) -> None:

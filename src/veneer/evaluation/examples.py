@@ -15,7 +15,7 @@ def examples_of(rows: Sequence[Conversation], count: int) -> list[Message]:
 
     Args:
         rows: Training rows of one question and one answer.
-        count: How many to choose.
+        count: Number of rows to choose.
     """
     chosen: list[int] = []
     for n, row in enumerate(rows):

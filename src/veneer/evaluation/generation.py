@@ -27,8 +27,8 @@ class Continuation(NamedTuple):
     """What a model goes on with after a prompt.
 
     Attributes:
-        ids: Its new tokens; behind the one that ends the answer only padding follows.
-        steps: At each new token the log-probabilities of the likeliest tokens by id; empty: not asked for.
+        ids: New tokens; after the one that ends the answer only padding follows.
+        steps: Log-probabilities of the likeliest tokens by id at each new token; empty: not asked for.
     """
 
     ids: list[int]
@@ -49,14 +49,14 @@ def generate(
 
     Args:
         model: A Transformers or PEFT model.
-        renderer: Renders for it; knows the stop tokens.
+        renderer: Tokenizer, template and stop tokens of the model.
         prompts: Token ids of each prompt (`Renderer.prompt_ids`).
         max_new_tokens: Longest answer; a prompt near the end of the model's positions gets no longer one than these
             have room for.
         batch_size: Prompts at a time, fewer where memory is short.
-        sampling: How tokens are chosen, and which texts end an answer.
-        on_done: Called with the number of prompts just finished.
-        on_text: Called with each piece of the answer as it is made; for a single prompt.
+        sampling: Sampling settings, and the texts that end an answer.
+        on_done: Callback that gets the number of prompts just finished.
+        on_text: Callback that gets each piece of the answer as it is made; for a single prompt.
 
     Raises:
         UserError: A prompt fills the model's positions.
@@ -94,7 +94,7 @@ def continue_prompts(
         config: Transformers' GenerationConfig.
         batch_size: Prompts at a time, fewer where memory is short.
         room: Longest answer to each prompt; None: as the configuration says.
-        likeliest: How many of the likeliest tokens to note at each step.
+        likeliest: Number of the likeliest tokens to record at each step.
         stop: Texts that end an answer.
 
     Raises:

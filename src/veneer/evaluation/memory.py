@@ -30,7 +30,7 @@ def rows_at_a_time(run: Run, rows: Padded, target: TargetDevice) -> int:
 
     Args:
         run: Base, adapter and `evaluate.batch_size`.
-        rows: How many rows there are, and the most tokens and trained tokens of one.
+        rows: Number of rows, and the most tokens and trained tokens of one.
         target: the device, before the model was loaded.
     """
     if min(rows.rows, run.evaluate.batch_size) <= 1:
@@ -42,10 +42,10 @@ class Batching:
     """Takes rows in batches, and smaller ones once memory was short.
 
     Args:
-        size: Rows at a time.
+        size: Rows in a batch.
 
     Attributes:
-        size: The same, as it is now.
+        size: Current number of rows in a batch.
     """
 
     def __init__(self, size: int) -> None:

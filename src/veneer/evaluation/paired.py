@@ -21,7 +21,7 @@ class Paired:
     """The comparison of model B with model A on the same rows.
 
     Attributes:
-        rows: How many were compared.
+        rows: Number of rows compared.
         right: Rows that A has right.
         gained: Rows that A has wrong and B right.
         lost: Rows that A has right and B wrong.
@@ -81,7 +81,7 @@ def paired(before: Sequence[bool], after: Sequence[bool]) -> Paired:
     """Compare two models by which of the same rows each has right.
 
     Args:
-        before: One a row: whether model A has it right.
+        before: Verdicts on model A, one a row: whether it is right.
         after: The same rows in the same order for model B.
 
     Raises:

@@ -48,7 +48,7 @@ def public_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """A run's settings with names in the place of paths.
 
     Args:
-        settings: As `Run.model_dump(mode="json")` gives them.
+        settings: Settings as `Run.model_dump(mode="json")` gives them.
     """
     model, data, train = (dict(settings[section]) for section in ("model", "data", "train"))
     model["base"] = name_of(model["base"])
@@ -97,7 +97,7 @@ def public_ledger(ledger: dict[str, Any], whole: bytes, with_rows: bool) -> dict
     """A ledger without paths, and without what it quotes of rows.
 
     Args:
-        ledger: As `ledger.json` has it.
+        ledger: Content of `ledger.json`.
         whole: The file.
         with_rows: Leave in what is quoted of rows.
     """
@@ -114,7 +114,7 @@ def public_certificate(certificate: dict[str, Any], whole: bytes, with_rows: boo
     """A certificate without paths, and without the texts of its prompts and answers.
 
     Args:
-        certificate: As `certificate.json` has it.
+        certificate: Content of `certificate.json`.
         whole: The file.
         with_rows: Leave the texts in.
     """

@@ -34,7 +34,7 @@ class Stored:
     """A tensor in a file.
 
     Attributes:
-        start: Its first byte in the file.
+        start: First byte in the file.
         size: Bytes.
     """
 
@@ -108,8 +108,8 @@ def weights_of(folder: Path, what: str) -> dict[str, Stored]:
     """All tensors of a model's folder, shard after shard.
 
     Args:
-        folder: As `save_pretrained` writes it.
-        what: Names it in messages, as `model.base = NAME`.
+        folder: Model folder as `save_pretrained` writes it.
+        what: Name of the folder in messages, as `model.base = NAME`.
 
     Raises:
         UserError: There are no safetensors, a shard is missing, or a file is damaged.

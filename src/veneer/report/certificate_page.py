@@ -13,7 +13,7 @@ def certificate_page(certificate: dict[str, Any]) -> str:
     """Render the page as HTML.
 
     Args:
-        certificate: As `certificate.json` has it, or without the texts of its rows, as `veneer push` sends it.
+        certificate: Content of `certificate.json`; the texts of its rows may be left out.
     """
     page = environment()
     page.filters |= {"value_text": value_text, "limit_text": limit_text}

@@ -14,7 +14,7 @@ def data_page(title: str, base: str, inspected: dict[str, Any]) -> str:
     Args:
         title: The data's name.
         base: The model whose tokens these are.
-        inspected: As `veneer data --json` prints it.
+        inspected: Result of `veneer data --json`.
     """
     page = environment()
     source = resources.files("veneer.report").joinpath("data_page.html.jinja").read_text(encoding="utf-8")

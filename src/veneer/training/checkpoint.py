@@ -49,7 +49,7 @@ def save(folder: Path, step: int, state: TrainingState) -> Path:
     Args:
         folder: Folder of the run's checkpoints.
         step: Steps done.
-        state: What is written.
+        state: State to write.
     """
     path = path_of(folder, step)
     with whole_folder(path) as unfinished:

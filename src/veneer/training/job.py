@@ -85,7 +85,7 @@ class TrainingJob:
     Attributes:
         machine, source, tokenizer, renderer, data, foreseen, model: The parts, for others to show or evaluate.
         engine, choice: What computes losses and gradients, and why it was taken.
-        placement: where the engine has the tensors of a step.
+        placement: memory placement of the engine.
 
     Raises:
         UserError: Anything the user can mend; nothing has been written then.
@@ -173,8 +173,8 @@ class TrainingJob:
         """Train and write the adapter.
 
         Args:
-            listeners: Called with each record of metrics.jsonl.
-            write_extras: Adds files to the adapter's folder before it appears; gets the folder, steps and last loss.
+            listeners: Callbacks that get each record of metrics.jsonl.
+            write_extras: Callback that adds files to the adapter folder before it appears; gets folder, steps, loss.
 
         Raises:
             UserError: Another process trains this run, or has begun it since.

@@ -38,14 +38,14 @@ class Loop:
 
     Args:
         model: The PEFT model whose adapter is trained.
-        engine: Computes its log-probabilities and gradients.
-        objective: What is minimized.
+        engine: Engine that computes log-probabilities and gradients.
+        objective: Objective to minimize.
         batches: The training data.
-        held_out: For the held-out loss; may be empty.
+        held_out: Batches for the held-out loss; may be empty.
         train: The settings.
         checkpoints: Folder of the run's checkpoints.
         began_with: Hashes of base and data, kept in checkpoints and compared when one is resumed.
-        device: Where the model is.
+        device: Device of the model.
         scale_loss: Whether gradients need scaling (float16).
     """
 

@@ -23,7 +23,7 @@ class RunParts:
 
     Attributes:
         model: The base with a fresh adapter.
-        foreseen: What the run will hold and take, and what is amiss with its settings.
+        foreseen: Forecast of memory and time, with advice on the settings.
     """
 
     machine: Machine

@@ -48,7 +48,7 @@ class Verification:
     """The checks of a run.
 
     Attributes:
-        checks: In the order they were made.
+        checks: Checks in the order they were made.
         choice: The engine that the run would train with.
         seconds: Time that the checks took, without loading.
     """
@@ -77,7 +77,7 @@ def verify(run: Run, force: bool = False, on_check: Callable[[Check], None] = la
     Args:
         run: The settings.
         force: Load even if the run is foreseen not to fit.
-        on_check: Called with each check as it is made.
+        on_check: Callback that gets each check as it is made.
 
     Raises:
         UserError: The run cannot be carried out as it is written.
@@ -95,7 +95,7 @@ def verify_parts(
         run: The settings.
         parts: The run's parts.
         choice: The engine, not yet checked.
-        on_check: Called with each check as it is made.
+        on_check: Callback that gets each check as it is made.
     """
     began = time.perf_counter()
     rows = short_rows(parts.data.train, LENGTHS)

@@ -120,7 +120,7 @@ class Measured:
     Attributes:
         divergences: KL at each position, nats.
         same, choices, same_choices: Tokens that count and are the same; those that are a choice; of these the same.
-        counted: Tokens that lead by more than rounding can move.
+        counted: Tokens whose lead is larger than rounding explains.
         finite: Whether the artifact's numbers are.
     """
 
@@ -140,10 +140,10 @@ def measure(
 
     Args:
         model: The judged model.
-        renderer: Its tokenizer.
+        renderer: Tokenizer of that model.
         prompt, answer: What was asked, and the artifact's answer.
         ends: Tokens at which an answer ends.
-        noise: Of both sides, nats.
+        noise: Sum of both sides' noise, nats.
     """
     ids = answer.ids
     if ids is None:

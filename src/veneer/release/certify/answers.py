@@ -21,10 +21,10 @@ def gguf_answers(
 
     Args:
         file: The GGUF file.
-        renderer: Of the training; the file has tokenizer and template of its own, the system prompt comes from here.
+        renderer: Tokenizer and template of training; only its system prompt is used, since the file has its own.
         asked: Rows to be answered, without their last answers.
         max_new_tokens: Longest answer.
-        on_done: Called with the number of rows just answered.
+        on_done: Callback that gets the number of rows just answered.
 
     Raises:
         UserError: llama.cpp is not installed, or does not load the file.

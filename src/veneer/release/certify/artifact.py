@@ -22,12 +22,12 @@ class Artifact:
     """What is to be certified.
 
     Attributes:
-        name: What the user wrote.
+        name: Name as the user wrote it.
         kind: transformers, gguf or endpoint.
         precision: Key of LIMITS.
-        path: Of a folder or a file.
-        on: What the adapter was merged into.
-        model: Which of a server's models is meant; None: its only one.
+        path: Path of a folder or a file.
+        on: Base that the adapter was merged into.
+        model: Name of the model on a server; None: its only one.
     """
 
     name: str

@@ -63,10 +63,10 @@ class Certificate:
     """The proof, or what is wrong.
 
     Attributes:
-        date: When it was made, UTC, ISO 8601.
+        date: Time of the certificate, UTC, ISO 8601.
         artifact, against: What was compared with what, with their SHA-256.
         score: Held-out rows in pairs, with the verdict; None: none were asked.
-        noise: How far either side moves between two runs of itself, nats.
+        noise: Difference between two runs of the same side, nats.
         prompts: Each prompt with both answers.
     """
 
@@ -105,13 +105,13 @@ def certify_artifact(
     """Put an artifact beside the model that its run was judged by.
 
     Args:
-        artifact: What ships.
+        artifact: Artifact to be certified.
         tuned: The adapter and its base.
-        prompts: What both are asked: held-out rows first, then edge cases.
+        prompts: Prompts for both: held-out rows first, then edge cases.
         max_new_tokens: Longest answer.
         skipped: Checks that cannot be made, and why.
         recorded: Answers that evaluation recorded, by the place of their row; rows without one are answered again.
-        on_status: Called with what is being done.
+        on_status: Callback that gets a line of status.
     """
     started = time.perf_counter()
     renderer = tuned.renderer

@@ -39,11 +39,11 @@ class Compared:
     """What was found.
 
     Attributes:
-        tensors: How many were compared.
+        tensors: Number of tensors compared.
         wrong: Names of those beyond the error of their precision.
         worst: Largest error found, in units of what the precision explains.
-        strength: How much of the adapter is in: 1 is all of it; None: it changes nothing measurable.
-        diagnosis: What is wrong; empty: nothing.
+        strength: Share of the adapter that is in the weights; None: it changes nothing measurable.
+        diagnosis: Sentence that says what is wrong; empty: nothing.
         unties: Whether embeddings and head are two tensors, whatever the base's configuration says.
     """
 
@@ -72,7 +72,7 @@ def compare_weights(tuned: TunedModel, artifact: Path, on: str) -> Compared:
     Args:
         tuned: The adapter and its base.
         artifact: The folder or the file.
-        on: What the adapter was merged into: base, or nf4.
+        on: Base that the adapter was merged into: base, or nf4.
     """
     tensors = base_weights(tuned)
     delta = AdapterDelta(tuned, tensors)

@@ -24,8 +24,8 @@ class Prompt:
     """A conversation to be answered.
 
     Attributes:
-        id: Where it is from.
-        ids: Its tokens as the training's tokenizer and template make them, control strings read as control tokens:
+        id: Row of the data, or name of the edge case.
+        ids: Tokens by the tokenizer and template of training, control strings read as control tokens:
             that is how every server reads them.
         reference: The right answer, of a held-out row.
     """
@@ -40,7 +40,7 @@ def prompts_of(renderer: Renderer, held_out: list[HeldOut], longest: int) -> lis
     """Held-out rows that ask something, then the edge cases.
 
     Args:
-        renderer: Of the training.
+        renderer: Tokenizer and template of training.
         held_out: Rows.
         longest: Tokens of the very long case.
     """

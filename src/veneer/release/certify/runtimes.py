@@ -31,10 +31,10 @@ class Answer:
     """A greedy answer.
 
     Attributes:
-        text: As its user sees it.
-        ids: Its tokens, without the one that ended it; None: the server does not report.
+        text: Text as a user sees it.
+        ids: Tokens, without the one that ended it; None: the server does not report them.
         stopped: Whether it ended by itself, not at the limit.
-        steps: At each of its tokens the log-probabilities of the likeliest tokens by id.
+        steps: Log-probabilities of the likeliest tokens by id, for each token of the answer.
     """
 
     text: str
@@ -70,7 +70,7 @@ class Folder:
 
     Args:
         path: The folder.
-        machine: Where it runs.
+        machine: Device that runs it.
         batch: Prompts that are answered together.
 
     Raises:

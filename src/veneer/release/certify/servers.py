@@ -36,12 +36,12 @@ class Endpoint:
     """An OpenAI-compatible server.
 
     Args:
-        url: Its address, with or without /v1.
+        url: Address, with or without /v1.
         chat: Whether prompts go to /chat/completions, as messages; else as plain text to /completions.
         top: Likeliest tokens to ask for.
-        stops: Tokens that it ends at, where its file says so.
-        kind: What the certificate calls it.
-        model: Which of its models is asked; None: its only one.
+        stops: Tokens that end an answer, where its file says so.
+        kind: Name in the certificate.
+        model: Name of the model to ask; None: its only one.
 
     Raises:
         UserError: Nothing answers there, or it has several models and none of them is named.
@@ -106,8 +106,8 @@ class Endpoint:
         Args:
             prompts: Conversations to be answered.
             max_new_tokens: Longest answer.
-            at_once: How many are asked at a time; the server should have as many slots.
-            on_done: Called with the number of prompts just answered.
+            at_once: Number of concurrent requests; the server should have as many slots.
+            on_done: Callback that gets the number of prompts just answered.
         """
 
         def ask(messages: Sequence[Message]) -> str:

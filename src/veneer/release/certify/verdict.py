@@ -24,7 +24,7 @@ class Verdict:
     Attributes:
         judged, artifact: Which rows each has right, in the order of the rows.
         same_answers: Rows that both answer in the same words.
-        source: Where the judged answers are from: samples.jsonl, or answered again.
+        source: Source of the judged answers: samples.jsonl, or answered again.
     """
 
     judged: tuple[bool, ...]

@@ -81,10 +81,10 @@ def export_model(
     Args:
         tuned: The adapter and its base.
         out: The folder; it appears whole or not at all.
-        quant: Type of the weights; see `gguf_types.QUANTS`.
-        on: As for a merge: trained, base or nf4.
-        on_done: Called with the number of bytes just written.
-        importance: Which input columns of each weight matter, by its name; for types of 2 to 6 bits.
+        quant: Type of the weights; see `types.QUANTS`.
+        on: Base to merge into: trained, base or nf4.
+        on_done: Callback that gets the number of bytes just written.
+        importance: Importance of each weight's input columns, by its name; for types of 2 to 6 bits.
 
     Raises:
         UserError: The architecture, the tokenizer or the type cannot be exported, or as for a merge.

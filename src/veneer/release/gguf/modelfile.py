@@ -31,10 +31,10 @@ class Chain:
     """A template as fixed texts around each turn.
 
     Attributes:
-        start: Before everything.
-        unasked: What stands at the beginning where there is no system turn.
+        start: Text before everything.
+        unasked: Text at the beginning where there is no system turn.
         system, user, assistant: Text before and after a turn's own.
-        prompt: What asks for the answer.
+        prompt: Text that asks for the answer.
     """
 
     start: str

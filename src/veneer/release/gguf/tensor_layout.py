@@ -22,7 +22,7 @@ class TensorLayout:
 
     Args:
         config: Transformers' configuration.
-        base: What the user calls the model.
+        base: Name of the model as the user wrote it.
 
     Raises:
         UserError: The family cannot be exported, or a setting of the model has no counterpart there.

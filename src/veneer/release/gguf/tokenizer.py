@@ -38,8 +38,8 @@ class Vocabulary:
         model: gpt2 for byte-level BPE, llama for SentencePiece.
         pre: Name of the splitting rule.
         tokens, types: Text and type of each, by id.
-        scores: Of a SentencePiece vocabulary.
-        merges: Of a byte-level one.
+        scores: Scores of a SentencePiece vocabulary.
+        merges: Merges of a byte-level vocabulary.
         special: Ids by GGUF's names: bos, eos, eot, eom, unknown, padding.
         flags: add_bos_token and the like.
     """

@@ -51,7 +51,7 @@ class Mix:
     """The types of one file.
 
     Attributes:
-        quant: Its name.
+        quant: Name of the mix.
         depth: Layers of the model.
         shared_by: Query heads to a head of K and V.
         tied: Whether the embeddings are the head too.
@@ -140,7 +140,7 @@ def encoded(
     Args:
         tensor: Any float dtype; [rows, columns], or one row.
         kind: The type.
-        name: Of the tensor, for messages.
+        name: Name of the tensor, for messages.
         importance: Weight of each column's error, float32 [columns]; None: all alike.
 
     Raises:

@@ -106,7 +106,7 @@ class AdapterDelta:
         """The tensor with the adapter in it, float32.
 
         Args:
-            name: Of a changed tensor.
+            name: Name of a changed tensor.
             base: The base's tensor, any float dtype; a float32 one is changed in place.
         """
         return self._apply(name, base, subtract=False)

@@ -23,11 +23,11 @@ class DiskNames:
         base: The model, on the meta device.
         tensors: The base's tensors on disk.
         tied: Embeddings and head by each other's name, where they are one tensor.
-        tuned: For messages.
+        tuned: Adapter and base, for messages.
 
     Attributes:
-        names: Of parameters that are one tensor each.
-        parts: Of each parameter that is several tensors, or lies otherwise than in memory: the names of these.
+        names: Name on disk of each parameter that is one tensor.
+        parts: Names on disk of each parameter that is several tensors, or has another layout than in memory.
 
     Raises:
         UserError: The files lack a tensor, or hold it in another shape, or are quantized.

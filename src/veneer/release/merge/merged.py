@@ -78,8 +78,8 @@ def merge_into(
         dtype: bfloat16, float16 or float32.
         on: trained: what training computed with, nf4 or base; nf4: the base quantized and dequantized; base: as it is.
         shard_bytes: Largest file.
-        on_done: Called with the number of bytes just written.
-        choice: What `--on best` measured; it is kept in merge.json.
+        on_done: Callback that gets the number of bytes just written.
+        choice: Measurement of `--on best`, kept in merge.json.
 
     Raises:
         UserError: Base and adapter do not fit together, a file is damaged, the folder is in use or has no space, or
@@ -119,7 +119,7 @@ def unmerge_from(
         tuned: The adapter that is in it, with its base's configuration, or the merged model's own.
         out: A new folder.
         force: Go on although another adapter was merged.
-        on_done: Called with the number of bytes just written.
+        on_done: Callback that gets the number of bytes just written.
 
     Raises:
         UserError: As `merge`, another adapter is in it, or the kind of adapter cannot be taken out.

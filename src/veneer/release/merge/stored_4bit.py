@@ -21,7 +21,7 @@ class StoredNF4(Stored):
     """A weight in 4 bits; dtype and shape are those of what it stands for.
 
     Attributes:
-        parts: Its tensors on disk, the packed numbers first.
+        parts: Tensors on disk, the packed numbers first.
     """
 
     parts: tuple[Stored, ...]

@@ -45,7 +45,7 @@ def renew_card(folder: RunFolder, model: Model | None = None) -> None:
     """Write the card of a finished run again, with the scores and the certificate it has by now.
 
     Args:
-        folder: Of the run.
+        folder: Folder of the run.
         model: The base, where it is not where the run says.
     """
     path = folder.adapter / "README.md"

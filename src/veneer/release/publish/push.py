@@ -48,9 +48,9 @@ class Parcel:
     """What a push sends.
 
     Attributes:
-        folder: Where it lies.
+        folder: Folder of the adapter or the model.
         contents: Each file by its name: where it is, or its bytes where they were made for the parcel.
-        warnings: What its owner should know before it leaves the house.
+        warnings: Messages for its owner before it is sent.
     """
 
     folder: str
@@ -81,7 +81,7 @@ def pack(name: str, repo: str, private: bool, with_samples: bool = False, page: 
         repo: owner/name.
         private: Whether others may not see it.
         with_samples: Send rows word for word: samples, and what ledger and certificate quote.
-        page: Makes certificate.html of a certificate; None: no page is sent.
+        page: Function that makes certificate.html of a certificate; None: no page is sent.
 
     Raises:
         UserError: There is nothing to send, or the name of the repository is none.
