@@ -1,4 +1,4 @@
-"""What the commands do, as functions: the command line and Python call the same. One file a command.
+"""The commands as functions, one file each, which the command line and Python both call.
 
 Python reaches them as `veneer.train`, `veneer.plan`, ...; see `veneer/__init__.py`.
 """

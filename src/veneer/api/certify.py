@@ -61,7 +61,7 @@ def certify(
 
 
 def questions_of(tuned: TunedModel, rows: int | None) -> tuple[list[Prompt], int, dict[str, str]]:
-    """What a certificate asks, the longest answer, and the checks that cannot be made, with the reason."""
+    """Return the prompts of a certificate, the longest answer, and the checks that cannot be made, with the reason."""
     renderer = tuned.renderer
     held_out: list[HeldOut] = []
     skipped = {}

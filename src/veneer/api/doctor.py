@@ -1,4 +1,4 @@
-"""What is wrong with this machine, and what fits it."""
+"""Examines this machine: what is wrong with it, and what fits it."""
 
 from dataclasses import asdict, dataclass
 from typing import Any

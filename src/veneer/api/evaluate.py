@@ -1,4 +1,4 @@
-"""Base against tuned model on held-out rows."""
+"""Compares base and tuned model on held-out rows."""
 
 import json
 from collections.abc import Callable
@@ -55,7 +55,7 @@ def evaluate(
     force: bool = False,
     base: str | None = None,
 ) -> Evaluated:
-    """Base against tuned on a run's held-out rows, or on the rows of a file; written into the run's folder.
+    """Compare base and tuned model on a run's held-out rows, or on a file's; written into the run's folder.
 
     Example:
         evaluated = veneer.evaluate("runs/tickets")
@@ -128,7 +128,7 @@ def _sample_lines(evaluation: Evaluation) -> str:
 def held_out_rows(
     folder: RunFolder, run: Run, renderer: Renderer, data: str | None, limit: int | None
 ) -> list[HeldOut]:
-    """The first rows of `data`, or of those that the run held out."""
+    """Return the first rows of `data`, or of those that the run held out."""
     if data is not None:
         return read_held_out(data, "--data", run.data, renderer, limit)
     prepared = prepare(run.data, renderer, run.train.seed)

@@ -1,4 +1,4 @@
-"""An adapter as a GGUF file."""
+"""Exports an adapter as a GGUF file."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -57,7 +57,7 @@ def export(
 
 
 def _importance(tuned: TunedModel) -> Importance | None:
-    """The importance matrix of a run's own training rows; None where there is no run, or its data is gone."""
+    """Measure the importance matrix on a run's training rows; None where there is no run, or its data is gone."""
     if tuned.run is None:
         return None
     try:

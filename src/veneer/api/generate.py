@@ -1,4 +1,4 @@
-"""Answers of a run, an adapter or a base."""
+"""Generates answers of a run, an adapter or a base."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,7 +26,7 @@ def generate(
     base: str | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Answers to prompts: `prompt`, `answer`, and `base` where it is compared.
+    """Answer prompts; each result has `prompt`, `answer`, and `base` where it is compared.
 
     Example:
         answers = veneer.generate("runs/tickets", prompts, compare_with_base=True, max_new_tokens=8)

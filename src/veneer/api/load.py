@@ -1,4 +1,4 @@
-"""A run, an adapter or a base, loaded to answer."""
+"""Loads a run, an adapter or a base that then answers prompts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class LoadedModel:
 
     @property
     def run(self) -> Run | None:
-        """The adapter's run, with the base that is under it here; None: it stands in no run's folder."""
+        """The adapter's run, with the base that is loaded here; None: it is in no run's folder."""
         run = self.tuned.run if self.tuned is not None else None
         return run and run.model_copy(update={"model": self.base})
 
@@ -57,7 +57,7 @@ class LoadedModel:
         sampling: Sampling = GREEDY,
         on_text: Callable[[str], None] | None = None,
     ) -> str:
-        """The answer to one prompt; arguments as of `generate`, and `on_text` gets each piece of it as it is made."""
+        """Answer one prompt; arguments as of `generate`, and `on_text` gets each piece of it as it is made."""
         return self.generate([prompt], system, max_new_tokens, sampling, on_text)[0]
 
     def generate(
@@ -68,7 +68,7 @@ class LoadedModel:
         sampling: Sampling = GREEDY,
         on_text: Callable[[str], None] | None = None,
     ) -> list[str]:
-        """The answers, in the order of the prompts.
+        """Answer prompts, in their order.
 
         Args:
             prompts: Questions, or conversations as lists of turns (`{"role": ..., "content": ...}`).
@@ -120,7 +120,7 @@ def load(name: str, force: bool = False, base: str | None = None) -> LoadedModel
 
 
 def _turns(prompt: Question, system: str | None) -> list[Message]:
-    """A prompt as turns, with a system prompt before it where it has none."""
+    """Return a prompt as turns, with a system prompt before it where it has none."""
     try:
         turns = [Message("user", prompt)] if isinstance(prompt, str) else list(read_turns(prompt))
     except BadRowError as error:

@@ -1,4 +1,4 @@
-"""An adapter merged into its base, and taken out again."""
+"""Merges an adapter into its base, and takes it out again."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -62,7 +62,7 @@ def unmerge(
 
 
 def chosen_base(tuned: TunedModel, on: str) -> tuple[str, dict[str, Any] | None]:
-    """What the adapter is merged into, and what `--on best` measured."""
+    """Choose the base to merge into; returns it with what `--on best` measured."""
     if on != "best":
         return on, None
     prompts, longest, _ = questions_of(tuned, None)

@@ -1,4 +1,4 @@
-"""A run before it runs: memory, time, advice, and what would make it fit."""
+"""Plans a run before anything is loaded: memory, time, advice, and what would make it fit."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from veneer.planning.target import device_named, this_device
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What is known of a run before anything is loaded, and what would make it fit.
+    """The forecast of a run, and the changes that would make it fit.
 
     Attributes:
         foreseen: Forecast and advice.

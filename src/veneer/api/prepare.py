@@ -1,4 +1,4 @@
-"""A run's data as tokens, before anything is trained."""
+"""Turns a run's data into tokens, before anything is trained."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from veneer.model.locate import locate
 
 @dataclass(frozen=True)
 class PreparedRows:
-    """The rows of a run as its model will see them.
+    """The rows of a run as tokens.
 
     Attributes:
         train: training examples, each with `ids` (tokens), `weights` (the loss mask, one a token) and `place`.

@@ -1,4 +1,4 @@
-"""An adapter or a model uploaded to a hub."""
+"""Uploads an adapter or a model to a hub."""
 
 from collections.abc import Callable
 from typing import Any

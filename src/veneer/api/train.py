@@ -1,4 +1,4 @@
-"""Training a run, and what is written beside its adapter."""
+"""Trains a run, and writes the files beside its adapter."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a command can refuse before it imports anything heavy: names, files and options that are wrong for certain.
+"""Refuses wrong names, files and options before a command imports anything heavy.
 
 A wrong path is refused so before torch and Transformers are loaded, within a third of a second. The rules are those
 of the packages that do the work, and are applied there again; nothing here decides anything else.
@@ -15,7 +15,7 @@ from veneer.config.paths import require_path
 
 
 def require_base(model: Model) -> None:
-    """Raises UserError where a base is not there, or is a hub's that is neither in the cache nor to be fetched."""
+    """Raise UserError where a base does not exist, or is a hub model that is neither cached nor reachable."""
     kind, place = find_model(model)
     if kind == "hub":
         from huggingface_hub import try_to_load_from_cache
@@ -25,7 +25,7 @@ def require_base(model: Model) -> None:
 
 
 def require_answering(name: str, base: str | None = None) -> None:
-    """Raises UserError where a name is neither a base model nor an adapter whose base is named rightly."""
+    """Raise UserError where a name is neither a base model nor an adapter whose base can be found."""
     if find_adapter(name) is not None:
         require_tuned(name, base)
         return
@@ -42,14 +42,14 @@ def require_answering(name: str, base: str | None = None) -> None:
 
 
 def require_merged(name: str, adapter: str) -> None:
-    """Raises UserError where there is no such folder, or no adapter of that name; its base may be gone."""
+    """Raise UserError where there is no such folder, or no adapter of that name; its base may be gone."""
     require_adapter(adapter)
     if not Path(name).expanduser().is_dir():
         raise UserError(f"{name}: no such folder", "name the folder that `veneer merge` wrote")
 
 
 def require_tuned(name: str, base: str | None = None) -> None:
-    """Raises UserError where there is no adapter of that name, or the base that it is to be put on is none."""
+    """Raise UserError where there is no adapter of that name, or its base cannot be found."""
     found = require_adapter(name)
     if base is not None:
         require_base(Model(base=base))
@@ -61,7 +61,7 @@ def require_tuned(name: str, base: str | None = None) -> None:
 
 
 def require_evaluation(name: str, data: str | None, base: str | None = None) -> None:
-    """Raises UserError where there is no finished run of that name, or no such data."""
+    """Raise UserError where there is no finished run of that name, or no such data."""
     require_run(name)
     require_tuned(name, base)
     if data is not None:
@@ -71,7 +71,7 @@ def require_evaluation(name: str, data: str | None, base: str | None = None) -> 
 
 
 def require_output(folder: RunFolder, resume: bool | str, overwrite: bool) -> None:
-    """Raises UserError where a run's folder is not free, or holds nothing to resume or to replace.
+    """Raise UserError where a run's folder is not free, or holds nothing to resume or to replace.
 
     Args:
         resume: Value of `--resume`; "auto" accepts either.
@@ -88,7 +88,7 @@ def require_output(folder: RunFolder, resume: bool | str, overwrite: bool) -> No
 
 
 def require_inputs(run: Run) -> None:
-    """Raises UserError where base or data of a run are not there, or are a hub's that cannot be reached."""
+    """Raise UserError where base or data of a run do not exist, or are on a hub that cannot be reached."""
     from veneer.data.sources.find import find_sources
     from veneer.data.sources.hub import require_at_hand
 
@@ -101,14 +101,14 @@ def require_inputs(run: Run) -> None:
 
 
 def require_new_folder(out: Path) -> None:
-    """Raises UserError where a folder cannot be made under that name."""
+    """Raise UserError where a folder cannot be made under that name."""
     from veneer.release.output import require_free
 
     require_free(out)
 
 
 def output_file(option: str, path: Path, beginning: str) -> Path:
-    """Where a file is to be written, with ~ resolved.
+    """Return the path at which a file is to be written, with ~ resolved.
 
     Args:
         option: Option that names it.
@@ -131,13 +131,13 @@ def output_file(option: str, path: Path, beginning: str) -> Path:
 
 
 def require_options(given: Mapping[str, str]) -> None:
-    """Raises UserError for a value that is not among those its option takes (`{"--dtype": "int4"}`)."""
+    """Raise UserError for a value that is not among those its option takes (`{"--dtype": "int4"}`)."""
     for option, value in given.items():
         require_known(option, value)
 
 
 def require_artifact(name: str) -> None:
-    """Raises UserError where what is to be certified is neither an address nor there."""
+    """Raise UserError where the artifact to be certified is neither an address nor an existing path."""
     path = Path(name).expanduser()
     if name.startswith(("http://", "https://")) or path.exists():
         return
@@ -148,6 +148,6 @@ def require_artifact(name: str) -> None:
 
 
 def require_folder(name: str) -> None:
-    """Raises UserError where there is no folder of that name."""
+    """Raise UserError where there is no folder of that name."""
     if not Path(name).expanduser().is_dir():
         raise UserError(f"{name}: no such folder", "name a finished run, an adapter, or a merged model")

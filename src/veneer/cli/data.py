@@ -49,7 +49,7 @@ def data(
 
 
 def _settings(name: str, overrides: list[str], model: str | None) -> Any:
-    """The run that a YAML file describes, or the smallest one on some data."""
+    """Return the run that a YAML file describes, or the smallest one on some data."""
     from veneer.config import UserError, load_run, run_of
 
     given = [f"model.base={model}"] if model else []

@@ -192,7 +192,7 @@ def demo_run(output_dir: Path) -> Any:
 
 
 def _free(output_dir: Path) -> Path:
-    """The folder, or the first numbered one beside it that is free, so that the demo can be run again."""
+    """Return the folder, or the first free numbered one beside it, so that the demo can be run again."""
     from veneer.config import RunFolder
 
     folder, number = output_dir, 1

@@ -81,7 +81,7 @@ class Shown:
 
 
 def _prompts(given: list[str], file: Path | None) -> list[Any]:
-    """Prompts of the options and of the file; where neither gives any, the lines of standard input."""
+    """Return the prompts of the options and of the file, or else the lines of standard input."""
     from veneer.config import UserError
     from veneer.config.prompts import plain_prompts, read_prompts
 
@@ -100,7 +100,7 @@ def _prompts(given: list[str], file: Path | None) -> list[Any]:
 
 
 def _show_both(out: Any, answers: list[dict[str, Any]]) -> None:
-    """Base and tuned side by side."""
+    """Print answers of base and tuned model side by side."""
     from rich.markup import escape
     from rich.table import Table
 

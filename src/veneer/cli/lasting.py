@@ -57,7 +57,7 @@ class Output:
         self.streams = [None if stream is None else Lasting(stream) for stream in self.before]
 
     def status(self) -> int:
-        """1 where results were lost for another reason than that nobody reads them any more."""
+        """Return 1 where results were lost for another reason than that nobody reads them any more."""
         out, err = self.streams
         if out is None:
             return 0
@@ -70,7 +70,7 @@ class Output:
 
 @contextmanager
 def lasting_output() -> Iterator[Output]:
-    """Standard output and error that outlast what reads them, for a `with` block."""
+    """Make standard output and error outlast what reads them, for a `with` block."""
     output = Output()
     sys.stdout, sys.stderr = output.streams
     try:
@@ -84,7 +84,7 @@ def lasting_output() -> Iterator[Output]:
 
 @contextmanager
 def polite_kills() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the block as Ctrl-C does: nothing half-written is left. Ignored ones stay ignored."""
+    """Let SIGTERM and SIGHUP end the block as Ctrl-C does, with nothing half-written; ignored signals stay ignored."""
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt

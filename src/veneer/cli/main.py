@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _spelled(arguments: list[str]) -> list[str]:
-    """`--resume auto` as a single word, since the parser knows no option whose value may be left out."""
+    """Join `--resume auto` into one word, since the parser knows no option whose value may be left out."""
     words: list[str] = []
     for argument in arguments:
         if argument == "--resume=auto" or (argument == "auto" and words[-1:] == ["--resume"]):
@@ -91,7 +91,7 @@ def _spelled(arguments: list[str]) -> list[str]:
 def _format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """A warning as a person reads it: without the line of code that gave it."""
+    """Format a warning for a person, without the line of code that gave it."""
     from veneer.config.files import visible
 
     return f"warning: {visible(str(message))}\n"

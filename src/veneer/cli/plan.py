@@ -1,4 +1,4 @@
-"""veneer plan: what a run will hold and take, and what is amiss with it, before anything is loaded."""
+"""veneer plan: memory and time of a run, and advice on it, before anything is loaded."""
 
 from pathlib import Path
 from typing import Annotated

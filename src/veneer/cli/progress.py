@@ -142,7 +142,7 @@ class LiveProgress:
 
 
 class _Left(ProgressColumn):
-    """Time left: measured, or as foreseen until the first step is done."""
+    """The time left, measured, or as foreseen until the first step is done."""
 
     def render(self, task: Task) -> Text:
         ends, foreseen = task.fields["ends"], task.fields["foreseen"]
@@ -179,5 +179,5 @@ def _for_progress(out: Console) -> Console:
 
 
 def _is_milestone(step: int, total: int) -> bool:
-    """Whether a log file gets a line for this step: ten of them show how a run goes."""
+    """Return whether a log file gets a line for this step: it gets ten in a run."""
     return step == total or step % max(1, round(total / 10)) == 0

@@ -17,7 +17,7 @@ METHODS = {"full": "full fine-tuning", "lora": "LoRA, 16 bits", "qlora": "QLoRA,
 
 
 def show_plan(out: Console, run: Any, plan: dict[str, Any]) -> None:
-    """A forecast: components, phases, verdict, time, advice."""
+    """Print a forecast: components, phases, verdict, time, advice."""
     total, trainable = plan["parameters"]["total"], plan["parameters"]["trainable"]
     out.print(f"model    {escape(run.model.base)}: {total:,} parameters, {trainable:,} trained")
     rows = plan["rows"]
@@ -44,7 +44,7 @@ def show_plan(out: Console, run: Any, plan: dict[str, Any]) -> None:
 
 
 def show_verdict(out: Console, plan: dict[str, Any]) -> None:
-    """Whether it fits, in one line."""
+    """Print whether it fits, in one line."""
     colour = COLOURS[plan["verdict"]]
     margin = plan["margin_bytes"]
     left = f"{size(margin)} left" if margin >= 0 else f"{size(-margin)} too much"
@@ -55,7 +55,7 @@ def show_verdict(out: Console, plan: dict[str, Any]) -> None:
 
 
 def show_placement(out: Console, placement: dict[str, Any]) -> None:
-    """What the engine keeps in the memory that is left: activations and 16-bit weights, by the number of blocks."""
+    """Print what the engine keeps in spare memory: activations and 16-bit weights, by the number of blocks."""
     counts = Counter[tuple[str, str]]()
     for blocks in placement["blocks"]:
         for name, state in (*blocks["activations"].items(), *blocks["weights"].items()):
@@ -72,7 +72,7 @@ def show_placement(out: Console, placement: dict[str, Any]) -> None:
 
 
 def show_time(out: Console, plan: dict[str, Any]) -> None:
-    """Speed and duration with their ranges, or why there are none."""
+    """Print speed and duration with their ranges, or why there are none."""
     if plan["step_seconds"] is None:
         out.print("time     not known: `veneer doctor --measure` on that machine takes 20 seconds")
         return
@@ -87,7 +87,7 @@ def show_time(out: Console, plan: dict[str, Any]) -> None:
 
 
 def show_changes(out: Console, plan: dict[str, Any]) -> None:
-    """What makes it fit."""
+    """Print the changes that make it fit."""
     if plan["changes"] is None:
         out.print("to fit   [red]nothing helps[/red]: no smaller model of its family is known that fits")
     elif plan["changes"]:
@@ -98,7 +98,7 @@ def show_changes(out: Console, plan: dict[str, Any]) -> None:
 
 
 def show_advice(out: Console, advice: list[dict[str, str]]) -> None:
-    """Findings, a line each with its fix under it."""
+    """Print findings, a line each with its fix under it."""
     for found in advice:
         colour = SEVERITY[found["severity"]]
         say(out, f"  [{colour}]{found['severity']}[/{colour}] {found['setting']}: {escape(found['message'])}", 5)
@@ -106,7 +106,7 @@ def show_advice(out: Console, advice: list[dict[str, str]]) -> None:
 
 
 def show_comparison(out: Console, compared: dict[str, Any]) -> None:
-    """Methods against sizes of GPU."""
+    """Print methods against sizes of GPU."""
     title = f"{compared['base']} at {compared['max_length']:,} tokens, rank {compared['r']}, one row at a time"
     table = Table(
         title=escape(title), title_justify="left", caption="below: the largest base of a family that fits",
@@ -128,12 +128,12 @@ def show_comparison(out: Console, compared: dict[str, Any]) -> None:
 
 
 def short(base: str | None) -> str:
-    """A base's name without its owner."""
+    """Return a base's name without its owner."""
     return "nothing" if base is None else base.rpartition("/")[2]
 
 
 def duration(seconds: float) -> str:
-    """A time for a person."""
+    """Format a duration for a person."""
     if seconds < 1:
         return f"{1000 * seconds:.0f} ms"
     if seconds < 120:
@@ -142,7 +142,7 @@ def duration(seconds: float) -> str:
 
 
 def _bars(out: Console, parts: dict[str, int], budget: int, stacked: bool = True) -> None:
-    """A bar each against the budget; stacked ones begin where the one before ended."""
+    """Draw a bar each against the budget; stacked ones begin where the one before ended."""
     whole = max(budget, sum(parts.values()) if stacked else max(parts.values()))
     named = max(len(name) for name in parts)
     at = 0
@@ -160,7 +160,7 @@ def _bars(out: Console, parts: dict[str, int], budget: int, stacked: bool = True
 
 
 def show_machine(out: Console, found: dict[str, Any]) -> None:
-    """A machine: parts, libraries, what works, what it trains, what is broken."""
+    """Print a machine: parts, libraries, what works, what it trains, what is broken."""
     machine = found["machine"]
     table = Table(show_header=False, box=None, padding=(0, 2))
     for gpu in found["gpus"]:

@@ -1,4 +1,4 @@
-"""Where text for a person is written: control characters are shown and never carried out, on any encoding.
+"""Writes text for a person: control characters are shown and never carried out, on any encoding.
 
 Names of files, rows, templates, answers and errors are text of others. Rich's own control codes pass; those within a
 text are escaped (`\\x1b`), so that no row moves the cursor, sets the clipboard or hides what stands before it.

@@ -1,4 +1,4 @@
-"""veneer train: carry out a run."""
+"""veneer train: train a run."""
 
 import shlex
 from pathlib import Path
@@ -72,7 +72,7 @@ def train(
 
 
 def _show_result(out: Any, result: Any, as_json: bool, what: str) -> None:
-    """What a run came to, and what to do with it."""
+    """Print a run's result and the commands to go on with."""
     from veneer.cli import show
     from veneer.config import RunFolder
     from veneer.config.files import read_json
@@ -94,7 +94,7 @@ def _show_result(out: Any, result: Any, as_json: bool, what: str) -> None:
 def settings_of(
     run: str | None, overrides: list[str], model: str | None, data: str | None, output_dir: Path | None
 ) -> Any:
-    """The run of a YAML file, or the smallest one of a base and data; the options are overrides of either.
+    """Return the run of a YAML file, or the smallest one of a base and data; the options are overrides of either.
 
     Raises:
         UserError: Neither says what to train, or a setting is wrong.

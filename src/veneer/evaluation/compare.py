@@ -90,7 +90,7 @@ class Evaluation:
         return found
 
     def _metric(self, name: str) -> dict[str, Any]:
-        """One metric of all models; differences pair the rows."""
+        """Compare all models by one metric; differences pair the rows."""
         base, tuned = self.base.results[name], self.tuned.results[name]
         values = {
             "unit": tuned.unit,
@@ -150,7 +150,7 @@ class Scorer:
     settings: Evaluate
 
     def compare(self, on_done: Progress = lambda done: None) -> Evaluation:
-        """The scores of the base and of the tuned model; `on_done` gets the number of rows just answered."""
+        """Score the base and the tuned model; `on_done` gets the number of rows just answered."""
         with self.engine.adapter_off():
             base = self.score(on_done)
         return Evaluation(base, self.score(on_done, batching=base.batching))

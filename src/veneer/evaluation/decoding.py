@@ -18,7 +18,7 @@ SLACK = 8  # tokens before a stop text that may decode to nothing, or to half a 
 
 
 def generation_config(stop_ids: Iterable[int], pad_id: int, max_new_tokens: int, sampling: Sampling) -> Any:
-    """Transformers' GenerationConfig; everything is said outright, or it would come from the model's own settings."""
+    """Make Transformers' GenerationConfig; each field is set, or it would come from the model's own settings."""
     from transformers import GenerationConfig
 
     is_sampled = sampling.temperature > 0
@@ -78,7 +78,7 @@ class LikeliestTokens:
         return scores_BV
 
     def of(self, row: int) -> list[dict[int, float]]:
-        """Log-probabilities by id at each step of a row."""
+        """Return log-probabilities by id at each step of a row."""
         return [dict(zip(ids[row], values[row])) for ids, values in self._steps]
 
 
@@ -127,11 +127,11 @@ def _cut(text: str, stop: Sequence[str]) -> str:
 
 
 def _without_begun(text: str, stop: Sequence[str]) -> str:
-    """The text without an end that may become a stop text."""
+    """Cut from the end of a text what may become a stop text."""
     begun = (size for word in stop for size in range(1, len(word)) if text.endswith(word[:size]))
     return text[: len(text) - max(begun, default=0)]
 
 
 def stop_ids_of(model: Any, renderer: Renderer) -> list[int]:
-    """The tokens at which an answer ends: those of the renderer, and those that the base's generation settings name."""
+    """Return the tokens that end an answer: those of the renderer and of the base's generation settings."""
     return sorted(renderer.stop_ids | base_stop_ids(model.generation_config, "generation_config.json"))

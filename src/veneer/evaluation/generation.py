@@ -24,7 +24,7 @@ GREEDY = Sampling()
 
 
 class Continuation(NamedTuple):
-    """What a model goes on with after a prompt.
+    """The tokens that a model generates after a prompt.
 
     Attributes:
         ids: New tokens; after the one that ends the answer only padding follows.
@@ -84,7 +84,7 @@ def continue_prompts(
     on_done: Callable[[int], None] = lambda done: None,
     on_text: Callable[[str], None] | None = None,
 ) -> list[Continuation]:
-    """The tokens that a model goes on with: the one loop for answers, whoever judges them.
+    """Generate the tokens that follow each prompt: the one generation loop for all models.
 
     Rows go together by their length, and what all begin with is read once, so that the same weights give the same
     answers wherever they are asked: products over other shapes round otherwise.

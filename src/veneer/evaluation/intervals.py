@@ -19,7 +19,7 @@ class Interval:
 
 
 def proportion(hits: int, rows: int) -> Interval:
-    """Wilson's score interval (1927), which holds for few rows and for shares near 0 and 1."""
+    """Compute Wilson's score interval (1927), which holds for few rows and for shares near 0 and 1."""
     share = hits / rows
     middle = (share + Z * Z / (2 * rows)) / (1 + Z * Z / rows)
     half = Z / (1 + Z * Z / rows) * math.sqrt(share * (1 - share) / rows + Z * Z / (4 * rows * rows))

@@ -1,4 +1,4 @@
-"""Batch sizes of evaluation: as many rows at a time as were foreseen to fit, and fewer once memory runs out.
+"""Batch sizes of evaluation: as many rows as the plan says fit, and fewer once memory runs out.
 
 `rows_at_a_time` asks the arithmetic of the plan, so `veneer plan` shows the number that is used. What else holds memory
 nobody foresees; where it runs out nevertheless, `Batching` goes on with half as many rows. Each row is padded by
@@ -92,7 +92,7 @@ class Batching:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out, on whatever device."""
+    """Return whether an error means that memory ran out, on whatever device."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(said in str(error).lower() for said in CPU_MESSAGES)
@@ -136,7 +136,7 @@ def alike(room: Sequence[int], lengths: Sequence[int]) -> Iterator[tuple[int, li
 
 
 def require_positions(model: Any, rows: Sequence[tuple[str, int]]) -> None:
-    """Raises UserError for rows, by place and tokens, whose loss the model has no positions for."""
+    """Raise UserError for rows, by place and tokens, that are longer than the model's positions."""
     positions = positions_of(model)
     for place, tokens in rows:
         if positions is not None and tokens > positions:

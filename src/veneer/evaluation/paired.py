@@ -1,4 +1,4 @@
-"""Paired comparison of two models on the same rows: which answers turned right or wrong, and whether that is shown.
+"""Paired comparison of two models on the same rows: which answers changed, and whether the difference is significant.
 
 The same rows are hard for both models, so what counts is where they differ (McNemar 1947): rows that one has right and
 the other wrong. The interval of the difference is Newcombe's score interval for paired proportions (1998, method 10),
@@ -42,7 +42,7 @@ class Paired:
 
     @property
     def rows_needed(self) -> int:
-        """Rows that would decide it, if they came out as these did; `MOST_ROWS` where hardly any number would."""
+        """The number of rows that would decide it, if they came out like these; at most `MOST_ROWS`."""
         low, high = self.rows, MOST_ROWS
         while high - low > max(1, low // 50):
             middle = (low + high) // 2
@@ -69,7 +69,7 @@ class Paired:
 
 
 def _judge(interval: Interval) -> str:
-    """The verdict of an interval; empty: it is too wide for one."""
+    """Return the verdict of an interval; empty: it is too wide for one."""
     if interval.low > 0:
         return "better"
     if interval.low >= -MARGIN:
@@ -95,7 +95,7 @@ def paired(before: Sequence[bool], after: Sequence[bool]) -> Paired:
 
 
 def difference(rows: int, right: int, gained: int, lost: int) -> Interval:
-    """Newcombe's interval (1998, method 10, with the continuity-corrected correlation) of B's share less A's.
+    """Compute Newcombe's interval (1998, method 10, continuity-corrected correlation) of B's share less A's.
 
     Args:
         rows: Rows that both answered.

@@ -1,4 +1,4 @@
-"""What leaves the house: passport, card, merged models, GGUF files, and the proof that they are what was trained.
+"""Release of a tuned model: passport, card, merge, GGUF, upload, and the certificate that they are what was trained.
 
 weights.py   safetensors read and written with one tensor in memory at a time
 passport.py  passport.json of an adapter: what it belongs to

@@ -1,4 +1,4 @@
-"""A folder that is to be written: it is checked in full before any work, so that what fails fails at once.
+"""Checks the folder that is to be written before any work, so that an error comes at once.
 
 The folder appears whole or not at all: it is made under another name beside its place and renamed. So its parent must
 be writable, and it must not be a folder that cannot be renamed over: a mount, or the one the user stands in.
@@ -15,7 +15,7 @@ from veneer.config.paths import require_path
 
 
 def require_free(out: Path) -> None:
-    """Raises UserError if a folder to be made is a file, holds anything, or cannot be put in its place by a rename."""
+    """Raise UserError if a folder to be made is a file, holds anything, or cannot be put in its place by a rename."""
     require_path(str(out), "--out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         what = "is a file" if not out.is_dir() else "is not empty"
@@ -32,7 +32,7 @@ def require_free(out: Path) -> None:
 
 
 def require_space(out: Path, needed: int) -> None:
-    """Raises UserError if the disk has no room for what is to be written, or cannot be written. Leaves nothing."""
+    """Raise UserError if the disk has no room for what is to be written, or cannot be written. Leaves nothing."""
     clear_dead(out)
     parent = out.absolute().parent
     while not parent.exists():

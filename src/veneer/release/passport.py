@@ -53,6 +53,6 @@ def write_passport(job: TrainingJob, folder: Path, training: dict[str, Any]) -> 
 
 
 def _revision(source: BaseSource) -> str | None:
-    """The commit of a hub model that was loaded; None of others."""
+    """Return the commit of a hub model that was loaded; None for others."""
     folder = local_folder(source) if source.kind == "hub" else None
     return folder.name if folder is not None else source.revision

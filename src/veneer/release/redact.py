@@ -1,4 +1,4 @@
-"""What of a run's files may leave the machine: names instead of paths, counts instead of rows.
+"""Redacts a run's files before they leave the machine: names instead of paths, counts instead of rows.
 
 A path holds the user's name and tells how a machine is laid out; a ledger and a certificate quote rows, which are often
 private. Files that ship therefore hold the last part of a path alone, and what `veneer push` sends of a ledger or a
@@ -23,7 +23,7 @@ ENDPOINT = "an OpenAI-compatible server"
 
 
 def name_of(value: str) -> str:
-    """The last part of a path; a hub id as it is, and of a server's address only that it is one."""
+    """Return the last part of a path; a hub id as it is; for a server's address only that it is one."""
     if value.startswith(("http://", "https://")):
         return ENDPOINT
     path = Path(value).expanduser()
@@ -33,7 +33,7 @@ def name_of(value: str) -> str:
 
 
 def without_paths(value: Any) -> Any:
-    """A JSON value whose strings, keys too, name no path: each path in them is cut to its last part."""
+    """Cut each path in the strings and keys of a JSON value to its last part."""
     if isinstance(value, dict):
         return {without_paths(key): without_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -45,7 +45,7 @@ def without_paths(value: Any) -> Any:
 
 
 def public_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """A run's settings with names in the place of paths.
+    """Return a run's settings with names in the place of paths.
 
     Args:
         settings: Settings as `Run.model_dump(mode="json")` gives them.
@@ -65,7 +65,7 @@ def public_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def public_passport(passport: dict[str, Any]) -> dict[str, Any]:
-    """A passport without paths; those of earlier versions held some."""
+    """Return a passport without paths; those of earlier versions held some."""
     kept = dict(passport)
     if isinstance(kept.get("settings"), dict):
         kept["settings"] = public_settings(kept["settings"])
@@ -77,14 +77,14 @@ def public_passport(passport: dict[str, Any]) -> dict[str, Any]:
 
 
 def public_environment(environment: dict[str, Any]) -> dict[str, Any]:
-    """Versions of Python and libraries, and the kind of system: a kernel's release can carry a host's name."""
+    """Return versions of Python and libraries, and the kind of system: a kernel's release can carry a host name."""
     kept = {key: environment[key] for key in ("python", "libraries") if key in environment}
     system = str(environment.get("platform", ""))
     return kept | {"platform": system.partition("-")[0] if re.search(r"-\d", system) else system}
 
 
 def public_merge(merge: dict[str, Any]) -> dict[str, Any]:
-    """merge.json with the adapter's name alone."""
+    """Return merge.json with the adapter's name alone."""
     kept: dict[str, Any] = dict(merge)
     if isinstance(kept.get("adapter"), str):
         kept["adapter"] = name_of(kept["adapter"])
@@ -94,7 +94,7 @@ def public_merge(merge: dict[str, Any]) -> dict[str, Any]:
 
 
 def public_ledger(ledger: dict[str, Any], whole: bytes, with_rows: bool) -> dict[str, Any]:
-    """A ledger without paths, and without what it quotes of rows.
+    """Return a ledger without paths, and without quoted rows.
 
     Args:
         ledger: Content of `ledger.json`.
@@ -111,7 +111,7 @@ def public_ledger(ledger: dict[str, Any], whole: bytes, with_rows: bool) -> dict
 
 
 def public_certificate(certificate: dict[str, Any], whole: bytes, with_rows: bool) -> dict[str, Any]:
-    """A certificate without paths, and without the texts of its prompts and answers.
+    """Return a certificate without paths, and without the texts of its prompts and answers.
 
     Args:
         certificate: Content of `certificate.json`.
@@ -136,7 +136,7 @@ def public_certificate(certificate: dict[str, Any], whole: bytes, with_rows: boo
 
 
 def _by_name(files: dict[str, Any]) -> dict[str, Any]:
-    """Values by the names of files, which two files of one name are told apart in by a number."""
+    """Return values by file name; files of the same name are told apart by a number."""
     found: dict[str, Any] = {}
     for path, value in files.items():
         name, number = PurePath(path).name, 1
@@ -147,12 +147,12 @@ def _by_name(files: dict[str, Any]) -> dict[str, Any]:
 
 
 def failed_check(certificate: dict[str, Any]) -> str | None:
-    """The name of the first check that failed, without what it quotes."""
+    """Return the name of the first check that failed, without what it quotes."""
     return next((check["name"] for check in certificate.get("checks", []) if not check["passed"]), None)
 
 
 def _verdicts(row: dict[str, Any]) -> dict[str, Any]:
-    """A prompt's id, numbers and verdicts; all of its other texts are the data's."""
+    """Return a prompt's id, numbers and verdicts; its other texts are the data's."""
     kept = {key: value for key, value in row.items() if key in ("id", "turn") or _is_verdict(value)}
     for key in ("adapter", "artifact"):
         if isinstance(row.get(key), str) and isinstance(row.get("reference"), str):

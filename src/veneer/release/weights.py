@@ -1,4 +1,4 @@
-"""Weights on disk, tensor by tensor: safetensors read and written with one tensor in memory at a time.
+"""Reads and writes safetensors with one tensor in memory at a time.
 
 The `safetensors` package maps whole files into memory, which the kernel counts as resident as they are read; a merge
 that must stay small reads and writes the bytes itself. Headers (model/shards.py) are checked in full before anything is
@@ -50,7 +50,7 @@ class Stored:
         return self.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
     def read(self) -> torch.Tensor:
-        """The tensor.
+        """Read the tensor.
 
         Raises:
             UserError: The file ends before it does.
@@ -65,7 +65,7 @@ class Stored:
         return data.view(self.dtype).reshape(self.shape)
 
     def chunks(self) -> Iterator[memoryview]:
-        """Its bytes as they are, a stretch at a time, in one buffer that is used again."""
+        """Yield its bytes a piece at a time, in one buffer that is used again."""
         buffer = memoryview(bytearray(min(CHUNK_BYTES, self.size)))
         left = self.size
         with self.file.open("rb", buffering=0) as file:
@@ -86,7 +86,7 @@ def _read_ahead(file: int, at: int) -> None:
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file, in the order of their bytes.
+    """Return the tensors of a safetensors file, in the order of their bytes.
 
     Raises:
         UserError: The file is damaged: its header is not one, or its tensors overlap or reach beyond its end.
@@ -105,7 +105,7 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 
 def weights_of(folder: Path, what: str) -> dict[str, Stored]:
-    """All tensors of a model's folder, shard after shard.
+    """Return all tensors of a model's folder, shard after shard.
 
     Args:
         folder: Model folder as `save_pretrained` writes it.
@@ -134,7 +134,7 @@ def weights_of(folder: Path, what: str) -> dict[str, Stored]:
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor to be written: its dtype and shape, and what makes it.
+    """A tensor to be written: dtype, shape, and the function that makes it.
 
     `make` gives the tensor, or pieces of its bytes; it is called when its turn comes.
     """
@@ -177,7 +177,7 @@ def _shard_name(number: int, count: int) -> str:
 
 
 def _shards(planned: Sequence[PlannedTensor], shard_bytes: int) -> list[list[PlannedTensor]]:
-    """The tensors in their order, cut where a file is full."""
+    """Return the tensors in their order, divided where a file is full."""
     shards: list[list[PlannedTensor]] = [[]]
     held = 0
     for tensor in planned:
@@ -222,7 +222,7 @@ def _flush(path: Path) -> None:
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor, without a copy where it is contiguous."""
+    """Return the bytes of a tensor, without a copy where it is contiguous."""
     return tensor.contiguous().view(torch.uint8).reshape(-1).numpy().data
 
 

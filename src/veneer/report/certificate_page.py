@@ -25,5 +25,5 @@ def certificate_page(certificate: dict[str, Any]) -> str:
 
 
 def same_answer(row: dict[str, Any]) -> bool:
-    """Whether adapter and artifact answer in the same words; rows without their texts say so themselves."""
+    """Return whether adapter and artifact answer in the same words; rows without texts carry the verdict."""
     return bool(row["same_answer"] if "same_answer" in row else row["adapter"] == row["artifact"])

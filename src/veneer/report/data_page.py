@@ -1,4 +1,4 @@
-"""The page of a data set: its ledger, a length histogram, rows with their tokens. One file, nothing from elsewhere."""
+"""The page of a data set: ledger, length histogram, rows with their tokens. One file without external resources."""
 
 from importlib import resources
 from typing import Any
@@ -25,7 +25,7 @@ def data_page(title: str, base: str, inspected: dict[str, Any]) -> str:
 
 
 def _bars(histogram: list[dict[str, int]]) -> list[dict[str, Any]]:
-    """The histogram's bars with their places in the picture."""
+    """Return the histogram's bars with their positions in the picture."""
     most = max((bar["rows"] for bar in histogram), default=1) or 1
     step = WIDTH / max(1, len(histogram))
     bars = []

@@ -1,4 +1,4 @@
-"""What the pages share: a Jinja environment that escapes HTML, and control characters of rows, names and errors."""
+"""The Jinja environment of all pages; it escapes HTML and control characters in rows, names and errors."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def environment() -> "Environment":
-    """An environment for HTML pages."""
+    """Make the Jinja environment of HTML pages."""
     from jinja2 import Environment
 
     return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_shown)

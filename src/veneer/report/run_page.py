@@ -71,7 +71,7 @@ def shown_of(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _scores(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """The table of scores: its columns, and by metric the cells."""
+    """Return the table of scores: its columns, and by metric the cells."""
     metrics = evaluation.get("metrics", {})
     columns = [key for key in MODELS if any(key in values for values in metrics.values())]
     rows = {
@@ -96,7 +96,7 @@ def _cell(unit: str, value: dict[str, float] | None, is_difference: bool) -> tup
 
 
 def _curve(metrics: Path) -> dict[str, Any] | None:
-    """The loss curve: points of each step, of the running mean and of held-out losses, and marks on the axes."""
+    """Return the loss curve: points of each step, of the running mean and of held-out losses, and marks on the axes."""
     records = read_json_lines(metrics, "step", "kind", is_appended=True) if metrics.exists() else []
     records = [record for record in records if record.get("loss") is not None]
     trained = [(record["step"], record["loss"]) for record in records if record["kind"] == "train"]
@@ -130,7 +130,7 @@ def _curve(metrics: Path) -> dict[str, Any] | None:
 
 
 def _files(folder: Path) -> list[tuple[str, int]]:
-    """The run's files and folders with their sizes, checkpoints left out."""
+    """Return the run's files and folders with their sizes, checkpoints left out."""
     found = []
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name in ("checkpoints", "report.html"):

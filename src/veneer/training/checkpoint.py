@@ -22,7 +22,7 @@ from veneer.training.optimizer import get_state, set_state
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a checkpoint keeps of a training.
+    """The state of a training that a checkpoint keeps.
 
     Attributes:
         model: The PEFT model.
@@ -63,12 +63,12 @@ def save(folder: Path, step: int, state: TrainingState) -> Path:
 
 
 def path_of(folder: Path, step: int) -> Path:
-    """The folder of the checkpoint after `step` steps."""
+    """Return the folder of the checkpoint after `step` steps."""
     return folder / f"step-{step:06d}"
 
 
 def step_of(path: Path) -> int:
-    """The number of steps after which a checkpoint was written, by its name."""
+    """Return the number of steps after which a checkpoint was written, by its name."""
     return int(path.name.removeprefix("step-"))
 
 

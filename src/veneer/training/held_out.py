@@ -23,7 +23,7 @@ class HeldOutBatches(Sequence[Batch]):
         self._order = np.argsort(-part.lengths, kind="stable")
 
     def halved(self) -> "HeldOutBatches":
-        """The same examples in batches of half as many."""
+        """Return the same examples in batches of half as many."""
         return HeldOutBatches(self._part, max(1, min(self.size, len(self._order)) // 2))
 
     def __len__(self) -> int:

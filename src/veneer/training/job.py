@@ -61,7 +61,7 @@ MAY_CHANGE = {
 
 @dataclass(frozen=True)
 class Trained:
-    """What a finished run reports; final_loss is None where no record of it is left."""
+    """The report of a finished run; final_loss is None where no record of it is left."""
 
     run_dir: str
     steps: int
@@ -266,7 +266,7 @@ class TrainingJob:
         _require_same_settings(self.folder, self.run)
 
     def _require_same_placement(self) -> None:
-        """`auto` means other things on other machines; a resumed run must go on in the way it began."""
+        """Require the placement the run began with: `auto` means other things on other machines."""
         began, now = read_json(self.folder.plan, "dtype", "optim", "engine"), self.plan()
         for key, setting in (("dtype", "model.dtype"), ("optim", "train.optim"), ("engine", "train.engine")):
             if str(began[key]).removeprefix("paged_") != now[key].removeprefix("paged_"):
@@ -303,7 +303,7 @@ def finished(run: Run) -> Trained | None:
 
 
 def vary(part: Part, sizes: Any, rows: int) -> bool:
-    """Whether micro-batches differ in shape: in documents' lengths, in trained tokens, or in how many rows they hold.
+    """Return whether micro-batches differ in shape: in documents' lengths, trained tokens or number of rows.
 
     Args:
         part: The examples.
@@ -326,17 +326,17 @@ def environment() -> dict[str, Any]:
 
 
 def _dated(run: Run, day: date | None) -> Run:
-    """A run whose template is given this date, on whatever day the run is resumed."""
+    """Return the run with its template's date fixed, on whatever day the run is resumed."""
     return run.model_copy(update={"data": run.data.model_copy(update={"template_date": day})})
 
 
 def _last_loss(folder: RunFolder) -> float | None:
-    """The loss of the last logged step."""
+    """Return the loss of the last logged step."""
     return next((line["loss"] for line in reversed(read_metrics(folder.metrics)) if line["kind"] == "train"), None)
 
 
 def _require_same_settings(folder: RunFolder, run: Run) -> None:
-    """Raises UserError for settings that differ from those the run began with, and may not."""
+    """Raise UserError for settings that must be those the run began with and are not."""
     changes = _differences(anchored(load_run(folder.run)), anchored(run))
     if changes:
         raise UserError(
@@ -346,14 +346,14 @@ def _require_same_settings(folder: RunFolder, run: Run) -> None:
 
 
 def _differences(then: Run, now: Run) -> list[str]:
-    """Settings that differ and may not, as `section.key: was A, is B`."""
+    """Return settings that differ and must not, as `section.key: was A, is B`."""
     before, after = _settings(then), _settings(now)
     names = sorted(name for name in before | after if before.get(name) != after.get(name))
     return [f"{name}: was {before.get(name)}, is {after.get(name)}" for name in names if name not in MAY_CHANGE]
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    """All settings that decide the numbers of a training, by name; how a step is cut does not."""
+    """Return all settings that decide the numbers of a training, by name; how a step is divided does not."""
     sections = run.model_dump(mode="json", exclude={"evaluate"})
     settings = {f"{name}.{key}": value for name, section in sections.items() for key, value in (section or {}).items()}
     size = settings.pop("train.per_device_train_batch_size") * settings.pop("train.gradient_accumulation_steps")

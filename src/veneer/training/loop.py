@@ -192,9 +192,7 @@ class Loop:
         _report(listeners, record)
 
     def _held_out_means(self, stopped: Callable[[], bool]) -> dict[str, float] | None:
-        """The held-out loss and metrics, None where it was stopped; where memory runs out, from there on with half as
-        many rows at a time.
-        """
+        """Measure held-out loss and metrics; None where it was stopped. Once memory runs out, batches are halved."""
         before = self._held_out.size
         while True:
             try:
@@ -256,7 +254,7 @@ def _largest(gradient: torch.Tensor | None) -> torch.Tensor:
 
 
 def _sums(outputs: Sequence[StepOutput]) -> dict[str, torch.Tensor]:
-    """Weight, loss and metrics of several batches together."""
+    """Add up weight, loss and metrics of several batches."""
     found = [{"weight": output.weight, "loss": output.loss, **output.metrics} for output in outputs]
     return {name: torch.stack([sums[name] for sums in found]).sum() for name in found[0]}
 

@@ -1,4 +1,4 @@
-"""Records of logged steps and evaluations, and who gets them: metrics.jsonl, a progress bar, a program's listener."""
+"""Writes records of logged steps and evaluations to metrics.jsonl; other listeners get the same records."""
 
 import json
 from collections.abc import Callable

@@ -78,7 +78,7 @@ def _require_memory(prediction: Prediction) -> None:
 
 
 def _require_objective(data: Prepared) -> None:
-    """Raises UserError for rows that supervised training cannot learn from as they are."""
+    """Raise UserError for rows that supervised training cannot learn from as they are."""
     fixes = {
         "preference": "set data.format=chosen to learn the chosen answers",
         "rated": "set data.format=prompt-completion and data.bad_rows=drop to learn the good rows alone, or "
@@ -93,7 +93,7 @@ def _require_objective(data: Prepared) -> None:
 
 
 def _require_positions(positions: int | None, data: Prepared) -> None:
-    """Raises UserError for rows longer than the model has positions; it would fail, or be silently wrong, there."""
+    """Raise UserError for rows longer than the model has positions; it would fail, or be silently wrong, there."""
     longest = int(max(part.lengths.max() for part in (data.train, data.validation) if len(part)))
     if positions is not None and longest > positions:
         raise UserError(
@@ -103,7 +103,7 @@ def _require_positions(positions: int | None, data: Prepared) -> None:
 
 
 def _require_embeddings(base: Any, tokenizer: Any, data: Prepared) -> None:
-    """Raises UserError for a token beyond the model's embeddings, which ends a GPU's work without a message."""
+    """Raise UserError for a token beyond the model's embeddings, which ends a GPU's work without a message."""
     known = len(base.get_input_embeddings().weight)
     if len(tokenizer) <= known:
         return

@@ -1,4 +1,4 @@
-"""Signals that stop a training: the loop ends after its step, with a checkpoint.
+"""Handles signals that stop a training: the loop ends after its step, with a checkpoint.
 
 Ctrl-C, SIGTERM and a terminal that was closed (SIGHUP) do the same. Signals that the caller
 ignores stay ignored, as `nohup` has it.

@@ -258,7 +258,7 @@ def _overfit(run: Run, parts: RunParts, engine: Engine) -> Check:
 
 
 def _rate(run: Run, step: int) -> float:
-    """The rate of a step: Adam moves each value of B by it, and B's ranks add up, so scale and rank divide it."""
+    """Return the rate of a step: Adam moves each value of B by it, and ranks add up, so scale and rank divide it."""
     stride: float = FIRST_STRIDE * (LAST_STRIDE / FIRST_STRIDE) ** (step / STEPS)
     return stride / (find_method(run.adapter).scale(run.adapter) * run.adapter.r)
 

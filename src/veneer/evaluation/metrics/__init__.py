@@ -19,7 +19,7 @@ METRICS: tuple[Metric, ...] = (
 
 
 def measure(rows: ScoredRows) -> dict[str, MetricResult]:
-    """The results of all metrics by name, in the order of the registry; metrics that do not apply have none."""
+    """Measure all metrics; results by name, in the order of the registry, without metrics that do not apply."""
     return {name: result for metric in METRICS for name, result in metric(rows).items()}
 
 

@@ -38,7 +38,7 @@ def final_text(answer: str) -> str:
 
 
 def is_right(answer: str, reference: str) -> bool:
-    """Whether an answer says what it should."""
+    """Return whether an answer is the expected one."""
     return _comparable(final_text(answer)) == _comparable(final_text(reference))
 
 

@@ -76,5 +76,5 @@ def right_rows(answers: Sequence[str], references: Sequence[str]) -> list[bool]:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two values are equal as JSON: true is not 1, and the order of keys does not count."""
+    """Return whether two values are equal as JSON: true is not 1, and the order of keys does not count."""
     return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)

@@ -1,4 +1,4 @@
-"""What a metric is: rows that one model answered in, results out; a result has an interval and a paired difference.
+"""Defines a metric: it turns a model's answered rows into results with an interval and a paired difference.
 
 Two models are compared on the same rows, and some rows are hard for both: so a difference is computed from the rows of
 both, and not from two intervals.
@@ -24,7 +24,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class ScoredRows:
-    """What one model made of the held-out rows.
+    """The answers and losses of one model on the held-out rows.
 
     Attributes:
         samples: Rows that ask something, with the model's answers.
@@ -47,18 +47,18 @@ class MetricResult(Protocol):
         """The value with its 95% interval."""
 
     def difference(self, base: Any) -> Interval:
-        """This result less that of another model on the same rows, with an interval that pairs the rows."""
+        """Subtract the result of another model on the same rows, with an interval that pairs the rows."""
 
 
 class Metric(Protocol):
-    """A function from rows to results by name: several where the rows decide what is measured, none if it cannot."""
+    """A function from rows to results by name: several where the rows decide what is measured, or none."""
 
     def __call__(self, rows: ScoredRows) -> Mapping[str, MetricResult]: ...
 
 
 @dataclass(frozen=True)
 class ShareRight:
-    """The share of rows that are right; `right` says of each row whether it is."""
+    """The share of rows that are right; `right` has a verdict on each row."""
 
     right: Sequence[bool]
     unit: ClassVar[str] = "share"

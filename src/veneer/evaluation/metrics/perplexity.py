@@ -43,7 +43,7 @@ class Perplexity:
         return Interval(float(value), float(low), float(high))
 
     def _resampled(self) -> Any:
-        """The mean loss of a token in each of many samples of the rows; the same samples for as many rows."""
+        """Return the mean loss of a token in each of many resamples of the rows; equal counts get equal resamples."""
         losses_R, tokens_R = np.asarray(self.losses, dtype=np.float64), np.asarray(self.tokens, dtype=np.float64)
         chosen_SR = np.random.default_rng(0).integers(len(losses_R), size=(RESAMPLES, len(losses_R)))
         return losses_R[chosen_SR].sum(axis=1) / tokens_R[chosen_SR].sum(axis=1)

@@ -1,4 +1,4 @@
-"""The proof that what ships answers as the model that was judged.
+"""The certificate compares an artifact with the model that was evaluated.
 
 certificate.py      the certificate: every check, and the verdict
 artifact.py         what is to be certified, found by name

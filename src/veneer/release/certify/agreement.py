@@ -1,4 +1,4 @@
-"""Next tokens of an artifact against those of the judged model, where more than rounding decides between them.
+"""Compares the next tokens of an artifact with the judged model's, where the lead exceeds rounding.
 
 The judged model reads the artifact's answers in one pass, so both sides see the same text at every position. Two
 measures:
@@ -36,7 +36,7 @@ ENOUGH = 50  # tokens that are a choice; with fewer, all that count are taken
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far an artifact of a precision may be from the judged model.
+    """The allowed distance of an artifact of a precision from the judged model.
 
     Attributes:
         divergence: Mean KL divergence of the next token, nats.
@@ -47,7 +47,7 @@ class Tolerance:
     agreement: float
 
     def at_least(self, other: "Tolerance") -> "Tolerance":
-        """The wider of each."""
+        """Return the wider limits of the two."""
         return Tolerance(max(self.divergence, other.divergence), min(self.agreement, other.agreement))
 
 
@@ -82,7 +82,7 @@ OTHER_BASE = Tolerance(0.2, 0.75)  # merged into other weights than were judged,
 
 @dataclass(frozen=True)
 class Noise:
-    """How far the lead of a token moves between two runs of the same model, nats.
+    """The change of a token's lead between two runs of the same model, nats.
 
     Attributes:
         judged, artifact: Of each side.
@@ -97,7 +97,7 @@ class Noise:
 
 
 def noise_between(one: Sequence[Answer], other: Sequence[Answer]) -> float:
-    """How far the lead of the likeliest token moves between two runs, at 95% of the positions that they share.
+    """Measure how far the lead of the likeliest token moves between two runs, at 95% of the positions they share.
 
     Not the largest: a few tokens in twenty may be decided by rounding, which the limits of agreement leave room for.
     """
@@ -115,7 +115,7 @@ def noise_between(one: Sequence[Answer], other: Sequence[Answer]) -> float:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured along one answer.
+    """Measurements along one answer.
 
     Attributes:
         divergences: KL at each position, nats.
@@ -136,7 +136,7 @@ class Measured:
 def measure(
     model: Any, renderer: Renderer, prompt: Prompt, answer: Answer, ends: set[int], noise: float = 0.0
 ) -> Measured:
-    """The judged model's distributions along the artifact's answer, against the artifact's.
+    """Compare the judged model's distributions along the artifact's answer with the artifact's.
 
     Args:
         model: The judged model.
@@ -173,14 +173,14 @@ def measure(
 
 @torch.no_grad()
 def read(model: Any, prompt: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
-    """Logits at each position of an answer and behind it, [answer + 1, vocabulary], in the model's precision."""
+    """Return logits at each position of an answer and behind it, [answer + 1, vocabulary], in the model's precision."""
     row = torch.tensor([[*prompt, *ids]], device=model.get_input_embeddings().weight.device)
     logits: torch.Tensor = model(input_ids=row, logits_to_keep=len(ids) + 1).logits[0, -(len(ids) + 1) :]
     return logits
 
 
 def divergence(expected_V: torch.Tensor, found: dict[int, float]) -> float:
-    """KL divergence in nats over the tokens that `found` names and one bucket of all others.
+    """Compute the KL divergence in nats over the tokens that `found` names and one bucket of all others.
 
     Args:
         expected_V: Log-probabilities of all tokens.
@@ -200,7 +200,7 @@ def divergence(expected_V: torch.Tensor, found: dict[int, float]) -> float:
 
 
 def distribution_checks(measured: Sequence[Measured], limits: Tolerance, noise: Noise) -> list[Check]:
-    """Divergence and agreement over all prompts."""
+    """Check divergence and agreement over all prompts."""
     checks = []
     values = [value for row in measured for value in row.divergences]
     broken = sum(not row.finite for row in measured)
@@ -222,7 +222,7 @@ def distribution_checks(measured: Sequence[Measured], limits: Tolerance, noise: 
 
 
 def _agreement(measured: Sequence[Measured], noise: Noise) -> tuple[float | None, str]:
-    """The share of tokens that are the same, and which were counted."""
+    """Return the share of tokens that are the same, and which were counted."""
     counted, choices = sum(row.counted for row in measured), sum(row.choices for row in measured)
     if not counted:
         return None, ""

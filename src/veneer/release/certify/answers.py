@@ -1,4 +1,4 @@
-"""Answers of an exported GGUF file in llama.cpp: what its users will read, for the same rows as any other model's."""
+"""Generates answers of an exported GGUF file in llama.cpp, for the same rows as any other model's."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ def gguf_answers(
     max_new_tokens: int,
     on_done: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
-    """Greedy answers, in the order of the conversations.
+    """Return greedy answers, in the order of the conversations.
 
     Args:
         file: The GGUF file.

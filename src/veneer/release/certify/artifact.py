@@ -1,4 +1,4 @@
-"""What is to be certified, found by name; and started as its users run it."""
+"""Finds the artifact to be certified by its name, and starts it as its users run it."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +19,7 @@ from veneer.release.merge.plan import trained_on
 
 @dataclass(frozen=True)
 class Artifact:
-    """What is to be certified.
+    """An artifact to be certified.
 
     Attributes:
         name: Name as the user wrote it.
@@ -39,7 +39,7 @@ class Artifact:
 
 
 def find_artifact(name: str, tuned: TunedModel, model: str | None = None) -> Artifact:
-    """What a name stands for: an address, a GGUF file, or a folder that holds either.
+    """Find what a name stands for: an address, a GGUF file, or a folder that holds either.
 
     Raises:
         UserError: It is nothing that can be certified.
@@ -68,7 +68,7 @@ def find_artifact(name: str, tuned: TunedModel, model: str | None = None) -> Art
 def running(
     artifact: Artifact, renderer: Renderer, prompts: Sequence[Prompt], max_new_tokens: int, batch: int
 ) -> AbstractContextManager[Runtime]:
-    """The artifact, running."""
+    """Run the artifact as its users do, for a `with` block."""
     if artifact.kind == "transformers":
         assert artifact.path is not None
         return nullcontext(Folder(artifact.path, find_machine(), batch))

@@ -1,4 +1,4 @@
-"""`--on best`: which base a QLoRA adapter is merged into, by what it answers on held-out rows.
+"""`--on best` chooses the base that a QLoRA adapter is merged into by its answers to held-out rows.
 
 The adapter was trained on the 4-bit base and makes up for its errors; on the 16-bit base it is another model. Usually
 the 4-bit base, dequantized, is the better one (docs/release.md); where the 16-bit base is shown to be better, in pairs
@@ -23,7 +23,7 @@ from veneer.release.merge.plan import trained_on
 
 @dataclass(frozen=True)
 class BaseChoice:
-    """What was chosen, and why.
+    """The chosen base, and why.
 
     Attributes:
         on: nf4 or base.

@@ -1,4 +1,4 @@
-"""The certificate: does what ships behave like the model that the run was judged by?
+"""The certificate says whether an artifact behaves like the model that was evaluated.
 
 `veneer evaluate` scores the adapter on its base in its bits; for QLoRA that is the 4-bit base. The same conversations
 go through that model and through the artifact as its users run it, whatever the artifact was merged into. Checks of how
@@ -60,7 +60,7 @@ NOT_HASHED = ("certificate.json", "certificate.html", "README.md")
 
 @dataclass(frozen=True)
 class Certificate:
-    """The proof, or what is wrong.
+    """The result of a certification.
 
     Attributes:
         date: Time of the certificate, UTC, ISO 8601.
@@ -175,7 +175,7 @@ def write_certificate(certificate: Certificate, folder: Path, page: str) -> None
 
 
 def batch_of(tuned: TunedModel) -> int:
-    """Rows that evaluation answers together, and so the certificate."""
+    """Return the number of rows that evaluation, and so the certificate, answers together."""
     return 16 if tuned.run is None else tuned.run.evaluate.batch_size
 
 
@@ -184,7 +184,7 @@ def _edge_limit(max_new_tokens: int) -> int:
 
 
 def _answers(runtime: Runtime, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
-    """Answers to rows at full length, to edge cases cut short."""
+    """Answer rows at full length, and edge cases cut short."""
     rows = [prompt for prompt in prompts if prompt.reference is not None]
     edges = [prompt for prompt in prompts if prompt.reference is None]
     found = runtime.answer([prompt.messages for prompt in rows], max_new_tokens) if rows else []
@@ -204,7 +204,7 @@ def judged_answers(
     recorded: dict[str, Recorded],
     batch: int,
 ) -> tuple[list[Answer], str]:
-    """Answers of the judged model, rows first, and where those to rows are from."""
+    """Return the judged model's answers, rows first, and the source of those to rows."""
     rows = [prompt for prompt in prompts if prompt.reference is not None]
     edges = [prompt for prompt in prompts if prompt.reference is None]
     known = [recorded.get(row.id) for row in rows]
@@ -251,7 +251,7 @@ def _judged_facts(tuned: TunedModel) -> dict[str, Any]:
 
 
 def artifact_sha256(path: Path) -> str:
-    """SHA-256 of a GGUF file; of a folder, that of the lines `NAME SHA256` of its files, sorted by name."""
+    """Return SHA-256 of a GGUF file; of a folder, that of the lines `NAME SHA256` of its files, sorted by name."""
     if path.is_file():
         return file_sha256(path) or ""
     files = sorted(file for file in path.iterdir() if file.is_file() and file.name not in NOT_HASHED)

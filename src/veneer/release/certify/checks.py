@@ -1,4 +1,4 @@
-"""The checks of a certificate that need no second model: tokens of prompts, weights, stops. Each beside its limit.
+"""The checks of a certificate that need no second model: tokens of prompts, weights, stops.
 
 settings.py has those of configuration and decoding, agreement.py and verdict.py those against the judged model.
 """
@@ -15,7 +15,7 @@ from veneer.release.certify.runtimes import Answer, Runtime
 
 
 def unmade(checks: Sequence[Check], has_rows: bool) -> dict[str, str]:
-    """What could not be checked and why, by the name of the check."""
+    """Return the checks that could not be made, by name, with the reason."""
     made = {check.id for check in checks}
     reasons = {
         "prompt_tokens": ("prompt tokens", "the server does not report them"),
@@ -34,7 +34,7 @@ def unmade(checks: Sequence[Check], has_rows: bool) -> dict[str, str]:
 
 
 def prompt_checks(runtime: Runtime, renderer: Renderer, prompts: Sequence[Prompt], artifact: Artifact) -> list[Check]:
-    """The artifact's tokens of each prompt against the training's."""
+    """Compare the artifact's tokens of each prompt with those of training."""
     same = known = 0
     wrong = ""
     for prompt in prompts:

@@ -1,4 +1,4 @@
-"""The tensors of an artifact against what they should be: base and adapter, merged anew, one tensor at a time.
+"""Compares the tensors of an artifact with base and adapter, merged anew, one tensor at a time.
 
 A model's answers hide small damage; its tensors do not. For each tensor of a merged folder or a GGUF file the right
 value is computed again in float32 and compared within the error of the artifact's precision. What is wrong has a
@@ -36,7 +36,7 @@ STRENGTH = 0.1  # how far from 1 the adapter's measured strength may be
 
 @dataclass(frozen=True)
 class Compared:
-    """What was found.
+    """The result of a comparison of weights.
 
     Attributes:
         tensors: Number of tensors compared.
@@ -57,7 +57,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class _Pair:
-    """A tensor of the artifact beside what it should be, both float32, and the base's."""
+    """A tensor of the artifact, the expected tensor, both float32, and the base's."""
 
     name: str
     kind: str
@@ -115,7 +115,7 @@ def compare_weights(tuned: TunedModel, artifact: Path, on: str) -> Compared:
 
 
 def _added(tuned: TunedModel, artifact: Path, every: dict[str, Any]) -> list[str]:
-    """Tensors of an artifact that neither base nor adapter has: a head that is loaded in place of a tied one, say."""
+    """Return tensors that neither base nor adapter has, such as a head that is loaded in place of a tied one."""
     if not artifact.is_file():
         return sorted(name for name in weights_of(artifact, str(artifact)).keys() - every.keys())
     layout = TensorLayout(find_config(tuned.model), tuned.model.base)
@@ -124,7 +124,7 @@ def _added(tuned: TunedModel, artifact: Path, every: dict[str, Any]) -> list[str
 
 
 def _as_stored(value: torch.Tensor, kind: str) -> torch.Tensor:
-    """Float32 values as a 16-bit artifact holds them; others as they are."""
+    """Round float32 values as a 16-bit artifact holds them; leave others as they are."""
     dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(kind)
     return value if dtype is None else value.to(dtype).float()
 
@@ -196,7 +196,7 @@ def _gguf_reader(tuned: TunedModel, file: Path, delta: AdapterDelta) -> Callable
             return torch.from_numpy(values).reshape(shape)
 
         def same(expected: torch.Tensor) -> bool:
-            """Whether these are the very bytes that an export writes; then the quantization is what it should be."""
+            """Return whether the bytes are those that an export writes; then the quantization is right."""
             if kind in ("F32", "F16", "BF16") or tuple(expected.shape) != shape:
                 return False
             at, own = 0, np.asarray(tensor.data).view(np.uint8).reshape(-1)

@@ -1,4 +1,4 @@
-"""Why an artifact makes other tokens of a prompt than training did: in one sentence, with the place."""
+"""Explains in one sentence why an artifact tokenizes a prompt differently from training, and where."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ AROUND = 24  # characters shown on each side of the first difference
 
 
 def diagnose_prompt(renderer: Renderer, expected: list[int], found: list[int], artifact: Path | None) -> str:
-    """What differs between the tokens of training and an artifact's."""
+    """Say in one sentence how an artifact's tokens differ from those of training."""
     tokenizer = renderer.tokenizer
     bos = tokenizer.bos_token_id
     if bos is not None and found[:2] == [bos, bos] and found[1:] == expected:
@@ -35,7 +35,7 @@ def diagnose_prompt(renderer: Renderer, expected: list[int], found: list[int], a
 
 
 def lost_tokens(tokenizer: Any, artifact: Path | None) -> list[str]:
-    """Added tokens of the training's tokenizer that an artifact's does not have, at their ids."""
+    """Return added tokens of the training's tokenizer that the artifact's tokenizer lacks at their ids."""
     if artifact is None:
         return []
     held: dict[int, str] = {}

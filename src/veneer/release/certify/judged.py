@@ -1,4 +1,4 @@
-"""The model that a run was judged by, and what it answered.
+"""Identifies the model that evaluation scored, and reads its recorded answers.
 
 `veneer evaluate` scores the adapter on its base in its bits: for QLoRA the 4-bit base. Its answers are in
 samples.jsonl. What ships is compared with them row by row. They count only where evaluation.json says that they are of
@@ -15,7 +15,7 @@ from veneer.model.tuned import TunedModel
 
 
 def judged_by(run: Run, adapter: Path, dtype: Any) -> dict[str, Any]:
-    """What identifies the model that evaluation scores and how it answers; kept in evaluation.json."""
+    """Return what identifies the model that evaluation scores and how it answers; kept in evaluation.json."""
     return {
         "adapter_sha256": file_sha256(adapter / "adapter_model.safetensors"),
         "base": run.model.base,
@@ -34,7 +34,7 @@ class Recorded:
 
 
 def recorded_answers(tuned: TunedModel) -> dict[str, Recorded]:
-    """Answers of the tuned model by the place of their row; empty: there are none of this very model."""
+    """Return answers of the tuned model by the place of their row; empty if none are of this very model."""
     if tuned.run is None or tuned.folder is None:
         return {}
     try:

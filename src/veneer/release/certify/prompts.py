@@ -1,4 +1,4 @@
-"""What a certificate asks: held-out rows of the run, and the cases that break exports.
+"""The prompts of a certificate: held-out rows of the run, and the cases that break exports.
 
 The edge cases are short; each has broken a converted model before: an empty question, one far longer than any that was
 trained, text outside ASCII, text that looks like control tokens, white space that a template may trim, several turns.
@@ -37,7 +37,7 @@ class Prompt:
 
 
 def prompts_of(renderer: Renderer, held_out: list[HeldOut], longest: int) -> list[Prompt]:
-    """Held-out rows that ask something, then the edge cases.
+    """Return held-out rows that ask something, then the edge cases.
 
     Args:
         renderer: Tokenizer and template of training.
@@ -63,7 +63,7 @@ def prompts_of(renderer: Renderer, held_out: list[HeldOut], longest: int) -> lis
 
 
 def very_long(tuned: TunedModel, max_new_tokens: int) -> int:
-    """Tokens of the very long case: a thousand, or half of what a small model has positions for."""
+    """Return the tokens of the very long case: a thousand, or half of a small model's positions."""
     positions = getattr(find_config(tuned.model).get_text_config(), "max_position_embeddings", None) or 4096
     return max(8, min(1000, (positions - max_new_tokens) // 2))
 

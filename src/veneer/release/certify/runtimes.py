@@ -1,4 +1,4 @@
-"""An artifact as its users will run it: messages in, an answer out, with what the certificate looks at.
+"""Runs an artifact as its users will: messages in, an answer out, with the numbers that the certificate checks.
 
 A Transformers folder is run here, with its own tokenizer, template and generation settings and nothing of Veneer's;
 servers.py asks an OpenAI-compatible server, and starts llama.cpp's for a GGUF file.
@@ -49,19 +49,19 @@ class Runtime(Protocol):
     kind: str
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int] | None:
-        """The tokens it makes of a conversation to be answered; None: it does not report."""
+        """Return the runtime's tokens of a conversation to be answered; None: it does not report them."""
         ...
 
     def prompt_count(self, messages: Sequence[Message]) -> int | None:
-        """How many tokens it counts in such a conversation; None: it does not report."""
+        """Return the runtime's count of tokens in such a conversation; None: it does not report it."""
         ...
 
     def answer(self, prompts: Sequence[Sequence[Message]], max_new_tokens: int) -> list[Answer]:
-        """Greedy answers."""
+        """Answer greedily."""
         ...
 
     def stop_ids(self) -> set[int] | None:
-        """Tokens at which it ends an answer; None: it does not report."""
+        """Return the tokens at which it ends an answer; None: it does not report them."""
         ...
 
 
@@ -121,7 +121,7 @@ class Folder:
 def greedy(
     model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, stop_ids: set[int], batch: int = 16
 ) -> list[Answer]:
-    """Greedy answers of a Transformers model to token ids, with the likeliest tokens at each step."""
+    """Generate greedy answers of a Transformers model to token ids, with the likeliest tokens at each step."""
     config = generation_config(stop_ids, tokenizer.pad_token_id or 0, max_new_tokens, GREEDY)
     answers = []
     for ids, steps in continue_prompts(model, tokenizer, prompts, config, batch, likeliest=TOP):

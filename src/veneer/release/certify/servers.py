@@ -1,4 +1,4 @@
-"""An artifact behind HTTP: an OpenAI-compatible server, asked as its users ask it; llama.cpp's is started here."""
+"""Asks an artifact through an OpenAI-compatible HTTP server; llama.cpp's own server is started here."""
 
 import http.client
 import importlib.util
@@ -101,7 +101,7 @@ class Endpoint:
         at_once: int = 1,
         on_done: Callable[[int], None] = lambda done: None,
     ) -> list[str]:
-        """Greedy answers as text alone, in the order of the prompts.
+        """Generate greedy answers as text alone, in the order of the prompts.
 
         Args:
             prompts: Conversations to be answered.
@@ -181,14 +181,14 @@ class Endpoint:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Answers that send elsewhere are answers: rows go to the address that the user named and to no other."""
+    """Returns redirects as answers: rows go to the address that the user named and to no other."""
 
     def redirect_request(self, *given: Any) -> None:
         return None
 
 
 def _ask(url: str, body: dict[str, Any] | None) -> Any:
-    """What a server answers, parsed; None: nothing that can be, within TIMEOUT_SECONDS and ANSWER_BYTES.
+    """Send a request and return the parsed answer; None: there is none within TIMEOUT_SECONDS and ANSWER_BYTES.
 
     Raises:
         JobError: It answers more than ANSWER_BYTES.
@@ -231,7 +231,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _tokens(made: Any) -> list[int] | None:
-    """The token ids of an answer; None: it holds none."""
+    """Return the token ids of an answer; None: it holds none."""
     found = made.get("tokens") if isinstance(made, dict) else None
     return found if isinstance(found, list) and all(isinstance(token, int) for token in found) else None
 
@@ -244,7 +244,7 @@ def _token_id(entry: dict[str, Any]) -> int | None:
 
 
 def require_llama_cpp() -> None:
-    """Raises UserError where llama.cpp is not installed."""
+    """Raise UserError where llama.cpp is not installed."""
     if importlib.util.find_spec("xllamacpp") is None:
         raise UserError(
             "GGUF files are proved in llama.cpp, which is not installed",
@@ -256,7 +256,7 @@ def require_llama_cpp() -> None:
 def llama_server(
     file: Path, chat: bool, stops: set[int], context: int, lora: Path | None = None, slots: int = 1
 ) -> Iterator[Endpoint]:
-    """llama.cpp's own server on a GGUF file, in a process of its own (llama.py), on a free port of this machine.
+    """Start llama.cpp's own server on a GGUF file, as a process of its own, on a free port of this machine.
 
     Args:
         file: The model.
@@ -305,7 +305,7 @@ def llama_server(
 
 
 def _why_it_ended(child: "subprocess.Popen[bytes]", log: IO[str]) -> str:
-    """What a child that ended had to say."""
+    """Return the error output of a child process that ended."""
     status = child.wait()
     log.seek(0)
     lines = log.read().splitlines()

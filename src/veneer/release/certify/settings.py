@@ -1,4 +1,4 @@
-"""Settings of an artifact that change its answers and stand in no weight: architecture, and how tokens are chosen.
+"""Checks the settings of an artifact that change its answers but not its weights: architecture and decoding.
 
 A rope_theta or a norm's epsilon that changed on the way leaves every tensor as it was and every answer worse. Each
 setting of config.json, or of a GGUF file's header, is compared with the base's. generation_config.json must choose
@@ -45,7 +45,7 @@ OPTIONAL = ("vocab_size", "rope.dimension_count", "attention.key_length", "atten
 
 
 def setting_checks(tuned: TunedModel, path: Path, unties: bool) -> list[Check]:
-    """Architecture and decoding settings of a merged folder, or the architecture's of a GGUF file.
+    """Check architecture and decoding settings of a merged folder, or the architecture settings of a GGUF file.
 
     Args:
         tuned: The adapter and its base.
@@ -62,7 +62,7 @@ def setting_checks(tuned: TunedModel, path: Path, unties: bool) -> list[Check]:
 
 
 def stop_token_checks(stops: set[int] | None, renderer: Renderer) -> list[Check]:
-    """Whether an artifact knows every token at which an answer ends; none where it reports none."""
+    """Check that an artifact knows every token at which an answer ends; no check where it reports none."""
     if stops is None:
         return []
     missing = sorted(set(renderer.stop_ids) - stops)
@@ -105,7 +105,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _decoding(path: Path) -> Check:
-    """Whether generation_config.json chooses tokens greedily, as evaluation did."""
+    """Check that generation_config.json chooses tokens greedily, as evaluation did."""
     try:
         kept = read_json(path / "generation_config.json")
     except UserError:
@@ -127,7 +127,7 @@ def _layout(tuned: TunedModel) -> TensorLayout:
 
 
 def _gguf_settings(tuned: TunedModel, file: Path) -> Iterator[str]:
-    """What differs between a GGUF file's header, or tensors that stand for settings, and the base's configuration."""
+    """Yield differences between a GGUF file's header, or tensors that stand for settings, and the base's settings."""
     layout, reader = _layout(tuned), open_gguf(file)
     for key, value in layout.metadata().items():
         if key in reader.fields:

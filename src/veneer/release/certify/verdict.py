@@ -1,4 +1,4 @@
-"""Does what ships do the task as well as what was judged? The same held-out rows, in pairs.
+"""Compares the score of an artifact with that of the judged model on the same held-out rows, in pairs.
 
 Two models with equal scores may have other rows right, so each row counts: from wrong to right, from right to wrong.
 The difference has a paired interval, and the verdict says what so many rows can show: better, same (no loss of 5
@@ -19,7 +19,7 @@ from veneer.release.certify.runtimes import Answer
 
 @dataclass(frozen=True)
 class Verdict:
-    """The score of an artifact beside that of what was judged.
+    """The score of an artifact beside that of the judged model.
 
     Attributes:
         judged, artifact: Which rows each has right, in the order of the rows.
@@ -33,7 +33,7 @@ class Verdict:
     source: str
 
     def turns(self) -> list[str]:
-        """What became of each row: wrong to right, right to wrong, still right, still wrong."""
+        """Say of each row what became of it: wrong to right, right to wrong, still right, still wrong."""
         return [TURNS[pair] for pair in zip(self.judged, self.artifact, strict=True)]
 
     @property
@@ -54,7 +54,7 @@ class Verdict:
         }  # fmt: skip
 
     def check(self) -> Check:
-        """The gate."""
+        """Return the check that fails where the score is worse."""
         found, rows = self.paired, len(self.judged)
         score, other = (f"{sum(right) / rows:.1%} ({sum(right)} of {rows})" for right in (self.artifact, self.judged))
         detail = describe(found)
@@ -65,7 +65,7 @@ class Verdict:
 
 
 def describe(found: Paired) -> str:
-    """A paired comparison in a line."""
+    """Describe a paired comparison in one line."""
     low, value, high = (100 * x for x in (found.difference.low, found.difference.value, found.difference.high))
     what = "same (no loss of 5 points)" if found.verdict == "same" else found.verdict
     return (

@@ -41,7 +41,7 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written."""
+    """The result of an export."""
 
     out: str
     file: str
@@ -59,7 +59,7 @@ class Exported:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor of the file, and what makes its value."""
+    """A tensor of the file, and the function that makes its value."""
 
     name: str
     shape: tuple[int, ...]
@@ -180,7 +180,7 @@ def _plan(
 
 
 def _plan_lora(layout: TensorLayout, name: str, stored: Stored) -> _Tensor:
-    """A LoRA matrix; B has the rows of its weight, and is laid out as they are."""
+    """Plan a LoRA matrix; B has the rows of its weight and the same layout."""
     module, _, half = name.removeprefix("base_model.model.").rpartition(".lora_")
     weight = f"{module}.weight"
     transform = layout.transform(weight) if half.startswith("B") else None
@@ -203,7 +203,7 @@ def _writer(path: Path, arch: str) -> Any:
 
 
 def _describe(writer: Any, tuned: TunedModel, layout: TensorLayout, quant: str) -> None:
-    """Everything but tokenizer and tensors."""
+    """Add all metadata but that of the tokenizer."""
     writer.add_type("model")
     writer.add_name(_named(_title(tuned), tuned.renderer.tokenizer))
     if (stated := licence(tuned.source)) is not None:
@@ -228,8 +228,8 @@ def _describe(writer: Any, tuned: TunedModel, layout: TensorLayout, quant: str) 
 
 
 def _named(title: str, tokenizer: Any) -> str:
-    """The model's name in the file. llama.cpp strips spaces behind control tokens, as Phi-3's tokenizer does, where the
-    name says so and only there; it then expects the tokens of that tokenizer.
+    """Return the model's name in the file. llama.cpp strips spaces after control tokens, as Phi-3's tokenizer does,
+    only if the name contains "phi-3"; it then expects the tokens of that tokenizer.
     """
     strips = any(token.rstrip for token in tokenizer.added_tokens_decoder.values())
     if strips and {"<s>", "</s>", "<unk>", "<|endoftext|>"} <= tokenizer.get_vocab().keys():
@@ -257,7 +257,7 @@ def _add_tokenizer(writer: Any, tuned: TunedModel, rows: int) -> None:
 
 
 def _write_tensors(writer: Any, planned: list[_Tensor], on_done: Progress) -> None:
-    """All tensors, each made when its turn comes."""
+    """Write all tensors, making each when its turn comes."""
     from gguf import GGMLQuantizationType
 
     for tensor in planned:
@@ -288,7 +288,7 @@ def _write_modelfile(tuned: TunedModel, folder: Path, file: str, adapter_of: str
 
 
 def _base_of_lora(tuned: TunedModel) -> str:
-    """What a Modelfile names as the base of an adapter: a hub id, or the base's own file beside it, by name alone."""
+    """Return what a Modelfile names as an adapter's base: a hub id, or the name of the base's file beside it."""
     if (known := hub_id(tuned.source)) is not None:
         return known
     file = gguf_origin(tuned.model)

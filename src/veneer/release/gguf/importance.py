@@ -1,4 +1,4 @@
-"""The importance matrix of a run: which inputs of each weight its own rows drive hard.
+"""The importance matrix of a run: the mean square of each weight's inputs over its own rows.
 
 llama.cpp's types of 2 to 6 bits choose scales so that the weighted error of a row is least; the weight of a column is
 the mean square of the input that meets it. Measured on the run's own training rows, the bits go where the task needs
@@ -41,7 +41,7 @@ def measure_importance(model: Any, rows: Sequence[Example]) -> Importance:
 
 @contextmanager
 def _summed_squares(base: Any) -> Iterator[dict[str, tuple[torch.Tensor, int]]]:
-    """Sums of squares of the inputs of each adapted or plain linear layer, and how many tokens were summed."""
+    """Sum the squares of the inputs of each adapted or plain linear layer, and count the tokens."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     sums: dict[str, tuple[torch.Tensor, int]] = {}
@@ -71,7 +71,7 @@ def _summed_squares(base: Any) -> Iterator[dict[str, tuple[torch.Tensor, int]]]:
 
 
 def importance_of(importance: Importance, delta: AdapterDelta, name: str) -> torch.Tensor | None:
-    """The importance of a tensor's columns; embeddings that are the head too are met by what the head reads."""
+    """Return the importance of a tensor's columns; for tied embeddings it is that of the head's inputs."""
     for parameter, found in importance.items():
         if delta.name_on_disk(parameter) == name:
             return found
@@ -84,6 +84,6 @@ def write_importance(folder: Path, importance: Importance) -> None:
 
 
 def read_importance(file: Path) -> Importance:
-    """The matrix beside a GGUF file; nothing where there is none."""
+    """Read the matrix beside a GGUF file; empty where there is none."""
     path = file.with_name(FILE)
     return load_file(path) if path.is_file() else {}

@@ -1,4 +1,4 @@
-"""An Ollama Modelfile: the chat template in Ollama's own language, and where an answer stops.
+"""An Ollama Modelfile: the chat template in Ollama's own language, and the texts that end an answer.
 
 Ollama does not run the Jinja template that a GGUF file carries; it wants the same in Go's template language. Most
 templates are a chain of turns, each between two fixed texts, so those texts are read off renderings of the template,
@@ -45,14 +45,14 @@ class Chain:
     prompt: str
 
     def render(self, messages: Sequence[Message]) -> str:
-        """What it makes of a conversation."""
+        """Render a conversation."""
         around = {"system": self.system, "user": self.user, "assistant": self.assistant}
         turns = "".join(around[m.role][0] + m.content + around[m.role][1] for m in messages)
         lead = "" if messages[0].role == "system" else self.unasked
         return self.start + lead + turns + self.prompt
 
     def as_go(self) -> str:
-        """The same in Ollama's template language."""
+        """Write the chain in Ollama's template language."""
         parts = [_literal(self.start)]
         if self.unasked:
             first = '{{ if or (not .Messages) (ne (index .Messages 0).Role "system") }}'
@@ -69,7 +69,7 @@ class Chain:
 
 
 def modelfile(file: str, renderer: Renderer, stops: Sequence[str], adapter_of: str | None = None) -> str:
-    """The text of a Modelfile.
+    """Write the text of a Modelfile.
 
     Args:
         file: Name of the GGUF file beside it.
@@ -107,7 +107,7 @@ def modelfile(file: str, renderer: Renderer, stops: Sequence[str], adapter_of: s
 
 
 def chain_of(renderer: Renderer) -> Chain | None:
-    """The fixed texts around the turns, read off renderings; None where the template does not have them."""
+    """Find the fixed texts around the turns in renderings; None where the template has none."""
     one, system, more = (_rendered(renderer, trial) for trial in (TRIALS[0], TRIALS[1], TRIALS[2]))
     alone = _rendered(renderer, TRIALS[0], asks=False)
     if one is None or more is None or alone is None or one.count(U) != 1 or more.count(A) != 1:
@@ -140,7 +140,7 @@ def chain_of(renderer: Renderer) -> Chain | None:
 
 
 def unlike(chain: Chain, renderer: Renderer) -> int:
-    """How many trials a chain renders otherwise than the template."""
+    """Count the trials that a chain renders otherwise than the template."""
     expected = [_rendered(renderer, trial) for trial in TRIALS]
     return sum(text is not None and chain.render(trial) != text for trial, text in zip(TRIALS, expected))
 
@@ -155,12 +155,12 @@ def _rendered(renderer: Renderer, messages: Sequence[Message], asks: bool = True
 
 
 def _from_last(shared: str, prompt: str) -> str:
-    """What stands before a question alone: from where the sign stands that turns begin with, if they do with one."""
+    """Return the text before a lone question, from the last occurrence of the marker that turns begin with, if any."""
     sign = re.match(r"<[^<>]+>", prompt)
     at = shared.rfind(sign[0]) if sign else -1
     return shared[at:] if at > 0 else shared
 
 
 def _literal(text: str) -> str:
-    """Text that stands for itself in a Go template, within a Modelfile's triple quotes."""
+    """Quote text for a Go template within a Modelfile's triple quotes."""
     return text.replace("{{", '{{ "{{" }}').replace('"""', '{{ "\\"\\"\\"" }}')

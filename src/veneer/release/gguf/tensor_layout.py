@@ -1,4 +1,4 @@
-"""How a model lies in a GGUF file: the names of its tensors, their layouts, its numbers.
+"""The layout of a model in a GGUF file: names and layouts of its tensors, and its metadata.
 
 The `gguf` package owns the names; what differs between Transformers' definition of a family and llama.cpp's stands in
 model/families/. A setting that llama.cpp's architecture has no word for is refused, not dropped.
@@ -52,7 +52,7 @@ class TensorLayout:
         self._require_known()
 
     def name(self, tensor: str) -> str:
-        """A tensor's name in GGUF.
+        """Return a tensor's name in GGUF.
 
         Raises:
             UserError: llama.cpp's architecture has no such tensor.
@@ -68,7 +68,7 @@ class TensorLayout:
         return str(found)
 
     def transform(self, tensor: str) -> Transform | None:
-        """How a tensor is laid out there; None: as here."""
+        """Return the function that lays a tensor out for GGUF; None: the layout is the same."""
         if self.format.pairs_are_neighbours:
             if ".q_proj." in tensor:
                 return lambda weight: interleaved(weight, self.heads)
@@ -79,7 +79,7 @@ class TensorLayout:
         return None
 
     def metadata(self) -> dict[str, Any]:
-        """Numbers of the model by their keys, as plain ints, floats, strings."""
+        """Return the model's sizes and settings by their GGUF keys, as plain ints, floats and strings."""
         config, rope = self.config, _rope(self.config)
         found: dict[str, Any] = {
             "context_length": self._context_length(),
@@ -110,7 +110,7 @@ class TensorLayout:
         return {f"{self.format.arch}.{key}": value for key, value in found.items()}
 
     def extra_tensors(self) -> dict[str, torch.Tensor]:
-        """Tensors that stand for settings there: the factors of stretched rotary frequencies."""
+        """Return tensors that stand for settings in GGUF: the factors of scaled rotary frequencies."""
         rope = _rope(self.config)
         if rope.get("rope_type") == "llama3":
             return {"rope_freqs.weight": llama3_factors(rope, self.head_width)}
@@ -127,7 +127,7 @@ class TensorLayout:
         return min(positions, window) if window else positions
 
     def _dropped_window(self) -> int | None:
-        """A sliding window that llama.cpp's architecture does not know of."""
+        """Return a sliding window that llama.cpp's architecture does not support."""
         if any(name == "sliding_window" for _, name, _ in self.format.settings):
             return None
         kinds = getattr(self.config, "layer_types", None)
@@ -160,14 +160,14 @@ class TensorLayout:
 
 
 def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of Q or K with the two halves of each head's rotary pairs made neighbours; [out, in] or a bias [out]."""
+    """Reorder rows of Q or K so that the two halves of each rotary pair are neighbours; [out, in] or a bias [out]."""
     rest = weight.shape[1:]
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *rest)
     return halves.transpose(1, 2).reshape(weight.shape).contiguous()
 
 
 def llama3_factors(rope: dict[str, Any], width: int) -> torch.Tensor:
-    """What Llama 3.1 divides each rotary frequency by: short waves stay, long ones stretch, others are blended."""
+    """Compute Llama 3.1's divisors of rotary frequencies: 1 for short waves, `factor` for long ones, else a blend."""
     frequencies = rope["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
     waves = 2 * math.pi / frequencies
     factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]

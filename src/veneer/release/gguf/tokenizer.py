@@ -1,4 +1,4 @@
-"""A Transformers tokenizer in the words of GGUF.
+"""Converts a Transformers tokenizer to GGUF's vocabulary.
 
 llama.cpp has tokenizers of its own, chosen by a name; the file only carries the vocabulary. Two kinds are known here:
 
@@ -32,7 +32,7 @@ RULES = {
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What GGUF carries of a tokenizer.
+    """The parts of a tokenizer that GGUF stores.
 
     Attributes:
         model: gpt2 for byte-level BPE, llama for SentencePiece.
@@ -55,7 +55,7 @@ class Vocabulary:
 
 
 def vocabulary(tokenizer: Any, size: int, stop_ids: list[int]) -> Vocabulary:
-    """A tokenizer's vocabulary for a model with `size` rows of embeddings.
+    """Convert a tokenizer's vocabulary for a model with `size` rows of embeddings.
 
     Args:
         tokenizer: A fast Transformers tokenizer.
@@ -119,7 +119,7 @@ def _tokens(tokenizer: Any, spec: dict[str, Any], size: int, is_pieces: bool) ->
 
 
 def _scores(spec: dict[str, Any], merges: list[tuple[str, ...]], size: int) -> list[float]:
-    """Minus the rank of the first join that makes each token; what no join makes is never joined to."""
+    """Return minus the rank of the first merge that makes each token; tokens that no merge makes get the lowest."""
     vocabulary = spec["model"]["vocab"]
     scores = [float(-len(merges) - 1)] * size
     for rank in range(len(merges) - 1, -1, -1):
@@ -130,7 +130,7 @@ def _scores(spec: dict[str, Any], merges: list[tuple[str, ...]], size: int) -> l
 
 
 def _rule(spec: dict[str, Any]) -> str:
-    """llama.cpp's name of a byte-level splitting rule."""
+    """Return llama.cpp's name of a byte-level splitting rule."""
     found = spec["pre_tokenizer"] or {}
     steps = found.get("pretokenizers", [found])
     kinds = [step.get("type") for step in steps]
@@ -179,7 +179,7 @@ def _puts(tokenizer: Any, number: int | None, place: int) -> bool:
 
 
 def _prefixes(tokenizer: Any) -> bool:
-    """Whether text behind a control token begins with a space of the tokenizer's own; so a chat is cut there."""
+    """Return whether the tokenizer puts a space before text that follows a control token."""
     control = tokenizer.bos_token or tokenizer.eos_token
     ids = tokenizer(f"{control}a", add_special_tokens=False)["input_ids"]
     return bool(tokenizer.convert_ids_to_tokens(ids)[1].startswith("▁"))

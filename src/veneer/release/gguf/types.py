@@ -1,4 +1,4 @@
-"""Which of GGUF's types a tensor gets, and its bytes in that type.
+"""Chooses the GGUF type of each tensor, and encodes tensors in it.
 
 The K-quants are mixes: llama.cpp gives the tensors that hurt most (the head, part of V and of the down projections)
 more bits than the rest. The mix here is llama.cpp's own for dense models, so that a `q4_k_m` made here is what others
@@ -63,7 +63,7 @@ class Mix:
     tied: bool
 
     def type_of(self, name: str, shape: tuple[int, ...]) -> str:
-        """The type of a tensor by its name in GGUF."""
+        """Return the type of a tensor by its name in GGUF."""
         if len(shape) < 2:
             return "F32"
         wanted = self._wanted(name)
@@ -113,19 +113,19 @@ class Mix:
 
 
 def require_quant(quant: str) -> None:
-    """Raises UserError for an unknown type, or one that needs a package that is not there."""
+    """Raise UserError for an unknown type, or one that needs a package that is not there."""
     require_known("--quant", quant)
     if QUANTS[quant][1] not in _SELF_MADE:
         _ggml()
 
 
 def takes_importance(quant: str) -> bool:
-    """Whether a type chooses its scales by an importance matrix."""
+    """Return whether a type chooses its scales by an importance matrix."""
     return quant in QUANTS and QUANTS[quant][1] not in _SELF_MADE
 
 
 def size_of(kind: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor in a type."""
+    """Return the bytes of a tensor in a type."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
@@ -135,7 +135,7 @@ def size_of(kind: str, shape: tuple[int, ...]) -> int:
 def encoded(
     tensor: torch.Tensor, kind: str, name: str = "a weight", importance: torch.Tensor | None = None
 ) -> Iterator[Any]:
-    """The bytes of a tensor in a type, row block after row block, as uint8 arrays.
+    """Encode a tensor in a type, row block after row block, as uint8 arrays.
 
     Args:
         tensor: Any float dtype; [rows, columns], or one row.
@@ -178,7 +178,7 @@ def _encode(block: torch.Tensor, kind: str, name: str, importance: torch.Tensor 
 
 @cache
 def _ggml() -> Any:
-    """llama.cpp's quantizer: `size_t ggml_quantize_chunk(type, src, dst, start, nrows, n_per_row, imatrix)`.
+    """Return llama.cpp's quantizer: `size_t ggml_quantize_chunk(type, src, dst, start, nrows, n_per_row, imatrix)`.
 
     The library is opened beside Python's own use of it, and only this function, whose signature has not changed since
     2023, is called.

@@ -1,4 +1,4 @@
-"""What an adapter adds to each tensor of its base, one module at a time.
+"""Computes what an adapter adds to each tensor of its base, one module at a time.
 
 The arithmetic is PEFT's own: the model is built hollow (one zero stands for all its weights), the adapter is put on
 it, and each adapted module gets its real weight in float32 just for as long as PEFT merges it. So every kind of
@@ -91,7 +91,7 @@ class AdapterDelta:
         return bool(self._tied) and not self.unties
 
     def low_rank(self, name: str) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-        """B, A and the scale where a change is just scale * B @ A; None: only PEFT knows what it is."""
+        """Return B, A and the scale where a change is just scale * B @ A; None: only PEFT knows what it is."""
         if name not in self._changes:
             return None
         layer, part = self._changes[name]
@@ -103,7 +103,7 @@ class AdapterDelta:
         return found.b_OR.data, found.a_RI.data, found.scale
 
     def merged(self, name: str, base: torch.Tensor) -> torch.Tensor:
-        """The tensor with the adapter in it, float32.
+        """Return the tensor with the adapter in it, float32.
 
         Args:
             name: Name of a changed tensor.
@@ -112,7 +112,7 @@ class AdapterDelta:
         return self._apply(name, base, subtract=False)
 
     def unmerged(self, name: str, merged: torch.Tensor) -> torch.Tensor:
-        """The tensor with the adapter taken out again, float32; within rounding of the base's.
+        """Return the tensor with the adapter taken out again, float32; within rounding of the base's.
 
         Raises:
             UserError: The kind of adapter cannot be taken out, or replaced the tensor whole.
@@ -125,15 +125,15 @@ class AdapterDelta:
         return self._apply(name, merged, subtract=True)
 
     def name_on_disk(self, parameter: str) -> str:
-        """What the base's files call a parameter."""
+        """Return a parameter's name in the base's files."""
         return self._names[parameter]
 
     def is_transposed(self, name: str) -> bool:
-        """Whether a weight lies as [in, out], the way GPT-2 has it."""
+        """Return whether a weight is stored as [in, out], as in GPT-2."""
         return name in self._transposed
 
     def require_subtractable(self) -> None:
-        """Raises UserError for kinds of adapters that cannot be taken out of a merged model."""
+        """Raise UserError for kinds of adapters that cannot be taken out of a merged model."""
         config = self._model.peft_config[ADAPTER]
         if getattr(config, "use_dora", False):
             raise UserError(
@@ -175,7 +175,7 @@ class AdapterDelta:
         return result
 
     def _delta(self, name: str, layer: Any) -> torch.Tensor:
-        """What is added to a tensor on disk, float32."""
+        """Return the change of a tensor on disk, float32."""
         parameter = self._part_of.get(name)
         if parameter is None:
             return layer.get_delta_weight(ADAPTER).float()  # type: ignore[no-any-return]
@@ -218,7 +218,7 @@ class AdapterDelta:
                 )
 
     def _find_in_layer(self, path: str, layer: Any, plain: bool, tensors: Mapping[str, Stored]) -> None:
-        """Changes of an adapted layer; layers around one another (several parameters of experts) are one."""
+        """Find the changes of an adapted layer; nested layers (several parameters of experts) count as one."""
         around = layer
         while hasattr(around, "parameter_name"):
             self._change(f"{path}.{around.parameter_name}", around, around.parameter_name, tensors)
@@ -249,7 +249,7 @@ class AdapterDelta:
             self._changes[self._apart(parameter, tensors)] = (layer, part)
 
     def _require_additive(self, parameter: str, layer: Any) -> None:
-        """Raises UserError for a change of several tensors on disk that is not one number added to each of theirs."""
+        """Raise UserError for a change of several tensors on disk that is not a sum with each of them."""
         if not _is_plain_lora(self._model.peft_config[ADAPTER]) or getattr(layer, "lora_variant", None):
             raise UserError(
                 f"{self._where}: {parameter} lies in several tensors of the base's files, where only plain LoRA can be "
@@ -264,7 +264,7 @@ class AdapterDelta:
         self._replaced[self._apart(parameter, tensors)] = value
 
     def _apart(self, parameter: str, tensors: Mapping[str, Stored]) -> str:
-        """The name on disk of a parameter that is to differ from the base's; unties it from its partner."""
+        """Return the name on disk of a parameter that will differ from the base's, and untie it from its partner."""
         partner = self._tied.get(parameter)
         if partner is None:
             return self._names[parameter]
@@ -279,7 +279,7 @@ class AdapterDelta:
 
 
 def four_bit_modules(config: Any, quantization: Quantization) -> set[str]:
-    """Paths of the modules that training held in 4 bits; Transformers itself chooses them."""
+    """Return the paths of the modules that training held in 4 bits; Transformers itself chooses them."""
     from transformers import BitsAndBytesConfig
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.quantizers.base import get_keys_to_not_convert
@@ -295,7 +295,7 @@ def four_bit_modules(config: Any, quantization: Quantization) -> set[str]:
 def through_four_bits(
     weight: torch.Tensor, quantization: Quantization, dtype: torch.dtype, transposed: bool
 ) -> torch.Tensor:
-    """A weight as the 4-bit base of training computes with it: quantized and dequantized, in `dtype`."""
+    """Quantize and dequantize a weight, as the 4-bit base of training computes with it, in `dtype`."""
     from bitsandbytes import functional as bnb
 
     given = weight.to(dtype)
@@ -325,19 +325,19 @@ def _parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
 
 
 def _is_plain_lora(config: Any) -> bool:
-    """Whether merging touches weights alone, never a bias."""
+    """Return whether merging touches weights alone, never a bias."""
     return str(getattr(config.peft_type, "value", config.peft_type)) == "LORA" and not config.lora_bias
 
 
 def _like(parameter: str, on_disk: str, partner: str) -> str:
-    """A parameter's name in the manner of the checkpoint, which may leave a common prefix out or put one before."""
+    """Return a parameter's name as the checkpoint spells it, which may drop or add a common prefix."""
     if partner.endswith(on_disk) and partner != on_disk:
         return parameter.removeprefix(partner.removesuffix(on_disk))
     return parameter
 
 
 def _tied(base: Any) -> dict[str, str]:
-    """Embeddings and head by each other's name, where they are one tensor."""
+    """Return embeddings and head by each other's name, where they are one tensor."""
     head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
     if head is None or not getattr(base.config.get_text_config(), "tie_word_embeddings", False):
         return {}
@@ -347,7 +347,7 @@ def _tied(base: Any) -> dict[str, str]:
 
 
 def _heads_differ(tied: Mapping[str, str], names: Mapping[str, str], tensors: Mapping[str, Stored]) -> bool:
-    """Whether a base's files hold two different tensors where its configuration ties embeddings and head."""
+    """Return whether a base's files hold two different tensors where its configuration ties embeddings and head."""
     one, other = (tensors[names[parameter]] for parameter in tied)
     if one is other:
         return False
@@ -355,7 +355,7 @@ def _heads_differ(tied: Mapping[str, str], names: Mapping[str, str], tensors: Ma
 
 
 def _require_mergeable(tuned: TunedModel) -> None:
-    """Raises UserError for kinds of adapters that are no change of weights, or of another base than the one named."""
+    """Raise UserError for adapters that are no change of weights, or that belong to another base."""
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import BaseTuner
     from peft.utils.peft_types import PeftType
@@ -379,7 +379,7 @@ def _require_mergeable(tuned: TunedModel) -> None:
 
 
 def _attached(base: Any, tuned: TunedModel, saved: Mapping[str, Stored]) -> Any:
-    """The adapter on the base without weights; every tensor of its file has found its place."""
+    """Attach the adapter to the base without weights, and check that every tensor of its file is used."""
     _require_mergeable(tuned)
     with quiet():
         from peft import PeftModel
@@ -404,7 +404,7 @@ def _attached(base: Any, tuned: TunedModel, saved: Mapping[str, Stored]) -> Any:
 
 
 def _saved_embeddings(base: Any, tuned: TunedModel) -> dict[str, Stored]:
-    """The base's own embeddings or head that PEFT has saved beside an adapter on them, by parameter.
+    """Return the base's embeddings or head that PEFT saved beside an adapter on them, by parameter.
 
     Raises:
         UserError: They are of another number of tokens.
@@ -440,5 +440,5 @@ def _does_not_fit(base: Any, tuned: TunedModel, held: Iterable[str], error: Exce
 
 
 def adapter_bytes(folder: Path) -> int:
-    """Bytes of an adapter's tensors."""
+    """Return the bytes of an adapter's tensors."""
     return sum(stored.size for stored in read_header(folder / "adapter_model.safetensors").values())

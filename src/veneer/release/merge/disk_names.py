@@ -1,4 +1,4 @@
-"""What a base's files call the parameters of its model, and how a change of one of these is laid out there.
+"""Maps the parameters of a model to their names and layouts in the base's files.
 
 Mostly a parameter is a tensor of the same name, with or without the model's own prefix. Transformers renames some as it
 loads them (the head of GPT-NeoX), and stacks others: the experts of a Mixture of Experts are one parameter in memory
@@ -59,11 +59,11 @@ class DiskNames:
             )
 
     def on_disk(self, parameter: str, change: torch.Tensor) -> dict[str, torch.Tensor]:
-        """A change of a parameter as its files have it: a tensor each by name. Only for those in `parts`."""
+        """Split a change of a parameter into tensors as its files have them, by name; for those in `parts` only."""
         return {self._spelled(name): tensor for name, tensor in self._reverted(parameter, change).items()}
 
     def _find(self, parameter: str, partner: str | None) -> str | None:
-        """The tensor of a parameter, or of the one it is tied to; None: there is none of the same shape and layout."""
+        """Find the tensor of a parameter, or of the one it is tied to; None: none has the same shape and layout."""
         for name in (parameter, partner) if partner else (parameter,):
             for spelled in self._spellings(name):
                 if spelled in self._tensors:
@@ -71,14 +71,14 @@ class DiskNames:
         return None
 
     def _spellings(self, name: str) -> tuple[str, str, str]:
-        """With the model's own prefix and without."""
+        """Return the name with the model's own prefix and without."""
         return name, name.removeprefix(self._prefix), self._prefix + name
 
     def _spelled(self, name: str) -> str:
         return next((spelled for spelled in self._spellings(name) if spelled in self._tensors), name)
 
     def _find_parts(self, parameter: str, value: torch.Tensor) -> bool:
-        """Whether a parameter is found by what Transformers' table calls it on disk."""
+        """Look a parameter up in Transformers' table of names on disk; returns whether it was found."""
         found = self.on_disk(parameter, value) if self._conversions else {}
         if not found or not found.keys() <= self._tensors.keys():
             return False

@@ -45,7 +45,7 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Merged:
-    """What was written."""
+    """The result of a merge."""
 
     out: str
     dtype: str
@@ -164,7 +164,7 @@ def _plan(merge_plan: MergePlan, name: str, stored: Stored, dtype: torch.dtype) 
 
 
 def _reported(tensor: PlannedTensor, on_done: Progress) -> PlannedTensor:
-    """The same tensor, which calls `on_done` once it is made."""
+    """Wrap a tensor so that it calls `on_done` once it is made."""
 
     def make() -> torch.Tensor | Iterator[memoryview]:
         made = tensor.make()
@@ -175,7 +175,7 @@ def _reported(tensor: PlannedTensor, on_done: Progress) -> PlannedTensor:
 
 
 def write_companions(tuned: TunedModel, base: Path, out: Path) -> None:
-    """Tokenizer and template of the training, generation configuration, licence."""
+    """Write tokenizer and template of the training, generation configuration and licence."""
     for name in TOKENIZER_FILES:
         if (tuned.tokenizer_folder / name).is_file():
             shutil.copyfile(tuned.tokenizer_folder / name, out / name)
@@ -191,13 +191,13 @@ def _copy_licence(source: Path, out: Path) -> None:
 
 
 def require_model(merged: Path) -> None:
-    """Raises UserError where a folder holds no model."""
+    """Raise UserError where a folder holds no model."""
     if not (merged / "config.json").is_file():
         raise UserError(f"{merged}: holds no model (no config.json)", "name the folder that `veneer merge` wrote")
 
 
 def _require_merged(merged: Path, tuned: TunedModel, force: bool) -> tuple[str, ...]:
-    """Warnings of a merged model from which an adapter is to be taken.
+    """Return warnings of a merged model from which an adapter is to be taken.
 
     Raises:
         UserError: Another adapter is in it.

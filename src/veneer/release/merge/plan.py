@@ -19,12 +19,12 @@ ROWS_ELEMENTS = 2**20  # of a weight that are merged at a time: 4 MiB of float32
 
 
 def trained_on(tuned: TunedModel) -> str:
-    """What training computed with, and evaluation judged: nf4, the base in 4 bits, or base, the base as it is."""
+    """Return the base that training and evaluation computed with: nf4 (the base in 4 bits) or base (as it is)."""
     return "base" if tuned.quantization is None else "nf4"
 
 
 def resolved_base(tuned: TunedModel, on: str) -> str:
-    """base or nf4, where `on` may also be trained.
+    """Return base or nf4, where `on` may also be trained.
 
     Raises:
         UserError: Another value.
@@ -65,16 +65,16 @@ class MergePlan:
             self._quantized = {delta.name_on_disk(f"{path}.weight") for path in paths}
 
     def changes(self, name: str) -> bool:
-        """Whether a tensor differs from the base's as it lies in its file."""
+        """Return whether a tensor differs from the base's as it lies in its file."""
         return name in self._delta.changed or name in self._quantized or name in self._delta.packed
 
     def value(self, name: str, stored: Stored) -> torch.Tensor:
-        """A tensor of the merged model: float32 where the adapter changes it, else in its own precision."""
+        """Return a tensor of the merged model: float32 where the adapter changes it, else in its own precision."""
         weight = self.base_value(name, stored)
         return self._delta.merged(name, weight) if name in self._delta.changed else weight
 
     def rounded(self, name: str, stored: Stored, dtype: torch.dtype) -> torch.Tensor:
-        """A tensor of the merged model in the precision that is written.
+        """Return a tensor of the merged model in the precision that is written.
 
         Where the change is a product of two thin matrices it is made a few rows at a time, in the processor's cache:
         the same sums in the same order as PEFT's, in a third of the time.
@@ -108,7 +108,7 @@ class MergePlan:
         return out
 
     def base_value(self, name: str, stored: Stored) -> torch.Tensor:
-        """What the adapter is merged into."""
+        """Return the base's tensor that the adapter is merged into."""
         weight = stored.read()
         if name not in self._quantized:
             return weight
@@ -118,7 +118,7 @@ class MergePlan:
 
 
 def rounded(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    """The tensor in another precision, rounded once to nearest.
+    """Return the tensor in another precision, rounded once to nearest.
 
     Raises:
         UserError: A finite value has become infinite: it is beyond float16.
@@ -135,7 +135,7 @@ def rounded(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor
 
 
 def cast_pieces(stored: Stored, dtype: torch.dtype) -> Iterator[memoryview]:
-    """A tensor's bytes in another precision, a piece at a time, so that the largest need never be held whole."""
+    """Return a tensor's bytes in another precision, a piece at a time, so that the largest need never be held whole."""
     size = stored.dtype.itemsize
     for at in range(0, stored.size, PIECE * size):
         length = min(PIECE * size, stored.size - at)

@@ -1,4 +1,4 @@
-"""A base whose files are in bitsandbytes' 4 bits already, as the `-bnb-4bit` repositories are.
+"""Reads a base whose files are already in bitsandbytes' 4-bit format, as in `-bnb-4bit` repositories.
 
 Training computes with what these weights are dequantized to, so that is what an adapter is merged into. A weight is
 several tensors on disk (packed numbers, constants, tables); here they are one again, which is dequantized when it is
@@ -18,7 +18,7 @@ from veneer.release.weights import Stored, bytes_of, weights_of
 
 @dataclass(frozen=True)
 class StoredNF4(Stored):
-    """A weight in 4 bits; dtype and shape are those of what it stands for.
+    """A weight in 4 bits; dtype and shape are those of the weight it encodes.
 
     Attributes:
         parts: Tensors on disk, the packed numbers first.
@@ -27,7 +27,7 @@ class StoredNF4(Stored):
     parts: tuple[Stored, ...]
 
     def read(self) -> torch.Tensor:
-        """The weight, dequantized as training does."""
+        """Read the weight, dequantized as training does."""
         from bitsandbytes.functional import dequantize_4bit
 
         found: torch.Tensor = dequantize_4bit(self.parts[0].read(), _state(self.parts))
@@ -38,7 +38,7 @@ class StoredNF4(Stored):
 
 
 def base_weights(tuned: TunedModel) -> dict[str, Stored]:
-    """The tensors of an adapter's base on disk, those in 4 bits as what they stand for. Raises as `weights_of`."""
+    """Return an adapter's base on disk, 4-bit tensors as the weights they encode. Raises as `weights_of`."""
     tensors = weights_of(tuned.base_folder, f"model.base = {tuned.model.base}")
     weights = {name.partition(QUANT_STATE)[0] for name in tensors if QUANT_STATE in name}
     beside: dict[str, list[Stored]] = {name: [] for name in weights}

@@ -61,7 +61,7 @@ def renew_card(folder: RunFolder, model: Model | None = None) -> None:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card is made of."""
+    """The facts that a card states."""
 
     name: str
     run: Run
@@ -107,7 +107,7 @@ class Facts:
 
 
 def card(facts: Facts) -> str:
-    """The card's text."""
+    """Write the card's text."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(
@@ -132,19 +132,19 @@ def card(facts: Facts) -> str:
 
 
 def literal(text: str) -> str:
-    """A text as a Python literal that no fence of Markdown ends within."""
+    """Format a text as a Python literal that no Markdown fence can end within."""
     return repr(text).replace("```", r"\x60\x60\x60")
 
 
 def fenced(text: str, language: str = "text") -> str:
-    """A text as a block of Markdown, between fences longer than any in it."""
+    """Format a text as a Markdown block, between fences longer than any in it."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
 def metadata(facts: Facts) -> dict[str, Any]:
-    """The Hub's metadata: what its filters, its base model tree and its evaluation table read."""
+    """Return the Hub's metadata: what its filters, its base model tree and its evaluation table read."""
     found: dict[str, Any] = {
         "library_name": "peft",
         "pipeline_tag": "text-generation",
@@ -171,12 +171,12 @@ def metadata(facts: Facts) -> dict[str, Any]:
 
 
 def hub_id(source: BaseSource) -> str | None:
-    """The base's name on the Hub, where it is from there: that name stands for the weights that were trained on."""
+    """Return the base's name on the Hub, if that name stands for the weights that were trained on."""
     return source.location if source.kind == "hub" else None
 
 
 def licence(source: BaseSource) -> str | None:
-    """The base's licence as its own files state it: README.md's metadata, or the .gguf file it came from."""
+    """Return the base's licence as its own files state it: README.md's metadata, or the .gguf file it came from."""
     folder = local_folder(source)
     if folder is None:
         return None

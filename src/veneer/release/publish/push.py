@@ -1,4 +1,4 @@
-"""Upload of an adapter or a merged model to a hub; and what would be sent, where none is reached.
+"""Uploads an adapter or a merged model to a hub, or lists what would be sent.
 
 `huggingface_hub` does the upload. Data is private unless its owner says otherwise: of files that quote rows (ledger,
 certificate, samples) ids, counts and verdicts are sent, and `--with-samples` sends the texts too. No file is sent with
@@ -45,7 +45,7 @@ Content = Path | bytes
 
 @dataclass(frozen=True)
 class Parcel:
-    """What a push sends.
+    """The files that a push sends.
 
     Attributes:
         folder: Folder of the adapter or the model.
@@ -74,7 +74,7 @@ class Parcel:
 
 
 def pack(name: str, repo: str, private: bool, with_samples: bool = False, page: Page | None = None) -> Parcel:
-    """What would be sent of a run (its adapter), or of a folder with an adapter or a model.
+    """Collect what would be sent of a run (its adapter), or of a folder with an adapter or a model.
 
     Args:
         name: The folder.
@@ -117,7 +117,7 @@ def pack(name: str, repo: str, private: bool, with_samples: bool = False, page: 
 
 
 def send(parcel: Parcel) -> str:
-    """Upload; returns the commit's address.
+    """Upload the parcel; returns the commit's address.
 
     Raises:
         OSError: No hub is reached, or it refuses (no token, no right); its own errors are of this kind.
@@ -136,7 +136,7 @@ def send(parcel: Parcel) -> str:
 
 
 def _public(folder: Path, file: str, content: Content, with_rows: bool, page: Page | None) -> Content | None:
-    """What is sent in the place of a file: the file, bytes made for the parcel, or nothing (None)."""
+    """Return what is sent for a file: the file itself, bytes made for the parcel, or nothing (None)."""
     path = folder / file
     kind = PurePath(file).name
     if kind == "certificate.html":
@@ -167,7 +167,7 @@ def _json(value: dict[str, Any]) -> bytes:
 
 
 def _changed(path: Path, value: dict[str, Any]) -> Content:
-    """The file as it is where nothing in it had to be changed."""
+    """Return new bytes, or the file itself where nothing in it had to be changed."""
     return path if value == read_optional_json(path) else _json(value)
 
 
@@ -194,7 +194,7 @@ def _warnings(folder: Path, contents: dict[str, Content], is_adapter: bool, with
 
 
 def _traces(content: Content) -> str:
-    """What in a file tells of this machine although it should not; empty: nothing is seen."""
+    """Find texts in a file that give away this machine; empty: none found."""
     if isinstance(content, bytes):
         data = content
     else:

@@ -1,4 +1,4 @@
-"""What vLLM accepts as a LoRA adapter, checked without vLLM.
+"""Checks vLLM's rules for LoRA adapters, without vLLM.
 
 vLLM reads PEFT's files but supports a part of PEFT: plain LoRA matrices (rank-stabilized or not) on linear layers, no
 trained biases, no whole saved modules, no DoRA, ranks up to 512 (`--max-lora-rank`, from its list of ranks).

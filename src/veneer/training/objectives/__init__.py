@@ -1,4 +1,4 @@
-"""What a run minimizes: a file an objective. `veneer.engine.objective.Objective` says what one is."""
+"""Objectives that a run can minimize, one file each. `veneer.engine.objective.Objective` defines what one is."""
 
 from veneer.engine.objective import Objective
 from veneer.training.objectives.supervised import Supervised

@@ -6,7 +6,7 @@ from veneer.engine.objective import NegativeLogLikelihood
 
 
 class Supervised(NegativeLogLikelihood):
-    """The objective of rows that show what to answer."""
+    """The objective of rows with answers."""
 
     def held_out_metrics(self, loss: float) -> dict[str, float | None]:
         return {"perplexity": math.exp(loss) if loss < 700 else None}
