@@ -42,7 +42,7 @@ class Model(Section):
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="Precision of compute; auto is bfloat16 where the machine has it, else float32."
+        "auto", description="Compute dtype; auto is bfloat16 if the machine supports it, else float32."
     )
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
         "auto", description="Attention backend; auto leaves the choice to Transformers."
@@ -54,7 +54,7 @@ class Quantization(Section):
 
     bits: Literal[4] = Field(
         4,
-        description="4: QLoRA, blocks of 64 weights. Embeddings and head stay as they are.",
+        description="4: QLoRA, blocks of 64 weights. Embeddings and head are not quantized.",
         json_schema_extra={"fix": "write `bits: 4`, or leave the section `quantization` out for LoRA in 16 bits"},
     )
     quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit format of bitsandbytes.")
@@ -128,32 +128,32 @@ class Data(Section):
         "chosen",
     ] = Field(
         "auto",
-        description="Shape of a row; auto recognises it. chosen: learn the preferred answers of preference pairs.",
+        description="Format of the rows; auto recognises it. chosen: train on the chosen answers of preference pairs.",
     )
     columns: dict[ColumnName, str] = Field(
         {},
-        description="Our name of a field to the file's, as {prompt: query, completion: reply}.",
+        description="A format's field names and the file's, as {prompt: query, completion: reply}.",
         json_schema_extra={"fix": "write pairs such as {prompt: query, completion: reply}"},
     )
     ignore_columns: tuple[str, ...] = Field(
         (),
-        description="Columns to read as though they were not there. Those that a format would leave out in silence "
+        description="Columns to ignore. Those that a format would leave out silently "
         "(tools, context, images) are refused unless they are named here.",
         json_schema_extra={"fix": "write a list such as [context, images]"},
     )
-    text_by: Literal["line", "paragraph", "file"] = Field("line", description="What a row of a plain text file is.")
+    text_by: Literal["line", "paragraph", "file"] = Field("line", description="Unit of a text file that is a row.")
     limit: int | None = Field(None, ge=1, description="Use only the first rows.")
-    sample: int | None = Field(None, ge=1, description="Use only so many rows, chosen by train.seed.")
-    max_length: int = Field(2048, ge=8, description="Tokens of the longest row.")
+    sample: int | None = Field(None, ge=1, description="Use a sample of this many rows, chosen by train.seed.")
+    max_length: int = Field(2048, ge=8, description="Maximum tokens of a row.")
     overlong: Literal["chunk", "drop", "truncate", "refuse"] = Field(
         "chunk",
-        description="Rows longer than max_length. chunk: text is cut into pieces, each learnt, and other rows are left "
+        description="Rows longer than max_length. chunk: text is cut into pieces, all trained, and other rows are left "
         "out; drop: all are left out; truncate: their end is cut off; refuse the data.",
     )
     max_row_bytes: int = Field(
         64 * 2**20,
         ge=1024,
-        description="Bytes of the longest row, unpacked; a longer one is a bad row and is not read.",
+        description="Maximum bytes of a row, decompressed; a longer one is a bad row and is not read.",
     )
     max_cut_rows: float = Field(
         0.001,
@@ -162,20 +162,20 @@ class Data(Section):
         description="With truncate: share of rows that may lose all their trained tokens; more is refused.",
     )
     bad_rows: Literal["refuse", "drop"] = Field(
-        "refuse", description="Rows that cannot be read or rendered: refuse the data, or leave them out, counted."
+        "refuse", description="Rows that cannot be read or rendered: refuse the data, or leave them out and count them."
     )
     duplicates: Literal["keep", "drop", "drop-near"] = Field(
-        "drop", description="Rows equal to an earlier one (drop-near: or nearly): keep, or leave out, counted."
+        "drop", description="Rows equal (drop-near: or nearly) to an earlier one: keep, or drop and count them."
     )
-    group: str | None = Field(None, description="Column whose equal values stay on one side of the split.")
+    group: str | None = Field(None, description="Column; rows with the same value stay on one side of the split.")
     overlap: Literal["report", "refuse"] = Field(
-        "report", description="Held-out files that share 13 words in a row with the training rows: report, or refuse."
+        "report", description="Held-out rows that share a sequence of 13 words with training rows: report or refuse."
     )
     pii: Literal["off", "report", "redact", "refuse"] = Field(
         "report", description="E-mail addresses, phone numbers, cards, IBANs, IPs, national ids, secrets in the rows."
     )
     packing: bool = Field(
-        False, description="Fill sequences of max_length with several rows; rows never see each other."
+        False, description="Fill sequences of max_length with several rows, which never attend to each other."
     )
     chat_template: str = Field(
         "auto",
@@ -184,16 +184,15 @@ class Data(Section):
     )
     template_date: date | None = Field(
         None,
-        description="What templates that write today's date are given; null: the day the run begins, which its folder "
-        "keeps.",
+        description="Date for templates that print today's date; null: the day the run begins, which its folder keeps.",
         json_schema_extra={"fix": "write a day such as 2026-07-31"},
     )
     unrendered: Literal["refuse", "into-user", "leave-out"] = Field(
         "refuse",
-        description="What the template leaves out of a row: refuse the row; into-user: put system turns at the head of "
-        "the user turn behind them; leave-out: learn the row without it. Both are counted.",
+        description="Content that the template leaves out: refuse the row; into-user: put system turns at the start of "
+        "the next user turn; leave-out: train on the row without it. Both are counted.",
     )
-    system_prompt: str | None = Field(None, description="Put before conversations that have none.")
+    system_prompt: str | None = Field(None, description="System prompt for conversations that have none.")
     loss_on: Literal["assistant", "last", "completion", "all"] = Field(
         "assistant",
         description="assistant: all answers; last: the last; completion: those after the last question; all: every "
@@ -201,14 +200,14 @@ class Data(Section):
     )
     rewritten_history: Literal["refuse", "last", "split"] = Field(
         "refuse",
-        description="Templates that render earlier turns anew: refuse such rows, learn their last answer alone, or "
-        "make a row of every answer.",
+        description="For templates that change earlier turns: refuse such rows, train on their last answer only, or "
+        "make one row per answer.",
     )
     special_tokens_in_text: Literal["auto", "strip", "text", "control"] = Field(
         "auto",
-        description="What `<|im_end|>` and the like are in a row's own text. text: text; control: control tokens; "
-        "auto: text, but rows that begin or end with one bring their template and are refused; strip: as auto, but "
-        "taken off the ends of turns.",
+        description="Meaning of `<|im_end|>` and the like in a row's text. text: text; control: control tokens; "
+        "auto: text, but rows that begin or end with one are already rendered and refused; strip: as auto, but "
+        "removed from the ends of turns.",
     )
     workers: int | None = Field(None, ge=1, description="Processes that tokenize; null: by size of the data.")
 
@@ -230,7 +229,7 @@ class Train(Section):
     gradient_accumulation_steps: int = Field(4, ge=1, description="Micro-batches in an optimizer step.")
     learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate.")
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field("cosine", description="Decay after the warmup.")
-    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Part of the steps in which the rate rises.")
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of the steps in which the learning rate rises.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled decay.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping by global norm; 0 turns it off.")
     optim: Literal["auto", "adamw_torch", "adamw_8bit", "adamw_32bit", "paged_adamw_8bit", "paged_adamw_32bit"] = Field(
@@ -239,12 +238,12 @@ class Train(Section):
     gradient_checkpointing: bool | Literal["auto"] = Field(
         "auto",
         description="Recompute activations in backward: slower, less memory. true: all of them; false: none; auto: the "
-        "fused engine recomputes what memory has no room for, the reference engine all.",
+        "fused engine recomputes what does not fit in memory, the reference engine all.",
     )
     engine: Literal["auto", "fused", "reference"] = Field(
         "auto",
-        description="reference: Transformers' and PEFT's own code; fused: hand-written, faster, with attention of its "
-        "own; auto: fused on CUDA where it covers the model and passes its check.",
+        description="reference: Transformers and PEFT, unmodified; fused: hand-written, faster, with its own "
+        "attention; auto: fused on CUDA if it covers the model and passes its check.",
     )
     logging_steps: int = Field(1, ge=1, description="Steps between lines of metrics.jsonl.")
     eval_steps: int | None = Field(100, ge=1, description="Steps between held-out losses; null: only at the end.")
@@ -256,10 +255,10 @@ class Train(Section):
 class Evaluate(Section):
     """What `veneer evaluate` measures on held-out rows, base against tuned."""
 
-    rows: int | None = Field(200, ge=1, description="At most so many held-out rows; null: all.")
-    max_new_tokens: int = Field(256, ge=1, description="Longest generated answer, in tokens.")
+    rows: int | None = Field(200, ge=1, description="Maximum number of held-out rows; null: all.")
+    max_new_tokens: int = Field(256, ge=1, description="Maximum tokens of a generated answer.")
     batch_size: int = Field(
-        16, ge=1, description="Rows at a time, here and in training's held-out losses; fewer where memory is short."
+        16, ge=1, description="Rows in a batch, here and in training's held-out losses; fewer if memory is short."
     )
 
 
