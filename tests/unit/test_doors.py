@@ -302,7 +302,7 @@ def test_an_endless_answer_ends(address: str, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(Handler, "answer", drip)
     monkeypatch.setattr(servers, "ANSWER_BYTES", 10_000)
-    with pytest.raises(JobError, match="the server answers more than"):
+    with pytest.raises(JobError, match="the server's answer is larger than"):
         servers._ask(address, None)
     monkeypatch.setattr(servers, "ANSWER_BYTES", 10**9)
     monkeypatch.setattr(servers, "TIMEOUT_SECONDS", 0.3)
@@ -339,7 +339,7 @@ def test_a_page_is_never_written_over_an_input(call: Call, tmp_path: Path, tiny_
     for target in (rows, str(tmp_path / "link.html"), str(tmp_path)):
         status, _, err = call(*common, target)
         assert status == 2
-        assert f"--html {target}: is there already" in err
+        assert f"--html {target}: exists" in err
     assert Path(rows).read_bytes() == before
     for _ in range(2):  # a page of its own is replaced
         assert call(*common, str(tmp_path / "page.html"))[0] == 0

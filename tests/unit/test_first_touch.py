@@ -161,7 +161,7 @@ def test_init_takes_the_built_in_model_and_overwrites_nothing_unasked(call: Call
     (here / "a.yaml").write_text("mine")
     status, _, err = call("init", "rows.jsonl", "--out", "a.yaml")
     assert status == 2
-    assert "a.yaml: is there already" in err
+    assert "a.yaml: the file exists" in err
     assert (here / "a.yaml").read_text() == "mine"
     assert call("init", "rows.jsonl", "--out", "a.yaml", "--overwrite")[0] == 0
     assert load_run(here / "a.yaml").data.train == "rows.jsonl"

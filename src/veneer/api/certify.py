@@ -35,7 +35,7 @@ def certify(
         run: Folder of the run, or of the adapter.
         rows: Largest number of held-out rows; None: as many as the run evaluates (`evaluate.rows`).
         base: Another base than the adapter names.
-        force: Go on although the adapter does not belong to the base.
+        force: Continue although the adapter does not belong to the base.
         on_status: Callback that gets a line of status.
         model: Name of the model, on a server that has several.
 

@@ -135,7 +135,7 @@ def held_out_rows(
     began = read_json(folder.ledger, "sha256")
     if began["sha256"] != prepared.ledger.sha256:
         raise UserError(
-            f"{run.data.train}: not the rows this run was trained on: what is held out now may have been trained on",
+            f"{run.data.train}: its rows are not those of training, so held-out rows may have been trained on",
             "restore the data, or name a file of other rows with --data",
         )
     held_out = prepared.held_out(limit)

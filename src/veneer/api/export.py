@@ -40,7 +40,7 @@ def export(
         on: Base to merge into, as for `merge`.
         adapter_only: Write the adapter alone.
         base: Another base than the adapter names.
-        force: Go on although the adapter does not belong to the base.
+        force: Continue although the adapter does not belong to the base.
         on_done: Callback that gets the number of bytes just written.
         imatrix: Whether types of 2 to 6 bits use an importance matrix of the run's own training rows.
 

@@ -47,7 +47,7 @@ def generate(
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, tuple(stop), seed)
     model = load(name, force, base)
     if compare_with_base and model.tuned is None:
-        raise UserError(f"{name}: a base model alone, there is nothing to compare", "name a run's folder")
+        raise UserError(f"{name}: this is a base model, so there is nothing to compare", "name a run's folder")
     answers = model.generate(prompts, system, max_new_tokens, sampling, on_text)
     found: list[dict[str, Any]] = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers)]
     if compare_with_base:

@@ -81,7 +81,7 @@ class LoadedModel:
             UserError: A prompt is no conversation, or fills the model's positions.
         """
         if on_text is not None and len(prompts) != 1:
-            raise UserError(f"on_text with {len(prompts)} prompts: pieces of which answer?", "give a single prompt")
+            raise UserError(f"on_text with {len(prompts)} prompts: it takes one answer", "give a single prompt")
         ids = [self.renderer.prompt_ids(_turns(prompt, system)) for prompt in prompts]
         run = self.run or Run(model=self.base, data=Data(train="-"))
         run = run.model_copy(update={"evaluate": Evaluate(max_new_tokens=max_new_tokens)})
@@ -112,7 +112,7 @@ def load(name: str, force: bool = False, base: str | None = None) -> LoadedModel
         renderer = tuned.renderer  # before the weights, which take longer to load
         return LoadedModel(tuned.load(), renderer, tuned.model, target, tuned)
     if base is not None:
-        raise UserError(f"--base {base}: {name} is no adapter, which a base could be put under", "leave it out")
+        raise UserError(f"--base {base}: {name} is not an adapter, so --base does not apply", "leave it out")
     settings = Model(base=name)
     source = locate(settings)
     renderer = Renderer(load_tokenizer(source))

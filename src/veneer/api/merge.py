@@ -32,7 +32,7 @@ def merge(
         on: trained: what the run trained on and was judged by; nf4: the base in 4 bits, dequantized; base: the base as
             it is; best: `nf4` or `base`, whichever answers more of the held-out rows right.
         base: Another base than the adapter names.
-        force: Go on although the adapter does not belong to the base.
+        force: Continue although the adapter does not belong to the base.
         on_done: Callback that gets the number of bytes just written.
 
     Raises:

@@ -10,7 +10,7 @@ from veneer.cli.merge import BaseOption, ForceOption, JsonOption, RowsOption
 def certify(
     artifact: Annotated[str, typer.Argument(help="Merged folder, GGUF file, or address of a server (http://...).")],
     against: Annotated[str, typer.Option(help="Folder of the run, or of the adapter.")],
-    model: Annotated[str | None, typer.Option(help="Which model of a server that has several.")] = None,
+    model: Annotated[str | None, typer.Option(help="Name of the model, if the server has several.")] = None,
     rows: RowsOption = None,
     base: BaseOption = None,
     force: ForceOption = False,

@@ -77,7 +77,7 @@ def require_output(folder: RunFolder, resume: bool | str, overwrite: bool) -> No
         resume: Value of `--resume`; "auto" accepts either.
     """
     if resume and overwrite:
-        raise UserError("--resume goes on with a run and --overwrite replaces it", "leave one of them out")
+        raise UserError("--resume continues a run and --overwrite replaces it", "leave one of them out")
     require_path(str(folder.path), "train.output_dir")
     if resume is True or (resume == "auto" and folder.run.exists()):
         folder.require_begun()
@@ -123,10 +123,10 @@ def output_file(option: str, path: Path, beginning: str) -> Path:
         raise UserError(f"{option} {path}: the folder does not exist", "name a file in a folder that exists")
     if path.exists():
         if not path.is_file():
-            raise UserError(f"{option} {path}: is there already, and is no file", "name another file")
+            raise UserError(f"{option} {path}: exists and is not a file", "name another file")
         with path.open("rb") as file:
             if not file.read(len(beginning)).lower() == beginning.lower().encode():
-                raise UserError(f"{option} {path}: is there already, and nothing that this wrote", "name another file")
+                raise UserError(f"{option} {path}: exists and was not written by this command", "name another file")
     return path
 
 

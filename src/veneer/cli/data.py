@@ -11,7 +11,7 @@ def data(
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings: data.max_length=1024 ...")] = None,
     model: Annotated[str | None, typer.Option(help="Base model; needed where no YAML file names it.")] = None,
     rows: Annotated[int, typer.Option(min=0, help="Rows to show with their tokens.")] = 3,
-    html: Annotated[Path | None, typer.Option(help="Write the same as a page.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report as an HTML page.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON alone on stdout.")] = False,
 ) -> None:
     """Show the ledger of a data set, and rows with trained and masked tokens in different colours.
@@ -56,5 +56,5 @@ def _settings(name: str, overrides: list[str], model: str | None) -> Any:
     if name.endswith((".yaml", ".yml")):
         return load_run(Path(name), [*overrides, *given])
     if model is None:
-        raise UserError(f"{name}: which model is it for? Tokens and template are the model's", "name it with --model")
+        raise UserError(f"{name}: no base model is named, but its tokenizer is needed", "name it with --model")
     return run_of({"model": {"base": model}, "data": {"train": name}}, overrides)

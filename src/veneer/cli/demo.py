@@ -108,7 +108,7 @@ def _train_and_score(out: Any, job: Any) -> tuple[Any, Any]:
     ids = [job.renderer.prompt_ids(first)]
     out.print(f"[bold]4  Training[/bold] {job.steps} steps; before it, the first held-out message")
     show_demo.paragraph(out, first[-1].content)
-    out.print("   is answered by the base with")
+    out.print("   the base answers it with")
     show_demo.paragraph(out, base.samples[0].answer)
     answer = partial(generate, job.model, job.renderer, ids, run.evaluate.max_new_tokens)
     with show.LiveProgress(out, job.steps) as progress:

@@ -9,7 +9,7 @@ import typer
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
     data: Annotated[str | None, typer.Option(help="File of rows to use instead of the held-out ones.")] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="At most so many rows.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Maximum number of rows.")] = None,
     base: Annotated[str | None, typer.Option(help="Another base than the one the run names.")] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Use the adapter even on a base it was not trained on.")
@@ -43,5 +43,5 @@ def evaluate(
     out.print(f"files  {evaluated.file} {evaluated.samples.name}", markup=False)
     if not evaluated.is_record:
         out.print(
-            "       the run's own record (evaluation.json and its card) is of its held-out rows and stays as it is"
+            "       the run's own record (evaluation.json and its card) is about its held-out rows and is not changed"
         )

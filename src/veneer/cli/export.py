@@ -22,7 +22,7 @@ def export(
     ] = True,
     base: BaseOption = None,
     force: ForceOption = False,
-    certify: Annotated[bool, typer.Option(help="Prove in llama.cpp that it is as good as what was judged.")] = True,
+    certify: Annotated[bool, typer.Option(help="Compare it in llama.cpp with the evaluated model.")] = True,
     rows: RowsOption = None,
     as_json: JsonOption = False,
 ) -> int:
@@ -53,7 +53,7 @@ def export(
     show_release.show_choice(console, report.choice)
     show_release.show_warnings(console, report.warnings)
     if adapter_only:
-        console.print("  not certified: an adapter alone answers nothing; certify a server that has it on its base")
+        console.print("  not certified: an adapter cannot answer without its base; certify a server that has both")
     result = report.as_dict()
     status = 0
     if certify and not adapter_only:

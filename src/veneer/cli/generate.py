@@ -11,19 +11,19 @@ def generate(
     name: Annotated[str, typer.Argument(help="Folder of a run, a checkpoint or an adapter; or a base model.")],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
     prompts_file: Annotated[
-        Path | None, typer.Option(help="A prompt a line, or JSONL with `prompt` or `messages`.")
+        Path | None, typer.Option(help="One prompt per line, or JSONL with `prompt` or `messages`.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt instead of the run's own.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Show the base's answer beside the tuned one.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of an answer.")] = 256,
     temperature: Annotated[float, typer.Option(help="0: the likeliest answer; above: sampled.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this probability together.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Sample from so many of the likeliest tokens; 0: from all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample from this many of the likeliest tokens; 0: from all.")] = 0,
     repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1: tokens that are there already become less likely.")
+        float, typer.Option(help="Above 1: tokens that occurred before become less likely.")
     ] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text; may be repeated.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 42,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 42,
     base: Annotated[str | None, typer.Option(help="Another base than the one the adapter names.")] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Use the adapter even on a base it was not trained on.")
@@ -89,7 +89,7 @@ def _prompts(given: list[str], file: Path | None) -> list[Any]:
     if prompts:
         return prompts
     if sys.stdin.isatty():
-        print("a prompt a line; Ctrl-D ends", file=sys.stderr)
+        print("one prompt per line; Ctrl-D ends", file=sys.stderr)
     try:
         prompts = plain_prompts(sys.stdin)
     except UnicodeDecodeError:

@@ -11,7 +11,7 @@ def init(
     data: Annotated[str, typer.Argument(help="File, glob, folder or hub dataset, as data.train takes it.")],
     model: Annotated[str | None, typer.Option(help="Base model; otherwise the small built-in one.")] = None,
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("run.yaml"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON alone on stdout.")] = False,
 ) -> None:
     """Look at data, recognise its format, and write a small commented YAML file that trains on it.
@@ -25,9 +25,7 @@ def init(
 
     out = out.expanduser()
     if out.exists() and not (overwrite and out.is_file()):
-        raise UserError(
-            f"--out {out}: is there already", "name another file with --out, or replace it with --overwrite"
-        )
+        raise UserError(f"--out {out}: the file exists", "name another file with --out, or replace it with --overwrite")
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: the folder does not exist", "name a file in a folder that exists")
     if model is not None:

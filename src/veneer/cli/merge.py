@@ -8,16 +8,16 @@ import typer
 RunArgument = Annotated[str, typer.Argument(help="Folder of a finished run, or of an adapter.")]
 BaseOption = Annotated[str | None, typer.Option(help="Another base than the one the adapter names.")]
 RowsOption = Annotated[
-    int | None, typer.Option(min=0, help="Held-out rows that are answered; without it, all that the run evaluates.")
+    int | None, typer.Option(min=0, help="Number of held-out rows to answer; by default, as many as the run evaluates.")
 ]
 OnOption = Annotated[
     str,
     typer.Option(
-        help="trained: what the run trained on and was judged by; base: the 16-bit base; nf4: the base in 4 bits, "
+        help="trained: the base that the run trained on; base: the 16-bit base; nf4: the base in 4 bits, "
         "dequantized; best: nf4 or base, measured on held-out rows."
     ),
 ]
-ForceOption = Annotated[bool, typer.Option("--force", help="Go on although the adapter does not belong to the base.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Continue if the adapter does not belong to the base.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON alone on stdout.")]
 
 
@@ -28,7 +28,7 @@ def merge(
     on: OnOption = "trained",
     base: BaseOption = None,
     force: ForceOption = False,
-    certify: Annotated[bool, typer.Option(help="Prove that the merged model is as good as what was judged.")] = True,
+    certify: Annotated[bool, typer.Option(help="Compare the merged model with the evaluated one.")] = True,
     rows: RowsOption = None,
     as_json: JsonOption = False,
 ) -> int:
@@ -61,8 +61,8 @@ def merge(
 
 def unmerge(
     merged: Annotated[Path, typer.Argument(help="Folder of a merged model.")],
-    adapter: Annotated[str, typer.Option(help="The run, or the adapter, that is in it.")],
-    out: Annotated[Path, typer.Option(help="The folder of what is left.")],
+    adapter: Annotated[str, typer.Option(help="The run or adapter that was merged.")],
+    out: Annotated[Path, typer.Option(help="Folder of the unmerged model.")],
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:

@@ -9,10 +9,10 @@ def push(
     name: Annotated[str, typer.Argument(help="Folder of a finished run, an adapter or a merged model.")],
     repo: Annotated[str, typer.Option(help="The repository: owner/name.")],
     public: Annotated[bool, typer.Option("--public", help="Let everyone see it; otherwise it is private.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be sent.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be sent.")] = False,
     with_samples: Annotated[
         bool,
-        typer.Option("--with-samples", help="Send rows word for word: samples, and those in ledger and certificate."),
+        typer.Option("--with-samples", help="Send the texts of rows: samples, and those in ledger and certificate."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON alone on stdout.")] = False,
 ) -> int:

@@ -89,7 +89,7 @@ def show_time(out: Console, plan: dict[str, Any]) -> None:
 def show_changes(out: Console, plan: dict[str, Any]) -> None:
     """Print the changes that make it fit."""
     if plan["changes"] is None:
-        out.print("to fit   [red]nothing helps[/red]: no smaller model of its family is known that fits")
+        out.print("to fit   [red]nothing helps[/red]: no known smaller model of its family fits")
     elif plan["changes"]:
         out.print("to fit   the cheapest changes (--fit FILE writes them):")
         for change in plan["changes"]:

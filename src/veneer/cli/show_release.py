@@ -43,7 +43,7 @@ def show_certificate(out: Console, certificate: dict[str, Any]) -> None:
     title = f"{len(certificate['prompts'])} prompts, {certificate['seconds']} s"
     show.show_checks(out, certificate["checks"], certificate["skipped"], title)
     if certificate["passed"]:
-        out.print("[bold green]certified[/bold green]: it behaves like the model that the run was judged by")
+        out.print("[bold green]certified[/bold green]: it behaves like the model that was evaluated")
     else:
         out.print(f"[bold red]differs[/bold red]  first at {escape(certificate['first_difference'])}")
     score = certificate["score"]

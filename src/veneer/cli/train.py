@@ -20,7 +20,7 @@ def train(
         bool,
         typer.Option(
             "--resume",
-            help="Go on from the run's last checkpoint. `--resume auto` also starts a run that has not begun, and is "
+            help="Resume from the run's last checkpoint. `--resume auto` also starts a run that has not begun, and is "
             "content with a finished one: one command for whatever starts jobs again.",
         ),
     ] = False,
@@ -111,7 +111,7 @@ def settings_of(
     if missing:
         verb = "are" if len(missing) > 1 else "is"
         raise UserError(
-            f"what is to be trained? No YAML file was named, and {' and '.join(missing)} {verb} missing",
+            f"there is nothing to train: no YAML file is named, and {' and '.join(missing)} {verb} missing",
             "name a run's YAML file (`veneer init DATA` writes one), or a base with --model and rows with --data",
         )
     name = Path(data or "").name.split(".")[0] or "run"

@@ -85,7 +85,7 @@ class Batching:
         if not self._has_notified:
             self._has_notified = True
             notify(
-                f"out of memory with {rows} rows at a time: going on with {self.size}, and fewer where need be; the "
+                f"out of memory with {rows} rows at a time: continuing with {self.size}, or fewer if needed; the "
                 "answers do not depend on it",
                 where="evaluate.batch_size",
             )
@@ -112,7 +112,7 @@ def room_for_answers(model: Any, prompts: Sequence[list[int]], max_new_tokens: i
     longest = max(map(len, prompts), default=0)
     if longest >= positions:
         raise UserError(
-            f"a prompt has {longest} tokens, and the model has positions for {positions}, its answer among them",
+            f"a prompt has {longest} tokens, and the model has positions for {positions}, including the answer",
             "shorten the prompt (the system prompt is part of it), or leave that row out",
         )
     room = [min(max_new_tokens, positions - len(prompt)) for prompt in prompts]

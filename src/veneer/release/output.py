@@ -28,7 +28,7 @@ def require_free(out: Path) -> None:
     elif os.path.ismount(out):
         why = "a mount"
     if why is not None:
-        raise UserError(f"--out {out}: is {why}, which a folder cannot take the place of", "name a new folder in it")
+        raise UserError(f"--out {out}: this is {why}, which cannot be replaced by a folder", "name a new folder in it")
 
 
 def require_space(out: Path, needed: int) -> None:

@@ -271,7 +271,7 @@ class TrainingJob:
         for key, setting in (("dtype", "model.dtype"), ("optim", "train.optim"), ("engine", "train.engine")):
             if str(began[key]).removeprefix("paged_") != now[key].removeprefix("paged_"):
                 raise UserError(
-                    f"{setting}: the run began with {began[key]}, on this machine it would go on with {now[key]}",
+                    f"{setting}: the run began with {began[key]}, on this machine it would continue with {now[key]}",
                     "resume it on a machine like the first, or start a new run in another train.output_dir",
                 )
 

@@ -179,7 +179,7 @@ class Loop:
         loss = means["loss"]
         if not math.isfinite(loss):  # the adapter may be good all the same, and its loss was finite
             notify(
-                f"the held-out loss after step {self.done} is {loss}; a lower train.learning_rate may mend it",
+                f"the held-out loss after step {self.done} is {loss}; a lower train.learning_rate may fix it",
                 where="train.learning_rate",
             )
         record = {

@@ -47,7 +47,7 @@ class MetricsFile:
         except OSError as error:
             if not self._has_notified:
                 notify(
-                    f"{self._path}: cannot be written ({error.strerror}); training goes on, and writes its lines later",
+                    f"{self._path}: cannot be written ({error.strerror}); its lines are written later",
                     where=str(self._path),
                 )
             self._has_notified = True

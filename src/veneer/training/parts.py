@@ -71,9 +71,9 @@ def _require_memory(prediction: Prediction) -> None:
         phase = forecast.training_phase
         peak = forecast.phases[phase].bytes
         raise UserError(
-            f"the run does not fit: at its peak ({phase}) it would hold {peak / 2**30:.1f} GiB, "
+            f"the run does not fit: at its peak ({phase}) it needs {peak / 2**30:.1f} GiB, "
             f"{target.budget_bytes / 2**30:.1f} GiB are there, on {target.name}",
-            "`veneer plan` says what to change; --force tries it all the same",
+            "`veneer plan` says what to change; --force tries it anyway",
         )
 
 
@@ -87,7 +87,7 @@ def _require_objective(data: Prepared) -> None:
     for name, known in data.ledger.formats.items():
         if fix := fixes.get(known["format"]):
             raise UserError(
-                f"{name}: rows of the format {known['format']} compare answers, and training learns from single ones",
+                f"{name}: rows of the format {known['format']} compare answers, but training needs single answers",
                 fix,
             )
 

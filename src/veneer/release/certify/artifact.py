@@ -47,7 +47,7 @@ def find_artifact(name: str, tuned: TunedModel, model: str | None = None) -> Art
     if name.startswith(("http://", "https://")):
         return Artifact(name, "endpoint", "endpoint", None, trained_on(tuned), model)
     if model is not None:
-        raise UserError(f"--model {model}: {name} is no server with several models", "leave --model out")
+        raise UserError(f"--model {model}: {name} is not a server with several models", "leave --model out")
     path = Path(name).expanduser()
     files = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
     if len(files) > 1:
@@ -93,7 +93,7 @@ def _gguf_facts(file: Path) -> tuple[str, str]:
         number = -1 if number is None else int(number)
     if kind == "adapter":
         raise UserError(
-            f"{file}: an adapter alone, which answers on its base only",
+            f"{file}: this is only an adapter, which cannot answer without its base",
             "serve it (llama-server -m BASE --lora ADAPTER --jinja) and name the server's address",
         )
     known = {number: name for name, (number, _, _) in QUANTS.items()}

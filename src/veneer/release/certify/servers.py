@@ -216,7 +216,7 @@ def _fetch(url: str, body: dict[str, Any] | None, answer: "Future[bytes]") -> No
         with reply:
             found = reply.read(ANSWER_BYTES + 1)
         if len(found) > ANSWER_BYTES:
-            raise JobError(f"{url}: the server answers more than {ANSWER_BYTES >> 20} MiB")
+            raise JobError(f"{url}: the server's answer is larger than {ANSWER_BYTES >> 20} MiB")
         answer.set_result(found)
     except Exception as error:  # noqa: BLE001 - it is raised again where the answer is waited for
         answer.set_exception(error)
@@ -247,8 +247,8 @@ def require_llama_cpp() -> None:
     """Raise UserError where llama.cpp is not installed."""
     if importlib.util.find_spec("xllamacpp") is None:
         raise UserError(
-            "GGUF files are proved in llama.cpp, which is not installed",
-            "pip install 'veneer[llamacpp]', or leave the proof out with --no-certify",
+            "GGUF files are certified in llama.cpp, which is not installed",
+            "pip install 'veneer[llamacpp]', or skip the certificate with --no-certify",
         )
 
 

@@ -100,7 +100,7 @@ def export_model(
     tied = not delta.unties and bool(getattr(layout.config, "tie_word_embeddings", False))
     if delta.unties and layout.format.always_ties:
         raise UserError(
-            f"{tuned.name}: {layout.family.title} with a head of its own, which llama.cpp has no place for",
+            f"{tuned.name}: {layout.family.title} with an untied head, which llama.cpp does not support",
             "serve the folder that `veneer merge` writes",
         )
     mix = Mix(quant, layout.depth, layout.heads // layout.kv_heads, tied)
@@ -143,7 +143,7 @@ def export_adapter(tuned: TunedModel, out: Path, on_done: Progress = lambda done
     refused = [check.detail for check in vllm_lint(tuned.adapter) if not check.passed and check.id != "rank"]
     if refused:
         raise UserError(
-            f"{tuned.name}: llama.cpp takes LoRA matrices on linear layers alone: {'; '.join(refused)}",
+            f"{tuned.name}: llama.cpp takes LoRA matrices only on linear layers: {'; '.join(refused)}",
             "export the merged model: leave --adapter-only out",
         )
     AdapterDelta(tuned, base_weights(tuned))  # it belongs to this base

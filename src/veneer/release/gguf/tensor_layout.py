@@ -154,7 +154,7 @@ class TensorLayout:
 
     def _no_word(self, what: str) -> UserError:
         return UserError(
-            f"model.base = {self._base}: llama.cpp's {self.format.arch} has no word for {what}",
+            f"model.base = {self._base}: llama.cpp's {self.format.arch} does not support {what}",
             "serve the folder that `veneer merge` writes",
         )
 

@@ -166,8 +166,8 @@ def _special(tokenizer: Any, stop_ids: list[int]) -> dict[str, int]:
     if len(others) > 2:
         raise UserError(
             f"an answer of this model may end in {len(others) + 1} tokens ({', '.join(map(str, sorted(stop_ids)))}), "
-            "GGUF has places for 3",
-            "take those that no answer ends in out of eos_token_id in the base's generation_config.json",
+            "GGUF can store 3",
+            "remove those that end no answer from eos_token_id in the base's generation_config.json",
         )
     named |= dict(zip(("eot", "eom"), others))
     return {name: number for name, number in named.items() if number is not None}

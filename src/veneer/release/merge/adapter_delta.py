@@ -119,7 +119,7 @@ class AdapterDelta:
         """
         if name in self._replaced:
             raise UserError(
-                f"{self._where}: the adapter replaced {name} whole; what stood there before is not in it",
+                f"{self._where}: the adapter replaced {name} entirely; the original weights are not in it",
                 "take the base itself",
             )
         return self._apply(name, merged, subtract=True)
@@ -137,7 +137,7 @@ class AdapterDelta:
         config = self._model.peft_config[ADAPTER]
         if getattr(config, "use_dora", False):
             raise UserError(
-                f"{self._where}: a DoRA adapter cannot be taken out: its scale hangs on the base's own weights",
+                f"{self._where}: a DoRA adapter cannot be removed: its scale depends on the base's weights",
                 "take the base itself",
             )
         if self._replaced:
@@ -252,7 +252,7 @@ class AdapterDelta:
         """Raise UserError for a change of several tensors on disk that is not a sum with each of them."""
         if not _is_plain_lora(self._model.peft_config[ADAPTER]) or getattr(layer, "lora_variant", None):
             raise UserError(
-                f"{self._where}: {parameter} lies in several tensors of the base's files, where only plain LoRA can be "
+                f"{self._where}: {parameter} is several tensors in the base's files, where only plain LoRA can be "
                 "merged",
                 "serve the adapter with PEFT on its base",
             )
@@ -372,7 +372,7 @@ def _require_mergeable(tuned: TunedModel) -> None:
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(MOVES_THE_BASE):
         raise UserError(
-            f"{tuned.name}: init_lora_weights = {start} moved the base's weights before training, so that the adapter "
+            f"{tuned.name}: init_lora_weights = {start} changed the base's weights before training, so that the adapter "
             "belongs to weights that no file holds",
             "convert it in PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
         )
@@ -421,8 +421,7 @@ def _saved_embeddings(base: Any, tuned: TunedModel) -> dict[str, Stored]:
             raise UserError(
                 f"{tuned.name}: it brings {parameter} of {count} tokens, the base has {known}: its vocabulary was "
                 "resized for the training",
-                f"resize the base likewise (resize_token_embeddings({count}), save_pretrained) and name that with "
-                "--base",
+                f"resize the base too (resize_token_embeddings({count}), save_pretrained) and name that with --base",
             )
         found[parameter] = stored
     return found

@@ -105,14 +105,14 @@ class DiskNames:
         stored, base = self._tensors[name], self._tuned.model.base
         if stored.shape != tuple(value.shape):
             raise UserError(
-                f"model.base = {base}: {name} has the shape {list(stored.shape)}, its config.json means "
+                f"model.base = {base}: {name} has the shape {list(stored.shape)}, its config.json expects "
                 f"{list(value.shape)}",
                 "name a base whose files belong together with --base",
             )
         if not stored.is_float:
             raise UserError(
                 f"model.base = {base}: {name} is stored in {str(stored.dtype).removeprefix('torch.')}: the base's "
-                "files are quantized already",
+                "files are already quantized",
                 "name the 16-bit original with --base",
             )
 

@@ -211,7 +211,7 @@ def _require_merged(merged: Path, tuned: TunedModel, force: bool) -> tuple[str, 
     if inside != file_sha256(tuned.weights):
         message = f"{merged}: holds another adapter ({kept.get('adapter')}) than {tuned.name}"
         if not force:
-            raise UserError(message, "name that one with --adapter, or use --force to go on all the same")
+            raise UserError(message, "name that one with --adapter, or use --force to continue anyway")
         return (f"--force: {message}",)
     if kept.get("on") == "nf4":
         return ("the adapter was merged into the base in 4 bits: what is left is that base, not the original one",)

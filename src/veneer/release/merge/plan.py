@@ -52,8 +52,7 @@ class MergePlan:
         if on == "nf4":
             if tuned.quantization is None and delta.packed:
                 raise UserError(
-                    f"{tuned.name}: --on nf4, but the base's files are in 4 bits already and are merged as they are, "
-                    "dequantized",
+                    f"{tuned.name}: --on nf4, but the base's files are already in 4 bits and always merged dequantized",
                     "leave --on out",
                 )
             if tuned.quantization is None:
