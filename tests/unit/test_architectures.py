@@ -138,7 +138,7 @@ def test_a_base_that_is_stored_in_4_bits_merges(on: str, tmp_path: Path, rows: l
         )
         assert merged.on == "nf4"
     else:
-        with pytest.raises(UserError, match="in 4 bits already and are merged as they are"):
+        with pytest.raises(UserError, match="already in 4 bits and always merged dequantized"):
             veneer.merge(str(tmp_path / "run"), tmp_path / "merged", on="nf4")
         veneer.merge(str(tmp_path / "run"), tmp_path / "merged", "float32")
 

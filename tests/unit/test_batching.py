@@ -44,7 +44,7 @@ def doubled(most: int, error: Exception) -> tuple[Callable[[Sequence[int]], list
 def test_rows_are_halved_once_memory_is_short_and_none_is_lost(error: Exception) -> None:
     work, tried = doubled(5, error)
     batching = Batching(16)
-    with notified("out of memory with 16 rows at a time: going on with 8") as said:
+    with notified("out of memory with 16 rows at a time: continuing with 8") as said:
         results = [n for part in batching.over(range(20), work) for n in part]
     assert results == [2 * n for n in range(20)]
     assert tried == [16, 8, 4, 4, 4, 4, 4]
@@ -185,7 +185,7 @@ def test_a_held_out_loss_goes_on_with_fewer_rows(
         return losses_of(tmp_path / name, "eval")[-1]
 
     roomy = held_out_loss("roomy", 16)
-    with notified("with 16 rows at a time: going on with 4"):
+    with notified("with 16 rows at a time: continuing with 4"):
         assert held_out_loss("short", 5) == pytest.approx(roomy, rel=1e-5)
     with pytest.raises(JobError, match="out of memory with one held-out row"):
         held_out_loss("shorter", 0)

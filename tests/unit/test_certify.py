@@ -287,7 +287,7 @@ def test_a_folder_that_cannot_be_read_is_told(
 
 def test_an_adapter_alone_in_gguf_is_told_from_a_model(run: Path, tmp_path: Path) -> None:
     veneer.export(str(run), tmp_path / "out", adapter_only=True)
-    with pytest.raises(UserError, match="an adapter alone"):
+    with pytest.raises(UserError, match="this is only an adapter"):
         certificate(tmp_path / "out", run)
 
 

@@ -104,7 +104,7 @@ def test_a_resumed_fused_run_is_the_one_that_was_not(optim: str, rank: int, make
 def test_resuming_on_another_engine_is_refused(make_run: MakeRun) -> None:
     with pytest.raises(Interrupted):
         TrainingJob(make_run("run", train={"save_steps": 2})).fit((StopAt(3),))
-    with pytest.raises(UserError, match=r"train\.engine: the run began with fused, .* would go on with reference"):
+    with pytest.raises(UserError, match=r"train\.engine: the run began with fused, .* would continue with reference"):
         TrainingJob(make_run("run", "auto"), resume=True)
 
 

@@ -98,7 +98,7 @@ def test_commands_on_a_finished_run(job: TrainingJob) -> None:
     # Rows added since would move rows that were trained on into the held-out part.
     with (folder.parent / "rows.jsonl").open("a") as file:
         file.write('{"prompt": "new", "completion": "row"}\n')
-    with pytest.raises(UserError, match="not the rows this run was trained on"):
+    with pytest.raises(UserError, match="its rows are not those of training"):
         veneer.evaluate(folder)
     for name in ("rows-17-rows.json", "rows-17-rows-2.json"):
         other = veneer.evaluate(folder, data=str(folder.parent / "rows.jsonl"))

@@ -57,7 +57,7 @@ def test_options_override_a_file(call: Call, run_file: Path, here: Path) -> None
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ([], "No YAML file was named, and --model and --data are missing"),
+        ([], "no YAML file is named, and --model and --data are missing"),
         (["--model", "x"], "and --data is missing"),
         (["train.seed=1", "--data", "rows.jsonl"], "and --model is missing"),
         (["--model", "no/such/base", "--data", "rows.jsonl"], "model.base = no/such/base: no such folder"),

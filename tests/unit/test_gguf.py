@@ -312,7 +312,7 @@ def test_what_cannot_be_exported_is_told_and_nothing_is_written(
     with pytest.raises(UserError, match="modules of several scales"):
         export_adapter(llama, tmp_path / "out")
     dora = find_tuned(str(save_adapter_of("dora", tmp_path / "llama", tmp_path / "dora")))
-    with pytest.raises(UserError, match="LoRA matrices on linear layers alone: DoRA"):
+    with pytest.raises(UserError, match="LoRA matrices only on linear layers: DoRA"):
         export_adapter(dora, tmp_path / "out")
 
 

@@ -251,7 +251,7 @@ def test_a_whole_file_counts_before_an_index_as_in_transformers(tmp_path: Path, 
 
 
 def test_what_cannot_be_taken_out_is_refused(tmp_path: Path, tiny_model: TinyModel) -> None:
-    for kind, reason in (("dora", "a DoRA adapter cannot be taken out"), ("head", "replaced lm_head.weight whole")):
+    for kind, reason in (("dora", "a DoRA adapter cannot be removed"), ("head", "replaced lm_head.weight entirely")):
         tuned = find_tuned(str(save_adapter_of(kind, tiny_model("llama"), tmp_path / kind)))
         merge(tuned, tmp_path / f"{kind}-out")
         with pytest.raises(UserError, match=reason):
@@ -330,7 +330,7 @@ def test_adapters_that_are_no_change_of_the_base_they_name_are_told(tmp_path: Pa
     path = adapter / "adapter_config.json"
     config = json.loads(path.read_text())
     for changes, reason in (
-        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4 moved the base's weights"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4 changed the base's weights"),
         ({"peft_type": "PROMPT_TUNING"}, "PROMPT_TUNING (peft_type in adapter_config.json) cannot be merged"),
         ({"peft_type": "FOO"}, "PEFT does not know it"),
     ):

@@ -372,7 +372,7 @@ def _require_mergeable(tuned: TunedModel) -> None:
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(MOVES_THE_BASE):
         raise UserError(
-            f"{tuned.name}: init_lora_weights = {start} changed the base's weights before training, so that the adapter "
+            f"{tuned.name}: init_lora_weights = {start} changed the base's weights before training: the adapter "
             "belongs to weights that no file holds",
             "convert it in PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
         )
