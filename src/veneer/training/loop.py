@@ -211,7 +211,7 @@ class Loop:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         if (now := self._held_out.size) < before:
-            text = f"out of memory in the held-out loss with {before} rows at a time: going on with {now}"
+            text = f"out of memory in the held-out loss with {before} rows at a time: continuing with {now}"
             notify(text, where="evaluate.batch_size")
         return _means(sums)
 
