@@ -35,8 +35,8 @@ def advice_page() -> str:
     handled = [f"| {pitfall} | {instead} |" for pitfall, instead in HANDLED.items()]
     return "\n".join(
         [
-            *(HEAD, "| rule | severity | setting | known from |\n|---|---|---|---|", *rules),
-            *("\n## What cannot go wrong here\n", "| pitfall of the usual guides | here |\n|---|---|", *handled, ""),
+            *(HEAD, "| rule | severity | setting | source |\n|---|---|---|---|", *rules),
+            *("\n## Pitfalls that Veneer rules out\n", "| pitfall of guides | in Veneer |\n|---|---|", *handled, ""),
         ]
     )
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "CONTRIBUTING.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")))
 HISTORY = "docs/LOG.md"  # tells of what is gone
 SOURCE = re.compile(r"(?<![\w./-])(?:[\w.-]+/)*[\w-]+\.py\b")
-IN_REPOSITORY = re.compile(r"(?<![\w./-])(?:src|tests|bench|recipes|docs)/[\w./-]*\w")
+IN_REPOSITORY = re.compile(r"(?<![\w./-])(?:src|tests|bench|tools|recipes|docs)/[\w./-]*\w")
 MOST = {"A row, from file to loss": 10, "A setting, from YAML": 12, "An adapter, from training": 12}
 
 
@@ -22,7 +22,7 @@ def text_of(page: str) -> str:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != HISTORY])
 def test_named_files_exist(page: str) -> None:
-    files = {file.name for folder in ("src", "tests", "bench") for file in (ROOT / folder).rglob("*.py")}
+    files = {file.name for folder in ("src", "tests", "bench", "tools") for file in (ROOT / folder).rglob("*.py")}
     text = text_of(page)
     for name in SOURCE.findall(text):
         found = (ROOT / name).is_file() or (ROOT / "src/veneer" / name).is_file() if "/" in name else name in files
