@@ -16,15 +16,15 @@ HANDLED = {
     "forgotten use_cache=False": "every base is loaded without a key-value cache",
     "forgotten prepare_model_for_kbit_training": "gradients reach the adapter without it; the first step is checked "
     "for that, and a loss that is not a number ends the run",
-    "forgotten enable_input_require_grads": "recomputation is of the kind that does not need it, and the first step is "
+    "forgotten enable_input_require_grads": "non-reentrant recomputation does not need it, and the first step is "
     "checked for gradients",
-    "get_peft_model without a config": "a run without an adapter does not exist",
+    "get_peft_model without a config": "every run has an adapter configuration",
     "saving the full model": "only the adapter is saved",
-    "merging in float16": "an adapter is merged in bfloat16, unless --dtype says otherwise",
-    "merging into a 4-bit base": "an adapter is never merged into a quantized base",
-    "hand-written template": "rows are rendered by the template alone, and `veneer data` shows every token",
-    "padding that masks the end token": "padding never enters a row",
-    "packed rows that see each other": "documents stay apart in every engine, and `veneer verify` tries it",
+    "merging in float16": "a merge is computed in float32 and rounded once, to bfloat16 unless --dtype says otherwise",
+    "merging into a 4-bit base": "an adapter is merged into the dequantized base",
+    "hand-written template": "only the model's template renders rows, and `veneer data` shows every token",
+    "padding that masks the end token": "rows of data hold no padding tokens",
+    "packed rows that attend to each other": "documents stay apart in every engine, and `veneer verify` checks it",
     "a target that matches nothing": "refused, with the nearest names",
 }
 
