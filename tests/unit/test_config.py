@@ -77,7 +77,7 @@ def test_all_mistakes_are_told_at_once_with_their_lines(tmp_path: Path) -> None:
 
 def test_a_key_in_the_wrong_section_is_sent_to_its_own(tmp_path: Path) -> None:
     told = message(write(tmp_path, SMALLEST + "train: {r: 8}\n"))
-    assert "unknown key `train.r`; it belongs into the section `adapter`" in told
+    assert "unknown key `train.r`; it belongs in the section `adapter`" in told
 
 
 def test_a_missing_section_and_a_missing_key_are_named(tmp_path: Path) -> None:

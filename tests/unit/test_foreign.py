@@ -69,8 +69,8 @@ def test_other_spellings_of_a_foreign_name_are_known() -> None:
         ("tain.seed=1", "did you mean `train`?"),
         ("train.lora_alhpa=1", "did you mean `adapter.lora_alpha`?"),
         ("lr=1", "it is called `train.learning_rate` here"),
-        ("learning_rate=1", "it belongs into the section `train`: Peak learning rate."),
-        ("data.rows=5", "it belongs into the section `evaluate`: At most so many held-out rows"),
+        ("learning_rate=1", "it belongs in the section `train`: Peak learning rate."),
+        ("data.rows=5", "it belongs in the section `evaluate`: Maximum number of held-out rows"),
     ],
 )
 def test_a_misspelling_of_our_own_is_answered_with_it(override: str, expected: str) -> None:

@@ -155,7 +155,7 @@ def test_every_way_to_the_hub_is_refused_in_one_message(
         assert err.count("\n") == 2, err
         assert "not on this machine, and the hub (http://127.0.0.1:" in err
         assert "HF_HUB_OFFLINE" in err
-    told = r"model\.base = o/n: .* cannot be had.*cannot be reached"
+    told = r"model\.base = o/n: .* cannot be fetched.*cannot be reached"
     with pytest.raises(UserError, match=told):
         load_tokenizer(locate(Model(base="o/n")))
     with pytest.raises(UserError, match=told):

@@ -290,7 +290,7 @@ def _hint(key: str, known: list[str]) -> str:
     elsewhere = {name: section.model_fields for name, section in sections().items()}
     for name, fields in elsewhere.items():
         if key in fields:
-            return f"it belongs into the section `{name}`: {fields[key].description}"
+            return f"it belongs in the section `{name}`: {fields[key].description}"
     for name, fields in elsewhere.items():
         if (near := misspelt(key, fields)) is not None:
             return f"did you mean `{name}.{near}`?"
