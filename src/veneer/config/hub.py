@@ -70,7 +70,7 @@ def adapter_folder(name: str) -> Path | None:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]))
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{name}: cannot be fetched from the hub: {reason}", "check your access (hf auth login)") from None
+        raise UserError(f"{name}: the hub does not give it: {reason}", "check your access (hf auth login)") from None
 
 
 @cache
