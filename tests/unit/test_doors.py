@@ -246,10 +246,10 @@ def test_front_matter_is_bounded_as_a_run_file_is() -> None:
             yaml_values(text, "README.md")
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class EndlessHandler(http.server.BaseHTTPRequestHandler):
     """A server that answers with what a test wants."""
 
-    answer: ClassVar[Callable[["Handler"], None]] = lambda self: None
+    answer: ClassVar[Callable[["EndlessHandler"], None]] = lambda self: None
     asked: ClassVar[list[str]] = []
 
     def do_GET(self) -> None:
@@ -271,8 +271,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def address() -> Iterator[str]:
-    Handler.asked.clear()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    EndlessHandler.asked.clear()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), EndlessHandler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
@@ -282,15 +282,15 @@ def address() -> Iterator[str]:
 def test_rows_go_to_the_address_that_was_named_and_to_no_other(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nothing listens there
     monkeypatch.setenv("no_proxy", "")
-    monkeypatch.setattr(Handler, "answer", lambda self: self.send(b'{"ok": 1}'))
+    monkeypatch.setattr(EndlessHandler, "answer", lambda self: self.send(b'{"ok": 1}'))
     assert servers._ask(address, {"a": 1}) == {"ok": 1}
-    monkeypatch.setattr(Handler, "answer", lambda self: self.send(b"{}", 302, Location=f"{address}/elsewhere"))
+    monkeypatch.setattr(EndlessHandler, "answer", lambda self: self.send(b"{}", 302, Location=f"{address}/elsewhere"))
     servers._ask(address, {"a": 1})
-    assert "/elsewhere" not in Handler.asked
+    assert "/elsewhere" not in EndlessHandler.asked
 
 
 def test_an_endless_answer_ends(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def drip(self: Handler) -> None:
+    def drip(self: EndlessHandler) -> None:
         self.send_response(200)
         self.end_headers()
         try:
@@ -300,7 +300,7 @@ def test_an_endless_answer_ends(address: str, monkeypatch: pytest.MonkeyPatch) -
         except OSError:
             pass
 
-    monkeypatch.setattr(Handler, "answer", drip)
+    monkeypatch.setattr(EndlessHandler, "answer", drip)
     monkeypatch.setattr(servers, "ANSWER_BYTES", 10_000)
     with pytest.raises(JobError, match="the server's answer is larger than"):
         servers._ask(address, None)
@@ -316,11 +316,11 @@ def test_an_endless_answer_ends(address: str, monkeypatch: pytest.MonkeyPatch) -
 def test_an_answer_of_another_form_is_a_message(address: str, monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
     from veneer.data.conversation import Message
 
-    def send(self: Handler) -> None:
+    def send(self: EndlessHandler) -> None:
         listed = {"data": [{"id": "m"}]}
         self.send(json.dumps(listed if self.path.endswith("models") else answer).encode())
 
-    monkeypatch.setattr(Handler, "answer", send)
+    monkeypatch.setattr(EndlessHandler, "answer", send)
     endpoint = Endpoint(address, True)
     for ask in (
         lambda: endpoint.answer([[Message("user", "a")]], 1),

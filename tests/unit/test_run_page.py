@@ -69,7 +69,7 @@ def test_it_holds_scores_loss_and_answers_and_needs_nothing_else(folder: RunFold
 def test_it_is_well_formed(folder: RunFolder) -> None:
     open_tags: list[str] = []
 
-    class Reader(HTMLParser):
+    class PageReader(HTMLParser):
         def handle_starttag(self, tag: str, attrs: Any) -> None:
             if tag not in ("meta", "br", "line", "circle", "polyline"):
                 open_tags.append(tag)
@@ -78,7 +78,7 @@ def test_it_is_well_formed(folder: RunFolder) -> None:
             if tag not in ("meta", "br", "line", "circle", "polyline"):
                 assert open_tags.pop() == tag
 
-    Reader().feed(run_page(folder.path))
+    PageReader().feed(run_page(folder.path))
     assert not open_tags
 
 

@@ -58,7 +58,7 @@ class Exported:
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class _GgufTensor:
     """A tensor of the file, and the function that makes its value."""
 
     name: str
@@ -110,7 +110,7 @@ def export_model(
         if stored.is_float and not name.endswith(COMPUTED) and not (tied and name.endswith("lm_head.weight"))
     ]
     extras = layout.extra_tensors()
-    planned += [_Tensor(name, tuple(value.shape), "F32", _constant(value)) for name, value in extras.items()]
+    planned += [_GgufTensor(name, tuple(value.shape), "F32", _constant(value)) for name, value in extras.items()]
     rows = every[delta.name_on_disk(delta.embeddings)].shape[0]
     file = f"{_title(tuned)}-{quant}.gguf"
     require_space(out, sum(size_of(tensor.kind, tensor.shape) for tensor in planned))
@@ -168,7 +168,7 @@ def export_adapter(tuned: TunedModel, out: Path, on_done: Progress = lambda done
 
 def _plan(
     layout: TensorLayout, merge_plan: MergePlan, mix: Mix, name: str, stored: Stored, importance: torch.Tensor | None
-) -> _Tensor:
+) -> _GgufTensor:
     there = layout.name(name)
     transform = layout.transform(name)
 
@@ -176,10 +176,10 @@ def _plan(
         value = merge_plan.value(name, stored)
         return value if transform is None else transform(value)
 
-    return _Tensor(there, stored.shape, mix.type_of(there, stored.shape), make, importance)
+    return _GgufTensor(there, stored.shape, mix.type_of(there, stored.shape), make, importance)
 
 
-def _plan_lora(layout: TensorLayout, name: str, stored: Stored) -> _Tensor:
+def _plan_lora(layout: TensorLayout, name: str, stored: Stored) -> _GgufTensor:
     """Plan a LoRA matrix; B has the rows of its weight and the same layout."""
     module, _, half = name.removeprefix("base_model.model.").rpartition(".lora_")
     weight = f"{module}.weight"
@@ -189,7 +189,7 @@ def _plan_lora(layout: TensorLayout, name: str, stored: Stored) -> _Tensor:
         value = stored.read()
         return value if transform is None else transform(value)
 
-    return _Tensor(f"{layout.name(weight)}.lora_{half[0].lower()}", stored.shape, "F32", make)
+    return _GgufTensor(f"{layout.name(weight)}.lora_{half[0].lower()}", stored.shape, "F32", make)
 
 
 def _constant(value: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -256,7 +256,7 @@ def _add_tokenizer(writer: Any, tuned: TunedModel, rows: int) -> None:
         writer.add_chat_template(renderer.template)
 
 
-def _write_tensors(writer: Any, planned: list[_Tensor], on_done: Progress) -> None:
+def _write_tensors(writer: Any, planned: list[_GgufTensor], on_done: Progress) -> None:
     """Write all tensors, making each when its turn comes."""
     from gguf import GGMLQuantizationType
 
