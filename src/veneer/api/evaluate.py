@@ -68,7 +68,7 @@ def evaluate(
         data: A file of rows to use instead of the run's held-out rows.
         rows: Largest number of rows; None: as `evaluate.rows` in the run. Pieces of a long text are one row.
         on_done: Callback that gets the number of rows just answered; each row is answered twice.
-        force, base: As for `load`.
+        force, base: arguments of `load`.
 
     Raises:
         UserError: No such run, no adapter, or no held-out rows.
@@ -87,10 +87,10 @@ def evaluate(
         settings = run.evaluate.model_copy(update={"batch_size": at_a_time})
         engine = ReferenceEngine(loaded.model)  # judges by other code than the adapter was trained by
         result = Scorer(loaded.model, engine, loaded.renderer, held_out, settings).compare(on_done)
-    if is_record and not force:
-        return Evaluated(result, save_evaluation(folder, result, loaded.base), True)
-    name = f"{Path(data).name.split('.')[0] if data else 'held-out'}-{count}-rows"
-    return Evaluated(result, _save_beside(folder, name, result, data), False)
+        if is_record and not force:
+            return Evaluated(result, save_evaluation(folder, result, loaded.base), True)
+        name = f"{Path(data).name.split('.')[0] if data else 'held-out'}-{count}-rows"
+        return Evaluated(result, _save_beside(folder, name, result, data), False)
 
 
 def save_evaluation(folder: RunFolder, evaluation: Evaluation, model: Model | None = None) -> Path:

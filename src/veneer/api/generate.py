@@ -38,7 +38,7 @@ def generate(
         compare_with_base: Let the base answer too.
         max_new_tokens: Longest answer.
         temperature, top_p, top_k, repetition_penalty, stop, seed: See `veneer.config.sampling.Sampling`.
-        force, base: As for `load`.
+        force, base: arguments of `load`.
         on_text: Callback that gets each piece of the answer as it is made; for a single prompt.
 
     Raises:

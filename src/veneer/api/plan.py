@@ -15,7 +15,7 @@ class RunPlan:
     """The forecast of a run, and the changes that would make it fit.
 
     Attributes:
-        foreseen: Forecast and advice.
+        prediction: forecast and advice.
         fitted: The cheapest changes that make it fit; none in it: it fits as it is; None: nothing makes it fit.
     """
 

@@ -30,7 +30,7 @@ def train(
         resume: whether to go on from the run's last checkpoint. "auto": begin where there is no run yet, go on where
             there is one, and give the report of one that is finished.
         listeners: functions that are called with each record of metrics.jsonl: a logged step or an evaluation.
-        force: whether to start a run that is foreseen not to fit.
+        force: whether to start a run that is predicted not to fit.
         overwrite: whether to replace the run that is in its folder.
 
     Raises:

@@ -59,14 +59,16 @@ def adapter_folder(name: str) -> Path | None:
         UserError: The hub holds the adapter, and does not give it.
     """
     from huggingface_hub import file_exists, snapshot_download, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    if unreachable() is not None:
-        held = try_to_load_from_cache(name, "adapter_config.json")
-        return Path(held).parent if isinstance(held, str) else None
     try:
-        if not file_exists(name, "adapter_config.json"):
-            return None
+        held = try_to_load_from_cache(name, "adapter_config.json")
+        is_adapter = isinstance(held, str) if unreachable() is not None else file_exists(name, "adapter_config.json")
+    except (HfHubHTTPError, HFValidationError, OSError):
+        return None  # a gated base, say, or no id at all: whoever asked says what is wrong with it
+    if not is_adapter or unreachable() is not None:
+        return Path(str(held)).parent if is_adapter else None
+    try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]))
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]

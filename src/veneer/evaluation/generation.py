@@ -90,7 +90,7 @@ def continue_prompts(
     answers wherever they are asked: products over other shapes round otherwise.
 
     Args:
-        model, tokenizer, prompts, on_done, on_text: As of `generate`.
+        model, tokenizer, prompts, on_done, on_text: arguments of `generate`.
         config: Transformers' GenerationConfig.
         batch_size: Prompts at a time, fewer where memory is short.
         room: Longest answer to each prompt; None: as the configuration says.

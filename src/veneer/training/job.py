@@ -79,12 +79,12 @@ class TrainingJob:
     Args:
         run: The settings.
         resume: Go on from the run's last checkpoint; "auto": or begin, where there is no run yet.
-        force: Load even if it is foreseen not to fit.
+        force: whether to load a run that is predicted not to fit.
         overwrite: Replace the run that is in the folder, once this one is ready to begin.
 
     Attributes:
-        machine, source, tokenizer, renderer, data, foreseen, model: The parts, for others to show or evaluate.
-        engine, choice: What computes losses and gradients, and why it was taken.
+        machine, source, tokenizer, renderer, data, prediction, model: the parts, for others to show or evaluate.
+        engine, choice: the engine that computes losses and gradients, and why it was taken.
         placement: memory placement of the engine.
 
     Raises:
@@ -222,7 +222,7 @@ class TrainingJob:
         )
 
     def plan(self) -> dict[str, Any]:
-        """Return how the run is placed on this machine, and what is foreseen of it."""
+        """Return how the run is placed on this machine, and the prediction of its memory and time."""
         train = self.run.train
         return self.prediction.as_dict() | {
             "machine": self.machine.as_dict(),

@@ -23,7 +23,7 @@ class RunParts:
 
     Attributes:
         model: The base with a fresh adapter.
-        foreseen: Forecast of memory and time, with advice on the settings.
+        prediction: forecast of memory and time, with advice on the settings.
     """
 
     machine: Machine
@@ -40,7 +40,7 @@ def load_parts(run: Run, force: bool = False) -> RunParts:
 
     Args:
         run: The settings.
-        force: Load even if it is foreseen not to fit.
+        force: whether to load a run that is predicted not to fit.
 
     Raises:
         UserError: Anything the user can mend.

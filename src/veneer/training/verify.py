@@ -76,7 +76,7 @@ def verify(run: Run, force: bool = False, on_check: Callable[[Check], None] = la
 
     Args:
         run: The settings.
-        force: Load even if the run is foreseen not to fit.
+        force: whether to load a run that is predicted not to fit.
         on_check: Callback that gets each check as it is made.
 
     Raises:

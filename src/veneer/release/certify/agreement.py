@@ -85,7 +85,7 @@ class Noise:
     """The change of a token's lead between two runs of the same model, nats.
 
     Attributes:
-        judged, artifact: Of each side.
+        judged, artifact: values of each side.
     """
 
     judged: float
@@ -141,7 +141,7 @@ def measure(
     Args:
         model: The judged model.
         renderer: Tokenizer of that model.
-        prompt, answer: What was asked, and the artifact's answer.
+        prompt, answer: the question, and the artifact's answer.
         ends: Tokens at which an answer ends.
         noise: Sum of both sides' noise, nats.
     """

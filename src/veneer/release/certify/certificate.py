@@ -64,7 +64,7 @@ class Certificate:
 
     Attributes:
         date: Time of the certificate, UTC, ISO 8601.
-        artifact, against: What was compared with what, with their SHA-256.
+        artifact, against: both sides of the comparison, with their SHA-256.
         score: Held-out rows in pairs, with the verdict; None: none were asked.
         noise: Difference between two runs of the same side, nats.
         prompts: Each prompt with both answers.
