@@ -58,7 +58,7 @@ def test_small_adapters_count_for_what_they_are_in_16_bits() -> None:
     torch.manual_seed(0)
     linear = torch.nn.Linear(D, D, bias=False, dtype=torch.bfloat16)
     a, b = torch.nn.Parameter(torch.randn(4, D)), torch.nn.Parameter(1e-5 * torch.randn(D, 4))
-    group = Group((Linear("o", linear, a, b),), torch.bfloat16, 0, norm_follows=True)
+    group = Group((Linear("o", linear, a, b),), torch.bfloat16, 0, torch.device("cpu"), norm_follows=True)
     x, residual = (torch.randn(T, D).bfloat16() for _ in range(2))
     cast_all(cast_table(group.casts()))
 

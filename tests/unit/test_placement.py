@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from tests.support.engines import batch_of, gradients, model_of
+from tests.support.engines import model_of
 from tests.support.runs import tiny_run, write_rows
 from veneer.cli.show_plan import show_placement
 from veneer.engine.fused.block import ACTIVATIONS
@@ -20,7 +20,7 @@ from veneer.engine.fused.cudnn import WORKSPACE_BYTES, Call
 from veneer.engine.fused.engine import FusedEngine
 from veneer.engine.fused.policy import Demand, block_placement, choose_placement, uniform
 from veneer.engine.interface import BatchShapes
-from veneer.engine.placement import ActivationState, BlockPlacement, MemoryPlacement, WeightState
+from veneer.engine.placement import MemoryPlacement
 from veneer.engine.reference import ReferenceEngine
 from veneer.engine.trace import rounded
 from veneer.training.job import TrainingJob, vary
@@ -141,43 +141,26 @@ def test_attention_gets_its_workspace_before_anything_is_kept() -> None:
         assert none.workspace_bytes == WORKSPACE_BYTES
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"activations": {"mid": ActivationState.HOST}}, r"block 1, mid: no engine implements the state HOST"),
-        ({"weights": {"down": WeightState.STREAMED}}, r"block 1, down: no engine implements the state STREAMED"),
-    ],
-)
-def test_a_state_that_nothing_implements_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
-    model = model_of("llama")
-    engine = FusedEngine(model)
-    before, batch = engine.placement, batch_of()
-    loss, wanted = gradients(engine, model, batch)
-    first, last = before.blocks
-    other = BlockPlacement(**{"activations": last.activations, "weights": last.weights} | changes)
-    with pytest.raises(NotImplementedError, match=named):
-        engine.apply(replace(before, blocks=(first, other)))
-    assert engine.placement == before
-    again, found = gradients(engine, model, batch)
-    assert again == loss
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-
-
 def test_a_placement_is_printed_block_by_block_and_those_alike_together() -> None:
     engine = FusedEngine(model_of("llama"))
     some = block_placement({"qkv"}, {"down"})
     placement = replace(uniform(engine.blocks), blocks=(some, some, block_placement(ACTIVATIONS)), bytes=5)
-    states = dict.fromkeys(ACTIVATIONS, "recompute") | {"qkv": "keep"}
+    states = dict.fromkeys(ACTIVATIONS, "recompute") | {"qkv": "keep", "x": "keep"}
     assert json.loads(json.dumps(placement.as_dict())) == {
         "blocks": [
             {"first": 0, "count": 2, "activations": states, "weights": {"down": "dequantized"}},
-            {"first": 2, "count": 1, "activations": dict.fromkeys(ACTIVATIONS, "keep"), "weights": {}},
+            {"first": 2, "count": 1, "activations": dict.fromkeys((*ACTIVATIONS, "x"), "keep"), "weights": {}},
         ],
         "workspace_bytes": WORKSPACE_BYTES,
         "records_passes": False,
         "bytes": 5,
         "least_bytes": 0,
         "budget_bytes": 0,
+        "streams_ends": False,
+        "host_bytes": 0,
+        "link_seconds": 0.0,
+        "choices": [],
+        "peak_bytes": 0,
     }
 
 

@@ -101,6 +101,7 @@ def test_what_it_holds_for_good_is_what_a_real_one_holds(family: str) -> None:
     tensors = [engine.master.data, engine._flat_grad, engine._scratch, engine._seed]
     for block in engine.blocks:
         for group in block.groups:
+            assert group._resident is not None
             tensors += [group._resident, group._b_RN]
             tensors += [] if group._bias is None else [group._bias]
     real = sum(rounded(t.numel() * t.element_size()) for t in tensors) - laid_out

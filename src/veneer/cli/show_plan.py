@@ -59,10 +59,10 @@ def show_placement(out: Console, placement: dict[str, Any]) -> None:
     counts = Counter[tuple[str, str]]()
     for blocks in placement["blocks"]:
         for name, state in (*blocks["activations"].items(), *blocks["weights"].items()):
-            counts[state, name] += blocks["count"]
+            counts[state, name] += blocks["count"] if name != "x" else 0
     what = []
     for state, kind in (("keep", ""), ("dequantized", "16-bit weights ")):
-        for n in sorted({n for (s, _), n in counts.items() if s == state}, reverse=True):
+        for n in sorted({n for (s, _), n in counts.items() if n and s == state}, reverse=True):
             names = sorted(name for (s, name), count in counts.items() if (s, count) == (state, n))
             what.append(f"{kind}{', '.join(names)} of {n} blocks")
     if placement["bytes"]:

@@ -7,7 +7,7 @@ import torch
 
 from veneer.data.batch import Batch
 from veneer.engine.objective import Objective, StepOutput, TrainedTokens
-from veneer.engine.placement import MemoryPlacement
+from veneer.engine.placement import H100, MemoryPlacement, Rates
 
 
 class BatchShapes(NamedTuple):
@@ -57,16 +57,36 @@ class Engine(Protocol):
         """Return the log-probability of each trained token, in the batch's order; no gradients, dropout off."""
         ...
 
-    def plan_memory(self, shapes: BatchShapes, gradient_checkpointing: bool | str, later_bytes: int) -> MemoryPlacement:
+    def plan_memory(
+        self,
+        shapes: BatchShapes,
+        gradient_checkpointing: bool | str,
+        later_bytes: int,
+        budget_bytes: int | None = None,
+        rates: Rates = H100,
+    ) -> MemoryPlacement:
         """Choose a placement of tensors, and apply it; call it before training, since it drops gradients.
 
         Args:
             shapes: lengths of the run's batches.
             gradient_checkpointing: the setting; auto: keep as much as the device's memory allows.
             later_bytes: memory of the device to reserve for later, as for the optimizer's states.
+            budget_bytes: memory of the device that tensors may take, those allocated now included; None: what is free.
+            rates: speeds of the device and its link, and the host's memory.
 
         Returns:
             The placement, also where this engine, device or setting leaves no choice.
+
+        Raises:
+            torch.OutOfMemoryError: no placement fits.
+        """
+        ...
+
+    def tighten(self) -> str | None:
+        """Apply the next placement that takes less memory, after an out-of-memory error; drop gradients first.
+
+        Returns:
+            What changed; None: there is no such placement.
         """
         ...
 

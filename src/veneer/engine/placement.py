@@ -2,9 +2,10 @@
 
 Two kinds of tensors have a choice. An activation that backward needs is kept from forward to backward, or recomputed,
 or offloaded to the host's memory. A frozen weight in 4 bits is dequantized for each use, or once and kept, or streamed
-from the host. A policy makes the choice (`engine/fused/policy.py`); this module only defines its vocabulary.
+from the host; embedding and head may live there too. A policy makes the choice (`engine/fused/policy.py`); this module
+only defines its vocabulary.
 
-Trained weights, the optimizer's states and 16-bit weights always stay on the device, and have no entry.
+Trained weights, the optimizer's states and the other 16-bit weights always stay on the device, and have no entry.
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class ActivationState(StrEnum):
@@ -31,15 +32,12 @@ class WeightState(StrEnum):
     STREAMED = "streamed"
 
 
-NOT_IMPLEMENTED = (ActivationState.HOST, WeightState.STREAMED)
-
-
 @dataclass(frozen=True)
 class BlockPlacement:
     """The placement of one decoder block's tensors.
 
     Attributes:
-        activations: state of each activation that backward needs, by name.
+        activations: state of each activation that backward needs, by name; `x`, the block's input, is never recomputed.
         weights: state of each frozen 4-bit weight, by name; others stay as they are.
     """
 
@@ -51,8 +49,64 @@ class BlockPlacement:
 
     @cached_property
     def kept(self) -> frozenset[str]:
-        """The names of the activations that are kept."""
-        return frozenset(name for name, state in self.activations.items() if state == ActivationState.KEEP)
+        """The names of the activations that are kept, but for the block's input."""
+        return self._in(ActivationState.KEEP) - {"x"}
+
+    @cached_property
+    def hosted(self) -> frozenset[str]:
+        """The names of the activations that are offloaded to the host."""
+        return self._in(ActivationState.HOST)
+
+    @cached_property
+    def streams(self) -> bool:
+        """Whether its 4-bit weights are streamed from the host."""
+        return WeightState.STREAMED in self.weights.values()
+
+    def on_device(self) -> "BlockPlacement":
+        """Return the placement that computes the same with everything on the device."""
+        activations = {n: ActivationState.KEEP if s == ActivationState.HOST else s for n, s in self.activations.items()}
+        weights = {n: WeightState.NF4 if s == WeightState.STREAMED else s for n, s in self.weights.items()}
+        return BlockPlacement(activations, weights)
+
+    def _in(self, state: ActivationState) -> frozenset[str]:
+        return frozenset(name for name, found in self.activations.items() if found == state)
+
+
+class Rates(NamedTuple):
+    """The speeds and the host's memory by which a policy weighs one choice against another.
+
+    Attributes:
+        flops: operations a second of large products.
+        link: bytes a second from or to the host, each way.
+        host_bytes: memory of the host that may be pinned.
+    """
+
+    flops: float
+    link: float
+    host_bytes: int = 2**62
+
+
+H100 = Rates(690e12, 52e9)
+
+
+class Choice(NamedTuple):
+    """One choice of a placement, as a person reads it.
+
+    Attributes:
+        tensor: the kind of tensor.
+        state: its state.
+        blocks: number of blocks it holds for.
+        bytes: memory of the device that it takes.
+        host_bytes: pinned memory of the host that it takes.
+        seconds: time of a micro-batch that it saves; negative: that it costs.
+    """
+
+    tensor: str
+    state: str
+    blocks: int
+    bytes: int
+    host_bytes: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -63,9 +117,14 @@ class MemoryPlacement:
         blocks: placement of each block, in the model's order.
         workspace_bytes: workspace that the backward of attention may take.
         records_passes: whether passes of a shape that recurs are recorded; they never free their memory.
-        bytes: memory that it adds to the peak of a step that keeps nothing; 0: it was not chosen by its size.
+        bytes: memory that it adds to the peak of a step that keeps nothing, negative where the host takes what such a
+            step holds on the device; 0: it was not chosen by its size.
         least_bytes: that peak, measured or predicted; 0: not known.
         budget_bytes: memory of the device; 0: not known.
+        streams_ends: whether embedding and head live on the host.
+        host_bytes: pinned memory of the host.
+        link_seconds: time that copies from and to the host add to a micro-batch.
+        choices: what each choice takes and saves.
     """
 
     blocks: tuple[BlockPlacement, ...]
@@ -74,13 +133,26 @@ class MemoryPlacement:
     bytes: int = 0
     least_bytes: int = 0
     budget_bytes: int = 0
+    streams_ends: bool = False
+    host_bytes: int = 0
+    link_seconds: float = 0.0
+    choices: tuple[Choice, ...] = ()
 
-    def require_implemented(self) -> None:
-        """Raise NotImplementedError, with block and tensor, for a state that no engine implements yet."""
-        for number, block in enumerate(self.blocks):
-            for name, state in (*block.activations.items(), *block.weights.items()):
-                if state in NOT_IMPLEMENTED:
-                    raise NotImplementedError(f"block {number}, {name}: no engine implements the state {state.name}")
+    @property
+    def peak_bytes(self) -> int:
+        """The predicted peak of a step's forward and backward passes; 0: not known."""
+        return self.least_bytes + self.bytes if self.least_bytes else 0
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether any tensor lives on the host."""
+        return self.streams_ends or any(block.hosted or block.streams for block in self.blocks)
+
+    def describe(self) -> str:
+        """Describe in a few words what is kept and what is on the host."""
+        kept, hosted = (sum(map(len, names)) for names in zip(*((b.kept, b.hosted) for b in self.blocks), strict=True))
+        streamed = sum(block.streams for block in self.blocks)
+        return f"{kept} activations kept, {hosted} on the host, weights of {streamed} blocks streamed"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the placement as JSON, with one entry for consecutive blocks that are alike."""
@@ -90,7 +162,8 @@ class MemoryPlacement:
             states = {"activations": dict(block.activations), "weights": dict(block.weights)}
             blocks.append({"first": first, "count": count} | states)
             first += count
-        return vars(self) | {"blocks": blocks}
+        choices = [choice._asdict() for choice in self.choices]
+        return vars(self) | {"blocks": blocks, "choices": choices, "peak_bytes": self.peak_bytes}
 
 
 def whole_blocks(depth: int, gradient_checkpointing: bool | str) -> MemoryPlacement:

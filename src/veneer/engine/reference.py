@@ -27,7 +27,7 @@ from veneer.data.batch import UNTRAINED, Batch
 from veneer.engine.attention import short_row_attention
 from veneer.engine.interface import BatchShapes
 from veneer.engine.objective import Objective, StepOutput, TrainedTokens
-from veneer.engine.placement import MemoryPlacement, whole_blocks
+from veneer.engine.placement import H100, MemoryPlacement, Rates, whole_blocks
 from veneer.engine.positions import switch_of
 from veneer.engine.prefix import can_share, hidden_after_prefix, shared_tokens
 from veneer.engine.temporary import no_dropout
@@ -126,9 +126,20 @@ class ReferenceEngine:
             self._trim()
         return found_N
 
-    def plan_memory(self, shapes: BatchShapes, gradient_checkpointing: bool | str, later_bytes: int) -> MemoryPlacement:
+    def plan_memory(
+        self,
+        shapes: BatchShapes,
+        gradient_checkpointing: bool | str,
+        later_bytes: int,
+        budget_bytes: int | None = None,
+        rates: Rates = H100,
+    ) -> MemoryPlacement:
         """See `Engine.plan_memory`; Transformers follows the setting."""
         return whole_blocks(self._base.config.get_text_config().num_hidden_layers, gradient_checkpointing)
+
+    def tighten(self) -> None:
+        """See `Engine.tighten`: it has no other placement."""
+        return None
 
     def adapter_off(self) -> AbstractContextManager[None]:
         """See `Engine.adapter_off`."""

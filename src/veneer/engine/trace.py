@@ -87,6 +87,11 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._contexts = ExitStack()
 
     @classmethod
+    def is_active(cls) -> bool:
+        """Return whether a trace is active."""
+        return bool(cls._active)
+
+    @classmethod
     def current(cls) -> "Trace":
         """Return the active trace, for code that stands in for an operation and reports its work."""
         return cls._active[-1]

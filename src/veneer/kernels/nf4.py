@@ -54,6 +54,29 @@ class PackedNF4(NamedTuple):
             tuple(state.shape),
         )
 
+    @property
+    def large(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that grow with the matrix."""
+        return tuple(t for t in (self.weights, self.constants, self.scales) if t is not None)
+
+    def with_large(self, large: Sequence[torch.Tensor]) -> "PackedNF4":
+        """Return the matrix with other tensors in place of `large`."""
+        weights, constants, *scales = large
+        return self._replace(weights=weights, constants=constants, scales=scales[0] if scales else None)
+
+    def store_in(self, weight: Any) -> None:
+        """Let a bitsandbytes Params4bit share the memory of these tensors."""
+        state = weight.quant_state
+        weight.data = self.weights.view(weight.dtype).view(weight.shape)
+        state.absmax, state.code = self.constants, self.table16
+        if state.state2 is not None and self.offset is not None:
+            state.offset = self.offset.reshape(())
+            state.state2.absmax, state.state2.code = self.scales, self.table256
+
+    def to(self, device: torch.device) -> "PackedNF4":
+        """Move it to a device."""
+        return PackedNF4._make(t.to(device) if isinstance(t, torch.Tensor) else t for t in self)
+
 
 class Table(NamedTuple):
     """The addresses of several matrices, for one launch; `keep` keeps these alive."""

@@ -27,6 +27,7 @@ class Ceilings:
         overlaps: whether the host goes on while the device works; a CPU is both.
         spread: factors of the predicted time within which the true one is.
         source: origin of the numbers.
+        link: bytes a second between the host's pinned memory and the device, each way.
     """
 
     half_flops: float
@@ -38,6 +39,7 @@ class Ceilings:
     overlaps: bool
     spread: tuple[float, float]
     source: str
+    link: float = 22e9
 
 
 def ceilings_of(card: Card) -> Ceilings:
@@ -52,6 +54,7 @@ def ceilings_of(card: Card) -> Ceilings:
         overlaps=True,
         spread=(0.6, 1.6),
         source=f"data sheet of the {card.name}",
+        link=card.link_gbs * 1e9,
     )
 
 

@@ -16,8 +16,8 @@ from veneer.config import Model, Run, Train
 from veneer.engine.choose import choose_engine
 from veneer.engine.dry_run import DryRun, Step, extrapolate, run_dry
 from veneer.engine.fused.decoder import NotCoveredError
-from veneer.engine.fused.dry_run import predict_placement, require_covered, run_layers_dry
-from veneer.engine.placement import MemoryPlacement, whole_blocks
+from veneer.engine.fused.dry_run import StepPeaks, predict_placement, require_covered, run_layers_dry
+from veneer.engine.placement import MemoryPlacement, Rates, whole_blocks
 from veneer.model.shapes import build, find_config, is_local, is_stored_in_4_bits, shapes_of
 from veneer.model.trainable import require_trainable
 from veneer.planning.batch_shapes import Lengths, RowShapes, assumed_rows, rows_of
@@ -116,13 +116,13 @@ class PlannedModel:
         return _dry_run(self._known, step)
 
     def placement(
-        self, step: Step, gradient_checkpointing: bool | str, least_bytes: int, budget_bytes: int
+        self, step: Step, gradient_checkpointing: bool | str, peaks: StepPeaks, budget_bytes: int, rates: Rates
     ) -> MemoryPlacement:
         """Return the placement that the step's engine would choose, from its least peak and the device's memory."""
         if step.engine == "reference":
             return whole_blocks(self.shapes.depth, gradient_checkpointing)
         base, depth = self._known.build(step), self.shapes.depth
-        return predict_placement(base, step, depth, gradient_checkpointing, least_bytes, budget_bytes)
+        return predict_placement(base, step, depth, gradient_checkpointing, peaks, budget_bytes, rates)
 
     def rows(self, run: Run, engine: str) -> RowShapes:
         """Return batch shapes of a run's data for an engine; settings may differ from those it was read with."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from veneer.config import Train
 from veneer.engine.dry_run import CONSTANT_BLOCK, QUANT_BLOCK, DryRun, Step
+from veneer.engine.placement import MemoryPlacement
 from veneer.engine.trace import Peak, rounded
 from veneer.model.shapes import Shapes
 
@@ -42,6 +43,23 @@ def phases(shapes: Shapes, step: Step, optim: str, train: DryRun, device: str) -
     found["backward"] = found["forward"] + Counter(train.fullest("backward").components)
     found["forward"] += Counter(train.fullest("forward").components)
     return {name: Peak(sum(parts.values()), dict(parts)) for name, parts in found.items()}
+
+
+def off_device(phase: str, peak: Peak, placement: MemoryPlacement) -> Peak:
+    """Return the peak of a phase without what the placement has on the host; answers are not generated with it."""
+    if phase == "generation" or not placement.needs_host:
+        return peak
+    parts = Counter(peak.components)
+    for choice in placement.choices:
+        if choice.tensor == "4-bit weights":
+            parts["4-bit weights"] -= choice.host_bytes
+            parts["streamed weights"] += 2 * choice.host_bytes // choice.blocks
+        elif choice.tensor == "embedding and head":
+            parts["embeddings and head"] -= choice.host_bytes if phase != "forward" else choice.host_bytes // 2
+        elif choice.tensor == "x" and choice.state == "host" and phase in ("forward", "backward"):
+            parts["activations"] -= choice.host_bytes - 2 * choice.host_bytes // choice.blocks
+    parts = +parts  # nothing is below zero
+    return Peak(sum(parts.values()), dict(parts))
 
 
 def persistent(shapes: Shapes, step: Step, optim: str, train: DryRun, device: str) -> tuple[Counter[str], int]:

@@ -12,6 +12,7 @@ from math import prod
 
 from veneer.config import Run, UserError
 from veneer.engine.dry_run import DryRun, Step
+from veneer.engine.fused.dry_run import StepPeaks
 from veneer.engine.fused.policy import block_placement
 from veneer.engine.placement import MemoryPlacement
 from veneer.engine.trace import Peak
@@ -23,7 +24,7 @@ from veneer.planning.base import PlannedModel
 from veneer.planning.batch_shapes import Padded, RowShapes
 from veneer.planning.forecast import Forecast
 from veneer.planning.held_out import generation_peak, held_out_peak, rows_that_fit
-from veneer.planning.memory import adapter_bytes, copies_bytes, loaded, persistent, phases, run_disk_bytes
+from veneer.planning.memory import adapter_bytes, copies_bytes, loaded, off_device, persistent, phases, run_disk_bytes
 from veneer.planning.target import TargetDevice
 from veneer.planning.time import seconds
 
@@ -67,10 +68,13 @@ class Planner:
             at_a_time["generation"], found["generation"] = self.generation(run, answered, method)
         sizes = step.adapter.sizes(shapes, step.targets, step.r)
         trainable = shapes.total if method == "full" else sum(sizes)
-        peak = max(peak.bytes for peak in found.values())
         paged = adapter_bytes(sizes) * 2 if optim.startswith("paged") else 0
         least = max(peak.bytes for name, peak in found.items() if name != "generation")
-        placement = self.base.placement(step, run.train.gradient_checkpointing, least, target.budget_bytes)
+        peaks = StepPeaks(least, found["forward"].bytes)
+        setting = run.train.gradient_checkpointing
+        placement = self.base.placement(step, setting, peaks, target.budget_bytes, target.rates)
+        found = {name: off_device(name, peak, placement) for name, peak in found.items()}
+        peak = max(peak.bytes for peak in found.values())
         updated = 1 if engine == "fused" else len(sizes)
         timed = self._times(step, held_out, rows, run, placement, updated) if target.ceilings else (None, None)
         return Forecast(
@@ -83,7 +87,7 @@ class Planner:
             engine_reason=reason,
             placement=placement,
             rows=rows,
-            host_bytes=peak if target.device != "cuda" else HOST_BYTES + paged,
+            host_bytes=peak if target.device != "cuda" else HOST_BYTES + paged + placement.host_bytes,
             disk_bytes=run_disk_bytes(trainable, rows.steps, run.train),
             download_bytes=self.base.download_bytes,
             step_seconds=timed[0],
@@ -161,11 +165,11 @@ class Planner:
 
         def taken(asked: Step) -> float:
             found = self.base.run_dry(asked)
-            replayed = rows.replayed if found.records and records else 0.0
+            replayed = rows.replayed if found.records and records and not placement.needs_host else 0.0
             launched = seconds(found.work, ceilings, host)
             return replayed * seconds(found.work, ceilings, 0.0) + (1 - replayed) * launched
 
-        once = rows.passes * _pass_seconds(usual, placement, taken)
+        once = rows.passes * (_pass_seconds(usual, placement, taken) + placement.link_seconds)
         once += UPDATES * updated * ceilings.host_seconds  # gradients are clipped, and each tensor is updated
         low, high = ceilings.spread
         if rows.steps is None:
@@ -181,7 +185,7 @@ def _pass_seconds(step: Step, placement: MemoryPlacement, taken: Callable[[Step]
     """Return the time of a pass; with several block placements, a mean of passes with one each, by their share."""
     if not placement.bytes:
         return taken(step)
-    counts = Counter(placement.blocks).items()
+    counts = Counter(block.on_device() for block in placement.blocks).items()
     return sum(count / len(placement.blocks) * taken(replace(step, block=block)) for block, count in counts)
 
 

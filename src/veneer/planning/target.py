@@ -2,13 +2,16 @@
 
 from dataclasses import dataclass
 
+import psutil
 import torch
 
+from veneer.engine.placement import H100, Rates
 from veneer.machine.cards import find_card, parse_budget
 from veneer.machine.device import Machine, find_machine
 from veneer.machine.speeds import Ceilings, ceilings_of, load_ceilings
 
 CONTEXT = 790 * 2**20  # memory of a CUDA process beside the allocator's
+PINNED_SHARE = 0.7  # of the host's free memory, that may be pinned
 DEFERRED = 160 * 2**20  # part of it that is allocated with the first kernels, not with the context
 
 
@@ -24,6 +27,7 @@ class TargetDevice:
         ceilings: speeds; None: not known.
         has_bfloat16: whether bfloat16 is fast there.
         capability: major compute capability of a GPU; if not known, that of the GPUs whose attention needs more memory.
+        host_bytes: memory of the host that may be pinned.
     """
 
     device: str
@@ -33,6 +37,15 @@ class TargetDevice:
     ceilings: Ceilings | None
     has_bfloat16: bool
     capability: int = 8
+    host_bytes: int = 2**62
+
+    @property
+    def rates(self) -> Rates:
+        """The speeds and the host's memory by which tensors are placed; those of an H100 where none are known."""
+        known = self.ceilings
+        return (
+            Rates(known.half_flops, known.link, self.host_bytes) if known else H100._replace(host_bytes=self.host_bytes)
+        )
 
 
 def this_device(machine: Machine | None = None) -> TargetDevice:
@@ -43,7 +56,8 @@ def this_device(machine: Machine | None = None) -> TargetDevice:
     card = find_card(machine.name) if machine.device == "cuda" else None
     ceilings = load_ceilings(machine) or (ceilings_of(card) if card else None)
     capability = card.capability // 10 if card else 8
-    return TargetDevice(machine.device, name, free, machine.dtype, ceilings, machine.has_bfloat16, capability)
+    host = int(PINNED_SHARE * psutil.virtual_memory().available)
+    return TargetDevice(machine.device, name, free, machine.dtype, ceilings, machine.has_bfloat16, capability, host)
 
 
 def device_named(gpu: str) -> TargetDevice:

@@ -1,12 +1,14 @@
 """Computes attention within documents, through the fastest backend that supports the case.
 
-cuDNN's is twice as fast as flash on a Hopper GPU, but wants rows of one length, in whole blocks, and no window
-(`cudnn`); flash takes documents of any length, packed one after the other. Neither caps its scores: for that there is
+FlashAttention-4 (`flash4`), where it is installed, is fastest for all but short rows of one length, for which cuDNN is
+(`cudnn`, in whole blocks, without a window). Without it cuDNN takes all rows of one length, and flash, which comes with
+torch and takes half as long again or twice, the others. These two do not cap their scores: for that there is
 FlexAttention, compiled once. `plain` supports everything, in float32 and on any machine; the others are tested
 against it.
 
 All sum in a fixed order, so that the same pass gives the same bits. Flash's backward does so only on request, which
-makes it slower: by 7% for documents of a few hundred tokens, by a third to two thirds for long ones.
+makes it slower: by 7% for documents of a few hundred tokens, by a third to two thirds for long ones; FlashAttention-4's
+by 5 to 15%.
 
 Tensors on the meta device, in a plan's dry run, take the backend of the GPU that is planned for (`PLANNED`), through
 torch's own meta kernels; FlexAttention, which is compiled, is counted as flash.
@@ -24,11 +26,12 @@ import torch
 import torch.nn.functional as F
 import torch.utils.deterministic
 
-from veneer.engine.fused import cudnn
+from veneer.engine.fused import cudnn, flash4
 from veneer.kernels.rope import Heads, split_heads
 from veneer.machine.device import to_device
 
 HOPPER = 9  # major compute capability from which cuDNN's attention is faster
+SHORT = 2048  # tokens of rows of one length up to which cuDNN is faster than FlashAttention-4 (`bench/attention.py`)
 PLANNED: ContextVar[int] = ContextVar("planned", default=HOPPER)  # capability of the planned GPU, for meta tensors
 FLEX_BLOCK = 128  # tokens of a block of FlexAttention's mask
 
@@ -63,6 +66,11 @@ class Documents(NamedTuple):
         return Documents(tuple(lengths), to_device(positions, device), to_device(bounds, device), max(lengths))
 
     @property
+    def span(self) -> flash4.Bounds:
+        """The bounds, as FlashAttention-4 takes them."""
+        return flash4.Bounds(self.bounds, self.longest)
+
+    @property
     def is_even(self) -> bool:
         """Whether all are of one length."""
         return len(set(self.lengths)) == 1
@@ -87,14 +95,34 @@ class Attention(NamedTuple):
         """Return the backend that these documents take."""
         if not (like.is_cuda or like.is_meta) or like.dtype == torch.float32:
             return "plain"
+        major = PLANNED.get() if like.is_meta else torch.cuda.get_device_capability()[0]
+        is_short = documents.is_even and documents.lengths[0] <= SHORT
+        if is_short and self._goes_through_cudnn(documents, like, major):
+            return "cudnn"
+        if self._goes_through_flash4(like, major):
+            return "flash4"
         if self.softcap:
             return "flash" if like.is_meta else "flex"
-        is_open = not self.window or documents.longest <= self.window
-        major = PLANNED.get() if like.is_meta else torch.cuda.get_device_capability()[0]
+        return "cudnn" if self._goes_through_cudnn(documents, like, major) else "flash"
+
+    def depends_on_shapes(self, like: torch.Tensor) -> bool:
+        """Return whether its kernels take all that differs between batches of one shape from tensors on the device."""
+        major = PLANNED.get() if like.is_meta else torch.cuda.get_device_capability()[0] if like.is_cuda else 0
+        return like.dtype != torch.float32 and (not self.softcap or self._goes_through_flash4(like, major))
+
+    def _goes_through_flash4(self, like: torch.Tensor, major: int) -> bool:
+        return flash4.takes(self.heads.size, major) and (like.is_meta or flash4.is_able(*self.heads, *self[2:]))
+
+    def _goes_through_cudnn(self, documents: Documents, like: torch.Tensor, major: int) -> bool:
         rows, length = len(documents.lengths), documents.lengths[0]
+        is_open = not self.softcap and (not self.window or documents.longest <= self.window)
         if not (documents.is_even and is_open and major >= HOPPER and cudnn.takes(length, self.heads)):
-            return "flash"
-        return "cudnn" if like.is_meta or cudnn.is_able(rows, length, self.heads) else "flash"
+            return False
+        return like.is_meta or cudnn.is_able(rows, length, self.heads)
+
+    def scores(self, documents: Documents) -> flash4.Scores:
+        """Return the arguments of FlashAttention-4; a window that no document exceeds is none."""
+        return flash4.Scores(self.scale, self.window if documents.longest > self.window else 0, self.softcap)
 
 
 def attend(qkv_TN: torch.Tensor, documents: Documents, kind: Attention) -> tuple[torch.Tensor, Any]:
@@ -109,6 +137,9 @@ def attend(qkv_TN: torch.Tensor, documents: Documents, kind: Attention) -> tuple
             out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(*rows, None, True, 0.0, True, False)
             return out.transpose(1, 2).reshape(T, -1), (out, lse)
         out, lse = cudnn.attend((q, k, v), B, kind.scale)
+        return out.reshape(T, -1), (out, lse)
+    if backend == "flash4":
+        out, lse = flash4.attend(q, k, v, documents.span, kind.scores(documents))
         return out.reshape(T, -1), (out, lse)
     if backend == "flash":
         out, *rest = torch.ops.aten._flash_attention_forward(
@@ -141,6 +172,10 @@ def attend_backward(
             return _meta_backward(dout, (q, k, v), saved, kind, workspace_bytes)
         out, lse = saved
         return cudnn.attend_backward(dout, (q, k, v), out, lse, kind.scale, workspace_bytes)
+    if backend == "flash4":
+        out, lse = saved
+        dout = dout.contiguous()
+        return flash4.attend_backward(dout, (q, k, v), out, lse, documents.span, kind.scores(documents))
     if backend == "flash":
         out, lse, state, unused, _ = saved
         with _fixed_order():

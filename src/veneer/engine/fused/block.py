@@ -1,8 +1,8 @@
 """One decoder block, with forward and backward written by hand as one unit.
 
-A block saves a list of activations between the two, and for each the placement says keep or recompute:
+A block saves a list of activations between the two, and for each the placement says keep, recompute or offload:
 
-    x          residual stream before the block                         always kept (the checkpoint)
+    x          residual stream before the block                         never recomputed (the checkpoint)
     qkv        rotated q, k, v          <- norm, product, rotation      "qkv"
     out        attention's output       <- attention                    "attention" (with its log-sum-exp)
     mid        residual stream between  <- o_proj, sum                  "mid"
@@ -19,6 +19,7 @@ The output of attention and of the MLP is added to the residual stream by the no
 Shapes: T tokens, D model width, F width of the MLP, N outputs of q, k, v; E a width with padding after it (`group`).
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,13 +28,23 @@ import torch
 from veneer.engine.fused.attention import Attention, Documents, attend, attend_backward
 from veneer.engine.fused.decoder import Decoder, Layer, Norm
 from veneer.engine.fused.group import Group
+from veneer.engine.fused.offload import ActivationStore, Offloaded
 from veneer.kernels.gated_mlp import AdapterGradientParts, gated_mlp, gated_mlp_backward, gated_mlp_backward_adapters
 from veneer.kernels.low_rank import add_a, add_b
 from veneer.kernels.rms_norm import normalize, rms_norm, rms_norm_backward
 from veneer.kernels.rope import rope, rope_backward
 from veneer.kernels.update import Update
 
-ACTIVATIONS = ("qkv", "attention", "mid", "gate_up")
+# The tensors of each activation among `SavedActivations`.
+FIELDS = {
+    "x": ("x",),
+    "qkv": ("qkv_buffer", "raw", "qkv", "u_qkv"),
+    "attention": ("out", "attention"),
+    "mid": ("mid", "delta1", "u_o"),
+    "gate_up": ("gate_up", "u_gate_up"),
+}
+ACTIVATIONS = ("qkv", "attention", "mid", "gate_up")  # that may be recomputed
+OFFLOADED = ("x", "attention", "qkv", "mid")  # that may be offloaded, the best first; gate and up come in pieces
 MAX_RANK = 64  # largest rank of adapters whose gradients the gate's backward computes too
 ATTENTION_SLOWER = 1.4  # time of a multiply-add in attention relative to a large product
 MLP_TOKENS = 2048  # largest piece; with it, large products are as fast as with all tokens
@@ -49,6 +60,7 @@ class Context:
         scratch: buffer into which 4-bit matrices are dequantized.
         seed: seed of dropout; None: none.
         workspace_bytes: workspace that attention's backward may take.
+        store: activations on the host.
     """
 
     documents: Documents
@@ -57,6 +69,7 @@ class Context:
     scratch: torch.Tensor
     seed: torch.Tensor | None
     workspace_bytes: int
+    store: ActivationStore
 
 
 class Residual(NamedTuple):
@@ -83,10 +96,11 @@ class Residual(NamedTuple):
 
 
 class SavedActivations:
-    """Activations of one block between forward and backward; None: to be recomputed."""
+    """Activations of one block between forward and backward; None: to be recomputed, or on the host."""
 
     def __init__(self, x_TD: torch.Tensor, rstd1_T: torch.Tensor) -> None:
-        self.x, self.rstd1 = x_TD, rstd1_T
+        self.x: Any = x_TD
+        self.rstd1 = rstd1_T
         self.qkv_buffer: Any = None  # the product's output, with padding
         self.raw: Any = None  # q, k, v before their norm, where they have one
         self.qkv: Any = None
@@ -101,17 +115,31 @@ class SavedActivations:
         self.u_gate_up: Any = None  # a tensor a piece
         self.u_down: Any = None
         self.delta2: Any = None
+        self.offloaded: list[Offloaded] = []
 
-    def drop(self, keep: frozenset[str]) -> None:
-        """Free the activations that the placement does not keep."""
-        if "qkv" not in keep:
-            self.qkv_buffer = self.raw = self.qkv = self.u_qkv = None
-        if "attention" not in keep:
-            self.out = self.attention = None
-        if "mid" not in keep:
-            self.mid = self.delta1 = self.u_o = None
-        if "gate_up" not in keep:
-            self.gate_up = self.u_gate_up = None
+    def drop(self, keep: Collection[str]) -> None:
+        """Free the activations that are not saved."""
+        for name in ACTIVATIONS:
+            if name not in keep:
+                vars(self).update(dict.fromkeys(FIELDS[name]))
+
+    def leave(self, names: Collection[str], number: int, store: ActivationStore) -> None:
+        """Begin to offload activations of a block."""
+        for name in names:
+            fields = FIELDS[name]
+            self.offloaded.append(store.leave((number, name), {field: getattr(self, field) for field in fields}))
+            vars(self).update(dict.fromkeys(fields))
+
+    def fetch(self, store: ActivationStore) -> None:
+        """Begin to bring back what was offloaded."""
+        for offloaded in self.offloaded:
+            store.fetch(offloaded)
+
+    def arrive(self, store: ActivationStore) -> None:
+        """Have back what was offloaded."""
+        for offloaded in self.offloaded:
+            vars(self).update(store.take(offloaded))
+        self.offloaded = []
 
 
 class Block:
@@ -129,11 +157,11 @@ class Block:
 
     def __init__(self, layer: Layer, decoder: Decoder, number: int, dtype: torch.dtype) -> None:
         self.layer, self.decoder, self.number, self.dtype = layer, decoder, number, dtype
-        key = number * 16
-        self.qkv = Group(layer.qkv, dtype, key, norm_precedes=True)
-        self.o = Group((layer.o,), dtype, key + 4, norm_follows=layer.post1 is None)
-        self.gate_up = Group(layer.gate_up, dtype, key + 8, norm_precedes=True)
-        self.down = Group((layer.down,), dtype, key + 12, norm_follows=layer.post2 is None)
+        key, device = number * 16, decoder.device
+        self.qkv = Group(layer.qkv, dtype, key, device, norm_precedes=True)
+        self.o = Group((layer.o,), dtype, key + 4, device, norm_follows=layer.post1 is None)
+        self.gate_up = Group(layer.gate_up, dtype, key + 8, device, norm_precedes=True)
+        self.down = Group((layer.down,), dtype, key + 12, device, norm_follows=layer.post2 is None)
         self.weights = {"qkv": self.qkv, "o": self.o, "gate_up": self.gate_up, "down": self.down}
         self.groups = tuple(self.weights.values())
         self.attention = Attention(decoder.heads, decoder.scale, layer.window, decoder.softcap)
@@ -144,14 +172,18 @@ class Block:
         sizes = [group.size if group.needs_scratch else 0 for group in self.groups]
         return max(sizes[0], sizes[1], sizes[2] + sizes[3])
 
-    def forward(self, stream: Residual, at: Context, keep: frozenset[str]) -> tuple[Residual, SavedActivations]:
+    def forward(
+        self, stream: Residual, at: Context, keep: frozenset[str], host: frozenset[str] = frozenset()
+    ) -> tuple[Residual, SavedActivations]:
         """Return the block's output and the activations saved for backward.
 
         Args:
             stream: output of the blocks before.
             at: tensors that all blocks share.
             keep: activations that the placement keeps.
+            host: activations that it offloads.
         """
+        keep = keep | host
         T, D = stream.x_TD.shape
         y_TE = stream.x_TD.new_empty((T, self.qkv.inputs + self.qkv.input_padding))
         saved = SavedActivations(*stream.norm(self.layer.norm1, y_TE[:, :D]))
@@ -167,14 +199,16 @@ class Block:
             saved.delta2 = delta_TD
         after = Residual(saved.mid, delta_TD, post, update)
         saved.drop(keep)
+        saved.leave(sorted(host), self.number, at.store)
         return after, saved
 
     def saved_bytes(self, name: str, tokens: int) -> int:
-        """Return the bytes of one of ACTIVATIONS, with the adapters' low-rank activations of its input."""
+        """Return the bytes of an activation, with the adapters' low-rank activations of its input."""
         layer, heads, itemsize = self.layer, self.decoder.heads, self.dtype.itemsize
         # FlexAttention's own backward keeps q, k, v in whole blocks of tokens.
         flex = self.qkv.outputs if self.decoder.softcap else 0
         width = {
+            "x": self.o.outputs,
             "qkv": self.qkv.outputs * (1 if layer.head_norm is None else 2) + self.qkv.padding + self.qkv.used,
             "attention": self.o.inputs + heads.query * 4 // itemsize + flex,
             "mid": self.o.outputs + self.o.used + (0 if layer.post1 is None else self.o.outputs + self.o.padding),
@@ -213,7 +247,7 @@ class Block:
         saved.u_o, update = group.forward(out_TE, group.matrix(at.scratch), delta_TE, at.seed)
         del out_TE
         delta_TD = delta_TE[:, :D]
-        y_TE = saved.x.new_empty((T, D + self.gate_up.input_padding))
+        y_TE: torch.Tensor = saved.x.new_empty((T, D + self.gate_up.input_padding))
         saved.mid, saved.rstd2 = Residual(saved.x, delta_TD, post, update).norm(self.layer.norm2, y_TE[:, :D])
         if post is not None:
             saved.delta1 = delta_TD
@@ -257,6 +291,7 @@ class Block:
             at: tensors that all blocks share.
             is_first: whether nothing before this block is trained, so that its input needs no gradient.
         """
+        saved.arrive(at.store)
         self._recompute(saved, at)
         self._mlp_backward(d_TE, saved, at)
         self._attention_backward(d_TE, saved, at, is_first)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,7 +27,7 @@ from veneer.engine.fused.decoder import NotCoveredError
 from veneer.engine.fused.engine import FusedEngine
 from veneer.engine.fused.graphs import Inputs, rounded
 from veneer.engine.fused.policy import Demand, block_placement, checkpointed, choose_placement
-from veneer.engine.placement import MemoryPlacement
+from veneer.engine.placement import MemoryPlacement, Rates
 from veneer.engine.trace import Trace
 from veneer.engine.trace import rounded as rounded_bytes
 from veneer.kernels.launch import LISTENERS
@@ -62,8 +62,21 @@ def require_covered(base: Any, step: Step) -> None:
     _engine(base, step)
 
 
+class StepPeaks(NamedTuple):
+    """The predicted peaks of a step that keeps nothing: of the whole step, and while the loss is computed; bytes."""
+
+    whole: int
+    loss: int
+
+
 def predict_placement(
-    base: Any, step: Step, depth: int, gradient_checkpointing: bool | str, least_bytes: int, budget_bytes: int
+    base: Any,
+    step: Step,
+    depth: int,
+    gradient_checkpointing: bool | str,
+    peaks: StepPeaks,
+    budget_bytes: int,
+    rates: Rates,
 ) -> MemoryPlacement:
     """Return the placement that the engine would choose, by its own policy.
 
@@ -72,18 +85,26 @@ def predict_placement(
         step: the largest micro-batch.
         depth: layers of the model.
         gradient_checkpointing: the setting; only auto depends on memory.
-        least_bytes: predicted peak of a step that keeps nothing.
+        peaks: predicted peaks of a step that keeps nothing.
         budget_bytes: memory of the device.
+        rates: speeds of the device and its link, and the host's memory.
     """
     engine = _engine(base, step)[0]
     blocks = [engine.blocks[number % len(engine.blocks)] for number in range(depth)]
     if gradient_checkpointing != "auto":
         return replace(checkpointed(blocks, gradient_checkpointing), records_passes=step.even and engine.is_recordable)
     with _planned_capability(step):
-        backend = blocks[0].attention.backend(_inputs(step, engine).documents, engine.decoder.embed.weight)
-    rows = step.rows if backend == "cudnn" else 0
-    demand = Demand(rounded(step.rows * step.length), step.length, rows, least_bytes)
-    return choose_placement(blocks, demand, budget_bytes, engine.is_recordable)
+        backend = blocks[0].attention.backend(_inputs(step, engine).documents, engine.decoder.norm.weight_D)
+        rows = step.rows if backend == "cudnn" else 0
+        demand = Demand(
+            rounded(step.rows * step.length),
+            step.length,
+            rows,
+            peaks.whole,
+            ends_bytes=engine.ends_bytes,
+            loss_bytes=peaks.loss,
+        )
+        return choose_placement(blocks, demand, budget_bytes, engine.is_recordable, rates)
 
 
 class _DryEngine(FusedEngine):
@@ -130,7 +151,7 @@ def _engine(base: Any, step: Step) -> tuple[_DryEngine, dict[str, int]]:
     weights = [module.weight for module in model.replaced if not isinstance(module.weight, _Packed)]
     laid_out = sum(rounded_bytes(weight.numel() * weight.element_size()) for weight in weights)
     depth = base.config.num_hidden_layers
-    chosen = step.block or block_placement(ACTIVATIONS)
+    chosen = (step.block or block_placement(ACTIVATIONS)).on_device()
     last = block_placement(ACTIVATIONS) if step.keeps_last else chosen
     with Trace(stands_in=False) as trace:
         trace.mark("start", "adapter's 16-bit copies")

@@ -13,17 +13,24 @@ from veneer.data.batch import Batch
 from veneer.engine.fused.attention import Documents
 from veneer.engine.fused.block import Block, Context, Residual, SavedActivations
 from veneer.engine.fused.decoder import Decoder, NotCoveredError, read
+from veneer.engine.fused.ends import Ends
 from veneer.engine.fused.graphs import Graphs, Inputs, rounded
-from veneer.engine.fused.policy import Demand, checkpointed, choose_placement, uniform
+from veneer.engine.fused.group import Group
+from veneer.engine.fused.offload import ActivationStore
+from veneer.engine.fused.pinned import PinnedMemory
+from veneer.engine.fused.policy import Demand, checkpointed, choose_placement, tightest, uniform
+from veneer.engine.fused.streaming import StreamedWeights
 from veneer.engine.interface import BatchShapes
 from veneer.engine.objective import LIKELIHOOD, Objective, StepOutput, TrainedTokens
-from veneer.engine.placement import MemoryPlacement, WeightState
+from veneer.engine.placement import H100, MemoryPlacement, Rates, WeightState
 from veneer.kernels.cast import cast_all, cast_table
 from veneer.kernels.launch import HAS_TRITON
 from veneer.kernels.rms_norm import rms_norm_backward
 from veneer.kernels.softmax_loss import softmax_loss
 
 LOGITS_BYTES = 256 * 2**20  # logits computed at a time
+UNKNOWN = 2**62  # bytes, more than any device has: the peak of a pass that does not fit
+TIGHTER = 0.95  # share of its budget within which a placement is chosen anew, when memory has run out
 
 
 class FusedEngine:
@@ -47,16 +54,21 @@ class FusedEngine:
     def __init__(self, model: Any, gradient_checkpointing: bool | str = False, graphs: bool = True) -> None:
         self.model = model
         self.decoder: Decoder = read(model)
-        weight = self.decoder.embed.weight
-        self._device, self._dtype = weight.device, weight.dtype
+        self._device, self._dtype = self.decoder.device, self.decoder.embed.weight.dtype
         if self._dtype == torch.float16:
             raise NotCoveredError("float16 compute")
         if self.on_gpu and not HAS_TRITON:
             raise NotCoveredError("a machine without Triton")
         self.blocks = [Block(layer, self.decoder, n, self._dtype) for n, layer in enumerate(self.decoder.layers)]
-        self._scratch = weight.new_empty(0)
+        self._scratch = torch.empty(0, dtype=self._dtype, device=self._device)
+        memory = PinnedMemory(self._device)
+        self._ends = Ends(self.decoder, memory)
+        self._weights = StreamedWeights(self._device, memory)
+        self._store = ActivationStore(self._device, memory)
         self._flatten([group for block in self.blocks for group in block.groups])
         self._seed = torch.zeros(1, dtype=torch.int64, device=self._device)
+        self.rates = H100
+        self._demand: Demand | None = None
         # Batches are padded whether or not passes are recorded, so that both give the same bits.
         self._pads = self._device.type == "cuda" and self.is_recordable
         self.apply(replace(checkpointed(self.blocks, gradient_checkpointing), records_passes=graphs and self._pads))
@@ -70,7 +82,7 @@ class FusedEngine:
         FlexAttention's masks are new tensors for each batch, and attention in float32 depends on lengths on the host: a
         recorded pass would see neither change.
         """
-        return not self.decoder.softcap and self._dtype != torch.float32
+        return self.blocks[0].attention.depends_on_shapes(self.decoder.norm.weight_D)
 
     @property
     def has_dropout(self) -> bool:
@@ -82,15 +94,39 @@ class FusedEngine:
         """Whether it runs on a CUDA device, whose memory can be measured."""
         return bool(self._device.type == "cuda")
 
-    def plan_memory(self, shapes: BatchShapes, gradient_checkpointing: bool | str, later_bytes: int) -> MemoryPlacement:
+    def plan_memory(
+        self,
+        shapes: BatchShapes,
+        gradient_checkpointing: bool | str,
+        later_bytes: int,
+        budget_bytes: int | None = None,
+        rates: Rates = H100,
+    ) -> MemoryPlacement:
         """See `Engine.plan_memory` and `plan_within`."""
+        self.rates = rates
         if self.on_gpu and gradient_checkpointing == "auto":
             torch.cuda.empty_cache()
-            budget = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - later_bytes
-            return self.plan_within(shapes, budget)
+            budget = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+            if budget_bytes is not None:
+                budget = min(budget, budget_bytes)
+            return self.plan_within(shapes, budget - later_bytes)
         if shapes.varies:  # no memory was reserved for recorded passes
             self.apply(replace(self.placement, records_passes=False))
         return self.placement
+
+    def tighten(self) -> str | None:
+        """See `Engine.tighten`: the placement of a smaller budget, or the tightest there is."""
+        before = self.placement
+        if self._demand is None:
+            return None
+        budget = before.budget_bytes
+        while budget > before.budget_bytes // 4:
+            budget = int(budget * TIGHTER)
+            after = choose_placement(self.blocks, self._demand, budget, before.records_passes, self.rates)
+            if after.bytes < before.bytes:
+                self.apply(after)
+                return f"{before.describe()} before, now {after.describe()}"
+        return None
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
@@ -121,23 +157,28 @@ class FusedEngine:
         return {"chunked_head": True}
 
     def apply(self, placement: MemoryPlacement) -> None:
-        """Apply a placement; recorded passes are dropped, and weights that were dequantized stay dequantized.
-
-        Raises:
-            NotImplementedError: a state that no engine implements.
-        """
-        placement.require_implemented()
+        """Apply a placement; recorded passes are dropped, and weights that were dequantized stay dequantized."""
         self.placement = placement
+        self._graphs = None
+        self._ends.place(placement.streams_ends)
+        streamed: dict[int, Sequence[Group]] = {}
         for block, chosen in zip(self.blocks, placement.blocks, strict=True):
-            for name, state in chosen.weights.items():
-                if state == WeightState.DEQUANTIZED:
-                    block.weights[name].keep_dequantized()
+            if chosen.streams:
+                streamed[block.number] = [group for group in block.groups if group.needs_scratch]
+                continue
+            for name, group in block.weights.items():
+                group.to_device()
+                if chosen.weights.get(name) == WeightState.DEQUANTIZED:
+                    group.keep_dequantized()
+        self._weights.stream(streamed)
         size = max(block.scratch for block in self.blocks)
         if size != len(self._scratch):
             self._scratch = self._scratch.new_empty(size)
         casts = [cast for block in self.blocks for group in block.groups for cast in group.casts()]
         self._adapters = cast_table(casts)
-        self._graphs = Graphs(self._pass) if placement.records_passes else None
+        # A recording would hold the device's memory of what is on its way.
+        records = placement.records_passes and not placement.needs_host
+        self._graphs = Graphs(self._pass) if records else None
 
     def plan_within(self, shapes: BatchShapes, budget_bytes: int) -> MemoryPlacement:
         """Keep as much as a budget allows; see `policy.choose_placement`. Call it before training: it drops gradients.
@@ -148,34 +189,86 @@ class FusedEngine:
         """
         assert self.on_gpu, "memory can be measured on CUDA devices only"
         records = self.placement.records_passes
-        self.apply(uniform(self.blocks, (), ()))
-        demand, fullest = self._measure(shapes)
-        self.apply(choose_placement(self.blocks, demand, budget_bytes, records))
+        self._demand, fullest = self._measure(shapes, budget_bytes)
+        chosen = choose_placement(self.blocks, self._demand, budget_bytes, records, self.rates)
+        self.apply(chosen)
         if self._graphs is not None and shapes.varies:
             self._graphs.reserve(self._to_device(_dummy(fullest), True), LIKELIHOOD)
             self.master.grad = None
+        return chosen if not chosen.needs_host else self._verify(fullest, budget_bytes)
+
+    def _verify(self, fullest: tuple[int, ...], budget_bytes: int) -> MemoryPlacement:
+        """Run the fullest batch with a placement that uses the host, and tighten it if it was predicted too low."""
+        while True:
+            peak = self._try(fullest)
+            excess = peak - budget_bytes
+            if excess <= 0 or self.tighten() is None:
+                break
+        if peak == UNKNOWN:
+            raise torch.OutOfMemoryError("The longest micro-batch does not fit with any placement. ")
+        self.placement = replace(self.placement, budget_bytes=budget_bytes)
         return self.placement
 
-    def _measure(self, shapes: BatchShapes) -> tuple[Demand, tuple[int, ...]]:
-        """Measure the memory of passes with the current placement; also return the lengths of the fullest batch."""
-        lengths, before = shapes.largest, torch.cuda.memory_allocated()
-        held_out = (
-            self._peak_of(lambda: self.token_logprobs(_dummy(shapes.held_out))) - before if shapes.held_out else 0
-        )
+    def _try(self, lengths: tuple[int, ...]) -> int:
+        """Return the peak of a pass over a dummy batch; more than any device has where it does not fit."""
+        try:
+            return self._peak_of(partial(self._pass, self._to_device(_dummy(lengths), True)))
+        except torch.OutOfMemoryError:
+            pass  # what the error refers to must be freed before memory is
+        finally:
+            self.master.grad = None
+        self._store.release(0)
+        torch.cuda.empty_cache()
+        return UNKNOWN
+
+    def _measure(self, shapes: BatchShapes, budget_bytes: int) -> tuple[Demand, tuple[int, ...]]:
+        """Measure the memory of passes that keep nothing; also return the lengths of the fullest batch.
+
+        The first of three placements that fits is measured: inputs of blocks on the device, on the host, and weights
+        there too. Weights that were loaded to the host stay there.
+        """
+        lengths = shapes.largest
         # Where lengths vary, a batch may have one length or several, and attention has a backend for each case.
         several = [lengths]
         if shapes.varies and lengths[-1] > 1:
             several.append((*lengths[:-1], lengths[-1] - 1, 1))
         if shapes.documents:
             several.append(shapes.documents)
-        peaks = {some: self._peak_of(partial(self._pass, self._to_device(_dummy(some), True))) for some in several}
-        fullest, peak = max(peaks.items(), key=lambda pair: pair[1])
-        self.master.grad = None
+        bases = [] if self.is_on_host else [uniform(self.blocks, (), ()), tightest(self.blocks, streams=False)]
+        for base in (*bases, tightest(self.blocks)):
+            self.apply(base)
+            before = torch.cuda.memory_allocated()
+            peaks = {some: self._try(some) for some in several}
+            fullest, peak = max(peaks.items(), key=lambda pair: pair[1])
+            if peak <= budget_bytes:
+                break
+        held_out = (
+            self._peak_of(lambda: self.token_logprobs(_dummy(shapes.held_out))) - before if shapes.held_out else 0
+        )
         usual = Documents.of(several[-1], self._device)
-        backend = self.blocks[0].attention.backend(usual, self.decoder.embed.weight)
+        backend = self.blocks[0].attention.backend(usual, self.decoder.norm.weight_D)
         rows = len(lengths) if backend == "cudnn" else 0
-        tokens = rounded(sum(lengths))
-        return Demand(tokens, max(lengths), rows, peak, peak - before, held_out, shapes.varies), fullest
+        return Demand(
+            rounded(sum(lengths)),
+            max(lengths),
+            rows,
+            peak,
+            max(0, peak - before),
+            held_out,
+            shapes.varies,
+            base,
+            self.ends_bytes,
+        ), fullest
+
+    @property
+    def ends_bytes(self) -> int:
+        """The bytes of embedding and head; 0: they cannot live on the host."""
+        return self._ends.bytes if self.decoder.has_plain_ends else 0
+
+    @property
+    def is_on_host(self) -> bool:
+        """Whether weights are in host memory."""
+        return any(packed.weights.device != self._device for b in self.blocks for g in b.groups for packed in g.packed)
 
     @torch.no_grad()
     def _peak_of(self, compute: Callable[[], object]) -> int:
@@ -247,7 +340,11 @@ class FusedEngine:
             factor_N = torch.where(inputs.targets_N >= 0, -coefficients_N, 0.0).float()
             d_TE *= torch.zeros_like(d_TE[:, :1], dtype=torch.float32).index_copy_(0, inputs.index_N, factor_N[:, None])
         for block in reversed(self.blocks):
+            self._weights.enter(block.number, -1)
+            if len(saved) > 1:
+                saved[-2].fetch(self._store)
             block.backward(d_TE, saved.pop(), at, block.number == 0)
+            self._weights.leave(block.number)
         return output
 
     @torch.no_grad()
@@ -269,7 +366,7 @@ class FusedEngine:
     def _context(self, documents: Documents, training: bool) -> Context:
         cos_PS, sin_PS = self._rotary(documents.longest)
         seed = self._seed if training and self.has_dropout else None
-        return Context(documents, cos_PS, sin_PS, self._scratch, seed, self.placement.workspace_bytes)
+        return Context(documents, cos_PS, sin_PS, self._scratch, seed, self.placement.workspace_bytes, self._store)
 
     def _rotary(self, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return tables of the model's own rotary module, float32, for documents of up to so many tokens.
@@ -292,17 +389,22 @@ class FusedEngine:
 
     def _forward(self, ids_T: torch.Tensor, at: Context, training: bool) -> tuple[Residual, list[SavedActivations]]:
         """Return the residual stream after the last block, and the saved activations of each block."""
-        stream = Residual(self.decoder.embed(ids_T))
+        stream = Residual(self._ends.embed(ids_T))
         saved: list[SavedActivations] = []
         for block, placement in zip(self.blocks, self.placement.blocks, strict=True):
-            stream, of_block = block.forward(stream, at, placement.kept if training else frozenset())
+            self._weights.enter(block.number, 1)
+            states = (placement.kept, placement.hosted) if training else (frozenset(), frozenset())
+            stream, of_block = block.forward(stream, at, *states)
+            self._weights.leave(block.number)
+            self._store.release()
             if training:
                 saved.append(of_block)
+        self._store.release(0)
         return stream, saved
 
     def _head(self, inputs: Inputs, stream: Residual, training: bool) -> tuple[torch.Tensor, Any]:
         """Return losses of trained tokens, and in training the gradient of the residual stream, with padding."""
-        norm, weight_VD = self.decoder.norm, self.decoder.head.weight
+        norm, weight_VD = self.decoder.norm, self._ends.head()
         y_TD = torch.empty_like(stream.x_TD)
         x_TD, rstd_T = stream.norm(norm, y_TD)
         D, index_N = x_TD.shape[1], inputs.index_N

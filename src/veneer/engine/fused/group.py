@@ -64,8 +64,12 @@ class Group:
         linears: one to three layers that read the same input.
         dtype: compute dtype.
         key: number that makes its dropout masks differ from those of other groups.
-        before_norm: whether a norm reads the outputs next, and can add to them.
-        behind_norm: whether the inputs come from a norm, whose backward can add to their gradient.
+        device: device that computes; 4-bit weights may be on the host.
+        norm_follows: whether a norm reads the outputs next, and can add to them.
+        norm_precedes: whether the inputs come from a norm, whose backward can add to their gradient.
+
+    Attributes:
+        packed: the 4-bit matrices, as bitsandbytes' modules hold them; none: it is not quantized.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class Group:
         linears: Sequence[Linear],
         dtype: torch.dtype,
         key: int,
+        device: torch.device,
         norm_follows: bool = False,
         norm_precedes: bool = False,
     ) -> None:
@@ -88,7 +93,7 @@ class Group:
         self.used = self.rank * len(adapted)
         self.stacked = -(-self.used // 16) * 16
         # Rows are aligned to 128 bytes: a product of unaligned rows is 3% slower on an H100.
-        unit = 16 if first.weight.device.type == "cpu" else 64
+        unit = 16 if device.type == "cpu" else 64
         self.padding = -(-self.stacked // unit) * unit
         self._after = norm_follows and 0 < self.used <= MAX_ADDED
         self._after_back = norm_precedes and 0 < self.used <= MAX_ADDED
@@ -98,12 +103,14 @@ class Group:
             members.append(Member(at, at + size, slot if linear.a is not None else -1))
             at, slot = at + size, slot + (linear.a is not None)
         self.members = tuple(members)
-        device = first.weight.device
         self.is_quantized = getattr(first.weight, "quant_state", None) is not None
+        self.packed: list[nf4.PackedNF4] = []
         self.table: Any = None
         self._resident: torch.Tensor | None = None
         if self.is_quantized:
-            self.table = nf4.table_of([nf4.PackedNF4.of(linear.module.weight) for linear in linears])
+            self.packed = [nf4.PackedNF4.of(linear.module.weight) for linear in linears]
+            if self.packed[0].weights.device == device:
+                self.use(self.packed)
             self.a_RD = torch.zeros((self.stacked, self.inputs), dtype=dtype, device=device)
             self.b_NR = torch.zeros((self.outputs, self.stacked), dtype=dtype, device=device)
         else:
@@ -121,6 +128,7 @@ class Group:
             for linear, member in zip(linears, members):
                 if linear.module.bias is not None:
                     self._bias[member.start : member.end] = linear.module.bias.data
+        self._device = device
         # Set by the engine: views of the adapters' gradients, stacked A (R, D), and all B one after the other.
         self.grad_a: Any = None
         self.grad_b: Any = None
@@ -150,9 +158,27 @@ class Group:
         """Whether its matrix is dequantized for each use."""
         return self._resident is None
 
+    def use(self, packed: Sequence[nf4.PackedNF4]) -> None:
+        """Read the 4-bit matrices from these tensors, on the device; the small ones are moved there."""
+        self.table = nf4.table_of([matrix.to(matrix.weights.device) for matrix in packed])
+
+    def store(self, packed: Sequence[nf4.PackedNF4]) -> None:
+        """Let the modules hold their 4-bit weights in these tensors."""
+        self.packed = list(packed)
+        for linear, matrix in zip(self.linears, packed, strict=True):
+            matrix.store_in(linear.module.weight)
+
+    def to_device(self) -> None:
+        """Move 4-bit weights to the device, if they are not there, and read them from there."""
+        if self.packed and self.packed[0].weights.device != self._device:
+            self.store([matrix.to(self._device) for matrix in self.packed])
+        if self.packed and (self.table is None or self.table.keep[0].weights is not self.packed[0].weights):
+            self.use(self.packed)
+
     def keep_dequantized(self) -> None:
         """Dequantize once, and keep the 16-bit matrix."""
         if self._resident is None:
+            self.to_device()
             matrix = self.a_RD.new_zeros(self.shape)
             nf4.dequantize(self.table, matrix)
             self._make_resident(matrix)

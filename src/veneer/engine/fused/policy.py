@@ -1,11 +1,15 @@
-"""Chooses the placement of each tensor: memory that is left is used where it saves most time.
+"""Chooses the placement of each tensor: the one that takes least time within a memory budget.
 
 A pass that keeps nothing but each block's input is run once on a dummy batch as long as the longest: its peak is
-measured, not computed, since only the device knows the memory of its libraries; a plan uses a dry run's peak. The
-budget beyond that goes first, up to half of it, to the workspace of attention's backward over rows of one length, which
-is faster in one call than in many (`cudnn`), and which all blocks share; then to the activations whose recomputation
-costs most time a byte, from the last block to the first, since backward frees those first; then to 16-bit copies of
-4-bit weights, which save least.
+measured, not computed, since only the device knows the memory of its libraries; a plan uses a dry run's peak. All else
+follows from sizes, as bytes more or less than that pass holds.
+
+Some placements are tried: each set of activations that may be offloaded, and as few streamed weights as make it fit. In
+each, memory that is left is used where it saves most time. It goes first, up to half of it, to the workspace of
+attention's backward over rows of one length, which is faster in one call than in many (`cudnn`), and which all blocks
+share; then to the activations whose recomputation costs most time a byte, from the last block to the first, since
+backward frees those first; then to 16-bit copies of 4-bit weights, which save least. The placement with the least
+predicted time is taken. Of two that are equal, the one with less on the host comes first.
 
 An activation that is kept adds its bytes to every point of a step until its block's backward, so the peak grows by no
 more than the sum.
@@ -13,13 +17,18 @@ more than the sum.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from veneer.engine.fused.block import ACTIVATIONS, Block
+from veneer.engine.fused.block import ACTIVATIONS, OFFLOADED, Block
 from veneer.engine.fused.cudnn import WORKSPACE_BYTES, Call
-from veneer.engine.placement import ActivationState, BlockPlacement, MemoryPlacement, WeightState
+from veneer.engine.fused.streaming import BUFFERS, packed_bytes
+from veneer.engine.placement import H100, ActivationState, BlockPlacement, Choice, MemoryPlacement, Rates, WeightState
 
 SAFETY = 0.02  # share of the budget that fragmentation may take
 SMALL = 2048  # tokens; shorter passes gain from replay, even those of 8B models on an H100 (`bench/replays.py`)
+SLOWED = 0.15  # time that a copy from or to the host adds to what is computed meanwhile, as a share of its own
+LAUNCHING = 2e-3  # seconds the host takes to launch a block's forward and backward, unless they are replayed
+USED = 0.8  # share of the link's speed that a placement may count on
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,9 @@ class Demand:
         pass_bytes: part of it that is freed after the pass.
         held_out_bytes: memory of a held-out loss, which comes beside recorded passes.
         varies: whether batches have several shapes.
+        base: placement of that pass, which keeps nothing.
+        ends_bytes: bytes of embedding and head; 0: they cannot live on the host.
+        loss_bytes: memory of the device while the loss is computed; 0: not known.
     """
 
     tokens: int
@@ -43,19 +55,31 @@ class Demand:
     pass_bytes: int = 0
     held_out_bytes: int = 0
     varies: bool = False
+    base: MemoryPlacement | None = None
+    ends_bytes: int = 0
+    loss_bytes: int = 0
 
 
-def block_placement(keep: Collection[str], weights: Collection[str] = (), block: Block | None = None) -> BlockPlacement:
-    """Return the placement of a block that keeps some activations and recomputes the others.
+def block_placement(
+    keep: Collection[str],
+    weights: Collection[str] = (),
+    block: Block | None = None,
+    host: Collection[str] = (),
+    streams: bool = False,
+) -> BlockPlacement:
+    """Return the placement of a block that keeps some activations, offloads some, and recomputes the others.
 
     Args:
         keep: names of ACTIVATIONS.
         weights: names of weights that are kept dequantized.
         block: the block, whose other 4-bit weights stay as they are; None: only `weights` are listed.
+        host: names of OFFLOADED; those in `keep` are kept.
+        streams: whether the block's other 4-bit weights are streamed.
     """
-    states = dict.fromkeys(ACTIVATIONS, ActivationState.RECOMPUTE) | dict.fromkeys(keep, ActivationState.KEEP)
+    states = dict.fromkeys(ACTIVATIONS, ActivationState.RECOMPUTE) | {"x": ActivationState.KEEP}
+    states |= dict.fromkeys(host, ActivationState.HOST) | dict.fromkeys(keep, ActivationState.KEEP)
     groups = {} if block is None else block.weights
-    by_need = {True: WeightState.NF4, False: WeightState.DEQUANTIZED}
+    by_need = {True: WeightState.STREAMED if streams else WeightState.NF4, False: WeightState.DEQUANTIZED}
     held = {name: by_need[group.needs_scratch] for name, group in groups.items() if group.is_quantized}
     return BlockPlacement(states, held | dict.fromkeys(weights, WeightState.DEQUANTIZED))
 
@@ -69,59 +93,260 @@ def uniform(
     return MemoryPlacement((*chosen, last), WORKSPACE_BYTES)
 
 
+def tightest(blocks: Sequence[Block], host: Collection[str] = OFFLOADED[:1], streams: bool = True) -> MemoryPlacement:
+    """Return the placement with the least on the device: inputs of blocks, and weights, are on the host."""
+    chosen = tuple(
+        block_placement((), block=block, host=host, streams=streams and can_stream(block)) for block in blocks
+    )
+    ends = streams and blocks[0].decoder.has_plain_ends
+    return MemoryPlacement(tuple(chosen), WORKSPACE_BYTES, streams_ends=ends)
+
+
 def checkpointed(blocks: Sequence[Block], gradient_checkpointing: bool | str) -> MemoryPlacement:
     """Return the placement that `train.gradient_checkpointing` asks for; auto begins as true."""
     return uniform(blocks, ACTIVATIONS if gradient_checkpointing is False else ())
 
 
-def choose_placement(blocks: Sequence[Block], demand: Demand, budget_bytes: int, records: bool) -> MemoryPlacement:
-    """Return the placement that a budget allows.
+def can_stream(block: Block) -> bool:
+    """Return whether a block's weights can be streamed: they are in 4 bits, and none is kept in 16."""
+    return all(group.is_quantized and group.needs_scratch for group in block.groups)
+
+
+def choose_placement(
+    blocks: Sequence[Block], demand: Demand, budget_bytes: int, records: bool, rates: Rates = H100
+) -> MemoryPlacement:
+    """Return the placement with the least predicted time within a budget; the tightest one where none fits.
 
     Recorded passes never free their memory, and a pass of another shape needs its own beside it. Where shapes vary,
     passes are recorded only if everything fits twice. Else activations make better use of the memory, except where
-    passes are so small that the host takes longer to launch them than the GPU to compute: these get half of it.
+    passes are so small that the host takes longer to launch them than the GPU to compute: these get half of it. Passes
+    that copy from or to the host are not recorded.
 
     Args:
         blocks: blocks of the model.
         demand: memory of a pass that keeps nothing.
         budget_bytes: memory of the device for tensors, those allocated now included.
         records: whether passes can be recorded.
+        rates: speeds of the device.
     """
+    search = _Search(blocks, demand, budget_bytes, rates, records)
     spare = budget_bytes - demand.least_bytes - demand.held_out_bytes
-    found = _fill(blocks, demand, spare, budget_bytes)
+    found = search.best(spare)
+    records = records and not found.needs_host
     if records and demand.varies:
         everything = sum(block.saved_bytes(name, demand.tokens) for block in blocks for name in ACTIVATIONS)
         second = spare - demand.pass_bytes  # memory left beside a second pass
         if found.bytes + everything > second:
             records = second > 0 and demand.tokens < SMALL
-            found = _fill(blocks, demand, second // 2, budget_bytes) if records else found
+            found = search.fill(Candidate(), second // 2) if records else found
     return replace(found, records_passes=records, least_bytes=demand.least_bytes, budget_bytes=budget_bytes)
 
 
-def _fill(blocks: Sequence[Block], demand: Demand, spare_bytes: int, budget_bytes: int) -> MemoryPlacement:
-    """Return the placement that fills the memory left beside a pass that keeps nothing."""
-    left = spare_bytes - int(SAFETY * budget_bytes)
-    workspace, used = _workspace(blocks[0], demand, left // 2)
-    keep: list[set[str]] = [set() for _ in blocks]
-    wishes = []
-    for number, block in enumerate(blocks):
-        for name in ACTIVATIONS:
-            size = block.saved_bytes(name, demand.tokens)
-            saves = block.recompute_cost(name, demand.tokens, demand.longest) / size
-            wishes.append((-saves, -number, name, size))
-    for _, minus, name, size in sorted(wishes):
-        if size <= left - used:
-            keep[-minus].add(name)
-            used += size
-    dequantize: list[set[str]] = [set() for _ in blocks]
-    for block, chosen in zip(reversed(blocks), reversed(dequantize), strict=True):
-        for name, group in block.weights.items():
-            size = group.size * block.dtype.itemsize
-            if group.needs_scratch and size <= left - used:
-                chosen.add(name)
+class Candidate(NamedTuple):
+    """What a placement has on the host.
+
+    Attributes:
+        host: names of OFFLOADED, of all blocks that do not keep them.
+        streamed: number of blocks whose weights are streamed.
+        streams_ends: whether embedding and head are on the host.
+    """
+
+    host: tuple[str, ...] = ()
+    streamed: int = 0
+    streams_ends: bool = False
+
+
+class _Search:
+    """The search for a placement; all bytes are relative to a pass with `demand.base`."""
+
+    def __init__(self, blocks: Sequence[Block], demand: Demand, budget_bytes: int, rates: Rates, records: bool) -> None:
+        self._blocks, self._demand, self._budget, self._rates = blocks, demand, budget_bytes, rates
+        self._records = records
+        tokens, longest = demand.tokens, demand.longest
+        names = ("x", *ACTIVATIONS)
+        self._sizes = [{name: block.saved_bytes(name, tokens) for name in names} for block in blocks]
+        self._costs = [
+            {name: 2 * block.recompute_cost(name, tokens, longest) / rates.flops for name in ACTIVATIONS}
+            for block in blocks
+        ]
+        self._packed = [sum(map(packed_bytes, block.groups)) if can_stream(block) else 0 for block in blocks]
+        # Forward and backward each have all products, and attention's backward takes more than its forward.
+        products = [2 * tokens * sum(group.size for group in block.groups) / rates.flops for block in blocks]
+        attention = [costs["attention"] for costs in self._costs]
+        self._forward = sum(products) + sum(attention)
+        self._backward = sum(products) + 2.5 * sum(attention)
+        # The head's copy comes when logits are computed, which otherwise holds less than blocks going backward.
+        less = demand.least_bytes - demand.loss_bytes if demand.loss_bytes else 2**62
+        self._head_excess = max(0, blocks[0].decoder.head.weight.nbytes - less)
+        base = demand.base
+        self._base_bytes = self._bytes(Candidate(), {}) if base is None else self._bytes_of(base)
+
+    def best(self, spare: int) -> MemoryPlacement:
+        """Return the fastest placement that fits; the tightest where none does."""
+        plain = self.fill(Candidate(), spare)
+        everything = len(ACTIVATIONS) * len(self._blocks)
+        if plain.bytes <= spare and sum(len(block.kept) for block in plain.blocks) == everything:
+            return plain
+        found = [plain] if plain.bytes <= spare else []
+        for candidate in self._candidates(spare):
+            filled = self.fill(candidate, spare)
+            if filled.bytes <= spare and filled.host_bytes <= self._rates.host_bytes:
+                found.append(filled)
+        if not found:
+            return self.fill(self._tightest(), 0)
+        return min(found, key=self._seconds)
+
+    def _tightest(self) -> Candidate:
+        streamed = sum(map(bool, self._packed))
+        return Candidate(OFFLOADED[:1], streamed, bool(streamed and self._demand.ends_bytes))
+
+    def _candidates(self, spare: int) -> list[Candidate]:
+        """Return candidates that fit, each with as few streamed weights as that takes."""
+        block = self._blocks[0]
+        if block.decoder.softcap and not block.attention.depends_on_shapes(block.decoder.norm.weight_D):
+            return []  # FlexAttention's tensors belong to autograd
+        found = []
+        for host in ((), *(OFFLOADED[:count] for count in range(1, len(OFFLOADED) + 1))):
+            for ends in (False, True) if self._demand.ends_bytes else (False,):
+                streamed = next(
+                    (n for n in range(len(self._blocks) + 1) if self._fits(Candidate(host, n, ends), spare)), None
+                )
+                if streamed is not None and (host or streamed or ends):
+                    found.append(Candidate(host, streamed, ends))
+        return found
+
+    def _fits(self, candidate: Candidate, spare: int) -> bool:
+        if candidate.streamed > sum(map(bool, self._packed)):
+            return False
+        return self._bytes(candidate, {}) - self._base_bytes <= spare - int(SAFETY * self._budget)
+
+    def _bytes(self, candidate: Candidate, keep: dict[int, set[str]]) -> int:
+        """Return the bytes of what differs between placements: blocks' activations, 4-bit weights, the ends."""
+        total = self._head_excess if candidate.streams_ends else self._demand.ends_bytes
+        for name in ("x", *ACTIVATIONS):
+            kept = [sizes[name] for number, sizes in enumerate(self._sizes) if name in keep.get(number, ())]
+            total += sum(kept)
+            largest = max(sizes[name] for sizes in self._sizes)
+            if name == "x" and name not in candidate.host:
+                total += sum(sizes[name] for sizes in self._sizes) - sum(kept)
+            elif name in candidate.host and len(kept) < len(self._blocks):
+                # One that is used and one on its way; the former is there without offloading too, but for x.
+                total += largest * (2 if name == "x" else 1)
+        streamed = self._streamed(candidate.streamed)
+        total += sum(packed for number, packed in enumerate(self._packed) if number not in streamed)
+        return total + (BUFFERS * max(self._packed) if streamed else 0)
+
+    def _bytes_of(self, placement: MemoryPlacement) -> int:
+        """Return the same of a placement that keeps nothing."""
+        streamed = sum(block.streams for block in placement.blocks)
+        return self._bytes(Candidate(tuple(placement.blocks[0].hosted), streamed, placement.streams_ends), {})
+
+    def _streamed(self, count: int) -> frozenset[int]:
+        """Return so many blocks, evenly spread: a block that is not streamed gives the link time for the next."""
+        able = [number for number, packed in enumerate(self._packed) if packed]
+        return frozenset(able[turn * len(able) // count] for turn in range(count))
+
+    def fill(self, candidate: Candidate, spare: int) -> MemoryPlacement:
+        """Return the placement that fills the memory left beside a candidate."""
+        before = self._bytes(candidate, {}) - self._base_bytes
+        left = spare - int(SAFETY * self._budget)
+        workspace, used = _workspace(self._blocks[0], self._demand, (left - before) // 2)
+        keep: dict[int, set[str]] = {number: set() for number in range(len(self._blocks))}
+        wishes = []
+        for number in keep:
+            for name in (*ACTIVATIONS, *candidate.host[:1]):
+                size = self._sizes[number][name]
+                wishes.append((-self._saved_by_keeping(number, name, candidate) / size, -number, name, size))
+        used += before
+        for minus_saved, minus, name, size in sorted(wishes):
+            if size <= left - used and minus_saved < 0:
+                keep[-minus].add(name)
                 used += size
-    chosen_by_block = zip(keep, dequantize, blocks, strict=True)
-    return MemoryPlacement(tuple(block_placement(*of_block) for of_block in chosen_by_block), workspace, bytes=used)
+        streamed = self._streamed(candidate.streamed)
+        dequantize: dict[int, set[str]] = {number: set() for number in keep}
+        for number in reversed(keep):
+            for name, group in self._blocks[number].weights.items():
+                size = group.size * self._blocks[number].dtype.itemsize
+                if group.needs_scratch and size <= left - used and number not in streamed:
+                    dequantize[number].add(name)
+                    used += size
+        used += self._bytes(candidate, keep) - self._bytes(candidate, {}) - self._sum(keep)
+        placed = tuple(
+            block_placement(keep[number], dequantize[number], block, candidate.host, number in streamed)
+            for number, block in enumerate(self._blocks)
+        )
+        return self._described(MemoryPlacement(placed, workspace, bytes=used, streams_ends=candidate.streams_ends))
+
+    def _sum(self, keep: dict[int, set[str]]) -> int:
+        return sum(self._sizes[number][name] for number, names in keep.items() for name in names)
+
+    def _saved_by_keeping(self, number: int, name: str, candidate: Candidate) -> float:
+        """Return the time that keeping an activation saves, over what becomes of it otherwise."""
+        if name in candidate.host:
+            return self._copied(self._sizes[number][name])
+        return self._costs[number][name]
+
+    def _copied(self, size: int) -> float:
+        """Return the time that a copy to the host and back adds to what is computed meanwhile."""
+        return SLOWED * 2 * size / self._rates.link
+
+    def _described(self, placement: MemoryPlacement) -> MemoryPlacement:
+        """Add what the host holds, and what each choice takes and saves."""
+        choices, host_bytes = [], self._demand.ends_bytes if placement.streams_ends else 0
+        for name in ("x", *ACTIVATIONS):
+            for state in ActivationState:
+                numbers = [n for n, block in enumerate(placement.blocks) if block.activations[name] == state]
+                if not numbers:
+                    continue
+                size, on_host = sum(self._sizes[n][name] for n in numbers), state == ActivationState.HOST
+                saved = 0.0 if name == "x" else sum(self._costs[n][name] for n in numbers)
+                saved -= self._copied(size) if on_host else 0.0
+                choices.append(
+                    Choice(
+                        name, state.value, len(numbers), size if state == ActivationState.KEEP else 0,
+                        size if on_host else 0, 0.0 if state == ActivationState.RECOMPUTE else saved,
+                    )
+                )  # fmt: skip
+                host_bytes += size if on_host else 0
+        streamed = [number for number, block in enumerate(placement.blocks) if block.streams]
+        host_bytes += sum(self._packed[number] for number in streamed)
+        found = replace(placement, host_bytes=host_bytes)
+        waits = self._link_seconds(found)
+        if streamed:
+            packed = sum(self._packed[number] for number in streamed)
+            choices.append(Choice("4-bit weights", WeightState.STREAMED.value, len(streamed), 0, packed, -waits))
+        if placement.streams_ends:
+            ends = self._demand.ends_bytes
+            choices.append(
+                Choice("embedding and head", WeightState.STREAMED.value, 1, 0, ends, -ends / self._rates.link)
+            )
+        return replace(found, link_seconds=waits, choices=tuple(choices))
+
+    def _link_seconds(self, placement: MemoryPlacement) -> float:
+        """Return the time that copies add to a pass: what they slow, what waits for them, and the head's copy."""
+        offloaded = sum(
+            self._sizes[number][name] for number, block in enumerate(placement.blocks) for name in block.hosted
+        )
+        packed = sum(self._packed[number] for number, block in enumerate(placement.blocks) if block.streams)
+        link = USED * self._rates.link
+        waits = max(0.0, max(offloaded, packed) / link - self._forward)
+        waits += max(0.0, (offloaded + packed) / link - self._backward - self._recomputed(placement))
+        ends = self._demand.ends_bytes / self._rates.link if placement.streams_ends else 0.0
+        return waits + self._copied(offloaded + packed) + ends
+
+    def _recomputed(self, placement: MemoryPlacement) -> float:
+        return sum(
+            self._costs[number][name]
+            for number, block in enumerate(placement.blocks)
+            for name in ACTIVATIONS
+            if block.activations[name] == ActivationState.RECOMPUTE
+        )
+
+    def _seconds(self, placement: MemoryPlacement) -> tuple[float, int]:
+        """Return the predicted time of a pass, in steps of a microsecond, and the memory of the host it takes."""
+        device = self._forward + self._backward + self._recomputed(placement) + placement.link_seconds
+        host = LAUNCHING * len(self._blocks) if placement.needs_host or not self._records else 0.0
+        return round(max(device, host), 6), placement.host_bytes
 
 
 def _workspace(block: Block, demand: Demand, left: int) -> tuple[int, int]:
