@@ -8,6 +8,7 @@ likes: ROWSxLENGTH[xACCUMULATION]@BUDGET. Prints a JSON line a case, merges it i
 """
 
 import argparse
+import copy
 import gc
 import json
 import statistics
@@ -32,6 +33,8 @@ COMMON = {"vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "8b": ("LlamaConfig", COMMON | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
                                     "num_attention_heads": 32, "num_key_value_heads": 8}),
+    "70b": ("LlamaConfig", COMMON | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+                                     "num_attention_heads": 64, "num_key_value_heads": 8}),
     "1b": ("LlamaConfig", COMMON | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
                                     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
                                     "tie_word_embeddings": True}),
@@ -44,8 +47,16 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def random_base(shape: str, layers: int | None, quantized: bool) -> Any:
-    """A model of random weights, quantized layer by layer on the GPU; nothing touches the disk."""
+def random_base(shape: str, layers: int | None, quantized: bool, to_host: bool = False, are_alike: bool = False) -> Any:
+    """Return a model of random weights, made layer by layer on the GPU; nothing touches the disk.
+
+    Args:
+        shape: name of SHAPES.
+        layers: number of blocks; None: that of the shape.
+        quantized: whether blocks are in NF4 with double quantization.
+        to_host: whether 4-bit weights, embedding and head end up in host memory.
+        are_alike: whether further blocks get the 4-bit weights of the first, rolled, which takes less time.
+    """
     import bitsandbytes as bnb
     import transformers
 
@@ -56,17 +67,21 @@ def random_base(shape: str, layers: int | None, quantized: bool) -> Any:
     torch.manual_seed(0)
     with torch.device("meta"):
         base = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    first: dict[str, Any] = {}  # 4-bit weights of the first block
     for path, module in list(base.named_modules()):
         if isinstance(module, torch.nn.Linear) and "lm_head" not in path:
-            weight = 0.02 * torch.randn(module.weight.shape, dtype=torch.bfloat16, device="cuda")
+            number, _, within = path.partition("layers.")[2].partition(".")
             new: Any = torch.nn.Linear(1, 1, bias=False)
             if quantized:
                 new = bnb.nn.Linear4bit(1, 1, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
-                new.weight = bnb.nn.Params4bit(
-                    weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=new
-                ).to("cuda")
+                if within in first:
+                    new.weight = _rolled(first[within], int(number))
+                else:
+                    new.weight = _random_nf4(module.weight.shape, to_host)
+                if are_alike:
+                    first.setdefault(within, new.weight)
             else:
-                new.weight = torch.nn.Parameter(weight, requires_grad=False)
+                new.weight = torch.nn.Parameter(_random(module.weight.shape), requires_grad=False)
             new.in_features, new.out_features = module.in_features, module.out_features
             parent, _, child = path.rpartition(".")
             setattr(base.get_submodule(parent), child, new)
@@ -75,6 +90,7 @@ def random_base(shape: str, layers: int | None, quantized: bool) -> Any:
             value = torch.ones(parameter.shape, dtype=torch.bfloat16, device="cuda")
             if "norm" not in path:
                 value.normal_(0, 0.02)
+                value = value.cpu() if to_host else value
             parent, _, child = path.rpartition(".")
             base.get_submodule(parent)._parameters[child] = torch.nn.Parameter(value, requires_grad=False)
     base.tie_weights()
@@ -85,6 +101,29 @@ def random_base(shape: str, layers: int | None, quantized: bool) -> Any:
     return base.requires_grad_(False).eval()
 
 
+def _random(shape: torch.Size) -> torch.Tensor:
+    return 0.02 * torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+
+
+def _random_nf4(shape: torch.Size, to_host: bool) -> Any:
+    from bitsandbytes.nn import Params4bit
+
+    weight = Params4bit(_random(shape), requires_grad=False, quant_type="nf4", compress_statistics=True).to("cuda")
+    return weight.to("cpu") if to_host else weight
+
+
+def _rolled(weight: Any, number: int) -> Any:
+    """Return a copy of a 4-bit weight with its bytes moved on by some rows' worth; two copies use all cores."""
+    from bitsandbytes.nn import Params4bit
+
+    data = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    shift = number * 32 * 1009 % len(data)
+    data[shift:].copy_(weight.data[: len(data) - shift])
+    data[:shift].copy_(weight.data[len(data) - shift :])
+    state = copy.deepcopy(weight.quant_state)
+    return Params4bit(data, requires_grad=False, quant_type="nf4", quant_state=state, bnb_quantized=True)
+
+
 def batch_of(rows: int, length: int, vocabulary: int) -> Batch:
     ids = torch.randint(3, vocabulary, (rows * length,))
     targets = ids.roll(-1)
@@ -93,24 +132,33 @@ def batch_of(rows: int, length: int, vocabulary: int) -> Batch:
     return Batch(ids, targets, weights, (length,) * rows, int(weights.sum()), float(weights.sum()))
 
 
-def measure(model: Any, case: str, steps: int, profile: bool) -> dict[str, Any]:
-    """One case, as the module says."""
+def measure(model: Any, case: str, steps: int, profile: bool, skipped: int = 3) -> dict[str, Any]:
+    """One case, as the module says; the first `skipped` steps are not counted."""
     sizes, budget = case.split("@")
     rows, length, *more = map(int, sizes.split("x"))
     batches = [batch_of(rows, length, model.config.vocab_size) for _ in range(more[0] if more else 1)]
-    return {"case": case} | train(model, [batches] * (steps + 3), (length,) * rows, float(budget), profile)
+    return {"case": case} | train(
+        model, [batches] * (steps + skipped), (length,) * rows, float(budget), profile, skipped
+    )
 
 
 def train(
-    model: Any, batches_of_steps: Sequence[Sequence[Batch]], largest: Sequence[int], gib: float, profile: bool = False
+    model: Any,
+    batches_of_steps: Sequence[Sequence[Batch]],
+    largest: Sequence[int],
+    gib: float,
+    profile: bool = False,
+    skipped: int = 3,
 ) -> dict[str, Any]:
-    """Steps of training within a budget, the first three not counted.
+    """Steps of training within a budget.
 
     Args:
         model: A PEFT model.
         batches_of_steps: The micro-batches of each step.
         largest: Lengths of the documents of the largest micro-batch.
         gib: What tensors may take, the optimizer's states included.
+        profile: Whether a further step is profiled.
+        skipped: Steps at the beginning that are not counted.
     """
     engine = FusedEngine(model)
     optimizer = build_optimizer([engine.master], Train(optim="adamw_8bit"), "cuda")
@@ -135,26 +183,54 @@ def train(
         losses.append(step(batches))
         seconds.append(time.perf_counter() - started)
     tokens, trained = (
-        [sum(getattr(batch, what) for batch in batches) for batches in batches_of_steps[3:]]
+        [sum(getattr(batch, what) for batch in batches) for batches in batches_of_steps[skipped:]]
         for what in ("tokens", "trained")
     )
-    speeds = sorted(n / s for n, s in zip(tokens, seconds[3:], strict=True))
+    speeds = sorted(n / s for n, s in zip(tokens, seconds[skipped:], strict=True))
     result = {
         "tokens_per_second": round(statistics.median(speeds)),
         "best": round(speeds[-1]),
         "worst": round(speeds[0]),
-        "trained_tokens_per_second": round(sum(trained) / sum(seconds[3:])),
-        "step_seconds": round(statistics.median(seconds[3:]), 4),
+        "trained_tokens_per_second": round(sum(trained) / sum(seconds[skipped:])),
+        "step_seconds": round(statistics.median(seconds[skipped:]), 4),
         "first_step_seconds": round(seconds[0], 2),
         "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
         "process_gib": round(process_bytes() / 2**30, 2),
+        "process_peak_gib": round(process_peak_bytes() / 2**30, 2),
         "placement": placement.as_dict(),
         "losses": [round(loss, 4) for loss in losses[:4]],
     }
+    result |= predictions(placement.as_dict(), states, statistics.median(seconds[skipped:]), len(batches_of_steps[0]))
     if profile:
         result["profile_ms"] = kernels_of(lambda: step(batches_of_steps[0]))
     return result
+
+
+def predictions(placement: dict[str, Any], states: int, seconds: float, micro_batches: int) -> dict[str, float]:
+    """What a placement predicted, and its relative error against what was measured; nothing where it predicts nothing.
+
+    Args:
+        placement: The placement, as JSON; its peak is without the optimizer's states, its time that of one pass.
+        states: Bytes of the optimizer's states.
+        seconds: Measured time of a step.
+        micro_batches: Passes of a step.
+    """
+    result = {}
+    if placement.get("peak_bytes"):
+        peak = placement["peak_bytes"] + states
+        result["predicted_peak_gib"] = round(peak / 2**30, 3)
+        result["peak_error"] = round(peak / torch.cuda.max_memory_allocated() - 1, 4)
+    if placement.get("step_seconds"):
+        predicted = placement["step_seconds"] * micro_batches
+        result["predicted_step_seconds"] = round(predicted, 4)
+        result["step_error"] = round(predicted / seconds - 1, 4)
+    return result
+
+
+def process_peak_bytes() -> int:
+    """What the process has held at most since the allocator's statistics were reset, CUDA's context included."""
+    return process_bytes() - torch.cuda.memory_reserved() + torch.cuda.max_memory_reserved()
 
 
 def process_bytes() -> int:

@@ -5,6 +5,7 @@
 #   bash bench/gpu.sh OUT exact shapes plan load   # 1, 4, 1 and 3 minutes
 #   bash bench/gpu.sh OUT verify TOKENIZER         # 2 minutes; a folder with tokenizer and chat template
 #   bash bench/gpu.sh OUT replays tokens.npz       # 5 minutes; tokens as bench/peers.py writes them
+#   bash bench/gpu.sh OUT memory small             # 1 to 5 minutes; a group of bench/memory.py
 #   bash bench/gpu.sh OUT curve gsm8k.jsonl [smollm2.gguf]
 #
 # A part that fails does not keep the others from running; OUT/log.txt has what each printed, and OUT the results.
@@ -27,7 +28,7 @@ while (($#)); do
   case $what in
     tests)
       # Side by side: most of it is compiling.
-      for file in test_engines test_load test_cuda test_predict; do
+      for file in test_engines test_load test_cuda test_memory test_predict; do
         part "$file" 300 python3 -m pytest "tests/gpu/$file.py" --tb=short --durations=5 &
       done
       for some in any_rank bfloat16_errs "not any_rank and not bfloat16_errs"; do
@@ -50,6 +51,10 @@ while (($#)); do
       for shape in 1b 8b; do
         part "replays $shape" 240 python3 -m bench.replays "$tokens" --shape "$shape" --steps 16 --out "$OUT/replays.json"
       done ;;
+    memory)
+      group=$1; shift
+      cp -n bench/results/memory.json "$OUT" 2>/dev/null
+      part "memory $group" 590 python3 -m bench.memory --group "$group" --out "$OUT/memory.json" ;;
     curve)
       data=$1; shift
       model=(); [[ ${1:-} == *.gguf ]] && { model=(--smollm2 "$1"); shift; }

@@ -54,7 +54,9 @@ def make(shape: str, folder: Path) -> None:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape], rms_norm_eps=1e-5, rope_theta=500000.0))
+        model = LlamaForCausalLM(
+            LlamaConfig(**SHAPES[shape], max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=500000.0)
+        )
     model.save_pretrained(folder, max_shard_size="4GB")
 
 

@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
@@ -39,9 +40,19 @@ JOBS: dict[str, tuple[int, int, int, tuple[float, ...]]] = {
     "2x8192": (2, 8192, 1, (13.0,)),
     "real": (4, 2048, 1, (AMPLE,)),
 }
+# Jobs that only bench/memory.py compares.
+LONG: dict[str, tuple[int, int, int, tuple[float, ...]]] = {
+    "1x32768": (1, 32768, 1, (AMPLE, 11.65)),
+    "1x65536": (1, 65536, 1, (AMPLE, 17.4)),
+}
 STEPS, SKIPPED = 6, 3
 # Unsloth's ways to recompute, and the jobs each is measured on.
 WAYS = {"off": ("4x2048", "2x1024x8", "1x2048", "real"), "unsloth": ("4x2048", "2x8192")}
+
+
+def steps_of(job: str) -> tuple[int, int]:
+    """Steps that are measured, and steps before them."""
+    return (2, 1) if job in LONG else (STEPS, SKIPPED)
 
 
 def write_tokens(files: list[str], out: Path, rows: int) -> None:
@@ -117,14 +128,15 @@ def run_veneer(work: Path, folder: Path, jobs: list[str]) -> None:
     peft = attach(base, Adapter(r=16, lora_alpha=32), 0)
     loaded = round(time.perf_counter() - started, 1)
     for job in jobs:
-        rows, length, accumulation, budgets = JOBS[job]
+        rows, length, accumulation, budgets = (JOBS | LONG)[job]
+        steps, skipped = steps_of(job)
         for gib in budgets:
             gc.collect()  # engines and their recorded passes hold each other
             torch.cuda.empty_cache()
             if job == "real":
                 result = train(peft, real_steps(work, STEPS + SKIPPED), (length,) * rows, gib)
             else:
-                result = measure(peft, f"{rows}x{length}x{accumulation}@{gib}", STEPS, False)
+                result = measure(peft, f"{rows}x{length}x{accumulation}@{gib}", steps, False, skipped)
             tell({"who": "veneer", "job": job, "way": f"within {gib:g} GiB", "load_seconds": loaded} | result)
 
 
@@ -135,22 +147,24 @@ def run_unsloth(work: Path, folder: Path, way: str, jobs: list[str]) -> None:
 
     started = time.perf_counter()
     recompute: Any = {"off": False, "unsloth": "unsloth"}[way]
+    longest = max(8192, *((JOBS | LONG)[job][1] for job in jobs))
     model, tokenizer = FastLanguageModel.from_pretrained(
-        str(folder), max_seq_length=8192, load_in_4bit=True, dtype=torch.bfloat16
+        str(folder), max_seq_length=longest, load_in_4bit=True, dtype=torch.bfloat16
     )
     model = FastLanguageModel.get_peft_model(
         model, r=16, lora_alpha=32, lora_dropout=0, bias="none", target_modules=TARGETS,
-        use_gradient_checkpointing=recompute, random_state=0, max_seq_length=8192,
+        use_gradient_checkpointing=recompute, random_state=0, max_seq_length=longest,
     )  # fmt: skip
     loaded = round(time.perf_counter() - started, 1)
     clock = unsloth_clock()
     for job in jobs:
-        rows, length, accumulation, _ = JOBS[job]
+        rows, length, accumulation, _ = (JOBS | LONG)[job]
+        steps, skipped = steps_of(job)
         for packing in (True, False) if job == "real" else (False,):
             data, tokens, trained = unsloth_data(work, job, packing, model.config.vocab_size)
             settings = SFTConfig(
                 output_dir="/tmp/unsloth", per_device_train_batch_size=rows, gradient_accumulation_steps=accumulation,
-                max_steps=STEPS + SKIPPED, learning_rate=2e-4, bf16=True, optim="adamw_8bit", logging_steps=1,
+                max_steps=steps + skipped, learning_rate=2e-4, bf16=True, optim="adamw_8bit", logging_steps=1,
                 save_strategy="no", report_to="none", max_length=length, packing=packing,
                 gradient_checkpointing=bool(recompute), dataloader_num_workers=0, seed=0, dataset_num_proc=None,
                 remove_unused_columns=True,
@@ -166,7 +180,7 @@ def run_unsloth(work: Path, folder: Path, way: str, jobs: list[str]) -> None:
             except Exception as error:  # noqa: BLE001  # whatever it is, the other jobs are still worth measuring
                 tell({"who": "unsloth", "job": job, "way": f"{way}, packing {packing}", "failed": repr(error)[:300]})
                 continue
-            gaps = [b - a for a, b in zip(clock.times, clock.times[1:])][SKIPPED - 1 :]
+            gaps = [b - a for a, b in zip(clock.times, clock.times[1:])][skipped - 1 :]
             median = statistics.median(gaps)
             logs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
             tell({
@@ -202,8 +216,8 @@ def unsloth_data(work: Path, job: str, packing: bool, vocabulary: int) -> tuple[
     import torch
     from datasets import Dataset
 
-    rows, length, accumulation, _ = JOBS[job]
-    count = rows * accumulation * (STEPS + SKIPPED)
+    rows, length, accumulation, _ = (JOBS | LONG)[job]
+    count = rows * accumulation * sum(steps_of(job))
     if job != "real":
         ids = torch.randint(3, vocabulary, (count, length), generator=torch.Generator().manual_seed(1)).tolist()
         columns = {"input_ids": ids, "labels": ids, "attention_mask": [[1] * length] * count}
@@ -225,18 +239,33 @@ def tell(result: dict[str, Any]) -> None:
     print("RESULT " + json.dumps(result), flush=True)
 
 
+def results_of(who: str, way: str, jobs: Sequence[str], work: Path, folder: Path) -> Iterator[dict[str, Any]]:
+    """Run jobs in a process of their own; yield each result as soon as it is printed."""
+    command = [sys.executable, "-m", "bench.peers", who, "--way", way, "--work", str(work), "--folder", str(folder)]
+    with subprocess.Popen([*command, "--jobs", *jobs], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            if line.startswith("RESULT "):
+                yield json.loads(line.removeprefix("RESULT "))
+    if child.returncode:
+        print(f"{who} {way} failed: {child.returncode}", flush=True)
+
+
+def make_in_a_process(work: Path, folder: Path) -> None:
+    """Make the base, so that this process needs no GPU memory."""
+    command = [sys.executable, "-m", "bench.peers", "make", "--work", str(work), "--folder", str(folder)]
+    subprocess.run(command, check=True)
+
+
 def compare(work: Path, folder: Path) -> None:
     """Everything, one process after the other; then the ratios."""
-    make_command = [sys.executable, "-m", "bench.peers", "make", "--work", str(work), "--folder", str(folder)]
-    subprocess.run(make_command, check=True)
+    make_in_a_process(work, folder)
     runs = [("veneer", "-", list(JOBS)), *(("unsloth", way, list(jobs)) for way, jobs in WAYS.items())]
     results: list[dict[str, Any]] = []
     for who, way, jobs in runs:
-        command = [sys.executable, "-m", "bench.peers", who, "--way", way, "--work", str(work), "--folder", str(folder)]
-        child = subprocess.run([*command, "--jobs", *jobs], stdout=subprocess.PIPE, text=True, check=False)
-        lines = [line for line in child.stdout.splitlines() if line.startswith("RESULT ")]
-        print("\n".join(lines) if lines else f"{who} {way} failed: {child.returncode}", flush=True)
-        results += [json.loads(line.removeprefix("RESULT ")) for line in lines]
+        for result in results_of(who, way, jobs, work, folder):
+            tell(result)
+            results.append(result)
     import torch
 
     best = {}

@@ -1,0 +1,62 @@
+"""Tensors on the host: whatever a placement moves, losses and gradients are the resident run's to the last bit.
+
+Here by the torch twins, on a CPU; tests/gpu/test_memory.py has the same with streams.
+"""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.engines import COVERED, batch_of
+from tests.support.offload import OFFLOADS, RESIDENT, STEPS, Step, assert_same, course, nf4_model, placement_of
+from veneer.engine.fused.engine import FusedEngine
+
+
+def engine_of(name: str, **model: Any) -> FusedEngine:
+    engine = FusedEngine(nf4_model(**model))
+    engine.apply(placement_of(engine, OFFLOADS.get(name, RESIDENT)))
+    return engine
+
+
+@cache
+def resident(**model: Any) -> list[Step]:
+    return course(engine_of("resident", **model))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("name", OFFLOADS)
+def test_a_placement_changes_no_bit(name: str, dropout: float) -> None:
+    assert_same(course(engine_of(name, lora_dropout=dropout)), resident(lora_dropout=dropout))
+
+
+@pytest.mark.parametrize("name", ["all on the host", "everything at once"])
+@pytest.mark.parametrize("family", [family for family in COVERED if family != "llama"])
+def test_nor_in_any_family(family: str, name: str) -> None:
+    assert_same(course(engine_of(name, family=family)), resident(family=family))
+
+
+@pytest.mark.parametrize("name", ["ends streamed", "everything at once"])
+def test_nor_where_the_head_is_the_embedding(name: str) -> None:
+    tied = {"tie_word_embeddings": True}
+    assert_same(course(engine_of(name, changes=tied)), course(engine_of("resident", changes=tied)))
+
+
+def test_a_placement_may_change_from_step_to_step() -> None:
+    engine = engine_of("resident")
+    names = ("all streamed", "everything at once", "x on the host", "nothing kept", "half streamed", "ends streamed")
+    placements = [placement_of(engine, offload) for offload in (*(OFFLOADS[name] for name in names), RESIDENT)]
+    steps = (*STEPS, *STEPS)
+    assert_same(course(engine, steps, placements), course(engine_of("resident"), steps))
+
+
+def test_streamed_adapters_count() -> None:
+    """Weights that are fetched for each use must be those that the adapters' current values were put into."""
+    engine, batch = engine_of("everything at once"), batch_of()
+    with_adapter = engine.token_logprobs(batch)
+    with engine.adapter_off():
+        without = engine.token_logprobs(batch)
+    assert (with_adapter != without).float().mean() > 0.9
+    assert torch.equal(engine.token_logprobs(batch), with_adapter)
+    assert torch.equal(engine_of("resident").token_logprobs(batch), with_adapter)
