@@ -224,11 +224,11 @@ def test_the_verdict_is_of_the_least_and_what_is_kept_stays_within_the_budget() 
         assert found.peak_bytes + found.placement.bytes <= found.target.budget_bytes
         assert len(found.placement.blocks) == 32
     everything = {
-        "activations": dict.fromkeys(ACTIVATIONS, "keep"),
+        "activations": dict.fromkeys((*ACTIVATIONS, "x"), "keep"),
         "weights": dict.fromkeys(("qkv", "o", "gate_up", "down"), "dequantized"),
     }
     assert large_card.as_dict()["placement"]["blocks"] == [{"first": 0, "count": 32} | everything]
-    assert forecast("4GiB").placement.bytes == 0
+    assert forecast("4GiB").placement.bytes < 0, "even with the inputs of blocks on the host it does not fit"
     for setting in (True, False):
         assert forecast(train={"gradient_checkpointing": setting}).placement.bytes == 0
     kept = [block.kept for block in forecast(train={"gradient_checkpointing": True}).placement.blocks]

@@ -73,11 +73,6 @@ class Decoder(NamedTuple):
         """The device that computes: that of its norms, since other weights may be on the host."""
         return self.norm.weight_D.device
 
-    @property
-    def has_plain_ends(self) -> bool:
-        """Whether embedding and head may live on the host: they only look up rows, and multiply."""
-        return type(self.embed) is torch.nn.Embedding
-
 
 def read(model: Any) -> Decoder:
     """Read the parts of a PEFT model.

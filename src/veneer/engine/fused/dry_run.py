@@ -101,7 +101,7 @@ def predict_placement(
             step.length,
             rows,
             peaks.whole,
-            ends_bytes=engine.ends_bytes,
+            ends_bytes=engine.ends.bytes,
             loss_bytes=peaks.loss,
         )
         return choose_placement(blocks, demand, budget_bytes, engine.is_recordable, rates)

@@ -30,7 +30,6 @@ class Ends:
 
     def place(self, on_host: bool) -> None:
         """Move both weights to the host or to the device."""
-        assert self._decoder.has_plain_ends or not on_host, "an embedding that does more than look up rows"
         for weight in self._weights():
             if on_host and not self._on_host:
                 pinned = self._memory.take(weight.nbytes).view(weight.dtype).view(weight.shape)
@@ -42,10 +41,13 @@ class Ends:
 
     def embed(self, ids_T: torch.Tensor) -> torch.Tensor:
         """Return the embeddings of tokens, on the device."""
-        if self._on_host:
-            return gather_rows(self._decoder.embed.weight, ids_T)
-        embedded: torch.Tensor = self._decoder.embed(ids_T)
-        return embedded
+        embed = self._decoder.embed
+        if not self._on_host:
+            embedded: torch.Tensor = embed(ids_T)
+            return embedded
+        rows_TD = gather_rows(embed.weight, ids_T)
+        scale = getattr(embed, "embed_scale", None)  # Gemma's
+        return rows_TD if scale is None else rows_TD * scale.to(rows_TD.dtype)
 
     def head(self) -> torch.Tensor:
         """Return the head's weight, on the device."""

@@ -62,7 +62,7 @@ class FusedEngine:
         self.blocks = [Block(layer, self.decoder, n, self._dtype) for n, layer in enumerate(self.decoder.layers)]
         self._scratch = torch.empty(0, dtype=self._dtype, device=self._device)
         memory = PinnedMemory(self._device)
-        self._ends = Ends(self.decoder, memory)
+        self.ends = Ends(self.decoder, memory)
         self._weights = StreamedWeights(self._device, memory)
         self._store = ActivationStore(self._device, memory)
         self._flatten([group for block in self.blocks for group in block.groups])
@@ -160,7 +160,7 @@ class FusedEngine:
         """Apply a placement; recorded passes are dropped, and weights that were dequantized stay dequantized."""
         self.placement = placement
         self._graphs = None
-        self._ends.place(placement.streams_ends)
+        self.ends.place(placement.streams_ends)
         streamed: dict[int, Sequence[Group]] = {}
         for block, chosen in zip(self.blocks, placement.blocks, strict=True):
             if chosen.streams:
@@ -257,13 +257,8 @@ class FusedEngine:
             held_out,
             shapes.varies,
             base,
-            self.ends_bytes,
+            self.ends.bytes,
         ), fullest
-
-    @property
-    def ends_bytes(self) -> int:
-        """The bytes of embedding and head; 0: they cannot live on the host."""
-        return self._ends.bytes if self.decoder.has_plain_ends else 0
 
     @property
     def is_on_host(self) -> bool:
@@ -389,7 +384,7 @@ class FusedEngine:
 
     def _forward(self, ids_T: torch.Tensor, at: Context, training: bool) -> tuple[Residual, list[SavedActivations]]:
         """Return the residual stream after the last block, and the saved activations of each block."""
-        stream = Residual(self._ends.embed(ids_T))
+        stream = Residual(self.ends.embed(ids_T))
         saved: list[SavedActivations] = []
         for block, placement in zip(self.blocks, self.placement.blocks, strict=True):
             self._weights.enter(block.number, 1)
@@ -404,7 +399,7 @@ class FusedEngine:
 
     def _head(self, inputs: Inputs, stream: Residual, training: bool) -> tuple[torch.Tensor, Any]:
         """Return losses of trained tokens, and in training the gradient of the residual stream, with padding."""
-        norm, weight_VD = self.decoder.norm, self._ends.head()
+        norm, weight_VD = self.decoder.norm, self.ends.head()
         y_TD = torch.empty_like(stream.x_TD)
         x_TD, rstd_T = stream.norm(norm, y_TD)
         D, index_N = x_TD.shape[1], inputs.index_N

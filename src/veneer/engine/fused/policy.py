@@ -44,7 +44,7 @@ class Demand:
         held_out_bytes: memory of a held-out loss, which comes beside recorded passes.
         varies: whether batches have several shapes.
         base: placement of that pass, which keeps nothing.
-        ends_bytes: bytes of embedding and head; 0: they cannot live on the host.
+        ends_bytes: bytes of embedding and head.
         loss_bytes: memory of the device while the loss is computed; 0: not known.
     """
 
@@ -98,8 +98,7 @@ def tightest(blocks: Sequence[Block], host: Collection[str] = OFFLOADED[:1], str
     chosen = tuple(
         block_placement((), block=block, host=host, streams=streams and can_stream(block)) for block in blocks
     )
-    ends = streams and blocks[0].decoder.has_plain_ends
-    return MemoryPlacement(tuple(chosen), WORKSPACE_BYTES, streams_ends=ends)
+    return MemoryPlacement(tuple(chosen), WORKSPACE_BYTES, streams_ends=streams)
 
 
 def checkpointed(blocks: Sequence[Block], gradient_checkpointing: bool | str) -> MemoryPlacement:
