@@ -144,9 +144,14 @@ class MemoryPlacement:
         return self.least_bytes + self.bytes if self.least_bytes else 0
 
     @property
+    def streams(self) -> bool:
+        """Whether any weight is streamed from the host."""
+        return self.streams_ends or any(block.streams for block in self.blocks)
+
+    @property
     def needs_host(self) -> bool:
         """Whether any tensor lives on the host."""
-        return self.streams_ends or any(block.hosted or block.streams for block in self.blocks)
+        return self.streams or any(block.hosted for block in self.blocks)
 
     def describe(self) -> str:
         """Describe in a few words what is kept and what is on the host."""

@@ -165,7 +165,7 @@ class Planner:
 
         def taken(asked: Step) -> float:
             found = self.base.run_dry(asked)
-            replayed = rows.replayed if found.records and records and not placement.needs_host else 0.0
+            replayed = rows.replayed if found.records and records and not placement.streams else 0.0
             launched = seconds(found.work, ceilings, host)
             return replayed * seconds(found.work, ceilings, 0.0) + (1 - replayed) * launched
 

@@ -71,7 +71,8 @@ class FusedEngine:
         self._demand: Demand | None = None
         # Batches are padded whether or not passes are recorded, so that both give the same bits.
         self._pads = self._device.type == "cuda" and self.is_recordable
-        self.apply(replace(checkpointed(self.blocks, gradient_checkpointing), records_passes=graphs and self._pads))
+        first = tightest(self.blocks) if self.is_on_host else checkpointed(self.blocks, gradient_checkpointing)
+        self.apply(replace(first, records_passes=graphs and self._pads))
         # The last is the longest; the others are not freed, since recorded passes read them.
         self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -176,8 +177,8 @@ class FusedEngine:
             self._scratch = self._scratch.new_empty(size)
         casts = [cast for block in self.blocks for group in block.groups for cast in group.casts()]
         self._adapters = cast_table(casts)
-        # A recording would hold the device's memory of what is on its way.
-        records = placement.records_passes and not placement.needs_host
+        # What the buffers of streamed weights hold when a pass begins differs from pass to pass.
+        records = placement.records_passes and not placement.streams
         self._graphs = Graphs(self._pass) if records else None
 
     def plan_within(self, shapes: BatchShapes, budget_bytes: int) -> MemoryPlacement:

@@ -54,7 +54,6 @@ class ActivationStore:
     def __init__(self, device: torch.device, memory: PinnedMemory) -> None:
         self._device, self._memory = device, memory
         self._buffers: dict[Hashable, torch.Tensor] = {}
-        self._read: dict[Hashable, Any] = {}  # events: buffers that have been copied back
         self._leaving: deque[tuple[Any, list[torch.Tensor]]] = deque()
         self._out: Any = new_stream(device)
         self._back: Any = new_stream(device)
@@ -78,9 +77,8 @@ class ActivationStore:
         views = tree_map_only(torch.Tensor, view, tensors)
         held = [tensor for _, tensor in storages.values()]
         if self._out is not None:
+            # It has the tensors then, and all that left before in the same buffers is back.
             self._out.wait_stream(torch.cuda.current_stream(self._device))
-            if key in self._read:
-                self._out.wait_event(self._read[key])
         with on_stream(self._out):
             for number, tensor in enumerate(held):
                 whole = _bytes_of(tensor)
@@ -104,7 +102,7 @@ class ActivationStore:
         with on_stream(self._back):
             for number, buffer in enumerate(new):
                 buffer.copy_(self._buffers[offloaded.key, number][: len(buffer)], non_blocking=True)
-        offloaded.arrival = self._read[offloaded.key] = _event(self._back)
+        offloaded.arrival = _event(self._back)
         offloaded.tensors = tree_map_only(
             _View, lambda v: new[v.storage].view(v.dtype).as_strided(v.shape, v.stride, v.offset), offloaded.views
         )

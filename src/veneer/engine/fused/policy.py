@@ -119,7 +119,7 @@ def choose_placement(
     Recorded passes never free their memory, and a pass of another shape needs its own beside it. Where shapes vary,
     passes are recorded only if everything fits twice. Else activations make better use of the memory, except where
     passes are so small that the host takes longer to launch them than the GPU to compute: these get half of it. Passes
-    that copy from or to the host are not recorded.
+    with streamed weights are not recorded.
 
     Args:
         blocks: blocks of the model.
@@ -131,7 +131,7 @@ def choose_placement(
     search = _Search(blocks, demand, budget_bytes, rates, records)
     spare = budget_bytes - demand.least_bytes - demand.held_out_bytes
     found = search.best(spare)
-    records = records and not found.needs_host
+    records = records and not found.streams
     if records and demand.varies:
         everything = sum(block.saved_bytes(name, demand.tokens) for block in blocks for name in ACTIVATIONS)
         second = spare - demand.pass_bytes  # memory left beside a second pass
@@ -344,7 +344,7 @@ class _Search:
     def _seconds(self, placement: MemoryPlacement) -> tuple[float, int]:
         """Return the predicted time of a pass, in steps of a microsecond, and the memory of the host it takes."""
         device = self._forward + self._backward + self._recomputed(placement) + placement.link_seconds
-        host = LAUNCHING * len(self._blocks) if placement.needs_host or not self._records else 0.0
+        host = LAUNCHING * len(self._blocks) if placement.streams or not self._records else 0.0
         return round(max(device, host), 6), placement.host_bytes
 
 
