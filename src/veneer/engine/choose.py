@@ -4,24 +4,33 @@ The fused engine is taken where it covers the model, and only after it has given
 few tokens of the run's own rows: its kernels are tested, but not on this GPU, driver and model. Where its numbers
 differ, the run warns and goes on with the reference engine. Without CUDA its kernels are plain torch, for tests alone,
 so `auto` means the reference engine there.
+
+Where weights lie in the host's memory, the reference engine cannot compute with them. The engines are compared on the
+first blocks then, which are moved to the device for the check, and there is no engine to go on with if they differ.
 """
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 from veneer.config import JobError, Train, UserError
 from veneer.data.batch import Batch, Example
-from veneer.engine.agreement import agree, even_rows, short_rows
+from veneer.engine.agreement import Agreement, agree, even_rows, short_rows
 from veneer.engine.fused.decoder import NotCoveredError
 from veneer.engine.fused.engine import FusedEngine
 from veneer.engine.interface import Engine
 from veneer.engine.reference import ReferenceEngine
+from veneer.engine.temporary import first_blocks, lies_on_host
 
 FUSED_DEVICES = ("cuda",)  # where `auto` takes the fused engine
 PROBE = (160, 96)  # tokens of the rows that the engines are compared on
 EVEN = (256, 256)  # the same for rows of one length, which go through cuDNN's attention where it is available
+# Of a model in the host's memory, so much is checked: kinds of blocks alternate at most (Gemma 2), and a part of the
+# vocabulary is enough for the kernels.
+CHECKED_BLOCKS, CHECKED_VOCABULARY = 2, 16_384
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,7 @@ def build(model: Any, train: Train, device: str) -> EngineChoice:
 
     Raises:
         UserError: see `choose_engine`.
+        JobError: the model lies in the host's memory, and the fused engine does not cover it.
     """
     made: list[Engine] = []
 
@@ -84,8 +94,10 @@ def build(model: Any, train: Train, device: str) -> EngineChoice:
         return None
 
     name, reason = choose_engine(train.engine, device, not_covered)
-    engine = made[0] if name == "fused" else ReferenceEngine(model, for_cpu=device == "cpu")
-    return EngineChoice(engine, reason)
+    if name == "fused":
+        return EngineChoice(made[0], reason)
+    _require_resident(model, reason)
+    return EngineChoice(ReferenceEngine(model, for_cpu=device == "cpu"), reason)
 
 
 def choose(model: Any, train: Train, device: str, examples: Sequence[Example]) -> EngineChoice:
@@ -99,13 +111,14 @@ def choose(model: Any, train: Train, device: str, examples: Sequence[Example]) -
 
     Raises:
         UserError: see `build`.
-        JobError: the fused engine is asked for and gives other numbers than the reference engine.
+        JobError: the fused engine gives other numbers than the reference engine, and either it is asked for or the
+            model lies in the host's memory.
     """
     choice = build(model, train, device)
     if choice.engine.is_reference:
         return choice
     batches = [Batch.of(short_rows(examples, PROBE)), Batch.of(even_rows(examples, EVEN))]
-    agreement = agree(model, choice.engine, batches)
+    agreement = compare(model, choice.engine, train, device, batches)
     failure = agreement.describe()
     if agreement.holds:
         return EngineChoice(choice.engine, f"{choice.reason} and gives the reference's numbers: {failure}")
@@ -117,10 +130,54 @@ def choose(model: Any, train: Train, device: str, examples: Sequence[Example]) -
     return fall_back(model, failure)
 
 
+def compare(model: Any, engine: Engine, train: Train, device: str, batches: Sequence[Batch]) -> Agreement:
+    """Compare an engine with the reference engine; where weights lie in the host's memory, on the first blocks.
+
+    Args:
+        model: PEFT model; restored afterwards.
+        engine: engine of the model.
+        train: settings.
+        device: device of the model.
+        batches: batches to compare on.
+    """
+    return compare_blocks(model, train, device, batches) if lies_on_host(model) else agree(model, engine, batches)
+
+
+def compare_blocks(model: Any, train: Train, device: str, batches: Sequence[Batch]) -> Agreement:
+    """Compare a new engine of a model's first blocks with the reference engine of these, on the device."""
+    try:
+        with first_blocks(model, CHECKED_BLOCKS, CHECKED_VOCABULARY, device):
+            return agree(model, build(model, train, device).engine, [_within_vocabulary(batch) for batch in batches])
+    finally:
+        gc.collect()  # the engine's buffers are in reference cycles
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _within_vocabulary(batch: Batch) -> Batch:
+    """Replace tokens beyond the part of the vocabulary that is checked by others."""
+    targets_T = torch.where(batch.targets_T < 0, batch.targets_T, batch.targets_T % CHECKED_VOCABULARY)
+    return replace(batch, ids_T=batch.ids_T % CHECKED_VOCABULARY, targets_T=targets_T)
+
+
+def _require_resident(model: Any, reason: str) -> None:
+    """Raise JobError if the reference engine must take over a model in the host's memory."""
+    if lies_on_host(model):
+        raise JobError(
+            f"{reason}; the reference engine cannot go on, since the model does not fit the GPU and the fused engine "
+            "alone streams weights from the host's memory\n  fix: name a smaller model.base"
+        )
+
+
 def fall_back(model: Any, failure: str) -> EngineChoice:
-    """Replace a fused engine that failed its check by the reference engine."""
+    """Replace a fused engine that failed its check by the reference engine.
+
+    Raises:
+        JobError: the model lies in the host's memory.
+    """
     gc.collect()  # the other engine's buffers are in reference cycles
     warning = f"the fused engine does not give the reference engine's numbers here: {failure}"
+    _require_resident(model, warning)
     for_cpu = model.get_input_embeddings().weight.device.type == "cpu"
     return EngineChoice(
         ReferenceEngine(model, for_cpu), warning, f"{warning}; training goes on with the reference engine, slower"

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from veneer.config import Run, Train
 from veneer.config.results import Check
 from veneer.data.batch import Batch, Example
-from veneer.engine.agreement import MIN_TRAINED, Agreement, agree, all_trained, even_rows, short_name, short_rows
-from veneer.engine.choose import EVEN, EngineChoice, build, fall_back
+from veneer.engine.agreement import MIN_TRAINED, Agreement, all_trained, even_rows, short_name, short_rows
+from veneer.engine.choose import EVEN, EngineChoice, build, compare, fall_back
 from veneer.engine.interface import Engine, document_losses
 from veneer.engine.objective import LIKELIHOOD
 from veneer.engine.reference import ReferenceEngine
@@ -107,7 +107,7 @@ def verify_parts(
 
     for check in _of_data(parts):
         note(check)
-    agreement = _agreement(parts, choice.engine, rows)
+    agreement = _agreement(run, parts, choice.engine, rows)
     for check in _of_agreement(choice, agreement):
         note(check)
     if agreement is not None and not agreement.holds:
@@ -129,11 +129,12 @@ def _of_data(parts: RunParts) -> Iterator[Check]:
         yield Check("end-of-turn", ends >= 1, ends, 1, name, bound="at least")
 
 
-def _agreement(parts: RunParts, engine: Engine, rows: list[Example]) -> Agreement | None:
+def _agreement(run: Run, parts: RunParts, engine: Engine, rows: list[Example]) -> Agreement | None:
     """Compare both engines on rows of several lengths and on rows of one; None: the run has no fused engine."""
     if engine.is_reference:
         return None
-    return agree(parts.model, engine, [Batch.of(rows), Batch.of(even_rows(parts.data.train, EVEN))])
+    batches = [Batch.of(rows), Batch.of(even_rows(parts.data.train, EVEN))]
+    return compare(parts.model, engine, run.train, parts.machine.device, batches)
 
 
 def _of_agreement(choice: EngineChoice, found: Agreement | None) -> Iterator[Check]:
