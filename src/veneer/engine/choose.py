@@ -10,15 +10,16 @@ first blocks then, which are moved to the device for the check, and there is no 
 """
 
 import gc
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from veneer.config import JobError, Train, UserError
 from veneer.data.batch import Batch, Example
-from veneer.engine.agreement import Agreement, agree, even_rows, short_rows
+from veneer.engine.agreement import Agreement, agree, even_rows, short_rows, within_vocabulary
 from veneer.engine.fused.decoder import NotCoveredError
 from veneer.engine.fused.engine import FusedEngine
 from veneer.engine.interface import Engine
@@ -117,7 +118,7 @@ def choose(model: Any, train: Train, device: str, examples: Sequence[Example]) -
     choice = build(model, train, device)
     if choice.engine.is_reference:
         return choice
-    batches = [Batch.of(short_rows(examples, PROBE)), Batch.of(even_rows(examples, EVEN))]
+    batches = [short_rows(examples, PROBE), even_rows(examples, EVEN)]
     agreement = compare(model, choice.engine, train, device, batches)
     failure = agreement.describe()
     if agreement.holds:
@@ -130,34 +131,37 @@ def choose(model: Any, train: Train, device: str, examples: Sequence[Example]) -
     return fall_back(model, failure)
 
 
-def compare(model: Any, engine: Engine, train: Train, device: str, batches: Sequence[Batch]) -> Agreement:
-    """Compare an engine with the reference engine; where weights lie in the host's memory, on the first blocks.
+def compare(model: Any, engine: Engine, train: Train, device: str, batches: Sequence[Sequence[Example]]) -> Agreement:
+    """Compare an engine with the reference engine, in the way of `comparable`.
 
     Args:
         model: PEFT model; restored afterwards.
         engine: engine of the model.
         train: settings.
         device: device of the model.
-        batches: batches to compare on.
+        batches: rows of each batch.
     """
-    return compare_blocks(model, train, device, batches) if lies_on_host(model) else agree(model, engine, batches)
+    with comparable(model, engine, train, device) as same:
+        return agree(model, same, [Batch.of(within_vocabulary(rows, model)) for rows in batches])
 
 
-def compare_blocks(model: Any, train: Train, device: str, batches: Sequence[Batch]) -> Agreement:
-    """Compare a new engine of a model's first blocks with the reference engine of these, on the device."""
+@contextmanager
+def comparable(model: Any, engine: Engine, train: Train, device: str) -> Iterator[Engine]:
+    """Within the context, the reference engine can compute with a model; it yields the engine to compare with.
+
+    That is the given one, unless weights lie in the host's memory: then the model is its first blocks, on the device,
+    with a part of its vocabulary, and the engine is another one of the same kind.
+    """
+    if not lies_on_host(model):
+        yield engine
+        return
     try:
         with first_blocks(model, CHECKED_BLOCKS, CHECKED_VOCABULARY, device):
-            return agree(model, build(model, train, device).engine, [_within_vocabulary(batch) for batch in batches])
+            yield build(model, train, device).engine
     finally:
         gc.collect()  # the engine's buffers are in reference cycles
         if device == "cuda":
             torch.cuda.empty_cache()
-
-
-def _within_vocabulary(batch: Batch) -> Batch:
-    """Replace tokens beyond the part of the vocabulary that is checked by others."""
-    targets_T = torch.where(batch.targets_T < 0, batch.targets_T, batch.targets_T % CHECKED_VOCABULARY)
-    return replace(batch, ids_T=batch.ids_T % CHECKED_VOCABULARY, targets_T=targets_T)
 
 
 def _require_resident(model: Any, reason: str) -> None:
