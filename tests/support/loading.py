@@ -17,9 +17,11 @@ CACHED = Quantization(cache=True)
 IDS = torch.arange(3, 35).view(2, 16)
 
 
-def load(folder: Path, quantization: Quantization | None = None, dtype: str = "float32") -> tuple[Any, LoadReport]:
+def load(
+    folder: Path, quantization: Quantization | None = None, dtype: str = "float32", to_host: bool = False
+) -> tuple[Any, LoadReport]:
     settings = Model.model_validate({"base": str(folder), "dtype": dtype})
-    return load_base(locate(settings), settings, quantization, find_machine())
+    return load_base(locate(settings), settings, quantization, find_machine(), to_host)
 
 
 def plainly(folder: Path, quantization: Quantization | None = None, dtype: str = "float32") -> Any:

@@ -255,8 +255,7 @@ def test_a_run_that_will_stream_loads_to_the_host(
 
 
 def test_a_load_to_the_host_without_a_gpu_is_an_ordinary_load(tiny_model: Callable[..., Path]) -> None:
-    model = Model(base=str(tiny_model()), dtype="bfloat16")
-    base, _ = loading.load_base(locate(model), model, Quantization(), find_machine(), to_host=True)
+    base, _ = load(tiny_model(), Quantization(), "bfloat16", to_host=True)
     assert_same(base, plainly(tiny_model(), Quantization(), "bfloat16"))
 
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from veneer.config import Quantization, UserError
+from veneer.config.notify import notify
 from veneer.model.handles import handles_of
 from veneer.model.host import fits_host, host_bytes, move_rest, quantizing_of
 from veneer.model.locate import BaseSource
@@ -153,6 +154,8 @@ def stream(
             checkpoint = checkpoint.quantized_as(settings["quantization_config"].to_dict(), checkpoint.pieces)
         elif not fits_host(host_bytes(checkpoint.pieces)):
             reader = MappedFiles(checkpoint.pieces, checksums)
+            folder = checkpoint.pieces[0].file.parent
+            notify(f"the host's memory is short: weights are memory-mapped from {folder}", "info", "model.base")
     config = checkpoint.config
     if (stored := _stored(config)) is not None:
         config.quantization_config = stored | {"bnb_4bit_compute_dtype": str(settings["dtype"]).removeprefix("torch.")}
