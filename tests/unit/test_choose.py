@@ -331,12 +331,11 @@ def test_the_first_blocks_are_checked_and_all_is_restored(tmp_path: Path, monkey
     before = {name: (p.data_ptr(), p.detach().clone()) for name, p in model.named_parameters()}
     layers = [module.weight.quant_state for module in of_4_bits(model)]
     seen: list[tuple[int, int]] = []
-    agree_whole = choose.agree
 
     def agree_on(model: Any, engine: Any, batches: Any) -> Any:
         seen.append((len(engine.blocks), len(engine.decoder.embed.weight)))
         assert max(int(batch.ids_T.max()) for batch in batches) < 100
-        return agree_whole(model, engine, batches)
+        return agree(model, engine, batches)
 
     monkeypatch.setattr(choose, "agree", agree_on)
     agreement = choose.compare(model, engine, Train(engine="fused"), "cpu", [some_examples()])

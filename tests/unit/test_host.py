@@ -22,11 +22,12 @@ from veneer.engine.placement import BlockPlacement, MemoryPlacement, WeightState
 from veneer.machine.device import find_machine
 from veneer.model import load as loading
 from veneer.model.attach import attach, count_parameters
-from veneer.model.host import move_rest, quantizing_of
+from veneer.model.host import host_bytes, move_rest, quantizing_of
 from veneer.model.load import keep_4bit_layout, settings_of
 from veneer.model.locate import locate
 from veneer.model.quiet import quiet
 from veneer.model.stream import find_checkpoint, stream
+from veneer.planning.predict import predict_run
 from veneer.training import parts
 
 
@@ -235,10 +236,8 @@ def test_a_run_that_will_stream_loads_to_the_host(
     class LoadedError(Exception):
         """Ends the test once the load is asked for."""
 
-    predict = parts.predict_run
-
     def predicted(*given: Any) -> Any:
-        prediction = predict(*given)
+        prediction = predict_run(*given)
         kept, streamed = BlockPlacement({}, {"qkv": WeightState.NF4}), BlockPlacement({}, {"qkv": state})
         placement = MemoryPlacement((kept, streamed))
         return replace(prediction, forecast=replace(prediction.forecast, placement=placement))
@@ -268,5 +267,5 @@ def test_bytes_of_a_load_are_foreseen(tiny_model: Callable[..., Path]) -> None:
     constants = 4 * (16 + 256) + 4  # tables and offset, the same for each layer
     found = sum(tensor.nbytes for name, tensor in base.state_dict().items() if "quant_state" not in name)
     layers = sum("absmax" in name and "nested" not in name for name in base.state_dict())
-    foreseen = loading.host_bytes(checkpoint.pieces, quantizing_of(checkpoint.config, settings, "cpu"))
+    foreseen = host_bytes(checkpoint.pieces, quantizing_of(checkpoint.config, settings, "cpu"))
     assert foreseen == pytest.approx(found - layers * constants, rel=0.01)

@@ -78,8 +78,8 @@ def first_blocks(model: Any, count: int, vocabulary: int, device: str) -> Iterat
     inner.layers, embeddings.padding_idx = layers[:count], None
     ends = {id(embeddings.weight), id(base.get_output_embeddings().weight)}
     tensors = [(parameter, parameter.data) for parameter in model.parameters()]
-    of_4_bits = [module for module in model.modules() if hasattr(module._parameters.get("weight"), "quant_state")]
-    states = [(module, module.weight.quant_state) for module in of_4_bits]
+    own = ((module, module._parameters.get("weight")) for module in model.modules())  # PEFT's layers name their base's
+    states = [(module, state) for module, weight in own if (state := getattr(weight, "quant_state", None)) is not None]
     try:
         for parameter, data in tensors:
             parameter.data = (data[:vocabulary] if id(parameter) in ends else data).to(device)

@@ -99,8 +99,8 @@ class QuantizedCache(NamedTuple):
         tied = getattr(base, "all_tied_weights_keys", None) or {}
         tensors = {name: tensor.detach() for name, tensor in base.state_dict().items() if name not in tied}
         needed = sum(tensor.nbytes for tensor in tensors.values())
-        if (reason_ := self.write_tensors(tensors.items, len(tensors), needed)) is not None:
-            notify(f"the 4-bit weights could not be cached ({reason_})", where="quantization.cache")
+        if (why := self.write_tensors(tensors.items, len(tensors), needed)) is not None:
+            notify(f"the 4-bit weights could not be cached ({why})", where="quantization.cache")
 
     def write_tensors(
         self, tensors: Callable[[], Iterable[tuple[str, torch.Tensor]]], count: int, needed: int
