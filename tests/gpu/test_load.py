@@ -11,15 +11,21 @@ import psutil
 import pytest
 import torch
 
+import veneer
 from tests.support.engines import COVERED
 from tests.support.loading import CACHED, copied, load, plainly, tensors
+from tests.support.runs import losses, tiny_run, write_rows
 from tests.support.tiny import FAMILIES
 from veneer.config import Adapter, Quantization, Train
-from veneer.data.batch import Example
+from veneer.data.batch import Batch, Example
 from veneer.engine import choose
+from veneer.engine.fused.engine import FusedEngine
+from veneer.engine.objective import LIKELIHOOD
 from veneer.engine.temporary import lies_on_host
 from veneer.model import reader
 from veneer.model.attach import attach
+from veneer.training import parts
+from veneer.training.job import TrainingJob
 
 pytestmark = [
     pytest.mark.gpu,
@@ -134,12 +140,36 @@ def test_a_model_in_the_hosts_memory_is_checked_by_its_first_blocks(tiny_model: 
     base, _ = load(tiny_model(), Quantization(), "bfloat16", to_host=True)
     model: Any = attach(base, Adapter(r=16), 0)
     assert lies_on_host(model)
+    engine = FusedEngine(model)
+    assert engine.is_on_host, "it moves nothing to the GPU until it has planned its memory"
     before = [(parameter.device, parameter.data_ptr()) for parameter in model.parameters()]
     held = torch.cuda.memory_allocated()
     rows = [Example(np.arange(3, 203) % 384, ((1, 200, 1.0),), "") for _ in range(2)]
-    engine: Any = None  # the engine of the whole model, which is not compared
     found = choose.compare(model, engine, Train(engine="fused"), "cuda", [rows])
     assert found.holds, found.describe()
     assert [(parameter.device, parameter.data_ptr()) for parameter in model.parameters()] == before
     assert torch.cuda.memory_allocated() - held < 32 * 2**20, "cuBLAS' workspace may stay"
     assert lies_on_host(model)
+    assert engine.is_on_host
+    loss = engine.forward_backward(Batch.of(rows), LIKELIHOOD).loss.item()
+    resident = attach(load(tiny_model(), Quantization(), "bfloat16")[0], Adapter(r=16), 0)
+    assert loss == FusedEngine(resident).forward_backward(Batch.of(rows), LIKELIHOOD).loss.item()
+
+
+def test_a_run_from_the_hosts_memory_verifies_and_trains(
+    tiny_model: Callable[..., Path], tmp_path: Path, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    sections: dict[str, Any] = {"model": {"dtype": "bfloat16"}, "quantization": {"bits": 4}, "adapter": {"r": 16}}
+    sections["train"] = {"gradient_checkpointing": "auto"}
+    runs = {name: tiny_run(tiny_model(), path, tmp_path / name, **sections) for name in ("host", "device")}
+    TrainingJob(runs["device"]).fit()
+    monkeypatch.setattr(parts, "_streams_weights", lambda prediction: True)
+    found = veneer.verify(runs["host"])
+    assert found.passed, [check.as_dict() for check in found.checks if not check.passed]
+    assert found.choice.engine.name == "fused"
+    job = TrainingJob(runs["host"])
+    assert "gives the reference's numbers" in job.choice.reason
+    job.fit()
+    # Attention's backward adds in no fixed order there.
+    assert losses(tmp_path / "host") == pytest.approx(losses(tmp_path / "device"), rel=1e-3)

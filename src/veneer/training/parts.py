@@ -9,7 +9,6 @@ from typing import Any
 from veneer.config import Run, UserError
 from veneer.data.pipeline import Prepared, prepare
 from veneer.data.render import Renderer
-from veneer.engine.placement import WeightState
 from veneer.machine.device import Machine, bound_freed_memory, find_machine
 from veneer.model.attach import attach
 from veneer.model.load import load_model, load_tokenizer
@@ -67,7 +66,7 @@ def load_parts(run: Run, force: bool = False) -> RunParts:
 
 def _streams_weights(prediction: Prediction) -> bool:
     """Return whether the run is predicted to stream frozen weights from the host's memory."""
-    return any(WeightState.STREAMED in block.weights.values() for block in prediction.forecast.placement.blocks)
+    return any(block.streams for block in prediction.forecast.placement.blocks)
 
 
 def _require_memory(prediction: Prediction) -> None:
