@@ -93,11 +93,10 @@ def quantized_tensors(
 
 def move_rest(base: Any, device: str) -> None:
     """Move all of a model but 4-bit weights, embeddings and head to a device, in place."""
-    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    ends = {id(module.weight) for module in (base.get_input_embeddings(), base.get_output_embeddings())}
     for module in base.modules():
-        if module not in ends:
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                if getattr(parameter, "quant_state", None) is None:
-                    setattr(module, name, torch.nn.Parameter(parameter.to(device), requires_grad=False))
-            for name, buffer in list(module.named_buffers(recurse=False)):
-                setattr(module, name, buffer.to(device))
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in ends and getattr(parameter, "quant_state", None) is None:
+                setattr(module, name, torch.nn.Parameter(parameter.to(device), requires_grad=False))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(device))
