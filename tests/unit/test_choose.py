@@ -6,26 +6,32 @@ from pathlib import Path
 from subprocess import CalledProcessError
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import veneer
 from tests.support.engines import batch_of, model_of
+from tests.support.loading import load
 from tests.support.notices import notified
 from tests.support.runs import StopAt, losses, tiny_run, write_rows
-from veneer.config import Interrupted, JobError, RunFolder, Train, UserError
-from veneer.data.batch import Batch
+from tests.support.tiny import FAMILIES, save_tiny_model
+from veneer.config import Adapter, Interrupted, JobError, Quantization, RunFolder, Train, UserError
+from veneer.data.batch import Batch, Example
 from veneer.engine import choose
 from veneer.engine.agreement import agree
 from veneer.engine.fused.block import ACTIVATIONS
 from veneer.engine.fused.engine import FusedEngine
 from veneer.engine.objective import LIKELIHOOD, Objective, StepOutput
 from veneer.engine.reference import ReferenceEngine
+from veneer.engine.temporary import lies_on_host
 from veneer.kernels.launch import TritonError
+from veneer.model.attach import attach
 from veneer.training.job import TrainingJob
 from veneer.training.metrics import read_metrics
 from veneer.training.optimizer import parameters_to_update
+from veneer.training.verify import verify as verify_run
 
 MakeRun = Callable[..., veneer.Run]
 WRONG = "layers.1.mlp.down_proj.lora_A"
@@ -288,3 +294,93 @@ def test_the_reference_engine_updates_each_matrix() -> None:
     model = model_of("llama")
     names = parameters_to_update(model, ReferenceEngine(model), Train(), "cpu")
     assert set(names) == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def deep_model(tmp_path: Path) -> Any:
+    """A tiny model of four blocks in 4 bits, with adapters at work."""
+    name, settings = FAMILIES["llama"]
+    save_tiny_model((name, settings | {"num_hidden_layers": 4}), tmp_path / "deep")
+    base, _ = load(tmp_path / "deep", Quantization(), "float32")
+    model = attach(base, Adapter(r=4), 0)
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_B" in parameter_name:
+            parameter.data = 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def of_4_bits(model: Any) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+
+
+@pytest.fixture
+def on_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each model counts as one in the host's memory, of which 100 tokens are checked."""
+    monkeypatch.setattr(choose, "CHECKED_VOCABULARY", 100)
+    monkeypatch.setattr(choose, "lies_on_host", lambda model: len(model.get_base_model().model.layers) > 2)
+
+
+def some_examples() -> list[Example]:
+    return [Example(torch.arange(start, start + 40).numpy(), ((1, 40, 1.0),), "") for start in (3, 300)]
+
+
+@pytest.mark.usefixtures("on_host")
+def test_the_first_blocks_are_checked_and_all_is_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = deep_model(tmp_path), batch_of()
+    engine = FusedEngine(model)
+    loss = engine.forward_backward(batch, LIKELIHOOD).loss
+    before = {name: (p.data_ptr(), p.detach().clone()) for name, p in model.named_parameters()}
+    layers = [module.weight.quant_state for module in of_4_bits(model)]
+    seen: list[tuple[int, int]] = []
+
+    def agree_on(model: Any, engine: Any, batches: Any) -> Any:
+        seen.append((len(engine.blocks), len(engine.decoder.embed.weight)))
+        assert max(int(batch.ids_T.max()) for batch in batches) < 100
+        return agree(model, engine, batches)
+
+    monkeypatch.setattr(choose, "agree", agree_on)
+    agreement = choose.compare(model, engine, Train(engine="fused"), "cpu", [some_examples()])
+    assert agreement.holds, agreement.describe()
+    assert seen == [(2, 100)]
+    after = {name: (p.data_ptr(), p.detach().clone()) for name, p in model.named_parameters()}
+    assert after.keys() == before.keys()
+    for name, (address, tensor) in before.items():
+        assert after[name][0] == address, "an engine's buffer holds the adapter"
+        assert torch.equal(after[name][1], tensor), name
+    for module, state in zip(of_4_bits(model), layers, strict=True):
+        assert module.weight.quant_state is state
+        assert module.quant_state is state
+    assert engine.forward_backward(batch, LIKELIHOOD).loss == loss
+
+
+@pytest.mark.usefixtures("on_host", "wrong_kernel")
+def test_a_wrong_kernel_is_found_in_the_first_blocks(tmp_path: Path) -> None:
+    model = deep_model(tmp_path)
+    agreement = choose.compare(model, FusedEngine(model), Train(engine="fused"), "cpu", [some_examples()])
+    assert not agreement.holds
+    assert agreement.worst == f"model.{WRONG}"
+
+
+@pytest.mark.usefixtures("on_host")
+def test_verify_works_on_a_model_in_the_hosts_memory(make_run: MakeRun, tmp_path: Path) -> None:
+    deep_model(tmp_path)
+    run = make_run("run", model={"base": str(tmp_path / "deep")}, quantization={"bits": 4})
+    checks = {check.id: check for check in verify_run(run).checks}
+    assert {"fused-loss", "targets", "reload", "overfit"} <= checks.keys()
+    assert [check.id for check in checks.values() if not check.passed] == []
+
+
+def on_another_device(model: Any) -> None:
+    """Put a norm elsewhere than other frozen weights, as a load to the host does."""
+    assert not lies_on_host(model)
+    norm = model.get_base_model().model.norm
+    norm.weight = torch.nn.Parameter(norm.weight.to("meta"), requires_grad=False)
+    assert lies_on_host(model)
+
+
+def test_the_reference_engine_never_gets_a_model_on_the_host(tmp_path: Path) -> None:
+    model = deep_model(tmp_path)
+    on_another_device(model)
+    with pytest.raises(JobError, match=r"train\.engine asks for the reference engine; .*\n.*smaller model\.base"):
+        choose.build(model, Train(engine="reference"), "cuda")
+    with pytest.raises(JobError, match=r"losses differ; the reference engine cannot go on, .*\n.*smaller model\.base"):
+        choose.fall_back(model, "losses differ")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.loading import CACHED, copied, load, plainly, plainly_of, tensors
+from tests.support.loading import CACHED, IDS, assert_same, copied, load, plainly, plainly_of
 from tests.support.tiny import FAMILIES
 from veneer.config import Adapter, Model, Quantization, UserError
 from veneer.config.folder import whole_folder
@@ -21,32 +21,6 @@ from veneer.model.load import load_base
 from veneer.model.locate import BaseSource, locate
 from veneer.model.reader import Reader
 from veneer.model.shards import read_headers
-
-IDS = torch.arange(3, 35).view(2, 16)
-
-
-def assert_same(ours: Any, theirs: Any) -> None:
-    """Every tensor with what belongs to it, how they are tied, and what the model computes."""
-    assert tensors(ours).keys() == tensors(theirs).keys()
-    for name, tensor in tensors(theirs).items():
-        mine = tensors(ours)[name]
-        assert (type(mine), mine.dtype, mine.shape) == (type(tensor), tensor.dtype, tensor.shape), name
-        assert torch.equal(mine, tensor), name
-        state, other = (getattr(t, "quant_state", None) for t in (mine, tensor))
-        if state is not None and other is not None:
-            assert state.as_dict(packed=True).keys() == other.as_dict(packed=True).keys()
-            assert (state.shape, state.dtype, state.blocksize, state.quant_type) == (
-                other.shape, other.dtype, other.blocksize, other.quant_type,
-            )  # fmt: skip
-            assert (mine.compress_statistics, mine.bnb_quantized) == (tensor.compress_statistics, tensor.bnb_quantized)
-    head, embeddings = (model.get_output_embeddings().weight for model in (ours, theirs))
-    assert (head is ours.get_input_embeddings().weight) == (embeddings is theirs.get_input_embeddings().weight)
-    assert ours.config.to_dict() == theirs.config.to_dict()
-    assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
-    assert ours.get_memory_footprint() == theirs.get_memory_footprint()
-    assert getattr(ours, "is_loaded_in_4bit", False) == getattr(theirs, "is_loaded_in_4bit", False)
-    with torch.no_grad():
-        assert torch.equal(ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

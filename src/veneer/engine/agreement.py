@@ -8,7 +8,7 @@ ones differ by as much; a wrong kernel is off by half or more in its own matrice
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -152,6 +152,12 @@ def short_rows(examples: Sequence[Example], lengths: Sequence[int], least: int =
 def all_trained(row: Example) -> Example:
     """Return the same row with a loss on every token."""
     return Example(row.ids, ((1, len(row.ids), 1.0),), row.place)
+
+
+def within_vocabulary(rows: Sequence[Example], model: Any) -> list[Example]:
+    """Replace tokens for which a model has no embeddings by others; it has all, but for `first_blocks`."""
+    size = len(model.get_input_embeddings().weight)
+    return [replace(row, ids=row.ids % size) for row in rows]
 
 
 def short_name(parameter: str) -> str:

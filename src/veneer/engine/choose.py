@@ -4,24 +4,34 @@ The fused engine is taken where it covers the model, and only after it has given
 few tokens of the run's own rows: its kernels are tested, but not on this GPU, driver and model. Where its numbers
 differ, the run warns and goes on with the reference engine. Without CUDA its kernels are plain torch, for tests alone,
 so `auto` means the reference engine there.
+
+Where weights lie in the host's memory, the reference engine cannot compute with them. The engines are compared on the
+first blocks then, which are moved to the device for the check, and there is no engine to go on with if they differ.
 """
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from veneer.config import JobError, Train, UserError
 from veneer.data.batch import Batch, Example
-from veneer.engine.agreement import agree, even_rows, short_rows
+from veneer.engine.agreement import Agreement, agree, even_rows, short_rows, within_vocabulary
 from veneer.engine.fused.decoder import NotCoveredError
 from veneer.engine.fused.engine import FusedEngine
 from veneer.engine.interface import Engine
 from veneer.engine.reference import ReferenceEngine
+from veneer.engine.temporary import first_blocks, lies_on_host
 
 FUSED_DEVICES = ("cuda",)  # where `auto` takes the fused engine
 PROBE = (160, 96)  # tokens of the rows that the engines are compared on
 EVEN = (256, 256)  # the same for rows of one length, which go through cuDNN's attention where it is available
+# Of a model in the host's memory, so much is checked: kinds of blocks alternate at most (Gemma 2), and a part of the
+# vocabulary is enough for the kernels.
+CHECKED_BLOCKS, CHECKED_VOCABULARY = 2, 16_384
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,7 @@ def build(model: Any, train: Train, device: str) -> EngineChoice:
 
     Raises:
         UserError: see `choose_engine`.
+        JobError: the model lies in the host's memory, and the fused engine does not cover it.
     """
     made: list[Engine] = []
 
@@ -84,8 +95,10 @@ def build(model: Any, train: Train, device: str) -> EngineChoice:
         return None
 
     name, reason = choose_engine(train.engine, device, not_covered)
-    engine = made[0] if name == "fused" else ReferenceEngine(model, for_cpu=device == "cpu")
-    return EngineChoice(engine, reason)
+    if name == "fused":
+        return EngineChoice(made[0], reason)
+    _require_resident(model, reason)
+    return EngineChoice(ReferenceEngine(model, for_cpu=device == "cpu"), reason)
 
 
 def choose(model: Any, train: Train, device: str, examples: Sequence[Example]) -> EngineChoice:
@@ -99,13 +112,14 @@ def choose(model: Any, train: Train, device: str, examples: Sequence[Example]) -
 
     Raises:
         UserError: see `build`.
-        JobError: the fused engine is asked for and gives other numbers than the reference engine.
+        JobError: the fused engine gives other numbers than the reference engine, and either it is asked for or the
+            model lies in the host's memory.
     """
     choice = build(model, train, device)
     if choice.engine.is_reference:
         return choice
-    batches = [Batch.of(short_rows(examples, PROBE)), Batch.of(even_rows(examples, EVEN))]
-    agreement = agree(model, choice.engine, batches)
+    batches = [short_rows(examples, PROBE), even_rows(examples, EVEN)]
+    agreement = compare(model, choice.engine, train, device, batches)
     failure = agreement.describe()
     if agreement.holds:
         return EngineChoice(choice.engine, f"{choice.reason} and gives the reference's numbers: {failure}")
@@ -117,10 +131,57 @@ def choose(model: Any, train: Train, device: str, examples: Sequence[Example]) -
     return fall_back(model, failure)
 
 
+def compare(model: Any, engine: Engine, train: Train, device: str, batches: Sequence[Sequence[Example]]) -> Agreement:
+    """Compare an engine with the reference engine, in the way of `comparable`.
+
+    Args:
+        model: PEFT model; restored afterwards.
+        engine: engine of the model.
+        train: settings.
+        device: device of the model.
+        batches: rows of each batch.
+    """
+    with comparable(model, engine, train, device) as same:
+        return agree(model, same, [Batch.of(within_vocabulary(rows, model)) for rows in batches])
+
+
+@contextmanager
+def comparable(model: Any, engine: Engine, train: Train, device: str) -> Iterator[Engine]:
+    """Within the context, the reference engine can compute with a model; it yields the engine to compare with.
+
+    That is the given one, unless weights lie in the host's memory: then the model is its first blocks, on the device,
+    with a part of its vocabulary, and the engine is another one of the same kind.
+    """
+    if not lies_on_host(model):
+        yield engine
+        return
+    try:
+        with first_blocks(model, CHECKED_BLOCKS, CHECKED_VOCABULARY, device):
+            yield build(model, train, device).engine
+    finally:
+        gc.collect()  # the engine's buffers are in reference cycles
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _require_resident(model: Any, reason: str) -> None:
+    """Raise JobError if the reference engine must take over a model in the host's memory."""
+    if lies_on_host(model):
+        raise JobError(
+            f"{reason}; the reference engine cannot go on, since the model does not fit the GPU and the fused engine "
+            "alone streams weights from the host's memory\n  fix: name a smaller model.base"
+        )
+
+
 def fall_back(model: Any, failure: str) -> EngineChoice:
-    """Replace a fused engine that failed its check by the reference engine."""
+    """Replace a fused engine that failed its check by the reference engine.
+
+    Raises:
+        JobError: the model lies in the host's memory.
+    """
     gc.collect()  # the other engine's buffers are in reference cycles
     warning = f"the fused engine does not give the reference engine's numbers here: {failure}"
+    _require_resident(model, warning)
     for_cpu = model.get_input_embeddings().weight.device.type == "cpu"
     return EngineChoice(
         ReferenceEngine(model, for_cpu), warning, f"{warning}; training goes on with the reference engine, slower"

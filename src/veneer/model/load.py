@@ -22,12 +22,14 @@ from veneer.config.hub import not_here, unreachable
 from veneer.data.sandbox import shared
 from veneer.machine.device import Machine, named_dtype
 from veneer.model.dense import add_dense_copies
+from veneer.model.handles import MOST_PARTS, Quantizing, note_range
+from veneer.model.host import fits_host, host_bytes, quantized_tensors, quantizing_of, short_of_memory
 from veneer.model.limits import require_sizes
 from veneer.model.locate import BaseSource, local_folder
 from veneer.model.quantized_cache import CachedWeights, QuantizedCache, notify_unusable
 from veneer.model.quiet import quiet
 from veneer.model.remote import refusal, require_attention, require_own_class
-from veneer.model.stream import Checkpoint, collect_cycles, find_checkpoint, note_range, require_finite, stream
+from veneer.model.stream import Checkpoint, collect_cycles, find_checkpoint, require_finite, stream
 
 
 class LoadReport(NamedTuple):
@@ -84,18 +86,36 @@ def load_tokenizer(source: BaseSource) -> Any:
     return tokenizer
 
 
-def load_model(source: BaseSource, model: Model, quantization: Quantization | None, machine: Machine) -> Any:
+def load_model(
+    source: BaseSource,
+    model: Model,
+    quantization: Quantization | None,
+    machine: Machine,
+    to_host: bool = False,
+) -> Any:
     """Load the base model to the machine's device, frozen.
 
+    Args:
+        source: base model.
+        model: settings of the model.
+        quantization: settings of 4-bit weights; None: as they are stored.
+        machine: machine, whose device and memory count.
+        to_host: whether 4-bit weights, embeddings and head of a model for a GPU stay in the host's memory, from where
+            the fused engine streams them; without a GPU, or 4-bit weights, it means nothing.
+
     Raises:
-        UserError: it cannot be found or loaded, or its files lack weights.
+        UserError: it cannot be found or loaded, or its files lack weights, or the host's memory is too small for it.
         torch.OutOfMemoryError: it does not fit.
     """
-    return load_base(source, model, quantization, machine)[0]
+    return load_base(source, model, quantization, machine, to_host)[0]
 
 
 def load_base(
-    source: BaseSource, model: Model, quantization: Quantization | None, machine: Machine
+    source: BaseSource,
+    model: Model,
+    quantization: Quantization | None,
+    machine: Machine,
+    to_host: bool = False,
 ) -> tuple[Any, LoadReport]:
     """Load the base model like `load_model`, and return a report with it."""
     started = time.perf_counter()
@@ -104,7 +124,7 @@ def load_base(
         folder = local_folder(source)
         if folder is not None and (folder / "generation_config.json").is_file():  # Transformers ignores a damaged one
             read_json(folder / "generation_config.json", fix="fetch it again, or delete it if it is not needed")
-        loaded = _load(source, settings, quantization, machine)
+        loaded = _load(source, settings, quantization, machine.device, to_host and machine.device == "cuda")
     if loaded.missing:
         raise UserError(
             f"model.base = {source.name}: its files lack {len(loaded.missing)} weights "
@@ -163,28 +183,48 @@ def settings_of(model: Model, quantization: Quantization | None, machine: Machin
     return settings
 
 
-def _load(source: BaseSource, settings: dict[str, Any], quantization: Quantization | None, machine: Machine) -> _Loaded:
-    checkpoint = find_checkpoint(source, quantization) if machine.device in ("cuda", "cpu") else None
+def _load(
+    source: BaseSource, settings: dict[str, Any], quantization: Quantization | None, device: str, to_host: bool
+) -> _Loaded:
+    checkpoint = find_checkpoint(source, quantization) if device in ("cuda", "cpu") else None
     if checkpoint is None:
+        if to_host:
+            raise UserError(
+                f"model.base = {source.name}: it does not fit the GPU, and only safetensors in 16 or 32 bits, or in "
+                "bitsandbytes' 4 bits, are loaded to the host's memory",
+                "name a smaller model.base, or convert it",
+            )
         base, missing = load_plainly(source, settings)
         return _Loaded(base, missing, 0, "transformers")
+    to_host = to_host and (quantization is not None or checkpoint.is_quantized)
     copy = None
     if quantization is not None and quantization.cache and not checkpoint.is_quantized:
-        copy = QuantizedCache.of(source, checkpoint.files, quantization, settings["dtype"], machine.device)
+        copy = QuantizedCache.of(source, checkpoint.files, quantization, settings["dtype"], device)
         cached = copy.find()
-        if cached is not None and (loaded := _load_cached(source, checkpoint, cached, settings, machine)) is not None:
-            return loaded
-    base, missing, bytes_read = stream(source, checkpoint, settings, machine.device)
+        if cached is not None:
+            loaded = _load_cached(source, checkpoint, cached, settings, device, to_host)
+            if loaded is not None:
+                return loaded
+    if to_host and not checkpoint.is_quantized:
+        quantizing = quantizing_of(checkpoint.config, settings, device)
+        if not fits_host(host_bytes(checkpoint.pieces, quantizing)):
+            return _load_mapped(source, checkpoint, settings, quantizing, copy)
+    base, missing, bytes_read = stream(source, checkpoint, settings, device, to_host=to_host)
     return _Loaded(base, missing, bytes_read, "files", copy)
 
 
 def _load_cached(
-    source: BaseSource, checkpoint: Checkpoint, cached: CachedWeights, settings: dict[str, Any], machine: Machine
+    source: BaseSource,
+    checkpoint: Checkpoint,
+    cached: CachedWeights,
+    settings: dict[str, Any],
+    device: str,
+    to_host: bool,
 ) -> _Loaded | None:
     """Load the model from its cached 4-bit weights; None, with a notice, if they are damaged."""
     try:
         quantized = checkpoint.quantized_as(settings["quantization_config"].to_dict(), cached.pieces)
-        base, missing, bytes_read = stream(source, quantized, settings, machine.device, cached.checksums)
+        base, missing, bytes_read = stream(source, quantized, settings, device, cached.checksums, to_host)
         reason = f"it lacks {missing[0]}" if missing else ""
     except torch.OutOfMemoryError:
         raise  # the copy is not damaged
@@ -194,6 +234,34 @@ def _load_cached(
         notify_unusable(cached.folder, reason)
         gc.collect()  # free what was loaded before the next attempt
         return None
+    return _Loaded(base, missing, bytes_read, "cache")
+
+
+def _load_mapped(
+    source: BaseSource,
+    checkpoint: Checkpoint,
+    settings: dict[str, Any],
+    quantizing: Quantizing,
+    copy: QuantizedCache | None,
+) -> _Loaded:
+    """Load a 16-bit base whose 4-bit weights fit neither GPU nor host: write the cached copy first, and map that."""
+    needed = host_bytes(checkpoint.pieces, quantizing)
+    if copy is None:
+        why = "they can be memory-mapped from a cached copy, which quantization.cache = false leaves out"
+        raise short_of_memory(source, needed, why, "set quantization.cache=true")
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        ranges: dict[str, torch.Tensor] = {}
+        yield from quantized_tensors(checkpoint.pieces, quantizing, ranges)
+        require_finite(source, ranges)  # while the copy is not complete
+
+    if (reason := copy.write_tensors(tensors, MOST_PARTS * len(checkpoint.pieces), needed)) is not None:
+        why = f"they cannot be memory-mapped from a cached copy either, which cannot be written ({reason})"
+        raise short_of_memory(source, needed, why, "free disk space")
+    cached = copy.find()
+    assert cached is not None, "it has just been written"
+    quantized = checkpoint.quantized_as(settings["quantization_config"].to_dict(), cached.pieces)
+    base, missing, bytes_read = stream(source, quantized, settings, quantizing.device, cached.checksums, to_host=True)
     return _Loaded(base, missing, bytes_read, "cache")
 
 

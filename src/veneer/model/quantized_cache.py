@@ -14,6 +14,7 @@ import json
 import shutil
 import time
 import zlib
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -32,6 +33,7 @@ from veneer.model.shards import DTYPES, DamagedError, Piece, UnknownTypeError, r
 FORMAT = 1
 WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
 SAMPLES, SAMPLE_BYTES = 64, 4096
+ENTRY_BYTES = 256  # of a header, for a tensor with its name
 
 
 class CachedWeights(NamedTuple):
@@ -97,6 +99,19 @@ class QuantizedCache(NamedTuple):
         tied = getattr(base, "all_tied_weights_keys", None) or {}
         tensors = {name: tensor.detach() for name, tensor in base.state_dict().items() if name not in tied}
         needed = sum(tensor.nbytes for tensor in tensors.values())
+        if (why := self.write_tensors(tensors.items, len(tensors), needed)) is not None:
+            notify(f"the 4-bit weights could not be cached ({why})", where="quantization.cache")
+
+    def write_tensors(
+        self, tensors: Callable[[], Iterable[tuple[str, torch.Tensor]]], count: int, needed: int
+    ) -> str | None:
+        """Write tensors to the first folder that is writable; return the reasons if none is, else None.
+
+        Args:
+            tensors: function that returns names and tensors of the state dict; they are written one by one.
+            count: number of tensors at most.
+            needed: bytes of them all.
+        """
         reasons = []
         for folder in self.folders:
             started = time.perf_counter()
@@ -104,7 +119,7 @@ class QuantizedCache(NamedTuple):
                 clear_dead(folder)
                 _require_space(folder, needed)
                 with whole_folder(folder) as unfinished:
-                    checksums = _write(tensors, unfinished / WEIGHTS)
+                    checksums = _write(tensors(), count, unfinished / WEIGHTS)
                     write_json(unfinished / MANIFEST, {"origin": self.origin, "checksums": checksums})
             except OSError as error:
                 reasons.append(f"{folder}: {error.strerror or error}")
@@ -112,8 +127,8 @@ class QuantizedCache(NamedTuple):
                 seconds = time.perf_counter() - started
                 size = f"{needed / 1e9:.1f} GB, {seconds:.0f} s"
                 notify(f"cached the 4-bit weights in {folder} ({size})", "info", str(folder))
-                return
-        notify(f"the 4-bit weights could not be cached ({'; '.join(reasons)})", where="quantization.cache")
+                return None
+        return "; ".join(reasons)
 
 
 def notify_unusable(folder: Path, reason: str) -> None:
@@ -142,19 +157,25 @@ def _require_space(folder: Path, needed: int) -> None:
         raise OSError(f"{free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed")
 
 
-def _write(tensors: dict[str, torch.Tensor], file: Path) -> dict[str, list[int]]:
-    """Write a safetensors file, a chunk at a time; return each tensor's checksums."""
+def _write(tensors: Iterable[tuple[str, torch.Tensor]], count: int, file: Path) -> dict[str, list[int]]:
+    """Write a safetensors file, a chunk at a time; return each tensor's checksums.
+
+    The header comes first in the file but is known last; spaces, which the format allows, fill what it does not need.
+    """
     kinds = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": kinds[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    sums, end, length = {}, 0, ENTRY_BYTES * (count + 1)
     with file.open("wb") as handle:
-        handle.write(len(text).to_bytes(8, "little") + text)
-        return {name: _write_tensor(tensor, handle) for name, tensor in tensors.items()}
+        handle.seek(8 + length)
+        for name, tensor in tensors:
+            begin, end = end, end + tensor.nbytes
+            header[name] = {"dtype": kinds[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+            sums[name] = _write_tensor(tensor, handle)
+        text = json.dumps(header).encode()
+        assert len(text) <= length, "more tensors than were announced, or longer names"
+        handle.seek(0)
+        handle.write(length.to_bytes(8, "little") + text.ljust(length))
+    return sums
 
 
 def _write_tensor(tensor: torch.Tensor, handle: BinaryIO) -> list[int]:

@@ -195,14 +195,62 @@ class Reader:
         array: Any = landing.numpy()
         view = memoryview(array)
         _read(handle, piece, piece.offset + start, view)
-        if self._checksums is not None and zlib.crc32(view) != self._checksums[piece.name][start // CHUNK]:
-            raise DamagedError(f"{piece.file.name} is damaged: the checksum of {piece.name} is another")
+        _require_checksum(piece, start, view, self._checksums)
         if staging is not None:
             with self._in_order():
                 target.copy_(landing, non_blocking=True)
                 done: Any = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call, unused-ignore]
                 done.record()
             done.synchronize()
+
+
+class MappedFiles:
+    """Gives tensors as views of memory-mapped files, with the interface of `Reader`: the system reads what is used.
+
+    The system may drop them again at any time. A tensor that its file does not align is copied.
+
+    Args:
+        pieces: tensors and their locations in files.
+        checksums: argument of `Reader`.
+    """
+
+    failure: Exception | None = None
+    bytes_read = 0
+
+    def __init__(self, pieces: Sequence[Piece], checksums: Mapping[str, Sequence[int]] | None = None) -> None:
+        self._pieces, self._checksums = {piece.name: piece for piece in pieces}, checksums
+        self._files = {
+            file: torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
+            for file in {piece.file for piece in pieces}
+        }
+
+    def __enter__(self) -> "MappedFiles":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._files.clear()  # a file stays mapped as long as a tensor is
+
+    def take(self, name: str) -> torch.Tensor:
+        """Return a tensor, in the file's dtype.
+
+        Raises:
+            DamagedError: a checksum differs.
+        """
+        piece = self._pieces[name]
+        bytes_ = self._files[piece.file][piece.offset : piece.offset + piece.size]
+        array: Any = bytes_.numpy()
+        for start in range(0, piece.size, CHUNK):
+            _require_checksum(piece, start, memoryview(array)[start : start + CHUNK], self._checksums)
+        dtype = DTYPES[piece.kind]
+        aligned = bytes_ if piece.offset % dtype.itemsize == 0 else bytes_.clone()
+        return aligned.view(dtype).view(piece.shape)
+
+
+def _require_checksum(
+    piece: Piece, start: int, view: memoryview, checksums: Mapping[str, Sequence[int]] | None
+) -> None:
+    if checksums is not None and zlib.crc32(view) != checksums[piece.name][start // CHUNK]:
+        raise DamagedError(f"{piece.file.name} is damaged: the checksum of {piece.name} is another")
 
 
 def _read(handle: Any, piece: Piece, offset: int, view: memoryview) -> None:

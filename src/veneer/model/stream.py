@@ -2,9 +2,9 @@
 
 Transformers builds the model, renames, converts, quantizes, ties and checks as it always does, since it gets the
 checkpoint as a state dict, as its `from_pretrained` documents. The entries of that state dict are no tensors yet but
-handles that Transformers resolves one by one; the reader, which is a little ahead, then gives each tensor on the
-device. A linear layer is quantized as soon as it is read, and its 16-bit weight freed. A layer stored in 4 bits has six
-tensors in its file; they are combined here, since Transformers copies a set of patterns for each.
+handles (handles.py) that Transformers resolves one by one; the reader, which is a little ahead, then gives each tensor
+on the device. A linear layer is quantized as soon as it is read, and its 16-bit weight freed. A layer stored in 4 bits
+has six tensors in its file; its handle combines them, since Transformers copies a set of patterns for each.
 
 The result is therefore equal bit for bit; `tests/unit/test_stream.py` compares every tensor. Transformers' own reader
 loads all other models (rare dtypes, other quantizers, models of several parts).
@@ -20,12 +20,14 @@ from typing import Any, NamedTuple
 import torch
 
 from veneer.config import Quantization, UserError
+from veneer.config.notify import notify
+from veneer.model.handles import handles_of
+from veneer.model.host import fits_host, host_bytes, move_rest, quantizing_of
 from veneer.model.locate import BaseSource
-from veneer.model.reader import Reader
+from veneer.model.reader import MappedFiles, Reader
 from veneer.model.remote import read_config
-from veneer.model.shards import DamagedError, Piece, UnknownTypeError, find_files, read_headers
+from veneer.model.shards import Piece, UnknownTypeError, find_files, read_headers
 
-QUANT_STATE = ".quant_state."  # in the names of tensors that bitsandbytes stores beside a 4-bit weight
 LARGE_BYTES = 64 * 2**20
 
 
@@ -52,42 +54,6 @@ class Checkpoint(NamedTuple):
         config = copy.deepcopy(self.config)
         config.quantization_config = stored
         return Checkpoint(config, [], pieces)
-
-
-class Handle:
-    """An entry of the state dict, with the interface of a slice of a safetensors file."""
-
-    def __init__(self, reader: Reader, piece: Piece, ranges: dict[str, torch.Tensor]) -> None:
-        self._reader, self._piece, self._ranges = reader, piece, ranges
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        whole: torch.Tensor = self._reader.take(self._piece.name)
-        note_range(self._ranges, self._piece.name, whole)
-        return whole if index is Ellipsis else whole[index]
-
-    def get_dtype(self) -> str:
-        return self._piece.kind
-
-    def get_shape(self) -> list[int]:
-        return list(self._piece.shape)
-
-
-class PackedHandle(Handle):
-    """The entry of a 4-bit layer: its packed weight, with its constants."""
-
-    def __init__(self, reader: Reader, piece: Piece, ranges: dict[str, torch.Tensor], beside: list[str]) -> None:
-        super().__init__(reader, piece, ranges)
-        self._beside = beside
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        from bitsandbytes.nn import Params4bit
-
-        packed = super().__getitem__(Ellipsis)
-        beside = {name: self._reader.take(name) for name in self._beside}
-        for name, tensor in beside.items():
-            note_range(self._ranges, name, tensor)
-        whole: torch.Tensor = Params4bit.from_prequantized(packed, beside, device=packed.device)
-        return whole if index is Ellipsis else whole[index]
 
 
 def find_checkpoint(source: BaseSource, quantization: Quantization | None) -> Checkpoint | None:
@@ -159,8 +125,12 @@ def stream(
     settings: dict[str, Any],
     device: str,
     checksums: dict[str, list[int]] | None = None,
+    to_host: bool = False,
 ) -> tuple[Any, list[str], int]:
     """Load a checkpoint; return the model, the names of weights that its files lack, and the bytes read.
+
+    A load to the host gives Transformers a checkpoint in 4 bits, since Transformers itself quantizes where weights end.
+    Where the host's memory is short, files in 4 bits are memory-mapped.
 
     Args:
         source: source of configuration and generation settings.
@@ -168,24 +138,36 @@ def stream(
         settings: arguments of `from_pretrained`.
         device: cpu or cuda.
         checksums: argument of `Reader`.
+        to_host: whether 4-bit weights, embeddings and head stay in the host's memory; see host.py.
 
     Raises:
         UserError: a tensor has another shape than the configuration says, or is not finite.
         DamagedError, OSError: a file cannot be read.
         Others: all that Transformers raises.
     """
+    quantizing = None
+    reader: Reader | MappedFiles = Reader(checkpoint.pieces, "cpu" if to_host else device, checksums)
+    if to_host:
+        settings = settings | {"device_map": {"": "cpu"}}
+        if not checkpoint.is_quantized:
+            quantizing = quantizing_of(checkpoint.config, settings, device)
+            checkpoint = checkpoint.quantized_as(settings["quantization_config"].to_dict(), checkpoint.pieces)
+        elif not fits_host(host_bytes(checkpoint.pieces)):
+            reader = MappedFiles(checkpoint.pieces, checksums)
+            folder = checkpoint.pieces[0].file.parent
+            notify(f"the host's memory is short: weights are memory-mapped from {folder}", "info", "model.base")
     config = checkpoint.config
     if (stored := _stored(config)) is not None:
         config.quantization_config = stored | {"bnb_4bit_compute_dtype": str(settings["dtype"]).removeprefix("torch.")}
         settings = {key: value for key, value in settings.items() if key != "quantization_config"}
     size = sum(piece.size for piece in checkpoint.pieces)
     ranges: dict[str, torch.Tensor] = {}
-    with collect_cycles(size, device), Reader(checkpoint.pieces, device, checksums) as reader:
+    with collect_cycles(size, device), reader:
         try:
             base, report = _class_of(config).from_pretrained(
                 None,
                 config=config,
-                state_dict=_handles(checkpoint.pieces, reader, ranges),
+                state_dict=handles_of(checkpoint.pieces, reader, ranges, quantizing),
                 ignore_mismatched_sizes=True,  # they are reported, and refused below
                 output_loading_info=True,
                 trust_remote_code=False,
@@ -203,41 +185,16 @@ def stream(
         for module in base.modules():
             if (state := getattr(getattr(module, "weight", None), "quant_state", None)) is not None:
                 module.weight.module, module.quant_state = module, state
+    if to_host:
+        move_rest(base, device)
     base.name_or_path = base.config.name_or_path = source.location
     base.generation_config = _generation_config(source)
     return base, sorted(report["missing_keys"]), reader.bytes_read
 
 
-def _handles(pieces: list[Piece], reader: Reader, ranges: dict[str, torch.Tensor]) -> dict[str, Handle]:
-    """Return a handle for each tensor of the model; the handle of a 4-bit weight includes its constants."""
-    names = [piece.name for piece in pieces]
-    beside: dict[str, list[str]] = {name.partition(QUANT_STATE)[0]: [] for name in names if QUANT_STATE in name}
-    for name in names:
-        weight = name.partition(QUANT_STATE)[0] if QUANT_STATE in name else name.rpartition(".")[0]
-        if weight in beside:
-            beside[weight].append(name)
-    needed = {weight + ending for weight in beside for ending in ("", ".absmax", ".quant_map")}
-    if missing := sorted(needed - set(names)):
-        raise DamagedError(f"{pieces[0].file.parent} lacks {missing[0]}, which belongs to a weight in 4 bits")
-    parts = {name for several in beside.values() for name in several}
-    return {
-        piece.name: PackedHandle(reader, piece, ranges, beside[piece.name])
-        if piece.name in beside
-        else Handle(reader, piece, ranges)
-        for piece in pieces
-        if piece.name not in parts
-    }
-
-
-def note_range(ranges: dict[str, torch.Tensor], name: str, tensor: torch.Tensor) -> None:
-    """Record the minimum and maximum of a tensor, on its device; both are NaN if it holds one."""
-    if tensor.is_floating_point() and tensor.numel():
-        ranges[name] = torch.stack(tensor.aminmax()).float()
-
-
 def require_finite(source: BaseSource, ranges: dict[str, torch.Tensor]) -> None:
     """Raise UserError if weights are NaN or infinite; training would give NaN whatever its settings."""
-    found = torch.stack([*ranges.values()]).isfinite().all(1).tolist() if ranges else []
+    found = torch.stack([both.cpu() for both in ranges.values()]).isfinite().all(1).tolist() if ranges else []
     bad = [name for name, is_finite in zip(ranges, found) if not is_finite]
     if bad:
         raise UserError(

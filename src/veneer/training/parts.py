@@ -57,11 +57,16 @@ def load_parts(run: Run, force: bool = False) -> RunParts:
     _require_positions(prediction.planner.base.shapes.positions, data)
     if not force:
         _require_memory(prediction)
-    base = load_model(source, run.model, run.quantization, machine)
+    base = load_model(source, run.model, run.quantization, machine, _streams_weights(prediction))
     _require_embeddings(base, tokenizer, data)
     model = attach(base, run.adapter, run.train.seed, run.train.gradient_checkpointing is not False)
     model.peft_config["default"].base_model_name_or_path = source.reference  # of checkpoints, too
     return RunParts(machine, source, tokenizer, renderer, data, prediction, model)
+
+
+def _streams_weights(prediction: Prediction) -> bool:
+    """Return whether the run is predicted to stream frozen weights from the host's memory."""
+    return any(block.streams for block in prediction.forecast.placement.blocks)
 
 
 def _require_memory(prediction: Prediction) -> None:

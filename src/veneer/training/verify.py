@@ -22,8 +22,16 @@ import torch.nn.functional as F
 from veneer.config import Run, Train
 from veneer.config.results import Check
 from veneer.data.batch import Batch, Example
-from veneer.engine.agreement import MIN_TRAINED, Agreement, agree, all_trained, even_rows, short_name, short_rows
-from veneer.engine.choose import EVEN, EngineChoice, build, fall_back
+from veneer.engine.agreement import (
+    MIN_TRAINED,
+    Agreement,
+    all_trained,
+    even_rows,
+    short_name,
+    short_rows,
+    within_vocabulary,
+)
+from veneer.engine.choose import EVEN, EngineChoice, build, comparable, compare, fall_back
 from veneer.engine.interface import Engine, document_losses
 from veneer.engine.objective import LIKELIHOOD
 from veneer.engine.reference import ReferenceEngine
@@ -107,7 +115,7 @@ def verify_parts(
 
     for check in _of_data(parts):
         note(check)
-    agreement = _agreement(parts, choice.engine, rows)
+    agreement = _agreement(run, parts, choice.engine, rows)
     for check in _of_agreement(choice, agreement):
         note(check)
     if agreement is not None and not agreement.holds:
@@ -129,11 +137,12 @@ def _of_data(parts: RunParts) -> Iterator[Check]:
         yield Check("end-of-turn", ends >= 1, ends, 1, name, bound="at least")
 
 
-def _agreement(parts: RunParts, engine: Engine, rows: list[Example]) -> Agreement | None:
+def _agreement(run: Run, parts: RunParts, engine: Engine, rows: list[Example]) -> Agreement | None:
     """Compare both engines on rows of several lengths and on rows of one; None: the run has no fused engine."""
     if engine.is_reference:
         return None
-    return agree(parts.model, engine, [Batch.of(rows), Batch.of(even_rows(parts.data.train, EVEN))])
+    batches = [rows, even_rows(parts.data.train, EVEN)]
+    return compare(parts.model, engine, run.train, parts.machine.device, batches)
 
 
 def _of_agreement(choice: EngineChoice, found: Agreement | None) -> Iterator[Check]:
@@ -161,13 +170,15 @@ def _of_engine(run: Run, parts: RunParts, engine: Engine, rows: list[Example]) -
     with preserve_adapter(model):
         fill_zeros(model)
         own = short_rows(parts.data.train, LENGTHS, least=1)
-        yield _targets(model, engine, own, 1e-3 if is_exact else 0.05)
+        with comparable(model, engine, run.train, parts.machine.device) as same:
+            yield _targets(model, same, within_vocabulary(own, model), 1e-3 if is_exact else 0.05)
         whole = [all_trained(row) for row in rows]
         yield _packed(engine, whole, 1e-3 if is_exact else 0.05)
         yield _isolated(engine, whole)
     with preserve_adapter(model):
         yield _overfit(run, parts, engine)
-        yield _reload(run, parts, rows)
+        with comparable(model, engine, run.train, parts.machine.device):
+            yield _reload(parts, within_vocabulary(rows, model))
 
 
 def _gradients(model: Any, engine: Engine, rows: list[Example]) -> Check:
@@ -263,7 +274,7 @@ def _rate(run: Run, step: int) -> float:
     return stride / (find_method(run.adapter).scale(run.adapter) * run.adapter.r)
 
 
-def _reload(run: Run, parts: RunParts, rows: list[Example]) -> Check:
+def _reload(parts: RunParts, rows: list[Example]) -> Check:
     """Load the trained adapter from its file onto the same base, and compare it with the live one."""
     model = parts.model
     reference = ReferenceEngine(model)

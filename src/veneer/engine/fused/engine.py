@@ -71,6 +71,7 @@ class FusedEngine:
         self._demand: Demand | None = None
         # Batches are padded whether or not passes are recorded, so that both give the same bits.
         self._pads = self._device.type == "cuda" and self.is_recordable
+        # Weights on the host may not fit the device.
         first = tightest(self.blocks) if self.is_on_host else checkpointed(self.blocks, gradient_checkpointing)
         self.apply(replace(first, records_passes=graphs and self._pads))
         # The last is the longest; the others are not freed, since recorded passes read them.

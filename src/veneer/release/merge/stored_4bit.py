@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from veneer.model.stream import QUANT_STATE
+from veneer.model.handles import QUANT_STATE
 from veneer.model.tuned import TunedModel
 from veneer.release.weights import Stored, bytes_of, weights_of
 
