@@ -9,6 +9,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -33,14 +34,16 @@ from veneer.model.fingerprint import config_sha256, fingerprint
 from veneer.model.load import compute_dtype
 from veneer.planning.memory import optimizer_bytes, run_disk_bytes
 from veneer.training import checkpoint
-from veneer.training.held_out import HeldOutBatches
+from veneer.training.held_out import HeldOutRows
 from veneer.training.loop import Loop
+from veneer.training.memory import need_and_fix
 from veneer.training.metrics import Listener, MetricsFile, read_metrics
 from veneer.training.objectives import OBJECTIVES
 from veneer.training.optimizer import parameters_to_update
 from veneer.training.parts import load_parts
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers", "numpy")
+MEASURABLE = ("cuda",)  # devices where too little memory is an error to catch; elsewhere it may end the process
 WriteExtras = Callable[[Path, int, float | None], None]
 Resume = bool | Literal["auto"]
 # Settings that may differ when a run is resumed: none of them changes a number of the training.
@@ -122,13 +125,14 @@ class TrainingJob:
             train.seed,
             run.data.max_length if run.data.packing else None,
         )
-        at_a_time = self.prediction.forecast.rows_at_a_time
-        held_out = HeldOutBatches(self.data.validation, at_a_time.get("evaluation", run.evaluate.batch_size))
+        forecast = self.prediction.forecast
+        held_out = HeldOutRows(self.data.validation)
+        at_a_time = forecast.rows_at_a_time.get("evaluation", run.evaluate.batch_size)
         varies = vary(self.data.train, batches.sizes, train.per_device_train_batch_size)
         shapes = BatchShapes(
             largest=tuple(sorted(batches.sizes.tolist(), reverse=True)[: train.per_device_train_batch_size]),
             varies=varies,
-            held_out=held_out[0].lengths if len(held_out) else (),
+            held_out=tuple(held_out.lengths[:at_a_time].tolist()),
             documents=batches.most_documents() if run.data.packing else (),
         )
         device = self.machine.device
@@ -141,6 +145,7 @@ class TrainingJob:
             objective=OBJECTIVES["supervised"],
             batches=batches,
             held_out=held_out,
+            rows_at_a_time=at_a_time,
             train=train,
             checkpoints=self.folder.checkpoints,
             began_with={
@@ -150,6 +155,8 @@ class TrainingJob:
                 "the base's configuration (config.json)": config_sha256(self.source),
             },
             device=self.machine.device,
+            predicted_peak_bytes=forecast.run_peak_bytes,
+            explain=partial(need_and_fix, self.prediction, device),
             scale_loss=compute_dtype(run.model, self.machine) == torch.float16,
         )
         self.folder.require_writable(self._bytes_on_disk())
@@ -206,7 +213,9 @@ class TrainingJob:
     def _train(self, listeners: tuple[Listener, ...], write_extras: WriteExtras) -> Trained:
         metrics = MetricsFile(self.folder.metrics)
         metrics.restart(self._loop.done)
-        speed = self._loop.run((metrics.append, *listeners))
+        # A placement that was chosen by its size has measured the passes that need most.
+        is_untried = self.machine.device in MEASURABLE and not self.placement.least_bytes
+        speed = self._loop.run((metrics.append, *listeners), try_largest=is_untried)
         loss = self._loop.loss if self._loop.loss is not None else _last_loss(self.folder)
         with whole_folder(self.folder.adapter) as unfinished:
             save_adapter(self.model, self.tokenizer, self.renderer.template, self.source, unfinished)

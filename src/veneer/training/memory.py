@@ -1,0 +1,143 @@
+"""Runs passes again where memory ran out: with a placement that needs less, then with smaller micro-batches.
+
+A plan cannot foresee fragmentation, nor another process on the card. A step whose passes do not fit is dropped whole:
+outputs, gradients, the allocator's free memory; and the random numbers are put back to where it began. Then the engine
+tightens its placement, which changes no bit of the result. Once nothing is left to tighten, micro-batches are cut in
+halves from there on, which changes it by rounding (and by other dropout masks), since a step's loss is normalized over
+the whole step. The optimizer is no part of this: nothing is redone once it has changed a parameter.
+
+What a failed pass made lives as long as its frames, and these as long as the exception: all that is done about it comes
+after the `except` block, which has kept a text alone.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+
+from veneer.config import JobError
+from veneer.config.notify import notify
+from veneer.data.batch import Batch
+from veneer.engine.interface import Engine
+from veneer.machine.device import release_memory, rng_state, set_rng_state
+from veneer.planning.fit import Change, apply, fit
+from veneer.planning.planner import Planner
+from veneer.planning.predict import Prediction
+
+Result = TypeVar("Result")
+OTHERWISE = (
+    "end what else holds memory there (nvidia-smi shows it), set `quantization: {bits: 4}`, or lower data.max_length"
+)
+
+
+class OutOfMemoryRecovery:
+    """Runs the passes of a step until they fit.
+
+    Args:
+        engine: engine that runs them, which is asked to tighten its placement.
+        drop_gradients: function that drops the gradients of a step, and what else its passes left.
+        explain: function that says what the run needs and what to change; called once nothing is left to try.
+
+    Attributes:
+        most_tokens: tokens of a micro-batch beyond which it is cut; None: none is. A single document is never cut.
+    """
+
+    def __init__(self, engine: Engine, drop_gradients: Callable[[], None], explain: Callable[[], str]) -> None:
+        self._engine = engine
+        self._drop_gradients = drop_gradients
+        self._explain = explain
+        self._running: Batch | None = None
+        self.most_tokens: int | None = None
+
+    def run(self, what: str, batches: Sequence[Batch], compute: Callable[[Iterator[Batch]], Result]) -> Result:
+        """Return what `compute` makes of the micro-batches, or of their halves.
+
+        Args:
+            what: name of the passes, for messages.
+            batches: micro-batches, as the settings have them.
+            compute: function that runs the passes. It keeps nothing but its result and gradients, and changes no
+                parameter.
+
+        Raises:
+            JobError: a single document does not fit, or something beside the passes.
+        """
+        began_with = rng_state()
+        while True:
+            try:
+                return compute(self._each(batches))
+            except torch.OutOfMemoryError as error:
+                shortage = describe(error)
+            failed, self._running = self._running, None
+            self._drop_gradients()
+            release_memory()
+            set_rng_state(began_with)
+            size = "beside its passes" if failed is None else f"with {_size(failed)}"
+            message = f"out of memory in {what} {size} ({shortage})"
+            if (change := self._engine.tighten()) is not None:
+                notify(f"{message}: the engine {change}, and it is redone", where="train")
+            elif failed is not None and len(failed.lengths) > 1:
+                self.most_tokens = max(half.tokens for half in failed.halved())
+                notify(
+                    f"{message}: micro-batches of more than {self.most_tokens:,} tokens are cut in two from here on, "
+                    "and it is redone; the training is the same",
+                    where="train.per_device_train_batch_size",
+                )
+            else:
+                raise JobError(f"{message}: {self._explain()}")
+
+    def _each(self, batches: Sequence[Batch]) -> Iterator[Batch]:
+        """Yield micro-batches that are small enough, and remember which one is running."""
+        for batch in batches:
+            for part in _cut(batch, self.most_tokens):
+                self._running = part
+                yield part
+        self._running = None
+
+
+def _cut(batch: Batch, most_tokens: int | None) -> list[Batch]:
+    if most_tokens is None or batch.tokens <= most_tokens or len(batch.lengths) == 1:
+        return [batch]
+    return [part for half in batch.halved() for part in _cut(half, most_tokens)]
+
+
+def _size(batch: Batch) -> str:
+    documents = len(batch.lengths)
+    return (
+        f"a single row of {batch.tokens:,} tokens" if documents == 1 else f"{documents} rows, {batch.tokens:,} tokens"
+    )
+
+
+def describe(error: torch.OutOfMemoryError) -> str:
+    """Return the part of an out-of-memory error that says how much was asked for."""
+    asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+    return f"tried to allocate {asked[1]}" if asked else str(error).split(". ")[0]
+
+
+def need_and_fix(prediction: Prediction, device: str) -> str:
+    """Return what training needs with one row at a time, what there is, and the cheapest changes that help.
+
+    Args:
+        prediction: the prediction of the run, which was too low.
+        device: device of the run.
+    """
+    planner, run = prediction.planner, prediction.run
+    train, target = run.train, planner.target
+    rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    single = {"train.per_device_train_batch_size": 1, "train.gradient_accumulation_steps": rows}
+    run = apply(run, Change("micro-batch", single, ""))
+    needed, there = planner.forecast(run).run_peak_bytes, target.budget_bytes
+    if device == "cuda":  # less than when the run was planned, if another process has taken some since
+        there = min(there, torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved())
+    # It did not fit, so what helps needs less than was predicted, however much there seems to be.
+    planner = Planner(planner.base, replace(target, budget_bytes=min(needed, there)))
+    found = fit(run, planner, lambda run, planner: iter(()))
+    fix = OTHERWISE
+    if found is not None and found.changes:
+        settings = [f"{name}={value}" for change in found.changes for name, value in change.settings.items()]
+        fix = f"set {', '.join(settings)} ({'; '.join(change.cost for change in found.changes)})"
+    return (
+        f"with one row at a time training is predicted to need {needed / 2**30:.1f} GiB, and "
+        f"{there / 2**30:.1f} GiB were there\n  fix: {fix}"
+    )
