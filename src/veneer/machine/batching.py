@@ -15,8 +15,8 @@ from veneer.machine.device import release_memory
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-# What torch's allocators on the CPU say; on a GPU it raises a class of its own.
-CPU_MESSAGES = ("can't allocate memory", "out of memory", "not enough memory")
+# What torch's allocators on the CPU say, and libraries on a GPU; its allocator there raises a class of its own.
+MESSAGES = ("can't allocate memory", "out of memory", "not enough memory", "status_alloc_failed")
 
 
 class Batching:
@@ -75,4 +75,4 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that memory ran out, on whatever device."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(said in str(error).lower() for said in CPU_MESSAGES)
+    return isinstance(error, RuntimeError) and any(said in str(error).lower() for said in MESSAGES)

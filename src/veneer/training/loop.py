@@ -47,7 +47,7 @@ class Loop:
         objective: Objective to minimize.
         batches: The training data.
         held_out: Rows for the held-out loss; may be empty.
-        rows_at_a_time: How many of them are computed at a time.
+        rows_at_a_time: Number of them that are computed together.
         train: The settings.
         checkpoints: Folder of the run's checkpoints.
         began_with: Hashes of base and data, kept in checkpoints and compared when one is resumed.

@@ -21,6 +21,7 @@ from veneer.config import JobError
 from veneer.config.notify import notify
 from veneer.data.batch import Batch
 from veneer.engine.interface import Engine
+from veneer.machine.batching import is_out_of_memory
 from veneer.machine.device import release_memory, rng_state, set_rng_state
 from veneer.planning.fit import Change, apply, fit
 from veneer.planning.planner import Planner
@@ -67,7 +68,9 @@ class OutOfMemoryRecovery:
         while True:
             try:
                 return compute(self._each(batches))
-            except torch.OutOfMemoryError as error:
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 shortage = describe(error)
             failed, self._running = self._running, None
             self._drop_gradients()
@@ -76,7 +79,7 @@ class OutOfMemoryRecovery:
             size = "beside its passes" if failed is None else f"with {_size(failed)}"
             message = f"out of memory in {what} {size} ({shortage})"
             if (change := self._engine.tighten()) is not None:
-                notify(f"{message}: the engine {change}, and it is redone", where="train")
+                notify(f"{message}: the engine {change}, and it is redone", where="train.gradient_checkpointing")
             elif failed is not None and len(failed.lengths) > 1:
                 self.most_tokens = max(half.tokens for half in failed.halved())
                 notify(
@@ -109,10 +112,10 @@ def _size(batch: Batch) -> str:
     )
 
 
-def describe(error: torch.OutOfMemoryError) -> str:
-    """Return the part of an out-of-memory error that says how much was asked for."""
+def describe(error: BaseException) -> str:
+    """Return how much was asked for when memory ran out, or the error's first sentence where it does not say."""
     asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
-    return f"tried to allocate {asked[1]}" if asked else str(error).split(". ")[0]
+    return f"tried to allocate {asked[1]}" if asked else str(error).split(". ")[0] or type(error).__name__
 
 
 def need_and_fix(prediction: Prediction, device: str) -> str:
