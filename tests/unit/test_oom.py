@@ -17,6 +17,8 @@ from tests.support.runs import losses, tiny_run, write_rows
 from veneer.config import JobError, RunFolder, Train
 from veneer.config.files import read_json
 from veneer.data.batch import Batch
+from veneer.engine.interface import BatchShapes
+from veneer.engine.placement import MemoryPlacement
 from veneer.engine.reference import ReferenceEngine
 from veneer.planning.predict import Prediction
 from veneer.training import job as training_job
@@ -115,7 +117,7 @@ def test_a_step_is_redone_to_the_last_bit_once_the_engine_has_tightened(
     assert not any(shortage.alive), "nothing keeps what a failed pass made"
     kept = [event for event in events(tmp_path / "short") if "out of memory" in event]
     assert len(kept) == len(failing)
-    assert f"(tried to allocate 2.00 GiB): the engine {TIGHTENED}, and it is redone" in kept[0]
+    assert f"(tried to allocate 2.00 GiB): the placement is tightened ({TIGHTENED}), and it is redone" in kept[0]
 
 
 def test_what_the_middle_of_a_pass_made_is_gone_before_it_is_redone(
@@ -355,6 +357,43 @@ def test_a_placement_that_was_measured_is_not_tried_again(make_job: MakeJob, mon
     shortage = Shortage(job, monkeypatch, lambda number, batch: False)
     job.fit()
     assert len(shortage.batches) == 2 * 6
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_placement_is_chosen_for_micro_batches_that_fit(
+    packing: bool, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine says that none fits before there is a loop, which then begins with smaller micro-batches."""
+    settings: dict[str, Any] = {"data": {"packing": packing}}
+    make_job("whole", **settings).fit()
+    plan_memory, asked = ReferenceEngine.plan_memory, []
+
+    def short(self: Any, shapes: BatchShapes, *given: Any) -> MemoryPlacement:
+        asked.append(shapes)
+        if sum(shapes.largest) > 100:
+            raise torch.OutOfMemoryError("The longest micro-batch does not fit with any placement. ")
+        return plan_memory(self, shapes, *given)
+
+    monkeypatch.setattr(ReferenceEngine, "plan_memory", short)
+    with notified("the largest micro-batch, tried first, with .* rows.*cut in two from here on"):
+        job = make_job("short", **settings)
+    assert [bool(shapes.documents) for shapes in asked] == [packing] * len(asked)
+    shortage = Shortage(job, monkeypatch, lambda number, batch: False)
+    job.fit()
+    assert max(batch.tokens for batch in shortage.batches) <= sum(asked[-1].largest) <= 100
+    assert losses(tmp_path / "short") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+
+
+def test_a_single_row_that_no_placement_fits_is_refused(
+    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: Any) -> MemoryPlacement:
+        raise torch.OutOfMemoryError(CUDA_SAYS)
+
+    monkeypatch.setattr(ReferenceEngine, "plan_memory", full)
+    with notified("cut in two"), pytest.raises(JobError, match=r"tried first, with a single row of .*\n  fix: "):
+        make_job("run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_metrics_hold_the_predicted_peak_beside_the_measured_one(make_job: MakeJob, tmp_path: Path) -> None:

@@ -63,9 +63,8 @@ class Forecast:
 
     @property
     def run_peak_bytes(self) -> int:
-        """The peak of training with what the placement keeps beyond the least."""
-        steps = self.target.budget_bytes - self.step_margin_bytes + self.placement.bytes
-        return max(steps, self.phases[self.training_phase].bytes)
+        """The peak of training with all that the placement keeps; the phases count the least."""
+        return self.placement.peak_bytes or self.phases[self.training_phase].bytes
 
     def _fullest(self, names: Iterable[str]) -> str:
         return max(names, key=lambda name: self.phases[name].bytes)

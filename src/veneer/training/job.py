@@ -6,7 +6,7 @@ folder begun. The adapter appears whole at the end.
 
 import contextlib
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import partial
@@ -24,10 +24,11 @@ from veneer.config.folder import remove, whole_folder, write_json, write_text
 from veneer.config.load import to_yaml
 from veneer.config.names import anchored
 from veneer.config.notify import kept_in, notify
-from veneer.data.batch import Batches
+from veneer.data.batch import Batch, Batches
 from veneer.data.pipeline import Part
 from veneer.engine.choose import choose
 from veneer.engine.interface import BatchShapes
+from veneer.engine.placement import MemoryPlacement
 from veneer.machine.device import peak_bytes, resolve_optim
 from veneer.model.attach import count_parameters, save_adapter
 from veneer.model.fingerprint import config_sha256, fingerprint
@@ -36,7 +37,7 @@ from veneer.planning.memory import optimizer_bytes, run_disk_bytes
 from veneer.training import checkpoint
 from veneer.training.held_out import HeldOutRows
 from veneer.training.loop import Loop
-from veneer.training.memory import need_and_fix
+from veneer.training.memory import need_and_fix, place
 from veneer.training.metrics import Listener, MetricsFile, read_metrics
 from veneer.training.objectives import OBJECTIVES
 from veneer.training.optimizer import parameters_to_update
@@ -128,17 +129,8 @@ class TrainingJob:
         forecast = self.prediction.forecast
         held_out = HeldOutRows(self.data.validation)
         at_a_time = forecast.rows_at_a_time.get("evaluation", run.evaluate.batch_size)
-        varies = vary(self.data.train, batches.sizes, train.per_device_train_batch_size)
-        shapes = BatchShapes(
-            largest=tuple(sorted(batches.sizes.tolist(), reverse=True)[: train.per_device_train_batch_size]),
-            varies=varies,
-            held_out=tuple(held_out.lengths[:at_a_time].tolist()),
-            documents=batches.most_documents() if run.data.packing else (),
-        )
-        device = self.machine.device
-        updated = parameters_to_update(self.model, self.engine, train, device).values()
-        states = optimizer_bytes([parameter.numel() for parameter in updated], resolve_optim(train.optim, device))
-        self.placement = self.engine.plan_memory(shapes, train.gradient_checkpointing, states)
+        explain = partial(need_and_fix, self.prediction, self.machine.device)
+        self.placement, most_tokens = self._place(batches, tuple(held_out.lengths[:at_a_time].tolist()), explain)
         self._loop = Loop(
             model=self.model,
             engine=self.engine,
@@ -156,12 +148,37 @@ class TrainingJob:
             },
             device=self.machine.device,
             predicted_peak_bytes=forecast.run_peak_bytes,
-            explain=partial(need_and_fix, self.prediction, device),
+            explain=explain,
+            most_tokens=most_tokens,
             scale_loss=compute_dtype(run.model, self.machine) == torch.float16,
         )
         self.folder.require_writable(self._bytes_on_disk())
         if self._resume:
             self._require_same_placement()
+
+    def _place(
+        self, batches: Batches, held_out: tuple[int, ...], explain: Callable[[], str]
+    ) -> tuple[MemoryPlacement, int | None]:
+        """Have the engine place its tensors; see `memory.place`."""
+        train, device, part = self.run.train, self.machine.device, self.data.train
+        updated = parameters_to_update(self.model, self.engine, train, device).values()
+        states = optimizer_bytes([parameter.numel() for parameter in updated], resolve_optim(train.optim, device))
+        shapes = BatchShapes(
+            largest=tuple(sorted(batches.sizes.tolist(), reverse=True)[: train.per_device_train_batch_size]),
+            varies=vary(part, batches.sizes, train.per_device_train_batch_size),
+            held_out=held_out,
+            documents=batches.most_documents() if self.run.data.packing else (),
+        )
+
+        def plan(parts: Sequence[Batch] | None) -> MemoryPlacement:
+            asked = shapes
+            if parts is not None:
+                largest = max(parts, key=lambda part: part.tokens).lengths
+                documents = max((part.lengths for part in parts), key=len) if shapes.documents else ()
+                asked = BatchShapes(largest, varies=True, held_out=held_out, documents=documents)
+            return self.engine.plan_memory(asked, train.gradient_checkpointing, states)
+
+        return place(plan, batches.largest(), explain)
 
     @property
     def steps(self) -> int:

@@ -54,6 +54,7 @@ class Loop:
         device: Device of the model.
         predicted_peak_bytes: Predicted peak of training, logged beside the measured one.
         explain: Function that says what to change where a single row does not fit; see `memory.need_and_fix`.
+        most_tokens: Tokens of a micro-batch beyond which it is cut in two, as memory demands; None: none is.
         scale_loss: Whether gradients need scaling (float16).
     """
 
@@ -71,6 +72,7 @@ class Loop:
         device: str,
         predicted_peak_bytes: int,
         explain: Callable[[], str],
+        most_tokens: int | None = None,
         scale_loss: bool = False,
     ) -> None:
         self._engine = engine
@@ -89,7 +91,7 @@ class Loop:
         self._optimizer = build_optimizer(self._updated.values(), train, device)
         self._scaler = torch.amp.GradScaler(device, enabled=scale_loss)
         self._state = checkpoint.TrainingState(model, self._optimizer, self._updated, self._scaler, began_with)
-        self._recovery = OutOfMemoryRecovery(engine, self._drop_gradients, explain)
+        self._recovery = OutOfMemoryRecovery(engine, self._drop_gradients, explain, most_tokens)
         self._explain = explain
         self.steps = batches.steps(train.num_train_epochs, train.max_steps)
         self.done = 0

@@ -21,6 +21,7 @@ from veneer.config import JobError
 from veneer.config.notify import notify
 from veneer.data.batch import Batch
 from veneer.engine.interface import Engine
+from veneer.engine.placement import MemoryPlacement
 from veneer.machine.batching import is_out_of_memory
 from veneer.machine.device import release_memory, rng_state, set_rng_state
 from veneer.planning.fit import Change, apply, fit
@@ -40,17 +41,21 @@ class OutOfMemoryRecovery:
         engine: engine that runs them, which is asked to tighten its placement.
         drop_gradients: function that drops the gradients of a step, and what else its passes left.
         explain: function that says what the run needs and what to change; called once nothing is left to try.
-
-    Attributes:
         most_tokens: tokens of a micro-batch beyond which it is cut; None: none is. A single document is never cut.
     """
 
-    def __init__(self, engine: Engine, drop_gradients: Callable[[], None], explain: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        drop_gradients: Callable[[], None],
+        explain: Callable[[], str],
+        most_tokens: int | None = None,
+    ) -> None:
         self._engine = engine
         self._drop_gradients = drop_gradients
         self._explain = explain
         self._running: Batch | None = None
-        self.most_tokens: int | None = None
+        self.most_tokens = most_tokens
 
     def run(self, what: str, batches: Sequence[Batch], compute: Callable[[Iterator[Batch]], Result]) -> Result:
         """Return what `compute` makes of the micro-batches, or of their halves.
@@ -79,30 +84,68 @@ class OutOfMemoryRecovery:
             size = "beside its passes" if failed is None else f"with {_size(failed)}"
             message = f"out of memory in {what} {size} ({shortage})"
             if (change := self._engine.tighten()) is not None:
-                notify(f"{message}: the engine {change}, and it is redone", where="train.gradient_checkpointing")
-            elif failed is not None and len(failed.lengths) > 1:
-                self.most_tokens = max(half.tokens for half in failed.halved())
                 notify(
-                    f"{message}: micro-batches of more than {self.most_tokens:,} tokens are cut in two from here on, "
-                    "and it is redone; the training is the same",
-                    where="train.per_device_train_batch_size",
+                    f"{message}: the placement is tightened ({change}), and it is redone",
+                    where="train.gradient_checkpointing",
                 )
+            elif failed is not None and len(failed.lengths) > 1:
+                self.most_tokens = _most_tokens(failed, message)
             else:
                 raise JobError(f"{message}: {self._explain()}")
 
     def _each(self, batches: Sequence[Batch]) -> Iterator[Batch]:
         """Yield micro-batches that are small enough, and remember which one is running."""
         for batch in batches:
-            for part in _cut(batch, self.most_tokens):
+            for part in cut(batch, self.most_tokens):
                 self._running = part
                 yield part
         self._running = None
 
 
-def _cut(batch: Batch, most_tokens: int | None) -> list[Batch]:
+def place(
+    plan: Callable[[Sequence[Batch] | None], MemoryPlacement], largest: Sequence[Batch], explain: Callable[[], str]
+) -> tuple[MemoryPlacement, int | None]:
+    """Return the placement, and `most_tokens` of `OutOfMemoryRecovery`, for smaller micro-batches where none fits.
+
+    Args:
+        plan: function that chooses a placement, by the parts that the largest micro-batches are cut into; None: whole.
+        largest: the largest micro-batches of the run.
+        explain: argument of `OutOfMemoryRecovery`.
+
+    Raises:
+        JobError: a single document does not fit.
+    """
+    parts, most_tokens = list(largest), None
+    while True:
+        try:
+            return plan(None if most_tokens is None else parts), most_tokens
+        except torch.OutOfMemoryError as error:
+            shortage = describe(error)
+        release_memory()
+        failed = max(parts, key=lambda part: part.tokens)
+        message = f"out of memory in the largest micro-batch, tried first, with {_size(failed)} ({shortage})"
+        if len(failed.lengths) == 1:
+            raise JobError(f"{message}: {explain()}")
+        most_tokens = _most_tokens(failed, message)
+        parts = [part for batch in largest for part in cut(batch, most_tokens)]
+
+
+def _most_tokens(failed: Batch, message: str) -> int:
+    """Return the tokens beyond which micro-batches are cut once this one has failed, and notify of it."""
+    most_tokens = max(half.tokens for half in failed.halved())
+    notify(
+        f"{message}: micro-batches of more than {most_tokens:,} tokens are cut in two from here on, and it is redone; "
+        "the training is the same",
+        where="train.per_device_train_batch_size",
+    )
+    return most_tokens
+
+
+def cut(batch: Batch, most_tokens: int | None) -> list[Batch]:
+    """Return the parts of a batch, halved until each has at most so many tokens, or is a single document."""
     if most_tokens is None or batch.tokens <= most_tokens or len(batch.lengths) == 1:
         return [batch]
-    return [part for half in batch.halved() for part in _cut(half, most_tokens)]
+    return [part for half in batch.halved() for part in cut(half, most_tokens)]
 
 
 def _size(batch: Batch) -> str:
@@ -130,7 +173,8 @@ def need_and_fix(prediction: Prediction, device: str) -> str:
     rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
     single = {"train.per_device_train_batch_size": 1, "train.gradient_accumulation_steps": rows}
     run = apply(run, Change("micro-batch", single, ""))
-    needed, there = planner.forecast(run).run_peak_bytes, target.budget_bytes
+    forecast = planner.forecast(run)
+    needed, there = forecast.phases[forecast.training_phase].bytes, target.budget_bytes
     if device == "cuda":  # less than when the run was planned, if another process has taken some since
         there = min(there, torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved())
     # It did not fit, so what helps needs less than was predicted, however much there seems to be.
