@@ -1,5 +1,6 @@
 """Which rows stand in which step, and packing."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -94,3 +95,26 @@ def test_the_rows_that_hold_most_documents_are_found() -> None:
     assert sorted(batches(examples, 1, 1, 100).most_documents()) == [8, 9, 80]
     assert len(batches(examples, 2, 1, 100).most_documents()) == 5
     assert len(batches(examples, 3, 1).most_documents()) == 3
+
+
+def test_a_batch_is_halved_between_documents_with_all_that_belongs_to_its_tokens() -> None:
+    whole = Batch.of([example(length, 10 * length) for length in (9, 2, 3, 5, 4)]).scaled(0.5)
+    whole = replace(whole, values={"reference": torch.arange(23.0)})
+    first, second = whole.halved()
+    assert (first.lengths, second.lengths) == ((9, 2), (3, 5, 4)), "11 tokens of 23"
+    for name in ("ids_T", "targets_T", "weights_T"):
+        assert torch.equal(torch.cat([getattr(first, name), getattr(second, name)]), getattr(whole, name))
+    assert torch.equal(torch.cat([first.values["reference"], second.values["reference"]]), torch.arange(23.0))
+    assert (first.trained, first.weight, second.trained, second.weight) == (9, 9.0, 9, 9.0)
+    assert first.scale == second.scale == 0.5
+    assert [half.lengths for half in Batch.of([example(9), example(2)]).halved()] == [(9,), (2,)]
+
+
+def test_the_largest_micro_batches_are_of_most_tokens_and_of_most_documents() -> None:
+    examples = [example(length) for length in (60, 60, 50, 50, *[4] * 20)]
+    (largest,) = batches(examples, 2, 1).largest()
+    assert largest.lengths == (60, 60)
+    made = batches(examples, 1, 1, pack_length=64)
+    fullest, fragmented = made.largest()
+    assert fullest.tokens == max(batch.tokens for n in range(made.steps_per_epoch) for batch in made.step(n))
+    assert fragmented.lengths == made.most_documents() == (4,) * 12

@@ -354,19 +354,6 @@ def test_a_loss_that_is_not_finite_ends_the_run(train: Runner, tmp_path: Path) -
     assert not (tmp_path / "run-1" / "adapter").exists()
 
 
-def test_too_little_memory_says_what_to_change(
-    tiny_model: Callable[..., Path], tmp_path: Path, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = TrainingJob(tiny_run(tiny_model(), write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "run"))
-
-    def full(batch: Any, objective: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. And more.")
-
-    monkeypatch.setattr(job.engine, "forward_backward", full)
-    with pytest.raises(JobError, match=r"out of memory in step 1.*\n.*halve train\.per_device_train_batch_size"):
-        job.fit()
-
-
 def test_an_adapter_without_gradient_ends_the_run(
     tiny_model: Callable[..., Path], tmp_path: Path, rows: list[dict[str, Any]]
 ) -> None:

@@ -14,7 +14,8 @@ from veneer.data.conversation import BadRowError, Message
 from veneer.data.render import Renderer
 from veneer.data.turns import read_turns
 from veneer.evaluation.generation import generate as generate_answers
-from veneer.evaluation.memory import Batching, rows_at_a_time
+from veneer.evaluation.memory import LESS_MEMORY, rows_at_a_time
+from veneer.machine.batching import Batching
 from veneer.machine.device import find_machine
 from veneer.model.load import load_model, load_tokenizer
 from veneer.model.locate import locate
@@ -85,9 +86,9 @@ class LoadedModel:
         ids = [self.renderer.prompt_ids(_turns(prompt, system)) for prompt in prompts]
         run = self.run or Run(model=self.base, data=Data(train="-"))
         run = run.model_copy(update={"evaluate": Evaluate(max_new_tokens=max_new_tokens)})
-        batching = Batching(rows_at_a_time(run, Padded(len(ids), max(map(len, ids)), 1), self.target) if ids else 1)
+        at_a_time = rows_at_a_time(run, Padded(len(ids), max(map(len, ids)), 1), self.target) if ids else 1
         torch.manual_seed(sampling.seed)
-        parts = (self.model, self.renderer, ids, max_new_tokens, batching)
+        parts = (self.model, self.renderer, ids, max_new_tokens, Batching(at_a_time, LESS_MEMORY))
         return generate_answers(*parts, sampling=sampling, on_text=on_text)
 
 

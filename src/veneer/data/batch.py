@@ -14,6 +14,7 @@ optimizer step is drawn whole and then cut into micro-batches, so that 1 x 8, 2 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -134,6 +135,27 @@ class Batch:
     def scaled(self, scale: float) -> "Batch":
         return replace(self, scale=scale)
 
+    def halved(self) -> "tuple[Batch, Batch]":
+        """Cut it between two documents, as near to half of its tokens as they allow; it must hold two at least."""
+        ends = list(accumulate(self.lengths))
+        # A cut may fall after any document but the last; those that an objective reads together would offer one alone.
+        cut = min(range(1, len(ends)), key=lambda documents: abs(2 * ends[documents - 1] - self.tokens))
+        first, second = slice(0, ends[cut - 1]), slice(ends[cut - 1], None)
+        return self._part(first, self.lengths[:cut]), self._part(second, self.lengths[cut:])
+
+    def _part(self, part: slice, lengths: tuple[int, ...]) -> "Batch":
+        weights_T = self.weights_T[part]
+        return replace(
+            self,
+            ids_T=self.ids_T[part],
+            targets_T=self.targets_T[part],
+            weights_T=weights_T,
+            lengths=lengths,
+            trained=int(weights_T.count_nonzero()),
+            weight=float(weights_T.double().sum()),
+            values={name: value_T[part] for name, value_T in self.values.items()},
+        )
+
 
 class Batches:
     """All steps of a run over its examples.
@@ -186,11 +208,21 @@ class Batches:
         micro_batches = [rows[n : n + self._batch_size] for n in range(0, len(rows), self._batch_size)]
         return [Batch.of([example for row in micro for example in row]) for micro in micro_batches]
 
+    def largest(self) -> list[Batch]:
+        """The micro-batch of the longest rows, and where rows are packed that of most documents."""
+        counts = [self.sizes]
+        if len(self._members) > len(self.sizes):
+            counts.append(np.diff(self._begin))
+        return [Batch.of([self._examples[n] for n in self._members_of(count)]) for count in counts]
+
     def most_documents(self) -> tuple[int, ...]:
         """Tokens of each document of the rows that hold most of them, as many as a micro-batch has."""
-        rows = np.argsort(-np.diff(self._begin), kind="stable")[: self._batch_size]
-        chosen = np.concatenate([self._members[self._begin[row] : self._begin[row + 1]] for row in rows])
-        return tuple(self._lengths[chosen].tolist())
+        return tuple(self._lengths[self._members_of(np.diff(self._begin))].tolist())
+
+    def _members_of(self, counts: Any) -> Any:
+        """The examples of the rows with the highest counts, as many rows as a micro-batch has."""
+        rows = np.argsort(-counts, kind="stable")[: self._batch_size]
+        return np.concatenate([self._members[self._begin[row] : self._begin[row + 1]] for row in rows])
 
     def _ordered(self, epoch: int) -> Any:
         """The rows of an epoch in the order of its steps; the last step may hold fewer."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from veneer.machine.device import rng_state, set_rng_state
 from veneer.model.adapters import find_method
 
 REACH = 0.1  # size of the adapters' output in checks relative to their input's, whatever their rank and scale
@@ -18,17 +19,14 @@ def preserve_adapter(model: Any) -> Iterator[None]:
     """On exit, restore the adapter, in place, and the random number generators; gradients are dropped."""
     adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
     saved = [parameter.detach().clone() for parameter in adapter]
-    on_cpu = torch.get_rng_state()
-    on_gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    rng = rng_state()
     try:
         yield
     finally:
         for parameter, before in zip(adapter, saved, strict=True):
             parameter.data.copy_(before)
             parameter.grad = None
-        torch.set_rng_state(on_cpu)
-        if on_gpu is not None:
-            torch.cuda.set_rng_state(on_gpu)
+        set_rng_state(rng)
 
 
 def fill_zeros(model: Any) -> None:

@@ -19,12 +19,13 @@ from veneer.data.render import Renderer
 from veneer.engine.interface import Engine, document_losses
 from veneer.evaluation.generation import generate
 from veneer.evaluation.intervals import Interval
-from veneer.evaluation.memory import Batching, require_positions
+from veneer.evaluation.memory import LESS_MEMORY, require_positions
 from veneer.evaluation.metrics import measure
 from veneer.evaluation.metrics.exact_match import EXACT_MATCH, expected_answer
 from veneer.evaluation.metrics.json_fields import RECORD
 from veneer.evaluation.metrics.metric import MetricResult, Sample, ScoredRows, ShareRight
 from veneer.evaluation.paired import paired
+from veneer.machine.batching import Batching
 
 Progress = Callable[[int], None]
 
@@ -170,7 +171,7 @@ class Scorer:
             with_losses: Whether to measure losses, which are of the rows without the examples.
             batching: Rows at a time, as they came to be for another model; None: `evaluate.batch_size`.
         """
-        batching = batching or Batching(self.settings.batch_size)
+        batching = batching or Batching(self.settings.batch_size, LESS_MEMORY)
         model, renderer, held_out = self.model, self.renderer, self.held_out
         require_positions(model, [(row.example.place, len(row.example.ids)) for row in held_out])
         asked = questions(held_out)

@@ -15,8 +15,9 @@ from veneer.config.sampling import Sampling
 from veneer.data.render import Renderer
 from veneer.evaluation.decoding import LikeliestTokens, StopAtText, TextStream, answer_text, generation_config
 from veneer.evaluation.decoding import stop_ids_of as stop_ids_of
-from veneer.evaluation.memory import Batching, alike, room_for_answers
+from veneer.evaluation.memory import LESS_MEMORY, alike, room_for_answers
 from veneer.evaluation.prefix import SharedPrefix, padded
+from veneer.machine.batching import Batching
 from veneer.model.dense import adapter_in_copies
 from veneer.model.quiet import quiet
 
@@ -103,7 +104,7 @@ def continue_prompts(
     model.eval()
     found: list[Continuation] = [Continuation([], [])] * len(prompts)
     device = model.get_input_embeddings().weight.device
-    batching = batch_size if isinstance(batch_size, Batching) else Batching(batch_size)
+    batching = batch_size if isinstance(batch_size, Batching) else Batching(batch_size, LESS_MEMORY)
     room = room or [config.max_new_tokens] * len(prompts)
 
     def answer(chosen: Sequence[int]) -> int:

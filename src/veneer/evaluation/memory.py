@@ -1,28 +1,25 @@
 """Batch sizes of evaluation: as many rows as the plan says fit, and fewer once memory runs out.
 
 `rows_at_a_time` asks the arithmetic of the plan, so `veneer plan` shows the number that is used. What else holds memory
-nobody foresees; where it runs out nevertheless, `Batching` goes on with half as many rows. Each row is padded by
-itself and judged by itself, so the number changes answers by no more than rounding.
+nobody foresees; where it runs out nevertheless, `Batching` (machine/batching.py) goes on with half as many rows. Each
+row is padded by itself and judged by itself, so the number changes answers by no more than rounding.
 """
 
-import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-
-from veneer.config import JobError, Run, UserError
+from veneer.config import Run, UserError
 from veneer.config.notify import notify
 from veneer.planning.base import PlannedModel
 from veneer.planning.batch_shapes import Padded
 from veneer.planning.planner import Planner
 from veneer.planning.target import TargetDevice
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-# What torch's allocators on the CPU say; on a GPU it raises a class of its own.
-CPU_MESSAGES = ("can't allocate memory", "out of memory", "not enough memory")
+LESS_MEMORY = (  # advice where a single row does not fit
+    "lower evaluate.max_new_tokens (--max-new-tokens), use shorter prompts, or set `quantization: {bits: 4}`; "
+    "`veneer plan` says what fits"
+)
 
 
 def rows_at_a_time(run: Run, rows: Padded, target: TargetDevice) -> int:
@@ -36,66 +33,6 @@ def rows_at_a_time(run: Run, rows: Padded, target: TargetDevice) -> int:
     if min(rows.rows, run.evaluate.batch_size) <= 1:
         return 1
     return Planner(PlannedModel(run.model, "only its size is asked for"), target).generation(run, rows)[0]
-
-
-class Batching:
-    """Takes rows in batches, and smaller ones once memory was short.
-
-    Args:
-        size: Rows in a batch.
-
-    Attributes:
-        size: Current number of rows in a batch.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._has_notified = False
-
-    def over(self, items: Sequence[Item], work: Callable[[Sequence[Item]], Result]) -> Iterator[Result]:
-        """Yield what `work` makes of the items, `size` at a time and in order.
-
-        Raises:
-            JobError: Not even one fits.
-        """
-        start = 0
-        while start < len(items):
-            chosen = items[start : start + self.size]
-            try:
-                result = work(chosen)
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            else:
-                start += len(chosen)
-                yield result
-                continue
-            self._halve(len(chosen))  # out here nothing holds what the failed attempt had made
-
-    def _halve(self, rows: int) -> None:
-        if rows == 1:
-            raise JobError(
-                "out of memory with one row at a time\n  fix: lower evaluate.max_new_tokens (--max-new-tokens), use "
-                "shorter prompts, or set `quantization: {bits: 4}`; `veneer plan` says what fits"
-            )
-        self.size = rows // 2
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if not self._has_notified:
-            self._has_notified = True
-            notify(
-                f"out of memory with {rows} rows at a time: continuing with {self.size}, or fewer if needed; the "
-                "answers do not depend on it",
-                where="evaluate.batch_size",
-            )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that memory ran out, on whatever device."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(said in str(error).lower() for said in CPU_MESSAGES)
 
 
 def room_for_answers(model: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> list[int]:

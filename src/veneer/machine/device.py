@@ -1,6 +1,7 @@
 """Finds the device, precision and memory of this machine."""
 
 import ctypes
+import gc
 import os
 import platform
 import sys
@@ -81,6 +82,28 @@ def peak_resident_bytes() -> int:
 def peak_bytes(device: str) -> int:
     """Return the peak memory of the run: allocated on the GPU, resident on the CPU."""
     return torch.cuda.max_memory_allocated() if device == "cuda" else peak_resident_bytes()
+
+
+def rng_state() -> dict[str, torch.Tensor]:
+    """Return the state of torch's random number generators by device: cpu, and cuda where there is one."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, torch.Tensor]) -> None:
+    """Restore what `rng_state` returned, on the devices that this machine has."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def release_memory() -> None:
+    """Free objects in reference cycles, and return to the GPU what its allocator holds for reuse."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def bound_freed_memory() -> None:

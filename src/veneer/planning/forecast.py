@@ -61,6 +61,11 @@ class Forecast:
         steps = self._fullest(name for name in self.phases if name not in self.rows_at_a_time)
         return self.target.budget_bytes - self.phases[steps].bytes
 
+    @property
+    def run_peak_bytes(self) -> int:
+        """The peak of training with all that the placement keeps; the phases count the least."""
+        return self.placement.peak_bytes or self.phases[self.training_phase].bytes
+
     def _fullest(self, names: Iterable[str]) -> str:
         return max(names, key=lambda name: self.phases[name].bytes)
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from veneer.config import UserError
 from veneer.config.folder import remove, whole_folder
 from veneer.config.manifest import ADAPTER, OPTIMIZER, RNG, read_manifest, write_manifest
+from veneer.machine.device import rng_state, set_rng_state
 from veneer.model.quiet import quiet
 from veneer.training.optimizer import get_state, set_state
 
@@ -56,7 +57,7 @@ def save(folder: Path, step: int, state: TrainingState) -> Path:
         with quiet():
             state.model.save_pretrained(str(unfinished), save_embedding_layers=False)
         save_file(get_state(state.optimizer, state.names), unfinished / OPTIMIZER)
-        save_file(_rng_state(), unfinished / RNG)
+        save_file(rng_state(), unfinished / RNG)
         facts = {"step": step, "began_with": dict(state.began_with), "loss_scale": state.scaler.state_dict()}
         write_manifest(unfinished, facts)
     return path
@@ -92,10 +93,7 @@ def load(path: Path, state: TrainingState) -> int:
     set_state(state.optimizer, state.names, load_file(path / OPTIMIZER))
     if state.scaler.is_enabled():
         state.scaler.load_state_dict(manifest["loss_scale"])
-    rng = load_file(path / RNG)
-    torch.set_rng_state(rng["cpu"])
-    if "cuda" in rng and torch.cuda.is_available():
-        torch.cuda.set_rng_state(rng["cuda"])
+    set_rng_state(load_file(path / RNG))
     return int(manifest["step"])
 
 
@@ -113,10 +111,3 @@ def drop_old(folder: Path, keep: int) -> None:
 
 def _all(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), key=step_of)
-
-
-def _rng_state() -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state

@@ -1,35 +1,32 @@
-"""Batches for the held-out loss; their size affects memory and speed alone, so it may be halved during a run."""
+"""Held-out rows of a run, in the order in which their loss is measured."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from veneer.data.batch import Batch
+from veneer.data.batch import Example
 from veneer.data.pipeline import Part
 
 
-class HeldOutBatches(Sequence[Batch]):
-    """Held-out examples in batches of like length, made as they are asked for.
+class HeldOutRows(Sequence[Example]):
+    """Held-out examples, the longest first, so that consecutive ones are of like length.
 
     Args:
         part: The examples.
-        size: Rows of a batch.
+
+    Attributes:
+        lengths: Tokens of each.
     """
 
-    def __init__(self, part: Part, size: int) -> None:
-        self.size = size
+    def __init__(self, part: Part) -> None:
         self._part = part
         self._order = np.argsort(-part.lengths, kind="stable")
-
-    def halved(self) -> "HeldOutBatches":
-        """Return the same examples in batches of half as many."""
-        return HeldOutBatches(self._part, max(1, min(self.size, len(self._order)) // 2))
+        self.lengths = part.lengths[self._order]
 
     def __len__(self) -> int:
-        return -(-len(self._order) // self.size)
+        return len(self._order)
 
     def __getitem__(self, at: Any) -> Any:
-        if not 0 <= at < len(self):
-            raise IndexError(at)
-        return Batch.of([self._part[int(n)] for n in self._order[at * self.size : (at + 1) * self.size]])
+        chosen = self._order[at]
+        return [self._part[int(n)] for n in chosen] if isinstance(at, slice) else self._part[int(chosen)]

@@ -6,9 +6,10 @@ folder begun. The adapter appears whole at the end.
 
 import contextlib
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -23,24 +24,27 @@ from veneer.config.folder import remove, whole_folder, write_json, write_text
 from veneer.config.load import to_yaml
 from veneer.config.names import anchored
 from veneer.config.notify import kept_in, notify
-from veneer.data.batch import Batches
+from veneer.data.batch import Batch, Batches
 from veneer.data.pipeline import Part
 from veneer.engine.choose import choose
 from veneer.engine.interface import BatchShapes
+from veneer.engine.placement import MemoryPlacement
 from veneer.machine.device import peak_bytes, resolve_optim
 from veneer.model.attach import count_parameters, save_adapter
 from veneer.model.fingerprint import config_sha256, fingerprint
 from veneer.model.load import compute_dtype
 from veneer.planning.memory import optimizer_bytes, run_disk_bytes
 from veneer.training import checkpoint
-from veneer.training.held_out import HeldOutBatches
+from veneer.training.held_out import HeldOutRows
 from veneer.training.loop import Loop
+from veneer.training.memory import need_and_fix, place
 from veneer.training.metrics import Listener, MetricsFile, read_metrics
 from veneer.training.objectives import OBJECTIVES
 from veneer.training.optimizer import parameters_to_update
 from veneer.training.parts import load_parts
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers", "numpy")
+MEASURABLE = ("cuda",)  # devices where too little memory is an error to catch; elsewhere it may end the process
 WriteExtras = Callable[[Path, int, float | None], None]
 Resume = bool | Literal["auto"]
 # Settings that may differ when a run is resumed: none of them changes a number of the training.
@@ -122,25 +126,18 @@ class TrainingJob:
             train.seed,
             run.data.max_length if run.data.packing else None,
         )
-        at_a_time = self.prediction.forecast.rows_at_a_time
-        held_out = HeldOutBatches(self.data.validation, at_a_time.get("evaluation", run.evaluate.batch_size))
-        varies = vary(self.data.train, batches.sizes, train.per_device_train_batch_size)
-        shapes = BatchShapes(
-            largest=tuple(sorted(batches.sizes.tolist(), reverse=True)[: train.per_device_train_batch_size]),
-            varies=varies,
-            held_out=held_out[0].lengths if len(held_out) else (),
-            documents=batches.most_documents() if run.data.packing else (),
-        )
-        device = self.machine.device
-        updated = parameters_to_update(self.model, self.engine, train, device).values()
-        states = optimizer_bytes([parameter.numel() for parameter in updated], resolve_optim(train.optim, device))
-        self.placement = self.engine.plan_memory(shapes, train.gradient_checkpointing, states)
+        forecast = self.prediction.forecast
+        held_out = HeldOutRows(self.data.validation)
+        at_a_time = forecast.rows_at_a_time.get("evaluation", run.evaluate.batch_size)
+        explain = partial(need_and_fix, self.prediction, self.machine.device)
+        self.placement, most_tokens = self._place(batches, tuple(held_out.lengths[:at_a_time].tolist()), explain)
         self._loop = Loop(
             model=self.model,
             engine=self.engine,
             objective=OBJECTIVES["supervised"],
             batches=batches,
             held_out=held_out,
+            rows_at_a_time=at_a_time,
             train=train,
             checkpoints=self.folder.checkpoints,
             began_with={
@@ -150,11 +147,38 @@ class TrainingJob:
                 "the base's configuration (config.json)": config_sha256(self.source),
             },
             device=self.machine.device,
+            predicted_peak_bytes=forecast.run_peak_bytes,
+            explain=explain,
+            most_tokens=most_tokens,
             scale_loss=compute_dtype(run.model, self.machine) == torch.float16,
         )
         self.folder.require_writable(self._bytes_on_disk())
         if self._resume:
             self._require_same_placement()
+
+    def _place(
+        self, batches: Batches, held_out: tuple[int, ...], explain: Callable[[], str]
+    ) -> tuple[MemoryPlacement, int | None]:
+        """Have the engine place its tensors; see `memory.place`."""
+        train, device, part = self.run.train, self.machine.device, self.data.train
+        updated = parameters_to_update(self.model, self.engine, train, device).values()
+        states = optimizer_bytes([parameter.numel() for parameter in updated], resolve_optim(train.optim, device))
+        shapes = BatchShapes(
+            largest=tuple(sorted(batches.sizes.tolist(), reverse=True)[: train.per_device_train_batch_size]),
+            varies=vary(part, batches.sizes, train.per_device_train_batch_size),
+            held_out=held_out,
+            documents=batches.most_documents() if self.run.data.packing else (),
+        )
+
+        def plan(parts: Sequence[Batch] | None) -> MemoryPlacement:
+            asked = shapes
+            if parts is not None:
+                largest = max(parts, key=lambda part: part.tokens).lengths
+                documents = max((part.lengths for part in parts), key=len) if shapes.documents else ()
+                asked = BatchShapes(largest, varies=True, held_out=held_out, documents=documents)
+            return self.engine.plan_memory(asked, train.gradient_checkpointing, states)
+
+        return place(plan, batches.largest(), explain)
 
     @property
     def steps(self) -> int:
@@ -206,7 +230,9 @@ class TrainingJob:
     def _train(self, listeners: tuple[Listener, ...], write_extras: WriteExtras) -> Trained:
         metrics = MetricsFile(self.folder.metrics)
         metrics.restart(self._loop.done)
-        speed = self._loop.run((metrics.append, *listeners))
+        # A placement that was chosen by its size has measured the passes that need most.
+        is_untried = self.machine.device in MEASURABLE and not self.placement.least_bytes
+        speed = self._loop.run((metrics.append, *listeners), try_largest=is_untried)
         loss = self._loop.loss if self._loop.loss is not None else _last_loss(self.folder)
         with whole_folder(self.folder.adapter) as unfinished:
             save_adapter(self.model, self.tokenizer, self.renderer.template, self.source, unfinished)

@@ -4,6 +4,9 @@ A step's loss is summed over its trained tokens and divided by their number, ove
 that how a step is cut does not change it. Two things are checked that otherwise go wrong in silence: after the first
 step every LoRA B matrix must have a finite gradient that is not zero, and no loss may ever be NaN or infinite.
 
+Passes that run out of memory are dropped and run again with less (memory.py). The update comes after all of them and
+allocates nothing, so that no parameter is ever updated twice, or without the others.
+
 A step waits for the device once, after all of it has been launched: loss, norm and checks come back in one reading. A
 number that is not finite has spoiled the adapter in memory then, and ends the run before anything is written.
 
@@ -12,7 +15,7 @@ Gradients of float16 runs are scaled against underflow as usual (torch's GradSca
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +23,17 @@ import torch
 
 from veneer.config import Interrupted, JobError, Train
 from veneer.config.notify import notify
-from veneer.data.batch import Batches
+from veneer.data.batch import Batch, Batches, Example
 from veneer.engine.interface import Engine
 from veneer.engine.objective import Objective, StepOutput, TrainedTokens
-from veneer.machine.device import peak_bytes
+from veneer.machine.batching import Batching
+from veneer.machine.device import peak_bytes, rng_state, set_rng_state
 from veneer.model.adapters import find_method
 from veneer.training import checkpoint
-from veneer.training.held_out import HeldOutBatches
+from veneer.training.held_out import HeldOutRows
+from veneer.training.memory import OutOfMemoryRecovery, describe
 from veneer.training.metrics import Listener
-from veneer.training.optimizer import build_optimizer, parameters_to_update
+from veneer.training.optimizer import allocate_states, build_optimizer, parameters_to_update
 from veneer.training.schedule import learning_rate
 from veneer.training.stop import stop_signal
 
@@ -41,11 +46,15 @@ class Loop:
         engine: Engine that computes log-probabilities and gradients.
         objective: Objective to minimize.
         batches: The training data.
-        held_out: Batches for the held-out loss; may be empty.
+        held_out: Rows for the held-out loss; may be empty.
+        rows_at_a_time: Number of them that are computed together.
         train: The settings.
         checkpoints: Folder of the run's checkpoints.
         began_with: Hashes of base and data, kept in checkpoints and compared when one is resumed.
         device: Device of the model.
+        predicted_peak_bytes: Predicted peak of training, logged beside the measured one.
+        explain: Function that says what to change where a single row does not fit; see `memory.need_and_fix`.
+        most_tokens: Tokens of a micro-batch beyond which it is cut in two, as memory demands; None: none is.
         scale_loss: Whether gradients need scaling (float16).
     """
 
@@ -55,20 +64,26 @@ class Loop:
         engine: Engine,
         objective: Objective,
         batches: Batches,
-        held_out: HeldOutBatches,
+        held_out: HeldOutRows,
+        rows_at_a_time: int,
         train: Train,
         checkpoints: Path,
         began_with: Mapping[str, str | None],
         device: str,
+        predicted_peak_bytes: int,
+        explain: Callable[[], str],
+        most_tokens: int | None = None,
         scale_loss: bool = False,
     ) -> None:
         self._engine = engine
         self._objective = objective
         self._batches = batches
         self._held_out = held_out
+        self._held_out_batching = Batching(rows_at_a_time, "lower data.max_length", "held-out losses")
         self._train = train
         self._checkpoints = checkpoints
         self._device = device
+        self._predicted_peak_bytes = predicted_peak_bytes
         method = find_method(model.peft_config["default"])
         trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
         self._learn_first = {name: p for name, p in trained if method.learns_first(name)}
@@ -76,6 +91,8 @@ class Loop:
         self._optimizer = build_optimizer(self._updated.values(), train, device)
         self._scaler = torch.amp.GradScaler(device, enabled=scale_loss)
         self._state = checkpoint.TrainingState(model, self._optimizer, self._updated, self._scaler, began_with)
+        self._recovery = OutOfMemoryRecovery(engine, self._drop_gradients, explain, most_tokens)
+        self._explain = explain
         self.steps = batches.steps(train.num_train_epochs, train.max_steps)
         self.done = 0
         self.loss: float | None = None  # of the last step that was made here
@@ -85,20 +102,26 @@ class Loop:
         """Restore a checkpoint of this run."""
         self.done = checkpoint.load(path, self._state)
 
-    def run(self, listeners: Sequence[Listener]) -> float:
+    def run(self, listeners: Sequence[Listener], try_largest: bool = False) -> float:
         """Train to the end; returns the mean of all steps' tokens per second.
 
         A checkpoint comes before the evaluation of its step, which a resumed run makes again: an evaluation may take
         longer than whoever stops the run waits for it.
 
+        Args:
+            listeners: Callbacks that get each record of metrics.jsonl.
+            try_largest: Whether to run the largest micro-batch first, so that a run that does not fit ends at once.
+
         Raises:
-            JobError: The loss of a step is not finite, or an adapter gets no gradient.
+            JobError: The loss of a step is not finite, an adapter gets no gradient, or a row does not fit into memory.
             Interrupted: The user stopped the run; a checkpoint was written.
         """
         train = self._train
         tokens, seconds = 0, 0.0
         try:
             with stop_signal() as stopped:
+                if try_largest and self.done < self.steps:
+                    self._try_largest()
                 if self.done:
                     self._evaluate_if_due(listeners, stopped)
                 while self.done < self.steps:
@@ -115,12 +138,48 @@ class Loop:
                         raise Interrupted(self._checkpoint())
                     self._evaluate_if_due(listeners, stopped)
         except torch.OutOfMemoryError as error:
-            raise JobError(
-                f"out of memory in step {self.done + 1}: {str(error).split('. ')[0]}\n  fix: halve "
-                "train.per_device_train_batch_size and double train.gradient_accumulation_steps (the same training), "
-                "set train.gradient_checkpointing=true, or lower data.max_length"
-            ) from None
-        return round(tokens / seconds, 1) if seconds else 0.0
+            shortage = describe(error)  # beside a step's passes, where nothing can be made smaller
+        else:
+            return round(tokens / seconds, 1) if seconds else 0.0
+        raise JobError(f"out of memory after step {self.done} ({shortage}): {self._explain()}")
+
+    def _try_largest(self) -> None:
+        """Run the largest micro-batch forward and backward; it changes nothing but what fits."""
+        began_with, scale = rng_state(), self._loss_scale()
+        what = f"the largest micro-batch, tried before step {self.done + 1},"
+        self._recovery.run(what, self._batches.largest(), lambda batches: self._passes(batches, scale))
+        self._drop_gradients()
+        set_rng_state(began_with)
+
+    def _passes(self, batches: Iterable[Batch], scale: float) -> dict[str, torch.Tensor]:
+        """Add gradients of micro-batches, times the scale, to those that are there; returns the sums over all."""
+        allocate_states(self._optimizer)  # before the passes, so that they have what is left from the first step on
+        return _sums([self._engine.forward_backward(batch.scaled(scale), self._objective) for batch in batches])
+
+    def _gradients(
+        self, batches: Iterable[Batch], scale: float
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, list[torch.Tensor]]:
+        """Compute a step's gradients, ready for the update.
+
+        Returns:
+            Sums over all micro-batches; the norm before clipping; the largest magnitude in the gradient of each matrix
+            that learns first, until they have been checked.
+        """
+        sums = self._passes(batches, scale)
+        self._scaler.unscale_(self._optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self._updated.values(), self._train.max_grad_norm or math.inf)
+        largest = [] if self._has_gradients else [_largest(parameter.grad) for parameter in self._learn_first.values()]
+        return sums, norm, largest
+
+    def _loss_scale(self) -> float:
+        """Return the factor of the loss that keeps gradients of float16 from underflow; 1 for other runs."""
+        # Only a scaler that is used lives on the device.
+        return self._scaler.scale(torch.ones((), device=self._device)).item() if self._scaler.is_enabled() else 1.0
+
+    def _drop_gradients(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+        if self._scaler.is_enabled():
+            self._scaler.update(self._scaler.get_scale())  # the same scale; forgets that gradients were unscaled
 
     def _step(self, number: int) -> dict[str, Any]:
         started = time.perf_counter()
@@ -129,16 +188,10 @@ class Loop:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         micro_batches = self._batches.step(number)
-        weight = sum(map(self._objective.weight, micro_batches))
-        # Only a scaler that is used lives on the device.
-        scaled = self._scaler.scale(torch.ones((), device=self._device)).item() if self._scaler.is_enabled() else 1.0
-        outputs = [
-            self._engine.forward_backward(batch.scaled(scaled / weight), self._objective) for batch in micro_batches
-        ]
-        sums = _sums(outputs)
-        self._scaler.unscale_(self._optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self._updated.values(), train.max_grad_norm or math.inf)
-        largest = [] if self._has_gradients else [_largest(parameter.grad) for parameter in self._learn_first.values()]
+        scale = self._loss_scale() / sum(map(self._objective.weight, micro_batches))
+        sums, norm, largest = self._recovery.run(
+            f"step {number + 1}", micro_batches, lambda batches: self._gradients(batches, scale)
+        )
         # A float16 step may overflow: the scaler leaves it out and tries a smaller scale.
         self._scaler.step(self._optimizer)
         self._scaler.update()
@@ -165,17 +218,19 @@ class Loop:
             "seconds": round(seconds, 4),
             "tokens_per_second": round(tokens / seconds, 1),
             "peak_bytes": peak_bytes(self._device),
+            "predicted_peak_bytes": self._predicted_peak_bytes,
         }
 
     def _evaluate_if_due(self, listeners: Sequence[Listener], stopped: Callable[[], bool]) -> None:
         """Measure the held-out loss, where this step has one; a stop leaves it out, and a checkpoint stands for it."""
         if not self._held_out or not (self.done == self.steps or _due(self.done, self._train.eval_steps)):
             return
-        means = self._held_out_means(stopped)
-        if means is None:
+        measured = self._measure_held_out(stopped)
+        if measured is None:
             if not self._checkpoint().exists():
                 self._save()
             raise Interrupted(self._checkpoint())
+        means, trained = measured
         loss = means["loss"]
         if not math.isfinite(loss):  # the adapter may be good all the same, and its loss was finite
             notify(
@@ -187,33 +242,27 @@ class Loop:
             "step": self.done,
             **{name: value if math.isfinite(value) else None for name, value in means.items()},
             **self._objective.held_out_metrics(loss),
-            "trained_tokens": sum(batch.trained for batch in self._held_out),
+            "trained_tokens": trained,
         }
         _report(listeners, record)
 
-    def _held_out_means(self, stopped: Callable[[], bool]) -> dict[str, float] | None:
-        """Measure held-out loss and metrics; None where it was stopped. Once memory runs out, batches are halved."""
-        before = self._held_out.size
-        while True:
-            try:
-                outputs = []
-                for batch in self._held_out:
-                    if stopped():
-                        return None
-                    logprobs_N = self._engine.token_logprobs(batch)
-                    outputs.append(self._objective(TrainedTokens.of(batch, logprobs_N))[0])
-                sums = {name: value.item() for name, value in _sums(outputs).items()}
-                break
-            except torch.OutOfMemoryError:
-                if self._held_out.size == 1:
-                    raise JobError("out of memory with one held-out row\n  fix: lower data.max_length") from None
-            self._held_out = self._held_out.halved()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-        if (now := self._held_out.size) < before:
-            text = f"out of memory in the held-out loss with {before} rows at a time: continuing with {now}"
-            notify(text, where="evaluate.batch_size")
-        return _means(sums)
+    def _measure_held_out(self, stopped: Callable[[], bool]) -> tuple[dict[str, float], int] | None:
+        """Measure held-out loss and metrics, and count the trained tokens; None where it was stopped."""
+
+        def measure(rows: Sequence[Example]) -> tuple[StepOutput, int] | None:
+            if stopped():
+                return None
+            batch = Batch.of(rows)
+            logprobs_N = self._engine.token_logprobs(batch)
+            return self._objective(TrainedTokens.of(batch, logprobs_N))[0], batch.trained
+
+        outputs, trained = [], 0
+        for measured in self._held_out_batching.over(self._held_out, measure):
+            if measured is None:
+                return None
+            outputs.append(measured[0])
+            trained += measured[1]
+        return _means({name: value.item() for name, value in _sums(outputs).items()}), trained
 
     def _require_finite(self, number: int, loss: float, norm: float) -> None:
         if not math.isfinite(loss):

@@ -54,6 +54,35 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], train: Train, devi
         return optimizer
 
 
+def allocate_states(optimizer: torch.optim.Optimizer) -> None:
+    """Allocate the states that the optimizer does not have yet, as zeros, as its own first step would.
+
+    Libraries allocate them within that step, bitsandbytes between the updates of two parameters: were memory to run
+    out there, some parameters would be updated, some not, and a state that was begun would pass for a whole one.
+    With the states in place the update of both libraries works in place.
+
+    Raises:
+        torch.OutOfMemoryError: they do not fit; the states of each parameter are there whole or not at all.
+    """
+    for number, group in enumerate(optimizer.param_groups):
+        for at, parameter in enumerate(group["params"]):
+            if optimizer.state[parameter]:
+                continue
+            if isinstance(optimizer, torch.optim.AdamW):
+                device = parameter.device if group["fused"] else "cpu"  # as in `set_state`
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), device=device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+                continue
+            try:
+                optimizer.init_state(group, parameter, number, at)  # type: ignore[attr-defined]
+            except torch.OutOfMemoryError:
+                del optimizer.state[parameter]
+                raise
+
+
 def get_state(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str]) -> dict[str, torch.Tensor]:
     """Return the optimizer's state as tensors by name (`<parameter>/<state>`), for safetensors."""
     tensors = {}

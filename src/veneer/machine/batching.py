@@ -1,0 +1,78 @@
+"""Takes rows in batches where no gradient is needed, and in smaller ones once memory runs out.
+
+What else holds memory nobody foresees, so the number of rows that a plan found may be too large. Rows are computed
+independently of each other, so their number at a time changes results by no more than rounding.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+
+from veneer.config import JobError
+from veneer.config.notify import notify
+from veneer.machine.device import release_memory
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+# What torch's allocators on the CPU say, and libraries on a GPU; its allocator there raises a class of its own.
+MESSAGES = ("can't allocate memory", "out of memory", "not enough memory", "status_alloc_failed")
+
+
+class Batching:
+    """Takes rows in batches, and smaller ones once memory was short.
+
+    Args:
+        size: rows in a batch.
+        fix: advice where not even one row fits.
+        what: result that the rows are taken for, in messages.
+
+    Attributes:
+        size: current number of rows in a batch.
+    """
+
+    def __init__(self, size: int, fix: str, what: str = "answers") -> None:
+        self.size = size
+        self._fix = fix
+        self._what = what
+        self._has_notified = False
+
+    def over(self, items: Sequence[Item], work: Callable[[Sequence[Item]], Result]) -> Iterator[Result]:
+        """Yield what `work` makes of the items, `size` at a time and in order.
+
+        Raises:
+            JobError: not even one fits.
+        """
+        start = 0
+        while start < len(items):
+            chosen = items[start : start + self.size]
+            try:
+                result = work(chosen)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            else:
+                start += len(chosen)
+                yield result
+                continue
+            self._halve(len(chosen))  # out here nothing holds what the failed attempt had made
+
+    def _halve(self, rows: int) -> None:
+        if rows == 1:
+            raise JobError(f"out of memory with one row at a time ({self._what})\n  fix: {self._fix}")
+        self.size = rows // 2
+        release_memory()
+        if not self._has_notified:
+            self._has_notified = True
+            notify(
+                f"out of memory with {rows} rows at a time: continuing with {self.size}, or fewer if needed; the "
+                f"{self._what} do not depend on it",
+                where="evaluate.batch_size",
+            )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means that memory ran out, on whatever device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(said in str(error).lower() for said in MESSAGES)
