@@ -124,7 +124,7 @@ class MemoryPlacement:
         streams_ends: whether embedding and head live on the host.
         host_bytes: pinned memory of the host.
         link_seconds: time that copies from and to the host add to a micro-batch.
-        choices: what each choice takes and saves.
+        choices: the choices, with what each takes and saves.
     """
 
     blocks: tuple[BlockPlacement, ...]

@@ -390,8 +390,10 @@ class FusedEngine:
         saved: list[SavedActivations] = []
         for block, placement in zip(self.blocks, self.placement.blocks, strict=True):
             self._weights.enter(block.number, 1)
-            states = (placement.kept, placement.hosted) if training else (frozenset(), frozenset())
-            stream, of_block = block.forward(stream, at, *states)
+            keep, host = (placement.kept, placement.hosted) if training else (frozenset(), frozenset())
+            if block is self.blocks[-1]:  # backward needs its tensors at once
+                keep, host = keep | host, frozenset()
+            stream, of_block = block.forward(stream, at, keep, host)
             self._weights.leave(block.number)
             self._store.release()
             if training:
