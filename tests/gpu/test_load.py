@@ -24,6 +24,7 @@ from veneer.engine.objective import LIKELIHOOD
 from veneer.engine.temporary import lies_on_host
 from veneer.model import reader
 from veneer.model.attach import attach
+from veneer.planning.memory import LIBRARIES
 from veneer.training import parts
 from veneer.training.job import TrainingJob
 
@@ -105,7 +106,7 @@ def test_a_load_to_the_host_gives_the_tensors_of_an_ordinary_one(
         assert_on_host(base, theirs)
     again, report = load(folder, CACHED, "bfloat16")
     assert report.way == "cache"
-    assert all(torch.equal(tensors(again)[name], tensor) for name, tensor in tensors(theirs).items())
+    assert all(torch.equal(tensors(again)[name].cpu(), tensor.cpu()) for name, tensor in tensors(theirs).items())
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=1000, available=1000))
     mapped, report = load(folder, CACHED, "bfloat16", to_host=True)
     assert (report.way, report.bytes_read) == ("cache", 0)
@@ -148,7 +149,7 @@ def test_a_model_in_the_hosts_memory_is_checked_by_its_first_blocks(tiny_model: 
     found = choose.compare(model, engine, Train(engine="fused"), "cuda", [rows])
     assert found.holds, found.describe()
     assert [(parameter.device, parameter.data_ptr()) for parameter in model.parameters()] == before
-    assert torch.cuda.memory_allocated() - held < 32 * 2**20, "cuBLAS' workspace may stay"
+    assert torch.cuda.memory_allocated() - held <= LIBRARIES["cuda"], "cuBLAS' workspace may stay"
     assert lies_on_host(model)
     assert engine.is_on_host
     loss = engine.forward_backward(Batch.of(rows), LIKELIHOOD).loss.item()

@@ -38,7 +38,8 @@ def make_job(folder: Path, engine: str) -> TrainingJob:
         {"prompt": f"what does the cat say {n} " + "please " * (40 + n % 9), "completion": f"the cat says {n}"}
         for n in range(32)
     ]
-    train = {"engine": engine, "per_device_train_batch_size": 16, "logging_steps": 1, "max_steps": 4}
+    train: dict[str, Any] = {"engine": engine, "per_device_train_batch_size": 16, "logging_steps": 1, "max_steps": 4}
+    train["gradient_checkpointing"] = True  # recorded passes would hold their memory, and never run out of it
     path = write_rows(folder / "rows.jsonl", rows)
     return TrainingJob(tiny_run(folder / "base", path, folder / "run", data={"max_length": 1024}, train=train))
 

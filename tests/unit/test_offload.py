@@ -4,8 +4,10 @@ Here by the torch twins, on a CPU; tests/gpu/test_memory.py has the same with st
 """
 
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -60,3 +62,14 @@ def test_streamed_adapters_count() -> None:
     assert (with_adapter != without).float().mean() > 0.9
     assert torch.equal(engine.token_logprobs(batch), with_adapter)
     assert torch.equal(engine_of("resident").token_logprobs(batch), with_adapter)
+
+
+@pytest.mark.parametrize("pinned", [0, 2])
+def test_weights_for_which_there_is_no_memory_to_pin_are_staged(pinned: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first blocks are pinned, and the others, perhaps memory-mapped, stay where they are."""
+    free = iter([2**40] * pinned + [0] * 100)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=next(free)))
+    engine = engine_of("all streamed")
+    staged = [number for number, host in engine._weights._host.items() if host is None]
+    assert staged == list(range(pinned, len(engine.blocks)))
+    assert_same(course(engine), resident())

@@ -113,7 +113,7 @@ def test_memory_is_measured_with_the_attention_that_batches_get(varies: bool, mo
     peaks = iter((7, 9))
     monkeypatch.setattr(FusedEngine, "on_gpu", True)
     monkeypatch.setattr(FusedEngine, "_peak_of", lambda self, compute: compute() or next(peaks))
-    monkeypatch.setattr(FusedEngine, "_pass", lambda self, inputs: seen.append(inputs.documents.is_even))
+    monkeypatch.setattr(FusedEngine, "_pass", lambda self, inputs, depth: seen.append(inputs.documents.is_even))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
     found = engine.plan_within(BatchShapes((64, 64), varies), 2**20)
     assert seen == ([True, False] if varies else [True])

@@ -73,7 +73,8 @@ class Planner:
         peaks = StepPeaks(least, found["forward"].bytes)
         setting = run.train.gradient_checkpointing
         placement = self.base.placement(step, setting, peaks, target.budget_bytes, target.rates)
-        found = {name: off_device(name, peak, placement) for name, peak in found.items()}
+        if least > target.budget_bytes:  # else what is on the host is there for the sake of speed
+            found = {name: off_device(name, peak, placement) for name, peak in found.items()}
         peak = max(peak.bytes for peak in found.values())
         updated = 1 if engine == "fused" else len(sizes)
         timed = self._times(step, held_out, rows, run, placement, updated) if target.ceilings else (None, None)

@@ -44,7 +44,7 @@ FIELDS = {
     "gate_up": ("gate_up", "u_gate_up"),
 }
 ACTIVATIONS = ("qkv", "attention", "mid", "gate_up")  # that may be recomputed
-OFFLOADED = ("x", "attention", "qkv", "mid")  # that may be offloaded, the best first; gate and up come in pieces
+OFFLOADED = ("x", "attention")  # that a policy offloads, the best first: the others are computed again in less time
 MAX_RANK = 64  # largest rank of adapters whose gradients the gate's backward computes too
 ATTENTION_SLOWER = 1.4  # time of a multiply-add in attention relative to a large product
 MLP_TOKENS = 2048  # largest piece; with it, large products are as fast as with all tokens

@@ -30,6 +30,7 @@ from veneer.kernels.softmax_loss import softmax_loss
 
 LOGITS_BYTES = 256 * 2**20  # logits computed at a time
 UNKNOWN = 2**62  # bytes, more than any device has: the peak of a pass that does not fit
+TRIED = 4  # blocks that go backward in a pass whose memory is measured
 TIGHTER = 0.95  # share of its budget within which a placement is chosen anew, when memory has run out
 
 
@@ -214,7 +215,7 @@ class FusedEngine:
     def _try(self, lengths: tuple[int, ...]) -> int:
         """Return the peak of a pass over a dummy batch; more than any device has where it does not fit."""
         try:
-            return self._peak_of(partial(self._pass, self._to_device(_dummy(lengths), True)))
+            return self._peak_of(partial(self._pass, self._to_device(_dummy(lengths), True), depth=TRIED))
         except torch.OutOfMemoryError:
             pass  # what the error refers to must be freed before memory is
         finally:
@@ -237,6 +238,8 @@ class FusedEngine:
         if shapes.documents:
             several.append(shapes.documents)
         bases = [] if self.is_on_host else [uniform(self.blocks, (), ()), tightest(self.blocks, streams=False)]
+        if sum(block.saved_bytes("x", sum(lengths)) for block in self.blocks) > budget_bytes:
+            bases = bases[1:]
         for base in (*bases, tightest(self.blocks)):
             self.apply(base)
             before = torch.cuda.memory_allocated()
@@ -324,8 +327,14 @@ class FusedEngine:
             return self._pass(inputs, objective)
         return self._graphs.run(inputs, objective, has_dropout)
 
-    def _pass(self, inputs: Inputs, objective: Objective = LIKELIHOOD) -> StepOutput:
-        """Run forward and backward without waiting for the device."""
+    def _pass(self, inputs: Inputs, objective: Objective = LIKELIHOOD, depth: int | None = None) -> StepOutput:
+        """Run forward and backward without waiting for the device.
+
+        Args:
+            inputs: the batch.
+            objective: objective of the pass.
+            depth: number of blocks that go backward, from the last; None: all. The first of these hold most memory.
+        """
         at = self._context(inputs.documents, training=True)
         cast_all(self._adapters)
         stream, saved = self._forward(inputs.ids_T, at, True)
@@ -336,7 +345,7 @@ class FusedEngine:
         if coefficients_N is not None:  # backward is linear in the rows of the head's gradient
             factor_N = torch.where(inputs.targets_N >= 0, -coefficients_N, 0.0).float()
             d_TE *= torch.zeros_like(d_TE[:, :1], dtype=torch.float32).index_copy_(0, inputs.index_N, factor_N[:, None])
-        for block in reversed(self.blocks):
+        for block in self.blocks[: -depth - 1 : -1] if depth else reversed(self.blocks):
             self._weights.enter(block.number, -1)
             if len(saved) > 1:
                 saved[-2].fetch(self._store)

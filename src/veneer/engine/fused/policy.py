@@ -26,7 +26,7 @@ from veneer.engine.placement import H100, ActivationState, BlockPlacement, Choic
 
 SAFETY = 0.02  # share of the budget that fragmentation may take
 SMALL = 2048  # tokens; shorter passes gain from replay, even those of 8B models on an H100 (`bench/replays.py`)
-SLOWED = 0.15  # time that a copy from or to the host adds to what is computed meanwhile, as a share of its own
+SLOWED = 0.09  # time that copies from and to the host add to what is computed meanwhile, as a share of their own
 LAUNCHING = 2e-3  # seconds the host takes to launch a block's forward and backward, unless they are replayed
 USED = 0.8  # share of the link's speed that a placement may count on
 

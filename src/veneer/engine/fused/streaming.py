@@ -6,11 +6,14 @@ The last blocks of forward are the first of backward and are not copied again. A
 the addresses that kernels read never change.
 
 bitsandbytes' modules keep their weights: these become views of the host's memory, and nothing is stored twice.
+Blocks for which no memory is left to pin stay as they were loaded, perhaps memory-mapped, and are copied through pinned
+buffers, for which the processor has to wait.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import psutil
 import torch
 
 from veneer.engine.fused.group import Group
@@ -19,6 +22,7 @@ from veneer.engine.fused.pinned import ALIGNMENT, PinnedMemory
 from veneer.kernels.nf4 import PackedNF4
 
 BUFFERS = 2
+RESERVE = 2 * 2**30  # bytes of the host's memory that are not pinned
 
 
 class StreamedWeights:
@@ -32,7 +36,9 @@ class StreamedWeights:
     def __init__(self, device: torch.device, memory: PinnedMemory) -> None:
         self._device, self._memory = device, memory
         self._stream: Any = new_stream(device)
-        self._host: dict[int, torch.Tensor] = {}  # by block
+        self._host: dict[int, torch.Tensor | None] = {}  # by block; None: not pinned
+        self._groups: Mapping[int, Sequence[Group]] = {}
+        self._staging: dict[int, torch.Tensor] = {}  # by buffer
         self._order: list[int] = []  # blocks that are streamed
         self._turn: dict[int, int] = {}
         self._buffers: list[torch.Tensor] = []
@@ -40,7 +46,7 @@ class StreamedWeights:
         self._arrived: list[Any] = [None] * BUFFERS
         self._free: list[Any] = [None] * BUFFERS
 
-    def stream(self, groups_by_block: dict[int, Sequence[Group]]) -> None:
+    def stream(self, groups_by_block: Mapping[int, Sequence[Group]]) -> None:
         """Stream the weights of these blocks, and no others.
 
         Args:
@@ -51,9 +57,9 @@ class StreamedWeights:
                 self._host[number] = self._to_host(groups)
         for number in set(self._host) - set(groups_by_block):
             del self._host[number]
-        self._order = list(groups_by_block)
+        self._order, self._groups = list(groups_by_block), groups_by_block
         self._turn = {number: turn for turn, number in enumerate(self._order)}
-        largest = max((len(host) for host in self._host.values()), default=0)
+        largest = max((sum(map(packed_bytes, groups)) for groups in groups_by_block.values()), default=0)
         self._content = [None] * BUFFERS
         if not self._order:
             self._buffers = []
@@ -96,6 +102,8 @@ class StreamedWeights:
             return
         self._content[at] = turn
         host, buffer = self._host[self._order[turn]], self._buffers[at]
+        if host is None:
+            host = self._staged(at, self._groups[self._order[turn]])
         if self._stream is not None:
             # Where no block has been computed from it, it may be memory that is still in use for something else.
             after = self._free[at] or torch.cuda.current_stream(self._device).record_event()
@@ -104,17 +112,37 @@ class StreamedWeights:
             buffer[: len(host)].copy_(host, non_blocking=True)
             self._arrived[at] = self._stream.record_event() if self._stream is not None else None
 
-    def _to_host(self, groups: Sequence[Group]) -> torch.Tensor:
-        """Move a block's weights to the host, into one piece of memory."""
-        size = sum(packed_bytes(group) for group in groups)
-        host, start = self._memory.take(size), 0
-        for group in groups:
-            views, start = _laid_out(group.packed, host, start)
-            for view, packed in zip(views, group.packed, strict=True):
-                for target, source in zip(view.large, packed.large, strict=True):
-                    target.copy_(source)
+    def _to_host(self, groups: Sequence[Group]) -> torch.Tensor | None:
+        """Move a block's weights to one piece of pinned memory; None: they stay, since there is no memory to pin."""
+        size = sum(map(packed_bytes, groups))
+        on_host = groups[0].packed[0].weights.device.type == "cpu"
+        if on_host and psutil.virtual_memory().available < size + RESERVE:
+            return None
+        host = self._memory.take(size)
+        for group, views in zip(groups, _copied(groups, host), strict=True):
             group.store(views)
         return host
+
+    def _staged(self, at: int, groups: Sequence[Group]) -> torch.Tensor:
+        """Copy a block's weights to the pinned buffer of a turn, once its last copy to the device is done."""
+        if at not in self._staging:
+            self._staging[at] = self._memory.take(len(self._buffers[at]))
+        if self._arrived[at] is not None:
+            self._arrived[at].synchronize()
+        _copied(groups, self._staging[at])
+        return self._staging[at][: sum(map(packed_bytes, groups))]
+
+
+def _copied(groups: Sequence[Group], buffer: torch.Tensor) -> list[list[PackedNF4]]:
+    """Copy the weights of groups to a buffer, one behind the other, and return them as views of it."""
+    found, start = [], 0
+    for group in groups:
+        views, start = _laid_out(group.packed, buffer, start)
+        for view, packed in zip(views, group.packed, strict=True):
+            for target, source in zip(view.large, packed.large, strict=True):
+                target.copy_(source)
+        found.append(views)
+    return found
 
 
 def packed_bytes(group: Group) -> int:
