@@ -127,12 +127,19 @@ def test_methods_stand_side_by_side_in_80_columns_with_whole_names() -> None:
         "peak_bytes": 2**30,
         "fits": dict.fromkeys(sizes, True),
         "largest": dict.fromkeys(sizes, "meta-llama/Llama-3.1-70B"),
+        "longest_row": 131072,
+        "smallest_card": "rtx 4060 ti 16gb",
     }
-    compared = {"base": "x", "max_length": 2048, "r": 16, "methods": dict.fromkeys(("full", "lora", "qlora"), found)}
+    methods = dict.fromkeys(("full", "lora"), found) | {"qlora": found | {"longest_row": 0, "smallest_card": None}}
+    compared = {"base": "x", "max_length": 2048, "r": 16, "target": "NVIDIA H100, 78.5 of 79.6 GiB free"}
     for is_terminal in (True, False):
         out, file = console(80, is_terminal)
-        show_plan.show_comparison(out, compared)
+        show_plan.show_comparison(out, compared | {"methods": methods})
         assert file.getvalue().count("Llama-3.1-70B") == 12
+        shown = [" ".join(line.split()) for line in lines(file.getvalue())]
+        assert "longest row 131,072 131,072 -" in shown
+        assert "smallest card rtx 4060 ti 16gb rtx 4060 ti 16gb -" in shown
+        assert "the plan: NVIDIA H100, 78.5 of 79.6 GiB free" in " ".join(shown)
         assert max(map(len, lines(file.getvalue()))) <= 80
 
 
