@@ -143,6 +143,31 @@ def test_methods_stand_side_by_side_in_80_columns_with_whole_names() -> None:
         assert max(map(len, lines(file.getvalue()))) <= 80
 
 
+def test_bases_that_stream_their_weights_are_marked() -> None:
+    model = {"base": "Qwen/Qwen2.5-7B", "parameters": 7.6e9, "peak_bytes": {"qlora": 9 * 2**30}, "best": "qlora"}
+    streamed = model | {"streamed_bytes": {"qlora": 3 * 2**30}}
+    out, file = console(80, is_terminal=False)
+    trains = [model | {"streamed": [], "streamed_bytes": {}}, streamed | {"streamed": ["qlora"]}]
+    show_plan._show_bases(out, {"budget_bytes": 4 * 2**30, "trains": trains})
+    shown = [" ".join(line.split()).replace(" │ ", " ") for line in lines(file.getvalue())]
+    rows = [line for line in shown if "Qwen2.5-7B" in line]
+    assert ["streamed" in row for row in rows] == [False, True]
+    assert "9.00 GiB" in rows[0]
+    assert "3.00 GiB streamed" in rows[1]
+
+
+def test_training_that_fits_where_answers_do_not_is_said() -> None:
+    out, file = console(80, is_terminal=False)
+    peaks = {"backward": {"bytes": 3 * 2**30}, "generation": {"bytes": 6 * 2**30}}
+    plan = {"verdict": "does not fit", "peak_bytes": 6 * 2**30, "budget_bytes": 4 * 2**30, "phases": peaks}
+    show_plan.show_verdict(out, plan | {"margin_bytes": -2 * 2**30})
+    assert "training fits, with 3.00 GiB" in file.getvalue()
+    peaks["backward"]["bytes"] = 5 * 2**30
+    out, file = console(80, is_terminal=False)
+    show_plan.show_verdict(out, plan | {"margin_bytes": -2 * 2**30})
+    assert "training fits" not in file.getvalue()
+
+
 def test_times_are_clocks() -> None:
     assert [clock(seconds) for seconds in (0, 59.6, 61, 3600, 360000)] == [
         "0:00",
