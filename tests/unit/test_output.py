@@ -127,13 +127,45 @@ def test_methods_stand_side_by_side_in_80_columns_with_whole_names() -> None:
         "peak_bytes": 2**30,
         "fits": dict.fromkeys(sizes, True),
         "largest": dict.fromkeys(sizes, "meta-llama/Llama-3.1-70B"),
+        "longest_row": 131072,
+        "smallest_card": "rtx 4060 ti 16gb",
     }
-    compared = {"base": "x", "max_length": 2048, "r": 16, "methods": dict.fromkeys(("full", "lora", "qlora"), found)}
+    methods = dict.fromkeys(("full", "lora"), found) | {"qlora": found | {"longest_row": 0, "smallest_card": None}}
+    compared = {"base": "x", "max_length": 2048, "r": 16, "target": "NVIDIA H100, 78.5 of 79.6 GiB free"}
     for is_terminal in (True, False):
         out, file = console(80, is_terminal)
-        show_plan.show_comparison(out, compared)
+        show_plan.show_comparison(out, compared | {"methods": methods})
         assert file.getvalue().count("Llama-3.1-70B") == 12
+        shown = [" ".join(line.split()) for line in lines(file.getvalue())]
+        assert "longest row 131,072 131,072 -" in shown
+        assert "smallest card rtx 4060 ti 16gb rtx 4060 ti 16gb -" in shown
+        assert "the plan: NVIDIA H100, 78.5 of 79.6 GiB free" in " ".join(shown)
         assert max(map(len, lines(file.getvalue()))) <= 80
+
+
+def test_bases_that_stream_their_weights_are_marked() -> None:
+    model = {"base": "Qwen/Qwen2.5-7B", "parameters": 7.6e9, "peak_bytes": {"qlora": 9 * 2**30}, "best": "qlora"}
+    streamed = model | {"streamed_bytes": {"qlora": 3 * 2**30}}
+    out, file = console(80, is_terminal=False)
+    trains = [model | {"streamed": [], "streamed_bytes": {}}, streamed | {"streamed": ["qlora"]}]
+    show_plan._show_bases(out, {"budget_bytes": 4 * 2**30, "trains": trains})
+    shown = [" ".join(line.split()).replace(" │ ", " ") for line in lines(file.getvalue())]
+    rows = [line for line in shown if "Qwen2.5-7B" in line]
+    assert ["streamed" in row for row in rows] == [False, True]
+    assert "9.00 GiB" in rows[0]
+    assert "3.00 GiB streamed" in rows[1]
+
+
+def test_training_that_fits_where_answers_do_not_is_said() -> None:
+    out, file = console(80, is_terminal=False)
+    peaks = {"backward": {"bytes": 3 * 2**30}, "generation": {"bytes": 6 * 2**30}}
+    plan = {"verdict": "does not fit", "peak_bytes": 6 * 2**30, "budget_bytes": 4 * 2**30, "phases": peaks}
+    show_plan.show_verdict(out, plan | {"margin_bytes": -2 * 2**30})
+    assert "training fits, with 3.00 GiB" in file.getvalue()
+    peaks["backward"]["bytes"] = 5 * 2**30
+    out, file = console(80, is_terminal=False)
+    show_plan.show_verdict(out, plan | {"margin_bytes": -2 * 2**30})
+    assert "training fits" not in file.getvalue()
 
 
 def test_times_are_clocks() -> None:

@@ -14,13 +14,13 @@ from rich.console import Console
 
 from tests.support.engines import model_of
 from tests.support.runs import tiny_run, write_rows
-from veneer.cli.show_plan import show_placement
+from veneer.cli.show_placement import show_placement
 from veneer.engine.fused.block import ACTIVATIONS
 from veneer.engine.fused.cudnn import WORKSPACE_BYTES, Call
 from veneer.engine.fused.engine import FusedEngine
 from veneer.engine.fused.policy import Demand, block_placement, choose_placement, uniform
 from veneer.engine.interface import BatchShapes
-from veneer.engine.placement import MemoryPlacement
+from veneer.engine.placement import MemoryPlacement, Rates
 from veneer.engine.reference import ReferenceEngine
 from veneer.engine.trace import rounded
 from veneer.training.job import TrainingJob, vary
@@ -164,15 +164,67 @@ def test_a_placement_is_printed_block_by_block_and_those_alike_together() -> Non
     }
 
 
-def test_a_plan_says_what_is_kept_of_how_many_blocks() -> None:
-    some, all_of_it = block_placement({"qkv"}, {"down"}), block_placement(ACTIVATIONS)
+def shown_placement(placement: dict[str, Any]) -> list[str]:
+    """The lines printed of a placement, on a terminal of 80 columns, with one space between words."""
     shown = StringIO()
-    placement = MemoryPlacement((some, some, all_of_it), bytes=2**30)
-    show_placement(Console(file=shown, width=300), placement.as_dict())
-    kept = "qkv of 3 blocks; attention, gate_up, mid of 1 blocks"
-    assert shown.getvalue().strip().endswith(f"recomputed: {kept}; 16-bit weights down of 2 blocks")
-    show_placement(Console(file=shown), replace(placement, bytes=0).as_dict())
-    assert shown.getvalue().count("recomputed") == 1, "nothing was chosen"
+    show_placement(Console(file=shown, width=80), placement)
+    lines = shown.getvalue().splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    return [" ".join(line.split()) for line in lines if line.strip(" ─╶╴")]
+
+
+def test_a_plan_says_in_how_many_blocks_a_tensor_is_kept() -> None:
+    some, all_of_it = block_placement({"qkv"}, {"down"}), block_placement(ACTIVATIONS)
+    lines = shown_placement(MemoryPlacement((some, some, all_of_it), bytes=2**30).as_dict())
+    assert lines[0] == "placement, 1.00 GiB more than with nothing kept; times of a micro-batch"
+    assert lines[2:] == [
+        "block inputs keep 3",
+        "q k v keep 3",
+        "attention keep 1, recompute 2",
+        "mid keep 1, recompute 2",
+        "gate and up keep 1, recompute 2",
+        "4-bit weights dequantized 2",
+    ]
+    assert shown_placement(ReferenceEngine(model_of("llama")).plan_memory(BatchShapes((8,)), True, 0).as_dict()) == []
+
+
+def test_a_plan_says_what_each_choice_takes_and_saves() -> None:
+    made_up = [
+        ("embedding and head", "streamed", 1, 2**29, 2**30, -0.02),
+        ("4-bit weights", "streamed", 30, 2**28, 3 * 2**30, 0.0),
+        ("x", "host", 31, 2**27, 7 * 2**30, 0.0),
+        ("attention", "recompute", 20, 0, 0, 0.0),
+        ("attention", "keep", 12, 3 * 2**29, 0, 1.254),
+        ("[scales]", "keep", 32, 2**27, 0, 0.0124),
+    ]
+    names = ("tensor", "state", "blocks", "bytes", "host_bytes", "seconds")
+    choices = [dict(zip(names, values, strict=True)) for values in made_up]
+    weights = [{"activations": {}, "weights": {"qkv": state}, "count": n} for state, n in (("nf4", 2), ("streamed", 3))]
+    lines = shown_placement({"blocks": weights, "choices": choices, "bytes": -(2**31)})
+    assert lines[0] == "placement, 2.00 GiB less than with nothing kept; times of a micro-batch"
+    assert lines[1] == "tensors blocks GPU host saves"
+    assert lines[2:] == [
+        "block inputs host 31 0.12 GiB 7.00 GiB",
+        "attention keep 12, recompute 20 1.50 GiB 1.25 s",
+        "4-bit weights nf4 2, streamed 30 0.25 GiB 3.00 GiB",
+        "embedding and head streamed 1 0.50 GiB 1.00 GiB -20 ms",
+        "[scales] keep 32 0.12 GiB 12 ms",
+        "in all 2.50 GiB 11.00 GiB 1.25 s",
+    ]
+
+
+def test_a_budget_limits_what_is_kept_beside_what_is_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FusedEngine(model_of("llama"))
+    free, reserved, later = 50, 20, 7
+    budgets: list[int] = []
+    monkeypatch.setattr(FusedEngine, "on_gpu", True)
+    monkeypatch.setattr(FusedEngine, "plan_within", lambda self, shapes, budget: budgets.append(budget))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: reserved)
+    for budget in (None, 40, 1000):
+        engine.plan_memory(BatchShapes((8,)), "auto", later, budget)
+    assert budgets == [free + reserved - later, 40 - later, free + reserved - later]
 
 
 @pytest.mark.parametrize(("setting", "state"), [(True, "recompute"), ("auto", "recompute"), (False, "keep")])
@@ -191,7 +243,15 @@ def test_what_is_reserved_for_the_optimizer_is_what_it_keeps(
     reserved: list[int] = []
     plan_memory = ReferenceEngine.plan_memory
 
-    def hears(self: ReferenceEngine, shapes: BatchShapes, setting: bool | str, later_bytes: int) -> MemoryPlacement:
+    def hears(
+        self: ReferenceEngine,
+        shapes: BatchShapes,
+        setting: bool | str,
+        later_bytes: int,
+        budget_bytes: int | None,
+        rates: Rates,
+    ) -> MemoryPlacement:
+        assert budget_bytes is None, "the budget is auto"
         reserved.append(later_bytes)
         return plan_memory(self, shapes, setting, later_bytes)
 

@@ -15,7 +15,15 @@ from veneer.machine.device import Machine
 from veneer.planning.base import PlannedModel
 from veneer.planning.doctor import Gpu, MachineReport, diagnose, usable
 from veneer.planning.fit import apply, fit
-from veneer.planning.model_sizes import compare, model_sizes
+from veneer.planning.model_sizes import (
+    ROW_STEP,
+    ModelSize,
+    _most_that_fit,
+    compare,
+    least_memory,
+    longest_row,
+    model_sizes,
+)
 from veneer.planning.planner import Planner
 from veneer.planning.target import device_named, this_device
 
@@ -66,7 +74,8 @@ def test_a_known_gpu_at_hand_has_the_speed_of_its_data_sheet_until_it_is_measure
 def test_a_forecast_says_which_phase_peaks_and_by_how_much_it_fits() -> None:
     run = run_of()
     roomy, tight = planner_of(run, "80GiB").forecast(run), planner_of(run, "3GiB").forecast(run)
-    assert roomy.peak_bytes == tight.peak_bytes == max(peak.bytes for peak in roomy.phases.values())
+    assert roomy.peak_bytes == max(peak.bytes for peak in roomy.phases.values())
+    assert roomy.peak_bytes > tight.peak_bytes == tight.least_bytes == roomy.least_bytes, "block inputs leave the card"
     assert roomy.phases[roomy.peak_phase].bytes == roomy.peak_bytes
     assert (roomy.verdict, tight.verdict) == ("fits", "does not fit")
     assert roomy.margin_bytes == device_named("80GiB").budget_bytes - roomy.peak_bytes
@@ -143,7 +152,7 @@ def test_the_mildest_change_that_suffices_is_found() -> None:
 
 def test_the_fused_engine_needs_less_and_is_changed_as_well() -> None:
     large = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
-    found, changed = kinds(run_of(train=large, evaluate={"batch_size": 1}), "5GiB")
+    found, changed = kinds(run_of(train=large, evaluate={"batch_size": 1}), "4.2GiB")
     assert found == ["micro-batch"]
     everything = {"per_device_train_batch_size": 1, "gradient_checkpointing": False}
     found, changed = kinds(run_of(train=everything, data={"max_length": 4096}, evaluate={"batch_size": 1}), "5GiB")
@@ -189,13 +198,64 @@ def test_methods_side_by_side_and_the_largest_base_of_each() -> None:
     assert found["full"]["fits"] == {"16GiB": False, "24GiB": False, "48GiB": False, "80GiB": True}
     assert found["qlora"]["largest"]["80GiB"] == "Qwen/Qwen2.5-72B"
     assert found["full"]["largest"]["24GiB"] == "Qwen/Qwen2.5-1.5B"
+    assert {method: row["longest_row"] for method, row in found.items()} == {"full": 6144, "lora": 8192, "qlora": 8192}
+    cards = {method: row["smallest_card"] for method, row in found.items()}
+    assert cards == {"full": "h100", "lora": "a10", "qlora": "rtx 4060"}
+
+
+def test_the_longest_row_fits_and_a_longer_one_does_not() -> None:
+    run = least_memory(run_of("meta-llama/Llama-3.2-1B", quantization={"bits": 4}))
+    planner = planner_of(run, "4GiB")
+    found = longest_row(run, planner, "qlora")
+    assert found % ROW_STEP == 0
+
+    def verdict(length: int) -> str:
+        longer = run_of(run.model.base, data={"max_length": length}, quantization={"bits": 4})
+        return planner.forecast(least_memory(longer)).verdict
+
+    assert verdict(found) == "fits"
+    assert verdict(found + ROW_STEP) != "fits"
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 0.5])
+def test_a_limit_is_found_in_few_looks(power: float) -> None:
+    for limit in (0, 1, 2, 77, 126, 127, 128, 500):
+        looked: list[int] = []
+
+        def needed_by(count: int, looked: list[int] = looked) -> int:
+            looked.append(count)
+            return int(1000 * count**power)
+
+        assert _most_that_fit(needed_by, 128, int(1000 * limit**power)) == min(limit, 128)
+        assert len(looked) <= (4 if power == 1 else 10)
+
+
+def test_what_fits_only_with_streamed_weights_is_marked() -> None:
+    model = ModelSize("a/base", 1, {"lora": 30 * GiB, "qlora": 9 * GiB}, {"qlora": 3 * GiB})
+    seen = {size: (model.fits("qlora", size * GiB), model.streams("qlora", size * GiB)) for size in (3, 4, 10)}
+    assert seen == {3: (False, False), 4: (True, True), 10: (True, False)}
+    assert not model.fits("lora", 10 * GiB)
+    assert not model.streams("lora", 10 * GiB)
+    assert model.best(4 * GiB) == "qlora"
+
+
+def test_streamed_weights_make_larger_bases_fit() -> None:
+    budget = device_named("4GiB").budget_bytes
+    found = {model.base: model for model in model_sizes(run_of(), device_named("4GiB"), ("lora", "qlora"))}
+    small, large = found["Qwen/Qwen2.5-3B"], found["Qwen/Qwen2.5-7B"]
+    assert [(model.best(budget), model.streams("qlora", budget)) for model in (small, large)] == [
+        ("qlora", False),
+        ("qlora", True),
+    ]
+    assert large.streamed_bytes["qlora"] < large.peak_bytes["qlora"]
+    assert "lora" not in large.streamed_bytes
 
 
 def test_the_ladder_stops_where_nothing_fits_any_more() -> None:
-    found = model_sizes(run_of(), device_named("12GiB"))
-    assert found[0].best(12 * GiB) == "full"
-    assert found[-1].best(device_named("12GiB").budget_bytes) is None
-    assert all(model.best(12 * GiB) for model in found[:-1])
+    found, budget = model_sizes(run_of(), device_named("4GiB")), device_named("4GiB").budget_bytes
+    assert found[0].best(budget) == "full"
+    assert found[-1].best(budget) is None
+    assert all(model.best(budget) for model in found[:-1])
 
 
 # Bad input

@@ -8,7 +8,7 @@ from veneer.machine.speeds import Ceilings, save_ceilings
 from veneer.model.known import MODEL_SIZES
 from veneer.model.lineage import builtin_origins
 from veneer.planning.doctor import MachineProblem, MachineReport, diagnose, examine_machine, usable
-from veneer.planning.model_sizes import ModelSize, model_sizes
+from veneer.planning.model_sizes import METHODS, ModelSize, model_sizes
 from veneer.planning.target import this_device
 
 
@@ -34,7 +34,14 @@ class Examined:
             "usable": [asdict(part) for part in usable(self.found)],
             "problems": [asdict(problem) for problem in self.problems],
             "budget_bytes": self.budget_bytes,
-            "trains": [asdict(model) | {"best": model.best(self.budget_bytes)} for model in self.trains],
+            "trains": [
+                asdict(model)
+                | {
+                    "best": model.best(self.budget_bytes),
+                    "streamed": [method for method in METHODS if model.streams(method, self.budget_bytes)],
+                }
+                for model in self.trains
+            ],
             "ceilings": self.ceilings and asdict(self.ceilings),
             "builtin": {
                 name: f"dequantized to bfloat16 from {file.describe()}; {file.caution()}"

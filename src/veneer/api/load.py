@@ -111,6 +111,8 @@ def load(name: str, force: bool = False, base: str | None = None) -> LoadedModel
     if find_adapter(name) is not None:
         tuned = find_tuned(name, base, force)
         renderer = tuned.renderer  # before the weights, which take longer to load
+        if tuned.run is not None:
+            target = target.within(tuned.run.train.memory_budget)
         return LoadedModel(tuned.load(), renderer, tuned.model, target, tuned)
     if base is not None:
         raise UserError(f"--base {base}: {name} is not an adapter, so --base does not apply", "leave it out")

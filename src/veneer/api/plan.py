@@ -46,9 +46,11 @@ def plan(run: Run, gpu: str | None = None, read_data: bool = True) -> RunPlan:
         read_data: whether to read the data, where that takes nothing from a network.
 
     Raises:
-        UserError: An unknown card or base, a target that matches nothing, a quantization the base cannot take.
+        UserError: An unknown card or base, a memory budget that the card cannot keep, a target that matches nothing, a
+            quantization the base cannot take.
     """
-    target = this_device() if gpu is None else device_named(gpu)
+    budget = run.train.memory_budget
+    target = this_device(None, budget) if gpu is None else device_named(gpu, budget)
     prediction = predict_run(run, target, prepare_if_local(run) if read_data else "it was not asked for")
     fitted = fit(run, prediction.planner, smaller_bases)
     return RunPlan(prediction, fitted)

@@ -1,6 +1,5 @@
 """What `veneer plan` and `veneer doctor` print for a person: bars of memory, the verdict, advice, tables of methods."""
 
-from collections import Counter
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -9,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from veneer.cli.show import say, size
+from veneer.cli.show_placement import show_placement
 
 WIDTH = 44  # of the bars
 COLOURS = {"fits": "green", "tight": "yellow", "does not fit": "red"}
@@ -32,9 +32,11 @@ def show_plan(out: Console, run: Any, plan: dict[str, Any]) -> None:
     counts = {name: f", {count} row{'s' * (count > 1)} at a time" for name, count in plan["rows_at_a_time"].items()}
     phases = {name + counts.get(name, ""): peak["bytes"] for name, peak in plan["phases"].items()}
     _bars(out, phases, plan["budget_bytes"], False)
+    show_placement(out, plan["placement"])
     out.print()
     show_verdict(out, plan)
-    show_placement(out, plan["placement"])
+    if plan["target"]["device"] == "cuda":
+        out.print(f"least    train.memory_budget={plan['least_budget']}, the smallest that training fits")
     host = f"host {size(plan['host_bytes'])}, " if plan["target"]["device"] == "cuda" else ""
     fetch = f", to fetch {plan['download_bytes'] / 1e9:.1f} GB" if plan["download_bytes"] else ""
     out.print(f"besides  {host}disk {size(plan['disk_bytes'])}{fetch}")
@@ -44,7 +46,7 @@ def show_plan(out: Console, run: Any, plan: dict[str, Any]) -> None:
 
 
 def show_verdict(out: Console, plan: dict[str, Any]) -> None:
-    """Print whether it fits, in one line."""
+    """Print whether it fits; and whether training does, where only answers take more."""
     colour = COLOURS[plan["verdict"]]
     margin = plan["margin_bytes"]
     left = f"{size(margin)} left" if margin >= 0 else f"{size(-margin)} too much"
@@ -52,23 +54,9 @@ def show_verdict(out: Console, plan: dict[str, Any]) -> None:
         f"verdict  [bold {colour}]{plan['verdict']}[/bold {colour}]: peak {size(plan['peak_bytes'])} of "
         f"{size(plan['budget_bytes'])}, {left}"
     )
-
-
-def show_placement(out: Console, placement: dict[str, Any]) -> None:
-    """Print what the engine keeps in spare memory: activations and 16-bit weights, by the number of blocks."""
-    counts = Counter[tuple[str, str]]()
-    for blocks in placement["blocks"]:
-        for name, state in (*blocks["activations"].items(), *blocks["weights"].items()):
-            counts[state, name] += blocks["count"] if name != "x" else 0
-    what = []
-    for state, kind in (("keep", ""), ("dequantized", "16-bit weights ")):
-        for n in sorted({n for (s, _), n in counts.items() if n and s == state}, reverse=True):
-            names = sorted(name for (s, name), count in counts.items() if (s, count) == (state, n))
-            what.append(f"{kind}{', '.join(names)} of {n} blocks")
-    if placement["bytes"]:
-        out.print(
-            f"kept     {size(placement['bytes'])} more in training, so that less is recomputed: {'; '.join(what)}"
-        )
+    training = max(peak["bytes"] for name, peak in plan["phases"].items() if name != "generation")
+    if margin < 0 and training <= plan["budget_bytes"]:
+        out.print(f"         training fits, with {size(training)}; `veneer evaluate` does not")
 
 
 def show_time(out: Console, plan: dict[str, Any]) -> None:
@@ -106,25 +94,24 @@ def show_advice(out: Console, advice: list[dict[str, str]]) -> None:
 
 
 def show_comparison(out: Console, compared: dict[str, Any]) -> None:
-    """Print methods against sizes of GPU."""
+    """Print methods side by side: their memory, what fits which size of GPU, the longest row, the smallest card."""
     title = f"{compared['base']} at {compared['max_length']:,} tokens, rank {compared['r']}, one row at a time"
-    table = Table(
-        title=escape(title), title_justify="left", caption="below: the largest base of a family that fits",
-        box=SIMPLE_HEAD, padding=(0, 1, 0, 0),
-    )  # fmt: skip
-    table.add_column("method")
-    table.add_column("needs", justify="right")
-    sizes = list(next(iter(compared["methods"].values()))["fits"])
-    for name in sizes:
-        table.add_column(name, no_wrap=True)
-    for method, found in compared["methods"].items():
-        cells = [
-            f"{'[green]fits[/green]' if found['fits'][name] else '[red]no[/red]'}\n{short(found['largest'][name])}"
-            for name in sizes
-        ]
-        table.add_row(METHODS[method], size(found["peak_bytes"]), *cells)
-    out.print()
-    out.print(table)
+    out.print(f"\n[bold]methods[/bold] for {escape(title)}")
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    methods = list(compared["methods"].values())
+    for name in ("", *(METHODS[method] for method in compared["methods"])):
+        table.add_column(name)
+    table.add_row("needs", *(size(found["peak_bytes"]) for found in methods))
+    for name in methods[0]["fits"]:
+        cells = ("[green]fits[/green]" if found["fits"][name] else "[red]no[/red]" for found in methods)
+        table.add_row(name, *cells)
+        table.add_row("  largest", *(short(found["largest"][name]) for found in methods))
+    table.add_row("longest row", *(f"{found['longest_row']:,}" if found["longest_row"] else "-" for found in methods))
+    table.add_row("smallest card", *(found["smallest_card"] or "-" for found in methods))
+    out.print(table, soft_wrap=False)
+    say(out, "[dim]largest: the largest base of a family that fits[/dim]")
+    say(out, "[dim]longest row: in tokens, up to the base's positions, on the device of the plan:[/dim]")
+    say(out, f"[dim]  {escape(compared['target'])}[/dim]")
 
 
 def short(base: str | None) -> str:
@@ -200,6 +187,13 @@ def show_machine(out: Console, found: dict[str, Any]) -> None:
         out.print("\n[green]nothing is broken[/green]")
 
 
+def _needs(model: dict[str, Any], method: str) -> str:
+    """Return the memory of a method for the doctor's table; marked where it takes weights that are streamed."""
+    if method in model["streamed"]:
+        return f"{size(model['streamed_bytes'][method])} streamed"
+    return size(model["peak_bytes"][method]) if method in model["peak_bytes"] else "more"
+
+
 def _show_bases(out: Console, found: dict[str, Any]) -> None:
     table = Table(
         title=f"what {size(found['budget_bytes'])} can train, 2,048 tokens a row, rank 16", title_justify="left"
@@ -207,7 +201,7 @@ def _show_bases(out: Console, found: dict[str, Any]) -> None:
     for name in ("base", "LoRA, 16 bits", "QLoRA, 4 bits", "best that fits"):
         table.add_column(name, justify="left" if name == "base" else "right")
     for model in found["trains"]:
-        needs = [size(model["peak_bytes"][m]) if m in model["peak_bytes"] else "more" for m in ("lora", "qlora")]
+        needs = [_needs(model, method) for method in ("lora", "qlora")]
         best = METHODS.get(model["best"] or "", "[red]none[/red]")
         table.add_row(f"{short(model['base'])} ({model['parameters'] / 1e9:.2g}B)", *needs, best)
     out.print(table)

@@ -36,6 +36,7 @@ def train(
     from rich.markup import escape
 
     from veneer.cli import checks, show, show_plan
+    from veneer.cli.show_placement import show_placement
     from veneer.config import RunFolder
 
     settings = settings_of(run, overrides or [], model, data, output_dir)
@@ -65,6 +66,7 @@ def train(
     likely = prediction["step_seconds"] and prediction["step_seconds"]["likely"]
     if likely:
         show_plan.show_time(out, prediction)
+    show_placement(out, job.placement.as_dict())
     show_plan.show_advice(out, [found for found in prediction["advice"] if found["severity"] != "info"])
     with show.LiveProgress(out, job.steps, job.done, likely) as progress:
         result = finish(job, [progress])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from veneer.config.rows import rows_as_file
+from veneer.config.sizes import parse_size
 
 _NO_TEXT = re.compile("[\x00\ud800-\udfff]")
 
@@ -240,6 +241,12 @@ class Train(Section):
         description="Recompute activations in backward: slower, less memory. true: all of them; false: none; auto: the "
         "fused engine recomputes what does not fit in memory, the reference engine all.",
     )
+    memory_budget: str = Field(
+        "auto",
+        description="Memory of the CUDA GPU that the process may take in all, CUDA's own included, as 12GiB; auto: "
+        "what is free, less a reserve. It decides where tensors are, and changes no number.",
+        json_schema_extra={"fix": "write `auto`, or an amount with its unit such as 12GiB"},
+    )
     engine: Literal["auto", "fused", "reference"] = Field(
         "auto",
         description="reference: Transformers and PEFT, unmodified; fused: hand-written, faster, with its own "
@@ -250,6 +257,15 @@ class Train(Section):
     save_steps: int | None = Field(200, ge=1, description="Steps between checkpoints; null: only on interruption.")
     save_total_limit: int = Field(2, ge=1, description="Checkpoints kept.")
     seed: int = Field(42, ge=0, description="Adapter's initial values, order of the rows, dropout.")
+
+    @field_validator("memory_budget", mode="before")
+    @classmethod
+    def _amount(cls, value: Any) -> Any:
+        """Refuse what is neither `auto` nor an amount of memory; YAML makes a number of one without a unit."""
+        text = str(value) if type(value) in (int, float) else value
+        if isinstance(text, str) and text != "auto" and parse_size(text) is None:
+            raise ValueError("not an amount of memory")
+        return text
 
 
 class Evaluate(Section):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from veneer.config import UserError
 from veneer.config.files import packaged_table
+from veneer.config.sizes import parse_size
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,6 @@ class Card:
 
 
 CARDS = {name: Card(name, *facts) for name, facts in packaged_table("veneer.machine", "cards.yaml").items()}
-UNITS = {"gib": 2**30, "mib": 2**20, "gb": 10**9, "mb": 10**6}
-_SIZE = re.compile(r"^([-+]?[0-9]*\.?[0-9]+)\s*([a-z]*)$")
 
 
 def find_card(name: str) -> Card | None:
@@ -71,15 +70,12 @@ def parse_budget(text: str) -> tuple[int, Card | None]:
     Raises:
         UserError: the card is unknown, or the memory has no unit or is not positive.
     """
-    size = _SIZE.match(text.strip().lower())
+    try:
+        size = parse_size(text)
+    except ValueError as error:
+        raise UserError(f"--gpu {text}: {error}", "write for example 24GiB, or the name of a card: rtx 4090") from None
     if size is not None:
-        number, unit = float(size[1]), size[2]
-        if unit not in UNITS:
-            what = f"an unknown unit `{unit}`" if unit else "a number without a unit"
-            raise UserError(f"--gpu {text}: {what}", f"write {size[1]}GiB, or the name of a card such as rtx 4090")
-        if number <= 0:
-            raise UserError(f"--gpu {text}: memory must be more than nothing", "write for example 24GiB")
-        return int(number * UNITS[unit]), None
+        return size, None
     card = find_card(text)
     if card is None:
         near = difflib.get_close_matches(_plain(text), list(_BY_PLAIN_NAME), n=3, cutoff=0.3)

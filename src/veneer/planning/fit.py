@@ -81,10 +81,10 @@ def apply(run: Run, change: Change) -> Run:
 
 
 def _with_changes(run: Run, planner: Planner) -> Fitted | None:
-    shapes = planner.base.shapes
-    if sum(frozen_bytes(shapes, shapes.quantizable(), True, 2).values()) > planner.target.budget_bytes:
+    shapes, forecast = planner.base.shapes, planner.forecast(run)
+    weights = sum(frozen_bytes(shapes, shapes.quantizable(), True, 2).values())
+    if forecast.streamed_bytes is None and weights > planner.target.budget_bytes:
         return None  # the weights alone are too much, even in 4 bits
-    forecast = planner.forecast(run)
     if forecast.verdict == "fits":
         return Fitted(run, [], forecast)
     tried: dict[str, list[Change]] = {}  # changes by kind, from mild to severe; the last of each applies

@@ -8,7 +8,7 @@ from veneer.engine.placement import MemoryPlacement
 from veneer.engine.trace import Peak
 from veneer.planning.batch_shapes import Padded, RowShapes
 from veneer.planning.held_out import SPARE
-from veneer.planning.target import TargetDevice
+from veneer.planning.target import TargetDevice, least_budget
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,15 @@ class Forecast:
         target: the device.
         engine, engine_reason: reference or fused, and the reason; the choice is checked again on the loaded model.
         placement: placement of a step's tensors.
+        least_bytes: memory that training needs with the placement that takes least, one held-out row at a time.
         rows: batch shapes of the data.
         host_bytes: memory of the host; on a CPU, the peak itself.
         disk_bytes: bytes that the run writes.
         download_bytes: bytes to download first.
         step_seconds: time of an optimizer step, low, likely and high; None: the speed of the device is not known.
         run_seconds: time of the whole run likewise; None: the speed or the number of steps is not known.
+        streamed_bytes: peak of training with its weights streamed and all else that can be on the host; None: this
+            engine cannot, or not on this device.
     """
 
     total: int
@@ -38,12 +41,14 @@ class Forecast:
     engine: str
     engine_reason: str
     placement: MemoryPlacement
+    least_bytes: int
     rows: RowShapes
     host_bytes: int
     disk_bytes: int
     download_bytes: int
     step_seconds: tuple[float, float, float] | None
     run_seconds: tuple[float, float, float] | None
+    streamed_bytes: int | None = None
 
     @property
     def peak_phase(self) -> str:
@@ -83,7 +88,9 @@ class Forecast:
         """One of: fits; tight (it may fail, since the prediction is not exact); does not fit."""
         if self.margin_bytes < 0:
             return "does not fit"
-        return "fits" if self.margin_bytes >= SPARE * self.peak_bytes else "tight"
+        # Training moves to the host as little as makes it fit, and can move more.
+        needed = self.least_bytes if self.peak_phase == self.training_phase else self.peak_bytes
+        return "fits" if self.target.budget_bytes - needed >= SPARE * needed else "tight"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the forecast as JSON; times in seconds as low, likely, high."""
@@ -96,6 +103,7 @@ class Forecast:
             "verdict": self.verdict,
             "budget_bytes": self.target.budget_bytes,
             "margin_bytes": self.margin_bytes,
+            "least_budget": least_budget(self.least_bytes) if self.target.device == "cuda" else None,
             "components": self.phases[self.peak_phase].components,
             "phases": {name: asdict(peak) for name, peak in self.phases.items()},
             "rows_at_a_time": self.rows_at_a_time,

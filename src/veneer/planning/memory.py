@@ -50,6 +50,8 @@ def off_device(phase: str, peak: Peak, placement: MemoryPlacement) -> Peak:
     if phase == "generation" or not placement.needs_host:
         return peak
     parts = Counter(peak.components)
+    if placement.streams:
+        del parts["recorded passes"]  # such passes are not recorded
     for choice in placement.choices:
         if choice.tensor == "4-bit weights":
             parts["4-bit weights"] -= choice.host_bytes

@@ -60,19 +60,25 @@ class Planner:
         step = step_of(run, method, shapes, rows.fullest, target, engine, rows.even)
         dry = self.base.run_dry(step)
         found = phases(shapes, step, optim, dry, target.device)
-        held_out, at_a_time, answered = None, {}, rows.answered
+        held_out, at_a_time, answered, one_row = None, {}, rows.answered, dict[str, Peak]()
         if rows.held_out is not None and answered is not None:
             held = persistent(shapes, step, optim, dry, target.device)[0]
-            at_a_time["evaluation"], rows, held_out = self._held_out(run, step, dry, held, rows)
+            at_a_time["evaluation"], rows, held_out, one_row["evaluation"] = self._held_out(run, step, dry, held, rows)
             found["evaluation"] = held_out_peak(held, dry, held_out[1])
             at_a_time["generation"], found["generation"] = self.generation(run, answered, method)
         sizes = step.adapter.sizes(shapes, step.targets, step.r)
         trainable = shapes.total if method == "full" else sum(sizes)
         paged = adapter_bytes(sizes) * 2 if optim.startswith("paged") else 0
         least = max(peak.bytes for name, peak in found.items() if name != "generation")
+        smallest = {name: peak for name, peak in found.items() if name not in at_a_time} | one_row
         peaks = StepPeaks(least, found["forward"].bytes)
         setting = run.train.gradient_checkpointing
         placement = self.base.placement(step, setting, peaks, target.budget_bytes, target.rates)
+        tightest = self.base.placement(step, setting, peaks, 0, target.rates)
+        least_bytes = min(
+            max(off_device(name, peak, placed).bytes for name, peak in smallest.items())
+            for placed in (tightest, placement)
+        )
         if least > target.budget_bytes:  # else what is on the host is there for the sake of speed
             found = {name: off_device(name, peak, placement) for name, peak in found.items()}
         peak = max(peak.bytes for peak in found.values())
@@ -87,12 +93,14 @@ class Planner:
             engine=engine,
             engine_reason=reason,
             placement=placement,
+            least_bytes=least_bytes,
             rows=rows,
             host_bytes=peak if target.device != "cuda" else HOST_BYTES + paged + placement.host_bytes,
             disk_bytes=run_disk_bytes(trainable, rows.steps, run.train),
             download_bytes=self.base.download_bytes,
             step_seconds=timed[0],
             run_seconds=timed[1],
+            streamed_bytes=least_bytes if tightest.streams else None,
         )
 
     def generation(self, run: Run, rows: Padded, method: str | None = None) -> tuple[int, Peak]:
@@ -117,8 +125,8 @@ class Planner:
 
     def _held_out(
         self, run: Run, step: Step, train: DryRun, held: Mapping[str, int], rows: RowShapes
-    ) -> tuple[int, RowShapes, tuple[Step, DryRun]]:
-        """Return the batch size of the held-out loss, the shapes of such batches, and the largest one's dry run."""
+    ) -> tuple[int, RowShapes, tuple[Step, DryRun], Peak]:
+        """Return the held-out batch size, shapes of such batches, the largest one's dry run; and one row's peak."""
 
         def batches_of(count: int) -> RowShapes:
             if count == run.evaluate.batch_size:
@@ -136,7 +144,7 @@ class Planner:
             return held_out_peak(held, train, dry(count)[1])
 
         count = rows_that_fit(run.evaluate.batch_size, peak_of, sum(held.values()), self.target.budget_bytes)
-        return count, batches_of(count), dry(count)
+        return count, batches_of(count), dry(count), peak_of(1)
 
     def rows(self, run: Run) -> RowShapes:
         """Return batch shapes of a run's data for its engine."""

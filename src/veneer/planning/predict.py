@@ -41,9 +41,9 @@ class Prediction:
 
     @property
     def cannot_fit(self) -> bool:
-        """Whether training cannot fit even if the prediction is too high; evaluation may run elsewhere."""
-        peak = self.forecast.phases[self.forecast.training_phase].bytes
-        return CERTAIN * peak > self.forecast.target.budget_bytes
+        """Whether training cannot fit, even if the prediction is too high, which no budget that the user set allows."""
+        share = CERTAIN if self.run.train.memory_budget == "auto" else 1.0
+        return share * self.forecast.least_bytes > self.forecast.target.budget_bytes
 
     def as_dict(self) -> dict[str, Any]:
         return self.forecast.as_dict() | {"advice": [asdict(advice) for advice in self.advice]}

@@ -1,10 +1,13 @@
 """The device that a run is planned for: that of this machine, or a card by its name or memory."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil
 
 import psutil
 import torch
 
+from veneer.config import UserError
+from veneer.config.sizes import parse_size
 from veneer.engine.placement import H100, Rates
 from veneer.machine.cards import find_card, parse_budget
 from veneer.machine.device import Machine, find_machine
@@ -47,30 +50,79 @@ class TargetDevice:
             Rates(known.half_flops, known.link, self.host_bytes) if known else H100._replace(host_bytes=self.host_bytes)
         )
 
+    def within(self, budget: str) -> "TargetDevice":
+        """Return a GPU with no more memory than `train.memory_budget` allows; other devices as they are."""
+        size = None if budget == "auto" else parse_size(budget)
+        if size is None or self.device != "cuda":
+            return self
+        name = f"{self.name}, at most {size / 2**30:.1f} GiB taken"
+        return replace(self, name=name, budget_bytes=min(self.budget_bytes, size - CONTEXT))
 
-def this_device(machine: Machine | None = None) -> TargetDevice:
-    """Return the device of this machine, with the memory that is free on it now."""
+
+def this_device(machine: Machine | None = None, budget: str = "auto") -> TargetDevice:
+    """Return the device of this machine, with the memory that is free on it now.
+
+    Args:
+        machine: the machine; None: this one is examined.
+        budget: limit of the memory, as `train.memory_budget`.
+
+    Raises:
+        UserError: the device cannot keep to the budget.
+    """
     machine = machine or find_machine()
+    _require_budget(budget, machine.device, machine.total_bytes)
     free = machine.free_bytes - (DEFERRED if machine.device == "cuda" else 0)
     name = f"{machine.name}, {machine.free_bytes / 2**30:.1f} of {machine.total_bytes / 2**30:.1f} GiB free"
     card = find_card(machine.name) if machine.device == "cuda" else None
     ceilings = load_ceilings(machine) or (ceilings_of(card) if card else None)
     capability = card.capability // 10 if card else 8
     host = int(PINNED_SHARE * psutil.virtual_memory().available)
-    return TargetDevice(machine.device, name, free, machine.dtype, ceilings, machine.has_bfloat16, capability, host)
+    found = TargetDevice(machine.device, name, free, machine.dtype, ceilings, machine.has_bfloat16, capability, host)
+    return found.within(budget)
 
 
-def device_named(gpu: str) -> TargetDevice:
-    """Return an otherwise empty GPU by its name or its memory.
+def device_named(gpu: str, budget: str = "auto") -> TargetDevice:
+    """Return an otherwise empty GPU by its name or its memory; `budget` as for `this_device`.
 
     Raises:
-        UserError: it is neither a known card nor an amount of memory.
+        UserError: it is neither a known card nor an amount of memory, or it cannot keep to the budget.
     """
     total, card = parse_budget(gpu)
+    _require_budget(budget, "cuda", total)
     name = f"{card.name if card else 'a GPU'}, {total / 2**30:.1f} GiB"
     if card is None:
-        return TargetDevice("cuda", name, total - CONTEXT, torch.bfloat16, None, has_bfloat16=True)
+        found = TargetDevice("cuda", name, total - CONTEXT, torch.bfloat16, None, has_bfloat16=True)
+        return found.within(budget)
     dtype = torch.bfloat16 if card.has_bfloat16 else torch.float32
-    return TargetDevice(
+    found = TargetDevice(
         "cuda", name, total - CONTEXT, dtype, ceilings_of(card), card.has_bfloat16, card.capability // 10
     )
+    return found.within(budget)
+
+
+def least_budget(needed_bytes: int) -> str:
+    """Return the smallest `train.memory_budget` for a run that needs so much memory beside CUDA's own."""
+    return f"{ceil(10 * (needed_bytes + CONTEXT) / 2**30) / 10}GiB"
+
+
+def _require_budget(budget: str, device: str, total_bytes: int) -> None:
+    """Raise UserError for a budget on a device without one, above the card's memory, or below CUDA's own."""
+    size = None if budget == "auto" else parse_size(budget)
+    if size is None:
+        return
+    asked = f"train.memory_budget = {budget}"
+    if device != "cuda":
+        raise UserError(
+            f"{asked}: memory_budget is for CUDA GPUs; this machine trains on its {device.upper()}",
+            "leave it out, or set it to auto; `veneer plan --gpu 24GiB` plans for a GPU",
+        )
+    if size > total_bytes:
+        raise UserError(
+            f"{asked}: the GPU has {total_bytes // 2**20} MiB",
+            f"set it to {total_bytes // 2**20}MiB or less, or to auto, which takes what is free",
+        )
+    if size <= CONTEXT:
+        raise UserError(
+            f"{asked}: CUDA alone takes {CONTEXT // 2**20} MiB",
+            "set it to more; `veneer plan` says how much the run needs at least",
+        )

@@ -55,6 +55,7 @@ MAY_CHANGE = {
     "quantization.cache",
     "train.output_dir",
     "train.gradient_checkpointing",
+    "train.memory_budget",
     "train.engine",  # what it came to is compared
     "train.logging_steps",
     "train.eval_steps",
@@ -170,13 +171,16 @@ class TrainingJob:
             documents=batches.most_documents() if self.run.data.packing else (),
         )
 
+        target = self.prediction.forecast.target
+        budget = None if train.memory_budget == "auto" else target.budget_bytes
+
         def plan(parts: Sequence[Batch] | None) -> MemoryPlacement:
             asked = shapes
             if parts is not None:
                 largest = max(parts, key=lambda part: part.tokens).lengths
                 documents = max((part.lengths for part in parts), key=len) if shapes.documents else ()
                 asked = BatchShapes(largest, varies=True, held_out=held_out, documents=documents)
-            return self.engine.plan_memory(asked, train.gradient_checkpointing, states)
+            return self.engine.plan_memory(asked, train.gradient_checkpointing, states, budget, target.rates)
 
         return place(plan, batches.largest(), explain)
 

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from veneer.config import Run, UserError
+from veneer.config.sizes import parse_size
 from veneer.data.pipeline import Prepared, prepare
 from veneer.data.render import Renderer
+from veneer.engine.placement import MemoryPlacement
 from veneer.machine.device import Machine, bound_freed_memory, find_machine
 from veneer.model.attach import attach
 from veneer.model.load import load_model, load_tokenizer
 from veneer.model.locate import BaseSource, locate
 from veneer.planning.predict import Prediction, PreparedData, predict_run
-from veneer.planning.target import this_device
+from veneer.planning.target import CONTEXT, least_budget, this_device
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ def load_parts(run: Run, force: bool = False) -> RunParts:
         UserError: Anything the user can mend.
     """
     machine = find_machine()
+    target = this_device(machine, run.train.memory_budget)
     if machine.device == "cpu":
         bound_freed_memory()
     source = locate(run.model)
@@ -53,10 +56,11 @@ def load_parts(run: Run, force: bool = False) -> RunParts:
     renderer = Renderer(tokenizer, run.data)
     data = prepare(run.data, renderer, run.train.seed)
     _require_objective(data)
-    prediction = predict_run(run, this_device(machine), PreparedData(data, renderer))
+    prediction = predict_run(run, target, PreparedData(data, renderer))
     _require_positions(prediction.planner.base.shapes.positions, data)
     if not force:
         _require_memory(prediction)
+        _require_host_memory(prediction.forecast.placement, target.host_bytes)
     base = load_model(source, run.model, run.quantization, machine, _streams_weights(prediction))
     _require_embeddings(base, tokenizer, data)
     model = attach(base, run.adapter, run.train.seed, run.train.gradient_checkpointing is not False)
@@ -74,11 +78,29 @@ def _require_memory(prediction: Prediction) -> None:
     if prediction.cannot_fit:
         forecast, target = prediction.forecast, prediction.forecast.target
         phase = forecast.training_phase
-        peak = forecast.phases[phase].bytes
+        peak, budget = forecast.least_bytes, prediction.run.train.memory_budget
+        least = least_budget(peak)
+        if budget != "auto" and (parse_size(budget) or 0) < (parse_size(least) or 0):
+            raise UserError(
+                f"train.memory_budget = {budget}: the run needs at least {least}, {CONTEXT // 2**20} MiB of CUDA's own "
+                "included, even with as little on the GPU as can be",
+                f"set it to {least} or more; `veneer plan` says what else to change; --force tries it anyway",
+            )
         raise UserError(
             f"the run does not fit: at its peak ({phase}) it needs {peak / 2**30:.1f} GiB, "
             f"{target.budget_bytes / 2**30:.1f} GiB are there, on {target.name}",
             "`veneer plan` says what to change; --force tries it anyway",
+        )
+
+
+def _require_host_memory(placement: MemoryPlacement, host_bytes: int) -> None:
+    """Raise UserError if the host has not the memory for what leaves the GPU; it is pinned, so no swap can help."""
+    if placement.host_bytes > host_bytes:
+        raise UserError(
+            f"the run keeps {placement.host_bytes / 2**30:.1f} GiB in the host's memory, of which "
+            f"{host_bytes / 2**30:.1f} GiB can be pinned now",
+            "end other programs, raise train.memory_budget so that less leaves the GPU, or lower data.max_length; "
+            "`veneer plan` says what is where; --force tries it anyway",
         )
 
 

@@ -192,7 +192,7 @@ class _Search:
             if filled.bytes <= spare and filled.host_bytes <= self._rates.host_bytes:
                 found.append(filled)
         if not found:
-            return self.fill(self._tightest(), 0)
+            return self.fill(self._tightest(), spare)
         return min(found, key=self._seconds)
 
     def _tightest(self) -> Candidate:
