@@ -97,7 +97,7 @@ def test_a_disk_that_becomes_full_is_told_with_a_fix(
 def test_a_base_that_does_not_fit_is_told_with_a_fix(
     call: Call, run_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*given: Any) -> None:
+    def full(*given: Any, **named: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of")
 
     monkeypatch.setattr("veneer.model.load.stream", full)

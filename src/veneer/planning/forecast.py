@@ -22,6 +22,7 @@ class Forecast:
         target: the device.
         engine, engine_reason: reference or fused, and the reason; the choice is checked again on the loaded model.
         placement: placement of a step's tensors.
+        resident_bytes: peak of the run with nothing on the host.
         least_bytes: memory that training needs with the placement that takes least, one held-out row at a time.
         rows: batch shapes of the data.
         host_bytes: memory of the host; on a CPU, the peak itself.
@@ -42,6 +43,7 @@ class Forecast:
     engine_reason: str
     placement: MemoryPlacement
     least_bytes: int
+    resident_bytes: int
     rows: RowShapes
     host_bytes: int
     disk_bytes: int

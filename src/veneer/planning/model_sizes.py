@@ -43,7 +43,7 @@ class ModelSize:
     @classmethod
     def of(cls, base: str, parameters: int, forecasts: dict[str, Forecast]) -> "ModelSize":
         """Return the memory that forecasts by method say."""
-        peaks = {method: found.peak_bytes for method, found in forecasts.items()}
+        peaks = {method: found.resident_bytes for method, found in forecasts.items()}
         streamed = {method: found.streamed_bytes for method, found in forecasts.items()}
         return cls(base, parameters, peaks, {m: count for m, count in streamed.items() if count is not None})
 

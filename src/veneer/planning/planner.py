@@ -69,8 +69,8 @@ class Planner:
         sizes = step.adapter.sizes(shapes, step.targets, step.r)
         trainable = shapes.total if method == "full" else sum(sizes)
         paged = adapter_bytes(sizes) * 2 if optim.startswith("paged") else 0
-        least = max(peak.bytes for name, peak in found.items() if name != "generation")
         smallest = {name: peak for name, peak in found.items() if name not in at_a_time} | one_row
+        least = max(peak.bytes for peak in smallest.values())
         peaks = StepPeaks(least, found["forward"].bytes)
         setting = run.train.gradient_checkpointing
         placement = self.base.placement(step, setting, peaks, target.budget_bytes, target.rates)
@@ -79,6 +79,7 @@ class Planner:
             max(off_device(name, peak, placed).bytes for name, peak in smallest.items())
             for placed in (tightest, placement)
         )
+        resident_bytes = max(peak.bytes for peak in found.values())
         if least > target.budget_bytes:  # else what is on the host is there for the sake of speed
             found = {name: off_device(name, peak, placement) for name, peak in found.items()}
         peak = max(peak.bytes for peak in found.values())
@@ -94,6 +95,7 @@ class Planner:
             engine_reason=reason,
             placement=placement,
             least_bytes=least_bytes,
+            resident_bytes=resident_bytes,
             rows=rows,
             host_bytes=peak if target.device != "cuda" else HOST_BYTES + paged + placement.host_bytes,
             disk_bytes=run_disk_bytes(trainable, rows.steps, run.train),
