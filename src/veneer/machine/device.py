@@ -148,7 +148,10 @@ def _cpu_name() -> str:
 
 
 def _cpu_has_bfloat16() -> bool:
-    """Return whether the CPU has instructions for bfloat16 products; emulated ones are slower than float32."""
+    """Return whether the CPU has instructions for bfloat16 products, and oneDNN may use them; else float32 is faster."""
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
+    if allowed not in ("DEFAULT", "ALL") and "BF16" not in allowed and "AMX" not in allowed:
+        return False
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     if capabilities:
         return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
