@@ -148,7 +148,7 @@ def _cpu_name() -> str:
 
 
 def _cpu_has_bfloat16() -> bool:
-    """Return whether the CPU has instructions for bfloat16 products, and oneDNN may use them; else float32 is faster."""
+    """Return whether oneDNN may use the CPU's instructions for bfloat16 products; without them float32 is faster."""
     allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
     if allowed not in ("DEFAULT", "ALL") and "BF16" not in allowed and "AMX" not in allowed:
         return False
