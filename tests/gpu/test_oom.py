@@ -51,11 +51,13 @@ class Neighbour:
         self._share = share
 
     def __call__(self, record: dict[str, Any]) -> None:
+        if record["step"] == 1:
+            torch.cuda.reset_peak_memory_stats()
         if record["step"] == 2:
             torch.cuda.empty_cache()
-            held, peak = torch.cuda.memory_reserved(), torch.cuda.max_memory_allocated()
+            needed = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
             total = torch.cuda.get_device_properties(0).total_memory
-            torch.cuda.set_per_process_memory_fraction((held + self._share * (peak - held)) / total)
+            torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + self._share * needed) / total)
 
 
 @pytest.mark.parametrize("engine", ["reference", "fused"])

@@ -84,6 +84,7 @@ FAULTS: dict[str, dict[str, Any]] = {
     "16-bit-fits": {"quantization": {"bits": 4}, "gpu": "h100"},
     "eager-attention": {"model": {"attn_implementation": "eager"}},
     "flash-missing": {"model": {"attn_implementation": "flash_attention_2"}},
+    "flash4-missing": {"gpu": "h100", "data": {"max_length": 8192}},
     "checkpointing-ample": {"gpu": "h100", "train": {"engine": "reference", "gradient_checkpointing": True}},
     "foreign-template": {"tokenizer": replace(TOKENIZER, uses_own=False), "data": {"chat_template": "chatml"}},
     "raw-text": {"data": {"chat_template": "none"}},

@@ -12,14 +12,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from tests.support.engines import model_of
+from tests.support.engines import batch_of, model_of
+from tests.support.offload import nf4_model
 from tests.support.runs import tiny_run, write_rows
 from veneer.cli.show_placement import show_placement
 from veneer.engine.fused.block import ACTIVATIONS
 from veneer.engine.fused.cudnn import WORKSPACE_BYTES, Call
 from veneer.engine.fused.engine import FusedEngine
 from veneer.engine.fused.policy import Demand, block_placement, choose_placement, uniform
+from veneer.engine.fused.streaming import packed_bytes
 from veneer.engine.interface import BatchShapes
+from veneer.engine.objective import LIKELIHOOD
 from veneer.engine.placement import MemoryPlacement, Rates
 from veneer.engine.reference import ReferenceEngine
 from veneer.engine.trace import rounded
@@ -52,6 +55,74 @@ def test_memory_goes_where_it_saves_most_time() -> None:
     assert len(last) >= len(first)
     rates = {n: blocks[0].recompute_cost(n, tokens, 64) / blocks[0].saved_bytes(n, tokens) for n in ACTIVATIONS}
     assert max(rates, key=lambda name: rates[name]) in last
+
+
+def streamable() -> FusedEngine:
+    return FusedEngine(nf4_model())
+
+
+def placed(engine: FusedEngine, spare_bytes: int, tokens: int = 4096) -> MemoryPlacement:
+    """The placement with so much more memory, or less, than a pass needs that keeps nothing."""
+    budget = HUGE // 4
+    demand = Demand(tokens, tokens, 0, int(budget * 0.98) - spare_bytes, ends_bytes=engine.ends.bytes)
+    return choose_placement(engine.blocks, demand, budget, False)
+
+
+def test_as_little_as_must_be_is_on_the_host() -> None:
+    """Block inputs first, which cost two copies a pass; then as few weights as that takes; all that fits stays."""
+    engine = streamable()
+    blocks = engine.blocks
+    inputs = sum(block.saved_bytes("x", 4096) for block in blocks)
+    weights = sum(sum(map(packed_bytes, block.groups)) for block in blocks)
+    ample = placed(engine, HUGE // 8)
+    assert not ample.needs_host
+    assert kept(ample) == [EVERYTHING] * len(blocks)
+    some = placed(engine, -inputs // 4)
+    assert "x" in some.blocks[0].hosted
+    assert not some.streams
+    streamed = [
+        sum(block.streams for block in placed(engine, -inputs // 2 - part).blocks) for part in (weights // 4, 0)
+    ]
+    assert 0 < streamed[0] < len(blocks)
+    assert streamed[1] == 0
+    nothing_fits = placed(engine, -HUGE // 8)
+    assert all(block.streams and not block.kept for block in nothing_fits.blocks)
+    assert nothing_fits.streams_ends
+
+
+def test_a_placement_says_what_each_choice_takes() -> None:
+    engine = streamable()
+    found = placed(engine, -sum(block.saved_bytes("x", 4096) for block in engine.blocks) // 2)
+    on_host = {choice.tensor: choice.host_bytes for choice in found.choices if choice.host_bytes}
+    assert sum(on_host.values()) == found.host_bytes > 0
+    assert on_host["x"] == sum(b.saved_bytes("x", 4096) for b, p in zip(engine.blocks, found.blocks) if "x" in p.hosted)
+    assert found == placed(engine, -sum(block.saved_bytes("x", 4096) for block in engine.blocks) // 2)
+
+
+def test_memory_that_runs_out_is_answered_by_tighter_placements_with_the_same_numbers() -> None:
+    engine, batch = streamable(), batch_of()
+
+    def passed() -> tuple[float, list[float]]:
+        engine.master.grad = None
+        loss = engine.forward_backward(batch, LIKELIHOOD).loss.item()
+        gradient: Any = engine.master.grad
+        return loss, gradient.tolist()
+
+    wanted = passed()
+    tokens = 4096
+    demand = Demand(tokens, tokens, 0, 2**28, ends_bytes=engine.ends.bytes)
+    engine._demand = demand
+    everything = sum(block.saved_bytes(name, tokens) for block in engine.blocks for name in ACTIVATIONS)
+    engine.apply(choose_placement(engine.blocks, demand, 2**28 + 2 * everything, False))
+    before, said = engine.placement, []
+    assert kept(before) == [EVERYTHING] * len(engine.blocks)
+    while (change := engine.tighten()) is not None:
+        said.append(change)
+        assert engine.placement.bytes < before.bytes
+        before = engine.placement
+        assert passed() == wanted
+    assert len(said) > 3
+    assert engine.placement.streams, "in the end weights are on the host too"
 
 
 ALL = "attention gate_up mid qkv"

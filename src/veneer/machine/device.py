@@ -106,6 +106,12 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def reset_peak(device: str) -> None:
+    """Begin to measure the peak anew, where the device can."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
 def bound_freed_memory() -> None:
     """Make the C library return large buffers to the system as soon as they are freed; for the CPU.
 

@@ -10,13 +10,15 @@ All rules are in one file, although it is long: they are independent, and reader
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
+from importlib import metadata
 from math import sqrt
 from typing import Any
 
 import torch
 
 from veneer.config import Data, Run
+from veneer.engine.fused import flash4
+from veneer.engine.fused.attention import SHORT
 from veneer.model.adapters import find_method
 from veneer.model.adapters.method import AdapterMethod
 from veneer.model.shapes import Shapes
@@ -137,6 +139,15 @@ def advise(situation: Situation) -> list[Advice]:
 
 def _rule(severity: str, name: str, setting: str, source: str) -> Callable[[Callable[[Situation], Finding]], None]:
     return lambda check: RULES.append(Rule(name, severity, setting, source, check))
+
+
+def _is_installed(package: str) -> bool:
+    """Return whether a package is installed; modules do not show it, since packages share them."""
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 _error, _warning, _info = (partial(_rule, severity) for severity in SEVERITIES)
@@ -359,11 +370,24 @@ def _(s: Situation) -> Finding:
 
 @_error("flash-missing", "model.attn_implementation", "the package flash-attn is not installed")
 def _(s: Situation) -> Finding:
-    if s.run.model.attn_implementation != "flash_attention_2" or find_spec("flash_attn") is not None:
+    if s.run.model.attn_implementation != "flash_attention_2" or _is_installed("flash-attn"):
         return None
     return (
         "flash_attention_2 is not available here",
         "set model.attn_implementation=sdpa, which has flash kernels of its own",
+    )
+
+
+@_info("flash4-missing", "data.max_length", "bench/attention.py")
+def _(s: Situation) -> Finding:
+    forecast = s.forecast
+    takes_it = forecast.target.device == "cuda" and forecast.target.capability in flash4.LARGEST_HEAD
+    is_fast = forecast.engine != "fused" or flash4.is_installed() or forecast.rows.fullest.length <= SHORT
+    if not takes_it or is_fast:
+        return None
+    return (
+        "attention over long rows takes up to 2.7 times as long without FlashAttention-4",
+        "run pip install 'veneer[flash-attn-4]'",
     )
 
 

@@ -11,7 +11,7 @@ from veneer.config.sizes import parse_size
 from veneer.data.pipeline import Prepared, prepare
 from veneer.data.render import Renderer
 from veneer.engine.placement import MemoryPlacement
-from veneer.machine.device import Machine, bound_freed_memory, find_machine
+from veneer.machine.device import Machine, bound_freed_memory, find_machine, reset_peak
 from veneer.model.attach import attach
 from veneer.model.load import load_model, load_tokenizer
 from veneer.model.locate import BaseSource, locate
@@ -51,6 +51,7 @@ def load_parts(run: Run, force: bool = False) -> RunParts:
     target = this_device(machine, run.train.memory_budget)
     if machine.device == "cpu":
         bound_freed_memory()
+    reset_peak(machine.device)
     source = locate(run.model)
     tokenizer = load_tokenizer(source)
     renderer = Renderer(tokenizer, run.data)

@@ -160,19 +160,22 @@ class FusedEngine:
         return {"chunked_head": True}
 
     def apply(self, placement: MemoryPlacement) -> None:
-        """Apply a placement; recorded passes are dropped, and weights that were dequantized stay dequantized."""
+        """Apply a placement; recorded passes are dropped."""
         self.placement = placement
         self._graphs = None
         self.ends.place(placement.streams_ends)
         streamed: dict[int, Sequence[Group]] = {}
         for block, chosen in zip(self.blocks, placement.blocks, strict=True):
-            if chosen.streams:
-                streamed[block.number] = [group for group in block.groups if group.needs_scratch]
-                continue
             for name, group in block.weights.items():
-                group.to_device()
                 if chosen.weights.get(name) == WeightState.DEQUANTIZED:
                     group.keep_dequantized()
+                else:
+                    group.drop_dequantized()
+            if chosen.streams:
+                streamed[block.number] = [group for group in block.groups if group.needs_scratch]
+            else:
+                for group in block.groups:
+                    group.to_device()
         self._weights.stream(streamed)
         size = max(block.scratch for block in self.blocks)
         if size != len(self._scratch):

@@ -200,6 +200,11 @@ class Graphs:
             self._pool = torch.cuda.graph_pool_handle()
         static = inputs.cloned()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            output = self._compute(static, objective)
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                output = self._compute(static, objective)
+        except RuntimeError as error:  # ending the recording fails too, in place of the error that spoiled it
+            if isinstance(error.__context__, torch.OutOfMemoryError):
+                raise error.__context__ from None
+            raise
         return _Recorded(graph, static, output)

@@ -111,8 +111,7 @@ class Group:
             self.packed = [nf4.PackedNF4.of(linear.module.weight) for linear in linears]
             if self.packed[0].weights.device == device:
                 self.use(self.packed)
-            self.a_RD = torch.zeros((self.stacked, self.inputs), dtype=dtype, device=device)
-            self.b_NR = torch.zeros((self.outputs, self.stacked), dtype=dtype, device=device)
+            self._hold_adapters(dtype, device)
         else:
             matrix = torch.zeros(self.shape, dtype=dtype, device=device)
             for linear, member in zip(linears, members):
@@ -132,6 +131,11 @@ class Group:
         # Set by the engine: views of the adapters' gradients, stacked A (R, D), and all B one after the other.
         self.grad_a: Any = None
         self.grad_b: Any = None
+
+    def _hold_adapters(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Allocate the adapters' matrices, which are copied beside the others each time these are dequantized."""
+        self.a_RD = torch.zeros((self.stacked, self.inputs), dtype=dtype, device=device)
+        self.b_NR = torch.zeros((self.outputs, self.stacked), dtype=dtype, device=device)
 
     def _make_resident(self, matrix: torch.Tensor) -> None:
         self._resident = matrix
@@ -182,6 +186,12 @@ class Group:
             matrix = self.a_RD.new_zeros(self.shape)
             nf4.dequantize(self.table, matrix)
             self._make_resident(matrix)
+
+    def drop_dequantized(self) -> None:
+        """Free the 16-bit matrix of 4-bit weights, which are dequantized for each use again."""
+        if self.is_quantized and self._resident is not None:
+            dtype, self._resident = self._resident.dtype, None
+            self._hold_adapters(dtype, self._device)
 
     def casts(self) -> list[Cast]:
         """Return the casts that copy each adapter matrix into the group's matrices, in the compute dtype."""

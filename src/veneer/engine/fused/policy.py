@@ -26,7 +26,11 @@ from veneer.engine.placement import H100, ActivationState, BlockPlacement, Choic
 
 SAFETY = 0.02  # share of the budget that fragmentation may take
 SMALL = 2048  # tokens; shorter passes gain from replay, even those of 8B models on an H100 (`bench/replays.py`)
-SLOWED = 0.09  # time that copies from and to the host add to what is computed meanwhile, as a share of their own
+# Time that copies from and to the host add to what is computed meanwhile, as a share of their own. Products are slowed
+# more than attention, so it is more where rows are short (H100: 0.09 for inputs and attention of 32,768 tokens, 0.45
+# for attention of 2,048; `bench/memory.py`).
+SLOWED = {"x": 0.1, "attention": 0.3}
+SLOWED_BY_WEIGHTS = 0.1
 LAUNCHING = 2e-3  # seconds the host takes to launch a block's forward and backward, unless they are replayed
 USED = 0.8  # share of the link's speed that a placement may count on
 
@@ -79,8 +83,8 @@ def block_placement(
     states = dict.fromkeys(ACTIVATIONS, ActivationState.RECOMPUTE) | {"x": ActivationState.KEEP}
     states |= dict.fromkeys(host, ActivationState.HOST) | dict.fromkeys(keep, ActivationState.KEEP)
     groups = {} if block is None else block.weights
-    by_need = {True: WeightState.STREAMED if streams else WeightState.NF4, False: WeightState.DEQUANTIZED}
-    held = {name: by_need[group.needs_scratch] for name, group in groups.items() if group.is_quantized}
+    state = WeightState.STREAMED if streams else WeightState.NF4
+    held = {name: state for name, group in groups.items() if group.is_quantized}
     return BlockPlacement(states, held | dict.fromkeys(weights, WeightState.DEQUANTIZED))
 
 
@@ -107,8 +111,8 @@ def checkpointed(blocks: Sequence[Block], gradient_checkpointing: bool | str) ->
 
 
 def can_stream(block: Block) -> bool:
-    """Return whether a block's weights can be streamed: they are in 4 bits, and none is kept in 16."""
-    return all(group.is_quantized and group.needs_scratch for group in block.groups)
+    """Return whether a block's weights can be streamed: all are in 4 bits."""
+    return all(group.is_quantized for group in block.groups)
 
 
 def choose_placement(
@@ -186,14 +190,12 @@ class _Search:
         everything = len(ACTIVATIONS) * len(self._blocks)
         if plain.bytes <= spare and sum(len(block.kept) for block in plain.blocks) == everything:
             return plain
-        found = [plain] if plain.bytes <= spare else []
-        for candidate in self._candidates(spare):
-            filled = self.fill(candidate, spare)
-            if filled.bytes <= spare and filled.host_bytes <= self._rates.host_bytes:
-                found.append(filled)
-        if not found:
-            return self.fill(self._tightest(), spare)
-        return min(found, key=self._seconds)
+        found = [plain, *(self.fill(candidate, spare) for candidate in self._candidates(spare))]
+        found = [one for one in found if one.host_bytes <= self._rates.host_bytes]
+        for limit in (spare - int(SAFETY * self._budget), spare):
+            if fitting := [one for one in found if one.bytes <= limit]:
+                return min(fitting, key=self._seconds)
+        return self.fill(self._tightest(), spare)
 
     def _tightest(self) -> Candidate:
         streamed = sum(map(bool, self._packed))
@@ -266,7 +268,7 @@ class _Search:
         for number in reversed(keep):
             for name, group in self._blocks[number].weights.items():
                 size = group.size * self._blocks[number].dtype.itemsize
-                if group.needs_scratch and size <= left - used and number not in streamed:
+                if group.is_quantized and size <= left - used and number not in streamed:
                     dequantize[number].add(name)
                     used += size
         used += self._bytes(candidate, keep) - self._bytes(candidate, {}) - self._sum(keep)
@@ -282,12 +284,12 @@ class _Search:
     def _saved_by_keeping(self, number: int, name: str, candidate: Candidate) -> float:
         """Return the time that keeping an activation saves, over what becomes of it otherwise."""
         if name in candidate.host:
-            return self._copied(self._sizes[number][name])
+            return self._copied(name, self._sizes[number][name])
         return self._costs[number][name]
 
-    def _copied(self, size: int) -> float:
-        """Return the time that a copy to the host and back adds to what is computed meanwhile."""
-        return SLOWED * 2 * size / self._rates.link
+    def _copied(self, name: str, size: int) -> float:
+        """Return the time that a copy to the host and back, or twice from it, adds to what is computed meanwhile."""
+        return SLOWED.get(name, SLOWED_BY_WEIGHTS) * 2 * size / self._rates.link
 
     def _described(self, placement: MemoryPlacement) -> MemoryPlacement:
         """Add what the host holds, and what each choice takes and saves."""
@@ -299,7 +301,7 @@ class _Search:
                     continue
                 size, on_host = sum(self._sizes[n][name] for n in numbers), state == ActivationState.HOST
                 saved = 0.0 if name == "x" else sum(self._costs[n][name] for n in numbers)
-                saved -= self._copied(size) if on_host else 0.0
+                saved -= self._copied(name, size) if on_host else 0.0
                 choices.append(
                     Choice(
                         name, state.value, len(numbers), size if state == ActivationState.KEEP else 0,
@@ -323,15 +325,15 @@ class _Search:
 
     def _link_seconds(self, placement: MemoryPlacement) -> float:
         """Return the time that copies add to a pass: what they slow, what waits for them, and the head's copy."""
-        offloaded = sum(
-            self._sizes[number][name] for number, block in enumerate(placement.blocks) for name in block.hosted
-        )
+        hosted = [(name, number) for number, block in enumerate(placement.blocks) for name in block.hosted]
+        offloaded = sum(self._sizes[number][name] for name, number in hosted)
+        slowed = sum(self._copied(name, self._sizes[number][name]) for name, number in hosted)
         packed = sum(self._packed[number] for number, block in enumerate(placement.blocks) if block.streams)
         link = USED * self._rates.link
         waits = max(0.0, max(offloaded, packed) / link - self._forward)
         waits += max(0.0, (offloaded + packed) / link - self._backward - self._recomputed(placement))
         ends = self._demand.ends_bytes / self._rates.link if placement.streams_ends else 0.0
-        return waits + self._copied(offloaded + packed) + ends
+        return waits + slowed + self._copied("4-bit weights", packed) + ends
 
     def _recomputed(self, placement: MemoryPlacement) -> float:
         return sum(
