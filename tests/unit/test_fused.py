@@ -231,6 +231,8 @@ def test_small_passes_are_recorded_before_more_is_kept(
     monkeypatch.setattr(Graphs, "_record", lambda self, inputs, objective: recorded.append(inputs))
     monkeypatch.setattr(FusedEngine, "on_gpu", True)
     monkeypatch.setattr(FusedEngine, "_peak_of", lambda self, compute: 2**20)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     engine, unrecordable = FusedEngine(model_of("llama")), FusedEngine(model_of("llama"))
     engine.apply(replace(engine.placement, records_passes=True))
     tokens = rounded(sum(lengths))

@@ -19,7 +19,7 @@ from veneer.cli.show_placement import show_placement
 from veneer.engine.fused.block import ACTIVATIONS
 from veneer.engine.fused.cudnn import WORKSPACE_BYTES, Call
 from veneer.engine.fused.engine import FusedEngine
-from veneer.engine.fused.policy import Demand, block_placement, choose_placement, uniform
+from veneer.engine.fused.policy import Demand, block_placement, choose_placement, tightest, uniform
 from veneer.engine.fused.streaming import packed_bytes
 from veneer.engine.interface import BatchShapes
 from veneer.engine.objective import LIKELIHOOD
@@ -88,6 +88,20 @@ def test_as_little_as_must_be_is_on_the_host() -> None:
     nothing_fits = placed(engine, -HUGE // 8)
     assert all(block.streams and not block.kept for block in nothing_fits.blocks)
     assert nothing_fits.streams_ends
+
+
+def test_the_copy_of_a_streamed_head_counts_only_where_it_is_the_peak() -> None:
+    """A pass that was measured with the head's copy at its peak holds less than that beside the head itself."""
+    engine = streamable()
+    head, ends = engine.decoder.head.weight.nbytes, engine.ends.bytes
+    base = tightest(engine.blocks)
+    # Without the copy, the loss takes half a head less than going backward.
+    loss, backward, budget = 2**30 + head // 2, 2**30, 2**50
+    demand = Demand(64, 64, 0, loss, base=base, ends_bytes=ends, loss_bytes=loss, backward_bytes=backward)
+    resident = choose_placement(engine.blocks, demand, budget, False)
+    assert not resident.streams_ends
+    on_host = choose_placement(engine.blocks, replace(demand, loss_bytes=0, backward_bytes=0), budget, False)
+    assert on_host.bytes - resident.bytes == head // 2
 
 
 def test_a_placement_says_what_each_choice_takes() -> None:

@@ -70,6 +70,7 @@ class FusedEngine:
         self._seed = torch.zeros(1, dtype=torch.int64, device=self._device)
         self.rates = H100
         self._demand: Demand | None = None
+        self._loss_peak = 0
         # Batches are padded whether or not passes are recorded, so that both give the same bits.
         self._pads = self._device.type == "cuda" and self.is_recordable
         # Weights on the host may not fit the device.
@@ -206,7 +207,7 @@ class FusedEngine:
     def _verify(self, fullest: tuple[int, ...], budget_bytes: int) -> MemoryPlacement:
         """Run the fullest batch with a placement that uses the host, and tighten it if it was predicted too low."""
         while True:
-            peak = self._try(fullest)
+            peak = max(self._try(fullest))
             excess = peak - budget_bytes
             if excess <= 0 or self.tighten() is None:
                 break
@@ -215,17 +216,21 @@ class FusedEngine:
         self.placement = replace(self.placement, budget_bytes=budget_bytes)
         return self.placement
 
-    def _try(self, lengths: tuple[int, ...]) -> int:
-        """Return the peak of a pass over a dummy batch; more than any device has where it does not fit."""
+    def _try(self, lengths: tuple[int, ...]) -> tuple[int, int]:
+        """Return the peaks of a pass over a dummy batch, until its loss is computed and afterwards.
+
+        Where it does not fit, they are more than any device has.
+        """
         try:
-            return self._peak_of(partial(self._pass, self._to_device(_dummy(lengths), True), depth=TRIED))
+            backward = self._peak_of(partial(self._pass, self._to_device(_dummy(lengths), True), depth=TRIED))
+            return self._loss_peak, backward
         except torch.OutOfMemoryError:
             pass  # what the error refers to must be freed before memory is
         finally:
             self.master.grad = None
         self._store.release(0)
         torch.cuda.empty_cache()
-        return UNKNOWN
+        return UNKNOWN, UNKNOWN
 
     def _measure(self, shapes: BatchShapes, budget_bytes: int) -> tuple[Demand, tuple[int, ...]]:
         """Measure the memory of passes that keep nothing; also return the lengths of the fullest batch.
@@ -247,7 +252,9 @@ class FusedEngine:
             self.apply(base)
             before = torch.cuda.memory_allocated()
             peaks = {some: self._try(some) for some in several}
-            fullest, peak = max(peaks.items(), key=lambda pair: pair[1])
+            fullest = max(peaks, key=lambda some: max(peaks[some]))
+            loss, backward = peaks[fullest]
+            peak = max(loss, backward)
             if peak <= budget_bytes:
                 break
         held_out = (
@@ -266,6 +273,8 @@ class FusedEngine:
             shapes.varies,
             base,
             self.ends.bytes,
+            loss,
+            backward,
         ), fullest
 
     @property
@@ -344,6 +353,9 @@ class FusedEngine:
         losses_N, d_TE = self._head(inputs, stream, True)
         del stream
         about = inputs.weights_N, inputs.index_N, inputs.documents.bounds, inputs.values
+        if depth and self.on_gpu:  # what is held until now is measured apart
+            self._loss_peak = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
         output, coefficients_N = objective(TrainedTokens(-losses_N.double(), *about))
         if coefficients_N is not None:  # backward is linear in the rows of the head's gradient
             factor_N = torch.where(inputs.targets_N >= 0, -coefficients_N, 0.0).float()

@@ -49,7 +49,8 @@ class Demand:
         varies: whether batches have several shapes.
         base: placement of that pass, which keeps nothing.
         ends_bytes: bytes of embedding and head.
-        loss_bytes: memory of the device while the loss is computed; 0: not known.
+        loss_bytes: memory of the device until the loss is computed; 0: not known.
+        backward_bytes: memory of the device from then on; 0: it is the least.
     """
 
     tokens: int
@@ -62,6 +63,7 @@ class Demand:
     base: MemoryPlacement | None = None
     ends_bytes: int = 0
     loss_bytes: int = 0
+    backward_bytes: int = 0
 
 
 def block_placement(
@@ -178,9 +180,6 @@ class _Search:
         attention = [costs["attention"] for costs in self._costs]
         self._forward = sum(products) + sum(attention)
         self._backward = sum(products) + 2.5 * sum(attention)
-        # The head's copy comes when logits are computed, which otherwise holds less than blocks going backward.
-        less = demand.least_bytes - demand.loss_bytes if demand.loss_bytes else 2**62
-        self._head_excess = max(0, blocks[0].decoder.head.weight.nbytes - less)
         base = demand.base
         self._base_bytes = self._bytes(Candidate(), {}) if base is None else self._bytes_of(base)
 
@@ -223,7 +222,7 @@ class _Search:
 
     def _bytes(self, candidate: Candidate, keep: dict[int, set[str]]) -> int:
         """Return the bytes of what differs between placements: blocks' activations, 4-bit weights, the ends."""
-        total = self._head_excess if candidate.streams_ends else self._demand.ends_bytes
+        total = self._excess(candidate.streams_ends) + (0 if candidate.streams_ends else self._demand.ends_bytes)
         for name in ("x", *ACTIVATIONS):
             kept = [sizes[name] for number, sizes in enumerate(self._sizes) if name in keep.get(number, ())]
             total += sum(kept)
@@ -236,6 +235,15 @@ class _Search:
         streamed = self._streamed(candidate.streamed)
         total += sum(packed for number, packed in enumerate(self._packed) if number not in streamed)
         return total + (BUFFERS * max(self._packed) if streamed else 0)
+
+    def _excess(self, streams_ends: bool) -> int:
+        """Return the bytes that a pass holds more until its loss is computed, perhaps by a copy of the head, than later."""
+        if not self._demand.loss_bytes:
+            return 0
+        head = self._blocks[0].decoder.head.weight.nbytes
+        has_copy = self._demand.base is not None and self._demand.base.streams_ends
+        loss = self._demand.loss_bytes + (head if streams_ends else 0) - (head if has_copy else 0)
+        return max(0, loss - (self._demand.backward_bytes or self._demand.least_bytes))
 
     def _bytes_of(self, placement: MemoryPlacement) -> int:
         """Return the same of a placement that keeps nothing."""
