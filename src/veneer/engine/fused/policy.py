@@ -237,7 +237,7 @@ class _Search:
         return total + (BUFFERS * max(self._packed) if streamed else 0)
 
     def _excess(self, streams_ends: bool) -> int:
-        """Return the bytes that a pass holds more until its loss is computed, perhaps by a copy of the head, than later."""
+        """Return the bytes that a pass holds more before its loss is known, with the head's copy, than after it."""
         if not self._demand.loss_bytes:
             return 0
         head = self._blocks[0].decoder.head.weight.nbytes
