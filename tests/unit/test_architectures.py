@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 import veneer
 from tests.support.notices import notified
@@ -16,6 +16,7 @@ from tests.support.runs import tiny_run, write_rows
 from tests.support.tiny import ARCHITECTURES, FAMILIES, save_tiny_model
 from veneer.config import UserError
 from veneer.model.quiet import quiet
+from veneer.model.shapes import positions_of
 from veneer.planning.base import PlannedModel
 from veneer.planning.planner import Planner
 from veneer.planning.target import device_named
@@ -201,3 +202,17 @@ def test_modules_named_by_layer_are_planned_where_they_are(tmp_path: Path) -> No
         third.phases["backward"].components["activations"] < 0.6 * by_name.phases["backward"].components["activations"]
     )
     assert third.step_seconds[1] < 0.8 * by_name.step_seconds[1]
+
+
+@pytest.mark.parametrize(
+    ("rope", "longest"),
+    [
+        ({"rope_type": "default"}, 4096),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}, 16_384),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 512, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0}, 4096),
+    ],
+)  # fmt: skip
+def test_positions_are_those_to_which_a_configuration_extends_them(rope: dict[str, Any], longest: int) -> None:
+    config = LlamaConfig(max_position_embeddings=4096, rope_parameters={"rope_theta": 10_000.0} | rope)
+    assert positions_of(config) == longest

@@ -11,6 +11,7 @@ from typing import Any
 
 from veneer.config import Run, UserError
 from veneer.config.notify import notify
+from veneer.model.shapes import positions_of
 from veneer.planning.base import PlannedModel
 from veneer.planning.batch_shapes import Padded
 from veneer.planning.planner import Planner
@@ -43,7 +44,7 @@ def room_for_answers(model: Any, prompts: Sequence[list[int]], max_new_tokens: i
     Raises:
         UserError: A prompt leaves no room.
     """
-    positions = positions_of(model)
+    positions = _positions(model)
     if positions is None:
         return [max_new_tokens] * len(prompts)
     longest = max(map(len, prompts), default=0)
@@ -74,7 +75,7 @@ def alike(room: Sequence[int], lengths: Sequence[int]) -> Iterator[tuple[int, li
 
 def require_positions(model: Any, rows: Sequence[tuple[str, int]]) -> None:
     """Raise UserError for rows, by place and tokens, that are longer than the model's positions."""
-    positions = positions_of(model)
+    positions = _positions(model)
     for place, tokens in rows:
         if positions is not None and tokens > positions:
             raise UserError(
@@ -83,9 +84,6 @@ def require_positions(model: Any, rows: Sequence[tuple[str, int]]) -> None:
             )
 
 
-def positions_of(model: Any) -> int | None:
-    """Return the positions of a model; None: no limit is known."""
+def _positions(model: Any) -> int | None:
     config = model.config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    positions: int | None = getattr(config, "max_position_embeddings", None)
-    return positions
+    return positions_of(config.get_text_config() if hasattr(config, "get_text_config") else config)

@@ -245,9 +245,22 @@ def shapes_of(base: Any) -> Shapes:
         period=_period(base),
         key_value_bytes=2 * 2 * heads * width * config.num_hidden_layers,
         vocabulary=config.vocab_size,
-        positions=getattr(config, "max_position_embeddings", None),
+        positions=positions_of(config),
         beside=frozenset(beside & (linears.keys() | embeddings.keys()) - {head}),
     )
+
+
+def positions_of(config: Any) -> int | None:
+    """Return the longest sequence a model can read; None: no limit is known.
+
+    A configuration that was extended by YaRN keeps the old number, beside a factor and what that refers to.
+    """
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+    if positions is None or rope.get("rope_type") != "yarn" or not original or not factor:
+        return positions
+    return max(positions, int(original * factor))
 
 
 def _is_its_own(linear: Any) -> bool:
