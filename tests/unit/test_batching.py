@@ -17,8 +17,9 @@ from veneer.data.conversation import Message
 from veneer.data.render import Renderer
 from veneer.evaluation.compare import Scorer
 from veneer.evaluation.generation import generate
-from veneer.evaluation.memory import LESS_MEMORY, positions_of
+from veneer.evaluation.memory import LESS_MEMORY
 from veneer.machine.batching import Batching, is_out_of_memory
+from veneer.model.shapes import positions_of
 from veneer.training.job import TrainingJob
 
 SHORTAGES = [
@@ -124,7 +125,7 @@ def prompt_of(renderer: Renderer, tokens: int) -> list[int]:
 @pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
 def test_answers_end_where_the_models_positions_end(family: str, tmp_path: Path) -> None:
     model, renderer = small_model(tmp_path, family)
-    assert positions_of(model) == 40
+    assert positions_of(model.config) == 40
     prompts = [prompt_of(renderer, n) for n in (20, 36, 39, 12, 36, 8)]
     read: list[int] = []  # columns of each batch, the answer's among them
 
