@@ -51,7 +51,7 @@ def test_evaluation_has_a_paired_difference_of_each_metric() -> None:
 
     guesses = ['{"team": "a", "urgency": "low"}'] * 10
     found = Evaluation(score(guesses, [4.0] * 10), score(references, [1.0] * 10)).as_dict()["metrics"]
-    assert list(found) == ["exact_match", "valid_json", "field.team", "field.urgency", "record", "perplexity"]
+    assert list(found) == ["record", "valid_json", "field.team", "field.urgency", "exact_match", "perplexity"]
     assert found["field.team"]["base"]["value"] == pytest.approx(0.1)
     assert found["field.team"]["difference"]["value"] == pytest.approx(0.9)
     assert 0 < found["field.team"]["difference"]["low"] < 0.9

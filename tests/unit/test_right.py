@@ -8,11 +8,13 @@ import pytest
 
 from tests.support.rows import conversation, renderer
 from tests.support.tiny import tiny_tokenizer
+from veneer.config import Evaluate
 from veneer.data.conversation import Conversation, Message
-from veneer.evaluation.decoding import answer_text
+from veneer.evaluation.decoding import answer_text, expected_answer
 from veneer.evaluation.examples import examples_of
-from veneer.evaluation.metrics.exact_match import expected_answer, is_right
-from veneer.evaluation.metrics.json_fields import right_rows
+from veneer.evaluation.metrics import right_rows
+from veneer.evaluation.metrics.exact_match import is_right
+from veneer.evaluation.metrics.metric import Sample
 
 TEMPLATES = Path(__file__).parent / "templates"
 CALL = {"name": "lamp", "arguments": {"on": True}}
@@ -54,7 +56,8 @@ def test_reasoning_does_not_decide_and_calls_are_compared_as_json() -> None:
     assert not is_right(call.replace("1", "true"), call)
     assert not is_right("Well. " + call, call)
     assert not is_right(call + call, call)
-    assert right_rows(['<think>\n</think>\n{"a": 1}', '{"a": 2}'], ['{"a": 1}', '{"a": 1}']) == [True, False]
+    samples = [Sample("", "", '{"a": 1}', answer) for answer in ('<think>\n</think>\n{ "a": 1}', '{"a": 2}')]
+    assert right_rows(samples, Evaluate()) == [True, False]
 
 
 def test_examples_before_a_question_keep_their_calls() -> None:

@@ -45,6 +45,9 @@ VALUES: dict[str, Any] = {
     "data.group": "who",
     "data.chat_template": "alpaca",
     "train.memory_budget": "12GiB",
+    "evaluate.metrics": ["length", "exact_match"],
+    "evaluate.extract": "^.",
+    "evaluate.json_schema": "files/schema.json",
     "train.warmup_ratio": 0.5,  # half of the default is no step of a short run
 }
 # What must be so for a setting to act.
@@ -77,6 +80,9 @@ WHERE: dict[str, dict[str, dict[str, Any]]] = {
     "train.eval_steps": {"data": {"validation": 2}},
     "train.save_total_limit": {"train": {"save_steps": 1}},
     "evaluate.rows": {"data": {"validation": 3}},
+    "evaluate.metrics": {"data": {"validation": 3}},
+    "evaluate.extract": {"data": {"validation": 3}},
+    "evaluate.json_schema": {"data": {"train": "files/numbers.jsonl", "validation": 3}},
     "evaluate.max_new_tokens": {"data": {"validation": 3}},
     "evaluate.batch_size": {"data": {"validation": 3}},
 }
@@ -111,6 +117,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Pa
         "pairs": [{"prompt": row["prompt"], "chosen": "yes", "rejected": "no"} for row in rows],
         "odd": [{"q1": row["prompt"], "a1": row["completion"]} for row in rows],
         "context": [row | {"context": f"field {n}"} for n, row in enumerate(rows)],
+        "numbers": [row | {"completion": str(n % 3)} for n, row in enumerate(rows)],
         "text": [{"text": "the owl"}, *({"text": f"{n} {long}"} for n in range(3))],
         "large": [*rows, {"prompt": "the cat " * 200, "completion": "cat"}],
         "alike": [*rows, again, again, {"prompt": long + " and more", "completion": "owl"}],
@@ -132,6 +139,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Pa
     }  # fmt: skip
     for name, lines in written.items():
         write_rows(folder / f"{name}.jsonl", lines)
+    (folder / "schema.json").write_text('{"type": "integer"}')
     (folder / "broken.jsonl").write_text((folder / "rows.jsonl").read_text() + "{\n")
     (folder / "prose.txt").write_text("the cat\nthe dog\n\nthe owl\n\nthe hen\n")
     (folder / "dated.jinja").write_text("{{ strftime_now('%d %b %Y') }}" + CHATML)

@@ -1,12 +1,12 @@
 """Compares base and tuned model on held-out rows."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from veneer.api.load import load
+from veneer.api.load import load_tuned
 from veneer.config import Model, Run, RunFolder, UserError, load_run
 from veneer.config.files import read_json
 from veneer.config.folder import write_json, write_text
@@ -15,10 +15,12 @@ from veneer.config.notify import kept_in, notify_on_error
 from veneer.data.pipeline import HeldOut, prepare, read_held_out
 from veneer.data.render import Renderer
 from veneer.engine.reference import ReferenceEngine
-from veneer.evaluation.compare import Evaluation, Scorer, count_rows
+from veneer.evaluation.compare import Evaluation, Scorer, count_rows, questions_of
 from veneer.evaluation.memory import rows_at_a_time
+from veneer.evaluation.metrics import choose, require_metrics
 from veneer.machine.device import find_machine
 from veneer.model.load import compute_dtype
+from veneer.model.tuned import find_tuned
 from veneer.planning.batch_shapes import Padded
 from veneer.release.certify.judged import judged_by
 from veneer.release.publish.card import renew_card
@@ -54,6 +56,7 @@ def evaluate(
     on_done: Callable[[int], None] = lambda done: None,
     force: bool = False,
     base: str | None = None,
+    metrics: Sequence[str] | None = None,
 ) -> Evaluated:
     """Compare base and tuned model on a run's held-out rows, or on a file's; written into the run's folder.
 
@@ -61,7 +64,7 @@ def evaluate(
         evaluated = veneer.evaluate("runs/tickets")
 
     The run's record (evaluation.json, samples.jsonl, the scores of its card) is of its held-out rows with its own
-    settings. Other data or fewer rows go to a file of their own in evaluations/ and leave the record alone.
+    settings. Other data, metrics or fewer rows go to a file of their own in evaluations/ and leave the record alone.
 
     Args:
         run_dir: Folder of a finished run.
@@ -69,22 +72,30 @@ def evaluate(
         rows: Largest number of rows; None: as `evaluate.rows` in the run. Pieces of a long text are one row.
         on_done: Callback that gets the number of rows just answered; each row is answered twice.
         force, base: arguments of `load`.
+        metrics: Metrics to measure instead of `evaluate.metrics`.
 
     Raises:
-        UserError: No such run, no adapter, or no held-out rows.
+        UserError: No such run, no adapter, no held-out rows, or a metric that is not known or that the rows cannot
+            carry.
     """
     folder = require_run(str(run_dir))
     with kept_in(folder.events):
-        loaded = load(str(run_dir), force, base)
-        run = loaded.run
-        assert run is not None
+        tuned = find_tuned(str(run_dir), base, force)
+        assert tuned.run is not None
+        run = tuned.run.model_copy(update={"model": tuned.model})
         usual = run.evaluate.rows
-        held_out = held_out_rows(folder, run, loaded.renderer, data, rows or usual)
+        settings = run.evaluate
+        if metrics is not None:
+            settings = settings.model_copy(update={"metrics": "auto" if "auto" in metrics else tuple(metrics)})
+        require_metrics(settings)
+        held_out = held_out_rows(folder, run, tuned.renderer, data, rows or usual)
+        choose(questions_of(tuned.renderer, held_out, settings))  # refused before the model is loaded
         count = count_rows(held_out)
-        is_record = data is None and (rows is None or rows == usual or count < rows)
+        is_record = data is None and metrics is None and (rows is None or rows == usual or count < rows)
+        loaded = load_tuned(tuned)
         most = (max(len(row.example.ids) for row in held_out), max(row.example.trained for row in held_out))
         at_a_time = rows_at_a_time(run, Padded(len(held_out), *most), loaded.target)
-        settings = run.evaluate.model_copy(update={"batch_size": at_a_time})
+        settings = settings.model_copy(update={"batch_size": at_a_time})
         engine = ReferenceEngine(loaded.model)  # judges by other code than the adapter was trained by
         result = Scorer(loaded.model, engine, loaded.renderer, held_out, settings).compare(on_done)
         if is_record and not force:

@@ -107,19 +107,24 @@ def load(name: str, force: bool = False, base: str | None = None) -> LoadedModel
     Raises:
         UserError: There is nothing of that name, the run has no adapter yet, or it does not belong to the base.
     """
-    target = this_device()
     if find_adapter(name) is not None:
-        tuned = find_tuned(name, base, force)
-        renderer = tuned.renderer  # before the weights, which take longer to load
-        if tuned.run is not None:
-            target = target.within(tuned.run.train.memory_budget)
-        return LoadedModel(tuned.load(), renderer, tuned.model, target, tuned)
+        return load_tuned(find_tuned(name, base, force))
+    target = this_device()
     if base is not None:
         raise UserError(f"--base {base}: {name} is not an adapter, so --base does not apply", "leave it out")
     settings = Model(base=name)
     source = locate(settings)
     renderer = Renderer(load_tokenizer(source))
     return LoadedModel(load_model(source, settings, None, find_machine()), renderer, settings, target)
+
+
+def load_tuned(tuned: TunedModel) -> LoadedModel:
+    """Load an adapter that is found already, on its base."""
+    target = this_device()
+    renderer = tuned.renderer  # before the weights, which take longer to load
+    if tuned.run is not None:
+        target = target.within(tuned.run.train.memory_budget)
+    return LoadedModel(tuned.load(), renderer, tuned.model, target, tuned)
 
 
 def _turns(prompt: Question, system: str | None) -> list[Message]:

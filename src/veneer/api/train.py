@@ -5,6 +5,7 @@ from pathlib import Path
 
 from veneer.config import Run
 from veneer.config.notify import collected, notify, notify_on_error
+from veneer.evaluation.metrics import require_metrics
 from veneer.release.passport import write_passport
 from veneer.release.publish.card import write_card
 from veneer.report.plots import plot_loss
@@ -39,6 +40,7 @@ def train(
     """
     if resume == "auto" and (trained := finished(run)) is not None:
         return trained
+    require_metrics(run.evaluate)
     with collected():
         return finish(TrainingJob(run, resume, force, overwrite), listeners)
 

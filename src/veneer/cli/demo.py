@@ -125,6 +125,7 @@ def _export(out: Any, job: Any, evaluation: Any) -> tuple[Any, dict[str, Any]]:
     from veneer.cli import show, show_demo
     from veneer.config import UserError
     from veneer.evaluation.compare import judge, questions
+    from veneer.evaluation.metrics.metric import ScoredRows
     from veneer.release.certify.answers import gguf_answers
     from veneer.release.certify.servers import require_llama_cpp
 
@@ -143,7 +144,8 @@ def _export(out: Any, job: Any, evaluation: Any) -> tuple[Any, dict[str, Any]]:
     with show.answer_progress(out, len(held_out), "   answering") as on_done:
         answers = gguf_answers(file, job.renderer, questions(held_out), job.run.evaluate.max_new_tokens, on_done)
     seconds = time.perf_counter() - began
-    evaluation = replace(evaluation, exported=judge(job.renderer, held_out, answers))
+    rows = ScoredRows((), settings=job.run.evaluate)
+    evaluation = replace(evaluation, exported=judge(job.renderer, held_out, answers, rows))
     exported = evaluation.as_dict()["exported"]
     show_demo.show_exported(out, file, made.bytes, seconds, exported)
     return evaluation, {"file": str(file), "bytes": made.bytes, "quant": made.quant, "seconds": round(seconds, 1)}

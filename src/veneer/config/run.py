@@ -272,10 +272,36 @@ class Evaluate(Section):
     """What `veneer evaluate` measures on held-out rows, base against tuned."""
 
     rows: int | None = Field(200, ge=1, description="Maximum number of held-out rows; null: all.")
+    metrics: Literal["auto"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        "auto",
+        description="Names from docs/evaluation.md, or functions as module:function; the first one decides. auto: "
+        "chosen from the right answers (JSON, numbers, choices, prose).",
+        json_schema_extra={"fix": "write `auto` or a list such as [exact_match, rouge_l]"},
+    )
+    extract: str | None = Field(
+        None,
+        min_length=1,
+        description="Regular expression; exact_match and accuracy compare its last match (its first group, if it has "
+        "any) in the answer and in the reference, as '#### (.+)'.",
+        json_schema_extra={"fix": "write a regular expression of Python, such as '#### (.+)'"},
+    )
+    json_schema: str | None = Field(
+        None, min_length=1, description="File with the JSON schema of the metric json_schema."
+    )
     max_new_tokens: int = Field(256, ge=1, description="Maximum tokens of a generated answer.")
     batch_size: int = Field(
         16, ge=1, description="Rows in a batch, here and in training's held-out losses; fewer if memory is short."
     )
+
+    @field_validator("extract")
+    @classmethod
+    def _pattern(cls, value: str | None) -> str | None:
+        """Refuse what is no regular expression."""
+        try:
+            re.compile(value or "")
+        except re.error as error:
+            raise ValueError(f"is no regular expression: {error}") from None
+        return value
 
 
 class Run(Section):

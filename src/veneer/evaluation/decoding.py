@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from veneer.config.sampling import Sampling
+from veneer.data.conversation import Conversation
 from veneer.data.render import Renderer
 from veneer.model.load import base_stop_ids
 
@@ -38,6 +39,15 @@ def generation_config(stop_ids: Iterable[int], pad_id: int, max_new_tokens: int,
 def answer_text(tokenizer: Any, ids: Any, stop: Sequence[str] = ()) -> str:
     """Decode an answer's tokens: without special tokens, and up to the first stop text."""
     return _cut(_decode(tokenizer, ids), stop).strip()
+
+
+def expected_answer(renderer: Renderer, conversation: Conversation) -> str:
+    """Return the answer that the model is to give to a row's last question.
+
+    Raises:
+        UserError: The row cannot be rendered.
+    """
+    return answer_text(renderer.tokenizer, renderer.answer_ids(conversation))
 
 
 class StopAtText:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from veneer.data.conversation import Conversation, Message
-from veneer.evaluation.metrics.json_fields import json_object
+from veneer.evaluation.metrics.json_values import json_object
 
 
 def examples_of(rows: Sequence[Conversation], count: int) -> list[Message]:

@@ -61,7 +61,10 @@ def public_settings(settings: dict[str, Any]) -> dict[str, Any]:
         data["chat_template"] = name_of(data["chat_template"])
     if "output_dir" in train:
         train["output_dir"] = name_of(train["output_dir"])
-    return settings | {"model": model, "data": data, "train": train}
+    found = settings | {"model": model, "data": data, "train": train}
+    if (settings.get("evaluate") or {}).get("json_schema"):
+        found["evaluate"] = settings["evaluate"] | {"json_schema": name_of(settings["evaluate"]["json_schema"])}
+    return found
 
 
 def public_passport(passport: dict[str, Any]) -> dict[str, Any]:

@@ -54,6 +54,7 @@ def run_page(folder: Path) -> str:
         environment=_json(run.environment),
         evaluation=evaluation,
         scores=_scores(evaluation),
+        first=_first(evaluation),
         curve=_curve(run.metrics),
         samples=shown_of(samples),
         rule=SHOWN_BY,
@@ -68,6 +69,23 @@ def shown_of(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     right = [sample for sample in samples if sample["tuned_right"]]
     wrong = [sample for sample in samples if not sample["tuned_right"]]
     return right[:2] + wrong[:1]
+
+
+def _first(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Return what the page says first: the models' values by the metric that decides; empty: there is none."""
+    if not evaluation.get("metrics"):
+        return {}
+    name, values = next(iter(evaluation["metrics"].items()))
+    is_share = values.get("unit") == "share"
+    found: dict[str, Any] = {
+        model: f"{100 * values[model]['value']:.0f} %" if is_share else f"{values[model]['value']:.3g}"
+        for model in ("base", "base_with_examples", "tuned")
+        if model in values
+    }
+    gain = values.get("difference_with_examples", values["difference"])
+    better = values.get("better", "higher")
+    what = "exactly right" if name in ("record", "exact_match") else f"by {name.replace('_', ' ')}"
+    return found | {"what": what, "is_better": gain["low"] > 0 if better == "higher" else better and gain["high"] < 0}
 
 
 def _scores(evaluation: dict[str, Any]) -> dict[str, Any]:

@@ -1,26 +1,88 @@
-"""Metrics of a model on held-out rows, a file each; `METRICS` is their registry.
+"""Metrics of a model on held-out rows, a file each; `METRICS` is their registry, by the names of `evaluate.metrics`.
 
-metric.py       what a metric is: rows in, results with an interval and a paired difference out
-exact_match.py  the answer is the expected one
-json_fields.py  answers that are JSON objects, key by key
-perplexity.py   the loss of the references
+metric.py     what a metric is: rows in, results with an interval and a paired difference out
+resampled.py  results with a bootstrap interval: means of rows, and values of all rows together
+choose.py     those that a run names, or that suit its data; what is wrong with them
+own.py        a function of the user's
 
-A new metric is a file with a function `measure`, and a line here; then evaluation.json, table, page and card show it.
+A new metric is a file with a `Metric` and a line here; then evaluation.json, table, page and card show it.
 """
 
-from veneer.evaluation.metrics import exact_match, json_fields, perplexity
-from veneer.evaluation.metrics.metric import Metric, MetricResult, Sample, ScoredRows, ShareRight
+from collections.abc import Mapping, Sequence
 
-METRICS: tuple[Metric, ...] = (
-    exact_match.measure,
-    json_fields.measure,
-    perplexity.measure,
-)
+from veneer.config import Evaluate
+from veneer.evaluation.metrics.accuracy import ACCURACY
+from veneer.evaluation.metrics.bits_per_byte import BITS_PER_BYTE
+from veneer.evaluation.metrics.bleu import BLEU
+from veneer.evaluation.metrics.choice_accuracy import CHOICE_ACCURACY
+from veneer.evaluation.metrics.choose import ChosenMetrics, choose_metrics, named_metrics
+from veneer.evaluation.metrics.chrf import CHRF
+from veneer.evaluation.metrics.exact_match import EXACT_MATCH, is_right
+from veneer.evaluation.metrics.final_number import FINAL_NUMBER
+from veneer.evaluation.metrics.json_fields import JSON_FIELDS
+from veneer.evaluation.metrics.json_schema import JSON_SCHEMA
+from veneer.evaluation.metrics.length import LENGTH
+from veneer.evaluation.metrics.metric import Metric, MetricResult, Sample, ScoredRows, ShareRight
+from veneer.evaluation.metrics.perplexity import PERPLEXITY
+from veneer.evaluation.metrics.refusal_rate import REFUSAL_RATE
+from veneer.evaluation.metrics.rouge import ROUGE
+from veneer.evaluation.metrics.token_f1 import TOKEN_F1
+from veneer.evaluation.metrics.tool_calls import TOOL_CALLS
+from veneer.evaluation.metrics.valid_json import VALID_JSON
+
+METRICS: Mapping[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        EXACT_MATCH,
+        ACCURACY,
+        FINAL_NUMBER,
+        CHOICE_ACCURACY,
+        TOKEN_F1,
+        *ROUGE,
+        BLEU,
+        CHRF,
+        JSON_FIELDS,
+        VALID_JSON,
+        JSON_SCHEMA,
+        TOOL_CALLS,
+        LENGTH,
+        REFUSAL_RATE,
+        PERPLEXITY,
+        BITS_PER_BYTE,
+    )
+}
+
+
+def choose(rows: ScoredRows) -> ChosenMetrics:
+    """Choose the metrics of rows, which need no answers yet: those that their settings name, or that suit them.
+
+    Raises:
+        UserError: A metric is not known or not installed, or the rows cannot carry it.
+    """
+    return choose_metrics(METRICS, rows)
+
+
+def require_metrics(settings: Evaluate) -> None:
+    """Raise UserError where settings name a metric that is not known or not installed."""
+    named_metrics(METRICS, settings)
 
 
 def measure(rows: ScoredRows) -> dict[str, MetricResult]:
-    """Measure all metrics; results by name, in the order of the registry, without metrics that do not apply."""
-    return {name: result for metric in METRICS for name, result in metric(rows).items()}
+    """Measure the metrics of rows; results by name, the one that decides first."""
+    return {name: result for metric in choose(rows).metrics for name, result in metric.measure(rows).items()}
 
 
-__all__ = ["METRICS", "Metric", "MetricResult", "Sample", "ScoredRows", "ShareRight", "measure"]
+def right_by(results: Mapping[str, MetricResult], samples: Sequence[Sample]) -> Sequence[bool]:
+    """Return which samples are right: by the first result that says so of each row, else by exact match."""
+    for result in results.values():
+        if isinstance(result, ShareRight):
+            return result.true
+    return [is_right(sample.answer, sample.reference) for sample in samples]
+
+
+def right_rows(samples: Sequence[Sample], settings: Evaluate) -> Sequence[bool]:
+    """Judge answers alone as an evaluation with these settings does: by its first metric that says right or wrong."""
+    return right_by(measure(ScoredRows(samples, settings=settings)), samples)
+
+
+__all__ = ["METRICS", "Metric", "MetricResult", "Sample", "ScoredRows", "ShareRight", "choose", "measure"]

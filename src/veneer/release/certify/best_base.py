@@ -9,15 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from veneer.config import UserError
-from veneer.evaluation.metrics.json_fields import right_rows
+from veneer.config import Evaluate, UserError
 from veneer.evaluation.paired import Paired, paired
 from veneer.model.tuned import TunedModel
 from veneer.release.certify.certificate import batch_of, judged_answers
 from veneer.release.certify.judged import Recorded
 from veneer.release.certify.prompts import Prompt
 from veneer.release.certify.runtimes import greedy
-from veneer.release.certify.verdict import describe
+from veneer.release.certify.verdict import describe, right_answers
 from veneer.release.merge.plan import trained_on
 
 
@@ -72,8 +71,8 @@ def choose_base(
     del model
     other = replace(tuned, quantization=None).load(tuned.dtype)
     answers = greedy(other, renderer.tokenizer, [row.ids for row in rows], max_new_tokens, ends, batch_of(tuned))
-    references = [row.reference or "" for row in rows]
-    before, after = (right_rows([answer.text for answer in found], references) for found in (judged, answers))
+    settings = tuned.run.evaluate if tuned.run is not None else Evaluate()
+    before, after = (right_answers(rows, found, settings) for found in (judged, answers))
     evidence = paired(before, after)
     on = "base" if evidence.verdict == "better" else "nf4"
     return BaseChoice(on, evidence, sum(before) / len(rows), sum(after) / len(rows))

@@ -146,7 +146,8 @@ def certify_artifact(
             measure(model, renderer, prompt, answer, ends, noise.total)
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
-    verdict = verdict_of(prompts, judged, answers, source)
+    settled = tuned.run.evaluate if tuned.run is not None else None
+    verdict = verdict_of(prompts, judged, answers, source, settled)
     checks += [] if verdict is None else [verdict.check()]
     checks += stop_checks(answers, judged, prompts)
     checks += distribution_checks(measured, _limits(artifact, tuned), noise)

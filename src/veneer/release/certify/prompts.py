@@ -11,7 +11,7 @@ from veneer.config import UserError
 from veneer.data.conversation import Message
 from veneer.data.pipeline import HeldOut
 from veneer.data.render import Renderer
-from veneer.evaluation.metrics.exact_match import expected_answer
+from veneer.evaluation.decoding import expected_answer
 from veneer.model.shapes import find_config
 from veneer.model.tuned import TunedModel
 

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from veneer.config import Evaluate
 from veneer.config.results import Check
 from veneer.evaluation.intervals import proportion
-from veneer.evaluation.metrics.json_fields import right_rows
+from veneer.evaluation.metrics import right_rows
+from veneer.evaluation.metrics.metric import Sample
 from veneer.evaluation.paired import Paired, paired
 from veneer.release.certify.prompts import Prompt
 from veneer.release.certify.runtimes import Answer
@@ -75,15 +77,35 @@ def describe(found: Paired) -> str:
 
 
 def verdict_of(
-    prompts: Sequence[Prompt], judged: Sequence[Answer], answers: Sequence[Answer], source: str
+    prompts: Sequence[Prompt],
+    judged: Sequence[Answer],
+    answers: Sequence[Answer],
+    source: str,
+    settings: Evaluate | None = None,
 ) -> Verdict | None:
-    """Compare the answers to held-out rows; None: there are none."""
+    """Compare the answers to held-out rows by the run's first metric that says right or wrong; None: there are no rows.
+
+    Args:
+        prompts: Held-out rows and edge cases.
+        judged, answers: Answers of the judged model, and of the artifact.
+        source: Source of the judged answers.
+        settings: Settings of the run; None: it has none, and the metric is chosen by the rows.
+    """
     rows = [n for n, prompt in enumerate(prompts) if prompt.reference is not None]
     if not rows:
         return None
-    references = [prompts[n].reference or "" for n in rows]
-    before, after = (right_rows([of[n].text for n in rows], references) for of in (judged, answers))
+    asked = [prompts[n] for n in rows]
+    before, after = (right_answers(asked, [of[n] for n in rows], settings or Evaluate()) for of in (judged, answers))
     return Verdict(tuple(before), tuple(after), sum(judged[n].text == answers[n].text for n in rows), source)
+
+
+def right_answers(prompts: Sequence[Prompt], answers: Sequence[Answer], settings: Evaluate) -> Sequence[bool]:
+    """Return which answers to held-out rows are right by the run's settings."""
+    samples = [
+        Sample(prompt.id, prompt.messages[-1].content, prompt.reference or "", answer.text)
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    return right_rows(samples, settings)
 
 
 TURNS = {
