@@ -95,7 +95,7 @@ def _train_and_score(out: Any, job: Any) -> tuple[Any, Any]:
         with show.answer_progress(out, len(held_out), "   answering") as on_done:
             # The loss of the held-out rows is measured at the end of the training.
             found = scorer.score(on_done, examples, with_losses=False)
-        show_demo.show_right(out, found.metrics)
+        show_demo.show_right(out, found.results)
         return found
 
     out.print(f"[bold]3  The base model[/bold] answers {len(held_out)} messages")

@@ -2,7 +2,7 @@
 
 import shlex
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +48,14 @@ def paragraph(out: Console, text: str, label: str = "") -> None:
         out.print(escape(line))
 
 
-def show_right(out: Console, metrics: dict[str, Any]) -> None:
-    """Print in one line how many answers are right, and valid JSON."""
-    names = {"record": "exactly right", "valid_json": "valid JSON"}  # the demo's answers are JSON
-    scores = (f"{text} {show.interval('share', metrics[name].as_dict())}" for name, text in names.items())
+def show_right(out: Console, results: Mapping[str, Any]) -> None:
+    """Print in one line the metric that decides, and the share of answers that are valid JSON."""
+    texts = {"record": "exactly right", "valid_json": "valid JSON"}
+    names = [name for n, name in enumerate(results) if n == 0 or name == "valid_json"]
+    scores = (
+        f"{texts.get(name, name.replace('_', ' '))} {show.interval(result.unit, result.interval.as_dict())}"
+        for name, result in ((name, results[name]) for name in names)
+    )
     out.print("   " + ", ".join(scores))
 
 

@@ -8,7 +8,7 @@ what it can do without training.
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from typing import Any
 
@@ -20,7 +20,6 @@ from veneer.data.render import Renderer
 from veneer.engine.interface import Engine, document_losses
 from veneer.evaluation.decoding import expected_answer
 from veneer.evaluation.generation import generate
-from veneer.evaluation.intervals import Interval
 from veneer.evaluation.memory import LESS_MEMORY, require_positions
 from veneer.evaluation.metrics import choose, measure, right_by
 from veneer.evaluation.metrics.choice_accuracy import choices_of
@@ -49,11 +48,6 @@ class Score:
     rows: int
     batching: Batching | None = None
     chosen: ChosenMetrics | None = None
-
-    @property
-    def metrics(self) -> dict[str, Interval]:
-        """Each metric's value with its interval."""
-        return {name: result.interval for name, result in self.results.items()}
 
     @property
     def right(self) -> Sequence[bool]:
@@ -160,6 +154,11 @@ class Scorer:
     held_out: Sequence[HeldOut]
     settings: Evaluate
 
+    @cached_property
+    def chosen(self) -> ChosenMetrics:
+        """The metrics of these rows."""
+        return choose(questions_of(self.renderer, self.held_out, self.settings))
+
     def compare(self, on_done: Progress = lambda done: None) -> Evaluation:
         """Score the base and the tuned model; `on_done` gets the number of rows just answered."""
         with self.engine.adapter_off():
@@ -188,13 +187,12 @@ class Scorer:
         asked = questions(held_out)
         prompts = [renderer.prompt_ids(_behind(examples, chat.prompt()), chat.tools) for chat in asked]
         answers = generate(model, renderer, prompts, self.settings.max_new_tokens, batching, on_done=on_done)
-        chosen = choose(questions_of(renderer, held_out, self.settings))
         rows = ScoredRows((), settings=self.settings)
-        if with_losses and chosen.read("losses"):
+        if with_losses and self.chosen.read("losses"):
             rows = _losses(self.engine, renderer, held_out, batching, rows)
-        if chosen.read("choices"):
+        if self.chosen.read("choices"):
             rows = replace(rows, choices=self._choices(asked, examples, batching))
-        return replace(judge(renderer, held_out, answers, rows), batching=batching)
+        return replace(judge(renderer, held_out, answers, rows, self.chosen), batching=batching)
 
     def _choices(
         self, asked: Sequence[Conversation], examples: Sequence[Message], batching: Batching
@@ -227,7 +225,13 @@ def count_rows(held_out: Sequence[HeldOut]) -> int:
     return len({row.conversation.place for row in held_out})
 
 
-def judge(renderer: Renderer, held_out: Sequence[HeldOut], answers: Sequence[str], rows: ScoredRows) -> Score:
+def judge(
+    renderer: Renderer,
+    held_out: Sequence[HeldOut],
+    answers: Sequence[str],
+    rows: ScoredRows,
+    chosen: ChosenMetrics | None = None,
+) -> Score:
     """Score answers that any model or runtime gave.
 
     Args:
@@ -235,10 +239,12 @@ def judge(renderer: Renderer, held_out: Sequence[HeldOut], answers: Sequence[str
         held_out: The rows.
         answers: One to each row that asks something.
         rows: Settings, and losses where they were measured; its samples are made here.
+        chosen: Metrics; None: they are chosen for the rows.
     """
     samples = _samples(renderer, held_out, answers)
     rows = replace(rows, samples=samples)
-    return Score(measure(rows), samples, count_rows(held_out), chosen=choose(rows))
+    chosen = chosen or choose(rows)
+    return Score(measure(rows, chosen), samples, count_rows(held_out), chosen=chosen)
 
 
 def questions_of(renderer: Renderer, held_out: Sequence[HeldOut], settings: Evaluate) -> ScoredRows:

@@ -67,9 +67,10 @@ def require_metrics(settings: Evaluate) -> None:
     named_metrics(METRICS, settings)
 
 
-def measure(rows: ScoredRows) -> dict[str, MetricResult]:
-    """Measure the metrics of rows; results by name, the one that decides first."""
-    return {name: result for metric in choose(rows).metrics for name, result in metric.measure(rows).items()}
+def measure(rows: ScoredRows, chosen: ChosenMetrics | None = None) -> dict[str, MetricResult]:
+    """Measure the metrics of rows, by default those that `choose` gives; results by name, the one that decides first."""
+    metrics = (chosen or choose(rows)).metrics
+    return {name: result for metric in metrics for name, result in metric.measure(rows).items()}
 
 
 def right_by(results: Mapping[str, MetricResult], samples: Sequence[Sample]) -> Sequence[bool]:
