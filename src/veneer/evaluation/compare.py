@@ -20,6 +20,7 @@ from veneer.data.render import Renderer
 from veneer.engine.interface import Engine, document_losses
 from veneer.evaluation.decoding import expected_answer
 from veneer.evaluation.generation import generate
+from veneer.evaluation.intervals import Interval
 from veneer.evaluation.memory import LESS_MEMORY, require_positions
 from veneer.evaluation.metrics import choose, measure, right_by
 from veneer.evaluation.metrics.choice_accuracy import choices_of
@@ -48,6 +49,11 @@ class Score:
     rows: int
     batching: Batching | None = None
     chosen: ChosenMetrics | None = None
+
+    @property
+    def metrics(self) -> dict[str, Interval]:
+        """Each metric's value with its interval."""
+        return {name: result.interval for name, result in self.results.items()}
 
     @property
     def right(self) -> Sequence[bool]:

@@ -68,7 +68,7 @@ def require_metrics(settings: Evaluate) -> None:
 
 
 def measure(rows: ScoredRows, chosen: ChosenMetrics | None = None) -> dict[str, MetricResult]:
-    """Measure the metrics of rows, by default those that `choose` gives; results by name, the one that decides first."""
+    """Measure rows, by default by the metrics that `choose` gives; results by name, the one that decides first."""
     metrics = (chosen or choose(rows)).metrics
     return {name: result for metric in metrics for name, result in metric.measure(rows).items()}
 
