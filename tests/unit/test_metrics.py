@@ -21,10 +21,11 @@ from veneer.data.conversation import Conversation, Message
 from veneer.evaluation import metrics
 from veneer.evaluation.compare import Evaluation, Score
 from veneer.evaluation.intervals import Interval
-from veneer.evaluation.metrics import METRICS, choose, measure
+from veneer.evaluation.metrics import METRICS, choose, measure, require_metrics
 from veneer.evaluation.metrics.bits_per_byte import BitsPerByte
 from veneer.evaluation.metrics.metric import Metric, MetricResult, Sample, ScoredRows
 from veneer.evaluation.metrics.resampled import RowMean
+from veneer.release.redact import public_settings
 from veneer.report.run_page import run_page
 
 Call = Callable[..., tuple[int, str, str]]
@@ -217,13 +218,15 @@ def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
         (["yes", "no"], ["exact_match", "perplexity"], "short (of 1 words"),
         ([right for _, right in PROSE[:1]] * 3 + ["w " * 20], ["exact_match", "perplexity"], "short (of 8 words"),
         (["w " * 20, "v " * 30], ["token_f1", "exact_match", "perplexity"], "prose (of 25 words"),
-        (['<tool_call>{"name": "a"}</tool_call>', "no"], ["tool_calls", "exact_match", "perplexity"], "1 of 2"),
+        (
+            ['<tool_call>{"name": "a", "arguments": {}}</tool_call>', "no"],
+            ["tool_calls", "exact_match", "perplexity"],
+            "1 of 2",
+        ),
         ([], ["perplexity"], "ask nothing"),
     ],
 )
 def test_the_default_is_chosen_from_the_right_answers(references: list[str], names: list[str], why: str) -> None:
-    if "tool_call" in "".join(references):
-        references = [reference.replace('"a"', '"a", "arguments": {}') for reference in references]
     chosen = choose(rows([("", reference) for reference in references]))
     assert chosen.names == names
     assert why in chosen.why
@@ -283,11 +286,11 @@ def test_a_pattern_extracts_what_is_compared() -> None:
     for name in ("exact_match", "accuracy"):
         pairs = [("so\n#### 18", right), (wrong, right), ("18", right)]
         assert measured(name, pairs, **gsm8k)[name].interval.value == pytest.approx(1 / 3)
-    assert choose(rows([("", right)], **gsm8k)).names == ["exact_match", "exact_match", "perplexity"][1:]
+    assert choose(rows([("", right)], **gsm8k)).names == ["exact_match", "perplexity"]
     with pytest.raises(UserError, match=r"finds nothing in the right answer of rows:2"):
         choose(rows([("", right), ("", "18")], metrics=("accuracy",), **gsm8k))
     with pytest.raises(UserError, match=r"evaluate.extract acts on exact_match and accuracy"):
-        choose(rows([("", right)], metrics=("final_number",), **gsm8k))
+        require_metrics(Evaluate(metrics=("final_number",), **gsm8k))
 
 
 def test_rouge_bleu_and_chrf_have_their_libraries_values() -> None:
@@ -319,7 +322,13 @@ def test_json_schema_accepts_or_refuses_answers(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"refers to https://example.org/schema.json, which is not in the file"):
         measured("json_schema", pairs, **settings)
     with pytest.raises(UserError, match=r"evaluate.json_schema acts on json_schema, which evaluate.metrics does not"):
-        measured("valid_json", pairs, **settings)
+        require_metrics(Evaluate(metrics=("valid_json",), **settings))
+    shared = public_settings(json.loads(tiny_settings(settings).model_dump_json()))
+    assert shared["evaluate"]["json_schema"] == "schema.json", "what ships names no folder"
+
+
+def tiny_settings(evaluate: dict[str, Any]) -> veneer.Run:
+    return veneer.Run.model_validate({"model": {"base": "a/b"}, "data": {"train": "x.jsonl"}, "evaluate": evaluate})
 
 
 def test_tool_calls_are_compared_by_name_and_arguments() -> None:

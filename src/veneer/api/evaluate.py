@@ -85,9 +85,10 @@ def evaluate(
         run = tuned.run.model_copy(update={"model": tuned.model})
         usual = run.evaluate.rows
         settings = run.evaluate
-        if metrics is not None:
+        if metrics is None:
+            require_metrics(settings)
+        else:  # settings of the run's own metrics may act on none of these
             settings = settings.model_copy(update={"metrics": "auto" if "auto" in metrics else tuple(metrics)})
-        require_metrics(settings)
         held_out = held_out_rows(folder, run, tuned.renderer, data, rows or usual)
         choose(questions_of(tuned.renderer, held_out, settings))  # refused before the model is loaded
         count = count_rows(held_out)

@@ -159,6 +159,7 @@ def _verdicts(row: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in row.items() if key in ("id", "turn") or _is_verdict(value)}
     for key in ("adapter", "artifact"):
         if isinstance(row.get(key), str) and isinstance(row.get("reference"), str):
+            # Word for word, whatever metric the run has: its own verdict on the row is the row's `turn`.
             kept[f"{key}_right"] = is_right(row[key], row["reference"])
     if isinstance(row.get("adapter"), str) and isinstance(row.get("artifact"), str):
         kept["same_answer"] = row["adapter"] == row["artifact"]

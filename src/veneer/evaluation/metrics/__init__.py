@@ -15,7 +15,7 @@ from veneer.evaluation.metrics.accuracy import ACCURACY
 from veneer.evaluation.metrics.bits_per_byte import BITS_PER_BYTE
 from veneer.evaluation.metrics.bleu import BLEU
 from veneer.evaluation.metrics.choice_accuracy import CHOICE_ACCURACY
-from veneer.evaluation.metrics.choose import ChosenMetrics, choose_metrics, named_metrics
+from veneer.evaluation.metrics.choose import ChosenMetrics, choose_metrics, require_named
 from veneer.evaluation.metrics.chrf import CHRF
 from veneer.evaluation.metrics.exact_match import EXACT_MATCH, is_right
 from veneer.evaluation.metrics.final_number import FINAL_NUMBER
@@ -63,8 +63,8 @@ def choose(rows: ScoredRows) -> ChosenMetrics:
 
 
 def require_metrics(settings: Evaluate) -> None:
-    """Raise UserError where settings name a metric that is not known or not installed."""
-    named_metrics(METRICS, settings)
+    """Raise UserError where a named metric is not known or not installed, or a setting acts on none of those named."""
+    require_named(METRICS, settings)
 
 
 def measure(rows: ScoredRows, chosen: ChosenMetrics | None = None) -> dict[str, MetricResult]:

@@ -59,21 +59,17 @@ def choose_metrics(known: Mapping[str, Metric], rows: ScoredRows) -> ChosenMetri
         names, why = _default(rows)
         chosen = ChosenMetrics(find_metrics(known, names), why)
     else:
-        chosen = ChosenMetrics(named_metrics(known, settings), "evaluate.metrics names them")
+        chosen = ChosenMetrics(find_metrics(known, settings.metrics), "evaluate.metrics names them")
     for metric in chosen.metrics:
         if missing := metric.lacks(rows):
             raise UserError(f"{metric.name}: {missing}", "name other metrics in evaluate.metrics, or leave it out")
     return chosen
 
 
-def named_metrics(known: Mapping[str, Metric], settings: Evaluate) -> tuple[Metric, ...]:
-    """Return the metrics that settings name; none: the default is chosen by the data.
-
-    Raises:
-        UserError: One is not known or not installed, or a setting acts on none of them.
-    """
+def require_named(known: Mapping[str, Metric], settings: Evaluate) -> None:
+    """Raise UserError where a named metric is not known or not installed, or a setting acts on none of those named."""
     if settings.metrics == "auto":
-        return ()
+        return
     for setting, metrics in ACTS_ON.items():
         if getattr(settings, setting) is not None and not set(metrics) & set(settings.metrics):
             raise UserError(
@@ -82,7 +78,7 @@ def named_metrics(known: Mapping[str, Metric], settings: Evaluate) -> tuple[Metr
                 else f"evaluate.{setting} acts on {metrics[0]}, which evaluate.metrics does not name",
                 f"add {metrics[0]} to evaluate.metrics, or leave evaluate.{setting} out",
             )
-    return find_metrics(known, settings.metrics)
+    find_metrics(known, settings.metrics)
 
 
 def find_metrics(known: Mapping[str, Metric], names: Sequence[str]) -> tuple[Metric, ...]:
