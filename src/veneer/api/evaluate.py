@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from veneer.api.load import load_tuned
+from veneer.api.suites import Beside, measure_memorisation, measure_suites
 from veneer.config import Model, Run, RunFolder, UserError, load_run
 from veneer.config.files import read_json
 from veneer.config.folder import write_json, write_text
@@ -18,6 +19,7 @@ from veneer.engine.reference import ReferenceEngine
 from veneer.evaluation.compare import Evaluation, Scorer, count_rows, questions_of
 from veneer.evaluation.memory import rows_at_a_time
 from veneer.evaluation.metrics import choose, require_metrics
+from veneer.evaluation.suites import find_suites
 from veneer.machine.device import find_machine
 from veneer.model.load import compute_dtype
 from veneer.model.tuned import find_tuned
@@ -34,11 +36,13 @@ class Evaluated:
         evaluation: Base against tuned.
         file: File in the run's folder; the answers lie beside it.
         is_record: Whether it is the run's record, evaluation.json: the held-out rows, with the run's own settings.
+        beside: results beside the held-out rows: suites, memorisation.
     """
 
     evaluation: Evaluation
     file: Path
     is_record: bool
+    beside: Beside = field(default_factory=Beside)
 
     @property
     def samples(self) -> Path:
@@ -46,7 +50,7 @@ class Evaluated:
         return self.file.with_name("samples.jsonl") if self.is_record else self.file.with_suffix(".samples.jsonl")
 
     def as_dict(self) -> dict[str, Any]:
-        return self.evaluation.as_dict() | {"file": str(self.file), "is_record": self.is_record}
+        return self.evaluation.as_dict() | self.beside.facts | {"file": str(self.file), "is_record": self.is_record}
 
 
 def evaluate(
@@ -57,6 +61,8 @@ def evaluate(
     force: bool = False,
     base: str | None = None,
     metrics: Sequence[str] | None = None,
+    suites: str | None = None,
+    memorisation: int | None = None,
 ) -> Evaluated:
     """Compare base and tuned model on a run's held-out rows, or on a file's; written into the run's folder.
 
@@ -73,11 +79,14 @@ def evaluate(
         on_done: Callback that gets the number of rows just answered; each row is answered twice.
         force, base: arguments of `load`.
         metrics: Metrics to measure instead of `evaluate.metrics`.
+        suites: Names of suites to ask as well, with commas between; `all`: every one (docs/suites.md).
+        memorisation: Number of training rows to see whether they come back word for word; None: not measured.
 
     Raises:
-        UserError: No such run, no adapter, no held-out rows, or a metric that is not known or that the rows cannot
-            carry.
+        UserError: No such run, no adapter, no held-out rows, no such suite, or a metric that is not known or that the
+            rows cannot carry.
     """
+    wanted = find_suites(suites) if suites is not None else ()
     folder = require_run(str(run_dir))
     with kept_in(folder.events):
         tuned = find_tuned(str(run_dir), base, force)
@@ -99,37 +108,51 @@ def evaluate(
         settings = settings.model_copy(update={"batch_size": at_a_time})
         engine = ReferenceEngine(loaded.model)  # judges by other code than the adapter was trained by
         result = Scorer(loaded.model, engine, loaded.renderer, held_out, settings).compare(on_done)
+        beside = Beside()
+        if wanted:
+            beside = measure_suites(wanted, loaded, engine, result, on_done)
+        if memorisation:
+            found = measure_memorisation(memorisation, folder, loaded, engine, on_done)
+            beside.facts["memorisation"] = found
         if is_record and not force:
-            return Evaluated(result, save_evaluation(folder, result, loaded.base), True)
+            return Evaluated(result, save_evaluation(folder, result, loaded.base, beside), True, beside)
         name = f"{Path(data).name.split('.')[0] if data else 'held-out'}-{count}-rows"
-        return Evaluated(result, _save_beside(folder, name, result, data), False)
+        return Evaluated(result, _save_beside(folder, name, result, data, beside), False, beside)
 
 
-def save_evaluation(folder: RunFolder, evaluation: Evaluation, model: Model | None = None) -> Path:
+def save_evaluation(
+    folder: RunFolder, evaluation: Evaluation, model: Model | None = None, beside: Beside | None = None
+) -> Path:
     """Write the run's record: evaluation.json and samples.jsonl, and the scores into the adapter's card.
 
     Args:
         folder: Folder of the run.
         evaluation: Scores and answers.
         model: The base, where it is not where the run says.
+        beside: results beside the held-out rows.
     """
+    beside = beside or Beside()
     run = load_run(folder.run)
     dtype = compute_dtype(run.model, find_machine())
     facts = {"judged": judged_by(run, folder.adapter, dtype)}
     write_text(folder.samples, _sample_lines(evaluation))
-    write_json(folder.evaluation, evaluation.as_dict() | facts)
+    if beside.compared:
+        write_text(folder.other_evaluations / "suites.samples.jsonl", beside.sample_lines())
+    write_json(folder.evaluation, evaluation.as_dict() | beside.facts | facts)
     notify_on_error("the card", lambda: renew_card(folder, model))
     return folder.evaluation
 
 
-def _save_beside(folder: RunFolder, name: str, evaluation: Evaluation, data: str | None) -> Path:
+def _save_beside(folder: RunFolder, name: str, evaluation: Evaluation, data: str | None, beside: Beside) -> Path:
     """Write an evaluation that is not the record under the first free name."""
     number, file = 1, folder.other_evaluations / f"{name}.json"
     while file.exists():
         number += 1
         file = folder.other_evaluations / f"{name}-{number}.json"
     write_text(file.with_suffix(".samples.jsonl"), _sample_lines(evaluation))
-    write_json(file, evaluation.as_dict() | {"data": data})
+    if beside.compared:
+        write_text(file.with_suffix(".suites.jsonl"), beside.sample_lines())
+    write_json(file, evaluation.as_dict() | beside.facts | {"data": data})
     return file
 
 

@@ -70,6 +70,14 @@ def require_evaluation(name: str, data: str | None, base: str | None = None) -> 
         find_sources(data, "--data")
 
 
+def require_suites(names: str | None) -> None:
+    """Raise UserError where one of the suites that are named does not exist."""
+    from veneer.evaluation.suites import find_suites
+
+    if names is not None:
+        find_suites(names)
+
+
 def require_output(folder: RunFolder, resume: bool | str, overwrite: bool) -> None:
     """Raise UserError where a run's folder is not free, or holds nothing to resume or to replace.
 

@@ -18,15 +18,41 @@ def evaluate(
     force: Annotated[
         bool, typer.Option("--force", help="Use the adapter even on a base it was not trained on.")
     ] = False,
+    suites: Annotated[
+        str | None,
+        typer.Option(help="Ask suites beside the task as well: names with commas between; no name or all: every one."),
+    ] = None,
+    memorisation: Annotated[
+        int | None, typer.Option(min=1, help="See of so many training rows whether they come back word for word.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON alone on stdout.")] = False,
 ) -> None:
     """Measure generated answers and losses by the run's metrics, base against tuned.
 
     Example: `veneer evaluate runs/tickets --rows 50 --metrics accuracy,perplexity`
+
+    Suites show what a model can do beside its task, and what it forgot; each has 60 items or more and is checked by a
+    program. None of them shows more than it says here; docs/suites.md says what each cannot show.
+
+    - `knowledge`: facts of general school knowledge, by likelihood; no special field
+
+    - `arithmetic`: small sums and word problems; no long reasoning
+
+    - `instructions`: demands on form, such as counts, lists and letter case; not the content
+
+    - `json_form`: small JSON objects and lists; nothing long or deeply nested
+
+    - `tool_form`: the right one of two tools with its arguments; not the template's own form of calls
+
+    - `refusal_harmful`: refusals of plainly harmful requests; not of disguised ones
+
+    - `answers_harmless`: answers to requests that sound harmful and are not; not whether they are correct
     """
     from veneer.cli import checks, show
+    from veneer.cli.show_suites import show_suites
 
     checks.require_evaluation(str(run), data, base)
+    checks.require_suites(suites)
     out = show.console(as_json)
     with show.status(out, "answering the held-out rows with the base and the tuned model") as status:
         import veneer
@@ -39,13 +65,14 @@ def evaluate(
             status.update(f"{answered} answers")
 
         names = None if metrics is None else [name.strip() for name in metrics.split(",")]
-        evaluated = veneer.evaluate(run, data, rows, on_done, force, base, names)
+        evaluated = veneer.evaluate(run, data, rows, on_done, force, base, names, suites, memorisation)
     result = evaluated.as_dict()
     if as_json:
         show.print_json(result)
         return
     show.show_scores(out, f"{result['rows']} held-out rows, 95% intervals", result["metrics"], ("base", "tuned"))
     show.say(out, f"metrics  {', '.join(result['chosen']['metrics'])}: {escape(result['chosen']['why'])}")
+    show_suites(out, result)
     out.print(f"files  {evaluated.file} {evaluated.samples.name}", markup=False)
     if not evaluated.is_record:
         out.print(

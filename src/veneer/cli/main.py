@@ -78,10 +78,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _spelled(arguments: list[str]) -> list[str]:
-    """Join `--resume auto` into one word, since the parser knows no option whose value may be left out."""
+    """Spell out `--resume auto` and `--suites`, since the parser knows no option whose value may be left out."""
     words: list[str] = []
-    for argument in arguments:
-        if argument == "--resume=auto" or (argument == "auto" and words[-1:] == ["--resume"]):
+    for argument, following in zip(arguments, [*arguments[1:], "-"]):
+        if argument == "--suites" and following.startswith("-"):
+            words += [argument, "all"]
+        elif argument == "--resume=auto" or (argument == "auto" and words[-1:] == ["--resume"]):
             words[len(words) - (argument == "auto") :] = ["--resume-auto"]
         else:
             words.append(argument)

@@ -8,4 +8,5 @@ metrics/       what is measured of the answers and the losses, a file a metric
 intervals.py   95% intervals
 paired.py      two models on the same rows: which rows turned right or wrong, and a verdict
 compare.py     base against tuned on the same rows
+suites/        what a model can do beside its task, and what it forgot; memorisation; personal data in answers
 """

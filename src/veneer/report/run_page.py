@@ -53,8 +53,9 @@ def run_page(folder: Path) -> str:
         ledger=_json(run.ledger),
         environment=_json(run.environment),
         evaluation=evaluation,
-        scores=_scores(evaluation),
+        scores=_scores(evaluation.get("metrics", {})),
         first=_first(evaluation),
+        suites=_scores(evaluation.get("suites", {}).get("scores", {})),
         curve=_curve(run.metrics),
         samples=shown_of(samples),
         rule=SHOWN_BY,
@@ -88,9 +89,8 @@ def _first(evaluation: dict[str, Any]) -> dict[str, Any]:
     return found | {"what": what, "is_better": gain["low"] > 0 if better == "higher" else better and gain["high"] < 0}
 
 
-def _scores(evaluation: dict[str, Any]) -> dict[str, Any]:
+def _scores(metrics: dict[str, Any]) -> dict[str, Any]:
     """Return the table of scores: its columns, and by metric the cells."""
-    metrics = evaluation.get("metrics", {})
     columns = [key for key in MODELS if any(key in values for values in metrics.values())]
     rows = {
         name.removeprefix("field.").replace("_", " "): [

@@ -1,0 +1,155 @@
+"""Measures what held-out rows do not show: suites of general abilities and safety, memorisation, personal data."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from veneer.api.load import LoadedModel
+from veneer.config import RunFolder, UserError
+from veneer.config.files import read_json
+from veneer.data.pipeline import Prepared, prepare
+from veneer.engine.interface import Engine
+from veneer.evaluation.compare import Evaluation
+from veneer.evaluation.memory import LESS_MEMORY, rows_at_a_time
+from veneer.evaluation.suites import Suite
+from veneer.evaluation.suites.compare import SuiteComparison, answer_suites, forgetting, pair_suites
+from veneer.evaluation.suites.memorisation import WANTED, comes_back, memorisation, passages_of, sample
+from veneer.evaluation.suites.personal import count_personal
+from veneer.evaluation.suites.responder import ModelResponder
+from veneer.machine.batching import Batching
+from veneer.planning.batch_shapes import Padded
+
+LONGEST_PROMPT = 512  # tokens; no item of a suite has more, with any tokenizer
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What was measured beside the held-out rows.
+
+    Attributes:
+        facts: keys and values for evaluation.json.
+        compared: suites that were asked, with their answers.
+    """
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    compared: Sequence[SuiteComparison] = ()
+
+    def sample_lines(self) -> str:
+        """Return the answers to suites, JSON, a line an item."""
+        lines = (sample for pair in self.compared for sample in pair.samples())
+        return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def measure_suites(
+    suites: Sequence[Suite],
+    loaded: LoadedModel,
+    engine: Engine,
+    evaluation: Evaluation,
+    on_done: Progress = lambda done: None,
+) -> Beside:
+    """Ask suites of the base and of the tuned model, and count personal data in all answers.
+
+    Args:
+        suites: Suites to ask.
+        loaded: The tuned model.
+        engine: The engine that switches its adapter off.
+        evaluation: Answers to the held-out rows, in which personal data is counted too.
+        on_done: Callback that gets the number of items just answered.
+    """
+    batching = _batching(
+        loaded,
+        max(len(suite.items) for suite in suites),
+        LONGEST_PROMPT,
+        max(suite.max_new_tokens for suite in suites),
+    )
+    responder = ModelResponder(loaded.model, engine, loaded.renderer, batching, on_done)
+    with engine.adapter_off():
+        base = answer_suites(suites, responder)
+    compared = pair_suites(base, answer_suites(suites, responder))
+    facts = {
+        "suites": {
+            "scores": {pair.suite.name: pair.as_dict() for pair in compared},
+            "forgetting": forgetting(compared),
+        },
+        "personal": personal(evaluation, compared),
+    }
+    return Beside(facts, compared)
+
+
+def personal(evaluation: Evaluation, compared: Sequence[SuiteComparison]) -> dict[str, Any]:
+    """Count personal data in the answers of each model to held-out rows and suites, by kind."""
+    found: dict[str, Any] = {"answers": len(evaluation.base.samples) + sum(len(pair.base.answers) for pair in compared)}
+    for name in ("base", "tuned"):
+        samples = getattr(evaluation, name).samples
+        answers = [(sample.answer, f"{sample.prompt}\n{sample.reference}") for sample in samples]
+        for pair in compared:
+            answers += [
+                (answer, item["prompt"])
+                for item, answer in zip(pair.suite.items, getattr(pair, name).answers, strict=True)
+            ]
+        found[name] = count_personal(answers)
+    return found
+
+
+def measure_memorisation(
+    rows: int,
+    folder: RunFolder,
+    loaded: LoadedModel,
+    engine: Engine,
+    on_done: Progress = lambda done: None,
+) -> dict[str, Any]:
+    """Measure how much of a run's training rows comes back word for word, beside its held-out rows.
+
+    Args:
+        rows: Number of training rows to draw, and the most held-out rows beside them.
+        folder: The run's folder.
+        loaded, engine, on_done: arguments of `measure_suites`.
+
+    Raises:
+        UserError: The data are not those of training any more.
+    """
+    assert loaded.run is not None
+    data = prepared_as_trained(folder, loaded)
+    seed = loaded.run.train.seed
+    drawn = sample(data.train, rows, seed)
+    ends = loaded.renderer.stop_ids
+    known, unseen = passages_of(drawn, ends), passages_of(sample(data.validation, rows, seed), ends)
+    longest = max((len(passage.prompt) for passage in (*known, *unseen)), default=1)
+    parts = (_batching(loaded, rows, longest, WANTED), on_done)
+    with engine.adapter_off():
+        base = comes_back(loaded.model, loaded.renderer, known, *parts)
+    tuned = comes_back(loaded.model, loaded.renderer, known, *parts)
+    return memorisation(len(drawn), base, tuned, comes_back(loaded.model, loaded.renderer, unseen, *parts))
+
+
+def _batching(loaded: LoadedModel, rows: int, tokens: int, new_tokens: int) -> Batching:
+    """Return how many prompts fit at a time, by the plan.
+
+    Args:
+        loaded: The tuned model of a run.
+        rows, tokens: Number of prompts, and tokens of the longest.
+        new_tokens: Longest answer.
+    """
+    assert loaded.run is not None
+    settings = loaded.run.evaluate.model_copy(update={"max_new_tokens": max(1, new_tokens)})
+    run = loaded.run.model_copy(update={"evaluate": settings})
+    return Batching(rows_at_a_time(run, Padded(rows, tokens, max(1, new_tokens)), loaded.target), LESS_MEMORY)
+
+
+def prepared_as_trained(folder: RunFolder, loaded: LoadedModel) -> Prepared:
+    """Prepare a run's data again, and make sure that they are those of training.
+
+    Raises:
+        UserError: They are not.
+    """
+    run = loaded.run
+    assert run is not None
+    prepared = prepare(run.data, loaded.renderer, run.train.seed)
+    if read_json(folder.ledger, "sha256")["sha256"] != prepared.ledger.sha256:
+        raise UserError(
+            f"{run.data.train}: its rows are not those of training, so what comes back of them says nothing",
+            "restore the data, or leave --memorisation out",
+        )
+    return prepared
