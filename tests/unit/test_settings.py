@@ -44,6 +44,7 @@ VALUES: dict[str, Any] = {
     "data.max_cut_rows": 1.0,
     "data.group": "who",
     "data.chat_template": "alpaca",
+    "evaluate.group": "who",
     "train.memory_budget": "12GiB",
     "train.warmup_ratio": 0.5,  # half of the default is no step of a short run
 }
@@ -78,6 +79,8 @@ WHERE: dict[str, dict[str, dict[str, Any]]] = {
     "train.save_total_limit": {"train": {"save_steps": 1}},
     "evaluate.rows": {"data": {"validation": 3}},
     "evaluate.max_new_tokens": {"data": {"validation": 3}},
+    "evaluate.group": {"data": {"train": "files/grouped.jsonl", "validation": 3}},
+    "evaluate.equal_within": {"data": {"validation": 3}},
     "evaluate.batch_size": {"data": {"validation": 3}},
 }
 # Settings that this machine may refuse, since they are for a GPU: the plan for one shows what they do.

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,17 @@ from veneer.data.pipeline import HeldOut, prepare, read_held_out
 from veneer.data.render import Renderer
 from veneer.engine.reference import ReferenceEngine
 from veneer.evaluation.compare import Evaluation, Scorer, count_rows
+from veneer.evaluation.gate import check_gate, parse_gate, require_names
 from veneer.evaluation.memory import rows_at_a_time
 from veneer.machine.device import find_machine
 from veneer.model.load import compute_dtype
 from veneer.planning.batch_shapes import Padded
 from veneer.release.certify.judged import judged_by
 from veneer.release.publish.card import renew_card
+
+# Names that a gate may hold before the rows are known.
+KNOWN_BEFORE = ("exact_match", "valid_json", "record", "perplexity")
+BEGIN_WITH = ("field.",)
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,11 @@ class Evaluated:
         """The answers, a line a row."""
         return self.file.with_name("samples.jsonl") if self.is_record else self.file.with_suffix(".samples.jsonl")
 
+    @property
+    def passed(self) -> bool:
+        """Whether every bound of the gate is shown to hold; true without a gate."""
+        return all(check.passed for check in self.evaluation.gate)
+
     def as_dict(self) -> dict[str, Any]:
         return self.evaluation.as_dict() | {"file": str(self.file), "is_record": self.is_record}
 
@@ -54,6 +64,7 @@ def evaluate(
     on_done: Callable[[int], None] = lambda done: None,
     force: bool = False,
     base: str | None = None,
+    gate: str | None = None,
 ) -> Evaluated:
     """Compare base and tuned model on a run's held-out rows, or on a file's; written into the run's folder.
 
@@ -69,11 +80,15 @@ def evaluate(
         rows: Largest number of rows; None: as `evaluate.rows` in the run. Pieces of a long text are one row.
         on_done: Callback that gets the number of rows just answered; each row is answered twice.
         force, base: arguments of `load`.
+        gate: Condition on what is measured, such as `exact_match >= 0.8`; see docs/comparison.md.
 
     Raises:
-        UserError: No such run, no adapter, or no held-out rows.
+        UserError: No such run, no adapter, no held-out rows, or a gate that is no condition on what is measured.
     """
     folder = require_run(str(run_dir))
+    condition = None if gate is None else parse_gate(gate)
+    if condition is not None:
+        require_names(condition, (*KNOWN_BEFORE, *map("difference({})".format, KNOWN_BEFORE)), BEGIN_WITH)
     with kept_in(folder.events):
         loaded = load(str(run_dir), force, base)
         run = loaded.run
@@ -87,6 +102,8 @@ def evaluate(
         settings = run.evaluate.model_copy(update={"batch_size": at_a_time})
         engine = ReferenceEngine(loaded.model)  # judges by other code than the adapter was trained by
         result = Scorer(loaded.model, engine, loaded.renderer, held_out, settings).compare(on_done)
+        if condition is not None:
+            result = replace(result, gate=check_gate(condition, result.measured()))
         if is_record and not force:
             return Evaluated(result, save_evaluation(folder, result, loaded.base), True)
         name = f"{Path(data).name.split('.')[0] if data else 'held-out'}-{count}-rows"
@@ -130,7 +147,7 @@ def held_out_rows(
 ) -> list[HeldOut]:
     """Return the first rows of `data`, or of those that the run held out."""
     if data is not None:
-        return read_held_out(data, "--data", run.data, renderer, limit)
+        return read_held_out(data, "--data", run.data, renderer, limit, run.evaluate.group)
     prepared = prepare(run.data, renderer, run.train.seed)
     began = read_json(folder.ledger, "sha256")
     if began["sha256"] != prepared.ledger.sha256:
@@ -138,7 +155,7 @@ def held_out_rows(
             f"{run.data.train}: its rows are not those of training, so held-out rows may have been trained on",
             "restore the data, or name a file of other rows with --data",
         )
-    held_out = prepared.held_out(limit)
+    held_out = prepared.held_out(limit, run.evaluate.group)
     if not held_out:
         share = run.data.validation
         why = f"data.validation = {share}" + (", which is less than one of its rows" if share else "")

@@ -14,14 +14,21 @@ def evaluate(
     force: Annotated[
         bool, typer.Option("--force", help="Use the adapter even on a base it was not trained on.")
     ] = False,
+    gate: Annotated[
+        str | None, typer.Option(help='Condition that must be shown to hold: "exact_match >= 0.8 and ...".')
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show rows that got better and worse.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON alone on stdout.")] = False,
-) -> None:
+) -> int:
     """Measure exact match of generated answers and perplexity, base against tuned.
 
-    Example: `veneer evaluate runs/tickets --rows 50`
-    """
-    from veneer.cli import checks, show
+    Exit status 1 where a gate is not shown to hold.
 
+    Example: `veneer evaluate runs/tickets --gate "exact_match >= 0.8"`
+    """
+    from veneer.cli import checks, show, show_comparison
+
+    checks.require_gate(gate)
     checks.require_evaluation(str(run), data, base)
     out = show.console(as_json)
     with show.status(out, "answering the held-out rows with the base and the tuned model") as status:
@@ -34,14 +41,21 @@ def evaluate(
             answered += count
             status.update(f"{answered} answers")
 
-        evaluated = veneer.evaluate(run, data, rows, on_done, force, base)
-    result = evaluated.as_dict()
+        evaluated = veneer.evaluate(run, data, rows, on_done, force, base, gate)
+    result, status_code = evaluated.as_dict(), 0 if evaluated.passed else 1
     if as_json:
         show.print_json(result)
-        return
+        show_comparison.show_gate(out, result["gate"])
+        return status_code
+    show_comparison.show_detectable(out, result["comparison"], result["metrics"])
     show.show_scores(out, f"{result['rows']} held-out rows, 95% intervals", result["metrics"], ("base", "tuned"))
+    show_comparison.show_verdicts(out, result["comparison"], result["metrics"])
+    if verbose:
+        show_comparison.show_turned(out, evaluated.evaluation)
+    show_comparison.show_gate(out, result["gate"])
     out.print(f"files  {evaluated.file} {evaluated.samples.name}", markup=False)
     if not evaluated.is_record:
         out.print(
             "       the run's own record (evaluation.json and its card) is about its held-out rows and is not changed"
         )
+    return status_code

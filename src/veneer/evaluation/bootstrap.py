@@ -2,9 +2,9 @@
 
 Rows are drawn again and again, whole groups where rows share one, and each time the mean's error is divided by its
 standard error as those draws estimate it (Efron and Tibshirani 1993, 12.5). So the interval allows for how badly few or
-skewed rows estimate their own spread, which percentiles of the means do not: of 40 rows they cover the truth in 88 to 94
-of 100 cases. Each end takes the wider of two quantiles, the error's own and that of its size alone. Either falls short of
-95 where rows are skewed, or where most are zero; bench/judge.py measures both together.
+skewed rows estimate their own spread, which percentiles of the means do not: of 40 rows they hold the truth in 88 to
+94 of 100 cases. Each end takes the wider of two quantiles, the error's own and that of its size alone: either falls
+short of 95 where rows are skewed, or where most are zero; bench/judge.py measures both together.
 
 Drawing needs memory for some hundred resamples at a time and no more; the same seed gives the same bits.
 """

@@ -131,9 +131,10 @@ def compare_rows(
     base_R, tuned_R = (np.asarray(given.values, dtype=np.float64) for given in (base, tuned))
     if len(base_R) != len(tuned_R):
         raise ValueError(f"{len(base_R)} and {len(tuned_R)} rows cannot be compared in pairs")
-    apart_R, both = tuned_R - base_R, np.concatenate([base_R, tuned_R])
-    if len(apart_R) < FEWEST or not np.isfinite(apart_R).all():
+    both = np.concatenate([base_R, tuned_R])
+    if len(base_R) < FEWEST or not np.isfinite(both).all():
         return None
+    apart_R = tuned_R - base_R
     rows = GroupedRows.of(apart_R, groups)
     if len(rows.sums_G) < FEWEST:
         return None
