@@ -90,9 +90,9 @@ def test_rows_of_a_group_count_as_one_where_they_are_alike() -> None:
     for apart in (rng.normal(0.2, 1, size=30), rng.choice([1.0, 0.0, -1.0], size=30, p=[0.4, 0.4, 0.2])):
         base, tuned = (apart < 0).astype(float), (apart < 0) + apart
         alone = compare_rows(RowValues(base), RowValues(tuned))
-        fivefold = [RowValues(np.repeat(values, 5)) for values in (base, tuned)]
-        grouped = compare_rows(*fivefold, groups=np.repeat(np.arange(30), 5))
-        wrong = compare_rows(*fivefold)
+        before, after = (RowValues(np.repeat(values, 5)) for values in (base, tuned))
+        grouped = compare_rows(before, after, groups=np.repeat(np.arange(30), 5))
+        wrong = compare_rows(before, after)
         assert alone is not None
         assert grouped is not None
         assert wrong is not None

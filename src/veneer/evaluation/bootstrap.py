@@ -9,7 +9,8 @@ short of 95 where rows are skewed, or where most are zero; bench/judge.py measur
 Drawing needs memory for some hundred resamples at a time and no more; the same seed gives the same bits.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -38,7 +39,7 @@ class GroupedRows:
     mean: float
 
     @classmethod
-    def of(cls, values_R: Any, groups: Sequence[Any] | None = None) -> "GroupedRows":
+    def of(cls, values_R: Any, groups: Any = None) -> "GroupedRows":
         """Add up rows by group; None: each row stands alone."""
         mean, sizes_G = float(values_R.mean()), np.ones(len(values_R))
         sums_G = values_R - mean
@@ -101,7 +102,7 @@ def t_quantile(probability: float, freedom: int) -> float:
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
-    return z + sum(term / freedom ** (n + 1) for n, term in enumerate(terms))
+    return z + sum(term / math.pow(freedom, n) for n, term in enumerate(terms, 1))
 
 
 def jackknife_values(counts_RK: Any, value_of: Callable[[Any], Any]) -> Any:

@@ -39,7 +39,7 @@ class RowValues:
         unit: `share`: values lie between 0 and 1
     """
 
-    values: Sequence[float]
+    values: Any
     better: str = "higher"
     unit: str = ""
 
@@ -118,7 +118,7 @@ def compare_metrics(
 
 
 def compare_rows(
-    base: RowValues, tuned: RowValues, groups: Sequence[Any] | None = None, equal_within: float | None = None
+    base: RowValues, tuned: RowValues, groups: Any = None, equal_within: float | None = None
 ) -> MetricComparison | None:
     """Compare two models by one metric on the same rows; None: too few rows, or values that are not finite.
 

@@ -135,4 +135,4 @@ def mcnemar(gained: int, lost: int) -> float:
     if turned > MOST_EXACT:
         return math.erfc(max(0.0, abs(gained - lost) - 1) / math.sqrt(2 * turned))
     tail = sum(math.comb(turned, count) for count in range(min(gained, lost) + 1))
-    return min(1.0, 2 * tail / 2**turned)
+    return min(1.0, 2 * tail / (1 << turned))
