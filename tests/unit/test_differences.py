@@ -108,7 +108,11 @@ def test_few_rows_that_differ_are_counted_and_not_drawn() -> None:
     tuned[:3] += [0.5, 0.25, -0.5]
     found = compare_rows(RowValues(base, unit="share"), RowValues(tuned, unit="share"))
     assert found is not None
-    assert found.difference == difference(40, 0.75, 0.5)
+    # A turned row counts 0.694: the sum of squares, 0.5625, over that of sizes, 1.25, with one more row of size 1.
+    unit = 1.5625 / 2.25
+    counted = difference(40, 0.75 / unit, 0.5 / unit)
+    assert (found.difference.low, found.difference.high) == pytest.approx((unit * counted.low, unit * counted.high))
+    assert found.difference.value == pytest.approx(0.25 / 40)
     assert found.verdict.startswith("equal within")
     same = compare_rows(RowValues(base, unit="share"), RowValues(base, unit="share"))
     assert same is not None

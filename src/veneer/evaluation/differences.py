@@ -24,7 +24,7 @@ from veneer.evaluation.intervals import Interval, Z
 from veneer.evaluation.paired import difference, mcnemar
 
 POWER_Z = Z + 0.841621  # 97.5% and 80% quantiles of the normal distribution
-FEW = 8  # rows that differ: a bootstrap of fewer says little
+FEW = 5  # rows that differ: a bootstrap of fewer says little
 MOST_EVEN = 2.0  # rows that a row in a group may count as, where groups are alike by chance
 SIGNIFICANT = 0.05
 
@@ -173,18 +173,20 @@ def _by_counts(rows: GroupedRows, apart_R: Any, span: float, is_grouped: bool) -
 
     Args:
         rows: Differences, added up by group.
-        apart_R: Differences of the rows; one of `span` counts as a row that turned, a smaller one as a part of it.
+        apart_R: Differences of the rows, which count as rows that turned, the small ones as parts of one.
         span: The most that a row can differ.
         is_grouped: Whether rows share groups.
     """
     worth = _worth(rows, apart_R) if is_grouped else 1.0
     count = worth * len(apart_R)
-    gained, lost = (worth * float(side.clip(min=0).sum()) / span for side in (apart_R, -apart_R))
+    # The size of a turned row, as its square on average: one more of the whole span, which may not have shown yet.
+    unit = (float(np.square(apart_R).sum()) + span**2) / (float(np.abs(apart_R).sum()) + span)
+    gained, lost = (worth * float(side.clip(min=0).sum()) / unit for side in (apart_R, -apart_R))
     counted = difference(count, gained, lost)
-    interval = Interval(span * counted.value, span * counted.low, span * counted.high)
+    interval = Interval(unit * counted.value, unit * counted.low, unit * counted.high)
     rises = NormalDist().cdf((gained - lost) / math.sqrt(gained + lost)) if gained + lost else 0.5
     # Two rows more, since by chance none may differ.
-    return interval, rises, span * math.sqrt(gained + lost + 2) / (count + 2)
+    return interval, rises, unit * math.sqrt(gained + lost + 2) / (count + 2)
 
 
 def _worth(rows: GroupedRows, apart_R: Any) -> float:
