@@ -2,7 +2,7 @@
 
 import pytest
 
-from veneer.evaluation.paired import MOST_ROWS, difference, paired
+from veneer.evaluation.paired import MOST_ROWS, difference, mcnemar, paired
 
 
 def outcomes(right: int, gained: int, lost: int, rows: int) -> tuple[list[bool], list[bool]]:
@@ -12,12 +12,31 @@ def outcomes(right: int, gained: int, lost: int, rows: int) -> tuple[list[bool],
     return before, after
 
 
-def test_the_interval_is_newcombes() -> None:
-    # Newcombe 1998, Statistics in Medicine 17:2635, table II, method 10: both 36, one alone 12, the other 2 of 50.
-    found = difference(50, 48, 2, 12)
-    assert (found.value, -found.high, -found.low) == pytest.approx((-0.2, 0.0569, 0.3404), abs=1e-4)
-    back = difference(50, 38, 12, 2)
-    assert (back.low, back.high) == pytest.approx((-found.high, -found.low)), "it is the same the other way round"
+def test_the_interval_is_tangos() -> None:
+    z = 1.959964**2
+    none = difference(40, 0, 0)  # nothing turned: the test's variance is n d (1 - d), so d = z / (n + z)
+    assert (none.value, none.low, none.high) == pytest.approx((0, -z / (40 + z), z / (40 + z)), abs=1e-9)
+    all_right = difference(40, 40, 0)  # its variance is n (1 - d d) then, so d = (n - z) / (n + z)
+    assert (all_right.value, all_right.low, all_right.high) == pytest.approx((1, (40 - z) / (40 + z), 1), abs=1e-9)
+    # At a difference of zero it is McNemar's test: an end is zero where (gained - lost)^2 = z (gained + lost).
+    lost = 10.0
+    gained = lost + z / 2 + (2 * z * lost + z * z / 4) ** 0.5
+    assert difference(100, gained, lost).low == pytest.approx(0, abs=1e-9)
+    one, other = difference(50, 12, 2), difference(50, 2, 12)
+    assert (one.low, one.high) == pytest.approx((-other.high, -other.low)), "it is the same the other way round"
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "p"),
+    [(0, 0, 1), (1, 0, 1), (5, 0, 2 / 32), (0, 6, 2 / 64), (8, 2, 2 * (1 + 10 + 45) / 1024), (7, 7, 1)],
+)
+def test_mcnemar_is_exact(gained: int, lost: int, p: float) -> None:
+    assert mcnemar(gained, lost) == mcnemar(lost, gained) == p
+
+
+def test_mcnemar_goes_on_as_normal_where_many_turned() -> None:
+    assert mcnemar(530, 470) == pytest.approx(mcnemar(531, 470), rel=0.1)
+    assert mcnemar(5000, 5000) == 1
 
 
 @pytest.mark.parametrize(

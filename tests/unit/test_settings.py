@@ -44,6 +44,7 @@ VALUES: dict[str, Any] = {
     "data.max_cut_rows": 1.0,
     "data.group": "who",
     "data.chat_template": "alpaca",
+    "evaluate.group": "who",
     "train.memory_budget": "12GiB",
     "evaluate.metrics": ["length", "exact_match"],
     "evaluate.extract": "^.",
@@ -84,6 +85,8 @@ WHERE: dict[str, dict[str, dict[str, Any]]] = {
     "evaluate.extract": {"data": {"validation": 3}},
     "evaluate.json_schema": {"data": {"train": "files/numbers.jsonl", "validation": 3}},
     "evaluate.max_new_tokens": {"data": {"validation": 3}},
+    "evaluate.group": {"data": {"train": "files/grouped.jsonl", "validation": 3}},
+    "evaluate.equal_within": {"data": {"validation": 3}},
     "evaluate.batch_size": {"data": {"validation": 3}},
 }
 # Settings that this machine may refuse, since they are for a GPU: the plan for one shows what they do.

@@ -47,7 +47,7 @@ def test_rows_that_turn_are_counted_each_way_and_a_worse_model_fails() -> None:
     check = verdict.check()
     assert not check.passed
     assert (check.value, check.limit) == ("60.0% (72 of 120)", "not worse than 69.2% (83 of 120)")
-    assert check.detail.startswith("worse: -9.2 points (-17.8 to -0.4), 9 from wrong to right, 20 from right to wrong")
+    assert check.detail.startswith("worse: -9.2 points (-18.2 to -0.4), 9 from wrong to right, 20 from right to wrong")
     turned = verdict.turns()
     assert [turned.count(what) for what in ("right to wrong", "wrong to right")] == [20, 9]
 

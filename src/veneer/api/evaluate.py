@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from veneer.data.pipeline import HeldOut, prepare, read_held_out
 from veneer.data.render import Renderer
 from veneer.engine.reference import ReferenceEngine
 from veneer.evaluation.compare import Evaluation, Scorer, count_rows, questions_of
+from veneer.evaluation.gate import check_gate, parse_gate, require_names
 from veneer.evaluation.memory import rows_at_a_time
-from veneer.evaluation.metrics import choose, require_metrics
+from veneer.evaluation.metrics import METRICS, choose, require_metrics
 from veneer.evaluation.suites import find_suites
 from veneer.machine.device import find_machine
 from veneer.model.load import compute_dtype
@@ -26,6 +27,9 @@ from veneer.model.tuned import find_tuned
 from veneer.planning.batch_shapes import Padded
 from veneer.release.certify.judged import judged_by
 from veneer.release.publish.card import renew_card
+
+# Names that a gate may hold before the rows are known.
+BEGIN_WITH = ("field.", "record")  # of names that only the rows decide
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,11 @@ class Evaluated:
         """The answers, a line a row."""
         return self.file.with_name("samples.jsonl") if self.is_record else self.file.with_suffix(".samples.jsonl")
 
+    @property
+    def passed(self) -> bool:
+        """Whether every bound of the gate is shown to hold; true without a gate."""
+        return all(check.passed for check in self.evaluation.gate)
+
     def as_dict(self) -> dict[str, Any]:
         return self.evaluation.as_dict() | self.beside.facts | {"file": str(self.file), "is_record": self.is_record}
 
@@ -63,6 +72,7 @@ def evaluate(
     metrics: Sequence[str] | None = None,
     suites: str | None = None,
     memorisation: int | None = None,
+    gate: str | None = None,
 ) -> Evaluated:
     """Compare base and tuned model on a run's held-out rows, or on a file's; written into the run's folder.
 
@@ -81,13 +91,18 @@ def evaluate(
         metrics: Metrics to measure instead of `evaluate.metrics`.
         suites: Names of suites to ask as well, with commas between; `all`: every one (docs/suites.md).
         memorisation: Number of training rows to see whether they come back word for word; None: not measured.
+        gate: Condition on what is measured, such as `exact_match >= 0.8`; see docs/comparison.md.
 
     Raises:
-        UserError: No such run, no adapter, no held-out rows, no such suite, or a metric that is not known or that the
-            rows cannot carry.
+        UserError: No such run, no adapter, no held-out rows, no such suite, a metric that is not known or that the rows
+            cannot carry, or a gate that is no condition on what is measured.
     """
     wanted = find_suites(suites) if suites is not None else ()
     folder = require_run(str(run_dir))
+    condition = None if gate is None else parse_gate(gate)
+    if condition is not None:
+        names = (*METRICS, *(suite.name for suite in wanted), *(("forgetting",) if wanted else ()))
+        require_names(condition, (*names, *map("difference({})".format, names)), BEGIN_WITH)
     with kept_in(folder.events):
         tuned = find_tuned(str(run_dir), base, force)
         assert tuned.run is not None
@@ -114,6 +129,8 @@ def evaluate(
         if memorisation:
             found = measure_memorisation(memorisation, folder, loaded, engine, on_done)
             beside.facts["memorisation"] = found
+        if condition is not None:
+            result = replace(result, gate=check_gate(condition, result.measured() | beside.measured()))
         if is_record and not force:
             return Evaluated(result, save_evaluation(folder, result, loaded.base, beside), True, beside)
         name = f"{Path(data).name.split('.')[0] if data else 'held-out'}-{count}-rows"
@@ -165,7 +182,7 @@ def held_out_rows(
 ) -> list[HeldOut]:
     """Return the first rows of `data`, or of those that the run held out."""
     if data is not None:
-        return read_held_out(data, "--data", run.data, renderer, limit)
+        return read_held_out(data, "--data", run.data, renderer, limit, run.evaluate.group)
     prepared = prepare(run.data, renderer, run.train.seed)
     began = read_json(folder.ledger, "sha256")
     if began["sha256"] != prepared.ledger.sha256:
@@ -173,7 +190,7 @@ def held_out_rows(
             f"{run.data.train}: its rows are not those of training, so held-out rows may have been trained on",
             "restore the data, or name a file of other rows with --data",
         )
-    held_out = prepared.held_out(limit)
+    held_out = prepared.held_out(limit, run.evaluate.group)
     if not held_out:
         share = run.data.validation
         why = f"data.validation = {share}" + (", which is less than one of its rows" if share else "")

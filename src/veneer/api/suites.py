@@ -11,7 +11,10 @@ from veneer.config.files import read_json
 from veneer.data.pipeline import Prepared, prepare
 from veneer.engine.interface import Engine
 from veneer.evaluation.compare import Evaluation
+from veneer.evaluation.gate import Measured
+from veneer.evaluation.intervals import Interval
 from veneer.evaluation.memory import LESS_MEMORY, rows_at_a_time
+from veneer.evaluation.metrics.metric import ShareRight
 from veneer.evaluation.suites import Suite
 from veneer.evaluation.suites.compare import SuiteComparison, answer_suites, forgetting, pair_suites
 from veneer.evaluation.suites.memorisation import WANTED, comes_back, memorisation, passages_of, sample
@@ -40,6 +43,18 @@ class Beside:
         """Return the answers to suites, JSON, a line an item."""
         lines = (sample for pair in self.compared for sample in pair.samples())
         return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+    def measured(self) -> dict[str, Measured]:
+        """Return what a gate may name: the tuned model's suites, their differences from the base, and forgetting."""
+        found = {}
+        for pair in self.compared:
+            name, right = pair.suite.name, ShareRight(pair.tuned.right)
+            found[name] = Measured(right.interval, len(right.true), right.unit)
+            found[f"difference({name})"] = Measured(pair.difference, len(right.true), right.unit)
+        if (lost := self.facts.get("suites", {}).get("forgetting")) is not None:
+            interval = Interval(lost["value"], lost["low"], lost["high"])
+            found["forgetting"] = Measured(interval, lost["rows"], lost["unit"])
+        return found
 
 
 def measure_suites(

@@ -110,6 +110,14 @@ def require_inputs(run: Run) -> None:
         require_at_hand(held_out, "data.validation")
 
 
+def require_gate(gate: str | None) -> None:
+    """Raise UserError where the condition of --gate cannot be parsed."""
+    if gate is not None:
+        from veneer.evaluation.gate import parse_gate
+
+        parse_gate(gate)
+
+
 def require_new_folder(out: Path) -> None:
     """Raise UserError where a folder cannot be made under that name."""
     from veneer.release.output import require_free

@@ -25,11 +25,17 @@ def evaluate(
     memorisation: Annotated[
         int | None, typer.Option(min=1, help="See of so many training rows whether they come back word for word.")
     ] = None,
+    gate: Annotated[
+        str | None, typer.Option(help='Condition that must be shown to hold: "exact_match >= 0.8 and ...".')
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show rows that got better and worse.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON alone on stdout.")] = False,
-) -> None:
+) -> int:
     """Measure generated answers and losses by the run's metrics, base against tuned.
 
-    Example: `veneer evaluate runs/tickets --rows 50 --metrics accuracy,perplexity`
+    Exit status 1 where a gate is not shown to hold.
+
+    Example: `veneer evaluate runs/tickets --rows 50 --gate "exact_match >= 0.8"`
 
     Suites show what a model can do beside its task, and what it forgot; each has 60 items or more and is checked by a
     program. None of them shows more than it says here; docs/suites.md says what each cannot show.
@@ -48,9 +54,10 @@ def evaluate(
 
     - `answers_harmless`: answers to requests that sound harmful and are not; not whether they are correct
     """
-    from veneer.cli import checks, show
+    from veneer.cli import checks, show, show_comparison
     from veneer.cli.show_suites import show_suites
 
+    checks.require_gate(gate)
     checks.require_evaluation(str(run), data, base)
     checks.require_suites(suites)
     out = show.console(as_json)
@@ -65,16 +72,23 @@ def evaluate(
             status.update(f"{answered} answers")
 
         names = None if metrics is None else [name.strip() for name in metrics.split(",")]
-        evaluated = veneer.evaluate(run, data, rows, on_done, force, base, names, suites, memorisation)
-    result = evaluated.as_dict()
+        evaluated = veneer.evaluate(run, data, rows, on_done, force, base, names, suites, memorisation, gate)
+    result, status_code = evaluated.as_dict(), 0 if evaluated.passed else 1
     if as_json:
         show.print_json(result)
-        return
+        show_comparison.show_gate(out, result["gate"])
+        return status_code
+    show_comparison.show_detectable(out, result["comparison"], result["metrics"])
     show.show_scores(out, f"{result['rows']} held-out rows, 95% intervals", result["metrics"], ("base", "tuned"))
+    show_comparison.show_verdicts(out, result["comparison"], result["metrics"])
     show.say(out, f"metrics  {', '.join(result['chosen']['metrics'])}: {escape(result['chosen']['why'])}")
     show_suites(out, result)
+    if verbose:
+        show_comparison.show_turned(out, evaluated.evaluation)
+    show_comparison.show_gate(out, result["gate"])
     out.print(f"files  {evaluated.file} {evaluated.samples.name}", markup=False)
     if not evaluated.is_record:
         out.print(
             "       the run's own record (evaluation.json and its card) is about its held-out rows and is not changed"
         )
+    return status_code

@@ -289,6 +289,15 @@ class Evaluate(Section):
         None, min_length=1, description="File with the JSON schema of the metric json_schema."
     )
     max_new_tokens: int = Field(256, ge=1, description="Maximum tokens of a generated answer.")
+    group: str | None = Field(
+        None, description="Column; rows with the same value are no independent rows. null: the one of `data.group`."
+    )
+    equal_within: float | None = Field(
+        None,
+        gt=0,
+        description="Difference from the base that counts as none, for the verdict `equal within d`; a share of the "
+        "base's value, where a metric is no share itself. null: what the rows can detect.",
+    )
     batch_size: int = Field(
         16, ge=1, description="Rows in a batch, here and in training's held-out losses; fewer if memory is short."
     )

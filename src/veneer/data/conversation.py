@@ -59,6 +59,7 @@ class Conversation:
         tools: Definitions of the tools that the answers may call, as JSON schemas.
         rejected: turns with the answer that was not preferred, of a preference pair.
         label: whether the answer is good, of a rated row.
+        group: value of the column whose rows belong together; empty: it stands alone.
     """
 
     messages: tuple[Message, ...]
@@ -66,6 +67,7 @@ class Conversation:
     tools: tuple[dict[str, Any], ...] = ()
     rejected: tuple[Message, ...] = ()
     label: bool | None = None
+    group: str = ""
 
     @property
     def is_document(self) -> bool:

@@ -91,9 +91,14 @@ class Prepared:
     _held_out: TokenizedFiles
     _data: Data
 
-    def held_out(self, limit: int | None = None) -> list[HeldOut]:
-        """The first held-out rows with their turns, which are read from their file again; all pieces of a long text."""
-        return _with_turns(self._held_out, self.validation, self._data, limit)
+    def held_out(self, limit: int | None = None, group: str | None = None) -> list[HeldOut]:
+        """The first held-out rows with their turns, which are read from their file again; all pieces of a long text.
+
+        Args:
+            limit: Largest number of rows.
+            group: Column by which rows belong together, instead of `data.group`.
+        """
+        return _with_turns(self._held_out, self.validation, self._data, limit, group)
 
     def personal(self) -> str:
         """The places of the personal data that was found: JSON, a line each."""
@@ -129,11 +134,16 @@ def prepare(data: Data, renderer: Renderer, seed: int) -> Prepared:
 
 
 def read_held_out(
-    files: str | Sequence[str], setting: str, data: Data, renderer: Renderer, limit: int | None = None
+    files: str | Sequence[str],
+    setting: str,
+    data: Data,
+    renderer: Renderer,
+    limit: int | None = None,
+    group: str | None = None,
 ) -> list[HeldOut]:
-    """The first usable rows of files that stand beside the training data."""
+    """The first usable rows of files that stand beside the training data; `limit` and `group` as of `held_out`."""
     given = read_files(files, setting, data, renderer, Ledger())
-    return _with_turns(given, Part(given.corpus, np.arange(len(given.corpus.rows))), data, limit)
+    return _with_turns(given, Part(given.corpus, np.arange(len(given.corpus.rows))), data, limit, group)
 
 
 def read_files(
@@ -267,9 +277,15 @@ def _count(prepared: Prepared, data: Data, seed: int) -> None:
     }
 
 
-def _with_turns(given: TokenizedFiles, part: Part, data: Data, limit: int | None) -> list[HeldOut]:
+def _with_turns(given: TokenizedFiles, part: Part, data: Data, limit: int | None, group: str | None) -> list[HeldOut]:
     rows = part.rows[:limit]
+    data = data.model_copy(update={"group": group or data.group})
     turns = dict(take_again(given.sources, given.formats, given.setting, data, numbers_of(given.corpus, rows)))
+    if len(turns) < len(rows):  # the same rows were read before, without the group
+        raise UserError(
+            f"evaluate.group = {group}: {len(rows) - len(turns)} of {len(rows)} held-out rows have no such column",
+            "name a column that all of them have",
+        )
     firsts = np.searchsorted(given.corpus.row_of, rows)
     known = given.corpus.rows[rows]
     held_out = []

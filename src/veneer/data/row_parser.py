@@ -74,6 +74,7 @@ class RowParser:
             fields = without(row, self._data.ignore_columns)
             conversation = replace(to_conversation(fields, self.format_name, self._data.columns), place=place)
             group = self._group(row)
+            conversation = replace(conversation, group="" if group is None else str(group))
             conversation, is_stripped = strip_control_tokens(conversation, self._data.special_tokens_in_text)
             if conversation.is_empty:
                 return None

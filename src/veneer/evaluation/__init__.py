@@ -7,6 +7,10 @@ prefix.py      the tokens that all prompts begin with, computed once
 metrics/       what is measured of the answers and the losses, a file a metric
 intervals.py   95% intervals
 paired.py      two models on the same rows: which rows turned right or wrong, and a verdict
+bootstrap.py   intervals of means, by drawing rows or groups of rows again
+differences.py base against tuned by each metric: difference, detectable difference, verdict
+row_values.py  what a metric measured of each row
+gate.py        conditions on what was measured, such as exact_match >= 0.8
 compare.py     base against tuned on the same rows
 suites/        what a model can do beside its task, and what it forgot; memorisation; personal data in answers
 """

@@ -5,20 +5,22 @@ tokens. The base is the same model with its adapter switched off, in the same pr
 what it can do without training.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain
 from typing import Any
 
 from veneer.config import Evaluate
+from veneer.config.results import Check
 from veneer.data.batch import Batch, Example
 from veneer.data.conversation import Conversation, Message
 from veneer.data.pipeline import HeldOut
 from veneer.data.render import Renderer
 from veneer.engine.interface import Engine, document_losses
 from veneer.evaluation.decoding import expected_answer
+from veneer.evaluation.differences import MetricComparison, compare_metrics
+from veneer.evaluation.gate import Measured
 from veneer.evaluation.generation import generate
 from veneer.evaluation.intervals import Interval
 from veneer.evaluation.memory import LESS_MEMORY, require_positions
@@ -27,6 +29,7 @@ from veneer.evaluation.metrics.choice_accuracy import choices_of
 from veneer.evaluation.metrics.choose import ChosenMetrics
 from veneer.evaluation.metrics.metric import MetricResult, Sample, ScoredRows
 from veneer.evaluation.paired import paired
+from veneer.evaluation.row_values import row_values
 from veneer.machine.batching import Batching
 
 Progress = Callable[[int], None]
@@ -68,12 +71,43 @@ class Evaluation:
     Attributes:
         shown: The base with examples in its prompt; None: not measured.
         exported: The tuned model as it was exported; None: not measured.
+        groups: Group of each row, by its place; empty: it stands alone.
+        equal_within: Setting of that name.
+        gate: Checks of the gate that was asked for.
     """
 
     base: Score
     tuned: Score
     shown: Score | None = None
     exported: Score | None = None
+    groups: Mapping[str, str] = field(default_factory=dict)
+    equal_within: float | None = None
+    gate: Sequence[Check] = ()
+
+    @cached_property
+    def comparison(self) -> dict[str, MetricComparison]:
+        """Base against tuned by each metric, with a verdict."""
+        base, tuned = (
+            {name: values for name, result in score.results.items() if (values := row_values(result)) is not None}
+            for score in (self.base, self.tuned)
+        )
+        places = {name: self._places(len(values.values)) for name, values in base.items()}
+        groups = {name: [self.groups.get(place) or place for place in places[name]] for name in base}
+        return compare_metrics(base, tuned, groups if any(self.groups.values()) else None, self.equal_within)
+
+    def measured(self) -> dict[str, Measured]:
+        """Return what a gate may name: the tuned model's metrics, and differences from the base."""
+        found = {
+            name: Measured(result.interval, self.tuned.rows, result.unit) for name, result in self.tuned.results.items()
+        }
+        for name, compared in self.comparison.items():
+            found[f"difference({name})"] = Measured(compared.difference, compared.rows, found[name].unit)
+        return found
+
+    def _places(self, rows: int) -> list[str]:
+        """Return the places of the rows of a metric: those that ask something, or all of them."""
+        asked = [sample.place for sample in self.base.samples]
+        return asked if rows == len(asked) else [*self.groups]
 
     @property
     def is_better(self) -> bool:
@@ -97,6 +131,8 @@ class Evaluation:
             found["chosen"] = {"metrics": chosen.names, "first": next(iter(self.base.results), None), "why": chosen.why}
         if self.exported is not None:
             found["exported"] = paired(self.tuned.right, self.exported.right).as_dict()
+        found["comparison"] = {name: compared.as_dict() for name, compared in self.comparison.items()}
+        found["gate"] = [check.as_dict() for check in self.gate]
         return found
 
     def _metric(self, name: str) -> dict[str, Any]:
@@ -169,7 +205,9 @@ class Scorer:
         """Score the base and the tuned model; `on_done` gets the number of rows just answered."""
         with self.engine.adapter_off():
             base = self.score(on_done)
-        return Evaluation(base, self.score(on_done, batching=base.batching))
+        groups = {row.conversation.place: row.conversation.group for row in self.held_out}
+        tuned = self.score(on_done, batching=base.batching)
+        return Evaluation(base, tuned, groups=groups, equal_within=self.settings.equal_within)
 
     def score(
         self,
@@ -279,13 +317,12 @@ def _behind(examples: Sequence[Message], turns: Sequence[Message]) -> list[Messa
 def _losses(
     engine: Engine, renderer: Renderer, held_out: Sequence[HeldOut], batching: Batching, rows: ScoredRows
 ) -> ScoredRows:
-    """Measure loss, trained tokens and bytes of each row, the longest first; pieces of one document are one row."""
-    ordered = sorted(held_out, key=lambda row: -len(row.example.ids))
+    """Measure loss, trained tokens and bytes of each row, in their order; pieces of one document are one row."""
+    ordered = sorted(held_out, key=lambda row: -len(row.example.ids))  # the largest batches first
     examples = [row.example for row in ordered]
     of_batches = batching.over(examples, lambda examples: document_losses(engine, Batch.of(examples)))
-    losses: dict[str, float] = defaultdict(float)
-    tokens: dict[str, float] = defaultdict(float)
-    text_bytes: dict[str, float] = defaultdict(float)
+    losses = dict.fromkeys((row.conversation.place for row in held_out), 0.0)
+    tokens, text_bytes = losses.copy(), losses.copy()
     for row, loss in zip(ordered, chain.from_iterable(of_batches), strict=True):
         losses[row.conversation.place] += loss
         tokens[row.conversation.place] += row.example.weight

@@ -1,8 +1,9 @@
 """Paired comparison of two models on the same rows: which answers changed, and whether the difference is significant.
 
 The same rows are hard for both models, so what counts is where they differ (McNemar 1947): rows that one has right and
-the other wrong. The interval of the difference is Newcombe's score interval for paired proportions (1998, method 10),
-which holds for few rows and for differences of zero, where the usual normal interval has no width at all.
+the other wrong. The interval of the difference is Tango's score interval for paired proportions (1998), which inverts
+McNemar's test, and holds for few rows and for differences of zero, where the usual normal interval has no width at all.
+bench/judge.py measures how often it covers the truth; of the intervals compared (docs/LOG.md) it came nearest to 95%.
 """
 
 import math
@@ -10,10 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from veneer.evaluation.intervals import Interval, proportion
+from veneer.evaluation.intervals import Interval, Z
 
 MARGIN = 0.05  # a loss of so much of the score is one that must not go unseen
 MOST_ROWS = 100_000
+MOST_EXACT = 1000
+BISECTIONS = 50
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Paired:
 
     def _scaled(self, rows: int) -> Interval:
         right, gained, lost = (round(count * rows / self.rows) for count in (self.right, self.gained, self.lost))
-        return difference(rows, right, gained, min(lost, right))
+        return difference(rows, gained, min(lost, right))
 
     @property
     def smallest_visible(self) -> float:
@@ -91,29 +94,45 @@ def paired(before: Sequence[bool], after: Sequence[bool]) -> Paired:
         raise ValueError(f"{len(before)} and {len(after)} rows cannot be compared in pairs")
     gained = sum(b and not a for a, b in zip(before, after, strict=True))
     lost = sum(a and not b for a, b in zip(before, after, strict=True))
-    return Paired(len(before), sum(before), gained, lost, difference(len(before), sum(before), gained, lost))
+    return Paired(len(before), sum(before), gained, lost, difference(len(before), gained, lost))
 
 
-def difference(rows: int, right: int, gained: int, lost: int) -> Interval:
-    """Compute Newcombe's interval (1998, method 10, continuity-corrected correlation) of B's share less A's.
+def difference(rows: float, gained: float, lost: float) -> Interval:
+    """Compute Tango's score interval (Statistics in Medicine 17:891, 1998) of B's share right less A's.
+
+    Counts need not be whole: rows in groups count as the number of independent rows that they are worth.
 
     Args:
         rows: Rows that both answered.
-        right: Rows that A has right.
         gained, lost: Rows that turned right, and wrong.
     """
-    one, two = proportion(right, rows), proportion(right + gained - lost, rows)
-    both, neither = right - lost, rows - right - gained
-    product = right * (rows - right) * (right + gained - lost) * (rows - right - gained + lost)
-    agreement = float(both * neither - gained * lost)
-    if agreement > 0:
-        agreement = max(0.0, agreement - rows / 2)
-    phi = agreement / math.sqrt(product) if product else 0.0
-    value = two.value - one.value
+    value = (gained - lost) / rows
 
-    def distance(up: float, down: float) -> float:
-        return math.sqrt(max(0.0, up * up - 2 * phi * up * down + down * down))
+    def is_plausible(share: float) -> bool:
+        """Whether the score test does not refuse a true difference of so much."""
+        b = (2 * rows - gained + lost) * share - gained - lost
+        lost_share = (math.sqrt(max(0.0, b * b + 8 * rows * lost * share * (1 - share))) - b) / (4 * rows)
+        variance = rows * (2 * lost_share + share * (1 - share))
+        return abs(gained - lost - rows * share) <= Z * math.sqrt(max(0.0, variance))
 
-    low = value - distance(two.value - two.low, one.high - one.value)
-    high = value + distance(two.high - two.value, one.value - one.low)
-    return Interval(value, max(-1.0, low), min(1.0, high))
+    def end(outer: float) -> float:
+        """Bisect between the value, which is plausible, and the largest or smallest difference there can be."""
+        inner = value
+        for _ in range(BISECTIONS):
+            middle = (inner + outer) / 2
+            inner, outer = (middle, outer) if is_plausible(middle) else (inner, middle)
+        return inner
+
+    return Interval(value, end(-1.0), end(1.0))
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Compute the two-sided p-value of McNemar's test that rows turn right as often as wrong.
+
+    It is exact (binomial) up to `MOST_EXACT` rows that turned; beyond, normal with a continuity correction.
+    """
+    turned = gained + lost
+    if turned > MOST_EXACT:
+        return math.erfc(max(0.0, abs(gained - lost) - 1) / math.sqrt(2 * turned))
+    tail = sum(math.comb(turned, count) for count in range(min(gained, lost) + 1))
+    return min(1.0, 2 * tail / (1 << turned))

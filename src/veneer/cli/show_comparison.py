@@ -1,0 +1,75 @@
+"""What `evaluate` prints of base against tuned: what the rows can show, the verdicts, rows that turned, the gate."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from veneer.cli import show
+
+SHOWN = 3  # rows of each kind
+WIDTH = 300  # characters of a shown text
+COLORS = {"better": "green", "worse": "red"}
+
+
+def show_detectable(out: Console, comparison: dict[str, Any], metrics: dict[str, Any]) -> None:
+    """Print the smallest differences that the rows can show, before any result."""
+    if comparison:
+        sizes = (f"{_plain(name)} {_size(one['detectable'], metrics[name])}" for name, one in comparison.items())
+        show.say(out, f"detectable difference (found in 80 of 100 such comparisons): {escape(', '.join(sizes))}")
+
+
+def show_verdicts(out: Console, comparison: dict[str, Any], metrics: dict[str, Any]) -> None:
+    """Print the verdict on each metric, how sure it is, and how many rows it rests on."""
+    table = Table(title="tuned against base, row by row", title_justify="left", box=None, padding=(0, 1))
+    for column in ("metric", "verdict", "tuned is better", "rows better", "worse"):
+        table.add_column(column, justify="left" if column in ("metric", "verdict") else "right")
+    for name, one in comparison.items():
+        verdict = one["verdict"].split(" within")[0]
+        text = f"equal within {_size(one['equal_within'], metrics[name])}" if verdict == "equal" else verdict
+        color = COLORS.get(verdict, "default")
+        rows = (str(one["rows"][side]) for side in ("better", "worse"))
+        table.add_row(escape(_plain(name)), f"[{color}]{text}[/{color}]", f"p = {one['probability']:.3f}", *rows)
+    if comparison:
+        out.print(table, soft_wrap=False)
+
+
+def show_turned(out: Console, evaluation: Any) -> None:
+    """Print the first rows that got better and worse by the first metric that judges answers."""
+    samples = evaluation.samples()
+    judged = [one for one in evaluation.comparison.values() if one.rows == len(samples)]
+    for title, rows in (("better", judged[0].better_rows), ("worse", judged[0].worse_rows)) if judged else ():
+        out.print(
+            f"[bold]rows that got {title}[/bold]  {len(rows)}" + (f", the first {SHOWN}" if len(rows) > SHOWN else "")
+        )
+        for row in rows[:SHOWN]:
+            sample = samples[row]
+            show.say(out, f"  [bold]{escape(sample['place'])}[/bold]  {_text(sample['prompt'])}", 4)
+            for name in ("reference", "base", "tuned"):
+                show.say(out, f"    {name:9}  {_text(sample[name])}", 15)
+
+
+def show_gate(out: Console, gate: Sequence[dict[str, Any]]) -> None:
+    """Print each bound of a gate beside what was measured."""
+    if not gate:
+        return
+    show.show_checks(out, list(gate), title="gate")
+    failed = [check["id"] for check in gate if not check["passed"]]
+    if failed:
+        show.say(out, f"[red]gate failed[/red]  not shown to hold: {escape(', '.join(failed))}")
+    else:
+        out.print("[green]gate passed[/green]")
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("field.").replace("_", " ")
+
+
+def _size(difference: float, metric: dict[str, Any]) -> str:
+    return f"{100 * difference:.1f} points" if metric.get("unit") == "share" else f"{difference:.3g}"
+
+
+def _text(text: str) -> str:
+    return escape(" ".join(text.split())[:WIDTH])
