@@ -30,6 +30,8 @@ from rich.text import Text
 from veneer.cli.terminal import Terminal
 
 LOG_SECONDS = 60  # between lines of progress where nothing can be redrawn
+# Of an evaluation's record: what is shown otherwise, or not; the rest are metrics of `evaluate.during`.
+EVALUATED = {"kind", "step", "loss", "perplexity", "trained_tokens", "answered_rows", "best_step", "best_value"}
 NARROW = 100  # columns; below them words give way to numbers
 
 
@@ -120,7 +122,8 @@ class LiveProgress:
     def __call__(self, record: dict[str, Any]) -> None:
         if record["kind"] == "eval":
             loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
-            self._out.print(f"  step {record['step']}: held-out loss {loss}")
+            found = [f"{name} {value:.4g}" for name, value in record.items() if name not in EVALUATED]
+            self._out.print(f"  step {record['step']}: {'  '.join([f'held-out loss {loss}', *found])}", markup=False)
             return
         step = record["step"]
         numbers = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tok/s  {size(record['peak_bytes'])}"

@@ -93,7 +93,12 @@ class Prepared:
 
     def held_out(self, limit: int | None = None) -> list[HeldOut]:
         """The first held-out rows with their turns, which are read from their file again; all pieces of a long text."""
-        return _with_turns(self._held_out, self.validation, self._data, limit)
+        return _with_turns(self._held_out, self.validation.rows[:limit], self._data)
+
+    def held_out_sample(self, limit: int, seed: int) -> list[HeldOut]:
+        """Some held-out rows with their turns, drawn by a seed, in the order in which they were drawn."""
+        rows = np.random.default_rng(seed).permutation(self.validation.rows)[:limit]
+        return _with_turns(self._held_out, rows, self._data)
 
     def personal(self) -> str:
         """The places of the personal data that was found: JSON, a line each."""
@@ -133,7 +138,7 @@ def read_held_out(
 ) -> list[HeldOut]:
     """The first usable rows of files that stand beside the training data."""
     given = read_files(files, setting, data, renderer, Ledger())
-    return _with_turns(given, Part(given.corpus, np.arange(len(given.corpus.rows))), data, limit)
+    return _with_turns(given, np.arange(len(given.corpus.rows))[:limit], data)
 
 
 def read_files(
@@ -267,8 +272,7 @@ def _count(prepared: Prepared, data: Data, seed: int) -> None:
     }
 
 
-def _with_turns(given: TokenizedFiles, part: Part, data: Data, limit: int | None) -> list[HeldOut]:
-    rows = part.rows[:limit]
+def _with_turns(given: TokenizedFiles, rows: Any, data: Data) -> list[HeldOut]:
     turns = dict(take_again(given.sources, given.formats, given.setting, data, numbers_of(given.corpus, rows)))
     firsts = np.searchsorted(given.corpus.row_of, rows)
     known = given.corpus.rows[rows]

@@ -56,6 +56,7 @@ def run_page(folder: Path) -> str:
         scores=_scores(evaluation),
         first=_first(evaluation),
         curve=_curve(run.metrics),
+        training=_json(run.adapter / "passport.json").get("training", {}),
         samples=shown_of(samples),
         rule=SHOWN_BY,
         files=_files(folder),
