@@ -13,7 +13,15 @@ import torch
 
 from veneer.config.sampling import Sampling
 from veneer.data.render import Renderer
-from veneer.evaluation.decoding import LikeliestTokens, StopAtText, TextStream, answer_text, generation_config
+from veneer.evaluation.decoding import (
+    LikeliestTokens,
+    SampledTokens,
+    StopAtText,
+    TextStream,
+    answer_text,
+    generation_config,
+    row_seeds,
+)
 from veneer.evaluation.decoding import stop_ids_of as stop_ids_of
 from veneer.evaluation.memory import LESS_MEMORY, alike, room_for_answers
 from veneer.evaluation.prefix import SharedPrefix, padded
@@ -67,7 +75,7 @@ def generate(
     config = generation_config(stop_ids_of(model, renderer), tokenizer.pad_token_id, max_new_tokens, sampling)
     room = room_for_answers(model, prompts, max_new_tokens)
     parts = (model, tokenizer, prompts, config, batch_size, room)
-    found = continue_prompts(*parts, stop=sampling.stop, on_done=on_done, on_text=on_text)
+    found = continue_prompts(*parts, sampling=sampling, on_done=on_done, on_text=on_text)
     return [answer_text(tokenizer, ids, sampling.stop) for ids, _ in found]
 
 
@@ -81,7 +89,7 @@ def continue_prompts(
     room: Sequence[int] | None = None,
     *,
     likeliest: int = 0,
-    stop: Sequence[str] = (),
+    sampling: Sampling = GREEDY,
     on_done: Callable[[int], None] = lambda done: None,
     on_text: Callable[[str], None] | None = None,
 ) -> list[Continuation]:
@@ -96,7 +104,7 @@ def continue_prompts(
         batch_size: Prompts at a time, fewer where memory is short.
         room: Longest answer to each prompt; None: as the configuration says.
         likeliest: Number of the likeliest tokens to record at each step.
-        stop: Texts that end an answer.
+        sampling: Sampling settings, and the texts that end an answer; each row draws by a seed of its own.
 
     Raises:
         JobError: Not even one prompt at a time fits into memory.
@@ -105,18 +113,22 @@ def continue_prompts(
     found: list[Continuation] = [Continuation([], [])] * len(prompts)
     device = model.get_input_embeddings().weight.device
     batching = batch_size if isinstance(batch_size, Batching) else Batching(batch_size, LESS_MEMORY)
+    stop, seeds = sampling.stop, row_seeds(prompts, sampling.seed)
     room = room or [config.max_new_tokens] * len(prompts)
 
     def answer(chosen: Sequence[int]) -> int:
         ids_BL, mask_BL = padded([prompts[n] for n in chosen], prefix.length, config.pad_token_id)
         longest = ids_BL.shape[1]
         noted = LikeliestTokens(likeliest)
+        processors: list[Any] = [noted] if likeliest else []
+        if sampling.temperature > 0:
+            processors.append(SampledTokens(sampling, [seeds[n] for n in chosen]))
         with quiet(), contiguous_head_input(model):
             output_BL = model.generate(
                 input_ids=ids_BL.to(device),
                 attention_mask=mask_BL.to(device),
                 generation_config=config,
-                logits_processor=[noted] if likeliest else None,
+                logits_processor=processors or None,
                 stopping_criteria=[StopAtText(tokenizer, stop, longest)] if stop else None,
                 streamer=TextStream(tokenizer, stop, on_text) if on_text is not None else None,
                 **prefix.repeated(len(chosen)),
