@@ -1,12 +1,15 @@
 """Answers depend on neither batch nor order, greedy or sampled; what was answered is kept and not answered again."""
 
 import random
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModelForCausalLM
 
 import veneer
 from tests.support.runs import some_rows
@@ -15,6 +18,7 @@ from veneer.config.sampling import Sampling
 from veneer.data.conversation import Message
 from veneer.evaluation.decoding import generation_config, row_seeds, stop_ids_of
 from veneer.evaluation.generation import GREEDY, Continuation, continue_prompts, generate
+from veneer.evaluation.partial import PartialAnswers
 
 ROUNDING = 1e-4  # between two shapes of a batch, in the log-probability of a token in float32
 HOT = Sampling(temperature=5.0, top_k=4, seed=3)  # few bounds for a drawn number to be within rounding of
@@ -118,3 +122,61 @@ def test_a_rows_seed_is_its_own() -> None:
     assert row_seeds([[3], [1, 2], [1, 2]], 5) == [one[1], one[0], one[2]]
     assert row_seeds([[1, 2]], 6) != one[:1]
     assert all(0 <= seed < 2**63 for seed in one)
+
+
+def test_an_interrupted_evaluation_goes_on_with_the_rows_that_are_left(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(run, tmp_path / "run")
+    rows = str(run.parent / "rows")
+    whole = veneer.evaluate(folder, rows, 12)
+    assert not list((folder / "evaluations").glob("partial-*"))
+    settings = (folder / "run.yaml").read_text()
+    (folder / "run.yaml").write_text(re.sub(r"batch_size: 16", "batch_size: 3", settings))
+    total = 2 * whole.evaluation.base.rows
+    assert total == 24
+    done = 0
+
+    def stop_at(count: int) -> None:
+        nonlocal done
+        done += count
+        if done >= total * 3 // 4:  # within the tuned model's answers
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        veneer.evaluate(folder, rows, 12, on_done=stop_at)
+    (file,) = (folder / "evaluations").glob("partial-*")
+    with file.open("a") as lines:
+        lines.write('{"model": "tuned", "row": 1')  # what a kill leaves of a line
+    generated: list[int] = []
+    plain = PeftModelForCausalLM.generate
+
+    def counted(self: Any, **given: Any) -> Any:
+        generated.append(len(given["input_ids"]))
+        return plain(self, **given)
+
+    monkeypatch.setattr(PeftModelForCausalLM, "generate", counted)
+    told: list[int] = []
+    again = veneer.evaluate(folder, rows, 12, on_begin=told.append, on_done=told.append)
+    assert sum(generated) == total - done
+    assert told[0] == sum(told[1:]) == total
+    assert again.evaluation.samples() == whole.evaluation.samples()
+    assert not file.exists()
+    # Another evaluation has nothing of it.
+    with pytest.raises(KeyboardInterrupt):
+        veneer.evaluate(folder, rows, 12, on_done=stop_at)
+    generated.clear()
+    assert veneer.evaluate(folder, rows, 6).as_dict()["rows"] == 6
+    assert sum(generated) == 12
+    assert file.exists()
+
+
+def test_a_damaged_file_of_answers_is_not_used(tmp_path: Path) -> None:
+    facts = {"rows": "x"}
+    first = PartialAnswers(tmp_path, facts)
+    first.of("base").keep({0: [1, 2], 1: [3]})
+    assert PartialAnswers(tmp_path, facts).of("base").known == {0: [1, 2], 1: [3]}
+    assert PartialAnswers(tmp_path, facts).of("tuned").known == {}
+    assert PartialAnswers(tmp_path, {"rows": "y"}).of("base").known == {}
+    first.path.write_text("no line of ours\n" + first.path.read_text())
+    assert PartialAnswers(tmp_path, facts).of("base").known == {}

@@ -15,9 +15,10 @@ from veneer.config.notify import kept_in, notify_on_error
 from veneer.data.pipeline import HeldOut, prepare, read_held_out
 from veneer.data.render import Renderer
 from veneer.engine.reference import ReferenceEngine
-from veneer.evaluation.compare import Evaluation, Scorer, count_rows, questions_of
+from veneer.evaluation.compare import Evaluation, Scorer, count_rows, questions, questions_of
 from veneer.evaluation.memory import rows_at_a_time
 from veneer.evaluation.metrics import choose, require_metrics
+from veneer.evaluation.partial import PartialAnswers
 from veneer.machine.device import find_machine
 from veneer.model.load import compute_dtype
 from veneer.model.tuned import find_tuned
@@ -57,6 +58,8 @@ def evaluate(
     force: bool = False,
     base: str | None = None,
     metrics: Sequence[str] | None = None,
+    *,
+    on_begin: Callable[[int], None] = lambda answers: None,
 ) -> Evaluated:
     """Compare base and tuned model on a run's held-out rows, or on a file's; written into the run's folder.
 
@@ -65,6 +68,7 @@ def evaluate(
 
     The run's record (evaluation.json, samples.jsonl, the scores of its card) is of its held-out rows with its own
     settings. Other data, metrics or fewer rows go to a file of their own in evaluations/ and leave the record alone.
+    After an interruption the same call goes on with the rows that were not answered.
 
     Args:
         run_dir: Folder of a finished run.
@@ -73,6 +77,7 @@ def evaluate(
         on_done: Callback that gets the number of rows just answered; each row is answered twice.
         force, base: arguments of `load`.
         metrics: Metrics to measure instead of `evaluate.metrics`.
+        on_begin: Callback that gets the number of answers to come, of both models.
 
     Raises:
         UserError: No such run, no adapter, no held-out rows, or a metric that is not known or that the rows cannot
@@ -98,11 +103,17 @@ def evaluate(
         at_a_time = rows_at_a_time(run, Padded(len(held_out), *most), loaded.target)
         settings = settings.model_copy(update={"batch_size": at_a_time})
         engine = ReferenceEngine(loaded.model)  # judges by other code than the adapter was trained by
-        result = Scorer(loaded.model, engine, loaded.renderer, held_out, settings).compare(on_done)
-        if is_record and not force:
-            return Evaluated(result, save_evaluation(folder, result, loaded.base), True)
+        on_begin(2 * len(questions(held_out)))
+        assert loaded.tuned is not None
+        partial = PartialAnswers.of_run(folder, loaded.tuned, held_out, settings)
+        result = Scorer(loaded.model, engine, loaded.renderer, held_out, settings, partial).compare(on_done)
         name = f"{Path(data).name.split('.')[0] if data else 'held-out'}-{count}-rows"
-        return Evaluated(result, _save_beside(folder, name, result, data), False)
+        if is_record and not force:
+            evaluated = Evaluated(result, save_evaluation(folder, result, loaded.base), True)
+        else:
+            evaluated = Evaluated(result, _save_beside(folder, name, result, data), False)
+        partial.remove()
+        return evaluated
 
 
 def save_evaluation(folder: RunFolder, evaluation: Evaluation, model: Model | None = None) -> Path:

@@ -82,6 +82,28 @@ class Status:
             self._console.print(f"  {what}, {clock(now - self._started)}", markup=False)
 
 
+class Answering:
+    """Tells on a status line how many rows are answered, and how long the others will take.
+
+    Args:
+        status: The line.
+    """
+
+    def __init__(self, status: Status) -> None:
+        self._status, self._total, self._answered = status, 0, 0
+        self._started = time.monotonic()
+
+    def begin(self, total: int) -> None:
+        """Take the number of answers to come, when the first is about to be given."""
+        self._total, self._started = total, time.monotonic()
+
+    def add(self, count: int) -> None:
+        """Take the number of rows just answered; the longest come last, so that what is left takes longer."""
+        self._answered += count
+        left = (time.monotonic() - self._started) / self._answered * (self._total - self._answered)
+        self._status.update(f"{self._answered} of {self._total} answers, about {clock(left)} left")
+
+
 class LiveProgress:
     """A listener that draws a run's progress: loss, tokens a second, memory, time left; for a `with` block.
 

@@ -17,11 +17,11 @@ from veneer.config.foreign import misspelt
 from veneer.data.pipeline import Prepared
 from veneer.data.render import Renderer
 from veneer.engine.interface import Engine
-from veneer.evaluation.compare import count_rows, judge
+from veneer.evaluation.compare import count_rows, judge, questions_of
 from veneer.evaluation.generation import generate
 from veneer.evaluation.memory import LESS_MEMORY
-from veneer.evaluation.metrics import measure
-from veneer.evaluation.metrics.metric import Sample, ScoredRows
+from veneer.evaluation.metrics import METRICS, choose
+from veneer.evaluation.metrics.metric import ScoredRows
 from veneer.machine.batching import Batching
 from veneer.machine.device import rng_state, set_rng_state
 from veneer.training.best import LOSS
@@ -53,7 +53,8 @@ class DuringTraining:
         settings = run.evaluate
         self._renderer = renderer
         self._recorded = {LOSS, *OBJECTIVES["supervised"].held_out_metrics(0.0)}  # of all rows, in every record
-        self._names = [name for name in settings.during if name not in self._recorded]
+        self._names: list[str] = [name for name in settings.during if name not in self._recorded]
+        self._settings = settings.model_copy(update={"metrics": tuple(self._names)})
         longest = int(data.validation.corpus.trained[data.validation.examples].max())
         self.max_new_tokens = min(settings.max_new_tokens, 2 * longest)
         most = max(1, settings.during_tokens // self.max_new_tokens)
@@ -94,22 +95,22 @@ class DuringTraining:
         finally:
             set_rng_state(began_with)
             model.train(was_training)
-        results = judge(self._renderer, self.rows, answers).results
-        values = {name: results[name].interval.value for name in self._names}
+        results = judge(self._renderer, self.rows, answers, ScoredRows((), settings=self._settings)).results
+        values = {name: result.interval.value for name, result in results.items()}
         return values | {"answered_rows": count_rows(self.rows)}
 
     def _require_names(self) -> None:
         """Raise UserError for names that no metric has, or none that these rows' own references give a value to."""
-        turns = [row.conversation for row in self.rows]
-        samples = [Sample(chat.place, "", chat.reference(), chat.reference()) for chat in turns]
-        known = [*self._recorded, *measure(ScoredRows(samples))]
+        known = [*self._recorded, *(name for name, metric in METRICS.items() if metric.reads == "answers")]
         for name in self._names:
-            if name not in known:
+            if not self.rows or (name not in known and ":" not in name):
                 near = misspelt(name, known)
                 raise UserError(
                     f"evaluate.during: `{name}` is no metric of answers to the held-out rows",
                     f"did you mean `{near}`?" if near else f"name some of {', '.join(sorted(known))}",
                 )
+        if self._names:
+            choose(questions_of(self._renderer, self.rows, self._settings))
 
 
 def _within(prompts: Sequence[Sequence[int]], max_new_tokens: int, budget: int) -> int:
