@@ -247,7 +247,7 @@ ASKS: dict[str, Any] = {"keep": "best"}
     ("sections", "expected"),
     [
         ({"evaluate": {"during": ["exact_mach"]}}, r"`exact_mach` is no metric .*\n.*did you mean `exact_match`\?"),
-        ({"evaluate": {"during": ["rouge_9"]}}, r"`rouge_9` is no metric .*\n.*name some of .*exact_match"),
+        ({"evaluate": {"during": ["sparkle"]}}, r"`sparkle` is no metric .*\n.*name some of .*exact_match"),
         ({"evaluate": {"during": ["json_fields"]}}, "json_fields"),
         (
             {"train": {"early_stopping": {"metric": "exact_match"}}},
