@@ -8,7 +8,7 @@ from pydantic.fields import FieldInfo
 
 from veneer.config.foreign import names_of_others
 from veneer.config.load import sections
-from veneer.config.run import Run
+from veneer.config.run import Run, Section
 
 HEAD = """\
 # Settings of a run
@@ -80,6 +80,8 @@ def _kind(annotation: Any) -> str:
         return "list of names"
     if origin is dict:
         return "pairs"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return "{" + ", ".join(annotation.model_fields) + "}"
     names = {str: "text", int: "number", float: "number", bool: "`true`, `false`", type(None): "null"}
     return names.get(annotation, "path")
 

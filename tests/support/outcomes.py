@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import veneer
+from veneer.api.train import load_job
 from veneer.config import Run, RunFolder, UserError
 from veneer.data.pipeline import prepare
 from veneer.data.render import Renderer
 from veneer.model.load import load_tokenizer
 from veneer.model.locate import locate
-from veneer.training.job import TrainingJob
 from veneer.training.metrics import read_metrics
 
 TIMED = {"seconds", "tokens_per_second", "peak_bytes", "predicted_peak_bytes"}
@@ -29,7 +29,7 @@ def rows_of(run: Run) -> Any:
 
 def training_of(run: Run) -> Any:
     """Every line of metrics.jsonl, the adapter, and the names of all files, those beside a local base as well."""
-    TrainingJob(run).fit()
+    load_job(run).fit()
     folder = RunFolder(run.train.output_dir)
     files = sorted(str(path) for path in (*Path().rglob("*"), *Path(run.model.base).rglob("*")))
     adapter = hashlib.sha256((folder.adapter / "adapter_model.safetensors").read_bytes()).hexdigest()

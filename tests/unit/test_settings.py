@@ -49,6 +49,8 @@ VALUES: dict[str, Any] = {
     "evaluate.metrics": ["length", "exact_match"],
     "evaluate.extract": "^.",
     "evaluate.json_schema": "files/schema.json",
+    "evaluate.during": ["exact_match"],
+    "train.early_stopping": {"patience": 1, "min_delta": 5},
     "train.warmup_ratio": 0.5,  # half of the default is no step of a short run
 }
 # What must be so for a setting to act.
@@ -79,6 +81,8 @@ WHERE: dict[str, dict[str, dict[str, Any]]] = {
     "train.num_train_epochs": {"train": {"max_steps": None}},
     "train.gradient_accumulation_steps": {"train": {"gradient_accumulation_steps": 2}},
     "train.eval_steps": {"data": {"validation": 2}},
+    "train.early_stopping": {"data": {"validation": 2}, "train": {"eval_steps": 1}},
+    "train.keep": {"data": {"validation": 2}, "train": {"eval_steps": 1}},
     "train.save_total_limit": {"train": {"save_steps": 1}},
     "evaluate.rows": {"data": {"validation": 3}},
     "evaluate.metrics": {"data": {"validation": 3}},
@@ -88,6 +92,8 @@ WHERE: dict[str, dict[str, dict[str, Any]]] = {
     "evaluate.group": {"data": {"train": "files/grouped.jsonl", "validation": 3}},
     "evaluate.equal_within": {"data": {"validation": 3}},
     "evaluate.batch_size": {"data": {"validation": 3}},
+    "evaluate.during": {"data": {"validation": 3}},
+    "evaluate.during_tokens": {"data": {"validation": 3}, "evaluate": {"during": ["exact_match"]}},
 }
 # Settings that this machine may refuse, since they are for a GPU: the plan for one shows what they do.
 FOR_GPU = {"train.memory_budget"}

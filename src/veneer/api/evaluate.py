@@ -16,10 +16,11 @@ from veneer.config.notify import kept_in, notify_on_error
 from veneer.data.pipeline import HeldOut, prepare, read_held_out
 from veneer.data.render import Renderer
 from veneer.engine.reference import ReferenceEngine
-from veneer.evaluation.compare import Evaluation, Scorer, count_rows, questions_of
+from veneer.evaluation.compare import Evaluation, Scorer, count_rows, questions, questions_of
 from veneer.evaluation.gate import check_gate, parse_gate, require_names
 from veneer.evaluation.memory import rows_at_a_time
 from veneer.evaluation.metrics import METRICS, choose, require_metrics
+from veneer.evaluation.partial import PartialAnswers
 from veneer.evaluation.suites import find_suites
 from veneer.machine.device import find_machine
 from veneer.model.load import compute_dtype
@@ -73,6 +74,8 @@ def evaluate(
     suites: str | None = None,
     memorisation: int | None = None,
     gate: str | None = None,
+    *,
+    on_begin: Callable[[int], None] = lambda answers: None,
 ) -> Evaluated:
     """Compare base and tuned model on a run's held-out rows, or on a file's; written into the run's folder.
 
@@ -81,6 +84,7 @@ def evaluate(
 
     The run's record (evaluation.json, samples.jsonl, the scores of its card) is of its held-out rows with its own
     settings. Other data, metrics or fewer rows go to a file of their own in evaluations/ and leave the record alone.
+    After an interruption the same call goes on with the rows that were not answered.
 
     Args:
         run_dir: Folder of a finished run.
@@ -92,6 +96,7 @@ def evaluate(
         suites: Names of suites to ask as well, with commas between; `all`: every one (docs/suites.md).
         memorisation: Number of training rows to see whether they come back word for word; None: not measured.
         gate: Condition on what is measured, such as `exact_match >= 0.8`; see docs/comparison.md.
+        on_begin: Callback that gets the number of answers to come, of both models.
 
     Raises:
         UserError: No such run, no adapter, no held-out rows, no such suite, a metric that is not known or that the rows
@@ -122,7 +127,10 @@ def evaluate(
         at_a_time = rows_at_a_time(run, Padded(len(held_out), *most), loaded.target)
         settings = settings.model_copy(update={"batch_size": at_a_time})
         engine = ReferenceEngine(loaded.model)  # judges by other code than the adapter was trained by
-        result = Scorer(loaded.model, engine, loaded.renderer, held_out, settings).compare(on_done)
+        on_begin(2 * len(questions(held_out)))
+        assert loaded.tuned is not None
+        partial = PartialAnswers.of_run(folder, loaded.tuned, held_out, settings)
+        result = Scorer(loaded.model, engine, loaded.renderer, held_out, settings, partial).compare(on_done)
         beside = Beside()
         if wanted:
             beside = measure_suites(wanted, loaded, engine, result, on_done)
@@ -131,10 +139,13 @@ def evaluate(
             beside.facts["memorisation"] = found
         if condition is not None:
             result = replace(result, gate=check_gate(condition, result.measured() | beside.measured()))
-        if is_record and not force:
-            return Evaluated(result, save_evaluation(folder, result, loaded.base, beside), True, beside)
         name = f"{Path(data).name.split('.')[0] if data else 'held-out'}-{count}-rows"
-        return Evaluated(result, _save_beside(folder, name, result, data, beside), False, beside)
+        if is_record and not force:
+            evaluated = Evaluated(result, save_evaluation(folder, result, loaded.base, beside), True, beside)
+        else:
+            evaluated = Evaluated(result, _save_beside(folder, name, result, data, beside), False, beside)
+        partial.remove()
+        return evaluated
 
 
 def save_evaluation(

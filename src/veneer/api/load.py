@@ -4,8 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from veneer.config import Data, Evaluate, Model, Run, UserError
 from veneer.config.names import find_adapter
 from veneer.config.prompts import Question
@@ -87,7 +85,6 @@ class LoadedModel:
         run = self.run or Run(model=self.base, data=Data(train="-"))
         run = run.model_copy(update={"evaluate": Evaluate(max_new_tokens=max_new_tokens)})
         at_a_time = rows_at_a_time(run, Padded(len(ids), max(map(len, ids)), 1), self.target) if ids else 1
-        torch.manual_seed(sampling.seed)
         parts = (self.model, self.renderer, ids, max_new_tokens, Batching(at_a_time, LESS_MEMORY))
         return generate_answers(*parts, sampling=sampling, on_text=on_text)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from veneer.config import Run
 from veneer.config.notify import collected, notify, notify_on_error
+from veneer.evaluation.during import DuringTraining
 from veneer.evaluation.metrics import require_metrics
 from veneer.release.passport import write_passport
 from veneer.release.publish.card import write_card
@@ -42,7 +43,12 @@ def train(
         return trained
     require_metrics(run.evaluate)
     with collected():
-        return finish(TrainingJob(run, resume, force, overwrite), listeners)
+        return finish(load_job(run, resume, force, overwrite), listeners)
+
+
+def load_job(run: Run, resume: Resume = False, force: bool = False, overwrite: bool = False) -> TrainingJob:
+    """Check and load a run, ready to train; arguments and errors are those of `train`."""
+    return TrainingJob(run, resume, force, overwrite, DuringTraining)
 
 
 def finish(job: TrainingJob, listeners: Sequence[Listener] = ()) -> Trained:
@@ -51,8 +57,10 @@ def finish(job: TrainingJob, listeners: Sequence[Listener] = ()) -> Trained:
         notify(job.choice.warning, where="train.engine")
     title = f"{job.folder.path.name}: {job.run.model.base}"
 
-    def write_extras(folder: Path, steps: int, loss: float | None) -> None:
-        write_passport(job, folder, {"steps": steps, "final_loss": loss, "parameters": job.parameters})
+    def write_extras(folder: Path, trained: Trained) -> None:
+        report = trained.as_dict()
+        training = {name: report[name] for name in ("steps", "final_loss", "best_step", "best_value", "kept_step")}
+        write_passport(job, folder, training | {"planned_steps": job.steps, "parameters": job.parameters})
         notify_on_error("the card", lambda: write_card(job, folder))
         notify_on_error("loss.png", lambda: plot_loss(read_metrics(job.folder.metrics), job.folder.loss_plot, title))
 

@@ -63,16 +63,13 @@ def evaluate(
     out = show.console(as_json)
     with show.status(out, "answering the held-out rows with the base and the tuned model") as status:
         import veneer
-
-        answered = 0
-
-        def on_done(count: int) -> None:
-            nonlocal answered
-            answered += count
-            status.update(f"{answered} answers")
+        from veneer.cli.progress import Answering
 
         names = None if metrics is None else [name.strip() for name in metrics.split(",")]
-        evaluated = veneer.evaluate(run, data, rows, on_done, force, base, names, suites, memorisation, gate)
+        told = Answering(status)
+        evaluated = veneer.evaluate(
+            run, data, rows, told.add, force, base, names, suites, memorisation, gate, on_begin=told.begin
+        )
     result, status_code = evaluated.as_dict(), 0 if evaluated.passed else 1
     if as_json:
         show.print_json(result)

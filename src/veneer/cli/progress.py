@@ -30,6 +30,8 @@ from rich.text import Text
 from veneer.cli.terminal import Terminal
 
 LOG_SECONDS = 60  # between lines of progress where nothing can be redrawn
+# Of an evaluation's record: what is shown otherwise, or not; the rest are metrics of `evaluate.during`.
+EVALUATED = {"kind", "step", "loss", "perplexity", "trained_tokens", "answered_rows", "best_step", "best_value"}
 NARROW = 100  # columns; below them words give way to numbers
 
 
@@ -80,6 +82,28 @@ class Status:
             self._console.print(f"  {what}, {clock(now - self._started)}", markup=False)
 
 
+class Answering:
+    """Tells on a status line how many rows are answered, and how long the others will take.
+
+    Args:
+        status: The line.
+    """
+
+    def __init__(self, status: Status) -> None:
+        self._status, self._total, self._answered = status, 0, 0
+        self._started = time.monotonic()
+
+    def begin(self, total: int) -> None:
+        """Take the number of answers to come, when the first is about to be given."""
+        self._total, self._started = total, time.monotonic()
+
+    def add(self, count: int) -> None:
+        """Take the number of rows just answered; the longest come last, so that what is left takes longer."""
+        self._answered += count
+        left = (time.monotonic() - self._started) / self._answered * (self._total - self._answered)
+        self._status.update(f"{self._answered} of {self._total} answers, about {clock(left)} left")
+
+
 class LiveProgress:
     """A listener that draws a run's progress: loss, tokens a second, memory, time left; for a `with` block.
 
@@ -120,7 +144,8 @@ class LiveProgress:
     def __call__(self, record: dict[str, Any]) -> None:
         if record["kind"] == "eval":
             loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
-            self._out.print(f"  step {record['step']}: held-out loss {loss}")
+            found = [f"{name} {value:.4g}" for name, value in record.items() if name not in EVALUATED]
+            self._out.print(f"  step {record['step']}: {'  '.join([f'held-out loss {loss}', *found])}", markup=False)
             return
         step = record["step"]
         numbers = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tok/s  {size(record['peak_bytes'])}"

@@ -52,10 +52,9 @@ def train(
             return
     checks.require_inputs(settings)
     with show.status(out, "loading"):
-        from veneer.api.train import finish
-        from veneer.training.job import TrainingJob
+        from veneer.api.train import finish, load_job
 
-        job = TrainingJob(settings, mode, force, overwrite)
+        job = load_job(settings, mode, force, overwrite)
     out.print(f"machine  {escape(job.machine.describe())}")
     trainable, total = job.parameters["trainable"], job.parameters["total"]
     out.print(f"model    {escape(settings.model.base)}: {total:,} parameters, {trainable:,} trained")
@@ -87,6 +86,12 @@ def _show_result(out: Any, result: Any, as_json: bool, what: str) -> None:
         f"[bold]{what:8}[/bold] {result.steps} steps, final loss {loss}, "
         f"{result.tokens_per_second:,.0f} tok/s, peak {show.size(result.peak_bytes)}"
     )
+    if result.best_step is not None:
+        which = "last" if result.kept_step == result.steps else "best"
+        out.print(
+            f"adapter  that of the {which} step, {result.kept_step}; the best value was {result.best_value:.4g} after "
+            f"step {result.best_step}"
+        )
     out.print(f"files    {result.run_dir}: adapter/ loss.png metrics.jsonl ledger.json", markup=False)
     ledger = read_json(RunFolder(Path(result.run_dir)).ledger, "rows")
     follows = "evaluate" if ledger["rows"]["validation"] else "generate"

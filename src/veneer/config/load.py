@@ -263,6 +263,10 @@ def _describe(problem: Any, places: dict[Path_, str], source: str) -> str:
     place = next((places[setting[:n]] for n in range(len(setting), 0, -1) if setting[:n] in places), source)
     name = ".".join(setting)
     section, field = _section_and_field(setting)
+    if field is not None and any(map(_is_section, get_args(field.annotation))):
+        name = ".".join(location)
+        if problem["type"] == "extra_forbidden":
+            return f"{place}: unknown key `{name}`; {field.json_schema_extra['fix']}"
     if problem["type"] == "extra_forbidden":
         hint = _hint(setting[-1], list(section.model_fields) if section else [])
         return f"{place}: unknown key `{name}`; {hint}"
@@ -310,8 +314,12 @@ def sections() -> dict[str, type[BaseModel]]:
     found: dict[str, type[BaseModel]] = {}
     for name, field in Run.model_fields.items():
         candidates = getattr(field.annotation, "__args__", (field.annotation,))
-        found[name] = next(kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel))
+        found[name] = next(filter(_is_section, candidates))
     return found
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def _show(value: Any) -> str:

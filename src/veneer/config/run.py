@@ -220,6 +220,16 @@ class Data(Section):
         return value if is_text else rows_as_file(value, f"data.{info.field_name}")
 
 
+class EarlyStopping(Section):
+    """When a training that no longer improves ends, and by which metric its best step is found."""
+
+    metric: str = Field("loss", min_length=1, description="The held-out `loss`, or a name of `evaluate.during`.")
+    patience: int | None = Field(
+        3, ge=1, description="Evaluations without improvement after which training ends; null: it never does."
+    )
+    min_delta: float = Field(0.0, ge=0, description="An improvement of no more than this is none.")
+
+
 class Train(Section):
     """The training loop, as in Transformers' TrainingArguments."""
 
@@ -255,7 +265,23 @@ class Train(Section):
     logging_steps: int = Field(1, ge=1, description="Steps between lines of metrics.jsonl.")
     eval_steps: int | None = Field(100, ge=1, description="Steps between held-out losses; null: only at the end.")
     save_steps: int | None = Field(200, ge=1, description="Steps between checkpoints; null: only on interruption.")
-    save_total_limit: int = Field(2, ge=1, description="Checkpoints kept.")
+    save_total_limit: int = Field(2, ge=1, description="Checkpoints kept, beside the best one with `keep: best`.")
+    early_stopping: EarlyStopping | None = Field(
+        None,
+        description="End a training that no longer improves, as {metric: loss, patience: 3, min_delta: 0}. patience: "
+        "evaluations (`eval_steps`) without an improvement of more than min_delta; null: never end, and only name the "
+        "metric of `keep: best`. metric: the held-out `loss`, `perplexity` or a name of `evaluate.during`. The "
+        "learning rate keeps the schedule of all steps.",
+        json_schema_extra={
+            "fix": "write {metric: loss, patience: 3, min_delta: 0}, with a patience of 1 or more (null: never end) "
+            "and a min_delta of 0 or more"
+        },
+    )
+    keep: Literal["best", "last"] = Field(
+        "last",
+        description="Adapter that the run delivers: that of the last step, or of the evaluation with the best value of "
+        "`early_stopping`'s metric (without it: the lowest held-out loss).",
+    )
     seed: int = Field(42, ge=0, description="Adapter's initial values, order of the rows, dropout.")
 
     @field_validator("memory_budget", mode="before")
@@ -300,6 +326,18 @@ class Evaluate(Section):
     )
     batch_size: int = Field(
         16, ge=1, description="Rows in a batch, here and in training's held-out losses; fewer if memory is short."
+    )
+    during: tuple[str, ...] = Field(
+        (),
+        description="Metrics of generated answers that training measures with each held-out loss (`train.eval_steps`), "
+        "as [exact_match], on a sample of the held-out rows.",
+        json_schema_extra={"fix": "write a list of metrics such as [exact_match]"},
+    )
+    during_tokens: int = Field(
+        16384,
+        ge=1,
+        description="Maximum tokens, of prompts and answers, that one such measurement takes: it decides how many rows "
+        "are in the sample, which `train.seed` draws.",
     )
 
     @field_validator("extract")

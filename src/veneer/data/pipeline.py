@@ -98,7 +98,12 @@ class Prepared:
             limit: Largest number of rows.
             group: Column by which rows belong together, instead of `data.group`.
         """
-        return _with_turns(self._held_out, self.validation, self._data, limit, group)
+        return _with_turns(self._held_out, self.validation.rows[:limit], self._data, group)
+
+    def held_out_sample(self, limit: int, seed: int) -> list[HeldOut]:
+        """Some held-out rows with their turns, drawn by a seed, in the order in which they were drawn."""
+        rows = np.random.default_rng(seed).permutation(self.validation.rows)[:limit]
+        return _with_turns(self._held_out, rows, self._data)
 
     def personal(self) -> str:
         """The places of the personal data that was found: JSON, a line each."""
@@ -143,7 +148,7 @@ def read_held_out(
 ) -> list[HeldOut]:
     """The first usable rows of files that stand beside the training data; `limit` and `group` as of `held_out`."""
     given = read_files(files, setting, data, renderer, Ledger())
-    return _with_turns(given, Part(given.corpus, np.arange(len(given.corpus.rows))), data, limit, group)
+    return _with_turns(given, np.arange(len(given.corpus.rows))[:limit], data, group)
 
 
 def read_files(
@@ -277,8 +282,7 @@ def _count(prepared: Prepared, data: Data, seed: int) -> None:
     }
 
 
-def _with_turns(given: TokenizedFiles, part: Part, data: Data, limit: int | None, group: str | None) -> list[HeldOut]:
-    rows = part.rows[:limit]
+def _with_turns(given: TokenizedFiles, rows: Any, data: Data, group: str | None = None) -> list[HeldOut]:
     data = data.model_copy(update={"group": group or data.group})
     turns = dict(take_again(given.sources, given.formats, given.setting, data, numbers_of(given.corpus, rows)))
     if len(turns) < len(rows):  # the same rows were read before, without the group

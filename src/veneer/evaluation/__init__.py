@@ -4,6 +4,8 @@ generation.py  answers of a model, in batches
 decoding.py    how tokens are chosen, where an answer stops, and its text as it grows
 memory.py      rows at a time: as many as fit, fewer where memory is short; room for answers in a model's positions
 prefix.py      the tokens that all prompts begin with, computed once
+partial.py     answers kept as they come, for an evaluation that is interrupted
+during.py      metrics of answers while a model is trained
 metrics/       what is measured of the answers and the losses, a file a metric
 intervals.py   95% intervals
 paired.py      two models on the same rows: which rows turned right or wrong, and a verdict

@@ -29,6 +29,7 @@ from veneer.evaluation.metrics.choice_accuracy import choices_of
 from veneer.evaluation.metrics.choose import ChosenMetrics
 from veneer.evaluation.metrics.metric import MetricResult, Sample, ScoredRows
 from veneer.evaluation.paired import paired
+from veneer.evaluation.partial import KeptAnswers, PartialAnswers
 from veneer.evaluation.row_values import row_values
 from veneer.machine.batching import Batching
 
@@ -188,6 +189,8 @@ class Scorer:
         renderer: Tokenizer and template of the model.
         held_out: The rows.
         settings: Settings of the run: metrics, max_new_tokens, batch_size.
+        settings: max_new_tokens and batch_size.
+        partial: Answers that an interrupted evaluation left; None: none are kept.
     """
 
     model: Any
@@ -195,6 +198,7 @@ class Scorer:
     renderer: Renderer
     held_out: Sequence[HeldOut]
     settings: Evaluate
+    partial: PartialAnswers | None = None
 
     @cached_property
     def chosen(self) -> ChosenMetrics:
@@ -204,10 +208,13 @@ class Scorer:
     def compare(self, on_done: Progress = lambda done: None) -> Evaluation:
         """Score the base and the tuned model; `on_done` gets the number of rows just answered."""
         with self.engine.adapter_off():
-            base = self.score(on_done)
+            base = self.score(on_done, kept=self._kept("base"))
         groups = {row.conversation.place: row.conversation.group for row in self.held_out}
-        tuned = self.score(on_done, batching=base.batching)
+        tuned = self.score(on_done, batching=base.batching, kept=self._kept("tuned"))
         return Evaluation(base, tuned, groups=groups, equal_within=self.settings.equal_within)
+
+    def _kept(self, model: str) -> KeptAnswers | None:
+        return None if self.partial is None else self.partial.of(model)
 
     def score(
         self,
@@ -215,6 +222,7 @@ class Scorer:
         examples: Sequence[Message] = (),
         with_losses: bool = True,
         batching: Batching | None = None,
+        kept: KeptAnswers | None = None,
     ) -> Score:
         """Generate an answer to each row and judge it; measure the loss of the references. Documents ask nothing.
 
@@ -224,13 +232,14 @@ class Scorer:
             with_losses: Whether to measure losses, where a metric reads them; they are of the rows without the
                 examples.
             batching: Rows at a time, as they came to be for another model; None: `evaluate.batch_size`.
+            kept: Argument of `generate`.
         """
         batching = batching or Batching(self.settings.batch_size, LESS_MEMORY)
         model, renderer, held_out = self.model, self.renderer, self.held_out
         require_positions(model, [(row.example.place, len(row.example.ids)) for row in held_out])
         asked = questions(held_out)
         prompts = [renderer.prompt_ids(_behind(examples, chat.prompt()), chat.tools) for chat in asked]
-        answers = generate(model, renderer, prompts, self.settings.max_new_tokens, batching, on_done=on_done)
+        answers = generate(model, renderer, prompts, self.settings.max_new_tokens, batching, on_done=on_done, kept=kept)
         rows = ScoredRows((), settings=self.settings)
         if with_losses and self.chosen.read("losses"):
             rows = _losses(self.engine, renderer, held_out, batching, rows)

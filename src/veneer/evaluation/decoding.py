@@ -5,6 +5,8 @@ each token, and cut off behind. What is shown while an answer is made is never t
 half a character and white space at the end wait for the next token.
 """
 
+import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -22,14 +24,13 @@ def generation_config(stop_ids: Iterable[int], pad_id: int, max_new_tokens: int,
     """Make Transformers' GenerationConfig; each field is set, or it would come from the model's own settings."""
     from transformers import GenerationConfig
 
-    is_sampled = sampling.temperature > 0
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=is_sampled,
-        temperature=sampling.temperature or None,
+        do_sample=False,  # what is sampled, SampledTokens draws
+        temperature=None,
         repetition_penalty=sampling.repetition_penalty,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k if is_sampled else None,
+        top_p=1.0,
+        top_k=None,
         eos_token_id=sorted(stop_ids) or None,
         pad_token_id=pad_id,
         use_cache=True,
@@ -90,6 +91,50 @@ class LikeliestTokens:
     def of(self, row: int) -> list[dict[int, float]]:
         """Return log-probabilities by id at each step of a row."""
         return [dict(zip(ids[row], values[row])) for ids, values in self._steps]
+
+
+class SampledTokens:
+    """A logits processor of Transformers that draws each row's next token by that row's own random numbers.
+
+    Transformers draws for all rows of a batch from one generator, so that an answer would depend on the rows beside it.
+    Here a row's token is the one at which the cumulated probability passes the row's next uniform number, and all other
+    tokens are ruled out.
+
+    Args:
+        sampling: Settings, with a temperature above 0.
+        seeds: Seed of each row of the batch; see `row_seeds`.
+    """
+
+    def __init__(self, sampling: Sampling, seeds: Sequence[int]) -> None:
+        from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+        self._warpers: list[Any] = [TemperatureLogitsWarper(sampling.temperature)]
+        if sampling.top_k:
+            self._warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(sampling.top_p))
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, ids_BL: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
+        for warp in self._warpers:
+            scores_BV = warp(ids_BL, scores_BV)
+        cumulated_BV = scores_BV.float().softmax(-1).cumsum(-1)
+        drawn_B = torch.cat([torch.rand(1, generator=generator) for generator in self._generators])
+        passed_B = drawn_B.to(cumulated_BV.device) * cumulated_BV[:, -1]  # the sum is 1 but for rounding
+        chosen_B1 = torch.searchsorted(cumulated_BV, passed_B[:, None], right=True)
+        last = cumulated_BV.shape[-1] - 1
+        return torch.full_like(scores_BV, -torch.inf).scatter_(1, chosen_B1.clamp_(max=last), 0.0)
+
+
+def row_seeds(prompts: Sequence[Sequence[int]], seed: int) -> list[int]:
+    """Return a seed for each prompt, by its tokens and how often they came before: order and batch do not matter."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    found = []
+    for prompt in map(tuple, prompts):
+        text = f"{seed} {seen[prompt]} {prompt}"
+        found.append(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
+        seen[prompt] += 1
+    return found
 
 
 class TextStream:

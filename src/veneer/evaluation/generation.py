@@ -13,9 +13,18 @@ import torch
 
 from veneer.config.sampling import Sampling
 from veneer.data.render import Renderer
-from veneer.evaluation.decoding import LikeliestTokens, StopAtText, TextStream, answer_text, generation_config
+from veneer.evaluation.decoding import (
+    LikeliestTokens,
+    SampledTokens,
+    StopAtText,
+    TextStream,
+    answer_text,
+    generation_config,
+    row_seeds,
+)
 from veneer.evaluation.decoding import stop_ids_of as stop_ids_of
 from veneer.evaluation.memory import LESS_MEMORY, alike, room_for_answers
+from veneer.evaluation.partial import KeptAnswers
 from veneer.evaluation.prefix import SharedPrefix, padded
 from veneer.machine.batching import Batching
 from veneer.model.dense import adapter_in_copies
@@ -45,6 +54,7 @@ def generate(
     sampling: Sampling = GREEDY,
     on_done: Callable[[int], None] = lambda done: None,
     on_text: Callable[[str], None] | None = None,
+    kept: KeptAnswers | None = None,
 ) -> list[str]:
     """Generate answers, in the order of the prompts, without special tokens.
 
@@ -58,6 +68,7 @@ def generate(
         sampling: Sampling settings, and the texts that end an answer.
         on_done: Callback that gets the number of prompts just finished.
         on_text: Callback that gets each piece of the answer as it is made; for a single prompt.
+        kept: Answers that an evaluation before this one left, which are not generated again; it gets the others.
 
     Raises:
         UserError: A prompt fills the model's positions.
@@ -67,7 +78,7 @@ def generate(
     config = generation_config(stop_ids_of(model, renderer), tokenizer.pad_token_id, max_new_tokens, sampling)
     room = room_for_answers(model, prompts, max_new_tokens)
     parts = (model, tokenizer, prompts, config, batch_size, room)
-    found = continue_prompts(*parts, stop=sampling.stop, on_done=on_done, on_text=on_text)
+    found = continue_prompts(*parts, sampling=sampling, on_done=on_done, on_text=on_text, kept=kept)
     return [answer_text(tokenizer, ids, sampling.stop) for ids, _ in found]
 
 
@@ -81,9 +92,10 @@ def continue_prompts(
     room: Sequence[int] | None = None,
     *,
     likeliest: int = 0,
-    stop: Sequence[str] = (),
+    sampling: Sampling = GREEDY,
     on_done: Callable[[int], None] = lambda done: None,
     on_text: Callable[[str], None] | None = None,
+    kept: KeptAnswers | None = None,
 ) -> list[Continuation]:
     """Generate the tokens that follow each prompt: the one generation loop for all models.
 
@@ -91,12 +103,12 @@ def continue_prompts(
     answers wherever they are asked: products over other shapes round otherwise.
 
     Args:
-        model, tokenizer, prompts, on_done, on_text: arguments of `generate`.
+        model, tokenizer, prompts, on_done, on_text, kept: arguments of `generate`.
         config: Transformers' GenerationConfig.
         batch_size: Prompts at a time, fewer where memory is short.
         room: Longest answer to each prompt; None: as the configuration says.
         likeliest: Number of the likeliest tokens to record at each step.
-        stop: Texts that end an answer.
+        sampling: Sampling settings, and the texts that end an answer; each row draws by a seed of its own.
 
     Raises:
         JobError: Not even one prompt at a time fits into memory.
@@ -105,24 +117,34 @@ def continue_prompts(
     found: list[Continuation] = [Continuation([], [])] * len(prompts)
     device = model.get_input_embeddings().weight.device
     batching = batch_size if isinstance(batch_size, Batching) else Batching(batch_size, LESS_MEMORY)
+    stop, seeds = sampling.stop, row_seeds(prompts, sampling.seed)
     room = room or [config.max_new_tokens] * len(prompts)
 
     def answer(chosen: Sequence[int]) -> int:
+        if kept is not None and kept.holds(chosen):
+            for n in chosen:
+                found[n] = Continuation(kept.known[n], [])
+            return len(chosen)
         ids_BL, mask_BL = padded([prompts[n] for n in chosen], prefix.length, config.pad_token_id)
         longest = ids_BL.shape[1]
         noted = LikeliestTokens(likeliest)
+        processors: list[Any] = [noted] if likeliest else []
+        if sampling.temperature > 0:
+            processors.append(SampledTokens(sampling, [seeds[n] for n in chosen]))
         with quiet(), contiguous_head_input(model):
             output_BL = model.generate(
                 input_ids=ids_BL.to(device),
                 attention_mask=mask_BL.to(device),
                 generation_config=config,
-                logits_processor=[noted] if likeliest else None,
+                logits_processor=processors or None,
                 stopping_criteria=[StopAtText(tokenizer, stop, longest)] if stop else None,
                 streamer=TextStream(tokenizer, stop, on_text) if on_text is not None else None,
                 **prefix.repeated(len(chosen)),
             )
         for row, n in enumerate(chosen):
             found[n] = Continuation(output_BL[row, longest:].tolist(), noted.of(row))
+        if kept is not None:
+            kept.keep({n: found[n].ids for n in chosen})
         return len(chosen)
 
     with adapter_in_copies(model):

@@ -152,5 +152,5 @@ def adapter_bytes(sizes: list[int]) -> int:
 
 def run_disk_bytes(trainable: int, steps: int | None, train: Train) -> int:
     """Return the bytes of adapter and checkpoints (adapter and two moments each) in float32, and 16 MiB more."""
-    checkpoints = min(train.save_total_limit, steps or train.save_total_limit) + 1
+    checkpoints = min(train.save_total_limit, steps or train.save_total_limit) + 1 + (train.keep == "best")
     return trainable * 4 * (1 + 3 * checkpoints) + 16 * 2**20

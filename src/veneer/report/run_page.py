@@ -57,6 +57,7 @@ def run_page(folder: Path) -> str:
         first=_first(evaluation),
         suites=_scores(evaluation.get("suites", {}).get("scores", {})),
         curve=_curve(run.metrics),
+        training=_json(run.adapter / "passport.json").get("training", {}),
         samples=shown_of(samples),
         rule=SHOWN_BY,
         files=_files(folder),

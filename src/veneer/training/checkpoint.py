@@ -79,8 +79,6 @@ def load(path: Path, state: TrainingState) -> int:
     Raises:
         UserError: A file is damaged, or the base or the data is not what the run began with.
     """
-    from peft import set_peft_model_state_dict
-
     manifest = read_manifest(path)
     before, began_with = manifest["began_with"], state.began_with
     if other := [what for what in sorted({*before, *began_with}) if before.get(what) != began_with.get(what)]:
@@ -88,13 +86,29 @@ def load(path: Path, state: TrainingState) -> int:
             f"{path}: not what this run began with: {', '.join(other)}",
             "restore that, or start a new run in another train.output_dir",
         )
-    with quiet():
-        set_peft_model_state_dict(state.model, load_file(path / ADAPTER))
+    _set_adapter(state.model, path)
     set_state(state.optimizer, state.names, load_file(path / OPTIMIZER))
     if state.scaler.is_enabled():
         state.scaler.load_state_dict(manifest["loss_scale"])
     set_rng_state(load_file(path / RNG))
     return int(manifest["step"])
+
+
+def load_adapter_alone(path: Path, model: Any) -> None:
+    """Restore the adapter of a checkpoint, in place, and nothing else.
+
+    Raises:
+        UserError: A file is damaged.
+    """
+    read_manifest(path)
+    _set_adapter(model, path)
+
+
+def _set_adapter(model: Any, path: Path) -> None:
+    from peft import set_peft_model_state_dict
+
+    with quiet():
+        set_peft_model_state_dict(model, load_file(path / ADAPTER))
 
 
 def latest(folder: Path) -> Path | None:
@@ -103,10 +117,11 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def drop_old(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
+def drop_old(folder: Path, keep: int, best: int | None = None) -> None:
+    """Delete all but the newest `keep` checkpoints, and that of the step `best`."""
     for path in _all(folder)[:-keep]:
-        remove(path)
+        if step_of(path) != best:
+            remove(path)
 
 
 def _all(folder: Path) -> list[Path]:

@@ -12,7 +12,7 @@ from datetime import date
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -25,9 +25,10 @@ from veneer.config.load import to_yaml
 from veneer.config.names import anchored
 from veneer.config.notify import kept_in, notify
 from veneer.data.batch import Batch, Batches
-from veneer.data.pipeline import Part
+from veneer.data.pipeline import Part, Prepared
+from veneer.data.render import Renderer
 from veneer.engine.choose import choose
-from veneer.engine.interface import BatchShapes
+from veneer.engine.interface import BatchShapes, Engine
 from veneer.engine.placement import MemoryPlacement
 from veneer.machine.device import peak_bytes, resolve_optim
 from veneer.model.attach import count_parameters, save_adapter
@@ -35,6 +36,7 @@ from veneer.model.fingerprint import config_sha256, fingerprint
 from veneer.model.load import compute_dtype
 from veneer.planning.memory import optimizer_bytes, run_disk_bytes
 from veneer.training import checkpoint
+from veneer.training.best import LOSS, BestStep, require_evaluations
 from veneer.training.held_out import HeldOutRows
 from veneer.training.loop import Loop
 from veneer.training.memory import need_and_fix, place
@@ -45,7 +47,7 @@ from veneer.training.parts import load_parts
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers", "numpy")
 MEASURABLE = ("cuda",)  # devices where too little memory is an error to catch; elsewhere it may end the process
-WriteExtras = Callable[[Path, int, float | None], None]
+WriteExtras = Callable[[Path, "Trained"], None]
 Resume = bool | Literal["auto"]
 # Settings that may differ when a run is resumed: none of them changes a number of the training.
 MAY_CHANGE = {
@@ -64,15 +66,39 @@ MAY_CHANGE = {
 }
 
 
+class DuringMetrics(Protocol):
+    """What `evaluate.during` measures."""
+
+    def measure(self, model: Any, engine: Engine, stopped: Callable[[], bool]) -> dict[str, float] | None:
+        """Return values by name, with nothing of the training changed; None where it was stopped."""
+        ...
+
+
+# Makes it of a run, its data and their renderer, and refuses metrics that these rows cannot carry. It generates and
+# judges answers, which is above this package, so a job is handed it.
+MakeDuring = Callable[[Run, Prepared, Renderer], DuringMetrics]
+
+
 @dataclass(frozen=True)
 class Trained:
-    """The report of a finished run; final_loss is None where no record of it is left."""
+    """The report of a finished run.
+
+    Attributes:
+        steps: Steps that were made; fewer than planned where training ended early.
+        final_loss: Loss of the last step; None: no record of it is left.
+        best_step, best_value: The best step by the metric of `train.early_stopping`, and its value; None: nothing was
+            measured.
+        kept_step: The step whose adapter was delivered.
+    """
 
     run_dir: str
     steps: int
     final_loss: float | None
     tokens_per_second: float
     peak_bytes: int
+    best_step: int | None = None
+    best_value: float | None = None
+    kept_step: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -86,6 +112,7 @@ class TrainingJob:
         resume: Go on from the run's last checkpoint; "auto": or begin, where there is no run yet.
         force: whether to load a run that is predicted not to fit.
         overwrite: Replace the run that is in the folder, once this one is ready to begin.
+        make_during: Function that makes what measures `evaluate.during`; None: for runs without that setting.
 
     Attributes:
         machine, source, tokenizer, renderer, data, prediction, model: the parts, for others to show or evaluate.
@@ -97,8 +124,18 @@ class TrainingJob:
         JobError: The fused engine was asked for and is wrong on this machine.
     """
 
-    def __init__(self, run: Run, resume: Resume = False, force: bool = False, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        run: Run,
+        resume: Resume = False,
+        force: bool = False,
+        overwrite: bool = False,
+        make_during: MakeDuring | None = None,
+    ) -> None:
+        assert make_during is not None or not run.evaluate.during, "api/train.py hands it what measures"
         self.run = run
+        self._make_during = make_during
+        self._during: DuringMetrics | None = None
         self.folder = RunFolder(run.train.output_dir.expanduser())
         self._overwrite = overwrite
         self._resume = resume is True or (resume == "auto" and self.folder.run.exists())
@@ -109,7 +146,7 @@ class TrainingJob:
         else:
             self._require_folder()
         run = self.run
-        parts = load_parts(run, force)
+        parts = load_parts(run, force, self._examine)
         if parts.renderer.is_dated:
             self.run = run = _dated(run, parts.renderer.settings.template_date)
         self.machine, self.source, self.tokenizer = parts.machine, parts.source, parts.tokenizer
@@ -152,10 +189,29 @@ class TrainingJob:
             explain=explain,
             most_tokens=most_tokens,
             scale_loss=compute_dtype(run.model, self.machine) == torch.float16,
+            during=self._measure_during,
         )
+        follows = "train.keep" if train.keep == "best" else "train.early_stopping" if train.early_stopping else None
+        if follows and train.eval_steps is not None and train.eval_steps >= self.steps:
+            notify(
+                f"{follows} has no effect: held-out rows are evaluated every {train.eval_steps} steps "
+                f"(train.eval_steps), and the run has {self.steps}",
+                where=follows,
+            )
         self.folder.require_writable(self._bytes_on_disk())
         if self._resume:
             self._require_same_placement()
+
+    def _examine(self, data: Prepared, renderer: Renderer) -> None:
+        """Refuse settings that follow what is not measured, before the model is loaded."""
+        run, objective = self.run, OBJECTIVES["supervised"]
+        measured = dict.fromkeys((LOSS, *objective.held_out_metrics(0.0), *run.evaluate.during))
+        require_evaluations(run, len(data.validation), measured)
+        if self._make_during is not None and run.evaluate.during:
+            self._during = self._make_during(run, data, renderer)
+
+    def _measure_during(self, stopped: Callable[[], bool]) -> dict[str, float] | None:
+        return {} if self._during is None else self._during.measure(self.model, self.engine, stopped)
 
     def _place(
         self, batches: Batches, held_out: tuple[int, ...], explain: Callable[[], str]
@@ -196,13 +252,13 @@ class TrainingJob:
         return 0 if found is None else checkpoint.step_of(found)
 
     def fit(
-        self, listeners: tuple[Listener, ...] = (), write_extras: WriteExtras = lambda folder, steps, loss: None
+        self, listeners: tuple[Listener, ...] = (), write_extras: WriteExtras = lambda folder, trained: None
     ) -> Trained:
         """Train and write the adapter.
 
         Args:
             listeners: Callbacks that get each record of metrics.jsonl.
-            write_extras: Callback that adds files to the adapter folder before it appears; gets folder, steps, loss.
+            write_extras: Callback that adds files to the adapter folder before it appears; gets folder and report.
 
         Raises:
             UserError: Another process trains this run, or has begun it since.
@@ -233,23 +289,25 @@ class TrainingJob:
 
     def _train(self, listeners: tuple[Listener, ...], write_extras: WriteExtras) -> Trained:
         metrics = MetricsFile(self.folder.metrics)
-        metrics.restart(self._loop.done)
+        self._loop.recall(metrics.restart(self._loop.done))
         # A placement that was chosen by its size has measured the passes that need most.
         is_untried = self.machine.device in MEASURABLE and not self.placement.least_bytes
         speed = self._loop.run((metrics.append, *listeners), try_largest=is_untried)
-        loss = self._loop.loss if self._loop.loss is not None else _last_loss(self.folder)
+        trained = Trained(
+            run_dir=str(self.folder.path),
+            steps=self._loop.done,
+            final_loss=self._loop.loss if self._loop.loss is not None else _last_loss(self.folder),
+            tokens_per_second=speed,
+            peak_bytes=peak_bytes(self.machine.device),
+            **self._loop.best.as_dict(),
+            kept_step=self._loop.kept_step,
+        )
         with whole_folder(self.folder.adapter) as unfinished:
             save_adapter(self.model, self.tokenizer, self.renderer.template, self.source, unfinished)
             write_json(unfinished / "ledger.json", self.data.ledger.as_dict())
-            write_extras(unfinished, self.steps, loss)
+            write_extras(unfinished, trained)
         self.model.eval()
-        return Trained(
-            run_dir=str(self.folder.path),
-            steps=self.steps,
-            final_loss=loss,
-            tokens_per_second=speed,
-            peak_bytes=peak_bytes(self.machine.device),
-        )
+        return trained
 
     def plan(self) -> dict[str, Any]:
         """Return how the run is placed on this machine, and the prediction of its memory and time."""
@@ -321,14 +379,20 @@ def finished(run: Run) -> Trained | None:
     _require_same_settings(folder, run)
     with contextlib.suppress(OSError, UserError), folder.locked():  # it may be read-only, or about to end
         folder.clear_unfinished()
-    steps = [line for line in read_metrics(folder.metrics) if line["kind"] == "train"]
+    lines = read_metrics(folder.metrics)
+    steps = [line for line in lines if line["kind"] == "train"]
     seconds = sum(line["seconds"] for line in steps)
+    done = max((line["step"] for line in lines), default=0)
+    best = BestStep(run.train.early_stopping)
+    best.recall(lines)
     return Trained(
         run_dir=str(folder.path),
-        steps=steps[-1]["step"] if steps else 0,
+        steps=done,
         final_loss=_last_loss(folder),
         tokens_per_second=round(sum(line["tokens"] for line in steps) / seconds, 1) if seconds else 0.0,
         peak_bytes=max((line["peak_bytes"] for line in steps), default=0),
+        **best.as_dict(),
+        kept_step=best.kept_step(run.train.keep, done),
     )
 
 
@@ -384,7 +448,9 @@ def _differences(then: Run, now: Run) -> list[str]:
 
 def _settings(run: Run) -> dict[str, Any]:
     """Return all settings that decide the numbers of a training, by name; how a step is divided does not."""
-    sections = run.model_dump(mode="json", exclude={"evaluate"})
+    watched = run.train.early_stopping is not None and run.train.early_stopping.metric in run.evaluate.during
+    left_out = {"evaluate": {"rows", "batch_size"} if watched else True}  # what is watched has to stay comparable
+    sections = run.model_dump(mode="json", exclude=left_out)
     settings = {f"{name}.{key}": value for name, section in sections.items() for key, value in (section or {}).items()}
     size = settings.pop("train.per_device_train_batch_size") * settings.pop("train.gradient_accumulation_steps")
     return settings | {"train.per_device_train_batch_size x gradient_accumulation_steps": size}

@@ -1,4 +1,4 @@
-"""The loop makes optimizer steps, logs them, measures held-out losses, writes checkpoints and stops cleanly.
+"""The loop makes optimizer steps, logs them, evaluates held-out rows, writes checkpoints and stops cleanly.
 
 A step's loss is summed over its trained tokens and divided by their number, over all its micro-batches together, so
 that how a step is cut does not change it. Two things are checked that otherwise go wrong in silence: after the first
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from veneer.config import Interrupted, JobError, Train
+from veneer.config import Interrupted, JobError, Train, UserError
 from veneer.config.notify import notify
 from veneer.data.batch import Batch, Batches, Example
 from veneer.engine.interface import Engine
@@ -30,12 +30,17 @@ from veneer.machine.batching import Batching
 from veneer.machine.device import peak_bytes, rng_state, set_rng_state
 from veneer.model.adapters import find_method
 from veneer.training import checkpoint
+from veneer.training.best import BestStep
 from veneer.training.held_out import HeldOutRows
 from veneer.training.memory import OutOfMemoryRecovery, describe
 from veneer.training.metrics import Listener
 from veneer.training.optimizer import allocate_states, build_optimizer, parameters_to_update
 from veneer.training.schedule import learning_rate
 from veneer.training.stop import stop_signal
+
+# Measures metrics beside the held-out loss, without a trace in the training; gets a function that says whether a stop
+# was asked for, and then returns None.
+MeasureDuring = Callable[[Callable[[], bool]], dict[str, float] | None]
 
 
 class Loop:
@@ -56,6 +61,7 @@ class Loop:
         explain: Function that says what to change where a single row does not fit; see `memory.need_and_fix`.
         most_tokens: Tokens of a micro-batch beyond which it is cut in two, as memory demands; None: none is.
         scale_loss: Whether gradients need scaling (float16).
+        during: Function that measures the metrics of `evaluate.during`.
     """
 
     def __init__(
@@ -74,6 +80,7 @@ class Loop:
         explain: Callable[[], str],
         most_tokens: int | None = None,
         scale_loss: bool = False,
+        during: MeasureDuring = lambda stopped: {},
     ) -> None:
         self._engine = engine
         self._objective = objective
@@ -93,6 +100,9 @@ class Loop:
         self._state = checkpoint.TrainingState(model, self._optimizer, self._updated, self._scaler, began_with)
         self._recovery = OutOfMemoryRecovery(engine, self._drop_gradients, explain, most_tokens)
         self._explain = explain
+        self._during = during
+        self._model = model
+        self.best = BestStep(train.early_stopping)
         self.steps = batches.steps(train.num_train_epochs, train.max_steps)
         self.done = 0
         self.loss: float | None = None  # of the last step that was made here
@@ -102,8 +112,21 @@ class Loop:
         """Restore a checkpoint of this run."""
         self.done = checkpoint.load(path, self._state)
 
+    def recall(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Take the evaluations before a resumed run into account.
+
+        Raises:
+            UserError: The checkpoint of the best step is gone.
+        """
+        self.best.recall(records)
+        if self._protected is not None and not (best := self._checkpoint(self._protected)).exists():
+            raise UserError(
+                f"{best}: is gone, and train.keep=best would deliver it",
+                "restore it, or start a new run in another train.output_dir",
+            )
+
     def run(self, listeners: Sequence[Listener], try_largest: bool = False) -> float:
-        """Train to the end; returns the mean of all steps' tokens per second.
+        """Train to the end, or until `train.early_stopping` ends it; returns the mean of all steps' tokens per second.
 
         A checkpoint comes before the evaluation of its step, which a resumed run makes again: an evaluation may take
         longer than whoever stops the run waits for it.
@@ -124,7 +147,7 @@ class Loop:
                     self._try_largest()
                 if self.done:
                     self._evaluate_if_due(listeners, stopped)
-                while self.done < self.steps:
+                while self.done < self.steps and not self.best.is_over:
                     record = self._step(self.done)
                     self.done += 1
                     self.loss = record["loss"]
@@ -137,11 +160,40 @@ class Loop:
                     if stopped() and not is_last:
                         raise Interrupted(self._checkpoint())
                     self._evaluate_if_due(listeners, stopped)
+                self._finish()
         except torch.OutOfMemoryError as error:
             shortage = describe(error)  # beside a step's passes, where nothing can be made smaller
         else:
             return round(tokens / seconds, 1) if seconds else 0.0
         raise JobError(f"out of memory after step {self.done} ({shortage}): {self._explain()}")
+
+    def _finish(self) -> None:
+        """Say where training ended before its last step, and restore the adapter of the best step to be delivered."""
+        best, train = self.best, self._train
+        if self.done < self.steps:
+            if not self._checkpoint().exists():
+                self._save()
+            rate = learning_rate(self.done - 1, self.steps, 1.0, train.warmup_ratio, train.lr_scheduler_type)
+            found = "" if best.step is None else f", best after step {best.step} ({best.value:.4g})"
+            waited = f"{best.waited} evaluation{'s' if best.waited > 1 else ''}"
+            notify(
+                f"training ends early, after step {self.done} of {self.steps}: {waited} without a better {best.metric}"
+                f"{found}; the learning rate follows the schedule of all steps, and is at {rate:.0%} of its peak",
+                "info",
+                "train.early_stopping",
+            )
+        if self.kept_step != self.done:
+            checkpoint.load_adapter_alone(self._checkpoint(self.kept_step), self._model)
+
+    @property
+    def kept_step(self) -> int:
+        """The step whose adapter is delivered."""
+        return self.best.kept_step(self._train.keep, self.done)
+
+    @property
+    def _protected(self) -> int | None:
+        """The step whose checkpoint is never deleted; None: there is no such step."""
+        return self.best.step if self._train.keep == "best" else None
 
     def _try_largest(self) -> None:
         """Run the largest micro-batch forward and backward; it changes nothing but what fits."""
@@ -226,7 +278,8 @@ class Loop:
         if not self._held_out or not (self.done == self.steps or _due(self.done, self._train.eval_steps)):
             return
         measured = self._measure_held_out(stopped)
-        if measured is None:
+        during = None if measured is None else self._during(stopped)
+        if measured is None or during is None:
             if not self._checkpoint().exists():
                 self._save()
             raise Interrupted(self._checkpoint())
@@ -243,8 +296,12 @@ class Loop:
             **{name: value if math.isfinite(value) else None for name, value in means.items()},
             **self._objective.held_out_metrics(loss),
             "trained_tokens": trained,
+            **during,
         }
-        _report(listeners, record)
+        if self.best.see(record) and self._protected is not None and not self._checkpoint().exists():
+            checkpoint.save(self._checkpoints, self.done, self._state)  # before its record names it the best
+        _report(listeners, record | self.best.as_dict())
+        checkpoint.drop_old(self._checkpoints, self._train.save_total_limit, self._protected)
 
     def _measure_held_out(self, stopped: Callable[[], bool]) -> tuple[dict[str, float], int] | None:
         """Measure held-out loss and metrics, and count the trained tokens; None where it was stopped."""
@@ -289,13 +346,13 @@ class Loop:
                 "would do nothing there\n  fix: set adapter.target_modules to modules the model uses"
             )
 
-    def _checkpoint(self) -> Path:
-        """Return the path of this step's checkpoint, written or not."""
-        return checkpoint.path_of(self._checkpoints, self.done)
+    def _checkpoint(self, step: int | None = None) -> Path:
+        """Return the path of a step's checkpoint, written or not; None: of this step's."""
+        return checkpoint.path_of(self._checkpoints, self.done if step is None else step)
 
     def _save(self) -> None:
         checkpoint.save(self._checkpoints, self.done, self._state)
-        checkpoint.drop_old(self._checkpoints, self._train.save_total_limit)
+        checkpoint.drop_old(self._checkpoints, self._train.save_total_limit, self._protected)
 
 
 def _largest(gradient: torch.Tensor | None) -> torch.Tensor:

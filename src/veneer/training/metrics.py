@@ -25,8 +25,8 @@ class MetricsFile:
         self._waiting = b""
         self._has_notified = False
 
-    def restart(self, done: int) -> None:
-        """Keep the lines of the first `done` steps alone, with which the training goes on."""
+    def restart(self, done: int) -> list[dict[str, Any]]:
+        """Keep the lines of the first `done` steps alone, with which the training goes on; returns them."""
         # The evaluation of a checkpoint's step comes after it, and so is made again.
         kept = [
             line
@@ -36,6 +36,7 @@ class MetricsFile:
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_text(self._path, text)
         self._written = len(text.encode())
+        return kept
 
     def append(self, record: dict[str, Any]) -> None:
         """Write a line; a notice says once that it could not be written."""

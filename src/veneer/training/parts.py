@@ -3,6 +3,7 @@
 Training and `veneer verify` begin with it. Nothing is written.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,9 @@ from veneer.model.load import load_model, load_tokenizer
 from veneer.model.locate import BaseSource, locate
 from veneer.planning.predict import Prediction, PreparedData, predict_run
 from veneer.planning.target import CONTEXT, least_budget, this_device
+
+ON_HOST = "weights are in the host's memory, and Transformers cannot generate answers from there"
+ON_HOST_FIX = "leave evaluate.during out, or raise train.memory_budget"
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,15 @@ class RunParts:
     model: Any
 
 
-def load_parts(run: Run, force: bool = False) -> RunParts:
+def load_parts(
+    run: Run, force: bool = False, examine: Callable[[Prepared, Renderer], None] = lambda data, renderer: None
+) -> RunParts:
     """Load a run's parts.
 
     Args:
         run: The settings.
         force: whether to load a run that is predicted not to fit.
+        examine: function that gets the data and their renderer before the model is loaded, and may refuse them.
 
     Raises:
         UserError: Anything the user can mend.
@@ -57,11 +64,14 @@ def load_parts(run: Run, force: bool = False) -> RunParts:
     renderer = Renderer(tokenizer, run.data)
     data = prepare(run.data, renderer, run.train.seed)
     _require_objective(data)
+    examine(data, renderer)
     prediction = predict_run(run, target, PreparedData(data, renderer))
     _require_positions(prediction.planner.base.shapes.positions, data)
     if not force:
         _require_memory(prediction)
         _require_host_memory(prediction.forecast.placement, target.host_bytes)
+    if run.evaluate.during and _streams_weights(prediction):
+        raise UserError(f"evaluate.during: {ON_HOST}", ON_HOST_FIX)
     base = load_model(source, run.model, run.quantization, machine, _streams_weights(prediction))
     _require_embeddings(base, tokenizer, data)
     model = attach(base, run.adapter, run.train.seed, run.train.gradient_checkpointing is not False)

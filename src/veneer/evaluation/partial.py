@@ -1,0 +1,105 @@
+"""Answers are kept as they come, so that an evaluation that was interrupted goes on with the rows that are left.
+
+A file in the run's folder gets a line for each answer, once its batch is done; the evaluation that is whole deletes it.
+Its name is a hash of all that decides the answers, so another evaluation has another file. Batches are made as if
+nothing were known: those that are known are left out, others are answered whole. So an evaluation that goes on has the
+batches of one that was not interrupted, and its answers to the bit.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from veneer.config import Evaluate, RunFolder, UserError
+from veneer.config.files import file_sha256, read_json_lines
+from veneer.config.folder import make_folder
+from veneer.config.notify import notify_on_error
+from veneer.data.pipeline import HeldOut
+from veneer.machine.device import find_machine
+from veneer.model.fingerprint import fingerprint
+from veneer.model.tuned import TunedModel
+from veneer.training.job import environment
+
+
+@dataclass
+class KeptAnswers:
+    """The answers of one model, as tokens by the number of their prompt.
+
+    Attributes:
+        path: File that they are appended to.
+        model: Name of the model in the file.
+        known: Answers that are known.
+    """
+
+    path: Path
+    model: str
+    known: dict[int, list[int]] = field(default_factory=dict)
+
+    def holds(self, numbers: Sequence[int]) -> bool:
+        """Whether all these prompts are answered."""
+        return all(number in self.known for number in numbers)
+
+    def keep(self, answers: Mapping[int, list[int]]) -> None:
+        """Append answers; a disk that takes none costs only the going on."""
+        self.known |= answers
+        lines = [json.dumps({"model": self.model, "row": row, "ids": ids}) + "\n" for row, ids in answers.items()]
+        notify_on_error("answers to go on from", lambda: self._append("".join(lines)))
+
+    def _append(self, text: str) -> None:
+        make_folder(self.path.parent)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(text)
+
+
+class PartialAnswers:
+    """The answers of base and tuned model to an evaluation that is not whole.
+
+    Args:
+        folder: Folder of the file.
+        facts: All that decides the answers.
+    """
+
+    def __init__(self, folder: Path, facts: Mapping[str, Any]) -> None:
+        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        self.path = folder / f"partial-{key}.jsonl"
+        self._lines = []
+        if self.path.exists():
+            with suppress(UserError):  # damaged: it is answered anew
+                self._lines = read_json_lines(self.path, "model", "row", "ids", is_appended=True)
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in self._lines), encoding="utf-8")
+
+    @classmethod
+    def of_run(
+        cls, folder: RunFolder, tuned: TunedModel, held_out: Sequence[HeldOut], settings: Evaluate
+    ) -> "PartialAnswers":
+        """Return what an evaluation of a run with these rows and settings has left; rows at a time do not matter."""
+        rows = hashlib.sha256()
+        for row in held_out:
+            rows.update(f"{row.conversation.place} {row.example.ids.tolist()} {row.example.trained}\n".encode())
+        facts = {
+            "rows": rows.hexdigest(),
+            "max_new_tokens": settings.max_new_tokens,
+            "adapter": file_sha256(tuned.weights),
+            "base": fingerprint(tuned.source) or tuned.source.reference,
+            "quantization": tuned.quantization.model_dump() if tuned.quantization else None,
+            "dtype": tuned.dtype_name,
+            "machine": find_machine().as_dict()["name"],
+            **environment(),
+        }
+        return cls(folder.other_evaluations, facts)
+
+    def of(self, model: str) -> KeptAnswers:
+        """Return those of a model."""
+        known = {line["row"]: line["ids"] for line in self._lines if line["model"] == model}
+        return KeptAnswers(self.path, model, known)
+
+    def remove(self) -> None:
+        """Delete the file, once the evaluation is written; the folder too, where nothing else is in it."""
+        self.path.unlink(missing_ok=True)
+        folder = self.path.parent
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
