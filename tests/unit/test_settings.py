@@ -48,6 +48,7 @@ VALUES: dict[str, Any] = {
     "evaluate.metrics": ["length", "exact_match"],
     "evaluate.extract": "^.",
     "evaluate.json_schema": "files/schema.json",
+    "train.learning_rate": 5e-3,
     "train.warmup_ratio": 0.5,  # half of the default is no step of a short run
 }
 # What must be so for a setting to act.

@@ -3,7 +3,7 @@
 Training and `veneer verify` begin with it. Nothing is written.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from veneer.config import Run, UserError
@@ -11,8 +11,8 @@ from veneer.config.sizes import parse_size
 from veneer.data.pipeline import Prepared, prepare
 from veneer.data.render import Renderer
 from veneer.engine.placement import MemoryPlacement
-from veneer.machine.device import Machine, bound_freed_memory, find_machine, reset_peak
-from veneer.model.attach import attach
+from veneer.machine.device import Machine, bound_freed_memory, find_machine, release_memory, reset_peak
+from veneer.model.attach import attach, detach
 from veneer.model.load import load_model, load_tokenizer
 from veneer.model.locate import BaseSource, locate
 from veneer.planning.predict import Prediction, PreparedData, predict_run
@@ -64,9 +64,30 @@ def load_parts(run: Run, force: bool = False) -> RunParts:
         _require_host_memory(prediction.forecast.placement, target.host_bytes)
     base = load_model(source, run.model, run.quantization, machine, _streams_weights(prediction))
     _require_embeddings(base, tokenizer, data)
+    return RunParts(machine, source, tokenizer, renderer, data, prediction, _adapted(base, run, source))
+
+
+def fresh_parts(parts: RunParts, run: Run) -> RunParts:
+    """Return the parts of another run on the same base and rows: its forecast, and a fresh adapter.
+
+    Args:
+        parts: The parts that are loaded; their adapter is taken off the base, and they cannot be used any more.
+        run: The settings, which differ from those of `parts` in the sections `adapter` and `train` alone.
+
+    Raises:
+        UserError: The run is predicted not to fit, or an entry of target_modules matches nothing.
+    """
+    base = detach(parts.model)
+    release_memory()
+    prediction = predict_run(run, parts.prediction.planner.target, PreparedData(parts.data, parts.renderer))
+    _require_memory(prediction)
+    return replace(parts, prediction=prediction, model=_adapted(base, run, parts.source))
+
+
+def _adapted(base: Any, run: Run, source: BaseSource) -> Any:
     model = attach(base, run.adapter, run.train.seed, run.train.gradient_checkpointing is not False)
     model.peft_config["default"].base_model_name_or_path = source.reference  # of checkpoints, too
-    return RunParts(machine, source, tokenizer, renderer, data, prediction, model)
+    return model
 
 
 def _streams_weights(prediction: Prediction) -> bool:
