@@ -91,7 +91,7 @@ class SweepResult:
     Attributes:
         combinations: All of them, in their order.
         best: The finished one of the lowest held-out loss.
-        sweet_spot: Of those whose loss is not shown to be worse than the best, the one with fewest trained parameters.
+        sweet_spot: The smallest, by trained parameters, whose loss is not shown to be worse than the best.
         seeds: Number of seeds of each.
         rows: Held-out rows.
     """

@@ -97,7 +97,7 @@ class TrainingJob:
         engine, choice: the engine that computes losses and gradients, and why it was taken.
         placement: memory placement of the engine.
         held_out: the held-out rows.
-        rate_search: how `train.learning_rate: auto` was found; None: it was named, or found when the run began.
+        rate_search: search for `train.learning_rate: auto`; None: the rate was named, or found when the run began.
 
     Raises:
         UserError: Anything the user can mend; nothing has been written then.
