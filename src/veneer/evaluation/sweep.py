@@ -166,7 +166,7 @@ class SweepLoop:
                     f"rungs = {list(self._sweep.rungs)}: a run with {combination.name} has {steps} steps",
                     "name steps before the last one",
                 )
-        self._parts = parts
+        self._parts = fresh_parts(parts, self._run)
 
     @property
     def missing(self) -> int:

@@ -54,6 +54,10 @@ def plot_sweep(results: dict[str, Any], path: Path, title: str) -> None:
         axes.annotate(
             text, (one["trainable"], one["loss"]["value"]), (9, 5), textcoords="offset points", fontsize=7, color=INK
         )
+    # What was stopped may be far off; the others decide what is in sight.
+    ends = [one["loss"][end] for one in shown if one["status"] == "finished" for end in ("low", "high")]
+    room = max(ends) - min(ends) or 1.0
+    axes.set_ylim(min(ends) - 0.2 * room, max(ends) + room)
     axes.set_xscale("log")
     axes.margins(x=0.15)
     axes.set_xlabel("trained parameters")

@@ -75,12 +75,20 @@ def fresh_parts(parts: RunParts, run: Run) -> RunParts:
         run: The settings, which differ from those of `parts` in the sections `adapter` and `train` alone.
 
     Raises:
-        UserError: The run is predicted not to fit, or an entry of target_modules matches nothing.
+        UserError: The run is predicted not to fit beside a base that stays on the device, or an entry of target_modules
+            matches nothing.
     """
     base = detach(parts.model)
     release_memory()
+    reset_peak(parts.machine.device)
     prediction = predict_run(run, parts.prediction.planner.target, PreparedData(parts.data, parts.renderer))
     _require_memory(prediction)
+    if _streams_weights(parts.prediction) or _streams_weights(prediction):
+        raise UserError(
+            f"the base does not fit {prediction.forecast.target.name} as a whole: its weights would be streamed, and "
+            "such a base is loaded for a single run",
+            "name a smaller model.base, set `quantization: {bits: 4}`, or train each run by itself",
+        )
     return replace(parts, prediction=prediction, model=_adapted(base, run, parts.source))
 
 
