@@ -23,8 +23,8 @@ def sweep(
     planned = load_sweep(file)
     checks.require_inputs(planned.run)
     out = show.console(as_json)
-    trials = len(planned.combinations) * planned.sweep.seeds
-    out.print(f"sweep    {len(planned.combinations)} combinations, {planned.sweep.seeds} seeds, {trials} trials")
+    seeds = planned.sweep.seeds
+    out.print(f"sweep    {len(planned.combinations)} combinations, {seeds} seed{'s' if seeds > 1 else ''} each")
     with show.status(out, "loading") as status:
         import veneer
 
