@@ -74,7 +74,9 @@ def _kind(annotation: Any) -> str:
         return ", ".join(f"`{part}`" for part in get_args(annotation))
     if origin is typing.Annotated:
         base, *fields = get_args(annotation)
-        limits = ", ".join(_limit(item) for field in fields for item in field.metadata if _limit(item))
+        limits = ", ".join(
+            _limit(item) for field in fields if isinstance(field, FieldInfo) for item in field.metadata if _limit(item)
+        )
         return f"{_kind(base)} ({limits})" if base in (int, float) else _kind(base)
     if origin is tuple:
         return "list of names"

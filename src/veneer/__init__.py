@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from veneer.api.plan import plan
     from veneer.api.prepare import prepare
     from veneer.api.push import push
+    from veneer.api.sweep import sweep
     from veneer.api.train import train
     from veneer.config import JobError, Run, UserError, load_run
     from veneer.config.sampling import Sampling
@@ -45,6 +46,7 @@ __all__ = [
     "plan",
     "prepare",
     "push",
+    "sweep",
     "train",
     "unmerge",
     "verify",

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 
 from veneer.config import load_run
+from veneer.config.sweep import load_sweep
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-FILES = sorted(RECIPES.rglob("*.yaml"))
+SWEEPS = sorted(RECIPES.glob("sweep-*.yaml"))
+FILES = sorted(set(RECIPES.rglob("*.yaml")) - set(SWEEPS))
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # r, alpha, dropout, targets, bits, micro-batch, accumulation, epochs, max_length; the learning rate is 2e-4 in all.
 GUIDES = {
@@ -29,6 +31,13 @@ def test_a_recipe_parses(path: Path) -> None:
     run = load_run(path)
     assert run.train.output_dir.parts[0] == "runs"
     assert path.read_text().startswith("# ")
+
+
+def test_the_sweep_of_ranks_is_of_the_demos_run() -> None:
+    planned = load_sweep(RECIPES / "sweep-ranks.yaml")
+    assert [one.settings for one in planned.combinations] == [{"adapter.r": r} for r in (4, 8, 16, 32)]
+    assert planned.run.model == load_run(RECIPES / "smollm2-demo.yaml").model
+    assert [path.name for path in SWEEPS] == ["sweep-ranks.yaml"]
 
 
 @pytest.mark.parametrize("name", GUIDES)

@@ -51,6 +51,7 @@ VALUES: dict[str, Any] = {
     "evaluate.json_schema": "files/schema.json",
     "evaluate.during": ["exact_match"],
     "train.early_stopping": {"patience": 1, "min_delta": 5},
+    "train.learning_rate": 5e-3,
     "train.warmup_ratio": 0.5,  # half of the default is no step of a short run
 }
 # What must be so for a setting to act.

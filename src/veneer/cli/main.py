@@ -14,7 +14,22 @@ from typing import Annotated
 
 import typer
 
-from veneer.cli import certify, data, demo, doctor, evaluate, export, generate, init, merge, plan, push, train, verify
+from veneer.cli import (
+    certify,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    init,
+    merge,
+    plan,
+    push,
+    sweep,
+    train,
+    verify,
+)
 from veneer.cli.lasting import lasting_output, polite_kills
 
 app = typer.Typer(
@@ -25,7 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog="Try `veneer demo` first. --debug anywhere on the line shows the traceback of an error.",
 )
-for module in (demo, doctor, init, plan, data, verify, train, evaluate, generate, export, certify, push):
+for module in (demo, doctor, init, plan, data, verify, train, sweep, evaluate, generate, export, certify, push):
     name = module.__name__.rsplit(".", 1)[-1]
     app.command(name)(getattr(module, name))
 app.command("merge")(merge.merge)

@@ -60,7 +60,7 @@ def load_run(path: str | Path, overrides: Iterable[str] = ()) -> Run:
     """
     require_path(str(path), "run")
     path = Path(path)
-    values, places = _parse(read_text(path, MOST_BYTES, "name an existing YAML file of a run"), path)
+    values, places = parse_mapping(read_text(path, MOST_BYTES, "name an existing YAML file of a run"), path)
     if "train" not in values:
         values["train"] = {}
     if isinstance(values["train"], dict):
@@ -112,7 +112,12 @@ def validate(values: dict[str, Any], places: dict[Path_, str], source: str, run:
 
 def to_yaml(run: Run) -> str:
     """The resolved run, every default spelled out; `load_run` reads it back to an equal object."""
-    return RUN_HEADER + yaml.dump(run.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return RUN_HEADER + dump_yaml(run.model_dump(mode="json"))
+
+
+def dump_yaml(values: dict[str, Any]) -> str:
+    """Plain values as YAML, which is read back here to the same values."""
+    return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 def scalar(value: str) -> str:
@@ -129,13 +134,25 @@ def yaml_values(text: str, where: str) -> Any:
     return _document(text, where)[1]
 
 
-def _parse(text: str, path: Path) -> tuple[dict[str, Any], dict[Path_, str]]:
-    """Plain values of a YAML mapping, and the place of every key."""
+def parse_mapping(
+    text: str,
+    path: Path,
+    form: str = "a run is a mapping of sections (model:, data:, ...)",
+    least: str = "model.base and data.train",
+) -> tuple[dict[str, Any], dict[Path_, str]]:
+    """Plain values of a YAML mapping, and the place of every key.
+
+    Args:
+        text: the YAML.
+        path: file that it stands in.
+        form: sentence about what it should be, for messages.
+        least: keys that it needs, for messages.
+    """
     node, values = _document(text, str(path))
     if node is None:
-        raise UserError(f"{path}: the file is empty", "name at least model.base and data.train")
+        raise UserError(f"{path}: the file is empty", f"name at least {least}")
     if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{path}: a run is a mapping of sections (model:, data:, ...)")
+        raise UserError(f"{path}: {form}")
     places: dict[Path_, str] = {}
     _collect(node, (), path, places)
     return values, places

@@ -10,7 +10,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator
 
 from veneer.config.rows import rows_as_file
 from veneer.config.sizes import parse_size
@@ -230,6 +230,13 @@ class EarlyStopping(Section):
     min_delta: float = Field(0.0, ge=0, description="An improvement of no more than this is none.")
 
 
+# One of the two by its value, so that a wrong number is told by the limits of a rate alone.
+LearningRate = Annotated[
+    Annotated[float, Field(gt=0, le=1), Tag("rate")] | Annotated[Literal["auto"], Tag("auto")],
+    Discriminator(lambda value: "auto" if value == "auto" else "rate"),
+]
+
+
 class Train(Section):
     """The training loop, as in Transformers' TrainingArguments."""
 
@@ -238,7 +245,11 @@ class Train(Section):
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides num_train_epochs.")
     per_device_train_batch_size: int = Field(4, ge=1, description="Rows in a micro-batch.")
     gradient_accumulation_steps: int = Field(4, ge=1, description="Micro-batches in an optimizer step.")
-    learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate.")
+    learning_rate: LearningRate = Field(
+        2e-4,
+        description="Peak learning rate. auto: before the run, a few rates are each tried for a few steps and compared "
+        "by their held-out loss; it takes at most 15% of the run.",
+    )
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field("cosine", description="Decay after the warmup.")
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of the steps in which the learning rate rises.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled decay.")

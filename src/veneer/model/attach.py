@@ -41,6 +41,16 @@ def attach(base: Any, adapter: Adapter, seed: int, gradient_checkpointing: bool 
     return model
 
 
+def detach(model: Any) -> Any:
+    """Take the adapter off a base model, in place; return the base as it was before `attach`."""
+    base = model.unload()
+    if hasattr(base, "peft_config"):  # PEFT leaves it there, and would count a second adapter
+        del base.peft_config
+    with quiet():
+        base.gradient_checkpointing_disable()
+    return base
+
+
 def _notify_left_out(model: Any, adapter: Adapter) -> None:
     """Warn if all-linear has left experts without an adapter."""
     stacked = {name: p for name, p in model.get_base_model().named_parameters() if p.dim() == 3 and "expert" in name}

@@ -246,7 +246,7 @@ def _(s: Situation) -> Finding:
 @_warning("learning-rate", "train.learning_rate", "arXiv 2106.09685, 2305.14314; ten times that of full training")
 def _(s: Situation) -> Finding:
     rate = s.run.train.learning_rate
-    if RATES[0] <= rate <= RATES[1]:
+    if rate == "auto" or RATES[0] <= rate <= RATES[1]:
         return None
     return f"{rate:g} is {'low' if rate < RATES[0] else 'high'} for LoRA", "set train.learning_rate=2e-4"
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from veneer.data.batch import Example
 from veneer.data.pipeline import Part
+from veneer.training.paired_losses import RowLosses
 
 
 class HeldOutRows(Sequence[Example]):
@@ -23,6 +24,12 @@ class HeldOutRows(Sequence[Example]):
         self._part = part
         self._order = np.argsort(-part.lengths, kind="stable")
         self.lengths = part.lengths[self._order]
+
+    def by_row(self, losses: Sequence[float]) -> RowLosses:
+        """Add up the losses of examples, in this order, by the row that each is of; rows are in the data's order."""
+        _, number = np.unique(self._part.corpus.row_of[self._part.examples[self._order]], return_inverse=True)
+        weights = [example.weight for example in self]
+        return RowLosses(*(tuple(np.bincount(number, values).tolist()) for values in (losses, weights)))
 
     def __len__(self) -> int:
         return len(self._order)

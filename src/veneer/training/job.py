@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from functools import partial
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -24,12 +25,13 @@ from veneer.config.folder import remove, whole_folder, write_json, write_text
 from veneer.config.load import to_yaml
 from veneer.config.names import anchored
 from veneer.config.notify import kept_in, notify
-from veneer.data.batch import Batch, Batches
+from veneer.data.batch import Batch, Batches, Example
 from veneer.data.pipeline import Part, Prepared
 from veneer.data.render import Renderer
 from veneer.engine.choose import choose
-from veneer.engine.interface import BatchShapes, Engine
+from veneer.engine.interface import BatchShapes, Engine, document_losses
 from veneer.engine.placement import MemoryPlacement
+from veneer.machine.batching import Batching
 from veneer.machine.device import peak_bytes, resolve_optim
 from veneer.model.attach import count_parameters, save_adapter
 from veneer.model.fingerprint import config_sha256, fingerprint
@@ -43,7 +45,9 @@ from veneer.training.memory import need_and_fix, place
 from veneer.training.metrics import Listener, MetricsFile, read_metrics
 from veneer.training.objectives import OBJECTIVES
 from veneer.training.optimizer import parameters_to_update
-from veneer.training.parts import load_parts
+from veneer.training.paired_losses import RowLosses
+from veneer.training.parts import RunParts, load_parts
+from veneer.training.rate_search import RateSearch, find_rate, with_rate
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers", "numpy")
 MEASURABLE = ("cuda",)  # devices where too little memory is an error to catch; elsewhere it may end the process
@@ -113,11 +117,14 @@ class TrainingJob:
         force: whether to load a run that is predicted not to fit.
         overwrite: Replace the run that is in the folder, once this one is ready to begin.
         make_during: Function that makes what measures `evaluate.during`; None: for runs without that setting.
+        parts: Parts of the run, loaded already; None: they are loaded.
 
     Attributes:
         machine, source, tokenizer, renderer, data, prediction, model: the parts, for others to show or evaluate.
         engine, choice: the engine that computes losses and gradients, and why it was taken.
         placement: memory placement of the engine.
+        held_out: the held-out rows.
+        rate_search: search for `train.learning_rate: auto`; None: the rate was named, or found when the run began.
 
     Raises:
         UserError: Anything the user can mend; nothing has been written then.
@@ -131,6 +138,7 @@ class TrainingJob:
         force: bool = False,
         overwrite: bool = False,
         make_during: MakeDuring | None = None,
+        parts: RunParts | None = None,
     ) -> None:
         assert make_during is not None or not run.evaluate.during, "api/train.py hands it what measures"
         self.run = run
@@ -146,7 +154,7 @@ class TrainingJob:
         else:
             self._require_folder()
         run = self.run
-        parts = load_parts(run, force, self._examine)
+        parts = parts or load_parts(run, force, self._examine)
         if parts.renderer.is_dated:
             self.run = run = _dated(run, parts.renderer.settings.template_date)
         self.machine, self.source, self.tokenizer = parts.machine, parts.source, parts.tokenizer
@@ -156,27 +164,20 @@ class TrainingJob:
         self.engine = self.choice.engine
         self.parameters = count_parameters(self.model)
         train = run.train
-        batches = Batches(
-            self.data.train,
-            self.data.train.lengths,
-            train.per_device_train_batch_size,
-            train.gradient_accumulation_steps,
-            train.seed,
-            run.data.max_length if run.data.packing else None,
-        )
+        batches = batches_of(run, self.data.train)
         forecast = self.prediction.forecast
-        held_out = HeldOutRows(self.data.validation)
-        at_a_time = forecast.rows_at_a_time.get("evaluation", run.evaluate.batch_size)
+        self.held_out = held_out = HeldOutRows(self.data.validation)
+        self._rows_at_a_time = at_a_time = forecast.rows_at_a_time.get("evaluation", run.evaluate.batch_size)
         explain = partial(need_and_fix, self.prediction, self.machine.device)
         self.placement, most_tokens = self._place(batches, tuple(held_out.lengths[:at_a_time].tolist()), explain)
-        self._loop = Loop(
+        make_loop = partial(
+            Loop,
             model=self.model,
             engine=self.engine,
             objective=OBJECTIVES["supervised"],
             batches=batches,
             held_out=held_out,
             rows_at_a_time=at_a_time,
-            train=train,
             checkpoints=self.folder.checkpoints,
             began_with={
                 "training rows (or their tokenizer or template)": self.data.ledger.sha256["train"],
@@ -191,6 +192,11 @@ class TrainingJob:
             scale_loss=compute_dtype(run.model, self.machine) == torch.float16,
             during=self._measure_during,
         )
+        self.rate_search: RateSearch | None = None
+        if train.learning_rate == "auto":
+            self.rate_search = find_rate(train, batches, held_out, self.measure_held_out, self.model, make_loop)
+            self.run = run = with_rate(run, self.rate_search.rate)
+        self._loop = make_loop(train=run.train)
         follows = "train.keep" if train.keep == "best" else "train.early_stopping" if train.early_stopping else None
         if follows and train.eval_steps is not None and train.eval_steps >= self.steps:
             notify(
@@ -240,6 +246,23 @@ class TrainingJob:
 
         return place(plan, batches.largest(), explain)
 
+    def measure_held_out(self, rows: Sequence[Example] | None = None) -> list[float]:
+        """Measure the summed loss of each held-out example as the adapter is now; None: of all, in their order."""
+        batching = Batching(self._rows_at_a_time, "lower data.max_length", "held-out losses")
+        of_batches = batching.over(
+            self.held_out if rows is None else rows, lambda rows: document_losses(self.engine, Batch.of(rows))
+        )
+        return list(chain.from_iterable(of_batches))
+
+    def row_losses(self) -> RowLosses:
+        """Measure the loss of each held-out row as the adapter is now; pieces of one text are one row."""
+        return self.held_out.by_row(self.measure_held_out())
+
+    @property
+    def was_stopped(self) -> bool:
+        """Whether the user asked to stop while the last step was made."""
+        return self._loop.was_stopped
+
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
@@ -265,9 +288,22 @@ class TrainingJob:
             JobError: Training failed. Interrupted: the user stopped it; it can be resumed.
         """
         with self.folder.locked():
-            return self._fit(listeners, write_extras)
+            self._begin()
+            with kept_in(self.folder.events):
+                return self._train(listeners, write_extras)
 
-    def _fit(self, listeners: tuple[Listener, ...], write_extras: WriteExtras) -> Trained:
+    def fit_until(self, step: int) -> None:
+        """Train to a step and leave a checkpoint there, from which a job that resumes the run goes on.
+
+        Raises:
+            UserError, JobError, Interrupted: See `fit`.
+        """
+        with self.folder.locked():
+            self._begin()
+            with kept_in(self.folder.events):
+                self._run_loop((), until=step)
+
+    def _begin(self) -> None:
         # All is looked at again: another process may have had the folder since.
         if self._resume:
             self._require_resumable()
@@ -284,15 +320,17 @@ class TrainingJob:
         else:  # a run that was killed before its first checkpoint begins anew
             torch.manual_seed(self.run.train.seed)
             self._begin_folder()
-        with kept_in(self.folder.events):
-            return self._train(listeners, write_extras)
 
-    def _train(self, listeners: tuple[Listener, ...], write_extras: WriteExtras) -> Trained:
+    def _run_loop(self, listeners: tuple[Listener, ...], until: int | None = None) -> float:
+        """Train, and write metrics.jsonl; returns tokens per second."""
         metrics = MetricsFile(self.folder.metrics)
         self._loop.recall(metrics.restart(self._loop.done))
         # A placement that was chosen by its size has measured the passes that need most.
         is_untried = self.machine.device in MEASURABLE and not self.placement.least_bytes
-        speed = self._loop.run((metrics.append, *listeners), try_largest=is_untried)
+        return self._loop.run((metrics.append, *listeners), try_largest=is_untried, until=until)
+
+    def _train(self, listeners: tuple[Listener, ...], write_extras: WriteExtras) -> Trained:
+        speed = self._run_loop(listeners)
         trained = Trained(
             run_dir=str(self.folder.path),
             steps=self._loop.done,
@@ -312,6 +350,7 @@ class TrainingJob:
     def plan(self) -> dict[str, Any]:
         """Return how the run is placed on this machine, and the prediction of its memory and time."""
         train = self.run.train
+        found = {} if self.rate_search is None else {"learning_rate": self.rate_search.as_dict()}
         return self.prediction.as_dict() | {
             "machine": self.machine.as_dict(),
             "engine": self.engine.name,
@@ -323,6 +362,7 @@ class TrainingJob:
             "parameters": self.parameters,
             "steps": self.steps,
             "rows_per_step": train.per_device_train_batch_size * train.gradient_accumulation_steps,
+            **found,
         }
 
     def _require_folder(self) -> None:
@@ -351,6 +391,7 @@ class TrainingJob:
             )
         if self.run.data.template_date is None:
             self.run = _dated(self.run, load_run(self.folder.run).data.template_date)
+        self.run = _with_found_rate(self.run, self.folder)
         _require_same_settings(self.folder, self.run)
 
     def _require_same_placement(self) -> None:
@@ -376,7 +417,7 @@ def finished(run: Run) -> Trained | None:
     folder = RunFolder(run.train.output_dir.expanduser())
     if not (folder.run.exists() and folder.adapter.exists()):
         return None
-    _require_same_settings(folder, run)
+    _require_same_settings(folder, _with_found_rate(run, folder))
     with contextlib.suppress(OSError, UserError), folder.locked():  # it may be read-only, or about to end
         folder.clear_unfinished()
     lines = read_metrics(folder.metrics)
@@ -393,6 +434,19 @@ def finished(run: Run) -> Trained | None:
         peak_bytes=max((line["peak_bytes"] for line in steps), default=0),
         **best.as_dict(),
         kept_step=best.kept_step(run.train.keep, done),
+    )
+
+
+def batches_of(run: Run, part: Part) -> Batches:
+    """Return all steps of a run over its training rows."""
+    train = run.train
+    return Batches(
+        part,
+        part.lengths,
+        train.per_device_train_batch_size,
+        train.gradient_accumulation_steps,
+        train.seed,
+        run.data.max_length if run.data.packing else None,
     )
 
 
@@ -422,6 +476,11 @@ def environment() -> dict[str, Any]:
 def _dated(run: Run, day: date | None) -> Run:
     """Return the run with its template's date fixed, on whatever day the run is resumed."""
     return run.model_copy(update={"data": run.data.model_copy(update={"template_date": day})})
+
+
+def _with_found_rate(run: Run, folder: RunFolder) -> Run:
+    """Return the run with the rate that its folder says was found for it, where it asks for one to be found."""
+    return with_rate(run, load_run(folder.run).train.learning_rate) if run.train.learning_rate == "auto" else run
 
 
 def _last_loss(folder: RunFolder) -> float | None:

@@ -106,6 +106,7 @@ class Loop:
         self.steps = batches.steps(train.num_train_epochs, train.max_steps)
         self.done = 0
         self.loss: float | None = None  # of the last step that was made here
+        self.was_stopped = False  # a stop was asked for during the last step, which had nothing left to stop
         self._has_gradients = False
 
     def resume(self, path: Path) -> None:
@@ -125,8 +126,10 @@ class Loop:
                 "restore it, or start a new run in another train.output_dir",
             )
 
-    def run(self, listeners: Sequence[Listener], try_largest: bool = False) -> float:
-        """Train to the end, or until `train.early_stopping` ends it; returns the mean of all steps' tokens per second.
+    def run(self, listeners: Sequence[Listener], try_largest: bool = False, until: int | None = None) -> float:
+        """Train to the end, to the step `until`, or until `train.early_stopping` ends it.
+
+        Returns the mean of all steps' tokens per second.
 
         A checkpoint comes before the evaluation of its step, which a resumed run makes again: an evaluation may take
         longer than whoever stops the run waits for it.
@@ -134,6 +137,7 @@ class Loop:
         Args:
             listeners: Callbacks that get each record of metrics.jsonl.
             try_largest: Whether to run the largest micro-batch first, so that a run that does not fit ends at once.
+            until: Step at which to stop with a checkpoint, from which the run can go on; None: the last one.
 
         Raises:
             JobError: The loss of a step is not finite, an adapter gets no gradient, or a row does not fit into memory.
@@ -141,18 +145,19 @@ class Loop:
         """
         train = self._train
         tokens, seconds = 0, 0.0
+        last = self.steps if until is None else min(until, self.steps)
         try:
             with stop_signal() as stopped:
-                if try_largest and self.done < self.steps:
+                if try_largest and self.done < last:
                     self._try_largest()
                 if self.done:
                     self._evaluate_if_due(listeners, stopped)
-                while self.done < self.steps and not self.best.is_over:
+                while self.done < last and not self.best.is_over:
                     record = self._step(self.done)
                     self.done += 1
                     self.loss = record["loss"]
                     tokens, seconds = tokens + record["tokens"], seconds + record["seconds"]
-                    is_last = self.done == self.steps
+                    is_last = self.done == last
                     if self.done % train.logging_steps == 0 or is_last:
                         _report(listeners, record)
                     if is_last or stopped() or _due(self.done, train.save_steps):
@@ -160,7 +165,9 @@ class Loop:
                     if stopped() and not is_last:
                         raise Interrupted(self._checkpoint())
                     self._evaluate_if_due(listeners, stopped)
-                self._finish()
+                self.was_stopped = stopped()
+                if self.done == self.steps or self.best.is_over:
+                    self._finish()
         except torch.OutOfMemoryError as error:
             shortage = describe(error)  # beside a step's passes, where nothing can be made smaller
         else:
@@ -194,6 +201,15 @@ class Loop:
     def _protected(self) -> int | None:
         """The step whose checkpoint is never deleted; None: there is no such step."""
         return self.best.step if self._train.keep == "best" else None
+
+    def train_briefly(self) -> None:
+        """Make all steps with no record, no checkpoint and no held-out loss, as a trial of settings needs none.
+
+        Raises:
+            JobError: See `run`.
+        """
+        for number in range(self.steps):
+            self._step(number)
 
     def _try_largest(self) -> None:
         """Run the largest micro-batch forward and backward; it changes nothing but what fits."""
@@ -236,6 +252,7 @@ class Loop:
     def _step(self, number: int) -> dict[str, Any]:
         started = time.perf_counter()
         train = self._train
+        assert train.learning_rate != "auto", "it is found before the loop is made"
         rate = learning_rate(number, self.steps, train.learning_rate, train.warmup_ratio, train.lr_scheduler_type)
         for group in self._optimizer.param_groups:
             group["lr"] = rate

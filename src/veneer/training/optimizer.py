@@ -33,6 +33,7 @@ def parameters_to_update(model: Any, engine: Engine, train: Train, device: str) 
 def build_optimizer(parameters: Iterable[torch.nn.Parameter], train: Train, device: str) -> torch.optim.Optimizer:
     """Make AdamW over the adapter's parameters; the loop sets the learning rate before each step."""
     name = resolve_optim(train.optim, device)
+    assert train.learning_rate != "auto", "it is found before the optimizer is made"
     settings: dict[str, Any] = {
         "lr": train.learning_rate,
         "betas": BETAS,

@@ -4,7 +4,7 @@ Training and `veneer verify` begin with it. Nothing is written.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from veneer.config import Run, UserError
@@ -12,8 +12,8 @@ from veneer.config.sizes import parse_size
 from veneer.data.pipeline import Prepared, prepare
 from veneer.data.render import Renderer
 from veneer.engine.placement import MemoryPlacement
-from veneer.machine.device import Machine, bound_freed_memory, find_machine, reset_peak
-from veneer.model.attach import attach
+from veneer.machine.device import Machine, bound_freed_memory, find_machine, release_memory, reset_peak
+from veneer.model.attach import attach, detach
 from veneer.model.load import load_model, load_tokenizer
 from veneer.model.locate import BaseSource, locate
 from veneer.planning.predict import Prediction, PreparedData, predict_run
@@ -74,9 +74,38 @@ def load_parts(
         raise UserError(f"evaluate.during: {ON_HOST}", ON_HOST_FIX)
     base = load_model(source, run.model, run.quantization, machine, _streams_weights(prediction))
     _require_embeddings(base, tokenizer, data)
+    return RunParts(machine, source, tokenizer, renderer, data, prediction, _adapted(base, run, source))
+
+
+def fresh_parts(parts: RunParts, run: Run) -> RunParts:
+    """Return the parts of another run on the same base and rows: its forecast, and a fresh adapter.
+
+    Args:
+        parts: The parts that are loaded; their adapter is taken off the base, and they cannot be used any more.
+        run: The settings, which differ from those of `parts` in the sections `adapter` and `train` alone.
+
+    Raises:
+        UserError: The run is predicted not to fit beside a base that stays on the device, or an entry of target_modules
+            matches nothing.
+    """
+    base = detach(parts.model)
+    release_memory()
+    reset_peak(parts.machine.device)
+    prediction = predict_run(run, parts.prediction.planner.target, PreparedData(parts.data, parts.renderer))
+    _require_memory(prediction)
+    if _streams_weights(parts.prediction) or _streams_weights(prediction):
+        raise UserError(
+            f"the base does not fit {prediction.forecast.target.name} as a whole: its weights would be streamed, and "
+            "such a base is loaded for a single run",
+            "name a smaller model.base, set `quantization: {bits: 4}`, or train each run by itself",
+        )
+    return replace(parts, prediction=prediction, model=_adapted(base, run, parts.source))
+
+
+def _adapted(base: Any, run: Run, source: BaseSource) -> Any:
     model = attach(base, run.adapter, run.train.seed, run.train.gradient_checkpointing is not False)
     model.peft_config["default"].base_model_name_or_path = source.reference  # of checkpoints, too
-    return RunParts(machine, source, tokenizer, renderer, data, prediction, model)
+    return model
 
 
 def _streams_weights(prediction: Prediction) -> bool:

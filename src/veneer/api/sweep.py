@@ -1,0 +1,103 @@
+"""Carries out a sweep over settings of a run, and writes its table, its plot and the runs to take."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from veneer.api.train import finish
+from veneer.config import RunFolder, UserError
+from veneer.config.folder import write_json, write_text
+from veneer.config.load import to_yaml
+from veneer.config.names import anchored
+from veneer.config.notify import collected, notify_on_error
+from veneer.config.sweep import PlannedSweep, load_sweep
+from veneer.evaluation.sweep import OnRecord, SweepLoop, SweepResult, winning_run
+from veneer.report.sweep_plot import plot_sweep
+
+
+@dataclass(frozen=True)
+class Swept:
+    """The report of a sweep.
+
+    Attributes:
+        folder: Folder of the sweep.
+        result: Results of all combinations.
+    """
+
+    folder: Path
+    result: SweepResult
+
+    def as_dict(self) -> dict[str, Any]:
+        files = {name: str(self.folder / f"{name}.yaml") for name in ("best", "sweet-spot")}
+        return self.result.as_dict() | {"sweep_dir": str(self.folder), "runs": files}
+
+
+def sweep(
+    file: str | Path | PlannedSweep,
+    resume: bool = False,
+    on_record: OnRecord = lambda record: None,
+    on_load: Callable[[], None] = lambda: None,
+) -> Swept:
+    """Train each combination of settings of a sweep on one loaded base, and compare them by held-out loss.
+
+    Example:
+        swept = veneer.sweep("ranks.yaml")
+
+    Args:
+        file: YAML file of the sweep, or what `load_sweep` read from it.
+        resume: whether to go on with the sweep that is in its folder.
+        on_record: callback that gets each line of trials.jsonl as it is written.
+        on_load: callback that is called once base and rows are loaded.
+
+    Raises:
+        UserError: The sweep or one of its runs is not right; nothing was written.
+        JobError: No combination could be trained. Interrupted: The user stopped it; it can be resumed.
+    """
+    planned = file if isinstance(file, PlannedSweep) else load_sweep(file)
+    folder = planned.sweep.output_dir.expanduser()
+    require_sweep_folder(planned, resume)
+    with collected():
+        loop = SweepLoop(planned, folder, finish, on_record)
+        if loop.missing:
+            loop.load()
+        on_load()
+        with RunFolder(folder).locked():
+            require_sweep_folder(planned, resume)
+            if not resume:
+                write_text(folder / "sweep.yaml", planned.to_yaml())
+            result = loop.run()
+            _write_results(folder, planned, result)
+    return Swept(folder, result)
+
+
+def require_sweep_folder(planned: PlannedSweep, resume: bool) -> None:
+    """Raise UserError where a sweep's folder is not free, or does not hold this sweep to go on with."""
+    folder = planned.sweep.output_dir.expanduser()
+    file = folder / "sweep.yaml"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir = {folder}: is a file", "name a folder in output_dir")
+    if not resume:
+        if folder.is_dir() and any(entry.name != ".lock" for entry in folder.iterdir()):
+            what = "already holds a sweep" if file.exists() else "is not empty"
+            fix = "--resume to go on with it, or another output_dir" if file.exists() else "name another output_dir"
+            raise UserError(f"output_dir = {folder}: {what}", fix)
+        return
+    if not file.exists():
+        raise UserError(f"output_dir = {folder}: holds no sweep to resume", "start it without --resume")
+    before, now = (one.sweep.model_dump(mode="json") for one in (load_sweep(file), planned))
+    changed = sorted(key for key in now if key not in ("output_dir", "keep_runs") and before[key] != now[key])
+    if changed:
+        raise UserError(
+            f"output_dir = {folder}: the sweep began with another {', '.join(changed)}",
+            "resume it with the settings it began with, or name another output_dir",
+        )
+
+
+def _write_results(folder: Path, planned: PlannedSweep, result: SweepResult) -> None:
+    for name, winner in (("best", result.best), ("sweet-spot", result.sweet_spot)):
+        run = anchored(winning_run(winner, Path("runs") / f"{folder.name}-{name}"))
+        write_text(folder / f"{name}.yaml", to_yaml(run))
+    write_json(folder / "results.json", result.as_dict())
+    title = f"{folder.name}: {planned.run.model.base}"
+    notify_on_error("sweep.png", lambda: plot_sweep(result.as_dict(), folder / "sweep.png", title))
