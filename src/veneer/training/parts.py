@@ -58,7 +58,6 @@ def load_parts(
     target = this_device(machine, run.train.memory_budget)
     if machine.device == "cpu":
         bound_freed_memory()
-    reset_peak(machine.device)
     source = locate(run.model)
     tokenizer = load_tokenizer(source)
     renderer = Renderer(tokenizer, run.data)
@@ -72,6 +71,7 @@ def load_parts(
         _require_host_memory(prediction.forecast.placement, target.host_bytes)
     if run.evaluate.during and _streams_weights(prediction):
         raise UserError(f"evaluate.during: {ON_HOST}", ON_HOST_FIX)
+    reset_peak(machine.device)
     base = load_model(source, run.model, run.quantization, machine, _streams_weights(prediction))
     _require_embeddings(base, tokenizer, data)
     return RunParts(machine, source, tokenizer, renderer, data, prediction, _adapted(base, run, source))
