@@ -1,6 +1,6 @@
 """What attention costs where it adds in a fixed order, and whether it then gives the same bits each time.
 
-    python3 bench/attention.py          # needs a Hopper GPU; a minute; writes bench/results/attention.json
+    python3 bench/attention.py          # needs a Hopper GPU, without flash-attn-4; writes bench/results/attention.json
 
 32 heads of queries and 8 of keys and values of width 128. Documents of random lengths, one behind the other, through
 flash: its backward in any order (torch's default) and in a fixed one. Rows of one length through cuDNN: as torch calls

@@ -18,7 +18,7 @@ from veneer.evaluation.gate import (
     check_gate,
     parse_gate,
     require_names,
-    rows_to_settle,
+    rows_needed,
 )
 from veneer.evaluation.intervals import Interval, proportion
 
@@ -80,12 +80,12 @@ def test_a_check_names_the_bound_the_end_and_the_rows_that_would_settle_it() -> 
 
 def test_the_rows_it_names_settle_it() -> None:
     bound = Bound("exact_match", ">=", 0.95, 1)
-    found = rows_to_settle(bound, Measured(proportion(60, 60), 60, "share"))
+    found = rows_needed(bound, Measured(proportion(60, 60), 60, "share"))
     assert found is not None
     assert proportion(found, found).low >= 0.95 > proportion(found - 1, found - 1).low
-    assert rows_to_settle(bound, Measured(Interval(0.95, 0.9, 0.97), 60, "share")) is None
+    assert rows_needed(bound, Measured(Interval(0.95, 0.9, 0.97), 60, "share")) is None
     # Of a mean, an interval half as wide needs four times the rows.
-    assert rows_to_settle(Bound("loss", "<=", 1.0, 1), Measured(Interval(0.5, 0.0, 1.5), 50)) == 200
+    assert rows_needed(Bound("loss", "<=", 1.0, 1), Measured(Interval(0.5, 0.0, 1.5), 50)) == 200
 
 
 @pytest.mark.parametrize(

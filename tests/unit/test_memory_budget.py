@@ -20,9 +20,9 @@ from veneer.machine.device import Machine
 from veneer.planning.base import PlannedModel
 from veneer.planning.predict import predict_run
 from veneer.planning.target import CONTEXT, DEFERRED, device_named, least_budget, this_device
-from veneer.training import job as training_job
 from veneer.training import parts as training_parts
 from veneer.training.job import TrainingJob
+from veneer.training.same_settings import differences
 
 GiB = 2**30
 Call = Callable[..., tuple[int, str, str]]
@@ -213,4 +213,4 @@ def test_the_engine_hears_of_the_budget_less_what_cuda_takes(run_file: Path, mon
 
 def test_a_run_may_go_on_with_another_budget(run_file: Path) -> None:
     began = load_run(run_file, ["train.memory_budget=12GiB"])
-    assert training_job._differences(began, load_run(run_file)) == []
+    assert differences(began, load_run(run_file)) == []

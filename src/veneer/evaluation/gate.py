@@ -148,7 +148,7 @@ def check_gate(condition: Condition, measured: Mapping[str, Measured]) -> list[C
     return [_check(part, measured) for part in parts]
 
 
-def rows_to_settle(bound: Bound, measured: Measured) -> int | None:
+def rows_needed(bound: Bound, measured: Measured) -> int | None:
     """Estimate how many rows would settle a bound that these rows leave open, if they came out like these.
 
     Returns:
@@ -200,7 +200,7 @@ def _why_not(bound: Bound, measured: Measured) -> str:
     found = f"{value} ({low} to {high}) on {measured.rows:,} rows"
     if not bound.holds(interval.high if bound.is_lower else interval.low):
         return f"{found}: shown not to hold"
-    needed = rows_to_settle(bound, measured)
+    needed = rows_needed(bound, measured)
     if needed is None:
         return f"{found}: too near to the bound for {MOST_ROWS:,} rows"
     outcome = "show it" if bound.holds(interval.value) else "show that it does not hold"

@@ -378,7 +378,7 @@ def _(s: Situation) -> Finding:
     )
 
 
-@_info("flash4-missing", "data.max_length", "bench/attention.py")
+@_info("flash4-missing", "data.max_length", "bench/attention_backends.py")
 def _(s: Situation) -> Finding:
     forecast = s.forecast
     takes_it = forecast.target.device == "cuda" and forecast.target.capability in flash4.LARGEST_HEAD

@@ -48,26 +48,12 @@ from veneer.training.optimizer import parameters_to_update
 from veneer.training.paired_losses import RowLosses
 from veneer.training.parts import RunParts, load_parts
 from veneer.training.rate_search import RateSearch, find_rate, with_rate
+from veneer.training.same_settings import require_same_settings
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers", "numpy")
 MEASURABLE = ("cuda",)  # devices where too little memory is an error to catch; elsewhere it may end the process
 WriteExtras = Callable[[Path, "Trained"], None]
 Resume = bool | Literal["auto"]
-# Settings that may differ when a run is resumed: none of them changes a number of the training.
-MAY_CHANGE = {
-    "model.base",  # its weights and its configuration are compared
-    "model.revision",
-    "data.workers",
-    "quantization.cache",
-    "train.output_dir",
-    "train.gradient_checkpointing",
-    "train.memory_budget",
-    "train.engine",  # what it came to is compared
-    "train.logging_steps",
-    "train.eval_steps",
-    "train.save_steps",
-    "train.save_total_limit",
-}
 
 
 class DuringMetrics(Protocol):
@@ -392,7 +378,7 @@ class TrainingJob:
         if self.run.data.template_date is None:
             self.run = _dated(self.run, load_run(self.folder.run).data.template_date)
         self.run = _with_found_rate(self.run, self.folder)
-        _require_same_settings(self.folder, self.run)
+        require_same_settings(self.folder, self.run)
 
     def _require_same_placement(self) -> None:
         """Require the placement the run began with: `auto` means other things on other machines."""
@@ -417,7 +403,7 @@ def finished(run: Run) -> Trained | None:
     folder = RunFolder(run.train.output_dir.expanduser())
     if not (folder.run.exists() and folder.adapter.exists()):
         return None
-    _require_same_settings(folder, _with_found_rate(run, folder))
+    require_same_settings(folder, _with_found_rate(run, folder))
     with contextlib.suppress(OSError, UserError), folder.locked():  # it may be read-only, or about to end
         folder.clear_unfinished()
     lines = read_metrics(folder.metrics)
@@ -486,30 +472,3 @@ def _with_found_rate(run: Run, folder: RunFolder) -> Run:
 def _last_loss(folder: RunFolder) -> float | None:
     """Return the loss of the last logged step."""
     return next((line["loss"] for line in reversed(read_metrics(folder.metrics)) if line["kind"] == "train"), None)
-
-
-def _require_same_settings(folder: RunFolder, run: Run) -> None:
-    """Raise UserError for settings that must be those the run began with and are not."""
-    changes = _differences(anchored(load_run(folder.run)), anchored(run))
-    if changes:
-        raise UserError(
-            f"train.output_dir = {folder.path}: the run began with other settings\n  " + "\n  ".join(changes),
-            "resume with the settings it began with, or start a new run in another train.output_dir",
-        )
-
-
-def _differences(then: Run, now: Run) -> list[str]:
-    """Return settings that differ and must not, as `section.key: was A, is B`."""
-    before, after = _settings(then), _settings(now)
-    names = sorted(name for name in before | after if before.get(name) != after.get(name))
-    return [f"{name}: was {before.get(name)}, is {after.get(name)}" for name in names if name not in MAY_CHANGE]
-
-
-def _settings(run: Run) -> dict[str, Any]:
-    """Return all settings that decide the numbers of a training, by name; how a step is divided does not."""
-    watched = run.train.early_stopping is not None and run.train.early_stopping.metric in run.evaluate.during
-    left_out = {"evaluate": {"rows", "batch_size"} if watched else True}  # what is watched has to stay comparable
-    sections = run.model_dump(mode="json", exclude=left_out)
-    settings = {f"{name}.{key}": value for name, section in sections.items() for key, value in (section or {}).items()}
-    size = settings.pop("train.per_device_train_batch_size") * settings.pop("train.gradient_accumulation_steps")
-    return settings | {"train.per_device_train_batch_size x gradient_accumulation_steps": size}

@@ -1,10 +1,10 @@
 """Computes attention within documents, through the fastest backend that supports the case.
 
 FlashAttention-4 (`flash4`), where it is installed, is fastest for all but short rows of one length, for which cuDNN is
-(`cudnn`, in whole blocks, without a window). Without it cuDNN takes all rows of one length, and flash, which comes with
-torch and takes half as long again or twice, the others. These two do not cap their scores: for that there is
-FlexAttention, compiled once. `plain` supports everything, in float32 and on any machine; the others are tested
-against it.
+(`cudnn`, in whole blocks, without a window), and short documents, for which flash is, which comes with torch. Without
+FlashAttention-4 cuDNN takes all rows of one length, and flash the others, in up to 2.7 times as long. These two do not
+cap their scores: for that there is FlexAttention, compiled once. `plain` supports everything, in float32 and on any
+machine; the others are tested against it.
 
 All sum in a fixed order, so that the same pass gives the same bits. Flash's backward does so only on request, which
 makes it slower: by 7% for documents of a few hundred tokens, by a third to two thirds for long ones; FlashAttention-4's
@@ -31,7 +31,10 @@ from veneer.kernels.rope import Heads, split_heads
 from veneer.machine.device import to_device
 
 HOPPER = 9  # major compute capability from which cuDNN's attention is faster
-SHORT = 2048  # tokens of rows of one length up to which cuDNN is faster than FlashAttention-4 (`bench/attention.py`)
+# Tokens up to which others are as fast as FlashAttention-4 or faster (`bench/attention_backends.py`): of rows of one
+# length, which go through cuDNN, and of uneven documents, which go through flash.
+SHORT = 2048
+SHORT_DOCUMENTS = 512
 PLANNED: ContextVar[int] = ContextVar("planned", default=HOPPER)  # capability of the planned GPU, for meta tensors
 FLEX_BLOCK = 128  # tokens of a block of FlexAttention's mask
 
@@ -99,7 +102,8 @@ class Attention(NamedTuple):
         is_short = documents.is_even and documents.lengths[0] <= SHORT
         if is_short and self._goes_through_cudnn(documents, like, major):
             return "cudnn"
-        if self._goes_through_flash4(like, major):
+        is_worth_it = documents.longest > SHORT_DOCUMENTS or bool(self.softcap)
+        if is_worth_it and self._goes_through_flash4(like, major):
             return "flash4"
         if self.softcap:
             return "flash" if like.is_meta else "flex"

@@ -104,7 +104,7 @@ def tightest(blocks: Sequence[Block], host: Collection[str] = OFFLOADED[:1], str
     chosen = tuple(
         block_placement((), block=block, host=host, streams=streams and can_stream(block)) for block in blocks
     )
-    return MemoryPlacement(tuple(chosen), WORKSPACE_BYTES, streams_ends=streams)
+    return MemoryPlacement(chosen, WORKSPACE_BYTES, streams_ends=streams)
 
 
 def checkpointed(blocks: Sequence[Block], gradient_checkpointing: bool | str) -> MemoryPlacement:

@@ -4,6 +4,7 @@ Intervals are percentile bootstraps (Efron 1979) that draw whole rows, since wha
 is not independent. Draws are seeded, and the same rows are drawn for both models of a difference.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ RESAMPLES = 2000
 BOUNDS = (0.025, 0.975)
 
 
-class Pooled:
+class Pooled(ABC):
     """A value computed from numbers that are summed over the rows, such as losses and tokens, or matched n-grams."""
 
     @property
@@ -27,13 +28,13 @@ class Pooled:
     def better(self) -> str:
         return "higher"
 
+    @abstractmethod
     def counts(self) -> Any:
         """Return what is summed, one line a row: [rows, counts]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def statistic(self, sums_SK: Any) -> Any:
         """Compute the value of each line of summed counts."""
-        raise NotImplementedError
 
     def shown(self, statistic: Any) -> Any:
         """Transform the statistic into the value that is shown, rising with it."""

@@ -1,0 +1,49 @@
+"""Requires of a resumed run the settings that it began with, but for those that change no number of its training."""
+
+from typing import Any
+
+from veneer.config import Run, RunFolder, UserError, load_run
+from veneer.config.names import anchored
+
+# Settings that may differ when a run is resumed: none of them changes a number of the training.
+MAY_CHANGE = {
+    "model.base",  # its weights and its configuration are compared
+    "model.revision",
+    "data.workers",
+    "quantization.cache",
+    "train.output_dir",
+    "train.gradient_checkpointing",
+    "train.memory_budget",
+    "train.engine",  # what it came to is compared
+    "train.logging_steps",
+    "train.eval_steps",
+    "train.save_steps",
+    "train.save_total_limit",
+}
+
+
+def require_same_settings(folder: RunFolder, run: Run) -> None:
+    """Raise UserError for settings that must be those the run began with and are not."""
+    changes = differences(anchored(load_run(folder.run)), anchored(run))
+    if changes:
+        raise UserError(
+            f"train.output_dir = {folder.path}: the run began with other settings\n  " + "\n  ".join(changes),
+            "resume with the settings it began with, or start a new run in another train.output_dir",
+        )
+
+
+def differences(then: Run, now: Run) -> list[str]:
+    """Return settings that differ and must not, as `section.key: was A, is B`."""
+    before, after = _settings(then), _settings(now)
+    names = sorted(name for name in before | after if before.get(name) != after.get(name))
+    return [f"{name}: was {before.get(name)}, is {after.get(name)}" for name in names if name not in MAY_CHANGE]
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """Return all settings that decide the numbers of a training, by name; how a step is divided does not."""
+    watched = run.train.early_stopping is not None and run.train.early_stopping.metric in run.evaluate.during
+    left_out = {"evaluate": {"rows", "batch_size"} if watched else True}  # what is watched has to stay comparable
+    sections = run.model_dump(mode="json", exclude=left_out)
+    settings = {f"{name}.{key}": value for name, section in sections.items() for key, value in (section or {}).items()}
+    size = settings.pop("train.per_device_train_batch_size") * settings.pop("train.gradient_accumulation_steps")
+    return settings | {"train.per_device_train_batch_size x gradient_accumulation_steps": size}
