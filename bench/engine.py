@@ -25,6 +25,7 @@ from veneer.data.batch import Batch
 from veneer.engine.fused.engine import FusedEngine
 from veneer.engine.interface import BatchShapes
 from veneer.engine.objective import LIKELIHOOD
+from veneer.engine.placement import MemoryPlacement
 from veneer.model.attach import attach
 from veneer.planning.memory import optimizer_bytes
 from veneer.training.optimizer import build_optimizer
@@ -132,13 +133,20 @@ def batch_of(rows: int, length: int, vocabulary: int) -> Batch:
     return Batch(ids, targets, weights, (length,) * rows, int(weights.sum()), float(weights.sum()))
 
 
-def measure(model: Any, case: str, steps: int, profile: bool, skipped: int = 3) -> dict[str, Any]:
+def measure(
+    model: Any,
+    case: str,
+    steps: int,
+    profile: bool,
+    skipped: int = 3,
+    on_placement: Callable[[MemoryPlacement], object] = lambda placement: None,
+) -> dict[str, Any]:
     """One case, as the module says; the first `skipped` steps are not counted."""
     sizes, budget = case.split("@")
     rows, length, *more = map(int, sizes.split("x"))
     batches = [batch_of(rows, length, model.config.vocab_size) for _ in range(more[0] if more else 1)]
     return {"case": case} | train(
-        model, [batches] * (steps + skipped), (length,) * rows, float(budget), profile, skipped
+        model, [batches] * (steps + skipped), (length,) * rows, float(budget), profile, skipped, on_placement
     )
 
 
@@ -149,6 +157,7 @@ def train(
     gib: float,
     profile: bool = False,
     skipped: int = 3,
+    on_placement: Callable[[MemoryPlacement], object] = lambda placement: None,
 ) -> dict[str, Any]:
     """Steps of training within a budget.
 
@@ -159,11 +168,13 @@ def train(
         gib: What tensors may take, the optimizer's states included.
         profile: Whether a further step is profiled.
         skipped: Steps at the beginning that are not counted.
+        on_placement: Callback that gets the placement before the first step.
     """
     engine = FusedEngine(model)
     optimizer = build_optimizer([engine.master], Train(optim="adamw_8bit"), "cuda")
     states = optimizer_bytes([engine.master.numel()], "adamw_8bit")
     placement = engine.plan_within(BatchShapes(tuple(largest)), int(gib * 2**30) - states)
+    on_placement(placement)
 
     def step(batches: Sequence[Batch]) -> float:
         weight = sum(batch.weight for batch in batches)
@@ -201,31 +212,19 @@ def train(
         "placement": placement.as_dict(),
         "losses": [round(loss, 4) for loss in losses[:4]],
     }
-    result |= predictions(placement.as_dict(), states, statistics.median(seconds[skipped:]), len(batches_of_steps[0]))
+    result |= predicted_peak(placement, states)
     if profile:
         result["profile_ms"] = kernels_of(lambda: step(batches_of_steps[0]))
     return result
 
 
-def predictions(placement: dict[str, Any], states: int, seconds: float, micro_batches: int) -> dict[str, float]:
-    """What a placement predicted, and its relative error against what was measured; nothing where it predicts nothing.
-
-    Args:
-        placement: The placement, as JSON; its peak is without the optimizer's states, its time that of one pass.
-        states: Bytes of the optimizer's states.
-        seconds: Measured time of a step.
-        micro_batches: Passes of a step.
-    """
-    result = {}
-    if placement.get("peak_bytes"):
-        peak = placement["peak_bytes"] + states
-        result["predicted_peak_gib"] = round(peak / 2**30, 3)
-        result["peak_error"] = round(peak / torch.cuda.max_memory_allocated() - 1, 4)
-    if placement.get("step_seconds"):
-        predicted = placement["step_seconds"] * micro_batches
-        result["predicted_step_seconds"] = round(predicted, 4)
-        result["step_error"] = round(predicted / seconds - 1, 4)
-    return result
+def predicted_peak(placement: MemoryPlacement, states: int) -> dict[str, float]:
+    """The peak that a placement predicts beside the optimizer's states, in bytes, and its relative error."""
+    if not placement.peak_bytes:
+        return {}
+    peak = placement.peak_bytes + states
+    error = peak / torch.cuda.max_memory_allocated() - 1
+    return {"predicted_peak_gib": round(peak / 2**30, 3), "peak_error": round(error, 4)}
 
 
 def process_peak_bytes() -> int:

@@ -25,23 +25,35 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from importlib import metadata
+from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as the command sets it
 
 import torch
+import transformers
 from tests.support.offload import OFFLOADS, RESIDENT, fill_adapters, placement_of
 
-from bench.engine import batch_of, measure, random_base
+from bench.engine import SHAPES, batch_of, measure, random_base
 from bench.peers import AMPLE, LONG, make_in_a_process, results_of, tell
-from veneer.config import Adapter
+from veneer.config import Adapter, Data, Model, Quantization, Run, Train
 from veneer.engine.fused.engine import FusedEngine
 from veneer.engine.objective import LIKELIHOOD
+from veneer.engine.placement import MemoryPlacement
+from veneer.machine.device import find_machine
+from veneer.machine.speeds import Ceilings
 from veneer.model.attach import attach
-from veneer.planning.target import CONTEXT
+from veneer.planning.base import PlannedModel
+from veneer.planning.measure import measure_ceilings
+from veneer.planning.planner import Planner
+from veneer.planning.target import CONTEXT, device_named
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
 
@@ -85,7 +97,7 @@ class Case(NamedTuple):
 
 
 def _placements() -> Iterator[Case]:
-    """Jobs within budgets from streamed to resident, most of them with few blocks, which take less time."""
+    """Jobs within budgets from streamed to resident, with few blocks, which take less time."""
     budgets = {
         "1x2048": (2, 3, 3.5, 4.5, 6, 12),
         "4x2048": (3, 4, 5, 6.5, 9, 16),
@@ -95,8 +107,6 @@ def _placements() -> Iterator[Case]:
     for job, gibs in budgets.items():
         for gib in gibs:
             yield Case("placements", "8b", job, gib, layers=8)
-    for job, gib in (("1x2048", 5), ("4x2048", 9), ("4x2048", 24), ("2x8192", 13), ("1x32768", 12)):
-        yield Case("placements", "8b", job, gib, layers=32)
 
 
 CASES = (
@@ -207,22 +217,74 @@ def small_card(gib: float) -> Iterator[float]:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def run(case: Case, last: LastModel) -> dict[str, Any]:
+class Prediction(NamedTuple):
+    """What a plan needs to foresee the time of a case's step."""
+
+    case: Case
+    placement: MemoryPlacement
+    ceilings: Ceilings
+
+    def seconds(self) -> float:
+        """The time that `veneer plan` foresees."""
+        rows, length, *more = map(int, self.case.job.split("x"))
+        name, settings = SHAPES[self.case.shape]
+        settings = settings | ({"num_hidden_layers": self.case.layers} if self.case.layers else {})
+        with TemporaryDirectory() as folder:
+            getattr(transformers, name)(**settings, dtype="bfloat16").save_pretrained(folder)
+            base, target = Model(base=folder), replace(device_named("h100"), ceilings=self.ceilings)
+            train = Train(
+                per_device_train_batch_size=rows,
+                gradient_accumulation_steps=more[0] if more else 1,
+                optim="adamw_8bit",
+            )
+            data = Data(train="-", max_length=length, validation=0)
+            asked = Run(model=base, data=data, train=train, quantization=Quantization())
+            times = Planner(PlannedModel(base, "random rows"), target).forecast(asked, self.placement).step_seconds
+        assert times is not None
+        return times[1]
+
+
+class Predictor:
+    """Foresees steps in a process of its own, beside the measurement, by ceilings measured on this machine."""
+
+    def __init__(self) -> None:
+        self._pool = ProcessPoolExecutor(1, get_context("spawn"))
+        self.ceilings = measure_ceilings(find_machine(), 0.5)
+        self._asked: Future[float] | None = None
+
+    def ask(self, case: Case, placement: MemoryPlacement) -> None:
+        """Begin to foresee a case."""
+        self._asked = self._pool.submit(Prediction(case, placement, self.ceilings).seconds)
+
+    def answer(self, measured: float) -> dict[str, float]:
+        """What was foreseen, and its error."""
+        assert self._asked is not None
+        predicted = self._asked.result()
+        return {"predicted_step_seconds": round(predicted, 4), "step_error": round(predicted / measured - 1, 4)}
+
+    def close(self) -> None:
+        """End the process."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+def run(case: Case, last: LastModel, predictor: Predictor) -> dict[str, Any]:
     """One case."""
     started = time.perf_counter()
     model = last.get(case)
     made = time.perf_counter()
     steps, skipped = case.steps
+    ask = partial(predictor.ask, case)
     if case.total_gib:
         with small_card(case.total_gib) as left:
             gib = min(left, case.tensors_gib or left)
-            result = measure(model, f"{case.job}@{gib}", steps, False, skipped)
+            result = measure(model, f"{case.job}@{gib}", steps, False, skipped, ask)
         within = result["process_peak_gib"] <= case.total_gib and result["peak_allocated_gib"] <= gib
     else:
         gib = case.tensors_gib
-        result = measure(model, f"{case.job}@{gib}", steps, False, skipped)
+        result = measure(model, f"{case.job}@{gib}", steps, False, skipped, ask)
         within = result["peak_allocated_gib"] <= gib
     losses = result["losses"]
+    result |= predictor.answer(result["step_seconds"])
     return result | {
         "case": case.name,
         "budget_gib": round(gib, 3),
@@ -285,8 +347,8 @@ def unsloth(jobs: Sequence[str], work: Path, folder: Path) -> Iterator[dict[str,
 
 
 def summary(cases: dict[str, Any]) -> dict[str, Any]:
-    """Predicted against measured, over the group `placements`."""
-    names = [case.name for case in CASES if case.group == "placements"]
+    """Predicted against measured, over all placements that were measured."""
+    names = [case.name for case in CASES]
     rows = [cases[name] for name in names if "peak_error" in cases.get(name, {})]
     found: dict[str, Any] = {"case": "placements", "count": len(rows)}
     found["failed"] = sum("failed" in cases.get(name, {}) for name in names)
@@ -369,11 +431,11 @@ def measure_all(groups: Sequence[str], names: Sequence[str], results: Results, w
     if jobs:
         for result in unsloth(jobs, work, folder):
             results.add(result)
-    last = LastModel()
+    last, predictor = LastModel(), Predictor()
     chosen = [case for case in CASES if case.group in groups or case.name in names]
     for case in chosen:
         try:
-            result = run(case, last)
+            result = run(case, last, predictor)
         except Exception as error:  # noqa: BLE001  # whatever it is, the other cases are still worth measuring
             result = {"case": case.name, "failed": f"{type(error).__name__}: {error}"[:400]}
         if "failed" in result or streams(result["placement"]):
@@ -381,7 +443,8 @@ def measure_all(groups: Sequence[str], names: Sequence[str], results: Results, w
         free()
         results.add(result)
     last.drop()
-    if any(case.group == "placements" for case in chosen):
+    predictor.close()
+    if chosen:
         results.add(summary(results.found["cases"]))
     if "equal" in groups or EQUAL in names:
         try:

@@ -27,7 +27,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 BLOCK = 512  # bytes that CUDA's caching allocator rounds up to
 MULTIPROCESSORS = 132  # of an H100
-CUDNN_FASTER = 1.8  # speed of cuDNN's attention relative to flash's on an H100
+
+
+def faster_than_flash(longest: int) -> float:
+    """Return the speed of cuDNN's attention and FlashAttention-4's over flash's, on an H100, for documents this long.
+
+    Both fill the card only with long documents: 334 TFLOP/s at 2,048 tokens, 577 at 32,768
+    (`bench/attention_backends.py`).
+    """
+    return 2.4 * longest / (longest + 1500)
 
 
 class Operation(NamedTuple):
@@ -302,7 +310,7 @@ def _addmm(args: Any, results: list[torch.Tensor]) -> tuple[str, float]:
 
 def _attention(factor: float, query: torch.Tensor, longest: int) -> tuple[str, float]:
     """Return the work of attention kernels called by name, cuDNN's with (B, H, T, C), flash's with (T, H, C)."""
-    return "attention", factor * query.numel() * longest / (CUDNN_FASTER if query.dim() == 4 else 1)
+    return "attention", factor * query.numel() * longest / (faster_than_flash(longest) if query.dim() == 4 else 1)
 
 
 def _flash_workspace(query: torch.Tensor, key: torch.Tensor, documents: int) -> int:

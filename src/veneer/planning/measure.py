@@ -29,7 +29,7 @@ def measure_ceilings(machine: Machine, seconds: float = SECONDS) -> Ceilings:
 
     Args:
         machine: this machine.
-        seconds: duration of each of its five measurements.
+        seconds: duration of each of its measurements.
     """
     device = machine.device
     size = 8192 if device == "cuda" else 1536
@@ -59,7 +59,22 @@ def measure_ceilings(machine: Machine, seconds: float = SECONDS) -> Ceilings:
         overlaps=device != "cpu",
         spread=(0.75, 1.35),
         source=f"measured on {machine.name}",
+        **({"link": _link(seconds)} if device == "cuda" else {}),
     )
+
+
+def _link(seconds: float) -> float:
+    """Return the bytes a second of copies between pinned memory and the GPU, both ways at once."""
+    host = [torch.empty(2**26, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    there = [torch.empty(2**26, dtype=torch.uint8, device="cuda") for _ in range(2)]
+    back = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+    def copies() -> None:
+        there[0].copy_(host[0], non_blocking=True)
+        with torch.cuda.stream(back):
+            host[1].copy_(there[1], non_blocking=True)
+
+    return host[0].nbytes / _sustained(copies, "cuda", seconds)
 
 
 def _sustained(work: Callable[[], object], device: str, seconds: float) -> float:

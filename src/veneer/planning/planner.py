@@ -41,18 +41,22 @@ class Planner:
         self.base = base
         self.target = target
 
-    def forecast(self, run: Run) -> Forecast:
+    def forecast(self, run: Run, placement: MemoryPlacement | None = None) -> Forecast:
         """Forecast a run.
+
+        Args:
+            run: settings of the run.
+            placement: placement of its tensors; None: the one that it would choose.
 
         Raises:
             UserError: an adapter target matches nothing, or the architecture cannot take the quantization.
         """
-        return self.forecast_as(run, self._method(run))
+        return self.forecast_as(run, self._method(run), placement)
 
     def _method(self, run: Run) -> str:
         return "qlora" if run.quantization or self.base.is_4bit else "lora"
 
-    def forecast_as(self, run: Run, method: str) -> Forecast:
+    def forecast_as(self, run: Run, method: str, placement: MemoryPlacement | None = None) -> Forecast:
         """Forecast a run as full fine-tuning, LoRA in 16 bits or QLoRA: method full, lora or qlora."""
         shapes, target = self.base.shapes, self.target
         engine, reason, rows = self._engine(run, method)
@@ -73,7 +77,7 @@ class Planner:
         least = max(peak.bytes for peak in smallest.values())
         peaks = StepPeaks(least, found["forward"].bytes)
         setting = run.train.gradient_checkpointing
-        placement = self.base.placement(step, setting, peaks, target.budget_bytes, target.rates)
+        placement = placement or self.base.placement(step, setting, peaks, target.budget_bytes, target.rates)
         tightest = self.base.placement(step, setting, peaks, 0, target.rates)
         least_bytes = min(
             max(off_device(name, peak, placed).bytes for name, peak in smallest.items())

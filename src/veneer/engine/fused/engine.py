@@ -75,7 +75,8 @@ class FusedEngine:
         self._pads = self._device.type == "cuda" and self.is_recordable
         # Weights on the host may not fit the device.
         first = tightest(self.blocks) if self.is_on_host else checkpointed(self.blocks, gradient_checkpointing)
-        self.apply(replace(first, records_passes=graphs and self._pads))
+        self._may_record = graphs and self._pads
+        self.apply(replace(first, records_passes=self._may_record))
         # The last is the longest; the others are not freed, since recorded passes read them.
         self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -126,7 +127,7 @@ class FusedEngine:
         budget = before.budget_bytes
         while budget > before.budget_bytes // 4:
             budget = int(budget * TIGHTER)
-            after = choose_placement(self.blocks, self._demand, budget, before.records_passes, self.rates)
+            after = choose_placement(self.blocks, self._demand, budget, self._may_record, self.rates)
             if after.bytes < before.bytes:
                 self.apply(after)
                 return f"{before.describe()} before, now {after.describe()}"
@@ -195,9 +196,8 @@ class FusedEngine:
             budget_bytes: memory of the device for tensors, those allocated now included.
         """
         assert self.on_gpu, "memory can be measured on CUDA devices only"
-        records = self.placement.records_passes
         self._demand, fullest = self._measure(shapes, budget_bytes)
-        chosen = choose_placement(self.blocks, self._demand, budget_bytes, records, self.rates)
+        chosen = choose_placement(self.blocks, self._demand, budget_bytes, self._may_record, self.rates)
         self.apply(chosen)
         if self._graphs is not None and shapes.varies:
             self._graphs.reserve(self._to_device(_dummy(fullest), True), LIKELIHOOD)

@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 import torch
 
 from veneer.config.notify import notify
-from veneer.engine.trace import Trace
+from veneer.engine.trace import Trace, faster_than_flash
 
 BLOCK = 128  # tokens to which it rounds
 LARGEST_HEAD = {9: 256, 10: 128, 11: 128}  # by major capability; on others its backward has no fixed order
-FASTER = 1.8  # speed relative to flash's on an H100, as cuDNN's
 
 
 class Bounds(NamedTuple):
@@ -135,4 +134,5 @@ def _note(factor: float, q: torch.Tensor, k: torch.Tensor, bounds: Bounds, score
     """Count the work: two products forward and five backward, half of them masked."""
     seen = min(bounds.longest, scores.window or bounds.longest)
     if Trace.is_active():
-        Trace.current().note("attention", factor * q.numel() * seen / FASTER, factor * (q.nbytes + k.nbytes))
+        flops = factor * q.numel() * seen / faster_than_flash(seen)
+        Trace.current().note("attention", flops, factor * (q.nbytes + k.nbytes))

@@ -32,7 +32,6 @@ SMALL = 2048  # tokens; shorter passes gain from replay, even those of 8B models
 SLOWED = {"x": 0.1, "attention": 0.3}
 SLOWED_BY_WEIGHTS = 0.1
 LAUNCHING = 2e-3  # seconds the host takes to launch a block's forward and backward, unless they are replayed
-USED = 0.8  # share of the link's speed that a placement may count on
 
 
 @dataclass(frozen=True)
@@ -326,9 +325,7 @@ class _Search:
             choices.append(Choice("4-bit weights", WeightState.STREAMED.value, len(streamed), 0, packed, -waits))
         if placement.streams_ends:
             ends = self._demand.ends_bytes
-            choices.append(
-                Choice("embedding and head", WeightState.STREAMED.value, 1, 0, ends, -ends / self._rates.link)
-            )
+            choices.append(Choice("embedding and head", WeightState.STREAMED.value, 1, 0, ends, -self._head_seconds))
         return replace(found, link_seconds=waits, choices=tuple(choices))
 
     def _link_seconds(self, placement: MemoryPlacement) -> float:
@@ -337,11 +334,16 @@ class _Search:
         offloaded = sum(self._sizes[number][name] for name, number in hosted)
         slowed = sum(self._copied(name, self._sizes[number][name]) for name, number in hosted)
         packed = sum(self._packed[number] for number, block in enumerate(placement.blocks) if block.streams)
-        link = USED * self._rates.link
+        link = self._rates.link
         waits = max(0.0, max(offloaded, packed) / link - self._forward)
         waits += max(0.0, (offloaded + packed) / link - self._backward - self._recomputed(placement))
-        ends = self._demand.ends_bytes / self._rates.link if placement.streams_ends else 0.0
-        return waits + slowed + self._copied("4-bit weights", packed) + ends
+        head = self._head_seconds if placement.streams_ends else 0.0
+        return waits + slowed + self._copied("4-bit weights", packed) + head
+
+    @property
+    def _head_seconds(self) -> float:
+        """The time of the head's copy, which nothing hides; of the embedding only the rows that are read come over."""
+        return float(self._blocks[0].decoder.head.weight.nbytes / self._rates.link)
 
     def _recomputed(self, placement: MemoryPlacement) -> float:
         return sum(
