@@ -89,17 +89,16 @@ class Case(NamedTuple):
         rows, length, *_ = map(int, self.job.split("x"))
         if length > 300_000:
             return 1, 0
-        if self.group == "longest" or length > 65536:
-            return 1, 1
-        if self.shape == "70b" or length == 65536:
-            return 2, 1
-        return (2, 2) if self.group == "placements" or rows * length > 16384 else (6, 3)
+        if length > 65536:
+            return 1, 2
+        is_slow = self.shape == "70b" or self.group == "placements" or rows * length > 16384
+        return (2, 2) if is_slow else (6, 3)
 
 
 def _placements() -> Iterator[Case]:
     """Jobs within budgets from streamed to resident, with few blocks, which take less time."""
     budgets = {
-        "1x2048": (2, 3, 3.5, 4.5, 6, 12),
+        "1x2048": (2.2, 3, 3.5, 4.5, 6, 12),
         "4x2048": (3, 4, 5, 6.5, 9, 16),
         "2x8192": (4, 5, 6, 8, 12, 24),
         "1x32768": (6, 7, 9, 12, 20, 40),
@@ -249,7 +248,7 @@ class Predictor:
 
     def __init__(self) -> None:
         self._pool = ProcessPoolExecutor(1, get_context("spawn"))
-        self.ceilings = measure_ceilings(find_machine(), 0.5)
+        self.ceilings = measure_ceilings(find_machine())
         self._asked: Future[float] | None = None
 
     def ask(self, case: Case, placement: MemoryPlacement) -> None:

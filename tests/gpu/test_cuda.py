@@ -35,10 +35,11 @@ def test_a_family_trains_in_four_bits(
         train={"gradient_checkpointing": True, "max_steps": 12},
         data={"validation": 2},
     )
+    held = torch.cuda.memory_allocated()  # models of other tests in this process
     report = veneer.train(run)
     seen = losses(tmp_path / "run")
     assert seen[-1] < seen[0]
-    assert 0 < report.peak_bytes < 2**30
+    assert 0 < report.peak_bytes - held < 2**30
     assert veneer.evaluate(tmp_path / "run").as_dict()["rows"] == 2
 
 

@@ -252,7 +252,7 @@ def test_streamed_weights_make_larger_bases_fit() -> None:
 
 
 def test_the_ladder_stops_where_nothing_fits_any_more() -> None:
-    found, budget = model_sizes(run_of(), device_named("4GiB")), device_named("4GiB").budget_bytes
+    found, budget = model_sizes(run_of(), device_named("3GiB")), device_named("3GiB").budget_bytes
     assert found[0].best(budget) == "full"
     assert found[-1].best(budget) is None
     assert all(model.best(budget) for model in found[:-1])

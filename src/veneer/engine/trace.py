@@ -32,10 +32,10 @@ MULTIPROCESSORS = 132  # of an H100
 def faster_than_flash(longest: int) -> float:
     """Return the speed of cuDNN's attention and FlashAttention-4's over flash's, on an H100, for documents this long.
 
-    Both fill the card only with long documents: 334 TFLOP/s at 2,048 tokens, 577 at 32,768
-    (`bench/attention_backends.py`).
+    Both fill the card only with long documents (334 TFLOP/s at 2,048 tokens, 577 at 32,768;
+    `bench/attention_backends.py`), and the longest take it to its power limit (410 at 131,072; `bench/memory.py`).
     """
-    return 2.4 * longest / (longest + 1500)
+    return 2.4 * longest / (longest + 1500) / (1 + longest / 300_000)
 
 
 class Operation(NamedTuple):

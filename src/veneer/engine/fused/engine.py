@@ -31,6 +31,7 @@ from veneer.kernels.softmax_loss import softmax_loss
 LOGITS_BYTES = 256 * 2**20  # logits computed at a time
 UNKNOWN = 2**62  # bytes, more than any device has: the peak of a pass that does not fit
 TRIED = 4  # blocks that go backward in a pass whose memory is measured
+UNUSED = 0.02  # share of the budget, left over by a placement, that is worth choosing anew
 TIGHTER = 0.95  # share of its budget within which a placement is chosen anew, when memory has run out
 
 
@@ -186,7 +187,7 @@ class FusedEngine:
         self._adapters = cast_table(casts)
         # What the buffers of streamed weights hold when a pass begins differs from pass to pass.
         records = placement.records_passes and not placement.streams
-        self._graphs = Graphs(self._pass) if records else None
+        self._graphs = Graphs(self._pass, self._store.drop) if records else None
 
     def plan_within(self, shapes: BatchShapes, budget_bytes: int) -> MemoryPlacement:
         """Keep as much as a budget allows; see `policy.choose_placement`. Call it before training: it drops gradients.
@@ -197,24 +198,37 @@ class FusedEngine:
         """
         assert self.on_gpu, "memory can be measured on CUDA devices only"
         self._demand, fullest = self._measure(shapes, budget_bytes)
-        chosen = choose_placement(self.blocks, self._demand, budget_bytes, self._may_record, self.rates)
-        self.apply(chosen)
+        self.apply(choose_placement(self.blocks, self._demand, budget_bytes, self._may_record, self.rates))
+        self._verify(fullest, budget_bytes)
         if self._graphs is not None and shapes.varies:
             self._graphs.reserve(self._to_device(_dummy(fullest), True), LIKELIHOOD)
             self.master.grad = None
-        return chosen if not chosen.needs_host else self._verify(fullest, budget_bytes)
+        return self.placement
 
-    def _verify(self, fullest: tuple[int, ...], budget_bytes: int) -> MemoryPlacement:
-        """Run the fullest batch with a placement that uses the host, and tighten it if it was predicted too low."""
+    def _verify(self, fullest: tuple[int, ...], budget_bytes: int) -> None:
+        """Run the fullest batch with the placement, and correct a peak that was predicted too low or too high.
+
+        One that was too low is tightened. One that was too high is chosen anew, once, with the memory that it leaves:
+        the tensors that a pass recomputes are counted in its peak even where a placement keeps them.
+        """
+        is_final = False
         while True:
+            placement, demand = self.placement, self._demand
+            assert demand is not None
             peak = max(self._try(fullest))
-            excess = peak - budget_bytes
-            if excess <= 0 or self.tighten() is None:
+            if peak > budget_bytes:
+                is_final = True
+                if self.tighten() is None:
+                    break
+            elif is_final or placement.peak_bytes - peak <= UNUSED * budget_bytes:
                 break
+            else:
+                is_final = True
+                self._demand = replace(demand, least_bytes=demand.least_bytes - (placement.peak_bytes - peak))
+                self.apply(choose_placement(self.blocks, self._demand, budget_bytes, self._may_record, self.rates))
         if peak == UNKNOWN:
             raise torch.OutOfMemoryError("The longest micro-batch does not fit with any placement. ")
-        self.placement = replace(self.placement, budget_bytes=budget_bytes)
-        return self.placement
+        self.placement = replace(self.placement, budget_bytes=budget_bytes, least_bytes=peak - self.placement.bytes)
 
     def _try(self, lengths: tuple[int, ...]) -> tuple[int, int]:
         """Return the peaks of a pass over a dummy batch, until its loss is computed and afterwards.
@@ -437,7 +451,7 @@ class FusedEngine:
         rows = max(16, LOGITS_BYTES // (weight_VD.shape[0] * weight_VD.element_size()) // 16 * 16)
         for start in range(0, len(index_N), rows):
             part = slice(start, start + rows)
-            logits_nV = F.linear(y_TD[index_N[part]], weight_VD)
+            logits_nV = self._logits(y_TD[index_N[part]], weight_VD)
             targets_n, factor_n = inputs.targets_N[part], inputs.factor_N[part]
             softmax_loss(logits_nV, targets_n, factor_n, losses_N[part], self.decoder.head_cap, training)
             if d_TE is not None:
@@ -447,6 +461,13 @@ class FusedEngine:
             del y_TD
             rms_norm_backward(d_TE[:, :D], x_TD, norm.weight_D, rstd_T, norm.eps, norm.offset)
         return losses_N, d_TE
+
+    def _logits(self, y_nD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+        """Return y times the head, in the memory of dequantized weights if that is enough: blocks do not run now."""
+        size = len(y_nD) * len(weight_VD)
+        if size > len(self._scratch) or self._scratch.dtype != weight_VD.dtype:
+            return F.linear(y_nD, weight_VD)
+        return torch.mm(y_nD, weight_VD.mT, out=self._scratch[:size].view(len(y_nD), -1))
 
 
 def _dummy(lengths: Sequence[int]) -> Batch:

@@ -163,14 +163,18 @@ class Graphs:
 
     Args:
         compute: function that runs a pass for an objective, and never waits for the device.
+        on_full: function that drops what a pass that ran out of memory has left.
     """
 
-    def __init__(self, compute: Callable[[Inputs, Objective], StepOutput]) -> None:
-        self._compute = compute
+    def __init__(
+        self, compute: Callable[[Inputs, Objective], StepOutput], on_full: Callable[[], object] = lambda: None
+    ) -> None:
+        self._compute, self._on_full = compute, on_full
         self._seen: Counter[Hashable] = Counter()
         self._recorded: dict[Hashable, _Recorded] = {}
         self._pool: Any = None
         self._largest: _Recorded | None = None
+        self._is_full = False
 
     def reserve(self, inputs: Inputs, objective: Objective) -> None:
         """Record the largest pass; it is never replayed, but sizes the pool."""
@@ -182,9 +186,11 @@ class Graphs:
         key = inputs.size, objective, kind
         self._seen[key] += 1
         if key not in self._recorded:
-            if self._seen[key] < 2 or len(self._recorded) == MAX_GRAPHS:
+            is_new = self._seen[key] < 2 or self._is_full
+            recorded = None if is_new or len(self._recorded) == MAX_GRAPHS else self._record(inputs, objective)
+            if recorded is None:
                 return self._compute(inputs, objective)
-            self._recorded[key] = self._record(inputs, objective)
+            self._recorded[key] = recorded
         recorded = self._recorded[key]
         for static, new in zip(recorded.inputs.tensors, inputs.tensors, strict=True):
             static.copy_(new)
@@ -192,7 +198,8 @@ class Graphs:
         loss, weight, metrics = recorded.output
         return StepOutput(loss.clone(), weight.clone(), {name: value.clone() for name, value in metrics.items()})
 
-    def _record(self, inputs: Inputs, objective: Objective) -> _Recorded:
+    def _record(self, inputs: Inputs, objective: Objective) -> _Recorded | None:
+        """Record a pass; None where it does not fit beside what the pool cannot reuse: it is launched from then on."""
         # A graph's pool cannot reuse memory that the allocator has cached for other passes.
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -204,7 +211,12 @@ class Graphs:
             with torch.cuda.graph(graph, pool=self._pool):
                 output = self._compute(static, objective)
         except RuntimeError as error:  # ending the recording fails too, in place of the error that spoiled it
-            if isinstance(error.__context__, torch.OutOfMemoryError):
-                raise error.__context__ from None
-            raise
-        return _Recorded(graph, static, output)
+            if not isinstance(error.__context__, torch.OutOfMemoryError):
+                raise
+            self._is_full = True
+        if not self._is_full:
+            return _Recorded(graph, static, output)
+        self._on_full()  # what the error refers to is freed by now
+        del graph, static
+        torch.cuda.empty_cache()
+        return None

@@ -94,6 +94,10 @@ class ActivationStore:
                 torch.cuda.current_stream(self._device).wait_event(event)
             tensors.clear()
 
+    def drop(self) -> None:
+        """Forget what was leaving when the recording of a pass failed, whose events stand for nothing."""
+        self._leaving.clear()
+
     def fetch(self, offloaded: Offloaded) -> None:
         """Begin to copy tensors back."""
         new = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in offloaded.sizes]
