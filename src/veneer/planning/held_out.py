@@ -12,6 +12,7 @@ from veneer.engine.trace import Peak
 from veneer.model.shapes import Shapes
 
 SPARE = 0.05  # share of the peak: fragmentation, and the error of a prediction
+PREFILL_ROWS = 8  # prompts that generation reads at a time, ahead of the slots that answer them
 
 
 def rows_that_fit(asked: int, peak_of: Callable[[int], Peak], persistent_bytes: int, budget_bytes: int) -> int:
@@ -56,11 +57,14 @@ def generation_peak(loaded: Mapping[str, int], shapes: Shapes, asked: Step, dry:
     """
     tokens = asked.length + max_new_tokens
     tokens = asked.rows * (tokens if shapes.positions is None else min(tokens, max(shapes.positions, asked.length)))
-    cache = shapes.key_value_bytes * tokens * asked.dtype.itemsize // 2
+    token_bytes = shapes.key_value_bytes * asked.dtype.itemsize // 2
+    cache = token_bytes * tokens
     logits = asked.rows * shapes.vocabulary * (4 + 4 + asked.dtype.itemsize)
-    # Keys and values of all layers, and a second copy of one layer's while they grow.
+    # Beside the slots stand the prompts that have been read ahead; where there are no slots, a second copy of one
+    # layer's keys and values while they grow.
+    ahead = token_bytes * min(PREFILL_ROWS, asked.rows) * asked.length
     generated = {
-        "generation cache": cache + cache // shapes.depth,
+        "generation cache": cache + max(ahead, cache // shapes.depth),
         "activations": max(dry.peaks["forward"].bytes, logits),
     }
     scored = dry.fullest("forward").components
