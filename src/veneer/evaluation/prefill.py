@@ -31,7 +31,7 @@ def read_prompts(
 
     Args:
         model: A Transformers or PEFT model, in evaluation mode.
-        prefix: What all prompts begin with.
+        prefix: Keys and values of what all prompts begin with.
         prompts: Token ids.
         known: Numbers of the prompts that need not be answered.
         rows: Most prompts in a group.

@@ -35,7 +35,7 @@ def has_slots(model: Any) -> bool:
 
 @dataclass
 class SlotView:
-    """Where the slots stand, as all layers see it.
+    """Positions of the slots, as all layers see them.
 
     Attributes:
         position_S: Position of each slot's current token, int64; changed in place by whoever decodes.
@@ -46,6 +46,9 @@ class SlotView:
     position_S: torch.Tensor
     width: int = 0
     seen: int = 0
+
+    def __post_init__(self) -> None:
+        self.slot_S = torch.arange(len(self.position_S), device=self.position_S.device)
 
     def mask(self, dtype: torch.dtype) -> torch.Tensor:
         """Return what is added to attention's scores, [slots, 1, 1, width]: each row sees its own tokens so far."""
@@ -59,7 +62,7 @@ class SlotLayer(CacheLayerMixin):
     Args:
         like: Layer that has read a prompt, for heads and widths.
         length: Positions of each slot.
-        view: Where the slots stand.
+        view: Positions of the slots.
     """
 
     is_sliding = False
@@ -81,11 +84,10 @@ class SlotLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write each slot's new token, [S, H, 1, D], in place; return what stands at the first `width` positions."""
-        at_S111 = self._view.position_S[:, None, None, None]
-        self.keys.scatter_(2, at_S111.expand(key_states.shape), key_states)
-        self.values.scatter_(2, at_S111.expand(value_states.shape), value_states)
-        width = self._view.width
-        return self.keys[:, :, :width], self.values[:, :, :width]
+        view = self._view
+        self.keys[view.slot_S, :, view.position_S] = key_states[:, :, 0]
+        self.values[view.slot_S, :, view.position_S] = value_states[:, :, 0]
+        return self.keys[:, :, : view.width], self.values[:, :, : view.width]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return width and offset of a mask."""
@@ -106,7 +108,7 @@ class SlotCache(Cache):
     Args:
         like: Cache of prompts that the model has read.
         length: Positions of each slot.
-        view: Where the slots stand.
+        view: Positions of the slots.
     """
 
     def __init__(self, like: DynamicCache, length: int, view: SlotView) -> None:
