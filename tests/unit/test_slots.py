@@ -14,12 +14,12 @@ from veneer.config.sampling import Sampling
 from veneer.evaluation.decoding import StopAtText, TokenChoice, draws_of, generation_config, row_seeds
 from veneer.evaluation.generation import GREEDY, continue_prompts
 from veneer.evaluation.partial import KeptAnswers
-from veneer.evaluation.prefill import read_prompts
+from veneer.evaluation.prefill import _groups, read_prompts
 from veneer.evaluation.prefix import SHORTEST, SharedPrefix
 from veneer.evaluation.slot_cache import has_slots
 from veneer.evaluation.slots import Row, SlotDecoder
 from veneer.model.attach import attach
-from veneer.planning.held_out import PREFILL_ROWS
+from veneer.planning.held_out import PREFILL_ROWS, prompts_at_a_time
 
 SLOTTED = ("llama", "qwen2", "qwen3", "phi3", "gpt_neox", "mixtral", "deepseek_v3")
 STOPS = list(range(3, 43))
@@ -140,37 +140,31 @@ def test_looking_at_the_rows_every_few_steps_changes_no_answer(
         assert found == each
 
 
-def test_an_answer_does_not_depend_on_what_stands_beside_it_to_the_bit(
-    model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_order_of_the_rows_changes_no_bit_of_their_logits(model_of: Callable[[str], Any]) -> None:
     model, (prompts, room) = model_of("llama"), drawn(13, seed=2)
+    prompts = [prompt[: 3 * (len(prompt) // 3) or None] for prompt in prompts]  # some of one length
+    assert len({len(prompt) for prompt in prompts}) < len(prompts)
     rows = [Row(prompt, limit, None) for prompt, limit in zip(prompts, room, strict=True)]
-    logits: list[dict[tuple[int, ...], list[torch.Tensor]]] = []
 
-    def noted(order: list[int]) -> dict[tuple[int, ...], list[torch.Tensor]]:
-        seen: dict[tuple[int, ...], list[torch.Tensor]] = {}
-        decoder: Any = SlotDecoder(model, [rows[n] for n in order], 4, STOPS, TokenChoice(GREEDY))
-        plain = decoder._choose
+    def logits(order: list[int]) -> dict[int, torch.Tensor]:
+        seen: dict[int, list[torch.Tensor]] = {}
 
-        def choose(scores: torch.Tensor, drawn: Any) -> torch.Tensor:
+        def choose(scores_SV: torch.Tensor, drawn: Any) -> torch.Tensor:
             for slot, n in decoder._busy.items():
-                seen.setdefault(tuple(decoder._rows[n].prompt), []).append(scores[slot].clone())
-            chosen: torch.Tensor = plain(scores, drawn)
-            return chosen
+                seen.setdefault(order[n], []).append(scores_SV[slot].clone())
+            return scores_SV.argmax(-1)
 
-        decoder._choose = choose
+        decoder = SlotDecoder(model, [rows[n] for n in order], 4, STOPS, choose)
         asked = [prompts[n] for n in order]
         with torch.no_grad():
             list(decoder.answers(read_prompts(model, SharedPrefix(model, asked), asked, (), 4)))
-        return seen
+        return {n: torch.stack(steps) for n, steps in seen.items()}
 
-    # The shortest prompts are read first, wherever they stand; the order of the others in the slots follows.
-    logits = [noted(order) for order in (list(range(13)), list(range(13))[::-1], [*range(6, 13), *range(6)])]
-    for other in logits[1:]:
-        assert other.keys() == logits[0].keys()
-        for prompt, steps in logits[0].items():
-            for one, same in zip(steps, other[prompt], strict=True):
-                torch.testing.assert_close(one, same, rtol=0, atol=1e-5)
+    straight = logits(list(range(13)))
+    for order in (list(range(13))[::-1], [*range(6, 13), *range(6)]):
+        found = logits(order)
+        assert found.keys() == straight.keys()
+        assert all(torch.equal(found[n], straight[n]) for n in found)
 
 
 def test_the_first_token_may_end_an_answer_and_every_row_may_be_a_token(model_of: Callable[[str], Any]) -> None:
@@ -249,6 +243,15 @@ def test_prompts_are_read_in_groups_and_a_known_group_is_not_read(model_of: Call
         hook.remove()
     assert found == order[PREFILL_ROWS:]
     assert rows == [PREFILL_ROWS, 1]
+
+
+def test_long_prompts_are_read_in_smaller_groups_as_the_plan_counts_them() -> None:
+    assert [prompts_at_a_time(16, n) for n in (1, 512, 513, 2048, 4096, 9999)] == [8, 8, 7, 2, 1, 1]
+    assert [prompts_at_a_time(n, 10) for n in (1, 3, 99)] == [1, 3, PREFILL_ROWS]
+    lengths = [500] * 6 + [1500] * 5 + [5000] * 2
+    groups = list(_groups([[1] * n for n in lengths], 16))
+    assert [len(group) for group in groups] == [6, 2, 2, 1, 1, 1]
+    assert sorted(n for group in groups for n in group) == list(range(13))
 
 
 def test_rows_go_on_in_fewer_slots_once_memory_is_short(

@@ -2,8 +2,8 @@
 
 All but the last token of a prompt is read here; a slot begins with that one, so that all tokens are chosen at one
 place, from logits of one shape. Padding stands behind each prompt, where causal attention does not see it. Groups are
-made of all prompts, known ones among them, so that what a prompt is computed beside does not depend on which answers
-are known.
+made of all prompts, known ones among them, and in an order of their own, so that what a prompt is computed beside
+depends neither on which answers are known nor on where it stands.
 """
 
 from collections.abc import Container, Iterator, Sequence
@@ -13,7 +13,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from veneer.evaluation.prefix import SharedPrefix
-from veneer.planning.held_out import PREFILL_ROWS
+from veneer.planning.held_out import prompts_at_a_time
 
 
 class ReadPrompt(NamedTuple):
@@ -34,12 +34,9 @@ def read_prompts(
         prefix: Keys and values of what all prompts begin with.
         prompts: Token ids.
         known: Numbers of the prompts that need not be answered.
-        rows: Most prompts in a group.
+        rows: Rows that are answered at a time.
     """
-    order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
-    rows = min(rows, PREFILL_ROWS)
-    for start in range(0, len(order), rows):
-        group = order[start : start + rows]
+    for group in _groups(prompts, rows):
         if all(number in known for number in group):
             continue
         cache: DynamicCache | None = _read(model, prefix, [prompts[n] for n in group])
@@ -47,6 +44,18 @@ def read_prompts(
             if number not in known:
                 yield ReadPrompt(number, cache, row)
         cache = None  # one group is held at a time
+
+
+def _groups(prompts: Sequence[list[int]], rows: int) -> Iterator[list[int]]:
+    """Group the numbers of prompts by length: as many as may be read at a time, the longest of them being the last."""
+    group: list[int] = []
+    for number in sorted(range(len(prompts)), key=lambda n: (len(prompts[n]), prompts[n])):
+        if len(group) >= prompts_at_a_time(rows, len(prompts[number])):
+            yield group
+            group = []
+        group.append(number)
+    if group:
+        yield group
 
 
 def _read(model: Any, prefix: SharedPrefix, prompts: Sequence[list[int]]) -> DynamicCache:

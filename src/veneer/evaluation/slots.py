@@ -13,8 +13,8 @@ import torch
 
 from veneer.evaluation.prefill import ReadPrompt
 from veneer.evaluation.slot_cache import SlotCache, SlotView
+from veneer.planning.held_out import slot_length
 
-ALIGNED = 16  # positions: attention reads whole vectors, so that further masked ones change no bit
 GRAPH_WIDTH = 256  # positions of the shortest recorded step; longer ones double
 EAGER_STEPS = 3  # steps of a width before it is recorded: libraries set themselves up, short answers need no graph
 STEPS = 8  # between two looks at which rows have ended, on a GPU
@@ -65,7 +65,7 @@ class SlotDecoder:
         self._model, self._rows, self._choose, self._is_ended = model, rows, choose, is_ended
         longest = max(row.limit for row in rows)
         length = max(len(row.prompt) + row.limit for row in rows)
-        self._length = -(-length // ALIGNED) * ALIGNED
+        self._length = slot_length(length)
         # For each slot: its token, that token's position, whether it answers, tokens generated, and their limit.
         self._state_5S = torch.zeros((5, slots), dtype=torch.int64, device=device)
         self._token_S, position_S, self._active_S, self._count_S, self._limit_S = self._state_5S.unbind()
@@ -132,7 +132,7 @@ class SlotDecoder:
 
     def _width(self, needed: int) -> int:
         """Return the positions that attention reads: few different numbers where each is recorded."""
-        width = -(-needed // ALIGNED) * ALIGNED
+        width = slot_length(needed)
         if self._records:
             width = GRAPH_WIDTH
             while width < needed:
