@@ -232,7 +232,7 @@ def test_what_is_known_is_left_out_and_the_rest_comes_out_to_the_bit(
 
 def test_prompts_are_read_in_groups_and_a_known_group_is_not_read(model_of: Callable[[str], Any]) -> None:
     model, (prompts, _) = model_of("llama"), drawn(2 * PREFILL_ROWS + 1)
-    order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
+    order = sorted(range(len(prompts)), key=lambda n: (len(prompts[n]), prompts[n]))
     rows: list[int] = []
     hook = model.register_forward_pre_hook(lambda m, a, given: rows.append(len(given["input_ids"])), with_kwargs=True)
     try:
