@@ -3,13 +3,12 @@
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModelForCausalLM
 
 import veneer
 from tests.support.runs import some_rows
@@ -18,7 +17,7 @@ from veneer.config.sampling import Sampling
 from veneer.data.conversation import Message
 from veneer.evaluation.decoding import generation_config, row_seeds, stop_ids_of
 from veneer.evaluation.generation import GREEDY, Continuation, continue_prompts, generate
-from veneer.evaluation.partial import PartialAnswers
+from veneer.evaluation.partial import KeptAnswers, PartialAnswers
 
 ROUNDING = 1e-4  # between two shapes of a batch, in the log-probability of a token in float32
 HOT = Sampling(temperature=5.0, top_k=4, seed=3)  # few bounds for a drawn number to be within rounding of
@@ -149,13 +148,13 @@ def test_an_interrupted_evaluation_goes_on_with_the_rows_that_are_left(
     with file.open("a") as lines:
         lines.write('{"model": "tuned", "row": 1')  # what a kill leaves of a line
     generated: list[int] = []
-    plain = PeftModelForCausalLM.generate
+    keep = KeptAnswers.keep
 
-    def counted(self: Any, **given: Any) -> Any:
-        generated.append(len(given["input_ids"]))
-        return plain(self, **given)
+    def counted(self: KeptAnswers, answers: Mapping[int, list[int]]) -> None:
+        generated.append(len(answers))
+        keep(self, answers)
 
-    monkeypatch.setattr(PeftModelForCausalLM, "generate", counted)
+    monkeypatch.setattr(KeptAnswers, "keep", counted)
     told: list[int] = []
     again = veneer.evaluate(folder, rows, 12, on_begin=told.append, on_done=told.append)
     assert sum(generated) == total - done

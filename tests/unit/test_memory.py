@@ -125,7 +125,7 @@ def test_phases_name_every_component() -> None:
     train, tested = run_dry(make, 4, 1, asked), run_dry(make, 4, 1, held)
     found = phases(shapes, asked, "adamw_8bit", train, "cuda")
     found["evaluation"] = held_out_peak(persistent(shapes, asked, "adamw_8bit", train, "cuda")[0], train, tested)
-    found["generation"] = generation_peak(loaded(shapes, asked, "cuda"), shapes, held, tested, 256)
+    found["generation"] = generation_peak(loaded(shapes, asked, "cuda"), shapes, held, tested, 256, "cuda")
     assert set(found) == {"load", "forward", "backward", "optimizer", "evaluation", "generation"}
     for peak in found.values():
         assert peak.bytes == sum(peak.components.values())

@@ -66,10 +66,13 @@ class StopAtText:
         self._tail = SLACK + max(len(text.encode()) for text in texts)
 
     def __call__(self, ids_BL: torch.Tensor, scores: Any, **given: Any) -> torch.Tensor:
-        ends = ids_BL[:, max(self._start, ids_BL.shape[1] - self._tail) :].tolist()
-        texts = [self._tokenizer.decode(end, clean_up_tokenization_spaces=False) for end in ends]
-        found = [any(text in end for text in self._texts) for end in texts]
+        found = [self.is_ended(ids) for ids in ids_BL[:, self._start :].tolist()]
         return torch.tensor(found, device=ids_BL.device)
+
+    def is_ended(self, ids: Sequence[int]) -> bool:
+        """Return whether the end of an answer holds one of the texts."""
+        end = self._tokenizer.decode(ids[-self._tail :], clean_up_tokenization_spaces=False)
+        return any(text in end for text in self._texts)
 
 
 class LikeliestTokens:
@@ -106,24 +109,44 @@ class SampledTokens:
     """
 
     def __init__(self, sampling: Sampling, seeds: Sequence[int]) -> None:
-        from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-        self._warpers: list[Any] = [TemperatureLogitsWarper(sampling.temperature)]
-        if sampling.top_k:
-            self._warpers.append(TopKLogitsWarper(sampling.top_k))
-        if sampling.top_p < 1:
-            self._warpers.append(TopPLogitsWarper(sampling.top_p))
+        self._choice = TokenChoice(sampling)
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, ids_BL: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
-        for warp in self._warpers:
-            scores_BV = warp(ids_BL, scores_BV)
-        cumulated_BV = scores_BV.float().softmax(-1).cumsum(-1)
         drawn_B = torch.cat([torch.rand(1, generator=generator) for generator in self._generators])
-        passed_B = drawn_B.to(cumulated_BV.device) * cumulated_BV[:, -1]  # the sum is 1 but for rounding
+        chosen_B = self._choice(scores_BV, drawn_B.to(scores_BV.device))
+        return torch.full_like(scores_BV, -torch.inf).scatter_(1, chosen_B[:, None], 0.0)
+
+
+class TokenChoice:
+    """Chooses each row's next token: the likeliest, or at a temperature the one that a uniform number falls on.
+
+    Args:
+        sampling: Settings; a repetition penalty is not among what is heeded here.
+    """
+
+    def __init__(self, sampling: Sampling) -> None:
+        from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+        self._warpers: list[Any] = []
+        if sampling.temperature > 0:
+            self._warpers.append(TemperatureLogitsWarper(sampling.temperature))
+            if sampling.top_k:
+                self._warpers.append(TopKLogitsWarper(sampling.top_k))
+            if sampling.top_p < 1:
+                self._warpers.append(TopPLogitsWarper(sampling.top_p))
+
+    def __call__(self, scores_BV: torch.Tensor, drawn_B: torch.Tensor | None) -> torch.Tensor:
+        """Return a token for each row of scores; `drawn_B`, uniform numbers, is None for the likeliest."""
+        scores_BV = scores_BV.float()
+        if drawn_B is None:
+            return scores_BV.argmax(-1)
+        for warp in self._warpers:
+            scores_BV = warp(None, scores_BV)
+        cumulated_BV = scores_BV.softmax(-1).cumsum(-1)
+        passed_B = drawn_B * cumulated_BV[:, -1]  # the sum is 1 but for rounding
         chosen_B1 = torch.searchsorted(cumulated_BV, passed_B[:, None], right=True)
-        last = cumulated_BV.shape[-1] - 1
-        return torch.full_like(scores_BV, -torch.inf).scatter_(1, chosen_B1.clamp_(max=last), 0.0)
+        return chosen_B1[:, 0].clamp_(max=cumulated_BV.shape[-1] - 1)
 
 
 def row_seeds(prompts: Sequence[Sequence[int]], seed: int) -> list[int]:
@@ -135,6 +158,14 @@ def row_seeds(prompts: Sequence[Sequence[int]], seed: int) -> list[int]:
         found.append(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
         seen[prompt] += 1
     return found
+
+
+def draws_of(prompts: Sequence[Sequence[int]], room: Sequence[int], sampling: Sampling) -> list[torch.Tensor | None]:
+    """Return each row's uniform numbers, one a token of its answer; None each: greedy."""
+    if sampling.temperature == 0:
+        return [None] * len(prompts)
+    seeds = row_seeds(prompts, sampling.seed)
+    return [torch.rand(count, generator=torch.Generator().manual_seed(seed)) for count, seed in zip(room, seeds)]
 
 
 class TextStream:

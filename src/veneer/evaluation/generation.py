@@ -1,8 +1,10 @@
-"""A model answers prompts in batches of similar length, and stops at the end-of-turn token.
+"""A model answers prompts, and stops at the end-of-turn token.
 
-Transformers owns generation. Prompts come as token ids from the one renderer that training uses, and are padded before
-their own tokens with an explicit mask, so that a pad token that equals the end token does no harm. What all prompts
-begin with is read once (prefix.py).
+Prompts come as token ids from the one renderer that training uses; what all begin with is read once (prefix.py). They
+are answered in slots (slots.py) where the model's cache allows it (slot_cache.py). Otherwise, and for what only
+Transformers' own generation gives (text while it is made, log-probabilities, a repetition penalty), in batches of
+similar length through `generate`, padded before their own tokens with an explicit mask, so that a pad token that
+equals the end token does no harm.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +20,9 @@ from veneer.evaluation.decoding import (
     SampledTokens,
     StopAtText,
     TextStream,
+    TokenChoice,
     answer_text,
+    draws_of,
     generation_config,
     row_seeds,
 )
@@ -37,7 +41,7 @@ class Continuation(NamedTuple):
     """The tokens that a model generates after a prompt.
 
     Attributes:
-        ids: New tokens; after the one that ends the answer only padding follows.
+        ids: New tokens; after the one that ends the answer only padding may follow.
         steps: Log-probabilities of the likeliest tokens by id at each new token; empty: not asked for.
     """
 
@@ -97,7 +101,7 @@ def continue_prompts(
     on_text: Callable[[str], None] | None = None,
     kept: KeptAnswers | None = None,
 ) -> list[Continuation]:
-    """Generate the tokens that follow each prompt: the one generation loop for all models.
+    """Generate the tokens that follow each prompt: the one door to generation for all models.
 
     Rows go together by their length, and what all begin with is read once, so that the same weights give the same
     answers wherever they are asked: products over other shapes round otherwise.
@@ -115,10 +119,16 @@ def continue_prompts(
     """
     model.eval()
     found: list[Continuation] = [Continuation([], [])] * len(prompts)
-    device = model.get_input_embeddings().weight.device
     batching = batch_size if isinstance(batch_size, Batching) else Batching(batch_size, LESS_MEMORY)
     stop, seeds = sampling.stop, row_seeds(prompts, sampling.seed)
     room = room or [config.max_new_tokens] * len(prompts)
+    device = model.get_input_embeddings().weight.device
+    wants_more = likeliest or on_text is not None or sampling.repetition_penalty != 1
+    if len(prompts) > 1 and not wants_more and _has_slots(model):
+        parts = (model, tokenizer, prompts, config.eos_token_id, batching, room)
+        for number, ids in _answers_in_slots(*parts, sampling, kept, on_done).items():
+            found[number] = Continuation(ids, [])
+        return found
 
     def answer(chosen: Sequence[int]) -> int:
         if kept is not None and kept.holds(chosen):
@@ -153,6 +163,50 @@ def continue_prompts(
             config.max_new_tokens = tokens
             for done in batching.over(numbers, answer):
                 on_done(done)
+    return found
+
+
+def _has_slots(model: Any) -> bool:
+    from veneer.evaluation.slot_cache import has_slots  # here, since it imports Transformers
+
+    return has_slots(model)
+
+
+def _answers_in_slots(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    stop_ids: Sequence[int] | None,
+    batching: Batching,
+    room: Sequence[int],
+    sampling: Sampling,
+    kept: KeptAnswers | None,
+    on_done: Callable[[int], None],
+) -> dict[int, list[int]]:
+    """Return the tokens of each answer by the number of its prompt; arguments of `continue_prompts`."""
+    from veneer.evaluation.prefill import read_prompts
+    from veneer.evaluation.slots import Row, SlotDecoder
+
+    found = {} if kept is None else {n: ids for n, ids in kept.known.items() if n < len(prompts)}
+    draws = draws_of(prompts, room, sampling)
+    rows = [Row(*row) for row in zip(prompts, room, draws, strict=True)]
+    is_ended = StopAtText(tokenizer, sampling.stop, 0).is_ended if sampling.stop else None
+
+    def answer(slots: int) -> Iterator[dict[int, list[int]]]:
+        decoder = SlotDecoder(model, rows, slots, stop_ids or [], TokenChoice(sampling), is_ended)
+        for answers in decoder.answers(read_prompts(model, prefix, prompts, found, slots)):
+            found.update(answers)
+            yield answers
+
+    if found:
+        on_done(len(found))
+    if len(found) < len(prompts):
+        with adapter_in_copies(model), quiet(), contiguous_head_input(model):
+            prefix = SharedPrefix(model, prompts)
+            for answers in batching.until_done(answer, len(prompts)):
+                if kept is not None:
+                    kept.keep(answers)
+                on_done(len(answers))
     return found
 
 

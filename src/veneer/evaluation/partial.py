@@ -1,9 +1,10 @@
 """Answers are kept as they come, so that an evaluation that was interrupted goes on with the rows that are left.
 
 A file in the run's folder gets a line for each answer, once its batch is done; the evaluation that is whole deletes it.
-Its name is a hash of all that decides the answers, so another evaluation has another file. Batches are made as if
-nothing were known: those that are known are left out, others are answered whole. So an evaluation that goes on has the
-batches of one that was not interrupted, and its answers to the bit.
+Its name is a hash of all that decides the answers, so another evaluation has another file. Prompts are read in the
+groups, and answered in as many slots, as if nothing were known; or in the same batches, of which those that are known
+are left out. So an evaluation that goes on computes the rest in the shapes of one that was not interrupted, and its
+answers are the same to the bit.
 """
 
 import hashlib

@@ -57,6 +57,26 @@ class Batching:
                 continue
             self._halve(len(chosen))  # out here nothing holds what the failed attempt had made
 
+    def until_done(self, work: Callable[[int], Iterator[Result]], most: int) -> Iterator[Result]:
+        """Yield what `work` yields for a number of rows at a time; once memory is short it begins anew with fewer.
+
+        Args:
+            work: function of the number of rows; what it has yielded it does not yield again.
+            most: rows that there are.
+
+        Raises:
+            JobError: not even one fits.
+        """
+        while True:
+            rows = min(self.size, most)
+            try:
+                yield from work(rows)
+                return
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            self._halve(rows)  # out here nothing holds what the failed attempt had made
+
     def _halve(self, rows: int) -> None:
         if rows == 1:
             raise JobError(f"out of memory with one row at a time ({self._what})\n  fix: {self._fix}")

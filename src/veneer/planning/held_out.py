@@ -12,6 +12,8 @@ from veneer.engine.trace import Peak
 from veneer.model.shapes import Shapes
 
 SPARE = 0.05  # share of the peak: fragmentation, and the error of a prediction
+SLOT_STEP = 16  # positions: attention reads whole vectors, so that further masked ones change no bit
+PREFILL_ROWS, PREFILL_TOKENS = 8, 4096  # most that generation reads at a time, ahead of the slots that answer them
 
 
 def rows_that_fit(asked: int, peak_of: Callable[[int], Peak], persistent_bytes: int, budget_bytes: int) -> int:
@@ -44,7 +46,19 @@ def held_out_peak(persistent: Mapping[str, int], train: DryRun, held_out: DryRun
     return Peak(sum(parts.values()), dict(parts))
 
 
-def generation_peak(loaded: Mapping[str, int], shapes: Shapes, asked: Step, dry: DryRun, max_new_tokens: int) -> Peak:
+def slot_length(tokens: int) -> int:
+    """Return the positions that are held for a prompt and its answer of so many tokens together."""
+    return -(-tokens // SLOT_STEP) * SLOT_STEP
+
+
+def prompts_at_a_time(rows: int, tokens: int) -> int:
+    """Return how many prompts of so many tokens are read at a time where so many rows are answered."""
+    return max(1, min(rows, PREFILL_ROWS, PREFILL_TOKENS // max(1, tokens)))
+
+
+def generation_peak(
+    loaded: Mapping[str, int], shapes: Shapes, asked: Step, dry: DryRun, max_new_tokens: int, device: str
+) -> Peak:
     """Return the peak of `veneer evaluate`, which answers a batch of prompts and measures the loss of references.
 
     Args:
@@ -53,16 +67,24 @@ def generation_peak(loaded: Mapping[str, int], shapes: Shapes, asked: Step, dry:
         asked: the batch, on the reference engine, since Transformers generates.
         dry: dry run of that batch.
         max_new_tokens: tokens of the longest answer; the model's positions may allow less.
+        device: kind of device.
     """
     tokens = asked.length + max_new_tokens
-    tokens = asked.rows * (tokens if shapes.positions is None else min(tokens, max(shapes.positions, asked.length)))
-    cache = shapes.key_value_bytes * tokens * asked.dtype.itemsize // 2
+    tokens = tokens if shapes.positions is None else min(tokens, max(shapes.positions, asked.length))
+    tokens = asked.rows * slot_length(tokens)
+    token_bytes = shapes.key_value_bytes * asked.dtype.itemsize // 2
+    cache = token_bytes * tokens
     logits = asked.rows * shapes.vocabulary * (4 + 4 + asked.dtype.itemsize)
-    # Keys and values of all layers, and a second copy of one layer's while they grow.
+    # Beside the slots stand the prompts that have been read ahead; where there are no slots, a second copy of one
+    # layer's keys and values while they grow.
+    ahead = token_bytes * prompts_at_a_time(asked.rows, asked.length) * asked.length
     generated = {
-        "generation cache": cache + cache // shapes.depth,
+        "generation cache": cache + max(ahead, cache // shapes.depth),
         "activations": max(dry.peaks["forward"].bytes, logits),
     }
+    if device == "cuda":  # what a recorded step keeps for itself: its logits, and the largest weight in 16 bits
+        largest = max((rows * columns for rows, columns in shapes.linears.values()), default=0)
+        generated["recorded passes"] = asked.dtype.itemsize * (asked.rows * shapes.vocabulary + largest)
     scored = dry.fullest("forward").components
     parts = Counter(loaded) + Counter(scored if sum(scored.values()) > sum(generated.values()) else generated)
     return Peak(sum(parts.values()), dict(parts))

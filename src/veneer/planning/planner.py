@@ -123,7 +123,8 @@ class Planner:
 
         def peak_of(count: int) -> Peak:
             asked = step_for_held_out(step, Padded(count, rows.length, count * rows.trained))
-            return generation_peak(held, shapes, asked, self.base.run_dry(asked), run.evaluate.max_new_tokens)
+            dry, most = self.base.run_dry(asked), run.evaluate.max_new_tokens
+            return generation_peak(held, shapes, asked, dry, most, target.device)
 
         most = min(run.evaluate.batch_size, rows.rows)
         count = rows_that_fit(most, peak_of, sum(held.values()), target.budget_bytes)
