@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from veneer.evaluation.prefill import ReadPrompt
+from veneer.evaluation.slot_attention import attends_slots
 from veneer.evaluation.slot_cache import SlotCache, SlotView
 from veneer.planning.held_out import slot_length
 
@@ -159,13 +160,14 @@ class SlotDecoder:
 
     def _forward(self) -> torch.Tensor:
         assert self._cache is not None
-        output = self._model(
-            input_ids=self._token_S[:, None],
-            position_ids=self._view.position_S[:, None],
-            attention_mask=self._view.mask(self._cache.layers[0].keys.dtype),
-            past_key_values=self._cache,
-            use_cache=True,
-        )
+        with attends_slots(self._model):
+            output = self._model(
+                input_ids=self._token_S[:, None],
+                position_ids=self._view.position_S[:, None],
+                attention_mask=self._view.mask(self._cache.layers[0].keys.dtype),
+                past_key_values=self._cache,
+                use_cache=True,
+            )
         logits_SV: torch.Tensor = output.logits[:, -1]
         return logits_SV
 
