@@ -2,7 +2,7 @@
 
     python3 -m bench.generate                        # an H100: 8B shapes, random NF4 weights, LoRA r=16; 5 minutes
     python3 -m bench.generate --quick                # the same model, short answers; 2 minutes, most of it loading
-    python3 -m bench.generate --cpu --rows 48        # the built-in SmolLM2 with LoRA r=16
+    python3 -m bench.generate --cpu --rows 64 --generated 16    # the built-in SmolLM2 with LoRA r=16; 20 minutes
 
 Prompts and answers have 64 to 512 tokens each, drawn uniformly with a fixed seed; random weights stop nowhere, so each
 row's own limit ends its answer, for both. `generate` gets 16 rows as they come and goes on until the last of them has
@@ -183,12 +183,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--generated", type=int, default=32, help="rows that `generate` answers, the first ones")
     parser.add_argument("--slots", type=int, nargs="+", default=[16, 32, 64])
+    parser.add_argument("--only", default="", help="cases whose names begin so")
     parser.add_argument("--out", type=Path, default=RESULTS)
     a = parser.parse_args()
     if a.cpu:
         source = locate(Model(base="smollm2-135m-instruct"))
         base = load_model(source, Model(base="smollm2-135m-instruct"), None, find_machine())
-        a.slots, a.generated = [BATCH], a.rows
+        a.slots = [BATCH]
     else:
         base = random_base(a.shape, a.layers, quantized=True)
     model = attach(base, Adapter(r=16, lora_alpha=32), 0).eval()
@@ -213,6 +214,8 @@ def main() -> None:
         cases["profile"] = lambda: kernels_of(lambda: float(slots_case(model, short, 16, graphs=False)()))
     found = json.loads(a.out.read_text()) if a.out.exists() else {}
     for name, case in cases.items():
+        if not name.startswith(a.only):
+            continue
         try:
             result = case()
         except Exception:  # noqa: BLE001 - the next case may go well, and device time is short

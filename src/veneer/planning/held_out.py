@@ -6,6 +6,7 @@ call the same functions, so a plan shows the number that is used.
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from math import prod
 
 from veneer.engine.dry_run import DryRun, Step
 from veneer.engine.trace import Peak
@@ -82,8 +83,8 @@ def generation_peak(
         "generation cache": cache + max(ahead, cache // shapes.depth),
         "activations": max(dry.peaks["forward"].bytes, logits),
     }
-    if device == "cuda":  # what a recorded step keeps for itself: its logits, and the largest weight in 16 bits
-        largest = max((rows * columns for rows, columns in shapes.linears.values()), default=0)
+    if device == "cuda":  # what a recorded step keeps for itself: its logits, and the largest weight dequantized
+        largest = max((prod(size) for path, size in shapes.linears.items() if path in asked.quantized), default=0)
         generated["recorded passes"] = asked.dtype.itemsize * (asked.rows * shapes.vocabulary + largest)
     scored = dry.fullest("forward").components
     parts = Counter(loaded) + Counter(scored if sum(scored.values()) > sum(generated.values()) else generated)
