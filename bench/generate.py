@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--generated", type=int, default=32, help="rows that `generate` answers, the first ones")
     parser.add_argument("--slots", type=int, nargs="+", default=[16, 32, 64])
-    parser.add_argument("--only", default="", help="cases whose names begin so")
+    parser.add_argument("--only", nargs="+", default=[""], help="cases whose names begin so")
     parser.add_argument("--out", type=Path, default=RESULTS)
     a = parser.parse_args()
     if a.cpu:
@@ -214,7 +214,7 @@ def main() -> None:
         cases["profile"] = lambda: kernels_of(lambda: float(slots_case(model, short, 16, graphs=False)()))
     found = json.loads(a.out.read_text()) if a.out.exists() else {}
     for name, case in cases.items():
-        if not name.startswith(a.only):
+        if not name.startswith(tuple(a.only)):
             continue
         try:
             result = case()
