@@ -109,7 +109,9 @@ class DryRun:
 FUSED_TOKENS = 1536  # up to so many tokens, bitsandbytes does not dequantize the whole weight
 
 
-def run_dry(make: Callable[[int], Any], depth: int, period: int | None, step: Step) -> DryRun:
+def run_dry(
+    make: Callable[[int], Any], depth: int, period: int | None, step: Step, chunks_head: bool | None = None
+) -> DryRun:
     """Run a micro-batch dry, or the held-out loss of one.
 
     Args:
@@ -117,11 +119,15 @@ def run_dry(make: Callable[[int], Any], depth: int, period: int | None, step: St
         depth: layers of the model.
         period: layers after which they repeat; None: they do not.
         step: the micro-batch.
+        chunks_head: whether `head_is_linear` is true of the model; None: it is asked.
     """
-    chunked_head = step.method != "full" and head_is_linear(make(period or depth))
+    if step.method == "full":
+        chunks_head = False
+    elif chunks_head is None:
+        chunks_head = head_is_linear(make(period or depth))
 
     def run(layers: int, ends: int) -> DryRun:
-        return DryRun(*_run(make(layers), step, ends, chunked_head))
+        return DryRun(*_run(make(layers), step, ends, chunks_head))
 
     return extrapolate(run, depth, period, step.training)
 
