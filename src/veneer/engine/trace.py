@@ -373,7 +373,8 @@ def _grouped(a: torch.Tensor, b: torch.Tensor, offs: Any = None, *_: Any, **__: 
 def _layer_norm(x: torch.Tensor, shape: list[int], *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the output, and the rows' float32 means and reciprocal deviations."""
     rows = (*x.shape[: -len(shape)], *[1] * len(shape))
-    return torch.empty_like(x), *(x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    means = x.new_empty(rows, dtype=torch.float32)
+    return torch.empty_like(x), means, torch.empty_like(means)
 
 
 def _layer_norm_backward(
