@@ -75,7 +75,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     faster.
 
     Attributes:
-        times: how often an operation is done for each time that it is seen.
+        times: number of operations that each one that is seen stands for.
         peaks: peak of each phase.
         work: work of each phase.
         live: bytes held now, by component.
