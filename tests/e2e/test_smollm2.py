@@ -1,5 +1,6 @@
 """Whole commands on the real SmolLM2-135M-Instruct, each a process of its own, as a user runs them."""
 
+import fcntl
 import json
 import os
 import signal
@@ -31,7 +32,9 @@ from veneer.model.load import load_tokenizer
 from veneer.model.locate import locate
 
 pytestmark = pytest.mark.e2e
-on_one_run = pytest.mark.xdist_group("trained")  # one process trains it, the other does the rest
+on_one_run = pytest.mark.xdist_group(
+    "trained"
+)  # one process trains it; the other does the rest, and what takes longest
 
 ROOT = Path(__file__).parents[2]
 VENEER = [sys.executable, "-m", "veneer.cli.main"]
@@ -52,10 +55,18 @@ def veneer(*arguments: str, status: int = 0) -> Any:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The demo's run, cut to 40 steps: its folder and what the command reported."""
-    folder = tmp_path_factory.mktemp("runs") / "demo"
-    report = veneer("train", RECIPE, "train.max_steps=40", f"data.validation={DEV}", f"train.output_dir={folder}")
-    return folder, report
+    """The demo's run, cut to 40 steps: its folder and what the command reported. All processes of pytest share one."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    folder, reported = shared / "demo", shared / "demo.json"
+    with (shared / "demo.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not reported.exists():
+            report = veneer(
+                "train", RECIPE, "train.max_steps=40", f"data.validation={DEV}", f"train.output_dir={folder}"
+            )
+            reported.write_text(json.dumps(report))
+    return folder, json.loads(reported.read_text())
 
 
 @on_one_run
@@ -192,7 +203,6 @@ def test_the_fused_engine_errs_at_most_twice_as_much_as_peft() -> None:
     assert found["fused"]["loss_error"] <= max(2 * found["peft"]["loss_error"], 2e-3 * found["loss_float32"])
 
 
-@on_one_run
 def test_what_ships_is_what_was_trained(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     """Merged and as a 4-bit K-quant in llama.cpp: same tokens, same stops, near the adapter, certified."""
     folder = str(trained[0])

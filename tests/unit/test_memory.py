@@ -15,7 +15,8 @@ from veneer.config import Run, Train
 from veneer.data.batch import Batches, Example
 from veneer.engine.dry_run import Step, run_dry
 from veneer.engine.reference import padded_groups
-from veneer.engine.trace import Trace, rounded
+from veneer.engine.trace import Trace, on_meta, rounded
+from veneer.kernels import linear_cross_entropy
 from veneer.model.shapes import Shapes, build, shapes_of
 from veneer.planning.batch_shapes import Lengths, rows_of
 from veneer.planning.held_out import generation_peak, held_out_peak
@@ -101,6 +102,32 @@ def test_a_deep_model_is_carried_on_as_if_every_layer_were_run(
         assert short.fullest(phase).bytes == whole.fullest(phase).bytes
     for kind, count in whole.work.items():
         assert short.work[kind] == pytest.approx(count)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("tokens", [12, 7])  # of 60: without a rest, and with one
+def test_a_chunk_of_the_loss_counts_for_all_that_are_alike(
+    tokens: int, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, shapes = maker("llama", 2)
+    asked = step(shapes, training=training)
+    monkeypatch.setattr(linear_cross_entropy, "CHUNK_BYTES", tokens * 4 * shapes.vocabulary)
+    few = run_dry(make, 2, None, asked)
+    monkeypatch.setattr(linear_cross_entropy, "_starts", lambda count, chunk, is_meta: range(0, count, chunk))
+    assert few == run_dry(make, 2, None, asked)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_layer_norm_makes_the_tensors_that_torch_makes(dtype: torch.dtype) -> None:
+    x, weight = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((2, 3, 8), (8,)))
+    forward = torch.ops.aten.native_layer_norm.default, (x, [8], weight, weight, 1e-5)
+    means, deviations = forward[0](*forward[1])[1:]
+    given = (x, x, [8], means, deviations, weight, weight, [True, False, False])
+    for function, operands in (forward, (torch.ops.aten.native_layer_norm_backward.default, given)):
+        ours, wanted = on_meta(function, operands, {}), function(*operands)
+        assert [t is None or (t.shape, t.stride(), t.dtype) for t in ours] == [
+            t is None or (t.shape, t.stride(), t.dtype) for t in wanted
+        ]
 
 
 def test_a_question_about_a_real_number_is_answered_truly() -> None:

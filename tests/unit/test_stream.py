@@ -1,5 +1,6 @@
 """Streamed loading gives what Transformers' own reader gives, to the bit, and tells what is wrong with files."""
 
+import gc
 import json
 import shutil
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from veneer.model.load import load_base
 from veneer.model.locate import BaseSource, locate
 from veneer.model.reader import Reader
 from veneer.model.shards import read_headers
+from veneer.model.stream import collect_cycles
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -410,3 +412,15 @@ def test_a_full_disk_is_told_and_nothing_is_left(
     assert "No space left on device" in told
     assert "0.0 GB free, 0.0 GB needed" in told
     assert [file for file in (*folder.glob(".veneer/*"), *empty_cache.glob("*/*/*"))] == []
+
+
+def test_a_load_leaves_frozen_what_the_program_froze() -> None:
+    gc.unfreeze()
+    with collect_cycles(0, "cpu"):
+        assert gc.get_freeze_count() > 0, "older objects are not looked through"
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    before = gc.get_freeze_count()
+    with collect_cycles(0, "cpu"):
+        pass
+    assert gc.get_freeze_count() > before / 2

@@ -11,8 +11,8 @@ layer. Where layers differ in a pattern, the pattern is repeated whole; where th
 Shapes: B rows, L length, N trained tokens, K inputs and M outputs of a linear layer.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from veneer.engine.placement import BlockPlacement
 from veneer.engine.reference import PaddedRows, token_logprobs
 from veneer.engine.trace import FlashAttention, Peak, Trace, Work, is_view, on_meta
+from veneer.kernels.linear_cross_entropy import LISTENERS
 from veneer.model.adapters.lora import LORA
 from veneer.model.adapters.method import AdapterMethod
 from veneer.model.quiet import quiet
@@ -49,7 +50,7 @@ class Step:
         block: placement of each of the fused engine's blocks; None: everything is kept.
         keeps_last: whether the last block keeps everything nevertheless.
         even: whether the rows are of one length; the fused engine has other kernels for uneven ones.
-        capability: major compute capability of the GPU.
+        capability: major compute capability of the GPU, where the engine has kernels of its own for it.
         accumulating: whether gradients of an earlier micro-batch are held.
         training: whether there is a backward; else only the held-out loss is computed.
         copies: whether 4-bit weights have 16-bit copies beside them, as on a CPU with memory for them.
@@ -108,7 +109,9 @@ class DryRun:
 FUSED_TOKENS = 1536  # up to so many tokens, bitsandbytes does not dequantize the whole weight
 
 
-def run_dry(make: Callable[[int], Any], depth: int, period: int | None, step: Step) -> DryRun:
+def run_dry(
+    make: Callable[[int], Any], depth: int, period: int | None, step: Step, chunks_head: bool | None = None
+) -> DryRun:
     """Run a micro-batch dry, or the held-out loss of one.
 
     Args:
@@ -116,11 +119,15 @@ def run_dry(make: Callable[[int], Any], depth: int, period: int | None, step: St
         depth: layers of the model.
         period: layers after which they repeat; None: they do not.
         step: the micro-batch.
+        chunks_head: whether `head_is_linear` is true of the model; None: it is asked.
     """
-    chunked_head = step.method != "full" and head_is_linear(make(period or depth))
+    if step.method == "full":
+        chunks_head = False
+    elif chunks_head is None:
+        chunks_head = head_is_linear(make(period or depth))
 
     def run(layers: int, ends: int) -> DryRun:
-        return DryRun(*_run(make(layers), step, ends, chunked_head))
+        return DryRun(*_run(make(layers), step, ends, chunks_head))
 
     return extrapolate(run, depth, period, step.training)
 
@@ -168,7 +175,7 @@ def _run(base: Any, step: Step, period: int, chunked_head: bool) -> tuple[dict[s
     base.base_model.register_forward_hook(lambda *_: trace.mark("loss", "logits and loss"))
     if not step.training:
         base.eval()
-        with trace, torch.no_grad():
+        with trace, _counting_chunks(trace), torch.no_grad():
             trace.mark("forward", "activations")
             token_logprobs(base, rows, chunked_head)
         return dict(trace.peaks), trace.total_work()
@@ -183,12 +190,26 @@ def _run(base: Any, step: Step, period: int, chunked_head: bool) -> tuple[dict[s
             parameter.register_post_accumulate_grad_hook(lambda p: trace.assign(p.grad, "gradients"))
             if step.accumulating:
                 parameter.grad = torch.zeros_like(parameter)  # made before the trace: the planner counts it
-    with trace:
+    with trace, _counting_chunks(trace):
         trace.mark("forward", "activations")
         logprobs_N = token_logprobs(base, rows, chunked_head)
         trace.mark("loss", "logits and loss")
         logprobs_N.backward(-rows.weights_N)  # type: ignore[no-untyped-call]
     return dict(trace.peaks), trace.total_work()
+
+
+@contextmanager
+def _counting_chunks(trace: Trace) -> Iterator[None]:
+    """Within the context, a trace counts a chunk of the loss as often as it stands for others."""
+
+    def listen(times: int) -> None:
+        trace.times = times
+
+    LISTENERS.append(listen)
+    try:
+        yield
+    finally:
+        LISTENERS.remove(listen)
 
 
 def _follow_backward(layers: list[Any], trace: Trace, period: int) -> None:

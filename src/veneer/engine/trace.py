@@ -75,6 +75,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     faster.
 
     Attributes:
+        times: number of operations that each one that is seen stands for.
         peaks: peak of each phase.
         work: work of each phase.
         live: bytes held now, by component.
@@ -85,6 +86,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, stands_in: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._stands_in = stands_in
+        self.times = 1
         self.peaks: dict[str, Peak] = defaultdict(Peak)
         self.work: dict[str, Work] = defaultdict(lambda: defaultdict(float))
         self.live: dict[str, int] = defaultdict(int)
@@ -149,7 +151,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def note(self, kind: str, flops: float, count: float) -> None:
         """Count the work of an operation that cannot be seen: its kind, FLOPs, and bytes read and written."""
-        self.work[self._phase][Operation(kind, flops, count)] += 1
+        self.work[self._phase][Operation(kind, flops, count)] += self.times
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunction():  # `FlashAttention` has been called before
@@ -368,14 +370,30 @@ def _grouped(a: torch.Tensor, b: torch.Tensor, offs: Any = None, *_: Any, **__: 
     return a.new_empty((len(a), b.shape[-1]) if b.dim() == 3 else (len(offs), len(a), b.shape[-1]))
 
 
+def _layer_norm(x: torch.Tensor, shape: list[int], *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the output, and the rows' float32 means and reciprocal deviations."""
+    rows = (*x.shape[: -len(shape)], *[1] * len(shape))
+    means = x.new_empty(rows, dtype=torch.float32)
+    return torch.empty_like(x), means, torch.empty_like(means)
+
+
+def _layer_norm_backward(
+    grad: torch.Tensor, x: torch.Tensor, shape: Any, mean: Any, rstd: Any, weight: Any, bias: Any, wanted: list[bool]
+) -> tuple[torch.Tensor, None, None] | None:
+    """Return the input's gradient; None: weight or bias want one, too."""
+    return None if wanted != [True, False, False] else (torch.empty_like(x), None, None)
+
+
 # Torch's own meta kernels for these are slow, and they are called hundreds of times.
-_QUICK: dict[Any, Callable[..., torch.Tensor | None]] = {
+_QUICK: dict[Any, Callable[..., Any]] = {
     _aten._log_softmax.default: lambda x, dim, to_float: torch.empty_like(x, dtype=torch.float32 if to_float else None),
     _aten.exp_.default: lambda x: x,
     _aten.addmm.default: lambda _, a, b, **__: a.new_empty((len(a), b.shape[1])),
     _aten.addmm.out: lambda *_, out, **__: out,
     _aten.mm.out: lambda *_, out: out,
     _aten._grouped_mm.default: _grouped,
+    _aten.native_layer_norm.default: _layer_norm,
+    _aten.native_layer_norm_backward.default: _layer_norm_backward,
     _aten.add.Tensor: _element_wise,
     _aten.mul.Tensor: _element_wise,
     _aten.div.Tensor: _element_wise,

@@ -7,15 +7,19 @@ gets no gradient.
 
 This is the torch twin; kernels for a GPU are tested against it.
 
+On meta tensors, which have no data, one chunk stands for all that are alike, and `LISTENERS` are told for how many.
+
 Shapes: N trained tokens, D model width, V vocabulary.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 CHUNK_BYTES = 64 * 2**20  # float32 logits held at a time
+LISTENERS: list[Callable[[int], None]] = []  # called on meta tensors with the number of chunks that the next stands for
 
 
 def linear_cross_entropy(
@@ -46,7 +50,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses_N = torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
         gradient_ND = torch.empty_like(hidden_ND) if wants_gradient else None
         chunk = max(1, CHUNK_BYTES // (4 * len(weight_VD)))
-        for start in range(0, len(hidden_ND), chunk):
+        for start in _starts(len(hidden_ND), chunk, hidden_ND.is_meta):
             part = slice(start, start + chunk)
             logits_nV = F.linear(hidden_ND[part], weight_VD, bias_V).float()
             logprobs_nV = torch.log_softmax(logits_nV, dim=-1)
@@ -64,3 +68,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
         (gradient_ND,) = ctx.saved_tensors
         return (gradient_ND * grads[0][:, None]).to(gradient_ND.dtype), None, None, None
+
+
+def _starts(tokens: int, chunk: int, is_meta: bool) -> Iterator[int]:
+    """Yield where chunks begin: all of them; on meta tensors the first, one for all between, and the last."""
+    starts = range(0, tokens, chunk)
+    if not is_meta or len(starts) < 4:
+        yield from starts
+        return
+    # The second begins while the first one's tensors are held, as each of those that it stands for would.
+    for start, times in ((starts[0], 1), (starts[1], len(starts) - 2), (starts[-1], 1)):
+        for listener in LISTENERS:
+            listener(times)
+        yield start

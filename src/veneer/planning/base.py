@@ -14,7 +14,7 @@ import torch
 
 from veneer.config import Model, Run, Train
 from veneer.engine.choose import choose_engine
-from veneer.engine.dry_run import DryRun, Step, extrapolate, run_dry
+from veneer.engine.dry_run import DryRun, Step, extrapolate, head_is_linear, run_dry
 from veneer.engine.fused.decoder import NotCoveredError
 from veneer.engine.fused.dry_run import StepPeaks, predict_placement, require_covered, run_layers_dry
 from veneer.engine.placement import MemoryPlacement, Rates, whole_blocks
@@ -58,7 +58,13 @@ def _dry_run(known: _HashableConfig, step: Step) -> DryRun:
         return extrapolate(
             lambda layers, ends: run_layers_dry(known.build(step, layers), step, ends), depth, period, step.training
         )
-    return run_dry(lambda layers: known.build(step, layers), depth, period, step)
+    return run_dry(lambda layers: known.build(step, layers), depth, period, step, _head_is_linear(known))
+
+
+@lru_cache(maxsize=256)
+def _head_is_linear(known: _HashableConfig) -> bool:
+    _, attention, depth, period = known.content
+    return head_is_linear(build(known.config, torch.bfloat16, period or depth, attention))
 
 
 @lru_cache(maxsize=256)

@@ -240,7 +240,7 @@ def step_of(
         block=None if run.train.gradient_checkpointing is False else block_placement(()),
         keeps_last=run.train.gradient_checkpointing is True,
         even=even,
-        capability=target.capability,
+        capability=target.capability if engine == "fused" else Step.capability,
         accumulating=run.train.gradient_accumulation_steps > 1,
         copies=target.device == "cpu" and COPIES_SHARE * copies_bytes(shapes, quantized, dtype) <= target.budget_bytes,
     )

@@ -12,9 +12,10 @@ made from, since that has other weights.
 import contextlib
 import re
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -32,6 +33,9 @@ from veneer.model.passport import base_name, read_passport
 from veneer.release.publish.vllm_lint import vllm_lint
 from veneer.release.redact import failed_check, name_of, without_paths
 from veneer.training.job import TrainingJob
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 MARK = "<!-- Written by Veneer from the files of the run; without this line it is never written again. -->"
 
@@ -108,6 +112,16 @@ class Facts:
 
 def card(facts: Facts) -> str:
     """Write the card's text."""
+    snippet, text = _templates()
+    python = snippet.render(facts=facts, run=facts.run)
+    body = text.render(facts=facts, run=facts.run, train=facts.run.train, snippet=python)
+    head = yaml.safe_dump(metadata(facts), sort_keys=False, allow_unicode=True)
+    return f"---\n{head}---\n\n{body.rstrip()}\n\n{MARK}\n"
+
+
+@cache
+def _templates() -> "tuple[Template, Template]":
+    """Compile the templates of the snippet and of the card; a sweep writes a card for each of its runs."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(
@@ -122,13 +136,8 @@ def card(facts: Facts) -> str:
         "failed_check": failed_check,
     }
     texts = resources.files("veneer.release")
-    snippet, source = (
-        texts.joinpath(name).read_text(encoding="utf-8") for name in ("snippet.py.jinja", "card.md.jinja")
-    )
-    python = environment.from_string(snippet).render(facts=facts, run=facts.run)
-    body = environment.from_string(source).render(facts=facts, run=facts.run, train=facts.run.train, snippet=python)
-    head = yaml.safe_dump(metadata(facts), sort_keys=False, allow_unicode=True)
-    return f"---\n{head}---\n\n{body.rstrip()}\n\n{MARK}\n"
+    snippet, text = (texts.joinpath(name).read_text(encoding="utf-8") for name in ("snippet.py.jinja", "card.md.jinja"))
+    return environment.from_string(snippet), environment.from_string(text)
 
 
 def literal(text: str) -> str:
