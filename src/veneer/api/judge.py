@@ -7,9 +7,10 @@ from typing import Any
 
 from veneer.api.judge_client import JudgeClient
 from veneer.config import RunFolder, UserError
-from veneer.config.files import file_sha256, read_text
+from veneer.config.files import file_sha256, read_json, read_text
 from veneer.config.folder import write_json, write_text
 from veneer.config.names import require_run
+from veneer.config.notify import notify_on_error
 from veneer.config.paths import fault_of, require_path
 from veneer.evaluation.win_rate.blind import Ballot
 from veneer.evaluation.win_rate.judging import KeptJudgments, judge_pairs, missing_questions
@@ -22,7 +23,9 @@ ANSWERS = "base,tuned"
 BETWEEN_RUNS = "tuned,tuned"
 AT_ONCE = 8
 MAX_NEW_TOKENS = 1024
-TIMEOUT_SECONDS = 300.0
+TIMEOUT_SECONDS = 120.0
+PERSON = "a person"
+IN_RECORD = ("by", "first", "second", "win_rate", "rows", "wins", "ties", "losses", "verdict", "file")
 LONGEST_CRITERION = 20_000  # bytes
 
 
@@ -97,7 +100,7 @@ def judge(
     at_once: int = AT_ONCE,
     max_new_tokens: int = MAX_NEW_TOKENS,
     timeout: float = TIMEOUT_SECONDS,
-    on_begin: Callable[[int, JudgeClient], None] = lambda questions, client: None,
+    on_begin: Callable[[int], None] = lambda questions: None,
     on_done: Callable[[int], None] = lambda done: None,
 ) -> Judged:
     """Have a judge model say which of a run's answers are better, each pair in both positions.
@@ -112,13 +115,13 @@ def judge(
         run_dir: Folder of a run that was evaluated.
         endpoint: Address of an OpenAI-compatible server.
         model: Name of the judge; None: the server's only model.
-        criterion: What makes an answer the better one, as text or as a file; None: a general one.
+        criterion: Text, or name of a file, that says what makes an answer the better one; None: a general one.
         which: The answers; None: base against tuned.
         with_reference: Whether the judge is shown the right answer as well.
         at_once: Number of concurrent requests.
         max_new_tokens: Longest reply of the judge.
         timeout: Seconds that a reply may take.
-        on_begin: Callback that gets the number of questions to come and the judge's client.
+        on_begin: Callback that gets the number of questions to come.
         on_done: Callback that gets the number of questions just answered.
 
     Raises:
@@ -130,17 +133,17 @@ def judge(
     pairs, facts = (which or WhichAnswers()).read(folder)
     client = JudgeClient(endpoint, model, max_new_tokens, timeout)
     settings = client.facts | {"criterion": text, "template": TEMPLATE, "with_reference": with_reference}
-    file = _result_file(folder, client.model, [settings, facts["pairs"]])
-    kept = KeptJudgments(file.with_suffix(".judgments.jsonl"))
-    on_begin(len(missing_questions(pairs, kept)), client)
+    # A judgment is of one pair: other rows or answers, asked about later, find those that are the same.
+    kept = KeptJudgments(_file(folder, "judgments", client.model, settings).with_suffix(".jsonl"))
+    on_begin(len(missing_questions(pairs, kept)))
 
     def ask(pair: Pair, is_swapped: bool) -> str:
         return client.ask(judge_prompt(pair, is_swapped, text, with_reference))
 
     judged = judge_pairs(pairs, ask, kept, at_once, on_done)
-    result = Judged(win_rate(judged.outcomes), facts | judged.facts | {"by": "model", "judge": settings}, file)
-    write_json(file, result.as_dict())
-    return result
+    file = _file(folder, "win-rate", client.model, [settings, facts["pairs"]])
+    by = {"by": client.model, "judge": settings, "judgments_file": str(kept.path)}
+    return _saved(folder, Judged(win_rate(judged.outcomes), facts | judged.facts | by, file))
 
 
 def count_votes(run_dir: str | Path, votes: str | Path, which: WhichAnswers | None = None, seed: int = 0) -> Judged:
@@ -159,32 +162,38 @@ def count_votes(run_dir: str | Path, votes: str | Path, which: WhichAnswers | No
     pairs, facts = (which or WhichAnswers()).read(folder)
     path = _path(str(votes), "--votes")
     found = Ballot(pairs, seed).read(path)
-    by = {"by": "person", "votes_file": str(path), "votes_sha256": file_sha256(path), "seed": seed}
-    file = _result_file(folder, "votes", [facts["pairs"], by["votes_sha256"], seed])
-    result = Judged(win_rate(found.outcomes), facts | found.facts | by, file)
-    write_json(file, result.as_dict())
-    return result
+    by = {"by": PERSON, "votes_file": str(path), "votes_sha256": file_sha256(path), "seed": seed}
+    file = _file(folder, "win-rate", "votes", [facts["pairs"], by["votes_sha256"], seed])
+    return _saved(folder, Judged(win_rate(found.outcomes), facts | found.facts | by, file))
 
 
-def write_vote_page(run_dir: str | Path, page: str | Path, which: WhichAnswers | None = None, seed: int = 0) -> int:
+def write_vote_page(
+    run_dir: str | Path,
+    page: str | Path,
+    which: WhichAnswers | None = None,
+    criterion: str | None = None,
+    seed: int = 0,
+) -> int:
     """Write a page on which a person votes blindly, and return its number of pairs.
 
     Args:
         run_dir: Folder of a run that was evaluated.
         page: HTML file to be written.
         which: The answers; None: base against tuned.
+        criterion: Argument of `judge`.
         seed: Seed of the order and the sides.
 
     Raises:
         UserError: No such run or answers, or all pairs hold equal answers.
     """
     folder = require_run(str(run_dir))
+    text = read_criterion(criterion)
     pairs, facts = (which or WhichAnswers()).read(folder)
     ballot = Ballot(pairs, seed)
     shown = ballot.shown()
     if not shown:
         raise UserError(f"{facts['samples']}: both answers are the same text on all {len(pairs)} rows", "nothing to do")
-    write_text(Path(page), vote_page(folder.path.absolute().name, ballot.id, shown))
+    write_text(Path(page), vote_page(folder.path.absolute().name, text, ballot.id, shown))
     return len(shown)
 
 
@@ -206,10 +215,26 @@ def read_criterion(given: str | None) -> str:
     return given.strip()
 
 
-def _result_file(folder: RunFolder, name: str, key: Any) -> Path:
-    """Return the file of a result: named for who judged, and by a hash of all that decides it."""
+def _saved(folder: RunFolder, judged: Judged) -> Judged:
+    """Write a result, and name it in the run's record where it is about the answers of that record."""
+    result = judged.as_dict()
+    write_json(judged.file, result)
+    if folder.evaluation.is_file() and result["samples_sha256"] == file_sha256(folder.samples):
+        line = {key: result[key] for key in IN_RECORD}
+
+        def add() -> None:
+            record = read_json(folder.evaluation)
+            win_rates = record.get("win_rates", {}) | {judged.file.stem: line}
+            write_json(folder.evaluation, record | {"win_rates": win_rates})
+
+        notify_on_error("the win rate in evaluation.json", add)
+    return judged
+
+
+def _file(folder: RunFolder, kind: str, name: str, key: Any) -> Path:
+    """Return a file that is named for its kind and who judged, and by a hash of all that decides what is in it."""
     plain = "".join(sign if sign.isascii() and (sign.isalnum() or sign in "-_") else "-" for sign in name)[-60:]
-    return folder.other_evaluations / f"win-rate-{plain}-{digest(key)}.json"
+    return folder.other_evaluations / f"{kind}-{plain}-{digest(key)}.json"
 
 
 def _path(name: str, option: str) -> Path:

@@ -22,6 +22,7 @@ from veneer.release.certify.transport import Reply, is_loopback, send
 
 KEY = "OPENAI_API_KEY"
 DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further try
+TIMEOUTS = 2  # tries without an answer in time: each of them is long
 LONGEST_WAIT = 120.0  # seconds that a server may ask to wait
 BUSY = (408, 409, 425, 429, 500, 502, 503, 504, 520, 529)
 REFUSED = (400, 413, 422)  # one question, such as one that is too long
@@ -44,7 +45,7 @@ class JudgeClient:
 
     def __init__(self, url: str, model: str | None, max_new_tokens: int, seconds: float) -> None:
         self._root, self._seconds, self._max_new_tokens = _root(url), seconds, max_new_tokens
-        self._key = _key() if url.startswith("https:") or is_loopback(urllib.parse.urlsplit(url).netloc) else ""
+        self._key = _key() if _is_private(url) else ""
         try:
             listed = self._request("/v1/models", None)
             names = [str(entry["id"]) for entry in listed["data"]]
@@ -94,11 +95,13 @@ class JudgeClient:
     def _request(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         """Send a request, and again where the server is busy or its answer is lost on the way."""
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        timeouts = 0
         for number, delay in enumerate((*DELAYS, 0.0), 1):
             try:
                 reply = send(self._root + path, body, headers, self._seconds)
             except TimeoutError:
                 why = f"no answer within {self._seconds:g} seconds"
+                timeouts += 1
             except (OSError, http.client.HTTPException, ValueError) as error:
                 why = reason(error.reason if isinstance(error, urllib.error.URLError) else error)  # type: ignore[arg-type]
                 if body is None:  # the first request of all: nobody is there
@@ -113,7 +116,7 @@ class JudgeClient:
                     self._refuse(path, reply)
                 why = f"status {reply.status}: {self._said(reply)}"
                 delay = max(delay, _wait(reply))
-            if number > len(DELAYS) or delay > LONGEST_WAIT:
+            if number > len(DELAYS) or delay > LONGEST_WAIT or timeouts == TIMEOUTS:
                 break
             time.sleep(delay)
         waits = f"; it asks to wait {delay:g} seconds" if delay > LONGEST_WAIT else ""
@@ -161,6 +164,12 @@ def _root(url: str) -> str:
             f"write it without; a key is read from the environment variable {KEY}",
         )
     return re.sub(r"/v1/?$", "", url.rstrip("/"))
+
+
+def _is_private(url: str) -> bool:
+    """Whether nobody on the way to an address can read what is sent."""
+    parts = urllib.parse.urlsplit(url)
+    return parts.scheme == "https" or is_loopback(parts.netloc)
 
 
 def _key() -> str:

@@ -31,7 +31,7 @@ def judge(
     rows: Annotated[int | None, typer.Option(min=2, help="Maximum number of rows.")] = None,
     at_once: Annotated[int, typer.Option(min=1, max=256, help="Concurrent requests.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply of the judge.")] = 1024,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a reply may take.")] = 300.0,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a reply may take.")] = 120.0,
     seed: Annotated[int, typer.Option(help="Seed of the page's order and sides; the same for --votes.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON alone on stdout.")] = False,
 ) -> None:
@@ -54,13 +54,23 @@ def judge(
             "who judges? Exactly one of --endpoint, --page and --votes",
             "--endpoint URL for a judge model; --page FILE.html and then --votes FILE.json for a person",
         )
-    out = show.console(as_json)
+    unused = {
+        "--model": model if endpoint is None else None,
+        "--with-reference": with_reference and endpoint is None,
+        "--criterion": criterion if votes is not None else None,
+        "--seed": seed if endpoint is not None else 0,
+    }
+    for option, value in unused.items():
+        if value:
+            raise UserError(f"{option}: does nothing here", "leave it out; `veneer judge --help` says what takes it")
     from veneer.api import judge as api
+    from veneer.cli.progress import Answering
 
+    out = show.console(as_json)
     which = api.WhichAnswers(samples, answers, against, rows)
     if page is not None:
         path = checks.output_file("--page", page, "<!doctype html>")
-        pairs = api.write_vote_page(run, path, which, seed)
+        pairs = api.write_vote_page(run, path, which, criterion, seed)
         if as_json:
             show.print_json({"page": str(path), "pairs": pairs, "seed": seed})
         else:
@@ -72,40 +82,25 @@ def judge(
         result = api.count_votes(run, votes, which, seed)
     else:
         assert endpoint is not None
-        result = _ask(out, run, endpoint, model, criterion, which, with_reference, at_once, max_new_tokens, timeout)
+        with show.status(out, "asking the judge") as status:
+            told = Answering(status)
+            result = api.judge(
+                run,
+                endpoint,
+                model,
+                criterion,
+                which,
+                with_reference=with_reference,
+                at_once=at_once,
+                max_new_tokens=max_new_tokens,
+                timeout=timeout,
+                on_begin=told.begin,
+                on_done=told.add,
+            )
     if as_json:
         show.print_json(result.as_dict())
     else:
         _show(out, result.as_dict())
-
-
-def _ask(out: Any, run: Path, endpoint: str, model: str | None, criterion: str | None, which: Any, *given: Any) -> Any:
-    """Have the judge model asked, with its progress shown."""
-    from veneer.api.judge import judge as ask
-    from veneer.cli import show
-    from veneer.cli.progress import Answering
-
-    with_reference, at_once, max_new_tokens, timeout = given
-    with show.status(out, "asking for the judge") as status:
-        told = Answering(status)
-
-        def begin(questions: int, client: Any) -> None:
-            out.print(f"judge  {client.model} at {client.facts['endpoint']}: {questions} questions", markup=False)
-            told.begin(questions)
-
-        return ask(
-            run,
-            endpoint,
-            model,
-            criterion,
-            which,
-            with_reference=with_reference,
-            at_once=at_once,
-            max_new_tokens=max_new_tokens,
-            timeout=timeout,
-            on_begin=begin,
-            on_done=told.add,
-        )
 
 
 def _show(out: Any, result: dict[str, Any]) -> None:
@@ -121,11 +116,14 @@ def _show(out: Any, result: dict[str, Any]) -> None:
         f"win rate  [bold]{_percent(result['win_rate'])}[/bold] of {escape(result['second'])} against "
         f"{escape(result['first'])}, 95% interval; {result['rows']} rows: {counts}{equal}",
     )
-    color = {"better": "green", "worse": "red"}.get(result["verdict"], "default")
+    found = result["verdict"]
+    verdict = f"equal within {100 * float(found.split()[-1]):.1f} points" if found.startswith("equal") else found
+    color = {"better": "green", "worse": "red"}.get(found, "default")
     needed = result["rows_needed"]
     more = f", about {needed:,} rows like these would show which is better" if needed else ""
-    show.say(out, f"verdict   [{color}]{result['verdict']}[/{color}], p = {result['probability']:.3f} of better{more}")
-    if result["by"] == "model":
+    show.say(out, f"verdict   [{color}]{verdict}[/{color}], p = {result['probability']:.3f} of better{more}")
+    if "judge" in result:
+        show.say(out, f"judge     {escape(result['by'])} at {escape(result['judge']['endpoint'])}")
         if result["disagreement"]:
             show.say(out, f"position  contradicts itself when swapped: {_percent(result['disagreement'])}, tied")
         if result["first_shown_wins"]:

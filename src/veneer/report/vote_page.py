@@ -10,11 +10,12 @@ from veneer.config.files import visible
 from veneer.report.page import environment
 
 
-def vote_page(name: str, ballot: str, pairs: Sequence[Mapping[str, str]]) -> str:
+def vote_page(name: str, criterion: str, ballot: str, pairs: Sequence[Mapping[str, str]]) -> str:
     """Render the page as HTML.
 
     Args:
         name: The run's name.
+        criterion: Text that says what makes an answer the better one.
         ballot: Hash of the pairs, under which the browser keeps votes and with which they are saved.
         pairs: Texts to be shown, `prompt`, `left` and `right`, and an `id` that tells nothing.
     """
@@ -30,5 +31,5 @@ def vote_page(name: str, ballot: str, pairs: Sequence[Mapping[str, str]]) -> str
     return (
         environment()
         .from_string(source)
-        .render(name=name, data=Markup(data), script=Markup(script), allowed=f"sha256-{allowed}")
+        .render(name=name, criterion=criterion, data=Markup(data), script=Markup(script), allowed=f"sha256-{allowed}")
     )

@@ -45,7 +45,7 @@ class Votes:
 
     Attributes:
         outcomes: rows that were voted on, and rows with equal answers that lie between them.
-        facts: what is reported of the vote itself.
+        facts: numbers of votes, of skipped and of open pairs, and how often the left answer won.
     """
 
     outcomes: list[Outcome]

@@ -42,7 +42,7 @@ class Judgment:
         place: place of the row.
         is_swapped: whether the second answer was shown as A.
         verdict: A, B or tie; None: it could not be read.
-        reply: what the judge wrote.
+        reply: text of the judge, or why there is none.
     """
 
     pair: str
@@ -94,7 +94,7 @@ class JudgedPairs:
 
     Attributes:
         outcomes: rows with a verdict in both positions, or with equal answers.
-        facts: what is reported of the judge itself.
+        facts: how consistent the judge is: its disagreement with itself, and how often the answer shown first won.
     """
 
     outcomes: list[Outcome]

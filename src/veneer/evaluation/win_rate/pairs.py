@@ -34,8 +34,8 @@ class Pair:
 
     @property
     def id(self) -> str:
-        """A hash of the row and both answers."""
-        return digest([self.place, self.prompt, self.first, self.second])
+        """A hash of the row and both answers, and of all else that a judge may be shown."""
+        return digest([self.place, self.prompt, self.first, self.second, self.reference])
 
     @property
     def is_same(self) -> bool:
