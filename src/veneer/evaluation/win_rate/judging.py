@@ -94,7 +94,7 @@ class JudgedPairs:
 
     Attributes:
         outcomes: rows with a verdict in both positions, or with equal answers.
-        facts: how consistent the judge is: its disagreement with itself, and how often the answer shown first won.
+        facts: consistency of the judge: its disagreement with itself, and how often the answer shown first won.
     """
 
     outcomes: list[Outcome]
