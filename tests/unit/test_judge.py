@@ -4,6 +4,8 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from email.message import Message
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,10 @@ from tests.support.judge_server import Handler, JudgeServer, answers_folder, jud
 from veneer.api import judge_client
 from veneer.api.judge import WhichAnswers
 from veneer.config import JobError, RunFolder, UserError
+from veneer.evaluation.compare import Evaluation, Score
+from veneer.evaluation.metrics import measure
+from veneer.evaluation.metrics.metric import Sample, ScoredRows
+from veneer.release.certify.transport import Reply
 from veneer.report.run_page import write_run_page
 
 Call = Callable[..., tuple[int, str, str]]
@@ -341,3 +347,30 @@ def test_an_error_of_the_job_is_a_job_error(run: Path, server: JudgeServer) -> N
     server.rule = lambda a, b: ""
     with pytest.raises(JobError, match="an empty reply"):
         veneer.judge(run, server.address)
+
+
+def test_rows_that_share_a_group_are_judged_as_such(tmp_path: Path, server: JudgeServer) -> None:
+    places = [f"rows.jsonl:{n}" for n in range(1, 21)]
+    answers = [("base", "the tuned") if n < 14 else ("the base", "tuned") for n in range(20)]
+    scores = []
+    for side in range(2):
+        samples = [Sample(place, "question", "right", pair[side]) for place, pair in zip(places, answers)]
+        scores.append(Score(measure(ScoredRows(samples)), samples, 20))
+    groups = {place: str(n // 2) for n, place in enumerate(places)}
+    run = answers_folder(tmp_path / "run", answers)
+    for grouped in ({}, groups):
+        lines = Evaluation(scores[0], scores[1], groups=grouped).samples()
+        (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        found = veneer.judge(run, server.address).as_dict()
+        assert (found["wins"], found["losses"], found["groups"]) == (14, 6, 10 if grouped else None)
+
+
+@pytest.mark.parametrize(
+    ("asked", "seconds"),
+    [("3", 3), ("0.5", 0.5), (formatdate(1090, usegmt=True), 90), ("soon", 0), ("", 0), ("-1", 0)],
+)
+def test_how_long_a_busy_server_asks_to_wait(asked: str, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.time", lambda: 1000.0)
+    headers = Message()
+    headers["Retry-After"] = asked
+    assert judge_client._wait(Reply(429, headers, b"")) == seconds
