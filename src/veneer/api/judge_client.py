@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.parse
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, NoReturn
 
 from veneer.config import JobError, UserError
 from veneer.config.files import reason
@@ -22,12 +22,28 @@ from veneer.release.certify.transport import Reply, is_loopback, send
 
 KEY = "OPENAI_API_KEY"
 DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further try
+FIRST_SECONDS = 30.0  # of the list of models
 TIMEOUTS = 2  # tries without an answer in time: each of them is long
 LONGEST_WAIT = 120.0  # seconds that a server may ask to wait
 BUSY = (408, 409, 425, 429, 500, 502, 503, 504, 520, 529)
 REFUSED = (400, 413, 422)  # one question, such as one that is too long
 SHOWN = 300  # characters of a server's message
+FIX = "\n  fix: "
 AGAIN = "what was judged is kept, and the same command goes on"
+
+
+class TryAgain(Exception):  # noqa: N818 - the next try may do
+    """The server is busy or its answer was lost.
+
+    Args:
+        why: Message.
+        wait: Seconds that it asks to wait.
+        is_late: Whether it did not answer in time.
+    """
+
+    def __init__(self, why: str, wait: float = 0.0, is_late: bool = False) -> None:
+        super().__init__(why)
+        self.wait, self.is_late = wait, is_late
 
 
 class JudgeClient:
@@ -50,9 +66,11 @@ class JudgeClient:
             listed = self._request("/v1/models", None)
             names = [str(entry["id"]) for entry in listed["data"]]
         except (JobError, NotAnswered, KeyError, TypeError) as error:
-            why = f": {error}" if isinstance(error, JobError | NotAnswered) else ""
-            fix = "start it, or name the address of one that runs"
-            raise UserError(f"{url}: no OpenAI-compatible server answers there (GET /v1/models){why}", fix) from None
+            why, _, fix = str(error).partition(FIX) if isinstance(error, JobError) else ("it lists no models", "", "")
+            raise UserError(
+                f"{url}: no OpenAI-compatible server answers there (GET /v1/models): {why}",
+                fix or "start it, or name the address of one that runs",
+            ) from None
         shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
         if model is None and len(names) != 1:
             raise UserError(f"{url}: serves {len(names)} models: {shown}", "name the judge with --model")
@@ -94,49 +112,55 @@ class JudgeClient:
 
     def _request(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         """Send a request, and again where the server is busy or its answer is lost on the way."""
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        timeouts = 0
+        late = 0
         for number, delay in enumerate((*DELAYS, 0.0), 1):
             try:
-                reply = send(self._root + path, body, headers, self._seconds)
-            except TimeoutError:
-                why = f"no answer within {self._seconds:g} seconds"
-                timeouts += 1
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                why = reason(error.reason if isinstance(error, urllib.error.URLError) else error)  # type: ignore[arg-type]
-                if body is None:  # the first request of all: nobody is there
-                    raise JobError(why) from None
-            else:
-                if reply.status == 200:
-                    found = _json(reply)
-                    if isinstance(found, dict):
-                        return found
-                    raise JobError(f"{self._root}{path}: answers what is no JSON object: {self._said(reply)}")
-                if reply.status not in BUSY:
-                    self._refuse(path, reply)
-                why = f"status {reply.status}: {self._said(reply)}"
-                delay = max(delay, _wait(reply))
-            if number > len(DELAYS) or delay > LONGEST_WAIT or timeouts == TIMEOUTS:
+                return self._once(path, body)
+            except TryAgain as error:
+                why, delay, late = str(error), max(delay, error.wait), late + error.is_late
+            if number > len(DELAYS) or delay > LONGEST_WAIT or late == TIMEOUTS:
                 break
             time.sleep(delay)
         waits = f"; it asks to wait {delay:g} seconds" if delay > LONGEST_WAIT else ""
-        raise JobError(f"{self._root}{path}: {why}, after {number} tries{waits}\n  fix: try later; {AGAIN}")
+        raise JobError(f"{self._root}{path}: {why}, after {number} tries{waits}{FIX}try later; {AGAIN}")
 
-    def _refuse(self, path: str, reply: Reply) -> None:
+    def _once(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        seconds = min(self._seconds, FIRST_SECONDS) if body is None else self._seconds
+        try:
+            reply = send(self._root + path, body, headers, seconds)
+        except TimeoutError:
+            raise TryAgain(f"no answer within {seconds:g} seconds", is_late=True) from None
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            cause = error.reason if isinstance(error, urllib.error.URLError) else error
+            why = reason(cause) if isinstance(cause, Exception) else str(cause)
+            if body is None:  # the first request of all: nobody is there
+                raise JobError(why) from None
+            raise TryAgain(why) from None
+        if reply.status in BUSY:
+            raise TryAgain(f"status {reply.status}: {self._said(reply)}", _wait(reply))
+        if reply.status != 200:
+            self._refuse(path, reply)
+        found = _json(reply)
+        if not isinstance(found, dict):
+            raise JobError(f"{self._root}{path}: answers what is no JSON object: {self._said(reply)}")
+        return found
+
+    def _refuse(self, path: str, reply: Reply) -> NoReturn:
         """Raise what a status means that no further try would change."""
         if reply.status in REFUSED:
             raise NotAnswered(f"status {reply.status}: {self._said(reply)}")
         if 300 <= reply.status < 400:
             elsewhere = reply.headers.get("location", "elsewhere")
             raise JobError(
-                f"{self._root}{path}: redirects to {elsewhere[:SHOWN]}, and rows are sent to no other address\n"
-                "  fix: name that address, if you mean it"
+                f"{self._root}{path}: redirects to {elsewhere[:SHOWN]}, and rows are sent to no other address"
+                f"{FIX}name that address, if you mean it"
             )
         if reply.status in (401, 403):
             what = "refuses the key" if self._key else "wants a key"
             raise JobError(
-                f"{self._root}{path}: {what} (status {reply.status}): {self._said(reply)}\n"
-                f"  fix: set the environment variable {KEY}; it is sent over https or to this machine alone"
+                f"{self._root}{path}: {what} (status {reply.status}): {self._said(reply)}"
+                f"{FIX}set the environment variable {KEY}; it is sent over https or to this machine alone"
             )
         raise JobError(f"{self._root}{path}: status {reply.status}: {self._said(reply)}")
 

@@ -51,7 +51,7 @@ def _fetch(
     try:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers})
-        handlers: list[urllib.request.BaseHandler] = [_NoRedirect()]
+        handlers: list[urllib.request.BaseHandler] = [_NotFollowed()]
         if is_loopback(request.host):
             handlers.append(urllib.request.ProxyHandler({}))
         try:
@@ -76,7 +76,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
+class _NotFollowed(urllib.request.HTTPRedirectHandler):
     """Returns redirects as answers: rows go to the address that the user named and to no other."""
 
     def redirect_request(self, *given: Any) -> None:
