@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from veneer.api.evaluate import evaluate
     from veneer.api.export import export
     from veneer.api.generate import generate
+    from veneer.api.judge import judge
     from veneer.api.load import load
     from veneer.api.merge import merge, unmerge
     from veneer.api.plan import plan
@@ -40,6 +41,7 @@ __all__ = [
     "evaluate",
     "export",
     "generate",
+    "judge",
     "load",
     "load_run",
     "merge",

@@ -15,4 +15,5 @@ row_values.py  what a metric measured of each row
 gate.py        conditions on what was measured, such as exact_match >= 0.8
 compare.py     base against tuned on the same rows
 suites/        what a model can do beside its task, and what it forgot; memorisation; personal data in answers
+win_rate/      which of two answers to the same row is better, by a judge model or a person
 """

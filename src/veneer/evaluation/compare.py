@@ -173,6 +173,9 @@ class Evaluation:
                 strict=True,
             )
         ]
+        for line in lines:
+            if group := self.groups.get(line["place"]):
+                line["group"] = group
         for name, score in (("base_with_examples", self.shown), ("exported", self.exported)):
             for line, sample in zip(lines, score.samples if score else (), strict=score is not None):
                 line[name] = sample.answer

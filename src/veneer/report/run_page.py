@@ -55,6 +55,9 @@ def run_page(folder: Path) -> str:
         evaluation=evaluation,
         scores=_scores(evaluation.get("metrics", {})),
         first=_first(evaluation),
+        win_rates=[
+            one | {"cell": _cell("share", one["win_rate"], False)} for one in evaluation.get("win_rates", {}).values()
+        ],
         suites=_scores(evaluation.get("suites", {}).get("scores", {})),
         curve=_curve(run.metrics),
         training=_json(run.adapter / "passport.json").get("training", {}),
