@@ -21,6 +21,7 @@ from veneer.evaluation.gate import check_gate, parse_gate, require_names
 from veneer.evaluation.memory import rows_at_a_time
 from veneer.evaluation.metrics import METRICS, choose, require_metrics
 from veneer.evaluation.partial import PartialAnswers
+from veneer.evaluation.responder import ModelResponder
 from veneer.evaluation.suites import find_suites
 from veneer.machine.device import find_machine
 from veneer.model.load import compute_dtype
@@ -125,12 +126,12 @@ def evaluate(
         loaded = load_tuned(tuned)
         most = (max(len(row.example.ids) for row in held_out), max(row.example.trained for row in held_out))
         at_a_time = rows_at_a_time(run, Padded(len(held_out), *most), loaded.target)
-        settings = settings.model_copy(update={"batch_size": at_a_time})
         engine = ReferenceEngine(loaded.model)  # judges by other code than the adapter was trained by
         on_begin(2 * len(questions(held_out)))
         assert loaded.tuned is not None
         partial = PartialAnswers.of_run(folder, loaded.tuned, held_out, settings)
-        result = Scorer(loaded.model, engine, loaded.renderer, held_out, settings, partial).compare(on_done)
+        responder = ModelResponder(loaded.model, engine, loaded.renderer, at_a_time)
+        result = Scorer(responder, held_out, settings, partial).compare(engine.adapter_off, on_done)
         beside = Beside()
         if wanted:
             beside = measure_suites(wanted, loaded, engine, result, on_done)
