@@ -86,6 +86,7 @@ def test_commands_on_a_finished_run(job: TrainingJob) -> None:
     result = veneer.evaluate(folder, rows=6)
     assert result.as_dict()["rows"] == 6
     assert (result.is_record, result.file) == (False, folder / "evaluations" / "held-out-6-rows.json")
+    assert result.samples is not None
     assert len(result.samples.read_text().splitlines()) == 6
     samples = result.evaluation.samples()
     (answer,) = veneer.generate(str(folder), [samples[0]["prompt"]], compare_with_base=True, max_new_tokens=12)
@@ -100,6 +101,7 @@ def test_commands_on_a_finished_run(job: TrainingJob) -> None:
         veneer.evaluate(folder)
     for name in ("rows-17-rows.json", "rows-17-rows-2.json"):
         other = veneer.evaluate(folder, data=str(folder.parent / "rows.jsonl"))
+        assert other.file is not None
         assert (other.as_dict()["rows"], other.file.name, other.is_record) == (17, name, False)
     assert {name: (folder / name).read_bytes() for name in kept} == kept, "the run's record stays as it is"
     with pytest.raises(UserError, match="nothing to compare"):
@@ -120,6 +122,7 @@ def test_pieces_of_a_long_text_are_one_row(tiny_model: Callable[..., Path], tmp_
     assert (found.rows, len(perplexity.losses), len(perplexity.tokens)) == (3, 3, 3)
     assert sum(perplexity.tokens) == sum(row.example.weight for row in held_out)
     record = veneer.evaluate(job.folder.path, rows=2)
+    assert record.file is not None
     assert (record.is_record, record.file.name, record.as_dict()["rows"]) == (False, "held-out-2-rows.json", 2)
 
 

@@ -155,7 +155,7 @@ def _export(out: Any, job: Any, evaluation: Any) -> tuple[Any, dict[str, Any]]:
 
 def _save(folder: Any, evaluation: Any) -> tuple[Path, str, list[dict[str, Any]]]:
     """Write scores, answers and the run's page; returns the page's path, and the answers to show with their rule."""
-    from veneer.api.evaluate import save_evaluation
+    from veneer.api.evaluated import save_evaluation
     from veneer.report.run_page import SHOWN_BY, shown_of, write_run_page
 
     save_evaluation(folder, evaluation)

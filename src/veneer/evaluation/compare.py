@@ -5,6 +5,7 @@ tokens. The base is the same model with its adapter switched off, in the same pr
 what it can do without training.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -180,17 +181,19 @@ class Scorer:
         held_out: The rows.
         settings: Settings of the run: metrics and max_new_tokens.
         partial: Answers that an interrupted evaluation left; None: none are kept.
+        metrics: Metrics; None: they are chosen for the rows.
     """
 
     responder: Responder
     held_out: Sequence[HeldOut]
     settings: Evaluate
     partial: PartialAnswers | None = None
+    metrics: ChosenMetrics | None = None
 
     @cached_property
     def chosen(self) -> ChosenMetrics:
         """The metrics of these rows."""
-        return choose(questions_of(self.responder.renderer, self.held_out, self.settings))
+        return self.metrics or choose(questions_of(self.responder.renderer, self.held_out, self.settings))
 
     def compare(
         self, adapter_off: Callable[[], AbstractContextManager[None]], on_done: Progress = lambda done: None
@@ -263,7 +266,10 @@ def groups_of(held_out: Sequence[HeldOut]) -> dict[str, str]:
 
 def reference_of(renderer: Renderer | None, row: Conversation) -> str:
     """Return the right answer as a model is to give it; without its renderer, as the row has it."""
-    return row.reference() if renderer is None else expected_answer(renderer, row)
+    if renderer is not None:
+        return expected_answer(renderer, row)
+    calls = row.messages[len(row.prompt())].tool_calls
+    return "\n".join([row.reference(), *(f"<tool_call>{json.dumps(call)}</tool_call>" for call in calls)]).strip()
 
 
 def judge(

@@ -37,7 +37,7 @@ class Responder(Protocol):
 
     Attributes:
         has_losses: whether it measures losses.
-        renderer: tokenizer and template of the model; None: they are on the server.
+        renderer: renderer in whose form right answers are; None: they are as rows have them.
     """
 
     @property
