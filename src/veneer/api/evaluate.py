@@ -48,7 +48,6 @@ def evaluate(
 
     Example:
         evaluated = veneer.evaluate("runs/tickets")
-        shipped = veneer.evaluate("shipped/tickets.gguf", against="runs/tickets")
 
     A target is a run, a checkpoint, an adapter, a base, a merged folder, a GGUF file, or the address of an
     OpenAI-compatible server. The run's record (evaluation.json, samples.jsonl, the scores of its card) is of its

@@ -93,7 +93,7 @@ def compare_targets(target: Target, against: Target | None, request: Request) ->
     Args:
         target: The target that is evaluated; it stands where a run's tuned model does.
         against: The target that it is compared with, in the base's place; None: the adapter's own base.
-        request: What was asked for.
+        request: Rows, metrics, suites and gate that were asked for.
 
     Returns:
         The comparison, what was measured beside the rows, and a name for the file of both.

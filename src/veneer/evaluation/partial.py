@@ -81,7 +81,7 @@ class PartialAnswers:
 
         Args:
             folder: Folder of the file.
-            model: What identifies the model.
+            model: Facts that identify the model.
             held_out: The rows.
             settings: max_new_tokens.
         """
