@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import veneer
+from tests.support.certified import edit
 from tests.support.runs import tiny_run, write_rows
 from tests.support.suite_answers import REFUSAL, right_answer, wrong_answers
 from tests.support.tiny import FAMILIES, save_tiny_model
@@ -18,6 +19,7 @@ from veneer.api.suites import LONGEST_PROMPT
 from veneer.config import UserError
 from veneer.data.conversation import Conversation
 from veneer.engine.reference import ReferenceEngine
+from veneer.evaluation.metrics.refusal_rate import refuses
 from veneer.evaluation.paired import paired
 from veneer.evaluation.responder import ModelResponder, RowLosses
 from veneer.evaluation.suites import ABILITIES, SUITES, Suite, find_suites
@@ -26,7 +28,6 @@ from veneer.evaluation.suites.compare import SuiteComparison, answer_suites, for
 from veneer.evaluation.suites.instructions import CHECKS
 from veneer.evaluation.suites.json_form import is_right as is_json_right
 from veneer.evaluation.suites.personal import count_personal
-from veneer.evaluation.suites.refusal import refuses
 from veneer.evaluation.suites.suite import LEAST_ITEMS
 from veneer.evaluation.suites.tool_form import is_right as is_call_right
 from veneer.report.run_page import run_page
@@ -272,6 +273,16 @@ def test_a_random_model_runs_through_all_suites(run: Path, call: Call) -> None:
         assert suite.name.replace("_", " ") in page
     assert found["suites"]["forgetting"]["line"] in page
     assert "Forgetting: " in card
+
+
+def test_suites_stay_in_the_record_of_the_same_adapter(run: Path) -> None:
+    asked = veneer.evaluate(run, suites="json_form").as_dict()
+    veneer.evaluate(run)
+    kept = json.loads((run / "evaluation.json").read_text())
+    assert (kept["suites"], kept["personal"]) == (asked["suites"], asked["personal"])
+    edit(run / "evaluation.json", judged=kept["judged"] | {"adapter_sha256": "of another"})
+    veneer.evaluate(run)
+    assert "suites" not in json.loads((run / "evaluation.json").read_text()), "they are of another adapter"
 
 
 def test_suites_by_name_and_a_wrong_name(run: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

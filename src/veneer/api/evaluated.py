@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from veneer.api.suites import Beside
-from veneer.config import Model, RunFolder, load_run
+from veneer.config import Model, RunFolder, UserError, load_run
+from veneer.config.files import read_json
 from veneer.config.folder import write_json, write_text
 from veneer.config.notify import notify_on_error
 from veneer.evaluation.compare import Evaluation
@@ -67,9 +68,22 @@ def save_evaluation(
     write_text(folder.samples, _sample_lines(evaluation))
     if beside.compared:
         write_text(folder.other_evaluations / "suites.samples.jsonl", beside.sample_lines())
-    write_json(folder.evaluation, evaluation.as_dict() | beside.facts | facts)
+    write_json(folder.evaluation, evaluation.as_dict() | _kept(folder, facts) | beside.facts | facts)
     notify_on_error("the card", lambda: renew_card(folder, model))
     return folder.evaluation
+
+
+def _kept(folder: RunFolder, facts: dict[str, Any]) -> dict[str, Any]:
+    """Return what an earlier evaluation of this very model measured beside the rows."""
+    if not folder.evaluation.is_file():
+        return {}
+    try:
+        earlier = read_json(folder.evaluation)
+    except UserError:  # damaged: it is replaced
+        return {}
+    if earlier.get("judged") != facts["judged"]:
+        return {}
+    return {key: earlier[key] for key in ("suites", "memorisation", "personal") if key in earlier}
 
 
 def save_beside(folder: RunFolder, name: str, evaluation: Evaluation, data: str | None, beside: Beside) -> Path:
