@@ -22,7 +22,7 @@ from veneer.evaluation.differences import MetricComparison, compare_metrics
 from veneer.evaluation.gate import Measured
 from veneer.evaluation.intervals import Interval
 from veneer.evaluation.metrics import choose, measure, right_by
-from veneer.evaluation.metrics.choice_accuracy import choices_of
+from veneer.evaluation.metrics.choice_accuracy import offered
 from veneer.evaluation.metrics.choose import ChosenMetrics
 from veneer.evaluation.metrics.metric import MetricResult, Sample, ScoredRows
 from veneer.evaluation.paired import paired
@@ -240,13 +240,14 @@ class Scorer:
 
     def _choices(self, asked: Sequence[Conversation]) -> list[dict[str, float]]:
         """Measure the summed loss of each possible answer to each row, behind the row's prompt."""
-        references = [reference_of(self.responder.renderer, row) for row in questions(self.held_out)]
-        choices = choices_of(references)
+        choices = offered(questions_of(self.responder.renderer, self.held_out, self.settings).samples)
         rows = [
-            replace(row, messages=(*row.messages, Message("assistant", choice))) for row in asked for choice in choices
+            replace(row, messages=(*row.messages, Message("assistant", choice)))
+            for row, its in zip(asked, choices, strict=True)
+            for choice in its
         ]
-        losses = self.responder.answer_losses(rows)
-        return [dict(zip(choices, losses[n * len(choices) :])) for n in range(len(asked))]
+        losses = iter(self.responder.answer_losses(rows))
+        return [{choice: next(losses) for choice in its} for its in choices]
 
 
 def questions(held_out: Sequence[HeldOut]) -> list[Conversation]:
@@ -307,6 +308,7 @@ def _samples(renderer: Renderer | None, held_out: Sequence[HeldOut], answers: Se
             prompt=conversation.prompt()[-1].content if conversation.prompt() else "",
             reference=reference_of(renderer, conversation),
             answer=answer,
+            choices=conversation.choices,
         )
         for conversation, answer in zip(questions(held_out), answers, strict=True)
     ]
