@@ -73,7 +73,7 @@ class Endpoint:
     def _listed(self) -> list[str]:
         """Return the names of its models."""
         try:
-            names = [str(entry["id"]) for entry in fetched(f"{self._root}/v1/models", None, FIRST_SECONDS)["data"]]
+            names = [str(entry["id"]) for entry in self._ask("/v1/models", None)["data"]]
             why = "it lists no models"
         except NoAnswerError as error:
             names, why = [], str(error)
@@ -94,14 +94,14 @@ class Endpoint:
     def prompt_ids(self, messages: Sequence[Message]) -> list[int] | None:
         turns = [message.as_turn() for message in messages]
         if not self._chat:
-            made = self._ask("/tokenize", {"content": self._text(messages), "add_special": True, "parse_special": True})
-            return _tokens(made)
-        applied = self._ask("/apply-template", {"messages": turns})
+            asked = {"content": self._text(messages), "add_special": True, "parse_special": True}
+            return _tokens(self._try("/tokenize", asked))
+        applied = self._try("/apply-template", {"messages": turns})
         if isinstance(applied, dict) and "prompt" in applied:  # llama.cpp
             asked = {"content": applied["prompt"], "add_special": True, "parse_special": True}
-            made = self._ask("/tokenize", asked)
+            made = self._try("/tokenize", asked)
         else:  # vLLM
-            made = self._ask("/tokenize", {"model": self._model, "messages": turns, "add_generation_prompt": True})
+            made = self._try("/tokenize", {"model": self._model, "messages": turns, "add_generation_prompt": True})
         return _tokens(made)
 
     def prompt_count(self, messages: Sequence[Message]) -> int | None:
@@ -176,7 +176,7 @@ class Endpoint:
             asked |= {"logprobs": self._top} if with_likely else {}
             path = "/v1/completions"
         try:
-            made = fetched(self._root + path, asked)
+            made = self._ask(path, asked)
         except NoAnswerError as error:
             raise JobError(f"{self._root}{path}: no answer: {error}") from None
         if not isinstance(made, dict) or "choices" not in made:
@@ -216,7 +216,13 @@ class Endpoint:
         return "".join(message.content for message in messages)
 
     def _ask(self, path: str, body: dict[str, Any] | None) -> Any:
-        return _ask(self._root + path, body)
+        return fetched(self._root + path, body, FIRST_SECONDS if body is None else None)
+
+    def _try(self, path: str, body: dict[str, Any]) -> Any:
+        """Return the answer to what not every server knows; None: there is none."""
+        with suppress(NoAnswerError):
+            return self._ask(path, body)
+        return None
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
