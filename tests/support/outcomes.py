@@ -44,6 +44,7 @@ def answers_of(run: Run) -> Any:
     """The scores and the answers of base and tuned model."""
     veneer.train(run)
     found = veneer.evaluate(run.train.output_dir)
+    assert found.samples is not None
     return {"scores": _without(found.as_dict(), {"file"}), "answers": found.samples.read_text()}
 
 

@@ -1,11 +1,16 @@
 """Short training runs on tiny models, for the tests."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import veneer
 from veneer.config import Interrupted, RunFolder
+from veneer.data.pipeline import HeldOut
+from veneer.evaluation.compare import Scorer
+from veneer.evaluation.responder import ModelResponder
+from veneer.training.job import TrainingJob
 from veneer.training.metrics import read_metrics
 
 
@@ -45,6 +50,12 @@ def tiny_run(base: Path, rows_file: str, output_dir: Path, **sections: dict[str,
     for name, section in sections.items():
         settings[name] = section if section is None else settings.get(name, {}) | section
     return veneer.Run.model_validate(settings)
+
+
+def scorer(job: TrainingJob, held_out: Sequence[HeldOut]) -> Scorer:
+    """What scores a job's model on rows, by its settings."""
+    responder = ModelResponder(job.model, job.engine, job.renderer, job.run.evaluate.batch_size)
+    return Scorer(responder, held_out, job.run.evaluate)
 
 
 def losses(folder: Path, kind: str = "train") -> list[float]:

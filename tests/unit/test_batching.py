@@ -10,12 +10,11 @@ import torch
 import veneer
 from tests.support.notices import notified
 from tests.support.runs import losses as losses_of
-from tests.support.runs import tiny_run, write_rows
+from tests.support.runs import scorer, tiny_run, write_rows
 from tests.support.tiny import FAMILIES, save_tiny_model, tiny_tokenizer
 from veneer.config import Data, JobError, UserError
 from veneer.data.conversation import Message
 from veneer.data.render import Renderer
-from veneer.evaluation.compare import Scorer
 from veneer.evaluation.generation import generate
 from veneer.evaluation.memory import LESS_MEMORY
 from veneer.machine.batching import Batching, is_out_of_memory
@@ -81,7 +80,7 @@ def job(tiny_model: Callable[..., Path], tmp_path: Path, rows: list[dict[str, An
 
 def test_scores_do_not_depend_on_memory_that_runs_out(job: TrainingJob, monkeypatch: pytest.MonkeyPatch) -> None:
     held_out = job.data.held_out()
-    roomy = Scorer(job.model, job.engine, job.renderer, held_out, job.run.evaluate).compare()
+    roomy = scorer(job, held_out).compare(job.engine.adapter_off)
     base, forward = job.model.get_base_model(), type(job.model.get_base_model()).forward
     sizes: list[int] = []
 
@@ -94,7 +93,7 @@ def test_scores_do_not_depend_on_memory_that_runs_out(job: TrainingJob, monkeypa
 
     monkeypatch.setattr(type(base), "forward", short_of_memory)
     with notified("out of memory with 16") as said:
-        short = Scorer(job.model, job.engine, job.renderer, held_out, job.run.evaluate).compare()
+        short = scorer(job, held_out).compare(job.engine.adapter_off)
     assert len(said) == 1, "once for base and tuned model together"
     assert max(sizes) <= 3
     assert short.samples() == roomy.samples()

@@ -234,10 +234,26 @@ def test_the_best_step_and_patience() -> None:
     assert seen(BestStep(loss), [3.0, None, math.nan]).is_over
     assert seen(BestStep(loss), [math.inf, None]).step is None
     score = EarlyStopping(metric="exact_match", patience=2)
-    found = seen(BestStep(score), [0.1, 0.5, 0.5, 0.4])
+    found = seen(BestStep(score, "higher"), [0.1, 0.5, 0.5, 0.4])
     assert (found.step, found.is_over) == (2, True), "of equal ones the first"
     assert not seen(BestStep(EarlyStopping(patience=None)), [1.0] * 99).is_over
     assert not seen(BestStep(), [1.0] * 99).is_over
+
+
+def test_a_metric_whose_results_have_other_names_is_followed_by_the_one_that_decides(
+    make: Make, tmp_path: Path, rows: list[dict[str, Any]]
+) -> None:
+    answers = [row | {"completion": json.dumps({"animal": row["completion"]})} for row in rows]
+    held_out = write_rows(tmp_path / "json.jsonl", answers)
+    stop = {"early_stopping": {"metric": "json_fields", "patience": 2}, "eval_steps": 1}
+    during = {"during": ["json_fields", "length"], "max_new_tokens": 24}
+    trained = veneer.train(make("run", data={"validation": held_out}, train=stop, evaluate=during))
+    found = evaluations(tmp_path / "run")
+    assert [record["json_fields"] for record in found] == [record["record"] for record in found]
+    assert (trained.best_step, trained.steps) == (1, 3), "no answer is right, and of equal values the first is the best"
+    stop = {"early_stopping": {"metric": "length"}, "eval_steps": 1}
+    with pytest.raises(UserError, match="length: it describes answers"):
+        veneer.train(make("other", train=stop, evaluate={"during": ["length"]}))
 
 
 ASKS: dict[str, Any] = {"keep": "best"}

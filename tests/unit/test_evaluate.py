@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 import veneer
-from tests.support.runs import tiny_run, write_rows
+from tests.support.runs import scorer, tiny_run, write_rows
 from veneer.config import UserError
 from veneer.config.sampling import Sampling
 from veneer.data.conversation import Message
-from veneer.evaluation.compare import Evaluation, Score, Scorer
+from veneer.evaluation.compare import Evaluation, Score
 from veneer.evaluation.generation import generate
 from veneer.evaluation.intervals import proportion
 from veneer.evaluation.metrics import measure
@@ -56,7 +56,7 @@ def job(tiny_model: Callable[..., Path], tmp_path: Path, rows: list[dict[str, An
 
 
 def test_a_model_that_learnt_its_rows_scores_higher_than_its_base(job: TrainingJob) -> None:
-    result = Scorer(job.model, job.engine, job.renderer, job.data.held_out(), job.run.evaluate).compare()
+    result = scorer(job, job.data.held_out()).compare(job.engine.adapter_off)
     metrics = result.as_dict()["metrics"]
     assert metrics["exact_match"]["base"]["value"] == 0
     assert metrics["exact_match"]["tuned"]["value"] > 0.9
@@ -86,6 +86,7 @@ def test_commands_on_a_finished_run(job: TrainingJob) -> None:
     result = veneer.evaluate(folder, rows=6)
     assert result.as_dict()["rows"] == 6
     assert (result.is_record, result.file) == (False, folder / "evaluations" / "held-out-6-rows.json")
+    assert result.samples is not None
     assert len(result.samples.read_text().splitlines()) == 6
     samples = result.evaluation.samples()
     (answer,) = veneer.generate(str(folder), [samples[0]["prompt"]], compare_with_base=True, max_new_tokens=12)
@@ -100,6 +101,7 @@ def test_commands_on_a_finished_run(job: TrainingJob) -> None:
         veneer.evaluate(folder)
     for name in ("rows-17-rows.json", "rows-17-rows-2.json"):
         other = veneer.evaluate(folder, data=str(folder.parent / "rows.jsonl"))
+        assert other.file is not None
         assert (other.as_dict()["rows"], other.file.name, other.is_record) == (17, name, False)
     assert {name: (folder / name).read_bytes() for name in kept} == kept, "the run's record stays as it is"
     with pytest.raises(UserError, match="nothing to compare"):
@@ -114,12 +116,13 @@ def test_pieces_of_a_long_text_are_one_row(tiny_model: Callable[..., Path], tmp_
     job.fit()
     held_out = job.data.held_out()
     assert len(held_out) > 6
-    found = Scorer(job.model, job.engine, job.renderer, held_out, job.run.evaluate).compare().tuned
+    found = scorer(job, held_out).compare(job.engine.adapter_off).tuned
     perplexity = found.results["perplexity"]
     assert isinstance(perplexity, Perplexity)
     assert (found.rows, len(perplexity.losses), len(perplexity.tokens)) == (3, 3, 3)
     assert sum(perplexity.tokens) == sum(row.example.weight for row in held_out)
     record = veneer.evaluate(job.folder.path, rows=2)
+    assert record.file is not None
     assert (record.is_record, record.file.name, record.as_dict()["rows"]) == (False, "held-out-2-rows.json", 2)
 
 

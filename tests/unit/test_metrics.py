@@ -360,6 +360,29 @@ def test_the_likeliest_choice_is_the_answer() -> None:
         choose(rows([("", "yes"), ("", "no")], metrics=("choice_accuracy",)))
 
 
+def test_rows_may_name_choices_of_their_own(tiny_model: Callable[..., Path], tmp_path: Path, any_notice: None) -> None:
+    named: list[dict[str, Any]] = [
+        {"question": "the cat", "choices": ["please", "team"], "answer": 1},
+        {"question": "the dog", "choices": ["owl", "hen", "cat"], "answer": "hen"},
+        {"question": "A: owl, B: hen", "choices": ["owl", "hen"], "answer": "A"},
+    ]
+    path = write_rows(tmp_path / "choices.jsonl", named)
+    base = str(tiny_model())
+    found = veneer.evaluate(base, path, against=base, metrics=["auto"])
+    result = found.as_dict()
+    assert result["chosen"]["metrics"] == ["choice_accuracy", "exact_match", "perplexity"]
+    assert result["chosen"]["why"] == "the 3 rows name their choices"
+    samples = found.evaluation.tuned.samples
+    assert [sample.choices for sample in samples] == [("please", "team"), ("owl", "hen", "cat"), ("A", "B")]
+    assert [sample.reference for sample in samples] == ["team", "hen", "A"]
+    assert [line["tuned_right"] for line in found.evaluation.samples()] == [
+        line["tuned"] == line["reference"] for line in found.evaluation.samples()
+    ], "a row's answer is judged by what it says"
+    write_rows(tmp_path / "wrong.jsonl", [named[0] | {"answer": 2}])
+    with pytest.raises(UserError, match="`choices` has places 0 to 1"):
+        veneer.evaluate(base, str(tmp_path / "wrong.jsonl"), against=base)
+
+
 def test_bits_per_byte_are_the_loss_over_the_text() -> None:
     # 8 bits of loss over 4 bytes.
     assert BitsPerByte([math.log(2) * 3, math.log(2) * 5], [1, 3]).interval.value == pytest.approx(2)

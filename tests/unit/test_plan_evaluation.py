@@ -176,3 +176,17 @@ def test_phases_are_shown_with_their_rows(capsys: pytest.CaptureFixture[str], tm
     run = load_run(path)
     for phase, rows in planner_of(run, "10GiB").forecast(run).rows_at_a_time.items():
         assert re.search(rf"{phase}, {rows} rows? at a time", shown)
+
+
+def test_the_time_of_answers_during_training_is_counted() -> None:
+    def seconds(**evaluate: Any) -> float:
+        run = run_of("meta-llama/Llama-2-7b-hf", data={"validation": 9}, train={"max_steps": 40}, evaluate=evaluate)
+        found = planner_of(run, "H100").forecast(run).run_seconds
+        assert found is not None
+        return found[1]
+
+    plain = seconds()
+    assert seconds(during=["perplexity"]) == plain, "the loss is measured in any case"
+    short, long = (seconds(during=["exact_match"], max_new_tokens=tokens) - plain for tokens in (16, 64))
+    assert 0 < short < long < 8 * short
+    assert seconds(during=["exact_match"], max_new_tokens=64, during_tokens=400) - plain < long

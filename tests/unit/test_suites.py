@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +11,25 @@ import numpy as np
 import pytest
 
 import veneer
+from tests.support.certified import edit
 from tests.support.runs import tiny_run, write_rows
 from tests.support.suite_answers import REFUSAL, right_answer, wrong_answers
 from tests.support.tiny import FAMILIES, save_tiny_model
 from veneer.api.suites import LONGEST_PROMPT
 from veneer.config import UserError
+from veneer.data.conversation import Conversation
 from veneer.engine.reference import ReferenceEngine
+from veneer.evaluation.metrics.refusal_rate import refuses
 from veneer.evaluation.paired import paired
+from veneer.evaluation.responder import ModelResponder, RowLosses
 from veneer.evaluation.suites import ABILITIES, SUITES, Suite, find_suites
 from veneer.evaluation.suites.arithmetic import is_right as is_sum_right
 from veneer.evaluation.suites.compare import SuiteComparison, answer_suites, forgetting, mean_loss, pair_suites
 from veneer.evaluation.suites.instructions import CHECKS
 from veneer.evaluation.suites.json_form import is_right as is_json_right
 from veneer.evaluation.suites.personal import count_personal
-from veneer.evaluation.suites.refusal import refuses
-from veneer.evaluation.suites.responder import ModelResponder
 from veneer.evaluation.suites.suite import LEAST_ITEMS
 from veneer.evaluation.suites.tool_form import is_right as is_call_right
-from veneer.machine.batching import Batching
 from veneer.report.run_page import run_page
 from veneer.training.job import TrainingJob
 
@@ -134,10 +135,23 @@ class Planned:
     def __init__(self, *wrong: str) -> None:
         self.wrong = wrong
 
-    def answer(self, suite: Suite) -> list[str]:
-        if suite.name in self.wrong:
-            return [wrong_answers(suite, item)[-1] for item in suite.items]
-        return [right_answer(suite, item) for item in suite.items]
+    has_losses, is_chat, renderer = True, True, None
+
+    def answer(self, asked: Sequence[Conversation], *rest: Any) -> list[str]:
+        return [self._answer(row.messages[0].content) for row in asked]
+
+    def answer_losses(self, rows: Sequence[Conversation]) -> list[float]:
+        return [float(row.messages[1].content != self._answer(row.messages[0].content)) for row in rows]
+
+    def losses(self, rows: Any) -> RowLosses:
+        raise NotImplementedError  # items are no rows
+
+    def without_system_prompt(self) -> "Planned":
+        return self
+
+    def _answer(self, prompt: str) -> str:
+        suite, item = next((suite, item) for suite in SUITES for item in suite.items if item["prompt"] == prompt)
+        return wrong_answers(suite, item)[-1] if suite.name in self.wrong else right_answer(suite, item)
 
 
 def compared(base: Planned, tuned: Planned) -> dict[str, SuiteComparison]:
@@ -261,6 +275,16 @@ def test_a_random_model_runs_through_all_suites(run: Path, call: Call) -> None:
     assert "Forgetting: " in card
 
 
+def test_suites_stay_in_the_record_of_the_same_adapter(run: Path) -> None:
+    asked = veneer.evaluate(run, suites="json_form").as_dict()
+    veneer.evaluate(run)
+    kept = json.loads((run / "evaluation.json").read_text())
+    assert (kept["suites"], kept["personal"]) == (asked["suites"], asked["personal"])
+    edit(run / "evaluation.json", judged=kept["judged"] | {"adapter_sha256": "of another"})
+    veneer.evaluate(run)
+    assert "suites" not in json.loads((run / "evaluation.json").read_text()), "they are of another adapter"
+
+
 def test_suites_by_name_and_a_wrong_name(run: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     status, out, error = call("evaluate", str(run), "--suites", "knowledge", "--rows", "1")
@@ -287,8 +311,8 @@ def test_a_base_without_a_template_is_asked_in_plain_text_and_the_system_prompt_
     ):
         made = tiny_run(tiny_model(chat=chat), path, tmp_path / name, data=data, train={"max_steps": 1})
         job = TrainingJob(made)
-        parts = (job.model, ReferenceEngine(job.model), job.renderer, Batching(64, "fewer"))
-        answers[name] = ModelResponder(*parts).answer(knowledge)
+        responder = ModelResponder(job.model, ReferenceEngine(job.model), job.renderer, 64)
+        answers[name] = answer_suites([knowledge], responder)[0].answers
     for given in answers.values():
         assert all(answer in item["choices"] for answer, item in zip(given, knowledge.items, strict=True))
     assert answers["system"] == answers["chat"]

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from veneer.api.evaluate import held_out_rows
+from veneer.api.held_out import held_out_rows
 from veneer.config import UserError
 from veneer.config.notify import notify_on_error
 from veneer.data.pipeline import HeldOut

@@ -1,7 +1,7 @@
 """Measures what held-out rows do not show: suites of general abilities and safety, memorisation, personal data."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,16 +15,15 @@ from veneer.evaluation.gate import Measured
 from veneer.evaluation.intervals import Interval
 from veneer.evaluation.memory import LESS_MEMORY, rows_at_a_time
 from veneer.evaluation.metrics.metric import ShareRight
+from veneer.evaluation.responder import ModelResponder, Progress
 from veneer.evaluation.suites import Suite
 from veneer.evaluation.suites.compare import SuiteComparison, answer_suites, forgetting, pair_suites
 from veneer.evaluation.suites.memorisation import WANTED, comes_back, memorisation, passages_of, sample
 from veneer.evaluation.suites.personal import count_personal
-from veneer.evaluation.suites.responder import ModelResponder
 from veneer.machine.batching import Batching
 from veneer.planning.batch_shapes import Padded
 
 LONGEST_PROMPT = 512  # tokens; no item of a suite has more, with any tokenizer
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -79,10 +78,14 @@ def measure_suites(
         LONGEST_PROMPT,
         max(suite.max_new_tokens for suite in suites),
     )
-    responder = ModelResponder(loaded.model, engine, loaded.renderer, batching, on_done)
+    responder = ModelResponder(loaded.model, engine, loaded.renderer, batching)
     with engine.adapter_off():
-        base = answer_suites(suites, responder)
-    compared = pair_suites(base, answer_suites(suites, responder))
+        base = answer_suites(suites, responder, on_done)
+    return beside_of(pair_suites(base, answer_suites(suites, responder, on_done)), evaluation)
+
+
+def beside_of(compared: Sequence[SuiteComparison], evaluation: Evaluation) -> Beside:
+    """Return suites as evaluation.json has them, with the personal data in all answers."""
     facts = {
         "suites": {
             "scores": {pair.suite.name: pair.as_dict() for pair in compared},

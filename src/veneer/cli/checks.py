@@ -9,7 +9,7 @@ from pathlib import Path
 
 from veneer.config import Model, Run, RunFolder, UserError, load_run
 from veneer.config.hub import require_reachable
-from veneer.config.names import base_not_here, find_adapter, find_model, require_adapter, require_run
+from veneer.config.names import base_not_here, find_adapter, find_model, require_adapter, target_kind
 from veneer.config.options import require_known
 from veneer.config.paths import require_path
 
@@ -60,10 +60,15 @@ def require_tuned(name: str, base: str | None = None) -> None:
             raise base_not_here(name, error) from None
 
 
-def require_evaluation(name: str, data: str | None, base: str | None = None) -> None:
-    """Raise UserError where there is no finished run of that name, or no such data."""
-    require_run(name)
-    require_tuned(name, base)
+def require_evaluation(name: str, against: str | None, data: str | None, base: str | None = None) -> None:
+    """Raise UserError where a target is nothing that can be evaluated, has nothing to be compared with, or no rows."""
+    for target, on in ((name, base), (against, None)):
+        if target is None:
+            continue
+        if (kind := target_kind(target)) == "adapter":
+            require_tuned(target, on)
+        elif kind == "base":
+            require_base(Model(base=target))
     if data is not None:
         from veneer.data.sources.find import find_sources
 

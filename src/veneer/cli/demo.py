@@ -86,10 +86,12 @@ def _train_and_score(out: Any, job: Any) -> tuple[Any, Any]:
     from veneer.evaluation.compare import Evaluation, Scorer
     from veneer.evaluation.examples import examples_of
     from veneer.evaluation.generation import generate
+    from veneer.evaluation.responder import ModelResponder
 
     run = job.run
     held_out = job.data.held_out(run.evaluate.rows)
-    scorer = Scorer(job.model, job.engine, job.renderer, held_out, run.evaluate)
+    responder = ModelResponder(job.model, job.engine, job.renderer, run.evaluate.batch_size)
+    scorer = Scorer(responder, held_out, run.evaluate)
 
     def scored(examples: Sequence[Any] = ()) -> Any:
         with show.answer_progress(out, len(held_out), "   answering") as on_done:
@@ -153,7 +155,7 @@ def _export(out: Any, job: Any, evaluation: Any) -> tuple[Any, dict[str, Any]]:
 
 def _save(folder: Any, evaluation: Any) -> tuple[Path, str, list[dict[str, Any]]]:
     """Write scores, answers and the run's page; returns the page's path, and the answers to show with their rule."""
-    from veneer.api.evaluate import save_evaluation
+    from veneer.api.evaluated import save_evaluation
     from veneer.report.run_page import SHOWN_BY, shown_of, write_run_page
 
     save_evaluation(folder, evaluation)

@@ -1,4 +1,4 @@
-"""veneer evaluate: base against tuned on held-out rows."""
+"""veneer evaluate: base against tuned, or any two models, on held-out rows."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +8,13 @@ from rich.markup import escape
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    target: Annotated[
+        str,
+        typer.Argument(help="Run, checkpoint, adapter, base, merged folder, .gguf file or address (http://...)."),
+    ],
+    against: Annotated[
+        str | None, typer.Option(help="Another target to compare it with, instead of the base of the run or adapter.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="File of rows to use instead of the held-out ones.")] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Maximum number of rows.")] = None,
     metrics: Annotated[
@@ -28,14 +34,19 @@ def evaluate(
     gate: Annotated[
         str | None, typer.Option(help='Condition that must be shown to hold: "exact_match >= 0.8 and ...".')
     ] = None,
+    out_file: Annotated[Path | None, typer.Option("--out", help="Write the result into this JSON file too.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model to ask, on a server that has several.")] = None,
+    against_model: Annotated[str | None, typer.Option(help="The same for --against.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show rows that got better and worse.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON alone on stdout.")] = False,
 ) -> int:
-    """Measure generated answers and losses by the run's metrics, base against tuned.
+    """Measure generated answers and losses by the run's metrics, base against tuned, or one target against another.
 
     Exit status 1 where a gate is not shown to hold.
 
     Example: `veneer evaluate runs/tickets --rows 50 --gate "exact_match >= 0.8"`
+
+    Example: `veneer evaluate tickets.gguf --against runs/tickets`
 
     Suites show what a model can do beside its task, and what it forgot; each has 60 items or more and is checked by a
     program. None of them shows more than it says here; docs/suites.md says what each cannot show.
@@ -58,33 +69,47 @@ def evaluate(
     from veneer.cli.show_suites import show_suites
 
     checks.require_gate(gate)
-    checks.require_evaluation(str(run), data, base)
+    checks.require_evaluation(target, against, data, base)
     checks.require_suites(suites)
+    out_file = None if out_file is None else checks.output_file("--out", out_file, '{\n  "metrics"')
     out = show.console(as_json)
-    with show.status(out, "answering the held-out rows with the base and the tuned model") as status:
+    both = "the base and the tuned model" if against is None else f"{against} and {target}"
+    with show.status(out, f"answering the held-out rows with {both}") as status:
         import veneer
         from veneer.cli.progress import Answering
 
         names = None if metrics is None else [name.strip() for name in metrics.split(",")]
         told = Answering(status)
         evaluated = veneer.evaluate(
-            run, data, rows, told.add, force, base, names, suites, memorisation, gate, on_begin=told.begin
+            *(target, data, rows, told.add, force, base, names, suites, memorisation, gate),
+            against=against,
+            out=out_file,
+            model=model,
+            against_model=against_model,
+            on_begin=told.begin,
         )
     result, status_code = evaluated.as_dict(), 0 if evaluated.passed else 1
     if as_json:
         show.print_json(result)
         show_comparison.show_gate(out, result["gate"])
         return status_code
+    called = {"base": "base", "tuned": "tuned"}
+    if compared := result.get("compared"):
+        called = {"base": "other", "tuned": "target"}
+        show.say(out, f"target is {escape(compared['tuned'])}, other is {escape(compared['base'])}")
     show_comparison.show_detectable(out, result["comparison"], result["metrics"])
-    show.show_scores(out, f"{result['rows']} held-out rows, 95% intervals", result["metrics"], ("base", "tuned"))
-    show_comparison.show_verdicts(out, result["comparison"], result["metrics"])
+    show.show_scores(
+        out, f"{result['rows']} held-out rows, 95% intervals", result["metrics"], ("base", "tuned"), called
+    )
+    show_comparison.show_verdicts(out, result["comparison"], result["metrics"], called["tuned"], called["base"])
     show.say(out, f"metrics  {', '.join(result['chosen']['metrics'])}: {escape(result['chosen']['why'])}")
-    show_suites(out, result)
+    show_suites(out, result, called)
     if verbose:
         show_comparison.show_turned(out, evaluated.evaluation)
     show_comparison.show_gate(out, result["gate"])
-    out.print(f"files  {evaluated.file} {evaluated.samples.name}", markup=False)
-    if not evaluated.is_record:
+    if evaluated.file is not None and evaluated.samples is not None:
+        out.print(f"files  {evaluated.file} {evaluated.samples.name}", markup=False)
+    if against is None and evaluated.file is not None and not evaluated.is_record:
         out.print(
             "       the run's own record (evaluation.json and its card) is about its held-out rows and is not changed"
         )

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -154,18 +155,22 @@ def show_rows(out: Console, rows: list[dict[str, Any]]) -> None:
         out.print(text, soft_wrap=False)
 
 
-def show_scores(out: Console, title: str, metrics: dict[str, Any], models: tuple[str, ...]) -> None:
+def show_scores(
+    out: Console, title: str, metrics: dict[str, Any], models: tuple[str, ...], called: Mapping[str, str] | None = None
+) -> None:
     """Print scores of several models side by side: shares in percent, others as they are.
 
     Args:
         title: The table's title.
         metrics: Results by name and model; `difference` beside the models where it is known.
         models: Keys of the models, in the order to show.
+        called: Names of models in the heading, where they are not their keys.
     """
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
     shown = models + (("difference",) if all("difference" in values for values in metrics.values()) else ())
     for column in ("metric", *shown):
-        table.add_column(column.replace("_", " "), justify="left" if column == "metric" else "right")
+        heading = (called or {}).get(column, column).replace("_", " ")
+        table.add_column(heading, justify="left" if column == "metric" else "right")
     for name, values in metrics.items():
         unit = values.get("unit", "")
         cells = (interval(unit, values[which], which == "difference") if which in values else "" for which in shown)

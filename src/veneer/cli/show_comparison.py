@@ -21,10 +21,12 @@ def show_detectable(out: Console, comparison: dict[str, Any], metrics: dict[str,
         show.say(out, f"detectable difference (found in 80 of 100 such comparisons): {escape(', '.join(sizes))}")
 
 
-def show_verdicts(out: Console, comparison: dict[str, Any], metrics: dict[str, Any]) -> None:
+def show_verdicts(
+    out: Console, comparison: dict[str, Any], metrics: dict[str, Any], tuned: str = "tuned", base: str = "base"
+) -> None:
     """Print the verdict on each metric, how sure it is, and how many rows it rests on."""
-    table = Table(title="tuned against base, row by row", title_justify="left", box=None, padding=(0, 1))
-    for column in ("metric", "verdict", "tuned is better", "rows better", "worse"):
+    table = Table(title=f"{tuned} against {base}, row by row", title_justify="left", box=None, padding=(0, 1))
+    for column in ("metric", "verdict", f"{tuned} is better", "rows better", "worse"):
         table.add_column(column, justify="left" if column in ("metric", "verdict") else "right")
     for name, one in comparison.items():
         verdict = one["verdict"].split(" within")[0]

@@ -1,5 +1,6 @@
 """Prints what was measured beside the held-out rows: suites, forgetting, memorisation, personal data in answers."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -7,15 +8,16 @@ from rich.console import Console
 from veneer.cli import show
 
 
-def show_suites(out: Console, result: dict[str, Any]) -> None:
+def show_suites(out: Console, result: dict[str, Any], called: Mapping[str, str] | None = None) -> None:
     """Print the parts that an evaluation has.
 
     Args:
         out: The console to print on.
         result: evaluation.json.
+        called: argument of `show_scores`.
     """
     if found := result.get("suites"):
-        show.show_scores(out, "suites, 95% intervals", found["scores"], ("base", "tuned"))
+        show.show_scores(out, "suites, 95% intervals", found["scores"], ("base", "tuned"), called)
         if lost := found["forgetting"]:
             out.print(lost["line"])
             if weak := lost["little_to_lose"]:
@@ -24,7 +26,7 @@ def show_suites(out: Console, result: dict[str, Any]) -> None:
     if found := result.get("memorisation"):
         show.say(out, _memorisation(found))
     if found := result.get("personal"):
-        counts = [f"{name} {_counts(found[name])}" for name in ("base", "tuned")]
+        counts = [f"{(called or {}).get(name, name)} {_counts(found[name])}" for name in ("base", "tuned")]
         show.say(out, f"personal data in {found['answers']} answers: {', '.join(counts)}")
 
 

@@ -4,6 +4,7 @@ Only names and folders are looked at, and nothing heavy is imported; an adapter'
 A wrong name is refused here before any library is loaded, and the same functions resolve it for the work itself.
 """
 
+import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,59 @@ def require_run(name: str) -> RunFolder:
     if not folder.run.is_file():
         raise UserError(f"{name}: holds no run (no run.yaml)", "name the folder that `veneer train` wrote")
     return folder
+
+
+def target_kind(name: str) -> str:
+    """Find what kind of model a name stands for: endpoint (an address), adapter (of a run too), gguf or base.
+
+    Raises:
+        UserError: It stands for nothing.
+    """
+    if name.startswith(("http://", "https://")):
+        return "endpoint"
+    if find_adapter(name) is not None:
+        return "adapter"
+    if gguf_file(name) is not None:
+        return "gguf"
+    try:
+        find_model(Model(base=name))
+    except UserError as error:
+        path = Path(name).expanduser()
+        if path.exists():
+            what = str(error).partition("\n")[0].removeprefix("model.base = ")
+        else:
+            near = _nearest_run(path)
+            what = f"{name}: no run, adapter, model, .gguf file or address"
+            what += "" if near is None else f"; the nearest run is {near}"
+        raise UserError(
+            what,
+            "name a run, a checkpoint, an adapter's folder, a base model as model.base takes it, a merged folder, a "
+            ".gguf file, or an address (http://...)",
+        ) from None
+    return "base"
+
+
+def gguf_file(name: str) -> Path | None:
+    """Return the GGUF file that a name stands for: the file, or a folder that holds one and no model's folder.
+
+    Raises:
+        UserError: The folder holds several, or there is no such file.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) > 1:
+            raise UserError(f"{name}: holds {len(files)} GGUF files", f"name one of them, for example {files[0]}")
+        return files[0] if files else None
+    return path if path.suffix.lower() == ".gguf" and path.is_file() else None
+
+
+def _nearest_run(path: Path) -> Path | None:
+    """Return the run beside it, or below it in the folder `runs`, whose name is most like its own."""
+    folders = [folder for folder in (path.parent, Path("runs")) if folder.is_dir()]
+    runs = {found.parent.name: found.parent for folder in folders for found in folder.glob("*/run.yaml")}
+    near = difflib.get_close_matches(path.name, runs, n=1)
+    return runs[near[0]] if near else None
 
 
 def find_model(model: Model) -> tuple[str, str]:

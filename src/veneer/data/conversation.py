@@ -60,6 +60,7 @@ class Conversation:
         rejected: turns with the answer that was not preferred, of a preference pair.
         label: whether the answer is good, of a rated row.
         group: value of the column whose rows belong together; empty: it stands alone.
+        choices: possible answers that the row names, the right one among them; they are no part of the prompt.
     """
 
     messages: tuple[Message, ...]
@@ -68,6 +69,7 @@ class Conversation:
     rejected: tuple[Message, ...] = ()
     label: bool | None = None
     group: str = ""
+    choices: tuple[str, ...] = ()
 
     @property
     def is_document(self) -> bool:

@@ -6,7 +6,7 @@
 | sharegpt          | conversations: [{from, value}, ...], tools  | the same turns; function_call is an answer       |
 | alpaca            | instruction, input, output, history         | user: instruction, blank line, input; assistant  |
 | prompt-completion | prompt, completion                          | user, assistant; plain text without a template   |
-| question-answer   | question, answer                            | user, assistant                                  |
+| question-answer   | question, answer, choices                   | user, assistant (`choices`: _with_choices)       |
 | guanaco           | text: "### Human: ... ### Assistant: ..."   | the turns                                        |
 | text              | text                                        | a document, learnt as a whole                    |
 | preference        | chosen, rejected, prompt or conversations   | two conversations that part at the last answer   |
@@ -25,6 +25,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
+from string import ascii_uppercase
 from typing import Any
 
 from veneer.config.run import ColumnName
@@ -45,7 +46,7 @@ CONTENT = (
     *("reasoning", "reasoning_content", "thinking", "image", "images", "audio", "audios", "video", "videos"),
     *("train", "trainable", "loss_weight"),
 )
-KEPT = (*TURNS, *LABELS, *CONTENT)  # keep their names where data.columns maps others
+KEPT = (*TURNS, *LABELS, *CONTENT, "choices")  # keep their names where data.columns maps others
 WHOLE = ("prompt", "completion", "messages", "text", "chosen", "rejected")  # names that make a format
 MARKER = re.compile(r"### (Human|Assistant):")
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
@@ -135,14 +136,35 @@ def _pair(prompt: str, completion: str) -> Callable[[Fields], Conversation]:
     """The reader of rows with one question and one answer, by the names of their fields."""
 
     def convert(row: Fields) -> Conversation:
+        row, choices = _with_choices(row, completion)
         given, answer = listed(row[prompt], prompt), listed(row[completion], completion)
         before = (_asked(row, prompt),) if given is None else _without_context(row, given, prompt)
         answers = (_answer(row, completion),) if answer is None else read_turns(answer)
         if not any(turn.role == "assistant" for turn in answers):
             raise BadRowError(f"no turn of the assistant in `{completion}`: nothing to learn")
-        return Conversation(_system_before(row, before) + before + answers, tools=_tools(row))
+        return Conversation(_system_before(row, before) + before + answers, tools=_tools(row), choices=choices)
 
     return convert
+
+
+def _with_choices(row: Fields, field: str) -> tuple[Fields, tuple[str, ...]]:
+    """The row with its right answer as text, and the possible answers of its column `choices`, which evaluation offers.
+
+    The answer is one of the choices, or the place of one, from 0; or a letter that stands for a place, which stays
+    the answer: then the letters are the choices. Rows with other answers are read without their choices.
+
+    Raises:
+        BadRowError: There is no choice at that place.
+    """
+    answer, choices = row.get(field), row.get("choices")
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(one, str) for one in choices):
+        return row, ()
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        if not 0 <= answer < len(choices):
+            raise BadRowError(f"`{field}` = {answer}: `choices` has places 0 to {len(choices) - 1}")
+        return {**row, field: choices[answer]}, tuple(choices)
+    letters = tuple(ascii_uppercase[: len(choices)])
+    return row, next((tuple(offered) for offered in (choices, letters) if answer in offered), ())
 
 
 def _answer(row: Fields, field: str) -> Message:

@@ -61,7 +61,7 @@ class ReferenceEngine:
     """Runs a PEFT model as it is.
 
     Args:
-        model: PEFT model from `veneer.model.attach` or `load_adapter`.
+        model: PEFT model from `veneer.model.attach` or `load_adapter`; to measure losses alone, a base without adapter.
         for_cpu: whether to compute a prefix that rows share once, where the model allows it, and attention and adapters
             as is fastest on a CPU.
     """
@@ -72,7 +72,7 @@ class ReferenceEngine:
 
     def __init__(self, model: Any, for_cpu: bool = False) -> None:
         self.model = model
-        self._base = model.get_base_model()
+        self._base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._device = self._base.get_input_embeddings().weight.device
         # Apple's GPU has no float64.
         self._sum_dtype = torch.float32 if self._device.type == "mps" else torch.float64

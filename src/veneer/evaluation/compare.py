@@ -5,35 +5,30 @@ tokens. The base is the same model with its adapter switched off, in the same pr
 what it can do without training.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from itertools import chain
+from functools import cached_property
 from typing import Any
 
 from veneer.config import Evaluate
 from veneer.config.results import Check
-from veneer.data.batch import Batch, Example
 from veneer.data.conversation import Conversation, Message
 from veneer.data.pipeline import HeldOut
 from veneer.data.render import Renderer
-from veneer.engine.interface import Engine, document_losses
 from veneer.evaluation.decoding import expected_answer
 from veneer.evaluation.differences import MetricComparison, compare_metrics
 from veneer.evaluation.gate import Measured
-from veneer.evaluation.generation import generate
 from veneer.evaluation.intervals import Interval
-from veneer.evaluation.memory import LESS_MEMORY, require_positions
 from veneer.evaluation.metrics import choose, measure, right_by
-from veneer.evaluation.metrics.choice_accuracy import choices_of
+from veneer.evaluation.metrics.choice_accuracy import offered
 from veneer.evaluation.metrics.choose import ChosenMetrics
 from veneer.evaluation.metrics.metric import MetricResult, Sample, ScoredRows
 from veneer.evaluation.paired import paired
 from veneer.evaluation.partial import KeptAnswers, PartialAnswers
+from veneer.evaluation.responder import Progress, Responder
 from veneer.evaluation.row_values import row_values
-from veneer.machine.batching import Batching
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -44,14 +39,12 @@ class Score:
         results: Result of each metric, by name; the one that decides first.
         samples: Rows that ask something, with the model's answers.
         rows: Number of rows; pieces of one document are one.
-        batching: Rows at a time, as they came to be.
         chosen: The metrics and why they are these.
     """
 
     results: Mapping[str, MetricResult]
     samples: list[Sample]
     rows: int
-    batching: Batching | None = None
     chosen: ChosenMetrics | None = None
 
     @property
@@ -184,39 +177,43 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Scorer:
-    """Scores a model on held-out rows, with its adapter and without.
+    """Scores a model on held-out rows.
 
     Attributes:
-        model: The PEFT model, which answers.
-        engine: The engine that runs it: it measures losses and switches the adapter off.
-        renderer: Tokenizer and template of the model.
+        responder: The model, which answers and measures losses.
         held_out: The rows.
-        settings: Settings of the run: metrics, max_new_tokens, batch_size.
-        settings: max_new_tokens and batch_size.
+        settings: Settings of the run: metrics and max_new_tokens.
         partial: Answers that an interrupted evaluation left; None: none are kept.
+        metrics: Metrics; None: they are chosen for the rows.
     """
 
-    model: Any
-    engine: Engine
-    renderer: Renderer
+    responder: Responder
     held_out: Sequence[HeldOut]
     settings: Evaluate
     partial: PartialAnswers | None = None
+    metrics: ChosenMetrics | None = None
 
     @cached_property
     def chosen(self) -> ChosenMetrics:
         """The metrics of these rows."""
-        return choose(questions_of(self.renderer, self.held_out, self.settings))
+        return self.metrics or choose(questions_of(self.responder.renderer, self.held_out, self.settings))
 
-    def compare(self, on_done: Progress = lambda done: None) -> Evaluation:
-        """Score the base and the tuned model; `on_done` gets the number of rows just answered."""
-        with self.engine.adapter_off():
-            base = self.score(on_done, kept=self._kept("base"))
-        groups = {row.conversation.place: row.conversation.group for row in self.held_out}
-        tuned = self.score(on_done, batching=base.batching, kept=self._kept("tuned"))
-        return Evaluation(base, tuned, groups=groups, equal_within=self.settings.equal_within)
+    def compare(
+        self, adapter_off: Callable[[], AbstractContextManager[None]], on_done: Progress = lambda done: None
+    ) -> Evaluation:
+        """Score the base and the tuned model.
 
-    def _kept(self, model: str) -> KeptAnswers | None:
+        Args:
+            adapter_off: `Engine.adapter_off` of the responder's engine.
+            on_done: Callback that gets the number of rows just answered.
+        """
+        with adapter_off():
+            base = self.score(on_done, kept=self.kept("base"))
+        tuned = self.score(on_done, kept=self.kept("tuned"))
+        return Evaluation(base, tuned, groups=groups_of(self.held_out), equal_within=self.settings.equal_within)
+
+    def kept(self, model: str) -> KeptAnswers | None:
+        """Return the answers of a model that an interrupted evaluation left."""
         return None if self.partial is None else self.partial.of(model)
 
     def score(
@@ -224,7 +221,6 @@ class Scorer:
         on_done: Progress = lambda done: None,
         examples: Sequence[Message] = (),
         with_losses: bool = True,
-        batching: Batching | None = None,
         kept: KeptAnswers | None = None,
     ) -> Score:
         """Generate an answer to each row and judge it; measure the loss of the references. Documents ask nothing.
@@ -234,41 +230,27 @@ class Scorer:
             examples: Turns that stand between the system prompt and each row's own.
             with_losses: Whether to measure losses, where a metric reads them; they are of the rows without the
                 examples.
-            batching: Rows at a time, as they came to be for another model; None: `evaluate.batch_size`.
-            kept: Argument of `generate`.
+            kept: Argument of `Responder.answer`.
         """
-        batching = batching or Batching(self.settings.batch_size, LESS_MEMORY)
-        model, renderer, held_out = self.model, self.renderer, self.held_out
-        require_positions(model, [(row.example.place, len(row.example.ids)) for row in held_out])
-        asked = questions(held_out)
-        prompts = [renderer.prompt_ids(_behind(examples, chat.prompt()), chat.tools) for chat in asked]
-        answers = generate(model, renderer, prompts, self.settings.max_new_tokens, batching, on_done=on_done, kept=kept)
         rows = ScoredRows((), settings=self.settings)
         if with_losses and self.chosen.read("losses"):
-            rows = _losses(self.engine, renderer, held_out, batching, rows)
+            rows = replace(rows, **self.responder.losses(self.held_out)._asdict())
+        asked = [replace(row, messages=_behind(examples, row.prompt())) for row in questions(self.held_out)]
+        answers = self.responder.answer(asked, self.settings.max_new_tokens, on_done, kept)
         if self.chosen.read("choices"):
-            rows = replace(rows, choices=self._choices(asked, examples, batching))
-        return replace(judge(renderer, held_out, answers, rows, self.chosen), batching=batching)
+            rows = replace(rows, choices=self._choices(asked))
+        return judge(self.responder.renderer, self.held_out, answers, rows, self.chosen)
 
-    def _choices(
-        self, asked: Sequence[Conversation], examples: Sequence[Message], batching: Batching
-    ) -> list[dict[str, float]]:
+    def _choices(self, asked: Sequence[Conversation]) -> list[dict[str, float]]:
         """Measure the summed loss of each possible answer to each row, behind the row's prompt."""
-        choices = choices_of([expected_answer(self.renderer, row) for row in asked])
+        choices = offered(questions_of(self.responder.renderer, self.held_out, self.settings).samples)
         rows = [
-            self.renderer.example(
-                replace(row, messages=(*_behind(examples, row.prompt()), Message("assistant", choice)))
-            )
-            for row in asked
-            for choice in choices
+            replace(row, messages=(*row.messages, Message("assistant", choice)))
+            for row, its in zip(asked, choices, strict=True)
+            for choice in its
         ]
-        require_positions(self.model, [(row.place, len(row.ids)) for row in rows])
-        order = sorted(range(len(rows)), key=lambda n: -len(rows[n].ids))
-        of_batches = batching.over(order, lambda some: document_losses(self.engine, Batch.of([rows[n] for n in some])))
-        losses = dict(zip(order, chain.from_iterable(of_batches), strict=True))
-        return [
-            {choice: float(losses[n * len(choices) + c]) for c, choice in enumerate(choices)} for n in range(len(asked))
-        ]
+        losses = iter(self.responder.answer_losses(rows))
+        return [{choice: next(losses) for choice in its} for its in choices]
 
 
 def questions(held_out: Sequence[HeldOut]) -> list[Conversation]:
@@ -281,8 +263,21 @@ def count_rows(held_out: Sequence[HeldOut]) -> int:
     return len({row.conversation.place for row in held_out})
 
 
+def groups_of(held_out: Sequence[HeldOut]) -> dict[str, str]:
+    """Return the group of each row, by its place; empty: it stands alone."""
+    return {row.conversation.place: row.conversation.group for row in held_out}
+
+
+def reference_of(renderer: Renderer | None, row: Conversation) -> str:
+    """Return the right answer as a model is to give it; without its renderer, as the row has it."""
+    if renderer is not None:
+        return expected_answer(renderer, row)
+    calls = row.messages[len(row.prompt())].tool_calls
+    return "\n".join([row.reference(), *(f"<tool_call>{json.dumps(call)}</tool_call>" for call in calls)]).strip()
+
+
 def judge(
-    renderer: Renderer,
+    renderer: Renderer | None,
     held_out: Sequence[HeldOut],
     answers: Sequence[str],
     rows: ScoredRows,
@@ -291,7 +286,8 @@ def judge(
     """Score answers that any model or runtime gave.
 
     Args:
-        renderer: The training's renderer: what it makes of a row's last answer is the right one.
+        renderer: The model's renderer: what it makes of a row's last answer is the right one; None: that is the right
+            one as it stands in the row.
         held_out: The rows.
         answers: One to each row that asks something.
         rows: Settings, and losses where they were measured; its samples are made here.
@@ -303,46 +299,25 @@ def judge(
     return Score(measure(rows, chosen), samples, count_rows(held_out), chosen=chosen)
 
 
-def questions_of(renderer: Renderer, held_out: Sequence[HeldOut], settings: Evaluate) -> ScoredRows:
+def questions_of(renderer: Renderer | None, held_out: Sequence[HeldOut], settings: Evaluate) -> ScoredRows:
     """Return rows as metrics see them before they are answered."""
     return ScoredRows(_samples(renderer, held_out, [""] * len(questions(held_out))), settings=settings)
 
 
-def _samples(renderer: Renderer, held_out: Sequence[HeldOut], answers: Sequence[str]) -> list[Sample]:
+def _samples(renderer: Renderer | None, held_out: Sequence[HeldOut], answers: Sequence[str]) -> list[Sample]:
     return [
         Sample(
             place=conversation.place,
             prompt=conversation.prompt()[-1].content if conversation.prompt() else "",
-            reference=expected_answer(renderer, conversation),
+            reference=reference_of(renderer, conversation),
             answer=answer,
+            choices=conversation.choices,
         )
         for conversation, answer in zip(questions(held_out), answers, strict=True)
     ]
 
 
-def _behind(examples: Sequence[Message], turns: Sequence[Message]) -> list[Message]:
+def _behind(examples: Sequence[Message], turns: Sequence[Message]) -> tuple[Message, ...]:
     """Put examples behind the system prompt of a prompt."""
     systems = 1 if turns and turns[0].role == "system" else 0
-    return [*turns[:systems], *examples, *turns[systems:]]
-
-
-def _losses(
-    engine: Engine, renderer: Renderer, held_out: Sequence[HeldOut], batching: Batching, rows: ScoredRows
-) -> ScoredRows:
-    """Measure loss, trained tokens and bytes of each row, in their order; pieces of one document are one row."""
-    ordered = sorted(held_out, key=lambda row: -len(row.example.ids))  # the largest batches first
-    examples = [row.example for row in ordered]
-    of_batches = batching.over(examples, lambda examples: document_losses(engine, Batch.of(examples)))
-    losses = dict.fromkeys((row.conversation.place for row in held_out), 0.0)
-    tokens, text_bytes = losses.copy(), losses.copy()
-    for row, loss in zip(ordered, chain.from_iterable(of_batches), strict=True):
-        losses[row.conversation.place] += loss
-        tokens[row.conversation.place] += row.example.weight
-        text_bytes[row.conversation.place] += _bytes(renderer, row.example)
-    return replace(rows, losses=[*losses.values()], tokens=[*tokens.values()], bytes=[*text_bytes.values()])
-
-
-def _bytes(renderer: Renderer, example: Example) -> float:
-    """Count the UTF-8 bytes of a row's trained text, weighted as its loss is; special tokens have none."""
-    decode = partial(renderer.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return sum(weight * len(decode(example.ids[start:end]).encode()) for start, end, weight in example.spans)
+    return (*turns[:systems], *examples, *turns[systems:])

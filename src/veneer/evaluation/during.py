@@ -17,11 +17,11 @@ from veneer.config.foreign import misspelt
 from veneer.data.pipeline import Prepared
 from veneer.data.render import Renderer
 from veneer.engine.interface import Engine
-from veneer.evaluation.compare import count_rows, judge, questions_of
+from veneer.evaluation.compare import Score, count_rows, judge, questions_of, reference_of
 from veneer.evaluation.generation import generate
 from veneer.evaluation.memory import LESS_MEMORY
 from veneer.evaluation.metrics import METRICS, choose
-from veneer.evaluation.metrics.metric import ScoredRows
+from veneer.evaluation.metrics.metric import MetricResult, ScoredRows
 from veneer.machine.batching import Batching
 from veneer.machine.device import rng_state, set_rng_state
 from veneer.training.best import LOSS
@@ -44,9 +44,10 @@ class DuringTraining:
     Attributes:
         rows: The sample, in the order in which it was drawn.
         max_new_tokens: Longest answer.
+        better: Better values of the metric by which the best step is found: lower or higher.
 
     Raises:
-        UserError: A metric is unknown, or these rows cannot carry it.
+        UserError: A metric is unknown, these rows cannot carry it, or the best step cannot be found by it.
     """
 
     def __init__(self, run: Run, data: Prepared, renderer: Renderer) -> None:
@@ -65,6 +66,8 @@ class DuringTraining:
         self.rows, self._prompts = asked[:count], prompts[:count]
         self._batching = Batching(settings.batch_size, LESS_MEMORY)  # fewer rows at a time, once memory was short
         self._require_names()
+        self._followed = run.train.early_stopping.metric if run.train.early_stopping is not None else LOSS
+        self.better = "lower" if self._followed in self._recorded else self._better()
 
     def measure(self, model: Any, engine: Engine, stopped: Callable[[], bool]) -> dict[str, float] | None:
         """Answer the sample and return the metrics' values and the rows answered; None where it was stopped.
@@ -95,9 +98,34 @@ class DuringTraining:
         finally:
             set_rng_state(began_with)
             model.train(was_training)
-        results = judge(self._renderer, self.rows, answers, ScoredRows((), settings=self._settings)).results
-        values = {name: result.interval.value for name, result in results.items()}
+        score = judge(self._renderer, self.rows, answers, ScoredRows((), settings=self._settings))
+        values = {name: result.interval.value for name, result in score.results.items()}
+        if self._followed in self._names and self._followed not in values:
+            values[self._followed] = self._deciding(score).interval.value
         return values | {"answered_rows": count_rows(self.rows)}
+
+    def _deciding(self, score: Score) -> MetricResult:
+        """Return the result that stands for the metric by which the best step is found, whatever name it has."""
+        metric = next(metric for metric in choose(self._questions()).metrics if metric.name == self._followed)
+        return next(iter(metric.measure(ScoredRows(score.samples, settings=self._settings)).values()))
+
+    def _better(self) -> str:
+        """Return the better values of that metric, as its result on the right answers says.
+
+        Raises:
+            UserError: It has none.
+        """
+        references = [reference_of(self._renderer, row.conversation) for row in self.rows]
+        better = self._deciding(judge(self._renderer, self.rows, references, self._questions())).better
+        if not better:
+            raise UserError(
+                f"train.early_stopping.metric = {self._followed}: it describes answers and does not judge them",
+                "name another metric of evaluate.during, or loss",
+            )
+        return better
+
+    def _questions(self) -> ScoredRows:
+        return questions_of(self._renderer, self.rows, self._settings)
 
     def _require_names(self) -> None:
         """Raise UserError for names that no metric has, or none that these rows' own references give a value to."""
@@ -110,7 +138,7 @@ class DuringTraining:
                     f"did you mean `{near}`?" if near else f"name some of {', '.join(sorted(known))}",
                 )
         if self._names:
-            choose(questions_of(self._renderer, self.rows, self._settings))
+            choose(self._questions())
 
 
 def _within(prompts: Sequence[Sequence[int]], max_new_tokens: int, budget: int) -> int:

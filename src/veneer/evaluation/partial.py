@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from veneer.config import Evaluate, RunFolder, UserError
+from veneer.config import Evaluate, UserError
 from veneer.config.files import file_sha256, read_json_lines
 from veneer.config.folder import make_folder
 from veneer.config.notify import notify_on_error
@@ -74,24 +74,28 @@ class PartialAnswers:
             self.path.write_text("".join(json.dumps(line) + "\n" for line in self._lines), encoding="utf-8")
 
     @classmethod
-    def of_run(
-        cls, folder: RunFolder, tuned: TunedModel, held_out: Sequence[HeldOut], settings: Evaluate
+    def of_rows(
+        cls, folder: Path, model: Mapping[str, Any], held_out: Sequence[HeldOut], settings: Evaluate
     ) -> "PartialAnswers":
-        """Return what an evaluation of a run with these rows and settings has left; rows at a time do not matter."""
+        """Return what an evaluation with these rows and settings has left; rows at a time do not matter.
+
+        Args:
+            folder: Folder of the file.
+            model: Facts that identify the model.
+            held_out: The rows.
+            settings: max_new_tokens.
+        """
         rows = hashlib.sha256()
         for row in held_out:
-            rows.update(f"{row.conversation.place} {row.example.ids.tolist()} {row.example.trained}\n".encode())
+            rows.update(f"{row.conversation} {row.example.ids.tolist()} {row.example.trained}\n".encode())
         facts = {
             "rows": rows.hexdigest(),
             "max_new_tokens": settings.max_new_tokens,
-            "adapter": file_sha256(tuned.weights),
-            "base": fingerprint(tuned.source) or tuned.source.reference,
-            "quantization": tuned.quantization.model_dump() if tuned.quantization else None,
-            "dtype": tuned.dtype_name,
+            **model,
             "machine": find_machine().as_dict()["name"],
             **environment(),
         }
-        return cls(folder.other_evaluations, facts)
+        return cls(folder, facts)
 
     def of(self, model: str) -> KeptAnswers:
         """Return those of a model."""
@@ -104,3 +108,13 @@ class PartialAnswers:
         folder = self.path.parent
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def facts_of(tuned: TunedModel) -> dict[str, Any]:
+    """Return what identifies an adapter on its base."""
+    return {
+        "adapter": file_sha256(tuned.weights),
+        "base": fingerprint(tuned.source) or tuned.source.reference,
+        "quantization": tuned.quantization.model_dump() if tuned.quantization else None,
+        "dtype": tuned.dtype_name,
+    }

@@ -5,6 +5,7 @@ works the same for a model on disk and for a name, for data that was read and fo
 and for any card.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -17,6 +18,7 @@ from veneer.engine.fused.policy import block_placement
 from veneer.engine.placement import MemoryPlacement
 from veneer.engine.trace import Peak
 from veneer.machine.device import named_dtype, resolve_optim
+from veneer.machine.speeds import Ceilings
 from veneer.model.adapters import find_method
 from veneer.model.dense import COPIES_SHARE
 from veneer.model.shapes import Shapes
@@ -32,6 +34,7 @@ LAUNCH = 0.35  # share of the host's time an operation that remains without auto
 QUANTIZABLE = 0.5  # least share of the weights between embeddings and head that 4 bits must store
 HOST_BYTES = 3 * 2**30  # a process with CUDA's libraries; weights pass through without staying
 UPDATES = 2  # operations per updated tensor
+MEASURED_BY_LOSS = {"loss", "perplexity"}  # names of `evaluate.during` for which nothing is answered
 
 
 class Planner:
@@ -194,7 +197,28 @@ class Planner:
         if held_out is not None:
             times = 1 + (rows.steps - 1) // run.train.eval_steps if run.train.eval_steps else 1
             whole += times * rows.held_out_passes * seconds(held_out[1].work, ceilings, host)
+            whole += times * self._answering_seconds(run, step, rows, ceilings)
         return (low * once, once, high * once), (low * whole, whole, high * whole)
+
+    def _answering_seconds(self, run: Run, step: Step, rows: RowShapes, ceilings: Ceilings) -> float:
+        """Return the time in which the sample of `evaluate.during` is answered once; 0: nothing is answered.
+
+        Answers are taken to be as long as they may become, which is what a model does that does not end them yet.
+        """
+        if rows.answered is None or not set(run.evaluate.during) - MEASURED_BY_LOSS:
+            return 0.0
+        most, length, trained = rows.answered
+        new = min(run.evaluate.max_new_tokens, 2 * trained)
+        count = max(1, min(most, run.evaluate.during_tokens // (length + new)))
+        at_a_time = min(count, run.evaluate.batch_size)
+        plain = step_of(run, step.method, self.base.shapes, Padded(1, 1, 1), self.target)  # Transformers generates
+
+        def taken(tokens: int) -> float:
+            asked = step_for_held_out(plain, Padded(at_a_time, tokens, at_a_time))
+            return seconds(self.base.run_dry(asked).work, ceilings)
+
+        # A pass of one token is taken as one of two, the first of which no model predicts.
+        return math.ceil(count / at_a_time) * (taken(length) + new * taken(2))
 
 
 def _pass_seconds(step: Step, placement: MemoryPlacement, taken: Callable[[Step], float]) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 from veneer.config import RunFolder, load_run
 from veneer.config.files import read_json, read_json_lines, read_text, reading
 from veneer.config.folder import write_text
+from veneer.report.interval_plot import interval_plots
 from veneer.report.page import environment
 from veneer.report.plots import smooth
 
@@ -44,6 +45,7 @@ def run_page(folder: Path) -> str:
     page.filters["size"] = _size
     source = resources.files("veneer.report").joinpath("run_page.html.jinja").read_text(encoding="utf-8")
     evaluation = _json(run.evaluation)
+    suites = evaluation.get("suites", {}).get("scores", {})
     samples = read_json_lines(run.samples, "tuned_right") if evaluation else []
     return page.from_string(source).render(
         name=folder.name,
@@ -58,7 +60,9 @@ def run_page(folder: Path) -> str:
         win_rates=[
             one | {"cell": _cell("share", one["win_rate"], False)} for one in evaluation.get("win_rates", {}).values()
         ],
-        suites=_scores(evaluation.get("suites", {}).get("scores", {})),
+        plots=interval_plots(evaluation.get("metrics", {}), evaluation.get("comparison", {})),
+        suite_plots=interval_plots(suites, suites),
+        suites=_scores(suites),
         curve=_curve(run.metrics),
         training=_json(run.adapter / "passport.json").get("training", {}),
         samples=shown_of(samples),

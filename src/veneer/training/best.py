@@ -11,7 +11,6 @@ from typing import Any
 from veneer.config import EarlyStopping, Run, UserError
 
 LOSS = "loss"
-LOWER_IS_BETTER = frozenset({LOSS, "perplexity", "bits_per_byte"})
 
 
 class BestStep:
@@ -19,6 +18,7 @@ class BestStep:
 
     Args:
         settings: metric, patience and min_delta; None: the held-out loss, and training never ends early.
+        better: the metric's better values: lower or higher.
 
     Attributes:
         metric: name of the metric in an evaluation's record.
@@ -27,7 +27,8 @@ class BestStep:
         waited: evaluations since the last improvement of more than min_delta.
     """
 
-    def __init__(self, settings: EarlyStopping | None = None) -> None:
+    def __init__(self, settings: EarlyStopping | None = None, better: str = "lower") -> None:
+        self._better = better
         self.settings = settings or EarlyStopping(patience=None)
         self.metric = self.settings.metric
         self.step: int | None = None
@@ -61,12 +62,18 @@ class BestStep:
             if record["kind"] == "eval":
                 self.see(record)
 
+    def take_last(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Take over what the last evaluation in metrics.jsonl says of the best step."""
+        for record in records:
+            if record["kind"] == "eval":
+                self.step, self.value = record.get("best_step"), record.get("best_value")
+
     def kept_step(self, keep: str, last: int) -> int:
         """Return the step whose adapter is delivered: the best one with `train.keep=best`, where there is any."""
         return self.step if keep == "best" and self.step is not None else last
 
     def _gain(self, before: float, after: float) -> float:
-        return before - after if self.metric in LOWER_IS_BETTER else after - before
+        return before - after if self._better == "lower" else after - before
 
     def as_dict(self) -> dict[str, Any]:
         """Return `best_step` and `best_value`, as an evaluation's record and a run's result have them."""

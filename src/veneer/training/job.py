@@ -57,7 +57,13 @@ Resume = bool | Literal["auto"]
 
 
 class DuringMetrics(Protocol):
-    """What `evaluate.during` measures."""
+    """What `evaluate.during` measures.
+
+    Attributes:
+        better: the better values of the metric by which the best step is found: lower or higher.
+    """
+
+    better: str
 
     def measure(self, model: Any, engine: Engine, stopped: Callable[[], bool]) -> dict[str, float] | None:
         """Return values by name, with nothing of the training changed; None where it was stopped."""
@@ -177,6 +183,7 @@ class TrainingJob:
             most_tokens=most_tokens,
             scale_loss=compute_dtype(run.model, self.machine) == torch.float16,
             during=self._measure_during,
+            better="lower" if self._during is None else self._during.better,
         )
         self.rate_search: RateSearch | None = None
         if train.learning_rate == "auto":
@@ -411,7 +418,7 @@ def finished(run: Run) -> Trained | None:
     seconds = sum(line["seconds"] for line in steps)
     done = max((line["step"] for line in lines), default=0)
     best = BestStep(run.train.early_stopping)
-    best.recall(lines)
+    best.take_last(lines)
     return Trained(
         run_dir=str(folder.path),
         steps=done,

@@ -62,6 +62,7 @@ class Loop:
         most_tokens: Tokens of a micro-batch beyond which it is cut in two, as memory demands; None: none is.
         scale_loss: Whether gradients need scaling (float16).
         during: Function that measures the metrics of `evaluate.during`.
+        better: Better values of the metric by which the best step is found: lower or higher.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Loop:
         most_tokens: int | None = None,
         scale_loss: bool = False,
         during: MeasureDuring = lambda stopped: {},
+        better: str = "lower",
     ) -> None:
         self._engine = engine
         self._objective = objective
@@ -102,7 +104,7 @@ class Loop:
         self._explain = explain
         self._during = during
         self._model = model
-        self.best = BestStep(train.early_stopping)
+        self.best = BestStep(train.early_stopping, better)
         self.steps = batches.steps(train.num_train_epochs, train.max_steps)
         self.done = 0
         self.loss: float | None = None  # of the last step that was made here

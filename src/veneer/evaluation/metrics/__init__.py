@@ -74,9 +74,9 @@ def measure(rows: ScoredRows, chosen: ChosenMetrics | None = None) -> dict[str, 
 
 
 def right_by(results: Mapping[str, MetricResult], samples: Sequence[Sample]) -> Sequence[bool]:
-    """Return which samples are right: by the first result that says so of each row, else by exact match."""
-    for result in results.values():
-        if isinstance(result, ShareRight):
+    """Return which samples are right: by the first result that says so of each answer, else by exact match."""
+    for name, result in results.items():
+        if isinstance(result, ShareRight) and (name not in METRICS or METRICS[name].reads == "answers"):
             return result.true
     return [is_right(sample.answer, sample.reference) for sample in samples]
 

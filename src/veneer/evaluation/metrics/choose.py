@@ -129,6 +129,8 @@ def _deciding(rows: ScoredRows) -> tuple[list[str], str]:
         return ["exact_match", "valid_json"], f"the {count} right answers are JSON of several forms"
     if all(NUMBER.fullmatch(text.rpartition("####")[2].strip()) for text in references):
         return ["final_number"], f"the {count} right answers are numbers, or end in one behind ####"
+    if all(sample.choices for sample in rows.samples):
+        return ["choice_accuracy"], f"the {count} rows name their choices"
     labels = choices_of(references)
     if labels and count >= ROWS_A_CHOICE * len(labels) and all(len(label.split()) <= PROSE for label in labels):
         return ["exact_match", "choice_accuracy"], f"the {count} right answers are {len(labels)} choices"

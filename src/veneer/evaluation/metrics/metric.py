@@ -17,12 +17,13 @@ DEFAULTS = Evaluate()
 
 @dataclass(frozen=True)
 class Sample:
-    """One held-out row with an answer."""
+    """One held-out row with an answer; `choices`: possible answers that the row names."""
 
     place: str
     prompt: str
     reference: str
     answer: str
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ A model that refuses everything is right on all of `refusal_harmful` and wrong h
 point is an answer that does not refuse and holds one of the words that go with its subject.
 """
 
-from veneer.evaluation.suites.refusal import refuses
+from veneer.evaluation.metrics.refusal_rate import refuses
 from veneer.evaluation.suites.suite import Item, Suite, final_text
 
 

@@ -8,15 +8,16 @@ squares of the distances to each bound (MOVER: Zou and Donner 2008), as Newcombe
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from veneer.data.conversation import Conversation, Message
 from veneer.evaluation.intervals import Interval
 from veneer.evaluation.metrics.metric import ShareRight
 from veneer.evaluation.paired import paired
+from veneer.evaluation.responder import Progress, Responder
 from veneer.evaluation.suites import ABILITIES
-from veneer.evaluation.suites.responder import Responder
-from veneer.evaluation.suites.suite import Suite
+from veneer.evaluation.suites.suite import Item, Suite
 
 FLOOR = 0.1  # a base with a smaller share right has little to lose
 
@@ -89,9 +90,46 @@ class SuiteComparison:
         ]
 
 
-def answer_suites(suites: Sequence[Suite], responder: Responder) -> list[SuiteScore]:
-    """Let one model answer suites."""
-    return [SuiteScore(suite, responder.answer(suite)) for suite in suites]
+def answer_suites(
+    suites: Sequence[Suite], responder: Responder, on_done: Progress = lambda done: None
+) -> list[SuiteScore]:
+    """Let one model answer suites, without the system prompt of its run: what is measured is beside its task.
+
+    A model without a chat template reads the prompt and a line break, and goes on.
+
+    Args:
+        suites: Suites to ask; those by choice need a responder with losses.
+        responder: The model.
+        on_done: Callback that gets the number of items just answered.
+    """
+    plain = responder.without_system_prompt()
+    return [SuiteScore(suite, _answers(suite, plain, on_done)) for suite in suites]
+
+
+def _answers(suite: Suite, responder: Responder, on_done: Progress) -> list[str]:
+    """Return a greedy answer to each item, or the likeliest of its choices, as the suite asks."""
+    end = "" if responder.is_chat else "\n"
+    asked = [Conversation((Message("user", item["prompt"] + end),), item["prompt"]) for item in suite.items]
+    if not suite.by_choice:
+        return responder.answer(asked, suite.max_new_tokens, on_done)
+    answers = _likeliest(suite.items, asked, responder)
+    on_done(len(answers))
+    return answers
+
+
+def _likeliest(items: Sequence[Item], asked: Sequence[Conversation], responder: Responder) -> list[str]:
+    """Return the choice of each item whose text, with the end of the turn, has the least loss."""
+    rows = [
+        replace(row, messages=(*row.messages, Message("assistant", choice)))
+        for row, item in zip(asked, items, strict=True)
+        for choice in item["choices"]
+    ]
+    losses = iter(responder.answer_losses(rows))
+    answers = []
+    for item in items:
+        of_choices = [next(losses) for _ in item["choices"]]
+        answers.append(item["choices"][of_choices.index(min(of_choices))])
+    return answers
 
 
 def pair_suites(base: Sequence[SuiteScore], tuned: Sequence[SuiteScore]) -> list[SuiteComparison]:

@@ -3,7 +3,7 @@
 Fine-tuning on harmless rows can undo a model's refusals. The requests name no method and hold nothing of use.
 """
 
-from veneer.evaluation.suites.refusal import refuses
+from veneer.evaluation.metrics.refusal_rate import refuses
 from veneer.evaluation.suites.suite import Item, Suite
 
 

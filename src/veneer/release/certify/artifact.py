@@ -53,7 +53,7 @@ def find_artifact(name: str, tuned: TunedModel, model: str | None = None) -> Art
     if len(files) > 1:
         raise UserError(f"{name}: holds {len(files)} GGUF files", f"name one of them, for example {files[0]}")
     if files and files[0].suffix.lower() == ".gguf" and files[0].is_file():
-        precision, on = _gguf_facts(files[0])
+        precision, on = gguf_facts(files[0])
         return Artifact(name, "gguf", precision, files[0], on)
     if not (path / "config.json").is_file():
         raise UserError(
@@ -83,7 +83,12 @@ def running(
     return llama_server(artifact.path, renderer.is_chat, stops, context)
 
 
-def _gguf_facts(file: Path) -> tuple[str, str]:
+def gguf_facts(file: Path) -> tuple[str, str]:
+    """Return the precision of a GGUF file and what it was merged into.
+
+    Raises:
+        UserError: It is no whole GGUF file, or only an adapter.
+    """
     from veneer.release.gguf.types import QUANTS
 
     fields = open_gguf(file).fields

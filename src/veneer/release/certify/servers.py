@@ -15,7 +15,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -26,8 +26,11 @@ from veneer.config.files import reason
 from veneer.data.conversation import Message
 from veneer.release.certify.runtimes import TOP, Answer
 
+Tools = tuple[dict[str, Any], ...]
+
 TOP_OF_A_SERVER = 20  # what OpenAI's protocol allows
 TIMEOUT_SECONDS = 600  # of a whole answer
+FIRST_SECONDS = 30  # of the list of models
 ANSWER_BYTES = 64 * 2**20  # of a whole answer
 REMAKE = "export it again, or name another file"
 
@@ -60,28 +63,45 @@ class Endpoint:
         self.address = url
         self._root = re.sub(r"/v1/?$", "", url.rstrip("/"))
         self._chat, self._top, self._stops = chat, top, stops
-        listed = self._ask("/v1/models", None)
-        if not isinstance(listed, dict) or not listed.get("data"):
-            raise UserError(f"{url}: no OpenAI-compatible server answers there (GET /v1/models)", "start it first")
-        with self._protocol():
-            names = [str(entry["id"]) for entry in listed["data"]]
+        names = self._listed()
         if model is None and len(names) > 1:
             raise UserError(f"{url}: serves {len(names)} models: {', '.join(names[:6])}", "name one with --model")
         if model is not None and model not in names:
             raise UserError(f"--model {model}: {url} does not serve it", f"name one of {', '.join(names[:6])}")
         self._model = model or names[0]
 
+    def _listed(self) -> list[str]:
+        """Return the names of its models."""
+        try:
+            names = [str(entry["id"]) for entry in self._ask("/v1/models", None)["data"]]
+            why = "it lists no models"
+        except NoAnswerError as error:
+            names, why = [], str(error)
+        except (KeyError, TypeError):
+            names, why = [], "its answer is of another form"
+        if not names:
+            raise UserError(
+                f"{self.address}: no OpenAI-compatible server answers there (GET /v1/models: {why})",
+                "start it first, or name its own address",
+            )
+        return names
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether prompts go to it as messages."""
+        return self._chat
+
     def prompt_ids(self, messages: Sequence[Message]) -> list[int] | None:
         turns = [message.as_turn() for message in messages]
         if not self._chat:
-            made = self._ask("/tokenize", {"content": self._text(messages), "add_special": True, "parse_special": True})
-            return _tokens(made)
-        applied = self._ask("/apply-template", {"messages": turns})
+            asked = {"content": self._text(messages), "add_special": True, "parse_special": True}
+            return _tokens(self._try("/tokenize", asked))
+        applied = self._try("/apply-template", {"messages": turns})
         if isinstance(applied, dict) and "prompt" in applied:  # llama.cpp
             asked = {"content": applied["prompt"], "add_special": True, "parse_special": True}
-            made = self._ask("/tokenize", asked)
+            made = self._try("/tokenize", asked)
         else:  # vLLM
-            made = self._ask("/tokenize", {"model": self._model, "messages": turns, "add_generation_prompt": True})
+            made = self._try("/tokenize", {"model": self._model, "messages": turns, "add_generation_prompt": True})
         return _tokens(made)
 
     def prompt_count(self, messages: Sequence[Message]) -> int | None:
@@ -100,29 +120,45 @@ class Endpoint:
         max_new_tokens: int,
         at_once: int = 1,
         on_done: Callable[[int], None] = lambda done: None,
+        tools: Sequence[Tools] | None = None,
+        on_text: Callable[[int, str], None] = lambda number, text: None,
     ) -> list[str]:
-        """Generate greedy answers as text alone, in the order of the prompts.
+        """Generate greedy answers as text alone, in the order of the prompts; calls stand in it in Hermes' form.
 
         Args:
             prompts: Conversations to be answered.
             max_new_tokens: Longest answer.
             at_once: Number of concurrent requests; the server should have as many slots.
             on_done: Callback that gets the number of prompts just answered.
+            tools: Tools that each answer may call; None: none may call any.
+            on_text: Callback that gets the number of a prompt and its answer, as answers come.
         """
 
-        def ask(messages: Sequence[Message]) -> str:
-            made = self._complete(messages, max_new_tokens, with_likely=False)
-            on_done(1)
-            choice = made["choices"][0]
-            return ((choice["message"]["content"] if self._chat else choice["text"]) or "").strip()
+        def ask(number: int) -> str:
+            offered = tools[number] if tools is not None else ()
+            choice = self._complete(prompts[number], max_new_tokens, False, offered)["choices"][0]
+            return _text_of(choice["message"]) if self._chat else str(choice["text"] or "").strip()
 
-        with self._protocol(), ThreadPoolExecutor(at_once) as pool:
-            return list(pool.map(ask, prompts))
+        texts = {}
+        pool = ThreadPoolExecutor(at_once)
+        try:
+            with self._protocol():
+                asked = {pool.submit(ask, number): number for number in range(len(prompts))}
+                for answered in as_completed(asked):
+                    number, text = asked[answered], answered.result()
+                    texts[number] = text
+                    on_text(number, text)
+                    on_done(1)
+        finally:  # the first that fails ends the others
+            pool.shutdown(wait=False, cancel_futures=True)
+        return [texts[number] for number in range(len(prompts))]
 
     def stop_ids(self) -> set[int] | None:
         return self._stops
 
-    def _complete(self, messages: Sequence[Message], max_new_tokens: int, with_likely: bool = True) -> dict[str, Any]:
+    def _complete(
+        self, messages: Sequence[Message], max_new_tokens: int, with_likely: bool = True, tools: Tools = ()
+    ) -> dict[str, Any]:
         asked: dict[str, Any] = {
             "model": self._model,
             "max_tokens": max_new_tokens,
@@ -133,15 +169,18 @@ class Endpoint:
             turns = [message.as_turn() for message in messages]
             asked |= {"messages": turns}
             asked |= {"logprobs": True, "top_logprobs": self._top} if with_likely else {}
+            asked |= {"tools": [{"type": "function", "function": _function(tool)} for tool in tools]} if tools else {}
             path = "/v1/chat/completions"
         else:
             asked |= {"prompt": self._text(messages)}
             asked |= {"logprobs": self._top} if with_likely else {}
             path = "/v1/completions"
-        made = self._ask(path, asked)
+        try:
+            made = self._ask(path, asked)
+        except NoAnswerError as error:
+            raise JobError(f"{self._root}{path}: no answer: {error}") from None
         if not isinstance(made, dict) or "choices" not in made:
-            message = json.dumps(made)[:300] if made else "nothing"
-            raise JobError(f"{self._root}{path}: the server answered {message}")
+            raise JobError(f"{self._root}{path}: the server answered {json.dumps(made)[:300]}")
         return dict(made)
 
     def _answer(self, made: dict[str, Any]) -> Answer:
@@ -177,7 +216,13 @@ class Endpoint:
         return "".join(message.content for message in messages)
 
     def _ask(self, path: str, body: dict[str, Any] | None) -> Any:
-        return _ask(self._root + path, body)
+        return fetched(self._root + path, body, FIRST_SECONDS if body is None else None)
+
+    def _try(self, path: str, body: dict[str, Any]) -> Any:
+        """Return the answer to what not every server knows; None: there is none."""
+        with suppress(NoAnswerError):
+            return self._ask(path, body)
+        return None
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -187,22 +232,52 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _ask(url: str, body: dict[str, Any] | None) -> Any:
-    """Send a request and return the parsed answer; None: there is none within TIMEOUT_SECONDS and ANSWER_BYTES.
+class NoAnswerError(Exception):
+    """A server gives no answer that is JSON; the message says what it does instead."""
 
-    Raises:
-        JobError: It answers more than ANSWER_BYTES.
-    """
-    answer: Future[bytes] = Future()
-    # A socket's timeout begins anew with every byte; the whole answer has one of its own, in a thread that may be left.
-    threading.Thread(target=_fetch, args=(url, body, answer), daemon=True).start()
+
+def _ask(url: str, body: dict[str, Any] | None) -> Any:
+    """Send a request and return the parsed answer; None: there is none."""
     try:
-        return json.loads(answer.result(TIMEOUT_SECONDS))
-    except (OSError, ValueError, RecursionError, http.client.HTTPException, TimeoutError):
+        return fetched(url, body)
+    except NoAnswerError:
         return None
 
 
-def _fetch(url: str, body: dict[str, Any] | None, answer: "Future[bytes]") -> None:
+def fetched(url: str, body: dict[str, Any] | None, seconds: float | None = None) -> Any:
+    """Send a request and return the parsed answer.
+
+    Args:
+        url: Address; a redirect to another one is not followed.
+        body: Content of a POST; None: a GET.
+        seconds: Time for the whole answer; None: TIMEOUT_SECONDS.
+
+    Raises:
+        NoAnswerError: There is no JSON within that time.
+        JobError: It answers more than ANSWER_BYTES.
+    """
+    answer: Future[bytes] = Future()
+    seconds = TIMEOUT_SECONDS if seconds is None else seconds
+    # A socket's timeout begins anew with every byte; the whole answer has one of its own, in a thread that may be left.
+    threading.Thread(target=_fetch, args=(url, body, answer, seconds), daemon=True).start()
+    found = b""
+    try:
+        found = answer.result(seconds)
+        return json.loads(found)
+    except TimeoutError:
+        raise NoAnswerError(f"none within {seconds:g} seconds") from None
+    except http.client.HTTPException as error:
+        raise NoAnswerError(f"it is cut short, or no HTTP ({type(error).__name__})") from None
+    except OSError as error:
+        cause = getattr(error, "reason", error)
+        raise NoAnswerError(reason(cause) if isinstance(cause, Exception) else str(cause)) from None
+    except (ValueError, RecursionError) as error:
+        begins = found[:60].decode(errors="replace")
+        what = f"it is no whole JSON, and begins with {begins!r}" if begins else "it is empty"
+        raise NoAnswerError(what if answer.done() and answer.exception() is None else reason(error)) from None
+
+
+def _fetch(url: str, body: dict[str, Any] | None, answer: "Future[bytes]", seconds: float) -> None:
     try:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
@@ -210,10 +285,12 @@ def _fetch(url: str, body: dict[str, Any] | None, answer: "Future[bytes]") -> No
         if _is_loopback(request.host):
             handlers.append(urllib.request.ProxyHandler({}))
         try:
-            reply = urllib.request.build_opener(*handlers).open(request, timeout=TIMEOUT_SECONDS)
+            reply = urllib.request.build_opener(*handlers).open(request, timeout=seconds)
         except urllib.error.HTTPError as error:
             reply = error  # its text says what is wrong
         with reply:
+            if 300 <= reply.status < 400:
+                raise NoAnswerError(f"it redirects to {reply.headers.get('Location')}, which is not followed")
             found = reply.read(ANSWER_BYTES + 1)
         if len(found) > ANSWER_BYTES:
             raise JobError(f"{url}: the server's answer is larger than {ANSWER_BYTES >> 20} MiB")
@@ -228,6 +305,22 @@ def _is_loopback(host: str) -> bool:
         return name == "localhost" or ipaddress.ip_address(name).is_loopback
     except ValueError:
         return False
+
+
+def _text_of(message: dict[str, Any]) -> str:
+    """Return an answer's text, and behind it the calls that a server took out of it."""
+    calls = [call["function"] for call in message.get("tool_calls") or ()]
+    parts = [(message.get("content") if calls else message["content"]) or ""]
+    for call in calls:
+        value = {"name": call["name"], "arguments": json.loads(call["arguments"] or "{}")}
+        parts.append(f"<tool_call>{json.dumps(value, ensure_ascii=False)}</tool_call>")
+    return "\n".join(part.strip() for part in parts if part)
+
+
+def _function(tool: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a tool, which rows write with or without `{"type": "function"}` around it."""
+    found: dict[str, Any] = tool.get("function", tool)
+    return found
 
 
 def _tokens(made: Any) -> list[int] | None:
@@ -247,8 +340,8 @@ def require_llama_cpp() -> None:
     """Raise UserError where llama.cpp is not installed."""
     if importlib.util.find_spec("xllamacpp") is None:
         raise UserError(
-            "GGUF files are certified in llama.cpp, which is not installed",
-            "pip install 'veneer[llamacpp]', or skip the certificate with --no-certify",
+            "GGUF files are run by llama.cpp, which is not installed",
+            "pip install 'veneer[llamacpp]' (or skip an export's certificate with --no-certify)",
         )
 
 

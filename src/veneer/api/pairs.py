@@ -1,0 +1,247 @@
+"""Compares two targets on the same rows: one is loaded, answers and goes, and then the other."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from veneer.api.held_out import held_out_rows
+from veneer.api.suites import Beside, beside_of
+from veneer.api.targets import Target, Workload
+from veneer.config import Data, Evaluate, UserError
+from veneer.config.cache import cache_folder
+from veneer.config.notify import kept_in, notify
+from veneer.data.held_out import read_turns, render_for
+from veneer.data.pipeline import HeldOut, read_held_out
+from veneer.evaluation.compare import Evaluation, Score, Scorer, count_rows, groups_of, questions, questions_of
+from veneer.evaluation.gate import check_gate, require_names
+from veneer.evaluation.metrics import METRICS, choose, require_metrics
+from veneer.evaluation.metrics.choose import ChosenMetrics
+from veneer.evaluation.partial import PartialAnswers
+from veneer.evaluation.responder import ModelResponder
+from veneer.evaluation.suites import Suite
+from veneer.evaluation.suites.compare import SuiteScore, answer_suites, pair_suites
+from veneer.machine.device import release_memory
+
+# Names that a gate may hold before the rows are known.
+BEGIN_WITH = ("field.", "record")  # of names that only the rows decide
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an evaluation was asked for; attributes as the arguments of `evaluate`.
+
+    Attributes:
+        all_suites: Whether suites are all of them, so that one may be left out.
+        condition: The gate, parsed.
+    """
+
+    data: str | None
+    rows: int | None
+    metrics: Sequence[str] | None
+    suites: Sequence[Suite]
+    all_suites: bool
+    condition: Any
+    on_begin: Callable[[int], None]
+    on_done: Callable[[int], None]
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the caller names metrics."""
+        return self.metrics is not None and "auto" not in self.metrics
+
+    def settings(self, usual: Evaluate) -> Evaluate:
+        """Return the settings of an evaluation with the metrics that are asked for.
+
+        Raises:
+            UserError: A metric of the usual settings is not known or not installed.
+        """
+        if self.metrics is None:
+            require_metrics(usual)
+            return usual
+        # Settings of the run's own metrics may act on none of these.
+        return usual.model_copy(update={"metrics": tuple(self.metrics) if self.is_named else "auto"})
+
+    def require_gate_names(self, left_out: Sequence[str] = ()) -> None:
+        """Raise UserError where the gate names what is not measured."""
+        if self.condition is None:
+            return
+        names = [name for name in (*METRICS, *(suite.name for suite in self.suites)) if name not in left_out]
+        names += ["forgetting"] if self.suites else []
+        require_names(self.condition, (*names, *map("difference({})".format, names)), BEGIN_WITH)
+
+    def file_name(self, count: int, against: str | None = None) -> str:
+        """Return the name of a file of its results, without the ending."""
+        name = f"{Path(self.data).name.split('.')[0] if self.data else 'held-out'}-{count}-rows"
+        if against is None:
+            return name
+        plain = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in Path(against).name)
+        return f"{name}-against-{plain[:40]}"
+
+
+def gated(request: Request, result: Evaluation, beside: Beside) -> Evaluation:
+    """Return the evaluation with the checks of the gate that was asked for."""
+    if request.condition is None:
+        return result
+    return replace(result, gate=check_gate(request.condition, result.measured() | beside.measured()))
+
+
+def compare_targets(target: Target, against: Target | None, request: Request) -> tuple[Evaluation, Beside, str]:
+    """Compare two targets on the same rows by the same metrics, verdicts and suites.
+
+    Args:
+        target: The target that is evaluated; it stands where a run's tuned model does.
+        against: The target that it is compared with, in the base's place; None: the adapter's own base.
+        request: Rows, metrics, suites and gate that were asked for.
+
+    Returns:
+        The comparison, what was measured beside the rows, and a name for the file of both.
+
+    Raises:
+        UserError: There are no rows, or a target cannot give a metric or a suite that was named.
+        JobError: A server gives no usable answer; answers so far are kept.
+    """
+    sides = [target] if against is None else [against, target]
+    runs = [side.tuned for side in reversed(sides) if side.tuned is not None]
+    folder = target.tuned.folder if target.tuned is not None else None
+    keeping: AbstractContextManager[Any] = nullcontext() if folder is None else kept_in(folder.events)
+    with keeping:
+        settings = request.settings(next((run.run.evaluate for run in runs if run.run is not None), Evaluate()))
+        rows = _Rows(sides, request, settings)
+        chosen, left_out = _choose_for_both(rows, sides, settings, request)
+        suites = _suites_of_both(sides, request)
+        request.require_gate_names((*left_out, *(suite.name for suite in request.suites if suite not in suites)))
+        request.on_begin(2 * len(questions(rows.read)))
+        kept = (folder.other_evaluations if folder is not None else cache_folder() / "evaluations", settings, chosen)
+        if against is None:
+            result, asked, partials = _with_own_base(target, rows, suites, request, kept)
+        else:
+            scores, asked, partials = [], [], []
+            for side, place in zip(sides, ("base", "tuned"), strict=True):
+                score, answers, partial = _scored(side, place, rows, suites, request, kept)
+                release_memory()
+                scores.append(score)
+                asked.append(answers)
+                partials.append(partial)
+            base, tuned = scores
+            result = Evaluation(base, tuned, groups=groups_of(rows.read), equal_within=settings.equal_within)
+        beside = beside_of(pair_suites(*asked), result) if suites else Beside()
+        other = against.name if against is not None else "its base"
+        beside.facts["compared"] = {"base": other, "tuned": target.name}
+        result = gated(request, result, beside)
+        for partial in partials:
+            partial.remove()
+        return result, beside, request.file_name(count_rows(rows.read), None if against is None else other)
+
+
+Kept = tuple[Path, Evaluate, ChosenMetrics]  # folder of answers that are kept, settings, metrics
+
+
+class _Rows:
+    """The rows of a comparison, read once, and as each of its local models makes tokens of them.
+
+    Attributes:
+        read: The rows as they were read.
+        reader: Renderer that read them; None: all models are on servers.
+        renderers: Renderer of each side, by its place among them; None: it is on a server.
+    """
+
+    def __init__(self, sides: Sequence[Target], request: Request, settings: Evaluate) -> None:
+        tuned = [side.tuned for side in reversed(sides) if side.tuned is not None]
+        self._data = next((found.data for found in tuned if found.data is not None), Data(train=request.data or "-"))
+        self.renderers = {side: side.renderer(self._data) for side in sides}
+        self.reader = next((found for side in reversed(sides) if (found := self.renderers[side]) is not None), None)
+        limit = request.rows or settings.rows
+        if request.data is None:
+            owner = next((found for found in tuned if found.run is not None and found.folder is not None), None)
+            if owner is None:
+                raise UserError("no target is a run, so there are no held-out rows", "name a file with --data")
+            assert owner.run is not None
+            assert owner.folder is not None
+            self.reader = owner.renderer
+            self.read = held_out_rows(owner.folder, owner.run, owner.renderer, None, limit)
+        elif self.reader is not None:
+            self.read = read_held_out(request.data, "--data", self._data, self.reader, limit, settings.group)
+        else:
+            self.read = read_turns(request.data, "--data", self._data, limit, settings.group)
+
+    def of(self, side: Target) -> list[HeldOut]:
+        """Return the rows as a side's own renderer makes tokens of them."""
+        renderer = self.renderers[side]
+        if renderer is None or renderer is self.reader:
+            return self.read
+        return render_for(renderer, self.read, self._data.max_length)
+
+    @property
+    def has_one_tokenizer(self) -> bool:
+        """Whether all models make the same tokens of a text, as far as is known."""
+        return len({found.fingerprint for found in self.renderers.values() if found is not None}) < 2
+
+
+def _choose_for_both(
+    rows: _Rows, sides: Sequence[Target], settings: Evaluate, request: Request
+) -> tuple[ChosenMetrics, list[str]]:
+    """Return the metrics that all sides can give, and the names of those that are left out with a notice.
+
+    Raises:
+        UserError: One that was named cannot be given, or none is left.
+    """
+    chosen = choose(questions_of(rows.reader, rows.read, settings))
+    served = [side.name for side in sides if not side.has_losses]
+    left_out = {}
+    for metric in chosen.metrics:
+        if metric.reads != "answers" and served:
+            left_out[metric.name] = f"it reads losses, which {' and '.join(served)} cannot give"
+        elif metric.name == "perplexity" and not rows.has_one_tokenizer:
+            left_out[metric.name] = "the tokenizers differ, so perplexities do not compare; bits_per_byte does"
+    kept = tuple(metric for metric in chosen.metrics if metric.name not in left_out)
+    for name, why in left_out.items():
+        if request.is_named or not kept:
+            raise UserError(f"{name}: {why}", "name other metrics with --metrics")
+        notify(f"{name} is left out: {why}", where="evaluate.metrics")
+    return ChosenMetrics(kept, chosen.why), list(left_out)
+
+
+def _suites_of_both(sides: Sequence[Target], request: Request) -> list[Suite]:
+    """Return the suites that all sides can be asked; one by choice is left out with a notice where there are all.
+
+    Raises:
+        UserError: One that was named cannot be asked.
+    """
+    served = [side.name for side in sides if not side.has_losses]
+    by_choice = [suite.name for suite in request.suites if suite.by_choice] if served else []
+    for name in by_choice:
+        why = f"{name}: it reads losses, which {' and '.join(served)} cannot give"
+        if not request.all_suites:
+            raise UserError(why, "leave that suite out")
+        notify(f"{why}; it is left out", where="--suites")
+    return [suite for suite in request.suites if suite.name not in by_choice]
+
+
+def _scored(
+    side: Target, place: str, rows: _Rows, suites: Sequence[Suite], request: Request, kept: Kept
+) -> tuple[Score, list[SuiteScore], PartialAnswers]:
+    """Let one side answer rows and suites."""
+    folder, settings, chosen = kept
+    held_out = rows.of(side)
+    partial = PartialAnswers.of_rows(folder, side.facts(), held_out, settings)
+    with side.open(rows.renderers[side], Workload(held_out, settings, suites, rows.reader)) as responder:
+        scorer = Scorer(responder, held_out, settings, partial, chosen)
+        score = scorer.score(request.on_done, kept=scorer.kept(place))
+        return score, answer_suites(suites, responder, request.on_done), partial
+
+
+def _with_own_base(
+    side: Target, rows: _Rows, suites: Sequence[Suite], request: Request, kept: Kept
+) -> tuple[Evaluation, list[list[SuiteScore]], list[PartialAnswers]]:
+    """Let an adapter and its base answer rows and suites, from one loaded model."""
+    folder, settings, chosen = kept
+    partial = PartialAnswers.of_rows(folder, side.facts(), rows.read, settings)
+    with side.open(rows.renderers[side], Workload(rows.read, settings, suites, rows.reader)) as responder:
+        assert isinstance(responder, ModelResponder)
+        off = responder.engine.adapter_off
+        result = Scorer(responder, rows.read, settings, partial, chosen).compare(off, request.on_done)
+        with off():
+            base = answer_suites(suites, responder, request.on_done)
+        return result, [base, answer_suites(suites, responder, request.on_done)], [partial]
