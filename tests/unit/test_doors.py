@@ -27,7 +27,7 @@ from veneer.data.sources.find import find_sources
 from veneer.data.tokens.corpus import is_sound
 from veneer.model.fingerprint import config_sha256
 from veneer.model.locate import BaseSource
-from veneer.release.certify import servers
+from veneer.release.certify import servers, transport
 from veneer.release.certify.servers import Endpoint
 from veneer.report.data_page import data_page
 
@@ -313,10 +313,10 @@ def test_an_endless_answer_ends(address: str, monkeypatch: pytest.MonkeyPatch) -
             pass
 
     monkeypatch.setattr(EndlessHandler, "answer", drip)
-    monkeypatch.setattr(servers, "ANSWER_BYTES", 10_000)
+    monkeypatch.setattr(transport, "ANSWER_BYTES", 10_000)
     with pytest.raises(JobError, match="the server's answer is larger than"):
         servers._ask(address, None)
-    monkeypatch.setattr(servers, "ANSWER_BYTES", 10**9)
+    monkeypatch.setattr(transport, "ANSWER_BYTES", 10**9)
     monkeypatch.setattr(servers, "TIMEOUT_SECONDS", 0.3)
     assert servers._ask(address, None) is None
 

@@ -2,7 +2,6 @@
 
 import http.client
 import importlib.util
-import ipaddress
 import json
 import os
 import re
@@ -10,12 +9,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -25,13 +20,13 @@ from veneer.config import JobError, UserError
 from veneer.config.files import reason
 from veneer.data.conversation import Message
 from veneer.release.certify.runtimes import TOP, Answer
+from veneer.release.certify.transport import send
 
 Tools = tuple[dict[str, Any], ...]
 
 TOP_OF_A_SERVER = 20  # what OpenAI's protocol allows
 TIMEOUT_SECONDS = 600  # of a whole answer
 FIRST_SECONDS = 30  # of the list of models
-ANSWER_BYTES = 64 * 2**20  # of a whole answer
 REMAKE = "export it again, or name another file"
 
 
@@ -225,13 +220,6 @@ class Endpoint:
         return None
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Returns redirects as answers: rows go to the address that the user named and to no other."""
-
-    def redirect_request(self, *given: Any) -> None:
-        return None
-
-
 class NoAnswerError(Exception):
     """A server gives no answer that is JSON; the message says what it does instead."""
 
@@ -254,16 +242,11 @@ def fetched(url: str, body: dict[str, Any] | None, seconds: float | None = None)
 
     Raises:
         NoAnswerError: There is no JSON within that time.
-        JobError: It answers more than ANSWER_BYTES.
+        JobError: It is larger than `send` takes.
     """
-    answer: Future[bytes] = Future()
     seconds = TIMEOUT_SECONDS if seconds is None else seconds
-    # A socket's timeout begins anew with every byte; the whole answer has one of its own, in a thread that may be left.
-    threading.Thread(target=_fetch, args=(url, body, answer, seconds), daemon=True).start()
-    found = b""
     try:
-        found = answer.result(seconds)
-        return json.loads(found)
+        reply = send(url, body, {}, seconds)
     except TimeoutError:
         raise NoAnswerError(f"none within {seconds:g} seconds") from None
     except http.client.HTTPException as error:
@@ -271,40 +254,16 @@ def fetched(url: str, body: dict[str, Any] | None, seconds: float | None = None)
     except OSError as error:
         cause = getattr(error, "reason", error)
         raise NoAnswerError(reason(cause) if isinstance(cause, Exception) else str(cause)) from None
-    except (ValueError, RecursionError) as error:
-        begins = found[:60].decode(errors="replace")
+    except ValueError as error:
+        raise NoAnswerError(reason(error)) from None
+    if 300 <= reply.status < 400:
+        raise NoAnswerError(f"it redirects to {reply.headers.get('Location')}, which is not followed")
+    try:
+        return json.loads(reply.content)
+    except (ValueError, RecursionError):
+        begins = reply.content[:60].decode(errors="replace")
         what = f"it is no whole JSON, and begins with {begins!r}" if begins else "it is empty"
-        raise NoAnswerError(what if answer.done() and answer.exception() is None else reason(error)) from None
-
-
-def _fetch(url: str, body: dict[str, Any] | None, answer: "Future[bytes]", seconds: float) -> None:
-    try:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-        handlers: list[urllib.request.BaseHandler] = [_NoRedirect()]
-        if _is_loopback(request.host):
-            handlers.append(urllib.request.ProxyHandler({}))
-        try:
-            reply = urllib.request.build_opener(*handlers).open(request, timeout=seconds)
-        except urllib.error.HTTPError as error:
-            reply = error  # its text says what is wrong
-        with reply:
-            if 300 <= reply.status < 400:
-                raise NoAnswerError(f"it redirects to {reply.headers.get('Location')}, which is not followed")
-            found = reply.read(ANSWER_BYTES + 1)
-        if len(found) > ANSWER_BYTES:
-            raise JobError(f"{url}: the server's answer is larger than {ANSWER_BYTES >> 20} MiB")
-        answer.set_result(found)
-    except Exception as error:  # noqa: BLE001 - it is raised again where the answer is waited for
-        answer.set_exception(error)
-
-
-def _is_loopback(host: str) -> bool:
-    name = urllib.parse.urlsplit(f"//{host}").hostname or ""
-    try:
-        return name == "localhost" or ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
+        raise NoAnswerError(what) from None
 
 
 def _text_of(message: dict[str, Any]) -> str:
