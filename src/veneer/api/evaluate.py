@@ -8,6 +8,7 @@ from typing import Any
 
 from veneer.api.load import load_tuned
 from veneer.api.suites import Beside, measure_memorisation, measure_suites
+from veneer.api.tasks import load_tasks, measure_run_tasks, names_of
 from veneer.config import Model, Run, RunFolder, UserError, load_run
 from veneer.config.files import read_json
 from veneer.config.folder import write_json, write_text
@@ -22,6 +23,7 @@ from veneer.evaluation.memory import rows_at_a_time
 from veneer.evaluation.metrics import METRICS, choose, require_metrics
 from veneer.evaluation.partial import PartialAnswers
 from veneer.evaluation.suites import find_suites
+from veneer.evaluation.tasks.options import DEFAULT_OPTIONS, TaskOptions
 from veneer.machine.device import find_machine
 from veneer.model.load import compute_dtype
 from veneer.model.tuned import find_tuned
@@ -60,7 +62,7 @@ class Evaluated:
         return all(check.passed for check in self.evaluation.gate)
 
     def as_dict(self) -> dict[str, Any]:
-        return self.evaluation.as_dict() | self.beside.facts | {"file": str(self.file), "is_record": self.is_record}
+        return self.evaluation.as_dict() | self.beside.as_dict() | {"file": str(self.file), "is_record": self.is_record}
 
 
 def evaluate(
@@ -74,8 +76,11 @@ def evaluate(
     suites: str | None = None,
     memorisation: int | None = None,
     gate: str | None = None,
+    tasks: str | None = None,
+    task_options: TaskOptions = DEFAULT_OPTIONS,
     *,
     on_begin: Callable[[int], None] = lambda answers: None,
+    on_task: Callable[[str, int], None] = lambda task, requests: None,
 ) -> Evaluated:
     """Compare base and tuned model on a run's held-out rows, or on a file's; written into the run's folder.
 
@@ -96,18 +101,24 @@ def evaluate(
         suites: Names of suites to ask as well, with commas between; `all`: every one (docs/suites.md).
         memorisation: Number of training rows to see whether they come back word for word; None: not measured.
         gate: Condition on what is measured, such as `exact_match >= 0.8`; see docs/comparison.md.
+        tasks: Tasks of lm-eval to ask as well: names, folders or files with commas between (docs/tasks.md).
+        task_options: Choices that change the scores of tasks.
         on_begin: Callback that gets the number of answers to come, of both models.
+        on_task: Callback that gets a task with the model that is asked, and the number of requests to come.
 
     Raises:
-        UserError: No such run, no adapter, no held-out rows, no such suite, a metric that is not known or that the rows
-            cannot carry, or a gate that is no condition on what is measured.
+        UserError: No such run, no adapter, no held-out rows, no such suite or task, a metric that is not known or
+            that the rows cannot carry, or a gate that is no condition on what is measured.
     """
     wanted = find_suites(suites) if suites is not None else ()
     folder = require_run(str(run_dir))
     condition = None if gate is None else parse_gate(gate)
+    found_tasks = load_tasks(tasks, task_options) if tasks is not None else ()
     if condition is not None:
-        names = (*METRICS, *(suite.name for suite in wanted), *(("forgetting",) if wanted else ()))
-        require_names(condition, (*names, *map("difference({})".format, names)), BEGIN_WITH)
+        of_tasks = names_of(found_tasks)
+        names = (*METRICS, *(suite.name for suite in wanted), *(("forgetting",) if wanted else ()), *of_tasks)
+        filters = (f"{name}." for name in of_tasks)
+        require_names(condition, (*names, *map("difference({})".format, names)), (*BEGIN_WITH, *filters))
     with kept_in(folder.events):
         tuned = find_tuned(str(run_dir), base, force)
         assert tuned.run is not None
@@ -137,6 +148,9 @@ def evaluate(
         if memorisation:
             found = measure_memorisation(memorisation, folder, loaded, engine, on_done)
             beside.facts["memorisation"] = found
+        if found_tasks:
+            parts = (found_tasks, folder, loaded, engine, task_options, rows, at_a_time)
+            beside = replace(beside, tasks=measure_run_tasks(*parts, on_begin=on_task, on_done=on_done))
         if condition is not None:
             result = replace(result, gate=check_gate(condition, result.measured() | beside.measured()))
         name = f"{Path(data).name.split('.')[0] if data else 'held-out'}-{count}-rows"
@@ -166,7 +180,9 @@ def save_evaluation(
     write_text(folder.samples, _sample_lines(evaluation))
     if beside.compared:
         write_text(folder.other_evaluations / "suites.samples.jsonl", beside.sample_lines())
-    write_json(folder.evaluation, evaluation.as_dict() | beside.facts | facts)
+    if beside.tasks.compared:
+        write_text(folder.other_evaluations / "tasks.samples.jsonl", beside.tasks.sample_lines())
+    write_json(folder.evaluation, evaluation.as_dict() | beside.as_dict() | facts)
     notify_on_error("the card", lambda: renew_card(folder, model))
     return folder.evaluation
 
@@ -180,7 +196,9 @@ def _save_beside(folder: RunFolder, name: str, evaluation: Evaluation, data: str
     write_text(file.with_suffix(".samples.jsonl"), _sample_lines(evaluation))
     if beside.compared:
         write_text(file.with_suffix(".suites.jsonl"), beside.sample_lines())
-    write_json(file, evaluation.as_dict() | beside.facts | {"data": data})
+    if beside.tasks.compared:
+        write_text(file.with_suffix(".tasks.jsonl"), beside.tasks.sample_lines())
+    write_json(file, evaluation.as_dict() | beside.as_dict() | {"data": data})
     return file
 
 

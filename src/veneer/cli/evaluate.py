@@ -28,6 +28,12 @@ def evaluate(
     gate: Annotated[
         str | None, typer.Option(help='Condition that must be shown to hold: "exact_match >= 0.8 and ...".')
     ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Ask tasks of lm-eval as well: names, folders or files with commas between.")
+    ] = None,
+    task_option: Annotated[
+        list[str] | None, typer.Option(help="Choice that changes their scores: num_fewshot=5; may be repeated.")
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show rows that got better and worse.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON alone on stdout.")] = False,
 ) -> int:
@@ -36,6 +42,9 @@ def evaluate(
     Exit status 1 where a gate is not shown to hold.
 
     Example: `veneer evaluate runs/tickets --rows 50 --gate "exact_match >= 0.8"`
+
+    Tasks of lm-eval (`--tasks gsm8k,mmlu`, `--tasks ./mytask/`) are scored by lm-eval and compared document by
+    document; docs/tasks.md says what to run. They need `pip install 'veneer[lm-eval]'`.
 
     Suites show what a model can do beside its task, and what it forgot; each has 60 items or more and is checked by a
     program. None of them shows more than it says here; docs/suites.md says what each cannot show.
@@ -60,16 +69,18 @@ def evaluate(
     checks.require_gate(gate)
     checks.require_evaluation(str(run), data, base)
     checks.require_suites(suites)
+    checks.require_tasks(tasks, task_option or ())
     out = show.console(as_json)
     with show.status(out, "answering the held-out rows with the base and the tuned model") as status:
         import veneer
         from veneer.cli.progress import Answering
+        from veneer.evaluation.tasks.options import read_options
 
         names = None if metrics is None else [name.strip() for name in metrics.split(",")]
         told = Answering(status)
-        evaluated = veneer.evaluate(
-            run, data, rows, told.add, force, base, names, suites, memorisation, gate, on_begin=told.begin
-        )
+        parts = (run, data, rows, told.add, force, base, names, suites, memorisation, gate, tasks)
+        options = read_options(task_option or ())
+        evaluated = veneer.evaluate(*parts, options, on_begin=told.begin, on_task=told.begin_task)
     result, status_code = evaluated.as_dict(), 0 if evaluated.passed else 1
     if as_json:
         show.print_json(result)
@@ -80,6 +91,8 @@ def evaluate(
     show_comparison.show_verdicts(out, result["comparison"], result["metrics"])
     show.say(out, f"metrics  {', '.join(result['chosen']['metrics'])}: {escape(result['chosen']['why'])}")
     show_suites(out, result)
+    if "tasks" in result:
+        show_comparison.show_tasks(out, result["tasks"])
     if verbose:
         show_comparison.show_turned(out, evaluated.evaluation)
     show_comparison.show_gate(out, result["gate"])

@@ -169,8 +169,14 @@ def show_scores(out: Console, title: str, metrics: dict[str, Any], models: tuple
     for name, values in metrics.items():
         unit = values.get("unit", "")
         cells = (interval(unit, values[which], which == "difference") if which in values else "" for which in shown)
-        table.add_row(escape(name.removeprefix("field.").replace("_", " ")), *cells)
+        table.add_row(escape(metric_name(name)), *cells)
     out.print(table, soft_wrap=False)
+
+
+def metric_name(name: str) -> str:
+    """Return a metric's name as it is shown: words with spaces; those of tasks (task.metric) as gates name them."""
+    shown = name.removeprefix("field.")
+    return shown if "." in shown else shown.replace("_", " ")
 
 
 def interval(unit: str, value: dict[str, float], is_difference: bool = False) -> str:
