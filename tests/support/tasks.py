@@ -14,7 +14,7 @@ CHOICES: dict[str, Any] = {
     "fewshot_split": "train",
     "output_type": "multiple_choice",
     "doc_to_text": "what does the {{animal}} say",
-    "doc_to_choice": ["cat", "dog", "hens"],
+    "doc_to_choice": ["a", "b", "c"],
     "doc_to_target": "label",
     "num_fewshot": 1,
     "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")],

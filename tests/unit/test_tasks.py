@@ -1,7 +1,7 @@
 """Tasks of lm-eval: base against tuned document by document, with the numbers of lm-eval's own runner."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,10 +46,8 @@ class Loaded:
 
     def ask(self, folder: Path, **settings: Any) -> MeasuredTasks:
         tasks = load_tasks(str(folder), settings.get("options", TaskOptions()))
-        adapter_off = getattr(self.model, "disable_adapter", None)
-        return measure_tasks(
-            tasks, self.model, self.tokenizer, **({"batch_size": BATCH, "adapter_off": adapter_off} | settings)
-        )
+        given: dict[str, Any] = {"batch_size": BATCH, "adapter_off": getattr(self.model, "disable_adapter", None)}
+        return measure_tasks(tasks, self.model, self.tokenizer, **(given | settings))
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +79,7 @@ def lm_eval_alone(model: Any, folder: Path, **settings: Any) -> dict[str, Any]:
     return found
 
 
-def by_document(samples: list[dict[str, Any]]) -> dict[tuple[int, str], tuple[Any, ...]]:
+def by_document(samples: Sequence[Mapping[str, Any]]) -> dict[tuple[int, str], tuple[Any, ...]]:
     """Answer and values of each document, by its number and filter."""
     return {
         (one["doc_id"], one["filter"]): (one["filtered_resps"], [one[name] for name in one["metrics"]])
@@ -103,8 +101,8 @@ def test_each_document_has_the_score_that_lm_evals_own_runner_gives(
     before = {task: found for one in measured.compared if one.base for task, found in one.base.samples.items()}
     assert set(ours) == set(KINDS)
     for task in KINDS:
-        assert by_document(list(before[task])) == by_document(base["samples"][task])
-        assert by_document(list(ours[task])) == by_document(tuned["samples"][task])
+        assert by_document(before[task]) == by_document(base["samples"][task])
+        assert by_document(ours[task]) == by_document(tuned["samples"][task])
         assert [one["prompt_hash"] for one in before[task]] == [one["prompt_hash"] for one in ours[task]]
     facts = measured.as_dict()["metrics"]
     for name, one in facts.items():
@@ -224,6 +222,7 @@ def test_less_memory_means_fewer_requests_at_a_time(
         ({"output_type": "riddles"}, "output_type 'riddles'"),
         ({"dataset_kwargs": {"data_files": {"test": "gone.jsonl"}}}, "the documents (json) cannot be had"),
         ({"unsafe_code": True}, "runs code that the model writes"),
+        ({"doc_to_image": "picture"}, "pictures or sound"),
         ({"metric_list": [{"metric": "rouge_of_the_hub"}]}, "fetched from a hub"),
         ({"include": "gone.yaml"}, "gone.yaml"),
     ],
@@ -261,7 +260,7 @@ def test_unknown_tasks_and_those_of_an_unreachable_hub(monkeypatch: pytest.Monke
     from veneer.evaluation.tasks import find
 
     folder = Path(lm_eval.tasks.__file__).parent / "gsm8k"
-    manager = find.TaskManager(include_path=str(folder), include_defaults=False)
+    manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
     monkeypatch.setattr(find, "TaskManager", lambda **given: manager)  # all of lm-eval's take ten seconds to read
     with pytest.raises(UserError, match=r"--tasks gsm8: no task of lm-eval; the nearest are gsm8k"):
         load_tasks("gsm8")

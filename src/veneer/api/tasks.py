@@ -98,7 +98,7 @@ def measure_tasks(
     """Ask tasks of a loaded model, with its adapter off and on.
 
     Args:
-        tasks: What `load_tasks` found.
+        tasks: Tasks that `load_tasks` found.
         model: The Transformers or PEFT model.
         tokenizer: Its tokenizer; its chat template decides whether documents are turns of a chat.
         adapter_off: Context in which the model is the base; None: it is asked alone.

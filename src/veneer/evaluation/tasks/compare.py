@@ -99,7 +99,7 @@ class TaskComparison:
 
     Attributes:
         metrics: its metrics, groups first
-        tuned, base: what lm-eval found of each; base None: there is one model alone
+        tuned, base: results of each that lm-eval gives; base None: there is one model alone
     """
 
     metrics: Sequence[TaskMetric]

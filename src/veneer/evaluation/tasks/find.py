@@ -69,7 +69,7 @@ def find_tasks(names: Sequence[str], options: TaskOptions) -> list[FoundTask]:
                 _require_known(manager, entry)
                 _require_harmless(manager, entry, options)
                 for item in _build(manager, entry):
-                    _require_no_code(item, options)
+                    _require_askable(item, options)
                     found.setdefault(item.name, item)
     _require_once(found)
     return list(found.values())
@@ -149,11 +149,13 @@ def _require_harmless(manager: TaskManager, name: str, options: TaskOptions) -> 
             raise _runs_code(member, f"needs the metric {foreign[0]}, whose code would be fetched from a hub")
 
 
-def _require_no_code(item: FoundTask, options: TaskOptions) -> None:
-    """Raise UserError where a built task says that it runs code: it may be written in Python."""
+def _require_askable(item: FoundTask, options: TaskOptions) -> None:
+    """Raise UserError where a built task runs code, as one that is written in Python may say, or shows pictures."""
     for name, task in item.tasks.items():
         if getattr(task, "UNSAFE_CODE", False) and not options.confirm_run_unsafe_code:
             raise _runs_code(name, "runs code that the model writes")
+        if getattr(task, "MULTIMODAL", False):
+            raise UserError(f"--tasks {name}: its documents hold pictures or sound", "name tasks of text alone")
 
 
 def _runs_code(name: str, why: str) -> UserError:
