@@ -20,6 +20,7 @@ from veneer.config.notify import Notices
 from veneer.evaluation.tasks.options import TaskOptions, read_options, task_names
 from veneer.evaluation.tasks.quiet_harness import quiet_harness
 from veneer.model.tuned import find_tuned
+from veneer.report.run_page import run_page
 
 Call = Callable[..., tuple[int, str, str]]
 BATCH = 4
@@ -307,6 +308,9 @@ def test_the_command_shows_tasks_writes_them_and_checks_a_gate(run: Path, animal
     assert set(result["tasks"]) == {"metrics", "comparison", "settings"}
     assert [check["passed"] for check in result["gate"]] == [True, True]
     assert json.loads((run / "evaluation.json").read_text())["tasks"] == result["tasks"]
+    shown = "+".join((run_page(run), (run / "adapter" / "README.md").read_text()))
+    assert shown.count("animals.acc") == 2, "the run's page and the card show it"
+    assert "animal_choice.acc<" not in shown
     lines = (run / "evaluations" / "tasks.samples.jsonl").read_text().splitlines()
     assert len(lines) == 12 + 7 + 2 * 12 + 12
     status, out, err = call("evaluate", str(run), "--tasks", f"{animals}/", "--rows", "2")

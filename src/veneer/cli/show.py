@@ -21,7 +21,7 @@ from veneer.cli.progress import answer_progress as answer_progress
 from veneer.cli.progress import byte_progress as byte_progress
 from veneer.cli.progress import size as size
 from veneer.cli.terminal import Terminal
-from veneer.config.results import limit_text, value_text
+from veneer.config.results import limit_text, metric_name, value_text
 
 
 def console(as_json: bool = False) -> Console:
@@ -171,12 +171,6 @@ def show_scores(out: Console, title: str, metrics: dict[str, Any], models: tuple
         cells = (interval(unit, values[which], which == "difference") if which in values else "" for which in shown)
         table.add_row(escape(metric_name(name)), *cells)
     out.print(table, soft_wrap=False)
-
-
-def metric_name(name: str) -> str:
-    """Return a metric's name as it is shown: words with spaces; those of tasks (task.metric) as gates name them."""
-    shown = name.removeprefix("field.")
-    return shown if "." in shown else shown.replace("_", " ")
 
 
 def interval(unit: str, value: dict[str, float], is_difference: bool = False) -> str:

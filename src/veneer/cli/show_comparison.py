@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from veneer.cli import show
+from veneer.config.results import metric_name
 
 SHOWN = 3  # rows of each kind
 WIDTH = 300  # characters of a shown text
@@ -17,9 +18,7 @@ COLORS = {"better": "green", "worse": "red"}
 def show_detectable(out: Console, comparison: dict[str, Any], metrics: dict[str, Any]) -> None:
     """Print the smallest differences that the rows can show, before any result."""
     if comparison:
-        sizes = (
-            f"{show.metric_name(name)} {_size(one['detectable'], metrics[name])}" for name, one in comparison.items()
-        )
+        sizes = (f"{metric_name(name)} {_size(one['detectable'], metrics[name])}" for name, one in comparison.items())
         show.say(out, f"detectable difference (found in 80 of 100 such comparisons): {escape(', '.join(sizes))}")
 
 
@@ -33,9 +32,7 @@ def show_verdicts(out: Console, comparison: dict[str, Any], metrics: dict[str, A
         text = f"equal within {_size(one['equal_within'], metrics[name])}" if verdict == "equal" else verdict
         color = COLORS.get(verdict, "default")
         rows = (str(one["rows"][side]) for side in ("better", "worse"))
-        table.add_row(
-            escape(show.metric_name(name)), f"[{color}]{text}[/{color}]", f"p = {one['probability']:.3f}", *rows
-        )
+        table.add_row(escape(metric_name(name)), f"[{color}]{text}[/{color}]", f"p = {one['probability']:.3f}", *rows)
     if comparison:
         out.print(table, soft_wrap=False)
 

@@ -8,6 +8,7 @@ from typing import Any
 from veneer.config import RunFolder, load_run
 from veneer.config.files import read_json, read_json_lines, read_text, reading
 from veneer.config.folder import write_text
+from veneer.config.results import metric_name
 from veneer.report.page import environment
 from veneer.report.plots import smooth
 
@@ -56,6 +57,9 @@ def run_page(folder: Path) -> str:
         scores=_scores(evaluation.get("metrics", {})),
         first=_first(evaluation),
         suites=_scores(evaluation.get("suites", {}).get("scores", {})),
+        tasks=_scores(
+            {name: one for name, one in evaluation.get("tasks", {}).get("metrics", {}).items() if one["group"] is None}
+        ),
         curve=_curve(run.metrics),
         training=_json(run.adapter / "passport.json").get("training", {}),
         samples=shown_of(samples),
@@ -94,7 +98,7 @@ def _scores(metrics: dict[str, Any]) -> dict[str, Any]:
     """Return the table of scores: its columns, and by metric the cells."""
     columns = [key for key in MODELS if any(key in values for values in metrics.values())]
     rows = {
-        name.removeprefix("field.").replace("_", " "): [
+        metric_name(name): [
             _cell(values.get("unit", ""), values.get(key), key.startswith("difference")) for key in columns
         ]
         for name, values in metrics.items()
