@@ -163,6 +163,18 @@ def test_gates_name_metrics_with_and_without_their_filter(measured: MeasuredTask
     assert found["animals.acc"].rows == 19
 
 
+def test_two_models_asked_alone_are_compared_as_one_model_with_its_adapter_off(
+    measured: MeasuredTasks, loaded: Loaded, animals: Path
+) -> None:
+    tuned = loaded.ask(animals, adapter_off=None)
+    with loaded.model.disable_adapter():
+        base = loaded.ask(animals, adapter_off=None)
+    assert tuned.as_dict()["comparison"] == {}
+    compared = tuned.against(base)
+    assert compared.as_dict()["comparison"] == measured.as_dict()["comparison"]
+    assert compared.sample_lines() == measured.sample_lines()
+
+
 def test_the_same_bits_twice_and_as_many_documents_as_asked(loaded: Loaded, animals: Path) -> None:
     state = torch.get_rng_state()
     first, second = (loaded.ask(animals / "animal_answer.yaml", limit=5) for _ in range(2))

@@ -44,6 +44,19 @@ class MeasuredTasks:
             "settings": dict(self.settings),
         }
 
+    def against(self, base: "MeasuredTasks", equal_within: float | None = None) -> "MeasuredTasks":
+        """Compare two models that were each asked the same tasks alone, such as a merged folder and its base.
+
+        Args:
+            base: The model that it is compared with.
+            equal_within: Setting of that name.
+        """
+        from veneer.evaluation.tasks.compare import compare_task
+
+        pairs = zip(base.compared, self.compared, strict=True)
+        compared = tuple(compare_task(before.tuned, after.tuned, equal_within) for before, after in pairs)
+        return MeasuredTasks(compared, {**self.settings, "base": dict(base.settings)})
+
     def measured(self) -> dict[str, Measured]:
         """Return what a gate may name."""
         return {name: found for task in self.compared for name, found in task.measured().items()}

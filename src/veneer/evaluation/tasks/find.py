@@ -117,17 +117,18 @@ def _members(manager: TaskManager, name: str) -> Iterator[str]:
     """Yield the names of a task, or of a group or tag and all that it holds."""
     yield name
     entry = manager.task_index.get(name)
-    if entry is None:
-        return
-    for child in _children(entry):
-        yield from _members(manager, child["task"] if isinstance(child, dict) and "task" in child else str(child))
+    if entry is not None:
+        # A tag, which no file declares, holds the names of its tasks.
+        listed = sorted(entry.tags) if entry.yaml_path is None else (entry.cfg or {}).get("task")
+        for child in _names_in(listed if isinstance(listed, list) else []):
+            yield from _members(manager, child)
 
 
-def _children(entry: Any) -> list[Any]:
-    listed = (entry.cfg or {}).get("task")
-    if isinstance(listed, list):
-        return listed
-    return sorted(entry.tags) if entry.yaml_path is None else []  # a tag holds the names of its tasks
+def _names_in(listed: Sequence[Any]) -> Iterator[str]:
+    """Yield the names in a group's list of tasks; an item may be a group or a task with settings of its own."""
+    for item in listed:
+        inner = item.get("task", item.get("group")) if isinstance(item, dict) else item
+        yield from _names_in(inner) if isinstance(inner, list) else [str(inner)]
 
 
 def _require_known(manager: TaskManager, name: str) -> None:
