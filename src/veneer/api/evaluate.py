@@ -10,6 +10,7 @@ from veneer.api.load import load_tuned
 from veneer.api.pairs import Request, compare_targets, gated
 from veneer.api.suites import Beside, measure_memorisation, measure_suites
 from veneer.api.targets import find_target
+from veneer.api.tasks import load_tasks, measure_run_tasks
 from veneer.config import RunFolder, UserError
 from veneer.config.names import target_kind
 from veneer.config.notify import kept_in
@@ -22,6 +23,7 @@ from veneer.evaluation.metrics import choose
 from veneer.evaluation.partial import PartialAnswers, facts_of
 from veneer.evaluation.responder import ModelResponder
 from veneer.evaluation.suites import find_suites
+from veneer.evaluation.tasks.options import DEFAULT_OPTIONS, TaskOptions
 from veneer.model.tuned import find_tuned
 from veneer.planning.batch_shapes import Padded
 
@@ -37,12 +39,15 @@ def evaluate(
     suites: str | None = None,
     memorisation: int | None = None,
     gate: str | None = None,
+    tasks: str | None = None,
+    task_options: TaskOptions = DEFAULT_OPTIONS,
     *,
     against: str | None = None,
     out: str | Path | None = None,
     model: str | None = None,
     against_model: str | None = None,
     on_begin: Callable[[int], None] = lambda answers: None,
+    on_task: Callable[[str, int], None] = lambda task, requests: None,
 ) -> Evaluated:
     """Compare base and tuned model, or any two targets, on a run's held-out rows, or on a file's.
 
@@ -65,14 +70,17 @@ def evaluate(
         suites: Names of suites to ask as well, with commas between; `all`: every one (docs/suites.md).
         memorisation: Number of training rows to see whether they come back word for word; None: not measured.
         gate: Condition on what is measured, such as `exact_match >= 0.8`; see docs/comparison.md.
+        tasks: Tasks of lm-eval to ask as well: names, folders or files with commas between (docs/tasks.md).
+        task_options: Choices that change the scores of tasks.
         against: Target that it is compared with; None: the base of the run or the adapter.
         out: File to write the result to as well.
         model, against_model: Names of models, on servers that have several.
         on_begin: Callback that gets the number of answers to come, of both models.
+        on_task: Callback that gets a task with the model that is asked, and the number of requests to come.
 
     Raises:
-        UserError: No such target, no adapter, no held-out rows, no such suite, a metric that is not known or that the
-            rows or a target cannot carry, or a gate that is no condition on what is measured.
+        UserError: No such target, no adapter, no held-out rows, no such suite or task, a metric that is not known or
+            that the rows or a target cannot carry, or a gate that is no condition on what is measured.
         JobError: A server gives no usable answer; answers so far are kept.
     """
     require_path(str(target), "name")
@@ -82,6 +90,9 @@ def evaluate(
         condition=None if gate is None else parse_gate(gate),
         on_begin=on_begin,
         on_done=on_done,
+        tasks=load_tasks(tasks, task_options) if tasks is not None else (),
+        task_options=task_options,
+        on_task=on_task,
     )
     folder = RunFolder(Path(target).expanduser())
     if against is None and folder.run.is_file():
@@ -148,6 +159,13 @@ def _evaluate_run(
         if memorisation:
             found = measure_memorisation(memorisation, folder, loaded, engine, request.on_done)
             beside.facts["memorisation"] = found
+        if request.tasks:
+            measured = measure_run_tasks(
+                *(request.tasks, folder, loaded, engine, request.task_options, rows, at_a_time),
+                on_begin=request.on_task,
+                on_done=request.on_done,
+            )
+            beside = replace(beside, tasks=measured)
         result = gated(request, result, beside)
         if is_record and not force:
             evaluated = Evaluated(result, save_evaluation(folder, result, loaded.base, beside), True, beside)

@@ -47,7 +47,7 @@ class Evaluated:
 
     def as_dict(self) -> dict[str, Any]:
         file = None if self.file is None else str(self.file)
-        return self.evaluation.as_dict() | self.beside.facts | {"file": file, "is_record": self.is_record}
+        return self.evaluation.as_dict() | self.beside.as_dict() | {"file": file, "is_record": self.is_record}
 
 
 def save_evaluation(
@@ -68,7 +68,9 @@ def save_evaluation(
     write_text(folder.samples, _sample_lines(evaluation))
     if beside.compared:
         write_text(folder.other_evaluations / "suites.samples.jsonl", beside.sample_lines())
-    write_json(folder.evaluation, evaluation.as_dict() | _kept(folder, facts) | beside.facts | facts)
+    if beside.tasks.compared:
+        write_text(folder.other_evaluations / "tasks.samples.jsonl", beside.tasks.sample_lines())
+    write_json(folder.evaluation, evaluation.as_dict() | _kept(folder, facts) | beside.as_dict() | facts)
     notify_on_error("the card", lambda: renew_card(folder, model))
     return folder.evaluation
 
@@ -83,7 +85,7 @@ def _kept(folder: RunFolder, facts: dict[str, Any]) -> dict[str, Any]:
         return {}
     if earlier.get("judged") != facts["judged"]:
         return {}
-    return {key: earlier[key] for key in ("suites", "memorisation", "personal") if key in earlier}
+    return {key: earlier[key] for key in ("suites", "memorisation", "personal", "tasks") if key in earlier}
 
 
 def save_beside(folder: RunFolder, name: str, evaluation: Evaluation, data: str | None, beside: Beside) -> Path:
@@ -100,7 +102,9 @@ def save_file(file: Path, evaluation: Evaluation, data: str | None, beside: Besi
     write_text(file.with_suffix(".samples.jsonl"), _sample_lines(evaluation))
     if beside.compared:
         write_text(file.with_suffix(".suites.jsonl"), beside.sample_lines())
-    write_json(file, evaluation.as_dict() | beside.facts | {"data": data})
+    if beside.tasks.compared:
+        write_text(file.with_suffix(".tasks.jsonl"), beside.tasks.sample_lines())
+    write_json(file, evaluation.as_dict() | beside.as_dict() | {"data": data})
     return file
 
 

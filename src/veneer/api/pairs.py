@@ -9,6 +9,7 @@ from typing import Any
 from veneer.api.held_out import held_out_rows
 from veneer.api.suites import Beside, beside_of
 from veneer.api.targets import Target, Workload
+from veneer.api.tasks import MeasuredTasks, measure_tasks, names_of
 from veneer.config import Data, Evaluate, UserError
 from veneer.config.cache import cache_folder
 from veneer.config.notify import kept_in, notify
@@ -19,9 +20,10 @@ from veneer.evaluation.gate import check_gate, require_names
 from veneer.evaluation.metrics import METRICS, choose, require_metrics
 from veneer.evaluation.metrics.choose import ChosenMetrics
 from veneer.evaluation.partial import PartialAnswers
-from veneer.evaluation.responder import ModelResponder
+from veneer.evaluation.responder import ModelResponder, Responder
 from veneer.evaluation.suites import Suite
 from veneer.evaluation.suites.compare import SuiteScore, answer_suites, pair_suites
+from veneer.evaluation.tasks.options import DEFAULT_OPTIONS, TaskOptions
 from veneer.machine.device import release_memory
 
 # Names that a gate may hold before the rows are known.
@@ -45,6 +47,9 @@ class Request:
     condition: Any
     on_begin: Callable[[int], None]
     on_done: Callable[[int], None]
+    tasks: Sequence[Any] = ()
+    task_options: TaskOptions = DEFAULT_OPTIONS
+    on_task: Callable[[str, int], None] = lambda task, requests: None
 
     @property
     def is_named(self) -> bool:
@@ -68,8 +73,10 @@ class Request:
         if self.condition is None:
             return
         names = [name for name in (*METRICS, *(suite.name for suite in self.suites)) if name not in left_out]
-        names += ["forgetting"] if self.suites else []
-        require_names(self.condition, (*names, *map("difference({})".format, names)), BEGIN_WITH)
+        of_tasks = names_of(self.tasks)
+        names += [*(["forgetting"] if self.suites else []), *of_tasks]
+        filters = (f"{name}." for name in of_tasks)
+        require_names(self.condition, (*names, *map("difference({})".format, names)), (*BEGIN_WITH, *filters))
 
     def file_name(self, count: int, against: str | None = None) -> str:
         """Return the name of a file of its results, without the ending."""
@@ -111,22 +118,25 @@ def compare_targets(target: Target, against: Target | None, request: Request) ->
         rows = _Rows(sides, request, settings)
         chosen, left_out = _choose_for_both(rows, sides, settings, request)
         suites = _suites_of_both(sides, request)
+        _require_tasks(sides, request)
         request.require_gate_names((*left_out, *(suite.name for suite in request.suites if suite not in suites)))
         request.on_begin(2 * len(questions(rows.read)))
         kept = (folder.other_evaluations if folder is not None else cache_folder() / "evaluations", settings, chosen)
         if against is None:
-            result, asked, partials = _with_own_base(target, rows, suites, request, kept)
+            result, asked, tasks, partials = _with_own_base(target, rows, suites, request, kept)
         else:
-            scores, asked, partials = [], [], []
+            scores, asked, of_tasks, partials = [], [], [], []
             for side, place in zip(sides, ("base", "tuned"), strict=True):
-                score, answers, partial = _scored(side, place, rows, suites, request, kept)
+                score, answers, measured, partial = _scored(side, place, rows, suites, request, kept)
                 release_memory()
                 scores.append(score)
                 asked.append(answers)
+                of_tasks.append(measured)
                 partials.append(partial)
+            tasks = of_tasks[1].against(of_tasks[0], settings.equal_within)
             base, tuned = scores
             result = Evaluation(base, tuned, groups=groups_of(rows.read), equal_within=settings.equal_within)
-        beside = beside_of(pair_suites(*asked), result) if suites else Beside()
+        beside = replace(beside_of(pair_suites(*asked), result) if suites else Beside(), tasks=tasks)
         other = against.name if against is not None else "its base"
         beside.facts["compared"] = {"base": other, "tuned": target.name}
         result = gated(request, result, beside)
@@ -221,21 +231,22 @@ def _suites_of_both(sides: Sequence[Target], request: Request) -> list[Suite]:
 
 def _scored(
     side: Target, place: str, rows: _Rows, suites: Sequence[Suite], request: Request, kept: Kept
-) -> tuple[Score, list[SuiteScore], PartialAnswers]:
-    """Let one side answer rows and suites."""
+) -> tuple[Score, list[SuiteScore], MeasuredTasks, PartialAnswers]:
+    """Let one side answer rows, suites and tasks."""
     folder, settings, chosen = kept
     held_out = rows.of(side)
     partial = PartialAnswers.of_rows(folder, side.facts(), held_out, settings)
     with side.open(rows.renderers[side], Workload(held_out, settings, suites, rows.reader)) as responder:
         scorer = Scorer(responder, held_out, settings, partial, chosen)
         score = scorer.score(request.on_done, kept=scorer.kept(place))
-        return score, answer_suites(suites, responder, request.on_done), partial
+        answers = answer_suites(suites, responder, request.on_done)
+        return score, answers, _tasks_of(responder, request, settings), partial
 
 
 def _with_own_base(
     side: Target, rows: _Rows, suites: Sequence[Suite], request: Request, kept: Kept
-) -> tuple[Evaluation, list[list[SuiteScore]], list[PartialAnswers]]:
-    """Let an adapter and its base answer rows and suites, from one loaded model."""
+) -> tuple[Evaluation, list[list[SuiteScore]], MeasuredTasks, list[PartialAnswers]]:
+    """Let an adapter and its base answer rows, suites and tasks, from one loaded model."""
     folder, settings, chosen = kept
     partial = PartialAnswers.of_rows(folder, side.facts(), rows.read, settings)
     with side.open(rows.renderers[side], Workload(rows.read, settings, suites, rows.reader)) as responder:
@@ -244,4 +255,33 @@ def _with_own_base(
         result = Scorer(responder, rows.read, settings, partial, chosen).compare(off, request.on_done)
         with off():
             base = answer_suites(suites, responder, request.on_done)
-        return result, [base, answer_suites(suites, responder, request.on_done)], [partial]
+        tuned = answer_suites(suites, responder, request.on_done)
+        return result, [base, tuned], _tasks_of(responder, request, settings, off), [partial]
+
+
+def _require_tasks(sides: Sequence[Target], request: Request) -> None:
+    """Raise UserError where tasks are asked of a server, since lm-eval reads losses of a loaded model."""
+    served = [side.name for side in sides if not side.has_losses]
+    if request.tasks and served:
+        raise UserError(
+            f"--tasks: {' and '.join(served)} is on a server, and tasks are asked of models that are loaded here",
+            "leave --tasks out, or name a folder of the model's weights",
+        )
+
+
+def _tasks_of(
+    responder: Responder,
+    request: Request,
+    settings: Evaluate,
+    adapter_off: Callable[[], AbstractContextManager[None]] | None = None,
+) -> MeasuredTasks:
+    """Ask tasks of a loaded model, alone or with its adapter off and on."""
+    if not request.tasks:
+        return MeasuredTasks()
+    assert isinstance(responder, ModelResponder)
+    return measure_tasks(
+        *(request.tasks, responder.model, responder.renderer.tokenizer, adapter_off, request.task_options),
+        *(request.rows, responder.batching.size, settings.equal_within),
+        on_begin=request.on_task,
+        on_done=request.on_done,
+    )

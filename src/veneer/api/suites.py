@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from veneer.api.load import LoadedModel
+from veneer.api.tasks import MeasuredTasks
 from veneer.config import RunFolder, UserError
 from veneer.config.files import read_json
 from veneer.data.pipeline import Prepared, prepare
@@ -33,10 +34,16 @@ class Beside:
     Attributes:
         facts: keys and values for evaluation.json.
         compared: suites that were asked, with their answers.
+        tasks: tasks of lm-eval that were asked.
     """
 
     facts: dict[str, Any] = field(default_factory=dict)
     compared: Sequence[SuiteComparison] = ()
+    tasks: MeasuredTasks = field(default_factory=MeasuredTasks)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return its keys of evaluation.json."""
+        return self.facts | ({"tasks": self.tasks.as_dict()} if self.tasks.compared else {})
 
     def sample_lines(self) -> str:
         """Return the answers to suites, JSON, a line an item."""
@@ -44,8 +51,8 @@ class Beside:
         return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
     def measured(self) -> dict[str, Measured]:
-        """Return what a gate may name: the tuned model's suites, their differences from the base, and forgetting."""
-        found = {}
+        """Return what a gate may name of the tuned model: tasks, suites, differences from the base, forgetting."""
+        found = self.tasks.measured()
         for pair in self.compared:
             name, right = pair.suite.name, ShareRight(pair.tuned.right)
             found[name] = Measured(right.interval, len(right.true), right.unit)

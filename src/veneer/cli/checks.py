@@ -4,7 +4,7 @@ A wrong path is refused so before torch and Transformers are loaded, within a th
 of the packages that do the work, and are applied there again; nothing here decides anything else.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from veneer.config import Model, Run, RunFolder, UserError, load_run
@@ -81,6 +81,17 @@ def require_suites(names: str | None) -> None:
 
     if names is not None:
         find_suites(names)
+
+
+def require_tasks(names: str | None, options: Sequence[str]) -> None:
+    """Raise UserError where lm-eval is not installed, a folder of tasks does not exist, or an option is not known."""
+    from veneer.evaluation.tasks.options import read_options, task_names
+
+    if names is not None:
+        task_names(names)
+    elif options:
+        raise UserError(f"--task-option {options[0]}: acts on tasks alone", "name them with --tasks, or leave it out")
+    read_options(options)
 
 
 def require_output(folder: RunFolder, resume: bool | str, overwrite: bool) -> None:

@@ -34,6 +34,12 @@ def evaluate(
     gate: Annotated[
         str | None, typer.Option(help='Condition that must be shown to hold: "exact_match >= 0.8 and ...".')
     ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Ask tasks of lm-eval as well: names, folders or files with commas between.")
+    ] = None,
+    task_option: Annotated[
+        list[str] | None, typer.Option(help="Choice that changes their scores: num_fewshot=5; may be repeated.")
+    ] = None,
     out_file: Annotated[Path | None, typer.Option("--out", help="Write the result into this JSON file too.")] = None,
     model: Annotated[str | None, typer.Option(help="Model to ask, on a server that has several.")] = None,
     against_model: Annotated[str | None, typer.Option(help="The same for --against.")] = None,
@@ -47,6 +53,9 @@ def evaluate(
     Example: `veneer evaluate runs/tickets --rows 50 --gate "exact_match >= 0.8"`
 
     Example: `veneer evaluate tickets.gguf --against runs/tickets`
+
+    Tasks of lm-eval (`--tasks gsm8k,mmlu`, `--tasks ./mytask/`) are scored by lm-eval and compared document by
+    document; docs/tasks.md says what to run. They need `pip install 'veneer[lm-eval]'`.
 
     Suites show what a model can do beside its task, and what it forgot; each has 60 items or more and is checked by a
     program. None of them shows more than it says here; docs/suites.md says what each cannot show.
@@ -72,21 +81,25 @@ def evaluate(
     checks.require_evaluation(target, against, data, base)
     checks.require_suites(suites)
     out_file = None if out_file is None else checks.output_file("--out", out_file, '{\n  "metrics"')
+    checks.require_tasks(tasks, task_option or ())
     out = show.console(as_json)
     both = "the base and the tuned model" if against is None else f"{against} and {target}"
     with show.status(out, f"answering the held-out rows with {both}") as status:
         import veneer
         from veneer.cli.progress import Answering
+        from veneer.evaluation.tasks.options import read_options
 
         names = None if metrics is None else [name.strip() for name in metrics.split(",")]
         told = Answering(status)
         evaluated = veneer.evaluate(
-            *(target, data, rows, told.add, force, base, names, suites, memorisation, gate),
+            *(target, data, rows, told.add, force, base, names, suites, memorisation, gate, tasks),
+            read_options(task_option or ()),
             against=against,
             out=out_file,
             model=model,
             against_model=against_model,
             on_begin=told.begin,
+            on_task=told.begin_task,
         )
     result, status_code = evaluated.as_dict(), 0 if evaluated.passed else 1
     if as_json:
@@ -104,6 +117,8 @@ def evaluate(
     show_comparison.show_verdicts(out, result["comparison"], result["metrics"], called["tuned"], called["base"])
     show.say(out, f"metrics  {', '.join(result['chosen']['metrics'])}: {escape(result['chosen']['why'])}")
     show_suites(out, result, called)
+    if "tasks" in result:
+        show_comparison.show_tasks(out, result["tasks"])
     if verbose:
         show_comparison.show_turned(out, evaluated.evaluation)
     show_comparison.show_gate(out, result["gate"])

@@ -90,18 +90,23 @@ class Answering:
     """
 
     def __init__(self, status: Status) -> None:
-        self._status, self._total, self._answered = status, 0, 0
+        self._status, self._total, self._answered, self._what = status, 0, 0, ""
         self._started = time.monotonic()
 
     def begin(self, total: int) -> None:
         """Take the number of answers to come, when the first is about to be given."""
-        self._total, self._started = total, time.monotonic()
+        self._total, self._answered, self._started = total, 0, time.monotonic()
+
+    def begin_task(self, task: str, total: int) -> None:
+        """Take what is asked now, and the number of its answers to come."""
+        self._what = f"{task}: "
+        self.begin(total)
 
     def add(self, count: int) -> None:
         """Take the number of rows just answered; the longest come last, so that what is left takes longer."""
         self._answered += count
         left = (time.monotonic() - self._started) / self._answered * (self._total - self._answered)
-        self._status.update(f"{self._answered} of {self._total} answers, about {clock(left)} left")
+        self._status.update(f"{self._what}{self._answered} of {self._total} answers, about {clock(left)} left")
 
 
 class LiveProgress:

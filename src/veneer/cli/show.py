@@ -22,7 +22,7 @@ from veneer.cli.progress import answer_progress as answer_progress
 from veneer.cli.progress import byte_progress as byte_progress
 from veneer.cli.progress import size as size
 from veneer.cli.terminal import Terminal
-from veneer.config.results import limit_text, value_text
+from veneer.config.results import limit_text, metric_name, value_text
 
 
 def console(as_json: bool = False) -> Console:
@@ -174,7 +174,7 @@ def show_scores(
     for name, values in metrics.items():
         unit = values.get("unit", "")
         cells = (interval(unit, values[which], which == "difference") if which in values else "" for which in shown)
-        table.add_row(escape(name.removeprefix("field.").replace("_", " ")), *cells)
+        table.add_row(escape(metric_name(name)), *cells)
     out.print(table, soft_wrap=False)
 
 

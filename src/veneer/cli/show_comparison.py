@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from veneer.cli import show
+from veneer.config.results import metric_name
 
 SHOWN = 3  # rows of each kind
 WIDTH = 300  # characters of a shown text
@@ -17,7 +18,7 @@ COLORS = {"better": "green", "worse": "red"}
 def show_detectable(out: Console, comparison: dict[str, Any], metrics: dict[str, Any]) -> None:
     """Print the smallest differences that the rows can show, before any result."""
     if comparison:
-        sizes = (f"{_plain(name)} {_size(one['detectable'], metrics[name])}" for name, one in comparison.items())
+        sizes = (f"{metric_name(name)} {_size(one['detectable'], metrics[name])}" for name, one in comparison.items())
         show.say(out, f"detectable difference (found in 80 of 100 such comparisons): {escape(', '.join(sizes))}")
 
 
@@ -33,9 +34,22 @@ def show_verdicts(
         text = f"equal within {_size(one['equal_within'], metrics[name])}" if verdict == "equal" else verdict
         color = COLORS.get(verdict, "default")
         rows = (str(one["rows"][side]) for side in ("better", "worse"))
-        table.add_row(escape(_plain(name)), f"[{color}]{text}[/{color}]", f"p = {one['probability']:.3f}", *rows)
+        table.add_row(escape(metric_name(name)), f"[{color}]{text}[/{color}]", f"p = {one['probability']:.3f}", *rows)
     if comparison:
         out.print(table, soft_wrap=False)
+
+
+def show_tasks(out: Console, tasks: dict[str, Any]) -> None:
+    """Print base against tuned on tasks of lm-eval; tasks whose group has a value of its own are left to the file."""
+    shown = {name: values for name, values in tasks["metrics"].items() if values["group"] is None}
+    comparison = {name: one for name, one in tasks["comparison"].items() if name in shown}
+    show_detectable(out, comparison, shown)
+    models = tuple(model for model in ("base", "tuned") if all(model in values for values in shown.values()))
+    chat = "as turns of a chat" if tasks["settings"]["apply_chat_template"] else "without a chat template"
+    show.show_scores(out, f"tasks of lm-eval, {chat}, 95% intervals", shown, models)
+    show_verdicts(out, comparison, shown)
+    if hidden := len(tasks["metrics"]) - len(shown):
+        out.print(f"       {hidden} more, of the groups' single tasks, are in the file")
 
 
 def show_turned(out: Console, evaluation: Any) -> None:
@@ -63,10 +77,6 @@ def show_gate(out: Console, gate: Sequence[dict[str, Any]]) -> None:
         show.say(out, f"[red]gate failed[/red]  not shown to hold: {escape(', '.join(failed))}")
     else:
         out.print("[green]gate passed[/green]")
-
-
-def _plain(name: str) -> str:
-    return name.removeprefix("field.").replace("_", " ")
 
 
 def _size(difference: float, metric: dict[str, Any]) -> str:

@@ -63,3 +63,9 @@ def limit_text(check: dict[str, Any]) -> str:
         return limit or ""
     sign = {"at least": "≥ ", "at most": "≤ "}.get(check.get("bound", ""), "")
     return f"{sign}{limit:.0%}" if check["unit"] == "share" else f"{sign}{limit:.4g}"
+
+
+def metric_name(name: str) -> str:
+    """Return a metric's name as it is shown: words with spaces; those of tasks (task.metric) as gates name them."""
+    shown = name.removeprefix("field.")
+    return shown if "." in shown else shown.replace("_", " ")

@@ -14,6 +14,7 @@ differences.py base against tuned by each metric: difference, detectable differe
 row_values.py  what a metric measured of each row
 gate.py        conditions on what was measured, such as exact_match >= 0.8
 compare.py     base against tuned on the same rows
+tasks/         tasks of lm-eval, an extra: base against tuned on each document
 suites/        what a model can do beside its task, and what it forgot; memorisation; personal data in answers
 win_rate/      which of two answers to the same row is better, by a judge model or a person
 """

@@ -90,7 +90,7 @@ class ModelResponder:
 
     def __init__(self, model: Any, engine: Engine, renderer: Renderer, batch_size: int | Batching) -> None:
         self.model, self.engine, self.renderer = model, engine, renderer
-        self._batching = batch_size if isinstance(batch_size, Batching) else Batching(batch_size, LESS_MEMORY)
+        self.batching = batch_size if isinstance(batch_size, Batching) else Batching(batch_size, LESS_MEMORY)
 
     @property
     def is_chat(self) -> bool:
@@ -104,7 +104,7 @@ class ModelResponder:
         kept: KeptAnswers | None = None,
     ) -> list[str]:
         prompts = [self.renderer.prompt_ids(row.messages, row.tools) for row in asked]
-        parts = (self.model, self.renderer, prompts, max_new_tokens, self._batching)
+        parts = (self.model, self.renderer, prompts, max_new_tokens, self.batching)
         return generate(*parts, on_done=on_done, kept=kept)
 
     def losses(self, rows: Sequence[HeldOut]) -> RowLosses:
@@ -130,11 +130,11 @@ class ModelResponder:
     def without_system_prompt(self) -> "ModelResponder":
         settings = self.renderer.settings.model_copy(update={"system_prompt": None})
         renderer = Renderer(self.renderer.tokenizer, settings)
-        return ModelResponder(self.model, self.engine, renderer, self._batching)
+        return ModelResponder(self.model, self.engine, renderer, self.batching)
 
     def _losses(self, examples: Sequence[Example]) -> list[float]:
         require_positions(self.model, [(example.place, len(example.ids)) for example in examples])
-        of_batches = self._batching.over(examples, lambda some: document_losses(self.engine, Batch.of(some)))
+        of_batches = self.batching.over(examples, lambda some: document_losses(self.engine, Batch.of(some)))
         return list(chain.from_iterable(of_batches))
 
 

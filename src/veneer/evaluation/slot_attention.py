@@ -24,7 +24,7 @@ def slot_attention(
     value_SKWD: torch.Tensor,
     mask_S11W: torch.Tensor,
     scaling: float | None = None,
-    **_: Any,
+    **unused: Any,
 ) -> tuple[torch.Tensor, None]:
     """Return attention's output, [S, 1, H, D], as Transformers' attention functions do, and no weights.
 

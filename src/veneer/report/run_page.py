@@ -8,6 +8,7 @@ from typing import Any
 from veneer.config import RunFolder, load_run
 from veneer.config.files import read_json, read_json_lines, read_text, reading
 from veneer.config.folder import write_text
+from veneer.config.results import metric_name
 from veneer.report.interval_plot import interval_plots
 from veneer.report.page import environment
 from veneer.report.plots import smooth
@@ -63,6 +64,9 @@ def run_page(folder: Path) -> str:
         plots=interval_plots(evaluation.get("metrics", {}), evaluation.get("comparison", {})),
         suite_plots=interval_plots(suites, suites),
         suites=_scores(suites),
+        tasks=_scores(
+            {name: one for name, one in evaluation.get("tasks", {}).get("metrics", {}).items() if one["group"] is None}
+        ),
         curve=_curve(run.metrics),
         training=_json(run.adapter / "passport.json").get("training", {}),
         samples=shown_of(samples),
@@ -101,7 +105,7 @@ def _scores(metrics: dict[str, Any]) -> dict[str, Any]:
     """Return the table of scores: its columns, and by metric the cells."""
     columns = [key for key in MODELS if any(key in values for values in metrics.values())]
     rows = {
-        name.removeprefix("field.").replace("_", " "): [
+        metric_name(name): [
             _cell(values.get("unit", ""), values.get(key), key.startswith("difference")) for key in columns
         ]
         for name, values in metrics.items()

@@ -22,7 +22,7 @@ def open_dataset(source: "DataSource", setting: str) -> Any:
         UserError: The folder is damaged; the hub cannot be reached or does not know dataset, subset or split.
     """
     offline = unreachable() if source.kind == "hub dataset" else None
-    with _quiet_datasets(), _from_cache_alone(offline is not None):
+    with quiet_datasets(), from_cache_alone(offline is not None):
         import datasets
 
         try:
@@ -62,7 +62,7 @@ def _not_given(source: "DataSource", setting: str, why: str) -> UserError:
 
 
 @contextmanager
-def _from_cache_alone(wanted: bool) -> Iterator[None]:
+def from_cache_alone(wanted: bool) -> Iterator[None]:
     """Within the block, if it is wanted, `datasets` asks no hub; there is no argument that would say so."""
     if not wanted:
         yield
@@ -79,7 +79,7 @@ def _from_cache_alone(wanted: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_datasets() -> Iterator[None]:
+def quiet_datasets() -> Iterator[None]:
     """Within the block, no progress bars and no notices of retries; the switches are global, so they are put back."""
     import datasets
     import huggingface_hub
