@@ -109,10 +109,10 @@ def cases() -> dict[str, tuple[float, Draw, float | None]]:
     return found
 
 
-def coverage(name: str, rows: int, simulations: int) -> dict[str, Any]:
+def coverage(name: str, rows: int, simulations: int, seed: int) -> dict[str, Any]:
     """Simulate one case; gives the share of intervals that cover the truth, and how often each verdict came."""
     truth, draw, likeness = cases()[name]
-    rng = np.random.default_rng([rows, sum(name.encode())])
+    rng = np.random.default_rng([rows, sum(name.encode()), seed])
     verdicts: dict[str, int] = {}
     covered = 0
     for _ in range(simulations):
@@ -156,18 +156,19 @@ def main() -> None:
     parser.add_argument("--coverage", action="store_true", required=True)
     parser.add_argument("--simulations", type=int, default=SIMULATIONS)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=1, help="of the draws; no rule was chosen by those of 1")
     parser.add_argument("--out", type=Path, default=RESULT)
     a = parser.parse_args()
     jobs = [(name, rows) for rows in SIZES for name in cases()]
     started = time.perf_counter()
     with ProcessPoolExecutor(a.processes) as pool:
-        found = list(pool.map(coverage, *zip(*jobs, strict=True), [a.simulations] * len(jobs)))
+        found = list(pool.map(coverage, *zip(*jobs, strict=True), [a.simulations] * len(jobs), [a.seed] * len(jobs)))
     judged = [one for one in found if not one["case"].startswith("few_change")]
     shares = [one["coverage"] for one in judged]
     write_json(
         a.out,
         {
-            "command": "python -m bench.judge --coverage",
+            "command": f"python -m bench.judge --coverage --seed {a.seed}",
             "date": time.strftime("%Y-%m-%d"),
             "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "load_average": os.getloadavg()[0]},
             "versions": {

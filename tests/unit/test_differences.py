@@ -150,7 +150,7 @@ def test_pseudo_values_have_the_value_as_their_mean() -> None:
 def test_intervals_hold_the_truth(case: str) -> None:
     # Of 200 that hold it in 95 of 100 cases, 90% are 3.2 standard deviations away, and 99.5% are 2.9; a method that
     # holds it in 85 of 100, as percentiles do for few groups, has 180 of 200 in one of 40 such tests.
-    assert 0.9 <= coverage(case, 40, 200)["coverage"] <= 0.995
+    assert 0.9 <= coverage(case, 40, 200, 1)["coverage"] <= 0.995
 
 
 def test_grouped_rows_are_compared_by_their_column(

@@ -16,6 +16,7 @@ from veneer.evaluation.generation import GREEDY, continue_prompts
 from veneer.evaluation.partial import KeptAnswers
 from veneer.evaluation.prefill import _groups, read_prompts
 from veneer.evaluation.prefix import SHORTEST, SharedPrefix
+from veneer.evaluation.slot_attention import slot_attention
 from veneer.evaluation.slot_cache import has_slots
 from veneer.evaluation.slots import Row, SlotDecoder
 from veneer.model.attach import attach
@@ -273,3 +274,19 @@ def test_rows_go_on_in_fewer_slots_once_memory_is_short(
     done: list[int] = []
     assert in_slots(model, prompts, room, 8, on_done=done.append) == whole
     assert sum(done) == len(prompts)
+
+
+@pytest.mark.parametrize(("heads", "keys", "scaling"), [(8, 2, None), (4, 4, 0.3), (6, 1, None)])
+def test_attention_over_slots_is_attention(heads: int, keys: int, scaling: float | None) -> None:
+    draw = torch.Generator().manual_seed(0)
+    query = torch.randn(3, heads, 1, 16, generator=draw)
+    buffers = torch.randn(2, 3, keys, 40, 16, generator=draw)  # longer than what is read of them
+    key, value = buffers[0][:, :, :29], buffers[1][:, :, :29]
+    mask = torch.zeros(3, 1, 1, 29)
+    for slot, seen in enumerate((1, 12, 29)):
+        mask[slot, ..., seen:] = torch.finfo(torch.float32).min
+    found, _ = slot_attention(None, query, key, value, mask, scaling)
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True
+    )
+    torch.testing.assert_close(found, wanted.transpose(1, 2), atol=2e-6, rtol=0)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from tests.support.adapters import save_adapter_of
 from tests.support.runs import tiny_run, write_rows
 from tests.support.tasks import ANSWERS, CHOICES, GROUP, TEXTS, write_task
 from veneer.api.load import load
+from veneer.api.pairs import _require_tasks
 from veneer.api.tasks import MeasuredTasks, load_tasks, measure_tasks
 from veneer.config import UserError, hub
 from veneer.config.notify import Notices
@@ -332,6 +334,24 @@ def test_the_command_shows_tasks_writes_them_and_checks_a_gate(run: Path, animal
     assert "2 more, of the groups' single tasks" in out
     assert "animal_choice.acc_norm" in out
     assert "animal_choice.acc " not in out, "its group stands for it"
+
+
+def test_two_models_are_asked_one_after_the_other(
+    run: Path, tiny_model: Callable[..., Path], animals: Path, call: Call
+) -> None:
+    asked = ("evaluate", str(run), "--tasks", f"{animals}/", "--json")
+    own, other = (json.loads(call(*asked, *more)[1])["tasks"] for more in ((), ("--against", str(tiny_model()))))
+    assert set(other["metrics"]) == set(own["metrics"])
+    for name, found in other["metrics"].items():
+        for model in ("base", "tuned"):  # a base alone is loaded in its stored precision, bfloat16: some 0.4% a number
+            assert found[model]["value"] == pytest.approx(own["metrics"][name][model]["value"], rel=1e-2)
+
+
+def test_a_server_is_asked_no_tasks() -> None:
+    sides: Any = [SimpleNamespace(name="runs/a", has_losses=True), SimpleNamespace(name="a.gguf", has_losses=False)]
+    request: Any = SimpleNamespace(tasks=("animals",))
+    with pytest.raises(UserError, match=r"--tasks: a\.gguf is on a server"):
+        _require_tasks(sides, request)
 
 
 def test_a_task_that_fails_keeps_those_before_it(run: Path, tmp_path: Path, call: Call) -> None:
