@@ -54,20 +54,23 @@ def _show(out: Any, swept: Any) -> None:
 
     result = swept.result
     over = f"{result.seeds} seeds" if result.seeds > 1 else f"{result.rows} held-out rows"
-    title = f"held-out loss, 95% intervals over {over}"
+    title = f"held-out loss, and what it is above the best one's, with 95% intervals over {over}"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for column in ("settings", "trained", "loss", "interval", "less the best", "interval", ""):
+    for column in ("settings", "trained", "loss", "above", "interval", ""):
         table.add_column(column, justify="left" if column in ("settings", "") else "right", overflow="fold")
     for one in result.combinations:
         marks = [one.status] if one.status != "finished" else []
         marks += ["best"] if one is result.best else []
         marks += ["sweet spot"] if one is result.sweet_spot else []
-        cells = [escape(one.combination.name), "" if one.trainable is None else f"{one.trainable:,}"]
-        for interval, sign in ((one.loss, ""), (one.difference, "+")):
-            known = interval is not None
-            cells += [f"{interval.value:{sign}.4f}" if known else ""]
-            cells += [f"{interval.low:{sign}.4f} to {interval.high:{sign}.4f}" if known else ""]
-        table.add_row(*cells, ", ".join(marks) + (f" at step {one.steps}" if one.status == "stopped" else ""))
+        above = one.difference
+        table.add_row(
+            escape(one.combination.name),
+            "" if one.trainable is None else f"{one.trainable:,}",
+            "" if one.loss is None else f"{one.loss.value:.4f}",
+            "" if above is None else f"{above.value:.4f}",
+            "" if above is None else f"{above.low:.4f} to {above.high:.4f}",
+            ", ".join(marks) + (f" at step {one.steps}" if one.status == "stopped" else ""),
+        )
     out.print(table)
     for one in result.combinations:
         if one.message:
