@@ -16,7 +16,8 @@ def plot_loss(records: list[dict[str, Any]], path: Path, title: str) -> None:
 
     trained = [record for record in records if record["kind"] == "train"]
     held_out = [record for record in records if record["kind"] == "eval" and record["loss"] is not None]
-    figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
+    figure = Figure(figsize=(7, 4), dpi=150)  # a layout of its own would draw everything twice
+    figure.subplots_adjust(left=0.1, right=0.97, bottom=0.13, top=0.92)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     steps = [record["step"] for record in trained]
