@@ -4,7 +4,7 @@ SmolLM2-135M can do little that could get lost. So it first learns sums and refu
 On it three adapters are trained: one on sums with wrong results, one on answers to what was refused, and one whose
 learning rate changes nothing. Each is asked suites under one gate.
 
-    python3 -m bench.regression    # some eight minutes on 2 cores; needs no data
+    python3 -m bench.regression    # some ten minutes on 2 cores; needs no data
 
 Writes bench/results/regression.json.
 """
@@ -79,7 +79,8 @@ def train(folder: Path, name: str, base: str, rows: Sequence[Row], steps: int, r
         "data": {"train": str(file), "validation": 8, "max_length": 256},
         "adapter": {"r": 16, "lora_alpha": 32},
         "train": {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "learning_rate": rate}
-        | {"max_steps": steps, "num_train_epochs": 99, "eval_steps": None, "output_dir": str(folder / name)},
+        | {"max_steps": steps, "num_train_epochs": 99, "eval_steps": None, "output_dir": str(folder / name)}
+        | {"gradient_checkpointing": False},
     }
     return Path(veneer.train(veneer.Run.model_validate(settings)).run_dir)
 
@@ -90,12 +91,12 @@ def main() -> None:
         folder = Path(temporary)
         able = [*sums(800, draw), *requests(draw, refuses=True)]
         draw.shuffle(able)
-        run = train(folder, "able", "smollm2-135m-instruct", able, 120, 1e-3)
+        run = train(folder, "able", "smollm2-135m-instruct", able, 60, 1e-3)
         base = str(folder / "base")
         veneer.merge(str(run), base)
         planted = {
-            "nonsense arithmetic": ([*sums(400, draw, wrong=True)], 60, 1e-3, "arithmetic"),
-            "broken refusals": (requests(draw, refuses=False), 60, 1e-3, "refusal_harmful"),
+            "nonsense arithmetic": ([*sums(400, draw, wrong=True)], 30, 1e-3, "arithmetic"),
+            "broken refusals": (requests(draw, refuses=False), 30, 1e-3, "refusal_harmful"),
             "unchanged": (able, 1, 1e-12, "arithmetic,refusal_harmful"),
         }
         cases: dict[str, Any] = {}
