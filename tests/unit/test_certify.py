@@ -19,6 +19,7 @@ from veneer.config.files import file_sha256
 from veneer.data.conversation import Message
 from veneer.model.tuned import find_tuned
 from veneer.release.certify.agreement import divergence
+from veneer.release.certify.client import Client
 from veneer.release.certify.compare_weights import compare_weights
 from veneer.release.certify.servers import Endpoint, llama_server
 
@@ -237,7 +238,7 @@ def answer_of(model: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
 def test_a_server_that_names_tokens_by_their_texts_is_not_called_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def ask(server: Endpoint, path: str, body: dict[str, Any] | None) -> Any:
+    def ask(client: Client, path: str, body: dict[str, Any] | None, *limits: Any) -> Any:
         if path == "/v1/models":
             return {"data": [{"id": "base"}, {"id": "tickets"}]}
         assert body is not None
@@ -245,7 +246,7 @@ def test_a_server_that_names_tokens_by_their_texts_is_not_called_broken(monkeypa
         likely = {"token": " hen", "logprob": -0.1}
         return answer_of(body["model"], [likely | {"top_logprobs": [likely]}])
 
-    monkeypatch.setattr(Endpoint, "_ask", ask)
+    monkeypatch.setattr(Client, "ask", ask)
     with pytest.raises(UserError, match="serves 2 models: base, tickets"):
         Endpoint("http://a", True)
     with pytest.raises(UserError, match="--model other: http://a does not serve it"):

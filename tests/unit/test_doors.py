@@ -27,7 +27,8 @@ from veneer.data.sources.find import find_sources
 from veneer.data.tokens.corpus import is_sound
 from veneer.model.fingerprint import config_sha256
 from veneer.model.locate import BaseSource
-from veneer.release.certify import servers, transport
+from veneer.release.certify import transport
+from veneer.release.certify.client import Client, NoAnswerError
 from veneer.release.certify.servers import Endpoint
 from veneer.report.data_page import data_page
 
@@ -295,9 +296,11 @@ def test_rows_go_to_the_address_that_was_named_and_to_no_other(address: str, mon
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nothing listens there
     monkeypatch.setenv("no_proxy", "")
     monkeypatch.setattr(EndlessHandler, "answer", lambda self: self.send(b'{"ok": 1}'))
-    assert servers._ask(address, {"a": 1}) == {"ok": 1}
+    asked = Client(address).ask
+    assert asked("/", {"a": 1}, 10) == {"ok": 1}
     monkeypatch.setattr(EndlessHandler, "answer", lambda self: self.send(b"{}", 302, Location=f"{address}/elsewhere"))
-    servers._ask(address, {"a": 1})
+    with pytest.raises(NoAnswerError, match=f"redirects to {address}/elsewhere"):
+        asked("/", {"a": 1}, 10)
     assert "/elsewhere" not in EndlessHandler.asked
 
 
@@ -315,10 +318,10 @@ def test_an_endless_answer_ends(address: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(EndlessHandler, "answer", drip)
     monkeypatch.setattr(transport, "ANSWER_BYTES", 10_000)
     with pytest.raises(JobError, match="the server's answer is larger than"):
-        servers._ask(address, None)
+        Client(address).ask("/", None, 10)
     monkeypatch.setattr(transport, "ANSWER_BYTES", 10**9)
-    monkeypatch.setattr(servers, "TIMEOUT_SECONDS", 0.3)
-    assert servers._ask(address, None) is None
+    with pytest.raises(NoAnswerError, match=r"no answer within 0\.3 seconds"):
+        Client(address, is_own=True).ask("/", None, 0.3)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from veneer.data.batch import Example
 from veneer.data.conversation import Message
 from veneer.model.quiet import quiet
 from veneer.model.tuned import TunedModel, find_tuned
-from veneer.release.certify import servers
+from veneer.release.certify.client import Client
 from veneer.release.certify.compare_weights import compare_weights
 from veneer.release.certify.prompts import prompts_of
 from veneer.release.certify.servers import Endpoint, llama_server
@@ -193,18 +193,18 @@ def test_a_server_is_there_only_once_its_queue_has_answered(tmp_path: Path, monk
     """One that is let go of before its queue runs never ends."""
     asked = []
 
-    def ask(url: str, body: Any) -> Any:
-        asked.append((url.rsplit("/", 1)[1], answer := real(url, body)))
+    def ask(client: Client, path: str, *given: Any) -> Any:
+        asked.append((path, answer := real(client, path, *given)))
         return answer
 
-    real = servers._ask
-    monkeypatch.setattr(servers, "_ask", ask)
+    real = Client.ask
+    monkeypatch.setattr(Client, "ask", ask)
     tuned = tiny_tuned("llama", tmp_path)
     report = export_model(tuned, tmp_path / "out", "f16")
     for _ in range(5):
         with llama_server(tmp_path / "out" / report.file, True, set(), 256):
             path, slots = asked[0]
-            assert path == "slots"
+            assert path == "/slots"
             assert [slot["n_ctx"] for slot in slots] == [256]
         asked.clear()
 

@@ -13,12 +13,12 @@ import pytest
 
 import veneer
 from tests.support.judge_server import Handler, JudgeServer, answers_folder, judge_server, longer, shown
-from veneer.api import judge_client
 from veneer.api.judge import WhichAnswers
 from veneer.config import JobError, RunFolder, UserError
 from veneer.evaluation.compare import Evaluation, Score
 from veneer.evaluation.metrics import measure
 from veneer.evaluation.metrics.metric import Sample, ScoredRows
+from veneer.release.certify import client
 from veneer.release.certify.transport import Reply
 from veneer.report.run_page import write_run_page
 
@@ -40,7 +40,7 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _quick_and_without_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge_client, "DELAYS", (0.0, 0.0))
+    monkeypatch.setattr(client, "DELAYS", (0.0, 0.0))
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
@@ -170,7 +170,7 @@ def failing(after: int, reply: Callable[[Handler], None]) -> Callable[[Handler],
             lambda handler: handler.send(b"", 307, Location="http://127.0.0.1:1/else"),
             "redirects to http://127.0.0.1:1/else",
         ),
-        (lambda handler: handler.send(b"<html>hello</html>"), "no JSON object: <html>hello"),
+        (lambda handler: handler.send(b"<html>hello</html>"), "no whole JSON, and begins with '<html>hello"),
         (lambda handler: handler.send({"choices": []}), "not that of an OpenAI-compatible server"),
         (lambda handler: handler.send({"message": "no such model"}, 404), "status 404: no such model"),
         (lambda handler: time.sleep(2), "no answer within 0.3 seconds"),
@@ -201,7 +201,7 @@ def test_a_server_that_fails_is_one_message_and_what_was_judged_is_kept(
     ("reply", "told"),
     [
         (lambda handler: handler.send(b"", 302, Location="http://127.0.0.1:1/v1/models"), "redirects to"),
-        (lambda handler: handler.send(b"hello"), "no JSON object: hello"),
+        (lambda handler: handler.send(b"hello"), "no whole JSON, and begins with 'hello"),
         (lambda handler: handler.send({"models": []}), "no OpenAI-compatible server"),
         (lambda handler: handler.send({"error": "who are you?"}, 401), "wants a key"),
         (lambda handler: time.sleep(2), "no answer within 0.3 seconds"),
@@ -230,7 +230,7 @@ def test_the_key_goes_to_the_server_and_nowhere_else(
     server.before = failing(-1, lambda handler: handler.send({"error": {"message": f"wrong key: {key}"}}, 401))
     status, out, err = call("judge", str(run), "--endpoint", server.address)
     assert status == 2
-    assert "refuses the key (status 401): wrong key: [key]" in err
+    assert "refuses the key (status 401: wrong key: [key])" in err
     monkeypatch.setenv("OPENAI_API_KEY", "sk-two\nlines")
     status, out, err = call("judge", str(run), "--endpoint", server.address)
     assert status == 2
@@ -240,8 +240,8 @@ def test_the_key_goes_to_the_server_and_nowhere_else(
 
 def test_the_key_is_not_sent_in_the_clear(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
-    monkeypatch.setattr(judge_client, "is_loopback", lambda host: False)
-    judge_client.JudgeClient(server.address, None, 8, 5.0)
+    monkeypatch.setattr(client, "is_loopback", lambda host: False)
+    client.Client(server.address).find_model(None)
     assert server.headers[-1]["Authorization"] is None
 
 
@@ -303,6 +303,9 @@ def test_two_runs_are_compared_on_the_rows_that_both_answered(run: Path, server:
         (("--endpoint", "ADDRESS", "--rows", "1"), "--rows"),
         (("--endpoint", "ADDRESS", "--seed", "1"), "--seed"),
         (("--page", "page.html", "--model", "a"), "--model"),
+        (("--page", "page.html", "--at-once", "8"), "--at-once"),
+        (("--votes", "votes.json", "--timeout", "9"), "--timeout"),
+        (("--votes", "votes.json", "--max-new-tokens", "9"), "--max-new-tokens"),
         (("--votes", "votes.json", "--criterion", "a"), "--criterion"),
     ],
 )
@@ -373,4 +376,4 @@ def test_how_long_a_busy_server_asks_to_wait(asked: str, seconds: float, monkeyp
     monkeypatch.setattr("time.time", lambda: 1000.0)
     headers = Message()
     headers["Retry-After"] = asked
-    assert judge_client._wait(Reply(429, headers, b"")) == seconds
+    assert client._wait(Reply(429, headers, b"")) == seconds

@@ -2,8 +2,8 @@
 
 `run.py` holds the settings with their defaults, `load.py` reads them from YAML, `run_folder.py` names the files of a
 run, `folder.py` writes files and folders whole or not at all, `errors.py` has the exceptions that reach a user.
-`names.py`, `paths.py`, `options.py`, `sampling.py`, `prompts.py` and `hub.py` hold what a command can check before it
-imports any library, and `foreign.py` what other tools call a setting.
+`names.py`, `paths.py`, `address.py`, `options.py`, `sampling.py`, `prompts.py` and `hub.py` hold what a command can
+check before it imports any library, and `foreign.py` what other tools call a setting.
 """
 
 from veneer.config.errors import Interrupted, JobError, UserError

@@ -3,7 +3,6 @@
 pairs.py       both answers to each row, from files that an evaluation wrote
 prompt.py      what a judge is asked, and how its verdict is read
 judging.py     each pair in both positions; judgments are kept as they come
-concurrent.py  several questions at once
 blind.py       order and sides of a page for a person, and the votes that come back
 win_rate.py    the win rate with its interval and verdict
 """

@@ -6,7 +6,7 @@ judged.py           the model that a run was judged by, and what it answered
 prompts.py          what a certificate asks
 runtimes.py         an artifact as its users run it: a folder
 servers.py          the same behind HTTP: an OpenAI-compatible server;  llama_server.py  llama.cpp's, as a process
-transport.py        one HTTP request
+client.py           a server that is asked for JSON, with a key and again where it is busy;  transport.py  one request
 checks.py           checks that need no second model
 settings.py         settings that change answers and stand in no weight
 compare_weights.py  an artifact's tensors against what they should be

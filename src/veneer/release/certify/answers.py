@@ -41,8 +41,10 @@ class ServerResponder:
         on_done: Progress = lambda done: None,
         kept: KeptAnswers | None = None,
     ) -> list[str]:
-        # A server gives no tokens: the bytes of an answer stand for them among those that are kept.
-        texts = {row: bytes(ids).decode() for row, ids in kept.known.items()} if kept is not None else {}
+        # A server gives no tokens: the bytes of an answer stand for them among those that are kept. JSON may hold half
+        # a surrogate pair, which is no UTF-8.
+        known = {} if kept is None else kept.known
+        texts = {row: bytes(ids).decode(errors="surrogatepass") for row, ids in known.items()}
         if texts:
             on_done(len(texts))
         left = [number for number in range(len(asked)) if number not in texts]
@@ -50,7 +52,7 @@ class ServerResponder:
         def keep(number: int, text: str) -> None:
             texts[left[number]] = text
             if kept is not None:
-                kept.keep({left[number]: list(text.encode())})
+                kept.keep({left[number]: list(text.encode(errors="surrogatepass"))})
 
         prompts, tools = [self._turns(asked[number]) for number in left], [asked[number].tools for number in left]
         try:

@@ -1,6 +1,5 @@
 """Asks an artifact through an OpenAI-compatible HTTP server; llama.cpp's own server is started here."""
 
-import http.client
 import importlib.util
 import json
 import os
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -19,14 +17,14 @@ import veneer
 from veneer.config import JobError, UserError
 from veneer.config.files import reason
 from veneer.data.conversation import Message
+from veneer.machine.concurrent import as_they_come
+from veneer.release.certify.client import Client, NoAnswerError
 from veneer.release.certify.runtimes import TOP, Answer
-from veneer.release.certify.transport import send
 
 Tools = tuple[dict[str, Any], ...]
 
 TOP_OF_A_SERVER = 20  # what OpenAI's protocol allows
-TIMEOUT_SECONDS = 600  # of a whole answer
-FIRST_SECONDS = 30  # of the list of models
+TIMEOUT_SECONDS = 600.0  # of a whole answer
 REMAKE = "export it again, or name another file"
 
 
@@ -40,6 +38,11 @@ class Endpoint:
         stops: Tokens that end an answer, where its file says so.
         kind: Name in the certificate.
         model: Name of the model to ask; None: its only one.
+        option: Option that names the model.
+        is_own: Whether it was started here.
+
+    Attributes:
+        model: Name of the model that is asked.
 
     Raises:
         UserError: Nothing answers there, or it has several models and none of them is named.
@@ -53,33 +56,14 @@ class Endpoint:
         stops: set[int] | None = None,
         kind: str = "endpoint",
         model: str | None = None,
+        option: str = "--model",
+        is_own: bool = False,
     ) -> None:
         self.kind = kind
         self.address = url
-        self._root = re.sub(r"/v1/?$", "", url.rstrip("/"))
+        self._client = Client(url, is_own=is_own)
         self._chat, self._top, self._stops = chat, top, stops
-        names = self._listed()
-        if model is None and len(names) > 1:
-            raise UserError(f"{url}: serves {len(names)} models: {', '.join(names[:6])}", "name one with --model")
-        if model is not None and model not in names:
-            raise UserError(f"--model {model}: {url} does not serve it", f"name one of {', '.join(names[:6])}")
-        self._model = model or names[0]
-
-    def _listed(self) -> list[str]:
-        """Return the names of its models."""
-        try:
-            names = [str(entry["id"]) for entry in self._ask("/v1/models", None)["data"]]
-            why = "it lists no models"
-        except NoAnswerError as error:
-            names, why = [], str(error)
-        except (KeyError, TypeError):
-            names, why = [], "its answer is of another form"
-        if not names:
-            raise UserError(
-                f"{self.address}: no OpenAI-compatible server answers there (GET /v1/models: {why})",
-                "start it first, or name its own address",
-            )
-        return names
+        self.model = self._client.find_model(model, option)
 
     @property
     def is_chat(self) -> bool:
@@ -96,7 +80,7 @@ class Endpoint:
             asked = {"content": applied["prompt"], "add_special": True, "parse_special": True}
             made = self._try("/tokenize", asked)
         else:  # vLLM
-            made = self._try("/tokenize", {"model": self._model, "messages": turns, "add_generation_prompt": True})
+            made = self._try("/tokenize", {"model": self.model, "messages": turns, "add_generation_prompt": True})
         return _tokens(made)
 
     def prompt_count(self, messages: Sequence[Message]) -> int | None:
@@ -129,23 +113,18 @@ class Endpoint:
             on_text: Callback that gets the number of a prompt and its answer, as answers come.
         """
 
-        def ask(number: int) -> str:
+        def ask(number: int) -> tuple[int, str]:
             offered = tools[number] if tools is not None else ()
-            choice = self._complete(prompts[number], max_new_tokens, False, offered)["choices"][0]
-            return _text_of(choice["message"]) if self._chat else str(choice["text"] or "").strip()
+            with self._protocol():
+                choice = self._complete(prompts[number], max_new_tokens, False, offered)["choices"][0]
+                text = _text_of(choice["message"]) if self._chat else str(choice["text"] or "").strip()
+            return number, text
 
         texts = {}
-        pool = ThreadPoolExecutor(at_once)
-        try:
-            with self._protocol():
-                asked = {pool.submit(ask, number): number for number in range(len(prompts))}
-                for answered in as_completed(asked):
-                    number, text = asked[answered], answered.result()
-                    texts[number] = text
-                    on_text(number, text)
-                    on_done(1)
-        finally:  # the first that fails ends the others
-            pool.shutdown(wait=False, cancel_futures=True)
+        for number, text in as_they_come(ask, range(len(prompts)), at_once):
+            texts[number] = text
+            on_text(number, text)
+            on_done(1)
         return [texts[number] for number in range(len(prompts))]
 
     def stop_ids(self) -> set[int] | None:
@@ -155,7 +134,7 @@ class Endpoint:
         self, messages: Sequence[Message], max_new_tokens: int, with_likely: bool = True, tools: Tools = ()
     ) -> dict[str, Any]:
         asked: dict[str, Any] = {
-            "model": self._model,
+            "model": self.model,
             "max_tokens": max_new_tokens,
             "temperature": 0,
             "return_tokens_as_token_ids": True,
@@ -173,9 +152,10 @@ class Endpoint:
         try:
             made = self._ask(path, asked)
         except NoAnswerError as error:
-            raise JobError(f"{self._root}{path}: no answer: {error}") from None
+            fix = f"\n  fix: {error.fix}" if error.fix else ""
+            raise JobError(f"{self._client.root}{path}: {error}{fix}") from None
         if not isinstance(made, dict) or "choices" not in made:
-            raise JobError(f"{self._root}{path}: the server answered {json.dumps(made)[:300]}")
+            raise JobError(f"{self._client.root}{path}: the server answered {json.dumps(made)[:300]}")
         return dict(made)
 
     def _answer(self, made: dict[str, Any]) -> Answer:
@@ -210,60 +190,14 @@ class Endpoint:
     def _text(messages: Sequence[Message]) -> str:
         return "".join(message.content for message in messages)
 
-    def _ask(self, path: str, body: dict[str, Any] | None) -> Any:
-        return fetched(self._root + path, body, FIRST_SECONDS if body is None else None)
+    def _ask(self, path: str, body: dict[str, Any], is_once: bool = False) -> Any:
+        return self._client.ask(path, body, TIMEOUT_SECONDS, is_once)
 
     def _try(self, path: str, body: dict[str, Any]) -> Any:
         """Return the answer to what not every server knows; None: there is none."""
         with suppress(NoAnswerError):
-            return self._ask(path, body)
+            return self._ask(path, body, is_once=True)
         return None
-
-
-class NoAnswerError(Exception):
-    """A server gives no answer that is JSON; the message says what it does instead."""
-
-
-def _ask(url: str, body: dict[str, Any] | None) -> Any:
-    """Send a request and return the parsed answer; None: there is none."""
-    try:
-        return fetched(url, body)
-    except NoAnswerError:
-        return None
-
-
-def fetched(url: str, body: dict[str, Any] | None, seconds: float | None = None) -> Any:
-    """Send a request and return the parsed answer.
-
-    Args:
-        url: Address; a redirect to another one is not followed.
-        body: Content of a POST; None: a GET.
-        seconds: Time for the whole answer; None: TIMEOUT_SECONDS.
-
-    Raises:
-        NoAnswerError: There is no JSON within that time.
-        JobError: It is larger than `send` takes.
-    """
-    seconds = TIMEOUT_SECONDS if seconds is None else seconds
-    try:
-        reply = send(url, body, {}, seconds)
-    except TimeoutError:
-        raise NoAnswerError(f"none within {seconds:g} seconds") from None
-    except http.client.HTTPException as error:
-        raise NoAnswerError(f"it is cut short, or no HTTP ({type(error).__name__})") from None
-    except OSError as error:
-        cause = getattr(error, "reason", error)
-        raise NoAnswerError(reason(cause) if isinstance(cause, Exception) else str(cause)) from None
-    except ValueError as error:
-        raise NoAnswerError(reason(error)) from None
-    if 300 <= reply.status < 400:
-        raise NoAnswerError(f"it redirects to {reply.headers.get('Location')}, which is not followed")
-    try:
-        return json.loads(reply.content)
-    except (ValueError, RecursionError):
-        begins = reply.content[:60].decode(errors="replace")
-        what = f"it is no whole JSON, and begins with {begins!r}" if begins else "it is empty"
-        raise NoAnswerError(what) from None
 
 
 def _text_of(message: dict[str, Any]) -> str:
@@ -340,8 +274,9 @@ def llama_server(
             if not address:
                 raise UserError(f"{file}: llama.cpp does not load it: {_why_it_ended(child, log)}", REMAKE)
             try:
-                _ask(f"{address}/slots", None)  # it listens before its queue runs, and that answers this
-                yield Endpoint(address, chat, TOP, stops, "llama.cpp")
+                with suppress(NoAnswerError):  # it listens before its queue runs, and that answers this
+                    Client(address, is_own=True).ask("/slots", None, TIMEOUT_SECONDS)
+                yield Endpoint(address, chat, TOP, stops, "llama.cpp", is_own=True)
             except (JobError, UserError):
                 with suppress(subprocess.TimeoutExpired):
                     child.wait(1)  # its connections end a moment before it does
