@@ -365,16 +365,22 @@ def test_rows_may_name_choices_of_their_own(tiny_model: Callable[..., Path], tmp
         {"question": "the cat", "choices": ["please", "team"], "answer": 1},
         {"question": "the dog", "choices": ["owl", "hen", "cat"], "answer": "hen"},
         {"question": "A: owl, B: hen", "choices": ["owl", "hen"], "answer": "A"},
+        {"question": "1: owl, 2: hen", "choices": {"text": ["owl", "hen"], "label": ["1", "2"]}, "answer": "2"},
+        {"question": "the fox", "choices": {"text": ["owl", "hen"], "label": ["1", "2"]}, "answer": "hen"},
+        {"question": "A: fox, B: cat", "choices": {"text": ["fox", "cat"]}, "answer": "B"},
     ]
     path = write_rows(tmp_path / "choices.jsonl", named)
     base = str(tiny_model())
     found = veneer.evaluate(base, path, against=base, metrics=["auto"])
     result = found.as_dict()
     assert result["chosen"]["metrics"] == ["choice_accuracy", "exact_match", "perplexity"]
-    assert result["chosen"]["why"] == "the 3 rows name their choices"
+    assert result["chosen"]["why"] == "the 6 rows name their choices"
     samples = found.evaluation.tuned.samples
-    assert [sample.choices for sample in samples] == [("please", "team"), ("owl", "hen", "cat"), ("A", "B")]
-    assert [sample.reference for sample in samples] == ["team", "hen", "A"]
+    assert [sample.choices for sample in samples] == [
+        *(("please", "team"), ("owl", "hen", "cat"), ("A", "B")),
+        *(("1", "2"), ("owl", "hen"), ("A", "B")),
+    ]
+    assert [sample.reference for sample in samples] == ["team", "hen", "A", "2", "hen", "B"]
     assert [line["tuned_right"] for line in found.evaluation.samples()] == [
         line["tuned"] == line["reference"] for line in found.evaluation.samples()
     ], "a row's answer is judged by what it says"

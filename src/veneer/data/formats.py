@@ -148,23 +148,32 @@ def _pair(prompt: str, completion: str) -> Callable[[Fields], Conversation]:
 
 
 def _with_choices(row: Fields, field: str) -> tuple[Fields, tuple[str, ...]]:
-    """The row with its right answer as text, and the possible answers of its column `choices`, which evaluation offers.
+    """The row with its right answer as text, and the possible answers of its column `choices`, for evaluation.
 
-    The answer is one of the choices, or the place of one, from 0; or a letter that stands for a place, which stays
-    the answer: then the letters are the choices. Rows with other answers are read without their choices.
+    The column is a list of texts, or `{"text": [...], "label": [...]}` as ARC has it. The answer is one of the texts,
+    or the place of one, from 0; or a label, which stays the answer: then the labels are the choices. Without labels
+    they are letters. Rows with other answers are read without their choices.
 
     Raises:
         BadRowError: There is no choice at that place.
     """
-    answer, choices = row.get(field), row.get("choices")
-    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(one, str) for one in choices):
+    answer, given = row.get(field), row.get("choices")
+    parts = given if isinstance(given, dict) else {"text": given}
+    choices, labels = _texts(parts.get("text")), _texts(parts.get("label"))
+    if len(choices) < 2:
         return row, ()
+    if len(labels) != len(choices):
+        labels = tuple(ascii_uppercase[: len(choices)])
     if isinstance(answer, int) and not isinstance(answer, bool):
         if not 0 <= answer < len(choices):
             raise BadRowError(f"`{field}` = {answer}: `choices` has places 0 to {len(choices) - 1}")
-        return {**row, field: choices[answer]}, tuple(choices)
-    letters = tuple(ascii_uppercase[: len(choices)])
-    return row, next((tuple(offered) for offered in (choices, letters) if answer in offered), ())
+        return {**row, field: choices[answer]}, choices
+    return row, next((offered for offered in (choices, labels) if answer in offered), ())
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    """Return a list of texts; empty: it is none."""
+    return tuple(value) if isinstance(value, list) and all(isinstance(one, str) for one in value) else ()
 
 
 def _answer(row: Fields, field: str) -> Message:
