@@ -1,6 +1,7 @@
 """Gates: what is a condition, what holds only if it is shown, and how `veneer evaluate --gate` ends."""
 
 import json
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -208,3 +209,12 @@ def test_a_gate_decides_how_evaluate_ends(
     assert out.index("detectable difference") < out.index("95% intervals") < out.index("verdict"), "said before"
     assert "rows that got better" in out
     assert "gate passed" in out
+
+
+@pytest.mark.parametrize("gate", ["perplexity <= 1e9", "perplexity >= 0", "difference(perplexity) <= 1e9"])
+def test_a_value_without_an_interval_shows_nothing(gate: str) -> None:
+    unknown = Measured(Interval(3.0, -math.inf, math.inf), 0)
+    (check,) = check_gate(parse_gate(gate), {"perplexity": unknown, "difference(perplexity)": unknown})
+    assert not check.passed
+    assert check.value is None
+    assert check.detail == "3: its interval is not known, so nothing is shown"

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,7 @@ from veneer.api.pairs import _require_tasks
 from veneer.api.tasks import MeasuredTasks, load_tasks, measure_tasks
 from veneer.config import UserError, hub
 from veneer.config.notify import Notices
+from veneer.evaluation.gate import check_gate, parse_gate
 from veneer.evaluation.tasks.options import TaskOptions, read_options, task_names
 from veneer.evaluation.tasks.quiet_harness import quiet_harness
 from veneer.model.tuned import find_tuned
@@ -165,6 +166,33 @@ def test_gates_name_metrics_with_and_without_their_filter(measured: MeasuredTask
     assert found["animals.acc"].rows == 19
 
 
+def test_a_value_that_no_document_explains_holds_no_gate(
+    measured: MeasuredTasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from veneer.evaluation.tasks import compare
+
+    monkeypatch.setattr(compare, "MOST_LEFT_OUT", 2)
+    (found,) = (task for task in measured.compared if "animal_text" in task.tuned.samples)
+    again = compare.compare_task(found.base, found.tuned).measured()
+    name = "animal_text.byte_perplexity"
+    assert measured.measured()[name].interval.value == again[name].interval.value
+    for gate in (f"{name} <= 1e9", f"difference({name}) <= 1e9"):
+        assert not check_gate(parse_gate(gate), again)[0].passed
+    assert check_gate(parse_gate(f"{name} <= 1e9"), measured.measured())[0].passed
+
+
+@pytest.mark.parametrize("value", ["N/A", float("nan")])
+def test_a_group_without_a_value_is_left_out(measured: MeasuredTasks, value: Any) -> None:
+    from veneer.evaluation.tasks.compare import compare_task
+
+    (found,) = (task for task in measured.compared if "animals" in task.tuned.results.get("groups", {}))
+    groups = {"animals": found.tuned.results["groups"]["animals"] | {"acc,none": value}}
+    tuned = replace(found.tuned, results={**found.tuned.results, "groups": groups})
+    groups_of = {one.name: one.group for one in compare_task(found.base, tuned).metrics}
+    assert "animals.acc" not in groups_of
+    assert groups_of["animal_choice.acc"] is None, "nothing stands for it, so it is shown"
+
+
 def test_two_models_asked_alone_are_compared_as_one_model_with_its_adapter_off(
     measured: MeasuredTasks, loaded: Loaded, animals: Path
 ) -> None:
@@ -267,6 +295,8 @@ def test_broken_files_and_folders_without_tasks_are_refused(tmp_path: Path) -> N
         load_tasks(f"{tmp_path}/")
     with pytest.raises(UserError, match="no such folder or file"):
         load_tasks("./nowhere/")
+    with pytest.raises(UserError, match=r"reads \.yaml files alone"):
+        load_tasks(str(write_task(tmp_path, CHOICES).rename(tmp_path / "animals.yml")))
 
 
 def test_unknown_tasks_and_those_of_an_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,6 +372,8 @@ def test_two_models_are_asked_one_after_the_other(
     asked = ("evaluate", str(run), "--tasks", f"{animals}/", "--json")
     own, other = (json.loads(call(*asked, *more)[1])["tasks"] for more in ((), ("--against", str(tiny_model()))))
     assert set(other["metrics"]) == set(own["metrics"])
+    assert "tasks of lm-eval" in (shown := call(*asked[:-1], "--against", str(tiny_model()))[1])
+    assert "target against other" in shown.partition("tasks of lm-eval")[2]
     for name, found in other["metrics"].items():
         for model in ("base", "tuned"):  # a base alone is loaded in its stored precision, bfloat16: some 0.4% a number
             assert found[model]["value"] == pytest.approx(own["metrics"][name][model]["value"], rel=1e-2)

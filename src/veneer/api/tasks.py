@@ -142,7 +142,7 @@ def measure_tasks(
             asked = f"{task.name}, base"
             with adapter_off():
                 base = ask_task(*parts)
-        asked = f"{task.name}, tuned"
+        asked = task.name if adapter_off is None else f"{task.name}, tuned"
         tuned = ask_task(*parts)
         done.append(compare_task(base, tuned, equal_within))
         measured = MeasuredTasks(tuple(done), settings | _of_tasks(done) | {"batch_size": batching.size})

@@ -196,6 +196,8 @@ def _check(condition: Condition, measured: Mapping[str, Measured]) -> Check:
 def _why_not(bound: Bound, measured: Measured) -> str:
     """Say why a bound is not shown, and how many rows would settle it."""
     interval = measured.interval
+    if not measured.rows:
+        return f"{_shown(interval.value, measured.unit)}: its interval is not known, so nothing is shown"
     low, value, high = (_shown(number, measured.unit) for number in (interval.low, interval.value, interval.high))
     found = f"{value} ({low} to {high}) on {measured.rows:,} rows"
     if not bound.holds(interval.high if bound.is_lower else interval.low):

@@ -110,11 +110,18 @@ class TaskComparison:
         """Return what a gate may name; a metric without its filter is that of the task's first filter."""
         found: dict[str, Measured] = {}
         for one in self.metrics:
+            rows, unknown = len(one.tuned.rows), (-math.inf, math.inf)  # without numbers of documents nothing is shown
+            values = {
+                "{}": Measured(one.tuned.interval if rows else Interval(one.tuned.value, *unknown), rows, one.unit)
+            }
+            if one.comparison is not None:
+                values["difference({})"] = Measured(one.comparison.difference, one.comparison.rows, one.unit)
+            elif one.base is not None:
+                apart = one.tuned.value - one.base.value
+                values["difference({})"] = Measured(Interval(apart, *unknown), 0, one.unit)
             for name in (one.name, f"{one.task}.{one.metric}"):
-                found.setdefault(name, Measured(one.tuned.interval, len(one.tuned.rows), one.unit))
-                if one.comparison is not None:
-                    compared = Measured(one.comparison.difference, one.comparison.rows, one.unit)
-                    found.setdefault(f"difference({name})", compared)
+                for form, value in values.items():
+                    found.setdefault(form.format(name), value)
         return found
 
     def samples(self) -> list[dict[str, Any]]:
@@ -167,19 +174,24 @@ def _values(found: TaskResults) -> dict[tuple[str, str, str], TaskValue]:
     for name, task in found.found.tasks.items():
         for (metric, filter_), items in _items(found.samples[name]).items():
             value = found.results["results"][name].get(f"{metric},{filter_}")
-            if isinstance(value, int | float | np.number) and math.isfinite(value):
+            if _is_number(value):
                 aggregation = task.aggregation().get(metric, mean)
                 of_tasks[name, metric, filter_] = _task_value(name, float(value), items, aggregation)
     of_groups = {}
     for name, tasks in found.found.tasks_of_groups().items():
         for key, value in found.results.get("groups", {}).get(name, {}).items():
             metric, comma, filter_ = key.partition(",")
-            if comma and not metric.endswith("_stderr"):
+            if comma and not metric.endswith("_stderr") and _is_number(value):
                 parts = [of_tasks[part] for task in tasks if (part := (task.task_name, metric, filter_)) in of_tasks]
                 listed = found.found.groups[name].aggregate_metric_list
                 by_size = all(one.weight_by_size for one in listed if one.metric == metric)
                 of_groups[name, metric, filter_] = _pooled(float(value), parts, by_size)
     return of_groups | of_tasks
+
+
+def _is_number(value: Any) -> bool:
+    """Whether lm-eval gives a value: where it has none it gives text, or NaN."""
+    return isinstance(value, int | float | np.number) and math.isfinite(value)
 
 
 def _items(samples: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[int, Any]]:
@@ -232,7 +244,7 @@ def _group_of(found: TaskResults, name: str, metric: str, filter_: str) -> str |
         holder: len(tasks)
         for holder, tasks in found.found.tasks_of_groups().items()
         if name in (*(task.task_name for task in tasks), *_groups_within(found.found.groups[holder]))
-        and f"{metric},{filter_}" in found.results.get("groups", {}).get(holder, {})
+        and _is_number(found.results.get("groups", {}).get(holder, {}).get(f"{metric},{filter_}"))
     }
     return min(holding, key=lambda each: holding[each]) if holding else None
 

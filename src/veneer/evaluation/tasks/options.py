@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError
 from veneer.config import UserError
 from veneer.config.run import Section
 
-YAML = (".yaml", ".yml")
+YAML = ".yaml"  # lm-eval reads files of no other name
 
 
 class TaskOptions(Section):
@@ -75,6 +75,8 @@ def task_names(text: str) -> list[str]:
     if not names:
         raise UserError(f"--tasks {text!r}: names no task", "name tasks of lm-eval, as gsm8k,mmlu, or a folder of them")
     for name in names:
+        if name.endswith(".yml"):
+            raise UserError(f"--tasks {name}: lm-eval reads .yaml files alone", "give it that name")
         if is_path(name) and not Path(name).expanduser().exists():
             raise UserError(f"--tasks {name}: no such folder or file", "name a folder of task YAML files, or one file")
     return names
