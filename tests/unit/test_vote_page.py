@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -176,6 +177,14 @@ def test_votes_on_answers_that_were_made_anew_are_refused(call: Call, run: Path)
     status, _, err = call("judge", str(run), "--votes", file)
     assert status == 2
     assert "make a new page" in err
+
+
+def test_the_next_command_can_be_pasted(call: Call, tmp_path: Path) -> None:
+    run = answers_folder(tmp_path / "my runs" / "run", PAIRS)
+    samples = shutil.copy(run / "samples.jsonl", run / "other samples.jsonl")
+    out = call("judge", str(run), "--page", str(tmp_path / "vote.html"), "--samples", str(samples))[1]
+    words = shlex.split(out.partition("next   ")[2])
+    assert words[-5:] == [str(run), "--samples", str(samples), "--votes", "FILE.json"]
 
 
 def test_a_page_is_not_written_over_another_file(call: Call, run: Path) -> None:

@@ -1,6 +1,7 @@
 """veneer judge: which of two sets of answers is better, by a judge model or by a person."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -29,9 +30,11 @@ def judge(
         str | None, typer.Option(help="Another run, or its samples, whose tuned answers take the base's place.")
     ] = None,
     rows: Annotated[int | None, typer.Option(min=2, help="Maximum number of rows.")] = None,
-    at_once: Annotated[int, typer.Option(min=1, max=256, help="Concurrent requests.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply of the judge.")] = 1024,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a reply may take.")] = 120.0,
+    at_once: Annotated[int | None, typer.Option(min=1, max=256, help="Concurrent requests. [8]")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest reply of the judge, in tokens. [1024]")
+    ] = None,
+    timeout: Annotated[float | None, typer.Option(min=0.1, help="Seconds that a reply may take. [120]")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the page's order and sides; the same for --votes.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON alone on stdout.")] = False,
 ) -> None:
@@ -58,6 +61,9 @@ def judge(
         "--model": model if endpoint is None else None,
         "--with-reference": with_reference and endpoint is None,
         "--criterion": criterion if votes is not None else None,
+        "--at-once": at_once if endpoint is None else None,
+        "--max-new-tokens": max_new_tokens if endpoint is None else None,
+        "--timeout": timeout if endpoint is None else None,
         "--seed": seed if endpoint is not None else 0,
     }
     for option, value in unused.items():
@@ -76,7 +82,7 @@ def judge(
         else:
             out.print(f"page   {path}: {pairs} pairs; open it in a browser, vote, and save the votes", markup=False)
             options = _options(answers=answers, samples=samples, against=against, rows=rows, seed=seed or None)
-            out.print(f"next   {show.command_name()} judge {run}{options} --votes FILE.json", markup=False)
+            out.print(f"next   {show.command_name()} judge {quote(str(run))}{options} --votes FILE.json", markup=False)
         return
     if votes is not None:
         result = api.count_votes(run, votes, which, seed)
@@ -91,9 +97,9 @@ def judge(
                 criterion,
                 which,
                 with_reference=with_reference,
-                at_once=at_once,
-                max_new_tokens=max_new_tokens,
-                timeout=timeout,
+                at_once=at_once or api.AT_ONCE,
+                max_new_tokens=max_new_tokens or api.MAX_NEW_TOKENS,
+                timeout=timeout or api.TIMEOUT_SECONDS,
                 on_begin=told.begin,
                 on_done=told.add,
             )
@@ -148,4 +154,4 @@ def _percent(value: dict[str, float]) -> str:
 
 
 def _options(**given: Any) -> str:
-    return "".join(f" --{name} {value}" for name, value in given.items() if value is not None)
+    return "".join(f" --{name} {quote(str(value))}" for name, value in given.items() if value is not None)
