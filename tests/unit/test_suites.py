@@ -280,6 +280,12 @@ def test_suites_stay_in_the_record_of_the_same_adapter(run: Path) -> None:
     veneer.evaluate(run)
     kept = json.loads((run / "evaluation.json").read_text())
     assert (kept["suites"], kept["personal"]) == (asked["suites"], asked["personal"])
+    edit(run / "evaluation.json", win_rates={"of these answers": {}})
+    veneer.evaluate(run)
+    assert "win_rates" in json.loads((run / "evaluation.json").read_text())
+    (run / "samples.jsonl").write_text("")
+    veneer.evaluate(run)
+    assert "win_rates" not in json.loads((run / "evaluation.json").read_text()), "they are of other answers"
     edit(run / "evaluation.json", judged=kept["judged"] | {"adapter_sha256": "of another"})
     veneer.evaluate(run)
     assert "suites" not in json.loads((run / "evaluation.json").read_text()), "they are of another adapter"

@@ -65,18 +65,19 @@ def save_evaluation(
     run = load_run(folder.run)
     dtype = compute_dtype(run.model, find_machine())
     facts = {"judged": judged_by(run, folder.adapter, dtype)}
+    kept = _kept(folder, facts, _sample_lines(evaluation))
     write_text(folder.samples, _sample_lines(evaluation))
     if beside.compared:
         write_text(folder.other_evaluations / "suites.samples.jsonl", beside.sample_lines())
     if beside.tasks.compared:
         write_text(folder.other_evaluations / "tasks.samples.jsonl", beside.tasks.sample_lines())
-    write_json(folder.evaluation, evaluation.as_dict() | _kept(folder, facts) | beside.as_dict() | facts)
+    write_json(folder.evaluation, evaluation.as_dict() | kept | beside.as_dict() | facts)
     notify_on_error("the card", lambda: renew_card(folder, model))
     return folder.evaluation
 
 
-def _kept(folder: RunFolder, facts: dict[str, Any]) -> dict[str, Any]:
-    """Return what an earlier evaluation of this very model measured beside the rows."""
+def _kept(folder: RunFolder, facts: dict[str, Any], answers: str) -> dict[str, Any]:
+    """Return what an earlier evaluation of this very model measured beside the rows, and win rates of these answers."""
     if not folder.evaluation.is_file():
         return {}
     try:
@@ -85,7 +86,10 @@ def _kept(folder: RunFolder, facts: dict[str, Any]) -> dict[str, Any]:
         return {}
     if earlier.get("judged") != facts["judged"]:
         return {}
-    return {key: earlier[key] for key in ("suites", "memorisation", "personal", "tasks") if key in earlier}
+    keys = ["suites", "memorisation", "personal", "tasks"]
+    if folder.samples.is_file() and folder.samples.read_bytes() == answers.encode(errors="backslashreplace"):
+        keys.append("win_rates")
+    return {key: earlier[key] for key in keys if key in earlier}
 
 
 def save_beside(folder: RunFolder, name: str, evaluation: Evaluation, data: str | None, beside: Beside) -> Path:

@@ -17,7 +17,7 @@ from typing import Any
 
 from veneer.config import Evaluate, UserError
 from veneer.config.files import file_sha256, read_json_lines
-from veneer.config.folder import make_folder
+from veneer.config.folder import make_folder, write_text
 from veneer.config.notify import notify_on_error
 from veneer.data.pipeline import HeldOut
 from veneer.machine.device import find_machine
@@ -71,7 +71,7 @@ class PartialAnswers:
         if self.path.exists():
             with suppress(UserError):  # damaged: it is answered anew
                 self._lines = read_json_lines(self.path, "model", "row", "ids", is_appended=True)
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in self._lines), encoding="utf-8")
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in self._lines))
 
     @classmethod
     def of_rows(

@@ -8,6 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from veneer.config.results import metric_name
+
 WIDTH, LEFT, RIGHT = 720, 190, 16  # pixels; names of models stand on the left
 SHOWN = {"base": "base", "base_with_examples": "base with examples", "tuned": "tuned", "exported": "exported"}
 
@@ -49,7 +51,7 @@ def _plot(name: str, values: Mapping[str, Any], verdict: str) -> dict[str, Any] 
         for key, model in models.items()
     ]
     return {
-        "name": name.removeprefix("field.").replace("_", " "),
+        "name": metric_name(name),
         "verdict": _verdict(verdict, is_share),
         "is_better": verdict == "better",
         "is_worse": verdict == "worse",
