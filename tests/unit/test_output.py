@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from tests.support.runs import write_rows
 from veneer.cli import show, show_plan
-from veneer.cli.progress import LiveProgress, Status, answer_progress, byte_progress, clock
+from veneer.cli.progress import Answering, LiveProgress, Status, answer_progress, byte_progress, clock
 
 Call = Callable[..., tuple[int, str, str]]
 STEP = {"kind": "train", "loss": 1.5, "tokens_per_second": 123456.0, "peak_bytes": 79 * 2**30}
@@ -106,6 +107,17 @@ def test_a_state_shows_the_time_it_takes() -> None:
     with Status(out, "loading [base]") as status:
         status._progress.refresh()
     assert any("loading [base] 0:00:00" in line for line in lines(file.getvalue()))
+
+
+def test_rows_that_are_answered_after_a_task_are_counted_anew() -> None:
+    said: list[str] = []
+    told = Answering(SimpleNamespace(update=said.append))  # type: ignore[arg-type]
+    told.begin_task("gsm8k, base", 2)
+    told.add(2)
+    told.begin(4)
+    told.add(1)
+    assert said[0].startswith("gsm8k, base: 2 of 2 answers")
+    assert said[1].startswith("1 of 4 answers")
 
 
 def test_long_sentences_are_wrapped_on_a_terminal_alone() -> None:

@@ -1,6 +1,10 @@
 """What is evaluated: a run, a checkpoint, an adapter, a base, a merged folder, a GGUF file or a server, in pairs."""
 
 import json
+import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import veneer
 from tests.support.notices import notified
 from tests.support.runs import write_rows
 from veneer.config import UserError
 from veneer.config.cache import cache_folder
-from veneer.release.certify import servers
+from veneer.release.certify import client, servers
 
 Call = Callable[..., tuple[int, str, str]]
 QUESTIONS = [{"prompt": f"what does the {name} say", "completion": "please route"} for name in ("cat", "dog", "owl")]
@@ -88,8 +93,79 @@ def test_rows_need_a_run_or_a_file(run: Path) -> None:
         veneer.evaluate(base)
     with pytest.raises(UserError, match="--memorisation 5: it is measured of a run"):
         veneer.evaluate(run, against=base, memorisation=5)
-    with pytest.raises(UserError, match="not a server with several models"):
-        veneer.evaluate(run, against=base, model="m")
+
+
+def test_what_does_not_apply_to_a_target_is_refused(run: Path, tmp_path: Path) -> None:
+    base = str(run.parent / "base")
+    rows = write_rows(tmp_path / "rows.jsonl", QUESTIONS)
+    given: tuple[tuple[Any, dict[str, Any], str], ...] = (
+        (run, {"against": base, "model": "m"}, "--model m: .* is not a server with several models"),
+        (run, {"model": "m"}, "--model m: .* is not a server"),
+        (
+            run,
+            {"against": base, "against_model": "m"},
+            "--against-model m: .*base is not a server",
+        ),
+        (run, {"against_model": "m"}, "--against-model m: there is no --against"),
+        (base, {"against": str(run), "force": True}, "--force does not apply"),
+        (base, {"against": str(run), "base": base}, "--base does not apply"),
+        (run, {"out": run / "evaluation.json"}, "it is the record of a run"),
+        (base, {"against": str(run), "data": rows, "out": run / "evaluation.json"}, "it is the record of a run"),
+    )
+    for target, arguments, said in given:
+        with pytest.raises(UserError, match=said):
+            veneer.evaluate(target, **arguments)
+
+
+def test_rows_that_the_other_run_was_trained_on_are_named(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    text = (run / "run.yaml").read_text()
+    data = yaml.safe_load(text)
+    data["data"]["train"] = data["data"]["validation"]
+    data["data"]["validation"] = 0
+    (other / "run.yaml").write_text(yaml.safe_dump(data))
+    with notified(r"other was trained on \d of the \d rows"):
+        veneer.evaluate(run, against=str(other), metrics=["exact_match"])
+    with notified("whether it was trained on these rows is not known"):
+        data["data"]["train"] = str(tmp_path / "gone.jsonl")
+        (other / "run.yaml").write_text(yaml.safe_dump(data))
+        veneer.evaluate(run, against=str(other), metrics=["exact_match"])
+
+
+def test_a_gate_names_what_is_measured_alone_and_is_refused_before_a_model_is_loaded(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.parent)
+    (run.parent / "mine.py").write_text("def is_short(sample):\n    return len(sample.answer) < 100\n")
+    found = veneer.evaluate(run, metrics=["mine:is_short"], gate='"mine:is_short" >= 0.1')
+    assert found.passed
+    monkeypatch.setattr("veneer.api.evaluate.load_tuned", None)
+    for gate, arguments in (
+        ("rouge_l >= 0.5", {"metrics": ["exact_match"]}),
+        ("forgetting <= 0.1", {"suites": "refusal_harmful"}),
+        ("tool_names >= 0.5", {"metrics": ["exact_match"]}),
+        ("difference(forgetting) >= 0", {"suites": "json_form"}),
+    ):
+        with pytest.raises(UserError, match="is not measured"):
+            veneer.evaluate(run, gate=gate, **arguments)
+
+
+@pytest.mark.parametrize(
+    "asked", [{"suites": "json_form"}, {"memorisation": 2}, {"against": "base", "suites": "json_form"}]
+)
+def test_as_many_answers_are_given_as_were_announced(run: Path, asked: dict[str, Any], any_notice: None) -> None:
+    told: list[list[int]] = []
+    given = asked | ({"against": str(run.parent / "base")} if "against" in asked else {})
+    veneer.evaluate(
+        run,
+        metrics=["exact_match"],
+        on_begin=lambda answers: told.append([answers]),
+        on_done=lambda done: told[-1].append(done),
+        **given,
+    )
+    assert told
+    assert all(sum(done) == total for total, *done in told), told
 
 
 def test_a_wrong_name_is_one_message_with_the_nearest_run(run: Path, call: Call, tmp_path: Path) -> None:
@@ -100,11 +176,14 @@ def test_a_wrong_name_is_one_message_with_the_nearest_run(run: Path, call: Call,
         ([str(run), "--against", "http://127.0.0.1:9"], "no OpenAI-compatible server answers there"),
         ([str(run), "--out", str(tmp_path / "no" / "x.json")], "the folder does not exist"),
         ([str(run), "--out", str(run / "ledger.json")], "was not written by this command"),
+        ([str(run), "--against", "http://me:secret@127.0.0.1:9"], "holds a user, a password or a query"),
+        ([str(run.parent / "base")], "it has no base to be compared with"),
     ):
         status, out, error = call("evaluate", *arguments)
         assert (status, out) == (2, "")
         assert said in " ".join(error.split()), arguments
         assert "Traceback" not in error
+        assert "secret" not in error
 
 
 # llama.cpp
@@ -145,6 +224,7 @@ class Scripted(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append(body)  # type: ignore[attr-defined]
+        self.server.keys.append(self.headers["Authorization"])  # type: ignore[attr-defined]
         self.server.script(self, body)  # type: ignore[attr-defined]
 
     def say(self, text: str) -> None:
@@ -170,6 +250,7 @@ class ScriptedServer(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Scripted)
         self.asked: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
         self.script: Callable[[Scripted, dict[str, Any]], None] = lambda handler, body: handler.say("please route")
 
     @property
@@ -223,12 +304,13 @@ def slow(handler: Scripted, body: dict[str, Any]) -> None:
 GARBAGE: dict[str, Callable[[Scripted, dict[str, Any]], None]] = {
     "it is no whole JSON, and begins with '<html>": lambda handler, body: handler.send(b"<html>busy</html>"),
     "the server answered {}": lambda handler, body: handler.send(b"{}"),
-    'the server answered {"error"': lambda handler, body: handler.send(b'{"error": "overloaded"}', 503),
+    "status 503: overloaded, after 3 tries": lambda handler, body: handler.send(b'{"error": "overloaded"}', 503),
+    "it wants a key (status 401: who are you?)": lambda handler, body: handler.send(b'{"error": "who are you?"}', 401),
     "not those of an OpenAI-compatible server": lambda handler, body: handler.send(b'{"choices": []}'),
     "it lacks 'message'": lambda handler, body: handler.send(b'{"choices": [{"text": "a"}]}'),
     "it is no whole JSON, and begins with '{\"choices": lambda handler, body: handler.send(b'{"choices": [{"mess'),
     "it is empty": lambda handler, body: handler.send(b""),
-    "none within 0.5 seconds": slow,
+    "no answer within 0.5 seconds, after 2 tries": slow,
     "it redirects to http://elsewhere.invalid": lambda handler, body: handler.send(
         b"", 307, Location="http://elsewhere.invalid"
     ),
@@ -240,6 +322,7 @@ def test_a_server_that_gives_no_answer_fails_the_job_and_keeps_the_others(
     server: ScriptedServer, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str
 ) -> None:
     monkeypatch.setattr(servers, "TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(client, "DELAYS", (0.0, 0.0))
     monkeypatch.setattr("veneer.release.certify.answers.SLOTS", 1)
     path = write_rows(tmp_path / "rows.jsonl", QUESTIONS)
     arguments = ("evaluate", server.address, "--against", server.address, "--data", path, "--metrics", "exact_match")
@@ -287,3 +370,79 @@ def test_an_address_without_a_server_is_refused(
     status, out, error = call("evaluate", server.address, "--against", server.address, "--data", path)
     assert (status, out) == (2, "")
     assert said in " ".join(error.split())
+
+
+def test_a_busy_server_is_asked_again_with_the_users_key(
+    server: ScriptedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    monkeypatch.setattr(client, "DELAYS", (0.0, 0.0))
+
+    def every_other(handler: Scripted, body: dict[str, Any]) -> None:
+        if len(server.asked) % 2:
+            handler.send(b'{"error": "slow down"}', 429)
+        else:
+            handler.say("please route")
+
+    server.script = every_other
+    monkeypatch.setattr("veneer.release.certify.answers.SLOTS", 1)
+    path = write_rows(tmp_path / "rows.jsonl", QUESTIONS)
+    out = tmp_path / "result.json"
+    found = veneer.evaluate(server.address, path, against=server.address, metrics=["exact_match"], out=out)
+    assert scores(found) == (1, 1)
+    assert len(server.asked) == 4 * len(QUESTIONS)
+    assert set(server.keys) == {"Bearer sk-very-secret"}
+    assert "sk-very" not in "".join(file.read_text() for file in tmp_path.iterdir())
+    server.keys.clear()
+    monkeypatch.setattr(client, "is_loopback", lambda host: False)
+    veneer.evaluate(server.address, path, against=server.address, metrics=["exact_match"])
+    assert set(server.keys) == {None}, "it is not sent in the clear"
+
+
+def test_answers_of_another_model_at_the_same_address_are_not_gone_on_with(
+    server: ScriptedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("veneer.release.certify.answers.SLOTS", 1)
+    path = write_rows(tmp_path / "rows.jsonl", QUESTIONS)
+
+    def fails_once(handler: Scripted, body: dict[str, Any]) -> None:
+        if len(server.asked) < 3:
+            handler.say("half a pair: \ud83d")
+        else:
+            handler.send(b"<html>")
+
+    server.script = fails_once
+    pair = {"against": server.address, "metrics": ["exact_match"]}
+    with pytest.raises(veneer.JobError, match="2 of 3 answers are kept"):
+        veneer.evaluate(server.address, path, **pair)  # type: ignore[arg-type]
+    server.asked.clear()
+    server.models = ("n",)
+    server.script = lambda handler, body: handler.say("please route")
+    assert scores(veneer.evaluate(server.address, path, **pair)) == (1, 1)  # type: ignore[arg-type]
+    assert len(server.asked) == 2 * len(QUESTIONS)
+
+
+def test_a_command_that_is_interrupted_does_not_wait_for_a_server(server: ScriptedServer, tmp_path: Path) -> None:
+    ended = threading.Event()
+
+    def never(handler: Scripted, body: dict[str, Any]) -> None:
+        ended.wait(60)
+
+    server.script = never
+    path = write_rows(tmp_path / "rows.jsonl", QUESTIONS)
+    words = [*(sys.executable, "-m", "veneer", "evaluate", server.address, "--against", server.address), "--data", path]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as command:
+        while not server.asked and command.poll() is None:
+            time.sleep(0.05)
+        command.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        command.wait(40)
+        ended.set()
+    assert time.monotonic() - began < 20
+    assert command.returncode == 130
+
+
+def test_rows_that_cannot_be_used_are_refused_without_a_tokenizer_too(server: ScriptedServer, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [*QUESTIONS, {"prompt": "what", "completion": 3.5}])
+    with pytest.raises(UserError, match=r"rows\.jsonl:4"):
+        veneer.evaluate(server.address, path, against=server.address, metrics=["exact_match"])

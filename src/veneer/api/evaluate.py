@@ -9,14 +9,14 @@ from veneer.api.held_out import held_out_rows
 from veneer.api.load import load_tuned
 from veneer.api.pairs import Request, compare_targets, gated
 from veneer.api.suites import Beside, measure_memorisation, measure_suites
-from veneer.api.targets import find_target
+from veneer.api.targets import find_target, require_server
 from veneer.api.tasks import load_tasks, measure_run_tasks
 from veneer.config import RunFolder, UserError
-from veneer.config.names import target_kind
+from veneer.config.names import require_pair, target_kind
 from veneer.config.notify import kept_in
 from veneer.config.paths import require_path
 from veneer.engine.reference import ReferenceEngine
-from veneer.evaluation.compare import Scorer, count_rows, questions, questions_of
+from veneer.evaluation.compare import Scorer, count_rows, questions_of
 from veneer.evaluation.gate import parse_gate
 from veneer.evaluation.memory import rows_at_a_time
 from veneer.evaluation.metrics import choose
@@ -75,7 +75,7 @@ def evaluate(
         against: Target that it is compared with; None: the base of the run or the adapter.
         out: File to write the result to as well.
         model, against_model: Names of models, on servers that have several.
-        on_begin: Callback that gets the number of answers to come, of both models.
+        on_begin: Callback that gets the number of answers to come, of models that are asked one after the other.
         on_task: Callback that gets a task with the model that is asked, and the number of requests to come.
 
     Raises:
@@ -84,6 +84,9 @@ def evaluate(
         JobError: A server gives no usable answer; answers so far are kept.
     """
     require_path(str(target), "name")
+    require_server(str(target), require_pair(str(target), against), model, "--model")
+    require_server(against, None if against is None else target_kind(against), against_model, "--against-model")
+    file = None if out is None else _free_of_records(Path(out).expanduser())
     request = Request(
         *(data, rows, metrics, find_suites(suites) if suites is not None else ()),
         all_suites=suites is not None and suites.strip() == "all",
@@ -104,10 +107,22 @@ def evaluate(
                 "name a run without --against, or leave it out",
             )
         evaluated = _evaluate_targets(str(target), against, request, force, base, model, against_model)
-    if out is not None:
-        file = save_file(Path(out), evaluated.evaluation, data, evaluated.beside)
+    if file is not None:
+        save_file(file, evaluated.evaluation, data, evaluated.beside)
         evaluated = evaluated if evaluated.file is not None else replace(evaluated, file=file)
     return evaluated
+
+
+def _free_of_records(file: Path) -> Path:
+    """Return a file to be written, which is not the record of any run.
+
+    Raises:
+        UserError: It is.
+    """
+    folder = RunFolder(file.absolute().parent)
+    if file.absolute() == folder.evaluation and folder.run.is_file():
+        raise UserError(f"--out {file}: it is the record of a run", "name another file")
+    return file
 
 
 def _evaluate_targets(
@@ -120,10 +135,8 @@ def _evaluate_targets(
     against_model: str | None,
 ) -> Evaluated:
     """Compare two targets, or an adapter that is no run's with its base; written beside a run's record, if any."""
-    if against is None and target_kind(target) != "adapter":
-        raise UserError(f"{target}: it is no adapter, so it has no base to be compared with", "name one with --against")
     found = find_target(target, base, force, model)
-    other = None if against is None else find_target(against, model=against_model)
+    other = None if against is None else find_target(against, model=against_model, option="--against-model")
     result, beside, name = compare_targets(found, other, request)
     folder = found.tuned.folder if found.tuned is not None else None
     file = None if folder is None else save_beside(folder, name, result, request.data, beside)
@@ -134,7 +147,6 @@ def _evaluate_run(
     name: str, folder: RunFolder, request: Request, force: bool, base: str | None, memorisation: int | None
 ) -> Evaluated:
     """Compare base and tuned model of a run, from one loaded model."""
-    request.require_gate_names()
     with kept_in(folder.events):
         tuned = find_tuned(name, base, force)
         assert tuned.run is not None
@@ -142,22 +154,23 @@ def _evaluate_run(
         usual, rows, data = run.evaluate.rows, request.rows, request.data
         settings = request.settings(run.evaluate)
         held_out = held_out_rows(folder, run, tuned.renderer, data, rows or usual)
-        choose(questions_of(tuned.renderer, held_out, settings))  # refused before the model is loaded
+        chosen = choose(questions_of(tuned.renderer, held_out, settings))  # refused before the model is loaded
+        request.require_gate_names(chosen.names)
         count = count_rows(held_out)
         is_record = data is None and request.metrics is None and (rows is None or rows == usual or count < rows)
         loaded = load_tuned(tuned)
         most = (max(len(row.example.ids) for row in held_out), max(row.example.trained for row in held_out))
         at_a_time = rows_at_a_time(run, Padded(len(held_out), *most), loaded.target)
         engine = ReferenceEngine(loaded.model)  # judges by other code than the adapter was trained by
-        request.on_begin(2 * len(questions(held_out)))
+        request.on_begin(2 * request.answers(held_out, request.suites))
         partial = PartialAnswers.of_rows(folder.other_evaluations, facts_of(tuned), held_out, settings)
         responder = ModelResponder(loaded.model, engine, loaded.renderer, at_a_time)
-        result = Scorer(responder, held_out, settings, partial).compare(engine.adapter_off, request.on_done)
+        result = Scorer(responder, held_out, settings, partial, chosen).compare(engine.adapter_off, request.on_done)
         beside = Beside()
         if request.suites:
             beside = measure_suites(request.suites, loaded, engine, result, request.on_done)
         if memorisation:
-            found = measure_memorisation(memorisation, folder, loaded, engine, request.on_done)
+            found = measure_memorisation(memorisation, folder, loaded, engine, request.on_begin, request.on_done)
             beside.facts["memorisation"] = found
         if request.tasks:
             measured = measure_run_tasks(

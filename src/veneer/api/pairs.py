@@ -13,21 +13,22 @@ from veneer.api.tasks import MeasuredTasks, measure_tasks, names_of
 from veneer.config import Data, Evaluate, UserError
 from veneer.config.cache import cache_folder
 from veneer.config.notify import kept_in, notify
-from veneer.data.held_out import read_turns, render_for
-from veneer.data.pipeline import HeldOut, read_held_out
+from veneer.data.held_out import read_conversations, render_for
+from veneer.data.pipeline import HeldOut, prepare, read_held_out
 from veneer.evaluation.compare import Evaluation, Score, Scorer, count_rows, groups_of, questions, questions_of
-from veneer.evaluation.gate import check_gate, require_names
-from veneer.evaluation.metrics import METRICS, choose, require_metrics
+from veneer.evaluation.gate import Condition, check_gate, require_names
+from veneer.evaluation.metrics import choose, require_metrics
 from veneer.evaluation.metrics.choose import ChosenMetrics
 from veneer.evaluation.partial import PartialAnswers
 from veneer.evaluation.responder import ModelResponder, Responder
-from veneer.evaluation.suites import Suite
+from veneer.evaluation.suites import ABILITIES, FORGETTING, Suite
 from veneer.evaluation.suites.compare import SuiteScore, answer_suites, pair_suites
 from veneer.evaluation.tasks.options import DEFAULT_OPTIONS, TaskOptions
 from veneer.machine.device import release_memory
 
-# Names that a gate may hold before the rows are known.
-BEGIN_WITH = ("field.", "record")  # of names that only the rows decide
+# Results of metrics that have several; those of FIELDS have a key of the rows behind it.
+RESULTS = {"json_fields": ("record", "valid_json"), "tool_calls": ("tool_calls", "tool_names")}
+FIELDS = "field."
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Request:
     metrics: Sequence[str] | None
     suites: Sequence[Suite]
     all_suites: bool
-    condition: Any
+    condition: Condition | None
     on_begin: Callable[[int], None]
     on_done: Callable[[int], None]
     tasks: Sequence[Any] = ()
@@ -68,15 +69,27 @@ class Request:
         # Settings of the run's own metrics may act on none of these.
         return usual.model_copy(update={"metrics": tuple(self.metrics) if self.is_named else "auto"})
 
-    def require_gate_names(self, left_out: Sequence[str] = ()) -> None:
-        """Raise UserError where the gate names what is not measured."""
+    def require_gate_names(self, metrics: Sequence[str], suites: Sequence[Suite] | None = None) -> None:
+        """Raise UserError where the gate names what is not measured.
+
+        Args:
+            metrics: Names of the metrics.
+            suites: Suites that are asked; None: those of the request.
+        """
         if self.condition is None:
             return
-        names = [name for name in (*METRICS, *(suite.name for suite in self.suites)) if name not in left_out]
+        suites = self.suites if suites is None else suites
         of_tasks = names_of(self.tasks)
-        names += [*(["forgetting"] if self.suites else []), *of_tasks]
-        filters = (f"{name}." for name in of_tasks)
-        require_names(self.condition, (*names, *map("difference({})".format, names)), (*BEGIN_WITH, *filters))
+        names = [result for metric in metrics for result in RESULTS.get(metric, (metric,))]
+        names += [*(suite.name for suite in suites), *of_tasks]
+        known = [*names, *map("difference({})".format, names)]
+        known += [FORGETTING] if any(suite in ABILITIES for suite in suites) else []
+        beginnings = (*([FIELDS] if "json_fields" in metrics else []), *(f"{name}." for name in of_tasks))
+        require_names(self.condition, known, beginnings)
+
+    def answers(self, held_out: Sequence[HeldOut], suites: Sequence[Suite]) -> int:
+        """Return the number of answers that one model gives to rows and suites."""
+        return len(questions(held_out)) + sum(len(suite.items) for suite in suites)
 
     def file_name(self, count: int, against: str | None = None) -> str:
         """Return the name of a file of its results, without the ending."""
@@ -116,11 +129,12 @@ def compare_targets(target: Target, against: Target | None, request: Request) ->
     with keeping:
         settings = request.settings(next((run.run.evaluate for run in runs if run.run is not None), Evaluate()))
         rows = _Rows(sides, request, settings)
-        chosen, left_out = _choose_for_both(rows, sides, settings, request)
+        if request.data is None:
+            _look_for_training_rows(sides, rows)
+        chosen = _choose_for_both(rows, sides, settings, request)
         suites = _suites_of_both(sides, request)
         _require_tasks(sides, request)
-        request.require_gate_names((*left_out, *(suite.name for suite in request.suites if suite not in suites)))
-        request.on_begin(2 * len(questions(rows.read)))
+        request.require_gate_names(chosen.names, suites)
         kept = (folder.other_evaluations if folder is not None else cache_folder() / "evaluations", settings, chosen)
         if against is None:
             result, asked, tasks, partials = _with_own_base(target, rows, suites, request, kept)
@@ -174,7 +188,7 @@ class _Rows:
         elif self.reader is not None:
             self.read = read_held_out(request.data, "--data", self._data, self.reader, limit, settings.group)
         else:
-            self.read = read_turns(request.data, "--data", self._data, limit, settings.group)
+            self.read = read_conversations(request.data, "--data", self._data, limit, settings.group)
 
     def of(self, side: Target) -> list[HeldOut]:
         """Return the rows as a side's own renderer makes tokens of them."""
@@ -189,10 +203,27 @@ class _Rows:
         return len({found.fingerprint for found in self.renderers.values() if found is not None}) < 2
 
 
-def _choose_for_both(
-    rows: _Rows, sides: Sequence[Target], settings: Evaluate, request: Request
-) -> tuple[ChosenMetrics, list[str]]:
-    """Return the metrics that all sides can give, and the names of those that are left out with a notice.
+def _look_for_training_rows(sides: Sequence[Target], rows: _Rows) -> None:
+    """Notify where one run was trained on rows that the other one holds out: its score shows its memory."""
+    for side in sides:
+        found = side.tuned
+        if found is None or found.run is None or found.folder is None or found.renderer is rows.reader:
+            continue
+        try:
+            known = prepare(found.run.data, found.renderer, found.run.train.seed).trained_rows(rows.read)
+        except UserError as error:
+            notify(f"{side.name}: whether it was trained on these rows is not known: {str(error).splitlines()[0]}")
+            continue
+        if known:
+            notify(
+                f"{side.name} was trained on {len(known)} of the {count_rows(rows.read)} rows ({known[0]}), so its "
+                "score shows its memory as well; name a file that neither was trained on with --data",
+                where="--against",
+            )
+
+
+def _choose_for_both(rows: _Rows, sides: Sequence[Target], settings: Evaluate, request: Request) -> ChosenMetrics:
+    """Return the metrics that all sides can give; others are left out with a notice.
 
     Raises:
         UserError: One that was named cannot be given, or none is left.
@@ -210,7 +241,7 @@ def _choose_for_both(
         if request.is_named or not kept:
             raise UserError(f"{name}: {why}", "name other metrics with --metrics")
         notify(f"{name} is left out: {why}", where="evaluate.metrics")
-    return ChosenMetrics(kept, chosen.why), list(left_out)
+    return ChosenMetrics(kept, chosen.why)
 
 
 def _suites_of_both(sides: Sequence[Target], request: Request) -> list[Suite]:
@@ -237,6 +268,7 @@ def _scored(
     held_out = rows.of(side)
     partial = PartialAnswers.of_rows(folder, side.facts(), held_out, settings)
     with side.open(rows.renderers[side], Workload(held_out, settings, suites, rows.reader)) as responder:
+        request.on_begin(request.answers(held_out, suites))
         scorer = Scorer(responder, held_out, settings, partial, chosen)
         score = scorer.score(request.on_done, kept=scorer.kept(place))
         answers = answer_suites(suites, responder, request.on_done)
@@ -252,6 +284,7 @@ def _with_own_base(
     with side.open(rows.renderers[side], Workload(rows.read, settings, suites, rows.reader)) as responder:
         assert isinstance(responder, ModelResponder)
         off = responder.engine.adapter_off
+        request.on_begin(2 * request.answers(rows.read, suites))
         result = Scorer(responder, rows.read, settings, partial, chosen).compare(off, request.on_done)
         with off():
             base = answer_suites(suites, responder, request.on_done)

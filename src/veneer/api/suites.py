@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from veneer.api.held_out import prepared_as_trained
 from veneer.api.load import LoadedModel
 from veneer.api.tasks import MeasuredTasks
-from veneer.config import RunFolder, UserError
-from veneer.config.files import read_json
-from veneer.data.pipeline import Prepared, prepare
+from veneer.config import RunFolder
 from veneer.engine.interface import Engine
 from veneer.evaluation.compare import Evaluation
 from veneer.evaluation.gate import Measured
@@ -123,6 +122,7 @@ def measure_memorisation(
     folder: RunFolder,
     loaded: LoadedModel,
     engine: Engine,
+    on_begin: Progress = lambda answers: None,
     on_done: Progress = lambda done: None,
 ) -> dict[str, Any]:
     """Measure how much of a run's training rows comes back word for word, beside its held-out rows.
@@ -131,18 +131,24 @@ def measure_memorisation(
         rows: Number of training rows to draw, and the most held-out rows beside them.
         folder: The run's folder.
         loaded, engine, on_done: arguments of `measure_suites`.
+        on_begin: Callback that gets the number of answers to come.
 
     Raises:
         UserError: The data are not those of training any more.
     """
     assert loaded.run is not None
-    data = prepared_as_trained(folder, loaded)
+    data = prepared_as_trained(
+        *(folder, loaded.run, loaded.renderer),
+        "what comes back of them says nothing",
+        "restore the data, or leave --memorisation out",
+    )
     seed = loaded.run.train.seed
     drawn = sample(data.train, rows, seed)
     ends = loaded.renderer.stop_ids
     known, unseen = passages_of(drawn, ends), passages_of(sample(data.validation, rows, seed), ends)
     longest = max((len(passage.prompt) for passage in (*known, *unseen)), default=1)
     parts = (_batching(loaded, rows, longest, WANTED), on_done)
+    on_begin(2 * len(known) + len(unseen))
     with engine.adapter_off():
         base = comes_back(loaded.model, loaded.renderer, known, *parts)
     tuned = comes_back(loaded.model, loaded.renderer, known, *parts)
@@ -161,20 +167,3 @@ def _batching(loaded: LoadedModel, rows: int, tokens: int, new_tokens: int) -> B
     settings = loaded.run.evaluate.model_copy(update={"max_new_tokens": max(1, new_tokens)})
     run = loaded.run.model_copy(update={"evaluate": settings})
     return Batching(rows_at_a_time(run, Padded(rows, tokens, max(1, new_tokens)), loaded.target), LESS_MEMORY)
-
-
-def prepared_as_trained(folder: RunFolder, loaded: LoadedModel) -> Prepared:
-    """Prepare a run's data again, and make sure that they are those of training.
-
-    Raises:
-        UserError: They are not.
-    """
-    run = loaded.run
-    assert run is not None
-    prepared = prepare(run.data, loaded.renderer, run.train.seed)
-    if read_json(folder.ledger, "sha256")["sha256"] != prepared.ledger.sha256:
-        raise UserError(
-            f"{run.data.train}: its rows are not those of training, so what comes back of them says nothing",
-            "restore the data, or leave --memorisation out",
-        )
-    return prepared

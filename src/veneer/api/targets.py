@@ -61,7 +61,9 @@ class Workload:
     def longest(self) -> int:
         """The most tokens of a row or an item; without a reader there is none for each byte of its text."""
         rows = (
-            len(row.example.ids) or sum(ROOM + len(message.content.encode()) for message in row.conversation.messages)
+            len(row.example.ids)
+            or sum(ROOM + len(message.content.encode()) for message in row.conversation.messages)
+            + len(str(row.conversation.tools).encode())
             for row in self.held_out
         )
         return max([*rows, LONGEST_PROMPT if self.suites else 0])
@@ -186,9 +188,10 @@ class EndpointTarget:
     has_losses = False
     tuned = None
 
-    def __init__(self, name: str, model: str | None) -> None:
-        self.name, self._model = name, model
-        Endpoint(name, True, model=model)  # one that is down is refused before anything is loaded
+    def __init__(self, name: str, model: str | None, option: str) -> None:
+        self.name = name
+        # One that is down is refused before anything is loaded.
+        self._model = Endpoint(name, True, model=model, option=option).model
 
     def renderer(self, data: Data) -> None:
         return None
@@ -202,13 +205,16 @@ class EndpointTarget:
         return {"address": self.name, "model": self._model}
 
 
-def find_target(name: str, base: str | None = None, force: bool = False, model: str | None = None) -> Target:
+def find_target(
+    name: str, base: str | None = None, force: bool = False, model: str | None = None, option: str = "--model"
+) -> Target:
     """Find what a name stands for.
 
     Args:
         name: A run, a checkpoint, an adapter, a base, a merged folder, a GGUF file, or an address.
         base, force: arguments of `load`, for an adapter.
         model: Name of the model, on a server that has several.
+        option: Option that names the model.
 
     Raises:
         UserError: It stands for nothing, a server is not there, or an argument does not apply to it.
@@ -216,13 +222,26 @@ def find_target(name: str, base: str | None = None, force: bool = False, model: 
     kind = target_kind(name)
     if kind != "adapter" and base is not None:
         raise UserError(f"--base {base}: {name} is not an adapter, so --base does not apply", "leave it out")
-    if kind != "endpoint" and model is not None:
-        raise UserError(f"the model {model}: {name} is not a server with several models", "leave --model out")
+    if kind != "adapter" and force:
+        raise UserError(f"--force: {name} is not an adapter, so --force does not apply", "leave it out")
     if kind == "adapter":
         return AdapterTarget(name, base, force)
     if kind == "endpoint":
-        return EndpointTarget(name, model)
+        return EndpointTarget(name, model, option)
     return GgufTarget(name) if kind == "gguf" else BaseTarget(name)
+
+
+def require_server(name: str | None, kind: str | None, model: str | None, option: str) -> None:
+    """Raise UserError where the model of a server is named, and the target is none.
+
+    Args:
+        name, kind: Target and its kind; None: there is none.
+        model: Model that is named; None: there is none.
+        option: Option that names it.
+    """
+    if model is not None and kind != "endpoint":
+        what = "there is no --against" if name is None else f"{name} is not a server with several models"
+        raise UserError(f"{option} {model}: {what}", f"leave {option} out")
 
 
 def _rows_at_a_time(run: Run, work: Workload, target: Any) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from veneer.config import Model, Run, RunFolder, UserError, load_run
 from veneer.config.hub import require_reachable
-from veneer.config.names import base_not_here, find_adapter, find_model, require_adapter, target_kind
+from veneer.config.names import base_not_here, find_adapter, find_model, require_adapter, require_pair, target_kind
 from veneer.config.options import require_known
 from veneer.config.paths import require_path
 
@@ -62,10 +62,11 @@ def require_tuned(name: str, base: str | None = None) -> None:
 
 def require_evaluation(name: str, against: str | None, data: str | None, base: str | None = None) -> None:
     """Raise UserError where a target is nothing that can be evaluated, has nothing to be compared with, or no rows."""
-    for target, on in ((name, base), (against, None)):
-        if target is None:
-            continue
-        if (kind := target_kind(target)) == "adapter":
+    targets = [(name, require_pair(name, against), base)]
+    if against is not None:
+        targets.append((against, target_kind(against), None))
+    for target, kind, on in targets:
+        if kind == "adapter":
             require_tuned(target, on)
         elif kind == "base":
             require_base(Model(base=target))

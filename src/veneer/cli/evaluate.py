@@ -41,7 +41,10 @@ def evaluate(
         list[str] | None, typer.Option(help="Choice that changes their scores: num_fewshot=5; may be repeated.")
     ] = None,
     out_file: Annotated[Path | None, typer.Option("--out", help="Write the result into this JSON file too.")] = None,
-    model: Annotated[str | None, typer.Option(help="Model to ask, on a server that has several.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Model to ask, on a server with several; its key is read from OPENAI_API_KEY."),
+    ] = None,
     against_model: Annotated[str | None, typer.Option(help="The same for --against.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show rows that got better and worse.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON alone on stdout.")] = False,
@@ -76,6 +79,7 @@ def evaluate(
     """
     from veneer.cli import checks, show, show_comparison
     from veneer.cli.show_suites import show_suites
+    from veneer.config import RunFolder
 
     checks.require_gate(gate)
     checks.require_evaluation(target, against, data, base)
@@ -118,13 +122,14 @@ def evaluate(
     show.say(out, f"metrics  {', '.join(result['chosen']['metrics'])}: {escape(result['chosen']['why'])}")
     show_suites(out, result, called)
     if "tasks" in result:
-        show_comparison.show_tasks(out, result["tasks"])
+        show_comparison.show_tasks(out, result["tasks"], called)
     if verbose:
-        show_comparison.show_turned(out, evaluated.evaluation)
+        show_comparison.show_turned(out, evaluated.evaluation, called)
     show_comparison.show_gate(out, result["gate"])
     if evaluated.file is not None and evaluated.samples is not None:
         out.print(f"files  {evaluated.file} {evaluated.samples.name}", markup=False)
-    if against is None and evaluated.file is not None and not evaluated.is_record:
+    is_beside = evaluated.file is not None and RunFolder(evaluated.file.absolute().parent.parent).run.is_file()
+    if against is None and is_beside and not evaluated.is_record:
         out.print(
             "       the run's own record (evaluation.json and its card) is about its held-out rows and is not changed"
         )

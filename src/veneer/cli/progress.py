@@ -95,12 +95,12 @@ class Answering:
 
     def begin(self, total: int) -> None:
         """Take the number of answers to come, when the first is about to be given."""
-        self._total, self._answered, self._started = total, 0, time.monotonic()
+        self._total, self._answered, self._what, self._started = total, 0, "", time.monotonic()
 
     def begin_task(self, task: str, total: int) -> None:
         """Take what is asked now, and the number of its answers to come."""
-        self._what = f"{task}: "
         self.begin(total)
+        self._what = f"{task}: "
 
     def add(self, count: int) -> None:
         """Take the number of rows just answered; the longest come last, so that what is left takes longer."""

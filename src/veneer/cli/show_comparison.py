@@ -1,6 +1,6 @@
 """What `evaluate` prints of base against tuned: what the rows can show, the verdicts, rows that turned, the gate."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -39,21 +39,34 @@ def show_verdicts(
         out.print(table, soft_wrap=False)
 
 
-def show_tasks(out: Console, tasks: dict[str, Any]) -> None:
-    """Print base against tuned on tasks of lm-eval; tasks whose group has a value of its own are left to the file."""
+def show_tasks(out: Console, tasks: dict[str, Any], called: Mapping[str, str]) -> None:
+    """Print base against tuned on tasks of lm-eval; tasks whose group has a value of its own are left to the file.
+
+    Args:
+        out: The console to print on.
+        tasks: `tasks` of evaluation.json.
+        called: argument of `show_scores`.
+    """
     shown = {name: values for name, values in tasks["metrics"].items() if values["group"] is None}
     comparison = {name: one for name, one in tasks["comparison"].items() if name in shown}
     show_detectable(out, comparison, shown)
     models = tuple(model for model in ("base", "tuned") if all(model in values for values in shown.values()))
-    chat = "as turns of a chat" if tasks["settings"]["apply_chat_template"] else "without a chat template"
-    show.show_scores(out, f"tasks of lm-eval, {chat}, 95% intervals", shown, models)
-    show_verdicts(out, comparison, shown)
+    settings = tasks["settings"]
+    chat = _chat(settings)
+    if (other := _chat(settings.get("base", settings))) != chat:
+        chat = f"{called['tuned']} {chat}, {called['base']} {other}"
+    show.show_scores(out, f"tasks of lm-eval, {chat}, 95% intervals", shown, models, called)
+    show_verdicts(out, comparison, shown, called["tuned"], called["base"])
     if hidden := len(tasks["metrics"]) - len(shown):
         out.print(f"       {hidden} more, of the groups' single tasks, are in the file")
 
 
-def show_turned(out: Console, evaluation: Any) -> None:
-    """Print the first rows that got better and worse by the first metric that judges answers."""
+def _chat(settings: dict[str, Any]) -> str:
+    return "as turns of a chat" if settings["apply_chat_template"] else "without a chat template"
+
+
+def show_turned(out: Console, evaluation: Any, called: Mapping[str, str]) -> None:
+    """Print the first rows that got better and worse by the first metric that judges answers; `called` as above."""
     samples = evaluation.samples()
     judged = [one for one in evaluation.comparison.values() if one.rows == len(samples)]
     for title, rows in (("better", judged[0].better_rows), ("worse", judged[0].worse_rows)) if judged else ():
@@ -64,7 +77,7 @@ def show_turned(out: Console, evaluation: Any) -> None:
             sample = samples[row]
             show.say(out, f"  [bold]{escape(sample['place'])}[/bold]  {_text(sample['prompt'])}", 4)
             for name in ("reference", "base", "tuned"):
-                show.say(out, f"    {name:9}  {_text(sample[name])}", 15)
+                show.say(out, f"    {called.get(name, name):9}  {_text(sample[name])}", 15)
 
 
 def show_gate(out: Console, gate: Sequence[dict[str, Any]]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from veneer.config.address import server_root
 from veneer.config.errors import UserError
 from veneer.config.hub import adapter_folder
 from veneer.config.paths import require_path
@@ -98,9 +99,10 @@ def target_kind(name: str) -> str:
     """Find what kind of model a name stands for: endpoint (an address), adapter (of a run too), gguf or base.
 
     Raises:
-        UserError: It stands for nothing.
+        UserError: It stands for nothing, or the address holds a password.
     """
     if name.startswith(("http://", "https://")):
+        server_root(name)
         return "endpoint"
     if find_adapter(name) is not None:
         return "adapter"
@@ -122,6 +124,18 @@ def target_kind(name: str) -> str:
             ".gguf file, or an address (http://...)",
         ) from None
     return "base"
+
+
+def require_pair(name: str, against: str | None) -> str:
+    """Return the kind of a target that is evaluated; the base of an adapter is what it is compared with by itself.
+
+    Raises:
+        UserError: It stands for nothing, or has nothing to be compared with.
+    """
+    kind = target_kind(name)
+    if against is None and kind != "adapter":
+        raise UserError(f"{name}: it is no adapter, so it has no base to be compared with", "name one with --against")
+    return kind
 
 
 def gguf_file(name: str) -> Path | None:

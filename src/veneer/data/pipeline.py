@@ -88,8 +88,19 @@ class Prepared:
     train: Part
     validation: Part
     ledger: Ledger
+    _given: TokenizedFiles
     _held_out: TokenizedFiles
     _data: Data
+
+    def trained_rows(self, rows: Sequence[HeldOut]) -> list[str]:
+        """Return the places of those rows, held out elsewhere, that stand among its own training rows.
+
+        They are compared by their text without system prompts, as duplicates are.
+        """
+        places = {row.conversation.text(): row.conversation.place for row in rows}
+        given, numbers = self._given, numbers_of(self._given.corpus, self.train.rows)
+        turns = take_again(given.sources, given.formats, given.setting, self._data, numbers)
+        return sorted({places[text] for _, row in turns if (text := row.text()) in places})
 
     def held_out(self, limit: int | None = None, group: str | None = None) -> list[HeldOut]:
         """The first held-out rows with their turns, which are read from their file again; all pieces of a long text.
@@ -130,7 +141,8 @@ def prepare(data: Data, renderer: Renderer, seed: int) -> Prepared:
         sides = leave_out_held_out(given, held_out, repeats, data, ledger)
         report_overlap(given, held_out, sides, data, ledger)
     prepared = Prepared(
-        Part(given.corpus, sides.train), Part(held_out.corpus, sides.validation), ledger, held_out, data
+        *(Part(given.corpus, sides.train), Part(held_out.corpus, sides.validation), ledger),
+        *(given, held_out, data),
     )
     _count(prepared, data, seed)
     ledger.warnings += warnings_of(ledger, data)
