@@ -1,0 +1,228 @@
+"""Training on pairs of answers: what it starts from, what it is compared with, and what is refused."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import veneer
+from tests.support.runs import StopAt, losses, tiny_run, write_rows
+from veneer.config import Interrupted, Run, RunFolder, UserError
+from veneer.data.pipeline import prepare
+from veneer.data.render import Renderer
+from veneer.engine.interface import document_losses
+from veneer.model.load import load_tokenizer
+from veneer.model.locate import locate
+from veneer.training.job import TrainingJob
+from veneer.training.metrics import read_metrics
+
+ANIMALS = ("cat", "dog", "owl", "hen")
+
+
+def some_pairs(count: int = 8) -> list[dict[str, Any]]:
+    """Pairs of uneven length; no answer is only chosen or only rejected."""
+    return [
+        {
+            "prompt": f"what does the {ANIMALS[n % 4]} say" + " please" * (n % 5),
+            "chosen": ANIMALS[n % 4] * (1 + n % 3),
+            "rejected": ANIMALS[(n + 1) % 4] * (1 + n % 2),
+        }
+        for n in range(count)
+    ]
+
+
+@pytest.fixture
+def pairs_file(tmp_path: Path) -> str:
+    return write_rows(tmp_path / "pairs.jsonl", some_pairs())
+
+
+@pytest.fixture(scope="module")
+def start(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of supervised training that preference training starts from."""
+    folder = tmp_path_factory.mktemp("start")
+    rows = write_rows(folder / "rows.jsonl", [{"prompt": p["prompt"], "completion": p["chosen"]} for p in some_pairs()])
+    veneer.train(tiny_run(tiny_model(), rows, folder / "run", train={"learning_rate": 3e-2}))
+    return folder / "run"
+
+
+def records(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
+    return [record for record in read_metrics(RunFolder(folder).metrics) if record["kind"] == kind]
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("engine", ["reference", "fused"])
+def test_training_begins_at_the_reference_and_learns_the_pairs(
+    engine: str, tiny_model: Callable[..., Path], tmp_path: Path, pairs_file: str, start: Path
+) -> None:
+    train = {"max_steps": 40, "engine": engine, "dpo": {"beta": 1.0}, "learning_rate": 3e-3, "warmup_ratio": 0}
+    train |= {"per_device_train_batch_size": 8}
+    data = {"validation": pairs_file, "duplicates": "keep"}
+    model = {"adapter": str(start)}
+    veneer.train(tiny_run(tiny_model(), pairs_file, tmp_path / "run", train=train, data=data, model=model))
+    first, *_, last = records(tmp_path / "run")
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-12)
+    assert first["rewards/chosen"] == first["rewards/rejected"] == first["rewards/margins"] == 0
+    assert last["loss"] < 0.1
+    assert last["rewards/margins"] > 2
+    assert last["rewards/accuracies"] == 1
+    held_out = records(tmp_path / "run", "eval")[-1]
+    assert held_out["loss"] < 0.1
+    assert held_out["rewards/accuracies"] == 1
+    ledger = json.loads((tmp_path / "run" / "ledger.json").read_text())
+    assert (ledger["rows"]["training"], ledger["tokens"]["examples"]) == (8, 16)
+
+
+def test_the_reference_is_the_starting_adapter_and_not_the_base(
+    tiny_model: Callable[..., Path], tmp_path: Path, pairs_file: str, start: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def first_loss(name: str) -> float:
+        run = tiny_run(tiny_model(), pairs_file, tmp_path / name, train={"max_steps": 1}, model={"adapter": str(start)})
+        veneer.train(run)
+        return losses(tmp_path / name)[0]
+
+    assert first_loss("right") == pytest.approx(math.log(2), abs=1e-12)
+
+    def of_the_base(engine: Any, batch: Any) -> list[float]:
+        with engine.adapter_off():
+            return document_losses(engine, batch)
+
+    monkeypatch.setattr("veneer.training.reference_logprobs.document_losses", of_the_base)
+    assert abs(first_loss("planted") - math.log(2)) > 1e-3
+
+
+def test_both_engines_train_alike(tiny_model: Callable[..., Path], tmp_path: Path, pairs_file: str) -> None:
+    for engine in ("reference", "fused"):
+        veneer.train(tiny_run(tiny_model(), pairs_file, tmp_path / engine, train={"engine": engine}))
+    assert losses(tmp_path / "fused") == pytest.approx(losses(tmp_path / "reference"), rel=1e-3)
+    assert losses(tmp_path / "fused")[-1] < math.log(2) - 0.01
+
+
+def test_a_step_may_be_cut_anywhere_between_pairs(
+    tiny_model: Callable[..., Path], tmp_path: Path, pairs_file: str
+) -> None:
+    for rows in (1, 8):
+        train = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 8 // rows}
+        veneer.train(tiny_run(tiny_model(), pairs_file, tmp_path / str(rows), train=train))
+    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "8"), rel=1e-4)
+
+
+def test_a_resumed_run_compares_with_what_it_started_from(
+    tiny_model: Callable[..., Path], tmp_path: Path, pairs_file: str, start: Path
+) -> None:
+    runs = [
+        tiny_run(tiny_model(), pairs_file, tmp_path / name, model={"adapter": str(start)}, train={"save_steps": 3})
+        for name in ("whole", "cut")
+    ]
+    veneer.train(runs[0])
+    with pytest.raises(Interrupted):
+        veneer.train(runs[1], listeners=[StopAt(4)])
+    veneer.train(runs[1], resume=True)
+    whole, resumed = adapter(tmp_path / "whole"), adapter(tmp_path / "cut")
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+def test_supervised_training_goes_on_from_an_adapter(
+    tiny_model: Callable[..., Path], tmp_path: Path, start: Path
+) -> None:
+    rows = str(start.parent / "rows.jsonl")
+    veneer.train(tiny_run(tiny_model(), rows, tmp_path / "run", model={"adapter": str(start)}, train={"max_steps": 1}))
+    assert losses(tmp_path / "run")[0] < losses(start)[0] - 0.1
+
+
+def test_what_is_told_of_the_reference(
+    tiny_model: Callable[..., Path], tmp_path: Path, pairs_file: str, start: Path
+) -> None:
+    for name, named, wanted in (("base", None, "starts from the base"), ("run", str(start), f"starts from {start}")):
+        run = tiny_run(tiny_model(), pairs_file, tmp_path / name, train={"max_steps": 1}, model={"adapter": named})
+        veneer.train(run)
+        events = [json.loads(line) for line in (tmp_path / name / "events.jsonl").read_text().splitlines()]
+        assert any(wanted in event["message"] and "is the reference" in event["message"] for event in events)
+
+
+def test_a_pair_with_a_cut_answer_is_left_out_whole_and_counted(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = [*some_pairs(4), {"prompt": "what", "chosen": "cat", "rejected": "owl " * 60}]
+    data = {"overlong": "truncate", "max_length": 64}
+    run = tiny_run(tiny_model(), write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "run", data=data)
+    ledger = prepare(run.data, Renderer(load_tokenizer(locate(run.model)), run.data), 0).ledger
+    assert (ledger.rows["used"], ledger.rows["overlong"], ledger.notes["overlong_pairs"]) == (4, 1, 1)
+
+
+SINGLE = [{"prompt": "what", "completion": "cat"}] * 2
+RATED = [{"prompt": "what", "completion": "cat", "label": True}] * 2
+EQUAL = [{"prompt": "what", "chosen": "cat", "rejected": "cat"}]
+EMPTY = [{"prompt": "what", "chosen": "", "rejected": "cat"}]
+REFUSED: list[tuple[str, list[dict[str, Any]], dict[str, Any], str]] = [
+    ("sft rows", SINGLE, {"train": {"objective": "dpo"}}, "hold single answers, and no pairs"),
+    ("rated rows", RATED, {"train": {"objective": "dpo"}}, "rows of the format rated"),
+    ("pairs for sft", some_pairs(), {"train": {"objective": "sft"}}, "train.objective=dpo"),
+    ("equal answers", some_pairs() + EQUAL, {}, "`chosen` and `rejected` are the same"),
+    ("empty answers alone", EMPTY, {}, "no row is left of 1 (1 empty"),
+    ("settings of dpo", SINGLE, {"train": {"dpo": {"beta": 0.2}}}, "train.dpo: the run learns single answers"),
+    ("smoothing", some_pairs(), {"train": {"dpo": {"loss_type": "ipo", "label_smoothing": 0.1}}}, "no effect with"),
+    ("packing", some_pairs(), {"data": {"packing": True}}, "pairs are not packed"),
+    ("loss on all", some_pairs(), {"data": {"loss_on": "all"}}, "data.loss_on = all"),
+    ("a rate to be found", some_pairs(), {"train": {"learning_rate": "auto"}}, "name a rate, such as 1e-5"),
+    ("no adapter", some_pairs(), {"model": {"adapter": "/nowhere"}}, "/nowhere: no such folder"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "sections", "message"), [c[1:] for c in REFUSED], ids=[c[0] for c in REFUSED])
+def test_bad_input_is_refused_with_one_message(
+    rows: list[dict[str, Any]], sections: dict[str, Any], message: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    sections = {"data": {"duplicates": "keep"}} | sections
+    run = tiny_run(tiny_model(), write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "run", **sections)
+    with pytest.raises(UserError) as refused:
+        TrainingJob(run)
+    assert message in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_mixed_files_are_refused(tiny_model: Callable[..., Path], tmp_path: Path, pairs_file: str) -> None:
+    single = write_rows(tmp_path / "single.jsonl", SINGLE)
+    run = tiny_run(tiny_model(), pairs_file, tmp_path / "run", data={"train": [pairs_file, single]})
+    with pytest.raises(UserError, match="a run learns from one kind of rows"):
+        TrainingJob(run)
+
+
+@pytest.mark.parametrize("value", [0, -1])
+def test_beta_is_above_0(value: float) -> None:
+    with pytest.raises(UserError, match="beta"):
+        Run(model={"base": "b"}, data={"train": "t"}, train={"dpo": {"beta": value}})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"r": 8}, "adapter.r = 8"), ({"lora_alpha": 16}, "adapter.lora_alpha = 16"),
+     ({"target_modules": ["q_proj"]}, "set adapter.target_modules")],
+)  # fmt: skip
+def test_an_adapter_of_another_form_is_refused(
+    settings: dict[str, Any],
+    message: str,
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
+    pairs_file: str,
+    start: Path,
+) -> None:
+    run = tiny_run(tiny_model(), pairs_file, tmp_path / "run", adapter=settings, model={"adapter": str(start)})
+    with pytest.raises(UserError) as refused:
+        TrainingJob(run)
+    assert message in str(refused.value)
+
+
+def test_an_adapter_of_another_base_is_refused(
+    tiny_model: Callable[..., Path], tmp_path: Path, pairs_file: str, start: Path
+) -> None:
+    run = tiny_run(tiny_model("qwen2"), pairs_file, tmp_path / "run", model={"adapter": str(start)})
+    with pytest.raises(UserError, match="the adapter does not belong to this"):
+        TrainingJob(run)
