@@ -140,7 +140,7 @@ def test_supervised_training_goes_on_from_an_adapter(
 def test_what_is_told_of_the_reference(
     tiny_model: Callable[..., Path], tmp_path: Path, pairs_file: str, start: Path
 ) -> None:
-    for name, named, wanted in (("base", None, "starts from the base"), ("run", str(start), f"starts from {start}")):
+    for name, named, wanted in (("base", None, "starts from the base"), ("run", str(start), f"starts from {start}, ")):
         run = tiny_run(tiny_model(), pairs_file, tmp_path / name, train={"max_steps": 1}, model={"adapter": named})
         veneer.train(run)
         events = [json.loads(line) for line in (tmp_path / name / "events.jsonl").read_text().splitlines()]

@@ -9,41 +9,45 @@ from typing import Any
 
 import torch
 
-from veneer.config import Adapter, Model, UserError
-from veneer.config.files import read_json, reading
+from veneer.config import Run, UserError
+from veneer.config.files import file_sha256, read_json, reading
 from veneer.config.manifest import read_manifest
 from veneer.config.names import require_adapter
 from veneer.config.notify import notify
 from veneer.model.locate import BaseSource
-from veneer.model.passport import read_passport, require_match
+from veneer.model.passport import Passport, read_passport, require_match
 from veneer.model.quiet import quiet
 
 FIX = "restore it, or fetch it again"
 
 
-def find_start(model: Model, adapter: Adapter, source: BaseSource) -> Path | None:
+def find_start(run: Run, source: BaseSource, template: str | None) -> Path | None:
     """Find the adapter that training starts from, before the base is loaded; None: a new one.
 
+    Warns where it was trained with another chat template, or with the base quantized otherwise.
+
     Args:
-        model: settings, with the adapter's name.
-        adapter: settings of the run's adapter.
+        run: settings.
         source: base of the run.
+        template: chat template of the run; None: rows are plain text.
 
     Raises:
         UserError: there is no such adapter, it is of another base, or of another form than the settings say.
     """
-    if model.adapter is None:
+    name, adapter = run.model.adapter, run.adapter
+    if name is None:
         return None
-    found = require_adapter(model.adapter)
+    found = require_adapter(name)
     if found.run is not None and found.path != found.run.adapter:
         read_manifest(found.path)
-    require_match(found.path, read_passport(found.path), source)
+    passport = read_passport(found.path)
+    require_match(found.path, passport, source)
     config = read_json(found.path / "adapter_config.json", "r", "lora_alpha", fix=FIX)
     settings = {"r": adapter.r, "lora_alpha": adapter.lora_alpha, "use_rslora": adapter.use_rslora}
     theirs = {name: config.get(name, False) for name in settings}
     others = [name for name in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(name)]
     if others:
-        raise UserError(f"model.adapter = {model.adapter}: has {', '.join(others)}, which is not trained here")
+        raise UserError(f"model.adapter = {name}: has {', '.join(others)}, which is not trained here")
     if theirs != settings:
         written = ", ".join(f"{name}: {value:g}" if name != "use_rslora" else f"{name}: {str(value).lower()}"
                             for name, value in theirs.items())  # fmt: skip
@@ -51,10 +55,39 @@ def find_start(model: Model, adapter: Adapter, source: BaseSource) -> Path | Non
             f"adapter.{name} = {settings[name]:g}" for name in settings if theirs[name] != settings[name]
         )
         raise UserError(
-            f"model.adapter = {model.adapter}: it was trained with {{{written}}}, and the run has {differ}",
+            f"model.adapter = {name}: it was trained with {{{written}}}, and the run has {differ}",
             f"set `adapter: {{{written}}}`",
         )
+    _warn_of_changes(found.path, passport, run, template)
     return found.path
+
+
+def start_sha256(start: Path | None) -> dict[str, str | None]:
+    """Return what a run's checkpoints keep of the adapter that training starts from."""
+    if start is None:
+        return {}
+    return {"the adapter that training starts from": file_sha256(start / "adapter_model.safetensors")}
+
+
+def _warn_of_changes(folder: Path, passport: Passport | None, run: Run, template: str | None) -> None:
+    file = folder / "chat_template.jinja"
+    if file.is_file() and file.read_text(encoding="utf-8") != template:
+        notify(
+            f"model.adapter = {run.model.adapter}: it was trained with another chat template than this run's; for one "
+            "that prints a date, set data.template_date to the day that it was trained on",
+            where="data.chat_template",
+        )
+    now = None if run.quantization is None else run.quantization.model_dump(exclude={"cache"})
+    then = (passport or {}).get("quantization")
+    if (
+        passport is not None
+        and (then and {key: then.get(key) for key in ("bits", "quant_type", "double_quant")}) != now
+    ):
+        notify(
+            f"model.adapter = {run.model.adapter}: it was trained with quantization {then}, and this run has {now}: "
+            "its base computes slightly other numbers",
+            where="quantization",
+        )
 
 
 def take_weights(model: Any, folder: Path, name: str) -> None:

@@ -35,6 +35,7 @@ from veneer.machine.device import peak_bytes, resolve_optim
 from veneer.model.attach import count_parameters, save_adapter
 from veneer.model.fingerprint import config_sha256, fingerprint
 from veneer.model.load import compute_dtype
+from veneer.model.start import start_sha256
 from veneer.planning.memory import optimizer_bytes, run_disk_bytes
 from veneer.training import checkpoint
 from veneer.training.best import LOSS, BestStep, require_evaluations
@@ -47,7 +48,7 @@ from veneer.training.optimizer import parameters_to_update
 from veneer.training.paired_losses import RowLosses
 from veneer.training.parts import RunParts, load_parts
 from veneer.training.rate_search import RateSearch, find_rate, with_rate
-from veneer.training.reference_logprobs import measure_held_out_rows, measure_training_rows
+from veneer.training.reference_logprobs import describe_reference, measure_reference
 from veneer.training.same_settings import require_same_settings
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers", "numpy")
@@ -158,7 +159,7 @@ class TrainingJob:
         train = run.train
         self.objective = choose_objective(run, self.data)
         if self.objective.needs_reference:
-            notify(_describe_reference(run), "info", "model.adapter")
+            notify(describe_reference(run), "info", "model.adapter")
         batches = batches_of(run, self.data.train, self.objective.documents_per_row)
         self._batches = batches
         forecast = self.prediction.forecast
@@ -180,6 +181,7 @@ class TrainingJob:
                 "held-out rows": self.data.ledger.sha256["validation"],
                 "the base's weights": fingerprint(self.source) or self.source.reference,
                 "the base's configuration (config.json)": config_sha256(self.source),
+                **start_sha256(parts.start),
             },
             device=self.machine.device,
             predicted_peak_bytes=forecast.run_peak_bytes,
@@ -312,18 +314,14 @@ class TrainingJob:
                 self.folder.remove()
         self.folder.clear_unfinished()
         if self.objective.needs_reference:  # before a checkpoint is loaded: the model is what training starts from
-            self._measure_reference()
+            batching = held_out_batching(self._rows_at_a_time, self.objective)
+            measure_reference(self.engine, self.data, self._batches, self.steps, self.held_out, batching)
         if found is not None:
             self._loop.resume(found)
             notify(f"resuming from {found}", "info", str(found))
         else:  # a run that was killed before its first checkpoint begins anew
             torch.manual_seed(self.run.train.seed)
             self._begin_folder()
-
-    def _measure_reference(self) -> None:
-        batching = held_out_batching(self._rows_at_a_time, self.objective)
-        measure_training_rows(self.engine, self.data.train, self._batches, self.steps)
-        measure_held_out_rows(self.engine, self.data.validation, self.held_out, batching)
 
     def _run_loop(self, listeners: tuple[Listener, ...], until: int | None = None) -> float:
         """Train, and write metrics.jsonl; returns tokens per second."""
@@ -439,13 +437,6 @@ def finished(run: Run) -> Trained | None:
         **best.as_dict(),
         kept_step=best.kept_step(run.train.keep, done),
     )
-
-
-def _describe_reference(run: Run) -> str:
-    learnt = "the rows are pairs, so the run learns to prefer the chosen answers (train.objective: dpo)"
-    if run.model.adapter is not None:
-        return f"{learnt}; it starts from {run.model.adapter}, which is the reference"
-    return f"{learnt}; it starts from the base, which is the reference, since model.adapter names no adapter"
 
 
 def _largest_rows(batches: Batches, rows: int, documents_per_row: int) -> tuple[int, ...]:

@@ -32,6 +32,7 @@ class RunParts:
 
     Attributes:
         model: The base with its adapter: a fresh one, or that of `model.adapter`.
+        start: folder of the adapter that training starts from; None: a fresh one.
         prediction: forecast of memory and time, with advice on the settings.
     """
 
@@ -42,6 +43,7 @@ class RunParts:
     data: Prepared
     prediction: Prediction
     model: Any
+    start: Path | None
 
 
 def load_parts(
@@ -67,7 +69,7 @@ def load_parts(
     data = prepare(run.data, renderer, run.train.seed)
     choose_objective(run, data)
     examine(data, renderer)
-    start = find_start(run.model, run.adapter, source)
+    start = find_start(run, source, renderer.template)
     prediction = predict_run(run, target, PreparedData(data, renderer))
     _require_positions(prediction.planner.base.shapes.positions, data)
     if not force:
@@ -78,7 +80,7 @@ def load_parts(
     reset_peak(machine.device)
     base = load_model(source, run.model, run.quantization, machine, _streams_weights(prediction))
     _require_embeddings(base, tokenizer, data)
-    return RunParts(machine, source, tokenizer, renderer, data, prediction, _adapted(base, run, source, start))
+    return RunParts(machine, source, tokenizer, renderer, data, prediction, _adapted(base, run, source, start), start)
 
 
 def fresh_parts(parts: RunParts, run: Run) -> RunParts:
@@ -92,7 +94,7 @@ def fresh_parts(parts: RunParts, run: Run) -> RunParts:
         UserError: The run is predicted not to fit beside a base that stays on the device, or an entry of target_modules
             matches nothing.
     """
-    start = find_start(run.model, run.adapter, parts.source)
+    start = find_start(run, parts.source, parts.renderer.template)
     base = detach(parts.model)
     release_memory()
     reset_peak(parts.machine.device)
@@ -104,7 +106,7 @@ def fresh_parts(parts: RunParts, run: Run) -> RunParts:
             "such a base is loaded for a single run",
             "name a smaller model.base, set `quantization: {bits: 4}`, or train each run by itself",
         )
-    return replace(parts, prediction=prediction, model=_adapted(base, run, parts.source, start))
+    return replace(parts, prediction=prediction, model=_adapted(base, run, parts.source, start), start=start)
 
 
 def _adapted(base: Any, run: Run, source: BaseSource, start: Path | None) -> Any:
