@@ -2,15 +2,17 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import veneer
+from tests.support.notices import notified
 from tests.support.runs import StopAt, losses, tiny_run, write_rows
 from veneer.config import Interrupted, Run, RunFolder, UserError
 from veneer.data.pipeline import prepare
@@ -18,8 +20,10 @@ from veneer.data.render import Renderer
 from veneer.engine.interface import document_losses
 from veneer.model.load import load_tokenizer
 from veneer.model.locate import locate
+from veneer.release.redact import public_settings
 from veneer.training.job import TrainingJob
 from veneer.training.metrics import read_metrics
+from veneer.training.verify import verify
 
 ANIMALS = ("cat", "dog", "owl", "hen")
 
@@ -226,3 +230,88 @@ def test_an_adapter_of_another_base_is_refused(
     run = tiny_run(tiny_model("qwen2"), pairs_file, tmp_path / "run", model={"adapter": str(start)})
     with pytest.raises(UserError, match="the adapter does not belong to this"):
         TrainingJob(run)
+
+
+def test_a_resumed_run_refuses_another_starting_adapter(
+    tiny_model: Callable[..., Path], tmp_path: Path, pairs_file: str, start: Path
+) -> None:
+    shutil.copytree(start / "adapter", tmp_path / "start")
+    (tmp_path / "start" / "passport.json").unlink()
+    sections: dict[str, Any] = {"model": {"adapter": str(tmp_path / "start")}, "train": {"save_steps": 1}}
+    run = tiny_run(tiny_model(), pairs_file, tmp_path / "run", **sections)
+    with pytest.raises(Interrupted):
+        veneer.train(run, listeners=[StopAt(2)])
+    file = tmp_path / "start" / "adapter_model.safetensors"
+    save_file({name: 2 * value for name, value in load_file(file).items()}, file)
+    with pytest.raises(UserError, match="not what this run began with: the adapter that training starts from"):
+        veneer.train(run, resume=True)
+
+
+def test_changes_since_the_starting_adapter_are_told(
+    tiny_model: Callable[..., Path], tmp_path: Path, pairs_file: str, start: Path
+) -> None:
+    sections: dict[str, Any] = {"model": {"adapter": str(start)}, "data": {"chat_template": "alpaca"}}
+    sections["quantization"] = {"bits": 4}
+    with notified("it was trained with another chat template") as told:
+        TrainingJob(tiny_run(tiny_model(), pairs_file, tmp_path / "run", **sections))
+    assert any("it was trained with quantization None" in message for message in told)
+
+
+def test_a_checkpoint_and_a_plain_adapter_of_another_base_are_noticed(
+    tiny_model: Callable[..., Path], tmp_path: Path, pairs_file: str, start: Path
+) -> None:
+    """Neither has a passport."""
+    (checkpoint,) = (start / "checkpoints").iterdir()
+    sections: dict[str, Any] = {"model": {"adapter": str(checkpoint)}, "train": {"max_steps": 1}}
+    veneer.train(tiny_run(tiny_model(), pairs_file, tmp_path / "run", **sections))
+    assert losses(tmp_path / "run")[0] == pytest.approx(math.log(2), abs=1e-12)
+    with pytest.raises(UserError, match="it was trained on another base than"):
+        TrainingJob(tiny_run(tiny_model("mistral"), pairs_file, tmp_path / "other", **sections))
+
+    shutil.copytree(start / "adapter", tmp_path / "plain")
+    (tmp_path / "plain" / "passport.json").unlink()
+    sections["model"] = {"adapter": str(tmp_path / "plain")}
+    with notified("it has no passport by which"):
+        TrainingJob(tiny_run(tiny_model("mistral"), pairs_file, tmp_path / "other", **sections))
+
+
+def test_a_sweep_over_pairs_is_refused(tiny_model: Callable[..., Path], tmp_path: Path, pairs_file: str) -> None:
+    run = tiny_run(tiny_model(), pairs_file, tmp_path / "run", data={"validation": 3})
+    (tmp_path / "sweep.yaml").write_text(
+        json.dumps({"run": json.loads(run.model_dump_json()), "grid": {"adapter.r": [2, 4]}})
+    )
+    with pytest.raises(UserError, match="the run's rows are pairs of answers"):
+        veneer.sweep(tmp_path / "sweep.yaml")
+
+
+def test_a_shared_run_names_its_starting_adapter_without_its_path() -> None:
+    run = Run(model={"base": "b", "adapter": "/home/someone/runs/sft"}, data={"train": "t"})
+    assert public_settings(json.loads(run.model_dump_json()))["model"]["adapter"] == "sft"
+
+
+def test_a_plan_counts_pairs(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """A row of a micro-batch is two documents."""
+    steps = {}
+    for name, rows in (
+        ("pairs", some_pairs(16)),
+        ("single", [{"prompt": p["prompt"], "completion": p["chosen"]} for p in some_pairs(16)]),
+    ):
+        train = {"max_steps": None, "num_train_epochs": 1}
+        file = write_rows(tmp_path / f"{name}.jsonl", rows)
+        data = {"duplicates": "keep"}
+        planned = veneer.plan(tiny_run(tiny_model(), file, tmp_path / name, train=train, data=data)).as_dict()
+        steps[name] = planned["rows"]["steps"], planned["rows"]["tokens"]
+    assert steps["pairs"][0] == steps["single"][0] == 4
+    assert steps["pairs"][1] > 1.5 * steps["single"][1]
+
+
+def test_a_run_on_pairs_is_evaluated_merged_and_verified(
+    tiny_model: Callable[..., Path], tmp_path: Path, pairs_file: str, start: Path
+) -> None:
+    run = tiny_run(tiny_model(), pairs_file, tmp_path / "run", data={"validation": 3}, model={"adapter": str(start)})
+    veneer.train(run)
+    found = veneer.evaluate(tmp_path / "run").as_dict()
+    assert found["rows"] == 3
+    veneer.merge(str(tmp_path / "run"), tmp_path / "merged")
+    assert list((tmp_path / "merged").glob("*.safetensors"))
+    assert verify(run.model_copy(update={"train": run.train.model_copy(update={"output_dir": tmp_path / "no"})})).passed

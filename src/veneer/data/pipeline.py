@@ -77,6 +77,8 @@ class Part(Sequence[Example]):
         if isinstance(at, slice):
             return [self[n] for n in range(*at.indices(len(self)))]
         example = self.corpus[self.examples[at]]
+        if not self.values:
+            return example
         return replace(example, values={name: float(of[at]) for name, of in self.values.items()})
 
     def fingerprint(self) -> str:

@@ -14,6 +14,7 @@ from veneer.config.files import file_sha256, read_json, reading
 from veneer.config.manifest import read_manifest
 from veneer.config.names import require_adapter
 from veneer.config.notify import notify
+from veneer.model.fingerprint import config_sha256, fingerprint
 from veneer.model.locate import BaseSource
 from veneer.model.passport import Passport, read_passport, require_match
 from veneer.model.quiet import quiet
@@ -38,9 +39,11 @@ def find_start(run: Run, source: BaseSource, template: str | None) -> Path | Non
     if name is None:
         return None
     found = require_adapter(name)
-    if found.run is not None and found.path != found.run.adapter:
-        read_manifest(found.path)
     passport = read_passport(found.path)
+    if found.run is not None and found.path != found.run.adapter:
+        _require_base_of_checkpoint(found.path, name, source)
+    elif passport is None:
+        _warn_of_another_base(found.path, name, source)
     require_match(found.path, passport, source)
     config = read_json(found.path / "adapter_config.json", "r", "lora_alpha", fix=FIX)
     settings = {"r": adapter.r, "lora_alpha": adapter.lora_alpha, "use_rslora": adapter.use_rslora}
@@ -60,6 +63,34 @@ def find_start(run: Run, source: BaseSource, template: str | None) -> Path | Non
         )
     _warn_of_changes(found.path, passport, run, template)
     return found.path
+
+
+def base_sha256(source: BaseSource) -> dict[str, str | None]:
+    """Return what a run's checkpoints keep of its base."""
+    return {
+        "the base's weights": fingerprint(source) or source.reference,
+        "the base's configuration (config.json)": config_sha256(source),
+    }
+
+
+def _require_base_of_checkpoint(folder: Path, name: str, source: BaseSource) -> None:
+    """Raise UserError for a checkpoint, which has no passport, of a run on another base."""
+    began_with = read_manifest(folder)["began_with"]
+    if any(began_with.get(what) != now for what, now in base_sha256(source).items()):
+        raise UserError(
+            f"model.adapter = {name}: it was trained on another base than {source.name}", "name that in model.base"
+        )
+
+
+def _warn_of_another_base(folder: Path, name: str, source: BaseSource) -> None:
+    """Warn where an adapter of another tool, whose base nothing but a name tells, names another one."""
+    named = read_json(folder / "adapter_config.json", fix=FIX).get("base_model_name_or_path")
+    if named and named != source.reference and Path(named).resolve() != Path(source.reference).resolve():
+        notify(
+            f"model.adapter = {name}: its adapter_config.json names the base {named}, and this run trains on "
+            f"{source.reference}; it has no passport by which these could be compared",
+            where="model.adapter",
+        )
 
 
 def start_sha256(start: Path | None) -> dict[str, str | None]:

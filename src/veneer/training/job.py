@@ -33,9 +33,8 @@ from veneer.engine.interface import BatchShapes, Engine, document_losses
 from veneer.engine.placement import MemoryPlacement
 from veneer.machine.device import peak_bytes, resolve_optim
 from veneer.model.attach import count_parameters, save_adapter
-from veneer.model.fingerprint import config_sha256, fingerprint
 from veneer.model.load import compute_dtype
-from veneer.model.start import start_sha256
+from veneer.model.start import base_sha256, start_sha256
 from veneer.planning.memory import optimizer_bytes, run_disk_bytes
 from veneer.training import checkpoint
 from veneer.training.best import LOSS, BestStep, require_evaluations
@@ -179,8 +178,7 @@ class TrainingJob:
             began_with={
                 "training rows (or their tokenizer or template)": self.data.ledger.sha256["train"],
                 "held-out rows": self.data.ledger.sha256["validation"],
-                "the base's weights": fingerprint(self.source) or self.source.reference,
-                "the base's configuration (config.json)": config_sha256(self.source),
+                **base_sha256(self.source),
                 **start_sha256(parts.start),
             },
             device=self.machine.device,
