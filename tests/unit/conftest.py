@@ -51,7 +51,9 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VENEER_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(hub, "_probe", lambda endpoint, period: None)  # nothing is asked of a network
-        patch.setattr("os.fsync", lambda file: None)  # a disk's answer, 3 ms each, outlives no crash that a test can make
+        patch.setattr(
+            "os.fsync", lambda file: None
+        )  # a disk's answer, 3 ms each, outlives no crash that a test can make
         yield
 
 

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import veneer
 from tests.support.notices import notified
@@ -21,7 +24,7 @@ from veneer.engine.interface import document_losses
 from veneer.model.load import load_tokenizer
 from veneer.model.locate import locate
 from veneer.release.redact import public_settings
-from veneer.training.job import TrainingJob
+from veneer.training.job import TrainingJob, batches_of
 from veneer.training.metrics import read_metrics
 from veneer.training.verify import verify
 
@@ -100,6 +103,55 @@ def test_the_reference_is_the_starting_adapter_and_not_the_base(
 
     monkeypatch.setattr("veneer.training.reference_logprobs.document_losses", of_the_base)
     assert abs(first_loss("planted") - math.log(2)) > 1e-3
+
+
+def plain_losses(run: Run, base: Path, start: Path, rates: list[float]) -> list[float]:
+    """The losses of a run by Transformers, PEFT, AdamW and the loss of TRL's DPOTrainer, one pair after the other."""
+    rows = prepare(run.data, Renderer(load_tokenizer(locate(run.model)), run.data), run.train.seed).train
+    batches = batches_of(run, rows, 2)
+
+    def loaded() -> Any:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        return PeftModel.from_pretrained(model, str(start / "adapter"), is_trainable=True)
+
+    def logp(model: Any, example: Any) -> torch.Tensor:
+        ids = torch.from_numpy(example.ids.astype("int64"))
+        logprobs = torch.log_softmax(model(input_ids=ids[None]).logits[0, :-1], -1)
+        return (logprobs.gather(1, ids[1:, None])[:, 0] * torch.from_numpy(example.weights[1:])).sum()
+
+    policy, reference = loaded(), loaded()
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, weight_decay=0)
+    found = []
+    for number, rate in enumerate(rates):
+        pairs = []
+        for members in batches.members_of_step(number):
+            for chosen, rejected in zip(members[::2], members[1::2], strict=True):
+                with torch.no_grad():
+                    ref_logratios = logp(reference, rows[chosen]) - logp(reference, rows[rejected])
+                logits = logp(policy, rows[chosen]) - logp(policy, rows[rejected]) - ref_logratios
+                pairs.append(-F.logsigmoid(0.1 * logits))
+        loss = torch.stack(pairs).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.parametrize("engine", ["reference", "fused"])
+def test_a_run_is_that_of_a_plain_loop_with_trls_loss(
+    engine: str, tiny_model: Callable[..., Path], tmp_path: Path, pairs_file: str, start: Path
+) -> None:
+    train = {"engine": engine, "gradient_accumulation_steps": 2, "max_steps": 12, "per_device_train_batch_size": 2}
+    run = tiny_run(tiny_model(), pairs_file, tmp_path / "run", train=train, model={"adapter": str(start)})
+    veneer.train(run)
+    rates = [record["learning_rate"] for record in records(tmp_path / "run")]
+    found = losses(tmp_path / "run")
+    assert found == pytest.approx(plain_losses(run, tiny_model(), start, rates), rel=1e-3)
+    assert max(found) - min(found) > 0.05, "a curve that differs from a constant"
 
 
 def test_both_engines_train_alike(tiny_model: Callable[..., Path], tmp_path: Path, pairs_file: str) -> None:
