@@ -1,5 +1,6 @@
 """Direct preference optimization has TRL's losses, autograd's gradients, and the same ones on either engine."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -7,11 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from tests.support.engines import model_of, worst
+from tests.support.notices import notified
 from tests.support.preference import gradients_of, pairs, step
 from veneer.data.batch import Batch, Example
 from veneer.engine.fused.engine import FusedEngine
 from veneer.engine.objective import TrainedTokens
 from veneer.engine.reference import ReferenceEngine
+from veneer.machine.batching import Batching
 from veneer.training.objectives import DirectPreference
 
 OBJECTIVES = [
@@ -145,3 +148,18 @@ def test_a_cut_batch_keeps_pairs_whole() -> None:
     first, second = Batch.of(examples, 2).halved()
     assert (first.lengths, second.lengths) == ((30, 3), (4, 5, 6, 7))
     assert [half.lengths for half in second.halved()] == [(4, 5), (6, 7)]
+
+
+def test_batches_without_gradients_keep_pairs_whole_once_memory_is_short() -> None:
+    taken: list[list[int]] = []
+
+    def work(rows: Sequence[int]) -> int:
+        if len(rows) > 2:
+            raise MemoryError
+        taken.append(list(rows))
+        return len(rows)
+
+    with notified("out of memory with 6 rows at a time"):
+        assert list(Batching(7, "fix", together=2).over(range(6), work)) == [2, 2, 2]
+    assert taken == [[0, 1], [2, 3], [4, 5]]
+    assert Batching(1, "fix", together=2).size == 2
