@@ -73,6 +73,7 @@ FAULTS: dict[str, dict[str, Any]] = {
     "tied-embedding": {"adapter": {"target_modules": [*SEVEN, "embed_tokens"]}},
     "dropout-large-data": {"adapter": {"lora_dropout": 0.05}, "facts": replace(DATA, rows=60_000)},
     "learning-rate": {"train": {"learning_rate": 2e-6}},
+    "preference-rate": {"facts": replace(DATA, has_pairs=True)},
     "no-warmup": {"train": {"warmup_ratio": 0}},
     "epochs-many": {"train": {"num_train_epochs": 10}, "facts": replace(DATA, rows=1000)},
     "no-clipping": {"train": {"max_grad_norm": 0}},
@@ -107,6 +108,7 @@ EARNED: dict[str, dict[str, Any]] = {
     "rank-for-rows": {"base": "chat", "adapter": {"r": 64, "lora_alpha": 64}},
     "experts": {"base": "experts"},
     "dropout-large-data": {"base": "chat", "adapter": {"lora_dropout": 0.05}, "data": {"train": "many.txt"}},
+    "preference-rate": {"base": "chat", "data": {"train": "pairs.jsonl"}},
     "epochs-many": {"base": "chat", "train": {"num_train_epochs": 4}},
     "few-steps": {"base": "chat", "train": {"per_device_train_batch_size": 32}},
     "quantized-twice": {"base": "smollm2-135m-instruct", "quantization": {"bits": 4}},
@@ -133,6 +135,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Pa
     rows = [{"prompt": f"what does the cat say to {n}" + " please" * (n % 9), "completion": "cat"} for n in range(800)]
     write_rows(folder / "rows.jsonl", rows)
     (folder / "many.txt").write_text("".join(f"{n}\n" for n in range(50_200)))
+    write_rows(folder / "pairs.jsonl", [{"prompt": row["prompt"], "chosen": "cat", "rejected": "dog"} for row in rows])
     write_rows(folder / "long.jsonl", [row | {"completion": "cat " * 60} for row in rows])
     return folder
 
@@ -170,6 +173,12 @@ def test_a_plan_leaves_sound_runs_in_peace(bases: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(bases)
     assert advised() == advised("chat") == {}
     assert set(advised("meta-llama/Llama-3.1-8B", quantization={"bits": 4})) == {"requantized-merge"}
+
+
+def test_a_rate_for_pairs_is_not_too_low_for_lora() -> None:
+    facts = replace(DATA, has_pairs=True)
+    assert ids(situation(facts=facts, train={"learning_rate": 5e-6})) == set()
+    assert ids(situation(facts=facts, train={"learning_rate": 2e-3})) == {"preference-rate"}
 
 
 def test_rows_that_are_too_long_and_a_base_quantized_before() -> None:

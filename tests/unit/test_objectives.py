@@ -204,7 +204,7 @@ def test_a_run_logs_its_objectives_metrics(
     path = write_rows(tmp_path / "rows.jsonl", rows)
     train = {"max_steps": 2, "logging_steps": 1, "gradient_accumulation_steps": 2}
     run = tiny_run(tiny_model(), path, tmp_path / "run", data={"validation": 4, "duplicates": "keep"}, train=train)
-    monkeypatch.setitem(OBJECTIVES, "supervised", Counting())
+    monkeypatch.setitem(OBJECTIVES, "sft", lambda train: Counting())
     veneer.train(run)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {line["kind"] for line in lines} == {"train", "eval"}

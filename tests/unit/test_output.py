@@ -51,6 +51,13 @@ def test_training_in_a_log_file_is_ten_lines_without_control_codes() -> None:
     assert last == "  step 100: held-out loss 1.2500"
 
 
+def test_a_step_on_pairs_tells_their_margin_and_the_share_that_is_right() -> None:
+    out, file = console(120, is_terminal=False)
+    with LiveProgress(out, 1) as progress:
+        progress(STEP | {"step": 1, "rewards/margins": 0.1234, "rewards/accuracies": 0.75})
+    assert "  margin 0.123  right 75%  " in file.getvalue()
+
+
 def test_slow_steps_are_told_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])

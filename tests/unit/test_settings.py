@@ -18,6 +18,7 @@ import huggingface_hub.constants
 import pytest
 from pydantic.fields import FieldInfo
 
+from tests.support.adapters import save_adapter_of
 from tests.support.outcomes import VIEWS, outcome, plan_of
 from tests.support.rows import turns
 from tests.support.runs import some_rows, write_rows
@@ -33,6 +34,7 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 VALUES: dict[str, Any] = {
     "model.base": "files/other",
     "model.revision": "v2",
+    "model.adapter": "files/start",
     "adapter.target_modules": ["q_proj", "v_proj"],
     "data.train": "files/others.jsonl",
     "data.validation": 4,
@@ -51,6 +53,7 @@ VALUES: dict[str, Any] = {
     "evaluate.json_schema": "files/schema.json",
     "evaluate.during": ["exact_match"],
     "train.early_stopping": {"patience": 1, "min_delta": 5},
+    "train.dpo": {"beta": 0.5},
     "train.learning_rate": 5e-3,
     "train.warmup_ratio": 0.5,  # half of the default is no step of a short run
 }
@@ -79,6 +82,7 @@ WHERE: dict[str, dict[str, dict[str, Any]]] = {
         "data": {"train": "files/thoughts.jsonl", "chat_template": str(TEMPLATES / "qwen-3.jinja")}
     },
     "data.special_tokens_in_text": {"data": {"train": "files/control.jsonl"}},
+    "train.dpo": {"data": {"train": "files/pairs.jsonl"}},
     "train.num_train_epochs": {"train": {"max_steps": None}},
     "train.gradient_accumulation_steps": {"train": {"gradient_accumulation_steps": 2}},
     "train.eval_steps": {"data": {"validation": 2}},
@@ -99,7 +103,11 @@ WHERE: dict[str, dict[str, dict[str, Any]]] = {
 # Settings that this machine may refuse, since they are for a GPU: the plan for one shows what they do.
 FOR_GPU = {"train.memory_budget"}
 # Settings that are to leave every outcome alone, with the test of what they do.
-UNSEEN = {"data.workers": "test_prepare.py::test_several_processes_give_the_same_rows"}
+UNSEEN = {
+    "data.workers": "test_prepare.py::test_several_processes_give_the_same_rows",
+    # The rows leave no choice yet: another objective than theirs is refused.
+    "train.objective": "test_prefer.py::test_bad_input_is_refused_with_one_message",
+}
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +116,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Pa
     folder = tmp_path_factory.mktemp("files")
     for name in ("base", "cached"):
         save_tiny_model(FAMILIES["llama"], folder / name)
+    save_adapter_of("lora", folder / "base", folder / "start", r=4, lora_alpha=8, target_modules="all-linear")
     kind, sizes = FAMILIES["llama"]
     save_tiny_model((kind, sizes | {"intermediate_size": 96}), folder / "other")
     held = folder / "hub" / "models--org--tiny"

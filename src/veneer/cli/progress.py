@@ -153,7 +153,11 @@ class LiveProgress:
             self._out.print(f"  step {record['step']}: {'  '.join([f'held-out loss {loss}', *found])}", markup=False)
             return
         step = record["step"]
-        numbers = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tok/s  {size(record['peak_bytes'])}"
+        pairs = ""
+        if "rewards/margins" in record:
+            pairs = f"margin {record['rewards/margins']:.3g}  right {record['rewards/accuracies']:.0%}  "
+        speed = f"{record['tokens_per_second']:,.0f} tok/s  {size(record['peak_bytes'])}"
+        numbers = f"loss {record['loss']:.4f}  {pairs}{speed}"
         now = time.monotonic()
         left = (now - self._started) / (step - self._began) * (self._steps - step)
         self._progress.update(self._task, completed=step, numbers=numbers, ends=now + left)

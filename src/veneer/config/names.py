@@ -177,11 +177,13 @@ def find_model(model: Model) -> tuple[str, str]:
 
 
 def anchored(run: Run) -> Run:
-    """A run with its base, its rows and its template by absolute paths, where they are files or folders of this
-    machine, so that it means the same from any folder."""
+    """A run with its base, its adapter, its rows and its template by absolute paths, where they are files or folders of
+    this machine, so that it means the same from any folder."""
     model, data = run.model, run.data
     if _find_or_none(model.base) in ("folder", "gguf"):
         model = model.model_copy(update={"base": _absolute(model.base)})
+    if model.adapter is not None and Path(model.adapter).expanduser().exists():
+        model = model.model_copy(update={"adapter": _absolute(model.adapter)})
     changed: dict[str, Any] = {"train": _absolute_rows(data.train)}
     if isinstance(data.validation, str | tuple):
         changed["validation"] = _absolute_rows(data.validation)

@@ -42,6 +42,12 @@ class Model(Section):
         min_length=1, description="Hub id, local folder, .gguf file, or the built-in smollm2-135m-instruct."
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    adapter: str | None = Field(
+        None,
+        min_length=1,
+        description="Run, checkpoint or adapter folder whose adapter training starts from, on the same base; for pairs "
+        "of answers it is the reference, too. null: a new adapter.",
+    )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Compute dtype; auto is bfloat16 if the machine supports it, else float32."
     )
@@ -230,6 +236,16 @@ class EarlyStopping(Section):
     min_delta: float = Field(0.0, ge=0, description="An improvement of no more than this is none.")
 
 
+class Dpo(Section):
+    """Direct preference optimization, as in TRL's DPOConfig."""
+
+    beta: float = Field(0.1, gt=0, description="Weight of the log-ratios: larger stays nearer to the reference.")
+    loss_type: Literal["sigmoid", "hinge", "ipo"] = Field("sigmoid", description="Loss of a pair.")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="Share of the pairs that may be the wrong way round; of sigmoid alone."
+    )
+
+
 # One of the two by its value, so that a wrong number is told by the limits of a rate alone.
 LearningRate = Annotated[
     Annotated[float, Field(gt=0, le=1), Tag("rate")] | Annotated[Literal["auto"], Tag("auto")],
@@ -241,6 +257,21 @@ class Train(Section):
     """The training loop, as in Transformers' TrainingArguments."""
 
     output_dir: Path = Field(Path("runs/run"), description="The run's folder; it must not hold a run yet.")
+    objective: Literal["auto", "sft", "dpo"] = Field(
+        "auto",
+        description="sft: learn the answers; dpo: learn from pairs to prefer the chosen answer to the rejected one; "
+        "auto: by the rows.",
+    )
+    dpo: Dpo | None = Field(
+        None,
+        description="Settings of dpo, as {beta: 0.1, loss_type: sigmoid, label_smoothing: 0}, which are the defaults. "
+        "beta: larger stays nearer to the reference; loss_type: sigmoid, hinge or ipo; label_smoothing: share of the "
+        "pairs that may be the wrong way round, for sigmoid.",
+        json_schema_extra={
+            "fix": "write {beta: 0.1, loss_type: sigmoid, label_smoothing: 0}, with a beta above 0, a loss_type of "
+            "sigmoid, hinge or ipo, and a label_smoothing of 0 or more and below 0.5"
+        },
+    )
     num_train_epochs: float = Field(2.0, gt=0, description="Passes over the data.")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides num_train_epochs.")
     per_device_train_batch_size: int = Field(4, ge=1, description="Rows in a micro-batch.")

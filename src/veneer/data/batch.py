@@ -35,11 +35,13 @@ class Example:
         spans: trained tokens: (start, end, weight) of each span, rising. The first token of all is in none,
             since nothing stands before it that could predict it.
         place: place of the row it came from.
+        values: further values of the document for objectives, by name.
     """
 
     ids: Any
     spans: tuple[tuple[int, int, float], ...]
     place: str
+    values: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def trained(self) -> int:
@@ -104,7 +106,9 @@ class Batch:
         trained: Number of trained tokens.
         weight: Sum of their weights; the number of trained tokens where no row says otherwise.
         scale: Factor of the loss where gradients are computed; see `Engine.forward_backward`.
-        values: further values of each target for objectives, by name, float32 of shape (T,).
+        values: further values of each target for objectives, by name, float32 of shape (T,). A document's value stands
+            at its first trained target, with 0 at the others.
+        documents_per_row: documents of a row, which stay together wherever the batch is cut.
     """
 
     ids_T: "torch.Tensor"
@@ -115,9 +119,10 @@ class Batch:
     weight: float
     scale: float = 1.0
     values: Mapping[str, "torch.Tensor"] = field(default_factory=dict)
+    documents_per_row: int = 1
 
     @staticmethod
-    def of(examples: Sequence[Example]) -> "Batch":
+    def of(examples: Sequence[Example], documents_per_row: int = 1) -> "Batch":
         """Lay examples one behind the other."""
         import torch
 
@@ -126,20 +131,39 @@ class Batch:
         weights = np.concatenate([np.append(example.weights[1:], np.float32(0)) for example in examples])
         lengths = tuple(len(example.ids) for example in examples)
         trained = int(np.count_nonzero(weights))
-        return Batch(ids_T, targets_T, torch.from_numpy(weights), lengths, trained, float(weights.sum(dtype=float)))
+        starts = accumulate(lengths[:-1], initial=0)
+        firsts = [start + example.spans[0][0] - 1 for start, example in zip(starts, examples) if example.spans]
+        values = {name: torch.zeros(len(ids_T)) for name in examples[0].values}
+        for name, value_T in values.items():
+            value_T[firsts] = torch.tensor([example.values[name] for example in examples if example.spans])
+        return Batch(
+            ids_T,
+            targets_T,
+            torch.from_numpy(weights),
+            lengths,
+            trained,
+            float(weights.sum(dtype=float)),
+            values=values,
+            documents_per_row=documents_per_row,
+        )
 
     @property
     def tokens(self) -> int:
         return len(self.ids_T)
 
+    @property
+    def rows(self) -> int:
+        """Rows, of which each is `documents_per_row` documents."""
+        return len(self.lengths) // self.documents_per_row
+
     def scaled(self, scale: float) -> "Batch":
         return replace(self, scale=scale)
 
     def halved(self) -> "tuple[Batch, Batch]":
-        """Cut it between two documents, as near to half of its tokens as they allow; it must hold two at least."""
+        """Cut it between two rows, as near to half of its tokens as they allow; it must hold two at least."""
         ends = list(accumulate(self.lengths))
-        # A cut may fall after any document but the last; those that an objective reads together would offer one alone.
-        cut = min(range(1, len(ends)), key=lambda documents: abs(2 * ends[documents - 1] - self.tokens))
+        cuts = range(self.documents_per_row, len(ends), self.documents_per_row)
+        cut = min(cuts, key=lambda documents: abs(2 * ends[documents - 1] - self.tokens))
         first, second = slice(0, ends[cut - 1]), slice(ends[cut - 1], None)
         return self._part(first, self.lengths[:cut]), self._part(second, self.lengths[cut:])
 
@@ -166,7 +190,8 @@ class Batches:
         batch_size: Rows (or packs) of a micro-batch.
         accumulation: Micro-batches of an optimizer step.
         seed: seed of the order.
-        pack_length: Fill packs of so many tokens; None: a row is one example.
+        pack_length: Fill packs of so many tokens; None: a row is so many consecutive examples as `documents_per_row`.
+        documents_per_row: examples that stay together, with no packs.
 
     Attributes:
         sizes: Tokens of each row, or pack.
@@ -180,10 +205,14 @@ class Batches:
         accumulation: int,
         seed: int,
         pack_length: int | None = None,
+        documents_per_row: int = 1,
     ) -> None:
+        assert pack_length is None or documents_per_row == 1, "choose_objective refuses it"
         self._examples = examples
         self._lengths = lengths = np.asarray(lengths, dtype=np.int64)
-        pack_of = np.arange(len(lengths)) if pack_length is None else pack(lengths, pack_length)
+        rows = np.arange(len(lengths)) // documents_per_row
+        pack_of = rows if pack_length is None else pack(lengths, pack_length)
+        self._documents_per_row = documents_per_row
         self.sizes = np.bincount(pack_of, weights=lengths).astype(np.int64)
         self._members = np.argsort(pack_of, kind="stable")
         self._begin = np.concatenate([[0], np.cumsum(np.bincount(pack_of))])
@@ -199,21 +228,29 @@ class Batches:
 
     def step(self, number: int) -> list[Batch]:
         """Micro-batches of optimizer step `number`, counted from 0, longest rows first."""
+        return [self.batch_of(members) for members in self.members_of_step(number)]
+
+    def batch_of(self, members: Sequence[int]) -> Batch:
+        """A batch of some examples, by number."""
+        return Batch.of([self._examples[n] for n in members], self._documents_per_row)
+
+    def members_of_step(self, number: int) -> list[list[int]]:
+        """The examples of each micro-batch of a step, by number."""
         epoch, place = divmod(number, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._ordered(epoch)
         chosen = self._order[place * self._rows_per_step : (place + 1) * self._rows_per_step]
         chosen = chosen[np.argsort(-self.sizes[chosen], kind="stable")]
-        rows = [[self._examples[n] for n in self._members[self._begin[row] : self._begin[row + 1]]] for row in chosen]
+        rows = [self._members[self._begin[row] : self._begin[row + 1]].tolist() for row in chosen]
         micro_batches = [rows[n : n + self._batch_size] for n in range(0, len(rows), self._batch_size)]
-        return [Batch.of([example for row in micro for example in row]) for micro in micro_batches]
+        return [[member for row in micro for member in row] for micro in micro_batches]
 
     def largest(self) -> list[Batch]:
         """The micro-batch of the longest rows, and where rows are packed that of most documents."""
         counts = [self.sizes]
-        if len(self._members) > len(self.sizes):
+        if len(self._members) > len(self.sizes) * self._documents_per_row:
             counts.append(np.diff(self._begin))
-        return [Batch.of([self._examples[n] for n in self._members_of(count)]) for count in counts]
+        return [self.batch_of(self._members_of(count).tolist()) for count in counts]
 
     def most_documents(self) -> tuple[int, ...]:
         """Tokens of each document of the rows that hold most of them, as many as a micro-batch has."""

@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from veneer.data.tokens.corpus import Corpus, is_sound, seal, write
 from veneer.data.tokens.tokenize import Tokenized, tokenize
 from veneer.data.warn import warnings_of
 
-LAYOUT = 2  # of the cache's files; another number makes them anew
+LAYOUT = 3  # of the cache's files; another number makes them anew
 SMALL = 8 * 2**20  # bytes of input that one process does sooner than several would start
 MOST_WORKERS = 8
 # Settings that decide what is cached.
@@ -58,9 +58,11 @@ class Part(Sequence[Example]):
 
     Attributes:
         lengths: number of tokens of each.
+        values: further values of each for objectives, by name, which the examples are given; filled before training.
     """
 
     def __init__(self, corpus: Corpus, rows: Any) -> None:
+        self.values: dict[str, Any] = {}
         self.corpus = corpus
         self.rows = rows
         chosen_rows = np.zeros(len(corpus.rows), dtype=bool)
@@ -73,8 +75,11 @@ class Part(Sequence[Example]):
 
     def __getitem__(self, at: Any) -> Any:
         if isinstance(at, slice):
-            return [self.corpus[n] for n in self.examples[at]]
-        return self.corpus[self.examples[at]]
+            return [self[n] for n in range(*at.indices(len(self)))]
+        example = self.corpus[self.examples[at]]
+        if not self.values:
+            return example
+        return replace(example, values={name: float(of[at]) for name, of in self.values.items()})
 
     def fingerprint(self) -> str:
         """A hash of the tokens and weights of all its rows, in order."""
@@ -91,6 +96,11 @@ class Prepared:
     _given: TokenizedFiles
     _held_out: TokenizedFiles
     _data: Data
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether its rows are pairs of answers, two examples each: the chosen one and the rejected one."""
+        return {known["format"] for known in self.ledger.formats.values()} == {"preference"}
 
     def trained_rows(self, rows: Sequence[HeldOut]) -> list[str]:
         """Return the places of those rows, held out elsewhere, that stand among its own training rows.

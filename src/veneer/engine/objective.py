@@ -72,9 +72,14 @@ class Objective(Protocol):
     Attributes:
         is_weighted_sum: whether the loss is minus the weighted sum of log-probabilities, so that its derivative is
             known before the forward pass.
+        documents_per_row: documents of a row of the data, which it reads together: 2 of pairs, chosen and rejected.
+        needs_reference: whether it reads `reference` of `TrainedTokens.values`: the summed log-probability of each
+            document as training began, at its first trained token, and 0 at the others.
     """
 
     is_weighted_sum: ClassVar[bool] = False
+    documents_per_row: ClassVar[int] = 1
+    needs_reference: ClassVar[bool] = False
 
     def weight(self, batch: Batch) -> float:
         """Return the weight of a batch, before its pass."""

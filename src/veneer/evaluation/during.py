@@ -25,7 +25,7 @@ from veneer.evaluation.metrics.metric import MetricResult, ScoredRows
 from veneer.machine.batching import Batching
 from veneer.machine.device import rng_state, set_rng_state
 from veneer.training.best import LOSS
-from veneer.training.objectives import OBJECTIVES
+from veneer.training.objectives.supervised import Supervised
 from veneer.training.parts import ON_HOST, ON_HOST_FIX
 
 
@@ -53,7 +53,7 @@ class DuringTraining:
     def __init__(self, run: Run, data: Prepared, renderer: Renderer) -> None:
         settings = run.evaluate
         self._renderer = renderer
-        self._recorded = {LOSS, *OBJECTIVES["supervised"].held_out_metrics(0.0)}  # of all rows, in every record
+        self._recorded = {LOSS, *Supervised().held_out_metrics(0.0)}  # of all rows, in every record
         self._names: list[str] = [name for name in settings.during if name not in self._recorded]
         self._settings = settings.model_copy(update={"metrics": tuple(self._names)})
         longest = int(data.validation.corpus.trained[data.validation.examples].max())

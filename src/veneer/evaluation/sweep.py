@@ -152,6 +152,11 @@ class SweepLoop:
         """
         parts = load_parts(self._run)
         rows = len(parts.data.validation.rows)
+        if parts.data.has_pairs:
+            raise UserError(
+                "a sweep compares trials by their loss on single answers, and the run's rows are pairs of answers",
+                "train each run by itself, and compare the records of kind eval in their metrics.jsonl",
+            )
         if rows < 2:
             raise UserError(
                 f"a sweep compares trials by their loss on held-out rows, of which the run has {rows}; at least 2 are "

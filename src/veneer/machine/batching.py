@@ -26,13 +26,15 @@ class Batching:
         size: rows in a batch.
         fix: advice where not even one row fits.
         what: result that the rows are taken for, in messages.
+        together: consecutive rows that are never parted.
 
     Attributes:
         size: current number of rows in a batch.
     """
 
-    def __init__(self, size: int, fix: str, what: str = "answers") -> None:
-        self.size = size
+    def __init__(self, size: int, fix: str, what: str = "answers", together: int = 1) -> None:
+        self._together = together
+        self.size = self._whole(size)
         self._fix = fix
         self._what = what
         self._has_notified = False
@@ -77,10 +79,13 @@ class Batching:
                     raise
             self._halve(rows)  # out here nothing holds what the failed attempt had made
 
+    def _whole(self, size: int) -> int:
+        return max(self._together, size // self._together * self._together)
+
     def _halve(self, rows: int) -> None:
-        if rows == 1:
+        if rows <= self._together:
             raise JobError(f"out of memory with one row at a time ({self._what})\n  fix: {self._fix}")
-        self.size = rows // 2
+        self.size = self._whole(rows // 2)
         release_memory()
         if not self._has_notified:
             self._has_notified = True

@@ -40,6 +40,7 @@ class DataFacts:
         longest: tokens of the longest row, within the limit.
         end_of_turn: trained end-of-turn tokens.
         raw: whether the rows are text without turns.
+        has_pairs: whether they are pairs of answers, which dpo learns from.
     """
 
     rows: int
@@ -48,6 +49,7 @@ class DataFacts:
     longest: int
     end_of_turn: int
     raw: bool
+    has_pairs: bool = False
 
 
 @dataclass(frozen=True)
@@ -246,9 +248,24 @@ def _(s: Situation) -> Finding:
 @_warning("learning-rate", "train.learning_rate", "arXiv 2106.09685, 2305.14314; ten times that of full training")
 def _(s: Situation) -> Finding:
     rate = s.run.train.learning_rate
-    if rate == "auto" or RATES[0] <= rate <= RATES[1]:
+    if rate == "auto" or RATES[0] <= rate <= RATES[1] or _has_pairs(s):
         return None
     return f"{rate:g} is {'low' if rate < RATES[0] else 'high'} for LoRA", "set train.learning_rate=2e-4"
+
+
+@_warning("preference-rate", "train.learning_rate", "arXiv 2310.16944: 5e-7 in full training; ten times that for LoRA")
+def _(s: Situation) -> Finding:
+    rate = s.run.train.learning_rate
+    if not _has_pairs(s) or rate == "auto" or rate <= RATES[0]:
+        return None
+    return (
+        f"{rate:g} is high for dpo: both answers lose probability, the rejected one faster",
+        "set train.learning_rate=1e-5",
+    )
+
+
+def _has_pairs(s: Situation) -> bool:
+    return s.data is not None and s.data.has_pairs
 
 
 @_info("no-warmup", "train.warmup_ratio", "arXiv 1706.02677")

@@ -96,7 +96,9 @@ class PlannedModel:
         UserError: there is no such base, or it cannot be trained.
     """
 
-    def __init__(self, model: Model, data: tuple[Lengths, Lengths] | RowShapes | str) -> None:
+    def __init__(
+        self, model: Model, data: tuple[Lengths, Lengths] | tuple[Lengths, Lengths, int] | RowShapes | str
+    ) -> None:
         config = find_config(model)
         stored = getattr(config, "dtype", None)  # before building, which may change it
         base = build(config, torch.bfloat16, attention=model.attn_implementation)

@@ -98,8 +98,8 @@ class Lengths(NamedTuple):
         return Lengths(self.tokens[kept], self.trained[kept])
 
 
-def rows_of(run: Run, engine: str, train: Lengths, held_out: Lengths) -> RowShapes:
-    """Compute shapes of a run's micro-batches in an engine (reference or fused), from the lengths of its rows."""
+def rows_of(run: Run, engine: str, train: Lengths, held_out: Lengths, documents_per_row: int = 1) -> RowShapes:
+    """Compute shapes of a run's micro-batches in an engine (reference or fused), from the lengths of its documents."""
     sizes: Counter[PassShape] = Counter()
     met: set[int] = set()
 
@@ -112,7 +112,7 @@ def rows_of(run: Run, engine: str, train: Lengths, held_out: Lengths) -> RowShap
     train, held_out = train.within(run), held_out.within(run)
     if not len(train.tokens):
         train = Lengths(np.array([run.data.max_length]), np.array([run.data.max_length - 1]))
-    size = settings.per_device_train_batch_size
+    size = settings.per_device_train_batch_size * documents_per_row
     packs = pack(train.tokens, run.data.max_length) if run.data.packing else np.arange(len(train.tokens))
     batches = list(_micro_batches(train, packs, size, grouped))
     replayed = sum(count for _, count in sizes.most_common(MAX_GRAPHS)) / sizes.total()

@@ -56,10 +56,10 @@ class PreparedData:
     prepared: Prepared
     renderer: Renderer
 
-    def lengths(self) -> tuple[Lengths, Lengths]:
-        """Return the lengths of the training and of the held-out rows."""
+    def lengths(self) -> tuple[Lengths, Lengths, int]:
+        """Return the lengths of the training and of the held-out examples, and how many of them a row is."""
         train, held_out = (Lengths(part.lengths, part.corpus.trained[part.examples]) for part in self._parts())
-        return train, held_out
+        return train, held_out, 2 if self.prepared.has_pairs else 1
 
     def _parts(self) -> tuple[Part, Part]:
         return self.prepared.train, self.prepared.validation
@@ -74,6 +74,7 @@ class PreparedData:
             longest=int(max(part.lengths.max() for part in self._parts() if len(part))),
             end_of_turn=ledger["tokens"]["end_of_turn"],
             raw="text" in ledger["format"].split(", "),
+            has_pairs=self.prepared.has_pairs,
         )
         own = own_template(tokenizer)
         return data, TokenizerFacts(

@@ -52,6 +52,8 @@ def public_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """
     model, data, train = (dict(settings[section]) for section in ("model", "data", "train"))
     model["base"] = name_of(model["base"])
+    if model.get("adapter"):
+        model["adapter"] = name_of(model["adapter"])
     for key in ("train", "validation"):
         if isinstance(data.get(key), str):
             data[key] = name_of(data[key])

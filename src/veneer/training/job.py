@@ -31,23 +31,23 @@ from veneer.data.render import Renderer
 from veneer.engine.choose import choose
 from veneer.engine.interface import BatchShapes, Engine, document_losses
 from veneer.engine.placement import MemoryPlacement
-from veneer.machine.batching import Batching
 from veneer.machine.device import peak_bytes, resolve_optim
 from veneer.model.attach import count_parameters, save_adapter
-from veneer.model.fingerprint import config_sha256, fingerprint
 from veneer.model.load import compute_dtype
+from veneer.model.start import base_sha256, start_sha256
 from veneer.planning.memory import optimizer_bytes, run_disk_bytes
 from veneer.training import checkpoint
 from veneer.training.best import LOSS, BestStep, require_evaluations
+from veneer.training.choose_objective import choose_objective
 from veneer.training.held_out import HeldOutRows
-from veneer.training.loop import Loop
+from veneer.training.loop import Loop, held_out_batching
 from veneer.training.memory import need_and_fix, place
 from veneer.training.metrics import Listener, MetricsFile, read_metrics
-from veneer.training.objectives import OBJECTIVES
 from veneer.training.optimizer import parameters_to_update
 from veneer.training.paired_losses import RowLosses
 from veneer.training.parts import RunParts, load_parts
 from veneer.training.rate_search import RateSearch, find_rate, with_rate
+from veneer.training.reference_logprobs import describe_reference, measure_reference
 from veneer.training.same_settings import require_same_settings
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers", "numpy")
@@ -156,9 +156,13 @@ class TrainingJob:
         self.engine = self.choice.engine
         self.parameters = count_parameters(self.model)
         train = run.train
-        batches = batches_of(run, self.data.train)
+        self.objective = choose_objective(run, self.data)
+        if self.objective.needs_reference:
+            notify(describe_reference(run), "info", "model.adapter")
+        batches = batches_of(run, self.data.train, self.objective.documents_per_row)
+        self._batches = batches
         forecast = self.prediction.forecast
-        self.held_out = held_out = HeldOutRows(self.data.validation)
+        self.held_out = held_out = HeldOutRows(self.data.validation, self.objective.documents_per_row)
         self._rows_at_a_time = at_a_time = forecast.rows_at_a_time.get("evaluation", run.evaluate.batch_size)
         explain = partial(need_and_fix, self.prediction, self.machine.device)
         self.placement, most_tokens = self._place(batches, tuple(held_out.lengths[:at_a_time].tolist()), explain)
@@ -166,7 +170,7 @@ class TrainingJob:
             Loop,
             model=self.model,
             engine=self.engine,
-            objective=OBJECTIVES["supervised"],
+            objective=self.objective,
             batches=batches,
             held_out=held_out,
             rows_at_a_time=at_a_time,
@@ -174,8 +178,8 @@ class TrainingJob:
             began_with={
                 "training rows (or their tokenizer or template)": self.data.ledger.sha256["train"],
                 "held-out rows": self.data.ledger.sha256["validation"],
-                "the base's weights": fingerprint(self.source) or self.source.reference,
-                "the base's configuration (config.json)": config_sha256(self.source),
+                **base_sha256(self.source),
+                **start_sha256(parts.start),
             },
             device=self.machine.device,
             predicted_peak_bytes=forecast.run_peak_bytes,
@@ -203,7 +207,7 @@ class TrainingJob:
 
     def _examine(self, data: Prepared, renderer: Renderer) -> None:
         """Refuse settings that follow what is not measured, before the model is loaded."""
-        run, objective = self.run, OBJECTIVES["supervised"]
+        run, objective = self.run, choose_objective(self.run, data)
         measured = dict.fromkeys((LOSS, *objective.held_out_metrics(0.0), *run.evaluate.during))
         require_evaluations(run, len(data.validation), measured)
         if self._make_during is not None and run.evaluate.during:
@@ -220,7 +224,7 @@ class TrainingJob:
         updated = parameters_to_update(self.model, self.engine, train, device).values()
         states = optimizer_bytes([parameter.numel() for parameter in updated], resolve_optim(train.optim, device))
         shapes = BatchShapes(
-            largest=tuple(sorted(batches.sizes.tolist(), reverse=True)[: train.per_device_train_batch_size]),
+            largest=_largest_rows(batches, train.per_device_train_batch_size, self.objective.documents_per_row),
             varies=vary(part, batches.sizes, train.per_device_train_batch_size),
             held_out=held_out,
             documents=batches.most_documents() if self.run.data.packing else (),
@@ -241,7 +245,7 @@ class TrainingJob:
 
     def measure_held_out(self, rows: Sequence[Example] | None = None) -> list[float]:
         """Measure the summed loss of each held-out example as the adapter is now; None: of all, in their order."""
-        batching = Batching(self._rows_at_a_time, "lower data.max_length", "held-out losses")
+        batching = held_out_batching(self._rows_at_a_time, self.objective)
         of_batches = batching.over(
             self.held_out if rows is None else rows, lambda rows: document_losses(self.engine, Batch.of(rows))
         )
@@ -307,6 +311,9 @@ class TrainingJob:
             if self._overwrite:
                 self.folder.remove()
         self.folder.clear_unfinished()
+        if self.objective.needs_reference:  # before a checkpoint is loaded: the model is what training starts from
+            batching = held_out_batching(self._rows_at_a_time, self.objective)
+            measure_reference(self.engine, self.data, self._batches, self.steps, self.held_out, batching)
         if found is not None:
             self._loop.resume(found)
             notify(f"resuming from {found}", "info", str(found))
@@ -430,7 +437,14 @@ def finished(run: Run) -> Trained | None:
     )
 
 
-def batches_of(run: Run, part: Part) -> Batches:
+def _largest_rows(batches: Batches, rows: int, documents_per_row: int) -> tuple[int, ...]:
+    """Return the tokens of each row, or pack, of the largest micro-batch; of pairs, of each document."""
+    if documents_per_row > 1:
+        return batches.largest()[0].lengths
+    return tuple(sorted(batches.sizes.tolist(), reverse=True)[:rows])
+
+
+def batches_of(run: Run, part: Part, documents_per_row: int = 1) -> Batches:
     """Return all steps of a run over its training rows."""
     train = run.train
     return Batches(
@@ -440,6 +454,7 @@ def batches_of(run: Run, part: Part) -> Batches:
         train.gradient_accumulation_steps,
         train.seed,
         run.data.max_length if run.data.packing else None,
+        documents_per_row,
     )
 
 

@@ -88,7 +88,7 @@ class Loop:
         self._objective = objective
         self._batches = batches
         self._held_out = held_out
-        self._held_out_batching = Batching(rows_at_a_time, "lower data.max_length", "held-out losses")
+        self._held_out_batching = held_out_batching(rows_at_a_time, objective)
         self._train = train
         self._checkpoints = checkpoints
         self._device = device
@@ -328,7 +328,7 @@ class Loop:
         def measure(rows: Sequence[Example]) -> tuple[StepOutput, int] | None:
             if stopped():
                 return None
-            batch = Batch.of(rows)
+            batch = Batch.of(rows, self._objective.documents_per_row)
             logprobs_N = self._engine.token_logprobs(batch)
             return self._objective(TrainedTokens.of(batch, logprobs_N))[0], batch.trained
 
@@ -372,6 +372,11 @@ class Loop:
     def _save(self) -> None:
         checkpoint.save(self._checkpoints, self.done, self._state)
         checkpoint.drop_old(self._checkpoints, self._train.save_total_limit, self._protected)
+
+
+def held_out_batching(rows_at_a_time: int, objective: Objective) -> Batching:
+    """Return what takes held-out examples in batches, those of a row together."""
+    return Batching(rows_at_a_time, "lower data.max_length", "held-out losses", objective.documents_per_row)
 
 
 def _largest(gradient: torch.Tensor | None) -> torch.Tensor:

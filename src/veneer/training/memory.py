@@ -88,7 +88,7 @@ class OutOfMemoryRecovery:
                     f"{message}: the placement is tightened ({change}), and it is redone",
                     where="train.gradient_checkpointing",
                 )
-            elif failed is not None and len(failed.lengths) > 1:
+            elif failed is not None and failed.rows > 1:
                 self.most_tokens = _most_tokens(failed, message)
             else:
                 raise JobError(f"{message}: {self._explain()}")
@@ -124,7 +124,7 @@ def place(
         release_memory()
         failed = max(parts, key=lambda part: part.tokens)
         message = f"out of memory in the largest micro-batch, tried first, with {_size(failed)} ({shortage})"
-        if len(failed.lengths) == 1:
+        if failed.rows == 1:
             raise JobError(f"{message}: {explain()}")
         most_tokens = _most_tokens(failed, message)
         parts = [part for batch in largest for part in cut(batch, most_tokens)]
@@ -142,16 +142,15 @@ def _most_tokens(failed: Batch, message: str) -> int:
 
 
 def cut(batch: Batch, most_tokens: int | None) -> list[Batch]:
-    """Return the parts of a batch, halved until each has at most so many tokens, or is a single document."""
-    if most_tokens is None or batch.tokens <= most_tokens or len(batch.lengths) == 1:
+    """Return the parts of a batch, halved until each has at most so many tokens, or is a single row."""
+    if most_tokens is None or batch.tokens <= most_tokens or batch.rows == 1:
         return [batch]
     return [part for half in batch.halved() for part in cut(half, most_tokens)]
 
 
 def _size(batch: Batch) -> str:
-    documents = len(batch.lengths)
     return (
-        f"a single row of {batch.tokens:,} tokens" if documents == 1 else f"{documents} rows, {batch.tokens:,} tokens"
+        f"a single row of {batch.tokens:,} tokens" if batch.rows == 1 else f"{batch.rows} rows, {batch.tokens:,} tokens"
     )
 
 

@@ -5,6 +5,7 @@ Training and `veneer verify` begin with it. Nothing is written.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from veneer.config import Run, UserError
@@ -16,8 +17,10 @@ from veneer.machine.device import Machine, bound_freed_memory, find_machine, rel
 from veneer.model.attach import attach, detach
 from veneer.model.load import load_model, load_tokenizer
 from veneer.model.locate import BaseSource, locate
+from veneer.model.start import find_start, take_weights
 from veneer.planning.predict import Prediction, PreparedData, predict_run
 from veneer.planning.target import CONTEXT, least_budget, this_device
+from veneer.training.choose_objective import choose_objective
 
 ON_HOST = "weights are in the host's memory, and Transformers cannot generate answers from there"
 ON_HOST_FIX = "leave evaluate.during out, or raise train.memory_budget"
@@ -28,7 +31,8 @@ class RunParts:
     """A run's parts.
 
     Attributes:
-        model: The base with a fresh adapter.
+        model: The base with its adapter: a fresh one, or that of `model.adapter`.
+        start: folder of the adapter that training starts from; None: a fresh one.
         prediction: forecast of memory and time, with advice on the settings.
     """
 
@@ -39,6 +43,7 @@ class RunParts:
     data: Prepared
     prediction: Prediction
     model: Any
+    start: Path | None
 
 
 def load_parts(
@@ -62,8 +67,9 @@ def load_parts(
     tokenizer = load_tokenizer(source)
     renderer = Renderer(tokenizer, run.data)
     data = prepare(run.data, renderer, run.train.seed)
-    _require_objective(data)
+    choose_objective(run, data)
     examine(data, renderer)
+    start = find_start(run, source, renderer.template)
     prediction = predict_run(run, target, PreparedData(data, renderer))
     _require_positions(prediction.planner.base.shapes.positions, data)
     if not force:
@@ -74,7 +80,7 @@ def load_parts(
     reset_peak(machine.device)
     base = load_model(source, run.model, run.quantization, machine, _streams_weights(prediction))
     _require_embeddings(base, tokenizer, data)
-    return RunParts(machine, source, tokenizer, renderer, data, prediction, _adapted(base, run, source))
+    return RunParts(machine, source, tokenizer, renderer, data, prediction, _adapted(base, run, source, start), start)
 
 
 def fresh_parts(parts: RunParts, run: Run) -> RunParts:
@@ -88,6 +94,7 @@ def fresh_parts(parts: RunParts, run: Run) -> RunParts:
         UserError: The run is predicted not to fit beside a base that stays on the device, or an entry of target_modules
             matches nothing.
     """
+    start = find_start(run, parts.source, parts.renderer.template)
     base = detach(parts.model)
     release_memory()
     reset_peak(parts.machine.device)
@@ -99,11 +106,13 @@ def fresh_parts(parts: RunParts, run: Run) -> RunParts:
             "such a base is loaded for a single run",
             "name a smaller model.base, set `quantization: {bits: 4}`, or train each run by itself",
         )
-    return replace(parts, prediction=prediction, model=_adapted(base, run, parts.source))
+    return replace(parts, prediction=prediction, model=_adapted(base, run, parts.source, start), start=start)
 
 
-def _adapted(base: Any, run: Run, source: BaseSource) -> Any:
+def _adapted(base: Any, run: Run, source: BaseSource, start: Path | None) -> Any:
     model = attach(base, run.adapter, run.train.seed, run.train.gradient_checkpointing is not False)
+    if start is not None:
+        take_weights(model, start, str(run.model.adapter))
     model.peft_config["default"].base_model_name_or_path = source.reference  # of checkpoints, too
     return model
 
@@ -142,21 +151,6 @@ def _require_host_memory(placement: MemoryPlacement, host_bytes: int) -> None:
             "end other programs, raise train.memory_budget so that less leaves the GPU, or lower data.max_length; "
             "`veneer plan` says what is where; --force tries it anyway",
         )
-
-
-def _require_objective(data: Prepared) -> None:
-    """Raise UserError for rows that supervised training cannot learn from as they are."""
-    fixes = {
-        "preference": "set data.format=chosen to learn the chosen answers",
-        "rated": "set data.format=prompt-completion and data.bad_rows=drop to learn the good rows alone, or "
-        "data.ignore_columns=[label] if the label says something else",
-    }
-    for name, known in data.ledger.formats.items():
-        if fix := fixes.get(known["format"]):
-            raise UserError(
-                f"{name}: rows of the format {known['format']} compare answers, but training needs single answers",
-                fix,
-            )
 
 
 def _require_positions(positions: int | None, data: Prepared) -> None:

@@ -54,7 +54,7 @@ class Tokenized:
         signatures: signatures that find near-duplicates; uint8, shape (rows, BINS).
         fates: number of rows that were used, unreadable, refused, empty, overlong.
         notes: number of rows that were truncated, lost all trained tokens, ended with no answer, were rated good or
-            bad, or were rendered with a change.
+            bad, were rendered with a change, or are pairs with an answer beyond max_length.
         all_lengths: number of tokens of every row that was rendered, before any was left out.
         problems: first rows that are not used, and why.
         personal: personal data that was found.
@@ -132,10 +132,16 @@ class Tokenizing:
                 problems.append(RowProblem(taken.conversation.place, "empty", "no token is trained"))
                 continue
             all_lengths.append(max(len(example.ids) for example in made))
-            examples, is_overlong, is_cut = self._fit(made, taken.conversation.is_document)
+            is_pair = bool(taken.conversation.rejected)
+            if is_pair and len(made) == 2 and np.array_equal(made[0].ids, made[1].ids):
+                fates["refused"] += 1
+                problems.append(RowProblem(taken.conversation.place, "refused", "both answers are the same tokens"))
+                continue
+            examples, is_overlong, is_cut = self._fit(made, taken.conversation.is_document, is_pair)
             if not examples:
                 fates["overlong"] += 1
                 notes["all_cut"] += is_cut
+                notes["overlong_pairs"] += is_pair
                 reason = f"{all_lengths[-1]:,} tokens" + (", all trained ones at the end" if is_cut else "")
                 problems.append(RowProblem(taken.conversation.place, "overlong", reason))
                 continue
@@ -159,14 +165,17 @@ class Tokenizing:
         is_kept = self._data.overlong == "truncate" or (self._data.overlong == "chunk" and conversation.is_document)
         return not is_kept and _characters(conversation) > self._longest_text
 
-    def _fit(self, made: list[Example], is_document: bool) -> tuple[list[Example], bool, bool]:
-        """A row's examples within max_length, whether it was longer, and whether no trained token was left."""
+    def _fit(self, made: list[Example], is_document: bool, is_pair: bool) -> tuple[list[Example], bool, bool]:
+        """A row's examples within max_length, whether it was longer, and whether no trained token was left.
+
+        A pair is left out whole: one answer without its end against the other with it would be compared by that.
+        """
         limit = self._data.max_length
         if all(len(example.ids) <= limit for example in made):
             return made, False, False
         if self._data.overlong == "chunk" and is_document:
             return [piece for example in made for piece in self.renderer.chunks(example, limit)], True, False
-        if self._data.overlong != "truncate":
+        if is_pair or self._data.overlong != "truncate":
             return [], True, False
         cut = [example.cut(limit) for example in made]
         return (cut, True, False) if all(e.trained for e in cut) else ([], True, True)

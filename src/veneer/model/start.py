@@ -1,0 +1,159 @@
+"""Starts training from an adapter that is there (`model.adapter`): checks that it fits the run, and takes its weights.
+
+The adapter of the run is a new one with these weights, so it must be of the same method, rank and modules; nothing is
+resized. Its passport is compared with the base of the run, since on another base its weights are noise.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from veneer.config import Run, UserError
+from veneer.config.files import file_sha256, read_json, reading
+from veneer.config.manifest import read_manifest
+from veneer.config.names import require_adapter
+from veneer.config.notify import notify
+from veneer.model.fingerprint import config_sha256, fingerprint
+from veneer.model.locate import BaseSource
+from veneer.model.passport import Passport, read_passport, require_match
+from veneer.model.quiet import quiet
+
+FIX = "restore it, or fetch it again"
+
+
+def find_start(run: Run, source: BaseSource, template: str | None) -> Path | None:
+    """Find the adapter that training starts from, before the base is loaded; None: a new one.
+
+    Warns where it was trained with another chat template, or with the base quantized otherwise.
+
+    Args:
+        run: settings.
+        source: base of the run.
+        template: chat template of the run; None: rows are plain text.
+
+    Raises:
+        UserError: there is no such adapter, it is of another base, or of another form than the settings say.
+    """
+    name, adapter = run.model.adapter, run.adapter
+    if name is None:
+        return None
+    found = require_adapter(name)
+    passport = read_passport(found.path)
+    if found.run is not None and found.path != found.run.adapter:
+        _require_base_of_checkpoint(found.path, name, source)
+    elif passport is None:
+        _warn_of_another_base(found.path, name, source)
+    require_match(found.path, passport, source)
+    config = read_json(found.path / "adapter_config.json", "r", "lora_alpha", fix=FIX)
+    settings = {"r": adapter.r, "lora_alpha": adapter.lora_alpha, "use_rslora": adapter.use_rslora}
+    theirs = {name: config.get(name, False) for name in settings}
+    others = [name for name in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(name)]
+    if others:
+        raise UserError(f"model.adapter = {name}: has {', '.join(others)}, which is not trained here")
+    if theirs != settings:
+        written = ", ".join(f"{name}: {value:g}" if name != "use_rslora" else f"{name}: {str(value).lower()}"
+                            for name, value in theirs.items())  # fmt: skip
+        differ = ", ".join(
+            f"adapter.{name} = {settings[name]:g}" for name in settings if theirs[name] != settings[name]
+        )
+        raise UserError(
+            f"model.adapter = {name}: it was trained with {{{written}}}, and the run has {differ}",
+            f"set `adapter: {{{written}}}`",
+        )
+    _warn_of_changes(found.path, passport, run, template)
+    return found.path
+
+
+def base_sha256(source: BaseSource) -> dict[str, str | None]:
+    """Return what a run's checkpoints keep of its base."""
+    return {
+        "the base's weights": fingerprint(source) or source.reference,
+        "the base's configuration (config.json)": config_sha256(source),
+    }
+
+
+def _require_base_of_checkpoint(folder: Path, name: str, source: BaseSource) -> None:
+    """Raise UserError for a checkpoint, which has no passport, of a run on another base."""
+    began_with = read_manifest(folder)["began_with"]
+    if any(began_with.get(what) != now for what, now in base_sha256(source).items()):
+        raise UserError(
+            f"model.adapter = {name}: it was trained on another base than {source.name}", "name that in model.base"
+        )
+
+
+def _warn_of_another_base(folder: Path, name: str, source: BaseSource) -> None:
+    """Warn where an adapter of another tool, whose base nothing but a name tells, names another one."""
+    named = read_json(folder / "adapter_config.json", fix=FIX).get("base_model_name_or_path")
+    if named and named != source.reference and Path(named).resolve() != Path(source.reference).resolve():
+        notify(
+            f"model.adapter = {name}: its adapter_config.json names the base {named}, and this run trains on "
+            f"{source.reference}; it has no passport by which these could be compared",
+            where="model.adapter",
+        )
+
+
+def start_sha256(start: Path | None) -> dict[str, str | None]:
+    """Return what a run's checkpoints keep of the adapter that training starts from."""
+    if start is None:
+        return {}
+    return {"the adapter that training starts from": file_sha256(start / "adapter_model.safetensors")}
+
+
+def _warn_of_changes(folder: Path, passport: Passport | None, run: Run, template: str | None) -> None:
+    file = folder / "chat_template.jinja"
+    if file.is_file() and file.read_text(encoding="utf-8") != template:
+        notify(
+            f"model.adapter = {run.model.adapter}: it was trained with another chat template than this run's; for one "
+            "that prints a date, set data.template_date to the day that it was trained on",
+            where="data.chat_template",
+        )
+    now = None if run.quantization is None else run.quantization.model_dump(exclude={"cache"})
+    then = (passport or {}).get("quantization")
+    if (
+        passport is not None
+        and (then and {key: then.get(key) for key in ("bits", "quant_type", "double_quant")}) != now
+    ):
+        notify(
+            f"model.adapter = {run.model.adapter}: it was trained with quantization {then}, and this run has {now}: "
+            "its base computes slightly other numbers",
+            where="quantization",
+        )
+
+
+def take_weights(model: Any, folder: Path, name: str) -> None:
+    """Replace the weights of a new adapter by those of a folder, in place.
+
+    Args:
+        model: PEFT model.
+        folder: folder that `find_start` found.
+        name: name that the user wrote.
+
+    Raises:
+        UserError: its modules are others, or its file is damaged.
+    """
+    with quiet():
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+    with reading(folder / "adapter_model.safetensors", FIX):
+        weights = load_file(folder / "adapter_model.safetensors")
+    with quiet():
+        own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    differ = sorted(key for key in own.keys() | weights.keys() if _shape(own, key) != _shape(weights, key))
+    if differ:
+        raise UserError(
+            f"model.adapter = {name}: {len(differ)} of its matrices are not those of the run's adapter, first "
+            f"{differ[0].removeprefix('base_model.model.')}",
+            "set adapter.target_modules to the modules that it was trained on",
+        )
+    with quiet():
+        set_peft_model_state_dict(model, {key: value.float() for key, value in weights.items()})
+    if not any(value.any() for key, value in weights.items() if "lora_B" in key or "lora_embedding_B" in key):
+        notify(
+            f"model.adapter = {name}: it changes nothing of the base (its B matrices are zero)", where="model.adapter"
+        )
+
+
+def _shape(weights: dict[str, torch.Tensor], key: str) -> tuple[int, ...] | None:
+    return tuple(weights[key].shape) if key in weights else None

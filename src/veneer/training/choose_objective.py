@@ -1,0 +1,96 @@
+"""Chooses a run's objective by `train.objective` and its rows, and refuses settings that it cannot go with.
+
+Pairs are learnt by dpo, single answers by sft. Nothing else is guessed: rows of several kinds are refused.
+"""
+
+import numpy as np
+
+from veneer.config import Run, UserError
+from veneer.data.pipeline import Prepared
+from veneer.engine.objective import Objective
+from veneer.training.objectives import OBJECTIVES
+
+RATED_FIX = (
+    "set data.format=prompt-completion and data.bad_rows=drop to learn the good rows alone, or "
+    "data.ignore_columns=[label] if the label says something else"
+)
+
+
+def choose_objective(run: Run, data: Prepared) -> Objective:
+    """Return the objective of a run.
+
+    Raises:
+        UserError: The rows do not suit it, or a setting does not.
+    """
+    formats = {name: known["format"] for name, known in data.ledger.formats.items()}
+    for name, known in formats.items():
+        if known == "rated":
+            raise UserError(
+                f"{name}: rows of the format rated say whether an answer is good, but training needs single answers or "
+                "pairs of them",
+                RATED_FIX,
+            )
+    if "preference" in formats.values() and not data.has_pairs:
+        single = next(name for name, known in formats.items() if known != "preference")
+        pairs = next(name for name, known in formats.items() if known == "preference")
+        raise UserError(
+            f"{pairs}: holds pairs of answers (chosen, rejected), and {single} single answers: a run learns from one "
+            "kind of rows",
+            "name files of one kind, or set data.format=chosen to learn the chosen answers of pairs",
+        )
+    asked = run.train.objective
+    found = ("dpo" if data.has_pairs else "sft") if asked == "auto" else asked
+    if found == "sft" and data.has_pairs:
+        raise UserError(
+            f"train.objective = sft: {next(iter(formats))}: rows of the format preference compare answers, but "
+            "supervised training needs single ones",
+            "set train.objective=dpo, or data.format=chosen to learn the chosen answers",
+        )
+    if found == "dpo":
+        _require_pairs(run, data, formats)
+    elif run.train.dpo is not None:
+        raise UserError(
+            "train.dpo: the run learns single answers (train.objective = sft), so it has no effect",
+            "leave train.dpo out, or name rows with chosen and rejected answers",
+        )
+    return OBJECTIVES[found](run.train)
+
+
+def _require_pairs(run: Run, data: Prepared, formats: dict[str, str]) -> None:
+    """Raise UserError for rows or settings that dpo cannot go with."""
+    if not data.has_pairs:
+        name, known = next(iter(formats.items()))
+        raise UserError(
+            f"train.objective = dpo: {name}: rows of the format {known} hold single answers, and no pairs",
+            "name rows with chosen and rejected answers in data.train, or set train.objective=sft",
+        )
+    settings, dpo = run.train, run.train.dpo
+    if dpo is not None and dpo.label_smoothing and dpo.loss_type != "sigmoid":
+        raise UserError(
+            f"train.dpo.label_smoothing = {dpo.label_smoothing:g}: has no effect with loss_type {dpo.loss_type}",
+            "leave it out, or set loss_type: sigmoid",
+        )
+    if run.data.packing:
+        raise UserError(
+            "data.packing = true: pairs are not packed; a micro-batch of them is one sequence without padding in the "
+            "fused engine as it is",
+            "leave data.packing out, and set train.per_device_train_batch_size to the pairs of a micro-batch",
+        )
+    if run.data.loss_on == "all":
+        raise UserError(
+            "data.loss_on = all: pairs are compared by their answers, and have the prompt in common",
+            "leave data.loss_on out",
+        )
+    if settings.learning_rate == "auto":
+        raise UserError(
+            "train.learning_rate = auto: rates are compared by the loss of single answers, and the rows are pairs",
+            "name a rate, such as 1e-5",
+        )
+    for part in (data.train, data.validation):
+        split = np.flatnonzero(part.corpus.rows["examples"][part.rows] != 2)
+        if len(split):
+            raise UserError(
+                f"{part.corpus.place(int(part.rows[split[0]]))}: a pair becomes more than two examples "
+                f"(data.rewritten_history = {run.data.rewritten_history})",
+                "set data.rewritten_history=last",
+            )
