@@ -186,8 +186,8 @@ class Graphs:
         key = inputs.size, objective, kind
         self._seen[key] += 1
         if key not in self._recorded:
-            is_new = self._seen[key] < 2 or self._is_full
-            recorded = None if is_new or len(self._recorded) == MAX_GRAPHS else self._record(inputs, objective)
+            launches = self._seen[key] < 2 or self._is_full or len(self._recorded) == MAX_GRAPHS
+            recorded = None if launches else self._record(inputs, objective)
             if recorded is None:
                 return self._compute(inputs, objective)
             self._recorded[key] = recorded
