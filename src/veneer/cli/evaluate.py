@@ -1,7 +1,7 @@
 """veneer evaluate: base against tuned, or any two models, on held-out rows."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -78,8 +78,6 @@ def evaluate(
     - `answers_harmless`: answers to requests that sound harmful and are not; not whether they are correct
     """
     from veneer.cli import checks, show, show_comparison
-    from veneer.cli.show_suites import show_suites
-    from veneer.config import RunFolder
 
     checks.require_gate(gate)
     checks.require_evaluation(target, against, data, base)
@@ -105,11 +103,29 @@ def evaluate(
             on_begin=told.begin,
             on_task=told.begin_task,
         )
-    result, status_code = evaluated.as_dict(), 0 if evaluated.passed else 1
     if as_json:
+        result = evaluated.as_dict()
         show.print_json(result)
         show_comparison.show_gate(out, result["gate"])
-        return status_code
+    else:
+        _show(out, evaluated, against is None, verbose)
+    return 0 if evaluated.passed else 1
+
+
+def _show(out: Any, evaluated: Any, is_of_a_run: bool, verbose: bool) -> None:
+    """Print scores, verdicts and what was measured beside them.
+
+    Args:
+        out: console.
+        evaluated: result of `veneer.evaluate`.
+        is_of_a_run: whether a tuned model was compared with its own base.
+        verbose: whether to show rows that got better and worse.
+    """
+    from veneer.cli import show, show_comparison
+    from veneer.cli.show_suites import show_suites
+    from veneer.config import RunFolder
+
+    result = evaluated.as_dict()
     called = {"base": "base", "tuned": "tuned"}
     if compared := result.get("compared"):
         called = {"base": "other", "tuned": "target"}
@@ -129,8 +145,7 @@ def evaluate(
     if evaluated.file is not None and evaluated.samples is not None:
         out.print(f"files  {evaluated.file} {evaluated.samples.name}", markup=False)
     is_beside = evaluated.file is not None and RunFolder(evaluated.file.absolute().parent.parent).run.is_file()
-    if against is None and is_beside and not evaluated.is_record:
+    if is_of_a_run and is_beside and not evaluated.is_record:
         out.print(
             "       the run's own record (evaluation.json and its card) is about its held-out rows and is not changed"
         )
-    return status_code

@@ -49,7 +49,7 @@ def judge(
 
     - `veneer judge runs/tickets --votes tickets-votes.json` counts them
     """
-    from veneer.cli import checks, show
+    from veneer.cli import show
     from veneer.config import UserError
 
     if sum(given is not None for given in (endpoint, page, votes)) != 1:
@@ -75,14 +75,7 @@ def judge(
     out = show.console(as_json)
     which = api.WhichAnswers(samples, answers, against, rows)
     if page is not None:
-        path = checks.output_file("--page", page, "<!doctype html>")
-        pairs = api.write_vote_page(run, path, which, criterion, seed)
-        if as_json:
-            show.print_json({"page": str(path), "pairs": pairs, "seed": seed})
-        else:
-            out.print(f"page   {path}: {pairs} pairs; open it in a browser, vote, and save the votes", markup=False)
-            options = _options(answers=answers, samples=samples, against=against, rows=rows, seed=seed or None)
-            out.print(f"next   {show.command_name()} judge {quote(str(run))}{options} --votes FILE.json", markup=False)
+        _write_page(out, run, page, which, criterion, seed, as_json)
         return
     if votes is not None:
         result = api.count_votes(run, votes, which, seed)
@@ -107,6 +100,22 @@ def judge(
         show.print_json(result.as_dict())
     else:
         _show(out, result.as_dict())
+
+
+def _write_page(out: Any, run: Path, page: Path, which: Any, criterion: str | None, seed: int, as_json: bool) -> None:
+    """Write the page on which a person votes, and say what to do with it."""
+    from veneer.api import judge as api
+    from veneer.cli import checks, show
+
+    path = checks.output_file("--page", page, "<!doctype html>")
+    pairs = api.write_vote_page(run, path, which, criterion, seed)
+    if as_json:
+        show.print_json({"page": str(path), "pairs": pairs, "seed": seed})
+        return
+    out.print(f"page   {path}: {pairs} pairs; open it in a browser, vote, and save the votes", markup=False)
+    given = {"answers": which.answers, "samples": which.samples, "against": which.against, "rows": which.rows}
+    options = _options(**given, seed=seed or None)
+    out.print(f"next   {show.command_name()} judge {quote(str(run))}{options} --votes FILE.json", markup=False)
 
 
 def _show(out: Any, result: dict[str, Any]) -> None:
