@@ -1,6 +1,6 @@
 """Placements that move tensors to the host, small models in real NF4, and steps that are compared bit for bit."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import transformers
 from tests.support.engines import batch_of
 from tests.support.tiny import FAMILIES
 from veneer.config import Adapter
+from veneer.data.batch import Batch
 from veneer.engine.fused.block import ACTIVATIONS
 from veneer.engine.fused.engine import FusedEngine
 from veneer.engine.fused.policy import block_placement
@@ -146,6 +147,7 @@ def course(
     engine: Any,
     steps: Sequence[Sequence[tuple[int, ...]]] = STEPS,
     placements: Sequence[MemoryPlacement] = (),
+    make: Callable[..., Batch] = batch_of,
 ) -> list[Step]:
     """Train for some steps.
 
@@ -155,13 +157,14 @@ def course(
         engine: A fused engine.
         steps: Lengths of the documents of each step's micro-batches.
         placements: Placements to apply before the steps, one each; none: the engine keeps its own.
+        make: Makes a batch of lengths and a seed.
     """
     losses, gradients = [], []
     for number, micro_batches in enumerate(steps):
         if placements:
             engine.apply(placements[number % len(placements)])
         torch.manual_seed(number)  # of the masks
-        batches = [batch_of(some, seed=100 * number + n).scaled(0.01) for n, some in enumerate(micro_batches)]
+        batches = [make(some, seed=100 * number + n).scaled(0.01) for n, some in enumerate(micro_batches)]
         losses.append([engine.forward_backward(batch, LIKELIHOOD).loss for batch in batches])
         gradients.append(engine.master.grad.clone())
         engine.master.data -= 0.1 * gradients[-1]

@@ -5,6 +5,10 @@ beside them. An engine that can attend within documents reads it as it is; anoth
 Either way a document never sees another, and padding never enters the data, so that no real end token can be
 taken for padding.
 
+The documents of a pair begin with the same prompt. A batch holds it in both, and says how many tokens an engine may
+leave out of the second (`Batch.shared`), where that can compute a prompt once. Batches are then sorted, counted and cut
+by the tokens that go through the model.
+
 The order is a pure function of the seed and the step: a resumed run finds its place without replaying. The rows of
 an epoch are shuffled, sorted by length within windows of several steps, cut into steps, and the steps shuffled: rows of
 a step are of like length (so little is padded, and few shapes occur), and which step is long or short is chance. An
@@ -109,6 +113,8 @@ class Batch:
         values: further values of each target for objectives, by name, float32 of shape (T,). A document's value stands
             at its first trained target, with 0 at the others.
         documents_per_row: documents of a row, which stay together wherever the batch is cut.
+        shared: first tokens of each document that need not go through the model, since they do so in its row's first
+            document and nothing is trained there; empty: all tokens go through it.
     """
 
     ids_T: "torch.Tensor"
@@ -120,10 +126,17 @@ class Batch:
     scale: float = 1.0
     values: Mapping[str, "torch.Tensor"] = field(default_factory=dict)
     documents_per_row: int = 1
+    shared: tuple[int, ...] = ()
 
     @staticmethod
-    def of(examples: Sequence[Example], documents_per_row: int = 1) -> "Batch":
-        """Lay examples one behind the other."""
+    def of(examples: Sequence[Example], documents_per_row: int = 1, shares: bool = True) -> "Batch":
+        """Lay examples one behind the other.
+
+        Args:
+            examples: the documents.
+            documents_per_row: documents of a row.
+            shares: whether `shared` is filled, for an engine that computes a prompt once.
+        """
         import torch
 
         ids_T = torch.from_numpy(np.concatenate([example.ids for example in examples]).astype(np.int64))
@@ -145,11 +158,18 @@ class Batch:
             float(weights.sum(dtype=float)),
             values=values,
             documents_per_row=documents_per_row,
+            shared=shared_in_rows(examples, documents_per_row) if shares and documents_per_row > 1 else (),
         )
 
     @property
     def tokens(self) -> int:
-        return len(self.ids_T)
+        """The tokens that go through the model."""
+        return len(self.ids_T) - sum(self.shared)
+
+    @property
+    def computed(self) -> tuple[int, ...]:
+        """The tokens of each document that go through the model."""
+        return tuple(n - s for n, s in zip(self.lengths, self.shared, strict=True)) if self.shared else self.lengths
 
     @property
     def rows(self) -> int:
@@ -161,13 +181,23 @@ class Batch:
 
     def halved(self) -> "tuple[Batch, Batch]":
         """Cut it between two rows, as near to half of its tokens as they allow; it must hold two at least."""
-        ends = list(accumulate(self.lengths))
+        ends = list(accumulate(self.computed))
         cuts = range(self.documents_per_row, len(ends), self.documents_per_row)
         cut = min(cuts, key=lambda documents: abs(2 * ends[documents - 1] - self.tokens))
-        first, second = slice(0, ends[cut - 1]), slice(ends[cut - 1], None)
-        return self._part(first, self.lengths[:cut]), self._part(second, self.lengths[cut:])
+        at = sum(self.lengths[:cut])
+        first = self._part(slice(0, at), self.lengths[:cut], self.shared[:cut])
+        return first, self._part(slice(at, None), self.lengths[cut:], self.shared[cut:])
 
-    def _part(self, part: slice, lengths: tuple[int, ...]) -> "Batch":
+    def without_shared(self) -> "Batch":
+        """Return the batch of the tokens that go through the model, of `computed` documents."""
+        import torch
+
+        if not self.shared:
+            return self
+        kept = [torch.arange(n) >= s for n, s in zip(self.lengths, self.shared, strict=True)]
+        return self._part(torch.cat(kept), self.computed, ())
+
+    def _part(self, part: "slice | torch.Tensor", lengths: tuple[int, ...], shared: tuple[int, ...]) -> "Batch":
         weights_T = self.weights_T[part]
         return replace(
             self,
@@ -178,6 +208,7 @@ class Batch:
             trained=int(weights_T.count_nonzero()),
             weight=float(weights_T.double().sum()),
             values={name: value_T[part] for name, value_T in self.values.items()},
+            shared=shared,
         )
 
 
@@ -192,9 +223,10 @@ class Batches:
         seed: seed of the order.
         pack_length: Fill packs of so many tokens; None: a row is so many consecutive examples as `documents_per_row`.
         documents_per_row: examples that stay together, with no packs.
+        shared: `shared_in_rows` of all examples, where the engine computes them once; None: it does not.
 
     Attributes:
-        sizes: Tokens of each row, or pack.
+        sizes: Tokens of each row, or pack, that go through the model.
     """
 
     def __init__(
@@ -206,6 +238,7 @@ class Batches:
         seed: int,
         pack_length: int | None = None,
         documents_per_row: int = 1,
+        shared: Any = None,
     ) -> None:
         assert pack_length is None or documents_per_row == 1, "choose_objective refuses it"
         self._examples = examples
@@ -213,7 +246,9 @@ class Batches:
         rows = np.arange(len(lengths)) // documents_per_row
         pack_of = rows if pack_length is None else pack(lengths, pack_length)
         self._documents_per_row = documents_per_row
-        self.sizes = np.bincount(pack_of, weights=lengths).astype(np.int64)
+        self._shares = shared is not None
+        computed = lengths - shared if self._shares else lengths
+        self.sizes = np.bincount(pack_of, weights=computed).astype(np.int64)
         self._members = np.argsort(pack_of, kind="stable")
         self._begin = np.concatenate([[0], np.cumsum(np.bincount(pack_of))])
         self._batch_size = batch_size
@@ -232,7 +267,7 @@ class Batches:
 
     def batch_of(self, members: Sequence[int]) -> Batch:
         """A batch of some examples, by number."""
-        return Batch.of([self._examples[n] for n in members], self._documents_per_row)
+        return Batch.of([self._examples[n] for n in members], self._documents_per_row, self._shares)
 
     def members_of_step(self, number: int) -> list[list[int]]:
         """The examples of each micro-batch of a step, by number."""
@@ -273,6 +308,30 @@ class Batches:
         whole = len(order) // size
         steps = order[: whole * size].reshape(whole, size)[rng.permutation(whole)]
         return np.concatenate([steps.reshape(-1), order[whole * size :]])
+
+
+def shared_in_rows(examples: Sequence[Example], documents_per_row: int) -> tuple[int, ...]:
+    """Count the first tokens of each document that its row's first document has too; 0 for that one.
+
+    The last token that both have is not counted: it predicts the first token of either answer. So no token that an
+    engine leaves out has anything to predict.
+
+    Args:
+        examples: whole rows, so many consecutive examples each.
+        documents_per_row: examples of a row.
+    """
+    found = []
+    for number, example in enumerate(examples):
+        if number % documents_per_row == 0:
+            first = example
+        found.append(0 if example is first else _shared_between(first, example))
+    return tuple(found)
+
+
+def _shared_between(first: Example, other: Example) -> int:
+    most = min(len(first.ids), len(other.ids), *(one.spans[0][0] for one in (first, other) if one.spans))
+    differs = np.flatnonzero(first.ids[:most] != other.ids[:most])
+    return max(0, (int(differs[0]) if len(differs) else most) - 1)
 
 
 def pack(lengths: Any, length: int) -> Any:

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 import veneer
 from veneer.config import Data, UserError
 from veneer.config.cache import cached
-from veneer.data.batch import Batches, Example
+from veneer.data.batch import Batches, Example, shared_in_rows
 from veneer.data.conversation import Conversation
 from veneer.data.leakage import SHOWN, TokenizedFiles, find_duplicates, leave_out_held_out, numbers_of, report_overlap
 from veneer.data.ledger import Ledger
@@ -80,6 +81,11 @@ class Part(Sequence[Example]):
         if not self.values:
             return example
         return replace(example, values={name: float(of[at]) for name, of in self.values.items()})
+
+    @cached_property
+    def shared(self) -> Any:
+        """`shared_in_rows` of all examples, where these are pairs."""
+        return np.array(shared_in_rows(self, 2), dtype=np.int64)
 
     def fingerprint(self) -> str:
         """A hash of the tokens and weights of all its rows, in order."""

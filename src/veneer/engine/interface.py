@@ -18,12 +18,14 @@ class BatchShapes(NamedTuple):
         varies: whether micro-batches have more than one shape.
         held_out: lengths of the rows of the largest held-out batch.
         documents: lengths of the documents of the micro-batch with most of them, where rows are packed.
+        shared: `Batch.shared` of the largest micro-batch.
     """
 
     largest: tuple[int, ...]
     varies: bool = False
     held_out: tuple[int, ...] = ()
     documents: tuple[int, ...] = ()
+    shared: tuple[int, ...] = ()
 
 
 class Engine(Protocol):
@@ -32,10 +34,14 @@ class Engine(Protocol):
     Attributes:
         name: reference or fused.
         is_reference: whether it is the engine that others are compared with.
+        shares_prompts: whether it leaves out what documents of a batch share (`Batch.shared`); others compute it again.
     """
 
     name: str
     is_reference: bool
+
+    @property
+    def shares_prompts(self) -> bool: ...
 
     @property
     def master(self) -> torch.nn.Parameter | None:

@@ -68,6 +68,7 @@ class ReferenceEngine:
 
     name = "reference"
     is_reference = True
+    shares_prompts = False
     master = None
 
     def __init__(self, model: Any, for_cpu: bool = False) -> None:

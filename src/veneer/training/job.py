@@ -159,7 +159,7 @@ class TrainingJob:
         self.objective = choose_objective(run, self.data)
         if self.objective.needs_reference:
             notify(describe_reference(run), "info", "model.adapter")
-        batches = batches_of(run, self.data.train, self.objective.documents_per_row)
+        batches = batches_of(run, self.data.train, self.objective.documents_per_row, self.engine.shares_prompts)
         self._batches = batches
         forecast = self.prediction.forecast
         self.held_out = held_out = HeldOutRows(self.data.validation, self.objective.documents_per_row)
@@ -223,11 +223,13 @@ class TrainingJob:
         train, device, part = self.run.train, self.machine.device, self.data.train
         updated = parameters_to_update(self.model, self.engine, train, device).values()
         states = optimizer_bytes([parameter.numel() for parameter in updated], resolve_optim(train.optim, device))
+        largest, shared = _largest_rows(batches, train.per_device_train_batch_size, self.objective.documents_per_row)
         shapes = BatchShapes(
-            largest=_largest_rows(batches, train.per_device_train_batch_size, self.objective.documents_per_row),
+            largest=largest,
             varies=vary(part, batches.sizes, train.per_device_train_batch_size),
             held_out=held_out,
             documents=batches.most_documents() if self.run.data.packing else (),
+            shared=shared,
         )
 
         target = self.prediction.forecast.target
@@ -236,9 +238,9 @@ class TrainingJob:
         def plan(parts: Sequence[Batch] | None) -> MemoryPlacement:
             asked = shapes
             if parts is not None:
-                largest = max(parts, key=lambda part: part.tokens).lengths
+                largest = max(parts, key=lambda part: part.tokens)
                 documents = max((part.lengths for part in parts), key=len) if shapes.documents else ()
-                asked = BatchShapes(largest, varies=True, held_out=held_out, documents=documents)
+                asked = BatchShapes(largest.lengths, True, held_out, documents, largest.shared)
             return self.engine.plan_memory(asked, train.gradient_checkpointing, states, budget, target.rates)
 
         return place(plan, batches.largest(), explain)
@@ -247,7 +249,8 @@ class TrainingJob:
         """Measure the summed loss of each held-out example as the adapter is now; None: of all, in their order."""
         batching = held_out_batching(self._rows_at_a_time, self.objective)
         of_batches = batching.over(
-            self.held_out if rows is None else rows, lambda rows: document_losses(self.engine, Batch.of(rows))
+            self.held_out if rows is None else rows,
+            lambda rows: document_losses(self.engine, Batch.of(rows, self.objective.documents_per_row)),
         )
         return list(chain.from_iterable(of_batches))
 
@@ -437,15 +440,16 @@ def finished(run: Run) -> Trained | None:
     )
 
 
-def _largest_rows(batches: Batches, rows: int, documents_per_row: int) -> tuple[int, ...]:
-    """Return the tokens of each row, or pack, of the largest micro-batch; of pairs, of each document."""
+def _largest_rows(batches: Batches, rows: int, documents_per_row: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the tokens of each row, or pack, of the largest micro-batch; of pairs, of each document, and `shared`."""
     if documents_per_row > 1:
-        return batches.largest()[0].lengths
-    return tuple(sorted(batches.sizes.tolist(), reverse=True)[:rows])
+        largest = batches.largest()[0]
+        return largest.lengths, largest.shared
+    return tuple(sorted(batches.sizes.tolist(), reverse=True)[:rows]), ()
 
 
-def batches_of(run: Run, part: Part, documents_per_row: int = 1) -> Batches:
-    """Return all steps of a run over its training rows."""
+def batches_of(run: Run, part: Part, documents_per_row: int = 1, shares_prompts: bool = False) -> Batches:
+    """Return all steps of a run over its training rows, for an engine that computes prompts of pairs once or not."""
     train = run.train
     return Batches(
         part,
@@ -455,6 +459,7 @@ def batches_of(run: Run, part: Part, documents_per_row: int = 1) -> Batches:
         train.seed,
         run.data.max_length if run.data.packing else None,
         documents_per_row,
+        part.shared if shares_prompts and documents_per_row > 1 else None,
     )
 
 

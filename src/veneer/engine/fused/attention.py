@@ -13,7 +13,12 @@ by 5 to 15%.
 Tensors on the meta device, in a plan's dry run, take the backend of the GPU that is planned for (`PLANNED`), through
 torch's own meta kernels; FlexAttention, which is compiled, is counted as flash.
 
-Shapes: T tokens, H query heads, K key heads, C dimensions of a head, B documents, L length of each.
+The prompt of a pair is computed once, in its first document (`Documents.keys`). Queries of the second attend to keys
+and values that are gathered: those of the prompt, then its own, which is the layout of two whole documents. All
+backends but cuDNN and FlexAttention take other bounds for keys than for queries, with the last query at the last key.
+A key's gradient is that of its own document plus that of its copy.
+
+Shapes: T tokens, S keys, H query heads, K key heads, C dimensions of a head, B documents, L length of each.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +44,71 @@ PLANNED: ContextVar[int] = ContextVar("planned", default=HOPPER)  # capability o
 FLEX_BLOCK = 128  # tokens of a block of FlexAttention's mask
 
 
+class Keys(NamedTuple):
+    """The keys of documents of which some begin with tokens of another one, which are not among their own.
+
+    Attributes:
+        lengths: keys of each document: its tokens and those before them.
+        bounds: offsets in the keys at which documents begin and the last one ends, int32, on the device.
+        source_S: token whose key each is, int64.
+        own_T: each token's place among the keys, int64.
+        copy_T: place of its copy for another document, int64; 0 where it has none.
+        has_copy_T: whether it has one.
+    """
+
+    lengths: tuple[int, ...]
+    bounds: torch.Tensor
+    source_S: torch.Tensor
+    own_T: torch.Tensor
+    copy_T: torch.Tensor
+    has_copy_T: torch.Tensor
+
+    @staticmethod
+    def of(lengths: Sequence[int], shared: Sequence[int], documents_per_row: int, count: int) -> "Keys":
+        """Lay out the keys of documents, on the host.
+
+        Args:
+            lengths: tokens of each, with those that are shared.
+            shared: those of `Batch`.
+            documents_per_row: those of a row, whose first one computes what is shared.
+            count: number of keys, padded; those after the last document belong to none.
+        """
+        source_S = torch.zeros(count, dtype=torch.int64)
+        own_T, copy_T = torch.zeros((2, sum(lengths) - sum(shared)), dtype=torch.int64)
+        has_copy_T = torch.zeros(len(own_T), dtype=torch.bool)
+        token = key = first = 0
+        for number, (length, before) in enumerate(zip(lengths, shared, strict=True)):
+            if number % documents_per_row == 0:
+                first = token
+            own = slice(token, token + length - before)
+            source_S[key : key + before] = torch.arange(first, first + before)
+            source_S[key + before : key + length] = torch.arange(own.start, own.stop)
+            own_T[own] = torch.arange(key + before, key + length)
+            assert not has_copy_T[first : first + before].any(), "a token has one copy at most"
+            copy_T[first : first + before] = torch.arange(key, key + before)
+            has_copy_T[first : first + before] = True
+            token, key = own.stop, key + length
+        return Keys(tuple(lengths), offsets(lengths), source_S, own_T, copy_T, has_copy_T)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.bounds, self.source_S, self.own_T, self.copy_T, self.has_copy_T
+
+    def gather(self, kv_TN: torch.Tensor) -> torch.Tensor:
+        """Return the keys' rows of a tensor with a row for each token; (S, N)."""
+        return kv_TN.index_select(0, self.source_S)
+
+    def add_copies(self, gradient_SKC: torch.Tensor) -> torch.Tensor:
+        """Return each token's gradient: that of its own key plus that of its copy, in this order; (T, K, C)."""
+        copies = torch.where(self.has_copy_T[:, None, None], gradient_SKC.index_select(0, self.copy_T), 0.0)
+        return copies.add_(gradient_SKC.index_select(0, self.own_T))
+
+
+def offsets(lengths: Sequence[int]) -> torch.Tensor:
+    """Return the offsets at which documents begin and the last one ends; int32, on the host."""
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
 class Documents(NamedTuple):
     """The documents of a packed batch.
 
@@ -46,37 +116,74 @@ class Documents(NamedTuple):
         lengths: tokens of each document.
         position_T: each token's row in the rotary tables, int32.
         bounds: offsets at which documents begin and the last one ends, int32, on the device.
-        longest: tokens of the longest document, or more.
+        longest: tokens, or keys, of the longest document, or more.
+        keys: keys of the documents, where these share tokens; None: each has its own.
     """
 
     lengths: tuple[int, ...]
     position_T: torch.Tensor
     bounds: torch.Tensor
     longest: int
+    keys: Keys | None = None
 
     @staticmethod
-    def of(lengths: Sequence[int], device: Any, switch: int | None = None) -> "Documents":
-        """Lay out documents of these lengths.
+    def of(lengths: Sequence[int], device: Any, switch: int | None = None, shared: Sequence[int] = ()) -> "Documents":
+        """Lay out documents of these lengths; `keys` is left to others.
 
         Args:
             lengths: tokens of each.
             device: device of the tensors.
             switch: length beyond which documents have a rotary table of their own, that many rows further down.
+            shared: first tokens of each that are left out.
         """
+        shared = shared or [0] * len(lengths)
         starts = [switch if switch is not None and length > switch else 0 for length in lengths]
-        positions = torch.cat([torch.arange(s, s + n, dtype=torch.int32) for s, n in zip(starts, lengths, strict=True)])
-        bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return Documents(tuple(lengths), to_device(positions, device), to_device(bounds, device), max(lengths))
+        positions = torch.cat(
+            [
+                torch.arange(start + before, start + length, dtype=torch.int32)
+                for start, length, before in zip(starts, lengths, shared, strict=True)
+            ]
+        )
+        own = tuple(length - before for length, before in zip(lengths, shared, strict=True))
+        return Documents(own, to_device(positions, device), to_device(offsets(own), device), max(lengths))
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All tensors, on the device."""
+        return (self.position_T, self.bounds, *(self.keys.tensors if self.keys is not None else ()))
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> "Documents":
+        """Return the same with other tensors, in the order of `tensors`."""
+        keys = None if self.keys is None else Keys(self.keys.lengths, *tensors[2:])
+        return self._replace(position_T=tensors[0], bounds=tensors[1], keys=keys)
+
+    def with_keys(self, keys: Keys, device: Any) -> "Documents":
+        """Return the same with keys, which are moved to the device."""
+        return self._replace(keys=Keys(keys.lengths, *(to_device(tensor, device) for tensor in keys.tensors)))
+
+    def padded(self, count: int, longest: int) -> "Documents":
+        """Return the same with empty documents after the last, so many in all, and another upper limit of lengths."""
+
+        def extended(bounds: torch.Tensor) -> torch.Tensor:
+            return torch.cat([bounds, bounds[-1:].expand(count + 1 - len(bounds))])
+
+        keys = None if self.keys is None else self.keys._replace(bounds=extended(self.keys.bounds))
+        return self._replace(bounds=extended(self.bounds), longest=longest, keys=keys)
+
+    @property
+    def key_bounds(self) -> torch.Tensor:
+        """The bounds of the keys."""
+        return self.bounds if self.keys is None else self.keys.bounds
 
     @property
     def span(self) -> flash4.Bounds:
         """The bounds, as FlashAttention-4 takes them."""
-        return flash4.Bounds(self.bounds, self.longest)
+        return flash4.Bounds(self.bounds, self.key_bounds, self.longest)
 
     @property
     def is_even(self) -> bool:
-        """Whether all are of one length."""
-        return len(set(self.lengths)) == 1
+        """Whether all are of one length, and have their own keys alone."""
+        return self.keys is None and len(set(self.lengths)) == 1
 
 
 class Attention(NamedTuple):
@@ -98,7 +205,7 @@ class Attention(NamedTuple):
         """Return the backend that these documents take."""
         if not (like.is_cuda or like.is_meta) or like.dtype == torch.float32:
             return "plain"
-        major = PLANNED.get() if like.is_meta else torch.cuda.get_device_capability()[0]
+        major = _capability(like)
         is_short = documents.is_even and documents.lengths[0] <= SHORT
         if is_short and self._goes_through_cudnn(documents, like, major):
             return "cudnn"
@@ -109,9 +216,15 @@ class Attention(NamedTuple):
             return "flash" if like.is_meta else "flex"
         return "cudnn" if self._goes_through_cudnn(documents, like, major) else "flash"
 
+    def shares_keys(self, like: torch.Tensor) -> bool:
+        """Return whether documents may have keys of others."""
+        if not self.softcap or like.dtype == torch.float32 or not (like.is_cuda or like.is_meta):
+            return True
+        return self._goes_through_flash4(like, _capability(like))
+
     def depends_on_shapes(self, like: torch.Tensor) -> bool:
         """Return whether its kernels take all that differs between batches of one shape from tensors on the device."""
-        major = PLANNED.get() if like.is_meta else torch.cuda.get_device_capability()[0] if like.is_cuda else 0
+        major = _capability(like) if like.is_meta or like.is_cuda else 0
         return like.dtype != torch.float32 and (not self.softcap or self._goes_through_flash4(like, major))
 
     def _goes_through_flash4(self, like: torch.Tensor, major: int) -> bool:
@@ -129,9 +242,24 @@ class Attention(NamedTuple):
         return flash4.Scores(self.scale, self.window if documents.longest > self.window else 0, self.softcap)
 
 
+def _capability(like: torch.Tensor) -> int:
+    """Return the major compute capability of the GPU, or of the one that is planned for."""
+    return PLANNED.get() if like.is_meta else torch.cuda.get_device_capability()[0]
+
+
+def _split(qkv_TN: torch.Tensor, documents: Documents, kind: Attention) -> tuple[torch.Tensor, ...]:
+    """Return q (T, H, C), and k and v, of all keys; (S, K, C), or (T, K, C) where none is shared."""
+    q, k, v = split_heads(qkv_TN, kind.heads)
+    if documents.keys is None:
+        return q, k, v
+    kv_SN = documents.keys.gather(qkv_TN[:, kind.heads.query * kind.heads.size :])
+    k, v = torch.unflatten(kv_SN, 1, (2, -1, kind.heads.size)).unbind(1)
+    return q, k, v
+
+
 def attend(qkv_TN: torch.Tensor, documents: Documents, kind: Attention) -> tuple[torch.Tensor, Any]:
     """Return the output, shape (T, H C), and the tensors that backward needs beside it."""
-    q, k, v = split_heads(qkv_TN, kind.heads)
+    q, k, v = _split(qkv_TN, documents, kind)
     T = len(qkv_TN)
     backend = kind.backend(documents, qkv_TN)
     if backend == "cudnn":
@@ -147,7 +275,7 @@ def attend(qkv_TN: torch.Tensor, documents: Documents, kind: Attention) -> tuple
         return out.reshape(T, -1), (out, lse)
     if backend == "flash":
         out, *rest = torch.ops.aten._flash_attention_forward(
-            q, k, v, documents.bounds, documents.bounds, documents.longest, documents.longest, 0.0, True, False,
+            q, k, v, documents.bounds, documents.key_bounds, documents.longest, documents.longest, 0.0, True, False,
             scale=kind.scale, window_size_left=kind.window - 1 if kind.window else None, window_size_right=0,
         )  # fmt: skip
         return out.reshape(T, -1), (out, *rest)
@@ -168,11 +296,28 @@ def attend_backward(
     workspace_bytes: int = cudnn.WORKSPACE_BYTES,
 ) -> tuple[torch.Tensor, ...]:
     """Return gradients of q (T, H, C), k and v (T, K, C); `workspace_bytes` limits cuDNN's workspace."""
-    q, k, v = split_heads(qkv_TN, kind.heads)
+    qkv = _split(qkv_TN, documents, kind)
+    dq, dk, dv = _backward(dout_TO, qkv, saved, documents, kind, workspace_bytes)
+    del qkv
+    if (keys := documents.keys) is not None:
+        dk, dv = keys.add_copies(dk), keys.add_copies(dv)
+    return dq, dk, dv
+
+
+def _backward(
+    dout_TO: torch.Tensor,
+    qkv: tuple[torch.Tensor, ...],
+    saved: Any,
+    documents: Documents,
+    kind: Attention,
+    workspace_bytes: int,
+) -> tuple[torch.Tensor, ...]:
+    """Return gradients of q (T, H, C), and of k and v as the backend has read them."""
+    q, k, v = qkv
     dout = torch.unflatten(dout_TO, 1, (-1, kind.heads.size))
-    backend = kind.backend(documents, qkv_TN)
+    backend = kind.backend(documents, q)
     if backend == "cudnn":
-        if qkv_TN.is_meta:
+        if q.is_meta:
             return _meta_backward(dout, (q, k, v), saved, kind, workspace_bytes)
         out, lse = saved
         return cudnn.attend_backward(dout, (q, k, v), out, lse, kind.scale, workspace_bytes)
@@ -184,7 +329,7 @@ def attend_backward(
         out, lse, state, unused, _ = saved
         with _fixed_order():
             grads = torch.ops.aten._flash_attention_backward(
-                dout.contiguous(), q, k, v, out, lse, documents.bounds, documents.bounds, documents.longest,
+                dout.contiguous(), q, k, v, out, lse, documents.bounds, documents.key_bounds, documents.longest,
                 documents.longest, 0.0, True, state, unused, scale=kind.scale,
                 window_size_left=kind.window - 1 if kind.window else None, window_size_right=0,
             )  # fmt: skip
@@ -305,17 +450,18 @@ def _listed(blocks_QK: torch.Tensor, device: torch.device) -> tuple[torch.Tensor
 
 def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, kind: Attention) -> torch.Tensor:
     """Compute softmax attention in float32, document by document."""
-    outs, start = [], 0
+    outs, token, key = [], 0, 0
     repeat = kind.heads.query // kind.heads.key
-    for length in documents.lengths:
-        part = slice(start, start + length)
-        qs = q[part].float().transpose(0, 1)
-        ks, vs = (x[part].float().transpose(0, 1).repeat_interleave(repeat, 0) for x in (k, v))
+    key_lengths = documents.lengths if documents.keys is None else documents.keys.lengths
+    for length, count in zip(documents.lengths, key_lengths, strict=True):
+        qs = q[token : token + length].float().transpose(0, 1)
+        ks, vs = (x[key : key + count].float().transpose(0, 1).repeat_interleave(repeat, 0) for x in (k, v))
         scores = qs @ ks.mT * kind.scale
         if kind.softcap:
             scores = kind.softcap * torch.tanh(scores / kind.softcap)
-        back = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)[None]
-        seen = (back >= 0) & (back < (kind.window or length))
+        place = torch.arange(count, device=q.device)
+        back = place[count - length :, None] - place[None]
+        seen = (back >= 0) & (back < (kind.window or count))
         outs.append((scores.masked_fill(~seen, float("-inf")).softmax(-1) @ vs).transpose(0, 1))
-        start += length
+        token, key = token + length, key + count
     return torch.cat(outs).to(q.dtype)

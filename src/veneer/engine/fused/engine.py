@@ -91,6 +91,11 @@ class FusedEngine:
         return self.blocks[0].attention.depends_on_shapes(self.decoder.norm.weight_D)
 
     @property
+    def shares_prompts(self) -> bool:
+        """Whether a pair's prompt goes through the blocks once; FlexAttention's masks have no such keys."""
+        return self.blocks[0].attention.shares_keys(self.decoder.norm.weight_D)
+
+    @property
     def has_dropout(self) -> bool:
         """Whether training passes drop adapters' inputs."""
         return any(group.dropout_p for block in self.blocks for group in block.groups)
@@ -201,11 +206,11 @@ class FusedEngine:
         self.apply(choose_placement(self.blocks, self._demand, budget_bytes, self._may_record, self.rates))
         self._verify(fullest, budget_bytes)
         if self._graphs is not None and shapes.varies:
-            self._graphs.reserve(self._to_device(_dummy(fullest), True), LIKELIHOOD)
+            self._graphs.reserve(self._to_device(fullest, True), LIKELIHOOD)
             self.master.grad = None
         return self.placement
 
-    def _verify(self, fullest: tuple[int, ...], budget_bytes: int) -> None:
+    def _verify(self, fullest: Batch, budget_bytes: int) -> None:
         """Run the fullest batch with the placement, and correct a peak that was predicted too low or too high.
 
         One that was too low is tightened. One that was too high is chosen anew, once, with the memory that it leaves:
@@ -230,13 +235,13 @@ class FusedEngine:
             raise torch.OutOfMemoryError("The longest micro-batch does not fit with any placement. ")
         self.placement = replace(self.placement, budget_bytes=budget_bytes, least_bytes=peak - self.placement.bytes)
 
-    def _try(self, lengths: tuple[int, ...]) -> tuple[int, int]:
+    def _try(self, batch: Batch) -> tuple[int, int]:
         """Return the peaks of a pass over a dummy batch, until its loss is computed and afterwards.
 
         Where it does not fit, they are more than any device has.
         """
         try:
-            backward = self._peak_of(partial(self._pass, self._to_device(_dummy(lengths), True), depth=TRIED))
+            backward = self._peak_of(partial(self._pass, self._to_device(batch, True), depth=TRIED))
             return self._loss_peak, backward
         except torch.OutOfMemoryError:
             pass  # what the error refers to must be freed before memory is
@@ -246,39 +251,39 @@ class FusedEngine:
         torch.cuda.empty_cache()
         return UNKNOWN, UNKNOWN
 
-    def _measure(self, shapes: BatchShapes, budget_bytes: int) -> tuple[Demand, tuple[int, ...]]:
-        """Measure the memory of passes that keep nothing; also return the lengths of the fullest batch.
+    def _measure(self, shapes: BatchShapes, budget_bytes: int) -> tuple[Demand, Batch]:
+        """Measure the memory of passes that keep nothing; also return the fullest batch.
 
         The first of three placements that fits is measured: inputs of blocks on the device, on the host, and weights
         there too. Weights that were loaded to the host stay there.
         """
         lengths = shapes.largest
         # Where lengths vary, a batch may have one length or several, and attention has a backend for each case.
-        several = [lengths]
-        if shapes.varies and lengths[-1] > 1:
-            several.append((*lengths[:-1], lengths[-1] - 1, 1))
+        several = [_dummy(lengths, shapes.shared)]
+        if shapes.varies and lengths[-1] > 1 and not any(shapes.shared):
+            several.append(_dummy((*lengths[:-1], lengths[-1] - 1, 1)))
         if shapes.documents:
-            several.append(shapes.documents)
+            several.append(_dummy(shapes.documents))
+        tokens = several[0].tokens
         bases = [] if self.is_on_host else [uniform(self.blocks, (), ()), tightest(self.blocks, streams=False)]
-        if sum(block.saved_bytes("x", sum(lengths)) for block in self.blocks) > budget_bytes:
+        if sum(block.saved_bytes("x", tokens) for block in self.blocks) > budget_bytes:
             bases = bases[1:]
         for base in (*bases, tightest(self.blocks)):
             self.apply(base)
             before = torch.cuda.memory_allocated()
-            peaks = {some: self._try(some) for some in several}
-            fullest = max(peaks, key=lambda some: max(peaks[some]))
-            loss, backward = peaks[fullest]
+            peaks = [self._try(some) for some in several]
+            fullest, (loss, backward) = max(zip(several, peaks, strict=True), key=lambda tried: max(tried[1]))
             peak = max(loss, backward)
             if peak <= budget_bytes:
                 break
         held_out = (
             self._peak_of(lambda: self.token_logprobs(_dummy(shapes.held_out))) - before if shapes.held_out else 0
         )
-        usual = Documents.of(several[-1], self._device)
+        usual = self._to_device(several[-1], training=False).documents
         backend = self.blocks[0].attention.backend(usual, self.decoder.norm.weight_D)
         rows = len(lengths) if backend == "cudnn" else 0
         return Demand(
-            rounded(sum(lengths)),
+            rounded(tokens),
             max(lengths),
             rows,
             peak,
@@ -394,6 +399,8 @@ class FusedEngine:
 
     def _to_device(self, batch: Batch, training: bool, by_weight: bool = True) -> Inputs:
         """Move the batch to the device, and make rotary tables for its length."""
+        if not self.shares_prompts:
+            batch = replace(batch, shared=())
         inputs = Inputs.of(batch, self._device, self.decoder.longest, training and self._pads, by_weight)
         self._rotary(inputs.documents.longest)
         return inputs
@@ -470,8 +477,11 @@ class FusedEngine:
         return torch.mm(y_nD, weight_VD.mT, out=self._scratch[:size].view(len(y_nD), -1))
 
 
-def _dummy(lengths: Sequence[int]) -> Batch:
-    """Return a batch of zeros that trains every token."""
+def _dummy(lengths: Sequence[int], shared: tuple[int, ...] = ()) -> Batch:
+    """Return a batch of zeros that trains every token; documents that share tokens are pairs."""
     tokens = sum(lengths)
     ids_T, weights_T = torch.zeros(tokens, dtype=torch.int64), torch.ones(tokens)
-    return Batch(ids_T, ids_T, weights_T, tuple(lengths), tokens, float(tokens))
+    return Batch(
+        ids_T, ids_T, weights_T, tuple(lengths), tokens, float(tokens),
+        documents_per_row=2 if shared else 1, shared=shared,
+    )  # fmt: skip

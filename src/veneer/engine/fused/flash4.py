@@ -6,7 +6,8 @@ ten seconds. Its forward and backward are called directly, as its own autograd f
 
 Tensors on the meta device are allocated as the package allocates its own.
 
-Shapes: T tokens, H query heads, K key heads, C dimensions of a head, B documents.
+Shapes: T tokens, S keys (T of them, but where documents share some), H query heads, K key heads, C dimensions of a
+head, B documents.
 """
 
 from functools import cache, partial
@@ -23,10 +24,19 @@ LARGEST_HEAD = {9: 256, 10: 128, 11: 128}  # by major capability; on others its 
 
 
 class Bounds(NamedTuple):
-    """The bounds of documents on the device, int32, and the tokens of the longest."""
+    """The bounds of documents on the device, int32, of their queries and of their keys, and the tokens of the longest.
 
-    offsets: torch.Tensor
+    Where a document has more keys than queries, its last query is at its last key.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
     longest: int
+
+    def arguments(self) -> dict[str, Any]:
+        """Return them by the package's names."""
+        lengths = {"max_seqlen_q": self.longest, "max_seqlen_k": self.longest}
+        return {"cu_seqlens_q": self.queries, "cu_seqlens_k": self.keys} | lengths
 
 
 class Scores(NamedTuple):
@@ -67,7 +77,8 @@ def is_able(heads: int, keys: int, size: int, window: int, softcap: float) -> bo
     """Return whether it works here, by a small pass, which compiles its kernels."""
     device = torch.device("cuda", torch.cuda.current_device())
     q, k, v = (torch.zeros((256, n, size), dtype=torch.bfloat16, device=device) for n in (heads, keys, keys))
-    bounds = Bounds(torch.tensor([0, 100, 256], dtype=torch.int32, device=device), 256)
+    offsets = torch.tensor([0, 100, 256], dtype=torch.int32, device=device)
+    bounds = Bounds(offsets, offsets, 256)
     scores = Scores(size**-0.5, window, softcap)
     try:
         out, lse = attend(q, k, v, bounds, scores)
@@ -83,16 +94,13 @@ def is_able(heads: int, keys: int, size: int, window: int, softcap: float) -> bo
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: Bounds, scores: Scores
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the output (T, H, C) and its log-sum-exp (H, T), float32, of q (T, H, C), k and v (T, K, C)."""
+    """Return the output (T, H, C) and its log-sum-exp (H, T), float32, of q (T, H, C), k and v (S, K, C)."""
     T, H, C = q.shape
     out, lse = q.new_empty((T, H, C)), q.new_empty((H, T), dtype=torch.float32)
     if q.is_meta:
         _note(2.0, q, k, bounds, scores)
         return out, lse
-    _interface()._flash_attn_fwd(
-        q, k, v, cu_seqlens_q=bounds.offsets, cu_seqlens_k=bounds.offsets, max_seqlen_q=bounds.longest,
-        max_seqlen_k=bounds.longest, return_lse=True, out=out, lse=lse, **scores.arguments(),
-    )  # fmt: skip
+    _interface()._flash_attn_fwd(q, k, v, return_lse=True, out=out, lse=lse, **bounds.arguments(), **scores.arguments())
     return out, lse
 
 
@@ -104,26 +112,25 @@ def attend_backward(
     bounds: Bounds,
     scores: Scores,
 ) -> tuple[torch.Tensor, ...]:
-    """Return gradients of q (T, H, C), k and v (T, K, C)."""
+    """Return gradients of q (T, H, C), k and v (S, K, C)."""
     if dout.is_meta:
         return _meta_backward(qkv, bounds, scores)
     grads = _interface()._flash_attn_bwd(
-        *qkv, out, dout, lse, cu_seqlens_q=bounds.offsets, cu_seqlens_k=bounds.offsets, max_seqlen_q=bounds.longest,
-        max_seqlen_k=bounds.longest, deterministic=True, **scores.arguments(),
-    )  # fmt: skip
+        *qkv, out, dout, lse, deterministic=True, **bounds.arguments(), **scores.arguments()
+    )
     return tuple(grads[:3])
 
 
 def _meta_backward(qkv: tuple[torch.Tensor, ...], bounds: Bounds, scores: Scores) -> tuple[torch.Tensor, ...]:
     """Allocate what backward allocates: gradients, their float32 sums, and counters that keep the order."""
     q, k, _ = qkv
-    (T, H, C), K, B = q.shape, k.shape[1], len(bounds.offsets)
-    tokens = -(-(T + B * BLOCK) // BLOCK) * BLOCK
+    (T, H, C), (S, K, _), B = q.shape, k.shape, len(bounds.queries)
+    tokens, keys = (-(-(count + B * BLOCK) // BLOCK) * BLOCK for count in (T, S))
     single = partial(q.new_empty, dtype=torch.float32)
     grads = tuple(x.new_empty(x.shape) for x in qkv)
     sums = [single((H, tokens * C)), single((2, H, tokens))]
     if H != K:
-        sums += [single((K, tokens * C)) for _ in range(2)]
+        sums += [single((K, keys * C)) for _ in range(2)]
     counts = (B - 1) * (H * -(-bounds.longest // 64) + 2 * 2 * K * -(-bounds.longest // BLOCK))
     sums.append(single((counts,)))
     _note(5.0, q, k, bounds, scores)

@@ -8,6 +8,7 @@ themselves) is data that the kernels read; the learning rate belongs to the opti
 Batches of documents of uneven lengths would hardly ever share a shape. So they are padded (`PassShape`): by one more
 document without trained tokens, to one of 16 sizes between a power of two and the next; trained tokens to one of 8.
 Packed rows then have a dozen shapes, and most passes are replayed; unpacked rows have some forty (`bench/replays.py`).
+Where documents share a prompt, the keys are padded too, to one of 4 sizes.
 
 All graphs share one pool of memory, since only one runs at a time. The largest pass is recorded first (`reserve`), so
 that the others reuse its memory; recorded in rising order of size, each would add to the pool.
@@ -15,6 +16,7 @@ that the others reuse its memory; recorded in rising order of size, each would a
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,13 +24,14 @@ import torch.nn.functional as F
 
 from veneer.data.batch import UNTRAINED, Batch
 from veneer.engine.fused import cudnn
-from veneer.engine.fused.attention import Documents
+from veneer.engine.fused.attention import Documents, Keys
 from veneer.engine.objective import Objective, StepOutput
 from veneer.machine.device import to_device
 
 MAX_GRAPHS = 32  # each takes some memory
 SIZES = 16  # numbers of tokens between a power of two and the next
 TRAINED = 8  # numbers of trained tokens, in the same way
+KEYS = 4  # numbers of keys, in the same way
 DOCUMENTS = 32  # the number of documents is rounded up to a multiple of this
 LONGEST = 512  # tokens; the longest document counts as this many, or as the next power of two
 
@@ -42,6 +45,7 @@ class PassShape(NamedTuple):
         documents: number of documents, empty ones included.
         longest: tokens of the longest document, or more.
         trained: number of trained tokens.
+        keys: number of keys; 0: that of tokens, since none is shared.
     """
 
     is_even: bool
@@ -49,12 +53,13 @@ class PassShape(NamedTuple):
     documents: int
     longest: int
     trained: int
+    keys: int = 0
 
     @staticmethod
-    def of(lengths: Sequence[int], trained: int) -> "PassShape":
-        """Return the shape to which a batch with so many trained tokens is padded."""
-        tokens, longest = sum(lengths), max(lengths)
-        is_even = len(set(lengths)) == 1 and longest % cudnn.BLOCK == 0 and longest >= cudnn.MIN_TOKENS
+    def of(lengths: Sequence[int], trained: int, shared: Sequence[int] = ()) -> "PassShape":
+        """Return the shape to which a batch with so many trained tokens is padded; `shared` as in `Batch`."""
+        tokens, longest, copies = sum(lengths) - sum(shared), max(lengths), sum(shared)
+        is_even = len(set(lengths)) == 1 and longest % cudnn.BLOCK == 0 and longest >= cudnn.MIN_TOKENS and not copies
         documents, more = len(lengths), 0 if is_even else rounded(tokens) - tokens
         if not is_even:
             documents = -(-(documents + (more > 0)) // DOCUMENTS) * DOCUMENTS
@@ -62,7 +67,8 @@ class PassShape(NamedTuple):
         if trained < tokens + more:
             step = max(64, _power_of_2(tokens + more) // TRAINED)
             trained = -(-trained // step) * step
-        return PassShape(is_even, tokens + more, documents, longest, trained)
+        keys = rounded(tokens + more + copies, KEYS) if copies else 0
+        return PassShape(is_even, tokens + more, documents, longest, trained, keys)
 
 
 class Inputs(NamedTuple):
@@ -99,24 +105,31 @@ class Inputs(NamedTuple):
             pads: whether to pad to sizes that recur.
             by_weight: whether the weights are the coefficients; else an objective gives these after the forward.
         """
+        batch = _with_one_table(batch, switch)
+        lengths, shared = list(batch.lengths), list(batch.shared) if any(batch.shared) else []
+        per_row, batch = batch.documents_per_row, batch.without_shared()
         index_N = (batch.targets_T >= 0).nonzero().squeeze(1)
         ids_T, targets_N, weights_N = batch.ids_T, batch.targets_T[index_N], batch.weights_T[index_N]
         values = {name: value_T[index_N] for name, value_T in batch.values.items()}
-        lengths, size = batch.lengths, PassShape.of(batch.lengths, len(index_N))
+        size = PassShape.of(lengths, len(index_N), shared)
         if pads:
             more = size.tokens - len(ids_T)
             untrained = len(ids_T) if more else _first_gap(index_N, len(ids_T))
             if more:
-                ids_T, lengths = torch.cat([ids_T, ids_T.new_zeros(more)]), (*lengths, more)
+                ids_T = torch.cat([ids_T, ids_T.new_zeros(more)])
+                lengths.append(more)
+                shared += [0] if shared else []
             more = size.trained - len(index_N)
             index_N = torch.cat([index_N, index_N.new_full((more,), untrained or 0)])
             targets_N = torch.cat([targets_N, targets_N.new_full((more,), UNTRAINED)])
             weights_N = F.pad(weights_N, (0, more))
             values = {name: F.pad(value_N, (0, more)) for name, value_N in values.items()}
-        documents = Documents.of(lengths, device, switch)
+        documents = Documents.of(lengths, device, switch, shared)
+        if shared:
+            keys = Keys.of(lengths, shared, per_row, size.keys if pads else sum(lengths))
+            documents = documents.with_keys(keys, device)
         if pads and not size.is_even:
-            empty = documents.bounds[-1:].expand(size.documents - len(lengths))
-            documents = documents._replace(bounds=torch.cat([documents.bounds, empty]), longest=size.longest)
+            documents = documents.padded(size.documents, size.longest)
         factor_N = (weights_N if by_weight else torch.ones_like(weights_N)) * batch.scale
         tensors = [to_device(t, device) for t in (ids_T, index_N, targets_N, weights_N, factor_N)]
         values = {name: to_device(value_N, device) for name, value_N in values.items()}
@@ -124,18 +137,29 @@ class Inputs(NamedTuple):
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        return (*self[:5], self.documents.position_T, self.documents.bounds, *self.values.values())
+        return (*self[:5], *self.documents.tensors, *self.values.values())
 
     def cloned(self) -> "Inputs":
         """Return a copy at addresses of its own."""
         tensors = [tensor.clone() for tensor in self.tensors]
-        documents = self.documents._replace(position_T=tensors[5], bounds=tensors[6])
-        return Inputs._make([*tensors[:5], dict(zip(self.values, tensors[7:], strict=True)), documents, self.size])
+        values = 5 + len(self.documents.tensors)
+        documents = self.documents.with_tensors(tensors[5:values])
+        return Inputs._make([*tensors[:5], dict(zip(self.values, tensors[values:], strict=True)), documents, self.size])
 
 
-def rounded(count: int) -> int:
+def _with_one_table(batch: Batch, switch: int | None) -> Batch:
+    """Return a batch without what is shared by documents that have other rotary tables than the first of their row."""
+    if switch is None or not batch.shared:
+        return batch
+    is_long = [length > switch for length in batch.lengths]
+    firsts = [is_long[n // batch.documents_per_row * batch.documents_per_row] for n in range(len(is_long))]
+    shared = tuple(s if is_long[n] == firsts[n] else 0 for n, s in enumerate(batch.shared))
+    return replace(batch, shared=shared)
+
+
+def rounded(count: int, sizes: int = SIZES) -> int:
     """Return the number of tokens that a batch of `count` is padded to, a multiple of 64."""
-    step = max(64, _power_of_2(count) // SIZES)
+    step = max(64, _power_of_2(count) // sizes)
     return -(-count // step) * step
 
 
