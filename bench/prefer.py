@@ -64,7 +64,7 @@ from veneer.training.optimizer import build_optimizer
 
 RESULTS = Path(__file__).parent / "results" / "prefer.json"
 PAIRS, ACCUMULATION, MAX_LENGTH, RATE = 4, 2, 2048, 5e-6
-SKIPPED = 3  # steps before those that are measured
+STEPS, SKIPPED = 20, 3  # steps that are measured, and steps before them
 LONG = (1024, 256)  # mean tokens of prompt and answer
 Pair = tuple[Example, Example]
 
@@ -288,7 +288,7 @@ def gpu(a: argparse.Namespace) -> None:
         write_tokens(a.data, a.work, a.smollm2)
     results = Results(a.out)
     of_data = read_pairs(a.work)
-    steps = {False: micro_batches(of_data)[: a.steps], True: micro_batches(long_pairs(8 * 12))}
+    steps = {False: micro_batches(of_data)[: a.steps or STEPS], True: micro_batches(long_pairs(8 * 12))}
     model = attach(random_base("8b", None, True), Adapter(r=16, lora_alpha=32), 0)
     wanted = set(a.cases or ())
     groups = set(() if wanted and not a.group else a.group or GROUPS)
@@ -370,7 +370,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/tmp/base-8b"), help="folder of the peers' base")
     parser.add_argument("--group", nargs="+", choices=GROUPS)
     parser.add_argument("--cases", nargs="+", choices=[*(case.name for case in CASES), EQUAL])
-    parser.add_argument("--steps", type=int, default=20, help="that are measured")
+    parser.add_argument("--steps", type=int, help="that are measured")
+    parser.add_argument("--start", type=Path, default=Path("runs/demo"), help="of curve: run of the demo")
+    parser.add_argument("--python", type=Path, help="of curve: Python that has TRL")
     parser.add_argument("--out", type=Path, default=RESULTS)
     a = parser.parse_args()
     if a.what == "tokens":
@@ -384,7 +386,7 @@ def main() -> None:
     else:
         from bench.prefer_curve import compare
 
-        compare(a.smollm2)
+        compare(a.start, a.python, a.steps or 200)
 
 
 if __name__ == "__main__":
