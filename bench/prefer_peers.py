@@ -20,7 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-STEPS, SKIPPED = 20, 3
+STEPS, SKIPPED = 6, 2
 END = "<|im_end|>\n"
 
 

@@ -156,7 +156,7 @@ def _of_agreement(choice: EngineChoice, found: Agreement | None) -> Iterator[Che
             yield Check(id, True, name=name, detail=choice.reason)
         return
     values = (found.loss, found.gradient, found.matrix)
-    for (id, name), value, limit in zip(names.items(), values, found.limits, strict=True):
+    for (id, name), value, limit in zip(names.items(), values, found.limits[:3], strict=True):
         worst = "" if id == "fused-loss" else _worst(found.worst)
         yield Check.at_most(id, value, limit, name, found.failure or worst)
 

@@ -290,6 +290,7 @@ class FusedEngine:
             max(0, peak - before),
             held_out,
             shapes.varies,
+            bool(shapes.documents),
             base,
             self.ends.bytes,
             loss,

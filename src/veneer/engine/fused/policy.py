@@ -46,6 +46,7 @@ class Demand:
         pass_bytes: part of it that is freed after the pass.
         held_out_bytes: memory of a held-out loss, which comes beside recorded passes.
         varies: whether batches have several shapes.
+        is_packed: whether rows are packed, so that most batches have a shape that recurs.
         base: placement of that pass, which keeps nothing.
         ends_bytes: bytes of embedding and head.
         loss_bytes: memory of the device until the loss is computed; 0: not known.
@@ -59,6 +60,7 @@ class Demand:
     pass_bytes: int = 0
     held_out_bytes: int = 0
     varies: bool = False
+    is_packed: bool = False
     base: MemoryPlacement | None = None
     ends_bytes: int = 0
     loss_bytes: int = 0
@@ -123,8 +125,9 @@ def choose_placement(
 
     Recorded passes never free their memory, and a pass of another shape needs its own beside it. Where shapes vary,
     passes are recorded only if everything fits twice. Else activations make better use of the memory, except where
-    passes are so small that the host takes longer to launch them than the GPU to compute: these get half of it. Passes
-    with streamed weights are not recorded.
+    passes are so small that the host takes longer to launch them than the GPU to compute: these get half of it. Uneven
+    rows that are not packed hardly recur; their passes are launched if that takes the host much less time than the GPU
+    needs. Passes with streamed weights are not recorded.
 
     Args:
         blocks: blocks of the model.
@@ -137,6 +140,8 @@ def choose_placement(
     spare = budget_bytes - demand.least_bytes - demand.held_out_bytes
     found = search.best(spare)
     records = records and not found.streams
+    if records and demand.varies and not demand.is_packed:
+        records = not search.hides_launching(found)
     if records and demand.varies:
         everything = sum(block.saved_bytes(name, demand.tokens) for block in blocks for name in ACTIVATIONS)
         second = spare - demand.pass_bytes  # memory left beside a second pass
@@ -353,11 +358,17 @@ class _Search:
             if block.activations[name] == ActivationState.RECOMPUTE
         )
 
+    def hides_launching(self, placement: MemoryPlacement) -> bool:
+        """Return whether the GPU computes a pass for so long that batches half as large do not wait for the host."""
+        return self._on_device(placement) > 2 * LAUNCHING * len(self._blocks)
+
+    def _on_device(self, placement: MemoryPlacement) -> float:
+        return self._forward + self._backward + self._recomputed(placement) + placement.link_seconds
+
     def _seconds(self, placement: MemoryPlacement) -> tuple[float, int]:
         """Return the predicted time of a pass, in steps of a microsecond, and the memory of the host it takes."""
-        device = self._forward + self._backward + self._recomputed(placement) + placement.link_seconds
         host = LAUNCHING * len(self._blocks) if placement.streams or not self._records else 0.0
-        return round(max(device, host), 6), placement.host_bytes
+        return round(max(self._on_device(placement), host), 6), placement.host_bytes
 
 
 def _workspace(block: Block, demand: Demand, left: int) -> tuple[int, int]:
