@@ -64,7 +64,7 @@ class Neighbour:
 def test_a_run_goes_on_with_what_memory_is_left(engine: str, tmp_path: Path) -> None:
     make_job(tmp_path / "whole", engine).fit()
     with notified("out of memory in step 3 "):
-        make_job(tmp_path / "short", engine).fit((Neighbour(0.7),))
+        make_job(tmp_path / "short", engine).fit((Neighbour(0.5),))
     assert losses(tmp_path / "short" / "run") == pytest.approx(losses(tmp_path / "whole" / "run"), rel=1e-3)
 
 

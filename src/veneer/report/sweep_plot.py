@@ -2,6 +2,7 @@
 
 from io import BytesIO
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from veneer.config.folder import write_bytes
@@ -16,6 +17,7 @@ def plot_sweep(results: dict[str, Any], path: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
     shown = [one for one in results["combinations"] if one["loss"] is not None]
+    shown.sort(key=lambda one: one["trainable"])
     figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -50,9 +52,15 @@ def plot_sweep(results: dict[str, Any], path: Path, title: str) -> None:
         label="sweet spot: smallest that is not shown to be worse",
     )
     for one in shown if len(shown) <= LABELLED else (spot, best):
-        text = ", ".join(f"{name.partition('.')[2]}={value}" for name, value in one["settings"].items())
+        is_left = one["trainable"] ** 2 < shown[0]["trainable"] * shown[-1]["trainable"]
         axes.annotate(
-            text, (one["trainable"], one["loss"]["value"]), (9, 5), textcoords="offset points", fontsize=7, color=INK
+            _label(one["settings"]),
+            (one["trainable"], one["loss"]["value"]),
+            (9 if is_left else -9, 5),
+            textcoords="offset points",
+            horizontalalignment="left" if is_left else "right",
+            fontsize=7,
+            color=INK,
         )
     # What was stopped may be far off; the others decide what is in sight.
     ends = [one["loss"][end] for one in shown if one["status"] == "finished" for end in ("low", "high")]
@@ -69,3 +77,9 @@ def plot_sweep(results: dict[str, Any], path: Path, title: str) -> None:
     picture = BytesIO()
     figure.savefig(picture, format="png")
     write_bytes(path, picture.getvalue())
+
+
+def _label(settings: dict[str, Any]) -> str:
+    """Return a combination's settings in lines of moderate length."""
+    values = {name: "+".join(map(str, value)) if isinstance(value, list) else value for name, value in settings.items()}
+    return fill(", ".join(f"{name.partition('.')[2]}={value}" for name, value in values.items()), 36)
