@@ -6,8 +6,8 @@ Either way a document never sees another, and padding never enters the data, so 
 taken for padding.
 
 The documents of a pair begin with the same prompt. A batch holds it in both, and says how many tokens an engine may
-leave out of the second (`Batch.shared`), where that can compute a prompt once. Batches are then sorted, counted and cut
-by the tokens that go through the model.
+leave out of the second (`Batch.shared`), where that can compute a prompt once. Batches are then counted and cut by the
+tokens that go through the model. The order of the rows is that of whole documents, the same for every engine.
 
 The order is a pure function of the seed and the step: a resumed run finds its place without replaying. The rows of
 an epoch are shuffled, sorted by length within windows of several steps, cut into steps, and the steps shuffled: rows of
@@ -247,6 +247,7 @@ class Batches:
         pack_of = rows if pack_length is None else pack(lengths, pack_length)
         self._documents_per_row = documents_per_row
         self._shares = shared is not None
+        self._whole = np.bincount(pack_of, weights=lengths).astype(np.int64)
         computed = lengths - shared if self._shares else lengths
         self.sizes = np.bincount(pack_of, weights=computed).astype(np.int64)
         self._members = np.argsort(pack_of, kind="stable")
@@ -275,7 +276,7 @@ class Batches:
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._ordered(epoch)
         chosen = self._order[place * self._rows_per_step : (place + 1) * self._rows_per_step]
-        chosen = chosen[np.argsort(-self.sizes[chosen], kind="stable")]
+        chosen = chosen[np.argsort(-self._whole[chosen], kind="stable")]
         rows = [self._members[self._begin[row] : self._begin[row + 1]].tolist() for row in chosen]
         micro_batches = [rows[n : n + self._batch_size] for n in range(0, len(rows), self._batch_size)]
         return [[member for row in micro for member in row] for micro in micro_batches]
@@ -304,7 +305,7 @@ class Batches:
         window = WINDOW * size
         for start in range(0, len(order), window):
             part = order[start : start + window]
-            order[start : start + window] = part[np.argsort(-self.sizes[part], kind="stable")]
+            order[start : start + window] = part[np.argsort(-self._whole[part], kind="stable")]
         whole = len(order) // size
         steps = order[: whole * size].reshape(whole, size)[rng.permutation(whole)]
         return np.concatenate([steps.reshape(-1), order[whole * size :]])
