@@ -17,6 +17,7 @@ from tests.support.exactness import in_16_bits
 from tests.support.offload import OFFLOADS, RESIDENT, Step, assert_same, course, nf4_model, placement_of
 from tests.support.preference import step
 from tests.support.shared_prompts import PAIRS, examples_of, once, twice
+from veneer.config import Run
 from veneer.data.batch import UNTRAINED, Batch, Batches, Example, shared_in_rows
 from veneer.engine.fused.attention import Attention, Documents, Keys, attend, attend_backward
 from veneer.engine.fused.block import ACTIVATIONS
@@ -26,6 +27,7 @@ from veneer.engine.fused.policy import uniform
 from veneer.engine.interface import document_losses
 from veneer.engine.reference import ReferenceEngine
 from veneer.kernels.rope import Heads
+from veneer.planning.batch_shapes import Lengths, rows_of
 from veneer.training.objectives import DirectPreference
 
 FAMILIES = ["llama", "mistral", "qwen3", "gemma2", "phi3"]  # mistral and gemma2 have windows of 16 tokens
@@ -284,3 +286,42 @@ def test_a_dry_run_takes_shared_prompts(backend: str, keys: int, monkeypatch: py
     grads = attend_backward(torch.empty_like(out), qkv_TN, saved, inputs.documents, kind)
     assert [gradient.shape[1] for gradient in grads] == [4, keys, keys]
     assert {len(gradient) for gradient in grads} == {inputs.size.tokens}
+
+
+def test_a_plan_counts_what_goes_through_the_model() -> None:
+    rng = np.random.default_rng(0)
+    drawn = [(40 + int(p), int(c), int(r)) for p, c, r in rng.integers(1, 120, (60, 3))]
+    examples = examples_of(tuple(drawn))
+    tokens = np.array([len(one.ids) for one in examples])
+    shared = np.array(shared_in_rows(examples, 2))
+    rows = Lengths(tokens, np.array([one.trained for one in examples]), shared)
+    run = run_of(200)
+    found = rows_of(run, "fused", rows, rows, 2)
+    whole = rows_of(run, "fused", rows.without_shared(), rows.without_shared(), 2)
+    kept = rows.within(run, 2)
+    assert 0 < len(kept.tokens) < len(tokens), "pairs with one answer beyond the limit are left out whole"
+    assert (kept.tokens <= 200).all()
+    assert len(kept.tokens) % 2 == 0
+    batches = Batches([], kept.tokens, 4, 1, 0, None, 2, kept.shared)
+    largest = int(np.sort(batches.sizes)[-4:].sum())
+    assert largest <= found.fullest.rows * found.fullest.length < 1.02 * largest
+    in_step = 4 * run.train.gradient_accumulation_steps
+    assert found.tokens == pytest.approx(in_step * batches.sizes.mean())
+    assert whole.tokens == pytest.approx(found.tokens + 2 * in_step * kept.shared.mean())
+    assert not found.even
+    assert (found.steps, found.passes) == (whole.steps, whole.passes)
+    assert found.held_out is not None
+    assert whole.held_out is not None
+    assert found.held_out.rows * found.held_out.length < whole.held_out.rows * whole.held_out.length
+    one = Lengths(np.array([1200, 1300]), np.array([200, 300]), np.array([0, 999]))
+    assert rows_of(run_of(2000), "fused", one, one, 2).fullest == (1, 1501, 500)
+
+
+def run_of(max_length: int) -> Run:
+    return Run.model_validate(
+        {
+            "model": {"base": "-"},
+            "data": {"train": "-", "max_length": max_length},
+            "train": {"output_dir": "-", "per_device_train_batch_size": 4},
+        }
+    )

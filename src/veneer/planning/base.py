@@ -15,6 +15,7 @@ import torch
 from veneer.config import Model, Run, Train
 from veneer.engine.choose import choose_engine
 from veneer.engine.dry_run import DryRun, Step, extrapolate, head_is_linear, run_dry
+from veneer.engine.fused import flash4
 from veneer.engine.fused.decoder import NotCoveredError
 from veneer.engine.fused.dry_run import StepPeaks, predict_placement, require_covered, run_layers_dry
 from veneer.engine.placement import MemoryPlacement, Rates, whole_blocks
@@ -107,6 +108,8 @@ class PlannedModel:
         self.shapes = shapes_of(base)
         self.stored: torch.dtype | None = getattr(torch, stored) if isinstance(stored, str) else stored
         self.is_4bit = is_stored_in_4_bits(config)
+        # FlexAttention, which caps scores without FlashAttention-4, has no keys of other documents.
+        self._shares_prompts = not getattr(config, "attn_logit_softcapping", None) or flash4.is_installed()
         self.download_bytes = 0 if is_local(model) else self.shapes.total * (self.stored or torch.bfloat16).itemsize
         # Everything that decides a dry run, as a hashable key.
         text = config.to_json_string(use_diff=False)
@@ -138,4 +141,7 @@ class PlannedModel:
             return self.data
         if isinstance(self.data, str):
             return assumed_rows(run, self.shapes.positions, self.data)
-        return rows_of(run, engine, *self.data)
+        train, held_out, *more = self.data
+        if engine != "fused" or not self._shares_prompts:
+            train, held_out = train.without_shared(), held_out.without_shared()
+        return rows_of(run, engine, train, held_out, *more)

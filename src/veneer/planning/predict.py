@@ -58,8 +58,12 @@ class PreparedData:
 
     def lengths(self) -> tuple[Lengths, Lengths, int]:
         """Return the lengths of the training and of the held-out examples, and how many of them a row is."""
-        train, held_out = (Lengths(part.lengths, part.corpus.trained[part.examples]) for part in self._parts())
-        return train, held_out, 2 if self.prepared.has_pairs else 1
+        has_pairs = self.prepared.has_pairs
+        train, held_out = (
+            Lengths(part.lengths, part.corpus.trained[part.examples], part.shared if has_pairs else None)
+            for part in self._parts()
+        )
+        return train, held_out, 2 if has_pairs else 1
 
     def _parts(self) -> tuple[Part, Part]:
         return self.prepared.train, self.prepared.validation
