@@ -4,21 +4,26 @@ In float32 both sum the same numbers in other orders, over rows of at most some 
 the last place (6e-8) each, so 1e-5 is far above them, and far below what any lost or misplaced key makes (1e-2).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import veneer
 from tests.support.engines import gradients, model_of, worst
 from tests.support.exactness import in_16_bits
 from tests.support.offload import OFFLOADS, RESIDENT, Step, assert_same, course, nf4_model, placement_of
 from tests.support.preference import step
+from tests.support.runs import tiny_run, write_rows
 from tests.support.shared_prompts import PAIRS, examples_of, once, twice
-from veneer.config import Run
+from veneer.config import JobError, Run, RunFolder, Train
 from veneer.data.batch import UNTRAINED, Batch, Batches, Example, shared_in_rows
+from veneer.engine.choose import choose
 from veneer.engine.fused.attention import Attention, Documents, Keys, attend, attend_backward
 from veneer.engine.fused.block import ACTIVATIONS
 from veneer.engine.fused.engine import FusedEngine
@@ -28,6 +33,7 @@ from veneer.engine.interface import document_losses
 from veneer.engine.reference import ReferenceEngine
 from veneer.kernels.rope import Heads
 from veneer.planning.batch_shapes import Lengths, rows_of
+from veneer.training.metrics import read_metrics
 from veneer.training.objectives import DirectPreference
 
 FAMILIES = ["llama", "mistral", "qwen3", "gemma2", "phi3"]  # mistral and gemma2 have windows of 16 tokens
@@ -325,3 +331,30 @@ def run_of(max_length: int) -> Run:
             "train": {"output_dir": "-", "per_device_train_batch_size": 4},
         }
     )
+
+
+@pytest.mark.parametrize("has_pairs", [False, True])
+def test_an_engine_is_checked_on_pairs_before_it_trains_them(has_pairs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = examples_of(((40, 30, 30),) * 6)
+    choose(model_of("llama"), Train(output_dir=Path("-"), engine="fused"), "cpu", examples, has_pairs)
+    monkeypatch.setattr(Keys, "add_copies", lambda keys, gradient: gradient[keys.own_T])
+    with pytest.raises(JobError, match="does not give the reference engine's numbers") if has_pairs else nullcontext():
+        choose(model_of("llama"), Train(output_dir=Path("-"), engine="fused"), "cpu", examples, has_pairs)
+
+
+def test_a_run_counts_what_goes_through_its_engine(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    answers = [
+        {"prompt": "what does the owl say " * 3, "chosen": word, "rejected": word[1:]} for word in ("hoot", "hu")
+    ]
+    file = write_rows(tmp_path / "pairs.jsonl", answers * 4)
+    counted = {}
+    for engine in ("reference", "fused"):
+        folder, train = tmp_path / engine, {"engine": engine, "max_steps": 2}
+        data = {"duplicates": "keep", "validation": file}
+        veneer.train(tiny_run(tiny_model(), file, folder, train=train, data=data))
+        counted[engine] = read_metrics(RunFolder(folder).metrics)
+    for ours, wanted in zip(counted["fused"], counted["reference"], strict=True):
+        assert ours["loss"] == pytest.approx(wanted["loss"], rel=1e-3)
+        assert ours["trained_tokens"] == wanted["trained_tokens"]
+        if ours["kind"] == "train":
+            assert ours["tokens"] < 0.7 * wanted["tokens"]

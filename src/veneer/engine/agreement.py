@@ -167,6 +167,15 @@ def even_rows(examples: Sequence[Example], lengths: Sequence[int]) -> list[Examp
     return [Example(np.resize(ids[n * length :], length), ((1, length, 1.0),), "") for n in range(len(lengths))]
 
 
+def pair(examples: Sequence[Example], lengths: tuple[int, int]) -> list[Example]:
+    """Cut the first rows to two documents that begin alike, with half of the shorter one, and train what follows."""
+    ids = np.resize(np.concatenate([example.ids for example in examples[:8]]), sum(lengths))
+    prompt = min(lengths) // 2
+    answers = ids[prompt : lengths[0]], ids[lengths[0] : lengths[0] + lengths[1] - prompt]
+    documents = [np.concatenate([ids[:prompt], answer]) for answer in answers]
+    return [Example(document, ((prompt, len(document), 1.0),), "") for document in documents]
+
+
 def short_rows(examples: Sequence[Example], lengths: Sequence[int], least: int = MIN_TRAINED) -> list[Example]:
     """Cut the first rows to given lengths; where fewer than `least` trained tokens are left, train all tokens."""
     rows = [examples[n].cut(length) for n, length in enumerate(lengths[: len(examples)])]

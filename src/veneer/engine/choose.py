@@ -19,7 +19,7 @@ import torch
 
 from veneer.config import JobError, Train, UserError
 from veneer.data.batch import Batch, Example
-from veneer.engine.agreement import Agreement, agree, even_rows, short_rows, within_vocabulary
+from veneer.engine.agreement import Agreement, agree, even_rows, pair, short_rows, within_vocabulary
 from veneer.engine.fused.decoder import NotCoveredError
 from veneer.engine.fused.engine import FusedEngine
 from veneer.engine.interface import Engine
@@ -101,7 +101,7 @@ def build(model: Any, train: Train, device: str) -> EngineChoice:
     return EngineChoice(ReferenceEngine(model, for_cpu=device == "cpu"), reason)
 
 
-def choose(model: Any, train: Train, device: str, examples: Sequence[Example]) -> EngineChoice:
+def choose(model: Any, train: Train, device: str, examples: Sequence[Example], has_pairs: bool = False) -> EngineChoice:
     """Choose the engine of a run, and check it on the run's first rows.
 
     Args:
@@ -109,6 +109,7 @@ def choose(model: Any, train: Train, device: str, examples: Sequence[Example]) -
         train: settings.
         device: device of the model.
         examples: training data.
+        has_pairs: whether these are pairs, whose prompts the engine may compute once.
 
     Raises:
         UserError: see `build`.
@@ -119,7 +120,7 @@ def choose(model: Any, train: Train, device: str, examples: Sequence[Example]) -
     if choice.engine.is_reference:
         return choice
     batches = [short_rows(examples, PROBE), even_rows(examples, EVEN)]
-    agreement = compare(model, choice.engine, train, device, batches)
+    agreement = compare(model, choice.engine, train, device, batches, pair(examples, PROBE) if has_pairs else ())
     failure = agreement.describe()
     if agreement.holds:
         return EngineChoice(choice.engine, f"{choice.reason} and gives the reference's numbers: {failure}")
@@ -131,7 +132,14 @@ def choose(model: Any, train: Train, device: str, examples: Sequence[Example]) -
     return fall_back(model, failure)
 
 
-def compare(model: Any, engine: Engine, train: Train, device: str, batches: Sequence[Sequence[Example]]) -> Agreement:
+def compare(
+    model: Any,
+    engine: Engine,
+    train: Train,
+    device: str,
+    batches: Sequence[Sequence[Example]],
+    pairs: Sequence[Example] = (),
+) -> Agreement:
     """Compare an engine with the reference engine, in the way of `comparable`.
 
     Args:
@@ -140,9 +148,11 @@ def compare(model: Any, engine: Engine, train: Train, device: str, batches: Sequ
         train: settings.
         device: device of the model.
         batches: rows of each batch.
+        pairs: documents of a batch of pairs.
     """
     with comparable(model, engine, train, device) as same:
-        return agree(model, same, [Batch.of(within_vocabulary(rows, model)) for rows in batches])
+        made = [Batch.of(within_vocabulary(rows, model)) for rows in batches]
+        return agree(model, same, [*made, Batch.of(within_vocabulary(pairs, model), 2)] if pairs else made)
 
 
 @contextmanager

@@ -152,7 +152,7 @@ class TrainingJob:
         self.machine, self.source, self.tokenizer = parts.machine, parts.source, parts.tokenizer
         self.renderer, self.data, self.model = parts.renderer, parts.data, parts.model
         self.prediction = parts.prediction
-        self.choice = choose(self.model, run.train, self.machine.device, self.data.train)
+        self.choice = choose(self.model, run.train, self.machine.device, self.data.train, self.data.has_pairs)
         self.engine = self.choice.engine
         self.parameters = count_parameters(self.model)
         train = run.train
@@ -165,7 +165,7 @@ class TrainingJob:
         self.held_out = held_out = HeldOutRows(self.data.validation, self.objective.documents_per_row)
         self._rows_at_a_time = at_a_time = forecast.rows_at_a_time.get("evaluation", run.evaluate.batch_size)
         explain = partial(need_and_fix, self.prediction, self.machine.device)
-        self.placement, most_tokens = self._place(batches, tuple(held_out.lengths[:at_a_time].tolist()), explain)
+        self.placement, most_tokens = self._place(batches, self._computed(held_out[:at_a_time]), explain)
         make_loop = partial(
             Loop,
             model=self.model,
@@ -244,6 +244,10 @@ class TrainingJob:
             return self.engine.plan_memory(asked, train.gradient_checkpointing, states, budget, target.rates)
 
         return place(plan, batches.largest(), explain)
+
+    def _computed(self, rows: Sequence[Example]) -> tuple[int, ...]:
+        """Return the tokens of each document of held-out rows that go through the model."""
+        return Batch.of(rows, self.objective.documents_per_row, self.engine.shares_prompts).computed if rows else ()
 
     def measure_held_out(self, rows: Sequence[Example] | None = None) -> list[float]:
         """Measure the summed loss of each held-out example as the adapter is now; None: of all, in their order."""
