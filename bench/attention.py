@@ -19,7 +19,8 @@ import torch
 import torch.utils.deterministic
 
 from veneer.engine.fused import cudnn
-from veneer.engine.fused.attention import Attention, Documents, attend, attend_backward
+from veneer.engine.fused.attention import Attention, attend, attend_backward
+from veneer.engine.fused.documents import Documents
 from veneer.kernels.rope import Heads, split_heads
 
 RESULTS = Path(__file__).parent / "results" / "attention.json"

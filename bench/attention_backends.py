@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from veneer.engine.fused.attention import Attention, Documents, attend, attend_backward
+from veneer.engine.fused.attention import Attention, attend, attend_backward
+from veneer.engine.fused.documents import Documents
 from veneer.kernels.rope import Heads
 
 RESULTS = Path(__file__).parent / "results" / "attention_backends.json"

@@ -16,7 +16,8 @@ from tests.support.preference import step
 from tests.support.shared_prompts import PAIRS, Lengths, once, twice
 from veneer.data.batch import Batch
 from veneer.engine.fused import flash4
-from veneer.engine.fused.attention import Attention, Documents, _plain, attend, attend_backward
+from veneer.engine.fused.attention import Attention, _plain, attend, attend_backward
+from veneer.engine.fused.documents import Documents
 from veneer.engine.fused.engine import FusedEngine
 from veneer.engine.fused.graphs import Inputs
 from veneer.engine.interface import document_losses

@@ -5,7 +5,8 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 from veneer.engine.fused import attention
-from veneer.engine.fused.attention import FLEX_BLOCK, Attention, Documents
+from veneer.engine.fused.attention import FLEX_BLOCK, Attention
+from veneer.engine.fused.documents import Documents
 from veneer.kernels.rope import Heads, split_heads
 
 LENGTHS = [(5,), (128,), (100, 30), (300, 5, 1), (40,) * 8, (260, 129, 7)]

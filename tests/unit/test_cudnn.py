@@ -10,8 +10,9 @@ import torch
 
 from tests.support.notices import notified
 from veneer.engine.fused import attention, cudnn
-from veneer.engine.fused.attention import Attention, Documents
+from veneer.engine.fused.attention import Attention
 from veneer.engine.fused.cudnn import WORKSPACE_BYTES, Call, Layout
+from veneer.engine.fused.documents import Documents
 from veneer.kernels.rope import Heads, split_heads
 
 LLAMA = Heads(32, 8, 128)

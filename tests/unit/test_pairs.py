@@ -24,12 +24,13 @@ from tests.support.shared_prompts import PAIRS, examples_of, once, twice
 from veneer.config import JobError, Run, RunFolder, Train
 from veneer.data.batch import UNTRAINED, Batch, Batches, Example, shared_in_rows
 from veneer.engine.choose import choose
-from veneer.engine.fused.attention import Attention, Documents, Keys, attend, attend_backward
+from veneer.engine.fused.attention import Attention, attend, attend_backward
 from veneer.engine.fused.block import ACTIVATIONS
+from veneer.engine.fused.documents import Documents, Keys
 from veneer.engine.fused.engine import FusedEngine
 from veneer.engine.fused.graphs import Inputs, PassShape
 from veneer.engine.fused.policy import uniform
-from veneer.engine.interface import document_losses
+from veneer.engine.interface import BatchShapes, document_losses
 from veneer.engine.reference import ReferenceEngine
 from veneer.kernels.rope import Heads
 from veneer.planning.batch_shapes import Lengths, rows_of
@@ -358,3 +359,17 @@ def test_a_run_counts_what_goes_through_its_engine(tiny_model: Callable[..., Pat
         assert ours["trained_tokens"] == wanted["trained_tokens"]
         if ours["kind"] == "train":
             assert ours["tokens"] < 0.7 * wanted["tokens"]
+
+
+def test_memory_is_measured_with_the_prompt_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, batch, tried = FusedEngine(model_of("llama")), once(), list[int]()
+
+    def peaks_of(engine: FusedEngine, tried_batch: Batch) -> tuple[int, int]:
+        tried.append(engine._to_device(tried_batch, False).ids_T.numel())
+        return 0, 1
+
+    monkeypatch.setattr(FusedEngine, "on_gpu", True)
+    monkeypatch.setattr(FusedEngine, "_try", peaks_of)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
+    engine.plan_within(BatchShapes(batch.lengths, varies=True, shared=batch.shared), 2**30)
+    assert set(tried) == {batch.tokens}

@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from veneer.engine.fused.attention import Attention, Documents, attend, attend_backward
+from veneer.engine.fused.attention import Attention, attend, attend_backward
 from veneer.engine.fused.decoder import Decoder, Layer, Norm
+from veneer.engine.fused.documents import Documents
 from veneer.engine.fused.group import Group
 from veneer.engine.fused.offload import ActivationStore, Offloaded
 from veneer.kernels.gated_mlp import AdapterGradientParts, gated_mlp, gated_mlp_backward, gated_mlp_backward_adapters

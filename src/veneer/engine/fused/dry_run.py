@@ -6,7 +6,8 @@ may. Kernels launched on meta tensors only report the bytes they would move; all
 tensor that the engine no longer allocates leaves the forecast with it.
 
 Not counted: FlexAttention's own memory (flash's is), the launches of recorded passes, and the plain torch twins, which
-take more memory than the kernels; they are for tests.
+take more memory than the kernels; they are for tests. Pairs are run dry as rows with as many tokens and as much
+attention; the keys that are gathered for them are not counted.
 
 Shapes: T tokens, N trained ones, D inputs and M outputs of a linear layer, R rank.
 """

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from veneer.data.batch import Batch
-from veneer.engine.fused.attention import Documents
 from veneer.engine.fused.block import Block, Context, Residual, SavedActivations
 from veneer.engine.fused.decoder import Decoder, NotCoveredError, read
+from veneer.engine.fused.documents import Documents
 from veneer.engine.fused.ends import Ends
 from veneer.engine.fused.graphs import Graphs, Inputs, rounded
 from veneer.engine.fused.group import Group

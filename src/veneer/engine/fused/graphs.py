@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from veneer.data.batch import UNTRAINED, Batch
 from veneer.engine.fused import cudnn
-from veneer.engine.fused.attention import Documents, Keys
+from veneer.engine.fused.documents import Documents, Keys
 from veneer.engine.objective import Objective, StepOutput
 from veneer.machine.device import to_device
 
