@@ -25,7 +25,7 @@ class Keys(NamedTuple):
         source_S: token whose key each is, int64.
         own_T: each token's place among the keys, int64.
         copy_T: place of its copy for another document, int64; 0 where it has none.
-        has_copy_T: whether it has one.
+        has_no_copy_T: whether it has none.
     """
 
     lengths: tuple[int, ...]
@@ -33,7 +33,7 @@ class Keys(NamedTuple):
     source_S: torch.Tensor
     own_T: torch.Tensor
     copy_T: torch.Tensor
-    has_copy_T: torch.Tensor
+    has_no_copy_T: torch.Tensor
 
     @staticmethod
     def of(lengths: Sequence[int], shared: Sequence[int], documents_per_row: int, count: int) -> "Keys":
@@ -47,7 +47,7 @@ class Keys(NamedTuple):
         """
         source_S = torch.zeros(count, dtype=torch.int64)
         own_T, copy_T = torch.zeros((2, sum(lengths) - sum(shared)), dtype=torch.int64)
-        has_copy_T = torch.zeros(len(own_T), dtype=torch.bool)
+        has_no_copy_T = torch.ones(len(own_T), dtype=torch.bool)
         token = key = first = 0
         for number, (length, before) in enumerate(zip(lengths, shared, strict=True)):
             if number % documents_per_row == 0:
@@ -56,15 +56,15 @@ class Keys(NamedTuple):
             source_S[key : key + before] = torch.arange(first, first + before)
             source_S[key + before : key + length] = torch.arange(own.start, own.stop)
             own_T[own] = torch.arange(key + before, key + length)
-            assert not has_copy_T[first : first + before].any(), "a token has one copy at most"
+            assert has_no_copy_T[first : first + before].all(), "a token has one copy at most"
             copy_T[first : first + before] = torch.arange(key, key + before)
-            has_copy_T[first : first + before] = True
+            has_no_copy_T[first : first + before] = False
             token, key = own.stop, key + length
-        return Keys(tuple(lengths), offsets(lengths), source_S, own_T, copy_T, has_copy_T)
+        return Keys(tuple(lengths), offsets(lengths), source_S, own_T, copy_T, has_no_copy_T)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.bounds, self.source_S, self.own_T, self.copy_T, self.has_copy_T
+        return self.bounds, self.source_S, self.own_T, self.copy_T, self.has_no_copy_T
 
     def gather(self, kv_TN: torch.Tensor) -> torch.Tensor:
         """Return the keys' rows of a tensor with a row for each token; (S, N)."""
@@ -72,7 +72,7 @@ class Keys(NamedTuple):
 
     def add_copies(self, gradient_SKC: torch.Tensor) -> torch.Tensor:
         """Return each token's gradient: that of its own key plus that of its copy, in this order; (T, K, C)."""
-        copies = torch.where(self.has_copy_T[:, None, None], gradient_SKC.index_select(0, self.copy_T), 0.0)
+        copies = gradient_SKC.index_select(0, self.copy_T).masked_fill_(self.has_no_copy_T[:, None, None], 0.0)
         return copies.add_(gradient_SKC.index_select(0, self.own_T))
 
 
