@@ -186,7 +186,7 @@ def measure(model: Any, case: Case, steps: Sequence[Sequence[Sequence[Pair]]]) -
     objective = DirectPreference() if case.what == "dpo" else LIKELIHOOD
     laid = [[batch_of(pairs, case) for pairs in step] for step in steps]
     largest = max((batch for step in laid for batch in step), key=lambda batch: batch.tokens)
-    shapes = BatchShapes(getattr(largest, "computed", largest.lengths), varies=True)
+    shapes = BatchShapes(largest.lengths, varies=True, shared=largest.shared)
     placement = engine.plan_within(shapes, int(case.gib * 2**30) - states)
     begin = engine.master.detach().cpu()  # where the next case begins as well
     start = begin.cuda() if case.is_live else None
