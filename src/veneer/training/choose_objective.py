@@ -53,7 +53,26 @@ def choose_objective(run: Run, data: Prepared) -> Objective:
             "train.dpo: the run learns single answers (train.objective = sft), so it has no effect",
             "leave train.dpo out, or name rows with chosen and rejected answers",
         )
-    return OBJECTIVES[found](run.train)
+    objective = OBJECTIVES[found](run.train)
+    _require_reference(run, found, objective)
+    return objective
+
+
+def _require_reference(run: Run, name: str, objective: Objective) -> None:
+    """Raise UserError for a `train.reference` that the objective cannot go with."""
+    reference = run.train.reference
+    if reference == "cached":
+        return
+    if not objective.needs_reference:
+        raise UserError(
+            f"train.reference = {reference}: has no effect, since the objective {name} compares with no reference",
+            "leave train.reference out",
+        )
+    if reference == "none" and not objective.may_lack_reference:
+        raise UserError(
+            f"train.reference = none: the loss of {name}, as the run sets it, is one of log-ratios to a reference",
+            "set train.reference to cached or live; dpo with loss_type sigmoid or hinge goes without",
+        )
 
 
 def _require_pairs(run: Run, data: Prepared, formats: dict[str, str]) -> None:
