@@ -38,8 +38,7 @@ def choose_objective(run: Run, data: Prepared) -> Objective:
             "kind of rows",
             "name files of one kind, or set data.format=chosen to learn the chosen answers of pairs",
         )
-    asked = run.train.objective
-    found = ("dpo" if data.has_pairs else "sft") if asked == "auto" else asked
+    found = name_objective(run, data)
     if found == "sft" and data.has_pairs:
         raise UserError(
             f"train.objective = sft: {next(iter(formats))}: rows of the format preference compare answers, but "
@@ -56,6 +55,12 @@ def choose_objective(run: Run, data: Prepared) -> Objective:
     objective = OBJECTIVES[found](run.train)
     _require_reference(run, found, objective)
     return objective
+
+
+def name_objective(run: Run, data: Prepared) -> str:
+    """Return the name of a run's objective: the one it asks for, or that of its rows."""
+    asked = run.train.objective
+    return ("dpo" if data.has_pairs else "sft") if asked == "auto" else asked
 
 
 def _require_reference(run: Run, name: str, objective: Objective) -> None:

@@ -113,7 +113,7 @@ class TrainingJob:
         parts: Parts of the run, loaded already; None: they are loaded.
 
     Attributes:
-        machine, source, tokenizer, renderer, data, prediction, model: the parts, for others to show or evaluate.
+        machine, source, tokenizer, renderer, data, prediction, start, model: the parts, for others to show or evaluate.
         engine, choice: the engine that computes losses and gradients, and why it was taken.
         placement: memory placement of the engine.
         held_out: the held-out rows.
@@ -152,7 +152,7 @@ class TrainingJob:
             self.run = run = _dated(run, parts.renderer.settings.template_date)
         self.machine, self.source, self.tokenizer = parts.machine, parts.source, parts.tokenizer
         self.renderer, self.data, self.model = parts.renderer, parts.data, parts.model
-        self.prediction = parts.prediction
+        self.prediction, self.start = parts.prediction, parts.start
         self.choice = choose(self.model, run.train, self.machine.device, self.data.train)
         self.engine = self.choice.engine
         self.parameters = count_parameters(self.model)
