@@ -26,6 +26,19 @@ def some_rows() -> list[dict[str, Any]]:
     ]
 
 
+def some_pairs(count: int = 8) -> list[dict[str, Any]]:
+    """Pairs of uneven length; no answer is only chosen or only rejected."""
+    animals = ["cat", "dog", "owl", "hen"]
+    return [
+        {
+            "prompt": f"what does the {animals[n % 4]} say" + " please" * (n % 5),
+            "chosen": animals[n % 4] * (1 + n % 3),
+            "rejected": animals[(n + 1) % 4] * (1 + n % 2),
+        }
+        for n in range(count)
+    ]
+
+
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)

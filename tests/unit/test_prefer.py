@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import veneer
 from tests.support.notices import notified
-from tests.support.runs import StopAt, losses, tiny_run, write_rows
+from tests.support.runs import StopAt, losses, some_pairs, tiny_run, write_rows
 from veneer.config import Interrupted, Run, RunFolder, UserError
 from veneer.data.pipeline import prepare
 from veneer.data.render import Renderer
@@ -27,20 +27,6 @@ from veneer.release.redact import public_settings
 from veneer.training.job import TrainingJob, batches_of
 from veneer.training.metrics import read_metrics
 from veneer.training.verify import verify
-
-ANIMALS = ("cat", "dog", "owl", "hen")
-
-
-def some_pairs(count: int = 8) -> list[dict[str, Any]]:
-    """Pairs of uneven length; no answer is only chosen or only rejected."""
-    return [
-        {
-            "prompt": f"what does the {ANIMALS[n % 4]} say" + " please" * (n % 5),
-            "chosen": ANIMALS[n % 4] * (1 + n % 3),
-            "rejected": ANIMALS[(n + 1) % 4] * (1 + n % 2),
-        }
-        for n in range(count)
-    ]
 
 
 @pytest.fixture
@@ -91,6 +77,7 @@ def test_the_reference_is_the_starting_adapter_and_not_the_base(
     tiny_model: Callable[..., Path], tmp_path: Path, pairs_file: str, start: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def first_loss(name: str) -> float:
+        monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache" / name))
         run = tiny_run(tiny_model(), pairs_file, tmp_path / name, train={"max_steps": 1}, model={"adapter": str(start)})
         veneer.train(run)
         return losses(tmp_path / name)[0]

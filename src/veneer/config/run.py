@@ -272,6 +272,12 @@ class Train(Section):
             "sigmoid, hinge or ipo, and a label_smoothing of 0 or more and below 0.5"
         },
     )
+    reference: Literal["cached", "live", "none"] = Field(
+        "cached",
+        description="Log-probabilities of the reference, which is what training starts from, for objectives that "
+        "compare with it. cached: computed once before the first step, and kept on disk; live: at each step, with a "
+        "frozen copy of the starting adapter; none: no reference, of dpo with sigmoid and hinge.",
+    )
     num_train_epochs: float = Field(2.0, gt=0, description="Passes over the data.")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides num_train_epochs.")
     per_device_train_batch_size: int = Field(4, ge=1, description="Rows in a micro-batch.")

@@ -2,15 +2,18 @@
 
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
-from veneer.config import Data, UserError
+from veneer.config import Data, Run, UserError, load_run
 from veneer.config.files import read_json
-from veneer.config.load import scalar
-from veneer.config.names import BUILTIN_NAMES
+from veneer.config.load import dump_yaml, scalar
+from veneer.config.names import BUILTIN_NAMES, require_adapter, require_run
 from veneer.data.row_parser import recognise_source
 from veneer.data.sources.find import find_sources
 
 FEW = 200  # rows; of fewer, a twentieth says little
+# Settings of data that decide how a row becomes tokens, which a run takes over from the one that it starts from.
+RENDERING = ("max_length", "chat_template", "template_date", "unrendered", "system_prompt", "special_tokens_in_text")
 
 
 def starter_page(named: str, model: str | None, file: str) -> tuple[str, dict[str, str]]:
@@ -35,28 +38,85 @@ def starter_page(named: str, model: str | None, file: str) -> tuple[str, dict[st
         )
     lines = _format_lines(formats, named) + _template_lines(model, formats)
     stem = Path(named.rstrip("/")).name.split(".")[0].strip("*?[]") or "run"
-    rows = _count(named)
-    page = (
-        resources.files("veneer.data")
-        .joinpath("starter.yaml.txt")
-        .read_text(encoding="utf-8")
-        .format(
-            file=file,
-            base=scalar(model or BUILTIN_NAMES[0]),
-            about_base="" if model else "  # small, to try things with; name a hub id, a folder or a .gguf file",
-            quantize="# " if _is_quantized(model or BUILTIN_NAMES[0]) else "",
-            train=scalar(named),
-            recognised=", ".join(formats) + ": recognised by " + next(iter(found.values()))[1],
-            longer="longer text is cut into pieces" if formats == ["text"] else "longer rows are left out and counted",
-            data_lines="".join(f"  {line}\n" for line in lines),
-            validation=0.05 if rows is None or rows >= FEW else 0.1 if rows >= FEW // 4 else min(rows // 5, 5),
-            about_validation="  # share of the rows that is held out"
-            if rows is None or rows >= FEW // 4
-            else "  # rows",
-            output_dir=scalar(f"runs/{stem}"),
-        )
+    page = _template("starter.yaml.txt").format(
+        file=file,
+        base=scalar(model or BUILTIN_NAMES[0]),
+        about_base="" if model else "  # small, to try things with; name a hub id, a folder or a .gguf file",
+        quantize="# " if _is_quantized(model or BUILTIN_NAMES[0]) else "",
+        train=scalar(named),
+        recognised=", ".join(formats) + ": recognised by " + next(iter(found.values()))[1],
+        longer="longer text is cut into pieces" if formats == ["text"] else "longer rows are left out and counted",
+        data_lines="".join(f"  {line}\n" for line in lines),
+        **_held_out(named),
+        output_dir=scalar(f"runs/{stem}"),
     )
     return page, {name: f"{kind} ({why})" for name, (kind, why) in found.items()}
+
+
+def preference_page(named: str, start: str, file: str) -> tuple[str, dict[str, str]]:
+    """The YAML of a run on pairs of answers that starts from another run, and what was recognised of each file.
+
+    Args:
+        named: Files, glob, folder or hub dataset of pairs, as `data.train` takes them.
+        start: Folder of the run that training starts from, which is the reference.
+        file: Name of the YAML file, for its comments.
+
+    Raises:
+        UserError: There is no such run, it has no adapter yet, or the data are no pairs.
+    """
+    before = load_run(require_run(start).run)
+    require_adapter(start)
+    setting = "DATA"
+    sources = find_sources(named, setting)
+    found = {source.name: recognise_source(source, setting, Data(train=named)) for source in sources}
+    for name, (kind, _) in found.items():
+        if kind != "preference":
+            raise UserError(
+                f"{setting} = {named}: {name} holds rows of the format {kind}, and --from takes pairs of answers",
+                "name rows with chosen and rejected answers, or leave --from out",
+            )
+    train = before.train
+    halved = max(1, train.per_device_train_batch_size // 2)
+    page = _template("starter_dpo.yaml.txt").format(
+        file=file,
+        run=start,
+        same=dump_yaml(_same_model(before, start)),
+        train=scalar(named),
+        recognised="preference: recognised by " + next(iter(found.values()))[1],
+        data_lines="".join(f"  {line}\n" for line in dump_yaml(_same_rendering(before)).splitlines()),
+        **_held_out(named),
+        output_dir=scalar(f"runs/{Path(start).resolve().name}-dpo"),
+        batch_size=halved,
+        accumulation=train.gradient_accumulation_steps * train.per_device_train_batch_size // halved,
+    )
+    return page, {name: f"{kind} ({why})" for name, (kind, why) in found.items()}
+
+
+def _same_model(before: Run, start: str) -> dict[str, Any]:
+    """Base, quantization and shape of the adapter of a run, to start from it."""
+    model = before.model.model_dump(mode="json", exclude_defaults=True) | {"adapter": start}
+    shape = before.adapter.model_dump(mode="json", exclude={"lora_dropout"})
+    quantization = {"quantization": before.quantization.model_dump(mode="json")} if before.quantization else {}
+    return {"model": model, **quantization, "adapter": shape}
+
+
+def _same_rendering(before: Run) -> dict[str, Any]:
+    """What decides how a row becomes tokens, where it is no default; the length in any case."""
+    data = before.data.model_dump(mode="json", include=set(RENDERING), exclude_defaults=True)
+    return {"max_length": before.data.max_length} | data
+
+
+def _template(name: str) -> str:
+    return resources.files("veneer.data").joinpath(name).read_text(encoding="utf-8")
+
+
+def _held_out(named: str) -> dict[str, Any]:
+    """The held-out part for some data, and the comment on it."""
+    rows = _count(named)
+    if rows is not None and rows < FEW // 4:
+        return {"validation": min(rows // 5, 5), "about_validation": "  # rows"}
+    share = 0.05 if rows is None or rows >= FEW else 0.1
+    return {"validation": share, "about_validation": "  # share of the rows that is held out"}
 
 
 def _format_lines(formats: list[str], named: str) -> list[str]:

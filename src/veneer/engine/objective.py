@@ -75,11 +75,16 @@ class Objective(Protocol):
         documents_per_row: documents of a row of the data, which it reads together: 2 of pairs, chosen and rejected.
         needs_reference: whether it reads `reference` of `TrainedTokens.values`: the summed log-probability of each
             document as training began, at its first trained token, and 0 at the others.
+        may_lack_reference: whether its loss has a meaning where all of `reference` is 0.
     """
 
     is_weighted_sum: ClassVar[bool] = False
     documents_per_row: ClassVar[int] = 1
     needs_reference: ClassVar[bool] = False
+
+    @property
+    def may_lack_reference(self) -> bool:
+        return False
 
     def weight(self, batch: Batch) -> float:
         """Return the weight of a batch, before its pass."""
@@ -95,6 +100,10 @@ class Objective(Protocol):
     def held_out_metrics(self, loss: float) -> dict[str, float | None]:
         """Return metrics to log beside the mean loss of held-out rows, which may not be finite."""
         return {}
+
+    def start_loss(self) -> float | None:
+        """Return the mean loss where the model is the reference; None: it depends on the rows."""
+        return None
 
 
 class NegativeLogLikelihood(Objective):

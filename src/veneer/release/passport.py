@@ -5,17 +5,20 @@ It ships, so it names files and folders by their names alone, never by a path.
 
 import hashlib
 import json
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from veneer.config.files import file_sha256
 from veneer.config.folder import write_json
 from veneer.evaluation.generation import stop_ids_of
 from veneer.model.fingerprint import stored_quantization
 from veneer.model.lineage import gguf_origin
 from veneer.model.load import compute_dtype
 from veneer.model.locate import BaseSource, local_folder
-from veneer.model.passport import FILE, adapter_fingerprints, base_fingerprints, base_name
+from veneer.model.passport import FILE, adapter_fingerprints, base_fingerprints, base_name, read_passport
 from veneer.release.redact import public_settings
+from veneer.training.choose_objective import name_objective
 from veneer.training.job import TrainingJob, environment
 
 
@@ -37,6 +40,7 @@ def write_passport(job: TrainingJob, folder: Path, training: dict[str, Any]) -> 
         "quantization": run.quantization.model_dump() if run.quantization else None,
         "dtype": str(compute_dtype(run.model, job.machine)).removeprefix("torch."),
         **adapter_fingerprints(folder),
+        "preference": _preference(job, settings),
         "stop_token_ids": sorted(job.renderer.stop_ids),
         "generation": {
             "do_sample": False,
@@ -50,6 +54,32 @@ def write_passport(job: TrainingJob, folder: Path, training: dict[str, Any]) -> 
         "environment": environment(),
     }
     write_json(folder / FILE, passport)
+
+
+def _preference(job: TrainingJob, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the objective of a run that prefers answers, with its settings and its reference; None for other runs.
+
+    The reference is the adapter that training started from: its name, its hashes and those in its passport.
+    """
+    objective, run = job.objective, job.run
+    if objective.documents_per_row == 1 and not objective.needs_reference:
+        return None
+    reference: dict[str, Any] | None = None
+    if objective.needs_reference:
+        reference = {"computed": run.train.reference, "adapter": None}
+        if job.start is not None:
+            own = read_passport(job.start) or {}
+            reference["adapter"] = {
+                "name": settings["model"]["adapter"],
+                "adapter_sha256": file_sha256(job.start / "adapter_model.safetensors"),
+                "passport_sha256": file_sha256(job.start / FILE),
+                "run_sha256": own.get("run_sha256"),
+            }
+    return {
+        "objective": name_objective(run, job.data),
+        "settings": asdict(objective) if is_dataclass(objective) else {},
+        "reference": reference,
+    }
 
 
 def _revision(source: BaseSource) -> str | None:

@@ -38,8 +38,7 @@ def choose_objective(run: Run, data: Prepared) -> Objective:
             "kind of rows",
             "name files of one kind, or set data.format=chosen to learn the chosen answers of pairs",
         )
-    asked = run.train.objective
-    found = ("dpo" if data.has_pairs else "sft") if asked == "auto" else asked
+    found = name_objective(run, data)
     if found == "sft" and data.has_pairs:
         raise UserError(
             f"train.objective = sft: {next(iter(formats))}: rows of the format preference compare answers, but "
@@ -53,7 +52,32 @@ def choose_objective(run: Run, data: Prepared) -> Objective:
             "train.dpo: the run learns single answers (train.objective = sft), so it has no effect",
             "leave train.dpo out, or name rows with chosen and rejected answers",
         )
-    return OBJECTIVES[found](run.train)
+    objective = OBJECTIVES[found](run.train)
+    _require_reference(run, found, objective)
+    return objective
+
+
+def name_objective(run: Run, data: Prepared) -> str:
+    """Return the name of a run's objective: the one it asks for, or that of its rows."""
+    asked = run.train.objective
+    return ("dpo" if data.has_pairs else "sft") if asked == "auto" else asked
+
+
+def _require_reference(run: Run, name: str, objective: Objective) -> None:
+    """Raise UserError for a `train.reference` that the objective cannot go with."""
+    reference = run.train.reference
+    if reference == "cached":
+        return
+    if not objective.needs_reference:
+        raise UserError(
+            f"train.reference = {reference}: has no effect, since the objective {name} compares with no reference",
+            "leave train.reference out",
+        )
+    if reference == "none" and not objective.may_lack_reference:
+        raise UserError(
+            f"train.reference = none: the loss of {name}, as the run sets it, is one of log-ratios to a reference",
+            "set train.reference to cached or live; dpo with loss_type sigmoid or hinge goes without",
+        )
 
 
 def _require_pairs(run: Run, data: Prepared, formats: dict[str, str]) -> None:

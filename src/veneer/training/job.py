@@ -47,7 +47,8 @@ from veneer.training.optimizer import parameters_to_update
 from veneer.training.paired_losses import RowLosses
 from veneer.training.parts import RunParts, load_parts
 from veneer.training.rate_search import RateSearch, find_rate, with_rate
-from veneer.training.reference_logprobs import describe_reference, measure_reference
+from veneer.training.reference_cache import facts_of, read_or_measure
+from veneer.training.reference_logprobs import completes_batches, describe_reference, give_none, measure_reference
 from veneer.training.same_settings import require_same_settings
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers", "numpy")
@@ -112,7 +113,7 @@ class TrainingJob:
         parts: Parts of the run, loaded already; None: they are loaded.
 
     Attributes:
-        machine, source, tokenizer, renderer, data, prediction, model: the parts, for others to show or evaluate.
+        machine, source, tokenizer, renderer, data, prediction, start, model: the parts, for others to show or evaluate.
         engine, choice: the engine that computes losses and gradients, and why it was taken.
         placement: memory placement of the engine.
         held_out: the held-out rows.
@@ -151,7 +152,7 @@ class TrainingJob:
             self.run = run = _dated(run, parts.renderer.settings.template_date)
         self.machine, self.source, self.tokenizer = parts.machine, parts.source, parts.tokenizer
         self.renderer, self.data, self.model = parts.renderer, parts.data, parts.model
-        self.prediction = parts.prediction
+        self.prediction, self.start = parts.prediction, parts.start
         self.choice = choose(self.model, run.train, self.machine.device, self.data.train, self.data.has_pairs)
         self.engine = self.choice.engine
         self.parameters = count_parameters(self.model)
@@ -159,6 +160,7 @@ class TrainingJob:
         self.objective = choose_objective(run, self.data)
         if self.objective.needs_reference:
             notify(describe_reference(run), "info", "model.adapter")
+        with_reference = completes_batches(train, self.objective, self.model, self.engine)
         batches = batches_of(run, self.data.train, self.objective.documents_per_row, self.engine.shares_prompts)
         self._batches = batches
         forecast = self.prediction.forecast
@@ -188,6 +190,7 @@ class TrainingJob:
             scale_loss=compute_dtype(run.model, self.machine) == torch.float16,
             during=self._measure_during,
             better="lower" if self._during is None else self._during.better,
+            with_reference=with_reference,
         )
         self.rate_search: RateSearch | None = None
         if train.learning_rate == "auto":
@@ -318,15 +321,26 @@ class TrainingJob:
             if self._overwrite:
                 self.folder.remove()
         self.folder.clear_unfinished()
-        if self.objective.needs_reference:  # before a checkpoint is loaded: the model is what training starts from
-            batching = held_out_batching(self._rows_at_a_time, self.objective)
-            measure_reference(self.engine, self.data, self._batches, self.steps, self.held_out, batching)
+        if self.objective.needs_reference:
+            self._give_reference()
         if found is not None:
             self._loop.resume(found)
             notify(f"resuming from {found}", "info", str(found))
         else:  # a run that was killed before its first checkpoint begins anew
             torch.manual_seed(self.run.train.seed)
             self._begin_folder()
+
+    def _give_reference(self) -> None:
+        """Give the examples their reference before a checkpoint is loaded: the model is what training starts from."""
+        run, data = self.run, self.data
+        if run.train.reference == "none":
+            give_none(data)
+        if run.train.reference != "cached":
+            return
+        batching = held_out_batching(self._rows_at_a_time, self.objective)
+        facts = facts_of(run, self.machine, self.source, self.model, self.engine, data, self._batches, self.steps)
+        measure = partial(measure_reference, self.engine, data, self._batches, self.steps, self.held_out, batching)
+        read_or_measure(facts, data, measure)
 
     def _run_loop(self, listeners: tuple[Listener, ...], until: int | None = None) -> float:
         """Train, and write metrics.jsonl; returns tokens per second."""

@@ -35,6 +35,7 @@ from veneer.training.held_out import HeldOutRows
 from veneer.training.memory import OutOfMemoryRecovery, describe
 from veneer.training.metrics import Listener
 from veneer.training.optimizer import allocate_states, build_optimizer, parameters_to_update
+from veneer.training.reference_logprobs import WithReference
 from veneer.training.schedule import learning_rate
 from veneer.training.stop import stop_signal
 
@@ -63,6 +64,7 @@ class Loop:
         scale_loss: Whether gradients need scaling (float16).
         during: Function that measures the metrics of `evaluate.during`.
         better: Better values of the metric by which the best step is found: lower or higher.
+        with_reference: Function that gives a batch the reference's log-probabilities; see `reference_logprobs`.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Loop:
         scale_loss: bool = False,
         during: MeasureDuring = lambda stopped: {},
         better: str = "lower",
+        with_reference: WithReference = lambda batch: batch,
     ) -> None:
         self._engine = engine
         self._objective = objective
@@ -103,6 +106,7 @@ class Loop:
         self._recovery = OutOfMemoryRecovery(engine, self._drop_gradients, explain, most_tokens)
         self._explain = explain
         self._during = during
+        self._with_reference = with_reference
         self._model = model
         self.best = BestStep(train.early_stopping, better)
         self.steps = batches.steps(train.num_train_epochs, train.max_steps)
@@ -224,7 +228,8 @@ class Loop:
     def _passes(self, batches: Iterable[Batch], scale: float) -> dict[str, torch.Tensor]:
         """Add gradients of micro-batches, times the scale, to those that are there; returns the sums over all."""
         allocate_states(self._optimizer)  # before the passes, so that they have what is left from the first step on
-        return _sums([self._engine.forward_backward(batch.scaled(scale), self._objective) for batch in batches])
+        complete, objective = self._with_reference, self._objective
+        return _sums([self._engine.forward_backward(complete(batch).scaled(scale), objective) for batch in batches])
 
     def _gradients(
         self, batches: Iterable[Batch], scale: float
@@ -328,7 +333,7 @@ class Loop:
         def measure(rows: Sequence[Example]) -> tuple[StepOutput, int] | None:
             if stopped():
                 return None
-            batch = Batch.of(rows, self._objective.documents_per_row)
+            batch = self._with_reference(Batch.of(rows, self._objective.documents_per_row))
             logprobs_N = self._engine.token_logprobs(batch)
             return self._objective(TrainedTokens.of(batch, logprobs_N))[0], batch.trained
 

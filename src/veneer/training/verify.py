@@ -33,19 +33,29 @@ from veneer.engine.agreement import (
 )
 from veneer.engine.choose import EVEN, EngineChoice, build, comparable, compare, fall_back
 from veneer.engine.interface import Engine, document_losses
-from veneer.engine.objective import LIKELIHOOD
+from veneer.engine.objective import LIKELIHOOD, Objective
 from veneer.engine.reference import ReferenceEngine
 from veneer.engine.temporary import fill_zeros, preserve_adapter
 from veneer.model.adapters import find_method
 from veneer.model.attach import save_adapter
 from veneer.model.quiet import quiet
+from veneer.training.choose_objective import choose_objective
 from veneer.training.optimizer import build_optimizer, parameters_to_update
 from veneer.training.parts import RunParts, load_parts
+from veneer.training.verify_preference import (
+    NO_REFERENCE,
+    compares,
+    completed,
+    is_preference,
+    preference_checks,
+    short_documents,
+)
 
 LENGTHS = (256, 192, 128, 96)  # tokens of the packed rows, at most
 ROWS, ROW_TOKENS = 8, 192  # that are overfitted
 STEPS = 40  # in which it must succeed
 OVERFIT = 0.95  # of the loss at the beginning: modest, since an adapter on q_proj of a random model comes no lower
+ACCURACY, PREFERRED = "rewards/accuracies", 0.75  # the metric of pairs, and its least value then
 # By how much all ranks of an adapter together may move in the first and in the last of the steps. Large models learn at
 # once where small ones have hardly begun, and what suits these would throw those off: so the rate rises until one does.
 FIRST_STRIDE, LAST_STRIDE = 0.01, 0.2
@@ -175,8 +185,12 @@ def _of_engine(run: Run, parts: RunParts, engine: Engine, rows: list[Example]) -
         whole = [all_trained(row) for row in rows]
         yield _packed(engine, whole, 1e-3 if is_exact else 0.05)
         yield _isolated(engine, whole)
+    objective = choose_objective(run, parts.data)
+    if is_preference(objective):
+        pairs = short_documents(parts.data.train, objective.documents_per_row)
+        yield from preference_checks(run, parts, engine, objective, pairs)
     with preserve_adapter(model):
-        yield _overfit(run, parts, engine)
+        yield from _overfit(run, parts, engine, objective)
         with comparable(model, engine, run.train, parts.machine.device):
             yield _reload(parts, within_vocabulary(rows, model))
 
@@ -242,30 +256,46 @@ def _isolated(engine: Engine, rows: list[Example]) -> Check:
     return _largest("isolated", apart[1:], 1e-6, name, rows[1:])
 
 
-def _overfit(run: Run, parts: RunParts, engine: Engine) -> Check:
+def _overfit(run: Run, parts: RunParts, engine: Engine, objective: Objective) -> Iterator[Check]:
     """Train on a few rows until they are learnt by heart, with the run's own optimizer and dropout."""
-    rows = short_rows(parts.data.train, [ROW_TOKENS] * ROWS, least=1)
-    size = run.train.per_device_train_batch_size
-    weight = sum(row.weight for row in rows)
-    batches = [Batch.of(rows[n : n + size]).scaled(1 / weight) for n in range(0, len(rows), size)]
+    each = objective.documents_per_row
+    if is_preference(objective):
+        rows = short_documents(parts.data.train, each, ROWS)
+    else:
+        rows, objective = short_rows(parts.data.train, [ROW_TOKENS] * ROWS, least=1), LIKELIHOOD
+    size = run.train.per_device_train_batch_size * each
+    batches = [Batch.of(rows[n : n + size], each) for n in range(0, len(rows), size)]
+    weight = sum(map(objective.weight, batches))
+    batches = [batch.scaled(1 / weight) for batch in completed(run, parts, engine, objective, batches)]
     train, device = run.train, parts.machine.device
     updated = parameters_to_update(parts.model, engine, train, device)
     optimizer = build_optimizer(updated.values(), Train(optim=train.optim), device)
     first = share = math.nan
+    accuracy: float | None = None
+    has_reference = compares(run, objective)
     for step in range(STEPS + 1):
-        losses = [engine.forward_backward(batch, LIKELIHOOD).loss for batch in batches]
-        loss = torch.stack(losses).sum().item() / weight
+        outputs = [engine.forward_backward(batch, objective) for batch in batches]
+        loss = torch.stack([output.loss for output in outputs]).sum().item() / weight
+        if ACCURACY in outputs[0].metrics and has_reference:
+            accuracy = torch.stack([output.metrics[ACCURACY] for output in outputs]).sum().item() / weight
         first = loss if step == 0 else first
         share = loss / first
-        if not share > OVERFIT:  # also where it is no number
+        if not (share > OVERFIT or (accuracy is not None and accuracy < PREFERRED)):  # also where it is no number
             break
         torch.nn.utils.clip_grad_norm_(updated.values(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = _rate(run, step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    name = f"loss of {len(rows)} rows after up to {STEPS} steps on them, of the loss before"
-    return Check.at_most("overfit", share, OVERFIT, name)
+    count = len(rows) // each
+    name = f"loss of {count} rows after up to {STEPS} steps on them, of the loss before"
+    yield Check.at_most("overfit", share, OVERFIT, name)
+    if accuracy is not None:
+        name = f"share of {count} pairs whose chosen answer is preferred then"
+        yield Check("preferred", accuracy >= PREFERRED, accuracy, PREFERRED, name, bound="at least")
+    elif each > 1:
+        why = f"{NO_REFERENCE}: lengths decide which answer is likelier"
+        yield Check("preferred", True, name="share of pairs whose chosen answer is preferred then", detail=why)
 
 
 def _rate(run: Run, step: int) -> float:

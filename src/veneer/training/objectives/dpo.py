@@ -12,6 +12,7 @@ These are the formulas of TRL's DPOTrainer, with its mean over tokens in ipo. Lo
 rewards are beta r.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,14 @@ class DirectPreference(Objective):
     @staticmethod
     def of(settings: Dpo) -> "DirectPreference":
         return DirectPreference(settings.beta, settings.loss_type, settings.label_smoothing)
+
+    @property
+    def may_lack_reference(self) -> bool:
+        """Whether the loss is one without a reference, too: in ipo the log-ratio is what it regularizes."""
+        return self.loss_type != "ipo"
+
+    def start_loss(self) -> float:
+        return {"sigmoid": math.log(2), "hinge": 1.0, "ipo": 1 / (2 * self.beta) ** 2}[self.loss_type]
 
     def weight(self, batch: Batch) -> float:
         return len(batch.lengths) / 2
