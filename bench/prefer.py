@@ -154,20 +154,10 @@ def micro_batches(pairs: Sequence[Pair]) -> list[list[list[Pair]]]:
 
 
 def batch_of(pairs: Sequence[Pair], case: Case) -> Batch:
-    """Lay pairs out as a case has it.
-
-    Raises:
-        NotImplementedError: the engine has no way to compute a prompt once.
-    """
+    """Lay pairs out as a case has it."""
     if case.what == "sft":
         return Batch.of([example for chosen, other in pairs for example in (chosen, _alone(other, case.prompt))])
-    batch = Batch.of([example for pair in pairs for example in pair], 2)
-    shared = getattr(batch, "shared", ())
-    if case.prompt == "twice":
-        return replace(batch, **{"shared": ()}) if shared else batch  # type: ignore[arg-type]
-    if not shared:
-        raise NotImplementedError("prompts go through the model twice")
-    return batch
+    return Batch.of([example for pair in pairs for example in pair], 2, shares=case.prompt == "once")
 
 
 def _alone(example: Example, prompt: str) -> Example:
@@ -186,7 +176,7 @@ def measure(model: Any, case: Case, steps: Sequence[Sequence[Sequence[Pair]]]) -
     objective = DirectPreference() if case.what == "dpo" else LIKELIHOOD
     laid = [[batch_of(pairs, case) for pairs in step] for step in steps]
     largest = max((batch for step in laid for batch in step), key=lambda batch: batch.tokens)
-    shapes = BatchShapes(getattr(largest, "computed", largest.lengths), varies=True)
+    shapes = BatchShapes(largest.lengths, varies=True, shared=largest.shared)
     placement = engine.plan_within(shapes, int(case.gib * 2**30) - states)
     begin = engine.master.detach().cpu()  # where the next case begins as well
     start = begin.cuda() if case.is_live else None
