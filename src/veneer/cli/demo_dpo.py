@@ -35,7 +35,7 @@ def demo_dpo(out: Any, sft: Path, output_dir: Path) -> dict[str, Any]:
     job = TrainingJob(dpo_run(sft, output_dir))
     out.print("[bold]2  The pairs[/bold]: messages with a right and a wrong answer")
     show.show_ledger(out, job.data.ledger.as_dict())
-    show_demo.show_pair(out, json.loads(_bundled("pairs.jsonl").read_text(encoding="utf-8").splitlines()[0]))
+    show_demo.show_pair(out, json.loads(bundled("pairs.jsonl").read_text(encoding="utf-8").splitlines()[0]))
     out.print(f"[bold]3  Training[/bold] {job.steps} steps, after the reference's log-probabilities")
     with show.LiveProgress(out, job.steps) as progress:
         trained = finish(job, [progress])
@@ -53,7 +53,7 @@ def _compare(out: Any, sft: Path, tuned: Path) -> dict[str, Any]:
     from veneer.cli import show, show_demo
     from veneer.evaluation.win_rate.win_rate import WinRate
 
-    test = str(_bundled("test.jsonl"))
+    test = str(bundled("test.jsonl"))
     rows = len(Path(test).read_text(encoding="utf-8").splitlines())
     with show.answer_progress(out, 2 * rows, "   answering") as on_done:
         evaluated = veneer.evaluate(str(tuned), test, on_done=on_done, against=str(sft))
@@ -66,7 +66,8 @@ def _compare(out: Any, sft: Path, tuned: Path) -> dict[str, Any]:
     return result
 
 
-def _bundled(name: str) -> Path:
+def bundled(name: str) -> Path:
+    """Return the path of a file of the demo's data."""
     return Path(str(resources.files("veneer.data").joinpath("demo", name)))
 
 
@@ -74,8 +75,11 @@ def dpo_run(sft: Path, output_dir: Path) -> Any:
     """Make the run; recipes/smollm2-dpo.yaml has the same settings, which were chosen on data/demo/dev.jsonl."""
     from veneer.cli.demo import demo_run
 
-    run = demo_run(output_dir).model_dump(mode="json", exclude_unset=True)
-    run["model"] |= {"adapter": str(sft)}
-    run["data"] |= {"train": str(_bundled("pairs.jsonl")), "validation": str(_bundled("dev_pairs.jsonl"))}
-    run["train"] |= {"objective": "dpo", "dpo": {"beta": 0.1}, "learning_rate": 1e-4, "warmup_ratio": 0.1}
-    return type(demo_run(output_dir)).model_validate(run)
+    run = demo_run(output_dir)
+    changes: dict[str, dict[str, Any]] = {
+        "model": {"adapter": str(sft)},
+        "data": {"train": str(bundled("pairs.jsonl")), "validation": str(bundled("dev_pairs.jsonl"))},
+        "train": {"objective": "dpo", "dpo": {"beta": 1.0}, "learning_rate": 1e-4, "warmup_ratio": 0.1},
+    }
+    settings = run.model_dump(mode="json", exclude_unset=True)
+    return type(run).model_validate({name: settings[name] | changes.get(name, {}) for name in settings})
