@@ -4,8 +4,9 @@
     python -m tools.demo_pairs runs/demo
 
 A run of the demo answers the training messages and those of dev.jsonl, greedily. Where it is wrong, its answer is the
-rejected one. Of other messages as many as are wanted get a wrong team or urgency, one that the run confuses with the
-right one. Held-out messages of test.jsonl are never read.
+rejected one. Each such pair has a mirror image: where the run took X for Y, a message of which it knows that it is Y gets
+X as the wrong answer. Without these, training would learn to say X, since the run's mistakes lean to one side. Messages of
+test.jsonl are never read.
 """
 
 import argparse
@@ -17,17 +18,8 @@ from pathlib import Path
 from veneer.api.load import load
 
 FOLDER = Path(__file__).parents[1] / "src" / "veneer" / "data" / "demo"
-PARTS = {"train": ("pairs.jsonl", 260), "dev": ("dev_pairs.jsonl", 120)}
-NEAR = {
-    "urgency": {"high": ("normal",), "normal": ("high", "low"), "low": ("normal",)},
-    "team": {
-        "shipping": ("sales",),
-        "sales": ("shipping", "billing"),
-        "billing": ("sales", "account"),
-        "account": ("billing", "technical"),
-        "technical": ("sales", "account"),
-    },
-}
+PARTS = {"train": ("pairs.jsonl", 80), "dev": ("dev_pairs.jsonl", 25)}  # mistakes of each
+KEYS = ("team", "urgency")
 SEED = 0
 Row = tuple[str, str]  # message and right answer
 
@@ -38,25 +30,34 @@ def read(part: str) -> list[Row]:
 
 
 def pairs_of(rows: Sequence[Row], answers: Sequence[str], count: int) -> list[dict[str, str]]:
-    """Pairs of wrong answers, and of as many right ones as are missing, in an order that is drawn."""
+    """Pairs of so many wrong answers and of their mirror images, in an order that is drawn."""
     rng = random.Random(SEED)
     both = list(zip(rows, answers, strict=True))
-    wrong = [(message, right, answer) for (message, right), answer in both if answer != right]
-    others = [row for row, answer in both if answer == row[1]]
-    rng.shuffle(others)
-    wrong += [
-        (message, right, spoilt(right, ("urgency", "team")[n % 2], rng))
-        for n, (message, right) in enumerate(others[: count - len(wrong)])
-    ]
-    rng.shuffle(wrong)
-    return [{"prompt": message, "chosen": right, "rejected": answer} for message, right, answer in wrong[:count]]
+    rng.shuffle(both)
+    known = [row for row, answer in both if answer == row[1]]
+    pairs = []
+    for (message, right), answer in both:
+        if answer == right or len(pairs) == 2 * count:
+            continue
+        if (found := mirrored(json.loads(right), json.loads(answer), known)) is not None:
+            pairs += [(message, right, answer), found]
+    rng.shuffle(pairs)
+    return [dict(zip(("prompt", "chosen", "rejected"), pair, strict=True)) for pair in pairs]
 
 
-def spoilt(answer: str, key: str, rng: random.Random) -> str:
-    """The answer with another value of a key."""
-    values = json.loads(answer)
-    values[key] = rng.choice(NEAR[key][values[key]])
-    return json.dumps(values)
+def mirrored(right: dict[str, str], wrong: dict[str, str], known: list[Row]) -> tuple[str, str, str] | None:
+    """A known message of what was answered wrongly, with what would have been right as the wrong answer.
+
+    It is taken out of those that are known. None: there is no such message, or another key is wrong.
+    """
+    changed = {key: right[key] for key in KEYS if right[key] != wrong[key]}
+    for row in known if changed else ():
+        message, answer = row
+        values = json.loads(answer)
+        if all(values[key] == wrong[key] for key in changed):
+            known.remove(row)
+            return message, answer, json.dumps(values | changed)
+    return None
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """veneer demo --dpo: the demo's run learns to prefer right answers to its own wrong ones, and is compared with itself.
 
-The pairs are training messages, each with the right answer and a wrong one: mostly what a run of the demo answered.
+The pairs are training messages with the right answer and a wrong one: what a run of the demo answered, or its mirror image.
 Training starts from the demo's adapter, which is the reference. The win rate over it is counted on the demo's test
 messages, on which no setting was chosen: a right answer beats a wrong one; two right or two wrong ones tie.
 """
