@@ -3,10 +3,10 @@
     veneer demo --output-dir runs/demo
     python -m tools.demo_pairs runs/demo
 
-A run of the demo answers the training messages and those of dev.jsonl, greedily. Where it is wrong, its answer is the
-rejected one. Each such pair has a mirror image: where the run took X for Y, a message of which it knows that it is Y gets
-X as the wrong answer. Without these, training would learn to say X, since the run's mistakes lean to one side. Messages of
-test.jsonl are never read.
+A run of the demo answers the training messages and those of dev.jsonl, greedily. Where it is wrong, its answer is
+the rejected one. Each such pair has a mirror image: where the run took X for Y, a message of which it knows that it is
+Y gets X as the wrong answer. Without these, training would learn to say X, since the run's mistakes lean to one side.
+Messages of test.jsonl are never read.
 """
 
 import argparse

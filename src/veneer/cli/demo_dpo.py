@@ -1,8 +1,8 @@
 """veneer demo --dpo: the demo's run learns to prefer right answers to its own wrong ones, and is compared with itself.
 
-The pairs are training messages with the right answer and a wrong one: what a run of the demo answered, or its mirror image.
-Training starts from the demo's adapter, which is the reference. The win rate over it is counted on the demo's test
-messages, on which no setting was chosen: a right answer beats a wrong one; two right or two wrong ones tie.
+The pairs are training messages with the right answer and a wrong one: a mistake of a run of the demo, or its mirror
+image. Training starts from the demo's adapter, which is the reference. The win rate over it is counted on the demo's
+test messages, on which no setting was chosen: a right answer beats a wrong one; two right or two wrong ones tie.
 """
 
 import json
