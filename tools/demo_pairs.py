@@ -35,7 +35,7 @@ def pairs_of(rows: Sequence[Row], answers: Sequence[str], count: int) -> list[di
     both = list(zip(rows, answers, strict=True))
     rng.shuffle(both)
     known = [row for row, answer in both if answer == row[1]]
-    pairs = []
+    pairs: list[tuple[str, str, str]] = []
     for (message, right), answer in both:
         if answer == right or len(pairs) == 2 * count:
             continue
