@@ -107,3 +107,18 @@ def test_nothing_in_it_is_personal() -> None:
     text = " ".join(message for part in DATA.values() for message, _ in part)
     assert all(host.rstrip(".") == "example.com" for host in re.findall(r"@([\w.-]+)", text))
     assert all(re.fullmatch(r"555-01\d\d", phone) for phone in re.findall(r"\b\d{3}-\d{4}\b", text))
+
+
+@pytest.mark.parametrize(("name", "part", "rows"), [("pairs", "train", 160), ("dev_pairs", "dev", 50)])
+def test_pairs_hold_the_right_answer_and_a_wrong_one_of_their_own_part(name: str, part: str, rows: int) -> None:
+    right = {message: json.dumps(answer) for message, answer in DATA[part]}
+    text = resources.files("veneer.data").joinpath(f"demo/{name}.jsonl").read_text(encoding="utf-8")
+    pairs = [json.loads(line) for line in text.splitlines()]
+    assert len({pair["prompt"] for pair in pairs}) == len(pairs) == rows
+    for pair in pairs:
+        assert pair["chosen"] == right[pair["prompt"]]
+        assert pair["rejected"] != pair["chosen"]
+        assert list(json.loads(pair["rejected"])) == ["team", "urgency", "product"]
+    for key in ("team", "urgency"):  # neither value of a key is only chosen or only rejected
+        sides = [Counter(json.loads(pair[side])[key] for pair in pairs) for side in ("chosen", "rejected")]
+        assert sides[0] == sides[1]

@@ -23,14 +23,22 @@ EXAMPLES = 3  # training rows in the base's prompt
 
 def demo(
     output_dir: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/demo"),
+    dpo: Annotated[
+        bool,
+        typer.Option("--dpo", help="Go on from the run there by DPO, into a folder beside it."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON alone on stdout.")] = False,
 ) -> int:
     """Fine-tune a real model with QLoRA on this machine and see on held-out data that it got better.
 
     Example: `veneer demo`
+
+    Example: `veneer demo --dpo` then goes on by direct preference optimization, and shows the win rate.
     """
     from veneer.cli import show
 
+    if dpo:
+        return _dpo(output_dir.expanduser(), as_json)
     started = time.perf_counter()
     out = show.console(as_json)
     run = demo_run(_free(output_dir.expanduser()))
@@ -61,6 +69,31 @@ def demo(
         )
     if not evaluation.is_better:
         out.print("[red]the tuned model is not better than its base with examples[/red]")
+        return 1
+    return 0
+
+
+def _dpo(sft: Path, as_json: bool) -> int:
+    """Go on from the demo's run, which is made first where it is not there."""
+    from veneer.cli import show
+    from veneer.cli.demo_dpo import demo_dpo
+    from veneer.config import RunFolder
+
+    out = show.console(as_json)
+    if not RunFolder(sft).adapter.is_dir():
+        from veneer.api.train import finish
+        from veneer.training.job import TrainingJob
+
+        out.print(f"[bold]0  The demo's run[/bold] is not in {sft}, so it is trained first")
+        job = TrainingJob(demo_run(sft), resume="auto")
+        with show.LiveProgress(out, job.steps) as progress:
+            finish(job, [progress])
+        del job
+    result = demo_dpo(out, sft, _free(sft.with_name(f"{sft.name}-dpo")))
+    if as_json:
+        show.print_json(result)
+    if result["win_rate"]["verdict"] != "better":
+        out.print("[red]the win rate does not show that DPO made it better[/red]")
         return 1
     return 0
 

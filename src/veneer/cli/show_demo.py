@@ -99,6 +99,34 @@ def show_examples(out: Console, samples: Sequence[dict[str, Any]], rule: str) ->
             paragraph(out, sample["reference"], "should be")
 
 
+def show_pair(out: Console, pair: dict[str, str]) -> None:
+    """Print one pair."""
+    for name, label in (("prompt", "message"), ("chosen", "chosen"), ("rejected", "rejected")):
+        paragraph(out, pair[name], label)
+
+
+def show_win_rate(out: Console, result: dict[str, Any], turned: Sequence[dict[str, Any]]) -> None:
+    """Print how often the run before and after preference training is right, its win rate, and answers that turned.
+
+    Args:
+        out: The console to print on.
+        result: The evaluation's result, with `win_rate`.
+        turned: Answers of which one is right and the other wrong.
+    """
+    title = f"{result['rows']} test messages, share right (95% interval)"
+    show.show_scores(out, title, result["metrics"], ("base", "tuned"), {"base": "sft", "tuned": "dpo"})
+    out.print("   record: all keys right. difference: dpo less sft, in points, on the same messages.")
+    for sample in turned[:3]:
+        out.print("   [green]now right[/green]" if sample["tuned_right"] else "   [red]now wrong[/red]")
+        paragraph(out, sample["prompt"], "message")
+        paragraph(out, sample["base"], "sft")
+        paragraph(out, sample["tuned"], "dpo")
+    rate = result["win_rate"]
+    shown = show.interval("share", rate["win_rate"])
+    out.print(f"   dpo wins {rate['wins']}, ties {rate['ties']}, loses {rate['losses']} of {rate['rows']} messages")
+    out.print(f"   [bold]win rate of dpo over sft {shown}, ties counted half: {rate['verdict']}[/bold]")
+
+
 def show_next(out: Console, folder: Path, prompt: str) -> None:
     """Print the run's files and commands to go on with; none of them changes the run's folder."""
     veneer = show.command_name()
