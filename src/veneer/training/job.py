@@ -37,13 +37,14 @@ from veneer.model.load import compute_dtype
 from veneer.model.start import base_sha256, start_sha256
 from veneer.planning.memory import optimizer_bytes, run_disk_bytes
 from veneer.training import checkpoint
-from veneer.training.best import LOSS, BestStep, require_evaluations
+from veneer.training.best import BETTER, LOSS, BestStep, require_evaluations
 from veneer.training.choose_objective import choose_objective
 from veneer.training.held_out import HeldOutRows
 from veneer.training.loop import Loop, held_out_batching
 from veneer.training.memory import need_and_fix, place
 from veneer.training.metrics import Listener, MetricsFile, read_metrics
 from veneer.training.optimizer import parameters_to_update
+from veneer.training.pair_values import metric_names
 from veneer.training.paired_losses import RowLosses
 from veneer.training.parts import RunParts, load_parts
 from veneer.training.rate_search import RateSearch, find_rate, with_rate
@@ -187,7 +188,7 @@ class TrainingJob:
             most_tokens=most_tokens,
             scale_loss=compute_dtype(run.model, self.machine) == torch.float16,
             during=self._measure_during,
-            better="lower" if self._during is None else self._during.better,
+            better=self._better,
         )
         self.rate_search: RateSearch | None = None
         if train.learning_rate == "auto":
@@ -208,10 +209,17 @@ class TrainingJob:
     def _examine(self, data: Prepared, renderer: Renderer) -> None:
         """Refuse settings that follow what is not measured, before the model is loaded."""
         run, objective = self.run, choose_objective(self.run, data)
-        measured = dict.fromkeys((LOSS, *objective.held_out_metrics(0.0), *run.evaluate.during))
+        recorded = (LOSS, *objective.held_out_metrics(0.0), *metric_names(objective))
+        measured = dict.fromkeys((*filter(BETTER.__contains__, recorded), *run.evaluate.during))
         require_evaluations(run, len(data.validation), measured)
         if self._make_during is not None and run.evaluate.during:
             self._during = self._make_during(run, data, renderer)
+
+    @property
+    def _better(self) -> str:
+        """The better values of the metric by which the best step is found: lower or higher."""
+        followed = self.run.train.early_stopping.metric if self.run.train.early_stopping is not None else LOSS
+        return BETTER[followed] if self._during is None else self._during.better
 
     def _measure_during(self, stopped: Callable[[], bool]) -> dict[str, float] | None:
         return {} if self._during is None else self._during.measure(self.model, self.engine, stopped)
