@@ -1,5 +1,6 @@
 """What is told of a run on pairs: intervals on held-out pairs, the best step by them, and warnings."""
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +11,21 @@ import pytest
 import torch
 
 import veneer
+from tests.support.notices import notified
 from tests.support.runs import StopAt, tiny_run, write_rows
 from tests.unit.test_prefer import records, some_pairs
 from veneer.config import Interrupted, UserError
+from veneer.config.notify import collected
+from veneer.data.pipeline import prepare
+from veneer.data.render import Renderer
 from veneer.engine.objective import TrainedTokens
+from veneer.model.load import load_tokenizer
+from veneer.model.locate import locate
 from veneer.training.bootstrap import GroupedRows, bootstrap
 from veneer.training.intervals import proportion
 from veneer.training.objectives import DirectPreference
 from veneer.training.pair_values import describe_pairs, is_shown_above, outputs_of_rows, rank_correlation
+from veneer.training.preference_watch import PreferenceWatch
 
 
 @pytest.fixture
@@ -96,7 +104,7 @@ def test_a_held_out_record_has_intervals_around_its_means(
 def test_the_best_step_is_found_by_a_metric_of_pairs_in_its_own_direction(
     metric: str, tiny_model: Callable[..., Path], tmp_path: Path, pairs_file: str
 ) -> None:
-    train = {"max_steps": 6, "eval_steps": 1, "keep": "best", "save_steps": 2, "learning_rate": 1e-2}
+    train: dict[str, Any] = {"max_steps": 6, "eval_steps": 1, "keep": "best", "save_steps": 2, "learning_rate": 1e-2}
     train |= {"early_stopping": {"metric": metric, "patience": None}}
     data = {"validation": 8, "duplicates": "keep"}
     runs = [tiny_run(tiny_model(), pairs_file, tmp_path / name, train=train, data=data) for name in ("whole", "cut")]
@@ -112,7 +120,7 @@ def test_the_best_step_is_found_by_a_metric_of_pairs_in_its_own_direction(
 
 
 def test_training_ends_early_by_accuracy(tiny_model: Callable[..., Path], tmp_path: Path, pairs_file: str) -> None:
-    train = {"max_steps": 12, "eval_steps": 1, "learning_rate": 1e-9}
+    train: dict[str, Any] = {"max_steps": 12, "eval_steps": 1, "learning_rate": 1e-9}
     train |= {"early_stopping": {"metric": "rewards/accuracies", "patience": 2}}
     run = tiny_run(tiny_model(), pairs_file, tmp_path / "run", train=train, data={"validation": 8})
     assert veneer.train(run).steps < 12
@@ -134,4 +142,92 @@ def test_a_metric_that_pairs_do_not_have_is_refused(
     train = {"early_stopping": {"metric": "perplexity"}}
     run = tiny_run(tiny_model(), pairs_file, tmp_path / "run", train=train, data={"validation": 8})
     with pytest.raises(UserError, match="measured: loss, rewards/chosen, rewards/rejected, rewards/margins"):
+        veneer.train(run)
+
+
+def a_step(step: int, logps: float, chosen: float, kind: str = "train", **more: Any) -> dict[str, Any]:
+    record = {"kind": kind, "step": step, "logps/chosen": logps, "rewards/chosen": chosen, "rewards/margins": 1.0}
+    return record | more
+
+
+def test_chosen_answers_that_fall_are_told_once() -> None:
+    """A reward of -0.5 by beta 0.1 is a log-ratio of -5: the reference had -15, and now it is -20."""
+    with notified("chosen answers lose probability") as told:
+        watch = PreferenceWatch(0.1, 40)
+        for step in range(1, 31):
+            watch(a_step(step, -20, -0.5))
+    (message,) = [message for message in told if "lose probability" in message]
+    assert "step 10: " in message
+    assert "is -20.0 on the pairs of the last 10 steps, 5.0 below that of the reference (-15.0)" in message
+    assert "lower train.learning_rate, raise beta" in message
+
+
+def test_what_is_no_fall_is_not_told() -> None:
+    with collected() as notices:
+        watch = PreferenceWatch(0.1, 40)
+        for step in range(1, 31):
+            watch(a_step(step, -20, -0.1))  # 1 of 19, below a tenth
+        watch(a_step(30, -20, -0.5, "eval", intervals={"rewards/chosen": [-1.2, 0.1]}))  # chance
+        watch(a_step(30, -20, -0.5, "eval", **{"intervals": {}, "lengths/correlation": 0.4}))
+    assert not notices.events
+
+
+def test_a_fall_on_held_out_pairs_is_told_without_a_reference_too() -> None:
+    with notified("3.0 below that of the first evaluation"):
+        watch = PreferenceWatch(None, 40)
+        for step, logps in ((10, -20), (20, -21), (30, -23)):
+            watch(a_step(step, logps, -2, "eval"))
+
+
+def test_margins_that_follow_lengths_are_told_and_what_was_told_is_not_told_again() -> None:
+    record = a_step(20, -10, 0.1, "eval", **{"intervals": {}, "lengths/correlation": 0.9})
+    with notified("margins on held-out pairs follow the lengths"):
+        PreferenceWatch(0.1, 40)(record)
+    with collected() as notices:
+        resumed = PreferenceWatch(0.1, 40)
+        resumed.recall([record])
+        resumed(record)
+        PreferenceWatch(0.1, 6)(record)  # too few pairs to show it
+    assert not notices.events
+
+
+def test_a_run_that_drives_chosen_answers_down_says_so_in_its_events(
+    tiny_model: Callable[..., Path], tmp_path: Path, pairs_file: str
+) -> None:
+    """It starts from an adapter that knows them nearly by heart."""
+    rows = [{"prompt": p["prompt"], "completion": p["chosen"]} for p in some_pairs(24)]
+    file, train = write_rows(tmp_path / "rows.jsonl", rows), {"learning_rate": 3e-2, "max_steps": 40}
+    veneer.train(tiny_run(tiny_model(), file, tmp_path / "start", train=train))
+    sections = {"model": {"adapter": str(tmp_path / "start")}, "train": {"learning_rate": 0.3, "max_steps": 15}}
+    with notified("chosen answers lose probability"):
+        veneer.train(tiny_run(tiny_model(), pairs_file, tmp_path / "run", data={"validation": 8}, **sections))
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [event["level"] for event in events if "chosen answers lose probability" in event["message"]] == ["warning"]
+
+
+SAME = {"prompt": "what", "chosen": "cat", "rejected": "cat"}
+OTHER = {
+    "chosen": [{"role": "user", "content": "what"}, {"role": "assistant", "content": "cat"}],
+    "rejected": [{"role": "user", "content": "why"}, {"role": "assistant", "content": "dog"}],
+}
+
+
+def test_equal_answers_and_different_prompts_are_bad_rows_and_counted(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    system = {"role": "system", "content": "be kind"}
+    with_system = {side: [system, *turns] for side, turns in OTHER.items()}
+    long = {"prompt": "what", "chosen": "cat", "rejected": "owl " * 60}
+    file = write_rows(tmp_path / "rows.jsonl", [*some_pairs(4), SAME, OTHER, with_system, long])
+    data = {"bad_rows": "drop", "max_length": 64, "overlong": "drop"}
+    run = tiny_run(tiny_model(), file, tmp_path / "run", data=data)
+    ledger = prepare(run.data, Renderer(load_tokenizer(locate(run.model)), run.data), 0).ledger
+    assert (ledger.rows["used"], ledger.rows["refused"], ledger.rows["overlong"]) == (4, 3, 1)
+    assert (ledger.notes["same_answers"], ledger.notes["other_prompts"], ledger.notes["overlong_pairs"]) == (1, 2, 1)
+    assert "1 row whose chosen and rejected answers are the same: left out" in ledger.warnings
+    assert "2 rows whose chosen and rejected conversations have different prompts: left out" in ledger.warnings
+    assert "1 row with an answer beyond data.max_length: the pair is left out whole" in ledger.warnings
+    assert not any("cannot be right" in warning for warning in ledger.warnings)
+    run = tiny_run(tiny_model(), file, tmp_path / "run", data=data | {"bad_rows": "refuse"})
+    with pytest.raises(UserError, match=r"answer different prompts: they differ from turn 1 on \(user\)"):
         veneer.train(run)

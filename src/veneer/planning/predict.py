@@ -6,6 +6,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from veneer.config import Run, UserError
 from veneer.data.pipeline import Part, Prepared, prepare
 from veneer.data.render import Renderer
@@ -79,12 +81,25 @@ class PreparedData:
             end_of_turn=ledger["tokens"]["end_of_turn"],
             raw="text" in ledger["format"].split(", "),
             has_pairs=self.prepared.has_pairs,
+            longer=self._share_of_longer(),
         )
         own = own_template(tokenizer)
         return data, TokenizerFacts(
             has_template=bool(own),
             uses_own=bool(own) and (self.renderer.template or "").endswith(own or ""),
         )
+
+    def _share_of_longer(self) -> float | None:
+        """Return the share of pairs whose chosen answer is the longer one, of those that differ in length."""
+        if not self.prepared.has_pairs:
+            return None
+        part = self.prepared.train
+        trained = part.corpus.trained[part.examples].astype(np.int64)
+        if len(trained) != 2 * len(part.rows):  # refused before training
+            return None
+        differences = trained[::2] - trained[1::2]
+        unequal = np.count_nonzero(differences)
+        return float(np.count_nonzero(differences > 0) / unequal) if unequal else None
 
 
 def predict_run(run: Run, target: TargetDevice, data: PreparedData | str) -> Prediction:

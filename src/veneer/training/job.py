@@ -47,6 +47,7 @@ from veneer.training.optimizer import parameters_to_update
 from veneer.training.pair_values import metric_names
 from veneer.training.paired_losses import RowLosses
 from veneer.training.parts import RunParts, load_parts
+from veneer.training.preference_watch import PreferenceWatch
 from veneer.training.rate_search import RateSearch, find_rate, with_rate
 from veneer.training.reference_logprobs import describe_reference, measure_reference
 from veneer.training.same_settings import require_same_settings
@@ -339,7 +340,13 @@ class TrainingJob:
     def _run_loop(self, listeners: tuple[Listener, ...], until: int | None = None) -> float:
         """Train, and write metrics.jsonl; returns tokens per second."""
         metrics = MetricsFile(self.folder.metrics)
-        self._loop.recall(metrics.restart(self._loop.done))
+        before = metrics.restart(self._loop.done)
+        self._loop.recall(before)
+        if self.objective.documents_per_row == 2:
+            beta = getattr(self.objective, "beta", None) if self.objective.needs_reference else None
+            watch = PreferenceWatch(beta, len(self.data.validation.rows))
+            watch.recall(before)
+            listeners = (watch, *listeners)
         # A placement that was chosen by its size has measured the passes that need most.
         is_untried = self.machine.device in MEASURABLE and not self.placement.least_bytes
         return self._loop.run((metrics.append, *listeners), try_largest=is_untried, until=until)
