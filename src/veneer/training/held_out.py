@@ -18,12 +18,14 @@ class HeldOutRows(Sequence[Example]):
         documents_per_row: Consecutive examples that stay together.
 
     Attributes:
+        documents_per_row: the argument.
         order: Number of each among the examples of the part.
         lengths: Tokens of each.
     """
 
     def __init__(self, part: Part, documents_per_row: int = 1) -> None:
         self._part = part
+        self.documents_per_row = documents_per_row
         rows = np.argsort(-part.lengths.reshape(-1, documents_per_row).sum(1), kind="stable")
         self.order = (rows[:, None] * documents_per_row + np.arange(documents_per_row)).reshape(-1)
         self.lengths = part.lengths[self.order]

@@ -30,6 +30,7 @@ from veneer.data.pipeline import Part, Prepared
 from veneer.data.render import Renderer
 from veneer.engine.choose import choose
 from veneer.engine.interface import BatchShapes, Engine, document_losses
+from veneer.engine.objective import TrainedTokens
 from veneer.engine.placement import MemoryPlacement
 from veneer.machine.device import peak_bytes, resolve_optim
 from veneer.model.attach import count_parameters, save_adapter
@@ -44,7 +45,7 @@ from veneer.training.loop import Loop, held_out_batching
 from veneer.training.memory import need_and_fix, place
 from veneer.training.metrics import Listener, MetricsFile, read_metrics
 from veneer.training.optimizer import parameters_to_update
-from veneer.training.pair_values import metric_names
+from veneer.training.pair_values import metric_names, outputs_of_rows
 from veneer.training.paired_losses import RowLosses
 from veneer.training.parts import RunParts, load_parts
 from veneer.training.preference_watch import PreferenceWatch
@@ -193,7 +194,8 @@ class TrainingJob:
         )
         self.rate_search: RateSearch | None = None
         if train.learning_rate == "auto":
-            self.rate_search = find_rate(train, batches, held_out, self.measure_held_out, self.model, make_loop)
+            self._give_reference()
+            self.rate_search = find_rate(train, batches, held_out, self._losses_of, self.model, make_loop)
             self.run = run = with_rate(run, self.rate_search.rate)
         self._loop = make_loop(train=run.train)
         follows = "train.keep" if train.keep == "best" else "train.early_stopping" if train.early_stopping else None
@@ -269,7 +271,24 @@ class TrainingJob:
 
     def row_losses(self) -> RowLosses:
         """Measure the loss of each held-out row as the adapter is now; pieces of one text are one row."""
+        if self.objective.documents_per_row > 1:
+            return self._losses_of(self.held_out)
         return self.held_out.by_row(self.measure_held_out())
+
+    def _losses_of(self, rows: Sequence[Example]) -> RowLosses:
+        """Measure the loss of each of some held-out examples as the adapter is now; of pairs, of each pair."""
+        size = self.objective.documents_per_row
+        if size == 1:
+            return RowLosses(tuple(self.measure_held_out(rows)), tuple(row.weight for row in rows))
+
+        def measure(some: Sequence[Example]) -> list[float]:
+            batch = Batch.of(some, size)
+            tokens = TrainedTokens.of(batch, self.engine.token_logprobs(batch))
+            return [output.loss.item() for output in outputs_of_rows(self.objective, tokens)]
+
+        batching = held_out_batching(self._rows_at_a_time, self.objective)
+        losses = tuple(chain.from_iterable(batching.over(rows, measure)))
+        return RowLosses(losses, (1.0,) * len(losses))
 
     @property
     def was_stopped(self) -> bool:
@@ -327,15 +346,22 @@ class TrainingJob:
             if self._overwrite:
                 self.folder.remove()
         self.folder.clear_unfinished()
-        if self.objective.needs_reference:  # before a checkpoint is loaded: the model is what training starts from
-            batching = held_out_batching(self._rows_at_a_time, self.objective)
-            measure_reference(self.engine, self.data, self._batches, self.steps, self.held_out, batching)
+        self._give_reference()
         if found is not None:
             self._loop.resume(found)
             notify(f"resuming from {found}", "info", str(found))
         else:  # a run that was killed before its first checkpoint begins anew
             torch.manual_seed(self.run.train.seed)
             self._begin_folder()
+
+    def _give_reference(self) -> None:
+        """Give the examples their reference before a checkpoint is loaded: the model is what training starts from."""
+        if not self.objective.needs_reference:
+            return
+        train = self.run.train
+        steps = self._batches.steps(train.num_train_epochs, train.max_steps)
+        batching = held_out_batching(self._rows_at_a_time, self.objective)
+        measure_reference(self.engine, self.data, self._batches, steps, self.held_out, batching)
 
     def _run_loop(self, listeners: tuple[Listener, ...], until: int | None = None) -> float:
         """Train, and write metrics.jsonl; returns tokens per second."""
