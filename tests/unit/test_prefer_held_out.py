@@ -3,24 +3,29 @@
 import json
 import math
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 import veneer
 from tests.support.notices import notified
 from tests.support.runs import StopAt, tiny_run, write_rows
 from tests.unit.test_prefer import records, some_pairs
-from veneer.config import Interrupted, UserError
+from veneer.cli.progress import LiveProgress
+from veneer.cli.show_plan import show_plan
+from veneer.config import Interrupted, RunFolder, UserError
 from veneer.config.notify import collected
 from veneer.data.pipeline import prepare
 from veneer.data.render import Renderer
 from veneer.engine.objective import TrainedTokens
 from veneer.model.load import load_tokenizer
 from veneer.model.locate import locate
+from veneer.report.run_page import run_page
 from veneer.training.bootstrap import GroupedRows, bootstrap
 from veneer.training.intervals import proportion
 from veneer.training.objectives import DirectPreference
@@ -231,3 +236,34 @@ def test_equal_answers_and_different_prompts_are_bad_rows_and_counted(
     run = tiny_run(tiny_model(), file, tmp_path / "run", data=data | {"bad_rows": "refuse"})
     with pytest.raises(UserError, match=r"answer different prompts: they differ from turn 1 on \(user\)"):
         veneer.train(run)
+
+
+def test_page_card_plan_and_log_say_what_pairs_showed(
+    tiny_model: Callable[..., Path], tmp_path: Path, pairs_file: str
+) -> None:
+    data = {"validation": 8, "duplicates": "keep"}
+    run = tiny_run(tiny_model(), pairs_file, tmp_path / "run", data=data, train={"eval_steps": 2})
+    console = Console(file=StringIO(), width=120)
+    planned = veneer.plan(run)
+    show_plan(console, run, planned.as_dict())
+    with LiveProgress(console, 6) as progress:
+        veneer.train(run, listeners=[progress])
+    with RunFolder(tmp_path / "run").events.open("a") as file:
+        file.write(json.dumps({"level": "warning", "message": "step 3: margins follow"}) + "\n")
+    last = records(tmp_path / "run", "eval")[-1]
+    low, high = last["intervals"]["rewards/margins"]
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "pairs    16 to train on in 6 optimizer steps; each is two documents" in shown
+    assert f"margin {last['rewards/margins']:.3g} ({low:.3g} to {high:.3g})" in shown
+    assert "logps" not in shown
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert "Learnt from 16 pairs of answers by dpo with beta 0.1, relative to the base." in card
+    assert f"on 8 held-out pairs {last['rewards/margins']:.3g} (95% interval {low:.3g} to {high:.3g})." in card
+    assert "6 steps of 4 pairs" in card
+    page = run_page(tmp_path / "run")
+    assert f"margin {last['rewards/margins']:.3g} ({low:.3g} to {high:.3g}), accuracy" in page
+    for title in ("Margin of rewards", "Accuracy: share of the pairs", "Log-probability of an answer"):
+        assert title in page
+    assert page.count(">held-out ") == 3 + 3 * 4, "dots of the loss and of the four curves"
+    assert "step 3: margins follow" in page
+    assert "Mean over pairs" in page

@@ -34,12 +34,14 @@ class Prediction:
         run: the settings.
         planner: planner that forecasts other settings on the same data.
         forecast, advice: memory and time of the run, and findings on its settings.
+        pairs: pairs of answers to train on; None: rows are single answers, or were not read.
     """
 
     run: Run
     planner: Planner
     forecast: Forecast
     advice: list[Advice]
+    pairs: int | None = None
 
     @property
     def cannot_fit(self) -> bool:
@@ -48,7 +50,8 @@ class Prediction:
         return share * self.forecast.least_bytes > self.forecast.target.budget_bytes
 
     def as_dict(self) -> dict[str, Any]:
-        return self.forecast.as_dict() | {"advice": [asdict(advice) for advice in self.advice]}
+        advice = [asdict(advice) for advice in self.advice]
+        return self.forecast.as_dict() | {"pairs": self.pairs, "advice": advice}
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,8 @@ def predict_run(run: Run, target: TargetDevice, data: PreparedData | str) -> Pre
         tokenizer=facts[1],
         file_type=origin.type if origin is not None and origin.is_quantized else None,
     )
-    return Prediction(run, planner, forecast, advise(situation))
+    pairs = facts[0].rows if facts[0] is not None and facts[0].has_pairs else None
+    return Prediction(run, planner, forecast, advise(situation), pairs)
 
 
 def prepare_if_local(run: Run) -> PreparedData | str:

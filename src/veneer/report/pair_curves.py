@@ -6,7 +6,7 @@ from typing import Any
 from veneer.report.plots import smooth
 
 WIDTH, HEIGHT = 720, 150  # pixels
-LEFT, BOTTOM = 44, 22  # room for its axes
+LEFT, BOTTOM = 54, 22  # room for its axes
 # Title, and the metrics that are drawn together with what each is called.
 CURVES = (
     ("Margin of rewards", {"rewards/margins": "chosen less rejected"}),
@@ -82,6 +82,10 @@ def _curve(records: Sequence[dict[str, Any]], title: str, names: dict[str, str])
         "width": WIDTH,
         "height": HEIGHT,
         "left": LEFT,
-        "marks": [(down(low + span * part), f"{low + span * part:.3g}") for part in (0, 0.5, 1)],
+        "marks": [(down(value), _label(value)) for value in (low, low + span / 2, low + span)],
         "last": last,
     }
+
+
+def _label(value: float) -> str:
+    return f"{value:.2g}" if abs(value) < 100 else f"{value:.0f}"
