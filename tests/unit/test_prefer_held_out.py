@@ -203,7 +203,10 @@ def test_a_run_that_drives_chosen_answers_down_says_so_in_its_events(
     rows = [{"prompt": p["prompt"], "completion": p["chosen"]} for p in some_pairs(24)]
     file, train = write_rows(tmp_path / "rows.jsonl", rows), {"learning_rate": 3e-2, "max_steps": 40}
     veneer.train(tiny_run(tiny_model(), file, tmp_path / "start", train=train))
-    sections = {"model": {"adapter": str(tmp_path / "start")}, "train": {"learning_rate": 0.3, "max_steps": 15}}
+    sections: dict[str, Any] = {
+        "model": {"adapter": str(tmp_path / "start")},
+        "train": {"learning_rate": 0.3, "max_steps": 15},
+    }
     with notified("chosen answers lose probability"):
         veneer.train(tiny_run(tiny_model(), pairs_file, tmp_path / "run", data={"validation": 8}, **sections))
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]

@@ -33,6 +33,7 @@ def test_a_rate_is_found_by_the_loss_of_held_out_pairs(
     assert (found.rate, found.held_out_rows) == (1e-2, 24)
     low, good = found.tried
     assert low.loss == pytest.approx(math.log(2), abs=1e-4)
+    assert low.loss is not None
     assert good.loss is not None
     assert good.loss < low.loss
     assert low.difference is not None
@@ -67,9 +68,9 @@ def test_a_sweep_compares_trials_pair_by_pair(tiny_model: Callable[..., Path], t
 def test_a_sweep_over_what_is_minimized_is_refused(
     setting: str, tiny_model: Callable[..., Path], tmp_path: Path, pairs_file: str
 ) -> None:
-    values: list[Any] = {"train.dpo": [{"beta": 0.1}, {"beta": 0.2}], "train.objective": ["auto", "dpo"]}[setting]
+    grids: dict[str, list[Any]] = {"train.dpo": [{"beta": 0.1}, {"beta": 0.2}], "train.objective": ["auto", "dpo"]}
     run = tiny_run(tiny_model(), pairs_file, tmp_path / "run", data={"validation": 10})
-    planned = {"run": json.loads(run.model_dump_json()), "grid": {setting: values}}
+    planned = {"run": json.loads(run.model_dump_json()), "grid": {setting: grids[setting]}}
     (tmp_path / "sweep.yaml").write_text(json.dumps(planned | {"output_dir": str(tmp_path / "sweep")}))
     with pytest.raises(UserError, match="would change the meaning of"):
         veneer.sweep(tmp_path / "sweep.yaml")

@@ -61,8 +61,9 @@ def _curve(records: Sequence[dict[str, Any]], title: str, names: dict[str, str])
     values += [value for one in series for dot in one["dots"] for value in dot[1:]]
     if not any(one["line"] for one in series):
         return None
-    low, high = min(0.0, *values) if min(values) >= 0 else min(values), max(values)
-    last, span = max(step for one in series for step, _ in one["line"]), (high - low) or 1.0
+    low, high = float(min(0.0, *values) if min(values) >= 0 else min(values)), float(max(values))
+    last: int = max(step for one in series for step, _ in one["line"])
+    span = float(high - low) or 1.0
 
     def across(step: float) -> float:
         return round(LEFT + (WIDTH - LEFT - 8) * step / last, 1)

@@ -56,7 +56,7 @@ def describe_pairs(outputs: Sequence[StepOutput]) -> dict[str, Any]:
     """Return what an evaluation's record says of pairs beside the means; of other rows nothing.
 
     Args:
-        outputs: What `outputs_of_rows` yielded for all batches.
+        outputs: values of all batches, from `outputs_of_rows`.
 
     Returns:
         `intervals`: ends of the 95% interval of each mean, by name. LENGTH_CORRELATION: rank correlation of margins
