@@ -18,9 +18,9 @@ import numpy as np
 
 import veneer
 from veneer.config.folder import write_json
-from veneer.evaluation.intervals import proportion
 from veneer.evaluation.win_rate.pairs import Pair
 from veneer.evaluation.win_rate.win_rate import FIRST, SECOND, TIE, Outcome, win_rate
+from veneer.training.intervals import proportion
 
 RESULT = Path(__file__).parent / "results" / "win_rate.json"
 SIMULATIONS = 2000

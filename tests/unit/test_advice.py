@@ -92,6 +92,10 @@ FAULTS: dict[str, dict[str, Any]] = {
     "no-template": {"tokenizer": replace(TOKENIZER, has_template=False)},
     "no-end-token": {"facts": replace(DATA, end_of_turn=0)},
     "max-length-low": {"facts": replace(DATA, p95=1500)},
+    "pair-lengths": {
+        "facts": replace(DATA, has_pairs=True, longer=0.1),
+        "train": {"learning_rate": 1e-5},
+    },
     "held-out-small": {"facts": replace(DATA, held_out=20)},
     "prompts-trained": {"data": {"loss_on": "all"}},
 }
@@ -109,6 +113,7 @@ EARNED: dict[str, dict[str, Any]] = {
     "experts": {"base": "experts"},
     "dropout-large-data": {"base": "chat", "adapter": {"lora_dropout": 0.05}, "data": {"train": "many.txt"}},
     "preference-rate": {"base": "chat", "data": {"train": "pairs.jsonl"}},
+    "pair-lengths": {"base": "chat", "data": {"train": "long-pairs.jsonl"}, "train": {"learning_rate": 1e-5}},
     "epochs-many": {"base": "chat", "train": {"num_train_epochs": 4}},
     "few-steps": {"base": "chat", "train": {"per_device_train_batch_size": 32}},
     "quantized-twice": {"base": "smollm2-135m-instruct", "quantization": {"bits": 4}},
@@ -136,6 +141,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Pa
     write_rows(folder / "rows.jsonl", rows)
     (folder / "many.txt").write_text("".join(f"{n}\n" for n in range(50_200)))
     write_rows(folder / "pairs.jsonl", [{"prompt": row["prompt"], "chosen": "cat", "rejected": "dog"} for row in rows])
+    long_pairs = [{"prompt": row["prompt"], "chosen": "cat " * 5, "rejected": "dog"} for row in rows]
+    write_rows(folder / "long-pairs.jsonl", long_pairs)
     write_rows(folder / "long.jsonl", [row | {"completion": "cat " * 60} for row in rows])
     return folder
 
@@ -179,6 +186,16 @@ def test_a_rate_for_pairs_is_not_too_low_for_lora() -> None:
     facts = replace(DATA, has_pairs=True)
     assert ids(situation(facts=facts, train={"learning_rate": 5e-6})) == set()
     assert ids(situation(facts=facts, train={"learning_rate": 2e-3})) == {"preference-rate"}
+
+
+def test_pairs_whose_chosen_answers_are_longer_by_chance_are_no_fault() -> None:
+    train = {"learning_rate": 1e-5}
+    for rows, longer in ((10_000, 0.75), (10_000, 0.3), (10, 1.0), (10_000, None)):
+        facts = replace(DATA, has_pairs=True, rows=rows, longer=longer)
+        assert "pair-lengths" not in ids(situation(facts=facts, train=train))
+    facts = replace(DATA, has_pairs=True, longer=0.93)
+    (found,) = [one for one in advise(situation(facts=facts, train=train)) if one.id == "pair-lengths"]
+    assert "the chosen answer is the longer one in 93% of the pairs" in found.message
 
 
 def test_rows_that_are_too_long_and_a_base_quantized_before() -> None:

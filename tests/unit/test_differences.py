@@ -11,9 +11,9 @@ from bench.judge import coverage
 import veneer
 from tests.support.runs import tiny_run, write_rows
 from veneer.config import UserError
-from veneer.evaluation.bootstrap import GroupedRows, bootstrap, jackknife_values, t_quantile
 from veneer.evaluation.differences import POWER_Z, MetricComparison, RowValues, compare_metrics, compare_rows
 from veneer.evaluation.paired import difference
+from veneer.training.bootstrap import GroupedRows, bootstrap, jackknife_values, t_quantile
 
 
 def turned(gained: int, lost: int, same: int, better: str = "higher") -> MetricComparison:

@@ -14,10 +14,10 @@ from veneer.config.sampling import Sampling
 from veneer.data.conversation import Message
 from veneer.evaluation.compare import Evaluation, Score
 from veneer.evaluation.generation import generate
-from veneer.evaluation.intervals import proportion
 from veneer.evaluation.metrics import measure
 from veneer.evaluation.metrics.metric import Sample, ScoredRows
 from veneer.evaluation.metrics.perplexity import Perplexity
+from veneer.training.intervals import proportion
 from veneer.training.job import TrainingJob
 
 

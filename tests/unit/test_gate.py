@@ -21,7 +21,7 @@ from veneer.evaluation.gate import (
     require_names,
     rows_needed,
 )
-from veneer.evaluation.intervals import Interval, proportion
+from veneer.training.intervals import Interval, proportion
 
 Call = Callable[..., tuple[int, str, str]]
 MEASURED = {

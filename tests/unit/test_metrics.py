@@ -20,13 +20,13 @@ from veneer.config import Evaluate, JobError, UserError
 from veneer.data.conversation import Conversation, Message
 from veneer.evaluation import metrics
 from veneer.evaluation.compare import Evaluation, Score
-from veneer.evaluation.intervals import Interval
 from veneer.evaluation.metrics import METRICS, choose, measure, require_metrics
 from veneer.evaluation.metrics.bits_per_byte import BitsPerByte
 from veneer.evaluation.metrics.metric import Metric, MetricResult, Sample, ScoredRows
 from veneer.evaluation.metrics.resampled import RowMean
 from veneer.release.redact import public_settings
 from veneer.report.run_page import run_page
+from veneer.training.intervals import Interval
 
 Call = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,6 @@ from veneer.config import RunFolder
 from veneer.engine.interface import Engine
 from veneer.evaluation.compare import Evaluation
 from veneer.evaluation.gate import Measured
-from veneer.evaluation.intervals import Interval
 from veneer.evaluation.memory import LESS_MEMORY, rows_at_a_time
 from veneer.evaluation.metrics.metric import ShareRight
 from veneer.evaluation.responder import ModelResponder, Progress
@@ -22,6 +21,7 @@ from veneer.evaluation.suites.memorisation import WANTED, comes_back, memorisati
 from veneer.evaluation.suites.personal import count_personal
 from veneer.machine.batching import Batching
 from veneer.planning.batch_shapes import Padded
+from veneer.training.intervals import Interval
 
 LONGEST_PROMPT = 512  # tokens; no item of a suite has more, with any tokenizer
 

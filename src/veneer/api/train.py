@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from veneer.config import Run
 from veneer.config.notify import collected, notify, notify_on_error
@@ -12,6 +13,7 @@ from veneer.release.publish.card import write_card
 from veneer.report.plots import plot_loss
 from veneer.training.job import Resume, Trained, TrainingJob, finished
 from veneer.training.metrics import Listener, read_metrics
+from veneer.training.pair_values import ACCURACIES, MARGINS
 
 
 def train(
@@ -60,8 +62,25 @@ def finish(job: TrainingJob, listeners: Sequence[Listener] = ()) -> Trained:
     def write_extras(folder: Path, trained: Trained) -> None:
         report = trained.as_dict()
         training = {name: report[name] for name in ("steps", "final_loss", "best_step", "best_value", "kept_step")}
+        training |= _of_pairs(job, trained)
         write_passport(job, folder, training | {"planned_steps": job.steps, "parameters": job.parameters})
         notify_on_error("the card", lambda: write_card(job, folder))
         notify_on_error("loss.png", lambda: plot_loss(read_metrics(job.folder.metrics), job.folder.loss_plot, title))
 
     return job.fit(tuple(listeners), write_extras)
+
+
+def _of_pairs(job: TrainingJob, trained: Trained) -> dict[str, Any]:
+    """Return what the passport says of a run on pairs: its objective, and held-out pairs at the step it delivers."""
+    if job.objective.documents_per_row != 2:
+        return {}
+    name = "dpo" if job.run.train.objective == "auto" else job.run.train.objective
+    lines = read_metrics(job.folder.metrics)
+    measured = next((one for one in lines if one["kind"] == "eval" and one["step"] == trained.kept_step), {})
+    held_out = {
+        metric: {"value": measured[metric], "interval": measured["intervals"].get(metric)}
+        for metric in (MARGINS, ACCURACIES)
+        if measured.get(metric) is not None
+    }
+    beta = getattr(job.objective, "beta", None)
+    return {"preference": {"objective": name, "beta": beta, "held_out": held_out}}

@@ -31,7 +31,11 @@ from veneer.cli.terminal import Terminal
 
 LOG_SECONDS = 60  # between lines of progress where nothing can be redrawn
 # Of an evaluation's record: what is shown otherwise, or not; the rest are metrics of `evaluate.during`.
-EVALUATED = {"kind", "step", "loss", "perplexity", "trained_tokens", "answered_rows", "best_step", "best_value"}
+EVALUATED = {"kind", "step", "loss", "perplexity", "trained_tokens", "answered_rows", "best_step", "best_value"} | {
+    "intervals"
+}
+# Of pairs, what is shown with its interval; all others have a / in their names.
+PAIRS = {"rewards/margins": "margin", "rewards/accuracies": "right"}
 NARROW = 100  # columns; below them words give way to numbers
 
 
@@ -149,7 +153,12 @@ class LiveProgress:
     def __call__(self, record: dict[str, Any]) -> None:
         if record["kind"] == "eval":
             loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
-            found = [f"{name} {value:.4g}" for name, value in record.items() if name not in EVALUATED]
+            found = _of_pairs(record)
+            found += [
+                f"{name} {value:.4g}"
+                for name, value in record.items()
+                if name not in EVALUATED and isinstance(value, float | int) and "/" not in name
+            ]
             self._out.print(f"  step {record['step']}: {'  '.join([f'held-out loss {loss}', *found])}", markup=False)
             return
         step = record["step"]
@@ -210,6 +219,18 @@ def byte_progress(out: Console, what: str) -> Iterator[Callable[[int], None]]:
 def _for_progress(out: Console) -> Console:
     """Choose where progress is drawn: beside the results on a terminal, else on standard error."""
     return out if out.is_terminal else Terminal(stderr=True)
+
+
+def _of_pairs(record: dict[str, Any]) -> list[str]:
+    """Return margin and accuracy on held-out pairs with their intervals; empty: the rows are no pairs."""
+    found = []
+    for name, called in PAIRS.items():
+        if (value := record.get(name)) is not None:
+            ends = record.get("intervals", {}).get(name)
+            kind = ".0%" if called == "right" else ".3g"
+            span = "" if ends is None else f" ({ends[0]:{kind}} to {ends[1]:{kind}})"
+            found.append(f"{called} {value:{kind}}{span}")
+    return found
 
 
 def _is_milestone(step: int, total: int) -> bool:

@@ -104,7 +104,9 @@ def show_ledger(out: Console, ledger: dict[str, Any]) -> None:
     fates = ("unreadable", "empty", "duplicate", "overlong", "refused")
     left_out = ", ".join(f"{rows[name]:,} {name}" for name in fates if rows[name])
     table.add_row("rows", f"{rows['read']:,} read = {rows['used']:,} used" + (f" + {left_out}" if left_out else ""))
-    table.add_row("split", f"{rows['training']:,} to train on, {rows['validation']:,} held out")
+    are_pairs = ledger["format"] == "preference"
+    what = " pairs of answers" if are_pairs else ""
+    table.add_row("split", f"{rows['training']:,}{what} to train on, {rows['validation']:,} held out")
     share = tokens["trained"] / tokens["total"]
     table.add_row(
         "tokens",
@@ -114,7 +116,8 @@ def show_ledger(out: Console, ledger: dict[str, Any]) -> None:
     table.add_row("lengths", ", ".join(f"{name} {value:,}" for name, value in lengths.items()) + " (before any limit)")
     pack = ledger["packing"]
     would = "packed" if pack["used"] else "would pack"
-    table.add_row("packing", f"{would} into {pack['packs']:,} sequences, {pack['efficiency']:.1%} full")
+    if pack["used"] or not are_pairs:
+        table.add_row("packing", f"{would} into {pack['packs']:,} sequences, {pack['efficiency']:.1%} full")
     cached = ", from the cache" if ledger["cached"] else ""
     table.add_row("time", f"{ledger['seconds']:.1f} s{cached}")
     out.print(table)

@@ -23,6 +23,8 @@ def show_plan(out: Console, run: Any, plan: dict[str, Any]) -> None:
     rows = plan["rows"]
     fullest = rows["fullest"]
     known = "as read" if rows["unread"] is None else f"assumed: {escape(rows['unread'])}"
+    if plan["pairs"] is not None:
+        out.print(f"pairs    {plan['pairs']:,} to train on in {rows['steps']:,} optimizer steps; each is two documents")
     out.print(f"data     fullest micro-batch {fullest['rows']} x {fullest['length']:,} tokens ({known})")
     out.print(f"device   {escape(plan['target']['name'])}")
     out.print(f"engine   {plan['engine']}: {escape(plan['engine_reason'])}")

@@ -49,6 +49,9 @@ CONTENT = (
 KEPT = (*TURNS, *LABELS, *CONTENT, "choices")  # keep their names where data.columns maps others
 WHOLE = ("prompt", "completion", "messages", "text", "chosen", "rejected")  # names that make a format
 MARKER = re.compile(r"### (Human|Assistant):")
+# What is wrong with a pair of answers, which the ledger counts by itself.
+SAME_ANSWERS = "`chosen` and `rejected` are the same"
+OTHER_PROMPTS = "`chosen` and `rejected` answer different prompts"
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -272,8 +275,11 @@ def _preference(row: Fields) -> Conversation:
         while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
             shared += 1
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+        asked = next((side[0].role for side in (chosen, rejected) if side and side[0].role != "assistant"), None)
+        if asked is not None and chosen and rejected:
+            raise BadRowError(f"{OTHER_PROMPTS}: they differ from turn {shared + 1} on ({asked})")
     if chosen == rejected:
-        raise BadRowError("`chosen` and `rejected` are the same")
+        raise BadRowError(SAME_ANSWERS)
     if not prompt:
         raise BadRowError("no prompt: neither a field `prompt` nor a common beginning of `chosen` and `rejected`")
     before = _system_before(row, prompt) + tuple(replace(turn, weight=0.0) for turn in prompt)

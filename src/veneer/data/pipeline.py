@@ -35,7 +35,7 @@ from veneer.data.tokens.corpus import Corpus, is_sound, seal, write
 from veneer.data.tokens.tokenize import Tokenized, tokenize
 from veneer.data.warn import warnings_of
 
-LAYOUT = 3  # of the cache's files; another number makes them anew
+LAYOUT = 4  # of the cache's files; another number makes them anew
 SMALL = 8 * 2**20  # bytes of input that one process does sooner than several would start
 MOST_WORKERS = 8
 # Settings that decide what is cached.

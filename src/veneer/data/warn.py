@@ -10,8 +10,11 @@ def warnings_of(ledger: Ledger, data: Data) -> list[str]:
     cut, inside = notes["all_cut"], notes["in_held_out_file"]
     counted = [
         (rows["unreadable"], "cannot be read: left out"),
-        (rows["refused"], "cannot be right: left out"),
-        (rows["overlong"] - cut, "longer than data.max_length: left out"),
+        (rows["refused"] - notes["same_answers"] - notes["other_prompts"], "cannot be right: left out"),
+        (notes["same_answers"], "whose chosen and rejected answers are the same: left out"),
+        (notes["other_prompts"], "whose chosen and rejected conversations have different prompts: left out"),
+        (rows["overlong"] - cut - notes["overlong_pairs"], "longer than data.max_length: left out"),
+        (notes["overlong_pairs"], "with an answer beyond data.max_length: the pair is left out whole"),
         (cut, "without a trained token within data.max_length: left out"),
         (notes["truncated"], "longer than data.max_length: the end is cut off"),
         (notes["chunked"], "of text longer than data.max_length: cut into pieces, all of them learnt"),

@@ -7,9 +7,7 @@ prefix.py      the tokens that all prompts begin with, computed once
 partial.py     answers kept as they come, for an evaluation that is interrupted
 during.py      metrics of answers while a model is trained
 metrics/       what is measured of the answers and the losses, a file a metric
-intervals.py   95% intervals
 paired.py      two models on the same rows: which rows turned right or wrong, and a verdict
-bootstrap.py   intervals of means, by drawing rows or groups of rows again
 differences.py base against tuned by each metric: difference, detectable difference, verdict
 row_values.py  what a metric measured of each row
 gate.py        conditions on what was measured, such as exact_match >= 0.8

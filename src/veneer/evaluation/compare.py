@@ -20,7 +20,6 @@ from veneer.data.render import Renderer
 from veneer.evaluation.decoding import expected_answer
 from veneer.evaluation.differences import MetricComparison, compare_metrics
 from veneer.evaluation.gate import Measured
-from veneer.evaluation.intervals import Interval
 from veneer.evaluation.metrics import choose, measure, right_by
 from veneer.evaluation.metrics.choice_accuracy import offered
 from veneer.evaluation.metrics.choose import ChosenMetrics
@@ -29,6 +28,7 @@ from veneer.evaluation.paired import paired
 from veneer.evaluation.partial import KeptAnswers, PartialAnswers
 from veneer.evaluation.responder import Progress, Responder
 from veneer.evaluation.row_values import row_values
+from veneer.training.intervals import Interval
 
 
 @dataclass(frozen=True)

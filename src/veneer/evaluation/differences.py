@@ -5,7 +5,7 @@ models, and only where they differ do they say which is better. Rows that share 
 observations of one thing, and count as the number of independent rows that they are worth.
 
     yes or no, or few rows differ    Tango's interval, which agrees with McNemar's test (paired.py)
-    any number                       studentized bootstrap of the mean difference (bootstrap.py)
+    any number                       studentized bootstrap of the mean difference (training/bootstrap.py)
 
 The detectable difference is the one that these rows would find in 80 of 100 such comparisons. It follows from how much
 rows differ, and not from who wins, so that it can be read before the result.
@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from veneer.evaluation.bootstrap import FEWEST, RESAMPLES, GroupedRows, bootstrap, t_quantile
-from veneer.evaluation.intervals import Interval, Z
 from veneer.evaluation.paired import difference, mcnemar
+from veneer.training.bootstrap import FEWEST, RESAMPLES, GroupedRows, bootstrap, t_quantile
+from veneer.training.intervals import Interval, Z
 
 POWER_Z = Z + 0.841621  # 97.5% and 80% quantiles of the normal distribution
 FEW = 5  # rows that differ: a bootstrap of fewer says little

@@ -24,7 +24,7 @@ from veneer.evaluation.metrics import METRICS, choose
 from veneer.evaluation.metrics.metric import MetricResult, ScoredRows
 from veneer.machine.batching import Batching
 from veneer.machine.device import rng_state, set_rng_state
-from veneer.training.best import LOSS
+from veneer.training.best import BETTER, LOSS
 from veneer.training.objectives.supervised import Supervised
 from veneer.training.parts import ON_HOST, ON_HOST_FIX
 
@@ -53,7 +53,8 @@ class DuringTraining:
     def __init__(self, run: Run, data: Prepared, renderer: Renderer) -> None:
         settings = run.evaluate
         self._renderer = renderer
-        self._recorded = {LOSS, *Supervised().held_out_metrics(0.0)}  # of all rows, in every record
+        of_answers = {LOSS, *Supervised().held_out_metrics(0.0)}
+        self._recorded = set(BETTER) - of_answers | {LOSS} if data.has_pairs else of_answers  # in every record
         self._names: list[str] = [name for name in settings.during if name not in self._recorded]
         self._settings = settings.model_copy(update={"metrics": tuple(self._names)})
         longest = int(data.validation.corpus.trained[data.validation.examples].max())
@@ -67,7 +68,7 @@ class DuringTraining:
         self._batching = Batching(settings.batch_size, LESS_MEMORY)  # fewer rows at a time, once memory was short
         self._require_names()
         self._followed = run.train.early_stopping.metric if run.train.early_stopping is not None else LOSS
-        self.better = "lower" if self._followed in self._recorded else self._better()
+        self.better = BETTER[self._followed] if self._followed in self._recorded else self._better()
 
     def measure(self, model: Any, engine: Engine, stopped: Callable[[], bool]) -> dict[str, float] | None:
         """Answer the sample and return the metrics' values and the rows answered; None where it was stopped.

@@ -22,7 +22,7 @@ from typing import NoReturn
 
 from veneer.config.errors import UserError
 from veneer.config.results import Check
-from veneer.evaluation.intervals import Interval, Z
+from veneer.training.intervals import Interval, Z
 
 LONGEST = 2000  # characters of a gate
 DEEPEST = 20  # parentheses and `not` within each other

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from veneer.evaluation.intervals import Interval, Z
+from veneer.training.intervals import Interval, Z
 
 MARGIN = 0.05  # a loss of so much of the score is one that must not go unseen
 MOST_ROWS = 100_000

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from veneer.evaluation.bootstrap import FEWEST, jackknife_values
 from veneer.evaluation.differences import RowValues
 from veneer.evaluation.metrics.metric import MetricResult, Share
 from veneer.evaluation.metrics.resampled import Pooled
+from veneer.training.bootstrap import FEWEST, jackknife_values
 
 
 def row_values(result: MetricResult) -> RowValues | None:

@@ -24,6 +24,7 @@ from veneer.config.files import read_json_lines
 from veneer.config.folder import remove, write_text
 from veneer.config.sweep import Combination, PlannedSweep
 from veneer.training.job import TrainingJob, batches_of
+from veneer.training.objectives import OBJECTIVES
 from veneer.training.paired_losses import LossInterval, RowLosses, loss_difference, loss_interval
 from veneer.training.parts import RunParts, fresh_parts, load_parts
 
@@ -152,10 +153,12 @@ class SweepLoop:
         """
         parts = load_parts(self._run)
         rows = len(parts.data.validation.rows)
-        if parts.data.has_pairs:
+        objectives = sorted({name for one in self._combinations for name in one.settings if _is_of_objective(name)})
+        if objectives:
             raise UserError(
-                "a sweep compares trials by their loss on single answers, and the run's rows are pairs of answers",
-                "train each run by itself, and compare the records of kind eval in their metrics.jsonl",
+                f"a sweep compares trials by their held-out loss, which {', '.join(objectives)} would change the "
+                "meaning of",
+                "train each run by itself, and compare rewards/accuracies in the records of kind eval in metrics.jsonl",
             )
         if rows < 2:
             raise UserError(
@@ -165,7 +168,10 @@ class SweepLoop:
             )
         for combination in self._combinations if self._sweep.rungs else ():
             train = combination.run.train
-            steps = batches_of(combination.run, parts.data.train).steps(train.num_train_epochs, train.max_steps)
+            documents = 2 if parts.data.has_pairs else 1
+            steps = batches_of(combination.run, parts.data.train, documents).steps(
+                train.num_train_epochs, train.max_steps
+            )
             if self._sweep.rungs[-1] >= steps:
                 raise UserError(
                     f"rungs = {list(self._sweep.rungs)}: a run with {combination.name} has {steps} steps",
@@ -325,6 +331,12 @@ def winning_run(result: CombinationResult, output_dir: Path) -> Run:
     """Return the run of a combination, with the run's own seed, in a folder of its own."""
     run = result.combination.run
     return run.model_copy(update={"train": run.train.model_copy(update={"output_dir": output_dir})})
+
+
+def _is_of_objective(setting: str) -> bool:
+    """Return whether a setting says what is minimized, as train.objective or train.dpo."""
+    section, _, name = setting.partition(".")
+    return section == "train" and name in ("objective", "reference", *OBJECTIVES)
 
 
 def _loss(result: CombinationResult) -> float:

@@ -26,6 +26,8 @@ from veneer.planning.forecast import Forecast
 from veneer.planning.memory import frozen_bytes
 
 RATES = 2e-5, 1e-3  # usual learning rates of LoRA
+ONE_SIDED = 0.8  # share of pairs that are longer on the same side
+FEW_PAIRS = 20  # of fewer, chance puts so many on one side
 MORE_ROWS = "gather more rows"
 SEVERITIES = ("error", "warning", "info")
 
@@ -41,6 +43,8 @@ class DataFacts:
         end_of_turn: trained end-of-turn tokens.
         raw: whether the rows are text without turns.
         has_pairs: whether they are pairs of answers, which dpo learns from.
+        longer: share of the pairs whose chosen answer has more tokens than the rejected one, of pairs that differ in
+            that; None: there are none.
     """
 
     rows: int
@@ -50,6 +54,7 @@ class DataFacts:
     end_of_turn: int
     raw: bool
     has_pairs: bool = False
+    longer: float | None = None
 
 
 @dataclass(frozen=True)
@@ -499,6 +504,20 @@ def _(s: Situation) -> Finding:
     if positions is None or longest <= positions:
         return None
     return f"rows of {longest} tokens, the model has positions for {positions}", f"set data.max_length={positions}"
+
+
+@_warning("pair-lengths", "data.train", "arXiv 2403.19159: preferences for length are learnt first")
+def _(s: Situation) -> Finding:
+    if s.data is None or s.data.longer is None or s.data.rows < FEW_PAIRS or ONE_SIDED > s.data.longer > 1 - ONE_SIDED:
+        return None
+    if s.run.train.dpo is not None and s.run.train.dpo.loss_type == "ipo":
+        return None  # it compares means a token
+    is_longer = s.data.longer >= ONE_SIDED
+    share, which = (s.data.longer, "longer") if is_longer else (1 - s.data.longer, "shorter")
+    return (
+        f"the chosen answer is the {which} one in {share:.0%} of the pairs, so a model can learn the length alone",
+        "add pairs the other way round, or compare means a token (loss_type: ipo in train.dpo)",
+    )
 
 
 @_warning("held-out-small", "data.validation", "normal approximation of a share near one half, 95%")

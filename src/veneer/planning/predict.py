@@ -6,6 +6,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from veneer.config import Run, UserError
 from veneer.data.pipeline import Part, Prepared, prepare
 from veneer.data.render import Renderer
@@ -32,12 +34,14 @@ class Prediction:
         run: the settings.
         planner: planner that forecasts other settings on the same data.
         forecast, advice: memory and time of the run, and findings on its settings.
+        pairs: pairs of answers to train on; None: rows are single answers, or were not read.
     """
 
     run: Run
     planner: Planner
     forecast: Forecast
     advice: list[Advice]
+    pairs: int | None = None
 
     @property
     def cannot_fit(self) -> bool:
@@ -46,7 +50,8 @@ class Prediction:
         return share * self.forecast.least_bytes > self.forecast.target.budget_bytes
 
     def as_dict(self) -> dict[str, Any]:
-        return self.forecast.as_dict() | {"advice": [asdict(advice) for advice in self.advice]}
+        advice = [asdict(advice) for advice in self.advice]
+        return self.forecast.as_dict() | {"pairs": self.pairs, "advice": advice}
 
 
 @dataclass(frozen=True)
@@ -79,12 +84,25 @@ class PreparedData:
             end_of_turn=ledger["tokens"]["end_of_turn"],
             raw="text" in ledger["format"].split(", "),
             has_pairs=self.prepared.has_pairs,
+            longer=self._share_of_longer(),
         )
         own = own_template(tokenizer)
         return data, TokenizerFacts(
             has_template=bool(own),
             uses_own=bool(own) and (self.renderer.template or "").endswith(own or ""),
         )
+
+    def _share_of_longer(self) -> float | None:
+        """Return the share of pairs whose chosen answer is the longer one, of those that differ in length."""
+        if not self.prepared.has_pairs:
+            return None
+        part = self.prepared.train
+        trained = part.corpus.trained[part.examples].astype(np.int64)
+        if len(trained) != 2 * len(part.rows):  # refused before training
+            return None
+        differences = trained[::2] - trained[1::2]
+        unequal = np.count_nonzero(differences)
+        return float(np.count_nonzero(differences > 0) / unequal) if unequal else None
 
 
 def predict_run(run: Run, target: TargetDevice, data: PreparedData | str) -> Prediction:
@@ -112,7 +130,8 @@ def predict_run(run: Run, target: TargetDevice, data: PreparedData | str) -> Pre
         tokenizer=facts[1],
         file_type=origin.type if origin is not None and origin.is_quantized else None,
     )
-    return Prediction(run, planner, forecast, advise(situation))
+    pairs = facts[0].rows if facts[0] is not None and facts[0].has_pairs else None
+    return Prediction(run, planner, forecast, advise(situation), pairs)
 
 
 def prepare_if_local(run: Run) -> PreparedData | str:

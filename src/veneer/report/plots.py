@@ -35,7 +35,7 @@ def plot_loss(records: list[dict[str, Any]], path: Path, title: str) -> None:
             label="held-out",
         )
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss (nats a trained token)")
+    axes.set_ylabel("loss of a pair" if "logps/chosen" in trained[0] else "loss (nats a trained token)")
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)

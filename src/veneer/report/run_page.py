@@ -11,6 +11,7 @@ from veneer.config.folder import write_text
 from veneer.config.results import metric_name
 from veneer.report.interval_plot import interval_plots
 from veneer.report.page import environment
+from veneer.report.pair_curves import are_pairs, held_out_text, pair_curves
 from veneer.report.plots import smooth
 
 WIDTH, HEIGHT = 720, 200  # of the loss curve, in pixels
@@ -48,6 +49,7 @@ def run_page(folder: Path) -> str:
     evaluation = _json(run.evaluation)
     suites = evaluation.get("suites", {}).get("scores", {})
     samples = read_json_lines(run.samples, "tuned_right") if evaluation else []
+    records = read_json_lines(run.metrics, "step", "kind", is_appended=True) if run.metrics.exists() else []
     return page.from_string(source).render(
         name=folder.name,
         run=load_run(run.run),
@@ -67,7 +69,10 @@ def run_page(folder: Path) -> str:
         tasks=_scores(
             {name: one for name, one in evaluation.get("tasks", {}).get("metrics", {}).items() if one["group"] is None}
         ),
-        curve=_curve(run.metrics),
+        curve=_curve(records),
+        pair_curves=pair_curves(records) if are_pairs(records) else [],
+        held_out_pairs=held_out_text(records),
+        warnings=_warnings(run.events),
         training=_json(run.adapter / "passport.json").get("training", {}),
         samples=shown_of(samples),
         rule=SHOWN_BY,
@@ -125,9 +130,14 @@ def _cell(unit: str, value: dict[str, float] | None, is_difference: bool) -> tup
     return f"{shown}{percent}", f"{low} to {high}"
 
 
-def _curve(metrics: Path) -> dict[str, Any] | None:
+def _warnings(events: Path) -> list[str]:
+    """Return what a run warned of, each once, in its order."""
+    told = read_json_lines(events, "level", "message", is_appended=True) if events.exists() else []
+    return list(dict.fromkeys(event["message"] for event in told if event["level"] == "warning"))
+
+
+def _curve(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Return the loss curve: points of each step, of the running mean and of held-out losses, and marks on the axes."""
-    records = read_json_lines(metrics, "step", "kind", is_appended=True) if metrics.exists() else []
     records = [record for record in records if record.get("loss") is not None]
     trained = [(record["step"], record["loss"]) for record in records if record["kind"] == "train"]
     held_out = [(record["step"], record["loss"]) for record in records if record["kind"] == "eval"]

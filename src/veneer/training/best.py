@@ -11,6 +11,11 @@ from typing import Any
 from veneer.config import EarlyStopping, Run, UserError
 
 LOSS = "loss"
+# Values of an evaluation's record that a best step may be found by, with their better values.
+BETTER = {
+    **dict.fromkeys(("rewards/margins", "rewards/accuracies", "rewards/chosen", "logps/chosen"), "higher"),
+    **dict.fromkeys((LOSS, "perplexity", "rewards/rejected", "logps/rejected"), "lower"),
+}
 
 
 class BestStep:

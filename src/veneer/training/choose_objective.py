@@ -88,7 +88,7 @@ def _require_pairs(run: Run, data: Prepared, formats: dict[str, str]) -> None:
             f"train.objective = dpo: {name}: rows of the format {known} hold single answers, and no pairs",
             "name rows with chosen and rejected answers in data.train, or set train.objective=sft",
         )
-    settings, dpo = run.train, run.train.dpo
+    dpo = run.train.dpo
     if dpo is not None and dpo.label_smoothing and dpo.loss_type != "sigmoid":
         raise UserError(
             f"train.dpo.label_smoothing = {dpo.label_smoothing:g}: has no effect with loss_type {dpo.loss_type}",
@@ -104,11 +104,6 @@ def _require_pairs(run: Run, data: Prepared, formats: dict[str, str]) -> None:
         raise UserError(
             "data.loss_on = all: pairs are compared by their answers, and have the prompt in common",
             "leave data.loss_on out",
-        )
-    if settings.learning_rate == "auto":
-        raise UserError(
-            "train.learning_rate = auto: rates are compared by the loss of single answers, and the rows are pairs",
-            "name a rate, such as 1e-5",
         )
     for part in (data.train, data.validation):
         split = np.flatnonzero(part.corpus.rows["examples"][part.rows] != 2)

@@ -30,6 +30,7 @@ from veneer.data.pipeline import Part, Prepared
 from veneer.data.render import Renderer
 from veneer.engine.choose import choose
 from veneer.engine.interface import BatchShapes, Engine, document_losses
+from veneer.engine.objective import TrainedTokens
 from veneer.engine.placement import MemoryPlacement
 from veneer.machine.device import peak_bytes, resolve_optim
 from veneer.model.attach import count_parameters, save_adapter
@@ -37,15 +38,17 @@ from veneer.model.load import compute_dtype
 from veneer.model.start import base_sha256, start_sha256
 from veneer.planning.memory import optimizer_bytes, run_disk_bytes
 from veneer.training import checkpoint
-from veneer.training.best import LOSS, BestStep, require_evaluations
+from veneer.training.best import BETTER, LOSS, BestStep, require_evaluations
 from veneer.training.choose_objective import choose_objective
 from veneer.training.held_out import HeldOutRows
 from veneer.training.loop import Loop, held_out_batching
 from veneer.training.memory import need_and_fix, place
 from veneer.training.metrics import Listener, MetricsFile, read_metrics
 from veneer.training.optimizer import parameters_to_update
+from veneer.training.pair_values import metric_names, outputs_of_rows
 from veneer.training.paired_losses import RowLosses
 from veneer.training.parts import RunParts, load_parts
+from veneer.training.preference_watch import PreferenceWatch
 from veneer.training.rate_search import RateSearch, find_rate, with_rate
 from veneer.training.reference_cache import facts_of, read_or_measure
 from veneer.training.reference_logprobs import completes_batches, describe_reference, give_none, measure_reference
@@ -160,7 +163,7 @@ class TrainingJob:
         self.objective = choose_objective(run, self.data)
         if self.objective.needs_reference:
             notify(describe_reference(run), "info", "model.adapter")
-        with_reference = completes_batches(train, self.objective, self.model, self.engine)
+        self._with_reference = completes_batches(train, self.objective, self.model, self.engine)
         batches = batches_of(run, self.data.train, self.objective.documents_per_row, self.engine.shares_prompts)
         self._batches = batches
         forecast = self.prediction.forecast
@@ -189,12 +192,13 @@ class TrainingJob:
             most_tokens=most_tokens,
             scale_loss=compute_dtype(run.model, self.machine) == torch.float16,
             during=self._measure_during,
-            better="lower" if self._during is None else self._during.better,
-            with_reference=with_reference,
+            better=self._better,
+            with_reference=self._with_reference,
         )
         self.rate_search: RateSearch | None = None
         if train.learning_rate == "auto":
-            self.rate_search = find_rate(train, batches, held_out, self.measure_held_out, self.model, make_loop)
+            self._give_reference()
+            self.rate_search = find_rate(train, batches, held_out, self._losses_of, self.model, make_loop)
             self.run = run = with_rate(run, self.rate_search.rate)
         self._loop = make_loop(train=run.train)
         follows = "train.keep" if train.keep == "best" else "train.early_stopping" if train.early_stopping else None
@@ -211,10 +215,17 @@ class TrainingJob:
     def _examine(self, data: Prepared, renderer: Renderer) -> None:
         """Refuse settings that follow what is not measured, before the model is loaded."""
         run, objective = self.run, choose_objective(self.run, data)
-        measured = dict.fromkeys((LOSS, *objective.held_out_metrics(0.0), *run.evaluate.during))
+        recorded = (LOSS, *objective.held_out_metrics(0.0), *metric_names(objective))
+        measured = dict.fromkeys((*filter(BETTER.__contains__, recorded), *run.evaluate.during))
         require_evaluations(run, len(data.validation), measured)
         if self._make_during is not None and run.evaluate.during:
             self._during = self._make_during(run, data, renderer)
+
+    @property
+    def _better(self) -> str:
+        """The better values of the metric by which the best step is found: lower or higher."""
+        followed = self.run.train.early_stopping.metric if self.run.train.early_stopping is not None else LOSS
+        return BETTER[followed] if self._during is None else self._during.better
 
     def _measure_during(self, stopped: Callable[[], bool]) -> dict[str, float] | None:
         return {} if self._during is None else self._during.measure(self.model, self.engine, stopped)
@@ -263,7 +274,24 @@ class TrainingJob:
 
     def row_losses(self) -> RowLosses:
         """Measure the loss of each held-out row as the adapter is now; pieces of one text are one row."""
+        if self.objective.documents_per_row > 1:
+            return self._losses_of(self.held_out)
         return self.held_out.by_row(self.measure_held_out())
+
+    def _losses_of(self, rows: Sequence[Example]) -> RowLosses:
+        """Measure the loss of each of some held-out examples as the adapter is now; of pairs, of each pair."""
+        size = self.objective.documents_per_row
+        if size == 1:
+            return RowLosses(tuple(self.measure_held_out(rows)), tuple(row.weight for row in rows))
+
+        def measure(some: Sequence[Example]) -> list[float]:
+            batch = self._with_reference(Batch.of(some, size))
+            tokens = TrainedTokens.of(batch, self.engine.token_logprobs(batch))
+            return [output.loss.item() for output in outputs_of_rows(self.objective, tokens)]
+
+        batching = held_out_batching(self._rows_at_a_time, self.objective)
+        losses = tuple(chain.from_iterable(batching.over(rows, measure)))
+        return RowLosses(losses, (1.0,) * len(losses))
 
     @property
     def was_stopped(self) -> bool:
@@ -321,8 +349,7 @@ class TrainingJob:
             if self._overwrite:
                 self.folder.remove()
         self.folder.clear_unfinished()
-        if self.objective.needs_reference:
-            self._give_reference()
+        self._give_reference()
         if found is not None:
             self._loop.resume(found)
             notify(f"resuming from {found}", "info", str(found))
@@ -332,20 +359,29 @@ class TrainingJob:
 
     def _give_reference(self) -> None:
         """Give the examples their reference before a checkpoint is loaded: the model is what training starts from."""
-        run, data = self.run, self.data
+        run, data, batches = self.run, self.data, self._batches
+        if not self.objective.needs_reference:
+            return
         if run.train.reference == "none":
             give_none(data)
         if run.train.reference != "cached":
             return
+        steps = batches.steps(run.train.num_train_epochs, run.train.max_steps)
         batching = held_out_batching(self._rows_at_a_time, self.objective)
-        facts = facts_of(run, self.machine, self.source, self.model, self.engine, data, self._batches, self.steps)
-        measure = partial(measure_reference, self.engine, data, self._batches, self.steps, self.held_out, batching)
+        facts = facts_of(run, self.machine, self.source, self.model, self.engine, data, batches, steps)
+        measure = partial(measure_reference, self.engine, data, batches, steps, self.held_out, batching)
         read_or_measure(facts, data, measure)
 
     def _run_loop(self, listeners: tuple[Listener, ...], until: int | None = None) -> float:
         """Train, and write metrics.jsonl; returns tokens per second."""
         metrics = MetricsFile(self.folder.metrics)
-        self._loop.recall(metrics.restart(self._loop.done))
+        before = metrics.restart(self._loop.done)
+        self._loop.recall(before)
+        if self.objective.documents_per_row == 2:
+            beta = getattr(self.objective, "beta", None) if self.objective.needs_reference else None
+            watch = PreferenceWatch(beta, len(self.data.validation.rows))
+            watch.recall(before)
+            listeners = (watch, *listeners)
         # A placement that was chosen by its size has measured the passes that need most.
         is_untried = self.machine.device in MEASURABLE and not self.placement.least_bytes
         return self._loop.run((metrics.append, *listeners), try_largest=is_untried, until=until)

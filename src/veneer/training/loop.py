@@ -35,6 +35,7 @@ from veneer.training.held_out import HeldOutRows
 from veneer.training.memory import OutOfMemoryRecovery, describe
 from veneer.training.metrics import Listener
 from veneer.training.optimizer import allocate_states, build_optimizer, parameters_to_update
+from veneer.training.pair_values import describe_pairs, outputs_of_rows
 from veneer.training.reference_logprobs import WithReference
 from veneer.training.schedule import learning_rate
 from veneer.training.stop import stop_signal
@@ -317,7 +318,7 @@ class Loop:
         record = {
             "kind": "eval",
             "step": self.done,
-            **{name: value if math.isfinite(value) else None for name, value in means.items()},
+            **{name: _finite(value) for name, value in means.items()},
             **self._objective.held_out_metrics(loss),
             "trained_tokens": trained,
             **during,
@@ -327,23 +328,25 @@ class Loop:
         _report(listeners, record | self.best.as_dict())
         checkpoint.drop_old(self._checkpoints, self._train.save_total_limit, self._protected)
 
-    def _measure_held_out(self, stopped: Callable[[], bool]) -> tuple[dict[str, float], int] | None:
+    def _measure_held_out(self, stopped: Callable[[], bool]) -> tuple[dict[str, Any], int] | None:
         """Measure held-out loss and metrics, and count the trained tokens; None where it was stopped."""
 
-        def measure(rows: Sequence[Example]) -> tuple[StepOutput, int] | None:
+        def measure(rows: Sequence[Example]) -> tuple[list[StepOutput], int] | None:
             if stopped():
                 return None
             batch = self._with_reference(Batch.of(rows, self._objective.documents_per_row))
-            logprobs_N = self._engine.token_logprobs(batch)
-            return self._objective(TrainedTokens.of(batch, logprobs_N))[0], batch.trained
+            tokens = TrainedTokens.of(batch, self._engine.token_logprobs(batch))
+            return list(outputs_of_rows(self._objective, tokens)), batch.trained
 
-        outputs, trained = [], 0
+        outputs: list[StepOutput] = []
+        trained = 0
         for measured in self._held_out_batching.over(self._held_out, measure):
             if measured is None:
                 return None
-            outputs.append(measured[0])
+            outputs += measured[0]
             trained += measured[1]
-        return _means({name: value.item() for name, value in _sums(outputs).items()}), trained
+        means = _means({name: value.item() for name, value in _sums(outputs).items()})
+        return means | describe_pairs(outputs), trained
 
     def _require_finite(self, number: int, loss: float, norm: float) -> None:
         if not math.isfinite(loss):
@@ -397,6 +400,10 @@ def _sums(outputs: Sequence[StepOutput]) -> dict[str, torch.Tensor]:
 def _means(sums: dict[str, float]) -> dict[str, float]:
     weight = sums.pop("weight")
     return {name: value / weight for name, value in sums.items()}
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _due(step: int, every: int | None) -> bool:

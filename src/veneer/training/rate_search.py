@@ -4,7 +4,8 @@ The rate matters more than the variant of LoRA, and what is right depends on bas
 of a geometric grid trains the run's own adapter from the same start on the same first rows, with the run's schedule
 compressed into the few steps; then its loss on the same held-out rows is measured. All of it takes at most `SHARE` of
 what the run takes. Losses are compared in pairs (paired_losses.py). Of rates whose loss is within `TIE` of the lowest
-the smallest is taken: few steps favour rates that are too high for many.
+the smallest is taken: few steps favour rates that are too high for many. Pairs of answers have a lower grid, and of the
+rates whose loss is not shown to be above the lowest the smallest is taken: few steps change the loss of pairs little.
 
 Nothing is drawn at random beyond the run's own seed, so that the same run finds the same rate. Afterwards the adapter
 is what it was.
@@ -26,6 +27,7 @@ from veneer.training.held_out import HeldOutRows
 from veneer.training.paired_losses import LossInterval, RowLosses, loss_difference
 
 RATES = tuple(float(f"{2e-5 * 10 ** (n / 2):.1e}") for n in range(5))  # 2e-5 to 2e-3
+PAIR_RATES = tuple(float(f"{5e-7 * 10 ** (n / 2):.1e}") for n in range(5))  # 5e-7 to 5e-5
 SHARE = 0.15  # of the run's cost
 HELD_OUT_SHARE = 1 / 3  # of that for measuring, at most
 FORWARD = 0.5  # cost of a held-out token relative to a trained one, which goes back as well
@@ -117,7 +119,7 @@ def find_rate(
     train: Train,
     batches: Batches,
     held_out: HeldOutRows,
-    measure: Callable[[Sequence[Example]], list[float]],
+    measure: Callable[[Sequence[Example]], RowLosses],
     model: Any,
     make_loop: MakeLoop,
 ) -> RateSearch:
@@ -127,7 +129,7 @@ def find_rate(
         train: The settings.
         batches: The training data.
         held_out: The held-out rows.
-        measure: Function that returns the summed loss of each row as the adapter is now.
+        measure: Function that returns the losses of rows as the adapter is now.
         model: The PEFT model; its adapter is restored.
         make_loop: Function that makes the run's loop with other settings of `train`.
 
@@ -137,24 +139,24 @@ def find_rate(
     """
     budget = plan_search(train, batches, held_out)
     # Evenly from the longest to the shortest.
-    chosen = np.unique(np.linspace(0, len(held_out) - 1, budget.rows).round().astype(int)).tolist()
-    rows = [held_out[n] for n in chosen]
-    weights = tuple(row.weight for row in rows)
+    size = held_out.documents_per_row
+    chosen = np.unique(np.linspace(0, len(held_out) // size - 1, budget.rows).round().astype(int)).tolist()
+    rows = [held_out[row * size + n] for row in chosen for n in range(size)]
     measured: dict[float, RowLosses | None] = {}
     failure = ""
-    for rate in RATES:
+    for rate in RATES if size == 1 else PAIR_RATES:
         brief = train.model_copy(update={"learning_rate": rate, "max_steps": budget.steps})
         with preserve_adapter(model):
             try:
                 make_loop(train=brief).train_briefly()
-                found = RowLosses(tuple(measure(rows)), weights)
+                found = measure(rows)
             except JobError as error:
                 failure = str(error)
                 measured[rate] = None
             else:
                 measured[rate] = found if math.isfinite(found.mean) else None
         release_memory()  # the loop's optimizer is in reference cycles
-    search = _choose(measured, budget, len(rows), failure)
+    search = _choose(measured, budget, failure, are_pairs=size > 1)
     notify(search.describe(), "info", "train.learning_rate")
     return search
 
@@ -165,18 +167,20 @@ def plan_search(train: Train, batches: Batches, held_out: HeldOutRows) -> Search
     Raises:
         UserError: They are too few.
     """
-    named = "name a rate in train.learning_rate, such as 2e-4"
-    if len(held_out) < LEAST_ROWS:
+    size = held_out.documents_per_row
+    named = f"name a rate in train.learning_rate, such as {2e-4 if size == 1 else 1e-5:g}"
+    count = len(held_out) // size
+    if count < LEAST_ROWS:
         raise UserError(
-            f"train.learning_rate = auto: rates are compared on held-out rows, of which there are {len(held_out)}; at "
+            f"train.learning_rate = auto: rates are compared on held-out rows, of which there are {count}; at "
             f"least {LEAST_ROWS} are needed",
             f"hold more rows out with data.validation, or {named}",
         )
     steps = batches.steps(train.num_train_epochs, train.max_steps)
     step_cost = float(batches.sizes.sum()) / batches.steps_per_epoch
-    row_cost = FORWARD * float(held_out.lengths.mean())
+    row_cost = FORWARD * float(held_out.lengths.sum()) / count
     whole = SHARE * steps * step_cost / len(RATES)  # of a rate
-    rows = min(len(held_out), int(whole * HELD_OUT_SHARE / row_cost))
+    rows = min(count, int(whole * HELD_OUT_SHARE / row_cost))
     tried = int((whole - rows * row_cost) / step_cost)
     if rows < LEAST_ROWS or tried < LEAST_STEPS:
         needed = (LEAST_STEPS * step_cost / (1 - HELD_OUT_SHARE), LEAST_ROWS * row_cost / HELD_OUT_SHARE)
@@ -190,16 +194,23 @@ def plan_search(train: Train, batches: Batches, held_out: HeldOutRows) -> Search
     return SearchBudget(tried, rows, share)
 
 
-def _choose(measured: dict[float, RowLosses | None], budget: SearchBudget, rows: int, failure: str) -> RateSearch:
+def _choose(measured: dict[float, RowLosses | None], budget: SearchBudget, failure: str, are_pairs: bool) -> RateSearch:
     trained = {rate: losses for rate, losses in measured.items() if losses is not None}
     if not trained:
-        raise JobError(f"train.learning_rate = auto: no rate from {RATES[0]:g} to {RATES[-1]:g} trains: {failure}")
-    lowest = min(losses.mean for losses in trained.values())
-    rate = min(rate for rate, losses in trained.items() if losses.mean <= lowest * (1 + TIE))
+        first, last = min(measured), max(measured)
+        raise JobError(f"train.learning_rate = auto: no rate from {first:g} to {last:g} trains: {failure}")
+    best = min(trained.values(), key=lambda losses: losses.mean)
+
+    def is_as_good(losses: RowLosses) -> bool:
+        if are_pairs:
+            return loss_difference([losses], [best]).low <= 0
+        return losses.mean <= best.mean * (1 + TIE)
+
+    rate = min(rate for rate, losses in trained.items() if is_as_good(losses))
     tried = tuple(
         TriedRate(one, None, None)
         if losses is None
         else TriedRate(one, losses.mean, loss_difference([losses], [trained[rate]]))
         for one, losses in measured.items()
     )
-    return RateSearch(rate, budget.steps, rows, round(budget.share, 4), tried)
+    return RateSearch(rate, budget.steps, len(best.losses), round(budget.share, 4), tried)

@@ -20,6 +20,7 @@ import numpy as np
 from veneer.config import Data, JobError, UserError
 from veneer.data.batch import Example
 from veneer.data.conversation import BadRowError, Conversation
+from veneer.data.formats import OTHER_PROMPTS, SAME_ANSWERS
 from veneer.data.render import Renderer
 from veneer.data.row_parser import ParsedRow, Personal, RowParser, RowProblem
 from veneer.data.sandbox import TOO_LONG, shared
@@ -110,8 +111,11 @@ class Tokenizing:
             elif isinstance(taken, RowProblem):
                 fates[taken.fate] += 1
                 problems.append(taken)
+                notes["same_answers"] += taken.reason == SAME_ANSWERS
+                notes["other_prompts"] += taken.reason.startswith(OTHER_PROMPTS)
             elif self._is_hopeless(taken.conversation):
                 fates["overlong"] += 1
+                notes["overlong_pairs"] += bool(taken.conversation.rejected)
                 characters = _characters(taken.conversation)
                 too_long.append(characters * self._data.max_length // self._longest_text)
                 problems.append(RowProblem(block.place(at), "overlong", f"{characters:,} characters"))
@@ -135,6 +139,7 @@ class Tokenizing:
             is_pair = bool(taken.conversation.rejected)
             if is_pair and len(made) == 2 and np.array_equal(made[0].ids, made[1].ids):
                 fates["refused"] += 1
+                notes["same_answers"] += 1
                 problems.append(RowProblem(taken.conversation.place, "refused", "both answers are the same tokens"))
                 continue
             examples, is_overlong, is_cut = self._fit(made, taken.conversation.is_document, is_pair)

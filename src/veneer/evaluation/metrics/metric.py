@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from veneer.config import Evaluate
-from veneer.evaluation.intervals import Interval, proportion
 from veneer.evaluation.paired import paired
+from veneer.training.intervals import Interval, proportion
 
 DEFAULTS = Evaluate()
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from veneer.evaluation.intervals import Interval
+from veneer.training.intervals import Interval
 
 RESAMPLES = 2000
 BOUNDS = (0.025, 0.975)

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from veneer.data.conversation import Conversation, Message
-from veneer.evaluation.intervals import Interval
 from veneer.evaluation.metrics.metric import ShareRight
 from veneer.evaluation.paired import paired
 from veneer.evaluation.responder import Progress, Responder
 from veneer.evaluation.suites import ABILITIES
 from veneer.evaluation.suites.suite import Item, Suite
+from veneer.training.intervals import Interval
 
 FLOOR = 0.1  # a base with a smaller share right has little to lose
 

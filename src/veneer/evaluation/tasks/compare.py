@@ -18,9 +18,9 @@ from lm_eval.api.metrics import mean
 
 from veneer.evaluation.differences import MetricComparison, RowValues, compare_rows
 from veneer.evaluation.gate import Measured
-from veneer.evaluation.intervals import Interval, proportion
 from veneer.evaluation.metrics.resampled import RowMean
 from veneer.evaluation.tasks.harness import TaskResults
+from veneer.training.intervals import Interval, proportion
 
 MOST_LEFT_OUT = 2000  # documents; leaving out each of n costs n aggregations of n
 NO_FILTER = "none"

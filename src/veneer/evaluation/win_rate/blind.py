@@ -15,9 +15,9 @@ from typing import Any
 
 from veneer.config.errors import UserError
 from veneer.config.files import read_json
-from veneer.evaluation.intervals import proportion
 from veneer.evaluation.win_rate.pairs import Pair, digest, pairs_digest
 from veneer.evaluation.win_rate.win_rate import FIRST, SECOND, TIE, Outcome
+from veneer.training.intervals import proportion
 
 LEFT, RIGHT, SKIP = "left", "right", "skip"
 VOTES = (LEFT, RIGHT, TIE, SKIP)

@@ -17,11 +17,11 @@ from typing import Any
 from veneer.config.errors import JobError
 from veneer.config.files import read_json_lines, reading
 from veneer.config.folder import make_folder, write_text
-from veneer.evaluation.intervals import proportion
 from veneer.evaluation.win_rate.pairs import Pair
 from veneer.evaluation.win_rate.prompt import VERDICTS, parse_verdict
 from veneer.evaluation.win_rate.win_rate import FIRST, SECOND, TIE, Outcome
 from veneer.machine.concurrent import as_they_come
+from veneer.training.intervals import proportion
 
 MOST_UNREADABLE = 0.1  # share of judgments without a verdict beyond which there is no result
 SHOWN = 300  # characters of a reply that a message shows

@@ -14,8 +14,8 @@ from typing import Any
 from veneer.config.errors import UserError
 from veneer.evaluation.differences import MetricComparison, RowValues, compare_rows
 from veneer.evaluation.gate import Bound, Measured, rows_needed
-from veneer.evaluation.intervals import Interval, proportion
 from veneer.evaluation.win_rate.pairs import Pair
+from veneer.training.intervals import Interval, proportion
 
 FIRST, SECOND, TIE = "first", "second", "tie"
 

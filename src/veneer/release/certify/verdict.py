@@ -11,12 +11,12 @@ from typing import Any
 
 from veneer.config import Evaluate
 from veneer.config.results import Check
-from veneer.evaluation.intervals import proportion
 from veneer.evaluation.metrics import right_rows
 from veneer.evaluation.metrics.metric import Sample
 from veneer.evaluation.paired import Paired, paired
 from veneer.release.certify.prompts import Prompt
 from veneer.release.certify.runtimes import Answer
+from veneer.training.intervals import proportion
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from veneer.evaluation.intervals import Interval
+from veneer.training.intervals import Interval
 
 RESAMPLES = 2000
 AT_ONCE = 2**16  # rows drawn at a time
