@@ -35,7 +35,7 @@ from veneer.data.tokens.corpus import Corpus, is_sound, seal, write
 from veneer.data.tokens.tokenize import Tokenized, tokenize
 from veneer.data.warn import warnings_of
 
-LAYOUT = 3  # of the cache's files; another number makes them anew
+LAYOUT = 4  # of the cache's files; another number makes them anew
 SMALL = 8 * 2**20  # bytes of input that one process does sooner than several would start
 MOST_WORKERS = 8
 # Settings that decide what is cached.
@@ -59,7 +59,8 @@ class Part(Sequence[Example]):
 
     Attributes:
         lengths: number of tokens of each.
-        values: further values of each for objectives, by name, which the examples are given; filled before training.
+        values: further values of each for objectives, by name, which the examples are given: `label` of rated rows, 1
+            of a good answer and -1 of a bad one; others are filled before training.
     """
 
     def __init__(self, corpus: Corpus, rows: Any) -> None:
@@ -70,6 +71,9 @@ class Part(Sequence[Example]):
         chosen_rows[rows] = True
         self.examples = np.flatnonzero(chosen_rows[corpus.row_of])
         self.lengths = corpus.lengths[self.examples].astype(np.int64)
+        labels = corpus.rows["label"][corpus.row_of[self.examples]]
+        if labels.any():
+            self.values["label"] = labels.astype(np.float32)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -106,7 +110,14 @@ class Prepared:
     @property
     def has_pairs(self) -> bool:
         """Whether its rows are pairs of answers, two examples each: the chosen one and the rejected one."""
-        return {known["format"] for known in self.ledger.formats.values()} == {"preference"}
+        return self.kind == "pairs"
+
+    @property
+    def kind(self) -> str:
+        """What its rows are: single (answers), pairs (of them), rated (answers), or mixed."""
+        of_formats = {"preference": "pairs", "rated": "rated"}
+        found = {of_formats.get(known["format"], "single") for known in self.ledger.formats.values()}
+        return found.pop() if len(found) == 1 else "mixed"
 
     def trained_rows(self, rows: Sequence[HeldOut]) -> list[str]:
         """Return the places of those rows, held out elsewhere, that stand among its own training rows.

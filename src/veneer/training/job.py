@@ -40,6 +40,7 @@ from veneer.training import checkpoint
 from veneer.training.best import LOSS, BestStep, require_evaluations
 from veneer.training.choose_objective import choose_objective
 from veneer.training.held_out import HeldOutRows
+from veneer.training.kl_estimate import KLEstimate
 from veneer.training.loop import Loop, held_out_batching
 from veneer.training.memory import need_and_fix, place
 from veneer.training.metrics import Listener, MetricsFile, read_metrics
@@ -158,11 +159,19 @@ class TrainingJob:
         train = run.train
         self.objective = choose_objective(run, self.data)
         if self.objective.needs_reference:
-            notify(describe_reference(run), "info", "model.adapter")
+            notify(describe_reference(run, self.data), "info", "model.adapter")
         batches = batches_of(run, self.data.train, self.objective.documents_per_row, self.engine.shares_prompts)
         self._batches = batches
         forecast = self.prediction.forecast
         self.held_out = held_out = HeldOutRows(self.data.validation, self.objective.documents_per_row)
+        self._kl = (
+            KLEstimate(
+                *(self.engine, self.data, batches, held_out, train.per_device_train_batch_size),
+                *(run.data.max_length, train.seed),
+            )
+            if self.objective.needs_kl
+            else None
+        )
         self._rows_at_a_time = at_a_time = forecast.rows_at_a_time.get("evaluation", run.evaluate.batch_size)
         explain = partial(need_and_fix, self.prediction, self.machine.device)
         self.placement, most_tokens = self._place(batches, self._computed(held_out[:at_a_time]), explain)
@@ -188,6 +197,7 @@ class TrainingJob:
             scale_loss=compute_dtype(run.model, self.machine) == torch.float16,
             during=self._measure_during,
             better="lower" if self._during is None else self._during.better,
+            estimate_kl=self._kl or (lambda step: {}),
         )
         self.rate_search: RateSearch | None = None
         if train.learning_rate == "auto":
@@ -321,6 +331,8 @@ class TrainingJob:
         if self.objective.needs_reference:  # before a checkpoint is loaded: the model is what training starts from
             batching = held_out_batching(self._rows_at_a_time, self.objective)
             measure_reference(self.engine, self.data, self._batches, self.steps, self.held_out, batching)
+        if self._kl is not None:
+            self._kl.measure_reference(self.steps)
         if found is not None:
             self._loop.resume(found)
             notify(f"resuming from {found}", "info", str(found))

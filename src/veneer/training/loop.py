@@ -16,6 +16,8 @@ Gradients of float16 runs are scaled against underflow as usual (torch's GradSca
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,8 @@ from veneer.training.stop import stop_signal
 # Measures metrics beside the held-out loss, without a trace in the training; gets a function that says whether a stop
 # was asked for, and then returns None.
 MeasureDuring = Callable[[Callable[[], bool]], dict[str, float] | None]
+# Estimates the KL divergence from the reference over a step's rows, or the held-out rows (None); by its name.
+EstimateKL = Callable[[int | None], dict[str, float]]
 
 
 class Loop:
@@ -63,6 +67,7 @@ class Loop:
         scale_loss: Whether gradients need scaling (float16).
         during: Function that measures the metrics of `evaluate.during`.
         better: Better values of the metric by which the best step is found: lower or higher.
+        estimate_kl: Function that estimates the KL divergence, for objectives that need it.
     """
 
     def __init__(
@@ -83,6 +88,7 @@ class Loop:
         scale_loss: bool = False,
         during: MeasureDuring = lambda stopped: {},
         better: str = "lower",
+        estimate_kl: EstimateKL = lambda step: {},
     ) -> None:
         self._engine = engine
         self._objective = objective
@@ -103,6 +109,7 @@ class Loop:
         self._recovery = OutOfMemoryRecovery(engine, self._drop_gradients, explain, most_tokens)
         self._explain = explain
         self._during = during
+        self._estimate_kl = estimate_kl
         self._model = model
         self.best = BestStep(train.early_stopping, better)
         self.steps = batches.steps(train.num_train_epochs, train.max_steps)
@@ -110,6 +117,7 @@ class Loop:
         self.loss: float | None = None  # of the last step that was made here
         self.was_stopped = False  # a stop was asked for during the last step, which had nothing left to stop
         self._has_gradients = False
+        self._held_out_values: dict[str, float] | None = None
 
     def resume(self, path: Path) -> None:
         """Restore a checkpoint of this run."""
@@ -217,7 +225,9 @@ class Loop:
         """Run the largest micro-batch forward and backward; it changes nothing but what fits."""
         began_with, scale = rng_state(), self._loss_scale()
         what = f"the largest micro-batch, tried before step {self.done + 1},"
-        self._recovery.run(what, self._batches.largest(), lambda batches: self._passes(batches, scale))
+        largest = self._batches.largest()
+        largest = _with_values(largest, self._objective.step_values(largest))
+        self._recovery.run(what, largest, lambda batches: self._passes(batches, scale))
         self._drop_gradients()
         set_rng_state(began_with)
 
@@ -259,6 +269,9 @@ class Loop:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         micro_batches = self._batches.step(number)
+        micro_batches = _with_values(
+            micro_batches, self._objective.step_values(micro_batches) | self._estimate_kl(number)
+        )
         scale = self._loss_scale() / sum(map(self._objective.weight, micro_batches))
         sums, norm, largest = self._recovery.run(
             f"step {number + 1}", micro_batches, lambda batches: self._gradients(batches, scale)
@@ -324,11 +337,15 @@ class Loop:
 
     def _measure_held_out(self, stopped: Callable[[], bool]) -> tuple[dict[str, float], int] | None:
         """Measure held-out loss and metrics, and count the trained tokens; None where it was stopped."""
+        batch_of = partial(Batch.of, documents_per_row=self._objective.documents_per_row)
+        if self._held_out_values is None:
+            self._held_out_values = self._objective.step_values(self._held_out_batching.over(self._held_out, batch_of))
+        values = self._held_out_values | self._estimate_kl(None)
 
         def measure(rows: Sequence[Example]) -> tuple[StepOutput, int] | None:
             if stopped():
                 return None
-            batch = Batch.of(rows, self._objective.documents_per_row)
+            (batch,) = _with_values([batch_of(rows)], values)
             logprobs_N = self._engine.token_logprobs(batch)
             return self._objective(TrainedTokens.of(batch, logprobs_N))[0], batch.trained
 
@@ -390,8 +407,19 @@ def _sums(outputs: Sequence[StepOutput]) -> dict[str, torch.Tensor]:
 
 
 def _means(sums: dict[str, float]) -> dict[str, float]:
+    """Divide by the weight; metrics that are NaN are left out."""
     weight = sums.pop("weight")
-    return {name: value / weight for name, value in sums.items()}
+    return {name: value / weight for name, value in sums.items() if name == "loss" or not math.isnan(value)}
+
+
+def _with_values(batches: list[Batch], values: Mapping[str, float]) -> list[Batch]:
+    """Give all tokens of batches some values by name."""
+    if not values:
+        return batches
+    return [
+        replace(b, values={**b.values, **{name: torch.full_like(b.weights_T, value) for name, value in values.items()}})
+        for b in batches
+    ]
 
 
 def _due(step: int, every: int | None) -> bool:

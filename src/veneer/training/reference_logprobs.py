@@ -21,14 +21,18 @@ NAME = "reference"
 WHAT, LESS = "the reference's log-probabilities", "lower data.max_length"
 
 
-def describe_reference(run: Run) -> str:
+def describe_reference(run: Run, data: Prepared) -> str:
     """Return what is told of a run's objective and its reference."""
     start, why = run.model.adapter, ""
     if start is None:
         start, why = "the base", " (model.adapter names no adapter)"
+    learns = {
+        "pairs": "the rows are pairs, so the run learns to prefer the chosen answers (train.objective: dpo)",
+        "rated": "the rows are rated, so the run learns to prefer good answers to bad ones (train.objective: kto)",
+    }
     return (
-        "the rows are pairs, so the run learns to prefer the chosen answers (train.objective: dpo); it starts from "
-        f"{start}{why}, which is the reference, and whose log-probabilities are computed first"
+        f"{learns[data.kind]}; it starts from {start}{why}, which is the reference, and whose log-probabilities are "
+        "computed first"
     )
 
 
@@ -55,7 +59,7 @@ def _measure_training_rows(engine: Engine, part: Part, batches: Batches, steps: 
     for step in range(min(steps, batches.steps_per_epoch)):
         for members in batches.members_of_step(step):
             # Nobody has tried how much memory a micro-batch takes yet.
-            batching = Batching(len(members), LESS, WHAT, together=2)
+            batching = Batching(len(members), LESS, WHAT, together=len(part) // len(part.rows))
             losses = batching.over(members, lambda some: document_losses(engine, batches.batch_of(some)))
             sums[members] = -np.array(list(chain.from_iterable(losses)))
     part.values[NAME] = sums
