@@ -153,7 +153,7 @@ def swapped(batch: Batch) -> Batch:
 def test_planted_faults_change_the_loss(objective: Any) -> None:
     """Each is a fault that an objective could have: the comparison above would see it."""
     batch, logprobs_N = made(objective)
-    right = float(wanted_of(objective, batch, logprobs_N))
+    right = wanted_of(objective, batch, logprobs_N).item()
 
     def loss(batch: Batch, logprobs_N: torch.Tensor = logprobs_N) -> float:
         return float(objective(TrainedTokens.of(batch, logprobs_N.detach()))[0].loss) / objective.weight(batch)

@@ -132,16 +132,22 @@ class Prepared:
     def held_out(self, limit: int | None = None, group: str | None = None) -> list[HeldOut]:
         """The first held-out rows with their turns, which are read from their file again; all pieces of a long text.
 
+        Rows that are rated bad are left out: their answers are nothing to compare with.
+
         Args:
             limit: Largest number of rows.
             group: Column by which rows belong together, instead of `data.group`.
         """
-        return _with_turns(self._held_out, self.validation.rows[:limit], self._data, group)
+        return _with_turns(self._held_out, self._answered()[:limit], self._data, group)
 
     def held_out_sample(self, limit: int, seed: int) -> list[HeldOut]:
         """Some held-out rows with their turns, drawn by a seed, in the order in which they were drawn."""
-        rows = np.random.default_rng(seed).permutation(self.validation.rows)[:limit]
+        rows = np.random.default_rng(seed).permutation(self._answered())[:limit]
         return _with_turns(self._held_out, rows, self._data)
+
+    def _answered(self) -> Any:
+        """The held-out rows that are not rated bad."""
+        return _not_bad(self.validation.corpus, self.validation.rows)
 
     def personal(self) -> str:
         """The places of the personal data that was found: JSON, a line each."""
@@ -187,7 +193,11 @@ def read_held_out(
 ) -> list[HeldOut]:
     """The first usable rows of files that stand beside the training data; `limit` and `group` as of `held_out`."""
     given = read_files(files, setting, data, renderer, Ledger())
-    return _with_turns(given, np.arange(len(given.corpus.rows))[:limit], data, group)
+    return _with_turns(given, _not_bad(given.corpus, np.arange(len(given.corpus.rows)))[:limit], data, group)
+
+
+def _not_bad(corpus: Corpus, rows: Any) -> Any:
+    return rows[corpus.rows["label"][rows] >= 0]
 
 
 def read_files(

@@ -152,9 +152,10 @@ class SweepLoop:
         """
         parts = load_parts(self._run)
         rows = len(parts.data.validation.rows)
-        if parts.data.has_pairs:
+        if parts.data.kind != "single":
             raise UserError(
-                "a sweep compares trials by their loss on single answers, and the run's rows are pairs of answers",
+                "a sweep compares trials by their loss on single answers, and the run's rows are "
+                + ("pairs of answers" if parts.data.has_pairs else "rated answers"),
                 "train each run by itself, and compare the records of kind eval in their metrics.jsonl",
             )
         if rows < 2:
