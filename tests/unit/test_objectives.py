@@ -1,6 +1,5 @@
 """Objectives of preferences have TRL's losses in float64, autograd's gradients, and the same ones on either engine."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +40,7 @@ OBJECTIVES: list[Any] = [
 IDS = [f"{type(one).__name__} {number}" for number, one in enumerate(OBJECTIVES)]
 
 
-def of_trl(objective: Any, logps_D: torch.Tensor, references_D: torch.Tensor, tokens_D: torch.Tensor) -> torch.Tensor:
+def of_trl(objective: Any, logps_D: torch.Tensor, references_D: torch.Tensor, tokens_D: torch.Tensor) -> Any:
     """The loss of a batch as TRL 1.16 computes it in one micro-batch, of summed log-probabilities.
 
     Its cpo_loss, odds_ratio_loss and KTO's _compute_loss, with the cross-entropy of chosen answers over all their
@@ -100,27 +99,27 @@ def laid(batch: Batch, objective: Objective, references_D: torch.Tensor) -> Batc
 def with_step_values(batches: list[Batch], objective: Objective) -> list[Batch]:
     """The batches of a step, as the loop gives them to an engine."""
     found = objective.step_values(batches) | ({"kl": KL} if objective.needs_kl else {})
-    full = {name: torch.full_like for name in found}
-    return [
-        replace(b, values={**b.values, **{name: full[name](b.weights_T, value) for name, value in found.items()}})
-        for b in batches
-    ]
+    made = []
+    for batch in batches:
+        given = {name: torch.full_like(batch.weights_T, value) for name, value in found.items()}
+        made.append(replace(batch, values={**batch.values, **given}))
+    return made
 
 
-References = torch.tensor([-11.0, -9.5, -20.25, -2.0, -8.75, -9.0], dtype=torch.float64)
+REFERENCES_D = torch.tensor([-11.0, -9.5, -20.25, -2.0, -8.75, -9.0], dtype=torch.float64)
 
 
 def made(objective: Objective) -> tuple[Batch, torch.Tensor]:
     """A batch, and log-probabilities of its trained tokens."""
-    batch = laid(pairs(), objective, References)
+    batch = laid(pairs(), objective, REFERENCES_D)
     generator = torch.Generator().manual_seed(4)
     return batch, -torch.rand(batch.trained, dtype=torch.float64, generator=generator).requires_grad_()
 
 
-def wanted_of(objective: Objective, batch: Batch, logprobs_N: torch.Tensor) -> torch.Tensor:
+def wanted_of(objective: Objective, batch: Batch, logprobs_N: torch.Tensor) -> Any:
     logprobs_T = torch.zeros(batch.tokens, dtype=torch.float64).masked_scatter(batch.targets_T >= 0, logprobs_N)
     return of_trl(
-        objective, document_sums(logprobs_T, batch), References, document_sums(batch.weights_T.double(), batch)
+        objective, document_sums(logprobs_T, batch), REFERENCES_D, document_sums(batch.weights_T.double(), batch)
     )
 
 
@@ -156,7 +155,8 @@ def test_planted_faults_change_the_loss(objective: Any) -> None:
     right = wanted_of(objective, batch, logprobs_N).item()
 
     def loss(batch: Batch, logprobs_N: torch.Tensor = logprobs_N) -> float:
-        return float(objective(TrainedTokens.of(batch, logprobs_N.detach()))[0].loss) / objective.weight(batch)
+        output, _ = objective(TrainedTokens.of(batch, logprobs_N.detach()))
+        return output.loss.item() / float(objective.weight(batch))
 
     assert loss(batch) == pytest.approx(right, rel=1e-6)
     # A sum where a mean belongs, over tokens or over rows.
@@ -183,7 +183,7 @@ def test_planted_faults_change_the_loss(objective: Any) -> None:
 @pytest.mark.parametrize("engine", ["reference", "reference for the CPU", "fused", "fused, padded"])
 def test_both_engines_give_autograds_gradients(engine: str, objective: Any) -> None:
     model = model_of("llama")
-    batch = laid(pairs(), objective, References)
+    batch = laid(pairs(), objective, REFERENCES_D)
     logps_D = log_probabilities(model, batch)
     references_D = logps_D.detach() + torch.tensor([1.0, -1, 0.5, 0, -2, 3])
     batch = laid(pairs(), objective, references_D).scaled(1 / objective.weight(batch))
@@ -202,11 +202,12 @@ def test_both_engines_give_autograds_gradients(engine: str, objective: Any) -> N
 def test_padding_of_recorded_passes_does_not_count(objective: Any) -> None:
     batch, logprobs_N = made(objective)
     tokens = TrainedTokens.of(batch, logprobs_N.detach())
-    pad: Callable[[torch.Tensor], torch.Tensor] = lambda value_N: F.pad(value_N, (0, 3))  # noqa: E731
     padded = TrainedTokens(
-        *(pad(value_N) for value_N in tokens[:3]),
+        F.pad(tokens.logprobs_N, (0, 3)),
+        F.pad(tokens.weights_N, (0, 3)),
+        F.pad(tokens.index_N, (0, 3)),
         torch.cat([tokens.bounds, tokens.bounds[-1:].expand(4)]),
-        {name: pad(value_N) for name, value_N in tokens.values.items()},
+        {name: F.pad(value_N, (0, 3)) for name, value_N in tokens.values.items()},
     )
     (alone, alone_N), (with_padding, with_padding_N) = objective(tokens), objective(padded)
     assert with_padding.weight == alone.weight
@@ -221,7 +222,7 @@ def test_a_step_does_not_depend_on_its_cut(objective: Any) -> None:
     whole, whole_N = objective(TrainedTokens.of(batch, logprobs_N.detach()))
     first, second = replace(batch, values={n: batch.values[n] for n in ("reference", "label")}).halved()
     parts = with_step_values([first, second], objective)
-    cut = logprobs_N.detach().split([part.trained for part in parts])
+    cut = torch.split(logprobs_N.detach(), [part.trained for part in parts])
     outputs = [objective(TrainedTokens.of(part, some)) for part, some in zip(parts, cut, strict=True)]
     assert sum(output.loss for output, _ in outputs).item() == pytest.approx(whole.loss.item(), rel=1e-9)
     torch.testing.assert_close(torch.cat([found for _, found in outputs]), whole_N, rtol=1e-9, atol=1e-12)
@@ -256,7 +257,7 @@ def test_metrics_have_trls_names_and_values() -> None:
     batch, _ = made(objective)
     output, _ = objective(TrainedTokens.of(batch, logprobs_N.detach()))
     found = {name: value.item() / 6 for name, value in output.metrics.items()}
-    good, bad, reward_D = LABELS > 0, LABELS < 0, 0.2 * (logps_D - References)
+    good, bad, reward_D = LABELS > 0, LABELS < 0, 0.2 * (logps_D - REFERENCES_D)
     assert found == pytest.approx(
         {
             "kl": KL,

@@ -140,7 +140,11 @@ def test_a_step_may_be_cut_anywhere_between_rows(
 ) -> None:
     file = rated_file if objective == "kto" else pairs_file
     for rows in (1, 8):
-        train = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 8 // rows, "objective": objective}
+        train: dict[str, Any] = {
+            "per_device_train_batch_size": rows,
+            "gradient_accumulation_steps": 8 // rows,
+            "objective": objective,
+        }
         if objective == "dpo":
             train["dpo"] = {"rpo_alpha": 0.5}
         veneer.train(tiny_run(tiny_model(), file, tmp_path / str(rows), train=train))

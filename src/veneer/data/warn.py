@@ -43,9 +43,7 @@ def warnings_of(ledger: Ledger, data: Data) -> list[str]:
             f"{shared} of {ledger.overlap['of']} held-out rows share 13 words in a row with training rows: {places} ..."
         )
     if bool(notes["rated_good"]) != bool(notes["rated_bad"]):
-        found.append(
-            f"all rated rows are rated {'good' if notes['rated_good'] else 'bad'}: kto learns from both"
-        )
+        found.append(f"all rated rows are rated {'good' if notes['rated_good'] else 'bad'}: kto learns from both")
     if ledger.personal:
         kinds = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in sorted(ledger.personal.items()))
         done = "left as it is; data.pii=redact replaces it" if data.pii == "report" else "redacted"
