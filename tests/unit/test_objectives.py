@@ -156,7 +156,7 @@ def test_planted_faults_change_the_loss(objective: Any) -> None:
 
     def loss(batch: Batch, logprobs_N: torch.Tensor = logprobs_N) -> float:
         output, _ = objective(TrainedTokens.of(batch, logprobs_N.detach()))
-        return output.loss.item() / float(objective.weight(batch))
+        return float(output.loss / objective.weight(batch))
 
     assert loss(batch) == pytest.approx(right, rel=1e-6)
     # A sum where a mean belongs, over tokens or over rows.
@@ -189,7 +189,7 @@ def test_both_engines_give_autograds_gradients(engine: str, objective: Any) -> N
     batch = laid(pairs(), objective, references_D).scaled(1 / objective.weight(batch))
     model.zero_grad()
     wanted = of_trl(objective, logps_D, references_D.float(), document_sums(batch.weights_T, batch))
-    wanted.backward()  # type: ignore[no-untyped-call]
+    wanted.backward()
     gradients = gradients_of(model)
     run: Any = ReferenceEngine(model, for_cpu="CPU" in engine) if "reference" in engine else FusedEngine(model)
     run._pads = "padded" in engine

@@ -298,6 +298,14 @@ def test_bad_input_is_refused_with_one_message(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_plan_refuses_rows_that_the_objective_does_not_learn_from(
+    tiny_model: Callable[..., Path], tmp_path: Path, rated_file: str
+) -> None:
+    run = tiny_run(tiny_model(), rated_file, tmp_path / "run", train={"objective": "orpo"})
+    with pytest.raises(UserError, match="orpo learns from rows with chosen and rejected"):
+        veneer.plan(run)
+
+
 def test_mixed_files_are_refused(
     tiny_model: Callable[..., Path], tmp_path: Path, pairs_file: str, rated_file: str
 ) -> None:
