@@ -70,7 +70,7 @@ def _measure_held_out_rows(engine: Engine, part: Part, held_out: HeldOutRows, ba
     sums = np.empty(len(part), dtype=np.float32)
 
     def measure(members: Sequence[int]) -> int:
-        batch = Batch.of([part[n] for n in members], 2)
+        batch = Batch.of([part[n] for n in members], len(part) // len(part.rows))
         sums[list(members)] = -np.array(document_losses(engine, batch))
         return len(members)
 
