@@ -8,7 +8,8 @@ from pydantic.fields import FieldInfo
 
 from veneer.config.foreign import names_of_others
 from veneer.config.load import sections
-from veneer.config.run import Run, Section
+from veneer.config.run import Run
+from veneer.config.section import Section
 
 HEAD = """\
 # Settings of a run

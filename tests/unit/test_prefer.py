@@ -205,12 +205,12 @@ RATED = [{"prompt": "what", "completion": "cat", "label": True}] * 2
 EQUAL = [{"prompt": "what", "chosen": "cat", "rejected": "cat"}]
 EMPTY = [{"prompt": "what", "chosen": "", "rejected": "cat"}]
 REFUSED: list[tuple[str, list[dict[str, Any]], dict[str, Any], str]] = [
-    ("sft rows", SINGLE, {"train": {"objective": "dpo"}}, "hold single answers, and no pairs"),
+    ("sft rows", SINGLE, {"train": {"objective": "dpo"}}, "and dpo learns from rows with chosen and rejected"),
     ("rated rows", RATED, {"train": {"objective": "dpo"}}, "rows of the format rated"),
     ("pairs for sft", some_pairs(), {"train": {"objective": "sft"}}, "train.objective=dpo"),
     ("equal answers", some_pairs() + EQUAL, {}, "`chosen` and `rejected` are the same"),
     ("empty answers alone", EMPTY, {}, "no row is left of 1 (1 empty"),
-    ("settings of dpo", SINGLE, {"train": {"dpo": {"beta": 0.2}}}, "train.dpo: the run learns single answers"),
+    ("settings of dpo", SINGLE, {"train": {"dpo": {"beta": 0.2}}}, "so it has no effect"),
     ("smoothing", some_pairs(), {"train": {"dpo": {"loss_type": "ipo", "label_smoothing": 0.1}}}, "no effect with"),
     ("packing", some_pairs(), {"data": {"packing": True}}, "pairs are not packed"),
     ("loss on all", some_pairs(), {"data": {"loss_on": "all"}}, "data.loss_on = all"),

@@ -17,6 +17,7 @@ from veneer.engine.objective import Objective, StepOutput, TrainedTokens
 from veneer.engine.reference import ReferenceEngine
 from veneer.training import verify as module
 from veneer.training.objectives import DirectPreference
+from veneer.training.objectives.pairs import Answers, Compared, difference, margin_loss, opposed
 from veneer.training.parts import RunParts, load_parts
 from veneer.training.reference_logprobs import LiveReference
 from veneer.training.verify import Verification, verify_parts
@@ -171,9 +172,10 @@ class Averaged(DirectPreference):
 class Swapped(DirectPreference):
     """It prefers the rejected answer."""
 
-    def _loss(self, margin_P: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        loss_P, slope_P = super()._loss(-margin_P)
-        return loss_P, -slope_P
+    def compare(self, tokens: TrainedTokens, answers: Answers) -> Compared:
+        found = super().compare(tokens, answers)
+        loss_P, slope_P = margin_loss(-difference(found.reward_D), self.loss_type, self.beta, 0.0)
+        return found._replace(loss_P=loss_P, slope_D=opposed(-slope_P) * self.beta)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from veneer.planning.fit import Fitted, fit
 from veneer.planning.model_sizes import compare, smaller_bases
 from veneer.planning.predict import Prediction, predict_run, prepare_if_local
 from veneer.planning.target import device_named, this_device
+from veneer.training.choose_objective import choose_objective
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,14 @@ def plan(run: Run, gpu: str | None = None, read_data: bool = True) -> RunPlan:
         read_data: whether to read the data, where that takes nothing from a network.
 
     Raises:
-        UserError: An unknown card or base, a memory budget that the card cannot keep, a target that matches nothing, a
-            quantization the base cannot take.
+        UserError: Rows that the objective does not learn from, an unknown card or base, a memory budget that the card
+            cannot keep, a target that matches nothing, a quantization the base cannot take.
     """
     budget = run.train.memory_budget
     target = this_device(None, budget) if gpu is None else device_named(gpu, budget)
-    prediction = predict_run(run, target, prepare_if_local(run) if read_data else "it was not asked for")
+    data = prepare_if_local(run) if read_data else "it was not asked for"
+    if not isinstance(data, str):
+        choose_objective(run, data.prepared)  # refuses rows that the run could not learn from
+    prediction = predict_run(run, target, data)
     fitted = fit(run, prediction.planner, smaller_bases)
     return RunPlan(prediction, fitted)

@@ -164,7 +164,8 @@ class LiveProgress:
         step = record["step"]
         pairs = ""
         if "rewards/margins" in record:
-            pairs = f"margin {record['rewards/margins']:.3g}  right {record['rewards/accuracies']:.0%}  "
+            right = f"right {record['rewards/accuracies']:.0%}  " if "rewards/accuracies" in record else ""
+            pairs = f"margin {record['rewards/margins']:.3g}  {right}"
         speed = f"{record['tokens_per_second']:,.0f} tok/s  {size(record['peak_bytes'])}"
         numbers = f"loss {record['loss']:.4f}  {pairs}{speed}"
         now = time.monotonic()

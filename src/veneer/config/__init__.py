@@ -8,21 +8,26 @@ check before it imports any library, and `foreign.py` what other tools call a se
 
 from veneer.config.errors import Interrupted, JobError, UserError
 from veneer.config.load import load_run, run_of
-from veneer.config.run import Adapter, Data, Dpo, EarlyStopping, Evaluate, Model, Quantization, Run, Train
+from veneer.config.objectives import Cpo, Dpo, Kto, Orpo, Simpo
+from veneer.config.run import Adapter, Data, EarlyStopping, Evaluate, Model, Quantization, Run, Train
 from veneer.config.run_folder import RunFolder
 
 __all__ = [
     "Adapter",
+    "Cpo",
     "Data",
     "Dpo",
     "EarlyStopping",
     "Evaluate",
     "Interrupted",
     "JobError",
+    "Kto",
     "Model",
+    "Orpo",
     "Quantization",
     "Run",
     "RunFolder",
+    "Simpo",
     "Train",
     "UserError",
     "load_run",

@@ -10,29 +10,12 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 
+from veneer.config.objectives import Cpo, Dpo, Kto, Orpo, Simpo, settings_of
 from veneer.config.rows import rows_as_file
+from veneer.config.section import Section
 from veneer.config.sizes import parse_size
-
-_NO_TEXT = re.compile("[\x00\ud800-\udfff]")
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, and unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @field_validator("*", mode="after")
-    @classmethod
-    def _usable(cls, value: Any) -> Any:
-        """Numbers that torch and NumPy hold, and text that names files and is written to them."""
-        for part in value if isinstance(value, tuple) else (value,):
-            if isinstance(part, int) and part >= 2**63:
-                raise ValueError("should be less than 2**63")
-            if isinstance(part, str | Path) and _NO_TEXT.search(str(part)):
-                raise ValueError("holds NUL or bytes that are not UTF-8; rename the file, or write other text")
-        return value
 
 
 class Model(Section):
@@ -236,16 +219,6 @@ class EarlyStopping(Section):
     min_delta: float = Field(0.0, ge=0, description="An improvement of no more than this is none.")
 
 
-class Dpo(Section):
-    """Direct preference optimization, as in TRL's DPOConfig."""
-
-    beta: float = Field(0.1, gt=0, description="Weight of the log-ratios: larger stays nearer to the reference.")
-    loss_type: Literal["sigmoid", "hinge", "ipo"] = Field("sigmoid", description="Loss of a pair.")
-    label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="Share of the pairs that may be the wrong way round; of sigmoid alone."
-    )
-
-
 # One of the two by its value, so that a wrong number is told by the limits of a rate alone.
 LearningRate = Annotated[
     Annotated[float, Field(gt=0, le=1), Tag("rate")] | Annotated[Literal["auto"], Tag("auto")],
@@ -257,20 +230,11 @@ class Train(Section):
     """The training loop, as in Transformers' TrainingArguments."""
 
     output_dir: Path = Field(Path("runs/run"), description="The run's folder; it must not hold a run yet.")
-    objective: Literal["auto", "sft", "dpo"] = Field(
+    objective: Literal["auto", "sft", "dpo", "kto", "orpo", "simpo", "cpo"] = Field(
         "auto",
-        description="sft: learn the answers; dpo: learn from pairs to prefer the chosen answer to the rejected one; "
-        "auto: by the rows.",
-    )
-    dpo: Dpo | None = Field(
-        None,
-        description="Settings of dpo, as {beta: 0.1, loss_type: sigmoid, label_smoothing: 0}, which are the defaults. "
-        "beta: larger stays nearer to the reference; loss_type: sigmoid, hinge or ipo; label_smoothing: share of the "
-        "pairs that may be the wrong way round, for sigmoid.",
-        json_schema_extra={
-            "fix": "write {beta: 0.1, loss_type: sigmoid, label_smoothing: 0}, with a beta above 0, a loss_type of "
-            "sigmoid, hinge or ipo, and a label_smoothing of 0 or more and below 0.5"
-        },
+        description="What is minimized. auto: by the rows: sft, learning single answers; dpo, preferring the chosen "
+        "answer of a pair to the rejected one, relative to a reference; kto, the same of rated rows. orpo, simpo and "
+        "cpo prefer the chosen answer without a reference.",
     )
     reference: Literal["cached", "live", "none"] = Field(
         "cached",
@@ -278,6 +242,11 @@ class Train(Section):
         "compare with it. cached: computed once before the first step, and kept on disk; live: at each step, with a "
         "frozen copy of the starting adapter; none: no reference, of dpo with sigmoid and hinge.",
     )
+    dpo: Dpo | None = settings_of(Dpo)
+    kto: Kto | None = settings_of(Kto)
+    orpo: Orpo | None = settings_of(Orpo)
+    simpo: Simpo | None = settings_of(Simpo)
+    cpo: Cpo | None = settings_of(Cpo)
     num_train_epochs: float = Field(2.0, gt=0, description="Passes over the data.")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides num_train_epochs.")
     per_device_train_batch_size: int = Field(4, ge=1, description="Rows in a micro-batch.")

@@ -25,7 +25,8 @@ from veneer.config.foreign import misspelt
 from veneer.config.load import MOST_BYTES, Path_, dump_yaml, load_run, parse_mapping, validate
 from veneer.config.names import anchored
 from veneer.config.paths import require_path
-from veneer.config.run import Run, Section
+from veneer.config.run import Run
+from veneer.config.section import Section
 
 VARIED = ("adapter", "train")  # sections whose settings a sweep may vary: the others decide what is loaded
 # Settings of these sections that change no number of a training, or that the sweep sets itself.

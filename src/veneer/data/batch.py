@@ -176,6 +176,13 @@ class Batch:
         """Rows, of which each is `documents_per_row` documents."""
         return len(self.lengths) // self.documents_per_row
 
+    def with_values(self, values: Mapping[str, float]) -> "Batch":
+        """Return it with further values, by name, which all tokens have alike."""
+        import torch
+
+        filled = {name: torch.full_like(self.weights_T, value) for name, value in values.items()}
+        return replace(self, values={**self.values, **filled})
+
     def scaled(self, scale: float) -> "Batch":
         return replace(self, scale=scale)
 

@@ -59,7 +59,8 @@ class Part(Sequence[Example]):
 
     Attributes:
         lengths: number of tokens of each.
-        values: further values of each for objectives, by name, which the examples are given; filled before training.
+        values: further values of each for objectives, by name, which the examples are given: `label` of rated rows, 1
+            of a good answer and -1 of a bad one; others are filled before training.
     """
 
     def __init__(self, corpus: Corpus, rows: Any) -> None:
@@ -70,6 +71,9 @@ class Part(Sequence[Example]):
         chosen_rows[rows] = True
         self.examples = np.flatnonzero(chosen_rows[corpus.row_of])
         self.lengths = corpus.lengths[self.examples].astype(np.int64)
+        labels = corpus.rows["label"][corpus.row_of[self.examples]]
+        if labels.any():
+            self.values["label"] = labels.astype(np.float32)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -106,7 +110,14 @@ class Prepared:
     @property
     def has_pairs(self) -> bool:
         """Whether its rows are pairs of answers, two examples each: the chosen one and the rejected one."""
-        return {known["format"] for known in self.ledger.formats.values()} == {"preference"}
+        return self.kind == "pairs"
+
+    @property
+    def kind(self) -> str:
+        """What its rows are: single (answers), pairs (of them), rated (answers), or mixed."""
+        of_formats = {"preference": "pairs", "rated": "rated"}
+        found = {of_formats.get(known["format"], "single") for known in self.ledger.formats.values()}
+        return found.pop() if len(found) == 1 else "mixed"
 
     def trained_rows(self, rows: Sequence[HeldOut]) -> list[str]:
         """Return the places of those rows, held out elsewhere, that stand among its own training rows.
@@ -121,16 +132,22 @@ class Prepared:
     def held_out(self, limit: int | None = None, group: str | None = None) -> list[HeldOut]:
         """The first held-out rows with their turns, which are read from their file again; all pieces of a long text.
 
+        Rows that are rated bad are left out: their answers are nothing to compare with.
+
         Args:
             limit: Largest number of rows.
             group: Column by which rows belong together, instead of `data.group`.
         """
-        return _with_turns(self._held_out, self.validation.rows[:limit], self._data, group)
+        return _with_turns(self._held_out, self._answered()[:limit], self._data, group)
 
     def held_out_sample(self, limit: int, seed: int) -> list[HeldOut]:
         """Some held-out rows with their turns, drawn by a seed, in the order in which they were drawn."""
-        rows = np.random.default_rng(seed).permutation(self.validation.rows)[:limit]
+        rows = np.random.default_rng(seed).permutation(self._answered())[:limit]
         return _with_turns(self._held_out, rows, self._data)
+
+    def _answered(self) -> Any:
+        """The held-out rows that are not rated bad."""
+        return _not_bad(self.validation.corpus, self.validation.rows)
 
     def personal(self) -> str:
         """The places of the personal data that was found: JSON, a line each."""
@@ -176,7 +193,11 @@ def read_held_out(
 ) -> list[HeldOut]:
     """The first usable rows of files that stand beside the training data; `limit` and `group` as of `held_out`."""
     given = read_files(files, setting, data, renderer, Ledger())
-    return _with_turns(given, np.arange(len(given.corpus.rows))[:limit], data, group)
+    return _with_turns(given, _not_bad(given.corpus, np.arange(len(given.corpus.rows)))[:limit], data, group)
+
+
+def _not_bad(corpus: Corpus, rows: Any) -> Any:
+    return rows[corpus.rows["label"][rows] >= 0]
 
 
 def read_files(

@@ -31,11 +31,6 @@ def starter_page(named: str, model: str | None, file: str) -> tuple[str, dict[st
     sources = find_sources(named, setting)
     found = {source.name: recognise_source(source, setting, Data(train=named)) for source in sources}
     formats = sorted({name for name, _ in found.values()})
-    if "rated" in formats:
-        raise UserError(
-            f"{setting} = {named}: its rows say whether an answer is good, and training learns from good ones alone",
-            "keep the good rows, without their column `label`",
-        )
     lines = _format_lines(formats, named) + _template_lines(model, formats)
     stem = Path(named.rstrip("/")).name.split(".")[0].strip("*?[]") or "run"
     page = _template("starter.yaml.txt").format(
@@ -120,13 +115,13 @@ def _held_out(named: str) -> dict[str, Any]:
 
 
 def _format_lines(formats: list[str], named: str) -> list[str]:
-    if "preference" not in formats:
+    if not {"preference", "rated"} & set(formats):
         return []
     if len(formats) > 1:
         raise UserError(
             f"DATA = {named}: holds rows of several formats: {', '.join(formats)}", "name them one at a time"
         )
-    return ["format: chosen  # pairs of answers: learn the preferred ones"]
+    return [] if formats == ["rated"] else ["format: chosen  # pairs of answers: learn the preferred ones"]
 
 
 def _template_lines(model: str | None, formats: list[str]) -> list[str]:

@@ -20,7 +20,6 @@ def warnings_of(ledger: Ledger, data: Data) -> list[str]:
         (notes["chunked"], "of text longer than data.max_length: cut into pieces, all of them learnt"),
         (notes["ignored_columns"], "with something in a column that data.ignore_columns names: it is left out"),
         (notes["control_tokens_stripped"], "of which control tokens at the end of a turn are taken off"),
-        (notes["rated_bad"], "rated bad: training refuses them; data.format=prompt-completion makes them bad rows"),
         (rows["empty"], "with an empty answer: left out"),
         (rows["duplicate"] - (inside if data.duplicates != "keep" else 0), "equal to an earlier one: left out"),
         (notes["duplicate_kept"], "equal to an earlier one: kept"),
@@ -46,6 +45,8 @@ def warnings_of(ledger: Ledger, data: Data) -> list[str]:
         found.append(
             f"{shared} of {ledger.overlap['of']} held-out rows share 13 words in a row with training rows: {places} ..."
         )
+    if bool(notes["rated_good"]) != bool(notes["rated_bad"]):
+        found.append(f"all rated rows are rated {'good' if notes['rated_good'] else 'bad'}: kto learns from both")
     if ledger.personal:
         kinds = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in sorted(ledger.personal.items()))
         done = "left as it is; data.pii=redact replaces it" if data.pii == "report" else "redacted"

@@ -6,7 +6,7 @@ head's gradient by it, and runs backward: one forward and one backward pass for 
 Shapes: N trained tokens, padding included; D documents, empty ones included.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import accumulate
 from typing import ClassVar, NamedTuple, Protocol
@@ -43,6 +43,11 @@ class TrainedTokens(NamedTuple):
         values = {name: move(value_T[index_N]) for name, value_T in batch.values.items()}
         return TrainedTokens(logprobs_N, move(batch.weights_T[index_N]), move(index_N), bounds, values)
 
+    @staticmethod
+    def on_host(batch: Batch) -> "TrainedTokens":
+        """Those of a batch before its pass, whose log-probabilities are not known: 0."""
+        return TrainedTokens.of(batch, torch.zeros(batch.trained, dtype=torch.float64))
+
     def sum_documents(self, values_N: torch.Tensor) -> torch.Tensor:
         """Sum each document's values in a fixed order; (D,), 0 where nothing is trained."""
         offsets = torch.searchsorted(self._positions(), self.bounds.long())
@@ -59,7 +64,10 @@ class TrainedTokens(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """Sums over a batch as scalars on the device: loss and metrics, and the weight that both are divided by."""
+    """Sums over a batch as scalars on the device: loss and metrics, and the weight that both are divided by.
+
+    A metric that a step has nothing for is NaN.
+    """
 
     loss: torch.Tensor
     weight: torch.Tensor
@@ -76,11 +84,14 @@ class Objective(Protocol):
         needs_reference: whether it reads `reference` of `TrainedTokens.values`: the summed log-probability of each
             document as training began, at its first trained token, and 0 at the others.
         may_lack_reference: whether its loss has a meaning where all of `reference` is 0.
+        needs_kl: whether it reads `kl` of `TrainedTokens.values`: the estimated KL divergence from the reference, at
+            every token.
     """
 
     is_weighted_sum: ClassVar[bool] = False
     documents_per_row: ClassVar[int] = 1
     needs_reference: ClassVar[bool] = False
+    needs_kl: ClassVar[bool] = False
 
     @property
     def may_lack_reference(self) -> bool:
@@ -89,6 +100,10 @@ class Objective(Protocol):
     def weight(self, batch: Batch) -> float:
         """Return the weight of a batch, before its pass."""
         ...
+
+    def step_values(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Return values that all tokens are given, by name, of all batches of an optimizer step; none is below 0."""
+        return {}
 
     def __call__(self, tokens: TrainedTokens) -> tuple[StepOutput, torch.Tensor | None]:
         """Return the sums, and the loss's derivative by each log-probability; None for a weighted sum.

@@ -160,6 +160,11 @@ class SweepLoop:
                 "meaning of",
                 "train each run by itself, and compare rewards/accuracies in the records of kind eval in metrics.jsonl",
             )
+        if parts.data.kind == "rated":
+            raise UserError(
+                "a sweep compares trials by their loss on single answers or pairs of them, and its rows are rated",
+                "train each run by itself, and compare the records of kind eval in their metrics.jsonl",
+            )
         if rows < 2:
             raise UserError(
                 f"a sweep compares trials by their loss on held-out rows, of which the run has {rows}; at least 2 are "

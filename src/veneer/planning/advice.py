@@ -42,7 +42,7 @@ class DataFacts:
         longest: tokens of the longest row, within the limit.
         end_of_turn: trained end-of-turn tokens.
         raw: whether the rows are text without turns.
-        has_pairs: whether they are pairs of answers, which dpo learns from.
+        has_pairs: whether they are pairs of answers, or rated ones, which are compared.
         longer: share of the pairs whose chosen answer has more tokens than the rejected one, of pairs that differ in
             that; None: there are none.
     """
@@ -264,7 +264,7 @@ def _(s: Situation) -> Finding:
     if not _has_pairs(s) or rate == "auto" or rate <= RATES[0]:
         return None
     return (
-        f"{rate:g} is high for dpo: both answers lose probability, the rejected one faster",
+        f"{rate:g} is high for preferences: good and bad answers lose probability, the bad ones faster",
         "set train.learning_rate=1e-5",
     )
 

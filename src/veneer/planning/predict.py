@@ -83,7 +83,7 @@ class PreparedData:
             longest=int(max(part.lengths.max() for part in self._parts() if len(part))),
             end_of_turn=ledger["tokens"]["end_of_turn"],
             raw="text" in ledger["format"].split(", "),
-            has_pairs=self.prepared.has_pairs,
+            has_pairs=self.prepared.kind in ("pairs", "rated"),
             longer=self._share_of_longer(),
         )
         own = own_template(tokenizer)

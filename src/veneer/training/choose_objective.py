@@ -1,6 +1,7 @@
 """Chooses a run's objective by `train.objective` and its rows, and refuses settings that it cannot go with.
 
-Pairs are learnt by dpo, single answers by sft. Nothing else is guessed: rows of several kinds are refused.
+Single answers are learnt by sft, pairs by dpo, rated rows by kto; orpo, simpo and cpo are for pairs, and named. Rows of
+several kinds are refused.
 """
 
 import numpy as np
@@ -10,10 +11,19 @@ from veneer.data.pipeline import Prepared
 from veneer.engine.objective import Objective
 from veneer.training.objectives import OBJECTIVES
 
-RATED_FIX = (
-    "set data.format=prompt-completion and data.bad_rows=drop to learn the good rows alone, or "
-    "data.ignore_columns=[label] if the label says something else"
-)
+# What rows each learns from, the usual objective of such rows first.
+LEARNS = {"sft": "single", "dpo": "pairs", "kto": "rated", "orpo": "pairs", "simpo": "pairs", "cpo": "pairs"}
+# By the rows: what they are, and what names them.
+ARE = {
+    "single": ("hold single answers", "rows with single answers"),
+    "pairs": ("hold pairs of answers (chosen, rejected)", "rows with chosen and rejected answers"),
+    "rated": ("say whether an answer is good (label)", "rows with prompt, completion and label"),
+}
+# How rows of a kind are learnt as single answers.
+AS_SINGLE = {
+    "pairs": "data.format=chosen to learn the chosen answers",
+    "rated": "data.format=prompt-completion and data.bad_rows=drop to learn the good rows alone",
+}
 
 
 def choose_objective(run: Run, data: Prepared) -> Objective:
@@ -22,45 +32,18 @@ def choose_objective(run: Run, data: Prepared) -> Objective:
     Raises:
         UserError: The rows do not suit it, or a setting does not.
     """
-    formats = {name: known["format"] for name, known in data.ledger.formats.items()}
-    for name, known in formats.items():
-        if known == "rated":
+    name = name_objective(run, data)
+    for other in LEARNS:
+        if other not in ("sft", name) and getattr(run.train, other) is not None:
             raise UserError(
-                f"{name}: rows of the format rated say whether an answer is good, but training needs single answers or "
-                "pairs of them",
-                RATED_FIX,
+                f"train.{other}: the run's objective is {name} (train.objective), so it has no effect",
+                f"leave train.{other} out" + _instead(other, data.kind),
             )
-    if "preference" in formats.values() and not data.has_pairs:
-        single = next(name for name, known in formats.items() if known != "preference")
-        pairs = next(name for name, known in formats.items() if known == "preference")
-        raise UserError(
-            f"{pairs}: holds pairs of answers (chosen, rejected), and {single} single answers: a run learns from one "
-            "kind of rows",
-            "name files of one kind, or set data.format=chosen to learn the chosen answers of pairs",
-        )
-    found = name_objective(run, data)
-    if found == "sft" and data.has_pairs:
-        raise UserError(
-            f"train.objective = sft: {next(iter(formats))}: rows of the format preference compare answers, but "
-            "supervised training needs single ones",
-            "set train.objective=dpo, or data.format=chosen to learn the chosen answers",
-        )
-    if found == "dpo":
-        _require_pairs(run, data, formats)
-    elif run.train.dpo is not None:
-        raise UserError(
-            "train.dpo: the run learns single answers (train.objective = sft), so it has no effect",
-            "leave train.dpo out, or name rows with chosen and rejected answers",
-        )
-    objective = OBJECTIVES[found](run.train)
-    _require_reference(run, found, objective)
+    if data.kind != "single":
+        _require_settings(run, data, name)
+    objective = OBJECTIVES[name](run.train)
+    _require_reference(run, name, objective)
     return objective
-
-
-def name_objective(run: Run, data: Prepared) -> str:
-    """Return the name of a run's objective: the one it asks for, or that of its rows."""
-    asked = run.train.objective
-    return ("dpo" if data.has_pairs else "sft") if asked == "auto" else asked
 
 
 def _require_reference(run: Run, name: str, objective: Objective) -> None:
@@ -73,6 +56,11 @@ def _require_reference(run: Run, name: str, objective: Objective) -> None:
             f"train.reference = {reference}: has no effect, since the objective {name} compares with no reference",
             "leave train.reference out",
         )
+    if objective.needs_kl:
+        raise UserError(
+            f"train.reference = {reference}: {name} estimates KL from a reference that is computed first",
+            "leave train.reference out, or set it to cached",
+        )
     if reference == "none" and not objective.may_lack_reference:
         raise UserError(
             f"train.reference = none: the loss of {name}, as the run sets it, is one of log-ratios to a reference",
@@ -80,21 +68,53 @@ def _require_reference(run: Run, name: str, objective: Objective) -> None:
         )
 
 
-def _require_pairs(run: Run, data: Prepared, formats: dict[str, str]) -> None:
-    """Raise UserError for rows or settings that dpo cannot go with."""
-    if not data.has_pairs:
-        name, known = next(iter(formats.items()))
+def name_objective(run: Run, data: Prepared) -> str:
+    """Return the name of a run's objective.
+
+    Raises:
+        UserError: The rows are of several kinds, or of another kind than it learns from.
+    """
+    formats = {file: known["format"] for file, known in data.ledger.formats.items()}
+    if data.kind == "mixed":
+        file, kind = next((file, known) for file, known in formats.items() if known in ("preference", "rated"))
+        others = next(file for file, known in formats.items() if known != kind)
         raise UserError(
-            f"train.objective = dpo: {name}: rows of the format {known} hold single answers, and no pairs",
-            "name rows with chosen and rejected answers in data.train, or set train.objective=sft",
+            f"{file}: its rows {ARE['rated' if kind == 'rated' else 'pairs'][0]}, and those of {others} are of the "
+            f"format {formats[others]}: a run learns from one kind of rows",
+            f"name files of one kind, or set {AS_SINGLE['rated' if kind == 'rated' else 'pairs']}",
         )
-    dpo = run.train.dpo
-    if dpo is not None and dpo.label_smoothing and dpo.loss_type != "sigmoid":
+    if run.train.objective == "auto":
+        return next(name for name, kind in LEARNS.items() if kind == data.kind)
+    name = run.train.objective
+    if LEARNS[name] != data.kind:
+        file, known = next(iter(formats.items()))
+        usual = next(name for name, kind in LEARNS.items() if kind == data.kind)
+        as_single = f", or {AS_SINGLE[data.kind]}" if name == "sft" else ""
         raise UserError(
-            f"train.dpo.label_smoothing = {dpo.label_smoothing:g}: has no effect with loss_type {dpo.loss_type}",
+            f"train.objective = {name}: {file}: rows of the format {known} {ARE[data.kind][0]}, and {name} learns from "
+            f"{ARE[LEARNS[name]][1]}",
+            f"name such rows in data.train, or set train.objective={usual}{as_single}",
+        )
+    return name
+
+
+def _instead(name: str, kind: str) -> str:
+    """Return how a section of an objective gets an effect."""
+    if LEARNS[name] == kind:
+        return f", or set train.objective={name}"
+    return f", or name {ARE[LEARNS[name]][1]} in data.train"
+
+
+def _require_settings(run: Run, data: Prepared, name: str) -> None:
+    """Raise UserError for settings or rows that comparing answers cannot go with."""
+    section = getattr(run.train, name)
+    if getattr(section, "label_smoothing", 0) and section.loss_type != "sigmoid":
+        raise UserError(
+            f"train.{name}.label_smoothing = {section.label_smoothing:g}: has no effect with loss_type "
+            f"{section.loss_type}",
             "leave it out, or set loss_type: sigmoid",
         )
-    if run.data.packing:
+    if run.data.packing and data.kind == "pairs":
         raise UserError(
             "data.packing = true: pairs are not packed; a micro-batch of them is one sequence without padding in the "
             "fused engine as it is",
@@ -102,14 +122,26 @@ def _require_pairs(run: Run, data: Prepared, formats: dict[str, str]) -> None:
         )
     if run.data.loss_on == "all":
         raise UserError(
-            "data.loss_on = all: pairs are compared by their answers, and have the prompt in common",
+            "data.loss_on = all: rows are compared by their answers, and prompts are not learnt",
             "leave data.loss_on out",
         )
+    if data.kind == "rated" and run.train.learning_rate == "auto":
+        raise UserError(
+            "train.learning_rate = auto: rates are compared by losses of single answers or of pairs, and the rows are "
+            "rated",
+            "name a rate, such as 1e-5",
+        )
+    examples = 2 if data.kind == "pairs" else 1
     for part in (data.train, data.validation):
-        split = np.flatnonzero(part.corpus.rows["examples"][part.rows] != 2)
+        split = np.flatnonzero(part.corpus.rows["examples"][part.rows] != examples)
         if len(split):
             raise UserError(
-                f"{part.corpus.place(int(part.rows[split[0]]))}: a pair becomes more than two examples "
-                f"(data.rewritten_history = {run.data.rewritten_history})",
+                f"{part.corpus.place(int(part.rows[split[0]]))}: a row becomes more than {examples} example"
+                f"{'s' if examples > 1 else ''} (data.rewritten_history = {run.data.rewritten_history})",
                 "set data.rewritten_history=last",
             )
+    if data.kind == "rated" and len(data.train) < 2:
+        raise UserError(
+            "train.objective = kto: one row alone: prompts are compared with the answers of other rows",
+            "name at least two rows in data.train",
+        )

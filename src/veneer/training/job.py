@@ -41,6 +41,7 @@ from veneer.training import checkpoint
 from veneer.training.best import BETTER, LOSS, BestStep, require_evaluations
 from veneer.training.choose_objective import choose_objective
 from veneer.training.held_out import HeldOutRows
+from veneer.training.kl_estimate import KLEstimate
 from veneer.training.loop import Loop, held_out_batching
 from veneer.training.memory import need_and_fix, place
 from veneer.training.metrics import Listener, MetricsFile, read_metrics
@@ -162,12 +163,20 @@ class TrainingJob:
         train = run.train
         self.objective = choose_objective(run, self.data)
         if self.objective.needs_reference:
-            notify(describe_reference(run), "info", "model.adapter")
+            notify(describe_reference(run, self.data), "info", "model.adapter")
         self._with_reference = completes_batches(train, self.objective, self.model, self.engine)
         batches = batches_of(run, self.data.train, self.objective.documents_per_row, self.engine.shares_prompts)
         self._batches = batches
         forecast = self.prediction.forecast
         self.held_out = held_out = HeldOutRows(self.data.validation, self.objective.documents_per_row)
+        self._kl = (
+            KLEstimate(
+                *(self.engine, self.data, batches, held_out, train.per_device_train_batch_size),
+                *(run.data.max_length, train.seed),
+            )
+            if self.objective.needs_kl
+            else None
+        )
         self._rows_at_a_time = at_a_time = forecast.rows_at_a_time.get("evaluation", run.evaluate.batch_size)
         explain = partial(need_and_fix, self.prediction, self.machine.device)
         self.placement, most_tokens = self._place(batches, self._computed(held_out[:at_a_time]), explain)
@@ -194,6 +203,7 @@ class TrainingJob:
             during=self._measure_during,
             better=self._better,
             with_reference=self._with_reference,
+            estimate_kl=self._kl or (lambda step: {}),
         )
         self.rate_search: RateSearch | None = None
         if train.learning_rate == "auto":
@@ -284,12 +294,14 @@ class TrainingJob:
         if size == 1:
             return RowLosses(tuple(self.measure_held_out(rows)), tuple(row.weight for row in rows))
 
+        batching = held_out_batching(self._rows_at_a_time, self.objective)
+        values = self.objective.step_values(batching.over(rows, lambda some: Batch.of(some, size)))
+
         def measure(some: Sequence[Example]) -> list[float]:
-            batch = self._with_reference(Batch.of(some, size))
+            batch = self._with_reference(Batch.of(some, size)).with_values(values)
             tokens = TrainedTokens.of(batch, self.engine.token_logprobs(batch))
             return [output.loss.item() for output in outputs_of_rows(self.objective, tokens)]
 
-        batching = held_out_batching(self._rows_at_a_time, self.objective)
         losses = tuple(chain.from_iterable(batching.over(rows, measure)))
         return RowLosses(losses, (1.0,) * len(losses))
 
@@ -371,6 +383,8 @@ class TrainingJob:
         facts = facts_of(run, self.machine, self.source, self.model, self.engine, data, batches, steps)
         measure = partial(measure_reference, self.engine, data, batches, steps, self.held_out, batching)
         read_or_measure(facts, data, measure)
+        if self._kl is not None:
+            self._kl.measure_reference(steps)
 
     def _run_loop(self, listeners: tuple[Listener, ...], until: int | None = None) -> float:
         """Train, and write metrics.jsonl; returns tokens per second."""

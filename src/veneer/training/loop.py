@@ -16,6 +16,7 @@ Gradients of float16 runs are scaled against underflow as usual (torch's GradSca
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ from veneer.training.stop import stop_signal
 # Measures metrics beside the held-out loss, without a trace in the training; gets a function that says whether a stop
 # was asked for, and then returns None.
 MeasureDuring = Callable[[Callable[[], bool]], dict[str, float] | None]
+# Estimates the KL divergence from the reference over a step's rows, or the held-out rows (None); by its name.
+EstimateKL = Callable[[int | None], dict[str, float]]
 
 
 class Loop:
@@ -66,6 +69,7 @@ class Loop:
         during: Function that measures the metrics of `evaluate.during`.
         better: Better values of the metric by which the best step is found: lower or higher.
         with_reference: Function that gives a batch the reference's log-probabilities; see `reference_logprobs`.
+        estimate_kl: Function that estimates the KL divergence, for objectives that need it.
     """
 
     def __init__(
@@ -87,6 +91,7 @@ class Loop:
         during: MeasureDuring = lambda stopped: {},
         better: str = "lower",
         with_reference: WithReference = lambda batch: batch,
+        estimate_kl: EstimateKL = lambda step: {},
     ) -> None:
         self._engine = engine
         self._objective = objective
@@ -108,6 +113,7 @@ class Loop:
         self._explain = explain
         self._during = during
         self._with_reference = with_reference
+        self._estimate_kl = estimate_kl
         self._model = model
         self.best = BestStep(train.early_stopping, better)
         self.steps = batches.steps(train.num_train_epochs, train.max_steps)
@@ -115,6 +121,7 @@ class Loop:
         self.loss: float | None = None  # of the last step that was made here
         self.was_stopped = False  # a stop was asked for during the last step, which had nothing left to stop
         self._has_gradients = False
+        self._held_out_values: dict[str, float] | None = None
 
     def resume(self, path: Path) -> None:
         """Restore a checkpoint of this run."""
@@ -222,7 +229,10 @@ class Loop:
         """Run the largest micro-batch forward and backward; it changes nothing but what fits."""
         began_with, scale = rng_state(), self._loss_scale()
         what = f"the largest micro-batch, tried before step {self.done + 1},"
-        self._recovery.run(what, self._batches.largest(), lambda batches: self._passes(batches, scale))
+        largest = self._batches.largest()
+        values = self._objective.step_values(largest)
+        largest = [batch.with_values(values) for batch in largest]
+        self._recovery.run(what, largest, lambda batches: self._passes(batches, scale))
         self._drop_gradients()
         set_rng_state(began_with)
 
@@ -265,6 +275,8 @@ class Loop:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         micro_batches = self._batches.step(number)
+        values = self._objective.step_values(micro_batches) | self._estimate_kl(number)
+        micro_batches = [batch.with_values(values) for batch in micro_batches]
         scale = self._loss_scale() / sum(map(self._objective.weight, micro_batches))
         sums, norm, largest = self._recovery.run(
             f"step {number + 1}", micro_batches, lambda batches: self._gradients(batches, scale)
@@ -274,8 +286,8 @@ class Loop:
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
         like = sums["loss"]
-        values = [value.to(like.device, like.dtype) for value in (norm, *sums.values(), *largest)]
-        grad_norm, *read = torch.stack(values).tolist()
+        scalars = [value.to(like.device, like.dtype) for value in (norm, *sums.values(), *largest)]
+        grad_norm, *read = torch.stack(scalars).tolist()
         means = _means(dict(zip(sums, read, strict=False)))
         loss, sizes = means["loss"], read[len(sums) :]
         self._require_finite(number, loss, grad_norm)
@@ -330,11 +342,15 @@ class Loop:
 
     def _measure_held_out(self, stopped: Callable[[], bool]) -> tuple[dict[str, Any], int] | None:
         """Measure held-out loss and metrics, and count the trained tokens; None where it was stopped."""
+        batch_of = partial(Batch.of, documents_per_row=self._objective.documents_per_row)
+        if self._held_out_values is None:
+            self._held_out_values = self._objective.step_values(self._held_out_batching.over(self._held_out, batch_of))
+        values = self._held_out_values | self._estimate_kl(None)
 
         def measure(rows: Sequence[Example]) -> tuple[list[StepOutput], int] | None:
             if stopped():
                 return None
-            batch = self._with_reference(Batch.of(rows, self._objective.documents_per_row))
+            batch = self._with_reference(batch_of(rows)).with_values(values)
             tokens = TrainedTokens.of(batch, self._engine.token_logprobs(batch))
             return list(outputs_of_rows(self._objective, tokens)), batch.trained
 
@@ -398,8 +414,9 @@ def _sums(outputs: Sequence[StepOutput]) -> dict[str, torch.Tensor]:
 
 
 def _means(sums: dict[str, float]) -> dict[str, float]:
+    """Divide by the weight; metrics that are NaN are left out."""
     weight = sums.pop("weight")
-    return {name: value / weight for name, value in sums.items()}
+    return {name: value / weight for name, value in sums.items() if name == "loss" or not math.isnan(value)}
 
 
 def _finite(value: Any) -> Any:

@@ -32,12 +32,15 @@ WHAT, LESS = "the reference's log-probabilities", "lower data.max_length"
 WithReference = Callable[[Batch], Batch]
 
 
-def describe_reference(run: Run) -> str:
+def describe_reference(run: Run, data: Prepared) -> str:
     """Return what is told of a run's objective and its reference."""
-    learns = "the rows are pairs, so the run learns to prefer the chosen answers (train.objective: dpo); "
     start, why = run.model.adapter, ""
     if start is None:
         start, why = "the base", " (model.adapter names no adapter)"
+    learns = {
+        "pairs": "the rows are pairs, so the run learns to prefer the chosen answers (train.objective: dpo); ",
+        "rated": "the rows are rated, so the run learns to prefer good answers to bad ones (train.objective: kto); ",
+    }[data.kind]
     if run.train.reference == "none":
         return f"{learns}it starts from {start}, and compares with no reference (train.reference: none)"
     when = "computed at each step" if run.train.reference == "live" else "computed first"
@@ -125,7 +128,7 @@ def _measure_training_rows(engine: Engine, part: Part, batches: Batches, steps: 
     for step in range(min(steps, batches.steps_per_epoch)):
         for members in batches.members_of_step(step):
             # Nobody has tried how much memory a micro-batch takes yet.
-            batching = Batching(len(members), LESS, WHAT, together=2)
+            batching = Batching(len(members), LESS, WHAT, together=len(part) // len(part.rows))
             found = batching.over(members, lambda some: document_sums(engine, batches.batch_of(some)))
             sums[members] = list(chain.from_iterable(found))
     part.values[NAME] = sums

@@ -80,14 +80,19 @@ def _window(example: Example, start: int, end: int) -> Example:
 
 
 def completed(run: Run, parts: RunParts, engine: Engine, objective: Objective, batches: Sequence[Batch]) -> list[Batch]:
-    """Return batches with the reference that training would give them, with the model as it is now."""
+    """Return the batches of a step with all values that training would give them, with the model as it is now."""
+    values = objective.step_values(batches)
+    return [_referred(run, parts, engine, objective, batch).with_values(values) for batch in batches]
+
+
+def _referred(run: Run, parts: RunParts, engine: Engine, objective: Objective, batch: Batch) -> Batch:
     if not objective.needs_reference:
-        return list(batches)
+        return batch
     if run.train.reference == "none":
-        return [with_sums(batch, [0.0] * len(batch.lengths)) for batch in batches]
+        return with_sums(batch, [0.0] * len(batch.lengths))
     if run.train.reference == "live":
-        return [*map(completes_batches(run.train, objective, parts.model, engine), batches)]
-    return [with_sums(batch, document_sums(engine, batch)) for batch in batches]
+        return completes_batches(run.train, objective, parts.model, engine)(batch)
+    return with_sums(batch, document_sums(engine, batch))
 
 
 def preference_checks(

@@ -35,8 +35,9 @@ ROW = np.dtype(
         ("source", np.uint16),
         ("examples", np.uint32),
         ("number", np.uint32),
-        ("hash", np.uint64),  # of its tokens and weights
+        ("hash", np.uint64),  # of its tokens, weights and label
         ("group", np.uint64),  # of the group column's value
+        ("label", np.int8),  # 1: a good answer, -1: a bad one; 0: the row does not say
     ]
 )
 
@@ -137,12 +138,13 @@ class Tokenizing:
                 continue
             all_lengths.append(max(len(example.ids) for example in made))
             is_pair = bool(taken.conversation.rejected)
+            is_compared = is_pair or taken.conversation.label is not None
             if is_pair and len(made) == 2 and np.array_equal(made[0].ids, made[1].ids):
                 fates["refused"] += 1
                 notes["same_answers"] += 1
                 problems.append(RowProblem(taken.conversation.place, "refused", "both answers are the same tokens"))
                 continue
-            examples, is_overlong, is_cut = self._fit(made, taken.conversation.is_document, is_pair)
+            examples, is_overlong, is_cut = self._fit(made, taken.conversation.is_document, is_compared)
             if not examples:
                 fates["overlong"] += 1
                 notes["all_cut"] += is_cut
@@ -170,17 +172,18 @@ class Tokenizing:
         is_kept = self._data.overlong == "truncate" or (self._data.overlong == "chunk" and conversation.is_document)
         return not is_kept and _characters(conversation) > self._longest_text
 
-    def _fit(self, made: list[Example], is_document: bool, is_pair: bool) -> tuple[list[Example], bool, bool]:
+    def _fit(self, made: list[Example], is_document: bool, is_compared: bool) -> tuple[list[Example], bool, bool]:
         """A row's examples within max_length, whether it was longer, and whether no trained token was left.
 
-        A pair is left out whole: one answer without its end against the other with it would be compared by that.
+        A pair is left out whole: one answer without its end against the other with it would be compared by that. So is
+        a rated row.
         """
         limit = self._data.max_length
         if all(len(example.ids) <= limit for example in made):
             return made, False, False
         if self._data.overlong == "chunk" and is_document:
             return [piece for example in made for piece in self.renderer.chunks(example, limit)], True, False
-        if is_pair or self._data.overlong != "truncate":
+        if is_compared or self._data.overlong != "truncate":
             return [], True, False
         cut = [example.cut(limit) for example in made]
         return (cut, True, False) if all(e.trained for e in cut) else ([], True, True)
@@ -275,14 +278,17 @@ def _characters(conversation: Conversation) -> int:
 
 
 def _gathered(source: int, used: list[tuple[int, ParsedRow, list[Example]]], stop_ids: set[int]) -> Tokenized:
-    rows: list[tuple[int, int, int, int, int]] = []
+    rows: list[tuple[int, int, int, int, int, int]] = []
     examples: list[Example] = []
     for number, taken, made in used:
         digest = blake2b(digest_size=8)
         for example in made:
             digest.update(example.ids)
             digest.update(repr(example.spans).encode())
-        rows.append((source, len(made), number, _number(digest), _group_hash(taken.group)))
+        label = {True: 1, False: -1, None: 0}[taken.conversation.label]
+        if label:
+            digest.update(repr(label).encode())
+        rows.append((source, len(made), number, _number(digest), _group_hash(taken.group), label))
         examples += made
     ids = np.concatenate([e.ids for e in examples]).astype(np.uint32) if examples else np.empty(0, np.uint32)
     lengths = np.array([len(example.ids) for example in examples], dtype=np.uint32)

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from veneer.config import UserError
-from veneer.config.run import Section
+from veneer.config.section import Section
 
 YAML = ".yaml"  # lm-eval reads files of no other name
 
