@@ -6,6 +6,7 @@ from collections import Counter
 from importlib import resources
 from itertools import combinations, permutations
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -110,15 +111,30 @@ def test_nothing_in_it_is_personal() -> None:
 
 
 @pytest.mark.parametrize(("name", "part", "rows"), [("pairs", "train", 160), ("dev_pairs", "dev", 50)])
-def test_pairs_hold_the_right_answer_and_a_wrong_one_of_their_own_part(name: str, part: str, rows: int) -> None:
-    right = {message: json.dumps(answer) for message, answer in DATA[part]}
-    text = resources.files("veneer.data").joinpath(f"demo/{name}.jsonl").read_text(encoding="utf-8")
-    pairs = [json.loads(line) for line in text.splitlines()]
+def test_pairs_teach_the_new_rule_and_nothing_else(name: str, part: str, rows: int) -> None:
+    old = dict(DATA[part])
+    pairs = [json.loads(line) for line in bundled(name).splitlines()]
     assert len({pair["prompt"] for pair in pairs}) == len(pairs) == rows
+    urgent = 0
     for pair in pairs:
-        assert pair["chosen"] == right[pair["prompt"]]
-        assert pair["rejected"] != pair["chosen"]
-        assert list(json.loads(pair["rejected"])) == ["team", "urgency", "product"]
-    for key in ("team", "urgency"):  # neither value of a key is only chosen or only rejected
-        sides = [Counter(json.loads(pair[side])[key] for pair in pairs) for side in ("chosen", "rejected")]
-        assert sides[0] == sides[1]
+        before, chosen, rejected = old[pair["prompt"]], json.loads(pair["chosen"]), json.loads(pair["rejected"])
+        assert chosen == by_new_rule(before)
+        assert {key for key in chosen if chosen[key] != rejected[key]} == {"urgency"}
+        assert "high" in (chosen["urgency"], rejected["urgency"])
+        urgent += chosen["urgency"] == "high"
+    assert urgent == rows / 2
+
+
+def test_the_test_messages_have_their_answers_by_the_new_rule() -> None:
+    rows = [json.loads(line)["messages"] for line in bundled("rule_test").splitlines()]
+    found = [(user["content"], json.loads(assistant["content"])) for user, assistant in rows]
+    assert found == [(message, by_new_rule(answer)) for message, answer in DATA["test"]]
+    assert sum(answer != dict(DATA["test"])[message] for message, answer in found) == 36
+
+
+def bundled(name: str) -> str:
+    return resources.files("veneer.data").joinpath(f"demo/{name}.jsonl").read_text(encoding="utf-8")
+
+
+def by_new_rule(answer: dict[str, Any]) -> dict[str, Any]:
+    return answer | {"urgency": "high"} if answer["team"] in ("billing", "account") else answer

@@ -33,7 +33,7 @@ def tiny_demo(tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pyte
     for name, messages in (("pairs", MESSAGES), ("dev_pairs", ["a hen is wet", "a hen is dry"])):
         pairs = [{"prompt": message, "chosen": RIGHT, "rejected": WRONG} for message in messages]
         write_rows(tmp_path / f"{name}.jsonl", pairs)
-    write_rows(tmp_path / "test.jsonl", [{"prompt": m, "completion": RIGHT} for m in MESSAGES[:8]])
+    write_rows(tmp_path / "rule_test.jsonl", [{"prompt": m, "completion": RIGHT} for m in MESSAGES[:8]])
 
     def demo_run(output_dir: Path) -> Run:
         train = {"max_steps": 40, "learning_rate": RATE}

@@ -337,7 +337,13 @@ def test_a_setting_out_of_its_limits_is_refused(settings: dict[str, Any], messag
 def test_a_sweep_over_rated_rows_is_refused(tiny_model: Callable[..., Path], tmp_path: Path, rated_file: str) -> None:
     run = tiny_run(tiny_model(), rated_file, tmp_path / "run", data={"validation": 3})
     (tmp_path / "sweep.yaml").write_text(
-        json.dumps({"run": json.loads(run.model_dump_json()), "grid": {"adapter.r": [2, 4]}})
+        json.dumps(
+            {
+                "run": json.loads(run.model_dump_json()),
+                "grid": {"adapter.r": [2, 4]},
+                "output_dir": str(tmp_path / "sweep"),
+            }
+        )
     )
-    with pytest.raises(UserError, match="the run's rows are rated answers"):
+    with pytest.raises(UserError, match="its rows are rated"):
         veneer.sweep(tmp_path / "sweep.yaml")

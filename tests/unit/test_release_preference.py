@@ -55,7 +55,7 @@ def test_passport_and_card_name_objective_and_reference(run: Path) -> None:
     start = run.parent / "sft" / "adapter"
     told = json.loads((run / "adapter" / "passport.json").read_text())["preference"]
     assert told["objective"] == "dpo"
-    assert told["settings"] == {"beta": 0.3, "loss_type": "sigmoid", "label_smoothing": 0}
+    assert told["settings"] == {"beta": 0.3, "loss_type": "sigmoid", "label_smoothing": 0, "rpo_alpha": 0}
     weights, passport = (file_sha256(start / name) for name in ("adapter_model.safetensors", "passport.json"))
     assert told["reference"] == {
         "computed": "cached",
@@ -67,7 +67,7 @@ def test_passport_and_card_name_objective_and_reference(run: Path) -> None:
         },
     }
     card = (run / "adapter" / "README.md").read_text()
-    assert "| objective | dpo: beta 0.3, loss_type sigmoid, label_smoothing 0 |" in card
+    assert "| objective | dpo: beta 0.3, loss_type sigmoid, label_smoothing 0, rpo_alpha 0 |" in card
     assert f"`sft` (SHA-256 `{str(weights)[:16]}`)" in card
     assert f"whose passport has the SHA-256 `{str(passport)[:16]}`" in card
     assert str(run.parent) not in card

@@ -1,8 +1,9 @@
-"""veneer demo --dpo: the demo's run learns to prefer right answers to its own wrong ones, and is compared with itself.
+"""veneer demo --dpo: the demo's run learns a rule of the desk from pairs of answers, and is compared with itself.
 
-The pairs are training messages with the right answer and a wrong one: a mistake of a run of the demo, or its mirror
-image. Training starts from the demo's adapter, which is the reference. The win rate over it is counted on the demo's
-test messages, on which no setting was chosen: a right answer beats a wrong one; two right or two wrong ones tie.
+The rule is newer than the demo's labels: what goes to billing or account is always of high urgency. The pairs are
+training messages with the answer by the new rule, and one against it (tools/demo_pairs.py). Training starts from the
+demo's adapter, which is the reference. The win rate over it is counted on the demo's test messages with their answers
+by the new rule, on which no setting was chosen: a right answer beats a wrong one; two right or two wrong ones tie.
 """
 
 import json
@@ -33,7 +34,7 @@ def demo_dpo(out: Any, sft: Path, output_dir: Path) -> dict[str, Any]:
     started = time.perf_counter()
     out.print(f"[bold]1  The run[/bold] {sft} is where training starts, and the reference")
     job = TrainingJob(dpo_run(sft, output_dir))
-    out.print("[bold]2  The pairs[/bold]: messages with a right and a wrong answer")
+    out.print("[bold]2  The pairs[/bold]: a new rule of the desk: billing and account are urgent")
     show.show_ledger(out, job.data.ledger.as_dict())
     show_demo.show_pair(out, json.loads(bundled("pairs.jsonl").read_text(encoding="utf-8").splitlines()[0]))
     out.print(f"[bold]3  Training[/bold] {job.steps} steps, after the reference's log-probabilities")
@@ -53,7 +54,7 @@ def _compare(out: Any, sft: Path, tuned: Path) -> dict[str, Any]:
     from veneer.cli import show, show_demo
     from veneer.evaluation.win_rate.win_rate import WinRate
 
-    test = str(bundled("test.jsonl"))
+    test = str(bundled("rule_test.jsonl"))
     rows = len(Path(test).read_text(encoding="utf-8").splitlines())
     with show.answer_progress(out, 2 * rows, "   answering") as on_done:
         evaluated = veneer.evaluate(str(tuned), test, on_done=on_done, against=str(sft))

@@ -392,7 +392,8 @@ class TrainingJob:
         before = metrics.restart(self._loop.done)
         self._loop.recall(before)
         if self.objective.documents_per_row == 2:
-            beta = getattr(self.objective, "beta", None) if self.objective.needs_reference else None
+            has_reference = self.objective.needs_reference and self.run.train.reference != "none"
+            beta = getattr(self.objective, "beta", None) if has_reference else None
             watch = PreferenceWatch(beta, len(self.data.validation.rows))
             watch.recall(before)
             listeners = (watch, *listeners)
