@@ -8,11 +8,12 @@ check before it imports any library, and `foreign.py` what other tools call a se
 
 from veneer.config.errors import Interrupted, JobError, UserError
 from veneer.config.load import load_run, run_of
-from veneer.config.objectives import Cpo, Dpo, Kto, Orpo, Simpo
+from veneer.config.objectives import OF_PAIRS, Cpo, Dpo, Kto, Orpo, Simpo
 from veneer.config.run import Adapter, Data, EarlyStopping, Evaluate, Model, Quantization, Run, Train
 from veneer.config.run_folder import RunFolder
 
 __all__ = [
+    "OF_PAIRS",
     "Adapter",
     "Cpo",
     "Data",

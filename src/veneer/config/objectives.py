@@ -10,6 +10,8 @@ from pydantic.fields import FieldInfo
 
 from veneer.config.section import Section
 
+OF_PAIRS = ("dpo", "orpo", "simpo", "cpo")  # objectives whose rows are two documents
+
 
 class Dpo(Section):
     """Settings of dpo (direct preference optimization)"""

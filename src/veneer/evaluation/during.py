@@ -54,7 +54,7 @@ class DuringTraining:
         settings = run.evaluate
         self._renderer = renderer
         of_answers = {LOSS, *Supervised().held_out_metrics(0.0)}
-        self._recorded = set(BETTER) - of_answers | {LOSS} if data.has_pairs else of_answers  # in every record
+        self._recorded = of_answers if data.kind == "single" else set(BETTER) - of_answers | {LOSS}  # in every record
         self._names: list[str] = [name for name in settings.during if name not in self._recorded]
         self._settings = settings.model_copy(update={"metrics": tuple(self._names)})
         longest = int(data.validation.corpus.trained[data.validation.examples].max())

@@ -510,13 +510,15 @@ def _(s: Situation) -> Finding:
 def _(s: Situation) -> Finding:
     if s.data is None or s.data.longer is None or s.data.rows < FEW_PAIRS or ONE_SIDED > s.data.longer > 1 - ONE_SIDED:
         return None
-    if s.run.train.dpo is not None and s.run.train.dpo.loss_type == "ipo":
-        return None  # it compares means a token
+    train = s.run.train
+    section = train.cpo if train.objective == "cpo" else train.dpo
+    if train.objective in ("orpo", "simpo") or (section is not None and section.loss_type == "ipo"):
+        return None  # they compare means a token
     is_longer = s.data.longer >= ONE_SIDED
     share, which = (s.data.longer, "longer") if is_longer else (1 - s.data.longer, "shorter")
     return (
         f"the chosen answer is the {which} one in {share:.0%} of the pairs, so a model can learn the length alone",
-        "add pairs the other way round, or compare means a token (loss_type: ipo in train.dpo)",
+        "add pairs the other way round, or compare means a token (loss_type: ipo of dpo and cpo, or simpo)",
     )
 
 

@@ -115,6 +115,11 @@ class PlannedModel:
         text = config.to_json_string(use_diff=False)
         self._known = _HashableConfig(config, (text, model.attn_implementation, self.shapes.depth, self.shapes.period))
 
+    @property
+    def has_pairs(self) -> bool:
+        """Whether rows are pairs of documents, which are not packed."""
+        return not isinstance(self.data, RowShapes | str) and len(self.data) == 3 and self.data[2] == 2
+
     def engine(self, train: Train, device: str, step: Step) -> tuple[str, str]:
         """Return the engine that trains it on a device, and the reason; the step gives precision and quantization."""
         if step.method == "full":

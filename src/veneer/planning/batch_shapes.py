@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from veneer.config import Run
+from veneer.config import OF_PAIRS, Run
 from veneer.data.batch import pack
 from veneer.engine.fused.graphs import MAX_GRAPHS, PassShape
 from veneer.engine.reference import padded_groups
@@ -66,7 +66,8 @@ def assumed_rows(run: Run, positions: int | None, why: str) -> RowShapes:
     train, length = run.train, run.data.max_length
     if positions is not None and not run.data.packing:
         length = min(length, positions)
-    full = Padded(train.per_device_train_batch_size, length, train.per_device_train_batch_size * (length - 1))
+    documents = train.per_device_train_batch_size * (2 if train.objective in OF_PAIRS else 1)
+    full = Padded(documents, length, documents * (length - 1))
     passes = train.gradient_accumulation_steps
     held_out = Padded(run.evaluate.batch_size, length, run.evaluate.batch_size * (length - 1))
     return RowShapes(

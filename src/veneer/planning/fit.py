@@ -121,7 +121,7 @@ def _packing(run: Run, planner: Planner) -> Iterator[Change]:
     rows = planner.rows(run)
     train = run.train
     a_step = rows.tokens / run.data.max_length  # packs that hold the tokens of a step
-    if run.data.packing or rows.unread is not None or train.per_device_train_batch_size == 1:
+    if run.data.packing or rows.unread is not None or train.per_device_train_batch_size == 1 or planner.base.has_pairs:
         return
     if rows.tokens > 0.5 * train.per_device_train_batch_size * train.gradient_accumulation_steps * rows.fullest.length:
         return

@@ -130,7 +130,7 @@ def predict_run(run: Run, target: TargetDevice, data: PreparedData | str) -> Pre
         tokenizer=facts[1],
         file_type=origin.type if origin is not None and origin.is_quantized else None,
     )
-    pairs = facts[0].rows if facts[0] is not None and facts[0].has_pairs else None
+    pairs = facts[0].rows if facts[0] is not None and base.has_pairs else None
     return Prediction(run, planner, forecast, advise(situation), pairs)
 
 

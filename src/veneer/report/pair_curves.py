@@ -18,7 +18,7 @@ TOLD = {"rewards/margins": "margin", "rewards/accuracies": "accuracy"}
 
 def are_pairs(records: Iterable[dict[str, Any]]) -> bool:
     """Return whether records are of a run on pairs."""
-    return any("logps/chosen" in record for record in records)
+    return any("rewards/accuracies" in record for record in records)
 
 
 def pair_curves(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

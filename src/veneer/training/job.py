@@ -205,6 +205,7 @@ class TrainingJob:
             with_reference=self._with_reference,
             estimate_kl=self._kl or (lambda step: {}),
         )
+        self._has_reference = False
         self.rate_search: RateSearch | None = None
         if train.learning_rate == "auto":
             self._give_reference()
@@ -358,10 +359,10 @@ class TrainingJob:
         else:
             self._require_folder()
             found = None
-            if self._overwrite:
-                self.folder.remove()
+        self._give_reference()  # it may fail, so nothing is removed before
+        if self._overwrite and not self._resume:
+            self.folder.remove()
         self.folder.clear_unfinished()
-        self._give_reference()
         if found is not None:
             self._loop.resume(found)
             notify(f"resuming from {found}", "info", str(found))
@@ -372,8 +373,9 @@ class TrainingJob:
     def _give_reference(self) -> None:
         """Give the examples their reference before a checkpoint is loaded: the model is what training starts from."""
         run, data, batches = self.run, self.data, self._batches
-        if not self.objective.needs_reference:
+        if not self.objective.needs_reference or self._has_reference:
             return
+        self._has_reference = True
         if run.train.reference == "none":
             give_none(data)
         if run.train.reference != "cached":

@@ -96,7 +96,7 @@ def is_shown_above(correlation: float, least: float, rows: int) -> bool:
     """Return whether a rank correlation lies above a bound with 97.5% confidence (Fisher's z; Fieller et al. 1957)."""
     if rows < 4:
         return False
-    bounded = min(correlation, 1 - 1e-9)
+    bounded = max(-1 + 1e-9, min(correlation, 1 - 1e-9))
     return math.atanh(bounded) - 1.96 * math.sqrt(1.06 / (rows - 3)) > math.atanh(least)
 
 

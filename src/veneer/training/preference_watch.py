@@ -72,7 +72,7 @@ class PreferenceWatch:
             f"step {record['step']}: chosen answers lose probability. Their log-probability is {now:.1f} on {whose}, "
             f"{before - now:.1f} below that of {since} ({before:.1f}): where margins grow, rejected answers lose "
             "more\n  fix: lower train.learning_rate, raise beta, or weigh the chosen answers' own likelihood "
-            "(train.dpo.rpo_alpha)"
+            "(rpo_alpha of dpo, cpo_alpha of cpo)"
         )
 
     def _before(self, record: Mapping[str, Any]) -> float | None:
@@ -96,6 +96,6 @@ class PreferenceWatch:
         return (
             f"step {record['step']}: margins on held-out pairs follow the lengths of their answers (rank correlation "
             f"{correlation:.2f} with the tokens that the chosen one is longer by): the model may learn to write long "
-            "answers, and little else\n  fix: compare means a token (loss_type: ipo in train.dpo), or add pairs whose "
-            "chosen answer is the shorter one"
+            "answers, and little else\n  fix: compare means a token (dpo or cpo with loss_type: ipo, or simpo), or add "
+            "pairs whose chosen answer is the shorter one"
         )

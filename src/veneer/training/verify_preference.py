@@ -195,7 +195,9 @@ def _answer_ends(parts: RunParts, engine: Engine, objective: Objective, batch: B
     if coefficients_N is not None:
         document_N = tokens.to_tokens(torch.arange(len(batch.lengths), device=tokens.index_N.device))
         is_last_N = torch.diff(document_N, append=document_N.new_tensor([-1])) != 0
-        without += int((coefficients_N[is_last_N] == 0).sum())
+        # A document may count as a whole for nothing: the margin of hinge that is large enough.
+        counts_N = tokens.to_tokens(tokens.sum_documents(coefficients_N.abs())) > 0
+        without += int((counts_N & is_last_N & (coefficients_N == 0)).sum())
     return Check.at_most("answer-ends", float(without), 0, "answers whose end token does not count")
 
 

@@ -132,7 +132,7 @@ class Inputs(NamedTuple):
             documents = documents.padded(size.documents, size.longest)
         factor_N = (weights_N if by_weight else torch.ones_like(weights_N)) * batch.scale
         tensors = [to_device(t, device) for t in (ids_T, index_N, targets_N, weights_N, factor_N)]
-        values = {name: to_device(value_N, device) for name, value_N in values.items()}
+        values = {name: to_device(value_N, device) for name, value_N in sorted(values.items())}
         return Inputs._make([*tensors, values, documents, size])
 
     @property
@@ -207,7 +207,7 @@ class Graphs:
 
     def run(self, inputs: Inputs, objective: Objective, kind: Hashable = None) -> StepOutput:
         """Run a pass, replayed where it was recorded; passes of different `kind` launch different kernels."""
-        key = inputs.size, objective, kind
+        key = inputs.size, objective, kind, tuple(inputs.values)
         self._seen[key] += 1
         if key not in self._recorded:
             launches = self._seen[key] < 2 or self._is_full or len(self._recorded) == MAX_GRAPHS

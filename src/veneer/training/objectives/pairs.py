@@ -35,7 +35,7 @@ class Answers(NamedTuple):
     @property
     def shares(self) -> torch.Tensor:
         """One by the tokens of each, (D,), which makes a mean of a sum."""
-        return 1 / self.weight_D.clamp_min(1)
+        return 1 / torch.where(self.weight_D > 0, self.weight_D, 1.0)
 
 
 class Compared(NamedTuple):
