@@ -141,7 +141,7 @@ def test_the_gates_gradient_is_autograds() -> None:
 @pytest.mark.parametrize(("dropout", "skipped"), [(0.0, 0), (0.3, 0), (0.3, 64)])
 def test_low_rank_products(monkeypatch: pytest.MonkeyPatch, dropout: float, skipped: int) -> None:
     T, D, rank, N = 70, 150, 5, 21
-    members = (Member(0, 9, 0), Member(9, 13, -1), Member(13, 21, 1))
+    members = (Member(0, 9, 0, rank, 2.0), Member(9, 13), Member(13, 21, rank, rank, 0.5))
 
     def compute() -> Any:
         mask = Dropout(dropout, torch.tensor([1234567]), 16, skipped) if dropout else None
@@ -152,7 +152,7 @@ def test_low_rank_products(monkeypatch: pytest.MonkeyPatch, dropout: float, skip
         da = low_rank.outer(xa, x, rank, mask, norm)
         grad_a, grad_b = torch.randn(2 * rank, D), torch.randn(17 * rank)
         low_rank.add_a(da, grad_a)
-        low_rank.add_b(low_rank.outer(xa, torch.randn(T, N), rank), grad_b, members, rank, 2.0)
+        low_rank.add_b(low_rank.outer(xa, torch.randn(T, N), rank), grad_b, members)
         if mask is not None:
             low_rank.add_projected(dx, xa, a, rank, mask)
         return xa, copy, grad_a, grad_b, dx

@@ -304,13 +304,10 @@ def test_a_model_that_is_not_covered_is_named() -> None:
         FusedEngine(model_of("opt"))
 
 
-@pytest.mark.parametrize("pattern", [{"rank_pattern": {"v_proj": 8}}, {"alpha_pattern": {"v_proj": 3}}])
-def test_adapters_of_several_kinds_on_one_input_are_not_covered(pattern: dict[str, Any]) -> None:
-    import peft
-
-    base = model_of("llama").unload()
-    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **pattern))
-    with pytest.raises(NotCoveredError, match=r"layers\.0\.self_attn\.q_proj, .*: adapters of several ranks"):
+def test_adapters_of_several_dropouts_on_one_input_are_not_covered() -> None:
+    model = model_of("llama", lora_dropout=0.3)
+    model.get_base_model().model.layers[0].self_attn.v_proj.lora_dropout["default"].p = 0.1
+    with pytest.raises(NotCoveredError, match=r"layers\.0\.self_attn\.q_proj, .*: adapters of several dropouts"):
         FusedEngine(model)
 
 

@@ -157,12 +157,21 @@ class Member(NamedTuple):
 
     Attributes:
         start, end: columns among the group's outputs.
-        slot: index of its block of stacked ranks; -1: it has no adapter.
+        first: first of its stacked ranks.
+        rank: number of them; 0: it has no adapter.
+        scale: factor of the adapter's output, as lora_alpha / r.
     """
 
     start: int
     end: int
-    slot: int
+    first: int = 0
+    rank: int = 0
+    scale: float = 1.0
+
+    @property
+    def ranks(self) -> slice:
+        """Its stacked ranks."""
+        return slice(self.first, self.first + self.rank)
 
 
 def add_a(parts_PRD: torch.Tensor, grad_RD: torch.Tensor) -> None:
@@ -176,34 +185,33 @@ def add_a(parts_PRD: torch.Tensor, grad_RD: torch.Tensor) -> None:
     )
 
 
-def add_b(parts_PRN: torch.Tensor, grad: torch.Tensor, members: tuple[Member, ...], rank: int, scale: float) -> None:
+def add_b(parts_PRN: torch.Tensor, grad: torch.Tensor, members: tuple[Member, ...]) -> None:
     """Add scale * each adapted layer's own block of the parts, transposed, to grad.
 
     Args:
         parts_PRN: result of `outer` over the group's outputs.
         grad: B gradients of the adapted layers, (outputs, rank) each, one after the other, float32.
-        scale: lora_alpha / r.
+        members: the group's layers.
     """
     if not runs_triton(parts_PRN):
-        total_RN = parts_PRN.sum(0) * scale
+        total_RN = parts_PRN.sum(0)
         at = 0
-        for start, end, slot in members:
-            if slot >= 0:
-                size = (end - start) * rank
-                grad[at : at + size] += total_RN[slot * rank : (slot + 1) * rank, start:end].T.reshape(-1)
-                at += size
+        for member in members:
+            size = (member.end - member.start) * member.rank
+            own_RN = total_RN[member.ranks, member.start : member.end] * member.scale
+            grad[at : at + size] += own_RN.T.reshape(-1)
+            at += size
         return
-    padded = (*members, *(Member(1 << 30, 1 << 30, -1),) * (3 - len(members)))
-    skipped, before = [], 0
-    for start, end, slot in padded:
-        skipped.append(before)
-        before += 0 if slot >= 0 else end - start
+    first, second, third = [*members, *[Member(1 << 30, 1 << 30)] * (3 - len(members))]
     P, R, N = parts_PRN.shape
+    at_1 = (first.end - first.start) * first.rank
+    at_2 = at_1 + (second.end - second.start) * second.rank
     launch(_add_b, (triton.cdiv(N, 64),), (grad,))(
-        parts_PRN, grad, P, R, N, scale, RANK=rank, BLOCK_R=power_of_2(rank), BLOCK_N=64,
-        START1=padded[1].start, START2=padded[2].start,
-        SLOT0=padded[0].slot, SLOT1=padded[1].slot, SLOT2=padded[2].slot,
-        SKIP0=skipped[0], SKIP1=skipped[1], SKIP2=skipped[2],
+        parts_PRN, grad, P, R, N, first.scale, second.scale, third.scale, at_1, at_2,
+        BLOCK_R=power_of_2(max(member.rank for member in members)), BLOCK_N=64,
+        START1=second.start, START2=third.start,
+        FIRST0=first.first, FIRST1=second.first, FIRST2=third.first,
+        RANK0=first.rank, RANK1=second.rank, RANK2=third.rank,
     )  # fmt: skip
 
 
@@ -362,18 +370,22 @@ def _add_a(parts, grad, size, part_stride, P, BLOCK: tl.constexpr):
 
 @triton.jit
 def _add_b(
-    parts, grad, P, R, N, scale, RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-    START1: tl.constexpr, START2: tl.constexpr, SLOT0: tl.constexpr, SLOT1: tl.constexpr, SLOT2: tl.constexpr,
-    SKIP0: tl.constexpr, SKIP1: tl.constexpr, SKIP2: tl.constexpr,
+    parts, grad, P, R, N, scale0, scale1, scale2, at1, at2, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    START1: tl.constexpr, START2: tl.constexpr, FIRST0: tl.constexpr, FIRST1: tl.constexpr, FIRST2: tl.constexpr,
+    RANK0: tl.constexpr, RANK1: tl.constexpr, RANK2: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     r = tl.arange(0, BLOCK_R)
-    slot = tl.where(n >= START2, SLOT2, tl.where(n >= START1, SLOT1, SLOT0))
-    skip = tl.where(n >= START2, SKIP2, tl.where(n >= START1, SKIP1, SKIP0))
-    inside = ((n < N) & (slot >= 0))[:, None] & (r < RANK)[None, :]
-    index = (slot[:, None] * RANK + r[None, :]).to(tl.int64) * N + n[:, None]
+    is_2, is_1 = n >= START2, n >= START1
+    first = tl.where(is_2, FIRST2, tl.where(is_1, FIRST1, FIRST0))
+    rank = tl.where(is_2, RANK2, tl.where(is_1, RANK1, RANK0))
+    scale = tl.where(is_2, scale2, tl.where(is_1, scale1, scale0))
+    row = n - tl.where(is_2, START2, tl.where(is_1, START1, 0))
+    before = tl.where(is_2, at2, tl.where(is_1, at1, 0))
+    inside = (n < N)[:, None] & (r[None, :] < rank[:, None])
+    index = (first[:, None] + r[None, :]).to(tl.int64) * N + n[:, None]
     total = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
     for part in range(P):
         total += tl.load(parts + part * R * N + index, mask=inside, other=0.0)
-    at = grad + (n - skip)[:, None] * RANK + r[None, :]
-    tl.store(at, tl.load(at, mask=inside, other=0.0) + total * scale, mask=inside)
+    at = grad + before[:, None] + row[:, None] * rank[:, None] + r[None, :]
+    tl.store(at, tl.load(at, mask=inside, other=0.0) + total * scale[:, None], mask=inside)

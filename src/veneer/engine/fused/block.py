@@ -339,7 +339,7 @@ class Block:
             v_both.append(v)
         if parts is not None:
             add_a(parts.a_PrF, down.grad_a)
-            add_b(parts.b_PRF, both.grad_b, both.members, both.rank, both.scale)
+            add_b(parts.b_PRF, both.grad_b, both.members)
         saved.gate_up = None
         v = _joined(v_both)
         del dh_TE, buffer_TE, gate_up_TE, y_TE, parts, v_both
@@ -352,9 +352,8 @@ class Block:
     def _gate_parts(self, tokens: int, like: torch.Tensor) -> AdapterGradientParts | None:
         """Allocate the gradients that the gate's backward computes; None where not every linear has its adapter."""
         down, both = self.down, self.gate_up
-        if not down.used or min(member.slot for member in both.members) < 0:
-            return None
-        if both.dropout_p or down.dropout_p or down.rank != both.rank or both.rank > MAX_RANK:
+        ranks = {member.rank for member in (*both.members, *down.members)}
+        if ranks != {down.rank} or not 0 < down.rank <= MAX_RANK or both.dropout_p or down.dropout_p:
             return None
         return AdapterGradientParts.empty(_longest(tokens), down.inputs, down.rank, both.used, like)
 
@@ -366,7 +365,7 @@ class Block:
         both, down = self.gate_up, self.down
         dh_TF, activation = dh_TE[:, : down.inputs], self.decoder.activation
         if parts is not None:
-            slots = both.members[0].slot, both.members[-1].slot
+            slots = both.members[0].first // both.rank, both.members[-1].first // both.rank
             gated_mlp_backward_adapters(gate_up_TE, dh_TF, activation, u_both, v_down, slots, parts, start == 0)
             return
         gated_mlp_backward(gate_up_TE, dh_TF, activation)

@@ -160,8 +160,8 @@ def _group(linears: Iterable[Linear]) -> tuple[Linear, ...]:
     names = ", ".join(linear.name for linear in found)
     if len({getattr(linear.module.weight, "quant_state", None) is None for linear in found}) > 1:
         raise NotCoveredError(f"{names}: some in 4 bits and some not")
-    if len({(len(linear.a), linear.scale, linear.dropout) for linear in found if linear.a is not None}) > 1:
-        raise NotCoveredError(f"{names}: adapters of several ranks, scales or dropouts")
+    if len({linear.dropout for linear in found if linear.a is not None}) > 1:
+        raise NotCoveredError(f"{names}: adapters of several dropouts")
     return found
 
 

@@ -333,9 +333,10 @@ class FusedEngine:
         self.master = torch.nn.Parameter(flat)
         at = 0
         for group in groups:
-            size_a = group.used * group.inputs
-            size_b = sum((end - start) * group.rank for start, end, slot in group.members if slot >= 0)
-            group.grad_a = self._flat_grad[at : at + size_a].view(group.used, group.inputs)
+            ranks = sum(member.rank for member in group.members)
+            size_a = ranks * group.inputs
+            size_b = sum((member.end - member.start) * member.rank for member in group.members)
+            group.grad_a = self._flat_grad[at : at + size_a].view(ranks, group.inputs)
             group.grad_b = self._flat_grad[at + size_a : at + size_a + size_b]
             at += size_a + size_b
 

@@ -86,23 +86,23 @@ class Group:
         first = linears[0].module
         self.inputs = int(first.in_features)
         self.outputs = sum(int(linear.module.out_features) for linear in linears)
-        self.rank = len(adapted[0].a) if adapted else 0
-        self.scale = adapted[0].scale if adapted else 1.0
+        self.rank = max((len(linear.a) for linear in adapted), default=0)
         self.dropout_p = adapted[0].dropout if adapted else 0.0
         self.key = key
-        self.used = self.rank * len(adapted)
+        members, at, ranks = [], 0, 0
+        for linear in linears:
+            size, rank = linear.module.out_features, 0 if linear.a is None else len(linear.a)
+            members.append(Member(at, at + size, ranks, rank, linear.scale))
+            # Each adapter's dropout has a mask for as many ranks, so that a lower rank is padded there.
+            at, ranks = at + size, ranks + (self.rank if rank and self.dropout_p else rank)
+        self.members = tuple(members)
+        self.used = ranks
         self.stacked = -(-self.used // 16) * 16
         # Rows are aligned to 128 bytes: a product of unaligned rows is 3% slower on an H100.
         unit = 16 if device.type == "cpu" else 64
         self.padding = -(-self.stacked // unit) * unit
         self._after = norm_follows and 0 < self.used <= MAX_ADDED
         self._after_back = norm_precedes and 0 < self.used <= MAX_ADDED
-        members, at, slot = [], 0, 0
-        for linear in linears:
-            size = linear.module.out_features
-            members.append(Member(at, at + size, slot if linear.a is not None else -1))
-            at, slot = at + size, slot + (linear.a is not None)
-        self.members = tuple(members)
         self.is_quantized = getattr(first.weight, "quant_state", None) is not None
         self.packed: list[nf4.PackedNF4] = []
         self.table: Any = None
@@ -196,13 +196,13 @@ class Group:
     def casts(self) -> list[Cast]:
         """Return the casts that copy each adapter matrix into the group's matrices, in the compute dtype."""
         pairs = []
-        for linear, (start, end, slot) in zip(self.linears, self.members):
-            if slot >= 0:
-                ranks = slice(slot * self.rank, (slot + 1) * self.rank)
+        for linear, member in zip(self.linears, self.members):
+            if member.rank:
+                ranks, columns = member.ranks, slice(member.start, member.end)
                 pairs.append(Cast(self.a_RD[ranks], linear.a.data, 1.0))
-                pairs.append(Cast(self.b_NR[start:end, ranks], linear.b.data, self.scale))
+                pairs.append(Cast(self.b_NR[columns, ranks], linear.b.data, member.scale))
                 if self._after:
-                    pairs.append(Cast(self._b_RN[ranks, start:end].T, linear.b.data, self.scale))
+                    pairs.append(Cast(self._b_RN[ranks, columns].T, linear.b.data, member.scale))
         return pairs
 
     def matrix(self, scratch: torch.Tensor) -> torch.Tensor:
@@ -324,11 +324,20 @@ class Group:
         self, v_TR: torch.Tensor, x_TD: torch.Tensor, seed: torch.Tensor | None, norm: Any = None, skipped: int = 0
     ) -> None:
         """Accumulate A's gradients, v^T x."""
-        if self.used:
-            low_rank.add_a(low_rank.outer(v_TR, x_TD, self.rank, self._dropout(seed, skipped), norm), self.grad_a)
+        if not self.used:
+            return
+        parts = low_rank.outer(v_TR, x_TD, self.rank, self._dropout(seed, skipped), norm)
+        if self.used == len(self.grad_a):
+            low_rank.add_a(parts, self.grad_a)
+            return
+        at = 0
+        for member in self.members:  # the ranks between theirs are padding
+            if member.rank:
+                low_rank.add_a(parts[:, member.ranks], self.grad_a[at : at + member.rank])
+                at += member.rank
 
     def add_b(self, u_TR: torch.Tensor, dy_TN: torch.Tensor) -> None:
         """Accumulate B's gradients, s dy^T u."""
         if self.used:
             parts = low_rank.outer(u_TR, dy_TN, self.used)
-            low_rank.add_b(parts, self.grad_b, self.members, self.rank, self.scale)
+            low_rank.add_b(parts, self.grad_b, self.members)
