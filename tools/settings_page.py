@@ -80,7 +80,8 @@ def _kind(annotation: Any) -> str:
         )
         return f"{_kind(base)} ({limits})" if base in (int, float) else _kind(base)
     if origin is tuple:
-        return "list of names"
+        kind = _kind(get_args(annotation)[0])
+        return "list of names" if kind == "text" else f"list of {kind.replace('number', 'numbers', 1)}"
     if origin is dict:
         return "pairs"
     if isinstance(annotation, type) and issubclass(annotation, Section):

@@ -16,8 +16,8 @@ ASKED = {
     "init_lora_weights", "neftune_noise_alpha", "deepspeed", "fsdp", "report_to", "group_by_length",
     "dataset_text_field", "sample_packing", "flash_attention", "datasets", "sequence_len", "micro_batch_size",
     "ddp_timeout", "ddp_find_unused_parameters", "warmup_steps", "evaluation_strategy",
-    "per_device_eval_batch_size", "push_to_hub", "trust_remote_code", "use_dora", "layers_to_transform",
-    "rank_pattern", "bias", "task_type", "gradient_checkpointing_kwargs", "load_in_4bit", "torch_dtype",
+    "per_device_eval_batch_size", "push_to_hub", "trust_remote_code", "use_dora", "layers_pattern",
+    "bias", "task_type", "gradient_checkpointing_kwargs", "load_in_4bit", "torch_dtype",
     "max_seq_length", "cutoff_len", "val_set_size", "template", "lora_target", "use_unsloth", "random_state",
 }  # fmt: skip
 

@@ -18,6 +18,14 @@ from veneer.config.section import Section
 from veneer.config.sizes import parse_size
 
 
+def _compiled(pattern: str) -> None:
+    """Refuse what is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"`{pattern}` is no regular expression: {error}") from None
+
+
 class Model(Section):
     """The base model."""
 
@@ -62,12 +70,55 @@ class Adapter(Section):
     r: int = Field(16, ge=1, le=4096, description="Rank.")
     lora_alpha: float = Field(32, gt=0, description="The update is scaled by lora_alpha / r.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
-    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+    target_modules: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         "all-linear",
-        description="all-linear, or the names of the modules to adapt.",
-        json_schema_extra={"fix": "write `all-linear` or a list such as [q_proj, v_proj]"},
+        description="Modules to adapt: all-linear; attention or mlp, the linear layers of either part of a decoder "
+        "layer; a list of these and of names; or a regular expression of their whole paths.",
+        json_schema_extra={
+            "fix": "write `all-linear` or a list such as [q_proj, v_proj]; `attention`, `mlp`; or a regular expression "
+            "of whole paths, such as '.*\\.(q|v)_proj'"
+        },
+    )
+    exclude_modules: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        None,
+        description="Modules among those to leave out, written likewise.",
+        json_schema_extra={"fix": "write a list such as [k_proj], or a regular expression of whole paths"},
+    )
+    layers_to_transform: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = Field(
+        None,
+        description="Numbers of the decoder layers to adapt, from 0; null: all.",
+        json_schema_extra={"fix": "write a list of numbers from 0, such as [0, 1, 2]"},
+    )
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=4096)]] = Field(
+        {},
+        description="Ranks of modules that differ from r, by the end of a path or a regular expression of it, as "
+        "{down_proj: 32}; the first that matches counts.",
+        json_schema_extra={"fix": "write pairs such as {down_proj: 32}, with ranks from 1 to 4096"},
+    )
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {},
+        description="Likewise lora_alpha of modules; each is scaled by its own lora_alpha and rank.",
+        json_schema_extra={"fix": "write pairs such as {down_proj: 64}, with numbers above 0"},
     )
     use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732).")
+
+    @field_validator("target_modules", "exclude_modules")
+    @classmethod
+    def _modules(cls, value: Any) -> Any:
+        """Refuse a string that is no regular expression of whole paths; PEFT would match nothing, or fail."""
+        if not isinstance(value, str) or value in ("all-linear", "attention", "mlp"):
+            return value
+        if re.fullmatch(r"\w*", value):
+            raise ValueError("is a name; names go in a list")
+        _compiled(value)
+        return value
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _patterns(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for pattern in value:
+            _compiled(pattern)
+        return value
 
 
 ColumnName = Literal[
@@ -360,11 +411,7 @@ class Evaluate(Section):
     @field_validator("extract")
     @classmethod
     def _pattern(cls, value: str | None) -> str | None:
-        """Refuse what is no regular expression."""
-        try:
-            re.compile(value or "")
-        except re.error as error:
-            raise ValueError(f"is no regular expression: {error}") from None
+        _compiled(value or "")
         return value
 
 

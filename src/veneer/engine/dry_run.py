@@ -26,7 +26,8 @@ from veneer.kernels.linear_cross_entropy import LISTENERS
 from veneer.model.adapters.lora import LORA
 from veneer.model.adapters.method import AdapterMethod
 from veneer.model.quiet import quiet
-from veneer.model.shapes import decoder_layers
+from veneer.model.shapes import Shapes, decoder_layers
+from veneer.model.target_modules import rank_of
 
 QUANT_BLOCK = 64  # weights that share a constant in bitsandbytes' 4-bit formats
 CONSTANT_BLOCK = 256  # constants that share one of their own under double quantization
@@ -44,6 +45,7 @@ class Step:
         targets: paths of the modules the adapter is on.
         quantized: paths of the modules whose weights are in 4 bits.
         adapter, r, dropout: method of the adapter, its rank and its dropout.
+        rank_pattern: ranks of modules that differ, by pattern; the first that matches counts.
         double_quant: whether the constants of 4-bit blocks are quantized too.
         checkpointing: whether the reference engine recomputes activations.
         engine: reference or fused.
@@ -76,6 +78,15 @@ class Step:
     accumulating: bool = False
     training: bool = True
     copies: bool = False
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+
+    def rank_of(self, path: str) -> int:
+        """Return the rank of a module's adapter."""
+        return rank_of(path, self.r, self.rank_pattern)
+
+    def adapter_sizes(self, shapes: Shapes) -> list[int]:
+        """Return the sizes of the adapter's parameters."""
+        return self.adapter.sizes(shapes, self.targets, self.r, self.rank_pattern)
 
 
 @dataclass(frozen=True)
@@ -271,7 +282,7 @@ def adapt(base: Any, step: Step) -> None:
             inputs, outputs = module.weight.shape if is_turned else module.weight.shape[::-1]
             layer = _Linear4bit(module.bias, (outputs, inputs), step) if path in step.quantized else module
             if path in step.targets:
-                layer = step.adapter.stand_in(layer, inputs, outputs, step.r, step.dropout)
+                layer = step.adapter.stand_in(layer, inputs, outputs, step.rank_of(path), step.dropout)
             parent, _, name = path.rpartition(".")
             setattr(base.get_submodule(parent), name, layer)
 

@@ -66,19 +66,23 @@ def _notify_left_out(model: Any, adapter: Adapter) -> None:
 
 
 def _targets(base: Any, adapter: Adapter) -> str | list[str]:
-    """Return the target modules for PEFT: those of the settings, or full paths where PEFT would match more modules.
+    """Return the target modules for PEFT: those of the settings, or full paths where PEFT would match other modules.
 
-    Such modules are a vision tower, and layers that are linear by their class alone.
+    Such modules are a vision tower, layers that are linear by their class alone, and those of exclusions and sets.
     """
     named = adapter.target_modules
-    meant = shapes_of(base).targets(named)
+    meant = shapes_of(base).targets(adapter)
+    if adapter.exclude_modules or adapter.layers_to_transform:
+        return sorted(meant)
     if named == "all-linear":
         head = base.get_output_embeddings()
         linear = {path for path, m in base.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
         return sorted(meant) if linear - meant else named
+    if isinstance(named, str):
+        return sorted(meant)
     ends = tuple(f".{name}" for name in named)
     matched = {path for path, _ in base.named_modules() if path in named or path.endswith(ends)}
-    return sorted(meant) if matched - meant else list(named)
+    return list(named) if matched == meant else sorted(meant)
 
 
 def load_adapter(base: Any, folder: Path) -> Any:

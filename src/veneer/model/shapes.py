@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from veneer.config import Model, UserError
+from veneer.config import Adapter, Model, UserError
 from veneer.config.cache import cache_folder
 from veneer.config.files import read_json, reading
 from veneer.config.hub import not_here, unreachable
@@ -23,6 +23,7 @@ from veneer.model.gguf import config_of
 from veneer.model.known import known_shape
 from veneer.model.quiet import quiet
 from veneer.model.remote import read_config, refusal, require_own_class
+from veneer.model.target_modules import find_targets, require_matches
 from veneer.model.trainable import FIX
 
 
@@ -73,32 +74,24 @@ class Shapes:
         """Return paths of the layers that bitsandbytes quantizes: all linear ones but the head."""
         return frozenset(path for path in self.linears if path != self.head)
 
-    def targets(self, target_modules: str | tuple[str, ...]) -> frozenset[str]:
-        """Return paths of an adapter's modules, matched as in PEFT: by a name, or the end of a path.
+    def targets(self, adapter: Adapter | str | tuple[str, ...]) -> frozenset[str]:
+        """Return paths of the modules that an adapter is on.
+
+        Args:
+            adapter: section `adapter` of a run, or its `target_modules` alone.
 
         Raises:
-            UserError: an entry matches nothing.
+            UserError: a pattern of it matches nothing.
         """
-        if target_modules == "all-linear":
-            return self.quantizable() - self.beside
-        found: set[str] = set()
-        for target in target_modules:
-            matched = {p for p in (*self.linears, *self.embeddings) if p == target or p.endswith(f".{target}")}
-            matched -= self.beside
-            if not matched:
-                near = difflib.get_close_matches(target, self.linear_names, n=3, cutoff=0.4) or self.linear_names
-                raise UserError(
-                    f"adapter.target_modules: `{target}` matches no module of this model; nearest: {', '.join(near)}",
-                    f"choose from {', '.join(self.linear_names)}, or write all-linear",
-                )
-            found |= matched
-        return frozenset(found)
-
-    @property
-    def linear_names(self) -> list[str]:
-        """The last parts of the paths of all linear layers that text passes, in order, without the head."""
-        adapted = (path for path in self.linears if path != self.head and path not in self.beside)
-        return list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in adapted))
+        adapter = adapter if isinstance(adapter, Adapter) else Adapter(target_modules=adapter)
+        paths = [path for path in (*self.linears, *self.embeddings) if path not in self.beside]
+        linear = [path for path in paths if path in self.linears and path != self.head]
+        found = find_targets(
+            paths, linear, adapter.target_modules, adapter.exclude_modules, adapter.layers_to_transform
+        )
+        require_matches("rank_pattern", adapter.rank_pattern, found)
+        require_matches("alpha_pattern", adapter.alpha_pattern, found)
+        return found
 
 
 def find_config(model: Model) -> Any:

@@ -48,7 +48,7 @@ def find_start(run: Run, source: BaseSource, template: str | None) -> Path | Non
     config = read_json(found.path / "adapter_config.json", "r", "lora_alpha", fix=FIX)
     settings = {"r": adapter.r, "lora_alpha": adapter.lora_alpha, "use_rslora": adapter.use_rslora}
     theirs = {name: config.get(name, False) for name in settings}
-    others = [name for name in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(name)]
+    others = [name for name in ("use_dora", "modules_to_save") if config.get(name)]
     if others:
         raise UserError(f"model.adapter = {name}: has {', '.join(others)}, which is not trained here")
     if theirs != settings:
@@ -61,6 +61,13 @@ def find_start(run: Run, source: BaseSource, template: str | None) -> Path | Non
             f"model.adapter = {name}: it was trained with {{{written}}}, and the run has {differ}",
             f"set `adapter: {{{written}}}`",
         )
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        before, now = config.get(pattern) or {}, getattr(adapter, pattern)
+        if before != now:
+            raise UserError(
+                f"model.adapter = {name}: it was trained with {pattern} = {before}, and the run has {now}",
+                f"set adapter.{pattern} to that",
+            )
     _warn_of_changes(found.path, passport, run, template)
     return found.path
 

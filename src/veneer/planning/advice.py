@@ -22,6 +22,7 @@ from veneer.engine.fused.attention import SHORT
 from veneer.model.adapters import find_method
 from veneer.model.adapters.method import AdapterMethod
 from veneer.model.shapes import Shapes
+from veneer.model.target_modules import rank_of
 from veneer.planning.forecast import Forecast
 from veneer.planning.memory import frozen_bytes
 
@@ -201,9 +202,10 @@ def _(s: Situation) -> Finding:
 
 @_warning("rank-for-layer", "adapter.r", "arithmetic")
 def _(s: Situation) -> Finding:
-    r = s.run.adapter.r
-    sides = [s.shapes.linears[path] for path in s.shapes.targets(s.run.adapter.target_modules) & set(s.shapes.linears)]
-    small = [side for side in sides if r * sum(side) >= side[0] * side[1]]
+    r, ranks = s.run.adapter.r, tuple(s.run.adapter.rank_pattern.items())
+    paths = s.shapes.targets(s.run.adapter) & set(s.shapes.linears)
+    sides = [(rank_of(path, r, ranks), *s.shapes.linears[path]) for path in paths]
+    small = [(a, b) for rank, a, b in sides if rank * (a + b) >= a * b]
     if not small:
         return None
     lower = max(1, min(16, min(a * b // (a + b) for a, b in small) // 2))
@@ -218,7 +220,7 @@ def _(s: Situation) -> Finding:
     def weights(paths: Any) -> int:
         return sum(s.shapes.linears[p][0] * s.shapes.linears[p][1] for p in paths if p in s.shapes.linears)
 
-    share = weights(s.shapes.targets(s.run.adapter.target_modules)) / max(1, weights(s.shapes.quantizable()))
+    share = weights(s.shapes.targets(s.run.adapter)) / max(1, weights(s.shapes.quantizable()))
     if share >= 0.5:
         return None
     return (
@@ -231,7 +233,7 @@ def _(s: Situation) -> Finding:
 @_warning("tied-embedding", "adapter.target_modules", "huggingface/peft issue 2777")
 def _(s: Situation) -> Finding:
     head_is_stored = s.shapes.head is None or f"{s.shapes.head}.weight" in s.shapes.weights
-    adapted = sorted(s.shapes.targets(s.run.adapter.target_modules) & {*s.shapes.embeddings, s.shapes.head})
+    adapted = sorted(s.shapes.targets(s.run.adapter) & {*s.shapes.embeddings, s.shapes.head})
     if head_is_stored or not adapted:
         return None
     return (

@@ -41,10 +41,10 @@ class _HashableConfig:
         _, _, depth, period = self.content
         if period is None:
             return None
-        on: list[set[str]] = [set() for _ in range(depth)]
+        on: list[set[tuple[str, int]]] = [set() for _ in range(depth)]
         for path in step.targets:
             if (found := re.search(r"\.(\d+)\.", path)) and int(found[1]) < depth:
-                on[int(found[1])].add(path[found.end() :])
+                on[int(found[1])].add((path[found.end() :], step.rank_of(path)))
         for times in range(1, depth // (4 * period) + 1):
             if all(on[n] == on[n % (times * period)] for n in range(depth)):
                 return times * period

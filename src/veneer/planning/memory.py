@@ -74,7 +74,7 @@ def persistent(shapes: Shapes, step: Step, optim: str, train: DryRun, device: st
         states = sum(rounded(4 * n) for n in sizes) if itemsize < 4 else 0
         gradients = sum(rounded(itemsize * n) for n in sizes)
     else:
-        sizes = step.adapter.sizes(shapes, step.targets, step.r)
+        sizes = step.adapter_sizes(shapes)
         states, gradients = 0, adapter_bytes(sizes)
     states += optimizer_bytes(sizes, optim)
     optimizer = Counter({"optimizer": states})
@@ -85,7 +85,7 @@ def persistent(shapes: Shapes, step: Step, optim: str, train: DryRun, device: st
 
 def loaded(shapes: Shapes, step: Step, device: str) -> Counter[str]:
     """Return the bytes of a base with its adapter, ready to answer."""
-    adapter = 0 if step.method == "full" else adapter_bytes(step.adapter.sizes(shapes, step.targets, step.r))
+    adapter = 0 if step.method == "full" else adapter_bytes(step.adapter_sizes(shapes))
     return Counter(_frozen(shapes, step)) + Counter({"adapter": adapter, "libraries": LIBRARIES[device]})
 
 

@@ -72,7 +72,10 @@ def least_memory(run: Run, base: str | None = None) -> Run:
     values["evaluate"] |= {"batch_size": 1}
     if base is not None:
         values["model"] |= {"base": base, "revision": None}
-        values["adapter"] |= {"target_modules": "all-linear"}
+        values["adapter"] |= {
+            "target_modules": "all-linear", "exclude_modules": None, "layers_to_transform": None,
+            "rank_pattern": {}, "alpha_pattern": {},
+        }  # fmt: skip
     return Run.model_validate(values)
 
 

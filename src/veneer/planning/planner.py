@@ -73,7 +73,7 @@ class Planner:
             at_a_time["evaluation"], rows, held_out, one_row["evaluation"] = self._held_out(run, step, dry, held, rows)
             found["evaluation"] = held_out_peak(held, dry, held_out[1])
             at_a_time["generation"], found["generation"] = self.generation(run, answered, method)
-        sizes = step.adapter.sizes(shapes, step.targets, step.r)
+        sizes = step.adapter_sizes(shapes)
         trainable = shapes.total if method == "full" else sum(sizes)
         paged = adapter_bytes(sizes) * 2 if optim.startswith("paged") else 0
         smallest = {name: peak for name, peak in found.items() if name not in at_a_time} | one_row
@@ -253,10 +253,11 @@ def step_of(
         trained=batch.trained,
         dtype=dtype,
         method=method,
-        targets=frozenset() if method == "full" else shapes.targets(run.adapter.target_modules),
+        targets=frozenset() if method == "full" else shapes.targets(run.adapter),
         quantized=quantized,
         adapter=find_method(run.adapter),
         r=run.adapter.r,
+        rank_pattern=tuple(run.adapter.rank_pattern.items()),
         dropout=run.adapter.lora_dropout,
         double_quant=run.quantization.double_quant if run.quantization else True,
         checkpointing=run.train.gradient_checkpointing is not False,
@@ -276,6 +277,7 @@ def step_for_held_out(step: Step, batch: Padded) -> Step:
         batch.rows, batch.length, batch.trained, step.dtype, step.method, step.targets, step.quantized,
         step.adapter, step.r, double_quant=step.double_quant, engine=step.engine, even=step.even,
         capability=step.capability, training=False, copies=step.copies,
+        rank_pattern=step.rank_pattern,
     )  # fmt: skip
 
 

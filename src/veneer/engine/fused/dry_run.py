@@ -225,7 +225,8 @@ class _Adapted(torch.nn.Module):
             layer = _quantized(module, step) if path in step.quantized else module
             self.replaced.append(layer)
             if path in step.targets:
-                layer = step.adapter.stand_in(layer, module.in_features, module.out_features, step.r, step.dropout)
+                sides = module.in_features, module.out_features
+                layer = step.adapter.stand_in(layer, *sides, step.rank_of(path), step.dropout)
             parent, _, name = path.rpartition(".")
             setattr(base.get_submodule(parent), name, layer)
 

@@ -42,6 +42,8 @@ def lora_config(adapter: Adapter, targets: str | list[str]) -> Any:
         lora_alpha=adapter.lora_alpha,
         lora_dropout=adapter.lora_dropout,
         target_modules=targets,
+        rank_pattern=dict(adapter.rank_pattern),
+        alpha_pattern=dict(adapter.alpha_pattern),
     )
 
 

@@ -5,13 +5,14 @@ PEFT owns the modules and the file, and merges every kind it has. Each method ha
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from veneer.config import Adapter
 from veneer.model.shapes import Shapes
+from veneer.model.target_modules import rank_of
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,13 @@ class AdapterMethod:
         """Return whether a parameter of it has a gradient at the first step."""
         return self.zeros is None or self.zeros.search(name) is not None
 
-    def sizes(self, shapes: Shapes, targets: frozenset[str], r: int) -> list[int]:
+    def sizes(
+        self, shapes: Shapes, targets: frozenset[str], r: int, rank_pattern: Iterable[tuple[str, int]] = ()
+    ) -> list[int]:
         """Return the sizes of its parameters on modules of a model, in the order of their paths."""
-        sides = (shapes.linears.get(path) or shapes.embeddings[path] for path in sorted(targets))
-        return [size for inputs, outputs in sides for size in _sizes(self, inputs, outputs, r)]
+        sides = ((path, *(shapes.linears.get(path) or shapes.embeddings[path])) for path in sorted(targets))
+        ranked = ((inputs, outputs, rank_of(path, r, rank_pattern)) for path, inputs, outputs in sides)
+        return [size for side in ranked for size in _sizes(self, *side)]
 
 
 @lru_cache(maxsize=256)

@@ -132,6 +132,7 @@ def _templates() -> "tuple[Template, Template]":
         "limit_text": limit_text,
         "literal": literal,
         "fenced": fenced,
+        "cell": cell,
         "name_of": name_of,
         "failed_check": failed_check,
     }
@@ -143,6 +144,13 @@ def _templates() -> "tuple[Template, Template]":
 def literal(text: str) -> str:
     """Format a text as a Python literal that no Markdown fence can end within."""
     return repr(text).replace("```", r"\x60\x60\x60")
+
+
+def cell(value: str | tuple[Any, ...] | dict[str, Any]) -> str:
+    """Format names or patterns for a cell of a Markdown table, which a bar would end."""
+    pairs = [f"{pattern}: {number:g}" for pattern, number in value.items()] if isinstance(value, dict) else value
+    text = pairs if isinstance(pairs, str) else ", ".join(map(str, pairs))
+    return text.replace("|", "\\|").replace("*", "\\*")
 
 
 def fenced(text: str, language: str = "text") -> str:
