@@ -202,7 +202,8 @@ def add_b(parts_PRN: torch.Tensor, grad: torch.Tensor, members: tuple[Member, ..
             grad[at : at + size] += own_RN.T.reshape(-1)
             at += size
         return
-    first, second, third = [*members, *[Member(1 << 30, 1 << 30)] * (3 - len(members))]
+    none = Member(1 << 30, 1 << 30)
+    first, second, third = (*members, none, none)[:3]
     P, R, N = parts_PRN.shape
     at_1 = (first.end - first.start) * first.rank
     at_2 = at_1 + (second.end - second.start) * second.rank
