@@ -72,7 +72,7 @@ def _kind(annotation: Any) -> str:
     if origin in (types.UnionType, typing.Union):
         return " or ".join(_kind(part) for part in get_args(annotation))
     if origin is typing.Literal:
-        return ", ".join(f"`{part}`" for part in get_args(annotation))
+        return ", ".join(_value(part) for part in get_args(annotation))
     if origin is typing.Annotated:
         base, *fields = get_args(annotation)
         limits = ", ".join(

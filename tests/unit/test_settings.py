@@ -40,6 +40,7 @@ VALUES: dict[str, Any] = {
     "adapter.layers_to_transform": [0],
     "adapter.rank_pattern": {"q_proj": 8},
     "adapter.alpha_pattern": {"q_proj": 64},
+    "adapter.init_lora_weights": "gaussian",
     "data.train": "files/others.jsonl",
     "data.validation": 4,
     "data.split": "test",

@@ -101,6 +101,13 @@ class Adapter(Section):
         json_schema_extra={"fix": "write pairs such as {down_proj: 64}, with numbers above 0"},
     )
     use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732).")
+    init_lora_weights: Literal[True, "gaussian", "pissa", "olora"] = Field(
+        True,
+        description="What training begins with. true: A random, B zero; gaussian: likewise, A normal; pissa or olora, "
+        "on bases in 16 or 32 bits: the leading part of the base's weights by singular values or QR (arXiv 2404.02948, "
+        "2406.01775). It is saved as plain LoRA of twice the rank on the base as it is.",
+        json_schema_extra={"fix": "write true, gaussian, pissa or olora"},
+    )
 
     @field_validator("target_modules", "exclude_modules")
     @classmethod

@@ -12,6 +12,7 @@ from veneer.config import Adapter, UserError
 from veneer.config.files import read_json, reading
 from veneer.config.notify import notify
 from veneer.model.adapters import find_method
+from veneer.model.adapters.from_base import starts_from_base, take_part_of_base
 from veneer.model.locate import BaseSource
 from veneer.model.quiet import quiet
 from veneer.model.shapes import shapes_of
@@ -37,6 +38,9 @@ def attach(base: Any, adapter: Adapter, seed: int, gradient_checkpointing: bool 
         if gradient_checkpointing:
             # The non-reentrant kind needs no gradient on the inputs to reach the adapters.
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if starts_from_base(adapter):
+        take_part_of_base(model, str(adapter.init_lora_weights))
+        model.peft_config["default"].init_lora_weights = adapter.init_lora_weights
     _notify_left_out(model, adapter)
     return model
 
@@ -118,11 +122,25 @@ def save_adapter(model: Any, tokenizer: Any, chat_template: str | None, base: Ba
     own_template = tokenizer.chat_template
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = base.reference, base.revision
+    write_adapter(model, folder)
     with quiet():
-        model.save_pretrained(str(folder), save_embedding_layers=False)
         tokenizer.chat_template = chat_template
         tokenizer.save_pretrained(str(folder))
         tokenizer.chat_template = own_template
+
+
+def write_adapter(model: Any, folder: Path) -> None:
+    """Write the adapter alone, in PEFT's format; whatever it began with, it is plain LoRA on its base."""
+    config = model.peft_config["default"]
+    is_from_base, began_with = starts_from_base(config), getattr(config, "init_lora_weights", None)
+    try:
+        if is_from_base:
+            config.init_lora_weights = True
+        with quiet():
+            model.save_pretrained(str(folder), save_embedding_layers=False)
+    finally:
+        if is_from_base:
+            config.init_lora_weights = began_with
 
 
 def count_parameters(model: Any) -> dict[str, int]:

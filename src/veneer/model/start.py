@@ -14,6 +14,7 @@ from veneer.config.files import file_sha256, read_json, reading
 from veneer.config.manifest import read_manifest
 from veneer.config.names import require_adapter
 from veneer.config.notify import notify
+from veneer.model.adapters.from_base import starts_from_base
 from veneer.model.fingerprint import config_sha256, fingerprint
 from veneer.model.locate import BaseSource
 from veneer.model.passport import Passport, read_passport, require_match
@@ -36,6 +37,14 @@ def find_start(run: Run, source: BaseSource, template: str | None) -> Path | Non
         UserError: there is no such adapter, it is of another base, or of another form than the settings say.
     """
     name, adapter = run.model.adapter, run.adapter
+    setting = f"adapter.init_lora_weights = {adapter.init_lora_weights}"
+    if starts_from_base(adapter) and run.train.weight_decay:
+        raise UserError(
+            f"{setting}: train.weight_decay would shrink the part of the adapter that stays as it began",
+            "set train.weight_decay: 0",
+        )
+    if adapter.init_lora_weights is not True and name is not None:
+        raise UserError(f"{setting}: training starts from model.adapter = {name}", "leave one of the two out")
     if name is None:
         return None
     found = require_adapter(name)

@@ -20,6 +20,7 @@ from veneer.engine.trace import Peak
 from veneer.machine.device import named_dtype, resolve_optim
 from veneer.machine.speeds import Ceilings
 from veneer.model.adapters import find_method
+from veneer.model.adapters.from_base import doubled, refuse_4_bits, starts_from_base
 from veneer.model.dense import COPIES_SHARE
 from veneer.model.shapes import Shapes
 from veneer.planning.base import PlannedModel
@@ -54,7 +55,10 @@ class Planner:
         Raises:
             UserError: an adapter target matches nothing, or the architecture cannot take the quantization.
         """
-        return self.forecast_as(run, self._method(run), placement)
+        method = self._method(run)
+        if method == "qlora" and starts_from_base(run.adapter):
+            raise refuse_4_bits(run.adapter.init_lora_weights)
+        return self.forecast_as(run, method, placement)
 
     def _method(self, run: Run) -> str:
         return "qlora" if run.quantization or self.base.is_4bit else "lora"
@@ -244,6 +248,7 @@ def step_of(
         UserError: an adapter target matches nothing, or the architecture cannot take the quantization.
     """
     quantized, dtype = frozenset[str](), named_dtype(run.model.dtype, target.dtype)
+    plain = doubled(run.adapter)
     if method == "qlora":
         quantized = shapes.quantizable()
         _require_quantizable(shapes)
@@ -256,8 +261,8 @@ def step_of(
         targets=frozenset() if method == "full" else shapes.targets(run.adapter),
         quantized=quantized,
         adapter=find_method(run.adapter),
-        r=run.adapter.r,
-        rank_pattern=tuple(run.adapter.rank_pattern.items()),
+        r=plain.r,
+        rank_pattern=tuple(plain.rank_pattern.items()),
         dropout=run.adapter.lora_dropout,
         double_quant=run.quantization.double_quant if run.quantization else True,
         checkpointing=run.train.gradient_checkpointing is not False,

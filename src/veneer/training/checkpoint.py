@@ -17,6 +17,7 @@ from veneer.config import UserError
 from veneer.config.folder import remove, whole_folder
 from veneer.config.manifest import ADAPTER, OPTIMIZER, RNG, read_manifest, write_manifest
 from veneer.machine.device import rng_state, set_rng_state
+from veneer.model.attach import write_adapter
 from veneer.model.quiet import quiet
 from veneer.training.optimizer import get_state, set_state
 
@@ -54,8 +55,7 @@ def save(folder: Path, step: int, state: TrainingState) -> Path:
     """
     path = path_of(folder, step)
     with whole_folder(path) as unfinished:
-        with quiet():
-            state.model.save_pretrained(str(unfinished), save_embedding_layers=False)
+        write_adapter(state.model, unfinished)
         save_file(get_state(state.optimizer, state.names), unfinished / OPTIMIZER)
         save_file(rng_state(), unfinished / RNG)
         facts = {"step": step, "began_with": dict(state.began_with), "loss_scale": state.scaler.state_dict()}

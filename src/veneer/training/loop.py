@@ -30,6 +30,7 @@ from veneer.engine.objective import Objective, StepOutput, TrainedTokens
 from veneer.machine.batching import Batching
 from veneer.machine.device import peak_bytes, rng_state, set_rng_state
 from veneer.model.adapters import find_method
+from veneer.model.adapters.from_base import drop_frozen_gradients, starts_from_base
 from veneer.training import checkpoint
 from veneer.training.best import BestStep
 from veneer.training.held_out import HeldOutRows
@@ -252,6 +253,8 @@ class Loop:
             that learns first, until they have been checked.
         """
         sums = self._passes(batches, scale)
+        if starts_from_base(self._model.peft_config["default"]):
+            drop_frozen_gradients(self._model)
         self._scaler.unscale_(self._optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self._updated.values(), self._train.max_grad_norm or math.inf)
         largest = [] if self._has_gradients else [_largest(parameter.grad) for parameter in self._learn_first.values()]

@@ -13,6 +13,7 @@ from veneer.engine.fused.group import Linear
 from veneer.engine.positions import switch_of
 from veneer.kernels.gated_mlp import ACTIVATIONS
 from veneer.kernels.rope import HeadNorm, Heads
+from veneer.model.adapters.from_base import FROM_BASE, starts_from_base
 from veneer.model.adapters.lora import low_rank
 from veneer.model.families import FAMILIES
 from veneer.model.families.family import DecoderNames
@@ -81,6 +82,9 @@ def read(model: Any) -> Decoder:
         NotCoveredError: it has parts that the fused engine does not compute.
     """
     base = model.get_base_model()
+    adapter = getattr(model, "peft_config", {}).get("default")
+    if starts_from_base(adapter):
+        raise NotCoveredError(f"adapters of the method {FROM_BASE.name}")
     config = base.config
     family = FAMILIES.get(config.model_type)
     if family is None or family.decoder is None:
