@@ -5,8 +5,8 @@
 The demo's messages were labelled when no team had a rule of its own. Since then the desk wants messages about money and
 access answered first: what goes to billing or account is always of high urgency. The pairs say so. A message for
 one of these teams has the answer by the new rule as the chosen one, and the one by the old rule as the rejected one. As
-many messages for other teams have their old answer as the chosen one, and one of high urgency as the rejected one:
-without these, training would learn to call everything urgent. Messages that were urgent before are left out.
+many messages for other teams, a third of each urgency, have their old answer as the chosen one, and one of another
+urgency as the rejected one: without these, training would learn to call everything urgent, or nothing else.
 """
 
 import json
@@ -16,6 +16,7 @@ from typing import Any
 
 FOLDER = Path(__file__).parents[1] / "src" / "veneer" / "data" / "demo"
 URGENT = ("billing", "account")
+WRONG = {"low": "normal", "normal": "high", "high": "normal"}  # urgency of the rejected answer, for other teams
 PARTS = {"train": ("pairs.jsonl", 160), "dev": ("dev_pairs.jsonl", 50)}
 SEED = 0
 Row = tuple[str, dict[str, Any]]  # message and answer by the old rule
@@ -34,14 +35,15 @@ def by_new_rule(answer: dict[str, Any]) -> dict[str, Any]:
 
 def pairs_of(rows: list[Row], count: int) -> list[dict[str, Any]]:
     """Return so many pairs in an order that is drawn, half of them for the urgent teams."""
-    usual = [row for row in rows if row[1]["urgency"] != "high"]
-    random.Random(SEED).shuffle(usual)
-    changed = [row for row in usual if row[1]["team"] in URGENT][: count // 2]
-    kept = [row for row in usual if row[1]["team"] not in URGENT][: count - count // 2]
+    rows = random.Random(SEED).sample(rows, len(rows))
+    found = [row for row in rows if by_new_rule(row[1]) != row[1]][: count // 2]
+    others = [row for row in rows if row[1]["team"] not in URGENT]
+    by_urgency = [[row for row in others if row[1]["urgency"] == urgency] for urgency in WRONG]
+    found += [row for rows in zip(*by_urgency, strict=False) for row in rows][: count - len(found)]
     pairs = []
-    for message, answer in changed + kept:
-        chosen, urgent = by_new_rule(answer), answer | {"urgency": "high"}
-        rejected = answer if chosen != answer else urgent
+    for message, answer in found:
+        chosen = by_new_rule(answer)
+        rejected = answer if chosen != answer else answer | {"urgency": WRONG[answer["urgency"]]}
         pairs.append({"prompt": message, "chosen": json.dumps(chosen), "rejected": json.dumps(rejected)})
     random.Random(SEED).shuffle(pairs)
     return pairs

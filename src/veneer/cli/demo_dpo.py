@@ -80,7 +80,7 @@ def dpo_run(sft: Path, output_dir: Path) -> Any:
     changes: dict[str, dict[str, Any]] = {
         "model": {"adapter": str(sft)},
         "data": {"train": str(bundled("pairs.jsonl")), "validation": str(bundled("dev_pairs.jsonl"))},
-        "train": {"objective": "dpo", "dpo": {"beta": 0.3}, "learning_rate": 1e-3, "num_train_epochs": 2},
+        "train": {"objective": "dpo", "dpo": {"beta": 0.3, "rpo_alpha": 1.0}, "learning_rate": 7e-4},
     }
     settings = run.model_dump(mode="json", exclude_unset=True)
     return type(run).model_validate({name: settings[name] | changes.get(name, {}) for name in settings})
