@@ -2,11 +2,10 @@
 
     python -m tools.demo_pairs
 
-The demo's messages were labelled when no team had a rule of its own. Since then the desk wants messages about money and
-access answered first: what goes to billing or account is always of high urgency. The pairs say so. A message for
-one of these teams has the answer by the new rule as the chosen one, and the one by the old rule as the rejected one. As
-many messages for other teams, a third of each urgency, have their old answer as the chosen one, and one of another
-urgency as the rejected one: without these, training would learn to call everything urgent, or nothing else.
+The demo's messages were labelled with `"product": null` where none is named. Since then the desk's software wants text
+in every field: `"product": "none"`. The pairs say so. A message that names no product has the answer by the new rule as
+the chosen one, and the one by the old rule as the rejected one. As many messages that name one have their old answer as
+the chosen one, and one with "none" as the rejected one: without these, training would learn to say "none" always.
 """
 
 import json
@@ -15,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parents[1] / "src" / "veneer" / "data" / "demo"
-URGENT = ("billing", "account")
-WRONG = {"low": "normal", "normal": "high", "high": "normal"}  # urgency of the rejected answer, for other teams
+NONE = "none"
 PARTS = {"train": ("pairs.jsonl", 160), "dev": ("dev_pairs.jsonl", 50)}
 SEED = 0
 Row = tuple[str, dict[str, Any]]  # message and answer by the old rule
@@ -30,20 +28,18 @@ def read(part: str) -> list[Row]:
 
 def by_new_rule(answer: dict[str, Any]) -> dict[str, Any]:
     """Return the answer that the desk wants now."""
-    return answer | {"urgency": "high"} if answer["team"] in URGENT else answer
+    return answer | {"product": answer["product"] or NONE}
 
 
 def pairs_of(rows: list[Row], count: int) -> list[dict[str, Any]]:
-    """Return so many pairs in an order that is drawn, half of them for the urgent teams."""
+    """Return so many pairs in an order that is drawn, half of them of messages that name no product."""
     rows = random.Random(SEED).sample(rows, len(rows))
-    found = [row for row in rows if by_new_rule(row[1]) != row[1]][: count // 2]
-    others = [row for row in rows if row[1]["team"] not in URGENT]
-    by_urgency = [[row for row in others if row[1]["urgency"] == urgency] for urgency in WRONG]
-    found += [row for rows in zip(*by_urgency, strict=False) for row in rows][: count - len(found)]
+    without = [row for row in rows if row[1]["product"] is None][: count // 2]
+    named = [row for row in rows if row[1]["product"] is not None][: count - len(without)]
     pairs = []
-    for message, answer in found:
+    for message, answer in without + named:
         chosen = by_new_rule(answer)
-        rejected = answer if chosen != answer else answer | {"urgency": WRONG[answer["urgency"]]}
+        rejected = answer if chosen != answer else answer | {"product": NONE}
         pairs.append({"prompt": message, "chosen": json.dumps(chosen), "rejected": json.dumps(rejected)})
     random.Random(SEED).shuffle(pairs)
     return pairs

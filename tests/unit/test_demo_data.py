@@ -115,21 +115,20 @@ def test_pairs_teach_the_new_rule_and_nothing_else(name: str, part: str, rows: i
     old = dict(DATA[part])
     pairs = [json.loads(line) for line in bundled(name).splitlines()]
     assert len({pair["prompt"] for pair in pairs}) == len(pairs) == rows
-    kinds: Counter[tuple[bool, str]] = Counter()
+    changed = 0
     for pair in pairs:
         before, chosen, rejected = old[pair["prompt"]], json.loads(pair["chosen"]), json.loads(pair["rejected"])
         assert chosen == by_new_rule(before)
-        assert {key for key in chosen if chosen[key] != rejected[key]} == {"urgency"}
-        kinds[chosen != before, chosen["urgency"]] += 1
-    assert kinds[True, "high"] == rows / 2
-    assert all(abs(kinds[False, urgency] - rows / 6) < 1 for urgency in ("low", "normal", "high"))
+        assert rejected == (before if before["product"] is None else before | {"product": "none"})
+        changed += chosen != before
+    assert rows / 3 < changed <= rows / 2
 
 
 def test_the_test_messages_have_their_answers_by_the_new_rule() -> None:
     rows = [json.loads(line)["messages"] for line in bundled("rule_test").splitlines()]
     found = [(user["content"], json.loads(assistant["content"])) for user, assistant in rows]
     assert found == [(message, by_new_rule(answer)) for message, answer in DATA["test"]]
-    assert sum(answer != dict(DATA["test"])[message] for message, answer in found) == 36
+    assert sum(answer != dict(DATA["test"])[message] for message, answer in found) == 18
 
 
 def bundled(name: str) -> str:
@@ -137,4 +136,4 @@ def bundled(name: str) -> str:
 
 
 def by_new_rule(answer: dict[str, Any]) -> dict[str, Any]:
-    return answer | {"urgency": "high"} if answer["team"] in ("billing", "account") else answer
+    return answer | {"product": answer["product"] or "none"}

@@ -1,9 +1,10 @@
 """veneer demo --dpo: the demo's run learns a rule of the desk from pairs of answers, and is compared with itself.
 
-The rule is newer than the demo's labels: what goes to billing or account is always of high urgency. The pairs are
-training messages with the answer by the new rule, and one against it (tools/demo_pairs.py). Training starts from the
-demo's adapter, which is the reference. The win rate over it is counted on the demo's test messages with their answers
-by the new rule, on which no setting was chosen: a right answer beats a wrong one; two right or two wrong ones tie.
+The rule is newer than the demo's labels: a record of a message that names no product says "none" and not null. The
+pairs are training messages with the answer by the new rule, and one against it (tools/demo_pairs.py). Training starts
+from the demo's adapter, which is the reference. The win rate over it is counted on the demo's test messages with their
+answers by the new rule, on which no setting was chosen: a right answer beats a wrong one; two right or two wrong ones
+tie.
 """
 
 import json
@@ -34,7 +35,7 @@ def demo_dpo(out: Any, sft: Path, output_dir: Path) -> dict[str, Any]:
     started = time.perf_counter()
     out.print(f"[bold]1  The run[/bold] {sft} is where training starts, and the reference")
     job = TrainingJob(dpo_run(sft, output_dir))
-    out.print("[bold]2  The pairs[/bold]: a new rule of the desk: billing and account are urgent")
+    out.print('[bold]2  The pairs[/bold]: a new rule of the desk: no product is "none", not null')
     show.show_ledger(out, job.data.ledger.as_dict())
     show_demo.show_pair(out, json.loads(bundled("pairs.jsonl").read_text(encoding="utf-8").splitlines()[0]))
     out.print(f"[bold]3  Training[/bold] {job.steps} steps, after the reference's log-probabilities")
@@ -80,7 +81,7 @@ def dpo_run(sft: Path, output_dir: Path) -> Any:
     changes: dict[str, dict[str, Any]] = {
         "model": {"adapter": str(sft)},
         "data": {"train": str(bundled("pairs.jsonl")), "validation": str(bundled("dev_pairs.jsonl"))},
-        "train": {"objective": "dpo", "dpo": {"beta": 0.3, "rpo_alpha": 1.0}, "learning_rate": 7e-4},
+        "train": {"objective": "dpo", "dpo": {"beta": 0.3, "rpo_alpha": 1.0}, "learning_rate": 5e-4},
     }
     settings = run.model_dump(mode="json", exclude_unset=True)
     return type(run).model_validate({name: settings[name] | changes.get(name, {}) for name in settings})
