@@ -172,19 +172,19 @@ def test_init_knows_a_base_without_a_template(call: Call, here: Path, tiny_model
     assert load_run(here / "run.yaml").data.chat_template == "chatml"
 
 
-@pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        ({"query": "a", "reply": "b"}, "fit no known format"),
-        ({"prompt": "a", "completion": "b", "label": True}, "its rows say whether an answer is good"),
-    ],
-)
-def test_init_says_what_cannot_be_trained_on(call: Call, here: Path, row: dict[str, Any], expected: str) -> None:
-    write_rows(here / "odd.jsonl", [row])
+def test_init_says_what_cannot_be_trained_on(call: Call, here: Path) -> None:
+    write_rows(here / "odd.jsonl", [{"query": "a", "reply": "b"}])
     status, _, err = call("init", "odd.jsonl")
     assert status == 2
-    assert expected in err
+    assert "fit no known format" in err
     assert not (here / "run.yaml").exists()
+
+
+def test_init_takes_rated_rows(call: Call, here: Path) -> None:
+    write_rows(here / "rated.jsonl", [{"prompt": "a", "completion": "b", "label": True}])
+    status, _, err = call("init", "rated.jsonl")
+    assert status == 0, err
+    assert load_run(here / "run.yaml").data.train == "rated.jsonl"
 
 
 def test_an_answer_appears_as_it_is_made_on_a_terminal(
