@@ -19,8 +19,8 @@ from tests.support.runs import StopAt, losses, tiny_run, write_rows
 from tests.support.tiny import FAMILIES, save_tiny_model
 from veneer.config import Adapter, Interrupted, JobError, Quantization, RunFolder, Train, UserError
 from veneer.data.batch import Batch, Example
-from veneer.engine import choose
-from veneer.engine.agreement import agree
+from veneer.engine import agreement, choose
+from veneer.engine.agreement import Agreement, agree
 from veneer.engine.fused.block import ACTIVATIONS
 from veneer.engine.fused.engine import FusedEngine
 from veneer.engine.objective import LIKELIHOOD, Objective, StepOutput
@@ -264,6 +264,25 @@ def test_a_gradient_that_is_not_finite_is_no_agreement(monkeypatch: pytest.Monke
     found = agree(model, engine, [batch_of()])
     assert not found.holds
     assert WRONG in found.worst
+
+
+def changed_gradients(factor: Callable[[str], float]) -> Agreement:
+    """Compare gradients of 8 layers, those of layer 0 a hundredth as large, with the same times a factor each."""
+    names = [f"layers.{n}.self_attn.{kind}_proj.lora_A" for n in range(8) for kind in "qkv"]
+    wanted = {name: torch.ones(4) * (0.01 if ".0." in name else 1.0) for name in names}
+    found = {name: gradient * factor(name) for name, gradient in wanted.items()}
+    return agreement._compare((1.0, found), (1.0, wanted), agreement.limits_of(torch.bfloat16, "cuda"))
+
+
+def test_rounding_in_one_small_matrix_is_no_disagreement_and_a_wrong_kind_or_layer_is() -> None:
+    assert changed_gradients(lambda name: 1.6 if ".0." in name and "k_proj" in name else 1.0).holds
+    kind = changed_gradients(lambda name: 1.5 if "k_proj" in name else 1.0)
+    assert not kind.holds
+    assert kind.worst == "self_attn.k_proj.lora_A of all layers"
+    one = changed_gradients(lambda name: 0.0 if ".0." in name and "k_proj" in name else 1.0)
+    assert not one.holds
+    assert one.worst == "layers.0.self_attn.k_proj.lora_A"
+    assert "by 1 (0.9)" in one.describe()
 
 
 @pytest.mark.parametrize("engine_type", [FusedEngine, ReferenceEngine])

@@ -27,7 +27,8 @@ from veneer.engine.objective import LIKELIHOOD
 from veneer.engine.placement import MemoryPlacement, Rates
 from veneer.engine.reference import ReferenceEngine
 from veneer.engine.trace import rounded
-from veneer.training.job import TrainingJob, vary
+from veneer.training.job import TrainingJob
+from veneer.training.run_batches import vary
 
 HUGE = 2**50
 EVERYTHING = frozenset(ACTIVATIONS)
@@ -42,6 +43,17 @@ def filled(engine: FusedEngine, tokens: int, longest: int, rows: int, spare_byte
     budget = HUGE // 4  # of which pages that cannot be filled are a part
     demand = Demand(tokens, longest, rows, int(budget * 0.98) - spare_bytes)
     return choose_placement(engine.blocks, demand, budget, False)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "is_packed", "records"), [(64, False, True), (2**26, False, False), (2**26, True, True)]
+)
+def test_uneven_rows_of_long_passes_are_launched_unless_they_are_packed(
+    tokens: int, is_packed: bool, records: bool
+) -> None:
+    engine = FusedEngine(model_of("llama"))
+    demand = Demand(tokens, 64, 0, 2**20, varies=True, is_packed=is_packed)
+    assert choose_placement(engine.blocks, demand, HUGE, True).records_passes == records
 
 
 def test_memory_goes_where_it_saves_most_time() -> None:

@@ -24,8 +24,9 @@ from veneer.engine.interface import document_losses
 from veneer.model.load import load_tokenizer
 from veneer.model.locate import locate
 from veneer.release.redact import public_settings
-from veneer.training.job import TrainingJob, batches_of
+from veneer.training.job import TrainingJob
 from veneer.training.metrics import read_metrics
+from veneer.training.run_batches import batches_of
 from veneer.training.verify import verify
 
 

@@ -21,7 +21,8 @@ from veneer.data.pipeline import prepare
 from veneer.data.render import Renderer
 from veneer.model.load import load_tokenizer
 from veneer.model.locate import locate
-from veneer.training.job import TrainingJob, batches_of
+from veneer.training.job import TrainingJob
+from veneer.training.run_batches import batches_of
 
 OF_PAIRS = ("dpo", "orpo", "simpo", "cpo")
 
@@ -163,7 +164,7 @@ def test_no_reference_is_computed_where_none_is_needed(
     def never(*arguments: Any) -> None:
         raise AssertionError("a reference was computed")
 
-    monkeypatch.setattr("veneer.training.job.measure_reference", never)
+    monkeypatch.setattr("veneer.training.reference.measure_reference", never)
     run = tiny_run(
         tiny_model(),
         pairs_file,

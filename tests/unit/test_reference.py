@@ -127,9 +127,9 @@ def test_whatever_the_numbers_depend_on_has_an_entry_of_its_own(make_run: MakeRu
     ]
     for number, settings in enumerate(runs):
         run = make_run(str(number), **settings)
-        TrainingJob(run)._give_reference()
+        TrainingJob(run)._reference.give()
         assert len(entries(tmp_path)) == number + 1, settings
-    TrainingJob(make_run("again", learning_rate=1e-3, dpo={"beta": 0.5}))._give_reference()
+    TrainingJob(make_run("again", learning_rate=1e-3, dpo={"beta": 0.5}))._reference.give()
     assert len(entries(tmp_path)) == len(runs), "neither rate nor beta changes the reference"
 
 

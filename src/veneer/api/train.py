@@ -71,10 +71,9 @@ def finish(job: TrainingJob, listeners: Sequence[Listener] = ()) -> Trained:
 
 
 def _of_pairs(job: TrainingJob, trained: Trained) -> dict[str, Any]:
-    """Return what the passport says of a run on pairs: its objective, and held-out pairs at the step it delivers."""
+    """Return what the passport says of held-out pairs at the step that a run delivers."""
     if job.objective.documents_per_row != 2:
         return {}
-    name = "dpo" if job.run.train.objective == "auto" else job.run.train.objective
     lines = read_metrics(job.folder.metrics)
     measured = next((one for one in lines if one["kind"] == "eval" and one["step"] == trained.kept_step), {})
     held_out = {
@@ -82,5 +81,4 @@ def _of_pairs(job: TrainingJob, trained: Trained) -> dict[str, Any]:
         for metric in (MARGINS, ACCURACIES)
         if measured.get(metric) is not None
     }
-    beta = getattr(job.objective, "beta", None)
-    return {"preference": {"objective": name, "beta": beta, "held_out": held_out}}
+    return {"held_out_pairs": held_out}

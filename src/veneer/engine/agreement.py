@@ -24,6 +24,7 @@ from veneer.engine.reference import ReferenceEngine
 from veneer.engine.temporary import fill_zeros, preserve_adapter
 from veneer.kernels.launch import KERNEL_ERRORS
 
+ALL_LAYERS = " of all layers"
 FLOOR = 1e-3  # share of the largest gradient; smaller gradients are compared relative to this
 
 MIN_TRAINED = 32  # trained tokens a row; rounding errors of fewer do not cancel
@@ -82,10 +83,12 @@ class Agreement:
         """Describe the differences and their limits in one line."""
         if self.failure is not None:
             return self.failure
-        loss, gradient, matrix, _ = self.limits
+        loss, gradient, matrix, single = self.limits
+        times = 1.0 if self.worst.endswith(ALL_LAYERS) else single
         return (
             f"losses differ by {self.loss:.2g} (limit {loss:g}), gradients by {self.gradient:.2g} ({gradient:g}), "
-            f"most in {self.worst} by {self.matrix:.2g} ({matrix:g})"
+            f"most in {self.worst} by {self.matrix * times:.2g} "
+            f"({matrix * times:g})"
         )
 
 
@@ -139,7 +142,7 @@ def _compare(
     worst = matrices.argmax()
     loss = abs(found[0] - wanted[0]) / max(abs(wanted[0]), tiny)
     gradient, matrix, number = torch.stack([whole.nan_to_num(math.inf), matrices[worst], worst.double()]).tolist()
-    name = [*map(short_name, names), *(f"{kind} of all layers" for kind in kinds)][int(number)]
+    name = [*map(short_name, names), *(kind + ALL_LAYERS for kind in kinds)][int(number)]
     return Agreement(math.inf if math.isnan(loss) else loss, gradient, matrix, name, limits)
 
 

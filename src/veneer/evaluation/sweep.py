@@ -23,10 +23,12 @@ from veneer.config import Interrupted, JobError, Run, RunFolder, UserError
 from veneer.config.files import read_json_lines
 from veneer.config.folder import remove, write_text
 from veneer.config.sweep import Combination, PlannedSweep
-from veneer.training.job import TrainingJob, batches_of
+from veneer.training.intervals import Interval
+from veneer.training.job import TrainingJob
 from veneer.training.objectives import OBJECTIVES
-from veneer.training.paired_losses import LossInterval, RowLosses, loss_difference, loss_interval
+from veneer.training.paired_losses import RowLosses, loss_difference, loss_interval
 from veneer.training.parts import RunParts, fresh_parts, load_parts
+from veneer.training.run_batches import batches_of
 
 OnRecord = Callable[[dict[str, Any]], None]
 
@@ -68,8 +70,8 @@ class CombinationResult:
     status: str
     trainable: int | None = None
     steps: int = 0
-    loss: LossInterval | None = None
-    difference: LossInterval | None = None
+    loss: Interval | None = None
+    difference: Interval | None = None
     message: str = ""
 
     def as_dict(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ job.py         a whole run: parts, engine, loop, adapter on disk
 verify.py      whether training does what it should, here, with this run's model and rows
 loop.py        optimizer steps, logging, evaluation, checkpoints
 objectives/    what is minimized
+reference.py   what preferences are compared with
 optimizer.py   AdamW by name; schedule.py  the learning rate as a function of the step
 checkpoint.py  a resumable state on disk
 stop.py        signals that ask the loop to end, with a checkpoint

@@ -15,7 +15,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
 
 import veneer
@@ -26,7 +25,7 @@ from veneer.config.load import to_yaml
 from veneer.config.names import anchored
 from veneer.config.notify import kept_in, notify
 from veneer.data.batch import Batch, Batches, Example
-from veneer.data.pipeline import Part, Prepared
+from veneer.data.pipeline import Prepared
 from veneer.data.render import Renderer
 from veneer.engine.choose import choose
 from veneer.engine.interface import BatchShapes, Engine, document_losses
@@ -41,7 +40,6 @@ from veneer.training import checkpoint
 from veneer.training.best import BETTER, LOSS, BestStep, require_evaluations
 from veneer.training.choose_objective import choose_objective
 from veneer.training.held_out import HeldOutRows
-from veneer.training.kl_estimate import KLEstimate
 from veneer.training.loop import Loop, held_out_batching
 from veneer.training.memory import need_and_fix, place
 from veneer.training.metrics import Listener, MetricsFile, read_metrics
@@ -51,8 +49,8 @@ from veneer.training.paired_losses import RowLosses
 from veneer.training.parts import RunParts, load_parts
 from veneer.training.preference_watch import PreferenceWatch
 from veneer.training.rate_search import RateSearch, find_rate, with_rate
-from veneer.training.reference_cache import facts_of, read_or_measure
-from veneer.training.reference_logprobs import completes_batches, describe_reference, give_none, measure_reference
+from veneer.training.reference import Reference
+from veneer.training.run_batches import batches_of, largest_rows, vary
 from veneer.training.same_settings import require_same_settings
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers", "numpy")
@@ -162,22 +160,13 @@ class TrainingJob:
         self.parameters = count_parameters(self.model)
         train = run.train
         self.objective = choose_objective(run, self.data)
-        if self.objective.needs_reference:
-            notify(describe_reference(run, self.data), "info", "model.adapter")
-        self._with_reference = completes_batches(train, self.objective, self.model, self.engine)
         batches = batches_of(run, self.data.train, self.objective.documents_per_row, self.engine.shares_prompts)
         self._batches = batches
         forecast = self.prediction.forecast
         self.held_out = held_out = HeldOutRows(self.data.validation, self.objective.documents_per_row)
-        self._kl = (
-            KLEstimate(
-                *(self.engine, self.data, batches, held_out, train.per_device_train_batch_size),
-                *(run.data.max_length, train.seed),
-            )
-            if self.objective.needs_kl
-            else None
-        )
         self._rows_at_a_time = at_a_time = forecast.rows_at_a_time.get("evaluation", run.evaluate.batch_size)
+        batching = held_out_batching(at_a_time, self.objective)
+        self._reference = Reference(run, parts, self.objective, self.engine, batches, held_out, batching)
         explain = partial(need_and_fix, self.prediction, self.machine.device)
         self.placement, most_tokens = self._place(batches, self._computed(held_out[:at_a_time]), explain)
         make_loop = partial(
@@ -202,13 +191,12 @@ class TrainingJob:
             scale_loss=compute_dtype(run.model, self.machine) == torch.float16,
             during=self._measure_during,
             better=self._better,
-            with_reference=self._with_reference,
-            estimate_kl=self._kl or (lambda step: {}),
+            with_reference=self._reference.complete,
+            estimate_kl=self._reference.estimate_kl,
         )
-        self._has_reference = False
         self.rate_search: RateSearch | None = None
         if train.learning_rate == "auto":
-            self._give_reference()
+            self._reference.give()
             self.rate_search = find_rate(train, batches, held_out, self._losses_of, self.model, make_loop)
             self.run = run = with_rate(run, self.rate_search.rate)
         self._loop = make_loop(train=run.train)
@@ -248,7 +236,7 @@ class TrainingJob:
         train, device, part = self.run.train, self.machine.device, self.data.train
         updated = parameters_to_update(self.model, self.engine, train, device).values()
         states = optimizer_bytes([parameter.numel() for parameter in updated], resolve_optim(train.optim, device))
-        largest, shared = _largest_rows(batches, train.per_device_train_batch_size, self.objective.documents_per_row)
+        largest, shared = largest_rows(batches, train.per_device_train_batch_size, self.objective.documents_per_row)
         shapes = BatchShapes(
             largest=largest,
             varies=vary(part, batches.sizes, train.per_device_train_batch_size),
@@ -299,7 +287,7 @@ class TrainingJob:
         values = self.objective.step_values(batching.over(rows, lambda some: Batch.of(some, size)))
 
         def measure(some: Sequence[Example]) -> list[float]:
-            batch = self._with_reference(Batch.of(some, size)).with_values(values)
+            batch = self._reference.complete(Batch.of(some, size)).with_values(values)
             tokens = TrainedTokens.of(batch, self.engine.token_logprobs(batch))
             return [output.loss.item() for output in outputs_of_rows(self.objective, tokens)]
 
@@ -359,7 +347,7 @@ class TrainingJob:
         else:
             self._require_folder()
             found = None
-        self._give_reference()  # it may fail, so nothing is removed before
+        self._reference.give()  # it may fail, so nothing is removed before
         if self._overwrite and not self._resume:
             self.folder.remove()
         self.folder.clear_unfinished()
@@ -370,33 +358,13 @@ class TrainingJob:
             torch.manual_seed(self.run.train.seed)
             self._begin_folder()
 
-    def _give_reference(self) -> None:
-        """Give the examples their reference before a checkpoint is loaded: the model is what training starts from."""
-        run, data, batches = self.run, self.data, self._batches
-        if not self.objective.needs_reference or self._has_reference:
-            return
-        self._has_reference = True
-        if run.train.reference == "none":
-            give_none(data)
-        if run.train.reference != "cached":
-            return
-        steps = batches.steps(run.train.num_train_epochs, run.train.max_steps)
-        batching = held_out_batching(self._rows_at_a_time, self.objective)
-        facts = facts_of(run, self.machine, self.source, self.model, self.engine, data, batches, steps)
-        measure = partial(measure_reference, self.engine, data, batches, steps, self.held_out, batching)
-        read_or_measure(facts, data, measure)
-        if self._kl is not None:
-            self._kl.measure_reference(steps)
-
     def _run_loop(self, listeners: tuple[Listener, ...], until: int | None = None) -> float:
         """Train, and write metrics.jsonl; returns tokens per second."""
         metrics = MetricsFile(self.folder.metrics)
         before = metrics.restart(self._loop.done)
         self._loop.recall(before)
         if self.objective.documents_per_row == 2:
-            has_reference = self.objective.needs_reference and self.run.train.reference != "none"
-            beta = getattr(self.objective, "beta", None) if has_reference else None
-            watch = PreferenceWatch(beta, len(self.data.validation.rows))
+            watch = PreferenceWatch(self._reference.beta, len(self.data.validation.rows))
             watch.recall(before)
             listeners = (watch, *listeners)
         # A placement that was chosen by its size has measured the passes that need most.
@@ -509,41 +477,6 @@ def finished(run: Run) -> Trained | None:
         **best.as_dict(),
         kept_step=best.kept_step(run.train.keep, done),
     )
-
-
-def _largest_rows(batches: Batches, rows: int, documents_per_row: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the tokens of each row, or pack, of the largest micro-batch; of pairs, of each document, and `shared`."""
-    if documents_per_row > 1:
-        largest = batches.largest()[0]
-        return largest.lengths, largest.shared
-    return tuple(sorted(batches.sizes.tolist(), reverse=True)[:rows]), ()
-
-
-def batches_of(run: Run, part: Part, documents_per_row: int = 1, shares_prompts: bool = False) -> Batches:
-    """Return all steps of a run over its training rows, for an engine that computes prompts of pairs once or not."""
-    train = run.train
-    return Batches(
-        part,
-        part.lengths,
-        train.per_device_train_batch_size,
-        train.gradient_accumulation_steps,
-        train.seed,
-        run.data.max_length if run.data.packing else None,
-        documents_per_row,
-        part.shared if shares_prompts and documents_per_row > 1 else None,
-    )
-
-
-def vary(part: Part, sizes: Any, rows: int) -> bool:
-    """Return whether micro-batches differ in shape: in documents' lengths, trained tokens or number of rows.
-
-    Args:
-        part: The examples.
-        sizes: Tokens of every row, or pack.
-        rows: Rows of a micro-batch; the last of an epoch may hold fewer.
-    """
-    counts = (sizes, part.lengths, part.corpus.trained[part.examples])
-    return len(sizes) % rows > 0 or any(len(np.unique(count)) > 1 for count in counts)
 
 
 def environment() -> dict[str, Any]:

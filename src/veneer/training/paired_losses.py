@@ -11,13 +11,14 @@ rows alone.
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
+from veneer.training.intervals import Interval, Z
+
 # 97.5% quantiles of Student's t for 1 to 10 degrees of freedom; beyond, an expansion in 1 / degrees holds to 0.2%.
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-Z = 1.959964
 
 
 @dataclass(frozen=True)
@@ -38,19 +39,7 @@ class RowLosses:
         return sum(self.losses) / sum(self.weights)
 
 
-@dataclass(frozen=True)
-class LossInterval:
-    """A loss, or a difference of losses, in nats a trained token, with its 95% interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
-
-
-def loss_interval(seeds: Sequence[RowLosses]) -> LossInterval:
+def loss_interval(seeds: Sequence[RowLosses]) -> Interval:
     """Return the mean loss over seeds with its interval: over other seeds, or with one seed over other rows."""
     means = [found.mean for found in seeds]
     if len(seeds) > 1:
@@ -58,7 +47,7 @@ def loss_interval(seeds: Sequence[RowLosses]) -> LossInterval:
     return _interval(means[0], _variance_over_rows(seeds[0].losses, seeds[0].weights), len(seeds[0].losses) - 1)
 
 
-def loss_difference(seeds: Sequence[RowLosses], base: Sequence[RowLosses]) -> LossInterval:
+def loss_difference(seeds: Sequence[RowLosses], base: Sequence[RowLosses]) -> Interval:
     """Subtract the losses of another adapter on the same rows, seed by seed; below 0: this one is better.
 
     Args:
@@ -90,9 +79,9 @@ def t_quantile(degrees: float) -> float:
     return Z + (Z**3 + Z) / (4 * whole) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * whole**2)
 
 
-def _interval(value: float, variance: float, degrees: float) -> LossInterval:
+def _interval(value: float, variance: float, degrees: float) -> Interval:
     half = t_quantile(degrees) * math.sqrt(variance) if variance else 0.0
-    return LossInterval(value, value - half, value + half)
+    return Interval(value, value - half, value + half)
 
 
 def _variance_of_mean(values: Sequence[float]) -> float:

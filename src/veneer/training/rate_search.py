@@ -24,7 +24,8 @@ from veneer.data.batch import Batches, Example
 from veneer.engine.temporary import preserve_adapter
 from veneer.machine.device import release_memory
 from veneer.training.held_out import HeldOutRows
-from veneer.training.paired_losses import LossInterval, RowLosses, loss_difference
+from veneer.training.intervals import Interval
+from veneer.training.paired_losses import RowLosses, loss_difference
 
 RATES = tuple(float(f"{2e-5 * 10 ** (n / 2):.1e}") for n in range(5))  # 2e-5 to 2e-3
 PAIR_RATES = tuple(float(f"{5e-7 * 10 ** (n / 2):.1e}") for n in range(5))  # 5e-7 to 5e-5
@@ -59,7 +60,7 @@ class TriedRate:
 
     rate: float
     loss: float | None
-    difference: LossInterval | None
+    difference: Interval | None
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ def _of_agreement(choice: EngineChoice, found: Agreement | None) -> Iterator[Che
     names = {
         "fused-loss": "loss, fused against reference, relative",
         "fused-gradient": "gradient of all adapters, fused against reference, relative",
-        "fused-matrix": "gradient of a single matrix, fused against reference, relative",
+        "fused-matrix": "gradient of a kind of matrix, fused against reference, relative",
     }
     if found is None:
         for id, name in names.items():

@@ -6,6 +6,7 @@ has it, here over all of an optimizer step: so it does not depend on how the ste
 Shapes: D documents, of which each two are a pair, the chosen one first; P pairs; N trained tokens.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -66,9 +67,10 @@ class PairObjective(Objective):
         """Weight of the negative log-likelihood of chosen answers; 0: it is not computed."""
         return 0.0
 
+    @abstractmethod
     def compare(self, tokens: TrainedTokens, answers: Answers) -> Compared:
         """Return the loss of each pair and its derivative."""
-        raise NotImplementedError
+        ...
 
     def weight(self, batch: Batch) -> float:
         return len(batch.lengths) / 2
