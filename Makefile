@@ -20,7 +20,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## Fine-tune a real model on this machine and see that it got better (4 minutes on 2 cores)
 	$(BIN)/veneer demo
 
-demo-dpo: $(READY)  ## Go on from the demo's run with pairs of answers, and see its win rate (5 minutes on 2 cores)
+demo-dpo: $(READY)  ## Go on from the demo's run with pairs of answers, and see its win rate (3 minutes on 2 cores)
 	$(BIN)/veneer demo --dpo
 
 test: test-unit test-e2e  ## All tests that need no GPU
