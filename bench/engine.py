@@ -30,7 +30,7 @@ from veneer.model.attach import attach
 from veneer.planning.memory import optimizer_bytes
 from veneer.training.optimizer import build_optimizer
 
-COMMON = {"vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5}
+COMMON = {"vocab_size": 128256, "max_position_embeddings": 2**20, "rms_norm_eps": 1e-5}
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "8b": ("LlamaConfig", COMMON | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
                                     "num_attention_heads": 32, "num_key_value_heads": 8}),

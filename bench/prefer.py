@@ -65,6 +65,7 @@ from veneer.training.optimizer import build_optimizer
 RESULTS = Path(__file__).parent / "results" / "prefer.json"
 PAIRS, ACCUMULATION, MAX_LENGTH, RATE = 4, 2, 2048, 5e-6
 STEPS, SKIPPED = 20, 3  # steps that are measured, and steps before them
+PEERS = ("trl", "unsloth")
 LONG = (1024, 256)  # mean tokens of prompt and answer
 Pair = tuple[Example, Example]
 
@@ -301,7 +302,7 @@ def peers(a: argparse.Namespace) -> None:
     """TRL and Unsloth, each in a process of its own, on the base that bench/peers.py makes."""
     results = Results(a.out)
     make_in_a_process(a.work, a.folder)
-    for who in ("trl", "unsloth"):
+    for who in a.cases or PEERS:
         for result in _lines([sys.executable, "-m", "bench.prefer_peers", who, str(a.work), str(a.folder)]):
             results.add(result | {"case": who})
 
@@ -367,7 +368,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("work"), help="folder of pairs and tokenizer")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/base-8b"), help="folder of the peers' base")
     parser.add_argument("--group", nargs="+", choices=GROUPS)
-    parser.add_argument("--cases", nargs="+", choices=[*(case.name for case in CASES), EQUAL])
+    parser.add_argument("--cases", nargs="+", choices=[*(case.name for case in CASES), EQUAL, *PEERS])
     parser.add_argument("--steps", type=int, help="that are measured")
     parser.add_argument("--start", type=Path, default=Path("runs/demo"), help="of curve: run of the demo")
     parser.add_argument("--python", type=Path, help="of curve: Python that has TRL")

@@ -72,19 +72,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--out", type=Path, default=RESULTS)
     a = parser.parse_args()
-    found = []
-    for data in a.data:
-        with TemporaryDirectory() as folder:
-            found.append(measure(data, a.base, a.steps, Path(folder)))
-        print(json.dumps(found[-1]), flush=True)
     names = ("torch", "transformers", "peft")
-    result = {
+    result: dict[str, Any] = {
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "versions": {name: metadata.version(name) for name in names},
         "date": time.strftime("%Y-%m-%d"),
-        "runs": found,
+        "runs": [],
     }
-    a.out.write_text(json.dumps(result, indent=1) + "\n")
+    for data in a.data:
+        with TemporaryDirectory() as folder:
+            result["runs"].append(measure(data, a.base, a.steps, Path(folder)))
+        print(json.dumps(result["runs"][-1]), flush=True)
+        a.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
