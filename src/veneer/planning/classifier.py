@@ -5,81 +5,78 @@ Layers are not extrapolated, since such models are small. Held-out losses and `v
 
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from veneer.config import Run
+from veneer.config import Model, Run
 from veneer.engine.dry_run import DryRun, Step, adapt
-from veneer.engine.placement import whole_blocks
+from veneer.engine.placement import MemoryPlacement, whole_blocks
 from veneer.engine.trace import FlashAttention, Peak, Trace
 from veneer.machine.device import named_dtype, resolve_optim
 from veneer.model.adapters import find_method
 from veneer.model.classifier import build_classifier, classifier_shapes, head_of, require_classifies
 from veneer.model.quiet import quiet
-from veneer.model.shapes import Shapes, find_config, is_local
-from veneer.planning.batch_shapes import Lengths, Padded, RowShapes, assumed_rows, rows_of
+from veneer.model.shapes import find_config, is_local
+from veneer.planning.base import PlannedModel
+from veneer.planning.batch_shapes import Lengths, Padded, RowShapes
 from veneer.planning.forecast import Forecast
 from veneer.planning.held_out import rows_that_fit
 from veneer.planning.memory import adapter_bytes, optimizer_bytes, persistent, phases, run_disk_bytes
-from veneer.planning.target import TargetDevice
+from veneer.planning.planner import Planner
 from veneer.planning.time import seconds
 
+Seconds = tuple[float, float, float]  # low, likely, high
 WHY = "classifiers run on Transformers"
 
 
-class PlannedBase(NamedTuple):
-    """The base of a classifier's plan."""
+class PlannedClassifier(PlannedModel):
+    """The base of a classifier to plan for; its weights are not read.
 
-    shapes: Shapes
-
-
-@dataclass(frozen=True)
-class ClassifierPlanner:
-    """Forecasts runs that classify; as `planning.planner.Planner` does others.
-
-    Attributes:
-        base: shapes of the base.
-        target: the device.
-        config: Transformers' configuration of the base.
-        head: paths of the modules that are trained whole.
+    Args:
+        model: the base.
         labels: number of labels.
-        lengths: lengths of the training and held-out rows; or the reason why there are none.
+        data: lengths of the training and of the held-out rows; or the reason why there are none.
+
+    Raises:
+        UserError: there is no such base, or no head for it.
     """
 
-    base: PlannedBase
-    target: TargetDevice
-    config: Any
-    head: list[str]
-    labels: int
-    lengths: tuple[Lengths, Lengths] | str
+    def __init__(self, model: Model, labels: int, data: tuple[Lengths, Lengths] | str) -> None:
+        self.config, self.labels = find_config(model), labels
+        require_classifies(self.config, model.base)
+        base = self.build()
+        self.head = head_of(base)
+        self.name, self.data = model.base, data
+        self.shapes = classifier_shapes(base, self.head)
+        self.download_bytes = 0 if is_local(model) else self.shapes.total * 4
 
-    @staticmethod
-    def of(run: Run, target: TargetDevice, labels: int, lengths: tuple[Lengths, Lengths] | str) -> "ClassifierPlanner":
-        """Build the base on the meta device.
+    def build(self) -> Any:
+        """Build the base with its head on the meta device."""
+        return build_classifier(self.config, self.labels)
 
-        Raises:
-            UserError: there is no such base, or no head for it.
-        """
-        config = find_config(run.model)
-        require_classifies(config, run.model.base)
-        base = build_classifier(config, labels)
-        head = head_of(base)
-        return ClassifierPlanner(PlannedBase(classifier_shapes(base, head)), target, config, head, labels, lengths)
+    def head_sizes(self) -> list[int]:
+        """Return the sizes of the head's parameters."""
+        modules = map(self.build().get_submodule, self.head)
+        return [parameter.numel() for module in modules for parameter in module.parameters()]
 
-    def forecast(self, run: Run) -> Forecast:
-        """Forecast a run.
+
+class ClassifierPlanner(Planner):
+    """Forecasts runs that classify."""
+
+    base: PlannedClassifier
+
+    def forecast(self, run: Run, placement: MemoryPlacement | None = None) -> Forecast:
+        """Forecast a run; Transformers follows `train.gradient_checkpointing` and has one placement.
 
         Raises:
             UserError: an adapter target matches nothing.
         """
         shapes, target = self.base.shapes, self.target
-        rows = self._rows(run)
+        rows = self.base.rows(run, "reference")
         optim = resolve_optim(run.train.optim, target.device)
         step = self._step(run, rows.fullest)
-        head = map(build_classifier(self.config, self.labels).get_submodule, self.head)
-        sizes = [parameter.numel() for module in head for parameter in module.parameters()]
+        sizes = self.base.head_sizes()
         trained = adapter_bytes(sizes)
         beside = Counter({"adapter": trained, "optimizer": optimizer_bytes(sizes, optim)})
         dry = self._run_dry(step)
@@ -101,7 +98,7 @@ class ClassifierPlanner:
             found["evaluation"] = peak_of(at_a_time["evaluation"])
         least = max(peak.bytes for peak in found.values())
         trainable = sum(sizes) + sum(step.adapter_sizes(shapes))
-        timed = self._times(run, rows) if target.ceilings else (None, None)
+        timed = self._run_seconds(run, rows)
         return Forecast(
             total=shapes.total + trainable,
             trainable=trainable,
@@ -116,15 +113,10 @@ class ClassifierPlanner:
             rows=rows,
             host_bytes=least if target.device != "cuda" else 3 * 2**30,
             disk_bytes=run_disk_bytes(trainable, rows.steps, run.train),
-            download_bytes=0 if is_local(run.model) else shapes.total * 4,
+            download_bytes=self.base.download_bytes,
             step_seconds=timed[0],
             run_seconds=timed[1],
         )
-
-    def _rows(self, run: Run) -> RowShapes:
-        if isinstance(self.lengths, str):
-            return assumed_rows(run, self.base.shapes.positions, self.lengths)
-        return rows_of(run, "reference", *self.lengths)
 
     def _step(self, run: Run, batch: Padded, training: bool = True) -> Step:
         shapes = self.base.shapes
@@ -146,7 +138,7 @@ class ClassifierPlanner:
         )
 
     def _run_dry(self, step: Step) -> DryRun:
-        base = build_classifier(self.config, self.labels).to(step.dtype)
+        base = self.base.build().to(step.dtype)
         adapt(base, step)
         if step.training and step.checkpointing:
             recomputed = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), FlashAttention())}
@@ -163,12 +155,16 @@ class ClassifierPlanner:
                 logits_BC.sum().backward()
         return DryRun(dict(trace.peaks), trace.total_work())
 
-    def _times(self, run: Run, rows: RowShapes) -> tuple[tuple[float, float, float], tuple[float, float, float] | None]:
-        assert self.target.ceilings is not None
-        low, high = self.target.ceilings.spread
-        once = rows.passes * seconds(self._run_dry(self._step(run, rows.typical)).work, self.target.ceilings)
-        whole = None if rows.steps is None else rows.steps * once
-        return (low * once, once, high * once), whole and (low * whole, whole, high * whole)
+    def _run_seconds(self, run: Run, rows: RowShapes) -> tuple[Seconds | None, Seconds | None]:
+        """Return times of a step and of the run."""
+        ceilings = self.target.ceilings
+        if ceilings is None:
+            return None, None
+        once = rows.passes * seconds(self._run_dry(self._step(run, rows.typical)).work, ceilings)
+        low, high = ceilings.spread
+        step = (low * once, once, high * once)
+        whole = None if rows.steps is None else (rows.steps * step[0], rows.steps * step[1], rows.steps * step[2])
+        return step, whole
 
 
 def _with(peak: Peak, more: Counter[str]) -> Peak:

@@ -20,7 +20,7 @@ from veneer.model.shapes import is_local
 from veneer.planning.advice import Advice, DataFacts, Situation, TokenizerFacts, advise
 from veneer.planning.base import PlannedModel
 from veneer.planning.batch_shapes import Lengths
-from veneer.planning.classifier import ClassifierPlanner
+from veneer.planning.classifier import ClassifierPlanner, PlannedClassifier
 from veneer.planning.forecast import Forecast
 from veneer.planning.planner import Planner
 from veneer.planning.target import TargetDevice
@@ -40,7 +40,7 @@ class Prediction:
     """
 
     run: Run
-    planner: Planner | ClassifierPlanner
+    planner: Planner
     forecast: Forecast
     advice: list[Advice]
     pairs: int | None = None
@@ -141,10 +141,11 @@ def predict_run(run: Run, target: TargetDevice, data: PreparedData | str) -> Pre
 def _predict_classifier(run: Run, target: TargetDevice, data: PreparedData | str) -> Prediction:
     """Predict a run that classifies; rules of advice are for written answers."""
     if isinstance(data, PreparedData):
-        labels, lengths = len(labels_of(data.renderer)), data.lengths()[:2]
+        train, held_out, _ = data.lengths()
+        base = PlannedClassifier(run.model, len(labels_of(data.renderer)), (train, held_out))
     else:
-        labels, lengths = len(run.data.labels or ("", "")), data
-    planner = ClassifierPlanner.of(run, target, labels, lengths)
+        base = PlannedClassifier(run.model, len(run.data.labels or ("", "")), data)
+    planner = ClassifierPlanner(base, target)
     return Prediction(run, planner, planner.forecast(run), [])
 
 

@@ -80,5 +80,5 @@ def _first_other(trained: Any, plain: Any) -> str | None:
             plainly = name.replace(".modules_to_save.default.", ".")
             other = there.get(name, there.get(plainly))
             if other is None or not torch.equal(other.cpu(), parameter.detach().to(other.dtype).cpu()):
-                return plainly.removeprefix("base_model.model.")
+                return str(plainly).removeprefix("base_model.model.")
     return None
