@@ -13,7 +13,7 @@ import veneer
 from veneer.api.train import load_job
 from veneer.config import Run, RunFolder, UserError
 from veneer.data.pipeline import prepare
-from veneer.data.render import Renderer
+from veneer.model.classifier import make_renderer
 from veneer.model.load import load_tokenizer
 from veneer.model.locate import locate
 from veneer.training.metrics import read_metrics
@@ -23,7 +23,7 @@ TIMED = {"seconds", "tokens_per_second", "peak_bytes", "predicted_peak_bytes"}
 
 def rows_of(run: Run) -> Any:
     """The ledger, with the hash of all tokens and their weights."""
-    made = prepare(run.data, Renderer(load_tokenizer(locate(run.model)), run.data), run.train.seed)
+    made = prepare(run.data, make_renderer(run, load_tokenizer(locate(run.model))), run.train.seed)
     return _without(made.ledger.as_dict(), {"seconds", "cached", "warnings"})
 
 

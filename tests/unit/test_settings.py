@@ -46,6 +46,7 @@ VALUES: dict[str, Any] = {
     "data.split": "test",
     "data.subset": "en",
     "data.columns": {"prompt": "q1", "completion": "a1"},
+    "data.labels": ["b", "a"],
     "data.ignore_columns": ["context"],
     "data.max_length": 29,  # the least leaves no row
     "data.max_cut_rows": 1.0,
@@ -67,9 +68,17 @@ VALUES: dict[str, Any] = {
     "train.learning_rate": 5e-3,
     "train.warmup_ratio": 0.5,  # half of the default is no step of a short run
 }
+LABELLED: dict[str, dict[str, Any]] = {
+    "data": {"train": "files/labelled.jsonl"},
+    "evaluate": {"max_new_tokens": 256},
+}
+CLASSIFIES = LABELLED | {"model": {"task": "sequence-classification"}}
 # What must be so for a setting to act.
 WHERE: dict[str, dict[str, dict[str, Any]]] = {
     "model.revision": {"model": {"base": "org/tiny"}},
+    "model.task": LABELLED,
+    "data.labels": CLASSIFIES,
+    "train.class_weights": CLASSIFIES,
     "model.attn_implementation": {"train": {"engine": "reference"}},  # the fused engine has its own
     "quantization.cache": {"model": {"base": "files/cached"}},
     "data.split": {"data": {"train": "files/splits"}},
@@ -150,6 +159,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Pa
         "others": [row | {"completion": "cow"} for row in rows],
         "pairs": [{"prompt": row["prompt"], "chosen": "yes", "rejected": "no"} for row in rows],
         "rated": [row | {"label": n % 2 == 0} for n, row in enumerate(rows)],
+        "labelled": [{"text": row["prompt"], "label": "a" if n % 3 else "b"} for n, row in enumerate(rows)],
         "odd": [{"q1": row["prompt"], "a1": row["completion"]} for row in rows],
         "context": [row | {"context": f"field {n}"} for n, row in enumerate(rows)],
         "numbers": [row | {"completion": str(n % 3)} for n, row in enumerate(rows)],

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from veneer.config import Run
+from veneer.config.task import require_answers
 from veneer.planning.fit import Fitted, fit
 from veneer.planning.model_sizes import compare, smaller_bases
 from veneer.planning.predict import Prediction, predict_run, prepare_if_local
@@ -30,7 +31,12 @@ class RunPlan:
         return self.prediction.as_dict() | {"changes": changes}
 
     def compare(self) -> dict[str, Any]:
-        """Methods side by side on common sizes of GPU: see `veneer.planning.model_sizes.compare`."""
+        """Methods side by side on common sizes of GPU: see `veneer.planning.model_sizes.compare`.
+
+        Raises:
+            UserError: The run classifies.
+        """
+        require_answers(self.prediction.run.model, "veneer plan --compare")
         return compare(self.prediction.run, self.prediction.planner)
 
 
@@ -56,5 +62,7 @@ def plan(run: Run, gpu: str | None = None, read_data: bool = True) -> RunPlan:
     if not isinstance(data, str):
         choose_objective(run, data.prepared)  # refuses rows that the run could not learn from
     prediction = predict_run(run, target, data)
+    if run.model.task != "causal-lm":
+        return RunPlan(prediction, None if prediction.cannot_fit else Fitted(run, [], prediction.forecast))
     fitted = fit(run, prediction.planner, smaller_bases)
     return RunPlan(prediction, fitted)

@@ -7,7 +7,7 @@ from typing import Any
 from veneer.config import Run
 from veneer.data.batch import Example
 from veneer.data.pipeline import prepare as prepare_data
-from veneer.data.render import Renderer
+from veneer.model.classifier import make_renderer
 from veneer.model.load import load_tokenizer
 from veneer.model.locate import locate
 
@@ -46,7 +46,7 @@ def prepare(run: Run, samples: int = 3) -> PreparedRows:
     Raises:
         UserError: The rows, the template or the split are not usable.
     """
-    renderer = Renderer(load_tokenizer(locate(run.model)), run.data)
+    renderer = make_renderer(run, load_tokenizer(locate(run.model)))
     data = prepare_data(run.data, renderer, run.train.seed)
     count = min(samples, len(data.train))
     shown = [data.train[n * len(data.train) // count] for n in range(count)]

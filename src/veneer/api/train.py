@@ -6,6 +6,7 @@ from typing import Any
 
 from veneer.config import Run
 from veneer.config.notify import collected, notify, notify_on_error
+from veneer.evaluation.classification import DuringClassification
 from veneer.evaluation.during import DuringTraining
 from veneer.evaluation.metrics import require_metrics
 from veneer.release.passport import write_passport
@@ -50,7 +51,8 @@ def train(
 
 def load_job(run: Run, resume: Resume = False, force: bool = False, overwrite: bool = False) -> TrainingJob:
     """Check and load a run, ready to train; arguments and errors are those of `train`."""
-    return TrainingJob(run, resume, force, overwrite, DuringTraining)
+    during = DuringTraining if run.model.task == "causal-lm" else DuringClassification
+    return TrainingJob(run, resume, force, overwrite, during)
 
 
 def finish(job: TrainingJob, listeners: Sequence[Listener] = ()) -> Trained:

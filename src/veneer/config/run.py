@@ -10,7 +10,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
+from pydantic import Discriminator, Field, PositiveFloat, Tag, ValidationInfo, field_validator
 
 from veneer.config.objectives import Cpo, Dpo, Kto, Orpo, Simpo, settings_of
 from veneer.config.rows import rows_as_file
@@ -33,6 +33,11 @@ class Model(Section):
         min_length=1, description="Hub id, local folder, .gguf file, or the built-in smollm2-135m-instruct."
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    task: Literal["causal-lm", "sequence-classification"] = Field(
+        "causal-lm",
+        description="causal-lm: write text; sequence-classification: give a text, or a pair of texts, one of several "
+        "labels, by a head on an encoder (BERT and the like) or a decoder.",
+    )
     adapter: str | None = Field(
         None,
         min_length=1,
@@ -139,6 +144,7 @@ ColumnName = Literal[
     "label",
     "tools",
     "context",
+    "text_pair",
 ]
 
 
@@ -182,6 +188,12 @@ class Data(Section):
         {},
         description="A format's field names and the file's, as {prompt: query, completion: reply}.",
         json_schema_extra={"fix": "write pairs such as {prompt: query, completion: reply}"},
+    )
+    labels: Annotated[tuple[str, ...], Field(min_length=2)] | None = Field(
+        None,
+        description="Names of the labels, in the order of their ids, for `model.task: sequence-classification`; null: "
+        "those of the base's head, or those that the rows have, sorted.",
+        json_schema_extra={"fix": "write at least two names, such as [negative, positive]"},
     )
     ignore_columns: tuple[str, ...] = Field(
         (),
@@ -305,6 +317,12 @@ class Train(Section):
     orpo: Orpo | None = settings_of(Orpo)
     simpo: Simpo | None = settings_of(Simpo)
     cpo: Cpo | None = settings_of(Cpo)
+    class_weights: Literal["none", "balanced"] | Annotated[tuple[PositiveFloat, ...], Field(min_length=2)] = Field(
+        "none",
+        description="Weights of the labels in the loss, for `model.task: sequence-classification`. balanced: such that "
+        "all labels count alike, however many rows they have; or a number for each, in the order of `data.labels`.",
+        json_schema_extra={"fix": "write none, balanced, or a number above 0 for each label, such as [1.0, 3.0]"},
+    )
     num_train_epochs: float = Field(2.0, gt=0, description="Passes over the data.")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides num_train_epochs.")
     per_device_train_batch_size: int = Field(4, ge=1, description="Rows in a micro-batch.")

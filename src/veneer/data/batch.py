@@ -73,6 +73,11 @@ class Example:
             targets[start - 1 : end - 1] = self.ids[start:end]
         return targets
 
+    def weighted(self, weights: Sequence[float]) -> "Example":
+        """Return it with each trained token weighted by its id."""
+        trained = (at for start, end, _ in self.spans for at in range(start, end))
+        return replace(self, spans=tuple((at, at + 1, weights[int(self.ids[at])]) for at in trained))
+
     def cut(self, length: int) -> "Example":
         """Its first tokens."""
         kept = tuple((start, min(end, length), weight) for start, end, weight in self.spans if start < length)

@@ -12,6 +12,7 @@
 | preference        | chosen, rejected, prompt or conversations   | two conversations that part at the last answer   |
 | rated             | completion, label, prompt                   | user, assistant, and whether it is good          |
 | chosen            | those of preference (never recognised)      | the chosen side alone, to be learnt              |
+| labelled          | text, text_pair, label (`model.task`)       | user, user; the label as the assistant's answer  |
 
 Beside these, chats have `system` and `tools`, and questions a `context`, which stands before the question, a blank line
 between them. Columns that rows of conversations are known to have and that a format has no place for (CONTENT) are
@@ -30,6 +31,7 @@ from typing import Any
 
 from veneer.config.run import ColumnName
 from veneer.data.conversation import BadRowError, Conversation, Message
+from veneer.data.labels import FIELDS, labelled
 from veneer.data.turns import WORDS, listed, read_tools, read_turn, read_turns, text_of
 
 Fields = Mapping[str, Any]
@@ -97,7 +99,7 @@ def _require_read(row: Fields, name: str) -> None:
                 f"`{column}` would be left out: {name} has no place for it; write it into the turns or the text, "
                 f"or set data.ignore_columns=[{column}]"
             )
-    for label in LABELS if name != "rated" else ():
+    for label in LABELS if name not in ("rated", "labelled") else ():
         value = row.get(label)
         # Of text to read on, a number is the class of a document as a rule.
         if _label(value) is False and not (name == "text" and str(value).strip() in ("0", "0.0")):
@@ -365,6 +367,7 @@ FORMATS: dict[str, Format] = {
     "preference": Format("`chosen`, `rejected`", _is_preference, _preference, ASKED),
     "rated": Format("`prompt`, `completion`, `label`", _is_rated, _rated, ASKED),
     "chosen": Format("`chosen`, `rejected`", lambda row: False, _chosen, ASKED),
+    "labelled": Format(FIELDS, lambda row: False, labelled),
 }
 
 

@@ -59,12 +59,14 @@ class Part(Sequence[Example]):
 
     Attributes:
         lengths: number of tokens of each.
+        label_weights: weight of each label in the loss, where trained tokens are labels; None: all weigh alike.
         values: further values of each for objectives, by name, which the examples are given: `label` of rated rows, 1
             of a good answer and -1 of a bad one; others are filled before training.
     """
 
     def __init__(self, corpus: Corpus, rows: Any) -> None:
         self.values: dict[str, Any] = {}
+        self.label_weights: Sequence[float] | None = None
         self.corpus = corpus
         self.rows = rows
         chosen_rows = np.zeros(len(corpus.rows), dtype=bool)
@@ -82,6 +84,8 @@ class Part(Sequence[Example]):
         if isinstance(at, slice):
             return [self[n] for n in range(*at.indices(len(self)))]
         example = self.corpus[self.examples[at]]
+        if self.label_weights is not None:
+            example = example.weighted(self.label_weights)
         if not self.values:
             return example
         return replace(example, values={name: float(of[at]) for name, of in self.values.items()})
@@ -214,7 +218,10 @@ def _read(
     ledger.warnings += sorted({source.beside for source in sources if source.beside})
     formats = []
     for source in sources:
-        name, reason = recognise_source(source, setting, data)
+        of_task = renderer.row_format
+        wanted = data if of_task is None else data.model_copy(update={"format": of_task})
+        name, reason = recognise_source(source, setting, wanted)
+        reason = reason if of_task is None else "set by model.task"
         needs_template(name, renderer)
         formats.append(name)
         ledger.formats[source.name] = {"format": name, "reason": reason}

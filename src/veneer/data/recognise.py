@@ -46,7 +46,9 @@ def recognise(rows: Sequence[Fields], wanted: str, columns: Mapping[ColumnName, 
     if fits:
         (name,) = fits
         return name, f"the fields {FORMATS[name].fields}" + (" by data.columns" if columns else "")
-    known = "; ".join(f"{name} ({known.fields})" for name, known in FORMATS.items() if name != "chosen")
+    known = "; ".join(
+        f"{name} ({known.fields})" for name, known in FORMATS.items() if name not in ("chosen", "labelled")
+    )
     why, fix = hint_of(rows)
     raise UserError(
         f"{place}: the fields {names_of(rows[0])} fit no known format{why}",

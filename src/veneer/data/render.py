@@ -15,7 +15,7 @@ several times faster then. The file is long because it is one class: all its ste
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import date
@@ -46,6 +46,7 @@ from veneer.data.template import NAMED_TEMPLATES, begin_ids, find_template
 from veneer.data.tokens.encode import UNCUT, Encoder, Text
 
 Tools = tuple[dict[str, Any], ...]
+MakeRenderer = Callable[[Any, Data], "Renderer"]  # of a tokenizer and settings
 
 
 class Renderer:
@@ -66,6 +67,8 @@ class Renderer:
         UserError: The template is unknown or exceeds its limits, or the tokenizer has no end token.
     """
 
+    row_format: str | None = None  # the format of all rows; None: it is recognised
+
     def __init__(self, tokenizer: Any, data: Data | None = None) -> None:
         self.tokenizer = tokenizer
         self.settings = data or Data(train="-")
@@ -83,6 +86,11 @@ class Renderer:
         self.stop_ids: set[int] = {tokenizer.eos_token_id}
         if self.is_chat:  # a template that fails says so on the first real row
             self.render([Conversation((Message("user", "a"), Message("assistant", "b")), "a trial")])
+
+    @property
+    def make(self) -> MakeRenderer:
+        """What makes a renderer like this one, in other processes."""
+        return Renderer
 
     @property
     def is_chat(self) -> bool:
@@ -413,7 +421,9 @@ class Renderer:
 
 def needs_template(format_name: str, renderer: Renderer) -> None:
     """Raises UserError where chat data meets a model that has no chat template."""
-    if not renderer.is_chat and format_name not in ("prompt-completion", "question-answer", "text", "rated"):
+    if not renderer.is_chat and format_name not in (
+        *("prompt-completion", "question-answer", "text", "rated", "labelled"),
+    ):
         raise UserError(
             f"the base model has no chat template, and the data is in the chat format {format_name}",
             f"set data.chat_template to {', '.join(NAMED_TEMPLATES)} or a Jinja file, take an instruct model as "

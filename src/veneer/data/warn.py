@@ -51,7 +51,8 @@ def warnings_of(ledger: Ledger, data: Data) -> list[str]:
         kinds = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in sorted(ledger.personal.items()))
         done = "left as it is; data.pii=redact replaces it" if data.pii == "report" else "redacted"
         found.append(f"personal data: {kinds} ({done})")
-    if not ledger.tokens["end_of_turn"]:
+    are_labels = all(known["format"] == "labelled" for known in ledger.formats.values())
+    if not ledger.tokens["end_of_turn"] and not are_labels:
         found.append("no end-of-turn token is trained: the model would never learn to stop")
     if not rows["validation"]:
         found.append("no row is held out: nothing will show whether the model got better")

@@ -68,7 +68,7 @@ def load_tokenizer(source: BaseSource) -> Any:
 
     if source.kind != "hub":
         own_files(Path(source.location), "*.jinja")  # the template is shipped unchanged with the adapter
-    with _loading(source, "tokenizer"):
+    with loading(source, "tokenizer"):
         require_own_class(f"model.base = {source.name}", source.location)
         require_sizes(source.location, f"model.base = {source.name}", source.revision, source.only_local)
         tokenizer = AutoTokenizer.from_pretrained(
@@ -120,7 +120,7 @@ def load_base(
     """Load the base model like `load_model`, and return a report with it."""
     started = time.perf_counter()
     settings = settings_of(model, quantization, machine)
-    with _loading(source, "model"):
+    with loading(source, "model"):
         folder = local_folder(source)
         if folder is not None and (folder / "generation_config.json").is_file():  # Transformers ignores a damaged one
             read_json(folder / "generation_config.json", fix="fetch it again, or delete it if it is not needed")
@@ -133,10 +133,7 @@ def load_base(
         )
     base = loaded.base
     base_stop_ids(getattr(base, "generation_config", None), f"model.base = {source.name}: generation_config.json")
-    base.requires_grad_(False)
-    keep_4bit_layout(base)
-    base.config.use_cache = False
-    base.eval()
+    freeze(base)
     if machine.device == "cuda":
         torch.cuda.synchronize()
     report = LoadReport(time.perf_counter() - started, loaded.bytes_read, loaded.way)
@@ -145,6 +142,14 @@ def load_base(
     if machine.device == "cpu":
         add_dense_copies(base, machine.free_bytes)
     return base, report
+
+
+def freeze(base: Any) -> None:
+    """Put a loaded base into the state that adapters are attached in: frozen, in evaluation mode, without a cache."""
+    base.requires_grad_(False)
+    keep_4bit_layout(base)
+    base.config.use_cache = False
+    base.eval()
 
 
 def base_stop_ids(settings: Any, file: str) -> set[int]:
@@ -300,7 +305,7 @@ def keep_4bit_layout(base: Any) -> None:
 
 
 @contextlib.contextmanager
-def _loading(source: BaseSource, what: str) -> Iterator[None]:
+def loading(source: BaseSource, what: str) -> Iterator[None]:
     """Within the context, libraries are quiet, and their errors over a model's files become one message."""
     named = f"model.base = {source.name}: the {what}"
     message, fix = f"{named} cannot be loaded", "name another model.base"

@@ -12,6 +12,7 @@ from veneer.config import Run, UserError
 from veneer.data.pipeline import Part, Prepared, prepare
 from veneer.data.render import Renderer
 from veneer.data.template import own_template
+from veneer.model.classifier import labels_of, make_renderer
 from veneer.model.lineage import gguf_origin
 from veneer.model.load import load_tokenizer
 from veneer.model.locate import locate
@@ -19,6 +20,7 @@ from veneer.model.shapes import is_local
 from veneer.planning.advice import Advice, DataFacts, Situation, TokenizerFacts, advise
 from veneer.planning.base import PlannedModel
 from veneer.planning.batch_shapes import Lengths
+from veneer.planning.classifier import ClassifierPlanner, PlannedClassifier
 from veneer.planning.forecast import Forecast
 from veneer.planning.planner import Planner
 from veneer.planning.target import TargetDevice
@@ -116,6 +118,8 @@ def predict_run(run: Run, target: TargetDevice, data: PreparedData | str) -> Pre
     Raises:
         UserError: there is no such base, an adapter target matches nothing, or the base cannot be quantized.
     """
+    if run.model.task != "causal-lm":
+        return _predict_classifier(run, target, data)
     base = PlannedModel(run.model, data if isinstance(data, str) else data.lengths())
     planner = Planner(base, target)
     forecast = planner.forecast(run)
@@ -134,12 +138,23 @@ def predict_run(run: Run, target: TargetDevice, data: PreparedData | str) -> Pre
     return Prediction(run, planner, forecast, advise(situation), pairs)
 
 
+def _predict_classifier(run: Run, target: TargetDevice, data: PreparedData | str) -> Prediction:
+    """Predict a run that classifies; rules of advice are for written answers."""
+    if isinstance(data, PreparedData):
+        train, held_out, _ = data.lengths()
+        base = PlannedClassifier(run.model, len(labels_of(data.renderer)), (train, held_out))
+    else:
+        base = PlannedClassifier(run.model, len(run.data.labels or ("", "")), data)
+    planner = ClassifierPlanner(base, target)
+    return Prediction(run, planner, planner.forecast(run), [])
+
+
 def prepare_if_local(run: Run) -> PreparedData | str:
     """Prepare a run's data, or return the reason why that needs a download."""
     if not is_local(run.model, ("tokenizer.json",)):
         return f"the tokenizer of {run.model.base} is not on this machine yet"
     try:
-        renderer = Renderer(load_tokenizer(locate(run.model)), run.data)
+        renderer = make_renderer(run, load_tokenizer(locate(run.model)))
         return PreparedData(prepare(run.data, renderer, run.train.seed), renderer)
     except UserError as error:
         return str(error).splitlines()[0]

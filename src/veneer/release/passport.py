@@ -12,6 +12,7 @@ from typing import Any
 from veneer.config.files import file_sha256
 from veneer.config.folder import write_json
 from veneer.evaluation.generation import stop_ids_of
+from veneer.model.classifier import labels_of
 from veneer.model.fingerprint import stored_quantization
 from veneer.model.lineage import gguf_origin
 from veneer.model.load import compute_dtype
@@ -42,11 +43,7 @@ def write_passport(job: TrainingJob, folder: Path, training: dict[str, Any]) -> 
         **adapter_fingerprints(folder),
         "preference": _preference(job, settings),
         "stop_token_ids": sorted(job.renderer.stop_ids),
-        "generation": {
-            "do_sample": False,
-            "max_new_tokens": run.evaluate.max_new_tokens,
-            "eos_token_id": stop_ids_of(job.model, job.renderer),
-        },
+        **(_generation(job) if run.model.task == "causal-lm" else _classifier(job)),
         "data": {"rows": ledger.rows, "tokens": ledger.tokens, "sha256": ledger.sha256},
         "run_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
         "training": training,
@@ -54,6 +51,24 @@ def write_passport(job: TrainingJob, folder: Path, training: dict[str, Any]) -> 
         "environment": environment(),
     }
     write_json(folder / FILE, passport)
+
+
+def _generation(job: TrainingJob) -> dict[str, Any]:
+    """Return how answers were generated."""
+    most = job.run.evaluate.max_new_tokens
+    stops = stop_ids_of(job.model, job.renderer)
+    return {"generation": {"do_sample": False, "max_new_tokens": most, "eos_token_id": stops}}
+
+
+def _classifier(job: TrainingJob) -> dict[str, Any]:
+    """Return what a classifier's base is to be loaded with, so that its head has the meaning that it was given."""
+    return {
+        "classifier": {
+            "labels": list(labels_of(job.renderer)),
+            "head": sorted(job.model.peft_config["default"].modules_to_save),
+            "pad_token_id": job.tokenizer.pad_token_id,
+        }
+    }
 
 
 def _preference(job: TrainingJob, settings: dict[str, Any]) -> dict[str, Any] | None:

@@ -11,9 +11,10 @@ from typing import Any
 from veneer.config import EarlyStopping, Run, UserError
 
 LOSS = "loss"
+OF_LABELS = ("accuracy", "macro_f1")  # what an evaluation of a classifier measures beside its loss
 # Values of an evaluation's record that a best step may be found by, with their better values.
 BETTER = {
-    **dict.fromkeys(("rewards/margins", "rewards/accuracies", "rewards/chosen", "logps/chosen"), "higher"),
+    **dict.fromkeys(("rewards/margins", "rewards/accuracies", "rewards/chosen", "logps/chosen", *OF_LABELS), "higher"),
     **dict.fromkeys((LOSS, "perplexity", "rewards/rejected", "logps/rejected"), "lower"),
 }
 

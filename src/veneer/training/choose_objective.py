@@ -8,7 +8,7 @@ import numpy as np
 
 from veneer.config import Run, UserError
 from veneer.data.pipeline import Prepared
-from veneer.engine.objective import Objective
+from veneer.engine.objective import LIKELIHOOD, Objective
 from veneer.training.objectives import OBJECTIVES
 
 # What rows each learns from, the usual objective of such rows first.
@@ -32,6 +32,8 @@ def choose_objective(run: Run, data: Prepared) -> Objective:
     Raises:
         UserError: The rows do not suit it, or a setting does not.
     """
+    if run.model.task != "causal-lm":
+        return LIKELIHOOD
     name = name_objective(run, data)
     for other in LEARNS:
         if other not in ("sft", name) and getattr(run.train, other) is not None:

@@ -27,7 +27,8 @@ from veneer.config.notify import kept_in, notify
 from veneer.data.batch import Batch, Batches, Example
 from veneer.data.pipeline import Prepared
 from veneer.data.render import Renderer
-from veneer.engine.choose import choose
+from veneer.engine.choose import EngineChoice, choose
+from veneer.engine.classifier import ClassifierEngine
 from veneer.engine.interface import BatchShapes, Engine, document_losses
 from veneer.engine.objective import TrainedTokens
 from veneer.engine.placement import MemoryPlacement
@@ -37,7 +38,7 @@ from veneer.model.load import compute_dtype
 from veneer.model.start import base_sha256, start_sha256
 from veneer.planning.memory import optimizer_bytes, run_disk_bytes
 from veneer.training import checkpoint
-from veneer.training.best import BETTER, LOSS, BestStep, require_evaluations
+from veneer.training.best import BETTER, LOSS, OF_LABELS, BestStep, require_evaluations
 from veneer.training.choose_objective import choose_objective
 from veneer.training.held_out import HeldOutRows
 from veneer.training.loop import Loop, held_out_batching
@@ -47,6 +48,7 @@ from veneer.training.optimizer import parameters_to_update
 from veneer.training.pair_values import metric_names, outputs_of_rows
 from veneer.training.paired_losses import RowLosses
 from veneer.training.parts import RunParts, load_parts
+from veneer.training.plain_peft import require_same_scores
 from veneer.training.preference_watch import PreferenceWatch
 from veneer.training.rate_search import RateSearch, find_rate, with_rate
 from veneer.training.reference import Reference
@@ -155,7 +157,11 @@ class TrainingJob:
         self.machine, self.source, self.tokenizer = parts.machine, parts.source, parts.tokenizer
         self.renderer, self.data, self.model = parts.renderer, parts.data, parts.model
         self.prediction, self.start = parts.prediction, parts.start
-        self.choice = choose(self.model, run.train, self.machine.device, self.data.train, self.data.has_pairs)
+        self.choice = (
+            choose(self.model, run.train, self.machine.device, self.data.train, self.data.has_pairs)
+            if run.model.task == "causal-lm"
+            else EngineChoice(ClassifierEngine.of(self.model, self.tokenizer), "classifiers run on Transformers")
+        )
         self.engine = self.choice.engine
         self.parameters = count_parameters(self.model)
         train = run.train
@@ -215,9 +221,10 @@ class TrainingJob:
         """Refuse settings that follow what is not measured, before the model is loaded."""
         run, objective = self.run, choose_objective(self.run, data)
         recorded = (LOSS, *objective.held_out_metrics(0.0), *metric_names(objective))
-        measured = dict.fromkeys((*filter(BETTER.__contains__, recorded), *run.evaluate.during))
+        during = run.evaluate.during if run.model.task == "causal-lm" else OF_LABELS
+        measured = dict.fromkeys((*filter(BETTER.__contains__, recorded), *during))
         require_evaluations(run, len(data.validation), measured)
-        if self._make_during is not None and run.evaluate.during:
+        if self._make_during is not None and during and len(data.validation):
             self._during = self._make_during(run, data, renderer)
 
     @property
@@ -384,6 +391,8 @@ class TrainingJob:
         )
         with whole_folder(self.folder.adapter) as unfinished:
             save_adapter(self.model, self.tokenizer, self.renderer.template, self.source, unfinished)
+            if self.run.model.task != "causal-lm":
+                require_same_scores(self.run, self.source, self.renderer, self.engine, self.data.train, unfinished)
             write_json(unfinished / "ledger.json", self.data.ledger.as_dict())
             write_extras(unfinished, trained)
         self.model.eval()

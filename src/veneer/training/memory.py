@@ -168,6 +168,8 @@ def need_and_fix(prediction: Prediction, device: str) -> str:
         device: device of the run.
     """
     planner, run = prediction.planner, prediction.run
+    if run.model.task != "causal-lm":
+        return "a classifier's passes can be made smaller by hand alone\n  fix: lower data.max_length"
     train, target = run.train, planner.target
     rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
     single = {"train.per_device_train_batch_size": 1, "train.gradient_accumulation_steps": rows}

@@ -15,12 +15,14 @@ from veneer.data.render import Renderer
 from veneer.engine.placement import MemoryPlacement
 from veneer.machine.device import Machine, bound_freed_memory, find_machine, release_memory, reset_peak
 from veneer.model.attach import attach, detach
+from veneer.model.classifier import attach_classifier, labels_of, load_classifier, make_renderer
 from veneer.model.load import load_model, load_tokenizer
 from veneer.model.locate import BaseSource, locate
 from veneer.model.start import find_start, take_weights
 from veneer.planning.predict import Prediction, PreparedData, predict_run
 from veneer.planning.target import CONTEXT, least_budget, this_device
 from veneer.training.choose_objective import choose_objective
+from veneer.training.label_weights import weigh_labels
 
 ON_HOST = "weights are in the host's memory, and Transformers cannot generate answers from there"
 ON_HOST_FIX = "leave evaluate.during out, or raise train.memory_budget"
@@ -65,9 +67,11 @@ def load_parts(
         bound_freed_memory()
     source = locate(run.model)
     tokenizer = load_tokenizer(source)
-    renderer = Renderer(tokenizer, run.data)
+    renderer = make_renderer(run, tokenizer)
     data = prepare(run.data, renderer, run.train.seed)
     choose_objective(run, data)
+    if run.model.task != "causal-lm":
+        weigh_labels(run, data, labels_of(renderer))
     examine(data, renderer)
     start = find_start(run, source, renderer.template)
     prediction = predict_run(run, target, PreparedData(data, renderer))
@@ -78,6 +82,14 @@ def load_parts(
     if run.evaluate.during and _streams_weights(prediction):
         raise UserError(f"evaluate.during: {ON_HOST}", ON_HOST_FIX)
     reset_peak(machine.device)
+    if run.model.task != "causal-lm":
+        classifier = load_classifier(source, run, labels_of(renderer), tokenizer.pad_token_id, machine)
+        _require_embeddings(classifier.base, tokenizer, data)
+        model = attach_classifier(
+            classifier, run.adapter, run.train.seed, run.train.gradient_checkpointing is not False
+        )
+        model.peft_config["default"].base_model_name_or_path = source.reference
+        return RunParts(machine, source, tokenizer, renderer, data, prediction, model, start)
     base = load_model(source, run.model, run.quantization, machine, _streams_weights(prediction))
     _require_embeddings(base, tokenizer, data)
     return RunParts(machine, source, tokenizer, renderer, data, prediction, _adapted(base, run, source, start), start)

@@ -21,7 +21,7 @@ from veneer.config import Data, JobError, UserError
 from veneer.data.batch import Example
 from veneer.data.conversation import BadRowError, Conversation
 from veneer.data.formats import OTHER_PROMPTS, SAME_ANSWERS
-from veneer.data.render import Renderer
+from veneer.data.render import MakeRenderer, Renderer
 from veneer.data.row_parser import ParsedRow, Personal, RowParser, RowProblem
 from veneer.data.sandbox import TOO_LONG, shared
 from veneer.data.screening.deduplication import signatures
@@ -208,7 +208,7 @@ def tokenize(
 
     # Each worker renders as this renderer does: with its template, and its date.
     like = {name: getattr(renderer.settings, name) for name in ("chat_template", "template_date")}
-    given = (os.getpid(), renderer.tokenizer, data.model_copy(update=like), list(formats))
+    given = (os.getpid(), renderer.make, renderer.tokenizer, data.model_copy(update=like), list(formats))
     pool = ProcessPoolExecutor(workers, initializer=_start, initargs=given)
     waiting: deque[tuple[int, RowBlock, Any]] = deque()
     try:
@@ -233,10 +233,10 @@ def tokenize(
 _worker: list[Tokenizing] = []  # of a worker process: what it does, once it has started
 
 
-def _start(parent: int, tokenizer: Any, data: Data, formats: list[str]) -> None:
+def _start(parent: int, make: MakeRenderer, tokenizer: Any, data: Data, formats: list[str]) -> None:
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     shared().render_here()
-    _worker.append(Tokenizing(Renderer(tokenizer, data), data, formats))
+    _worker.append(Tokenizing(make(tokenizer, data), data, formats))
 
 
 def _end_with(parent: int) -> None:

@@ -30,6 +30,7 @@ from veneer.model.lineage import GgufOrigin, gguf_origin
 from veneer.model.load import compute_dtype, load_tokenizer
 from veneer.model.locate import BaseSource, local_folder, locate
 from veneer.model.passport import base_name, read_passport
+from veneer.release.publish.classifier_card import classifier_card
 from veneer.release.publish.vllm_lint import vllm_lint
 from veneer.release.redact import failed_check, name_of, without_paths
 from veneer.training.job import TrainingJob
@@ -90,6 +91,7 @@ class Facts:
         """Gather them from an adapter's folder."""
         passport = read_passport(folder) or {}
         is_chat = (folder / "chat_template.jinja").is_file()
+        is_text = run.model.task == "causal-lm" and not is_chat
         generation = passport.get("generation") or {}
         return Facts(
             name=name,
@@ -105,13 +107,15 @@ class Facts:
             lint=[check.as_dict() for check in vllm_lint(folder)],
             dtype=passport.get("dtype") or str(compute_dtype(run.model, find_machine())).removeprefix("torch."),
             is_chat=is_chat,
-            begin_ids=[] if is_chat else begin_ids(load_tokenizer(BaseSource("folder", str(folder), str(folder)))),
+            begin_ids=begin_ids(load_tokenizer(BaseSource("folder", str(folder), str(folder)))) if is_text else [],
             stop_ids=generation.get("eos_token_id") or passport.get("stop_token_ids", []),
         )
 
 
 def card(facts: Facts) -> str:
     """Write the card's text."""
+    if facts.run.model.task != "causal-lm":
+        return f"{classifier_card(facts)}\n{MARK}\n"
     snippet, text = _templates()
     python = snippet.render(facts=facts, run=facts.run)
     body = text.render(facts=facts, run=facts.run, train=facts.run.train, snippet=python)

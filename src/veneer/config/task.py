@@ -1,0 +1,58 @@
+"""Refuses settings without an effect on a run's task: those of answers for a classifier, those of labels for others."""
+
+from veneer.config.errors import UserError
+from veneer.config.run import Data, Evaluate, Model, Run, Train
+from veneer.config.section import Section
+
+# Settings of written answers, by section; a classifier has none.
+OF_ANSWERS = {
+    "data": (
+        *("format", "packing", "chat_template", "template_date", "unrendered", "system_prompt", "loss_on"),
+        *("rewritten_history", "text_by"),
+    ),
+    "train": ("objective", "reference", "dpo", "kto", "orpo", "simpo", "cpo"),
+    "evaluate": ("metrics", "extract", "json_schema", "max_new_tokens", "during", "during_tokens", "equal_within"),
+}
+OF_LABELS = {"data": ("labels",), "train": ("class_weights",)}
+
+
+def require_settings(run: Run) -> None:
+    """Raise UserError for a setting that has no effect on a run of its task."""
+    sections: dict[str, type[Section]] = {"data": Data, "train": Train, "evaluate": Evaluate}
+    is_causal = run.model.task == "causal-lm"
+    for section, names in (OF_LABELS if is_causal else OF_ANSWERS).items():
+        for name in names:
+            value = getattr(getattr(run, section), name)
+            field = sections[section].model_fields[name]
+            if value != field.default:
+                raise UserError(
+                    f"{section}.{name} = {value}: has no effect with model.task = {run.model.task}",
+                    f"leave {section}.{name} out"
+                    + (", or set model.task=sequence-classification" if is_causal else ""),
+                )
+    if is_causal:
+        return
+    if run.train.engine == "fused":
+        raise UserError(
+            "train.engine = fused: it is made for decoders that write text; classifiers run on Transformers",
+            "leave train.engine out",
+        )
+    if run.model.adapter is not None:
+        raise UserError(
+            f"model.adapter = {run.model.adapter}: a classifier begins with a new adapter", "leave model.adapter out"
+        )
+    weights, labels = run.train.class_weights, run.data.labels
+    if isinstance(weights, tuple) and (labels is None or len(labels) != len(weights)):
+        raise UserError(
+            f"train.class_weights: {len(weights)} numbers, and data.labels has {len(labels or ()) or 'none'}",
+            "name the labels in data.labels, and a number for each of them in that order",
+        )
+
+
+def require_answers(model: Model, command: str) -> None:
+    """Raise UserError where a command that is made for written answers is given a classifier."""
+    if model.task != "causal-lm":
+        raise UserError(
+            f"{command}: it is made for models that write text, and this one classifies (model.task = {model.task})",
+            "use `veneer predict`, `veneer evaluate` or `veneer merge`",
+        )

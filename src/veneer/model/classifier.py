@@ -1,0 +1,212 @@
+"""Loads a base with a head that classifies texts, and puts an adapter on it; the head is trained whole.
+
+Modules that the base's files lack are random at first, and so is a head of a published encoder. All of these are saved
+with the adapter (PEFT's `modules_to_save`): a head that is not comes back random from a reload, and answers by chance.
+The head computes in float32 whatever the base's dtype, since it is trained itself.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from veneer.config import Adapter, Run, UserError
+from veneer.config.task import require_settings
+from veneer.data.labelled import LabelledRenderer, scan_labels
+from veneer.data.render import Renderer
+from veneer.machine.device import Machine
+from veneer.model.adapters import find_method
+from veneer.model.load import freeze, loading, settings_of
+from veneer.model.locate import BaseSource
+from veneer.model.quiet import quiet
+from veneer.model.shapes import Shapes, find_config, shapes_of
+
+CLASSIFIES = "ForSequenceClassification"  # the end of a class's name in Transformers
+FIX = "name an encoder (BERT, RoBERTa, DistilBERT, ModernBERT, DeBERTa) or a decoder such as Llama or Qwen"
+
+
+class Classifier(NamedTuple):
+    """A base with a head.
+
+    Attributes:
+        base: Transformers' model, frozen.
+        head: paths of the modules that are trained whole.
+    """
+
+    base: Any
+    head: list[str]
+
+
+def make_renderer(run: Run, tokenizer: Any) -> Renderer:
+    """Return what makes examples of a run's rows, by `model.task`."""
+    require_settings(run)
+    if run.model.task == "causal-lm":
+        return Renderer(tokenizer, run.data)
+    return LabelledRenderer(tokenizer, run.data, find_labels(run, find_config(run.model)))
+
+
+def labels_of(renderer: Renderer) -> tuple[str, ...]:
+    """Return the labels of a run that classifies."""
+    assert isinstance(renderer, LabelledRenderer)
+    return renderer.labels
+
+
+def find_labels(run: Run, config: Any) -> tuple[str, ...]:
+    """Return the names of a run's labels: those of `data.labels`, of the base's own head, or of its rows.
+
+    Raises:
+        UserError: there are fewer than two, or another number than the base's head has.
+    """
+    has_head = _has_head(config)
+    named = [config.id2label[number] for number in sorted(config.id2label)] if has_head else []
+    is_named = bool(named) and named != [f"LABEL_{number}" for number in range(len(named))]
+    labels = run.data.labels or (tuple(named) if is_named else scan_labels(run.data))
+    where = "data.labels" if run.data.labels else f"data.train = {run.data.train}"
+    if len(labels) < 2:
+        what = f"all rows have one label, `{labels[0]}`" if labels else "no row has a label"
+        raise UserError(
+            f"{where}: {what}", "name rows with at least two labels; data.columns={label: ...} says which column it is"
+        )
+    if len(set(labels)) < len(labels):
+        raise UserError(f"data.labels = {', '.join(labels)}: a name stands there twice", "name each label once")
+    if has_head and len(labels) != len(named):
+        raise UserError(
+            f"{where}: {len(labels)} labels ({', '.join(labels[:6])}), and the head of model.base = {run.model.base} "
+            f"has {len(named)}",
+            "name its labels in data.labels, in its order, or a base without a head",
+        )
+    return labels
+
+
+def _has_head(config: Any) -> bool:
+    return any(name.endswith(CLASSIFIES) for name in getattr(config, "architectures", None) or ())
+
+
+def load_classifier(
+    source: BaseSource, run: Run, labels: Sequence[str], pad_token_id: int | None, machine: Machine
+) -> Classifier:
+    """Load the base with a head to the machine's device, frozen; weights that its files lack are drawn by `train.seed`.
+
+    Raises:
+        UserError: it has no such head, cannot be loaded, or its files lack weights that are not the head's.
+    """
+    config = find_config(run.model)
+    require_classifies(config, source.name)
+    torch.manual_seed(run.train.seed)
+    base, missing = read_classifier(source, classifier_settings(run, config, labels, pad_token_id, machine))
+    head = head_of(base)
+    lacking = [key for key in missing if not key.startswith(tuple(f"{path}." for path in head))]
+    if lacking:
+        raise UserError(
+            f"model.base = {source.name}: its files lack {len(lacking)} weights that are not the head's "
+            f"({', '.join(lacking[:3])}, ...); they would be random",
+            "name a complete model",
+        )
+    freeze(base)
+    return Classifier(base, head)
+
+
+def classifier_settings(
+    run: Run, config: Any, labels: Sequence[str], pad_token_id: int | None, machine: Machine
+) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` for a base with a head, except the location."""
+    settings = settings_of(run.model, run.quantization, machine) | config_settings(labels, pad_token_id)
+    if run.quantization is not None:
+        settings["quantization_config"].llm_int8_skip_modules = head_of(build_classifier(config, len(labels)))
+    return settings
+
+
+def read_classifier(source: BaseSource, settings: dict[str, Any]) -> tuple[Any, list[str]]:
+    """Load a base with a head by Transformers alone; return it and the names of weights that its files lack.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    with loading(source, "model"):
+        base, report = AutoModelForSequenceClassification.from_pretrained(
+            source.location,
+            revision=source.revision,
+            local_files_only=source.only_local,
+            output_loading_info=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            **settings,
+        )
+    return base, sorted(report["missing_keys"])
+
+
+def config_settings(labels: Sequence[str], pad_token_id: int | None) -> dict[str, Any]:
+    """Return what plain Transformers is to be given to build the same head; decoders find a text's end by padding."""
+    found: dict[str, Any] = {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {name: n for n, name in enumerate(labels)},
+    }
+    return found if pad_token_id is None else found | {"pad_token_id": pad_token_id}
+
+
+def require_classifies(config: Any, name: str) -> None:
+    """Raise UserError for an architecture that Transformers has no head of classes for."""
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise UserError(
+            f"model.base = {name}: Transformers has no head for sequence classification on {config.model_type}", FIX
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"model.base = {name}: {config.model_type} is an encoder with a decoder", FIX)
+
+
+def build_classifier(config: Any, labels: int) -> Any:
+    """Build a base with a head on the meta device."""
+    from transformers import AutoModelForSequenceClassification
+
+    config = type(config).from_dict(config.to_dict() | {"num_labels": labels})
+    with quiet(), torch.device("meta"):
+        return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+
+
+def head_of(base: Any) -> list[str]:
+    """Return paths of the modules that are trained whole: those beside the backbone, and its pooler."""
+    beside = [
+        name
+        for name, module in base.named_children()
+        if name != base.base_model_prefix and any(True for _ in module.parameters())
+    ]
+    return beside + [path for path, _ in base.named_modules() if path.endswith(".pooler")]
+
+
+def classifier_shapes(base: Any, head: Sequence[str]) -> Shapes:
+    """Return the shapes of a base with a head, whose modules no adapter is put on."""
+    shapes = shapes_of(base)
+    inside = {path for path in shapes.linears if path in head or path.startswith(tuple(f"{name}." for name in head))}
+    return replace(shapes, beside=shapes.beside | inside)
+
+
+def attach_classifier(classifier: Classifier, adapter: Adapter, seed: int, gradient_checkpointing: bool) -> Any:
+    """Put a new adapter on a base with a head, in place; return PEFT's wrapper around it.
+
+    Raises:
+        UserError: an entry of target_modules matches nothing.
+    """
+    with quiet():
+        from peft import get_peft_model
+
+        targets = classifier_shapes(*classifier).targets(adapter)
+        config = find_method(adapter).configure(adapter, sorted(targets))
+        config.task_type, config.modules_to_save = "SEQ_CLS", list(classifier.head)
+        torch.manual_seed(seed)
+        model = get_peft_model(classifier.base, config)
+        config.modules_to_save = list(classifier.head)  # PEFT adds the usual names of heads, each time that it loads
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for path in classifier.head:
+        trained = classifier.base.get_submodule(path).modules_to_save["default"].float()
+        trained.register_forward_pre_hook(_in_float32)
+    return model
+
+
+def _in_float32(module: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(part.float() if torch.is_tensor(part) and part.is_floating_point() else part for part in given)

@@ -1,0 +1,44 @@
+"""The model card of a classifier: its labels, how plain PEFT loads it, and its scores where they were measured."""
+
+from importlib import resources
+from typing import TYPE_CHECKING
+
+import yaml
+
+if TYPE_CHECKING:
+    from veneer.release.publish.card import Facts
+
+
+def classifier_card(facts: "Facts") -> str:
+    """Return the text of the card, without its last line."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["cell"] = lambda text: text.replace("|", "\\|")
+    text = resources.files("veneer.release").joinpath("classifier_card.md.jinja").read_text(encoding="utf-8")
+    passport, run = facts.passport, facts.run
+    pad = passport["classifier"]["pad_token_id"]
+    body = environment.from_string(text).render(
+        name=facts.name,
+        base=facts.base,
+        labels=passport["classifier"]["labels"],
+        head=passport["classifier"]["head"],
+        is_pair=False,
+        base_literal=repr(facts.hub_id or facts.base),
+        name_literal=repr(facts.name),
+        pad="" if pad is None else f", pad_token_id={pad}",
+        max_length=run.data.max_length - 1,
+        rows=facts.ledger["rows"],
+        training=passport["training"],
+        learning_rate=run.train.learning_rate,
+        r=run.adapter.r,
+        alpha=run.adapter.lora_alpha,
+        metrics=facts.scores.get("metrics"),
+        scored=facts.scores.get("rows"),
+    )
+    head = {"library_name": "peft", "pipeline_tag": "text-classification", "tags": ["lora", "transformers", "veneer"]}
+    if facts.hub_id:
+        head |= {"base_model": facts.hub_id, "base_model_relation": "adapter"}
+    if facts.licence:
+        head["license"] = facts.licence
+    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n\n{body.rstrip()}\n"
