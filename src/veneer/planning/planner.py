@@ -23,6 +23,7 @@ from veneer.model.adapters import find_method
 from veneer.model.adapters.from_base import doubled, refuse_4_bits, starts_from_base
 from veneer.model.dense import COPIES_SHARE
 from veneer.model.shapes import Shapes
+from veneer.model.trained_parts import TrainedParts, find_parts
 from veneer.planning.base import PlannedModel
 from veneer.planning.batch_shapes import Padded, RowShapes
 from veneer.planning.forecast import Forecast
@@ -249,9 +250,17 @@ def step_of(
     """
     quantized, dtype = frozenset[str](), named_dtype(run.model.dtype, target.dtype)
     plain = doubled(run.adapter)
+    first = shapes.vocabulary  # ids do not matter here
+    new_tokens = range(first, first + len(run.data.add_special_tokens or ()))
+    parts = TrainedParts() if method == "full" else find_parts(shapes, run.adapter, new_tokens)
     if method == "qlora":
         quantized = shapes.quantizable()
         _require_quantizable(shapes)
+        if in_4_bits := sorted(parts.modules & quantized):
+            raise UserError(
+                f"adapter.modules_to_save: {in_4_bits[0]} is in 4 bits, which cannot be trained whole",
+                "leave it out, or leave the section `quantization` out",
+            )
     return Step(
         rows=batch.rows,
         length=batch.length,
@@ -273,6 +282,7 @@ def step_of(
         capability=target.capability if engine == "fused" else Step.capability,
         accumulating=run.train.gradient_accumulation_steps > 1,
         copies=target.device == "cpu" and COPIES_SHARE * copies_bytes(shapes, quantized, dtype) <= target.budget_bytes,
+        parts=parts,
     )
 
 
@@ -282,7 +292,7 @@ def step_for_held_out(step: Step, batch: Padded) -> Step:
         batch.rows, batch.length, batch.trained, step.dtype, step.method, step.targets, step.quantized,
         step.adapter, step.r, double_quant=step.double_quant, engine=step.engine, even=step.even,
         capability=step.capability, training=False, copies=step.copies,
-        rank_pattern=step.rank_pattern,
+        rank_pattern=step.rank_pattern, parts=step.parts,
     )  # fmt: skip
 
 
