@@ -17,6 +17,7 @@ from veneer.machine.device import Machine, bound_freed_memory, find_machine, rel
 from veneer.model.attach import attach, detach
 from veneer.model.load import load_model, load_tokenizer
 from veneer.model.locate import BaseSource, locate
+from veneer.model.new_tokens import add_rows, new_ids
 from veneer.model.start import find_start, take_weights
 from veneer.planning.predict import Prediction, PreparedData, predict_run
 from veneer.planning.target import CONTEXT, least_budget, this_device
@@ -64,7 +65,7 @@ def load_parts(
     if machine.device == "cpu":
         bound_freed_memory()
     source = locate(run.model)
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, run.data)
     renderer = Renderer(tokenizer, run.data)
     data = prepare(run.data, renderer, run.train.seed)
     choose_objective(run, data)
@@ -79,8 +80,11 @@ def load_parts(
         raise UserError(f"evaluate.during: {ON_HOST}", ON_HOST_FIX)
     reset_peak(machine.device)
     base = load_model(source, run.model, run.quantization, machine, _streams_weights(prediction))
+    if run.data.add_special_tokens is not None:
+        add_rows(base, tokenizer, run.data.add_special_tokens)
     _require_embeddings(base, tokenizer, data)
-    return RunParts(machine, source, tokenizer, renderer, data, prediction, _adapted(base, run, source, start), start)
+    model = _adapted(base, run, source, start, tokenizer)
+    return RunParts(machine, source, tokenizer, renderer, data, prediction, model, start)
 
 
 def fresh_parts(parts: RunParts, run: Run) -> RunParts:
@@ -106,11 +110,15 @@ def fresh_parts(parts: RunParts, run: Run) -> RunParts:
             "such a base is loaded for a single run",
             "name a smaller model.base, set `quantization: {bits: 4}`, or train each run by itself",
         )
-    return replace(parts, prediction=prediction, model=_adapted(base, run, parts.source, start), start=start)
+    model = _adapted(base, run, parts.source, start, parts.tokenizer)
+    return replace(parts, prediction=prediction, model=model, start=start)
 
 
-def _adapted(base: Any, run: Run, source: BaseSource, start: Path | None) -> Any:
-    model = attach(base, run.adapter, run.train.seed, run.train.gradient_checkpointing is not False)
+def _adapted(base: Any, run: Run, source: BaseSource, start: Path | None, tokenizer: Any) -> Any:
+    """Return a base with the run's adapter on it."""
+    added = run.data.add_special_tokens
+    ids = new_ids(base, tokenizer, added) if added is not None else ()
+    model = attach(base, run.adapter, run.train.seed, run.train.gradient_checkpointing is not False, ids)
     if start is not None:
         take_weights(model, start, str(run.model.adapter))
     model.peft_config["default"].base_model_name_or_path = source.reference  # of checkpoints, too

@@ -24,7 +24,7 @@ import torch
 from veneer.config import Quantization, UserError
 from veneer.model.adapters.lora import MOVES_THE_BASE, low_rank
 from veneer.model.quiet import quiet
-from veneer.model.shapes import build, find_config
+from veneer.model.shapes import build
 from veneer.model.tuned import TunedModel
 from veneer.release.merge.disk_names import DiskNames
 from veneer.release.merge.stored_4bit import StoredNF4
@@ -54,7 +54,7 @@ class AdapterDelta:
     """
 
     def __init__(self, tuned: TunedModel, tensors: Mapping[str, Stored]) -> None:
-        self.config = find_config(tuned.model)
+        self.config = tuned.config
         self._where = tuned.name
         base = build(self.config, torch.float32)
         self._tied = _tied(base)
@@ -139,6 +139,11 @@ class AdapterDelta:
         if getattr(config, "use_dora", False):
             raise UserError(
                 f"{self._where}: a DoRA adapter cannot be removed: its scale depends on the base's weights",
+                "take the base itself",
+            )
+        if getattr(config, "trainable_token_indices", None):
+            raise UserError(
+                f"{self._where}: the adapter replaced rows of embeddings or head; the original ones are not in it",
                 "take the base itself",
             )
         if self._replaced:
