@@ -58,7 +58,7 @@ def attach(
     model.base_biases = biases
     if starts_from_base(adapter):
         take_part_of_base(model, str(adapter.init_lora_weights))
-        model.peft_config["default"].init_lora_weights = adapter.init_lora_weights
+    model.peft_config["default"].init_lora_weights = adapter.init_lora_weights
     _notify_left_out(model, adapter)
     return model
 
@@ -208,15 +208,15 @@ def set_adapter(model: Any, folder: Path) -> None:
 def write_adapter(model: Any, folder: Path) -> None:
     """Write the adapter alone, in PEFT's format; whatever it began with, it is plain LoRA on its base."""
     config = model.peft_config["default"]
-    is_from_base, began_with = starts_from_base(config), getattr(config, "init_lora_weights", None)
+    began_with, eva = getattr(config, "init_lora_weights", None), getattr(config, "eva_config", None)
     try:
-        if is_from_base:
-            config.init_lora_weights = True
+        if began_with not in (None, "gaussian"):
+            config.init_lora_weights, config.eva_config = True, None
         with quiet():
             model.save_pretrained(str(folder), save_embedding_layers=False)
     finally:
-        if is_from_base:
-            config.init_lora_weights = began_with
+        if began_with is not None:
+            config.init_lora_weights, config.eva_config = began_with, eva
 
 
 def count_parameters(model: Any) -> dict[str, int]:

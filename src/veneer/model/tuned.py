@@ -25,6 +25,7 @@ from veneer.config.names import base_not_here, require_adapter
 from veneer.data.render import Renderer
 from veneer.data.template import names_file
 from veneer.machine.device import find_machine
+from veneer.model.adapters import from_error
 from veneer.model.attach import load_adapter
 from veneer.model.fingerprint import stored_quantization
 from veneer.model.load import base_stop_ids, compute_dtype, load_model, load_tokenizer
@@ -108,6 +109,13 @@ class TunedModel:
     def added_tokens(self) -> tuple[str, ...]:
         """The tokens that training added to those of the base."""
         return (self.data.add_special_tokens if self.data is not None else None) or ()
+
+    @property
+    def corrects_rounding(self) -> bool:
+        """Whether the adapter began with the error of its base's 4 bits, so that it belongs to no other bits."""
+        settings = (self.passport or {}).get("settings") or {}
+        adapter = self.run.adapter.model_dump() if self.run is not None else settings.get("adapter") or {}
+        return bool(adapter.get("init_lora_weights") == from_error.KIND)
 
     @property
     def config(self) -> Any:

@@ -21,6 +21,7 @@ from veneer.machine.device import named_dtype, resolve_optim
 from veneer.machine.speeds import Ceilings
 from veneer.model.adapters import find_method
 from veneer.model.adapters.from_base import doubled, refuse_4_bits, starts_from_base
+from veneer.model.adapters.from_error import refuse_without_4_bits, starts_from_error
 from veneer.model.dense import COPIES_SHARE
 from veneer.model.shapes import Shapes
 from veneer.model.trained_parts import TrainedParts, find_parts
@@ -59,6 +60,8 @@ class Planner:
         method = self._method(run)
         if method == "qlora" and starts_from_base(run.adapter):
             raise refuse_4_bits(run.adapter.init_lora_weights)
+        if starts_from_error(run.adapter) and (run.quantization is None or self.base.is_4bit):
+            raise refuse_without_4_bits()
         return self.forecast_as(run, method, placement)
 
     def _method(self, run: Run) -> str:

@@ -149,7 +149,8 @@ class TrainingJob:
         else:
             self._require_folder()
         run = self.run
-        parts = parts or load_parts(run, force, self._examine)
+        found = checkpoint.latest(self.folder.checkpoints) if self._resume else None
+        parts = parts or load_parts(run, force, self._examine, found)
         if parts.renderer.is_dated:
             self.run = run = _dated(run, parts.renderer.settings.template_date)
         self.machine, self.source, self.tokenizer = parts.machine, parts.source, parts.tokenizer

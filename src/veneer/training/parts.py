@@ -14,11 +14,15 @@ from veneer.data.pipeline import Prepared, prepare
 from veneer.data.render import Renderer
 from veneer.engine.placement import MemoryPlacement
 from veneer.machine.device import Machine, bound_freed_memory, find_machine, release_memory, reset_peak
+from veneer.model.adapters import from_error, from_rows
+from veneer.model.adapters.from_error import start_from_error
+from veneer.model.adapters.from_rows import start_from_rows
 from veneer.model.attach import attach, detach
 from veneer.model.load import load_model, load_tokenizer
 from veneer.model.locate import BaseSource, locate
 from veneer.model.new_tokens import add_rows, new_ids
 from veneer.model.start import find_start, take_weights
+from veneer.model.stored_weights import weights_by_path
 from veneer.planning.predict import Prediction, PreparedData, predict_run
 from veneer.planning.target import CONTEXT, least_budget, this_device
 from veneer.training.choose_objective import choose_objective
@@ -48,7 +52,10 @@ class RunParts:
 
 
 def load_parts(
-    run: Run, force: bool = False, examine: Callable[[Prepared, Renderer], None] = lambda data, renderer: None
+    run: Run,
+    force: bool = False,
+    examine: Callable[[Prepared, Renderer], None] = lambda data, renderer: None,
+    checkpoint: Path | None = None,
 ) -> RunParts:
     """Load a run's parts.
 
@@ -56,6 +63,7 @@ def load_parts(
         run: The settings.
         force: whether to load a run that is predicted not to fit.
         examine: function that gets the data and their renderer before the model is loaded, and may refuse them.
+        checkpoint: folder of the checkpoint that the run goes on from; None: it begins.
 
     Raises:
         UserError: Anything the user can mend.
@@ -78,12 +86,18 @@ def load_parts(
         _require_host_memory(prediction.forecast.placement, target.host_bytes)
     if run.evaluate.during and _streams_weights(prediction):
         raise UserError(f"evaluate.during: {ON_HOST}", ON_HOST_FIX)
+    if run.adapter.init_lora_weights in (from_error.KIND, from_rows.KIND) and _streams_weights(prediction):
+        raise UserError(
+            f"adapter.init_lora_weights = {run.adapter.init_lora_weights}: weights are in the host's memory, where they "
+            "cannot be computed with before training",
+            "set it to true, or raise train.memory_budget",
+        )
     reset_peak(machine.device)
     base = load_model(source, run.model, run.quantization, machine, _streams_weights(prediction))
     if run.data.add_special_tokens is not None:
         add_rows(base, tokenizer, run.data.add_special_tokens)
     _require_embeddings(base, tokenizer, data)
-    model = _adapted(base, run, source, start, tokenizer)
+    model = _adapted(base, run, source, start, tokenizer, data, checkpoint)
     return RunParts(machine, source, tokenizer, renderer, data, prediction, model, start)
 
 
@@ -110,15 +124,27 @@ def fresh_parts(parts: RunParts, run: Run) -> RunParts:
             "such a base is loaded for a single run",
             "name a smaller model.base, set `quantization: {bits: 4}`, or train each run by itself",
         )
-    model = _adapted(base, run, parts.source, start, parts.tokenizer)
+    model = _adapted(base, run, parts.source, start, parts.tokenizer, parts.data)
     return replace(parts, prediction=prediction, model=model, start=start)
 
 
-def _adapted(base: Any, run: Run, source: BaseSource, start: Path | None, tokenizer: Any) -> Any:
+def _adapted(
+    base: Any,
+    run: Run,
+    source: BaseSource,
+    start: Path | None,
+    tokenizer: Any,
+    data: Prepared,
+    checkpoint: Path | None = None,
+) -> Any:
     """Return a base with the run's adapter on it."""
     added = run.data.add_special_tokens
     ids = new_ids(base, tokenizer, added) if added is not None else ()
     model = attach(base, run.adapter, run.train.seed, run.train.gradient_checkpointing is not False, ids)
+    if run.adapter.init_lora_weights == from_rows.KIND:
+        start_from_rows(model, data.train, checkpoint)
+    elif run.adapter.init_lora_weights == from_error.KIND and checkpoint is None:
+        start_from_error(model, weights_by_path(source, base))
     if start is not None:
         take_weights(model, start, str(run.model.adapter))
     model.peft_config["default"].base_model_name_or_path = source.reference  # of checkpoints, too

@@ -28,7 +28,7 @@ from veneer.release.gguf.tensor_layout import COMPUTED, TensorLayout
 from veneer.release.gguf.tokenizer import vocabulary
 from veneer.release.gguf.types import QUANTS, Mix, encoded, require_quant, size_of
 from veneer.release.merge.adapter_delta import AdapterDelta
-from veneer.release.merge.plan import MergePlan, resolved_base
+from veneer.release.merge.plan import MergePlan, require_any_bits, resolved_base
 from veneer.release.merge.stored_4bit import base_weights
 from veneer.release.output import require_free, require_space
 from veneer.release.publish.card import hub_id, licence
@@ -145,6 +145,7 @@ def export_adapter(tuned: TunedModel, out: Path, on_done: Progress = lambda done
             f"{tuned.name}: llama.cpp takes LoRA matrices only on linear layers: {'; '.join(refused)}",
             "export the merged model: leave --adapter-only out",
         )
+    require_any_bits(tuned)
     AdapterDelta(tuned, base_weights(tuned))  # it belongs to this base
     config = tuned.peft_config
     held = read_header(tuned.weights)
