@@ -15,7 +15,7 @@ from veneer.config.files import read_json, reading
 from veneer.config.manifest import ADAPTER
 from veneer.config.notify import notify
 from veneer.model.adapters import find_method
-from veneer.model.adapters.from_base import starts_from_base, take_part_of_base
+from veneer.model.adapters.from_base import as_changes, starts_from_base, take_part_of_base
 from veneer.model.locate import BaseSource
 from veneer.model.quiet import quiet
 from veneer.model.shapes import shapes_of
@@ -196,6 +196,14 @@ def save_adapter(model: Any, tokenizer: Any, chat_template: str | None, base: Ba
         tokenizer.chat_template = own_template
 
 
+def write_as_changes(model: Any, folder: Path) -> None:
+    """Write the matrices of an adapter that began as a part of its base as the change of that, which bears rounding."""
+    if starts_from_base(model.peft_config["default"]):
+        from safetensors.torch import load_file, save_file
+
+        save_file(as_changes(load_file(folder / ADAPTER)), folder / ADAPTER, {"format": "pt"})
+
+
 def set_adapter(model: Any, folder: Path) -> None:
     """Give a model's adapter the weights in a folder that `write_adapter` wrote, in place."""
     with quiet():
@@ -221,10 +229,13 @@ def write_adapter(model: Any, folder: Path) -> None:
 
 def count_parameters(model: Any) -> dict[str, int]:
     """Count all parameters and the trainable ones. Packed 4-bit weights count as weights, not as bytes."""
+    config = getattr(model, "peft_config", {}).get("default")
+    frozen_share = find_method(config).frozen_share if config is not None else 0.0
     total = trainable = 0
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         state = getattr(parameter, "quant_state", None)
         count = state.shape.numel() if state is not None else parameter.numel()
         total += count
-        trainable += count if parameter.requires_grad else 0
+        if parameter.requires_grad:
+            trainable += round(count * (1 - frozen_share)) if "lora_" in name else count
     return {"total": total, "trainable": trainable}

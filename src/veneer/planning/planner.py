@@ -29,7 +29,7 @@ from veneer.planning.base import PlannedModel
 from veneer.planning.batch_shapes import Padded, RowShapes
 from veneer.planning.forecast import Forecast
 from veneer.planning.held_out import generation_peak, held_out_peak, rows_that_fit
-from veneer.planning.memory import adapter_bytes, copies_bytes, loaded, off_device, persistent, phases, run_disk_bytes
+from veneer.planning.memory import adapter_bytes, copies_bytes, loaded, off_device, persistent, phases, run_disk_bytes, with_start
 from veneer.planning.target import TargetDevice
 from veneer.planning.time import seconds
 
@@ -75,6 +75,8 @@ class Planner:
         step = step_of(run, method, shapes, rows.fullest, target, engine, rows.even)
         dry = self.base.run_dry(step)
         found = phases(shapes, step, optim, dry, target.device)
+        if method != "full":
+            found["load"] = with_start(found["load"], shapes, step, run.adapter.init_lora_weights)
         held_out, at_a_time, answered, one_row = None, {}, rows.answered, dict[str, Peak]()
         if rows.held_out is not None and answered is not None:
             held = persistent(shapes, step, optim, dry, target.device)[0]
@@ -82,7 +84,8 @@ class Planner:
             found["evaluation"] = held_out_peak(held, dry, held_out[1])
             at_a_time["generation"], found["generation"] = self.generation(run, answered, method)
         sizes = step.adapter_sizes(shapes)
-        trainable = shapes.total if method == "full" else sum(sizes)
+        saved = shapes.total if method == "full" else sum(sizes)
+        frozen = 0 if method == "full" else round(step.adapter.frozen_share * (saved - sum(step.parts.sizes(shapes))))
         paged = adapter_bytes(sizes) * 2 if optim.startswith("paged") else 0
         smallest = {name: peak for name, peak in found.items() if name not in at_a_time} | one_row
         least = max(peak.bytes for peak in smallest.values())
@@ -101,8 +104,8 @@ class Planner:
         updated = 1 if engine == "fused" else len(sizes)
         timed = self._times(step, held_out, rows, run, placement, updated) if target.ceilings else (None, None)
         return Forecast(
-            total=shapes.total + (trainable if method != "full" else 0),
-            trainable=trainable,
+            total=shapes.total + (saved if method != "full" else 0),
+            trainable=saved - frozen,
             phases=found,
             rows_at_a_time=at_a_time,
             target=target,
@@ -113,7 +116,7 @@ class Planner:
             resident_bytes=resident_bytes,
             rows=rows,
             host_bytes=peak if target.device != "cuda" else HOST_BYTES + paged + placement.host_bytes,
-            disk_bytes=run_disk_bytes(trainable, rows.steps, run.train),
+            disk_bytes=run_disk_bytes(saved, rows.steps, run.train),
             download_bytes=self.base.download_bytes,
             step_seconds=timed[0],
             run_seconds=timed[1],

@@ -32,7 +32,7 @@ from veneer.engine.interface import BatchShapes, Engine, document_losses
 from veneer.engine.objective import TrainedTokens
 from veneer.engine.placement import MemoryPlacement
 from veneer.machine.device import peak_bytes, resolve_optim
-from veneer.model.attach import count_parameters, save_adapter
+from veneer.model.attach import count_parameters, save_adapter, write_as_changes
 from veneer.model.load import compute_dtype
 from veneer.model.start import base_sha256, start_sha256
 from veneer.planning.memory import optimizer_bytes, run_disk_bytes
@@ -385,6 +385,7 @@ class TrainingJob:
         )
         with whole_folder(self.folder.adapter) as unfinished:
             save_adapter(self.model, self.tokenizer, self.renderer.template, self.source, unfinished)
+            write_as_changes(self.model, unfinished)
             write_json(unfinished / "ledger.json", self.data.ledger.as_dict())
             write_extras(unfinished, trained)
         self.model.eval()
@@ -448,7 +449,8 @@ class TrainingJob:
                 )
 
     def _bytes_on_disk(self) -> int:
-        return run_disk_bytes(self.parameters["trainable"], self.steps, self.run.train)
+        saved = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        return run_disk_bytes(saved, self.steps, self.run.train)
 
 
 def finished(run: Run) -> Trained | None:
