@@ -83,13 +83,42 @@ def test_a_saved_adapter_is_plain_lora_on_the_original_base(
     assert (live - logits_of(loaded(base))).abs().max() > 1e-3, "the adapter changes the model"
     assert (saved - live).abs().max() <= 1e-5
     begun = dict(attach(loaded(base), run.adapter, run.train.seed).named_parameters())
-    for file in (checkpoint, tmp_path / "run" / "adapter"):
-        for name, value in load_file(file / "adapter_model.safetensors").items():
-            first = begun[name.replace(".weight", ".default.weight")].data
-            axis = 0 if "lora_A" in name else 1
-            moved, still = value.chunk(2, axis), first.chunk(2, axis)
-            assert torch.equal(moved[1], still[1]), "the part of the base stays as it began"
-            assert not torch.equal(moved[0], still[0])
+    held = [load_file(f / "adapter_model.safetensors") for f in (checkpoint, tmp_path / "run" / "adapter")]
+    for name, value in held[0].items():
+        first = begun[name.replace(".weight", ".default.weight")].data
+        axis = 0 if "lora_A" in name else 1
+        moved, still = value.chunk(2, axis), first.chunk(2, axis)
+        assert torch.equal(moved[1], still[1]), "the part of the base stays as it began"
+        assert not torch.equal(moved[0], still[0])
+        change = held[1][name].chunk(2, axis)
+        assert torch.equal(change[1], -still[1] if axis else change[0] - still[0]), "it is delivered as its change"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_delivered_adapter_bears_the_rounding_of_those_who_load_it(
+    kind: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A change of small steps is a small part of B A, most of which 16 bits would lose."""
+    rows = write_rows(tmp_path / "rows.jsonl", some_rows())
+    run = tiny_run(
+        tiny_model(), rows, tmp_path / "run", adapter={"init_lora_weights": kind}, train={"learning_rate": 1e-4}
+    )
+    job = TrainingJob(run)
+    job.fit()
+    base, live = logits_of(loaded(tiny_model())), logits_of(job.model.eval())
+
+    def rounded(model: Any) -> torch.Tensor:
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.bfloat16().float()
+        return logits_of(model.eval())
+
+    delivered = rounded(PeftModel.from_pretrained(loaded(tiny_model()), str(tmp_path / "run" / "adapter")))
+    trained = rounded(job.model)
+    change = (live - base).norm()
+    # bfloat16 rounds by at most 2^-8 of a value, and independently, so sums of many err by less.
+    assert (delivered - live).norm() < 2**-7 * change
+    assert (trained - live).norm() > 0.1 * change, "as it is trained, rounding would matter"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,6 +7,7 @@ from veneer.api.load import load
 from veneer.config import UserError
 from veneer.config.prompts import Question
 from veneer.config.sampling import Sampling
+from veneer.model.attach import adapter_off
 
 
 def generate(
@@ -51,7 +52,7 @@ def generate(
     answers = model.generate(prompts, system, max_new_tokens, sampling, on_text)
     found: list[dict[str, Any]] = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers)]
     if compare_with_base:
-        with model.model.disable_adapter():
+        with adapter_off(model.model):
             for row, answer in zip(found, model.generate(prompts, system, max_new_tokens, sampling), strict=True):
                 row["base"] = answer
     return found

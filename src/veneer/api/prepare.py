@@ -46,7 +46,7 @@ def prepare(run: Run, samples: int = 3) -> PreparedRows:
     Raises:
         UserError: The rows, the template or the split are not usable.
     """
-    renderer = make_renderer(run, load_tokenizer(locate(run.model)))
+    renderer = make_renderer(run, load_tokenizer(locate(run.model), run.data))
     data = prepare_data(run.data, renderer, run.train.seed)
     count = min(samples, len(data.train))
     shown = [data.train[n * len(data.train) // count] for n in range(count)]

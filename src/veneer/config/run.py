@@ -69,6 +69,9 @@ class Quantization(Section):
     )
 
 
+TokenId = Annotated[int, Field(strict=True, ge=0)]
+
+
 class Adapter(Section):
     """The LoRA adapter, as in PEFT's LoraConfig."""
 
@@ -106,12 +109,33 @@ class Adapter(Section):
         json_schema_extra={"fix": "write pairs such as {down_proj: 64}, with numbers above 0"},
     )
     use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732).")
-    init_lora_weights: Literal[True, "gaussian", "pissa", "olora"] = Field(
+    init_lora_weights: Literal[True, "gaussian", "pissa", "olora", "eva", "loftq"] = Field(
         True,
         description="What training begins with. true: A random, B zero; gaussian: likewise, A normal; pissa or olora, "
         "on bases in 16 or 32 bits: the leading part of the base's weights by singular values or QR (arXiv 2404.02948, "
-        "2406.01775). It is saved as plain LoRA of twice the rank on the base as it is.",
-        json_schema_extra={"fix": "write true, gaussian, pissa or olora"},
+        "2406.01775), saved as plain LoRA of twice the rank on the base as it is; eva: A by what the run's own rows "
+        "put into each module, and ranks by how much that explains (arXiv 2410.07170); loftq, on bases in 4 bits: the "
+        "error of their rounding (arXiv 2310.08659).",
+        json_schema_extra={"fix": "write true, gaussian, pissa, olora, eva or loftq"},
+    )
+    bias: Literal["none", "lora_only", "all"] = Field(
+        "none", description="Biases of the base to train as well: those of the adapted modules, or all."
+    )
+    modules_to_save: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        None,
+        description="Modules to train whole and to save with the adapter, such as [embed_tokens, lm_head]; embeddings "
+        "and a head that share their weights are trained as one.",
+        json_schema_extra={"fix": "write a list of names, such as [embed_tokens, lm_head]"},
+    )
+    trainable_token_indices: (
+        Annotated[tuple[TokenId, ...], Field(min_length=1)]
+        | dict[str, Annotated[tuple[TokenId, ...], Field(min_length=1)]]
+        | None
+    ) = Field(
+        None,
+        description="Tokens whose rows of the embeddings are trained, by id, also in a head that shares them; or ids "
+        "by module, as {embed_tokens: [7], lm_head: [7]}.",
+        json_schema_extra={"fix": "write a list of token ids, such as [7, 8], or lists by module"},
     )
 
     @field_validator("target_modules", "exclude_modules")
@@ -251,6 +275,12 @@ class Data(Section):
         "refuse",
         description="Content that the template leaves out: refuse the row; into-user: put system turns at the start of "
         "the next user turn; leave-out: train on the row without it. Both are counted.",
+    )
+    add_special_tokens: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None = Field(
+        None,
+        description="Tokens to add to the tokenizer. Their rows of embeddings and head begin as the mean of the others "
+        "and are trained; those that the chat template writes are control tokens.",
+        json_schema_extra={"fix": "write a list such as ['<|route|>', '<|tool|>']"},
     )
     system_prompt: str | None = Field(None, description="System prompt for conversations that have none.")
     loss_on: Literal["assistant", "last", "completion", "all"] = Field(

@@ -19,6 +19,7 @@ from veneer.data.screening.privacy import find, redact
 from veneer.data.sources.block import RowBlock, Unreadable
 from veneer.data.sources.find import DataSource
 from veneer.data.sources.read import parse, read_blocks
+from veneer.data.template import template_source
 
 LOOKED_AT = 100  # rows that a format is recognised by
 
@@ -64,6 +65,10 @@ class RowParser:
     def __init__(self, data: Data, format_name: str) -> None:
         self._data = data
         self.format_name = format_name
+        named = data.add_special_tokens or ()
+        # A base whose own template writes a token has that token.
+        source = (template_source(None, data) if named and data.chat_template != "auto" else None) or ""
+        self._added = [token for token in named if token not in source]
 
     def take(self, raw: Any, place: str) -> ParsedRow | RowProblem | None:
         """A row's conversation, its problem, or None if it is empty."""
@@ -75,7 +80,8 @@ class RowParser:
             conversation = replace(to_conversation(fields, self.format_name, self._data.columns), place=place)
             group = self._group(row)
             conversation = replace(conversation, group="" if group is None else str(group))
-            conversation, is_stripped = strip_control_tokens(conversation, self._data.special_tokens_in_text)
+            setting = self._data.special_tokens_in_text
+            conversation, is_stripped = strip_control_tokens(conversation, setting, self._added)
             if conversation.is_empty:
                 return None
             conversation, personal = self._privacy(conversation)

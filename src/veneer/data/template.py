@@ -221,27 +221,36 @@ def find_template(tokenizer: Any, settings: Data) -> Template | None:
     Raises:
         UserError: It names neither a template nor a readable file, or the template exceeds its limits.
     """
+    source = template_source(tokenizer, settings)
+    if source is None:
+        return None
+    end = END_OF_TURN.get(settings.chat_template)
+    if end is not None and end not in tokenizer.get_vocab():
+        source = source.replace(end, tokenizer.eos_token)
+    return Template(tokenizer, source, settings)
+
+
+def template_source(tokenizer: Any, settings: Data) -> str | None:
+    """The text of the template that `data.chat_template` names, not fitted to the tokenizer; None: there is none.
+
+    Raises:
+        UserError: It names neither a template nor a readable file.
+    """
     name = settings.chat_template
     if name == "auto":
-        own = own_template(tokenizer)
-        return Template(tokenizer, own, settings) if own else None
+        return own_template(tokenizer) or None
     if name == "none":
         return None
     if name in END_OF_TURN:
-        source = resources.files("veneer.data").joinpath(f"templates/{name}.jinja").read_text(encoding="utf-8")
-        end = END_OF_TURN[name]
-        if end is not None and end not in tokenizer.get_vocab():
-            source = source.replace(end, tokenizer.eos_token)
-        return Template(tokenizer, source, settings)
+        return resources.files("veneer.data").joinpath(f"templates/{name}.jinja").read_text(encoding="utf-8")
     fix = f"write auto, none, {', '.join(NAMED_TEMPLATES)}, or the path of a Jinja file"
     try:
-        source = read_text(Path(name).expanduser(), LARGEST_BYTES, fix)
+        return read_text(Path(name).expanduser(), LARGEST_BYTES, fix)
     except UserError as error:
         why = str(error).splitlines()[0]
         raise UserError(
             f"data.chat_template = {name}: neither a known template nor a readable file ({why})", fix
         ) from None
-    return Template(tokenizer, source, settings)
 
 
 def own_template(tokenizer: Any) -> str | None:

@@ -13,6 +13,7 @@ Shapes: B rows, L length, N trained tokens, K inputs and M outputs of a linear l
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from veneer.model.adapters.method import AdapterMethod
 from veneer.model.quiet import quiet
 from veneer.model.shapes import Shapes, decoder_layers
 from veneer.model.target_modules import rank_of
+from veneer.model.trained_parts import TrainedParts
 
 QUANT_BLOCK = 64  # weights that share a constant in bitsandbytes' 4-bit formats
 CONSTANT_BLOCK = 256  # constants that share one of their own under double quantization
@@ -56,6 +58,7 @@ class Step:
         accumulating: whether gradients of an earlier micro-batch are held.
         training: whether there is a backward; else only the held-out loss is computed.
         copies: whether 4-bit weights have 16-bit copies beside them, as on a CPU with memory for them.
+        parts: what is trained beside the adapter's matrices.
     """
 
     rows: int
@@ -79,14 +82,15 @@ class Step:
     training: bool = True
     copies: bool = False
     rank_pattern: tuple[tuple[str, int], ...] = ()
+    parts: TrainedParts = TrainedParts()
 
     def rank_of(self, path: str) -> int:
         """Return the rank of a module's adapter."""
         return rank_of(path, self.r, self.rank_pattern)
 
     def adapter_sizes(self, shapes: Shapes) -> list[int]:
-        """Return the sizes of the adapter's parameters."""
-        return self.adapter.sizes(shapes, self.targets, self.r, self.rank_pattern)
+        """Return the sizes of the adapter's parameters, and of those that are trained beside them."""
+        return self.adapter.sizes(shapes, self.targets, self.r, self.rank_pattern) + self.parts.sizes(shapes)
 
 
 @dataclass(frozen=True)
@@ -275,6 +279,8 @@ def head_is_linear(base: Any) -> bool:
 def adapt(base: Any, step: Step) -> None:
     """Put adapters on a model on the meta device and quantize it, in place, as `attach` and `load_model` would."""
     base.requires_grad_(step.method == "full")
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or name in step.parts.biases)
     for path, module in list(base.named_modules()):
         if path in step.targets or path in step.quantized:
             # The weight of GPT-2's Conv1D is transposed, and an embedding's too.
@@ -283,8 +289,68 @@ def adapt(base: Any, step: Step) -> None:
             layer = _Linear4bit(module.bias, (outputs, inputs), step) if path in step.quantized else module
             if path in step.targets:
                 layer = step.adapter.stand_in(layer, inputs, outputs, step.rank_of(path), step.dropout)
-            parent, _, name = path.rpartition(".")
-            setattr(base.get_submodule(parent), name, layer)
+            _replace(base, path, layer)
+    _train_parts(base, step.parts)
+
+
+def _replace(base: Any, path: str, module: torch.nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(base.get_submodule(parent), name, module)
+
+
+def _train_parts(base: Any, parts: TrainedParts) -> None:
+    """Put stand-ins for PEFT's wrappers on modules and rows that are trained, in place."""
+    held = {path for path, _ in base.named_modules()}  # a model of fewer layers lacks some
+    for path in sorted(parts.modules & held):
+        module = base.get_submodule(path)
+        trained = deepcopy(module).requires_grad_(True)
+        _replace(base, path, _Whole(module, trained))
+        if parts.tied is not None and isinstance(module, torch.nn.Embedding):
+            _replace(base, parts.tied, _Whole(base.get_submodule(parts.tied), trained))
+    for path, tokens in parts.rows:
+        module = base.get_submodule(path)
+        with torch.device("meta"):
+            rows_RD = torch.nn.Parameter(torch.empty(len(tokens), module.weight.shape[1]))
+        _replace(base, path, _Rows(module, rows_RD))
+        if parts.tied is not None and not parts.modules and isinstance(module, torch.nn.Embedding):
+            _replace(base, parts.tied, _Rows(base.get_submodule(parts.tied), rows_RD))
+
+
+class _Whole(torch.nn.Module):
+    """A stand-in for PEFT's wrapper around a module that is trained whole; `trained` may be another's copy."""
+
+    def __init__(self, original: torch.nn.Module, trained: torch.nn.Module) -> None:
+        super().__init__()
+        self.original, self.trained = original, trained
+
+    @property
+    def weight(self) -> Any:
+        return self.trained.weight
+
+    def forward(self, x: torch.Tensor) -> Any:
+        if isinstance(self.original, torch.nn.Linear):
+            return torch.nn.functional.linear(x, self.weight, getattr(self.trained, "bias", None))
+        return self.trained(x)
+
+
+class _Rows(torch.nn.Module):
+    """A stand-in for PEFT's wrapper around an embedding or a head of which some rows are trained."""
+
+    def __init__(self, original: Any, rows_RD: torch.nn.Parameter) -> None:
+        super().__init__()
+        self.original, self.rows_RD = original, rows_RD
+
+    @property
+    def weight(self) -> Any:
+        return self.original.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.device("meta"):
+            index_R = torch.empty((len(self.rows_RD),), dtype=torch.int64)
+        weight_VD = self.weight.index_copy(0, index_R, self.rows_RD.to(self.weight.dtype))
+        if isinstance(self.original, torch.nn.Embedding):
+            return torch.nn.functional.embedding(x, weight_VD, self.original.padding_idx)
+        return torch.nn.functional.linear(x, weight_VD, self.original.bias)
 
 
 class _Linear4bit(torch.nn.Module):
@@ -318,7 +384,8 @@ class _FourBit(torch.autograd.Function):
         result = grad.new_empty((*grad.shape[:-1], ctx.shape_MK[1]))
         _dequantize(ctx.shape_MK, grad.dtype, ctx.step, 1)
         _note_product(grad, ctx.shape_MK[::-1])
-        return result, None, None, None
+        bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return result, bias, None, None
 
 
 def _dequantize(shape_MK: tuple[int, int], dtype: torch.dtype, step: Step, copies: int) -> None:

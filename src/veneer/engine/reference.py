@@ -33,6 +33,7 @@ from veneer.engine.prefix import can_share, hidden_after_prefix, shared_tokens
 from veneer.engine.temporary import no_dropout
 from veneer.kernels.linear_cross_entropy import linear_cross_entropy
 from veneer.machine.device import return_freed_memory
+from veneer.model.attach import adapter_off
 from veneer.model.dense import adapter_beside_copies
 
 TRIM_EVERY = 8  # passes between two trims of the heap
@@ -144,8 +145,7 @@ class ReferenceEngine:
 
     def adapter_off(self) -> AbstractContextManager[None]:
         """See `Engine.adapter_off`."""
-        found: AbstractContextManager[None] = self.model.disable_adapter()
-        return found
+        return adapter_off(self.model)
 
     def dropout_off(self) -> AbstractContextManager[None]:
         """See `Engine.dropout_off`."""

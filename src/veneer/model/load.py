@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from veneer.config import Model, Quantization, UserError
+from veneer.config import Data, Model, Quantization, UserError
 from veneer.config.files import own_files, read_json, reading
 from veneer.config.hub import not_here, unreachable
 from veneer.data.sandbox import shared
@@ -26,6 +26,7 @@ from veneer.model.handles import MOST_PARTS, Quantizing, note_range
 from veneer.model.host import fits_host, host_bytes, quantized_tensors, quantizing_of, short_of_memory
 from veneer.model.limits import require_sizes
 from veneer.model.locate import BaseSource, local_folder
+from veneer.model.new_tokens import add_tokens
 from veneer.model.quantized_cache import CachedWeights, QuantizedCache, notify_unusable
 from veneer.model.quiet import quiet
 from veneer.model.remote import refusal, require_attention, require_own_class
@@ -61,8 +62,16 @@ def compute_dtype(model: Model, machine: Machine) -> torch.dtype:
     return named_dtype(model.dtype, machine.dtype)
 
 
-def load_tokenizer(source: BaseSource) -> Any:
-    """Load the tokenizer of a base model, always a fast one, with padding on the left for generation."""
+def load_tokenizer(source: BaseSource, data: Data | None = None) -> Any:
+    """Load the tokenizer of a base model, always a fast one, with padding on the left for generation.
+
+    Args:
+        source: base model.
+        data: settings of a run, whose tokens are added; None: it is the base's own.
+
+    Raises:
+        UserError: it cannot be loaded, or has a token already that the run adds.
+    """
     shared().start()  # its process renders templates, and imports Transformers meanwhile
     from transformers import AutoTokenizer
 
@@ -83,6 +92,8 @@ def load_tokenizer(source: BaseSource) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # Only generation pads with it; training does not use the id.
     tokenizer.padding_side = "left"
+    if data is not None:
+        add_tokens(tokenizer, data)
     return tokenizer
 
 

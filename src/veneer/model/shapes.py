@@ -44,6 +44,7 @@ class Shapes:
         vocabulary: number of tokens.
         positions: longest sequence it can read; None: no limit known.
         beside: paths of layers that text does not pass, as those of a vision tower.
+        tokens: path of the embeddings of tokens.
     """
 
     architecture: str
@@ -58,6 +59,16 @@ class Shapes:
     vocabulary: int
     positions: int | None
     beside: frozenset[str] = frozenset()
+    tokens: str | None = None
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the head shares the weights of the embeddings."""
+        return self.head is not None and f"{self.head}.weight" not in self.weights
+
+    def side(self, path: str) -> tuple[int, int]:
+        """Return the rows (tokens) and the width of an embedding or of the head."""
+        return self.embeddings[path] if path in self.embeddings else self.linears[path][::-1]
 
     @property
     def total(self) -> int:
@@ -212,7 +223,7 @@ def shapes_of(base: Any) -> Shapes:
 
     config = base.config.get_text_config()
     text = {id(module) for module in base.get_decoder().modules()} if config is not base.config else None
-    linears, embeddings, head, beside = {}, {}, None, set()
+    linears, embeddings, head, tokens, beside = {}, {}, None, None, set()
     for path, module in base.named_modules():
         if text is not None and id(module) not in text:
             beside.add(path)
@@ -224,6 +235,8 @@ def shapes_of(base: Any) -> Shapes:
             embeddings[path] = (module.num_embeddings, module.embedding_dim)
         if module is base.get_output_embeddings():
             head = path
+        if module is base.get_input_embeddings():
+            tokens = path
     all_heads = getattr(config, "num_attention_heads", None) or 0  # 0: it has no attention, and no growing cache
     heads = getattr(config, "num_key_value_heads", None) or all_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // max(1, all_heads)
@@ -240,6 +253,7 @@ def shapes_of(base: Any) -> Shapes:
         vocabulary=config.vocab_size,
         positions=positions_of(config),
         beside=frozenset(beside & (linears.keys() | embeddings.keys()) - {head}),
+        tokens=tokens,
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 from veneer.config import UserError
 
 ALL_LINEAR = "all-linear"
+ADAPTED = ("exclude_modules", "rank_pattern", "alpha_pattern")  # settings that choose among modules that are adapted
 # Parts of the paths of linear layers within a decoder layer, as the architectures of Transformers name them.
 NAMED_SETS = {
     "attention": re.compile(r"attn|attention", re.IGNORECASE),
@@ -52,10 +53,10 @@ def require_matches(setting: str, patterns: Iterable[str], targets: Collection[s
     """Raise UserError where a key of `rank_pattern` or `alpha_pattern` matches no module that is adapted."""
     for pattern in patterns:
         if not any(matches_end(pattern, path) for path in targets):
-            raise _matches_nothing(
+            raise matches_nothing(
                 setting,
                 pattern,
-                _names(sorted(targets)),
+                names_of(sorted(targets)),
                 "write the end of a path as the key, such as {q_proj: 32}, or a regular expression of one, such as "
                 "'layers.[0-3].mlp.*'",
             )
@@ -72,11 +73,11 @@ def matches_end(pattern: str, path: str) -> bool:
 
 
 def _matched(setting: str, pattern: str | Sequence[str], paths: Sequence[str], linear: Sequence[str]) -> frozenset[str]:
-    names = _names(linear)
+    names = names_of(linear)
     if isinstance(pattern, str) and pattern not in (ALL_LINEAR, *NAMED_SETS):
         found = frozenset(path for path in paths if re.fullmatch(pattern, path))
         if not found:
-            raise _matches_nothing(
+            raise matches_nothing(
                 setting,
                 pattern,
                 names,
@@ -93,7 +94,7 @@ def _matched(setting: str, pattern: str | Sequence[str], paths: Sequence[str], l
         else:
             found = frozenset(path for path in paths if path == name or path.endswith(f".{name}"))
         if not found:
-            raise _matches_nothing(setting, name, names, f"choose from {', '.join(names)}, or write all-linear")
+            raise matches_nothing(setting, name, names, f"choose from {', '.join(names)}, or write all-linear")
         every |= found
     return every
 
@@ -120,14 +121,16 @@ def _in_layers(found: frozenset[str], layers: Sequence[int]) -> frozenset[str]:
     return frozenset(path for path, number in numbered.items() if number in layers)
 
 
-def _names(paths: Iterable[str]) -> list[str]:
+def names_of(paths: Iterable[str]) -> list[str]:
+    """Return the last parts of paths, each once."""
     return list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in paths))
 
 
-def _matches_nothing(setting: str, pattern: str, names: list[str], fix: str) -> UserError:
+def matches_nothing(setting: str, pattern: str, names: list[str], fix: str) -> UserError:
+    """Return the message for a setting of `adapter` that matches nothing, with the nearest names."""
     near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or names
     return UserError(
         f"adapter.{setting}: `{pattern}` matches no module "
-        f"{'of this model' if setting == 'target_modules' else 'that is adapted'}; nearest: {', '.join(near)}",
+        f"{'that is adapted' if setting in ADAPTED else 'of this model'}; nearest: {', '.join(near)}",
         fix,
     )

@@ -25,11 +25,14 @@ from veneer.config.names import base_not_here, require_adapter
 from veneer.data.render import Renderer
 from veneer.data.template import names_file
 from veneer.machine.device import find_machine
+from veneer.model.adapters import from_error
 from veneer.model.attach import load_adapter
 from veneer.model.fingerprint import stored_quantization
 from veneer.model.load import base_stop_ids, compute_dtype, load_model, load_tokenizer
 from veneer.model.locate import BaseSource, fetched_folder, locate
+from veneer.model.new_tokens import add_rows
 from veneer.model.passport import Passport, read_passport, require_match, trained_in_4_bits
+from veneer.model.shapes import find_config
 
 FETCH_AGAIN = "fetch it again, or restore it"
 
@@ -95,12 +98,33 @@ class TunedModel:
     def renderer(self) -> Renderer:
         """The tokenizer and the template of training; the base's if the adapter's folder has none."""
         if not self._brings_tokenizer:
-            return Renderer(load_tokenizer(self.source), self.data)
+            return Renderer(load_tokenizer(self.source, self.data), self.data)
         tokenizer = load_tokenizer(BaseSource("folder", str(self.adapter), str(self.adapter)))
         data = self.data
         if data is not None and names_file(data.chat_template):
             data = data.model_copy(update={"chat_template": "auto"})  # the file's content is part of the tokenizer
         return Renderer(tokenizer, data)
+
+    @property
+    def added_tokens(self) -> tuple[str, ...]:
+        """The tokens that training added to those of the base."""
+        return (self.data.add_special_tokens if self.data is not None else None) or ()
+
+    @property
+    def corrects_rounding(self) -> bool:
+        """Whether the adapter began with the error of its base's 4 bits, so that it belongs to no other bits."""
+        settings = (self.passport or {}).get("settings") or {}
+        adapter = self.run.adapter.model_dump() if self.run is not None else settings.get("adapter") or {}
+        return bool(adapter.get("init_lora_weights") == from_error.KIND)
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the base, with rows for the tokens that training added."""
+        config = find_config(self.model)
+        text = config.get_text_config()
+        if self.added_tokens:
+            text.vocab_size = max(text.vocab_size, len(self.renderer.tokenizer))
+        return config
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -129,7 +153,10 @@ class TunedModel:
             UserError: the base or the adapter does not load.
         """
         model = self.model if dtype is None else self.model.model_copy(update={"dtype": _named(dtype)})
-        return load_adapter(load_model(self.source, model, self.quantization, find_machine()), self.adapter)
+        base = load_model(self.source, model, self.quantization, find_machine())
+        if self.added_tokens:
+            add_rows(base, self.renderer.tokenizer, self.added_tokens)
+        return load_adapter(base, self.adapter)
 
 
 def find_tuned(name: str, base: str | None = None, force: bool = False, is_merged: bool = False) -> TunedModel:

@@ -6,6 +6,7 @@ run, since only its own code knows them.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from math import ceil, prod
 from typing import Any
@@ -16,6 +17,13 @@ from veneer.engine.placement import MemoryPlacement
 from veneer.engine.trace import Peak, rounded
 from veneer.model.shapes import Shapes
 
+# Numbers in float32 while a matrix of n inputs and m outputs, k the less, is decomposed: the matrix with LAPACK's copy of
+# it, both factors, and LAPACK's workspace; for LoftQ the weight, what it was rounded to and their difference.
+FIRST_VALUES: dict[object, Callable[[int, int, int], int]] = {
+    "pissa": lambda n, m, k: 2 * n * m + k * (n + m) + 4 * k * k,
+    "olora": lambda n, m, k: 2 * n * m + k * k,
+    "loftq": lambda n, m, k: 3 * n * m,
+}
 # Memory beside tensors: cuBLAS' workspace; on a CPU the process, its code, and fragmentation of its heap.
 LIBRARIES = {"cuda": 66 * 2**20, "cpu": 830 * 2**20, "mps": 0}
 
@@ -43,6 +51,24 @@ def phases(shapes: Shapes, step: Step, optim: str, train: DryRun, device: str) -
     found["backward"] = found["forward"] + Counter(train.fullest("backward").components)
     found["forward"] += Counter(train.fullest("forward").components)
     return {name: Peak(sum(parts.values()), dict(parts)) for name, parts in found.items()}
+
+
+def with_start(load: Peak, shapes: Shapes, step: Step, kind: object) -> Peak:
+    """Return the peak of loading with the computation of an adapter's first values, where that needs more.
+
+    Args:
+        load: peak of loading the base.
+        shapes, step: as for `phases`.
+        kind: `adapter.init_lora_weights`.
+    """
+    if kind not in FIRST_VALUES:
+        return load
+    sides = [shapes.linears[path] for path in step.targets if path in shapes.linears]
+    workspace = max((4 * FIRST_VALUES[kind](*side, min(side)) for side in sides), default=0)
+    parts = Counter(load.components)
+    parts["first values of the adapter"] = adapter_bytes(step.adapter_sizes(shapes)) + workspace
+    del parts["weights on their way"]
+    return max(load, Peak(sum(parts.values()), dict(parts)), key=lambda peak: peak.bytes)
 
 
 def off_device(phase: str, peak: Peak, placement: MemoryPlacement) -> Peak:

@@ -21,13 +21,24 @@ from veneer.machine.device import named_dtype, resolve_optim
 from veneer.machine.speeds import Ceilings
 from veneer.model.adapters import find_method
 from veneer.model.adapters.from_base import doubled, refuse_4_bits, starts_from_base
+from veneer.model.adapters.from_error import refuse_without_4_bits, starts_from_error
 from veneer.model.dense import COPIES_SHARE
 from veneer.model.shapes import Shapes
+from veneer.model.trained_parts import TrainedParts, find_parts
 from veneer.planning.base import PlannedModel
 from veneer.planning.batch_shapes import Padded, RowShapes
 from veneer.planning.forecast import Forecast
 from veneer.planning.held_out import generation_peak, held_out_peak, rows_that_fit
-from veneer.planning.memory import adapter_bytes, copies_bytes, loaded, off_device, persistent, phases, run_disk_bytes
+from veneer.planning.memory import (
+    adapter_bytes,
+    copies_bytes,
+    loaded,
+    off_device,
+    persistent,
+    phases,
+    run_disk_bytes,
+    with_start,
+)
 from veneer.planning.target import TargetDevice
 from veneer.planning.time import seconds
 
@@ -58,6 +69,8 @@ class Planner:
         method = self._method(run)
         if method == "qlora" and starts_from_base(run.adapter):
             raise refuse_4_bits(run.adapter.init_lora_weights)
+        if starts_from_error(run.adapter) and (run.quantization is None or self.base.is_4bit):
+            raise refuse_without_4_bits()
         return self.forecast_as(run, method, placement)
 
     def _method(self, run: Run) -> str:
@@ -71,6 +84,8 @@ class Planner:
         step = step_of(run, method, shapes, rows.fullest, target, engine, rows.even)
         dry = self.base.run_dry(step)
         found = phases(shapes, step, optim, dry, target.device)
+        if method != "full":
+            found["load"] = with_start(found["load"], shapes, step, run.adapter.init_lora_weights)
         held_out, at_a_time, answered, one_row = None, {}, rows.answered, dict[str, Peak]()
         if rows.held_out is not None and answered is not None:
             held = persistent(shapes, step, optim, dry, target.device)[0]
@@ -78,7 +93,8 @@ class Planner:
             found["evaluation"] = held_out_peak(held, dry, held_out[1])
             at_a_time["generation"], found["generation"] = self.generation(run, answered, method)
         sizes = step.adapter_sizes(shapes)
-        trainable = shapes.total if method == "full" else sum(sizes)
+        saved = shapes.total if method == "full" else sum(sizes)
+        frozen = 0 if method == "full" else round(step.adapter.frozen_share * (saved - sum(step.parts.sizes(shapes))))
         paged = adapter_bytes(sizes) * 2 if optim.startswith("paged") else 0
         smallest = {name: peak for name, peak in found.items() if name not in at_a_time} | one_row
         least = max(peak.bytes for peak in smallest.values())
@@ -97,8 +113,8 @@ class Planner:
         updated = 1 if engine == "fused" else len(sizes)
         timed = self._times(step, held_out, rows, run, placement, updated) if target.ceilings else (None, None)
         return Forecast(
-            total=shapes.total + (trainable if method != "full" else 0),
-            trainable=trainable,
+            total=shapes.total + (saved if method != "full" else 0),
+            trainable=saved - frozen,
             phases=found,
             rows_at_a_time=at_a_time,
             target=target,
@@ -109,7 +125,7 @@ class Planner:
             resident_bytes=resident_bytes,
             rows=rows,
             host_bytes=peak if target.device != "cuda" else HOST_BYTES + paged + placement.host_bytes,
-            disk_bytes=run_disk_bytes(trainable, rows.steps, run.train),
+            disk_bytes=run_disk_bytes(saved, rows.steps, run.train),
             download_bytes=self.base.download_bytes,
             step_seconds=timed[0],
             run_seconds=timed[1],
@@ -249,9 +265,17 @@ def step_of(
     """
     quantized, dtype = frozenset[str](), named_dtype(run.model.dtype, target.dtype)
     plain = doubled(run.adapter)
+    first = shapes.vocabulary  # ids do not matter here
+    new_tokens = range(first, first + len(run.data.add_special_tokens or ()))
+    parts = TrainedParts() if method == "full" else find_parts(shapes, run.adapter, new_tokens)
     if method == "qlora":
         quantized = shapes.quantizable()
         _require_quantizable(shapes)
+        if in_4_bits := sorted(parts.modules & quantized):
+            raise UserError(
+                f"adapter.modules_to_save: {in_4_bits[0]} is in 4 bits, which cannot be trained whole",
+                "leave it out, or leave the section `quantization` out",
+            )
     return Step(
         rows=batch.rows,
         length=batch.length,
@@ -273,6 +297,7 @@ def step_of(
         capability=target.capability if engine == "fused" else Step.capability,
         accumulating=run.train.gradient_accumulation_steps > 1,
         copies=target.device == "cpu" and COPIES_SHARE * copies_bytes(shapes, quantized, dtype) <= target.budget_bytes,
+        parts=parts,
     )
 
 
@@ -282,7 +307,7 @@ def step_for_held_out(step: Step, batch: Padded) -> Step:
         batch.rows, batch.length, batch.trained, step.dtype, step.method, step.targets, step.quantized,
         step.adapter, step.r, double_quant=step.double_quant, engine=step.engine, even=step.even,
         capability=step.capability, training=False, copies=step.copies,
-        rank_pattern=step.rank_pattern,
+        rank_pattern=step.rank_pattern, parts=step.parts,
     )  # fmt: skip
 
 

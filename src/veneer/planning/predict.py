@@ -154,7 +154,7 @@ def prepare_if_local(run: Run) -> PreparedData | str:
     if not is_local(run.model, ("tokenizer.json",)):
         return f"the tokenizer of {run.model.base} is not on this machine yet"
     try:
-        renderer = make_renderer(run, load_tokenizer(locate(run.model)))
+        renderer = make_renderer(run, load_tokenizer(locate(run.model), run.data))
         return PreparedData(prepare(run.data, renderer, run.train.seed), renderer)
     except UserError as error:
         return str(error).splitlines()[0]

@@ -15,10 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from veneer.config import UserError
 from veneer.config.folder import remove, whole_folder
-from veneer.config.manifest import ADAPTER, OPTIMIZER, RNG, read_manifest, write_manifest
+from veneer.config.manifest import OPTIMIZER, RNG, read_manifest, write_manifest
 from veneer.machine.device import rng_state, set_rng_state
-from veneer.model.attach import write_adapter
-from veneer.model.quiet import quiet
+from veneer.model.attach import set_adapter, write_adapter
 from veneer.training.optimizer import get_state, set_state
 
 
@@ -86,7 +85,7 @@ def load(path: Path, state: TrainingState) -> int:
             f"{path}: not what this run began with: {', '.join(other)}",
             "restore that, or start a new run in another train.output_dir",
         )
-    _set_adapter(state.model, path)
+    set_adapter(state.model, path)
     set_state(state.optimizer, state.names, load_file(path / OPTIMIZER))
     if state.scaler.is_enabled():
         state.scaler.load_state_dict(manifest["loss_scale"])
@@ -101,14 +100,7 @@ def load_adapter_alone(path: Path, model: Any) -> None:
         UserError: A file is damaged.
     """
     read_manifest(path)
-    _set_adapter(model, path)
-
-
-def _set_adapter(model: Any, path: Path) -> None:
-    from peft import set_peft_model_state_dict
-
-    with quiet():
-        set_peft_model_state_dict(model, load_file(path / ADAPTER))
+    set_adapter(model, path)
 
 
 def latest(folder: Path) -> Path | None:

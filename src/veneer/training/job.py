@@ -33,7 +33,7 @@ from veneer.engine.interface import BatchShapes, Engine, document_losses
 from veneer.engine.objective import TrainedTokens
 from veneer.engine.placement import MemoryPlacement
 from veneer.machine.device import peak_bytes, resolve_optim
-from veneer.model.attach import count_parameters, save_adapter
+from veneer.model.attach import count_parameters, save_adapter, write_as_changes
 from veneer.model.load import compute_dtype
 from veneer.model.start import base_sha256, start_sha256
 from veneer.planning.memory import optimizer_bytes, run_disk_bytes
@@ -151,7 +151,8 @@ class TrainingJob:
         else:
             self._require_folder()
         run = self.run
-        parts = parts or load_parts(run, force, self._examine)
+        found = checkpoint.latest(self.folder.checkpoints) if self._resume else None
+        parts = parts or load_parts(run, force, self._examine, found)
         if parts.renderer.is_dated:
             self.run = run = _dated(run, parts.renderer.settings.template_date)
         self.machine, self.source, self.tokenizer = parts.machine, parts.source, parts.tokenizer
@@ -391,6 +392,7 @@ class TrainingJob:
         )
         with whole_folder(self.folder.adapter) as unfinished:
             save_adapter(self.model, self.tokenizer, self.renderer.template, self.source, unfinished)
+            write_as_changes(self.model, unfinished)
             if self.run.model.task != "causal-lm":
                 require_same_scores(self.run, self.source, self.renderer, self.engine, self.data.train, unfinished)
             write_json(unfinished / "ledger.json", self.data.ledger.as_dict())
@@ -456,7 +458,8 @@ class TrainingJob:
                 )
 
     def _bytes_on_disk(self) -> int:
-        return run_disk_bytes(self.parameters["trainable"], self.steps, self.run.train)
+        saved = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        return run_disk_bytes(saved, self.steps, self.run.train)
 
 
 def finished(run: Run) -> Trained | None:

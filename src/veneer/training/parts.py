@@ -14,11 +14,16 @@ from veneer.data.pipeline import Prepared, prepare
 from veneer.data.render import Renderer
 from veneer.engine.placement import MemoryPlacement
 from veneer.machine.device import Machine, bound_freed_memory, find_machine, release_memory, reset_peak
+from veneer.model.adapters import from_error, from_rows
+from veneer.model.adapters.from_error import start_from_error
+from veneer.model.adapters.from_rows import start_from_rows
 from veneer.model.attach import attach, detach
 from veneer.model.classifier import attach_classifier, labels_of, load_classifier, make_renderer
 from veneer.model.load import load_model, load_tokenizer
 from veneer.model.locate import BaseSource, locate
+from veneer.model.new_tokens import add_rows, new_ids
 from veneer.model.start import find_start, take_weights
+from veneer.model.stored_weights import weights_by_path
 from veneer.planning.predict import Prediction, PreparedData, predict_run
 from veneer.planning.target import CONTEXT, least_budget, this_device
 from veneer.training.choose_objective import choose_objective
@@ -49,7 +54,10 @@ class RunParts:
 
 
 def load_parts(
-    run: Run, force: bool = False, examine: Callable[[Prepared, Renderer], None] = lambda data, renderer: None
+    run: Run,
+    force: bool = False,
+    examine: Callable[[Prepared, Renderer], None] = lambda data, renderer: None,
+    checkpoint: Path | None = None,
 ) -> RunParts:
     """Load a run's parts.
 
@@ -57,6 +65,7 @@ def load_parts(
         run: The settings.
         force: whether to load a run that is predicted not to fit.
         examine: function that gets the data and their renderer before the model is loaded, and may refuse them.
+        checkpoint: folder of the checkpoint that the run goes on from; None: it begins.
 
     Raises:
         UserError: Anything the user can mend.
@@ -66,7 +75,7 @@ def load_parts(
     if machine.device == "cpu":
         bound_freed_memory()
     source = locate(run.model)
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, run.data)
     renderer = make_renderer(run, tokenizer)
     data = prepare(run.data, renderer, run.train.seed)
     choose_objective(run, data)
@@ -81,6 +90,12 @@ def load_parts(
         _require_host_memory(prediction.forecast.placement, target.host_bytes)
     if run.evaluate.during and _streams_weights(prediction):
         raise UserError(f"evaluate.during: {ON_HOST}", ON_HOST_FIX)
+    if run.adapter.init_lora_weights in (from_error.KIND, from_rows.KIND) and _streams_weights(prediction):
+        raise UserError(
+            f"adapter.init_lora_weights = {run.adapter.init_lora_weights}: weights are in the host's memory, where they "
+            "cannot be computed with before training",
+            "set it to true, or raise train.memory_budget",
+        )
     reset_peak(machine.device)
     if run.model.task != "causal-lm":
         classifier = load_classifier(source, run, labels_of(renderer), tokenizer.pad_token_id, machine)
@@ -91,8 +106,11 @@ def load_parts(
         model.peft_config["default"].base_model_name_or_path = source.reference
         return RunParts(machine, source, tokenizer, renderer, data, prediction, model, start)
     base = load_model(source, run.model, run.quantization, machine, _streams_weights(prediction))
+    if run.data.add_special_tokens is not None:
+        add_rows(base, tokenizer, run.data.add_special_tokens)
     _require_embeddings(base, tokenizer, data)
-    return RunParts(machine, source, tokenizer, renderer, data, prediction, _adapted(base, run, source, start), start)
+    model = _adapted(base, run, source, start, tokenizer, data, checkpoint)
+    return RunParts(machine, source, tokenizer, renderer, data, prediction, model, start)
 
 
 def fresh_parts(parts: RunParts, run: Run) -> RunParts:
@@ -118,11 +136,27 @@ def fresh_parts(parts: RunParts, run: Run) -> RunParts:
             "such a base is loaded for a single run",
             "name a smaller model.base, set `quantization: {bits: 4}`, or train each run by itself",
         )
-    return replace(parts, prediction=prediction, model=_adapted(base, run, parts.source, start), start=start)
+    model = _adapted(base, run, parts.source, start, parts.tokenizer, parts.data)
+    return replace(parts, prediction=prediction, model=model, start=start)
 
 
-def _adapted(base: Any, run: Run, source: BaseSource, start: Path | None) -> Any:
-    model = attach(base, run.adapter, run.train.seed, run.train.gradient_checkpointing is not False)
+def _adapted(
+    base: Any,
+    run: Run,
+    source: BaseSource,
+    start: Path | None,
+    tokenizer: Any,
+    data: Prepared,
+    checkpoint: Path | None = None,
+) -> Any:
+    """Return a base with the run's adapter on it."""
+    added = run.data.add_special_tokens
+    ids = new_ids(base, tokenizer, added) if added is not None else ()
+    model = attach(base, run.adapter, run.train.seed, run.train.gradient_checkpointing is not False, ids)
+    if run.adapter.init_lora_weights == from_rows.KIND:
+        start_from_rows(model, data.train, checkpoint)
+    elif run.adapter.init_lora_weights == from_error.KIND and checkpoint is None:
+        start_from_error(model, weights_by_path(source, base))
     if start is not None:
         take_weights(model, start, str(run.model.adapter))
     model.peft_config["default"].base_model_name_or_path = source.reference  # of checkpoints, too

@@ -37,7 +37,7 @@ from veneer.engine.objective import LIKELIHOOD, Objective
 from veneer.engine.reference import ReferenceEngine
 from veneer.engine.temporary import fill_zeros, preserve_adapter
 from veneer.model.adapters import find_method
-from veneer.model.attach import save_adapter
+from veneer.model.attach import save_adapter, set_adapter
 from veneer.model.quiet import quiet
 from veneer.training.choose_objective import choose_objective
 from veneer.training.optimizer import build_optimizer, parameters_to_update
@@ -55,6 +55,7 @@ LENGTHS = (256, 192, 128, 96)  # tokens of the packed rows, at most
 ROWS, ROW_TOKENS = 8, 192  # that are overfitted
 STEPS = 40  # in which it must succeed
 OVERFIT = 0.95  # of the loss at the beginning: modest, since an adapter on q_proj of a random model comes no lower
+ROWS_OF_TOKENS = ".trainable_tokens_delta."  # in PEFT's names
 ACCURACY, PREFERRED = "rewards/accuracies", 0.75  # the metric of pairs, and its least value then
 # By how much all ranks of an adapter together may move in the first and in the last of the steps. Large models learn at
 # once where small ones have hardly begun, and what suits these would throw those off: so the rate rises until one does.
@@ -216,7 +217,8 @@ def _without_gradient(model: Any, first: bool) -> set[str]:
     named = {name: p for name, p in trained if not first or method.learns_first(name)}
     sizes = {n: p.grad.abs().amax() for n, p in named.items() if p.grad is not None}
     values = torch.stack(list(sizes.values())).tolist() if sizes else []
-    usable = {n for n, value in zip(sizes, values, strict=True) if 0 < value < math.inf}
+    # Tokens whose rows are trained may be in none of these rows of data.
+    usable = {n for n, value in zip(sizes, values, strict=True) if -(ROWS_OF_TOKENS in n) < value < math.inf}
     return set(named) - usable
 
 
@@ -312,12 +314,20 @@ def _reload(parts: RunParts, rows: list[Example]) -> Check:
         folder = Path(name) / "adapter"
         save_adapter(model, parts.tokenizer, parts.renderer.template, parts.source, folder)
         live = _losses(reference, rows)
-        with quiet():
-            model.load_adapter(str(folder), adapter_name="reloaded")
-        model.set_adapter("reloaded")
-        again = _losses(reference, rows)
-        model.set_adapter("default")
-        model.delete_adapter("reloaded")
+        config = model.peft_config["default"]
+        if config.bias == "none" and not getattr(config, "ensure_weight_tying", False):
+            with quiet():
+                model.load_adapter(str(folder), adapter_name="reloaded")
+            model.set_adapter("reloaded")
+            again = _losses(reference, rows)
+            model.set_adapter("default")
+            model.delete_adapter("reloaded")
+        else:  # PEFT keeps one such adapter at a time; what was trained is zeroed, so that all is from the file
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data.zero_()
+            set_adapter(model, folder)
+            again = _losses(reference, rows)
     apart = [abs(a - b) / row.weight for row, a, b in zip(rows, live, again, strict=True)]
     return _largest("reload", apart, 0.0, "loss with the adapter from its file, against the live one", rows)
 

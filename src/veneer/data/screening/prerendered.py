@@ -6,6 +6,7 @@ are left alone; a text may speak of them.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 from veneer.data.conversation import BadRowError, Conversation, Message
@@ -20,12 +21,15 @@ TAIL = 400  # characters of a text that may be its last control tokens
 SETTING = "data.special_tokens_in_text"
 
 
-def strip_control_tokens(conversation: Conversation, setting: str) -> tuple[Conversation, bool]:
+def strip_control_tokens(
+    conversation: Conversation, setting: str, added: Sequence[str] = ()
+) -> tuple[Conversation, bool]:
     """The conversation without control tokens at its ends, where the setting strips them; and whether any were there.
 
     Args:
         conversation: conversation as its row has it.
         setting: `data.special_tokens_in_text`.
+        added: tokens that the run adds; they are no template's.
 
     Raises:
         BadRowError: It brings a template with it, and the setting does not say what becomes of that.
@@ -33,16 +37,18 @@ def strip_control_tokens(conversation: Conversation, setting: str) -> tuple[Conv
     if setting not in ("auto", "strip"):
         return conversation, False
     sides = (conversation.messages, conversation.rejected)
-    messages, rejected = (tuple(_stripped(m, n, setting) for n, m in enumerate(side, 1)) for side in sides)
+    messages, rejected = (tuple(_stripped(m, n, setting, added) for n, m in enumerate(side, 1)) for side in sides)
     if (messages, rejected) == sides:
         return conversation, False
     return replace(conversation, messages=messages, rejected=rejected), True
 
 
-def _stripped(message: Message, number: int, setting: str) -> Message:
+def _stripped(message: Message, number: int, setting: str, added: Sequence[str]) -> Message:
     if message.role == "tool":
         return message  # what a tool gives is as it is
     text = message.content
+    for token in added:
+        text = text.replace(token, "-" * len(token))  # of the same length, since the end may be cut off
     what = "the text" if message.role == "document" else f"turn {number}"
     if begins := _BEGINS.match(text.lstrip()[:TAIL]):
         raise BadRowError(
@@ -53,7 +59,7 @@ def _stripped(message: Message, number: int, setting: str) -> Message:
     if not (ends := _ENDS.search(tail)):
         return message
     if setting == "strip" and message.role != "document":
-        return replace(message, content=text[: len(text) - len(tail) + ends.start()])
+        return replace(message, content=message.content[: len(text) - len(tail) + ends.start()])
     strip = "" if message.role == "document" else "strip (take such tokens off the end), "
     raise BadRowError(
         f"{what} ends with {ends[0].strip()}: the row brings a template's token with it, which would be learnt as "

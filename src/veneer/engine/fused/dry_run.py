@@ -217,10 +217,13 @@ class _Adapted(torch.nn.Module):
         self.base = base.requires_grad_(False)
         self.replaced: list[Any] = []
         head = base.get_output_embeddings()
+        uncovered = step.targets | step.parts.paths
+        for name, parameter in base.named_parameters():
+            parameter.requires_grad_(name in step.parts.biases)
         for path, module in list(base.named_modules()):
-            if not isinstance(module, torch.nn.Linear) or module is head:
-                if path in step.targets and hasattr(module, "weight"):
-                    module.weight.requires_grad_(True)  # stands for an adapter that the engine does not cover
+            if not isinstance(module, torch.nn.Linear) or module is head or path in step.parts.paths:
+                if path in uncovered and hasattr(module, "weight"):
+                    module.weight.requires_grad_(True)  # stands for what the engine does not cover
                 continue
             layer = _quantized(module, step) if path in step.quantized else module
             self.replaced.append(layer)

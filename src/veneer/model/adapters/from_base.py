@@ -5,9 +5,12 @@ base stays as it is, and the adapter has twice the rank: B A, which is trained, 
 Both compute the same, and this one is plain LoRA on the original base at every moment: off, saved, resumed and merged.
 
 B A is large and changes little, which is lost where it is rounded to 16 bits; so the fused engine leaves it alone.
+Others who load the adapter may round it, so it is delivered as its change, in factors of the same rank: B A - B0 A0 =
+(B - B0) A + B0 (A - A0). A checkpoint keeps it as it is trained.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -90,6 +93,19 @@ def drop_frozen_gradients(model: Any) -> None:
             parameter.grad[:, parameter.shape[1] // 2 :].zero_()
 
 
+def as_changes(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the matrices of an adapter's file as its change: [A; A - A0] and [B - B0, B0], of [A; A0] and [B, -B0]."""
+    found = dict(weights)
+    for name, matrix in weights.items():
+        if ".lora_A." in name:
+            moved, began = matrix.chunk(2)
+            found[name] = torch.cat([moved, moved - began])
+        elif ".lora_B." in name:
+            moved, began = matrix.chunk(2, dim=1)
+            found[name] = torch.cat([moved + began, -began], dim=1)
+    return found
+
+
 def _configure(adapter: Adapter, targets: str | list[str]) -> Any:
     config = lora_config(doubled(adapter), targets)
     config.use_rslora = adapter.use_rslora
@@ -105,4 +121,5 @@ FROM_BASE = replace(
     scale=lambda options: (RSLORA if options.use_rslora else LORA).scale(options),
     usual_scale=None,
     is_low_rank=False,  # for the fused engine; see above
+    frozen_share=0.5,
 )

@@ -44,7 +44,7 @@ def lora_config(adapter: Adapter, targets: str | list[str]) -> Any:
         target_modules=targets,
         rank_pattern=dict(adapter.rank_pattern),
         alpha_pattern=dict(adapter.alpha_pattern),
-        init_lora_weights="gaussian" if adapter.init_lora_weights == "gaussian" else True,
+        init_lora_weights=adapter.init_lora_weights if adapter.init_lora_weights in ("gaussian", "eva") else True,
     )
 
 

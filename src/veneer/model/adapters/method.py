@@ -31,6 +31,7 @@ class AdapterMethod:
         scale: factor of the product of its matrices, for given options.
         usual_scale: range outside of which it trains badly; None: not known.
         is_low_rank: whether `low_rank` reads its linear layers, as the fused engine needs.
+        frozen_share: share of its parameters that stay as they began.
     """
 
     name: str
@@ -42,6 +43,7 @@ class AdapterMethod:
     scale: Callable[[Any], float] = lambda options: 1.0
     usual_scale: tuple[float, float] | None = None
     is_low_rank: bool = False
+    frozen_share: float = 0.0
 
     def learns_first(self, name: str) -> bool:
         """Return whether a parameter of it has a gradient at the first step."""

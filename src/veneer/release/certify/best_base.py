@@ -17,7 +17,7 @@ from veneer.release.certify.judged import Recorded
 from veneer.release.certify.prompts import Prompt
 from veneer.release.certify.runtimes import greedy
 from veneer.release.certify.verdict import describe, right_answers
-from veneer.release.merge.plan import trained_on
+from veneer.release.merge.plan import require_any_bits, trained_on
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,14 @@ def choose_base(
         recorded: Answers that evaluation recorded, taken where they are of all rows.
 
     Raises:
-        UserError: The base was not quantized, or there are no held-out rows.
+        UserError: The base was not quantized, the adapter belongs to 4 bits alone, or there are no held-out rows.
     """
     if trained_on(tuned) == "base":
         raise UserError(
             f"{tuned.name}: --on best, but training did not quantize its base: there is only one",
             "leave --on out",
         )
+    require_any_bits(tuned)
     rows = [prompt for prompt in prompts if prompt.reference is not None]
     if not rows:
         raise UserError(f"{tuned.name}: --on best: there are no held-out rows to choose by", "leave --on out")

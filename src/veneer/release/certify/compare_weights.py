@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from veneer.model.gguf import open_gguf
-from veneer.model.shapes import find_config
 from veneer.model.tuned import TunedModel
 from veneer.release.gguf.importance import importance_of, read_importance
 from veneer.release.gguf.tensor_layout import COMPUTED, TensorLayout
@@ -118,7 +117,7 @@ def _added(tuned: TunedModel, artifact: Path, every: dict[str, Any]) -> list[str
     """Return tensors that neither base nor adapter has, such as a head that is loaded in place of a tied one."""
     if not artifact.is_file():
         return sorted(name for name in weights_of(artifact, str(artifact)).keys() - every.keys())
-    layout = TensorLayout(find_config(tuned.model), tuned.model.base)
+    layout = TensorLayout(tuned.config, tuned.model.base)
     known = {layout.name(name) for name in every if not name.endswith(COMPUTED)} | layout.extra_tensors().keys()
     return sorted(tensor.name for tensor in open_gguf(artifact).tensors if tensor.name not in known)
 
@@ -179,7 +178,7 @@ def _folder_reader(folder: Path) -> Callable[[str], Any]:
 def _gguf_reader(tuned: TunedModel, file: Path, delta: AdapterDelta) -> Callable[[str], Any]:
     from gguf import quants
 
-    layout = TensorLayout(find_config(tuned.model), tuned.model.base)
+    layout = TensorLayout(tuned.config, tuned.model.base)
     tensors = {tensor.name: tensor for tensor in open_gguf(file).tensors}
     importance = read_importance(file)
 

@@ -12,7 +12,6 @@ from veneer.data.conversation import Message
 from veneer.data.pipeline import HeldOut
 from veneer.data.render import Renderer
 from veneer.evaluation.decoding import expected_answer
-from veneer.model.shapes import find_config
 from veneer.model.tuned import TunedModel
 
 UNICODE = "Grüße aus Zürich! 你好,世界 🙂👩‍🚀 مرحبا नमस्ते Ω≈ç√ \u200b½"
@@ -64,7 +63,7 @@ def prompts_of(renderer: Renderer, held_out: list[HeldOut], longest: int) -> lis
 
 def very_long(tuned: TunedModel, max_new_tokens: int) -> int:
     """Return the tokens of the very long case: a thousand, or half of a small model's positions."""
-    positions = getattr(find_config(tuned.model).get_text_config(), "max_position_embeddings", None) or 4096
+    positions = getattr(tuned.config.get_text_config(), "max_position_embeddings", None) or 4096
     return max(8, min(1000, (positions - max_new_tokens) // 2))
 
 

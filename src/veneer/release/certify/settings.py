@@ -20,7 +20,6 @@ from veneer.data.render import Renderer
 from veneer.model.gguf import open_gguf
 from veneer.model.quiet import quiet
 from veneer.model.remote import read_config
-from veneer.model.shapes import find_config
 from veneer.model.tuned import TunedModel
 from veneer.release.gguf.tensor_layout import TensorLayout
 
@@ -54,7 +53,7 @@ def setting_checks(tuned: TunedModel, path: Path, unties: bool) -> list[Check]:
     """
     if path.is_file():
         return [_architecture(list(_gguf_settings(tuned, path)), len(_layout(tuned).metadata()))]
-    config, found = _plain(find_config(tuned.model)), _own_config(path)
+    config, found = _plain(tuned.config), _own_config(path)
     config["tie"] = bool(config.get("tie_word_embeddings")) and not unties
     found["tie"] = bool(found.get("tie_word_embeddings"))
     names = sorted((config.keys() | found.keys()) - NOT_COMPARED)
@@ -123,7 +122,7 @@ def _decoding(path: Path) -> Check:
 
 
 def _layout(tuned: TunedModel) -> TensorLayout:
-    return TensorLayout(find_config(tuned.model), tuned.model.base)
+    return TensorLayout(tuned.config, tuned.model.base)
 
 
 def _gguf_settings(tuned: TunedModel, file: Path) -> Iterator[str]:

@@ -21,7 +21,6 @@ from veneer.config.folder import whole_folder, write_text
 from veneer.model.adapters import find_method
 from veneer.model.lineage import gguf_origin
 from veneer.model.passport import base_name
-from veneer.model.shapes import find_config
 from veneer.model.tuned import TunedModel
 from veneer.release.gguf.importance import Importance, importance_of, write_importance
 from veneer.release.gguf.modelfile import modelfile
@@ -29,7 +28,7 @@ from veneer.release.gguf.tensor_layout import COMPUTED, TensorLayout
 from veneer.release.gguf.tokenizer import vocabulary
 from veneer.release.gguf.types import QUANTS, Mix, encoded, require_quant, size_of
 from veneer.release.merge.adapter_delta import AdapterDelta
-from veneer.release.merge.plan import MergePlan, resolved_base
+from veneer.release.merge.plan import MergePlan, require_any_bits, resolved_base
 from veneer.release.merge.stored_4bit import base_weights
 from veneer.release.output import require_free, require_space
 from veneer.release.publish.card import hub_id, licence
@@ -92,7 +91,7 @@ def export_model(
     require_quant(quant)
     on = resolved_base(tuned, on)
     require_free(out)
-    layout = TensorLayout(find_config(tuned.model), tuned.model.base)
+    layout = TensorLayout(tuned.config, tuned.model.base)
     tensors = base_weights(tuned)
     delta = AdapterDelta(tuned, tensors)
     merge_plan = MergePlan(tuned, delta, on)
@@ -139,13 +138,14 @@ def export_adapter(tuned: TunedModel, out: Path, on_done: Progress = lambda done
         UserError: The adapter is more than LoRA matrices on linear layers, which is all that llama.cpp knows.
     """
     require_free(out)
-    layout = TensorLayout(find_config(tuned.model), tuned.model.base)
+    layout = TensorLayout(tuned.config, tuned.model.base)
     refused = [check.detail for check in vllm_lint(tuned.adapter) if not check.passed and check.id != "rank"]
     if refused:
         raise UserError(
             f"{tuned.name}: llama.cpp takes LoRA matrices only on linear layers: {'; '.join(refused)}",
             "export the merged model: leave --adapter-only out",
         )
+    require_any_bits(tuned)
     AdapterDelta(tuned, base_weights(tuned))  # it belongs to this base
     config = tuned.peft_config
     held = read_header(tuned.weights)

@@ -6,8 +6,8 @@ adapter that PEFT can merge is merged here (LoRA, rsLoRA, DoRA, LoHa, LoKr, IA3,
 `merge_and_unload` does in float32, while one module is in memory instead of a model. Whole replaced modules
 (`modules_to_save`) and trained biases take the base's place.
 
-Embeddings that are tied to the head come apart when an adapter changes one of them: PEFT's adapter changes what
-one of the two does, so a merge into the shared tensor would change the other as well. They are apart from the start
+Embeddings that are tied to the head come apart when an adapter changes one of them, and not both as one: PEFT's adapter
+changes what one of the two does, so a merge into the shared tensor would change the other as well. They are apart from the start
 where the base's files hold two that differ, whatever config.json says: Transformers loads them so.
 
 Every tensor of the adapter must end in a tensor of the merged model; a kind of layer of which that is not so is
@@ -24,7 +24,7 @@ import torch
 from veneer.config import Quantization, UserError
 from veneer.model.adapters.lora import MOVES_THE_BASE, low_rank
 from veneer.model.quiet import quiet
-from veneer.model.shapes import build, find_config
+from veneer.model.shapes import build
 from veneer.model.tuned import TunedModel
 from veneer.release.merge.disk_names import DiskNames
 from veneer.release.merge.stored_4bit import StoredNF4
@@ -54,7 +54,7 @@ class AdapterDelta:
     """
 
     def __init__(self, tuned: TunedModel, tensors: Mapping[str, Stored]) -> None:
-        self.config = find_config(tuned.model)
+        self.config = tuned.config
         self._where = tuned.name
         base = build(self.config, torch.float32)
         self._tied = _tied(base)
@@ -71,6 +71,7 @@ class AdapterDelta:
         saved = _saved_embeddings(base, tuned)
         _hollow(base, self._zero)
         self._model = _attached(base, tuned, saved)
+        self._changes_both = _changes_both(self._model)
         self._in_adapter = saved.keys()
         self.packed = {name for name, stored in tensors.items() if isinstance(stored, StoredNF4)}
         self._changes: dict[str, tuple[Any, str]] = {}
@@ -140,6 +141,11 @@ class AdapterDelta:
                 f"{self._where}: a DoRA adapter cannot be removed: its scale depends on the base's weights",
                 "take the base itself",
             )
+        if getattr(config, "trainable_token_indices", None):
+            raise UserError(
+                f"{self._where}: the adapter replaced rows of embeddings or head; the original ones are not in it",
+                "take the base itself",
+            )
         if self._replaced:
             self.unmerged(next(iter(self._replaced)), torch.empty(0))
 
@@ -198,6 +204,9 @@ class AdapterDelta:
             if path.startswith(inside) and inside:
                 continue
             before = len(self.changed)
+            if self._changes_both and module is self._model.get_output_embeddings():
+                inside = (f"{path}.",)  # the embeddings' change is its own
+                continue
             if isinstance(module, ModulesToSaveWrapper):
                 for part, parameter in module.modules_to_save[ADAPTER].named_parameters():
                     self._replace(f"{path}.{part}", parameter.data, tensors)
@@ -266,7 +275,7 @@ class AdapterDelta:
     def _apart(self, parameter: str, tensors: Mapping[str, Stored]) -> str:
         """Return the name on disk of a parameter that will differ from the base's, and untie it from its partner."""
         partner = self._tied.get(parameter)
-        if partner is None:
+        if partner is None or self._changes_both:
             return self._names[parameter]
         self.unties = True
         on_disk = self._names[parameter]
@@ -322,6 +331,14 @@ def _hollow(base: Any, zero: torch.Tensor) -> None:
 
 def _parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
     return torch.nn.Parameter(tensor, requires_grad=False)
+
+
+def _changes_both(model: Any) -> bool:
+    """Return whether an adapter trained embeddings and a head that shares their weights as one."""
+    head = model.get_output_embeddings()
+    follows = getattr(getattr(head, "token_adapter", None), "tied_adapter", None) is not None
+    config = model.peft_config[ADAPTER]
+    return follows or bool(config.modules_to_save and getattr(config, "ensure_weight_tying", False))
 
 
 def _is_plain_lora(config: Any) -> bool:

@@ -225,6 +225,8 @@ def _write_config(tuned: TunedModel, base: Path, out: Path, dtype: str, unties: 
     if unties:
         config["tie_word_embeddings"] = False
     config.pop("quantization_config", None)
+    if tuned.added_tokens:
+        config.get("text_config", config)["vocab_size"] = tuned.config.get_text_config().vocab_size
     ids = tuned.stop_ids
     config["eos_token_id"] = ids if len(ids) > 1 else ids[0]
     write_json(out / "config.json", config)

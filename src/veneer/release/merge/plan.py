@@ -27,11 +27,24 @@ def resolved_base(tuned: TunedModel, on: str) -> str:
     """Return base or nf4, where `on` may also be trained.
 
     Raises:
-        UserError: Another value.
+        UserError: Another value, or the adapter does not belong to that base.
     """
     require_known("--on", on)
     assert on != "best", "that is chosen by now (certify/best_base.py)"
-    return trained_on(tuned) if on == "trained" else on
+    on = trained_on(tuned) if on == "trained" else on
+    if on == "base":
+        require_any_bits(tuned)
+    return on
+
+
+def require_any_bits(tuned: TunedModel) -> None:
+    """Raise UserError for an adapter that belongs to its base in 4 bits alone."""
+    if tuned.corrects_rounding:
+        raise UserError(
+            f"{tuned.name}: --on base, but the adapter began with the error of its base's 4 bits (adapter."
+            "init_lora_weights = loftq): the base in 16 bits has no such error, and would get one",
+            "merge it into the base in 4 bits: leave --on out, or --on nf4",
+        )
 
 
 class MergePlan:

@@ -13,6 +13,7 @@ import torch
 
 from veneer.model.handles import QUANT_STATE
 from veneer.model.tuned import TunedModel
+from veneer.release.merge.grown import grown
 from veneer.release.weights import Stored, bytes_of, weights_of
 
 
@@ -38,7 +39,10 @@ class StoredNF4(Stored):
 
 
 def base_weights(tuned: TunedModel) -> dict[str, Stored]:
-    """Return an adapter's base on disk, 4-bit tensors as the weights they encode. Raises as `weights_of`."""
+    """Return an adapter's base on disk, 4-bit tensors as the weights they encode, with rows for tokens that were added.
+
+    Raises as `weights_of`.
+    """
     tensors = weights_of(tuned.base_folder, f"model.base = {tuned.model.base}")
     weights = {name.partition(QUANT_STATE)[0] for name in tensors if QUANT_STATE in name}
     beside: dict[str, list[Stored]] = {name: [] for name in weights}
@@ -47,11 +51,12 @@ def base_weights(tuned: TunedModel) -> dict[str, Stored]:
         if weight in weights:
             beside[weight].append(stored)
     parts = {stored.name for several in beside.values() for stored in several}
-    return {
+    found = {
         name: _packed(stored, beside[name], tuned.dtype) if name in weights else stored
         for name, stored in tensors.items()
         if name not in parts
     }
+    return found | grown(tuned, found)
 
 
 def _packed(packed: Stored, beside: list[Stored], dtype: torch.dtype) -> StoredNF4:
