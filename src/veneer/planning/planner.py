@@ -19,7 +19,7 @@ from veneer.engine.placement import MemoryPlacement
 from veneer.engine.trace import Peak
 from veneer.machine.device import named_dtype, resolve_optim
 from veneer.machine.speeds import Ceilings
-from veneer.model.adapters import find_method
+from veneer.model.adapters import find_method, require_method
 from veneer.model.adapters.from_base import doubled, refuse_4_bits, starts_from_base
 from veneer.model.dense import COPIES_SHARE
 from veneer.model.shapes import Shapes
@@ -252,13 +252,15 @@ def step_of(
     if method == "qlora":
         quantized = shapes.quantizable()
         _require_quantizable(shapes)
+    targets = frozenset[str]() if method == "full" else shapes.targets(run.adapter)
+    require_method(run.adapter, targets, shapes.embeddings)
     return Step(
         rows=batch.rows,
         length=batch.length,
         trained=batch.trained,
         dtype=dtype,
         method=method,
-        targets=frozenset() if method == "full" else shapes.targets(run.adapter),
+        targets=targets,
         quantized=quantized,
         adapter=find_method(run.adapter),
         r=plain.r,
