@@ -7,6 +7,7 @@ import torch
 
 from veneer.kernels import launch, low_rank, nf4, softmax_loss
 from veneer.kernels.cast import Cast, cast_all, cast_table
+from veneer.kernels.column_scale import ColumnScale, row_norms, scale_backward
 from veneer.kernels.gated_mlp import (
     ACTIVATIONS,
     AdapterGradientParts,
@@ -17,9 +18,9 @@ from veneer.kernels.gated_mlp import (
 from veneer.kernels.low_rank import Dropout, Member
 from veneer.kernels.rms_norm import normalize, rms_norm, rms_norm_backward
 from veneer.kernels.rope import HeadNorm, Heads, rope, rope_backward
-from veneer.kernels.update import Update
+from veneer.kernels.update import OFF_GRID, Update
 
-MODULES = ["cast", "low_rank", "nf4", "softmax_loss", "gated_mlp", "rms_norm", "rope"]
+MODULES = ["cast", "column_scale", "low_rank", "nf4", "softmax_loss", "gated_mlp", "rms_norm", "rope"]
 
 
 def both(monkeypatch: pytest.MonkeyPatch, compute: Any) -> tuple[Any, Any]:
@@ -77,50 +78,106 @@ def test_rms_norm_with_an_update(monkeypatch: pytest.MonkeyPatch) -> None:
     check(monkeypatch, compute)
 
 
+def scale_of(columns: int) -> ColumnScale:
+    return ColumnScale(torch.randn(columns), torch.randn(columns))
+
+
+@pytest.mark.parametrize("updates", [False, True])
+@pytest.mark.parametrize("post", [False, True])
+def test_rms_norm_of_scaled_columns(monkeypatch: pytest.MonkeyPatch, updates: bool, post: bool) -> None:
+    T, width = 7, 300
+
+    def compute() -> Any:
+        x, weight, y = torch.randn(T, width), torch.randn(width), apart(T, width)
+        update = update_of(T, width) if updates and not post else None
+        post_weight = torch.randn(width) if post else None
+        total, rstd = rms_norm(x, apart(T, width), weight, 1e-5, 1.0, y, post_weight, update, scale_of(width))
+        return total, rstd, y
+
+    check(monkeypatch, compute)
+
+
+@pytest.mark.parametrize("updates", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_gradient_of_a_scale(monkeypatch: pytest.MonkeyPatch, updates: bool, in_place: bool) -> None:
+    T, width = 300, 150
+
+    def compute() -> Any:
+        dy = apart(T, width)
+        dz = dy if in_place else apart(T, width)
+        update = update_of(T, width) if updates else None
+        sums = scale_backward(dy, apart(T, width), scale_of(width), dz, update)
+        return sums.sum(0), dz
+
+    check(monkeypatch, compute)
+
+
+@pytest.mark.parametrize("rank", [5, 40])
+def test_norms_of_rows_are_those_of_the_whole_matrix(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    N, D = 70, 90
+
+    def compute() -> Any:
+        w, a, b, magnitude = torch.randn(N, D), torch.randn(rank, D), 0.2 * apart(N, rank), torch.rand(N)
+        factor, inverse = torch.empty(2, N)
+        row_norms(w.norm(dim=1), a @ w.T, a @ a.T, b, magnitude, factor, inverse)
+        norm = (w + b @ a).norm(dim=1)
+        torch.testing.assert_close(inverse * OFF_GRID, 1 / norm, rtol=1e-5, atol=0)
+        torch.testing.assert_close(factor * OFF_GRID, magnitude / norm, rtol=1e-5, atol=0)
+        return factor, inverse
+
+    check(monkeypatch, compute)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("half", [8, 5])
-def test_rope(monkeypatch: pytest.MonkeyPatch, normed: bool, half: int) -> None:
+def test_rope(monkeypatch: pytest.MonkeyPatch, normed: bool, half: int, scaled: bool) -> None:
     heads, T = Heads(6, 2, 16), 7
 
     def compute() -> Any:
         qkv, out = apart(T, heads.size * 10), apart(T, heads.size * 10)
         angles, position = torch.randn(9, half), torch.randint(0, 9, (T,), dtype=torch.int32)
         norm = HeadNorm(torch.randn(16), torch.randn(16), 1e-6) if normed else None
-        raw = qkv.clone()
-        turned = rope(qkv, heads, position, angles.cos(), angles.sin(), norm)
+        raw, scale = qkv.clone(), scale_of(heads.size * 10) if scaled else None
+        turned = rope(qkv, heads, position, angles.cos(), angles.sin(), norm, scale)
         dq, dk, dv = (torch.randn(T, n, 16) for n in (6, 2, 2))
-        rope_backward(dq, dk, dv, heads, position, angles.cos(), angles.sin(), out, raw if norm else None, norm)
+        rope_backward(dq, dk, dv, heads, position, angles.cos(), angles.sin(), out, raw if norm else None, norm, scale)
         return turned, out
 
     check(monkeypatch, compute)
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("activation", sorted(set(ACTIVATIONS.values())))
-def test_gated_mlp(monkeypatch: pytest.MonkeyPatch, activation: int) -> None:
+def test_gated_mlp(monkeypatch: pytest.MonkeyPatch, activation: int, scaled: bool) -> None:
     def compute() -> Any:
         gate_up, h, dh = apart(3, 1102), apart(3, 551), apart(3, 551)
-        gated_mlp(gate_up, h, activation)
+        gated_mlp(gate_up, h, activation, scale_of(1102) if scaled else None)
         gated_mlp_backward(gate_up, dh, activation)
         return h, gate_up, dh
 
     check(monkeypatch, compute)
 
 
+@pytest.mark.parametrize(("rank", "scaled"), [(5, False), (5, True), (0, True)])
 @pytest.mark.parametrize("joint", [False, True])
-def test_gated_mlp_with_the_adapters_gradients(monkeypatch: pytest.MonkeyPatch, joint: bool) -> None:
-    width, rank = 150, 5
+def test_gated_mlp_with_the_adapters_gradients(
+    monkeypatch: pytest.MonkeyPatch, joint: bool, rank: int, scaled: bool
+) -> None:
+    width = 150
 
     def compute() -> Any:
         stacked = rank if joint else 2 * rank
         slots = (0, 0) if joint else (0, 1)
-        parts = AdapterGradientParts.empty(1100, width, rank, stacked, torch.empty(0))
+        parts = AdapterGradientParts.empty(1100, width, rank, stacked, torch.empty(0), scaled)
+        scale = scale_of(2 * width) if scaled else None
         results: list[torch.Tensor] = []
         for is_first, T in ((True, 1100), (False, 70)):
             gate_up, dh, u, v = apart(T, 2 * width), apart(T, width), apart(T, stacked), apart(T, rank)
-            gated_mlp_backward_adapters(gate_up, dh, 0, u, v, slots, parts, is_first)
-            results.append(gate_up)
+            gated_mlp_backward_adapters(gate_up, dh, 0, u, v, slots, parts, is_first, scale)
+            results += [gate_up] if rank else [gate_up, dh]
         own = parts.b_PRF.sum(0)
-        sums = parts.a_PrF.sum(0), own[:rank, :width], own[-rank:, width:]
+        sums = parts.a_PrF.sum(0), own[:rank, :width], own[-rank:, width:], parts.sums_PF.sum(0)
         return *results, *(total / 10 for total in sums)
 
     check(monkeypatch, compute)

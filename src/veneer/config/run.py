@@ -75,6 +75,10 @@ TokenId = Annotated[int, Field(strict=True, ge=0)]
 class Adapter(Section):
     """The LoRA adapter, as in PEFT's LoraConfig."""
 
+    method: Literal["lora", "dora"] = Field(
+        "lora",
+        description="lora; dora, which trains the norm of each row of a weight too (arXiv 2402.09353).",
+    )
     r: int = Field(16, ge=1, le=4096, description="Rank.")
     lora_alpha: float = Field(32, gt=0, description="The update is scaled by lora_alpha / r.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from veneer.kernels.column_scale import ColumnScale, scaled
 from veneer.kernels.launch import launch, power_of_2, runs_triton, tl, triton
 from veneer.kernels.update import Update, updated
 
@@ -32,6 +33,7 @@ def rms_norm(
     y_TD: torch.Tensor,
     post_D: torch.Tensor | None = None,
     update: Update | None = None,
+    scale: ColumnScale | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute y = norm(x + delta) * (weight + offset) into `y_TD`.
 
@@ -44,6 +46,7 @@ def rms_norm(
         y_TD: output.
         post_D: weight of a norm on delta itself (Gemma 2), or None.
         update: update still to be added to delta; not together with `post_D`.
+        scale: scale of delta's columns, with the update in it.
 
     Returns:
         x + delta (x itself where delta is None), and 1 / root mean square of each of its rows, float32, shape (T,).
@@ -51,20 +54,22 @@ def rms_norm(
     T, D = x_TD.shape
     assert post_D is None or update is None
     if not runs_triton(x_TD):
-        return _rms_norm_torch(x_TD, delta_TD, weight_D, eps, offset, y_TD, post_D, update)
+        return _rms_norm_torch(x_TD, delta_TD, weight_D, eps, offset, y_TD, post_D, update, scale)
     sum_TD = x_TD if delta_TD is None else torch.empty_like(x_TD)
     rstd_T = torch.empty(T, dtype=torch.float32, device=x_TD.device)
+    columns = (weight_D, weight_D) if scale is None else scale
     if update is not None and delta_TD is not None:
         launch(_forward_update, (triton.cdiv(T, ROWS),))(
-            x_TD, delta_TD, weight_D, sum_TD, y_TD, rstd_T, *update, update.u_TR.stride(0), update.b_RN.stride(0), T, D,
-            delta_TD.stride(0), y_TD.stride(0), eps, offset, RANKS=len(update.b_RN), **_rows(D),
+            x_TD, delta_TD, weight_D, *columns, sum_TD, y_TD, rstd_T, *update,
+            update.u_TR.stride(0), update.b_RN.stride(0), T, D, delta_TD.stride(0), y_TD.stride(0), eps, offset,
+            RANKS=len(update.b_RN), HAS_SCALE=scale is not None, **_rows(D),
         )  # fmt: skip
         return sum_TD, rstd_T
     block = power_of_2(D)
     launch(_forward, (T,))(
         x_TD, x_TD if delta_TD is None else delta_TD, weight_D, weight_D if post_D is None else post_D,
-        sum_TD, y_TD, rstd_T, D, 0 if delta_TD is None else delta_TD.stride(0), y_TD.stride(0), eps, offset,
-        HAS_DELTA=delta_TD is not None, HAS_POST=post_D is not None,
+        *columns, sum_TD, y_TD, rstd_T, D, 0 if delta_TD is None else delta_TD.stride(0), y_TD.stride(0), eps, offset,
+        HAS_DELTA=delta_TD is not None, HAS_POST=post_D is not None, HAS_SCALE=scale is not None,
         BLOCK=block, num_warps=min(16, max(1, block // 512)),
     )  # fmt: skip
     return sum_TD, rstd_T
@@ -135,11 +140,19 @@ def _rows(width: int) -> dict[str, int]:
 
 
 def _rms_norm_torch(
-    x_TD: torch.Tensor, delta_TD: Any, weight_D: Any, eps: float, offset: float, y_TD: Any, post_D: Any, update: Any
+    x_TD: torch.Tensor,
+    delta_TD: Any,
+    weight_D: Any,
+    eps: float,
+    offset: float,
+    y_TD: Any,
+    post_D: Any,
+    update: Any,
+    scale: ColumnScale | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     sum_TD = x_TD
     if delta_TD is not None:
-        wide_TD = updated(delta_TD, update)
+        wide_TD = scaled(updated(delta_TD, update), scale)
         if post_D is not None:
             wide_TD = wide_TD * _rstd(wide_TD, eps)[:, None] * (post_D.float() + offset)
         sum_TD = (x_TD.float() + wide_TD).to(x_TD.dtype)
@@ -166,8 +179,8 @@ def _rms_norm_backward_torch(
 
 @triton.jit
 def _forward(
-    x, delta, weight, post, total, y, rstd, D, delta_t, y_t, eps, offset,
-    HAS_DELTA: tl.constexpr, HAS_POST: tl.constexpr, BLOCK: tl.constexpr,
+    x, delta, weight, post, factor, shift, total, y, rstd, D, delta_t, y_t, eps, offset,
+    HAS_DELTA: tl.constexpr, HAS_POST: tl.constexpr, HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
@@ -175,6 +188,8 @@ def _forward(
     row = tl.load(x + t * D + d, mask=inside, other=0.0).to(tl.float32)
     if HAS_DELTA:
         added = tl.load(delta + t * delta_t + d, mask=inside, other=0.0).to(tl.float32)
+        if HAS_SCALE:
+            added = added * tl.load(factor + d, mask=inside, other=0.0) + tl.load(shift + d, mask=inside, other=0.0)
         if HAS_POST:
             scale = tl.rsqrt(tl.sum(added * added) / D + eps)
             added = added * scale * (tl.load(post + d, mask=inside, other=0.0).to(tl.float32) + offset)
@@ -198,27 +213,37 @@ def _normalize(x, rstd, weight, y, D, x_t, y_t, offset, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _add_update(rows, u, b, t, d, is_t, is_d, u_t, b_r, RANKS: tl.constexpr):
-    """Return rows + u b, rank by rank."""
+def _add_update(rows, u, b, t, d, is_t, is_d, u_t, b_r, by, RANKS: tl.constexpr, HAS_SCALE: tl.constexpr):
+    """Return rows + u b, the latter's columns times `by`, rank by rank."""
     for r in tl.static_range(RANKS):
         left = tl.load(u + t * u_t + r, mask=is_t, other=0.0).to(tl.float32)
         right = tl.load(b + r * b_r + d, mask=is_d, other=0.0).to(tl.float32)
+        if HAS_SCALE:
+            right *= by
         rows += left[:, None] * right[None, :]
     return rows
 
 
 @triton.jit
 def _forward_update(
-    x, delta, weight, total, y, rstd, u, b, scale, u_t, b_r, T, D, delta_t, y_t, eps, offset,
-    RANKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x, delta, weight, factor, shift, total, y, rstd, u, b, scale, u_t, b_r, T, D, delta_t, y_t, eps, offset,
+    RANKS: tl.constexpr, HAS_SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     t = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     d = tl.arange(0, BLOCK)
     is_t, is_d = t < T, d < D
     inside = is_t[:, None] & is_d[None, :]
     rows = tl.load(x + t[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
-    rows += scale * tl.load(delta + t[:, None] * delta_t + d[None, :], mask=inside, other=0.0).to(tl.float32)
-    rows = _add_update(rows, u, b, t, d, is_t, is_d, u_t, b_r, RANKS).to(total.dtype.element_ty)
+    added = tl.load(delta + t[:, None] * delta_t + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    if HAS_SCALE:
+        by = tl.load(factor + d, mask=is_d, other=0.0)
+        rows += tl.load(shift + d, mask=is_d, other=0.0)[None, :]
+        rows += (scale * by)[None, :] * added
+        rows = _add_update(rows, u, b, t, d, is_t, is_d, u_t, b_r, by, RANKS, True)
+    else:
+        rows += scale * added
+        rows = _add_update(rows, u, b, t, d, is_t, is_d, u_t, b_r, 1.0, RANKS, False)
+    rows = rows.to(total.dtype.element_ty)
     tl.store(total + t[:, None] * D + d[None, :], rows, mask=inside)
     rows = rows.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(rows * rows, axis=1) / D + eps)
@@ -260,7 +285,7 @@ def _backward_update(
     g = scale * tl.load(dy + t[:, None] * dy_t + d[None, :], mask=inside, other=0.0).to(tl.float32)
     unit = tl.load(x + t[:, None] * D + d[None, :], mask=inside, other=0.0)
     inverse = tl.load(rstd + t, mask=is_t, other=0.0)[:, None]
-    g = _add_update(g, u, b, t, d, is_t, is_d, u_t, b_r, RANKS)
+    g = _add_update(g, u, b, t, d, is_t, is_d, u_t, b_r, 1.0, RANKS, False)
     g *= (tl.load(weight + d, mask=is_d, other=0.0).to(tl.float32) + offset)[None, :]
     unit = unit.to(tl.float32) * inverse
     dx = inverse * (g - unit * (tl.sum(g * unit, axis=1) / D)[:, None])

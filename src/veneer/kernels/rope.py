@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from veneer.kernels.column_scale import ColumnScale, scaled
 from veneer.kernels.launch import launch, power_of_2, runs_triton, tl, triton
 
 
@@ -38,18 +39,22 @@ def rope(
     cos_PS: torch.Tensor,
     sin_PS: torch.Tensor,
     norm: HeadNorm | None = None,
+    scale: ColumnScale | None = None,
 ) -> torch.Tensor:
-    """Rotate q and k: in place, or in a new tensor where `norm` is given, since backward needs the old one.
+    """Rotate q and k: in place, or in a new tensor where backward needs the old one, for `norm` or `scale`.
 
     Args:
         qkv_TN: output of the q, k, v product, with any row stride.
         position_T: position of each token in its document, int32.
         cos_PS, sin_PS: tables by position, float32.
+        norm: norm of each head of q and k.
+        scale: scale of the columns, before the norm.
     """
     T, N = qkv_TN.shape
-    out_TN = qkv_TN if norm is None else qkv_TN.new_empty((T, N))
+    in_place = norm is None and scale is None
+    out_TN = qkv_TN if in_place else qkv_TN.new_empty((T, N))
     if not runs_triton(qkv_TN):
-        q, k, v = split_heads(qkv_TN, heads)
+        q, k, v = split_heads(qkv_TN if scale is None else scaled(qkv_TN, scale), heads)
         if norm is not None:
             q, k = _norm(q, norm.query_C, norm.eps), _norm(k, norm.key_C, norm.eps)
         cos, sin = cos_PS[position_T.long()][:, None], sin_PS[position_T.long()][:, None]
@@ -58,11 +63,11 @@ def rope(
         split_heads(out_TN, heads)[2].copy_(v)
         return out_TN
     S = cos_PS.shape[1]
-    launch(_forward, (T, triton.cdiv(heads.query + 2 * heads.key, 8)), (out_TN,) if norm is None else ())(
-        qkv_TN, out_TN, position_T, cos_PS, sin_PS,
+    launch(_forward, (T, triton.cdiv(heads.query + 2 * heads.key, 8)), (out_TN,) if in_place else ())(
+        qkv_TN, out_TN, position_T, cos_PS, sin_PS, *(scale or (qkv_TN, qkv_TN)),
         *((norm.query_C, norm.key_C, norm.eps) if norm else (qkv_TN, qkv_TN, 0.0)),
         qkv_TN.stride(0), out_TN.stride(0), H=heads.query, K=heads.key, C=heads.size, S=S, HAS_NORM=norm is not None,
-        BLOCK_S=power_of_2(S), BLOCK_C=power_of_2(heads.size), num_warps=2,
+        HAS_SCALE=scale is not None, BLOCK_S=power_of_2(S), BLOCK_C=power_of_2(heads.size), num_warps=2,
     )  # fmt: skip
     return out_TN
 
@@ -78,18 +83,20 @@ def rope_backward(
     out_TN: torch.Tensor,
     raw_TN: torch.Tensor | None = None,
     norm: HeadNorm | None = None,
+    scale: ColumnScale | None = None,
 ) -> None:
-    """Compute the gradient of the q, k, v product's output into `out_TN`, of any row stride.
+    """Compute the gradient of the (scaled) output of the q, k, v product into `out_TN`, of any row stride.
 
     Args:
         dq_THC, dk_TKC, dv_TKC: gradients of the rotated q and k and of v, in any layout.
         raw_TN: output of the product before norm and rotation; needed with `norm`.
+        norm, scale: those of the forward.
     """
     T = len(dq_THC)
     if not runs_triton(out_TN):
         cos, sin = cos_PS[position_T.long()][:, None], sin_PS[position_T.long()][:, None]
         outs = split_heads(out_TN, heads)
-        raws = split_heads(raw_TN, heads) if raw_TN is not None else (None,) * 3
+        raws = split_heads(scaled(raw_TN, scale), heads) if norm and raw_TN is not None else (None,) * 3
         weights = (norm.query_C, norm.key_C) if norm else (None,) * 2
         for grad, out, raw, weight in zip((dq_THC, dk_TKC), outs, raws, weights):
             turned = _rotate(grad.float(), cos, -sin)
@@ -103,10 +110,11 @@ def rope_backward(
     dq_THC, dk_TKC, dv_TKC = (g if g.stride(2) == 1 else g.contiguous() for g in (dq_THC, dk_TKC, dv_TKC))
     launch(_backward, (T, triton.cdiv(heads.query + 2 * heads.key, 8)))(
         dq_THC, dk_TKC, dv_TKC, out_TN, out_TN if raw_TN is None else raw_TN, position_T, cos_PS, sin_PS,
+        *(scale or (out_TN, out_TN)),
         *((norm.query_C, norm.key_C, norm.eps) if norm else (out_TN, out_TN, 0.0)),
         dq_THC.stride(0), dq_THC.stride(1), dk_TKC.stride(0), dk_TKC.stride(1), dv_TKC.stride(0), dv_TKC.stride(1),
         out_TN.stride(0), 0 if raw_TN is None else raw_TN.stride(0),
-        H=heads.query, K=heads.key, C=heads.size, S=S, HAS_NORM=norm is not None,
+        H=heads.query, K=heads.key, C=heads.size, S=S, HAS_NORM=norm is not None, HAS_SCALE=scale is not None,
         BLOCK_S=power_of_2(S), BLOCK_C=power_of_2(heads.size), num_warps=2,
     )  # fmt: skip
 
@@ -137,6 +145,16 @@ def _norm_backward(dy: torch.Tensor, x: Any, weight_C: Any, eps: float) -> torch
 
 
 @triton.jit
+def _value(row, factor, shift, head, at, inside, HAS_SCALE: tl.constexpr):
+    """Load values of heads, and scale them."""
+    value = tl.load(row + at, mask=inside, other=0.0).to(tl.float32)
+    if HAS_SCALE:
+        value = value * tl.load(factor + head + at, mask=inside, other=0.0)
+        value += tl.load(shift + head + at, mask=inside, other=0.0)
+    return value
+
+
+@triton.jit
 def _weight(q_weight, k_weight, is_q, at, inside):
     """Weights of the norm of q's heads, or of k's."""
     of_q = tl.load(q_weight + at, mask=inside, other=0.0).to(tl.float32)
@@ -146,9 +164,9 @@ def _weight(q_weight, k_weight, is_q, at, inside):
 
 @triton.jit
 def _forward(
-    qkv, out, position, cos, sin, q_weight, k_weight, eps, stride, out_stride,
+    qkv, out, position, cos, sin, factor, shift, q_weight, k_weight, eps, stride, out_stride,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, S: tl.constexpr, HAS_NORM: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_SCALE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * 8 + tl.arange(0, 8)[:, None]
@@ -158,29 +176,32 @@ def _forward(
     co = tl.load(cos + pos * S + s, mask=s < S, other=0.0)
     si = tl.load(sin + pos * S + s, mask=s < S, other=0.0)
     at, out_at = t * stride + h * C, t * out_stride + h * C
-    first = tl.load(qkv + at + s, mask=turns, other=0.0).to(tl.float32)
-    second = tl.load(qkv + at + S + s, mask=turns, other=0.0).to(tl.float32)
+    first = _value(qkv + at, factor, shift, h * C, s, turns, HAS_SCALE)
+    second = _value(qkv + at, factor, shift, h * C, S + s, turns, HAS_SCALE)
+    if HAS_NORM or HAS_SCALE:
+        whole = _value(qkv + at, factor, shift, h * C, c, (h < H + 2 * K) & (c < C), HAS_SCALE)
+        turned = whole
     if HAS_NORM:
-        whole = tl.load(qkv + at + c, mask=(h < H + 2 * K) & (c < C), other=0.0).to(tl.float32)
         rstd = tl.rsqrt(tl.sum(whole * whole, axis=1) / C + eps)[:, None]
         is_q = h < H
         w1 = _weight(q_weight, k_weight, is_q, s, s < S)
         w2 = _weight(q_weight, k_weight, is_q, S + s, s < S)
         w = _weight(q_weight, k_weight, is_q, c, c < C)
-        first, second = first * rstd * w1, second * rstd * w2
+        first, second, turned = first * rstd * w1, second * rstd * w2, whole * rstd * w
+    if HAS_NORM or HAS_SCALE:
         # Copy what is not rotated: v, and the rest of a head of which only the first part is.
         stays = (h < H + 2 * K) & (c < C) & ((h >= H + K) | (c >= 2 * S))
-        tl.store(out + out_at + c, tl.where(h < H + K, whole * rstd * w, whole).to(out.dtype.element_ty), mask=stays)
+        tl.store(out + out_at + c, tl.where(h < H + K, turned, whole).to(out.dtype.element_ty), mask=stays)
     tl.store(out + out_at + s, (first * co - second * si).to(out.dtype.element_ty), mask=turns)
     tl.store(out + out_at + S + s, (second * co + first * si).to(out.dtype.element_ty), mask=turns)
 
 
 @triton.jit
 def _backward(
-    dq, dk, dv, out, raw, position, cos, sin, q_weight, k_weight, eps,
+    dq, dk, dv, out, raw, position, cos, sin, factor, shift, q_weight, k_weight, eps,
     q_t, q_h, k_t, k_h, v_t, v_h, stride, raw_stride,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, S: tl.constexpr, HAS_NORM: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_SCALE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * 8 + tl.arange(0, 8)[:, None]
@@ -206,9 +227,9 @@ def _backward(
     if HAS_NORM:
         r_at = t * raw_stride + h * C
         turned = is_q | is_k
-        x1 = tl.load(raw + r_at + s, mask=turned & half, other=0.0).to(tl.float32)
-        x2 = tl.load(raw + r_at + S + s, mask=turned & half, other=0.0).to(tl.float32)
-        x3 = tl.load(raw + r_at + c, mask=turned & rest, other=0.0).to(tl.float32)
+        x1 = _value(raw + r_at, factor, shift, h * C, s, turned & half, HAS_SCALE)
+        x2 = _value(raw + r_at, factor, shift, h * C, S + s, turned & half, HAS_SCALE)
+        x3 = _value(raw + r_at, factor, shift, h * C, c, turned & rest, HAS_SCALE)
         w1 = _weight(q_weight, k_weight, is_q, s, half)
         w2 = _weight(q_weight, k_weight, is_q, S + s, half)
         w3 = _weight(q_weight, k_weight, is_q, c, c < C)

@@ -14,7 +14,7 @@ from veneer.config import Adapter, UserError
 from veneer.config.files import read_json, reading
 from veneer.config.manifest import ADAPTER
 from veneer.config.notify import notify
-from veneer.model.adapters import find_method
+from veneer.model.adapters import find_method, require_method
 from veneer.model.adapters.from_base import as_changes, starts_from_base, take_part_of_base
 from veneer.model.locate import BaseSource
 from veneer.model.quiet import quiet
@@ -139,7 +139,9 @@ def _targets(base: Any, adapter: Adapter) -> str | list[str]:
     Such modules are a vision tower, layers that are linear by their class alone, and those of exclusions and sets.
     """
     named = adapter.target_modules
-    meant = shapes_of(base).targets(adapter)
+    shapes = shapes_of(base)
+    meant = shapes.targets(adapter)
+    require_method(adapter, meant, shapes.embeddings)
     if adapter.exclude_modules or adapter.layers_to_transform:
         return sorted(meant)
     if named == "all-linear":

@@ -5,6 +5,7 @@ resized. Its passport is compared with the base of the run, since on another bas
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from veneer.config.files import file_sha256, read_json, reading
 from veneer.config.manifest import read_manifest
 from veneer.config.names import require_adapter
 from veneer.config.notify import notify
+from veneer.model.adapters import find_method
 from veneer.model.adapters.from_base import starts_from_base
 from veneer.model.fingerprint import config_sha256, fingerprint
 from veneer.model.locate import BaseSource
@@ -57,7 +59,14 @@ def find_start(run: Run, source: BaseSource, template: str | None) -> Path | Non
     config = read_json(found.path / "adapter_config.json", "r", "lora_alpha", fix=FIX)
     settings = {"r": adapter.r, "lora_alpha": adapter.lora_alpha, "use_rslora": adapter.use_rslora}
     theirs = {name: config.get(name, False) for name in settings}
-    others = [name for name in ("use_dora", "modules_to_save") if config.get(name)]
+    before = find_method(SimpleNamespace(**{"peft_type": "LORA", "use_dora": False, "use_rslora": False, **config}))
+    if before.setting != adapter.method:
+        raise UserError(
+            f"model.adapter = {name}: it was trained with {before.name}, and the run has adapter.method = "
+            f"{adapter.method}",
+            f"set adapter.method: {before.setting}",
+        )
+    others = [name for name in ("modules_to_save",) if config.get(name)]
     if others:
         raise UserError(f"model.adapter = {name}: has {', '.join(others)}, which is not trained here")
     if theirs != settings:

@@ -19,7 +19,7 @@ from veneer.engine.placement import MemoryPlacement
 from veneer.engine.trace import Peak
 from veneer.machine.device import named_dtype, resolve_optim
 from veneer.machine.speeds import Ceilings
-from veneer.model.adapters import find_method
+from veneer.model.adapters import find_method, require_method
 from veneer.model.adapters.from_base import doubled, refuse_4_bits, starts_from_base
 from veneer.model.adapters.from_error import refuse_without_4_bits, starts_from_error
 from veneer.model.dense import COPIES_SHARE
@@ -276,13 +276,15 @@ def step_of(
                 f"adapter.modules_to_save: {in_4_bits[0]} is in 4 bits, which cannot be trained whole",
                 "leave it out, or leave the section `quantization` out",
             )
+    targets = frozenset[str]() if method == "full" else shapes.targets(run.adapter)
+    require_method(run.adapter, targets, shapes.embeddings)
     return Step(
         rows=batch.rows,
         length=batch.length,
         trained=batch.trained,
         dtype=dtype,
         method=method,
-        targets=frozenset() if method == "full" else shapes.targets(run.adapter),
+        targets=targets,
         quantized=quantized,
         adapter=find_method(run.adapter),
         r=plain.r,

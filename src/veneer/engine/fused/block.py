@@ -16,11 +16,14 @@ pieces, so that a kept and a recomputed step are equal bit for bit. Frozen weigh
 
 The output of attention and of the MLP is added to the residual stream by the norm that follows (`Residual`).
 
+With DoRA, products are saved as they come out, before their columns are scaled: the gradient of the scale needs them.
+So q, k, v are not rotated in place, and the outputs of o_proj and of down_proj, the latter always, are saved as well.
+
 Shapes: T tokens, D model width, F width of the MLP, N outputs of q, k, v; E a width with padding after it (`group`).
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +33,7 @@ from veneer.engine.fused.decoder import Decoder, Layer, Norm
 from veneer.engine.fused.documents import Documents
 from veneer.engine.fused.group import Group
 from veneer.engine.fused.offload import ActivationStore, Offloaded
+from veneer.kernels.column_scale import ColumnScale, scaled
 from veneer.kernels.gated_mlp import AdapterGradientParts, gated_mlp, gated_mlp_backward, gated_mlp_backward_adapters
 from veneer.kernels.low_rank import add_a, add_b
 from veneer.kernels.rms_norm import normalize, rms_norm, rms_norm_backward
@@ -38,7 +42,7 @@ from veneer.kernels.update import Update
 
 # The tensors of each activation among `SavedActivations`.
 FIELDS = {
-    "x": ("x",),
+    "x": ("x", "delta2"),
     "qkv": ("qkv_buffer", "raw", "qkv", "u_qkv"),
     "attention": ("out", "attention"),
     "mid": ("mid", "delta1", "u_o"),
@@ -62,6 +66,7 @@ class Context:
         seed: seed of dropout; None: none.
         workspace_bytes: workspace that attention's backward may take.
         store: activations on the host.
+        refreshes: whether the adapters may have changed, so that the forward computes DoRA's norms.
     """
 
     documents: Documents
@@ -71,6 +76,7 @@ class Context:
     seed: torch.Tensor | None
     workspace_bytes: int
     store: ActivationStore
+    refreshes: bool = False
 
 
 class Residual(NamedTuple):
@@ -81,18 +87,20 @@ class Residual(NamedTuple):
         delta_TD: tensor to add; None: there is none.
         post: norm applied to delta first (Gemma 2), or None.
         update: the adapters' part of delta.
+        scale: scale of delta's columns, after the update.
     """
 
     x_TD: torch.Tensor
     delta_TD: torch.Tensor | None = None
     post: Norm | None = None
     update: Update | None = None
+    scale: ColumnScale | None = None
 
     def norm(self, norm: Norm, y_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Add, and normalize into `y_TD`; return the sum and 1 / root mean square of its rows."""
         post_D = self.post.weight_D if self.post is not None else None
         return rms_norm(
-            self.x_TD, self.delta_TD, norm.weight_D, norm.eps, norm.offset, y_TD, post_D, self.update
+            self.x_TD, self.delta_TD, norm.weight_D, norm.eps, norm.offset, y_TD, post_D, self.update, self.scale
         )  # fmt: skip
 
 
@@ -103,13 +111,13 @@ class SavedActivations:
         self.x: Any = x_TD
         self.rstd1 = rstd1_T
         self.qkv_buffer: Any = None  # the product's output, with padding
-        self.raw: Any = None  # q, k, v before their norm, where they have one
+        self.raw: Any = None  # q, k, v before their norm or scale, where they have one
         self.qkv: Any = None
         self.u_qkv: Any = None
         self.out: Any = None
         self.attention: Any = None  # log-sum-exp and other tensors of the backend
         self.u_o: Any = None
-        self.delta1: Any = None  # input of the post-norm
+        self.delta1: Any = None  # input of the post-norm, or of the scale
         self.mid: Any = None
         self.rstd2: Any = None
         self.gate_up: Any = None
@@ -196,9 +204,9 @@ class Block:
         saved.drop(keep | {"mid"})
         delta_TD, update = self._mlp(saved, at, y_TE, "gate_up" in keep)
         post = self.layer.post2
-        if post is not None:
+        if post is not None or self.down.scale is not None:
             saved.delta2 = delta_TD
-        after = Residual(saved.mid, delta_TD, post, update)
+        after = Residual(saved.mid, delta_TD, post, update, self.down.scale)
         saved.drop(keep)
         saved.leave(sorted(host), self.number, at.store)
         return after, saved
@@ -208,11 +216,14 @@ class Block:
         layer, heads, itemsize = self.layer, self.decoder.heads, self.dtype.itemsize
         # FlexAttention's own backward keeps q, k, v in whole blocks of tokens.
         flex = self.qkv.outputs if self.decoder.softcap else 0
+        keeps_raw = layer.head_norm is not None or self.qkv.scale is not None
+        keeps_delta1 = layer.post1 is not None or self.o.scale is not None
+        keeps_delta2 = layer.post2 is not None or self.down.scale is not None
         width = {
-            "x": self.o.outputs,
-            "qkv": self.qkv.outputs * (1 if layer.head_norm is None else 2) + self.qkv.padding + self.qkv.used,
+            "x": self.o.outputs + (self.down.outputs + self.down.padding if keeps_delta2 else 0),
+            "qkv": self.qkv.outputs * (2 if keeps_raw else 1) + self.qkv.padding + self.qkv.used,
             "attention": self.o.inputs + heads.query * 4 // itemsize + flex,
-            "mid": self.o.outputs + self.o.used + (0 if layer.post1 is None else self.o.outputs + self.o.padding),
+            "mid": self.o.outputs + self.o.used + (self.o.outputs + self.o.padding if keeps_delta1 else 0),
             "gate_up": self.gate_up.outputs + self.gate_up.padding + self.gate_up.used,
         }[name]
         return tokens * width * itemsize
@@ -229,12 +240,20 @@ class Block:
         """Compute rotated q, k, v of the normalized stream, with padding after them."""
         group, norm = self.qkv, self.layer.head_norm
         raw_TE = y_TE.new_empty((len(y_TE), group.outputs + group.padding))
-        saved.u_qkv, _ = group.forward(y_TE, group.matrix(at.scratch), raw_TE, at.seed)
+        saved.u_qkv, _ = group.forward(y_TE, self._matrix(group, at), raw_TE, at.seed)
         saved.qkv_buffer = raw_TE
         saved.qkv = rope(
-            raw_TE[:, : group.outputs], self.decoder.heads, at.documents.position_T, at.cos_PS, at.sin_PS, norm
-        )
-        saved.raw = raw_TE[:, : group.outputs] if norm else None
+            raw_TE[:, : group.outputs], self.decoder.heads, at.documents.position_T, at.cos_PS, at.sin_PS, norm,
+            group.scale,
+        )  # fmt: skip
+        saved.raw = raw_TE[:, : group.outputs] if norm or group.scale else None
+
+    def _matrix(self, group: Group, at: Context, offset: int = 0) -> torch.Tensor:
+        """Return the matrix of a group, and refresh its scale where the pass does."""
+        matrix = group.matrix(at.scratch[offset:])
+        if at.refreshes:
+            group.refresh(matrix)
+        return matrix
 
     def _project_out(self, saved: SavedActivations, at: Context) -> torch.Tensor:
         """Compute the stream after attention; return it normalized, with padding."""
@@ -245,19 +264,20 @@ class Block:
         if group.input_padding:
             out_TE = saved.x.new_empty((T, group.inputs + group.input_padding))
             out_TE[:, : group.inputs] = saved.out
-        saved.u_o, update = group.forward(out_TE, group.matrix(at.scratch), delta_TE, at.seed)
+        saved.u_o, update = group.forward(out_TE, self._matrix(group, at), delta_TE, at.seed)
         del out_TE
         delta_TD = delta_TE[:, :D]
         y_TE: torch.Tensor = saved.x.new_empty((T, D + self.gate_up.input_padding))
-        saved.mid, saved.rstd2 = Residual(saved.x, delta_TD, post, update).norm(self.layer.norm2, y_TE[:, :D])
-        if post is not None:
+        stream = Residual(saved.x, delta_TD, post, update, group.scale)
+        saved.mid, saved.rstd2 = stream.norm(self.layer.norm2, y_TE[:, :D])
+        if post is not None or group.scale is not None:
             saved.delta1 = delta_TD
         return y_TE
 
     def _mlp_matrices(self, at: Context) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the matrices of gate and up, and of down, in separate parts of the scratch buffer."""
         offset = self.gate_up.size if self.gate_up.needs_scratch else 0
-        return self.gate_up.matrix(at.scratch), self.down.matrix(at.scratch[offset:])
+        return self._matrix(self.gate_up, at), self._matrix(self.down, at, offset)
 
     def _mlp(
         self, saved: SavedActivations, at: Context, y_TE: torch.Tensor, keeps: bool
@@ -274,7 +294,7 @@ class Block:
             u, _ = both.forward(y_TE[start:end], both_matrix, gate_up_TE, at.seed, start)
             u_both.append(u)
             h = h_TE[: end - start]
-            gated_mlp(gate_up_TE, h[:, : down.inputs], self.decoder.activation)
+            gated_mlp(gate_up_TE, h[:, : down.inputs], self.decoder.activation, both.scale)
             u, update = down.forward(h, down_matrix, delta_TE[start:end], at.seed, start)
             u_down.append(u)
         saved.gate_up, saved.u_gate_up = (buffer_TE, u_both) if keeps else (None, None)
@@ -293,6 +313,7 @@ class Block:
             is_first: whether nothing before this block is trained, so that its input needs no gradient.
         """
         saved.arrive(at.store)
+        at = replace(at, refreshes=False)
         self._recompute(saved, at)
         self._mlp_backward(d_TE, saved, at)
         self._attention_backward(d_TE, saved, at, is_first)
@@ -316,7 +337,8 @@ class Block:
         layer, T, D = self.layer, len(saved.x), saved.x.shape[1]
         both, down, norm = self.gate_up, self.down, layer.norm2
         both_matrix, down_matrix = self._mlp_matrices(at)
-        dy_TE = self._through_post(d_TE, saved.delta2, layer.post2, down)
+        dy_TE = self._through_post(d_TE, saved.delta2, layer.post2, down, saved.u_down)
+        saved.delta2 = None
         down.add_b(saved.u_down, dy_TE[:, :D])
         longest, parts = _longest(T), self._gate_parts(T, saved.x)
         dx_TE = saved.x.new_empty((T, D + both.padding))
@@ -337,9 +359,11 @@ class Block:
             self._gate_backward(gate_up_TE, dh_TE[:size], u_both, v_down, parts, start, at)
             v, update = both.backward(gate_up_TE, both_matrix, dx_TE[start:end], at.seed, start)
             v_both.append(v)
-        if parts is not None:
+        if parts is not None and parts.a_PrF.numel():
             add_a(parts.a_PrF, down.grad_a)
             add_b(parts.b_PRF, both.grad_b, both.members)
+        if parts is not None and both.scale is not None:
+            both.add_m(parts.sums_PF)
         saved.gate_up = None
         v = _joined(v_both)
         del dh_TE, buffer_TE, gate_up_TE, y_TE, parts, v_both
@@ -353,9 +377,12 @@ class Block:
         """Allocate the gradients that the gate's backward computes; None where not every linear has its adapter."""
         down, both = self.down, self.gate_up
         ranks = {member.rank for member in (*both.members, *down.members)}
-        if ranks != {down.rank} or not 0 < down.rank <= MAX_RANK or both.dropout_p or down.dropout_p:
-            return None
-        return AdapterGradientParts.empty(_longest(tokens), down.inputs, down.rank, both.used, like)
+        rank, is_scaled = down.rank, both.scale is not None
+        if ranks != {rank} or not 0 < rank <= MAX_RANK or both.dropout_p or down.dropout_p:
+            if not is_scaled:
+                return None
+            rank = 0
+        return AdapterGradientParts.empty(_longest(tokens), down.inputs, rank, both.used, like, is_scaled)
 
     def _gate_backward(
         self, gate_up_TE: torch.Tensor, dh_TE: torch.Tensor, u_both: torch.Tensor, v_down: torch.Tensor,
@@ -365,17 +392,23 @@ class Block:
         both, down = self.gate_up, self.down
         dh_TF, activation = dh_TE[:, : down.inputs], self.decoder.activation
         if parts is not None:
-            slots = both.members[0].first // both.rank, both.members[-1].first // both.rank
-            gated_mlp_backward_adapters(gate_up_TE, dh_TF, activation, u_both, v_down, slots, parts, start == 0)
-            return
-        gated_mlp_backward(gate_up_TE, dh_TF, activation)
+            rank = max(1, both.rank)
+            slots = both.members[0].first // rank, both.members[-1].first // rank
+            gated_mlp_backward_adapters(
+                gate_up_TE, dh_TF, activation, u_both, v_down, slots, parts, start == 0, both.scale
+            )
+            if parts.a_PrF.numel():
+                return
+        else:
+            gated_mlp_backward(gate_up_TE, dh_TF, activation)
         down.add_a(v_down, dh_TF, at.seed, skipped=start)
         both.add_b(u_both, gate_up_TE[:, : both.outputs])
 
     def _attention_backward(self, d_TE: torch.Tensor, saved: SavedActivations, at: Context, is_first: bool) -> None:
         """Turn the gradient of attention's output into that of its input."""
         layer, T, D = self.layer, len(saved.x), saved.x.shape[1]
-        dy_TE = self._through_post(d_TE, saved.delta1, layer.post1, self.o)
+        dy_TE = self._through_post(d_TE, saved.delta1, layer.post1, self.o, saved.u_o)
+        saved.delta1 = None
         dout_TE = saved.x.new_empty((T, self.o.inputs + self.o.padding))
         v_o, _ = self.o.backward(dy_TE, self.o.matrix(at.scratch), dout_TE, at.seed)
         self.o.backward_adapters(dy_TE[:, :D], saved.out, saved.u_o, v_o, at.seed)
@@ -383,15 +416,19 @@ class Block:
             dout_TE[:, : self.o.inputs], saved.qkv, saved.attention, at.documents, self.attention, at.workspace_bytes
         )
         del dout_TE, dy_TE
-        # q, k and v are not needed any more: their gradient overwrites the product's output.
-        buffer_TE, norm, outputs = saved.qkv_buffer, layer.norm1, self.qkv.outputs
-        raw_TN = saved.raw.clone() if saved.raw is not None else None
+        # q, k and v are not needed any more: their gradient overwrites the product's output, unless that is.
+        buffer_TE, norm, outputs, raw_TN = saved.qkv_buffer, layer.norm1, self.qkv.outputs, saved.raw
+        if raw_TN is not None:
+            buffer_TE = torch.empty_like(buffer_TE)
         saved.out = saved.attention = saved.qkv = saved.raw = saved.qkv_buffer = None
         rope_backward(
             dq_THC, dk_TKC, dv_TKC, self.decoder.heads, at.documents.position_T, at.cos_PS, at.sin_PS,
-            buffer_TE[:, :outputs], raw_TN, layer.head_norm,
+            buffer_TE[:, :outputs], raw_TN, layer.head_norm, self.qkv.scale,
         )  # fmt: skip
         del dq_THC, dk_TKC, dv_TKC
+        if self.qkv.scale is not None:
+            self.qkv.scale_backward(buffer_TE[:, :outputs], raw_TN, buffer_TE[:, :outputs])
+        del raw_TN
         scaling = (saved.rstd1, norm.weight_D, norm.offset)
         if is_first:
             v_qkv = self.qkv.project_gradient(buffer_TE)
@@ -408,14 +445,22 @@ class Block:
         D = x_TD.shape[1]
         rms_norm_backward(dx_TD, x_TD, norm.weight_D, rstd_T, norm.eps, norm.offset, d_TE[:, :D], update)
 
-    def _through_post(self, d_TE: torch.Tensor, delta_TD: Any, post: Norm | None, group: Group) -> torch.Tensor:
-        """Return the gradient of the addition to the residual stream, with padding after it."""
+    def _through_post(
+        self, d_TE: torch.Tensor, delta_TD: Any, post: Norm | None, group: Group, u_TR: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the gradient of a product that is added to the residual stream, with padding after it."""
         D = group.outputs
-        if post is None:
+        if post is None and group.scale is None:
             return d_TE
         dy_TE = d_TE.new_empty((len(d_TE), D + group.padding))
-        dy_TE[:, :D] = d_TE[:, :D]
-        rms_norm_backward(dy_TE[:, :D], delta_TD.contiguous(), post.weight_D, None, post.eps, post.offset)
+        dy_TD = d_TE[:, :D]
+        if post is not None:
+            dy_TE[:, :D] = dy_TD
+            dy_TD = dy_TE[:, :D]
+            y_TD = delta_TD.contiguous() if group.scale is None else scaled(delta_TD, group.scale).to(delta_TD.dtype)
+            rms_norm_backward(dy_TD, y_TD, post.weight_D, None, post.eps, post.offset)
+        if group.scale is not None:
+            group.scale_backward(dy_TD, delta_TD, dy_TE[:, :D], u_TR)
         return dy_TE
 
 

@@ -110,7 +110,8 @@ def read(model: Any) -> Decoder:
             raise NotCoveredError(f"an adapter on the {what}")
     if type(head) is not torch.nn.Linear or getattr(head, "bias", None) is not None:
         raise NotCoveredError(f"a head of the kind {type(head).__name__}")
-    expected = sum(2 for layer in layers for linear in _linears(layer) if linear.a is not None)
+    adapted = [linear for layer in layers for linear in _linears(layer) if linear.a is not None]
+    expected = sum(2 if linear.magnitude is None else 3 for linear in adapted)
     found = sum(1 for parameter in model.parameters() if parameter.requires_grad)
     if expected != found:
         raise NotCoveredError(f"{found - expected} trainable parameters outside the blocks' linear layers")
@@ -172,11 +173,11 @@ def _group(linears: Iterable[Linear]) -> tuple[Linear, ...]:
 def _linear(module: Any, name: str) -> Linear:
     if not hasattr(module, "base_layer"):
         return Linear(name, _frozen(module, name))
-    found = low_rank(module)
+    found = low_rank(module, or_dora=True)
     if found is None or module.active_adapters != ["default"]:
-        raise NotCoveredError(f"{name}: an adapter other than one plain LoRA")
+        raise NotCoveredError(f"{name}: an adapter other than one plain LoRA or DoRA")
     frozen = _frozen(module.base_layer, name)
-    return Linear(name, frozen, found.a_RI, found.b_OR, found.scale, found.dropout)
+    return Linear(name, frozen, found.a_RI, found.b_OR, found.scale, found.dropout, found.magnitude_O)
 
 
 def _frozen(module: Any, name: str) -> Any:

@@ -68,6 +68,8 @@ class FusedEngine:
         self._weights = StreamedWeights(self._device, memory)
         self._store = ActivationStore(self._device, memory)
         self._flatten([group for block in self.blocks for group in block.groups])
+        self.has_scales = any(group.scale is not None for block in self.blocks for group in block.groups)
+        self._is_stale = True  # the adapters may have changed since the scales of outputs were computed
         self._seed = torch.zeros(1, dtype=torch.int64, device=self._device)
         self.rates = H100
         self._demand: Demand | None = None
@@ -145,10 +147,19 @@ class FusedEngine:
         with self.model.disable_adapter():
             before = self.master.detach().clone()
             self.master.data.zero_()
+            self._switch(off=True)
             try:
                 yield
             finally:
                 self.master.data.copy_(before)
+                self._switch(off=False)
+
+    def _switch(self, off: bool) -> None:
+        """Let the next pass compute the scales of outputs, with or without the adapters."""
+        self._is_stale = True
+        for block in self.blocks:
+            for group in block.groups:
+                group.is_off = off
 
     @contextmanager
     def dropout_off(self) -> Iterator[None]:
@@ -320,6 +331,7 @@ class FusedEngine:
         for group in groups:
             adapted = [linear for linear in group.linears if linear.a is not None]
             ordered += [linear.a for linear in adapted] + [linear.b for linear in adapted]
+            ordered += [linear.magnitude for linear in adapted if linear.magnitude is not None]
         total = sum(parameter.numel() for parameter in ordered)
         flat = torch.empty(total, dtype=torch.float32, device=self._device)
         self._flat_grad = torch.zeros_like(flat)
@@ -339,10 +351,15 @@ class FusedEngine:
             group.grad_a = self._flat_grad[at : at + size_a].view(ranks, group.inputs)
             group.grad_b = self._flat_grad[at + size_a : at + size_a + size_b]
             at += size_a + size_b
+            for linear in group.linears:
+                size_m = 0 if linear.magnitude is None else len(linear.magnitude)
+                group.grad_m.append(self._flat_grad[at : at + size_m] if size_m else None)
+                at += size_m
 
     def _gradients(self) -> None:
-        """Restore gradients that the optimizer set to None, as zeros in the flat buffer."""
+        """Restore gradients that the optimizer set to None, as zeros in the flat buffer: a step begins."""
         if self.master.grad is None or self._views[0][0].grad is None:
+            self._is_stale = True
             self._flat_grad.zero_()
             self.master.grad = self._flat_grad
             for parameter, view in self._views:
@@ -357,8 +374,11 @@ class FusedEngine:
             self._seed.random_(0, 2**31)
         inputs = self._to_device(batch, True, objective.is_weighted_sum)
         if self._graphs is None:
-            return self._pass(inputs, objective)
-        return self._graphs.run(inputs, objective, has_dropout)
+            output = self._pass(inputs, objective)
+        else:
+            output = self._graphs.run(inputs, objective, (has_dropout, self.has_scales and self._is_stale))
+        self._is_stale = False
+        return output
 
     def _pass(self, inputs: Inputs, objective: Objective = LIKELIHOOD, depth: int | None = None) -> StepOutput:
         """Run forward and backward without waiting for the device.
@@ -410,7 +430,8 @@ class FusedEngine:
     def _context(self, documents: Documents, training: bool) -> Context:
         cos_PS, sin_PS = self._rotary(documents.longest)
         seed = self._seed if training and self.has_dropout else None
-        return Context(documents, cos_PS, sin_PS, self._scratch, seed, self.placement.workspace_bytes, self._store)
+        workspace, refreshes = self.placement.workspace_bytes, self._is_stale or not training
+        return Context(documents, cos_PS, sin_PS, self._scratch, seed, workspace, self._store, refreshes)
 
     def _rotary(self, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return tables of the model's own rotary module, float32, for documents of up to so many tokens.

@@ -19,6 +19,11 @@ just before it is used; where memory allows, it is kept.
 
 A product whose adapters are added after it is stored 1.618 times too large (see `update`).
 
+With DoRA the outputs are m / |W + s B A| times these, column by column. The product is stored without that factor, and
+without the bias, 1.618 times too large in either way; `scale` says what whoever reads it next has to apply, and
+backward gets the gradient of the product itself (`column_scale`). The norms are refreshed where the adapters may have
+changed, in a pass that has the matrix at hand anyway; each pass after it reads them from where they are.
+
 With dropout, u comes from a masked copy of x that exists only within a kernel, and v A is masked likewise.
 
 Shapes: T tokens, D inputs, N outputs, R stacked ranks, padded to a multiple of 16; E a width with padding after it:
@@ -32,6 +37,7 @@ import torch
 
 from veneer.kernels import low_rank, nf4
 from veneer.kernels.cast import Cast
+from veneer.kernels.column_scale import ColumnScale, row_norms, scale_backward
 from veneer.kernels.low_rank import Dropout, Member
 from veneer.kernels.update import OFF_GRID, Update
 
@@ -47,6 +53,7 @@ class Linear(NamedTuple):
         a, b: matrices of the adapter, (r, D) and (N, r) parameters; None without adapter.
         scale: factor of the adapter's output, as lora_alpha / r.
         dropout: probability of dropout on the adapter's input.
+        magnitude: norms that DoRA trains, an (N,) parameter; None: it is plain LoRA.
     """
 
     name: str
@@ -55,6 +62,7 @@ class Linear(NamedTuple):
     b: Any = None
     scale: float = 1.0
     dropout: float = 0.0
+    magnitude: Any = None
 
 
 class Group:
@@ -70,6 +78,8 @@ class Group:
 
     Attributes:
         packed: the 4-bit matrices, as bitsandbytes' modules hold them; none: it is not quantized.
+        scale: scale of the outputs' columns (DoRA); None: there is none.
+        is_off: whether the next refresh makes it the scale of the frozen layers.
     """
 
     def __init__(
@@ -122,15 +132,22 @@ class Group:
         # B transposed, which an update reads rank by rank.
         self._b_RN = torch.zeros((self.used if self._after else 0, self.outputs), dtype=dtype, device=device)
         self._bias: torch.Tensor | None = None
-        if any(linear.module.bias is not None for linear in linears):
+        self.scale: ColumnScale | None = None
+        self.is_off = False
+        self._norm_N: torch.Tensor | None = None  # norms of the frozen matrices' rows, once they have been read
+        self._inverse_N: Any = None  # 1 / norm of the adapted ones, divided by OFF_GRID
+        if any(linear.magnitude is not None for linear in adapted):
+            factor_N, shift_N, self._inverse_N = torch.zeros((3, self.outputs), device=device)
+            self.scale = ColumnScale(factor_N.fill_(1 / OFF_GRID), shift_N)
+            _collect_biases(linears, members, shift_N)
+        elif any(linear.module.bias is not None for linear in linears):
             self._bias = torch.zeros(self.outputs + self.stacked, dtype=dtype, device=device)
-            for linear, member in zip(linears, members):
-                if linear.module.bias is not None:
-                    self._bias[member.start : member.end] = linear.module.bias.data
+            _collect_biases(linears, members, self._bias)
         self._device = device
-        # Set by the engine: views of the adapters' gradients, stacked A (R, D), and all B one after the other.
+        # Set by the engine: views of the adapters' gradients, stacked A (R, D), all B one after the other, each m.
         self.grad_a: Any = None
         self.grad_b: Any = None
+        self.grad_m: list[Any] = []
 
     def _hold_adapters(self, dtype: torch.dtype, device: torch.device) -> None:
         """Allocate the adapters' matrices, which are copied beside the others each time these are dequantized."""
@@ -202,8 +219,29 @@ class Group:
                 pairs.append(Cast(self.a_RD[ranks], linear.a.data, 1.0))
                 pairs.append(Cast(self.b_NR[columns, ranks], linear.b.data, member.scale))
                 if self._after:
-                    pairs.append(Cast(self._b_RN[ranks, columns].T, linear.b.data, member.scale))
+                    stored = 1.0 if self.scale is None else OFF_GRID
+                    pairs.append(Cast(self._b_RN[ranks, columns].T, linear.b.data, member.scale * stored))
         return pairs
+
+    def refresh(self, matrix: torch.Tensor) -> None:
+        """Compute the scale of the outputs anew, from the result of `matrix`."""
+        if self.scale is None:
+            return
+        N, D, R = self.outputs, self.inputs, self.stacked
+        if self._norm_N is None:
+            self._norm_N = torch.linalg.vector_norm(matrix[:N, :D], dim=1, dtype=torch.float32)
+        if self.is_off:
+            self.scale.factor_N.fill_(1 / OFF_GRID)
+            return
+        products_RE = torch.mm(self.a_RD, matrix[: N + R, :D].T)  # A W^T, and A A^T
+        for linear, member in zip(self.linears, self.members, strict=True):
+            if linear.magnitude is not None:
+                columns, ranks = slice(member.start, member.end), member.ranks
+                row_norms(
+                    self._norm_N[columns], products_RE[ranks, columns], products_RE[ranks, N:][:, ranks],
+                    self.b_NR[columns, ranks], linear.magnitude.data, self.scale.factor_N[columns],
+                    self._inverse_N[columns],
+                )  # fmt: skip
 
     def matrix(self, scratch: torch.Tensor) -> torch.Tensor:
         """Return the whole matrix, of `shape`; it is valid until the scratch buffer is used again."""
@@ -240,7 +278,8 @@ class Group:
         if not self._after:
             u_TR = x_TE.new_empty((len(x_TE), self.used))
             self._project(x_TD, x_TE[:, D : D + R], dropout, u_TR)
-            self._product(x_TE[:, : D + R], matrix[:N, : D + R].T, out_TE[:, :N])
+            factor = 1.0 if self.scale is None else OFF_GRID
+            self._product(x_TE[:, : D + R], matrix[:N, : D + R].T, out_TE[:, :N], factor)
             return u_TR, None
         columns = N + R if dropout is None else N
         self._product(x_TD, matrix[:columns, :D].T, out_TE[:, :columns], OFF_GRID)
@@ -253,8 +292,8 @@ class Group:
         return u_TR, self.update(u_TR)
 
     def update(self, u_TR: torch.Tensor) -> Update:
-        """Return the update of a product whose adapters are added "after"."""
-        return Update(u_TR, self._b_RN, 1 / OFF_GRID)
+        """Return the update of a product whose adapters are added "after"; before a scale, it is stored likewise."""
+        return Update(u_TR, self._b_RN, 1 / OFF_GRID if self.scale is None else 1.0)
 
     def _product(self, x_TD: torch.Tensor, weight_DN: torch.Tensor, out_TN: torch.Tensor, factor: float = 1.0) -> None:
         if self._bias is not None:
@@ -341,3 +380,31 @@ class Group:
         if self.used:
             parts = low_rank.outer(u_TR, dy_TN, self.used)
             low_rank.add_b(parts, self.grad_b, self.members)
+
+    def scale_backward(
+        self, dy_TN: torch.Tensor, z_TN: torch.Tensor, dz_TN: torch.Tensor, u_TR: torch.Tensor | None = None
+    ) -> None:
+        """Turn the gradient of the scaled output into that of the product, and accumulate the magnitudes' gradients.
+
+        Args:
+            dy_TN: gradient of the scaled output.
+            z_TN: the product as `forward` left it.
+            dz_TN: gradient of the product; it may be `dy_TN`.
+            u_TR: result of `forward`, where an update is still to be added to the product.
+        """
+        assert self.scale is not None
+        update = self.update(u_TR) if self._after and u_TR is not None else None
+        self.add_m(scale_backward(dy_TN, z_TN, self.scale, dz_TN, update))
+
+    def add_m(self, sums_PN: torch.Tensor) -> None:
+        """Accumulate the magnitudes' gradients, the sum over tokens of dy z / norm."""
+        found_N = sums_PN.sum(0) * self._inverse_N
+        for member, grad_N in zip(self.members, self.grad_m, strict=True):
+            if grad_N is not None:
+                grad_N += found_N[member.start : member.end]
+
+
+def _collect_biases(linears: Sequence[Linear], members: Sequence[Member], into_N: torch.Tensor) -> None:
+    for linear, member in zip(linears, members):
+        if linear.module.bias is not None:
+            into_N[member.start : member.end] = linear.module.bias.data

@@ -1,19 +1,57 @@
 """Adapter methods, each a frozen description (method.py) in its own file. A new one is registered here."""
 
+from collections.abc import Collection
 from typing import Any
 
+from veneer.config import Adapter, UserError
+from veneer.model.adapters.dora import DORA
 from veneer.model.adapters.from_base import FROM_BASE
 from veneer.model.adapters.from_error import FROM_ERROR
 from veneer.model.adapters.lora import LORA, MOVES_THE_BASE, LowRank, low_rank
 from veneer.model.adapters.method import AdapterMethod
 from veneer.model.adapters.rslora import RSLORA
 
-__all__ = ["LORA", "METHODS", "MOVES_THE_BASE", "AdapterMethod", "LowRank", "find_method", "low_rank"]
+__all__ = [
+    "LORA",
+    "METHODS",
+    "MOVES_THE_BASE",
+    "AdapterMethod",
+    "LowRank",
+    "find_method",
+    "low_rank",
+    "require_method",
+]
 
-METHODS = (FROM_BASE, FROM_ERROR, RSLORA, LORA)  # the first that applies is taken
+METHODS = (FROM_BASE, FROM_ERROR, DORA, RSLORA, LORA)  # the first that applies is taken
 
 
 def find_method(options: Any) -> AdapterMethod:
     """Find the method for a run's section `adapter`, or for PEFT's configuration of an adapter made by Veneer."""
-    kind = getattr(options, "peft_type", None)
-    return next(method for method in METHODS if kind in (None, method.peft_type) and method.applies(options))
+    kind, setting = getattr(options, "peft_type", None), getattr(options, "method", None)
+    return next(
+        method
+        for method in METHODS
+        if (method.peft_type == kind if kind else method.setting == setting) and method.applies(options)
+    )
+
+
+def require_method(adapter: Adapter, targets: Collection[str], embeddings: Collection[str]) -> None:
+    """Raise UserError where a run's method does not take its settings or its modules.
+
+    Args:
+        adapter: section `adapter` of a run.
+        targets: paths of the modules that the adapter is on.
+        embeddings: paths of the model's embeddings.
+    """
+    method, setting = find_method(adapter), f"adapter.method = {adapter.method}"
+    if adapter.init_lora_weights not in (True, "gaussian") and adapter.method != "lora":
+        raise UserError(
+            f"{setting}: adapter.init_lora_weights = {adapter.init_lora_weights} begins plain LoRA alone",
+            "leave one of the two out",
+        )
+    on_embeddings = sorted(set(targets) & set(embeddings))
+    if on_embeddings and not method.on_embeddings:
+        raise UserError(
+            f"{setting}: {method.name} takes linear layers, and {on_embeddings[0]} is an embedding",
+            "leave it out of adapter.target_modules, or set adapter.method: lora",
+        )

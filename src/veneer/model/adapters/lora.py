@@ -13,23 +13,37 @@ MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of in
 
 
 class LowRank(NamedTuple):
-    """A low-rank delta of a linear layer, scale * B A, with dropout on its input. R rank, I inputs, O outputs."""
+    """A low-rank delta of a linear layer, scale * B A, with dropout on its input. R rank, I inputs, O outputs.
+
+    `magnitude_O` are the norms that DoRA trains; None: it is plain LoRA.
+    """
 
     a_RI: Any
     b_OR: Any
     scale: float
     dropout: float
+    magnitude_O: Any = None
 
 
-def low_rank(layer: Any) -> LowRank | None:
-    """Return the low-rank delta of an adapted layer; None: it has more than one plain LoRA that is not merged."""
+def low_rank(layer: Any, or_dora: bool = False) -> LowRank | None:
+    """Return the low-rank delta of an adapted layer; None: it has more than one plain LoRA that is not merged.
+
+    Args:
+        layer: PEFT's layer.
+        or_dora: whether DoRA is returned too, with its magnitude.
+    """
     name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
-    if name not in getattr(layer, "lora_A", ()) or layer.merged or layer.lora_variant or layer.lora_bias.get(name):
+    if name not in getattr(layer, "lora_A", ()) or layer.merged or layer.lora_bias.get(name):
+        return None
+    magnitudes = getattr(layer, "lora_magnitude_vector", None) or {}
+    magnitude = magnitudes[name].weight if or_dora and name in magnitudes else None
+    if layer.lora_variant and magnitude is None:
         return None
     if not isinstance(layer.lora_A[name], torch.nn.Linear):  # AdaLoRA's, for one
         return None
     dropout = getattr(layer.lora_dropout[name], "p", 0.0)
-    return LowRank(layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name]), dropout)
+    a_RI, b_OR = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return LowRank(a_RI, b_OR, float(layer.scaling[name]), dropout, magnitude)
 
 
 def lora_config(adapter: Adapter, targets: str | list[str]) -> Any:
@@ -48,7 +62,7 @@ def lora_config(adapter: Adapter, targets: str | list[str]) -> Any:
     )
 
 
-class _Linear(torch.nn.Module):
+class LinearStandIn(torch.nn.Module):
     """A stand-in for PEFT's layer around a linear one: its operations, and the parts that `low_rank` reads."""
 
     def __init__(self, base_layer: Any, inputs: int, outputs: int, r: int, dropout: float) -> None:
@@ -99,7 +113,7 @@ class _Embedding(torch.nn.Module):
 def _stand_in(base_layer: Any, inputs: int, outputs: int, r: int, dropout: float) -> torch.nn.Module:
     if isinstance(base_layer, torch.nn.Embedding):
         return _Embedding(base_layer, r)
-    return _Linear(base_layer, inputs, outputs, r, dropout)
+    return LinearStandIn(base_layer, inputs, outputs, r, dropout)
 
 
 LORA = AdapterMethod(

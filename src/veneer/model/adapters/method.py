@@ -22,6 +22,7 @@ class AdapterMethod:
     Attributes:
         name: name to display.
         peft_type: type of its configuration in PEFT.
+        setting: value of `adapter.method`.
         applies: whether options ask for it.
         configure: function that makes PEFT's configuration from a run's settings and the target modules for PEFT.
         stand_in: function that makes a stand-in for PEFT's layer in dry runs, with equal operations and parameters on
@@ -32,6 +33,7 @@ class AdapterMethod:
         usual_scale: range outside of which it trains badly; None: not known.
         is_low_rank: whether `low_rank` reads its linear layers, as the fused engine needs.
         frozen_share: share of its parameters that stay as they began.
+        on_embeddings: whether it takes embeddings.
     """
 
     name: str
@@ -39,11 +41,13 @@ class AdapterMethod:
     applies: Callable[[Any], bool]
     configure: Callable[[Adapter, str | list[str]], Any]
     stand_in: Callable[[Any, int, int, int, float], Any]
+    setting: str = "lora"
     zeros: re.Pattern[str] | None = None
     scale: Callable[[Any], float] = lambda options: 1.0
     usual_scale: tuple[float, float] | None = None
     is_low_rank: bool = False
     frozen_share: float = 0.0
+    on_embeddings: bool = True
 
     def learns_first(self, name: str) -> bool:
         """Return whether a parameter of it has a gradient at the first step."""
