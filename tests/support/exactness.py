@@ -35,9 +35,11 @@ class Errors(NamedTuple):
     matrices: dict[str, tuple[float, float]]
 
 
-def tiny_errors(family: str, lengths: tuple[int, ...], seed: int, device: str, attention: str = "sdpa") -> Errors:
+def tiny_errors(
+    family: str, lengths: tuple[int, ...], seed: int, device: str, attention: str = "sdpa", method: str = "lora"
+) -> Errors:
     """Of one tiny model and one batch; `attention`: PEFT's, as Transformers names it."""
-    exact, batch = model_of(family, seed, changes={"hidden_size": 128}).to(device), batch_of(lengths, seed=seed)
+    exact, batch = model_of(family, seed, {"hidden_size": 128}, method=method).to(device), batch_of(lengths, seed=seed)
     loss, wanted = gradients(ReferenceEngine(exact), exact, batch)
     peft, fused = in_16_bits(exact), in_16_bits(exact)
     if not getattr(exact.config, "attn_logit_softcapping", None):

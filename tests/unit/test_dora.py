@@ -68,7 +68,8 @@ def test_any_subset_of_the_linears_is_adapted(targets: list[str]) -> None:
 def test_what_is_on_the_host_changes_no_bit(family: str) -> None:
     model, batch = dora_of(family), batch_of()
     results = []
-    for place in (lambda blocks: uniform(blocks, ()), lambda blocks: tightest(blocks, ("x", "attention"), False)):
+    places: list[Any] = [lambda blocks: uniform(blocks, ()), lambda b: tightest(b, ("x", "attention"), False)]
+    for place in places:
         engine = FusedEngine(model)
         engine.apply(place(engine.blocks))
         results.append(gradients(engine, model, batch)[1])

@@ -59,12 +59,12 @@ def find_start(run: Run, source: BaseSource, template: str | None) -> Path | Non
     config = read_json(found.path / "adapter_config.json", "r", "lora_alpha", fix=FIX)
     settings = {"r": adapter.r, "lora_alpha": adapter.lora_alpha, "use_rslora": adapter.use_rslora}
     theirs = {name: config.get(name, False) for name in settings}
-    before = find_method(SimpleNamespace(**{"peft_type": "LORA", "use_dora": False, "use_rslora": False, **config}))
-    if before.setting != adapter.method:
+    began = find_method(SimpleNamespace(**{"peft_type": "LORA", "use_dora": False, "use_rslora": False, **config}))
+    if began.setting != adapter.method:
         raise UserError(
-            f"model.adapter = {name}: it was trained with {before.name}, and the run has adapter.method = "
+            f"model.adapter = {name}: it was trained with {began.name}, and the run has adapter.method = "
             f"{adapter.method}",
-            f"set adapter.method: {before.setting}",
+            f"set adapter.method: {began.setting}",
         )
     others = [name for name in ("modules_to_save",) if config.get(name)]
     if others:

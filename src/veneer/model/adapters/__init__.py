@@ -5,7 +5,7 @@ from typing import Any
 
 from veneer.config import Adapter, UserError
 from veneer.model.adapters.dora import DORA
-from veneer.model.adapters.from_base import FROM_BASE, starts_from_base
+from veneer.model.adapters.from_base import FROM_BASE
 from veneer.model.adapters.from_error import FROM_ERROR
 from veneer.model.adapters.lora import LORA, MOVES_THE_BASE, LowRank, low_rank
 from veneer.model.adapters.method import AdapterMethod
@@ -44,7 +44,7 @@ def require_method(adapter: Adapter, targets: Collection[str], embeddings: Colle
         embeddings: paths of the model's embeddings.
     """
     method, setting = find_method(adapter), f"adapter.method = {adapter.method}"
-    if starts_from_base(adapter) and adapter.method != "lora":
+    if adapter.init_lora_weights not in (True, "gaussian") and adapter.method != "lora":
         raise UserError(
             f"{setting}: adapter.init_lora_weights = {adapter.init_lora_weights} begins plain LoRA alone",
             "leave one of the two out",

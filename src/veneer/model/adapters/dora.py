@@ -44,7 +44,8 @@ class _DoraLinear(LinearStandIn):
         return (result + self._scaled(x, base_result, dtype)).to(dtype)
 
     def _scaled(self, x: torch.Tensor, base_result: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        lora_A, lora_B = self.lora_A["default"], self.lora_B["default"]
+        lora_A: Any = self.lora_A["default"]
+        lora_B: Any = self.lora_B["default"]
         magnitude = self.lora_magnitude_vector["default"].weight
         eye = torch.eye(lora_A.weight.shape[1], device=x.device)
         lora_weight = lora_B(lora_A(eye)).T.to(x.dtype)
