@@ -12,6 +12,7 @@ import mmap
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -136,11 +137,17 @@ def open_gguf(file: Path) -> Any:
     Raises:
         UserError: the file is not GGUF, is truncated, or has an impossible header.
     """
+    with reading(f"{file}: not a GGUF file, or a damaged one", "name a whole .gguf file"):
+        found = file.stat()
+        return _open_once(file, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=4)  # the package takes seconds to read a vocabulary
+def _open_once(file: Path, modified: int, size: int) -> Any:
     from gguf import GGUFReader
 
-    with reading(f"{file}: not a GGUF file, or a damaged one", "name a whole .gguf file"):
-        _require_bounded(file)
-        return GGUFReader(file)
+    _require_bounded(file)
+    return GGUFReader(file)
 
 
 # Bytes of a value by its type in the format; strings (8) and arrays (9) store their length.
