@@ -82,7 +82,12 @@ def evaluate(
     checks.require_gate(gate)
     checks.require_evaluation(target, against, data, base)
     if _is_classifier(target):
-        others = {"--against": against, "--metrics": metrics, "--suites": suites, "--memorisation": memorisation}
+        others: dict[str, Any] = {
+            "--against": against,
+            "--metrics": metrics,
+            "--suites": suites,
+            "--memorisation": memorisation,
+        }
         others |= {"--gate": gate, "--tasks": tasks, "--task-option": task_option, "--out": out_file, "--model": model}
         return _evaluate_classifier(target, data, rows, base, force, others, as_json)
     checks.require_suites(suites)

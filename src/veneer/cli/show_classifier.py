@@ -25,7 +25,7 @@ def show_classifier(out: Any, result: dict[str, Any]) -> None:
     table = Table(box=None, title="labels, and what their rows were given")
     shown = labels if len(labels) <= WIDEST else []
     for heading in ("label", "rows", "precision", "recall", "f1", *shown):
-        table.add_column(escape(heading), justify="left" if heading == "label" else "right")
+        table.add_column(escape(heading), justify="left" if heading == "label" else "right", no_wrap=heading == "label")
     for number, (label, found) in enumerate(result["by_label"].items()):
         shares = (f"{found[name]:.3f}" for name in ("precision", "recall", "f1"))
         table.add_row(escape(label), str(found["rows"]), *shares, *(str(n) for n in matrix[number] if shown))

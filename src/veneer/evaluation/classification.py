@@ -134,7 +134,7 @@ class Judged:
     Attributes:
         labels: names of the labels.
         rows: number of rows.
-        compared_with: what `base` is: the base's own head, or the majority label of the training rows.
+        compared_with: name of what `base` is: the base's own head, or the majority label of the training rows.
         metrics: by name, `tuned`, `base` and their `difference`: value, low and high.
         by_label: rows, precision, recall and F1 of each label.
         confusions: rows of each label (first index) that were given each label (second index).

@@ -164,7 +164,9 @@ def build_classifier(config: Any, labels: int) -> Any:
     """Build a base with a head on the meta device."""
     from transformers import AutoModelForSequenceClassification
 
-    config = type(config).from_dict(config.to_dict() | {"num_labels": labels})
+    names = [str(number) for number in range(labels)]
+    named = {"id2label": dict(enumerate(names)), "label2id": {name: n for n, name in enumerate(names)}}
+    config = type(config).from_dict(config.to_dict() | named)
     with quiet(), torch.device("meta"):
         return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
 

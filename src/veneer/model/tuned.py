@@ -125,7 +125,11 @@ class TunedModel:
             raise UserError(f"{self.name}: no classifier of Veneer's", "name a run with model.task that classifies")
         if passport is None and self.run is None:
             raise UserError(f"{self.name}: its passport names no labels", "fetch it again, or name its run")
-        labels = passport["labels"] if passport is not None else find_labels(self.run, find_config(self.model))
+        if passport is not None:
+            labels = tuple(passport["labels"])
+        else:
+            assert self.run is not None, "it is a checkpoint of one"
+            labels = find_labels(self.run, find_config(self.model))
         place = BaseSource("folder", str(self.adapter), str(self.adapter)) if self._brings_tokenizer else self.source
         positions = classifier_positions(self.model, len(labels))
         longest = min(self.data.max_length, self.data.max_length if positions is None else positions + 1)
