@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from veneer.api.certify import certify
     from veneer.api.doctor import doctor
     from veneer.api.evaluate import evaluate
+    from veneer.api.evaluate_classifier import evaluate_classifier
     from veneer.api.export import export
     from veneer.api.generate import generate
     from veneer.api.judge import judge
     from veneer.api.load import load
     from veneer.api.merge import merge, unmerge
     from veneer.api.plan import plan
+    from veneer.api.predict import predict
     from veneer.api.prepare import prepare
     from veneer.api.push import push
     from veneer.api.sweep import sweep
@@ -39,6 +41,7 @@ __all__ = [
     "certify",
     "doctor",
     "evaluate",
+    "evaluate_classifier",
     "export",
     "generate",
     "judge",
@@ -46,6 +49,7 @@ __all__ = [
     "load_run",
     "merge",
     "plan",
+    "predict",
     "prepare",
     "push",
     "sweep",

@@ -1,5 +1,7 @@
 """The promises of the bundled demo data: sizes, schema, balance, and that no part tells anything of another's rows."""
 
+import csv
+import io
 import json
 import re
 from collections import Counter
@@ -16,6 +18,14 @@ Rows = list[tuple[str, dict[str, str | None]]]
 PARTS = {"train": 480, "dev": 120, "test": 120}
 EACH_WAY = pytest.mark.parametrize(("part", "other"), list(permutations(PARTS, 2)))
 EACH_PAIR = pytest.mark.parametrize(("part", "other"), list(combinations(PARTS, 2)))
+
+
+def test_rows_to_classify_are_the_demos_messages_with_their_team() -> None:
+    for part in ("train", "test"):
+        text = resources.files("veneer.data").joinpath(f"demo/routing_{part}.csv").read_text(encoding="utf-8")
+        rows = list(csv.reader(io.StringIO(text)))
+        assert rows[0] == ["text", "label"]
+        assert [tuple(row) for row in rows[1:]] == [(message, answer["team"]) for message, answer in load(part)]
 
 
 def load(part: str) -> Rows:

@@ -23,7 +23,7 @@ GUIDES = {
 
 
 def test_there_are_as_many_recipes_as_there_should_be() -> None:
-    assert len(FILES) == 9
+    assert len(FILES) == 10
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -6,6 +6,7 @@ from pathlib import Path
 from veneer.api.held_out import held_out_rows
 from veneer.config import UserError
 from veneer.config.notify import notify_on_error
+from veneer.config.task import require_answers
 from veneer.data.pipeline import HeldOut
 from veneer.model.tuned import TunedModel, find_tuned
 from veneer.release.certify.artifact import find_artifact
@@ -46,6 +47,7 @@ def certify(
         UserError: There is no such artifact or run, or the artifact does not load.
     """
     tuned = find_tuned(run, base, force)
+    require_answers(tuned.model, "veneer certify")
     found = find_artifact(artifact, tuned, model)
     own = None if tuned.is_checkpoint else tuned.folder  # a checkpoint's proof is none of its run's adapter
     prompts, longest, skipped = questions_of(tuned, rows)

@@ -8,6 +8,7 @@ from veneer.api.merge import chosen_base
 from veneer.config import UserError
 from veneer.config.notify import notify
 from veneer.config.options import require_known
+from veneer.config.task import require_answers
 from veneer.data.pipeline import prepare
 from veneer.model.tuned import TunedModel, find_tuned
 from veneer.release.gguf.export import Exported, export_adapter, export_model
@@ -49,6 +50,7 @@ def export(
     """
     require_known("--format", file_format)
     tuned = find_tuned(run, base, force)
+    require_answers(tuned.model, "veneer export")
     if adapter_only:
         return export_adapter(tuned, Path(out), on_done)
     on, choice = chosen_base(tuned, on)

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from veneer.api.certify import questions_of
+from veneer.config.task import require_answers
 from veneer.model.tuned import TunedModel, find_tuned
 from veneer.release.certify.best_base import choose_base
 from veneer.release.certify.judged import recorded_answers
+from veneer.release.merge.classifier import merge_classifier
 from veneer.release.merge.merged import Merged, merge_into, require_model, unmerge_from
 
 
@@ -39,6 +41,8 @@ def merge(
         UserError: They do not fit together, or the folder is not to be had; nothing was written.
     """
     tuned = find_tuned(run, base, force)
+    if tuned.model.task != "causal-lm":
+        return merge_classifier(tuned, Path(out), dtype, on, on_done)
     on, choice = chosen_base(tuned, on)
     return merge_into(tuned, Path(out), dtype, on, on_done=on_done, choice=choice)
 
@@ -58,6 +62,7 @@ def unmerge(
     require_model(Path(merged))
     # The merged model says all that is needed of its base, which may be gone.
     tuned = find_tuned(adapter, str(merged), force, is_merged=True)
+    require_answers(tuned.model, "veneer unmerge")
     return unmerge_from(Path(merged), tuned, Path(out), force, on_done)
 
 

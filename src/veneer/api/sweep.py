@@ -12,6 +12,7 @@ from veneer.config.load import to_yaml
 from veneer.config.names import anchored
 from veneer.config.notify import collected, notify_on_error
 from veneer.config.sweep import PlannedSweep, load_sweep
+from veneer.config.task import require_answers
 from veneer.evaluation.sweep import OnRecord, SweepLoop, SweepResult, winning_run
 from veneer.report.sweep_plot import plot_sweep
 
@@ -55,6 +56,7 @@ def sweep(
         JobError: No combination could be trained. Interrupted: The user stopped it; it can be resumed.
     """
     planned = file if isinstance(file, PlannedSweep) else load_sweep(file)
+    require_answers(planned.run.model, "veneer sweep")
     folder = planned.sweep.output_dir.expanduser()
     require_sweep_folder(planned, resume)
     with collected():

@@ -81,6 +81,15 @@ def evaluate(
 
     checks.require_gate(gate)
     checks.require_evaluation(target, against, data, base)
+    if _is_classifier(target):
+        others: dict[str, Any] = {
+            "--against": against,
+            "--metrics": metrics,
+            "--suites": suites,
+            "--memorisation": memorisation,
+        }
+        others |= {"--gate": gate, "--tasks": tasks, "--task-option": task_option, "--out": out_file, "--model": model}
+        return _evaluate_classifier(target, data, rows, base, force, others, as_json)
     checks.require_suites(suites)
     out_file = None if out_file is None else checks.output_file("--out", out_file, '{\n  "metrics"')
     checks.require_tasks(tasks, task_option or ())
@@ -110,6 +119,46 @@ def evaluate(
     else:
         _show(out, evaluated, against is None, verbose)
     return 0 if evaluated.passed else 1
+
+
+def _is_classifier(target: str) -> bool:
+    from veneer.config import load_run
+    from veneer.config.names import find_adapter
+
+    found = find_adapter(target) if not target.startswith(("http://", "https://")) else None
+    return found is not None and found.run is not None and load_run(found.run.run).model.task != "causal-lm"
+
+
+def _evaluate_classifier(
+    target: str,
+    data: str | None,
+    rows: int | None,
+    base: str | None,
+    force: bool,
+    others: dict[str, Any],
+    as_json: bool,
+) -> int:
+    """Evaluate a run that classifies.
+
+    Raises:
+        UserError: An option is given that acts on written answers alone.
+    """
+    from veneer.cli import show
+    from veneer.cli.show_classifier import show_classifier
+    from veneer.config import UserError
+
+    if given := [option for option, value in others.items() if value]:
+        raise UserError(f"{given[0]}: acts on models that write text, and {target} classifies", "leave it out")
+    out = show.console(as_json)
+    with show.status(out, "scoring the held-out rows"):
+        import veneer
+
+        result = veneer.evaluate_classifier(target, data, rows, base, force).as_dict()
+    if as_json:
+        show.print_json(result)
+    else:
+        show_classifier(out, result)
+    return 0
 
 
 def _show(out: Any, evaluated: Any, is_of_a_run: bool, verbose: bool) -> None:

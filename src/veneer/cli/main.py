@@ -26,6 +26,7 @@ from veneer.cli import (
     judge,
     merge,
     plan,
+    predict,
     push,
     sweep,
     train,
@@ -41,7 +42,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog="Try `veneer demo` first. --debug anywhere on the line shows the traceback of an error.",
 )
-for module in (demo, doctor, init, plan, data, verify, train, sweep, evaluate, judge, generate, export, certify, push):
+for module in (
+    demo,
+    doctor,
+    init,
+    plan,
+    data,
+    verify,
+    train,
+    sweep,
+    evaluate,
+    predict,
+    judge,
+    generate,
+    export,
+    certify,
+    push,
+):
     name = module.__name__.rsplit(".", 1)[-1]
     app.command(name)(getattr(module, name))
 app.command("merge")(merge.merge)

@@ -17,7 +17,7 @@ from veneer.config.paths import require_path
 from veneer.config.run import Model, Run
 from veneer.config.run_folder import RunFolder
 
-BUILTIN_NAMES = ("smollm2-135m-instruct",)
+BUILTIN_NAMES = ("smollm2-135m-instruct", "all-minilm-l6-v2")
 _PICKLED = re.compile(r"(pytorch_|adapter_)?(model|consolidated)[\w.-]*\.(bin|pt|pth)")
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 

@@ -30,7 +30,9 @@ class Model(Section):
     """The base model."""
 
     base: str = Field(
-        min_length=1, description="Hub id, local folder, .gguf file, or the built-in smollm2-135m-instruct."
+        min_length=1,
+        description="Hub id, local folder, .gguf file, or the built-in smollm2-135m-instruct or "
+        "all-minilm-l6-v2 (an encoder).",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     task: Literal["causal-lm", "sequence-classification"] = Field(

@@ -55,6 +55,10 @@ class LabelledRenderer(Renderer):
     def make(self) -> MakeRenderer:
         return partial(LabelledRenderer, labels=self.labels)
 
+    def like(self, data: Data) -> "LabelledRenderer":
+        """Return one of other settings."""
+        return LabelledRenderer(self.tokenizer, data, self.labels)
+
     @property
     def fingerprint(self) -> str:
         """A hash of the tokenizer and the labels."""

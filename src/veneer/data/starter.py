@@ -140,7 +140,7 @@ def _template_lines(model: str | None, formats: list[str]) -> list[str]:
 
 def _is_quantized(model: str) -> bool:
     """Whether a base comes from a GGUF file, which is quantized already as a rule; to do it again errs twice."""
-    return model.lower().endswith(".gguf") or model.lower() in BUILTIN_NAMES
+    return model.lower().endswith(".gguf") or model.lower() == BUILTIN_NAMES[0]
 
 
 def _count(named: str) -> int | None:

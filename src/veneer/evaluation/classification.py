@@ -6,7 +6,7 @@ calibration error (ECE, 10 bins of equal width: arXiv 1706.04599) have percentil
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,10 @@ class Scores:
     @property
     def predicted(self) -> Any:
         return self.probabilities_RC.argmax(1)
+
+    def at(self, rows: Any) -> "Scores":
+        """Return those of some rows, by number."""
+        return Scores(self.labels_R[rows], self.probabilities_RC[rows])
 
 
 def accuracy(scores: Scores) -> float:
@@ -121,3 +125,67 @@ def wilson(right: int, rows: int, z: float = 1.959964) -> tuple[float, float]:
     middle = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / rows + spread / (4 * rows)) / (1 + spread)
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A classifier's metrics on held-out rows, beside those of what it is compared with.
+
+    Attributes:
+        labels: names of the labels.
+        rows: number of rows.
+        compared_with: name of what `base` is: the base's own head, or the majority label of the training rows.
+        metrics: by name, `tuned`, `base` and their `difference`: value, low and high.
+        by_label: rows, precision, recall and F1 of each label.
+        confusions: rows of each label (first index) that were given each label (second index).
+    """
+
+    labels: tuple[str, ...]
+    rows: int
+    compared_with: str
+    metrics: dict[str, dict[str, dict[str, float]]]
+    by_label: dict[str, dict[str, float]]
+    confusions: list[list[int]]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def judge(labels: Sequence[str], tuned: Scores, base: Scores, compared_with: str) -> Judged:
+    """Compare the scores of a classifier with others of the same rows; calibration is the classifier's alone."""
+    rows = len(tuned.labels_R)
+    rng = np.random.default_rng(SEED)
+    drawn = [rng.integers(0, rows, rows) for _ in range(RESAMPLES)]
+    metrics: dict[str, dict[str, dict[str, float]]] = {}
+    for name, metric in METRICS.items():
+        values = {"tuned": tuned} if name == "calibration_error" else {"tuned": tuned, "base": base}
+        resampled = {who: np.array([metric(scores.at(rows_of)) for rows_of in drawn]) for who, scores in values.items()}
+        metrics[name] = {who: _interval(metric(scores), resampled[who]) for who, scores in values.items()}
+        if name == "accuracy":
+            for who, scores in values.items():
+                low, high = wilson(int((scores.predicted == scores.labels_R).sum()), rows)
+                metrics[name][who] |= {"low": low, "high": high}
+        if "base" in values:
+            difference = metric(tuned) - metric(base)
+            metrics[name]["difference"] = _interval(difference, resampled["tuned"] - resampled["base"])
+    matrix = confusions(tuned)
+    by_label = {}
+    for number, label in enumerate(labels):
+        right, given, there = (int(n) for n in (matrix[number, number], matrix[:, number].sum(), matrix[number].sum()))
+        by_label[label] = {
+            "rows": there,
+            "precision": right / given if given else 0.0,
+            "recall": right / there if there else 0.0,
+            "f1": 2 * right / (given + there) if given + there else 0.0,
+        }
+    return Judged(tuple(labels), rows, compared_with, metrics, by_label, matrix.tolist())
+
+
+def majority(labels_R: Any, most: int, classes: int) -> Scores:
+    """Return the scores of a rule that gives every row one label."""
+    return Scores(labels_R, np.tile(np.eye(classes)[most], (len(labels_R), 1)))
+
+
+def _interval(value: float, resampled: Any) -> dict[str, float]:
+    low, high = np.percentile(resampled, (2.5, 97.5)).tolist()
+    return {"value": value, "low": min(low, value), "high": max(high, value)}

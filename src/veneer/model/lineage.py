@@ -63,15 +63,15 @@ def gguf_origin(model: Model) -> GgufOrigin | None:
     """
     kind, location = find_model(model)
     if kind == "builtin":
-        return _of(BUILTIN[location])
+        return _of(BUILTIN[location]) if BUILTIN[location].type is not None else None
     if kind == "gguf":
         return GgufOrigin(Path(location).name, weight_type(Path(location)))
     return _converted(Path(location)) if kind == "folder" else None
 
 
 def builtin_origins() -> dict[str, GgufOrigin]:
-    """Return the files of the built-in models, by name."""
-    return {name: _of(builtin) for name, builtin in BUILTIN.items()}
+    """Return the GGUF files of the built-in models that are made from one, by name."""
+    return {name: _of(builtin) for name, builtin in BUILTIN.items() if builtin.type is not None}
 
 
 def _of(builtin: Builtin) -> GgufOrigin:

@@ -18,7 +18,7 @@ from veneer.config.cache import cache_folder
 from veneer.config.files import read_json, reading
 from veneer.config.hub import not_here, unreachable
 from veneer.config.names import find_model
-from veneer.model.builtin import BUILTIN
+from veneer.model.builtin import BUILTIN, Builtin
 from veneer.model.gguf import config_of
 from veneer.model.known import known_shape
 from veneer.model.quiet import quiet
@@ -114,7 +114,7 @@ def find_config(model: Model) -> Any:
     kind, location = find_model(model)
     if kind == "builtin":
         folder = cache_folder() / "models" / location
-        return _load(folder, model) if folder.is_dir() else _published(BUILTIN[location].hub_id)
+        return _load(folder, model) if folder.is_dir() else _published_builtin(BUILTIN[location])
     if kind == "gguf":
         return config_of(Path(location))
     if kind == "hub":
@@ -144,6 +144,12 @@ def is_local(model: Model, files: tuple[str, ...] = ("model.safetensors", "model
 
         return any(isinstance(try_to_load_from_cache(location, file, revision=model.revision), str) for file in files)
     return True
+
+
+def _published_builtin(builtin: Builtin) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**builtin.sizes) if builtin.sizes else _published(builtin.hub_id)
 
 
 def _published(name: str) -> Any:

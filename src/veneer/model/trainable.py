@@ -37,7 +37,7 @@ def require_trainable(base: Any, name: str) -> None:
         raise UserError(
             f"model.base = {name}: {kind} is an encoder: each token sees those behind it, so that it would be "
             "trained on answers that it reads",
-            FIX,
+            f"{FIX}; to classify texts with it, set model.task=sequence-classification",
         )
     for path, module in base.named_modules():
         held = {part for part, _ in module.named_parameters(recurse=False)}

@@ -10,7 +10,7 @@ passport names a base that is a folder or a file without its path; the path is i
 removes it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,16 @@ from veneer.config.files import RESTORE, read_json, read_optional_json
 from veneer.config.load import validate
 from veneer.config.manifest import read_manifest
 from veneer.config.names import base_not_here, require_adapter
+from veneer.config.task import require_answers
+from veneer.data.labelled import LabelledRenderer
 from veneer.data.render import Renderer
 from veneer.data.template import names_file
 from veneer.machine.device import find_machine
 from veneer.model.adapters import from_error
 from veneer.model.attach import load_adapter
+from veneer.model.classifier import classifier_positions, classifier_settings, find_labels, has_head, read_classifier
 from veneer.model.fingerprint import stored_quantization
-from veneer.model.load import base_stop_ids, compute_dtype, load_model, load_tokenizer
+from veneer.model.load import base_stop_ids, compute_dtype, freeze, load_model, load_tokenizer
 from veneer.model.locate import BaseSource, fetched_folder, locate
 from veneer.model.new_tokens import add_rows
 from veneer.model.passport import Passport, read_passport, require_match, trained_in_4_bits
@@ -96,7 +99,12 @@ class TunedModel:
 
     @cached_property
     def renderer(self) -> Renderer:
-        """The tokenizer and the template of training; the base's if the adapter's folder has none."""
+        """The tokenizer and the template of training; the base's if the adapter's folder has none.
+
+        Raises:
+            UserError: it is a classifier, which answers nothing.
+        """
+        require_answers(self.model, self.name)
         if not self._brings_tokenizer:
             return Renderer(load_tokenizer(self.source, self.data), self.data)
         tokenizer = load_tokenizer(BaseSource("folder", str(self.adapter), str(self.adapter)))
@@ -104,6 +112,54 @@ class TunedModel:
         if data is not None and names_file(data.chat_template):
             data = data.model_copy(update={"chat_template": "auto"})  # the file's content is part of the tokenizer
         return Renderer(tokenizer, data)
+
+    @cached_property
+    def labelled_renderer(self) -> LabelledRenderer:
+        """The tokenizer and the labels of a classifier; texts are cut off at the tokens that training allowed.
+
+        Raises:
+            UserError: it is no classifier, or its labels are not known.
+        """
+        passport = (self.passport or {}).get("classifier")
+        if self.model.task == "causal-lm" or self.data is None:
+            raise UserError(f"{self.name}: no classifier of Veneer's", "name a run with model.task that classifies")
+        if passport is None and self.run is None:
+            raise UserError(f"{self.name}: its passport names no labels", "fetch it again, or name its run")
+        if passport is not None:
+            labels = tuple(passport["labels"])
+        else:
+            assert self.run is not None, "it is a checkpoint of one"
+            labels = find_labels(self.run, find_config(self.model))
+        place = BaseSource("folder", str(self.adapter), str(self.adapter)) if self._brings_tokenizer else self.source
+        positions = classifier_positions(self.model, len(labels))
+        longest = min(self.data.max_length, self.data.max_length if positions is None else positions + 1)
+        data = self.data.model_copy(update={"overlong": "truncate", "max_length": longest})
+        return LabelledRenderer(load_tokenizer(place), data, labels)
+
+    @property
+    def base_has_head(self) -> bool:
+        """Whether the base had a head of its own, which training began with."""
+        return has_head(find_config(self.model))
+
+    def load_classifier(self, device: str | None = None, dtype: torch.dtype | None = None) -> Any:
+        """Load a classifier as plain PEFT does: a base with a fresh head, and the adapter with the trained one.
+
+        Args:
+            device: device; None: this machine's.
+            dtype: compute dtype; None: that of training.
+
+        Raises:
+            UserError: the base or the adapter does not load.
+        """
+        machine = find_machine()
+        machine = machine if device is None else replace(machine, device=device)
+        model = self.model.model_copy(update={"dtype": _named(dtype or self.dtype)})
+        run = Run(model=model, data=self.data or Data(train="-"), quantization=self.quantization)
+        renderer = self.labelled_renderer
+        config, pad = find_config(self.model), renderer.tokenizer.pad_token_id
+        base, _ = read_classifier(self.source, classifier_settings(run, config, renderer.labels, pad, machine))
+        freeze(base)
+        return load_adapter(base, self.adapter)
 
     @property
     def added_tokens(self) -> tuple[str, ...]:
@@ -150,8 +206,9 @@ class TunedModel:
             dtype: compute dtype, as that of training; None: that of `model.dtype` on this machine.
 
         Raises:
-            UserError: the base or the adapter does not load.
+            UserError: the base or the adapter does not load, or it is a classifier.
         """
+        require_answers(self.model, self.name)
         model = self.model if dtype is None else self.model.model_copy(update={"dtype": _named(dtype)})
         base = load_model(self.source, model, self.quantization, find_machine())
         if self.added_tokens:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from veneer.config import Run, Train
 from veneer.config.results import Check
+from veneer.config.task import require_answers
 from veneer.data.batch import Batch, Example
 from veneer.engine.agreement import (
     MIN_TRAINED,
@@ -101,6 +102,7 @@ def verify(run: Run, force: bool = False, on_check: Callable[[Check], None] = la
     Raises:
         UserError: The run cannot be carried out as it is written.
     """
+    require_answers(run.model, "veneer verify")
     parts = load_parts(run, force)
     return verify_parts(run, parts, build(parts.model, run.train, parts.machine.device), on_check)
 

@@ -148,7 +148,7 @@ def unmerge_from(
         for name in ("config.json", "generation_config.json", *TOKENIZER_FILES):
             if (merged / name).is_file():
                 shutil.copyfile(merged / name, unfinished / name)
-        _copy_licence(merged, unfinished)
+        copy_licence(merged, unfinished)
         files = len(list(unfinished.glob("*.safetensors")))
     size = sum(tensor.size for tensor in planned)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
@@ -179,13 +179,14 @@ def write_companions(tuned: TunedModel, base: Path, out: Path) -> None:
     for name in TOKENIZER_FILES:
         if (tuned.tokenizer_folder / name).is_file():
             shutil.copyfile(tuned.tokenizer_folder / name, out / name)
-    _copy_licence(base, out)
+    copy_licence(base, out)
     kept = read_optional_json(base / "generation_config.json")
     ids = {name: kept[name] for name in ("bos_token_id", "pad_token_id") if name in kept}
     write_json(out / "generation_config.json", ids | {"do_sample": False, "eos_token_id": tuned.stop_ids})
 
 
-def _copy_licence(source: Path, out: Path) -> None:
+def copy_licence(source: Path, out: Path) -> None:
+    """Copy the licence and notices of a base."""
     for path in own_files(source, *LICENCES):
         shutil.copyfile(path, out / path.name)
 

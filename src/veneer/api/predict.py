@@ -1,0 +1,130 @@
+"""Gives texts a label with a classifier that was trained."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from veneer.config import Data, UserError
+from veneer.config.notify import notify
+from veneer.config.rows import rows_as_file
+from veneer.data.conversation import BadRowError
+from veneer.data.formats import with_our_names
+from veneer.data.labelled import LabelledRenderer
+from veneer.data.labels import texts_of
+from veneer.data.row_parser import blocks_of, without
+from veneer.data.sources.block import Unreadable
+from veneer.data.sources.find import find_sources
+from veneer.data.sources.read import parse
+from veneer.engine.classifier import ClassifierEngine
+from veneer.machine.batching import Batching
+from veneer.model.tuned import find_tuned
+
+SORTED = 64  # batches whose texts are sorted by length together
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """The label of a row.
+
+    Attributes:
+        place: file and line of the row.
+        label: the likeliest label.
+        score: its probability.
+        scores: probability of each label.
+    """
+
+    place: str
+    label: str
+    score: float
+    scores: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def predict(
+    name: str | Path, data: Any, batch_size: int = 32, base: str | None = None, force: bool = False
+) -> Iterator[Predicted]:
+    """Give each row of a file its label, in order.
+
+    Example:
+        for row in veneer.predict("runs/routing", "messages.jsonl"):
+            print(row.label, row.score)
+
+    Args:
+        name: run that classifies, one of its checkpoints, or its adapter.
+        data: files as `data.train` takes them, or rows; they need no labels. Texts longer than in training are cut off.
+        batch_size: rows at a time; fewer if memory is short.
+        base: another base than the adapter names.
+        force: whether to go on if the adapter's passport does not match the base.
+
+    Raises:
+        UserError: there is no such classifier, or a row has no text; a bad row is found before anything is predicted.
+    """
+    tuned = find_tuned(str(name), base, force)
+    renderer = tuned.labelled_renderer
+    files = rows_as_file(data, "data")
+    settings = (tuned.data or Data(train="-")).model_copy(update={"columns": _columns(tuned.data)})
+    for _ in _texts(files, settings):
+        pass  # a bad row says so before the model is loaded
+    engine = ClassifierEngine.of(tuned.load_classifier(), renderer.tokenizer)
+    return _predicted(_texts(files, settings), renderer, engine, Batching(batch_size, "shorten the texts", "scores"))
+
+
+def _columns(data: Data | None) -> dict[str, str]:
+    """Return `data.columns` without the label's, which rows to predict need not have."""
+    return {ours: theirs for ours, theirs in (data.columns if data else {}).items() if ours != "label"}
+
+
+def _texts(files: Any, data: Data) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield the place and the texts of each row.
+
+    Raises:
+        UserError: a row cannot be read, or has no text.
+    """
+    for source in find_sources(files, "data"):
+        for block in blocks_of(source, "data", data):
+            for at, raw in enumerate(block.rows):
+                row, place = parse(raw), block.place(at)
+                if isinstance(row, Unreadable):
+                    raise UserError(f"{place}: {row.reason}", "mend the row")
+                try:
+                    yield place, texts_of(with_our_names(without(row, data.ignore_columns), data.columns))
+                except KeyError as error:
+                    raise UserError(
+                        f"{place}: no column `{error.args[0]}` (fields here: {', '.join(row)})",
+                        "name the columns as training's rows do",
+                    ) from None
+                except BadRowError as error:
+                    raise UserError(f"{place}: {error}", "mend the row") from None
+
+
+def _predicted(
+    rows: Iterable[tuple[str, tuple[str, ...]]],
+    renderer: LabelledRenderer,
+    engine: ClassifierEngine,
+    batching: Batching,
+) -> Iterator[Predicted]:
+    rows, has_told = iter(rows), False
+    while chosen := list(islice(rows, SORTED * batching.size)):
+        encoded = renderer.encode([texts for _, texts in chosen])
+        if not has_told and any(len(ids) >= renderer.settings.max_length - 1 for ids in encoded):
+            has_told = True
+            notify(f"texts are cut off at {renderer.settings.max_length - 1} tokens", "info", "data.max_length")
+        for (place, _), logits_C in zip(chosen, scores_of(encoded, engine, batching), strict=True):
+            scores = dict(zip(renderer.labels, logits_C.double().softmax(0).tolist(), strict=True))
+            label = max(scores, key=lambda name: scores[name])
+            yield Predicted(place, label, scores[label], scores)
+
+
+def scores_of(encoded: Sequence[Sequence[int]], engine: ClassifierEngine, batching: Batching) -> torch.Tensor:
+    """Return the logits of texts, in their order; those of like length are computed together."""
+    order = sorted(range(len(encoded)), key=lambda n: -len(encoded[n]))
+    logits_BC = torch.cat(
+        list(batching.over(order, lambda some: engine.scores([torch.tensor(encoded[n]) for n in some])))
+    )
+    return logits_BC[torch.tensor(order).argsort()]

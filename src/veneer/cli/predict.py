@@ -1,0 +1,47 @@
+"""veneer predict: labels for the rows of a file."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def predict(
+    name: Annotated[str, typer.Argument(help="Run that classifies, one of its checkpoints, or its adapter.")],
+    file: Annotated[str, typer.Argument(help="File of rows, as data.train takes it; it needs no labels.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSONL file to write; without it, standard output.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 32,
+    base: Annotated[str | None, typer.Option(help="Another base than the one the adapter names.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Use the adapter even on a base it was not trained on.")
+    ] = False,
+) -> None:
+    """Give each row of a file a label: a line of JSON with its place, its label, and the score of each label.
+
+    Example: `veneer predict runs/routing messages.csv --output labels.jsonl`
+    """
+    from veneer.cli import checks, show
+    from veneer.config.folder import write_text
+    from veneer.data.sources.find import find_sources
+
+    checks.require_tuned(name, base)
+    find_sources(file, "FILE")
+    if output is not None:
+        output = checks.output_file("--output", output, '{"place"')
+    out = show.console(True)
+    import veneer
+
+    with show.status(out, "predicting"):
+        lines = (
+            json.dumps(row.as_dict(), ensure_ascii=False) + "\n"
+            for row in veneer.predict(name, file, batch_size, base, force)
+        )
+        if output is not None:
+            write_text(output, "".join(lines))
+            return
+        for line in lines:
+            sys.stdout.write(line)
