@@ -12,12 +12,12 @@ from veneer.config.load import sections
 CALLED, INSTEAD = names_of_others()
 OURS = {f"{name}.{key}" for name, section in sections().items() for key in section.model_fields}
 ASKED = {
-    "load_in_8bit", "bf16", "fp16", "use_reentrant", "lora_modules_to_save", "modules_to_save",
+    "load_in_8bit", "bf16", "fp16", "use_reentrant", "lora_modules_to_save",
     "peft_init_lora_weights", "neftune_noise_alpha", "deepspeed", "fsdp", "report_to", "group_by_length",
     "dataset_text_field", "sample_packing", "flash_attention", "datasets", "sequence_len", "micro_batch_size",
     "ddp_timeout", "ddp_find_unused_parameters", "warmup_steps", "evaluation_strategy",
     "per_device_eval_batch_size", "push_to_hub", "trust_remote_code", "use_dora", "layers_pattern",
-    "bias", "task_type", "gradient_checkpointing_kwargs", "load_in_4bit", "torch_dtype",
+    "task_type", "gradient_checkpointing_kwargs", "load_in_4bit", "torch_dtype",
     "max_seq_length", "cutoff_len", "val_set_size", "template", "lora_target", "use_unsloth", "random_state",
 }  # fmt: skip
 

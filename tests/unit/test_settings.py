@@ -41,6 +41,8 @@ VALUES: dict[str, Any] = {
     "adapter.rank_pattern": {"q_proj": 8},
     "adapter.alpha_pattern": {"q_proj": 64},
     "adapter.init_lora_weights": "gaussian",
+    "adapter.modules_to_save": ["lm_head"],
+    "adapter.trainable_token_indices": [5, 6],
     "data.train": "files/others.jsonl",
     "data.validation": 4,
     "data.split": "test",
@@ -52,6 +54,7 @@ VALUES: dict[str, Any] = {
     "data.max_cut_rows": 1.0,
     "data.group": "who",
     "data.chat_template": "alpaca",
+    "data.add_special_tokens": ["<|new|>"],
     "evaluate.group": "who",
     "train.memory_budget": "12GiB",
     "evaluate.metrics": ["length", "exact_match"],
@@ -80,6 +83,7 @@ WHERE: dict[str, dict[str, dict[str, Any]]] = {
     "data.labels": CLASSIFIES,
     "train.class_weights": CLASSIFIES,
     "model.attn_implementation": {"train": {"engine": "reference"}},  # the fused engine has its own
+    "adapter.bias": {"model": {"base": "files/biased"}},
     "quantization.cache": {"model": {"base": "files/cached"}},
     "data.split": {"data": {"train": "files/splits"}},
     "data.subset": {"data": {"train": "org/rows"}},
@@ -141,6 +145,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Pa
     for name in ("base", "cached"):
         save_tiny_model(FAMILIES["llama"], folder / name)
     save_adapter_of("lora", folder / "base", folder / "start", r=4, lora_alpha=8, target_modules="all-linear")
+    save_tiny_model(FAMILIES["qwen2"], folder / "biased")
     kind, sizes = FAMILIES["llama"]
     save_tiny_model((kind, sizes | {"intermediate_size": 96}), folder / "other")
     held = folder / "hub" / "models--org--tiny"

@@ -43,6 +43,8 @@ def misspelt(name: str, known: Iterable[str]) -> str | None:
 
 
 def _is_slip(name: str, ours: str) -> bool:
+    if len(name) == len(ours) == 4 and sorted(name) != sorted(ours):
+        return False  # bits and bias
     if _distance(name.replace("_", "").replace("-", ""), ours.replace("_", "")) <= 1:
         return True
     words, our_words = name.split("_"), ours.split("_")

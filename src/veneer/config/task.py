@@ -1,15 +1,16 @@
 """Refuses settings without an effect on a run's task: those of answers for a classifier, those of labels for others."""
 
 from veneer.config.errors import UserError
-from veneer.config.run import Data, Evaluate, Model, Run, Train
+from veneer.config.run import Adapter, Data, Evaluate, Model, Run, Train
 from veneer.config.section import Section
 
 # Settings of written answers, by section; a classifier has none.
 OF_ANSWERS = {
     "data": (
         *("format", "packing", "chat_template", "template_date", "unrendered", "system_prompt", "loss_on"),
-        *("rewritten_history", "text_by"),
+        *("rewritten_history", "text_by", "add_special_tokens"),
     ),
+    "adapter": ("bias", "modules_to_save", "trainable_token_indices"),
     "train": ("objective", "reference", "dpo", "kto", "orpo", "simpo", "cpo"),
     "evaluate": ("metrics", "extract", "json_schema", "max_new_tokens", "during", "during_tokens", "equal_within"),
 }
@@ -18,7 +19,7 @@ OF_LABELS = {"data": ("labels",), "train": ("class_weights",)}
 
 def require_settings(run: Run) -> None:
     """Raise UserError for a setting that has no effect on a run of its task."""
-    sections: dict[str, type[Section]] = {"data": Data, "train": Train, "evaluate": Evaluate}
+    sections: dict[str, type[Section]] = {"adapter": Adapter, "data": Data, "train": Train, "evaluate": Evaluate}
     is_causal = run.model.task == "causal-lm"
     for section, names in (OF_LABELS if is_causal else OF_ANSWERS).items():
         for name in names:
@@ -36,6 +37,11 @@ def require_settings(run: Run) -> None:
         raise UserError(
             "train.engine = fused: it is made for decoders that write text; classifiers run on Transformers",
             "leave train.engine out",
+        )
+    if run.adapter.init_lora_weights not in (True, "gaussian"):
+        raise UserError(
+            f"adapter.init_lora_weights = {run.adapter.init_lora_weights}: a classifier begins with true or gaussian",
+            "leave adapter.init_lora_weights out",
         )
     if run.model.adapter is not None:
         raise UserError(

@@ -29,7 +29,7 @@ from veneer.model.adapters.method import AdapterMethod
 from veneer.model.quiet import quiet
 from veneer.model.shapes import Shapes, decoder_layers
 from veneer.model.target_modules import rank_of
-from veneer.model.trained_parts import TrainedParts
+from veneer.model.trained_parts import NO_PARTS, TrainedParts
 
 QUANT_BLOCK = 64  # weights that share a constant in bitsandbytes' 4-bit formats
 CONSTANT_BLOCK = 256  # constants that share one of their own under double quantization
@@ -58,7 +58,7 @@ class Step:
         accumulating: whether gradients of an earlier micro-batch are held.
         training: whether there is a backward; else only the held-out loss is computed.
         copies: whether 4-bit weights have 16-bit copies beside them, as on a CPU with memory for them.
-        parts: what is trained beside the adapter's matrices.
+        parts: biases, modules and rows that are trained beside the adapter's matrices.
     """
 
     rows: int
@@ -82,7 +82,7 @@ class Step:
     training: bool = True
     copies: bool = False
     rank_pattern: tuple[tuple[str, int], ...] = ()
-    parts: TrainedParts = TrainedParts()
+    parts: TrainedParts = NO_PARTS
 
     def rank_of(self, path: str) -> int:
         """Return the rank of a module's adapter."""

@@ -4,7 +4,7 @@ The adapter's weights are float32 whatever the base's dtype: they are the master
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,13 @@ def attach(
 
 def _configure_parts(config: Any, adapter: Adapter, parts: TrainedParts) -> None:
     """Write into PEFT's configuration what is trained beside the adapter's matrices."""
+    if parts.rows and not hasattr(config, "trainable_token_indices"):
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        raise UserError(
+            f"adapter: PEFT trains rows of embeddings beside LoRA alone, and not beside {kind}",
+            "leave adapter.trainable_token_indices and data.add_special_tokens out, or train the embeddings whole with "
+            "adapter.modules_to_save",
+        )
     config.bias = adapter.bias
     config.modules_to_save = sorted(parts.modules) or None
     config.trainable_token_indices = {path: list(tokens) for path, tokens in parts.rows} or None
@@ -97,7 +104,9 @@ def _copies_of_biases(base: Any, bias: str) -> list[tuple[torch.nn.Parameter, to
 def adapter_off(model: Any) -> Iterator[None]:
     """Within the context, a PEFT model is its base; PEFT itself would leave trained biases as they are."""
     trained = [(parameter, parameter.data) for parameter, _ in getattr(model, "base_biases", ())]
-    with model.disable_adapter():
+    with ExitStack() as stack:
+        with quiet():
+            stack.enter_context(model.disable_adapter())
         try:
             for parameter, before in getattr(model, "base_biases", ()):
                 parameter.data = before

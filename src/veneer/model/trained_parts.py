@@ -43,6 +43,9 @@ class TrainedParts:
         return sizes + [len(tokens) * shapes.side(path)[1] for path, tokens in self.rows]
 
 
+NO_PARTS = TrainedParts()
+
+
 def find_parts(shapes: Shapes, adapter: Adapter, new_tokens: Sequence[int] = ()) -> TrainedParts:
     """Find what a run trains beside the adapter's matrices.
 
@@ -90,10 +93,8 @@ def _biases(shapes: Shapes, bias: str, targets: frozenset[str], modules: frozens
         and (bias == "all" or path in targets)
     )
     if not found:
-        raise UserError(
-            f"adapter.bias = {bias}: {'the adapted modules have' if bias == 'lora_only' else 'this base has'} no biases",
-            "set adapter.bias: none",
-        )
+        who = "the adapted modules have" if bias == "lora_only" else "this base has"
+        raise UserError(f"adapter.bias = {bias}: {who} no biases", "set adapter.bias: none")
     return found
 
 
@@ -112,9 +113,7 @@ def _modules(shapes: Shapes, names: Sequence[str]) -> frozenset[str]:
     return frozenset(found)
 
 
-def _rows(
-    shapes: Shapes, named: Sequence[int] | Mapping[str, Sequence[int]]
-) -> dict[str, tuple[int, ...]]:
+def _rows(shapes: Shapes, named: Sequence[int] | Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
     setting = "trainable_token_indices"
     by_name = dict(named) if isinstance(named, Mapping) else {str(shapes.tokens): named} if named else {}
     ends = [path for path in (*shapes.embeddings, shapes.head) if path is not None]

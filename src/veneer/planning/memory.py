@@ -17,8 +17,8 @@ from veneer.engine.placement import MemoryPlacement
 from veneer.engine.trace import Peak, rounded
 from veneer.model.shapes import Shapes
 
-# Numbers in float32 while a matrix of n inputs and m outputs, k the less, is decomposed: the matrix with LAPACK's copy of
-# it, both factors, and LAPACK's workspace; for LoftQ the weight, what it was rounded to and their difference.
+# Numbers in float32 while a matrix of n inputs and m outputs, k the less, is decomposed: the matrix with LAPACK's copy
+# of it, both factors, and LAPACK's workspace; for LoftQ the weight, what it was rounded to and their difference.
 FIRST_VALUES: dict[object, Callable[[int, int, int], int]] = {
     "pissa": lambda n, m, k: 2 * n * m + k * (n + m) + 4 * k * k,
     "olora": lambda n, m, k: 2 * n * m + k * k,
@@ -58,8 +58,9 @@ def with_start(load: Peak, shapes: Shapes, step: Step, kind: object) -> Peak:
 
     Args:
         load: peak of loading the base.
-        shapes, step: as for `phases`.
-        kind: `adapter.init_lora_weights`.
+        shapes: shapes of the base model.
+        step: micro-batch of training.
+        kind: value of `adapter.init_lora_weights`.
     """
     if kind not in FIRST_VALUES:
         return load

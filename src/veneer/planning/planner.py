@@ -268,6 +268,14 @@ def step_of(
     first = shapes.vocabulary  # ids do not matter here
     new_tokens = range(first, first + len(run.data.add_special_tokens or ()))
     parts = TrainedParts() if method == "full" else find_parts(shapes, run.adapter, new_tokens)
+    if (parts.modules or parts.biases) and dtype.itemsize < 4:
+        setting = "modules_to_save" if parts.modules else f"bias = {run.adapter.bias}"
+        raise UserError(
+            f"adapter.{setting}: PEFT trains these in the compute dtype, and most updates of a fine-tuning round to "
+            f"nothing in {str(dtype).removeprefix('torch.')}",
+            "set model.dtype: float32; rows of embeddings (adapter.trainable_token_indices, data.add_special_tokens) "
+            "are trained in float32 whatever the dtype",
+        )
     if method == "qlora":
         quantized = shapes.quantizable()
         _require_quantizable(shapes)

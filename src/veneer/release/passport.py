@@ -41,6 +41,7 @@ def write_passport(job: TrainingJob, folder: Path, training: dict[str, Any]) -> 
         "quantization": run.quantization.model_dump() if run.quantization else None,
         "dtype": str(compute_dtype(run.model, job.machine)).removeprefix("torch."),
         **adapter_fingerprints(folder),
+        "added_tokens": _added_tokens(job),
         "preference": _preference(job, settings),
         "stop_token_ids": sorted(job.renderer.stop_ids),
         **(_generation(job) if run.model.task == "causal-lm" else _classifier(job)),
@@ -69,6 +70,16 @@ def _classifier(job: TrainingJob) -> dict[str, Any]:
             "pad_token_id": job.tokenizer.pad_token_id,
         }
     }
+
+
+def _added_tokens(job: TrainingJob) -> dict[str, Any] | None:
+    """Return the ids of the tokens that training added, and the rows of the base's embeddings with them; None: none."""
+    added = job.run.data.add_special_tokens
+    if added is None:
+        return None
+    ids = job.tokenizer.convert_tokens_to_ids(list(added))
+    rows = len(job.model.get_base_model().get_input_embeddings().weight)
+    return {"ids": dict(zip(added, ids, strict=True)), "rows": rows}
 
 
 def _preference(job: TrainingJob, settings: dict[str, Any]) -> dict[str, Any] | None:

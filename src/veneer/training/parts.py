@@ -92,8 +92,8 @@ def load_parts(
         raise UserError(f"evaluate.during: {ON_HOST}", ON_HOST_FIX)
     if run.adapter.init_lora_weights in (from_error.KIND, from_rows.KIND) and _streams_weights(prediction):
         raise UserError(
-            f"adapter.init_lora_weights = {run.adapter.init_lora_weights}: weights are in the host's memory, where they "
-            "cannot be computed with before training",
+            f"adapter.init_lora_weights = {run.adapter.init_lora_weights}: weights are in the host's memory, where "
+            "nothing can be computed from them before training",
             "set it to true, or raise train.memory_budget",
         )
     reset_peak(machine.device)

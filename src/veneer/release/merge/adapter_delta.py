@@ -7,8 +7,8 @@ adapter that PEFT can merge is merged here (LoRA, rsLoRA, DoRA, LoHa, LoKr, IA3,
 (`modules_to_save`) and trained biases take the base's place.
 
 Embeddings that are tied to the head come apart when an adapter changes one of them, and not both as one: PEFT's adapter
-changes what one of the two does, so a merge into the shared tensor would change the other as well. They are apart from the start
-where the base's files hold two that differ, whatever config.json says: Transformers loads them so.
+changes what one of the two does, so a merge into the shared tensor would change the other as well. They are apart from
+the start where the base's files hold two that differ, whatever config.json says: Transformers loads them so.
 
 Every tensor of the adapter must end in a tensor of the merged model; a kind of layer of which that is not so is
 refused, since a merge that leaves a part out looks like any other.

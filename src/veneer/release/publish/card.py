@@ -152,7 +152,10 @@ def literal(text: str) -> str:
 
 def cell(value: str | tuple[Any, ...] | dict[str, Any]) -> str:
     """Format names or patterns for a cell of a Markdown table, which a bar would end."""
-    pairs = [f"{pattern}: {number:g}" for pattern, number in value.items()] if isinstance(value, dict) else value
+    pairs: Any = value
+    if isinstance(value, dict):
+        named = ((name, f"{held:g}" if isinstance(held, float) else held) for name, held in value.items())
+        pairs = [f"{name}: {' '.join(map(str, held)) if isinstance(held, tuple) else held}" for name, held in named]
     text = pairs if isinstance(pairs, str) else ", ".join(map(str, pairs))
     return text.replace("|", "\\|").replace("*", "\\*")
 
