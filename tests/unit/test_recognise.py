@@ -8,7 +8,7 @@ import pytest
 
 from veneer.config import UserError
 from veneer.data.conversation import BadRowError, Conversation, Message
-from veneer.data.formats import CONTENT, FORMATS, to_conversation
+from veneer.data.formats import CONTENT, FORMATS, OF_TASKS, to_conversation
 from veneer.data.recognise import recognise
 from veneer.data.screening.prerendered import strip_control_tokens
 from veneer.data.turns import read_turns
@@ -160,7 +160,7 @@ def test_unknown_fields_say_what_is_known_and_how_to_map() -> None:
     told = unknown({"What is 2+2?": "4"})
     assert "fit no known format; is a header line missing?" in told
     assert "data.columns={prompt: ..., completion: ...}" in told
-    assert all(name in told for name in FORMATS if name not in ("chosen", "labelled"))
+    assert all(name in told for name in FORMATS if name not in ("chosen", *OF_TASKS))
 
 
 @pytest.mark.parametrize(
@@ -202,6 +202,8 @@ def test_rows_that_cannot_be_right(row: dict[str, Any], wanted: str, expected: s
 TOOL = {"type": "function", "function": {"name": "zq_tool", "parameters": {}}}
 ROWS: dict[str, dict[str, Any]] = {
     "labelled": {"text": "a", "label": "b"},
+    "tagged": {"tokens": ["a"], "tags": ["O"]},
+    "text-pair": {"anchor": "a", "positive": "b"},
     "messages": {"messages": [USER, ASSISTANT]},
     "sharegpt": {"conversations": [HUMAN, GPT]},
     "alpaca": {"instruction": "a", "output": "b"},
@@ -280,7 +282,7 @@ def test_flags_that_cannot_be_honoured_are_refused(flags: dict[str, Any], expect
     assert expected in bad({"messages": [USER, ASSISTANT | flags]})
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if name not in ("rated", "labelled")])
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in ("rated", "labelled", "tagged")])
 def test_answers_that_were_found_bad_are_not_learnt_as_good_ones(name: str) -> None:
     for label in (False, "False", "false", "no"):
         for field in ("label", "kto_tag"):

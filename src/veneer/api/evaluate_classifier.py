@@ -15,7 +15,11 @@ from veneer.data.batch import Example
 from veneer.data.ledger import Ledger
 from veneer.data.pipeline import Part, read_files
 from veneer.engine.classifier import ClassifierEngine
+from veneer.engine.embedder import EmbeddingEngine
+from veneer.engine.head_engine import head_engine
+from veneer.engine.token_classifier import TokenClassifierEngine
 from veneer.evaluation.classification import Judged, Scores, batching, judge, majority, score
+from veneer.evaluation.judged_task import JudgedTask, judge_embeddings, judge_tags
 from veneer.machine.batching import Batching
 from veneer.model.tuned import TunedModel, find_tuned
 from veneer.release.publish.card import renew_card
@@ -32,7 +36,7 @@ class EvaluatedClassifier:
         file: file that they were written to; None: they were written nowhere.
     """
 
-    judged: Judged
+    judged: Judged | JudgedTask
     file: Path | None
 
     def as_dict(self) -> dict[str, Any]:
@@ -42,7 +46,7 @@ class EvaluatedClassifier:
 def evaluate_classifier(
     name: str | Path, data: str | None = None, rows: int | None = None, base: str | None = None, force: bool = False
 ) -> EvaluatedClassifier:
-    """Measure accuracy, macro F1 and calibration of a classifier, with 95% intervals.
+    """Measure a model that labels, tags or embeds texts, with 95% intervals: docs/evaluation.md says by which metrics.
 
     Without `data` and `rows` it is the run's record: evaluation.json and samples.jsonl, and the scores of its card.
 
@@ -80,14 +84,20 @@ def evaluate_classifier(
         raise UserError(
             f"the run holds no rows out (data.validation = {run.data.validation})", "name a file with --data"
         )
-    engine = ClassifierEngine.of(tuned.load_classifier(), renderer.tokenizer)
-    at_a_time = batching(run)
+    engine = head_engine(tuned.model, tuned.load_classifier(), renderer.tokenizer, run.train.temperature)
+    at_a_time, is_record = batching(run), data is None and rows is None and not tuned.is_checkpoint
+    if isinstance(engine, TokenClassifierEngine):
+        found = judge_tags(renderer, engine, prepared.train, chosen, at_a_time)
+    elif isinstance(engine, EmbeddingEngine):
+        found = judge_embeddings(engine, chosen, at_a_time)
+    else:
+        found = None
+    if found is not None:
+        return EvaluatedClassifier(found, _save_lines(tuned.folder, found, found.lines) if is_record else None)
     scores = score(engine, chosen, at_a_time)
     assert scores is not None
     judged = judge(renderer.labels, scores, *_compared(tuned, engine, prepared.train, chosen, scores, at_a_time))
-    if data is not None or rows is not None or tuned.is_checkpoint:
-        return EvaluatedClassifier(judged, None)
-    return EvaluatedClassifier(judged, _save(tuned.folder, judged, chosen, scores))
+    return EvaluatedClassifier(judged, _save(tuned.folder, judged, chosen, scores) if is_record else None)
 
 
 def _compared(
@@ -113,8 +123,12 @@ def _save(folder: RunFolder, judged: Judged, rows: Sequence[Example], scores: Sc
     for example, label, given in zip(rows, scores.labels_R, scores.probabilities_RC, strict=True):
         likeliest = int(given.argmax())
         told = {"place": example.place, "label": judged.labels[label], "predicted": judged.labels[likeliest]}
-        lines.append(json.dumps(told | {"score": float(given[likeliest])}, ensure_ascii=False) + "\n")
-    write_text(folder.samples, "".join(lines))
+        lines.append(told | {"score": float(given[likeliest])})
+    return _save_lines(folder, judged, lines)
+
+
+def _save_lines(folder: RunFolder, judged: Judged | JudgedTask, lines: Sequence[dict[str, Any]]) -> Path:
+    write_text(folder.samples, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     write_json(folder.evaluation, judged.as_dict())
     notify_on_error("the card", lambda: renew_card(folder))
     return folder.evaluation

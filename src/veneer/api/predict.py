@@ -1,13 +1,15 @@
-"""Gives texts a label with a classifier that was trained."""
+"""Gives texts a label, tags or an embedding with a model that was trained; see predict_tags.py and embed_texts.py."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from veneer.api.embed_texts import EmbeddedText, embed_texts, texts_to_embed
+from veneer.api.predict_tags import PredictedTags, predict_tags, texts_with_words
 from veneer.config import Data, UserError
 from veneer.config.notify import notify
 from veneer.config.rows import rows_as_file
@@ -19,10 +21,15 @@ from veneer.data.row_parser import blocks_of, without
 from veneer.data.sources.block import Unreadable
 from veneer.data.sources.find import find_sources
 from veneer.data.sources.read import parse
+from veneer.data.tagging import TaggedRenderer
+from veneer.data.texts import TextsRenderer
 from veneer.engine.classifier import ClassifierEngine
+from veneer.engine.head_engine import head_engine
+from veneer.engine.token_classifier import TokenClassifierEngine
 from veneer.machine.batching import Batching
 from veneer.model.tuned import find_tuned
 
+Asked = TypeVar("Asked")
 SORTED = 64  # batches whose texts are sorted by length together
 
 
@@ -48,8 +55,8 @@ class Predicted:
 
 def predict(
     name: str | Path, data: Any, batch_size: int = 32, base: str | None = None, force: bool = False
-) -> Iterator[Predicted]:
-    """Give each row of a file its label, in order.
+) -> Iterator[Predicted | PredictedTags | EmbeddedText]:
+    """Give each row of a file its label, its tags or its embedding, in order.
 
     Example:
         for row in veneer.predict("runs/routing", "messages.jsonl"):
@@ -69,19 +76,25 @@ def predict(
     renderer = tuned.labelled_renderer
     files = rows_as_file(data, "data")
     settings = (tuned.data or Data(train="-")).model_copy(update={"columns": _columns(tuned.data)})
-    for _ in _texts(files, settings):
+    read = {"token-classification": texts_with_words, "embedding": texts_to_embed}.get(tuned.model.task, texts_of)
+    for _ in _texts(files, settings, read):
         pass  # a bad row says so before the model is loaded
-    engine = ClassifierEngine.of(tuned.load_classifier(), renderer.tokenizer)
-    return _predicted(_texts(files, settings), renderer, engine, Batching(batch_size, "shorten the texts", "scores"))
+    engine = head_engine(tuned.model, tuned.load_classifier(), renderer.tokenizer)
+    rows, batching = _texts(files, settings, read), Batching(batch_size, "shorten the texts", "scores")
+    if isinstance(renderer, TaggedRenderer) and isinstance(engine, TokenClassifierEngine):
+        return predict_tags(rows, renderer, engine, batching)
+    if isinstance(renderer, TextsRenderer):
+        return embed_texts(rows, renderer, engine, batching)
+    return _predicted(rows, renderer, engine, batching)
 
 
 def _columns(data: Data | None) -> dict[str, str]:
-    """Return `data.columns` without the label's, which rows to predict need not have."""
-    return {ours: theirs for ours, theirs in (data.columns if data else {}).items() if ours != "label"}
+    """Return `data.columns` without those of labels and tags, which rows to predict need not have."""
+    return {ours: theirs for ours, theirs in (data.columns if data else {}).items() if ours not in ("label", "tags")}
 
 
-def _texts(files: Any, data: Data) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield the place and the texts of each row.
+def _texts(files: Any, data: Data, read: Callable[[Mapping[str, Any]], Asked]) -> Iterator[tuple[str, Asked]]:
+    """Yield the place of each row, and what is read of it.
 
     Raises:
         UserError: a row cannot be read, or has no text.
@@ -93,7 +106,7 @@ def _texts(files: Any, data: Data) -> Iterator[tuple[str, tuple[str, ...]]]:
                 if isinstance(row, Unreadable):
                     raise UserError(f"{place}: {row.reason}", "mend the row")
                 try:
-                    yield place, texts_of(with_our_names(without(row, data.ignore_columns), data.columns))
+                    yield place, read(with_our_names(without(row, data.ignore_columns), data.columns))
                 except KeyError as error:
                     raise UserError(
                         f"{place}: no column `{error.args[0]}` (fields here: {', '.join(row)})",

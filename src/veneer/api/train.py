@@ -8,13 +8,24 @@ from veneer.config import Run
 from veneer.config.notify import collected, notify, notify_on_error
 from veneer.evaluation.classification import DuringClassification
 from veneer.evaluation.during import DuringTraining
+from veneer.evaluation.embedding import DuringEmbedding
 from veneer.evaluation.metrics import require_metrics
+from veneer.evaluation.tagging import DuringTagging
+from veneer.model.pooling import find_pooling
 from veneer.release.passport import write_passport
 from veneer.release.publish.card import write_card
+from veneer.release.sentence_transformers import write_sentence_transformers
 from veneer.report.plots import plot_loss
-from veneer.training.job import Resume, Trained, TrainingJob, finished
+from veneer.training.job import MakeDuring, Resume, Trained, TrainingJob, finished
 from veneer.training.metrics import Listener, read_metrics
 from veneer.training.pair_values import ACCURACIES, MARGINS
+
+DURING: dict[str, MakeDuring] = {
+    "causal-lm": DuringTraining,
+    "sequence-classification": DuringClassification,
+    "token-classification": DuringTagging,
+    "embedding": DuringEmbedding,
+}
 
 
 def train(
@@ -51,8 +62,7 @@ def train(
 
 def load_job(run: Run, resume: Resume = False, force: bool = False, overwrite: bool = False) -> TrainingJob:
     """Check and load a run, ready to train; arguments and errors are those of `train`."""
-    during = DuringTraining if run.model.task == "causal-lm" else DuringClassification
-    return TrainingJob(run, resume, force, overwrite, during)
+    return TrainingJob(run, resume, force, overwrite, DURING[run.model.task])
 
 
 def finish(job: TrainingJob, listeners: Sequence[Listener] = ()) -> Trained:
@@ -66,6 +76,9 @@ def finish(job: TrainingJob, listeners: Sequence[Listener] = ()) -> Trained:
         training = {name: report[name] for name in ("steps", "final_loss", "best_step", "best_value", "kept_step")}
         training |= _of_pairs(job, trained)
         write_passport(job, folder, training | {"planned_steps": job.steps, "parameters": job.parameters})
+        if job.run.model.task == "embedding":
+            size, most = job.model.config.hidden_size, job.run.data.max_length - 1
+            write_sentence_transformers(folder, find_pooling(job.run.model), size, most)
         notify_on_error("the card", lambda: write_card(job, folder))
         notify_on_error("loss.png", lambda: plot_loss(read_metrics(job.folder.metrics), job.folder.loss_plot, title))
 

@@ -21,6 +21,28 @@ def show_classifier(out: Any, result: dict[str, Any]) -> None:
     for name, values in result["metrics"].items():
         table.add_row(name, *(_interval(values.get(who)) for who in ("base", "tuned", "difference")))
     out.print(table)
+    if "labels" in result:
+        _show_labels(out, result)
+    elif "by_type" in result:
+        _show_types(out, result["by_type"])
+    if result["file"] is not None:
+        out.print(f"files  {result['file']} samples.jsonl", markup=False)
+
+
+def _show_types(out: Any, by_type: dict[str, Any]) -> None:
+    """Print the scores of each type of entity."""
+    table = Table(box=None, title="entities by type")
+    for heading in ("type", "entities", "precision", "recall", "f1"):
+        table.add_column(heading, justify="left" if heading == "type" else "right")
+    for name, found in by_type.items():
+        table.add_row(
+            escape(name), str(found["entities"]), *(_interval(found[s]) for s in ("precision", "recall", "f1"))
+        )
+    out.print(table)
+
+
+def _show_labels(out: Any, result: dict[str, Any]) -> None:
+    """Print the labels, and what their rows were given."""
     labels, matrix = result["labels"], result["confusions"]
     table = Table(box=None, title="labels, and what their rows were given")
     shown = labels if len(labels) <= WIDEST else []
@@ -30,8 +52,6 @@ def show_classifier(out: Any, result: dict[str, Any]) -> None:
         shares = (f"{found[name]:.3f}" for name in ("precision", "recall", "f1"))
         table.add_row(escape(label), str(found["rows"]), *shares, *(str(n) for n in matrix[number] if shown))
     out.print(table)
-    if result["file"] is not None:
-        out.print(f"files  {result['file']} samples.jsonl", markup=False)
 
 
 def _interval(values: dict[str, float] | None) -> str:

@@ -35,10 +35,16 @@ class Model(Section):
         "all-minilm-l6-v2 (an encoder).",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
-    task: Literal["causal-lm", "sequence-classification"] = Field(
+    task: Literal["causal-lm", "sequence-classification", "token-classification", "embedding"] = Field(
         "causal-lm",
         description="causal-lm: write text; sequence-classification: give a text, or a pair of texts, one of several "
-        "labels, by a head on an encoder (BERT and the like) or a decoder.",
+        "labels, by a head on an encoder (BERT and the like) or a decoder; token-classification: give each word a tag, "
+        "such as B-PER; embedding: give a text a vector that is near those of texts that belong to it.",
+    )
+    pooling: Literal["auto", "mean", "cls", "last"] = Field(
+        "auto",
+        description="What of the last hidden states is an embedding: their mean, or the first (cls) or the last one. "
+        "auto: what the base's 1_Pooling says, else the mean for encoders and the last for decoders.",
     )
     adapter: str | None = Field(
         None,
@@ -175,6 +181,11 @@ ColumnName = Literal[
     "tools",
     "context",
     "text_pair",
+    "tokens",
+    "tags",
+    "anchor",
+    "positive",
+    "negative",
 ]
 
 
@@ -221,8 +232,9 @@ class Data(Section):
     )
     labels: Annotated[tuple[str, ...], Field(min_length=2)] | None = Field(
         None,
-        description="Names of the labels, in the order of their ids, for `model.task: sequence-classification`; null: "
-        "those of the base's head, or those that the rows have, sorted.",
+        description="Names of the labels, or of the tags, in the order of their ids, for `model.task: "
+        "sequence-classification` and `token-classification`; null: those of the base's head, or those that the rows "
+        "have, sorted.",
         json_schema_extra={"fix": "write at least two names, such as [negative, positive]"},
     )
     ignore_columns: tuple[str, ...] = Field(
@@ -355,9 +367,17 @@ class Train(Section):
     cpo: Cpo | None = settings_of(Cpo)
     class_weights: Literal["none", "balanced"] | Annotated[tuple[PositiveFloat, ...], Field(min_length=2)] = Field(
         "none",
-        description="Weights of the labels in the loss, for `model.task: sequence-classification`. balanced: such that "
-        "all labels count alike, however many rows they have; or a number for each, in the order of `data.labels`.",
+        description="Weights of the labels in the loss, for `model.task: sequence-classification` and "
+        "`token-classification`. balanced: such that all labels count alike, however many rows they have; or a number "
+        "for each, in the order of `data.labels`.",
         json_schema_extra={"fix": "write none, balanced, or a number above 0 for each label, such as [1.0, 3.0]"},
+    )
+    temperature: float = Field(
+        0.05,
+        gt=0,
+        le=1,
+        description="Divisor of cosine similarities in the loss of `model.task: embedding`; smaller: the nearest wrong "
+        "texts count more.",
     )
     num_train_epochs: float = Field(2.0, gt=0, description="Passes over the data.")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides num_train_epochs.")

@@ -1,5 +1,7 @@
 """Refuses settings without an effect on a run's task: those of answers for a classifier, those of labels for others."""
 
+from collections.abc import Mapping, Sequence
+
 from veneer.config.errors import UserError
 from veneer.config.run import Adapter, Data, Evaluate, Model, Run, Train
 from veneer.config.section import Section
@@ -15,22 +17,26 @@ OF_ANSWERS = {
     "evaluate": ("metrics", "extract", "json_schema", "max_new_tokens", "during", "during_tokens", "equal_within"),
 }
 OF_LABELS = {"data": ("labels",), "train": ("class_weights",)}
+OF_EMBEDDINGS = {"model": ("pooling",), "train": ("temperature",)}
+SECTIONS: dict[str, type[Section]] = {
+    "model": Model,
+    "adapter": Adapter,
+    "data": Data,
+    "train": Train,
+    "evaluate": Evaluate,
+}
+LABELLED = ("sequence-classification", "token-classification")  # tasks whose rows have labels
 
 
 def require_settings(run: Run) -> None:
     """Raise UserError for a setting that has no effect on a run of its task."""
-    sections: dict[str, type[Section]] = {"adapter": Adapter, "data": Data, "train": Train, "evaluate": Evaluate}
     is_causal = run.model.task == "causal-lm"
-    for section, names in (OF_LABELS if is_causal else OF_ANSWERS).items():
-        for name in names:
-            value = getattr(getattr(run, section), name)
-            field = sections[section].model_fields[name]
-            if value != field.default:
-                raise UserError(
-                    f"{section}.{name} = {value}: has no effect with model.task = {run.model.task}",
-                    f"leave {section}.{name} out"
-                    + (", or set model.task=sequence-classification" if is_causal else ""),
-                )
+    if not is_causal:
+        _require_default(run, OF_ANSWERS)
+    if run.model.task not in LABELLED:
+        _require_default(run, OF_LABELS, "sequence-classification")
+    if run.model.task != "embedding":
+        _require_default(run, OF_EMBEDDINGS, "embedding")
     if is_causal:
         return
     if run.train.engine == "fused":
@@ -62,3 +68,15 @@ def require_answers(model: Model, command: str) -> None:
             f"{command}: it is made for models that write text, and this one classifies (model.task = {model.task})",
             "use `veneer predict`, `veneer evaluate` or `veneer merge`",
         )
+
+
+def _require_default(run: Run, settings: Mapping[str, Sequence[str]], task: str = "") -> None:
+    """Raise UserError for one of some settings that is not as it is by default; `task` is one that it acts on."""
+    for section, names in settings.items():
+        for name in names:
+            value = getattr(getattr(run, section), name)
+            if value != SECTIONS[section].model_fields[name].default:
+                raise UserError(
+                    f"{section}.{name} = {value}: has no effect with model.task = {run.model.task}",
+                    f"leave {section}.{name} out" + (f", or set model.task={task}" if task else ""),
+                )

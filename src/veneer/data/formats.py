@@ -13,6 +13,8 @@
 | rated             | completion, label, prompt                   | user, assistant, and whether it is good          |
 | chosen            | those of preference (never recognised)      | the chosen side alone, to be learnt              |
 | labelled          | text, text_pair, label (`model.task`)       | user, user; the label as the assistant's answer  |
+| tagged            | tokens, ner_tags (`model.task`)             | user, assistant: words and tags between spaces   |
+| text-pair         | anchor, positive, negative (`model.task`)   | user, and an answer for each other text          |
 
 Beside these, chats have `system` and `tools`, and questions a `context`, which stands before the question, a blank line
 between them. Columns that rows of conversations are known to have and that a format has no place for (CONTENT) are
@@ -32,11 +34,16 @@ from typing import Any
 from veneer.config.run import ColumnName
 from veneer.data.conversation import BadRowError, Conversation, Message
 from veneer.data.labels import FIELDS, labelled
+from veneer.data.tagged import FIELDS as TAGGED_FIELDS
+from veneer.data.tagged import tagged
+from veneer.data.text_pairs import FIELDS as PAIR_FIELDS
+from veneer.data.text_pairs import text_pair
 from veneer.data.turns import WORDS, listed, read_tools, read_turn, read_turns, text_of
 
 Fields = Mapping[str, Any]
 TURNS = ("messages", "conversations", "conversation")  # fields that hold a list of turns
 LABELS = ("label", "kto_tag")  # whether an answer is good
+OF_TASKS = ("labelled", "tagged", "text-pair")  # formats that `model.task` sets
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 SHOWN = 12  # fields in a message
 SYSTEM, TOOLS = ("system", "system_prompt"), ("tools", "functions")
@@ -99,7 +106,7 @@ def _require_read(row: Fields, name: str) -> None:
                 f"`{column}` would be left out: {name} has no place for it; write it into the turns or the text, "
                 f"or set data.ignore_columns=[{column}]"
             )
-    for label in LABELS if name not in ("rated", "labelled") else ():
+    for label in LABELS if name not in ("rated", "labelled", "tagged") else ():
         value = row.get(label)
         # Of text to read on, a number is the class of a document as a rule.
         if _label(value) is False and not (name == "text" and str(value).strip() in ("0", "0.0")):
@@ -368,6 +375,8 @@ FORMATS: dict[str, Format] = {
     "rated": Format("`prompt`, `completion`, `label`", _is_rated, _rated, ASKED),
     "chosen": Format("`chosen`, `rejected`", lambda row: False, _chosen, ASKED),
     "labelled": Format(FIELDS, lambda row: False, labelled),
+    "tagged": Format(TAGGED_FIELDS, lambda row: False, tagged),
+    "text-pair": Format(PAIR_FIELDS, lambda row: False, text_pair),
 }
 
 

@@ -57,7 +57,8 @@ class LabelledRenderer(Renderer):
 
     def like(self, data: Data) -> "LabelledRenderer":
         """Return one of other settings."""
-        return LabelledRenderer(self.tokenizer, data, self.labels)
+        found: LabelledRenderer = self.make(self.tokenizer, data)  # type: ignore[assignment]
+        return found
 
     @property
     def fingerprint(self) -> str:

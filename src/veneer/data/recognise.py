@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from veneer.config import UserError
 from veneer.config.run import ColumnName
-from veneer.data.formats import FORMATS, Fields, names_of, with_our_names
+from veneer.data.formats import FORMATS, OF_TASKS, Fields, names_of, with_our_names
 from veneer.data.shapes import COLUMNS, hint_of, is_columns
 
 _CHATS = ("messages", "sharegpt", "alpaca", "prompt-completion", "question-answer")
@@ -47,7 +47,7 @@ def recognise(rows: Sequence[Fields], wanted: str, columns: Mapping[ColumnName, 
         (name,) = fits
         return name, f"the fields {FORMATS[name].fields}" + (" by data.columns" if columns else "")
     known = "; ".join(
-        f"{name} ({known.fields})" for name, known in FORMATS.items() if name not in ("chosen", "labelled")
+        f"{name} ({known.fields})" for name, known in FORMATS.items() if name not in ("chosen", *OF_TASKS)
     )
     why, fix = hint_of(rows)
     raise UserError(

@@ -40,6 +40,7 @@ from veneer.data.drafts import (
     weighted,
     with_marks,
 )
+from veneer.data.formats import OF_TASKS
 from veneer.data.frozen import CALL
 from veneer.data.sandbox import AT_ONCE
 from veneer.data.template import NAMED_TEMPLATES, begin_ids, find_template
@@ -422,7 +423,7 @@ class Renderer:
 def needs_template(format_name: str, renderer: Renderer) -> None:
     """Raises UserError where chat data meets a model that has no chat template."""
     if not renderer.is_chat and format_name not in (
-        *("prompt-completion", "question-answer", "text", "rated", "labelled"),
+        *("prompt-completion", "question-answer", "text", "rated", *OF_TASKS),
     ):
         raise UserError(
             f"the base model has no chat template, and the data is in the chat format {format_name}",

@@ -1,6 +1,7 @@
 """Writes what a user should know of their data, from the ledger's counts alone."""
 
 from veneer.config import Data
+from veneer.data.formats import OF_TASKS
 from veneer.data.ledger import Ledger
 
 
@@ -32,6 +33,8 @@ def warnings_of(ledger: Ledger, data: Data) -> list[str]:
         (notes["tools_spelled"], "with tools in Veneer's form (`<tool_call>`): the chat template has none of its own"),
         (notes["reasoning_spelled"], "with reasoning as `<think>` in the text: the chat template has no place for it"),
         (notes["ends_without_answer"], "with more after the last answer: that end is left off"),
+        (notes["orphan_tags"], "with a tag such as I-PER behind none of its kind: it begins an entity, as in IOB1"),
+        (notes["words_without_tokens"], "with words that are no token of the tokenizer: their tags are not learnt"),
         (notes["in_held_out_group"], "to train on, of a group that the held-out files have too"),
         (
             inside,
@@ -51,7 +54,7 @@ def warnings_of(ledger: Ledger, data: Data) -> list[str]:
         kinds = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in sorted(ledger.personal.items()))
         done = "left as it is; data.pii=redact replaces it" if data.pii == "report" else "redacted"
         found.append(f"personal data: {kinds} ({done})")
-    are_labels = all(known["format"] == "labelled" for known in ledger.formats.values())
+    are_labels = all(known["format"] in OF_TASKS for known in ledger.formats.values())
     if not ledger.tokens["end_of_turn"] and not are_labels:
         found.append("no end-of-turn token is trained: the model would never learn to stop")
     if not rows["validation"]:

@@ -8,7 +8,7 @@ Shapes: B rows, L padded length, C labels.
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -38,12 +38,12 @@ class ClassifierEngine:
     shares_prompts = False
     master = None
 
-    @staticmethod
-    def of(model: Any, tokenizer: Any) -> "ClassifierEngine":
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any) -> Self:
         """Make the engine of a model whose texts a tokenizer gives."""
         kinds = getattr(model.config, "type_vocab_size", 0)
         is_told = kinds > 1 and "token_type_ids" in tokenizer.model_input_names
-        return ClassifierEngine(model, tokenizer.pad_token_id, tokenizer.sep_token_id if is_told else None)
+        return cls(model, tokenizer.pad_token_id, tokenizer.sep_token_id if is_told else None)
 
     def __init__(self, model: Any, pad_id: int, separator: int | None = None) -> None:
         self.model = model
@@ -57,22 +57,21 @@ class ClassifierEngine:
         """See `Engine.forward_backward`; every objective of labels is a weighted sum."""
         assert objective.is_weighted_sum
         self.model.train()
-        logprobs_B, weights_B = self._empty(batch), batch.weights_T[batch.targets_T >= 0]
-        for rows, logits_BC in self._logits(_documents(batch)):
-            found_B = self._of_labels(batch, rows, logits_BC)
-            found_B.backward(weights_B[rows].to(self._device) * -batch.scale)  # type: ignore[no-untyped-call]
-            logprobs_B[rows] = found_B.detach().to(self._sum_dtype)
-        output, _ = objective(TrainedTokens.of(batch, logprobs_B))
+        logprobs_N, weights_N = self._empty(batch), batch.weights_T[batch.targets_T >= 0]
+        for which, found in self._of_labels(batch):
+            found.backward(weights_N[which].to(self._device) * -batch.scale)  # type: ignore[no-untyped-call]
+            logprobs_N[which] = found.detach().to(self._sum_dtype)
+        output, _ = objective(TrainedTokens.of(batch, logprobs_N))
         return output
 
     @torch.no_grad()
     def token_logprobs(self, batch: Batch) -> torch.Tensor:
-        """See `Engine.token_logprobs`: one of each text, that of its label."""
+        """See `Engine.token_logprobs`: one of each label."""
         self.model.eval()
-        logprobs_B = self._empty(batch)
-        for rows, logits_BC in self._logits(_documents(batch)):
-            logprobs_B[rows] = self._of_labels(batch, rows, logits_BC).to(self._sum_dtype)
-        return logprobs_B
+        logprobs_N = self._empty(batch)
+        for which, found in self._of_labels(batch):
+            logprobs_N[which] = found.to(self._sum_dtype)
+        return logprobs_N
 
     @torch.no_grad()
     def scores(self, texts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -117,22 +116,31 @@ class ClassifierEngine:
         return {"chunked_head": False}
 
     def _empty(self, batch: Batch) -> torch.Tensor:
-        return torch.empty(len(batch.lengths), dtype=self._sum_dtype, device=self._device)
+        return torch.empty(batch.trained, dtype=self._sum_dtype, device=self._device)
 
-    def _of_labels(self, batch: Batch, rows: list[int], logits_BC: torch.Tensor) -> torch.Tensor:
-        labels_B = batch.targets_T[batch.targets_T >= 0][rows].to(self._device)
-        return logits_BC.float().log_softmax(1).gather(1, labels_B[:, None]).squeeze(1)
+    def _of_labels(self, batch: Batch) -> Iterator[tuple[Any, torch.Tensor]]:
+        """Yield log-probabilities of labels, some at a time, with their numbers among the batch's."""
+        labels_B = batch.targets_T[batch.targets_T >= 0]
+        for rows, logits_BC in self._logits(_documents(batch)):
+            yield rows, logits_BC.float().log_softmax(1).gather(1, labels_B[rows, None].to(self._device)).squeeze(1)
+
+    def _read(self, outputs: Any, mask_BL: torch.Tensor) -> torch.Tensor:
+        """Return what is used of the model's outputs: the logits."""
+        logits: torch.Tensor = outputs.logits
+        return logits
 
     def _logits(self, texts: Sequence[torch.Tensor]) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """Yield groups of texts of similar length, by number, with their logits."""
+        """Yield groups of texts of similar length, by number, with what `_read` reads of their outputs."""
         for rows in padded_groups([len(text) for text in texts]):
             ids_BL = pad_sequence([texts[row] for row in rows], batch_first=True, padding_value=self._pad_id)
             lengths_B = torch.tensor([len(texts[row]) for row in rows])
-            given = {"input_ids": ids_BL, "attention_mask": (torch.arange(ids_BL.shape[1]) < lengths_B[:, None]).long()}
+            mask_BL = (torch.arange(ids_BL.shape[1]) < lengths_B[:, None]).long()
+            given = {"input_ids": ids_BL, "attention_mask": mask_BL}
             if self._separator is not None:
                 ends_BL = (ids_BL == self._separator).cumsum(1) - (ids_BL == self._separator).long()
-                given["token_type_ids"] = (ends_BL > 0).long() * given["attention_mask"]
-            yield rows, self.model(**{name: part.to(self._device) for name, part in given.items()}).logits
+                given["token_type_ids"] = (ends_BL > 0).long() * mask_BL
+            given = {name: part.to(self._device) for name, part in given.items()}
+            yield rows, self._read(self.model(**given), given["attention_mask"])
             self._passes += 1
             if self._device.type == "cpu" and self._passes % TRIM_EVERY == 0:
                 return_freed_memory()

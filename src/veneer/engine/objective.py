@@ -9,7 +9,7 @@ Shapes: N trained tokens, padding included; D documents, empty ones included.
 from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import accumulate
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 
@@ -104,6 +104,10 @@ class Objective(Protocol):
     def step_values(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Return values that all tokens are given, by name, of all batches of an optimizer step; none is below 0."""
         return {}
+
+    def begin_step(self, engine: Any, batches: Iterable[Batch]) -> Iterable[Batch]:
+        """Return a step's micro-batches; the engine sees all before their passes, where the loss is of all together."""
+        return batches
 
     def __call__(self, tokens: TrainedTokens) -> tuple[StepOutput, torch.Tensor | None]:
         """Return the sums, and the loss's derivative by each log-probability; None for a weighted sum.

@@ -11,18 +11,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-from veneer.config import Adapter, Model, Run, UserError
-from veneer.config.task import require_settings
+from veneer.config import Adapter, Data, Model, Run, UserError
+from veneer.config.task import LABELLED, require_settings
 from veneer.data.labelled import LabelledRenderer, scan_labels
 from veneer.data.render import Renderer
+from veneer.data.tagging import TaggedRenderer, scan_tags
+from veneer.data.texts import TextsRenderer
 from veneer.machine.device import Machine
 from veneer.model.adapters import find_method
+from veneer.model.head_tasks import HEAD_TASKS
 from veneer.model.load import freeze, loading, settings_of
 from veneer.model.locate import BaseSource
 from veneer.model.quiet import quiet
 from veneer.model.shapes import Shapes, find_config, shapes_of
 
-CLASSIFIES = "ForSequenceClassification"  # the end of a class's name in Transformers
 FIX = "name an encoder (BERT, RoBERTa, DistilBERT, ModernBERT, DeBERTa) or a decoder such as Llama or Qwen"
 
 
@@ -43,7 +45,15 @@ def make_renderer(run: Run, tokenizer: Any) -> Renderer:
     require_settings(run)
     if run.model.task == "causal-lm":
         return Renderer(tokenizer, run.data)
-    return LabelledRenderer(tokenizer, run.data, find_labels(run, find_config(run.model)))
+    labels = find_labels(run, find_config(run.model)) if run.model.task in LABELLED else ()
+    return renderer_of(run.model.task, tokenizer, run.data, labels)
+
+
+def renderer_of(task: str, tokenizer: Any, data: Data, labels: Sequence[str]) -> LabelledRenderer:
+    """Return what makes examples of rows with these labels; embeddings have none."""
+    if task == "embedding":
+        return TextsRenderer(tokenizer, data)
+    return (TaggedRenderer if task == "token-classification" else LabelledRenderer)(tokenizer, data, labels)
 
 
 def labels_of(renderer: Renderer) -> tuple[str, ...]:
@@ -58,10 +68,11 @@ def find_labels(run: Run, config: Any) -> tuple[str, ...]:
     Raises:
         UserError: there are fewer than two, or another number than the base's head has.
     """
-    is_headed = has_head(config)
+    is_headed = has_head(config, run.model.task)
+    scan = scan_tags if run.model.task == "token-classification" else scan_labels
     named = [config.id2label[number] for number in sorted(config.id2label)] if is_headed else []
     is_named = bool(named) and named != [f"LABEL_{number}" for number in range(len(named))]
-    labels = run.data.labels or (tuple(named) if is_named else scan_labels(run.data))
+    labels = run.data.labels or (tuple(named) if is_named else scan(run.data))
     where = "data.labels" if run.data.labels else f"data.train = {run.data.train}"
     if len(labels) < 2:
         what = f"all rows have one label, `{labels[0]}`" if labels else "no row has a label"
@@ -79,9 +90,9 @@ def find_labels(run: Run, config: Any) -> tuple[str, ...]:
     return labels
 
 
-def has_head(config: Any) -> bool:
-    """Return whether a base's files have a head of classes."""
-    return any(name.endswith(CLASSIFIES) for name in getattr(config, "architectures", None) or ())
+def has_head(config: Any, task: str) -> bool:
+    """Return whether a base's files have a head of a task."""
+    return any(name.endswith(HEAD_TASKS[task].ending) for name in getattr(config, "architectures", None) or ())
 
 
 def load_classifier(
@@ -93,11 +104,14 @@ def load_classifier(
         UserError: it has no such head, cannot be loaded, or its files lack weights that are not the head's.
     """
     config = find_config(run.model)
-    require_classifies(config, source.name)
+    require_classifies(config, source.name, run.model.task)
     torch.manual_seed(run.train.seed)
-    base, missing = read_classifier(source, classifier_settings(run, config, labels, pad_token_id, machine))
-    head = head_of(base)
-    lacking = [key for key in missing if not key.startswith(tuple(f"{path}." for path in head))]
+    base, missing = read_classifier(
+        source, classifier_settings(run, config, labels, pad_token_id, machine), run.model.task
+    )
+    head = head_of(base, run.model.task)
+    unused = tuple(f"{path}." for path in (*head, *poolers_of(base)))
+    lacking = [key for key in missing if not key.startswith(unused)]
     if lacking:
         raise UserError(
             f"model.base = {source.name}: its files lack {len(lacking)} weights that are not the head's "
@@ -114,20 +128,20 @@ def classifier_settings(
     """Return the arguments of `from_pretrained` for a base with a head, except the location."""
     settings = settings_of(run.model, run.quantization, machine) | config_settings(labels, pad_token_id)
     if run.quantization is not None:
-        settings["quantization_config"].llm_int8_skip_modules = head_of(build_classifier(config, len(labels)))
+        settings["quantization_config"].llm_int8_skip_modules = head_of(
+            build_classifier(config, len(labels), run.model.task), run.model.task
+        )
     return settings
 
 
-def read_classifier(source: BaseSource, settings: dict[str, Any]) -> tuple[Any, list[str]]:
+def read_classifier(source: BaseSource, settings: dict[str, Any], task: str) -> tuple[Any, list[str]]:
     """Load a base with a head by Transformers alone; return it and the names of weights that its files lack.
 
     Raises:
         UserError: it cannot be loaded.
     """
-    from transformers import AutoModelForSequenceClassification
-
     with loading(source, "model"):
-        base, report = AutoModelForSequenceClassification.from_pretrained(
+        base, report = HEAD_TASKS[task].auto_class.from_pretrained(
             source.location,
             revision=source.revision,
             local_files_only=source.only_local,
@@ -141,50 +155,61 @@ def read_classifier(source: BaseSource, settings: dict[str, Any]) -> tuple[Any, 
 
 def config_settings(labels: Sequence[str], pad_token_id: int | None) -> dict[str, Any]:
     """Return what plain Transformers is to be given to build the same head; decoders find a text's end by padding."""
-    found: dict[str, Any] = {
-        "id2label": dict(enumerate(labels)),
-        "label2id": {name: n for n, name in enumerate(labels)},
-    }
+    found: dict[str, Any] = (
+        {}
+        if not labels
+        else {
+            "id2label": dict(enumerate(labels)),
+            "label2id": {name: n for n, name in enumerate(labels)},
+        }
+    )
     return found if pad_token_id is None else found | {"pad_token_id": pad_token_id}
 
 
-def require_classifies(config: Any, name: str) -> None:
+def require_classifies(config: Any, name: str, task: str) -> None:
     """Raise UserError for an architecture that Transformers has no head of classes for."""
-    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise UserError(
-            f"model.base = {name}: Transformers has no head for sequence classification on {config.model_type}", FIX
-        )
+    if not HEAD_TASKS[task].takes(config):
+        what = task.replace("-", " ")
+        raise UserError(f"model.base = {name}: Transformers has no head for {what} on {config.model_type}", FIX)
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"model.base = {name}: {config.model_type} is an encoder with a decoder", FIX)
 
 
-def build_classifier(config: Any, labels: int) -> Any:
+def build_classifier(config: Any, labels: int, task: str) -> Any:
     """Build a base with a head on the meta device."""
-    from transformers import AutoModelForSequenceClassification
-
-    names = [str(number) for number in range(labels)]
-    named = {"id2label": dict(enumerate(names)), "label2id": {name: n for n, name in enumerate(names)}}
-    config = type(config).from_dict(config.to_dict() | named)
+    if labels:
+        names = [str(number) for number in range(labels)]
+        named = {"id2label": dict(enumerate(names)), "label2id": {name: n for n, name in enumerate(names)}}
+        config = type(config).from_dict(config.to_dict() | named)
     with quiet(), torch.device("meta"):
-        return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+        return HEAD_TASKS[task].auto_class.from_config(config, trust_remote_code=False)
 
 
-def head_of(base: Any) -> list[str]:
-    """Return paths of the modules that are trained whole: those beside the backbone, and its pooler."""
+def head_of(base: Any, task: str) -> list[str]:
+    """Return paths of the modules that are trained whole: those beside the backbone, and its pooler.
+
+    Embeddings have no head.
+    """
+    if task == "embedding":
+        return []
     beside = [
         name
         for name, module in base.named_children()
         if name != base.base_model_prefix and any(True for _ in module.parameters())
     ]
-    return beside + [path for path, _ in base.named_modules() if path.endswith(".pooler")]
+    return beside + poolers_of(base)
+
+
+def poolers_of(base: Any) -> list[str]:
+    """Return paths of modules that compute an output of a whole text, which embeddings do not use."""
+    return [path for path, _ in base.named_modules() if path.rpartition(".")[2] == "pooler"]
 
 
 def classifier_shapes(base: Any, head: Sequence[str]) -> Shapes:
     """Return the shapes of a base with a head, whose modules no adapter is put on."""
     shapes = shapes_of(base)
-    inside = {path for path in shapes.linears if path in head or path.startswith(tuple(f"{name}." for name in head))}
+    aside = (*head, *poolers_of(base))
+    inside = {path for path in shapes.linears if path in aside or path.startswith(tuple(f"{name}." for name in aside))}
     embedded = next((m for path, m in base.named_modules() if path.endswith(".position_embeddings")), None)
     positions, padding = shapes.positions, getattr(embedded, "padding_idx", None)
     if positions is not None and padding is not None:  # RoBERTa numbers its positions from behind the padding's
@@ -194,11 +219,13 @@ def classifier_shapes(base: Any, head: Sequence[str]) -> Shapes:
 
 def classifier_positions(model: Model, labels: int) -> int | None:
     """Return the most tokens that a classifier can read; None: no limit is known."""
-    base = build_classifier(find_config(model), labels)
-    return classifier_shapes(base, head_of(base)).positions
+    base = build_classifier(find_config(model), labels, model.task)
+    return classifier_shapes(base, head_of(base, model.task)).positions
 
 
-def attach_classifier(classifier: Classifier, adapter: Adapter, seed: int, gradient_checkpointing: bool) -> Any:
+def attach_classifier(
+    classifier: Classifier, adapter: Adapter, task: str, seed: int, gradient_checkpointing: bool
+) -> Any:
     """Put a new adapter on a base with a head, in place; return PEFT's wrapper around it.
 
     Raises:
@@ -209,10 +236,12 @@ def attach_classifier(classifier: Classifier, adapter: Adapter, seed: int, gradi
 
         targets = classifier_shapes(*classifier).targets(adapter)
         config = find_method(adapter).configure(adapter, sorted(targets))
-        config.task_type, config.modules_to_save = "SEQ_CLS", list(classifier.head)
+        config.task_type, config.modules_to_save = HEAD_TASKS[task].task_type, list(classifier.head) or None
         torch.manual_seed(seed)
         model = get_peft_model(classifier.base, config)
-        config.modules_to_save = list(classifier.head)  # PEFT adds the usual names of heads, each time that it loads
+        config.modules_to_save = (
+            list(classifier.head) or None
+        )  # PEFT adds the usual names of heads, each time that it loads
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for path in classifier.head:

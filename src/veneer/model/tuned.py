@@ -29,7 +29,14 @@ from veneer.data.template import names_file
 from veneer.machine.device import find_machine
 from veneer.model.adapters import from_error
 from veneer.model.attach import load_adapter
-from veneer.model.classifier import classifier_positions, classifier_settings, find_labels, has_head, read_classifier
+from veneer.model.classifier import (
+    classifier_positions,
+    classifier_settings,
+    find_labels,
+    has_head,
+    read_classifier,
+    renderer_of,
+)
 from veneer.model.fingerprint import stored_quantization
 from veneer.model.load import base_stop_ids, compute_dtype, freeze, load_model, load_tokenizer
 from veneer.model.locate import BaseSource, fetched_folder, locate
@@ -134,12 +141,12 @@ class TunedModel:
         positions = classifier_positions(self.model, len(labels))
         longest = min(self.data.max_length, self.data.max_length if positions is None else positions + 1)
         data = self.data.model_copy(update={"overlong": "truncate", "max_length": longest})
-        return LabelledRenderer(load_tokenizer(place), data, labels)
+        return renderer_of(self.model.task, load_tokenizer(place), data, labels)
 
     @property
     def base_has_head(self) -> bool:
         """Whether the base had a head of its own, which training began with."""
-        return has_head(find_config(self.model))
+        return has_head(find_config(self.model), self.model.task)
 
     def load_classifier(self, device: str | None = None, dtype: torch.dtype | None = None) -> Any:
         """Load a classifier as plain PEFT does: a base with a fresh head, and the adapter with the trained one.
@@ -157,7 +164,9 @@ class TunedModel:
         run = Run(model=model, data=self.data or Data(train="-"), quantization=self.quantization)
         renderer = self.labelled_renderer
         config, pad = find_config(self.model), renderer.tokenizer.pad_token_id
-        base, _ = read_classifier(self.source, classifier_settings(run, config, renderer.labels, pad, machine))
+        base, _ = read_classifier(
+            self.source, classifier_settings(run, config, renderer.labels, pad, machine), model.task
+        )
         freeze(base)
         return load_adapter(base, self.adapter)
 

@@ -35,7 +35,7 @@ class PlannedClassifier(PlannedModel):
 
     Args:
         model: the base.
-        labels: number of labels.
+        labels: number of labels; 0: there is no head.
         data: lengths of the training and of the held-out rows; or the reason why there are none.
 
     Raises:
@@ -43,17 +43,17 @@ class PlannedClassifier(PlannedModel):
     """
 
     def __init__(self, model: Model, labels: int, data: tuple[Lengths, Lengths] | str) -> None:
-        self.config, self.labels = find_config(model), labels
-        require_classifies(self.config, model.base)
+        self.config, self.labels, self.task = find_config(model), labels, model.task
+        require_classifies(self.config, model.base, self.task)
         base = self.build()
-        self.head = head_of(base)
+        self.head = head_of(base, self.task)
         self.name, self.data = model.base, data
         self.shapes = classifier_shapes(base, self.head)
         self.download_bytes = 0 if is_local(model) else self.shapes.total * 4
 
     def build(self) -> Any:
         """Build the base with its head on the meta device."""
-        return build_classifier(self.config, self.labels)
+        return build_classifier(self.config, self.labels, self.task)
 
     def head_sizes(self) -> list[int]:
         """Return the sizes of the head's parameters."""
@@ -149,10 +149,10 @@ class ClassifierPlanner(Planner):
         trace = Trace()
         with trace, torch.set_grad_enabled(step.training):
             trace.mark("forward", "activations")
-            logits_BC = base(input_ids=ids_BL).logits
+            outputs = base(input_ids=ids_BL)[0]  # logits, or hidden states
             if step.training:
                 trace.mark("backward", "working set")
-                logits_BC.sum().backward()
+                outputs.sum().backward()
         return DryRun(dict(trace.peaks), trace.total_work())
 
     def _run_seconds(self, run: Run, rows: RowShapes) -> tuple[Seconds | None, Seconds | None]:

@@ -144,7 +144,8 @@ def _predict_classifier(run: Run, target: TargetDevice, data: PreparedData | str
         train, held_out, _ = data.lengths()
         base = PlannedClassifier(run.model, len(labels_of(data.renderer)), (train, held_out))
     else:
-        base = PlannedClassifier(run.model, len(run.data.labels or ("", "")), data)
+        labels = 0 if run.model.task == "embedding" else len(run.data.labels or ("", ""))
+        base = PlannedClassifier(run.model, labels, data)
     planner = ClassifierPlanner(base, target)
     return Prediction(run, planner, planner.forecast(run), [])
 

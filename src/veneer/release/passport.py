@@ -18,6 +18,7 @@ from veneer.model.lineage import gguf_origin
 from veneer.model.load import compute_dtype
 from veneer.model.locate import BaseSource, local_folder
 from veneer.model.passport import FILE, adapter_fingerprints, base_fingerprints, base_name, read_passport
+from veneer.model.pooling import find_pooling
 from veneer.release.redact import public_settings
 from veneer.training.choose_objective import name_objective
 from veneer.training.job import TrainingJob, environment
@@ -66,8 +67,9 @@ def _classifier(job: TrainingJob) -> dict[str, Any]:
     return {
         "classifier": {
             "labels": list(labels_of(job.renderer)),
-            "head": sorted(job.model.peft_config["default"].modules_to_save),
+            "head": sorted(job.model.peft_config["default"].modules_to_save or ()),
             "pad_token_id": job.tokenizer.pad_token_id,
+            **({"pooling": find_pooling(job.run.model)} if job.run.model.task == "embedding" else {}),
         }
     }
 

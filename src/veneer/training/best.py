@@ -6,15 +6,22 @@ records in metrics.jsonl keep: a resumed run reads it back from there.
 
 import math
 from collections.abc import Collection, Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 from veneer.config import EarlyStopping, Run, UserError
 
 LOSS = "loss"
-OF_LABELS = ("accuracy", "macro_f1")  # what an evaluation of a classifier measures beside its loss
+# What an evaluation measures beside the loss, of models that write no text; by `model.task`.
+OF_TASKS = {
+    "sequence-classification": ("accuracy", "macro_f1"),
+    "token-classification": ("entity_f1", "entity_precision", "entity_recall", "accuracy"),
+    "embedding": ("mrr", "recall@1"),
+}
 # Values of an evaluation's record that a best step may be found by, with their better values.
 BETTER = {
-    **dict.fromkeys(("rewards/margins", "rewards/accuracies", "rewards/chosen", "logps/chosen", *OF_LABELS), "higher"),
+    **dict.fromkeys(("rewards/margins", "rewards/accuracies", "rewards/chosen", "logps/chosen"), "higher"),
+    **dict.fromkeys(chain.from_iterable(OF_TASKS.values()), "higher"),
     **dict.fromkeys((LOSS, "perplexity", "rewards/rejected", "logps/rejected"), "lower"),
 }
 

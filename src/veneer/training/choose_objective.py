@@ -10,6 +10,7 @@ from veneer.config import Run, UserError
 from veneer.data.pipeline import Prepared
 from veneer.engine.objective import LIKELIHOOD, Objective
 from veneer.training.objectives import OBJECTIVES
+from veneer.training.objectives.in_batch import InBatchNegatives
 
 # What rows each learns from, the usual objective of such rows first.
 LEARNS = {"sft": "single", "dpo": "pairs", "kto": "rated", "orpo": "pairs", "simpo": "pairs", "cpo": "pairs"}
@@ -33,7 +34,7 @@ def choose_objective(run: Run, data: Prepared) -> Objective:
         UserError: The rows do not suit it, or a setting does not.
     """
     if run.model.task != "causal-lm":
-        return LIKELIHOOD
+        return InBatchNegatives() if run.model.task == "embedding" else LIKELIHOOD
     name = name_objective(run, data)
     for other in LEARNS:
         if other not in ("sft", name) and getattr(run.train, other) is not None:

@@ -28,7 +28,7 @@ from veneer.data.batch import Batch, Batches, Example
 from veneer.data.pipeline import Prepared
 from veneer.data.render import Renderer
 from veneer.engine.choose import EngineChoice, choose
-from veneer.engine.classifier import ClassifierEngine
+from veneer.engine.head_engine import head_engine
 from veneer.engine.interface import BatchShapes, Engine, document_losses
 from veneer.engine.objective import TrainedTokens
 from veneer.engine.placement import MemoryPlacement
@@ -38,7 +38,7 @@ from veneer.model.load import compute_dtype
 from veneer.model.start import base_sha256, start_sha256
 from veneer.planning.memory import optimizer_bytes, run_disk_bytes
 from veneer.training import checkpoint
-from veneer.training.best import BETTER, LOSS, OF_LABELS, BestStep, require_evaluations
+from veneer.training.best import BETTER, LOSS, OF_TASKS, BestStep, require_evaluations
 from veneer.training.choose_objective import choose_objective
 from veneer.training.held_out import HeldOutRows
 from veneer.training.loop import Loop, held_out_batching
@@ -158,11 +158,11 @@ class TrainingJob:
         self.machine, self.source, self.tokenizer = parts.machine, parts.source, parts.tokenizer
         self.renderer, self.data, self.model = parts.renderer, parts.data, parts.model
         self.prediction, self.start = parts.prediction, parts.start
-        self.choice = (
-            choose(self.model, run.train, self.machine.device, self.data.train, self.data.has_pairs)
-            if run.model.task == "causal-lm"
-            else EngineChoice(ClassifierEngine.of(self.model, self.tokenizer), "classifiers run on Transformers")
-        )
+        if run.model.task == "causal-lm":
+            self.choice = choose(self.model, run.train, self.machine.device, self.data.train, self.data.has_pairs)
+        else:
+            engine = head_engine(run.model, self.model, self.tokenizer, run.train.temperature)
+            self.choice = EngineChoice(engine, "classifiers run on Transformers")
         self.engine = self.choice.engine
         self.parameters = count_parameters(self.model)
         train = run.train
@@ -222,7 +222,7 @@ class TrainingJob:
         """Refuse settings that follow what is not measured, before the model is loaded."""
         run, objective = self.run, choose_objective(self.run, data)
         recorded = (LOSS, *objective.held_out_metrics(0.0), *metric_names(objective))
-        during = run.evaluate.during if run.model.task == "causal-lm" else OF_LABELS
+        during = OF_TASKS.get(run.model.task, run.evaluate.during)
         measured = dict.fromkeys((*filter(BETTER.__contains__, recorded), *during))
         require_evaluations(run, len(data.validation), measured)
         if self._make_during is not None and during and len(data.validation):

@@ -14,11 +14,13 @@ def weigh_labels(run: Run, data: Prepared, labels: Sequence[str]) -> None:
     Raises:
         UserError: training rows have a single label, or lack one.
     """
-    counts = Counter(int(example.ids[-1]) for example in data.train)
-    require_classes(counts, labels, str(run.data.train), run.data.validation)
+    counts = Counter(int(label) for example in data.train for label in example.ids[example.weights > 0])
+    if run.model.task == "sequence-classification":
+        require_classes(counts, labels, str(run.data.train), run.data.validation)
     weights = run.train.class_weights
     if weights == "none":
         return
     if weights == "balanced":
-        weights = tuple(counts.total() / (len(labels) * counts[number]) for number in range(len(labels)))
+        # Of tags, some may be held out alone.
+        weights = tuple(counts.total() / (len(labels) * max(1, counts[number])) for number in range(len(labels)))
     data.train.label_weights = data.validation.label_weights = weights

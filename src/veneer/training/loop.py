@@ -241,6 +241,7 @@ class Loop:
         """Add gradients of micro-batches, times the scale, to those that are there; returns the sums over all."""
         allocate_states(self._optimizer)  # before the passes, so that they have what is left from the first step on
         complete, objective = self._with_reference, self._objective
+        batches = objective.begin_step(self._engine, batches)
         return _sums([self._engine.forward_backward(complete(batch).scaled(scale), objective) for batch in batches])
 
     def _gradients(

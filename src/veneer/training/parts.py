@@ -10,6 +10,7 @@ from typing import Any
 
 from veneer.config import Run, UserError
 from veneer.config.sizes import parse_size
+from veneer.config.task import LABELLED
 from veneer.data.pipeline import Prepared, prepare
 from veneer.data.render import Renderer
 from veneer.engine.placement import MemoryPlacement
@@ -79,7 +80,7 @@ def load_parts(
     renderer = make_renderer(run, tokenizer)
     data = prepare(run.data, renderer, run.train.seed)
     choose_objective(run, data)
-    if run.model.task != "causal-lm":
+    if run.model.task in LABELLED:
         weigh_labels(run, data, labels_of(renderer))
     examine(data, renderer)
     start = find_start(run, source, renderer.template)
@@ -101,7 +102,7 @@ def load_parts(
         classifier = load_classifier(source, run, labels_of(renderer), tokenizer.pad_token_id, machine)
         _require_embeddings(classifier.base, tokenizer, data)
         model = attach_classifier(
-            classifier, run.adapter, run.train.seed, run.train.gradient_checkpointing is not False
+            classifier, run.adapter, run.model.task, run.train.seed, run.train.gradient_checkpointing is not False
         )
         model.peft_config["default"].base_model_name_or_path = source.reference
         return RunParts(machine, source, tokenizer, renderer, data, prediction, model, start)

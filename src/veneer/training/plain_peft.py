@@ -14,7 +14,7 @@ import torch
 from veneer.config import JobError, Run
 from veneer.data.batch import Example
 from veneer.data.render import Renderer
-from veneer.engine.classifier import ClassifierEngine
+from veneer.engine.head_engine import head_engine, texts_of
 from veneer.machine.device import find_machine, release_memory, rng_state, set_rng_state
 from veneer.model.attach import load_adapter
 from veneer.model.classifier import classifier_settings, labels_of, read_classifier
@@ -45,8 +45,8 @@ def require_same_scores(
         base = load_plain(run, source, renderer)
         model = load_adapter(base, folder)
         shortest = sorted(range(len(rows)), key=lambda row: len(rows[row].ids))[:ROWS]
-        texts = [torch.from_numpy(rows[row].ids[:-1]).long() for row in shortest]
-        trained, plain = engine.scores(texts), ClassifierEngine.of(model, renderer.tokenizer).scores(texts)
+        texts = [text for row in shortest for text in texts_of(run.model.task, rows[row])]
+        trained, plain = engine.scores(texts), head_engine(run.model, model, renderer.tokenizer).scores(texts)
         dtype = base.get_input_embeddings().weight.dtype
         limit = LIMITS.get(dtype, LIMIT_16_BITS) * max(1.0, trained.abs().max().item())
         difference = (trained - plain).abs().max().item()
@@ -67,7 +67,9 @@ def require_same_scores(
 def load_plain(run: Run, source: BaseSource, renderer: Renderer) -> Any:
     """Load a run's base with a fresh head as its users do, with Transformers alone."""
     labels, pad = labels_of(renderer), renderer.tokenizer.pad_token_id
-    base, _ = read_classifier(source, classifier_settings(run, find_config(run.model), labels, pad, find_machine()))
+    base, _ = read_classifier(
+        source, classifier_settings(run, find_config(run.model), labels, pad, find_machine()), run.model.task
+    )
     freeze(base)
     return base
 

@@ -18,6 +18,7 @@ HEAD = 1 << 16  # bytes of a file, after decompression, that tell what it is
 JSON = "json"  # lines or array: the first character tells
 SUFFIXES = {".json": JSON, ".jsonl": JSON, ".ndjson": JSON, ".csv": "csv", ".tsv": "tsv"}
 SUFFIXES |= {".txt": "text", ".text": "text", ".md": "text"}
+SUFFIXES |= {".conll": "conll", ".iob": "conll", ".iob2": "conll", ".bio": "conll"}
 SUFFIXES |= {".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow"}
 PACKED = (".gz", ".zst", ".zstd")
 BOM = b"\xef\xbb\xbf"

@@ -46,7 +46,7 @@ def read_blocks(
     Raises:
         UserError: The source holds no rows, is damaged, or cannot be read. Blocks may have been given before.
     """
-    by_line = source.kind in ("json lines", "csv", "tsv", "text")
+    by_line = source.kind in ("json lines", "csv", "tsv", "text", "conll")
     empty = True
     with as_user_errors(source.location, setting):
         for numbers, rows in _pieces(source, setting, text_by, max_row_bytes):
@@ -95,6 +95,8 @@ def _pieces(source: DataSource, setting: str, text_by: str, longest: int) -> Ite
             yield from _grouped(_json_array(stream, source.name, setting, longest))
         elif source.kind == "text":
             yield from _grouped(_texts(stream, text_by, longest))
+        elif source.kind == "conll":
+            yield from _grouped(_sentences(stream, longest))
         else:
             yield from _grouped(_csv(stream, source, setting, longest))
 
@@ -290,6 +292,12 @@ def _texts(stream: BinaryIO, text_by: str, longest: int) -> Iterator[Item]:
                 held = []
     if any(line.strip() for line in held):
         yield first, *_joined(held, longest)
+
+
+def _sentences(stream: BinaryIO, longest: int) -> Iterator[Item]:
+    """Lines of a word and its tag, up to a blank line."""
+    for number, row, size in _texts(stream, "paragraph", longest):
+        yield number, {"conll": row["text"]} if isinstance(row, dict) else row, size
 
 
 def _joined(lines: list[bytes], longest: int) -> tuple[Row, int]:

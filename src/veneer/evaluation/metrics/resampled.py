@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from veneer.training.intervals import Interval
+from veneer.training.intervals import Interval, proportion
 
 RESAMPLES = 2000
 BOUNDS = (0.025, 0.975)
@@ -39,6 +39,11 @@ class Pooled(ABC):
     def shown(self, statistic: Any) -> Any:
         """Transform the statistic into the value that is shown, rising with it."""
         return statistic
+
+    @property
+    def value(self) -> float:
+        """The value alone, which takes no resamples."""
+        return float(self.shown(self._whole()))
 
     @property
     def interval(self) -> Interval:
@@ -79,6 +84,40 @@ class RowMean(Pooled):
 
     def counts(self) -> Any:
         return np.stack([np.asarray(self.values, dtype=np.float64), np.ones(len(self.values))], axis=1)
+
+    def statistic(self, sums_SK: Any) -> Any:
+        return sums_SK[:, 0] / sums_SK[:, 1]
+
+
+class PooledShares(Pooled):
+    """A share of parts of rows; where it is 0 or 1 no resample differs, and the rows that have parts are counted."""
+
+    @property
+    def unit(self) -> str:
+        return "share"
+
+    @property
+    def interval(self) -> Interval:
+        value = self.value
+        if value not in (0.0, 1.0):
+            return super().interval
+        rows = int((np.asarray(self.counts())[:, 1:].sum(axis=1) > 0).sum())
+        return proportion(round(value * rows), rows) if rows else Interval(value, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class PooledShare(PooledShares):
+    """The share of all parts of all rows of which something is true, such as words that are tagged rightly.
+
+    Attributes:
+        hits, parts: number of those parts, and of all, of each row.
+    """
+
+    hits: Sequence[int]
+    parts: Sequence[int]
+
+    def counts(self) -> Any:
+        return np.stack([self.hits, self.parts], axis=1).astype(np.float64)
 
     def statistic(self, sums_SK: Any) -> Any:
         return sums_SK[:, 0] / sums_SK[:, 1]

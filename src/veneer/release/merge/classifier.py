@@ -14,12 +14,15 @@ from veneer.config import JobError, UserError
 from veneer.config.files import file_sha256
 from veneer.config.folder import whole_folder, write_json
 from veneer.config.options import require_known
-from veneer.engine.classifier import ClassifierEngine
+from veneer.engine.head_engine import head_engine
+from veneer.model.head_tasks import HEAD_TASKS
+from veneer.model.pooling import find_pooling
 from veneer.model.quiet import quiet
 from veneer.model.tuned import TunedModel
 from veneer.release.merge.merged import DTYPES, Merged, copy_licence
 from veneer.release.output import require_free, require_space
 from veneer.release.redact import name_of
+from veneer.release.sentence_transformers import write_sentence_transformers
 
 # Largest difference of logits, as a share of the largest one: rounding, of weights with so many bits.
 LIMITS = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
@@ -50,7 +53,7 @@ def merge_classifier(
     require_space(out, count * DTYPES[dtype].itemsize)
     renderer = tuned.labelled_renderer
     texts = _texts(live.config.vocab_size)
-    before = ClassifierEngine.of(live, renderer.tokenizer).scores(texts)
+    before = head_engine(tuned.model, live, renderer.tokenizer).scores(texts)
     changed = sum("lora_A" in name or "modules_to_save" in name for name, _ in live.named_parameters())
     with quiet():
         merged = live.merge_and_unload().to(DTYPES[dtype])
@@ -58,6 +61,9 @@ def merge_classifier(
         with quiet():
             merged.save_pretrained(unfinished)
             renderer.tokenizer.save_pretrained(unfinished)
+        if tuned.model.task == "embedding":
+            size, most = merged.config.hidden_size, renderer.settings.max_length - 1
+            write_sentence_transformers(unfinished, find_pooling(tuned.model), size, most)
         copy_licence(tuned.base_folder, unfinished)
         facts = {"adapter": name_of(tuned.name), "adapter_sha256": file_sha256(tuned.weights), "dtype": dtype}
         write_json(unfinished / "merge.json", facts | {"veneer": veneer.__version__, "passport": tuned.passport})
@@ -77,11 +83,11 @@ def _texts(vocabulary: int) -> list[torch.Tensor]:
 def _require_scores(
     folder: Path, tuned: TunedModel, texts: list[torch.Tensor], before: torch.Tensor, limit: float
 ) -> None:
-    from transformers import AutoModelForSequenceClassification
-
     with quiet():
-        plain = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
-    after = ClassifierEngine.of(plain, tuned.labelled_renderer.tokenizer).scores(texts)
+        plain = HEAD_TASKS[tuned.model.task].auto_class.from_pretrained(
+            folder, use_safetensors=True, dtype=torch.float32
+        )
+    after = head_engine(tuned.model, plain, tuned.labelled_renderer.tokenizer).scores(texts)
     difference, most = (before - after).abs().max().item(), limit * max(1.0, before.abs().max().item())
     if not difference <= most:
         raise JobError(

@@ -5,8 +5,16 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from veneer.model.head_tasks import HEAD_TASKS
+
 if TYPE_CHECKING:
     from veneer.release.publish.card import Facts
+
+PIPELINES = {  # the hub's names
+    "sequence-classification": "text-classification",
+    "token-classification": "token-classification",
+    "embedding": "sentence-similarity",
+}
 
 
 def classifier_card(facts: "Facts") -> str:
@@ -21,6 +29,9 @@ def classifier_card(facts: "Facts") -> str:
     body = environment.from_string(text).render(
         name=facts.name,
         base=facts.base,
+        task=run.model.task,
+        pooling=passport["classifier"].get("pooling"),
+        prefix=HEAD_TASKS[run.model.task].auto,
         labels=passport["classifier"]["labels"],
         head=passport["classifier"]["head"],
         is_pair=False,
@@ -36,7 +47,11 @@ def classifier_card(facts: "Facts") -> str:
         metrics=facts.scores.get("metrics"),
         scored=facts.scores.get("rows"),
     )
-    head = {"library_name": "peft", "pipeline_tag": "text-classification", "tags": ["lora", "transformers", "veneer"]}
+    head = {
+        "library_name": "peft",
+        "pipeline_tag": PIPELINES[run.model.task],
+        "tags": ["lora", "transformers", "veneer"],
+    }
     if facts.hub_id:
         head |= {"base_model": facts.hub_id, "base_model_relation": "adapter"}
     if facts.licence:
