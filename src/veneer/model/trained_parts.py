@@ -112,9 +112,7 @@ def _modules(shapes: Shapes, names: Sequence[str]) -> frozenset[str]:
     return frozenset(found)
 
 
-def _rows(
-    shapes: Shapes, named: Sequence[int] | Mapping[str, Sequence[int]]
-) -> dict[str, tuple[int, ...]]:
+def _rows(shapes: Shapes, named: Sequence[int] | Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
     setting = "trainable_token_indices"
     by_name = dict(named) if isinstance(named, Mapping) else {str(shapes.tokens): named} if named else {}
     ends = [path for path in (*shapes.embeddings, shapes.head) if path is not None]

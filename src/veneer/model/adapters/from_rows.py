@@ -61,7 +61,9 @@ def _of_checkpoint(model: Any, folder: Path) -> Mapping[str, torch.Tensor]:
 
     held = load_file(folder / "adapter_model.safetensors")
     layers = {name: layer for name, layer in model.named_modules() if "default" in getattr(layer, "lora_A", ())}
-    return {name: held.get(f"{name}.lora_A.weight", torch.empty(0, layer.in_features)) for name, layer in layers.items()}
+    return {
+        name: held.get(f"{name}.lora_A.weight", torch.empty(0, layer.in_features)) for name, layer in layers.items()
+    }
 
 
 def _forward(model: Any, inputs: Mapping[str, torch.Tensor]) -> None:
