@@ -98,11 +98,12 @@ def allocate_states(optimizer: torch.optim.Optimizer) -> None:
 
 def get_state(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str]) -> dict[str, torch.Tensor]:
     """Return the optimizer's state as tensors by name (`<parameter>/<state>`), for safetensors."""
+    copies = not isinstance(optimizer, FullOptimizer)  # bitsandbytes' states share tables, and those of whole weights none
     tensors = {}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
-            tensors[f"{names[parameter]}/{key}"] = tensor.detach().cpu().contiguous()
+            tensors[f"{names[parameter]}/{key}"] = tensor.detach().to("cpu", copy=copies).contiguous()
     return tensors
 
 
