@@ -1,8 +1,8 @@
 """What an adapter that began otherwise than at zero is worth once it is saved, on a real base.
 
 For each value of adapter.init_lora_weights a short run is trained in float32, and its logits on held-out text are
-compared: live against plain PEFT with the saved adapter, and against it with the adapter rounded to bfloat16, as a share
-of what the adapter changes.
+compared: live against plain PEFT with the saved adapter, and against it with the adapter rounded to bfloat16, as a
+share of what the adapter changes.
 
     OMP_NUM_THREADS=1 python -m bench.first_values --steps 10 --out bench/results/first_values.json
 """

@@ -32,7 +32,8 @@ def training_of(run: Run) -> Any:
     load_job(run).fit()
     folder = RunFolder(run.train.output_dir)
     files = sorted(str(path) for path in (*Path().rglob("*"), *Path(run.model.base).rglob("*")))
-    adapter = hashlib.sha256((folder.adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+    (weights,) = folder.delivered.glob("*.safetensors")
+    adapter = hashlib.sha256(weights.read_bytes()).hexdigest()
     return {
         "metrics": [_without(line, TIMED) for line in read_metrics(folder.metrics)],
         "adapter": adapter,

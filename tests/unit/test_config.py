@@ -27,6 +27,7 @@ def test_the_smallest_file_names_base_and_data(tmp_path: Path) -> None:
     run = load_run(write(tmp_path, SMALLEST))
     assert run.train.output_dir == Path("runs/tickets")
     assert run.quantization is None
+    assert run.adapter is not None
     assert run.adapter.target_modules == "all-linear"
 
 
@@ -39,6 +40,7 @@ def test_overrides_win_and_can_drop_a_section(tmp_path: Path) -> None:
     path = write(tmp_path, SMALLEST + "quantization: {bits: 4}\ntrain: {seed: 1}\n")
     run = load_run(path, ["train.seed=7", "quantization=null", "adapter.target_modules=[q_proj, v_proj]"])
     assert (run.train.seed, run.quantization) == (7, None)
+    assert run.adapter is not None
     assert run.adapter.target_modules == ("q_proj", "v_proj")
 
 

@@ -163,7 +163,9 @@ def test_a_run_is_planned_resumed_verified_merged_and_certified(
         return tiny_run(base, rows, tmp_path / name, adapter=adapter, train=train)
 
     planned = planner_of(run("whole"), "8GiB").forecast(run("whole"))
-    assert planned.trainable == count_parameters(attach(loaded(base), run("whole").adapter, 0))["trainable"]
+    assert (
+        planned.trainable == count_parameters(attach(loaded(base), run("whole").adapter or Adapter(), 0))["trainable"]
+    )
     assert planned.engine == engine
     job = TrainingJob(run("whole"))
     job.fit()
@@ -203,7 +205,7 @@ def test_what_it_does_not_take_is_refused(
     with pytest.raises(UserError, match=said):
         planner_of(run, "8GiB").forecast(run)
     with pytest.raises(UserError, match=said):
-        attach(loaded(tiny_model()), run.adapter, 0)
+        attach(loaded(tiny_model()), run.adapter or Adapter(), 0)
     with pytest.raises(UserError, match=said):
         veneer.train(run)
 

@@ -82,6 +82,7 @@ def test_a_saved_adapter_is_plain_lora_on_the_original_base(
     checkpoint = tmp_path / "run" / "checkpoints" / "step-000004"
     assert (live - logits_of(loaded(base))).abs().max() > 1e-3, "the adapter changes the model"
     assert (saved - live).abs().max() <= 1e-5
+    assert run.adapter is not None
     begun = dict(attach(loaded(base), run.adapter, run.train.seed).named_parameters())
     held = [load_file(f / "adapter_model.safetensors") for f in (checkpoint, tmp_path / "run" / "adapter")]
     for name, value in held[0].items():
@@ -132,7 +133,9 @@ def test_a_run_is_planned_resumed_merged_and_certified(
         return tiny_run(tiny_model(), rows, tmp_path / name, adapter={"init_lora_weights": kind}, train=train)
 
     planned = planner_of(run("whole"), "8GiB").forecast(run("whole"))
-    assert planned.trainable == count_parameters(attach(loaded(tiny_model()), run("whole").adapter, 0))["trainable"]
+    adapter = run("whole").adapter
+    assert adapter is not None
+    assert planned.trainable == count_parameters(attach(loaded(tiny_model()), adapter, 0))["trainable"]
     assert planned.engine_reason == "the fused engine does not cover adapters of the method PiSSA or OLoRA"
     veneer.train(run("whole"))
     with pytest.raises(Interrupted):

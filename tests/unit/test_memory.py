@@ -113,7 +113,7 @@ def test_a_chunk_of_the_loss_counts_for_all_that_are_alike(
     asked = step(shapes, training=training)
     monkeypatch.setattr(linear_cross_entropy, "CHUNK_BYTES", tokens * 4 * shapes.vocabulary)
     few = run_dry(make, 2, None, asked)
-    monkeypatch.setattr(linear_cross_entropy, "_starts", lambda count, chunk, is_meta: range(0, count, chunk))
+    monkeypatch.setattr(linear_cross_entropy, "chunk_starts", lambda count, chunk, is_meta: range(0, count, chunk))
     assert few == run_dry(make, 2, None, asked)
 
 

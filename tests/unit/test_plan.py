@@ -200,7 +200,7 @@ def test_methods_side_by_side_and_the_largest_base_of_each() -> None:
     assert found["full"]["largest"]["24GiB"] == "Qwen/Qwen2.5-1.5B"
     assert {method: row["longest_row"] for method, row in found.items()} == {"full": 6144, "lora": 8192, "qlora": 8192}
     cards = {method: row["smallest_card"] for method, row in found.items()}
-    assert cards == {"full": "h100", "lora": "a10", "qlora": "rtx 4060"}
+    assert cards == {"full": "a100 80gb", "lora": "a10", "qlora": "rtx 4060"}
 
 
 def test_the_longest_row_fits_and_a_longer_one_does_not() -> None:

@@ -43,6 +43,7 @@ def test_the_sweep_of_ranks_is_of_the_demos_run() -> None:
 @pytest.mark.parametrize("name", GUIDES)
 def test_a_guides_recipe_has_the_guides_settings(name: str) -> None:
     run = load_run(RECIPES / "guides" / f"{name}.yaml")
+    assert run.adapter is not None
     assert GUIDES[name] == (
         run.adapter.r,
         run.adapter.lora_alpha,

@@ -69,6 +69,7 @@ VALUES: dict[str, Any] = {
     "train.simpo": {"beta": 0.5},
     "train.cpo": {"beta": 0.5},
     "train.learning_rate": 5e-3,
+    "train.optim_rank": 4,
     "train.warmup_ratio": 0.5,  # half of the default is no step of a short run
 }
 LABELLED: dict[str, dict[str, Any]] = {
@@ -77,7 +78,7 @@ LABELLED: dict[str, dict[str, Any]] = {
 }
 CLASSIFIES = LABELLED | {"model": {"task": "sequence-classification"}}
 # What must be so for a setting to act.
-WHERE: dict[str, dict[str, dict[str, Any]]] = {
+WHERE: dict[str, dict[str, Any]] = {
     "model.revision": {"model": {"base": "org/tiny"}},
     "model.task": LABELLED,
     "data.labels": CLASSIFIES,
@@ -114,6 +115,8 @@ WHERE: dict[str, dict[str, dict[str, Any]]] = {
         for name in ("orpo", "simpo", "cpo")
     },
     "train.num_train_epochs": {"train": {"max_steps": None}},
+    "train.optim_rank": {"adapter": "none", "train": {"optim": "apollo_adamw"}},
+    "train.master_weights": {"adapter": "none", "model": {"dtype": "bfloat16"}},
     "train.gradient_accumulation_steps": {"train": {"gradient_accumulation_steps": 2}},
     "train.eval_steps": {"data": {"validation": 2}},
     "train.early_stopping": {"data": {"validation": 2}, "train": {"eval_steps": 1}},
@@ -225,7 +228,7 @@ def settings(name: str) -> dict[str, Any]:
         "evaluate": {"max_new_tokens": 4},
     }
     for section, changes in WHERE.get(name, {}).items():
-        values[section] = values[section] | changes
+        values[section] = changes if isinstance(changes, str) else values[section] | changes
     return values
 
 

@@ -161,7 +161,8 @@ def _evaluate_run(
         loaded = load_tuned(tuned)
         most = (max(len(row.example.ids) for row in held_out), max(row.example.trained for row in held_out))
         at_a_time = rows_at_a_time(run, Padded(len(held_out), *most), loaded.target)
-        engine = ReferenceEngine(loaded.model)  # judges by other code than the adapter was trained by
+        # It judges by other code than the adapter was trained by.
+        engine = ReferenceEngine(loaded.model, load_base=tuned.load_base)
         request.on_begin(2 * request.answers(held_out, request.suites))
         partial = PartialAnswers.of_rows(folder.other_evaluations, facts_of(tuned), held_out, settings)
         responder = ModelResponder(loaded.model, engine, loaded.renderer, at_a_time)
@@ -181,7 +182,9 @@ def _evaluate_run(
             beside = replace(beside, tasks=measured)
         result = gated(request, result, beside)
         if is_record and not force:
-            evaluated = Evaluated(result, save_evaluation(folder, result, loaded.base, beside), True, beside)
+            evaluated = Evaluated(
+                result, save_evaluation(folder, result, tuned.trained_from or loaded.base, beside), True, beside
+            )
         else:
             file = save_beside(folder, request.file_name(count), result, data, beside)
             evaluated = Evaluated(result, file, False, beside)

@@ -64,7 +64,7 @@ def save_evaluation(
     beside = beside or Beside()
     run = load_run(folder.run)
     dtype = compute_dtype(run.model, find_machine())
-    facts = {"judged": judged_by(run, folder.adapter, dtype)}
+    facts = {"judged": judged_by(run, folder.delivered, dtype)}
     kept = _kept(folder, facts, _sample_lines(evaluation))
     write_text(folder.samples, _sample_lines(evaluation))
     if beside.compared:

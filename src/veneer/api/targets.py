@@ -120,7 +120,8 @@ class AdapterTarget:
         loaded = load_tuned(self.tuned)
         run = Run(model=self.tuned.model, quantization=self.tuned.quantization, data=Data(train="-"))
         size = _rows_at_a_time(loaded.run or run, work, loaded.target)
-        yield ModelResponder(loaded.model, ReferenceEngine(loaded.model), loaded.renderer, size)
+        engine = ReferenceEngine(loaded.model, load_base=self.tuned.load_base)
+        yield ModelResponder(loaded.model, engine, loaded.renderer, size)
 
     def facts(self) -> dict[str, Any]:
         return facts_of(self.tuned)

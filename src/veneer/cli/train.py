@@ -44,7 +44,7 @@ def train(
     mode: Resume = "auto" if resume_auto else resume
     checks.require_output(folder, mode, overwrite)
     out = show.console(as_json)
-    if mode == "auto" and folder.adapter.exists():
+    if mode == "auto" and folder.delivered.exists():
         from veneer.training.job import finished
 
         if (result := finished(settings)) is not None:
@@ -89,10 +89,11 @@ def _show_result(out: Any, result: Any, as_json: bool, what: str) -> None:
     if result.best_step is not None:
         which = "last" if result.kept_step == result.steps else "best"
         out.print(
-            f"adapter  that of the {which} step, {result.kept_step}; the best value was {result.best_value:.4g} after "
+            f"kept     that of the {which} step, {result.kept_step}; the best value was {result.best_value:.4g} after "
             f"step {result.best_step}"
         )
-    out.print(f"files    {result.run_dir}: adapter/ loss.png metrics.jsonl ledger.json", markup=False)
+    delivered = RunFolder(Path(result.run_dir)).delivered.name
+    out.print(f"files    {result.run_dir}: {delivered}/ loss.png metrics.jsonl ledger.json", markup=False)
     ledger = read_json(RunFolder(Path(result.run_dir)).ledger, "rows")
     follows = "evaluate" if ledger["rows"]["validation"] else "generate"
     out.print(f"next     {show.command_name()} {follows} {shlex.quote(str(result.run_dir))}", markup=False)

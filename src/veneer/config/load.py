@@ -240,7 +240,11 @@ def _apply(override: str, values: dict[str, Any], places: dict[Path_, str]) -> N
     places[parts] = f"override `{override}`"
     target = values
     if len(parts) == 2:
-        if not isinstance(values.get(parts[0]), dict):
+        if isinstance(given := values.get(parts[0]), str):
+            raise UserError(
+                f"override `{_show(override)}`: the run has `{parts[0]}: {given}`", "leave one of the two out"
+            )
+        if not isinstance(given, dict):
             values[parts[0]] = {}
         target = values[parts[0]]
     target[parts[-1]] = value

@@ -13,6 +13,8 @@ from veneer.config.errors import UserError
 from veneer.config.files import file_sha256, read_json
 from veneer.config.folder import write_json
 
+# Of these a checkpoint has the adapter's files, or the configuration of a whole model.
+CONFIG = "config.json"
 ADAPTER, ADAPTER_CONFIG, OPTIMIZER, RNG, MANIFEST = (
     "adapter_model.safetensors",
     "adapter_config.json",
@@ -49,7 +51,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except (ValueError, TypeError):
         raise UserError(f"{path / MANIFEST}: missing or damaged", damaged) from None
     own = manifest.pop(OWN, None)
-    unlisted = [name for name in (ADAPTER, ADAPTER_CONFIG, OPTIMIZER, RNG) if name not in listed]
+    weights = (CONFIG,) if CONFIG in listed else (ADAPTER, ADAPTER_CONFIG)
+    unlisted = [name for name in (*weights, OPTIMIZER, RNG) if name not in listed]
     if unlisted or not before or manifest.get("step") != step:
         why = f"it leaves out {unlisted[0]}" if unlisted else f"it is of step {manifest.get('step')}"
         raise UserError(f"{path / MANIFEST}: damaged: {why if before else 'it says nothing of base and data'}", damaged)

@@ -34,6 +34,11 @@ class AdapterFolder:
     path: Path
     run: RunFolder | None
 
+    @property
+    def is_full(self) -> bool:
+        """Whether it is a whole model instead, of a run that trains all weights."""
+        return self.run is not None and (self.path / "config.json").is_file()
+
 
 def find_adapter(name: str) -> AdapterFolder | None:
     """The adapter that a name stands for; None: nothing of that name holds a run or an adapter.
@@ -49,17 +54,17 @@ def find_adapter(name: str) -> AdapterFolder | None:
     path = Path(name).expanduser()
     run = RunFolder(path)
     if run.run.is_file():
-        if not run.adapter.is_dir():
+        if not run.delivered.is_dir():
             raise UserError(f"{name}: the run has no adapter yet", _finish(run))
-        return AdapterFolder(run.adapter, run)
+        return AdapterFolder(run.delivered, run)
     if _HUB_ID.match(name) and not path.parent.exists():
         fetched = adapter_folder(name)
         return AdapterFolder(fetched, None) if fetched is not None else None
-    if not (path / "adapter_config.json").is_file():
-        return None
     whole = path.absolute()
     owner = RunFolder(whole.parent.parent)
     is_checkpoint = whole.parent == owner.checkpoints and owner.run.is_file()
+    if not (path / "adapter_config.json").is_file() and not (is_checkpoint and (path / "config.json").is_file()):
+        return None
     return AdapterFolder(path, owner if is_checkpoint else None)
 
 
@@ -72,7 +77,7 @@ def require_adapter(name: str) -> AdapterFolder:
     found = find_adapter(name) or AdapterFolder(Path(name).expanduser(), None)
     if not found.path.is_dir():
         raise UserError(f"{name}: no such folder", "name the folder of a run or of an adapter, or an adapter's hub id")
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
+    for file in () if found.is_full else ("adapter_config.json", "adapter_model.safetensors"):
         if not (found.path / file).is_file():
             held = ", ".join(sorted(path.name for path in found.path.iterdir())[:6]) or "nothing"
             raise UserError(

@@ -10,7 +10,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, PositiveFloat, Tag, ValidationInfo, field_validator
+from pydantic import Discriminator, Field, PositiveFloat, Tag, ValidationInfo, field_serializer, field_validator
 
 from veneer.config.objectives import Cpo, Dpo, Kto, Orpo, Simpo, settings_of
 from veneer.config.rows import rows_as_file
@@ -81,7 +81,7 @@ TokenId = Annotated[int, Field(strict=True, ge=0)]
 
 
 class Adapter(Section):
-    """The LoRA adapter, as in PEFT's LoraConfig."""
+    """The LoRA adapter, as in PEFT's LoraConfig; `adapter: none` trains all weights instead (docs/full.md)."""
 
     method: Literal["lora", "dora"] = Field(
         "lora",
@@ -392,8 +392,28 @@ class Train(Section):
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of the steps in which the learning rate rises.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled decay.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping by global norm; 0 turns it off.")
-    optim: Literal["auto", "adamw_torch", "adamw_8bit", "adamw_32bit", "paged_adamw_8bit", "paged_adamw_32bit"] = Field(
-        "auto", description="auto: adamw_8bit on a GPU, adamw_torch elsewhere."
+    optim: Literal[
+        "auto",
+        "adamw_torch",
+        "adamw_8bit",
+        "adamw_32bit",
+        "paged_adamw_8bit",
+        "paged_adamw_32bit",
+        "galore_adamw",
+        "apollo_adamw",
+    ] = Field(
+        "auto",
+        description="auto: adamw_8bit on a GPU, adamw_torch elsewhere. galore_adamw and apollo_adamw, with `adapter: "
+        "none`: the moments of linear layers are kept in `optim_rank` dimensions (arXiv 2403.03507, 2412.05270).",
+    )
+    optim_rank: int = Field(
+        256, ge=1, description="Dimensions of galore_adamw's and apollo_adamw's moments, for layers wider than that."
+    )
+    master_weights: Literal["auto", "float32", "none"] = Field(
+        "auto",
+        description="With `adapter: none` in bfloat16: float32: the optimizer updates a copy in float32; none: it "
+        "updates the weights, and rounds up or down by chance, so that small updates count on average; auto: float32 "
+        "if that fits in memory.",
     )
     gradient_checkpointing: bool | Literal["auto"] = Field(
         "auto",
@@ -501,10 +521,32 @@ class Run(Section):
 
     model: Model
     quantization: Quantization | None = None
-    adapter: Adapter = Adapter()
+    adapter: Adapter | None = Field(
+        Adapter(),
+        description="Section of the adapter, or `none` for full fine-tuning.",
+        json_schema_extra={"fix": "write a section such as {r: 16}, or `adapter: none` to train all weights"},
+    )
     data: Data
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _adapter_or_none(cls, value: Any, info: ValidationInfo) -> Any:
+        """Take `none`; refuse an empty section, which is more likely forgotten than full fine-tuning."""
+        if value is None and info.context is not None and info.context["is_text"]:
+            raise ValueError("is empty")
+        return None if value == "none" else value
+
+    @field_serializer("adapter", mode="wrap")
+    def _none_by_name(self, value: Adapter | None, write: Any) -> Any:
+        return "none" if value is None else write(value)
+
+    @property
+    def releases_gradients(self) -> bool:
+        """Whether each weight of full fine-tuning is updated as soon as it has its gradient, which is then dropped."""
+        train = self.train
+        return self.adapter is None and train.max_grad_norm == 0 and train.gradient_accumulation_steps == 1
 
     if not TYPE_CHECKING:  # a type checker knows the arguments by the fields
 

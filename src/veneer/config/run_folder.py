@@ -15,7 +15,7 @@ from veneer.config.paths import require_path
 # What commands write into a run's folder, and how files begin that were never finished.
 _WRITTEN = {
     *("run.yaml", "environment.json", "plan.json", "ledger.json", "pii.jsonl", "metrics.jsonl", "events.jsonl"),
-    *("loss.png", "checkpoints", "adapter", "evaluation.json", "samples.jsonl", "evaluations", "report.html"),
+    *("loss.png", "checkpoints", "adapter", "model", "evaluation.json", "samples.jsonl", "evaluations", "report.html"),
     *("certificate.json", "certificate.html"),
 }
 _TEMPORARY = tuple(f".{name}." for name in sorted(_WRITTEN))
@@ -51,9 +51,15 @@ class RunFolder:
     loss_plot = _Inside("loss.png")
     checkpoints = _Inside("checkpoints")
     adapter = _Inside("adapter")
+    model = _Inside("model")  # in place of the adapter, where all weights were trained
     evaluation = _Inside("evaluation.json")
     samples = _Inside("samples.jsonl")
     other_evaluations = _Inside("evaluations")  # on other rows, or with other settings, than the run's record
+
+    @property
+    def delivered(self) -> Path:
+        """What a finished run delivers: its adapter, or its whole model."""
+        return self.model if self.model.is_dir() else self.adapter
 
     def holds_run(self) -> bool:
         """Whether anything is here that a new run would mix with.
@@ -176,7 +182,7 @@ class RunFolder:
         if free < needed_bytes:
             raise UserError(
                 f"train.output_dir = {self.path}: {free / 2**20:,.0f} MiB free, the run needs about "
-                f"{needed_bytes / 2**20:,.0f} MiB for adapter and checkpoints",
+                f"{needed_bytes / 2**20:,.0f} MiB for its weights and checkpoints",
                 "free space, name another train.output_dir, or lower train.save_total_limit",
             )
         _require_inodes(parent, f"train.output_dir = {self.path}")

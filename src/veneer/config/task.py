@@ -32,12 +32,18 @@ def require_settings(run: Run) -> None:
     """Raise UserError for a setting that has no effect on a run of its task."""
     is_causal = run.model.task == "causal-lm"
     if not is_causal:
+        if run.adapter is None:
+            raise UserError(
+                f"adapter = none: all weights are trained of models that write text alone, and model.task = "
+                f"{run.model.task}",
+                "leave `adapter: none` out: an adapter is trained, and the head with it",
+            )
         _require_default(run, OF_ANSWERS)
     if run.model.task not in LABELLED:
         _require_default(run, OF_LABELS, "sequence-classification")
     if run.model.task != "embedding":
         _require_default(run, OF_EMBEDDINGS, "embedding")
-    if is_causal:
+    if run.adapter is None or is_causal:
         return
     if run.train.engine == "fused":
         raise UserError(

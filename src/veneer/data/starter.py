@@ -90,6 +90,10 @@ def preference_page(named: str, start: str, file: str) -> tuple[str, dict[str, s
 def _same_model(before: Run, start: str) -> dict[str, Any]:
     """Base, quantization and shape of the adapter of a run, to start from it."""
     model = before.model.model_dump(mode="json", exclude_defaults=True) | {"adapter": start}
+    if before.adapter is None:
+        raise UserError(
+            f"--start {start}: all weights were trained, so it has no adapter", f"name {start}/model as base"
+        )
     shape = before.adapter.model_dump(mode="json", exclude={"lora_dropout"})
     quantization = {"quantization": before.quantization.model_dump(mode="json")} if before.quantization else {}
     return {"model": model, **quantization, "adapter": shape}

@@ -25,10 +25,12 @@ from veneer.engine.fused.engine import FusedEngine
 from veneer.engine.interface import Engine
 from veneer.engine.reference import ReferenceEngine
 from veneer.engine.temporary import first_blocks, lies_on_host
+from veneer.model.full import is_full
 
 FUSED_DEVICES = ("cuda",)  # where `auto` takes the fused engine
 PROBE = (160, 96)  # tokens of the rows that the engines are compared on
 EVEN = (256, 256)  # the same for rows of one length, which go through cuDNN's attention where it is available
+FULL_REASON = "full fine-tuning has no other"
 # Of a model in the host's memory, so much is checked: kinds of blocks alternate at most (Gemma 2), and a part of the
 # vocabulary is enough for the kernels.
 CHECKED_BLOCKS, CHECKED_VOCABULARY = 2, 16_384
@@ -86,6 +88,11 @@ def build(model: Any, train: Train, device: str) -> EngineChoice:
         JobError: the model lies in the host's memory, and the fused engine does not cover it.
     """
     made: list[Engine] = []
+
+    if is_full(model):
+        if train.engine == "fused":
+            raise UserError(f"train.engine = fused: {FULL_REASON}", "set train.engine to auto or reference")
+        return EngineChoice(ReferenceEngine(model, for_cpu=device == "cpu"), FULL_REASON)
 
     def not_covered() -> str | None:
         try:

@@ -57,6 +57,7 @@ class Step:
         capability: major compute capability of the GPU, where the engine has kernels of its own for it.
         accumulating: whether gradients of an earlier micro-batch are held.
         training: whether there is a backward; else only the held-out loss is computed.
+        releases: whether gradients are dropped as soon as they are whole.
         copies: whether 4-bit weights have 16-bit copies beside them, as on a CPU with memory for them.
         parts: biases, modules and rows that are trained beside the adapter's matrices.
     """
@@ -83,6 +84,7 @@ class Step:
     copies: bool = False
     rank_pattern: tuple[tuple[str, int], ...] = ()
     parts: TrainedParts = NO_PARTS
+    releases: bool = False
 
     def rank_of(self, path: str) -> int:
         """Return the rank of a module's adapter."""
@@ -136,9 +138,7 @@ def run_dry(
         step: the micro-batch.
         chunks_head: whether `head_is_linear` is true of the model; None: it is asked.
     """
-    if step.method == "full":
-        chunks_head = False
-    elif chunks_head is None:
+    if chunks_head is None:
         chunks_head = head_is_linear(make(period or depth))
 
     def run(layers: int, ends: int) -> DryRun:
@@ -200,9 +200,16 @@ def _run(base: Any, step: Step, period: int, chunked_head: bool) -> tuple[dict[s
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=contexts)
     base.train()
     _follow_backward(decoder_layers(base), trace, period)
+
+    def on_gradient(parameter: torch.Tensor) -> None:
+        if step.releases:
+            parameter.grad = None
+        else:
+            trace.assign(parameter.grad, "gradients")  # type: ignore[arg-type]
+
     for parameter in base.parameters():
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(lambda p: trace.assign(p.grad, "gradients"))
+            parameter.register_post_accumulate_grad_hook(on_gradient)
             if step.accumulating:
                 parameter.grad = torch.zeros_like(parameter)  # made before the trace: the planner counts it
     with trace, _counting_chunks(trace):

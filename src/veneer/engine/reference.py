@@ -32,9 +32,11 @@ from veneer.engine.positions import switch_of
 from veneer.engine.prefix import can_share, hidden_after_prefix, shared_tokens
 from veneer.engine.temporary import no_dropout
 from veneer.kernels.linear_cross_entropy import linear_cross_entropy
+from veneer.kernels.trained_head import trained_head_cross_entropy
 from veneer.machine.device import return_freed_memory
 from veneer.model.attach import adapter_off
 from veneer.model.dense import adapter_beside_copies
+from veneer.model.full import is_full, weights_of
 
 TRIM_EVERY = 8  # passes between two trims of the heap
 PADDING = 1.25  # largest ratio of padded to real tokens in a group of rows
@@ -59,12 +61,14 @@ class PaddedRows:
 
 
 class ReferenceEngine:
-    """Runs a PEFT model as it is.
+    """Runs a PEFT model as it is, or one that is trained whole.
 
     Args:
-        model: PEFT model from `veneer.model.attach` or `load_adapter`; to measure losses alone, a base without adapter.
+        model: PEFT model from `veneer.model.attach` or `load_adapter`; a model that is trained whole; to measure losses
+            alone, a base without adapter.
         for_cpu: whether to compute a prefix that rows share once, where the model allows it, and attention and adapters
             as is fastest on a CPU.
+        load_base: function that loads the base of a model that was trained whole, for `adapter_off`; None: not known.
     """
 
     name = "reference"
@@ -72,8 +76,10 @@ class ReferenceEngine:
     shares_prompts = False
     master = None
 
-    def __init__(self, model: Any, for_cpu: bool = False) -> None:
+    def __init__(self, model: Any, for_cpu: bool = False, load_base: Callable[[], Any] | None = None) -> None:
         self.model = model
+        self._one_pass = False
+        self._load_base = load_base
         self._base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._device = self._base.get_input_embeddings().weight.device
         # Apple's GPU has no float64.
@@ -119,7 +125,7 @@ class ReferenceEngine:
         """Return log-probabilities in the batch's order; `go_back` is called with those of each group of rows first."""
         trained = int((batch.targets_T >= 0).sum())
         found_N = torch.empty(trained, dtype=self._sum_dtype, device=self._device)
-        for rows in _rows(batch, self._device, self._switch, self._shares):
+        for rows in _rows(batch, self._device, self._switch, self._shares, self._one_pass):
             with self._cpu_passes(rows):
                 logprobs_N = token_logprobs(self._base, rows, self.chunked_head)
                 go_back(rows, logprobs_N)
@@ -139,12 +145,24 @@ class ReferenceEngine:
         """See `Engine.plan_memory`; Transformers follows the setting."""
         return whole_blocks(self._base.config.get_text_config().num_hidden_layers, gradient_checkpointing)
 
+    def run_in_one_pass(self) -> bool:
+        """Pad all rows of a batch alike from now on, so that one backward gives each weight its whole gradient.
+
+        Returns:
+            Whether it does; not where rows must lie on one side of a length at which the model changes.
+        """
+        self._one_pass = self._switch is None
+        return self._one_pass
+
     def tighten(self) -> None:
         """See `Engine.tighten`: it has no other placement."""
         return None
 
     def adapter_off(self) -> AbstractContextManager[None]:
         """See `Engine.adapter_off`."""
+        if is_full(self.model):
+            assert self._load_base is not None, "the base of a model that was trained whole"
+            return weights_of(self.model, self._load_base)
         return adapter_off(self.model)
 
     def dropout_off(self) -> AbstractContextManager[None]:
@@ -173,7 +191,7 @@ class ReferenceEngine:
     def _head_is_linear(self) -> bool:
         """Return whether head(last hidden state) equals the model's logits on eight tokens."""
         head = self._base.get_output_embeddings()
-        if type(head) is not torch.nn.Linear or head.weight.requires_grad or self._base.base_model is self._base:
+        if type(head) is not torch.nn.Linear or self._base.base_model is self._base:
             return False
         self.model.eval()
         ids_BL = torch.arange(8, device=self._device)[None] % head.weight.shape[0]
@@ -193,7 +211,9 @@ def token_logprobs(base: Any, rows: PaddedRows, chunked_head: bool) -> torch.Ten
         head = base.get_output_embeddings()
         hidden_BLD = hidden_after_prefix(base, rows.ids_BL, rows.shared) if rows.shared else _hidden(base, rows.ids_BL)
         hidden_ND = hidden_BLD[rows.row_N, rows.column_N - rows.shared]
-        losses_N = linear_cross_entropy(hidden_ND, head.weight, head.bias, rows.targets_N)
+        trains_head = head.weight.requires_grad and torch.is_grad_enabled()
+        of_head = trained_head_cross_entropy if trains_head else linear_cross_entropy
+        losses_N = of_head(hidden_ND, head.weight, head.bias, rows.targets_N)
     else:
         logits_BLV = base(input_ids=rows.ids_BL, use_cache=False).logits
         logits_NV = logits_BLV[rows.row_N, rows.column_N].float()
@@ -206,11 +226,13 @@ def _hidden(base: Any, ids_BL: torch.Tensor) -> torch.Tensor:
     return hidden_BLD
 
 
-def _rows(batch: Batch, device: torch.device, switch: int | None, share: bool = False) -> list[PaddedRows]:
-    """Return a packed batch as groups of right-padded rows."""
+def _rows(
+    batch: Batch, device: torch.device, switch: int | None, share: bool = False, one_pass: bool = False
+) -> list[PaddedRows]:
+    """Return a packed batch as groups of right-padded rows, or as a single one."""
     order_T = (batch.targets_T >= 0).cumsum(0) - 1
     parts = [torch.split(t, list(batch.lengths)) for t in (batch.ids_T, batch.targets_T, batch.weights_T, order_T)]
-    groups = padded_groups(batch.lengths, switch)
+    groups = [list(range(len(batch.lengths)))] if one_pass else padded_groups(batch.lengths, switch)
     return [_pad([[part[document] for document in group] for part in parts], device, share) for group in groups]
 
 

@@ -10,13 +10,14 @@ import torch
 
 from veneer.machine.device import rng_state, set_rng_state
 from veneer.model.adapters import find_method
+from veneer.model.full import is_full
 
 REACH = 0.1  # size of the adapters' output in checks relative to their input's, whatever their rank and scale
 
 
 @contextmanager
 def preserve_adapter(model: Any) -> Iterator[None]:
-    """On exit, restore the adapter, in place, and the random number generators; gradients are dropped."""
+    """On exit, restore the trained weights, in place, and the random number generators; gradients are dropped."""
     adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
     saved = [parameter.detach().clone() for parameter in adapter]
     rng = rng_state()
@@ -31,6 +32,8 @@ def preserve_adapter(model: Any) -> Iterator[None]:
 
 def fill_zeros(model: Any) -> None:
     """Fill the adapter's matrices that are zero at first with small random values, so that others get gradients."""
+    if is_full(model):
+        return
     config = model.peft_config["default"]
     method = find_method(config)
     torch.manual_seed(0)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.config import Evaluate, UserError
-from veneer.config.files import file_sha256, read_json_lines
+from veneer.config.files import read_json_lines
 from veneer.config.folder import make_folder, write_text
 from veneer.config.notify import notify_on_error
 from veneer.data.pipeline import HeldOut
@@ -113,7 +113,7 @@ class PartialAnswers:
 def facts_of(tuned: TunedModel) -> dict[str, Any]:
     """Return what identifies an adapter on its base."""
     return {
-        "adapter": file_sha256(tuned.weights),
+        "adapter": tuned.weights_sha256,
         "base": fingerprint(tuned.source) or tuned.source.reference,
         "quantization": tuned.quantization.model_dump() if tuned.quantization else None,
         "dtype": tuned.dtype_name,

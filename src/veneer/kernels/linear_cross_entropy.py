@@ -50,7 +50,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses_N = torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
         gradient_ND = torch.empty_like(hidden_ND) if wants_gradient else None
         chunk = max(1, CHUNK_BYTES // (4 * len(weight_VD)))
-        for start in _starts(len(hidden_ND), chunk, hidden_ND.is_meta):
+        for start in chunk_starts(len(hidden_ND), chunk, hidden_ND.is_meta):
             part = slice(start, start + chunk)
             logits_nV = F.linear(hidden_ND[part], weight_VD, bias_V).float()
             logprobs_nV = torch.log_softmax(logits_nV, dim=-1)
@@ -70,7 +70,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (gradient_ND * grads[0][:, None]).to(gradient_ND.dtype), None, None, None
 
 
-def _starts(tokens: int, chunk: int, is_meta: bool) -> Iterator[int]:
+def chunk_starts(tokens: int, chunk: int, is_meta: bool) -> Iterator[int]:
     """Yield where chunks begin: all of them; on meta tensors the first, one for all between, and the last."""
     starts = range(0, tokens, chunk)
     if not is_meta or len(starts) < 4:

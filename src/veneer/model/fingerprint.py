@@ -7,10 +7,11 @@ detected; a single changed byte may not be, but `veneer certify` detects it.
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 from veneer.config import Quantization, UserError
-from veneer.config.files import read_json
+from veneer.config.files import file_sha256, read_json
 from veneer.model.locate import BaseSource, local_folder
 from veneer.model.shards import ALL_DTYPES, DamagedError, Piece, UnknownTypeError, find_files, read_header
 
@@ -36,6 +37,13 @@ def fingerprint(source: BaseSource) -> str | None:
         digest.update(f"{piece.name} {ALL_DTYPES[piece.kind]} {piece.shape}\n".encode())
         _sample(piece, digest)
     return digest.hexdigest()
+
+
+def trained_sha256(folder: Path) -> str | None:
+    """Return what identifies trained weights: SHA-256 of an adapter's file, or the fingerprint of a whole model."""
+    if (folder / "adapter_config.json").is_file():
+        return file_sha256(folder / "adapter_model.safetensors")
+    return fingerprint(BaseSource("folder", str(folder), str(folder)))
 
 
 def config_sha256(source: BaseSource) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any
 from veneer.config import Quantization, UserError
 from veneer.config.files import file_sha256, read_json, reading
 from veneer.config.notify import notify
-from veneer.model.fingerprint import config_sha256, fingerprint, stored_quantization
+from veneer.model.fingerprint import config_sha256, fingerprint, stored_quantization, trained_sha256
 from veneer.model.locate import BaseSource
 
 FILE = "passport.json"
@@ -103,7 +103,7 @@ def adapter_fingerprints(folder: Path) -> dict[str, str | None]:
     return {
         "tokenizer_sha256": file_sha256(folder / "tokenizer.json"),
         "chat_template_sha256": hashlib.sha256(template.read_bytes() if template.is_file() else b"").hexdigest(),
-        "adapter_sha256": file_sha256(folder / "adapter_model.safetensors"),
+        "adapter_sha256": trained_sha256(folder),
         "adapter_config_sha256": _adapter_config_sha256(folder),
     }
 

@@ -22,6 +22,7 @@ from veneer.model.locate import BaseSource
 from veneer.model.passport import Passport, read_passport, require_match
 from veneer.model.quiet import quiet
 
+LOW_RANK = ("galore_adamw", "apollo_adamw")  # optimizers of whole weights
 FIX = "restore it, or fetch it again"
 
 
@@ -38,7 +39,10 @@ def find_start(run: Run, source: BaseSource, template: str | None) -> Path | Non
     Raises:
         UserError: there is no such adapter, it is of another base, or of another form than the settings say.
     """
+    require_possible(run)
     name, adapter = run.model.adapter, run.adapter
+    if adapter is None:
+        return None
     setting = f"adapter.init_lora_weights = {adapter.init_lora_weights}"
     if starts_from_base(adapter) and run.train.weight_decay:
         raise UserError(
@@ -50,8 +54,13 @@ def find_start(run: Run, source: BaseSource, template: str | None) -> Path | Non
     if name is None:
         return None
     found = require_adapter(name)
+    if found.is_full:
+        raise UserError(
+            f"model.adapter = {name}: that run trained all weights, so it has no adapter",
+            f"name {found.path} in model.base",
+        )
     passport = read_passport(found.path)
-    if found.run is not None and found.path != found.run.adapter:
+    if found.run is not None and found.path != found.run.delivered:
         _require_base_of_checkpoint(found.path, name, source)
     elif passport is None:
         _warn_of_another_base(found.path, name, source)
@@ -88,6 +97,60 @@ def find_start(run: Run, source: BaseSource, template: str | None) -> Path | Non
             )
     _warn_of_changes(found.path, passport, run, template)
     return found.path
+
+
+def require_possible(run: Run, is_4bit: bool = False) -> None:
+    """Raise UserError for settings that full fine-tuning cannot take, or that it alone can.
+
+    Args:
+        run: settings.
+        is_4bit: whether the base's files are in 4 bits.
+    """
+    train = run.train
+    if run.adapter is not None:
+        if train.optim in LOW_RANK:
+            raise UserError(
+                f"train.optim = {train.optim}: it keeps moments of whole weights in few dimensions, and an adapter's "
+                "matrices have few already",
+                "set train.optim: auto, or `adapter: none` to train all weights",
+            )
+        return
+    if run.quantization is not None or is_4bit:
+        what = "quantization" if run.quantization is not None else f"model.base = {run.model.base}"
+        raise UserError(
+            f"{what}: weights in 4 bits cannot be trained, and `adapter: none` trains all weights",
+            "leave the section `quantization` out, and name a base in 16 or 32 bits; or train an adapter",
+        )
+    if run.model.adapter is not None:
+        raise UserError(
+            f"model.adapter = {run.model.adapter}: `adapter: none` trains the base's own weights",
+            "merge it first (`veneer merge`) and name that folder in model.base, or leave one of the two out",
+        )
+    if run.model.task != "causal-lm":
+        raise UserError(
+            f"model.task = {run.model.task}: its head is trained beside an adapter, and `adapter: none` has none",
+            "leave `adapter: none` out",
+        )
+    if run.data.add_special_tokens is not None:
+        raise UserError(
+            "data.add_special_tokens: `adapter: none` trains the base as it is, with which the result is compared",
+            "add the tokens to the base, save it (resize_token_embeddings, save_pretrained) and name that folder",
+        )
+    if run.model.dtype == "float16":
+        raise UserError(
+            "model.dtype = float16: small updates of whole weights are lost in it, and large ones overflow",
+            "set model.dtype: bfloat16 or float32",
+        )
+    if train.optim.startswith("paged"):
+        raise UserError(
+            f"train.optim = {train.optim}: states of whole weights are not paged",
+            "set train.optim: adamw_8bit or apollo_adamw, whose states are small",
+        )
+    if train.reference == "live":
+        raise UserError(
+            "train.reference = live: it would be a second copy of all weights, as `adapter: none` trains them",
+            "set train.reference: cached",
+        )
 
 
 def base_sha256(source: BaseSource) -> dict[str, str | None]:

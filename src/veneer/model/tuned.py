@@ -37,7 +37,7 @@ from veneer.model.classifier import (
     read_classifier,
     renderer_of,
 )
-from veneer.model.fingerprint import stored_quantization
+from veneer.model.fingerprint import stored_quantization, trained_sha256
 from veneer.model.load import base_stop_ids, compute_dtype, freeze, load_model, load_tokenizer
 from veneer.model.locate import BaseSource, fetched_folder, locate
 from veneer.model.new_tokens import add_rows
@@ -62,6 +62,8 @@ class TunedModel:
         data: settings by which training rendered its rows; None: they are not known.
         run: run of the adapter; None: it has none.
         folder: folder of the run.
+        trained_from: the base, where all of its weights were trained: `adapter` is the whole model then, and `model`
+            and `source` name it as well.
     """
 
     name: str
@@ -74,11 +76,17 @@ class TunedModel:
     data: Data | None = None
     run: Run | None = None
     folder: RunFolder | None = None
+    trained_from: Model | None = None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is a whole model, and no adapter."""
+        return self.trained_from is not None
 
     @property
     def is_checkpoint(self) -> bool:
-        """Whether it is a checkpoint, and not the run's final adapter."""
-        return self.folder is not None and self.adapter != self.folder.adapter
+        """Whether it is a checkpoint, and not what the run delivers."""
+        return self.folder is not None and self.adapter != self.folder.delivered
 
     @cached_property
     def base_folder(self) -> Path:
@@ -88,6 +96,11 @@ class TunedModel:
             UserError: they cannot be fetched.
         """
         return fetched_folder(self.source)
+
+    @property
+    def weights_sha256(self) -> str | None:
+        """What identifies the trained weights."""
+        return trained_sha256(self.adapter)
 
     @property
     def weights(self) -> Path:
@@ -113,7 +126,8 @@ class TunedModel:
         """
         require_answers(self.model, self.name)
         if not self._brings_tokenizer:
-            return Renderer(load_tokenizer(self.source, self.data), self.data)
+            source = locate(self.trained_from) if self.trained_from is not None else self.source
+            return Renderer(load_tokenizer(source, self.data), self.data)
         tokenizer = load_tokenizer(BaseSource("folder", str(self.adapter), str(self.adapter)))
         data = self.data
         if data is not None and names_file(data.chat_template):
@@ -179,8 +193,8 @@ class TunedModel:
     def corrects_rounding(self) -> bool:
         """Whether the adapter began with the error of its base's 4 bits, so that it belongs to no other bits."""
         settings = (self.passport or {}).get("settings") or {}
-        adapter = self.run.adapter.model_dump() if self.run is not None else settings.get("adapter") or {}
-        return bool(adapter.get("init_lora_weights") == from_error.KIND)
+        adapter = self.run.model_dump()["adapter"] if self.run is not None else settings.get("adapter") or {}
+        return isinstance(adapter, dict) and bool(adapter.get("init_lora_weights") == from_error.KIND)
 
     @property
     def config(self) -> Any:
@@ -194,7 +208,9 @@ class TunedModel:
     @property
     def tokenizer_folder(self) -> Path:
         """The folder of the tokenizer to ship."""
-        return self.adapter if self._brings_tokenizer else self.base_folder
+        if self._brings_tokenizer:
+            return self.adapter
+        return self.base_folder if self.trained_from is None else fetched_folder(locate(self.trained_from))
 
     @property
     def _brings_tokenizer(self) -> bool:
@@ -220,9 +236,26 @@ class TunedModel:
         require_answers(self.model, self.name)
         model = self.model if dtype is None else self.model.model_copy(update={"dtype": _named(dtype)})
         base = load_model(self.source, model, self.quantization, find_machine())
+        if self.is_full:
+            return base
         if self.added_tokens:
             add_rows(base, self.renderer.tokenizer, self.added_tokens)
         return load_adapter(base, self.adapter)
+
+    def load_base(self) -> Any:
+        """Load the base of a model that was trained whole, to the host's memory, in the precision of training.
+
+        Raises:
+            UserError: it is not here, or is not what the model was trained from.
+        """
+        assert self.trained_from is not None
+        model = self.trained_from.model_copy(update={"dtype": self.dtype_name})
+        try:
+            source = locate(model)
+        except UserError as error:
+            raise base_not_here(self.name, error) from None
+        require_match(self.adapter, self.passport, source)
+        return load_model(source, model, None, replace(find_machine(), device="cpu"))
 
 
 def find_tuned(name: str, base: str | None = None, force: bool = False, is_merged: bool = False) -> TunedModel:
@@ -239,10 +272,19 @@ def find_tuned(name: str, base: str | None = None, force: bool = False, is_merge
     """
     found = require_adapter(name)
     adapter, folder = found.path, found.run
-    if folder is not None and adapter != folder.adapter:
+    if folder is not None and adapter != folder.delivered:
         read_manifest(adapter)
     passport = read_passport(adapter)
     run = load_run(folder.run) if folder is not None else None
+    if found.is_full and run is not None:
+        if is_merged:
+            raise UserError(f"{name}: all weights were trained, so nothing can be taken out", "take the base itself")
+        require_match(adapter, passport, None, force)
+        trained_from = run.model if base is None else run.model.model_copy(update={"base": base, "revision": None})
+        dtype = _dtype(folder, run.model)
+        own = Model(base=str(adapter), dtype=_named(dtype), attn_implementation=run.model.attn_implementation)
+        parts = (name, adapter, passport, own, locate(own), None, dtype, run.data)
+        return TunedModel(*parts, run=run, folder=folder, trained_from=trained_from)
     settings = run or _run_of_passport(adapter, passport)
     model = _base(adapter, run, settings, passport)
     if base is not None:

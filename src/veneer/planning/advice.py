@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from veneer.config import Data, Run
+from veneer.config import Adapter, Data, Run
 from veneer.engine.fused import flash4
 from veneer.engine.fused.attention import SHORT
 from veneer.model.adapters import find_method
@@ -93,12 +93,18 @@ class Situation:
     file_type: str | None = None
 
     @property
+    def adapter(self) -> Adapter:
+        """The adapter's settings; rules about it are not asked of full fine-tuning."""
+        assert self.run.adapter is not None
+        return self.run.adapter
+
+    @property
     def scale(self) -> float:
-        return self.method.scale(self.run.adapter)
+        return self.method.scale(self.adapter)
 
     @property
     def method(self) -> AdapterMethod:
-        return find_method(self.run.adapter)
+        return find_method(self.adapter)
 
 
 @dataclass(frozen=True)
@@ -139,6 +145,8 @@ def advise(situation: Situation) -> list[Advice]:
     """Return all findings of the rules, errors first."""
     found = []
     for rule in RULES:
+        if situation.run.adapter is None and rule.setting.startswith("adapter."):
+            continue
         if (finding := rule.check(situation)) is not None:
             message, fix = finding
             found.append(Advice(rule.id, rule.severity, rule.setting, f"{message} ({rule.source})", fix))
@@ -168,7 +176,7 @@ _error, _warning, _info = (partial(_rule, severity) for severity in SEVERITIES)
 def _(s: Situation) -> Finding:
     if s.method.usual_scale is None or s.scale >= s.method.usual_scale[0]:
         return None
-    r = s.run.adapter.r
+    r = s.adapter.r
     return f"the update is scaled by {s.scale:.3g}, so it hardly changes the model", f"set adapter.lora_alpha={2 * r}"
 
 
@@ -176,13 +184,13 @@ def _(s: Situation) -> Finding:
 def _(s: Situation) -> Finding:
     if s.method.usual_scale is None or s.scale <= s.method.usual_scale[1]:
         return None
-    r = s.run.adapter.r
+    r = s.adapter.r
     return f"the update is scaled by {s.scale:.3g}, which trains unsteadily", f"set adapter.lora_alpha={2 * r}"
 
 
 @_warning("rank-for-rows", "adapter.r", "arXiv 2405.09673: more capacity, more memorised")
 def _(s: Situation) -> Finding:
-    r = s.run.adapter.r
+    r = s.adapter.r
     if s.data is None or not ((r > 16 and s.data.rows < 1000) or (r >= 64 and s.data.rows < 5000)):
         return None
     return f"rank {r} is much for {s.data.rows:,} rows", "set adapter.r=8 and adapter.lora_alpha=16"
@@ -190,7 +198,7 @@ def _(s: Situation) -> Finding:
 
 @_warning("experts", "adapter.target_modules", "peft 0.21: _convert_peft_config_moe")
 def _(s: Situation) -> Finding:
-    if not s.shapes.experts or s.run.adapter.target_modules != "all-linear":
+    if not s.shapes.experts or s.adapter.target_modules != "all-linear":
         return None
     return (
         f"{s.shapes.experts:.0%} of the weights are experts, stacked in parameters that are no linear layers: most are "
@@ -202,8 +210,8 @@ def _(s: Situation) -> Finding:
 
 @_warning("rank-for-layer", "adapter.r", "arithmetic")
 def _(s: Situation) -> Finding:
-    r, ranks = s.run.adapter.r, tuple(s.run.adapter.rank_pattern.items())
-    paths = s.shapes.targets(s.run.adapter) & set(s.shapes.linears)
+    r, ranks = s.adapter.r, tuple(s.adapter.rank_pattern.items())
+    paths = s.shapes.targets(s.adapter) & set(s.shapes.linears)
     sides = [(rank_of(path, r, ranks), *s.shapes.linears[path]) for path in paths]
     small = [(a, b) for rank, a, b in sides if rank * (a + b) >= a * b]
     if not small:
@@ -220,7 +228,7 @@ def _(s: Situation) -> Finding:
     def weights(paths: Any) -> int:
         return sum(s.shapes.linears[p][0] * s.shapes.linears[p][1] for p in paths if p in s.shapes.linears)
 
-    share = weights(s.shapes.targets(s.run.adapter)) / max(1, weights(s.shapes.quantizable()))
+    share = weights(s.shapes.targets(s.adapter)) / max(1, weights(s.shapes.quantizable()))
     if share >= 0.5:
         return None
     return (
@@ -233,7 +241,7 @@ def _(s: Situation) -> Finding:
 @_warning("tied-embedding", "adapter.target_modules", "huggingface/peft issue 2777")
 def _(s: Situation) -> Finding:
     head_is_stored = s.shapes.head is None or f"{s.shapes.head}.weight" in s.shapes.weights
-    adapted = sorted(s.shapes.targets(s.run.adapter) & {*s.shapes.embeddings, s.shapes.head})
+    adapted = sorted(s.shapes.targets(s.adapter) & {*s.shapes.embeddings, s.shapes.head})
     if head_is_stored or not adapted:
         return None
     return (
@@ -244,7 +252,7 @@ def _(s: Situation) -> Finding:
 
 @_info("dropout-large-data", "adapter.lora_dropout", "arXiv 2305.14314, section 4: no gain on large models")
 def _(s: Situation) -> Finding:
-    if not s.run.adapter.lora_dropout or s.data is None or s.data.rows < 50_000:
+    if not s.adapter.lora_dropout or s.data is None or s.data.rows < 50_000:
         return None
     return f"dropout slows training and does not help with {s.data.rows:,} rows", "set adapter.lora_dropout=0"
 
@@ -255,9 +263,11 @@ def _(s: Situation) -> Finding:
 @_warning("learning-rate", "train.learning_rate", "arXiv 2106.09685, 2305.14314; ten times that of full training")
 def _(s: Situation) -> Finding:
     rate = s.run.train.learning_rate
-    if rate == "auto" or RATES[0] <= rate <= RATES[1] or _has_pairs(s):
+    share, method, usual = (0.1, "full fine-tuning", "2e-5") if s.run.adapter is None else (1, "LoRA", "2e-4")
+    low, high = (share * limit for limit in RATES)
+    if rate == "auto" or low <= rate <= high or _has_pairs(s):
         return None
-    return f"{rate:g} is {'low' if rate < RATES[0] else 'high'} for LoRA", "set train.learning_rate=2e-4"
+    return f"{rate:g} is {'low' if rate < low else 'high'} for {method}", f"set train.learning_rate={usual}"
 
 
 @_warning("preference-rate", "train.learning_rate", "arXiv 2310.16944: 5e-7 in full training; ten times that for LoRA")

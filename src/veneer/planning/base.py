@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from veneer.config import Model, Run, Train
-from veneer.engine.choose import choose_engine
+from veneer.config import Model, Run, Train, UserError
+from veneer.engine.choose import FULL_REASON, choose_engine
 from veneer.engine.dry_run import DryRun, Step, extrapolate, head_is_linear, run_dry
 from veneer.engine.fused import flash4
 from veneer.engine.fused.decoder import NotCoveredError
@@ -123,7 +123,9 @@ class PlannedModel:
     def engine(self, train: Train, device: str, step: Step) -> tuple[str, str]:
         """Return the engine that trains it on a device, and the reason; the step gives precision and quantization."""
         if step.method == "full":
-            return "reference", "full fine-tuning has no other"
+            if train.engine == "fused":
+                raise UserError(f"train.engine = fused: {FULL_REASON}", "set train.engine to auto or reference")
+            return "reference", FULL_REASON
         small = replace(step, rows=1, length=64, trained=1)
         return choose_engine(train.engine, device, lambda: _not_covered(self._known, small))
 

@@ -121,6 +121,8 @@ def rows_of(run: Run, engine: str, train: Lengths, held_out: Lengths, documents_
     def grouped(lengths: list[int], trained: list[int], shared: list[int]) -> list[Padded]:
         sizes[PassShape.of(lengths, sum(trained), shared)] += 1
         met.update(lengths if not any(shared) else [*lengths, 0])
+        if run.releases_gradients and len(lengths):  # all rows are padded alike
+            return [Padded(len(lengths), max(lengths), sum(trained))]
         return _whole(lengths, trained, shared) if engine == "fused" else _padded(lengths, trained)
 
     settings = run.train

@@ -18,6 +18,7 @@ from veneer.model.adapters import find_method
 from veneer.model.classifier import build_classifier, classifier_shapes, head_of, require_classifies
 from veneer.model.quiet import quiet
 from veneer.model.shapes import find_config, is_local
+from veneer.model.start import require_possible
 from veneer.planning.base import PlannedModel
 from veneer.planning.batch_shapes import Lengths, Padded, RowShapes
 from veneer.planning.forecast import Forecast
@@ -45,6 +46,7 @@ class PlannedClassifier(PlannedModel):
     def __init__(self, model: Model, labels: int, data: tuple[Lengths, Lengths] | str) -> None:
         self.config, self.labels, self.task = find_config(model), labels, model.task
         require_classifies(self.config, model.base, self.task)
+        self.is_4bit = False
         base = self.build()
         self.head = head_of(base, self.task)
         self.name, self.data = model.base, data
@@ -72,6 +74,7 @@ class ClassifierPlanner(Planner):
         Raises:
             UserError: an adapter target matches nothing.
         """
+        require_possible(run)
         shapes, target = self.base.shapes, self.target
         rows = self.base.rows(run, "reference")
         optim = resolve_optim(run.train.optim, target.device)
@@ -112,26 +115,27 @@ class ClassifierPlanner(Planner):
             resident_bytes=least,
             rows=rows,
             host_bytes=least if target.device != "cuda" else 3 * 2**30,
-            disk_bytes=run_disk_bytes(trainable, rows.steps, run.train),
+            disk_bytes=run_disk_bytes(4 * trainable, 8 * trainable, rows.steps, run.train),
             download_bytes=self.base.download_bytes,
             step_seconds=timed[0],
             run_seconds=timed[1],
         )
 
     def _step(self, run: Run, batch: Padded, training: bool = True) -> Step:
-        shapes = self.base.shapes
+        shapes, adapter = self.base.shapes, run.adapter
+        assert adapter is not None, "require_possible has refused it"
         return Step(
             rows=batch.rows,
             length=batch.length,
             trained=batch.rows,
             dtype=named_dtype(run.model.dtype, self.target.dtype),
             method="lora" if run.quantization is None else "qlora",
-            targets=shapes.targets(run.adapter),
+            targets=shapes.targets(adapter),
             quantized=frozenset() if run.quantization is None else frozenset(shapes.linears) - shapes.beside,
-            adapter=find_method(run.adapter),
-            r=run.adapter.r,
-            rank_pattern=tuple(run.adapter.rank_pattern.items()),
-            dropout=run.adapter.lora_dropout,
+            adapter=find_method(adapter),
+            r=adapter.r,
+            rank_pattern=tuple(adapter.rank_pattern.items()),
+            dropout=adapter.lora_dropout,
             checkpointing=run.train.gradient_checkpointing is not False,
             accumulating=run.train.gradient_accumulation_steps > 1,
             training=training,

@@ -32,6 +32,7 @@ class Forecast:
         run_seconds: time of the whole run likewise; None: the speed or the number of steps is not known.
         streamed_bytes: peak of training with its weights streamed and all else that can be on the host; None: this
             engine cannot, or not on this device.
+        master_weights: float32 or none, as `train.master_weights` resolves; None: an adapter is trained.
     """
 
     total: int
@@ -51,6 +52,7 @@ class Forecast:
     step_seconds: tuple[float, float, float] | None
     run_seconds: tuple[float, float, float] | None
     streamed_bytes: int | None = None
+    master_weights: str | None = None
 
     @property
     def peak_phase(self) -> str:

@@ -16,6 +16,7 @@ from veneer.engine.dry_run import CONSTANT_BLOCK, QUANT_BLOCK, DryRun, Step
 from veneer.engine.placement import MemoryPlacement
 from veneer.engine.trace import Peak, rounded
 from veneer.model.shapes import Shapes
+from veneer.planning.full_states import USUAL, FullStates
 
 # Numbers in float32 while a matrix of n inputs and m outputs, k the less, is decomposed: the matrix with LAPACK's copy
 # of it, both factors, and LAPACK's workspace; for LoftQ the weight, what it was rounded to and their difference.
@@ -28,7 +29,9 @@ FIRST_VALUES: dict[object, Callable[[int, int, int], int]] = {
 LIBRARIES = {"cuda": 66 * 2**20, "cpu": 830 * 2**20, "mps": 0}
 
 
-def phases(shapes: Shapes, step: Step, optim: str, train: DryRun, device: str) -> dict[str, Peak]:
+def phases(
+    shapes: Shapes, step: Step, optim: str, train: DryRun, device: str, full: FullStates = USUAL
+) -> dict[str, Peak]:
     """Return the peak of each phase of training, by component.
 
     Args:
@@ -37,8 +40,9 @@ def phases(shapes: Shapes, step: Step, optim: str, train: DryRun, device: str) -
         optim: the optimizer, as `train.optim` resolves.
         train: dry run of `step`.
         device: cuda, cpu or mps.
+        full: rank and float32 copy of full fine-tuning.
     """
-    held, gradients = persistent(shapes, step, optim, train, device)
+    held, gradients = persistent(shapes, step, optim, train, device, full)
     quantized = [
         prod(shape) for name, shape in shapes.weights.items() if name.removesuffix(".weight") in step.quantized
     ]
@@ -49,6 +53,11 @@ def phases(shapes: Shapes, step: Step, optim: str, train: DryRun, device: str) -
         "optimizer": held + Counter({"gradients": gradients}),
     }
     found["backward"] = found["forward"] + Counter(train.fullest("backward").components)
+    if step.method == "full":
+        update = Counter({"update": full.workspace_bytes(shapes, optim, step.dtype.itemsize)})
+        found["optimizer"] += update
+        if step.releases:
+            found["backward"] += update
     found["forward"] += Counter(train.fullest("forward").components)
     return {name: Peak(sum(parts.values()), dict(parts)) for name, parts in found.items()}
 
@@ -91,20 +100,19 @@ def off_device(phase: str, peak: Peak, placement: MemoryPlacement) -> Peak:
     return Peak(sum(parts.values()), dict(parts))
 
 
-def persistent(shapes: Shapes, step: Step, optim: str, train: DryRun, device: str) -> tuple[Counter[str], int]:
+def persistent(
+    shapes: Shapes, step: Step, optim: str, train: DryRun, device: str, full: FullStates = USUAL
+) -> tuple[Counter[str], int]:
     """Return the bytes that a run holds between passes, and those of its gradients; arguments as for `phases`."""
     frozen, libraries = Counter(_frozen(shapes, step)), Counter({"libraries": LIBRARIES[device]})
     itemsize = step.dtype.itemsize
     if step.method == "full":
-        sizes = [prod(shape) for shape in shapes.weights.values()]
-        # The optimizer updates a float32 copy of 16-bit weights.
-        states = sum(rounded(4 * n) for n in sizes) if itemsize < 4 else 0
-        gradients = sum(rounded(itemsize * n) for n in sizes)
+        gradients = 0 if step.releases else sum(rounded(itemsize * prod(shape)) for shape in shapes.weights.values())
+        optimizer = Counter(full.bytes(shapes, optim, itemsize))
     else:
         sizes = step.adapter_sizes(shapes)
-        states, gradients = 0, adapter_bytes(sizes)
-    states += optimizer_bytes(sizes, optim)
-    optimizer = Counter({"optimizer": states})
+        gradients = adapter_bytes(sizes)
+        optimizer = Counter({"optimizer": optimizer_bytes(sizes, optim)})
     if train.held is not None:  # includes adapter and gradients
         return frozen + libraries + optimizer + Counter(train.held), 0
     return loaded(shapes, step, device) + optimizer, gradients
@@ -177,7 +185,13 @@ def adapter_bytes(sizes: list[int]) -> int:
     return sum(rounded(4 * n) for n in sizes)
 
 
-def run_disk_bytes(trainable: int, steps: int | None, train: Train) -> int:
-    """Return the bytes of adapter and checkpoints (adapter and two moments each) in float32, and 16 MiB more."""
+def run_disk_bytes(weights: int, states: int, steps: int | None, train: Train) -> int:
+    """Return the bytes of what is delivered and of checkpoints, and 16 MiB more.
+
+    Args:
+        weights, states: bytes of the trained weights as they are saved, and of the optimizer's states.
+        steps: steps of the run; None: not known.
+        train: settings.
+    """
     checkpoints = min(train.save_total_limit, steps or train.save_total_limit) + 1 + (train.keep == "best")
-    return trainable * 4 * (1 + 3 * checkpoints) + 16 * 2**20
+    return weights + (weights + states) * checkpoints + 16 * 2**20

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from veneer.config import Model, Run
+from veneer.config import Adapter, Model, Run
 from veneer.config.names import find_model
 from veneer.machine.cards import CARDS
 from veneer.model.known import MODEL_SIZES, smaller_siblings
@@ -70,6 +70,8 @@ def least_memory(run: Run, base: str | None = None) -> Run:
         "gradient_checkpointing": "auto", "optim": "auto",
     }  # fmt: skip
     values["evaluate"] |= {"batch_size": 1}
+    if run.adapter is None:  # the other methods are compared with the usual adapter
+        values["adapter"] = Adapter().model_dump()
     if base is not None:
         values["model"] |= {"base": base, "revision": None}
         values["adapter"] |= {
@@ -124,7 +126,7 @@ def compare(run: Run, planner: Planner, sizes: Sequence[int] = (16, 24, 48, 80))
             "longest_row": longest_row(lean, planner, method),
             "smallest_card": smallest_card(lean, planner.base, method, _needed(forecast)),
         }
-    about = {"base": run.model.base, "max_length": run.data.max_length, "r": run.adapter.r}
+    about = {"base": run.model.base, "max_length": run.data.max_length, "r": (lean.adapter or Adapter()).r}
     return about | {"target": planner.target.name, "methods": methods}
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import prod
 
-from veneer.config import Run, UserError
+from veneer.config import Adapter, Run, UserError
 from veneer.engine.dry_run import DryRun, Step
 from veneer.engine.fused.dry_run import StepPeaks
 from veneer.engine.fused.policy import block_placement
@@ -24,10 +24,12 @@ from veneer.model.adapters.from_base import doubled, refuse_4_bits, starts_from_
 from veneer.model.adapters.from_error import refuse_without_4_bits, starts_from_error
 from veneer.model.dense import COPIES_SHARE
 from veneer.model.shapes import Shapes
+from veneer.model.start import require_possible
 from veneer.model.trained_parts import TrainedParts, find_parts
 from veneer.planning.base import PlannedModel
 from veneer.planning.batch_shapes import Padded, RowShapes
 from veneer.planning.forecast import Forecast
+from veneer.planning.full_states import FullStates
 from veneer.planning.held_out import generation_peak, held_out_peak, rows_that_fit
 from veneer.planning.memory import (
     adapter_bytes,
@@ -46,6 +48,7 @@ LAUNCH = 0.35  # share of the host's time an operation that remains without auto
 QUANTIZABLE = 0.5  # least share of the weights between embeddings and head that 4 bits must store
 HOST_BYTES = 3 * 2**30  # a process with CUDA's libraries; weights pass through without staying
 UPDATES = 2  # operations per updated tensor
+FULL_UPDATES = 8  # times as many for a whole weight
 MEASURED_BY_LOSS = {"loss", "perplexity"}  # names of `evaluate.during` for which nothing is answered
 
 
@@ -67,28 +70,39 @@ class Planner:
             UserError: an adapter target matches nothing, or the architecture cannot take the quantization.
         """
         method = self._method(run)
-        if method == "qlora" and starts_from_base(run.adapter):
+        require_possible(run, self.base.is_4bit)
+        if method == "qlora" and run.adapter is not None and starts_from_base(run.adapter):
             raise refuse_4_bits(run.adapter.init_lora_weights)
-        if starts_from_error(run.adapter) and (run.quantization is None or self.base.is_4bit):
+        if (
+            run.adapter is not None
+            and starts_from_error(run.adapter)
+            and (run.quantization is None or self.base.is_4bit)
+        ):
             raise refuse_without_4_bits()
         return self.forecast_as(run, method, placement)
 
     def _method(self, run: Run) -> str:
+        if run.adapter is None:
+            return "full"
         return "qlora" if run.quantization or self.base.is_4bit else "lora"
 
     def forecast_as(self, run: Run, method: str, placement: MemoryPlacement | None = None) -> Forecast:
         """Forecast a run as full fine-tuning, LoRA in 16 bits or QLoRA: method full, lora or qlora."""
+        if method == "full" and run.train.master_weights == "auto":
+            return self._with_masters_that_fit(run, placement)
         shapes, target = self.base.shapes, self.target
         engine, reason, rows = self._engine(run, method)
         optim = resolve_optim(run.train.optim, target.device)
+        full = FullStates(run.train.optim_rank, run.train.master_weights == "float32")
         step = step_of(run, method, shapes, rows.fullest, target, engine, rows.even)
         dry = self.base.run_dry(step)
-        found = phases(shapes, step, optim, dry, target.device)
+        found = phases(shapes, step, optim, dry, target.device, full)
         if method != "full":
+            assert run.adapter is not None
             found["load"] = with_start(found["load"], shapes, step, run.adapter.init_lora_weights)
         held_out, at_a_time, answered, one_row = None, {}, rows.answered, dict[str, Peak]()
         if rows.held_out is not None and answered is not None:
-            held = persistent(shapes, step, optim, dry, target.device)[0]
+            held = persistent(shapes, step, optim, dry, target.device, full)[0]
             at_a_time["evaluation"], rows, held_out, one_row["evaluation"] = self._held_out(run, step, dry, held, rows)
             found["evaluation"] = held_out_peak(held, dry, held_out[1])
             at_a_time["generation"], found["generation"] = self.generation(run, answered, method)
@@ -110,7 +124,7 @@ class Planner:
         if least > target.budget_bytes:  # else what is on the host is there for the sake of speed
             found = {name: off_device(name, peak, placement) for name, peak in found.items()}
         peak = max(peak.bytes for peak in found.values())
-        updated = 1 if engine == "fused" else len(sizes)
+        updated = 1 if engine == "fused" else FULL_UPDATES * len(shapes.weights) if method == "full" else len(sizes)
         timed = self._times(step, held_out, rows, run, placement, updated) if target.ceilings else (None, None)
         return Forecast(
             total=shapes.total + (saved if method != "full" else 0),
@@ -125,12 +139,43 @@ class Planner:
             resident_bytes=resident_bytes,
             rows=rows,
             host_bytes=peak if target.device != "cuda" else HOST_BYTES + paged + placement.host_bytes,
-            disk_bytes=run_disk_bytes(saved, rows.steps, run.train),
+            disk_bytes=self.disk_bytes(run, saved, rows.steps, method),
             download_bytes=self.base.download_bytes,
             step_seconds=timed[0],
             run_seconds=timed[1],
             streamed_bytes=least_bytes if tightest.streams else None,
+            master_weights=run.train.master_weights if method == "full" else None,
         )
+
+    def _with_masters_that_fit(self, run: Run, placement: MemoryPlacement | None) -> Forecast:
+        """Forecast full fine-tuning with a float32 copy of 16-bit weights if that fits, else without."""
+
+        def forecast(masters: str) -> Forecast:
+            train = run.train.model_copy(update={"master_weights": masters})
+            return self.forecast_as(run.model_copy(update={"train": train}), "full", placement)
+
+        if named_dtype(run.model.dtype, self.target.dtype).itemsize == 4:
+            return forecast("none")
+        found = forecast("float32")
+        return found if found.peak_bytes <= self.target.budget_bytes else forecast("none")
+
+    def disk_bytes(self, run: Run, trainable: int, steps: int | None, method: str | None = None) -> int:
+        """Return the bytes that a run writes.
+
+        Args:
+            run: the settings.
+            trainable: trained parameters.
+            steps: steps of the run; None: not known.
+            method: method of `forecast_as`; None: that of the run.
+        """
+        if (method or self._method(run)) != "full":
+            return run_disk_bytes(4 * trainable, 8 * trainable, steps, run.train)
+        itemsize = named_dtype(run.model.dtype, self.target.dtype).itemsize
+        full = FullStates(run.train.optim_rank, run.train.master_weights == "float32")
+        states = sum(
+            full.bytes(self.base.shapes, resolve_optim(run.train.optim, self.target.device), itemsize).values()
+        )
+        return run_disk_bytes(itemsize * trainable, states, steps, run.train)
 
     def generation(self, run: Run, rows: Padded, method: str | None = None) -> tuple[int, Peak]:
         """Return the batch size of `veneer evaluate`, and its peak.
@@ -264,12 +309,13 @@ def step_of(
         UserError: an adapter target matches nothing, or the architecture cannot take the quantization.
     """
     quantized, dtype = frozenset[str](), named_dtype(run.model.dtype, target.dtype)
-    plain = doubled(run.adapter)
+    adapter = run.adapter or Adapter()  # of full fine-tuning, nothing of it counts
+    plain = doubled(adapter)
     first = shapes.vocabulary  # ids do not matter here
     new_tokens = range(first, first + len(run.data.add_special_tokens or ()))
-    parts = TrainedParts() if method == "full" else find_parts(shapes, run.adapter, new_tokens)
+    parts = TrainedParts() if method == "full" else find_parts(shapes, adapter, new_tokens)
     if (parts.modules or parts.biases) and dtype.itemsize < 4:
-        setting = "modules_to_save" if parts.modules else f"bias = {run.adapter.bias}"
+        setting = "modules_to_save" if parts.modules else f"bias = {adapter.bias}"
         raise UserError(
             f"adapter.{setting}: PEFT trains these in the compute dtype, and most updates of a fine-tuning round to "
             f"nothing in {str(dtype).removeprefix('torch.')}",
@@ -284,8 +330,8 @@ def step_of(
                 f"adapter.modules_to_save: {in_4_bits[0]} is in 4 bits, which cannot be trained whole",
                 "leave it out, or leave the section `quantization` out",
             )
-    targets = frozenset[str]() if method == "full" else shapes.targets(run.adapter)
-    require_method(run.adapter, targets, shapes.embeddings)
+    targets = frozenset[str]() if method == "full" else shapes.targets(adapter)
+    require_method(adapter, targets, shapes.embeddings)
     return Step(
         rows=batch.rows,
         length=batch.length,
@@ -294,10 +340,10 @@ def step_of(
         method=method,
         targets=targets,
         quantized=quantized,
-        adapter=find_method(run.adapter),
+        adapter=find_method(adapter),
         r=plain.r,
         rank_pattern=tuple(plain.rank_pattern.items()),
-        dropout=run.adapter.lora_dropout,
+        dropout=adapter.lora_dropout,
         double_quant=run.quantization.double_quant if run.quantization else True,
         checkpointing=run.train.gradient_checkpointing is not False,
         engine=engine,
@@ -306,6 +352,7 @@ def step_of(
         even=even,
         capability=target.capability if engine == "fused" else Step.capability,
         accumulating=run.train.gradient_accumulation_steps > 1,
+        releases=run.releases_gradients,
         copies=target.device == "cpu" and COPIES_SHARE * copies_bytes(shapes, quantized, dtype) <= target.budget_bytes,
         parts=parts,
     )

@@ -14,6 +14,7 @@ from veneer.config.folder import write_json
 from veneer.evaluation.generation import stop_ids_of
 from veneer.model.classifier import labels_of
 from veneer.model.fingerprint import stored_quantization
+from veneer.model.full import is_full
 from veneer.model.lineage import gguf_origin
 from veneer.model.load import compute_dtype
 from veneer.model.locate import BaseSource, local_folder
@@ -28,6 +29,7 @@ def write_passport(job: TrainingJob, folder: Path, training: dict[str, Any]) -> 
     """Write passport.json into an adapter's folder; the folder holds everything else already."""
     run, ledger = job.run, job.data.ledger
     settings = public_settings(run.model_dump(mode="json"))
+    base = job.model if is_full(job.model) else job.model.get_base_model()
     origin, stored = gguf_origin(run.model), stored_quantization(job.source)
     passport = {
         "base": {
@@ -35,7 +37,7 @@ def write_passport(job: TrainingJob, folder: Path, training: dict[str, Any]) -> 
             "kind": job.source.kind,
             "gguf": origin.as_dict() if origin is not None else None,
             "revision": _revision(job.source),
-            "architecture": type(job.model.get_base_model()).__name__,
+            "architecture": type(base).__name__,
             **base_fingerprints(job.source),
             "stored_in_4_bits": stored.model_dump(include={"quant_type", "double_quant"}) if stored else None,
         },

@@ -73,7 +73,7 @@ def run_page(folder: Path) -> str:
         pair_curves=pair_curves(records) if are_pairs(records) else [],
         held_out_pairs=held_out_text(records),
         warnings=_warnings(run.events),
-        training=_json(run.adapter / "passport.json").get("training", {}),
+        training=_json(run.delivered / "passport.json").get("training", {}),
         samples=shown_of(samples),
         rule=SHOWN_BY,
         files=_files(folder),

@@ -1,8 +1,8 @@
 """A resumable state on disk: adapter, optimizer, random numbers and position, with checksums.
 
-A checkpoint folder appears whole or not at all, and its adapter is in PEFT's format, so that it can be used as it
-is. The position is the number of steps done: order, learning rate and masks follow from it (data/batch.py,
-training/schedule.py). Everything is safetensors or JSON; nothing is unpickled.
+A checkpoint folder appears whole or not at all, and what was trained can be used as it is: an adapter in PEFT's format,
+or a whole model in Transformers'. The position is the number of steps done: order, learning rate and masks follow from
+it (data/batch.py, training/schedule.py). Everything is safetensors or JSON; nothing is unpickled.
 """
 
 from collections.abc import Mapping
@@ -18,6 +18,7 @@ from veneer.config.folder import remove, whole_folder
 from veneer.config.manifest import OPTIMIZER, RNG, read_manifest, write_manifest
 from veneer.machine.device import rng_state, set_rng_state
 from veneer.model.attach import set_adapter, write_adapter
+from veneer.model.full import is_full, load_weights, write_weights
 from veneer.training.optimizer import get_state, set_state
 
 
@@ -26,7 +27,7 @@ class TrainingState:
     """The state of a training that a checkpoint keeps.
 
     Attributes:
-        model: The PEFT model.
+        model: The PEFT model, or the model that is trained whole.
         optimizer, scaler: The optimizer and the scaler of its gradients.
         updated: Parameters that the optimizer updates, by name.
         began_with: A hash of the base and of each other input that decides the training, by name.
@@ -54,7 +55,10 @@ def save(folder: Path, step: int, state: TrainingState) -> Path:
     """
     path = path_of(folder, step)
     with whole_folder(path) as unfinished:
-        write_adapter(state.model, unfinished)
+        if is_full(state.model):
+            write_weights(state.model, unfinished)
+        else:
+            write_adapter(state.model, unfinished)
         save_file(get_state(state.optimizer, state.names), unfinished / OPTIMIZER)
         save_file(rng_state(), unfinished / RNG)
         facts = {"step": step, "began_with": dict(state.began_with), "loss_scale": state.scaler.state_dict()}
@@ -85,7 +89,7 @@ def load(path: Path, state: TrainingState) -> int:
             f"{path}: not what this run began with: {', '.join(other)}",
             "restore that, or start a new run in another train.output_dir",
         )
-    set_adapter(state.model, path)
+    _set_weights(state.model, path)
     set_state(state.optimizer, state.names, load_file(path / OPTIMIZER))
     if state.scaler.is_enabled():
         state.scaler.load_state_dict(manifest["loss_scale"])
@@ -100,7 +104,14 @@ def load_adapter_alone(path: Path, model: Any) -> None:
         UserError: A file is damaged.
     """
     read_manifest(path)
-    set_adapter(model, path)
+    _set_weights(model, path)
+
+
+def _set_weights(model: Any, path: Path) -> None:
+    if is_full(model):
+        load_weights(model, path)
+    else:
+        set_adapter(model, path)
 
 
 def latest(folder: Path) -> Path | None:

@@ -32,11 +32,13 @@ from veneer.engine.head_engine import head_engine
 from veneer.engine.interface import BatchShapes, Engine, document_losses
 from veneer.engine.objective import TrainedTokens
 from veneer.engine.placement import MemoryPlacement
+from veneer.engine.reference import ReferenceEngine
 from veneer.machine.device import peak_bytes, resolve_optim
 from veneer.model.attach import count_parameters, save_adapter, write_as_changes
+from veneer.model.full import save_full
 from veneer.model.load import compute_dtype
 from veneer.model.start import base_sha256, start_sha256
-from veneer.planning.memory import optimizer_bytes, run_disk_bytes
+from veneer.planning.memory import optimizer_bytes
 from veneer.training import checkpoint
 from veneer.training.best import BETTER, LOSS, OF_TASKS, BestStep, require_evaluations
 from veneer.training.choose_objective import choose_objective
@@ -56,6 +58,16 @@ from veneer.training.run_batches import batches_of, largest_rows, vary
 from veneer.training.same_settings import require_same_settings
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers", "numpy")
+RELEASED = (
+    "each weight is updated as soon as it has its gradient, and that is dropped (train.max_grad_norm is 0, and a step "
+    "is one micro-batch): gradients are never held together, and a step that runs out of memory ends the run"
+)
+MASTERS = {
+    "float32": "train.master_weights = auto: float32: updates add up in a float32 copy of the weights, which fits",
+    "none": "train.master_weights = auto: none: there is no memory for a float32 copy of the weights, so they are "
+    "rounded up or down by chance",
+}
+NOT_RELEASED = "gradients are held together: rows of this model on either side of a length need passes of their own"
 MEASURABLE = ("cuda",)  # devices where too little memory is an error to catch; elsewhere it may end the process
 WriteExtras = Callable[[Path, "Trained"], None]
 Resume = bool | Literal["auto"]
@@ -153,6 +165,10 @@ class TrainingJob:
         run = self.run
         found = checkpoint.latest(self.folder.checkpoints) if self._resume else None
         parts = parts or load_parts(run, force, self._examine, found)
+        if (masters := parts.prediction.forecast.master_weights) is not None:
+            if run.train.master_weights == "auto" and compute_dtype(run.model, parts.machine) != torch.float32:
+                notify(MASTERS[masters], "info", "train.master_weights")
+            self.run = run = _with(run, master_weights=masters)
         if parts.renderer.is_dated:
             self.run = run = _dated(run, parts.renderer.settings.template_date)
         self.machine, self.source, self.tokenizer = parts.machine, parts.source, parts.tokenizer
@@ -167,6 +183,10 @@ class TrainingJob:
         self.parameters = count_parameters(self.model)
         train = run.train
         self.objective = choose_objective(run, self.data)
+        if releases := run.releases_gradients:
+            assert isinstance(self.engine, ReferenceEngine)
+            releases = self.engine.run_in_one_pass()
+            notify(RELEASED if releases else NOT_RELEASED, "info", "train.max_grad_norm")
         batches = batches_of(run, self.data.train, self.objective.documents_per_row, self.engine.shares_prompts)
         self._batches = batches
         forecast = self.prediction.forecast
@@ -200,6 +220,7 @@ class TrainingJob:
             better=self._better,
             with_reference=self._reference.complete,
             estimate_kl=self._reference.estimate_kl,
+            releases=releases,
         )
         self.rate_search: RateSearch | None = None
         if train.learning_rate == "auto":
@@ -243,7 +264,8 @@ class TrainingJob:
         """Have the engine place its tensors; see `memory.place`."""
         train, device, part = self.run.train, self.machine.device, self.data.train
         updated = parameters_to_update(self.model, self.engine, train, device).values()
-        states = optimizer_bytes([parameter.numel() for parameter in updated], resolve_optim(train.optim, device))
+        sizes = [parameter.numel() for parameter in updated] if self.run.adapter is not None else []
+        states = optimizer_bytes(sizes, resolve_optim(train.optim, device))  # the reference engine reserves nothing
         largest, shared = largest_rows(batches, train.per_device_train_batch_size, self.objective.documents_per_row)
         shapes = BatchShapes(
             largest=largest,
@@ -390,9 +412,14 @@ class TrainingJob:
             **self._loop.best.as_dict(),
             kept_step=self._loop.kept_step,
         )
-        with whole_folder(self.folder.adapter) as unfinished:
-            save_adapter(self.model, self.tokenizer, self.renderer.template, self.source, unfinished)
-            write_as_changes(self.model, unfinished)
+        is_whole = self.run.adapter is None
+        with whole_folder(self.folder.model if is_whole else self.folder.adapter) as unfinished:
+            if is_whole:
+                template, stop_ids = self.renderer.template, self.renderer.stop_ids
+                save_full(self.model, self.tokenizer, template, stop_ids, unfinished)
+            else:
+                save_adapter(self.model, self.tokenizer, self.renderer.template, self.source, unfinished)
+                write_as_changes(self.model, unfinished)
             if self.run.model.task != "causal-lm":
                 require_same_scores(self.run, self.source, self.renderer, self.engine, self.data.train, unfinished)
             write_json(unfinished / "ledger.json", self.data.ledger.as_dict())
@@ -437,14 +464,14 @@ class TrainingJob:
 
     def _require_resumable(self) -> None:
         self.folder.require_begun()
-        if self.folder.adapter.exists():
+        if self.folder.delivered.exists():
             raise UserError(
                 f"train.output_dir = {self.folder.path}: this run is finished",
                 "start another in a new train.output_dir",
             )
         if self.run.data.template_date is None:
             self.run = _dated(self.run, load_run(self.folder.run).data.template_date)
-        self.run = _with_found_rate(self.run, self.folder)
+        self.run = _with_found(self.run, self.folder)
         require_same_settings(self.folder, self.run)
 
     def _require_same_placement(self) -> None:
@@ -459,7 +486,7 @@ class TrainingJob:
 
     def _bytes_on_disk(self) -> int:
         saved = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-        return run_disk_bytes(saved, self.steps, self.run.train)
+        return self.prediction.planner.disk_bytes(self.run, saved, self.steps)
 
 
 def finished(run: Run) -> Trained | None:
@@ -469,9 +496,9 @@ def finished(run: Run) -> Trained | None:
         UserError: It was another run: its settings differ.
     """
     folder = RunFolder(run.train.output_dir.expanduser())
-    if not (folder.run.exists() and folder.adapter.exists()):
+    if not (folder.run.exists() and folder.delivered.exists()):
         return None
-    require_same_settings(folder, _with_found_rate(run, folder))
+    require_same_settings(folder, _with_found(run, folder))
     with contextlib.suppress(OSError, UserError), folder.locked():  # it may be read-only, or about to end
         folder.clear_unfinished()
     lines = read_metrics(folder.metrics)
@@ -507,9 +534,16 @@ def _dated(run: Run, day: date | None) -> Run:
     return run.model_copy(update={"data": run.data.model_copy(update={"template_date": day})})
 
 
-def _with_found_rate(run: Run, folder: RunFolder) -> Run:
-    """Return the run with the rate that its folder says was found for it, where it asks for one to be found."""
-    return with_rate(run, load_run(folder.run).train.learning_rate) if run.train.learning_rate == "auto" else run
+def _with_found(run: Run, folder: RunFolder) -> Run:
+    """Return the run with what its folder says was found for it (a rate, masters), where it asks for it to be found."""
+    found = load_run(folder.run).train
+    names = ("learning_rate", "master_weights")
+    return _with(run, **{name: getattr(found, name) for name in names if getattr(run.train, name) == "auto"})
+
+
+def _with(run: Run, **settings: Any) -> Run:
+    """Return the run with other settings of the section `train`."""
+    return run.model_copy(update={"train": run.train.model_copy(update=settings)})
 
 
 def _last_loss(folder: RunFolder) -> float | None:

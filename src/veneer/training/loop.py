@@ -16,6 +16,7 @@ Gradients of float16 runs are scaled against underflow as usual (torch's GradSca
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,14 @@ from veneer.machine.batching import Batching
 from veneer.machine.device import peak_bytes, rng_state, set_rng_state
 from veneer.model.adapters import find_method
 from veneer.model.adapters.from_base import drop_frozen_gradients, starts_from_base
+from veneer.model.full import is_full
 from veneer.training import checkpoint
 from veneer.training.best import BestStep
+from veneer.training.full_optimizer import FullOptimizer, ReleasedGradients
 from veneer.training.held_out import HeldOutRows
 from veneer.training.memory import OutOfMemoryRecovery, describe
 from veneer.training.metrics import Listener
-from veneer.training.optimizer import allocate_states, build_optimizer, parameters_to_update
+from veneer.training.optimizer import allocate_states, optimizer_of, parameters_to_update
 from veneer.training.pair_values import describe_pairs, outputs_of_rows
 from veneer.training.reference_logprobs import WithReference
 from veneer.training.schedule import learning_rate
@@ -50,10 +53,10 @@ EstimateKL = Callable[[int | None], dict[str, float]]
 
 
 class Loop:
-    """Trains an adapter.
+    """Trains an adapter, or all weights of a model.
 
     Args:
-        model: The PEFT model whose adapter is trained.
+        model: The PEFT model whose adapter is trained, or the model that is trained whole.
         engine: Engine that computes log-probabilities and gradients.
         objective: Objective to minimize.
         batches: The training data.
@@ -71,6 +74,7 @@ class Loop:
         better: Better values of the metric by which the best step is found: lower or higher.
         with_reference: Function that gives a batch the reference's log-probabilities; see `reference_logprobs`.
         estimate_kl: Function that estimates the KL divergence, for objectives that need it.
+        releases: Whether each weight is updated within the backward (`FullOptimizer.released`).
     """
 
     def __init__(
@@ -93,6 +97,7 @@ class Loop:
         better: str = "lower",
         with_reference: WithReference = lambda batch: batch,
         estimate_kl: EstimateKL = lambda step: {},
+        releases: bool = False,
     ) -> None:
         self._engine = engine
         self._objective = objective
@@ -103,11 +108,10 @@ class Loop:
         self._checkpoints = checkpoints
         self._device = device
         self._predicted_peak_bytes = predicted_peak_bytes
-        method = find_method(model.peft_config["default"])
-        trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-        self._learn_first = {name: p for name, p in trained if method.learns_first(name)}
+        self._learn_first = learn_first(model)
         self._updated = parameters_to_update(model, engine, train, device)
-        self._optimizer = build_optimizer(self._updated.values(), train, device)
+        self._optimizer = optimizer_of(model, self._updated, train, device)
+        self._releases = releases
         self._scaler = torch.amp.GradScaler(device, enabled=scale_loss)
         self._state = checkpoint.TrainingState(model, self._optimizer, self._updated, self._scaler, began_with)
         self._recovery = OutOfMemoryRecovery(engine, self._drop_gradients, explain, most_tokens)
@@ -233,9 +237,17 @@ class Loop:
         largest = self._batches.largest()
         values = self._objective.step_values(largest)
         largest = [batch.with_values(values) for batch in largest]
-        self._recovery.run(what, largest, lambda batches: self._passes(batches, scale))
+        if self._releases:
+            with self._released(ReleasedGradients(updates=False)):
+                self._passes(largest, scale)
+        else:
+            self._recovery.run(what, largest, lambda batches: self._passes(batches, scale))
         self._drop_gradients()
         set_rng_state(began_with)
+
+    def _released(self, gradients: ReleasedGradients) -> AbstractContextManager[None]:
+        assert isinstance(self._optimizer, FullOptimizer)
+        return self._optimizer.released(gradients)
 
     def _passes(self, batches: Iterable[Batch], scale: float) -> dict[str, torch.Tensor]:
         """Add gradients of micro-batches, times the scale, to those that are there; returns the sums over all."""
@@ -253,8 +265,14 @@ class Loop:
             Sums over all micro-batches; the norm before clipping; the largest magnitude in the gradient of each matrix
             that learns first, until they have been checked.
         """
+        if self._releases:
+            gradients = ReleasedGradients()
+            with self._released(gradients):
+                sums = self._passes(batches, scale)
+            sizes = [] if self._has_gradients else [*map(gradients.largest, self._learn_first.values())]
+            return sums, gradients.norm(), sizes
         sums = self._passes(batches, scale)
-        if starts_from_base(self._model.peft_config["default"]):
+        if not is_full(self._model) and starts_from_base(self._model.peft_config["default"]):
             drop_frozen_gradients(self._model)
         self._scaler.unscale_(self._optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self._updated.values(), self._train.max_grad_norm or math.inf)
@@ -282,9 +300,12 @@ class Loop:
         values = self._objective.step_values(micro_batches) | self._estimate_kl(number)
         micro_batches = [batch.with_values(values) for batch in micro_batches]
         scale = self._loss_scale() / sum(map(self._objective.weight, micro_batches))
-        sums, norm, largest = self._recovery.run(
-            f"step {number + 1}", micro_batches, lambda batches: self._gradients(batches, scale)
-        )
+        if self._releases:  # weights are updated on the way, so that nothing can be computed again
+            sums, norm, largest = self._gradients(micro_batches, scale)
+        else:
+            sums, norm, largest = self._recovery.run(
+                f"step {number + 1}", micro_batches, lambda batches: self._gradients(batches, scale)
+            )
         # A float16 step may overflow: the scaler leaves it out and tries a smaller scale.
         self._scaler.step(self._optimizer)
         self._scaler.update()
@@ -389,8 +410,13 @@ class Loop:
         bad = [name for name, value in zip(self._learn_first, sizes, strict=True) if not 0 < value < math.inf]
         if bad:
             raise JobError(
-                f"{len(bad)} adapter matrices got no usable gradient in the first step, first {bad[0]}: training "
-                "would do nothing there\n  fix: set adapter.target_modules to modules the model uses"
+                f"{len(bad)} {'' if is_full(self._model) else 'adapter '}matrices got no usable gradient in the first "
+                f"step, first {bad[0]}: training would do nothing there\n  fix: "
+                + (
+                    "train an adapter"
+                    if is_full(self._model)
+                    else "set adapter.target_modules to modules the model uses"
+                )
             )
 
     def _checkpoint(self, step: int | None = None) -> Path:
@@ -400,6 +426,15 @@ class Loop:
     def _save(self) -> None:
         checkpoint.save(self._checkpoints, self.done, self._state)
         checkpoint.drop_old(self._checkpoints, self._train.save_total_limit, self._protected)
+
+
+def learn_first(model: Any) -> dict[str, torch.nn.Parameter]:
+    """Return the matrices that have a gradient at the first step, by name. Of a bias it may be zero (of keys)."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if is_full(model):
+        return {name: parameter for name, parameter in trained.items() if parameter.dim() > 1}
+    method = find_method(model.peft_config["default"])
+    return {name: parameter for name, parameter in trained.items() if method.learns_first(name)}
 
 
 def held_out_batching(rows_at_a_time: int, objective: Objective) -> Batching:

@@ -1,9 +1,10 @@
 """AdamW by the names Transformers uses: torch's own, or bitsandbytes' with 8-bit and paged states.
 
-Paged states need CUDA; elsewhere the same states are kept unpaged, which changes no number.
+Paged states need CUDA; elsewhere the same states are kept unpaged, which changes no number. Full fine-tuning has an
+optimizer of its own (full_optimizer.py).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ import torch
 from veneer.config import Train
 from veneer.engine.interface import Engine
 from veneer.machine.device import resolve_optim
+from veneer.model.full import is_full, linear_weights
 from veneer.model.quiet import quiet
+from veneer.training.full_optimizer import FullOptimizer
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 BLOCK = 256  # values that share a constant in bitsandbytes' 8-bit states
@@ -28,6 +31,15 @@ def parameters_to_update(model: Any, engine: Engine, train: Train, device: str) 
     if engine.master is None or (in_blocks and any(p.numel() % BLOCK for p in adapters.values())):
         return adapters
     return {"master": engine.master}
+
+
+def optimizer_of(
+    model: Any, updated: Mapping[str, torch.nn.Parameter], train: Train, device: str
+) -> torch.optim.Optimizer:
+    """Make the optimizer of a model: AdamW over its adapter, or over its weights if all are trained."""
+    if is_full(model):
+        return FullOptimizer(updated, linear_weights(model), train, resolve_optim(train.optim, device), BETAS, EPSILON)
+    return build_optimizer(updated.values(), train, device)
 
 
 def build_optimizer(parameters: Iterable[torch.nn.Parameter], train: Train, device: str) -> torch.optim.Optimizer:
@@ -86,11 +98,13 @@ def allocate_states(optimizer: torch.optim.Optimizer) -> None:
 
 def get_state(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str]) -> dict[str, torch.Tensor]:
     """Return the optimizer's state as tensors by name (`<parameter>/<state>`), for safetensors."""
+    # bitsandbytes' states share tables, and those of whole weights none.
+    copies = not isinstance(optimizer, FullOptimizer)
     tensors = {}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
-            tensors[f"{names[parameter]}/{key}"] = tensor.detach().to("cpu", copy=True).contiguous()
+            tensors[f"{names[parameter]}/{key}"] = tensor.detach().to("cpu", copy=copies).contiguous()
     return tensors
 
 

@@ -20,6 +20,7 @@ from veneer.model.adapters.from_error import start_from_error
 from veneer.model.adapters.from_rows import start_from_rows
 from veneer.model.attach import attach, detach
 from veneer.model.classifier import attach_classifier, labels_of, load_classifier, make_renderer
+from veneer.model.full import is_full, train_all
 from veneer.model.load import load_model, load_tokenizer
 from veneer.model.locate import BaseSource, locate
 from veneer.model.new_tokens import add_rows, new_ids
@@ -91,14 +92,16 @@ def load_parts(
         _require_host_memory(prediction.forecast.placement, target.host_bytes)
     if run.evaluate.during and _streams_weights(prediction):
         raise UserError(f"evaluate.during: {ON_HOST}", ON_HOST_FIX)
-    if run.adapter.init_lora_weights in (from_error.KIND, from_rows.KIND) and _streams_weights(prediction):
+    begins = True if run.adapter is None else run.adapter.init_lora_weights
+    if begins in (from_error.KIND, from_rows.KIND) and _streams_weights(prediction):
         raise UserError(
-            f"adapter.init_lora_weights = {run.adapter.init_lora_weights}: weights are in the host's memory, where "
+            f"adapter.init_lora_weights = {begins}: weights are in the host's memory, where "
             "nothing can be computed from them before training",
             "set it to true, or raise train.memory_budget",
         )
     reset_peak(machine.device)
     if run.model.task != "causal-lm":
+        assert run.adapter is not None, "find_start has refused it"
         classifier = load_classifier(source, run, labels_of(renderer), tokenizer.pad_token_id, machine)
         _require_embeddings(classifier.base, tokenizer, data)
         model = attach_classifier(
@@ -126,7 +129,9 @@ def fresh_parts(parts: RunParts, run: Run) -> RunParts:
             matches nothing.
     """
     start = find_start(run, parts.source, parts.renderer.template)
-    base = detach(parts.model)
+    was_trained = is_full(parts.model)
+    base = parts.model if was_trained else detach(parts.model)
+    parts = replace(parts, model=None)
     release_memory()
     reset_peak(parts.machine.device)
     prediction = predict_run(run, parts.prediction.planner.target, PreparedData(parts.data, parts.renderer))
@@ -137,6 +142,10 @@ def fresh_parts(parts: RunParts, run: Run) -> RunParts:
             "such a base is loaded for a single run",
             "name a smaller model.base, set `quantization: {bits: 4}`, or train each run by itself",
         )
+    if was_trained:  # the weights are not the base's any more
+        del base
+        release_memory()
+        base = load_model(parts.source, run.model, run.quantization, parts.machine)
     model = _adapted(base, run, parts.source, start, parts.tokenizer, parts.data)
     return replace(parts, prediction=prediction, model=model, start=start)
 
@@ -150,7 +159,9 @@ def _adapted(
     data: Prepared,
     checkpoint: Path | None = None,
 ) -> Any:
-    """Return a base with the run's adapter on it."""
+    """Return a base with the run's adapter on it, or to be trained whole."""
+    if run.adapter is None:
+        return train_all(base, run.train.gradient_checkpointing is not False)
     added = run.data.add_special_tokens
     ids = new_ids(base, tokenizer, added) if added is not None else ()
     model = attach(base, run.adapter, run.train.seed, run.train.gradient_checkpointing is not False, ids)

@@ -26,6 +26,7 @@ from veneer.data.pipeline import Prepared
 from veneer.engine.interface import Engine
 from veneer.machine.device import Machine
 from veneer.model.fingerprint import config_sha256, fingerprint
+from veneer.model.full import is_full
 from veneer.model.load import compute_dtype
 from veneer.model.locate import BaseSource
 from veneer.training.reference_logprobs import NAME
@@ -67,8 +68,8 @@ def facts_of(
         "layout": LAYOUT,
         "base": [weights, config_sha256(source)],
         "quantization": quantization,
-        "adapter": _adapter_sha256(model),
-        "adapter_settings": run.adapter.model_dump(mode="json", exclude={"lora_dropout"}),
+        "adapter": None if is_full(model) else _adapter_sha256(model),
+        "adapter_settings": run.adapter and run.adapter.model_dump(mode="json", exclude={"lora_dropout"}),
         "tokens": data.ledger.sha256,
         "micro_batches": hashlib.sha256(json.dumps(read).encode()).hexdigest(),
         "engine": [engine.name, engine.shares_prompts],

@@ -1,5 +1,6 @@
 """Requires of a resumed run the settings that it began with, but for those that change no number of its training."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from veneer.config import Run, RunFolder, UserError, load_run
@@ -44,6 +45,13 @@ def _settings(run: Run) -> dict[str, Any]:
     watched = run.train.early_stopping is not None and run.train.early_stopping.metric in run.evaluate.during
     left_out = {"evaluate": {"rows", "batch_size"} if watched else True}  # what is watched has to stay comparable
     sections = run.model_dump(mode="json", exclude=left_out)
-    settings = {f"{name}.{key}": value for name, section in sections.items() for key, value in (section or {}).items()}
+    settings = {
+        f"{name}.{key}".rstrip("."): value for name, section in sections.items() for key, value in _items(section)
+    }
     size = settings.pop("train.per_device_train_batch_size") * settings.pop("train.gradient_accumulation_steps")
     return settings | {"train.per_device_train_batch_size x gradient_accumulation_steps": size}
+
+
+def _items(section: Any) -> Iterable[tuple[str, Any]]:
+    """Return the settings of a section; of one that is replaced by a word, that word."""
+    return section.items() if isinstance(section, dict) else () if section is None else (("", section),)

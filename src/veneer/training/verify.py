@@ -39,9 +39,11 @@ from veneer.engine.reference import ReferenceEngine
 from veneer.engine.temporary import fill_zeros, preserve_adapter
 from veneer.model.adapters import find_method
 from veneer.model.attach import save_adapter, set_adapter
+from veneer.model.full import is_full, load_weights, write_weights
 from veneer.model.quiet import quiet
 from veneer.training.choose_objective import choose_objective
-from veneer.training.optimizer import build_optimizer, parameters_to_update
+from veneer.training.loop import learn_first
+from veneer.training.optimizer import optimizer_of, parameters_to_update
 from veneer.training.parts import RunParts, load_parts
 from veneer.training.verify_preference import (
     NO_REFERENCE,
@@ -52,6 +54,7 @@ from veneer.training.verify_preference import (
     short_documents,
 )
 
+RELOADED = "loss with the adapter from its file, against the live one"
 LENGTHS = (256, 192, 128, 96)  # tokens of the packed rows, at most
 ROWS, ROW_TOKENS = 8, 192  # that are overfitted
 STEPS = 40  # in which it must succeed
@@ -61,6 +64,7 @@ ACCURACY, PREFERRED = "rewards/accuracies", 0.75  # the metric of pairs, and its
 # By how much all ranks of an adapter together may move in the first and in the last of the steps. Large models learn at
 # once where small ones have hardly begun, and what suits these would throw those off: so the rate rises until one does.
 FIRST_STRIDE, LAST_STRIDE = 0.01, 0.2
+FULL_SHARE = 2e-3  # of it for whole weights: 2e-5 to 4e-4
 
 
 @dataclass(frozen=True)
@@ -177,7 +181,7 @@ def _of_agreement(choice: EngineChoice, found: Agreement | None) -> Iterator[Che
 def _of_engine(run: Run, parts: RunParts, engine: Engine, rows: list[Example]) -> Iterator[Check]:
     """Check the engine that the run trains with, on its own rows."""
     model = parts.model
-    is_exact = model.get_base_model().get_input_embeddings().weight.dtype == torch.float32
+    is_exact = model.get_input_embeddings().weight.dtype == torch.float32
     with preserve_adapter(model):
         yield _gradients(model, engine, rows)
     with preserve_adapter(model):
@@ -214,9 +218,9 @@ def _gradients(model: Any, engine: Engine, rows: list[Example]) -> Check:
 
 
 def _without_gradient(model: Any, first: bool) -> set[str]:
-    method = find_method(model.peft_config["default"])
-    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    named = {name: p for name, p in trained if not first or method.learns_first(name)}
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if first or is_full(model):
+        named = learn_first(model)
     sizes = {n: p.grad.abs().amax() for n, p in named.items() if p.grad is not None}
     values = torch.stack(list(sizes.values())).tolist() if sizes else []
     # Tokens whose rows are trained may be in none of these rows of data.
@@ -273,7 +277,8 @@ def _overfit(run: Run, parts: RunParts, engine: Engine, objective: Objective) ->
     batches = [batch.scaled(1 / weight) for batch in completed(run, parts, engine, objective, batches)]
     train, device = run.train, parts.machine.device
     updated = parameters_to_update(parts.model, engine, train, device)
-    optimizer = build_optimizer(updated.values(), Train(optim=train.optim), device)
+    plain = Train(optim=train.optim, optim_rank=train.optim_rank, master_weights="none")
+    optimizer = optimizer_of(parts.model, updated, plain, device)
     first = share = math.nan
     accuracy: float | None = None
     has_reference = compares(run, objective)
@@ -305,6 +310,8 @@ def _overfit(run: Run, parts: RunParts, engine: Engine, objective: Objective) ->
 def _rate(run: Run, step: int) -> float:
     """Return the rate of a step: Adam moves each value of B by it, and ranks add up, so scale and rank divide it."""
     stride: float = FIRST_STRIDE * (LAST_STRIDE / FIRST_STRIDE) ** (step / STEPS)
+    if run.adapter is None:
+        return FULL_SHARE * stride
     return stride / (find_method(run.adapter).scale(run.adapter) * run.adapter.r)
 
 
@@ -312,8 +319,14 @@ def _reload(parts: RunParts, rows: list[Example]) -> Check:
     """Load the trained adapter from its file onto the same base, and compare it with the live one."""
     model = parts.model
     reference = ReferenceEngine(model)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "adapter"
+    name = "loss with the weights from their file, against the live ones" if is_full(model) else RELOADED
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "adapter"
+        if is_full(model):
+            write_weights(model, folder)
+            live = _losses(reference, rows)
+            load_weights(model, folder)
+            return _largest("reload", _each(rows, live, _losses(reference, rows)), 0.0, name, rows)
         save_adapter(model, parts.tokenizer, parts.renderer.template, parts.source, folder)
         live = _losses(reference, rows)
         config = model.peft_config["default"]
@@ -330,8 +343,12 @@ def _reload(parts: RunParts, rows: list[Example]) -> Check:
                     parameter.data.zero_()
             set_adapter(model, folder)
             again = _losses(reference, rows)
-    apart = [abs(a - b) / row.weight for row, a, b in zip(rows, live, again, strict=True)]
-    return _largest("reload", apart, 0.0, "loss with the adapter from its file, against the live one", rows)
+    return _largest("reload", _each(rows, live, again), 0.0, name, rows)
+
+
+def _each(rows: Sequence[Example], one: Sequence[float], other: Sequence[float]) -> list[float]:
+    """Return how far two losses of each row are apart, a trained token."""
+    return [abs(a - b) / row.weight for row, a, b in zip(rows, one, other, strict=True)]
 
 
 def _losses(engine: Engine, rows: Sequence[Example]) -> list[float]:

@@ -24,6 +24,7 @@ from veneer.engine.choose import comparable
 from veneer.engine.interface import Engine, document_losses
 from veneer.engine.objective import Objective, StepOutput, TrainedTokens
 from veneer.engine.temporary import fill_zeros, preserve_adapter
+from veneer.model.full import is_full
 from veneer.model.quiet import quiet
 from veneer.model.start import take_weights
 from veneer.training.parts import RunParts
@@ -150,7 +151,7 @@ def _start_loss(model: Any, engine: Engine, objective: Objective, batch: Batch) 
 
 def _rounding(model: Any) -> float:
     """Return the largest difference, in nats a token, of passes with gradients from those without."""
-    weight = model.get_base_model().get_input_embeddings().weight
+    weight = model.get_input_embeddings().weight
     if next(p for p in model.parameters() if p.requires_grad).device.type == "cpu":
         return 0.0
     return 1e-3 if weight.dtype == torch.float32 else 0.05
@@ -176,7 +177,7 @@ def _reference(run: Run, parts: RunParts, engine: Engine, objective: Objective, 
     with preserve_adapter(model), ExitStack() as stack:
         if parts.start is not None:
             take_weights(model, parts.start, str(run.model.adapter))
-        else:
+        elif not is_full(model):  # whose weights still are the base's
             stack.enter_context(engine.adapter_off())
         wanted = [-loss for loss in document_losses(engine, batch)]
     apart = max(abs(one - float(np.float32(other))) for one, other in zip(found, wanted, strict=True))
@@ -268,5 +269,5 @@ def _apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def _limit(parts: RunParts) -> float:
-    dtype = parts.model.get_base_model().get_input_embeddings().weight.dtype
+    dtype = parts.model.get_input_embeddings().weight.dtype
     return limits_of(dtype, parts.machine.device).gradient

@@ -247,7 +247,7 @@ def _judged_facts(tuned: TunedModel) -> dict[str, Any]:
         "base": tuned.model.base,
         "on": trained_on(tuned),
         "dtype": tuned.dtype_name,
-        "adapter_sha256": file_sha256(tuned.weights),
+        "adapter_sha256": tuned.weights_sha256,
     }
 
 

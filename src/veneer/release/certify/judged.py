@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from veneer.config import Run
-from veneer.config.files import file_sha256, read_json, read_json_lines
+from veneer.config.files import read_json, read_json_lines
+from veneer.model.fingerprint import trained_sha256
 from veneer.model.tuned import TunedModel
 
 
 def judged_by(run: Run, adapter: Path, dtype: Any) -> dict[str, Any]:
     """Return what identifies the model that evaluation scores and how it answers; kept in evaluation.json."""
     return {
-        "adapter_sha256": file_sha256(adapter / "adapter_model.safetensors"),
+        "adapter_sha256": trained_sha256(adapter),
         "base": run.model.base,
         "quantization": run.quantization.model_dump(exclude={"cache"}) if run.quantization else None,
         "dtype": str(dtype).removeprefix("torch."),

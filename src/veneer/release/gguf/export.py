@@ -138,6 +138,8 @@ def export_adapter(tuned: TunedModel, out: Path, on_done: Progress = lambda done
         UserError: The adapter is more than LoRA matrices on linear layers, which is all that llama.cpp knows.
     """
     require_free(out)
+    if tuned.is_full:
+        raise UserError(f"{tuned.name}: all weights were trained, so it has no adapter", "leave --adapter-only out")
     layout = TensorLayout(tuned.config, tuned.model.base)
     refused = [check.detail for check in vllm_lint(tuned.adapter) if not check.passed and check.id != "rank"]
     if refused:
@@ -297,7 +299,7 @@ def _base_of_lora(tuned: TunedModel) -> str:
 
 def _title(tuned: TunedModel) -> str:
     path = Path(tuned.name).expanduser().resolve()
-    return path.parent.name if path.name == "adapter" else path.name
+    return path.parent.name if path.name in ("adapter", "model") else path.name
 
 
 def _warnings(tuned: TunedModel, quant: str, on: str, has_importance: bool) -> Iterator[str]:

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from veneer.data.batch import Example
+from veneer.model.full import is_full
 from veneer.release.merge.adapter_delta import AdapterDelta
 
 FILE = "importance.safetensors"
@@ -29,11 +30,11 @@ def measure_importance(model: Any, rows: Sequence[Example]) -> Importance:
     """Mean square of each input column of each linear layer, float32 [columns], by the name of its weight.
 
     Args:
-        model: The judged model, a PEFT model in evaluation mode.
+        model: The judged model, with its adapter, in evaluation mode.
         rows: Training rows.
     """
     device = model.get_input_embeddings().weight.device
-    with torch.no_grad(), _summed_squares(model.get_base_model()) as sums:
+    with torch.no_grad(), _summed_squares(model if is_full(model) else model.get_base_model()) as sums:
         for row in rows:
             model(input_ids=torch.tensor([[int(number) for number in row.ids]], device=device), logits_to_keep=1)
     return {name: squares / tokens for name, (squares, tokens) in sums.items()}

@@ -68,10 +68,10 @@ class AdapterDelta:
             f"{path}.weight" for path, module in base.named_modules() if module is base.get_input_embeddings()
         )
         self._zero = torch.zeros(1)
-        saved = _saved_embeddings(base, tuned)
+        saved = {} if tuned.is_full else _saved_embeddings(base, tuned)
         _hollow(base, self._zero)
-        self._model = _attached(base, tuned, saved)
-        self._changes_both = _changes_both(self._model)
+        self._model: Any = None if tuned.is_full else _attached(base, tuned, saved)
+        self._changes_both = self._model is not None and _changes_both(self._model)
         self._in_adapter = saved.keys()
         self.packed = {name for name, stored in tensors.items() if isinstance(stored, StoredNF4)}
         self._changes: dict[str, tuple[Any, str]] = {}
@@ -79,7 +79,8 @@ class AdapterDelta:
         self._deltas: dict[str, dict[str, torch.Tensor]] = {}
         self._replaced: dict[str, torch.Tensor] = {}
         self.untied: dict[str, Stored] = {}
-        self._find_changes(tensors)
+        if self._model is not None:  # else all weights were trained, and are as they are
+            self._find_changes(tensors)
         self._saved = {self._names[parameter]: stored for parameter, stored in saved.items()}
 
     @property

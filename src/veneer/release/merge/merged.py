@@ -23,7 +23,7 @@ import torch
 
 import veneer
 from veneer.config import UserError
-from veneer.config.files import file_sha256, own_files, read_optional_json
+from veneer.config.files import own_files, read_optional_json
 from veneer.config.folder import whole_folder, write_json
 from veneer.config.options import require_known
 from veneer.model.tuned import TunedModel
@@ -99,7 +99,7 @@ def merge_into(
         write_weights(unfinished, [_reported(tensor, on_done) for tensor in planned], {"format": "pt"}, shard_bytes)
         _write_config(tuned, folder, unfinished, dtype, delta.unties)
         write_companions(tuned, folder, unfinished)
-        inside = file_sha256(tuned.weights)
+        inside = tuned.weights_sha256
         facts = {"adapter": name_of(tuned.name), "adapter_sha256": inside, "dtype": dtype, "on": on, "choice": choice}
         facts |= {"veneer": veneer.__version__}
         write_json(unfinished / "merge.json", facts | {"passport": tuned.passport})
@@ -209,7 +209,7 @@ def _require_merged(merged: Path, tuned: TunedModel, force: bool) -> tuple[str, 
         return (
             f"{merged} does not say what is in it (no merge.json): if this adapter is not, what is left is no base",
         )
-    if inside != file_sha256(tuned.weights):
+    if inside != tuned.weights_sha256:
         message = f"{merged}: holds another adapter ({kept.get('adapter')}) than {tuned.name}"
         if not force:
             raise UserError(message, "name that one with --adapter, or use --force to continue anyway")
@@ -235,6 +235,10 @@ def _write_config(tuned: TunedModel, base: Path, out: Path, dtype: str, unties: 
 
 def _warnings(tuned: TunedModel, dtype: str, on: str) -> tuple[str, ...]:
     found = []
+    if tuned.is_full:
+        found.append(
+            f"all weights were trained, so nothing is merged: {tuned.adapter} is a whole model, and this its copy"
+        )
     if dtype == "float16":
         found.append(
             "float16 holds numbers up to 65,504 only: a model that was trained in bfloat16 can overflow in its "

@@ -53,14 +53,14 @@ def renew_card(folder: RunFolder, model: Model | None = None) -> None:
         folder: Folder of the run.
         model: The base, where it is not where the run says.
     """
-    path = folder.adapter / "README.md"
-    if read_passport(folder.adapter) is None or (path.is_file() and MARK not in read_text(path)):
+    path = folder.delivered / "README.md"
+    if read_passport(folder.delivered) is None or (path.is_file() and MARK not in read_text(path)):
         return
     run = load_run(folder.run)
     run = run.model_copy(update={"model": model or run.model})
     certificate = read_optional_json(folder.path / "certificate.json")
     name = folder.path.name
-    facts = Facts.of(folder.adapter, run, locate(run.model), name, read_optional_json(folder.evaluation), certificate)
+    facts = Facts.of(folder.delivered, run, locate(run.model), name, read_optional_json(folder.evaluation), certificate)
     write_text(path, card(facts))
 
 
@@ -104,7 +104,7 @@ class Facts:
             hub_id=hub_id(source),
             gguf=gguf_origin(run.model),
             licence=licence(source),
-            lint=[check.as_dict() for check in vllm_lint(folder)],
+            lint=[] if run.adapter is None else [check.as_dict() for check in vllm_lint(folder)],
             dtype=passport.get("dtype") or str(compute_dtype(run.model, find_machine())).removeprefix("torch."),
             is_chat=is_chat,
             begin_ids=begin_ids(load_tokenizer(BaseSource("folder", str(folder), str(folder)))) if is_text else [],
@@ -169,16 +169,16 @@ def fenced(text: str, language: str = "text") -> str:
 
 def metadata(facts: Facts) -> dict[str, Any]:
     """Return the Hub's metadata: what its filters, its base model tree and its evaluation table read."""
+    relation = "finetune" if facts.run.adapter is None else "adapter"
+    tags = ["transformers", "veneer"] if facts.run.adapter is None else ["lora", "transformers", "veneer"]
     found: dict[str, Any] = {
-        "library_name": "peft",
+        "library_name": "transformers" if facts.run.adapter is None else "peft",
         "pipeline_tag": "text-generation",
-        "tags": ["base_model:adapter:" + facts.hub_id, "lora", "transformers", "veneer"]
-        if facts.hub_id
-        else ["lora", "transformers", "veneer"],
+        "tags": [f"base_model:{relation}:{facts.hub_id}", *tags] if facts.hub_id else tags,
     }
     if facts.hub_id:
         found["base_model"] = facts.hub_id
-        found["base_model_relation"] = "adapter"
+        found["base_model_relation"] = relation
     if facts.licence:
         found["license"] = facts.licence
     if facts.scores:

@@ -26,6 +26,7 @@ def classifier_card(facts: "Facts") -> str:
     text = resources.files("veneer.release").joinpath("classifier_card.md.jinja").read_text(encoding="utf-8")
     passport, run = facts.passport, facts.run
     pad = passport["classifier"]["pad_token_id"]
+    assert run.adapter is not None, "a classifier's head is trained beside an adapter"
     body = environment.from_string(text).render(
         name=facts.name,
         base=facts.base,

@@ -88,7 +88,7 @@ def pack(name: str, repo: str, private: bool, with_samples: bool = False, page: 
     """
     run = RunFolder(Path(name).expanduser())
     is_run = run.run.is_file()
-    folder = run.adapter if is_run else run.path
+    folder = run.delivered if is_run else run.path
     if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", repo, re.ASCII):
         raise UserError(f"--repo {repo}: not of the form owner/name", "for example --repo me/tickets")
     is_adapter = (folder / "adapter_config.json").is_file()
