@@ -16,7 +16,8 @@ from tests.support.engines import batch_of
 from tests.support.plans import planner_of, run_of
 from tests.support.runs import losses, some_pairs, some_rows, tiny_run, write_rows
 from veneer.config import RunFolder, UserError, load_run
-from veneer.config.load import to_yaml
+from veneer.config.load import dump_yaml, to_yaml
+from veneer.config.sweep import load_sweep
 from veneer.data.batch import UNTRAINED
 from veneer.engine.objective import LIKELIHOOD
 from veneer.engine.reference import ReferenceEngine
@@ -319,3 +320,28 @@ def test_the_plan_decides_for_a_float32_copy_by_memory() -> None:
     released = run_of(adapter=None, train={"optim": "adamw_8bit", "max_grad_norm": 0, "gradient_accumulation_steps": 1})
     parts = planner_of(released, "10GiB").forecast(released).phases["optimizer"].components
     assert "gradients" not in {name for name, count in parts.items() if count}
+
+
+def test_a_sweep_compares_it_with_adapters(make: Make, tmp_path: Path) -> None:
+    """Each trial begins with the base's own weights, also after one that has trained them."""
+    run = make(max_steps=2)
+    file = tmp_path / "sweep.yaml"
+    values = run.model_dump(mode="json") | {"adapter": {"r": 4}}
+    trials = "[{adapter.r: 4}, {adapter: none}, {adapter: none, train.weight_decay: 1.0e-9}, {adapter.r: 2}]"
+    file.write_text(
+        dump_yaml({"run": values, "output_dir": str(tmp_path / "sweep"), "keep_runs": True}) + f"trials: {trials}\n"
+    )
+    veneer.sweep(load_sweep(file))
+    first = {}
+    for number, folder in enumerate(sorted((tmp_path / "sweep" / "trials").iterdir())):
+        first[number] = losses(folder)[0]
+    assert len(first) == 4
+    assert len(set(first.values())) == 1, "every first loss is the base's"
+
+
+def test_an_adapters_settings_beside_none_in_a_sweep_are_refused(make: Make, tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    values = make().model_dump(mode="json")
+    file.write_text(dump_yaml({"run": values}) + "trials: [{adapter: none, adapter.r: 8}]\n")
+    with pytest.raises(UserError, match="there is no adapter"):
+        load_sweep(file)

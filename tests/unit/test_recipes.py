@@ -8,7 +8,7 @@ from veneer.config import load_run
 from veneer.config.sweep import load_sweep
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-SWEEPS = sorted(RECIPES.glob("sweep-*.yaml"))
+SWEEPS = sorted(RECIPES.rglob("sweep-*.yaml"))
 FILES = sorted(set(RECIPES.rglob("*.yaml")) - set(SWEEPS))
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # r, alpha, dropout, targets, bits, micro-batch, accumulation, epochs, max_length; the learning rate is 2e-4 in all.
@@ -23,7 +23,7 @@ GUIDES = {
 
 
 def test_there_are_as_many_recipes_as_there_should_be() -> None:
-    assert len(FILES) == 10
+    assert len(FILES) == 13
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -37,7 +37,24 @@ def test_the_sweep_of_ranks_is_of_the_demos_run() -> None:
     planned = load_sweep(RECIPES / "sweep-ranks.yaml")
     assert [one.settings for one in planned.combinations] == [{"adapter.r": r} for r in (4, 8, 16, 32)]
     assert planned.run.model == load_run(RECIPES / "smollm2-demo.yaml").model
-    assert [path.name for path in SWEEPS] == ["sweep-ranks.yaml"]
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_a_sweep_parses(path: Path) -> None:
+    planned = load_sweep(path)
+    assert len(planned.combinations) >= 3
+    assert path.read_text().startswith("# ")
+
+
+def test_full_fine_tuning_of_a_small_base_is_compared_with_lora_of_a_larger_one() -> None:
+    """On the same rows, whatever they are, and with as many rows a step."""
+    full, lora = (load_run(RECIPES / "compare" / f"{name}.yaml") for name in ("full-1.5b", "lora-7b"))
+    assert full.data == lora.data
+    assert full.adapter is None
+    assert full.releases_gradients
+    assert lora.adapter is not None
+    sizes = [run.train.per_device_train_batch_size * run.train.gradient_accumulation_steps for run in (full, lora)]
+    assert sizes[0] == sizes[1]
 
 
 @pytest.mark.parametrize("name", GUIDES)

@@ -264,9 +264,14 @@ def _changed(
     """
     values = {name: dict(section) if isinstance(section, dict) else section for name, section in values.items()}
     lines = dict(within)
-    for name, value in settings.items():
+    for name, value in sorted(settings.items()):  # `adapter` comes before settings of it
         section, _, key = name.partition(".")
         where = _place_of(name, places, path, keys)
+        if name == "adapter" and value == "none":  # full fine-tuning, beside adapters
+            values[name] = value
+            continue
+        if values.get(section) == "none" and section == "adapter":
+            raise UserError(f"{where}: `{name}`: there is no adapter (`adapter: none`)", "leave one of the two out")
         if not key or "." in key:
             raise UserError(f"{where}: `{name}` is not of the form section.key", "for example adapter.r: [8, 16]")
         if not isinstance(values.get(section), dict):

@@ -6,6 +6,7 @@ compressed into the few steps; then its loss on the same held-out rows is measur
 what the run takes. Losses are compared in pairs (paired_losses.py). Of rates whose loss is within `TIE` of the lowest
 the smallest is taken: few steps favour rates that are too high for many. Pairs of answers have a lower grid, and of the
 rates whose loss is not shown to be above the lowest the smallest is taken: few steps change the loss of pairs little.
+For full fine-tuning rates are a tenth of LoRA's.
 
 Nothing is drawn at random beyond the run's own seed, so that the same run finds the same rate. Afterwards the adapter
 is what it was.
@@ -23,11 +24,13 @@ from veneer.config.notify import notify
 from veneer.data.batch import Batches, Example
 from veneer.engine.temporary import preserve_adapter
 from veneer.machine.device import release_memory
+from veneer.model.full import is_full
 from veneer.training.held_out import HeldOutRows
 from veneer.training.intervals import Interval
 from veneer.training.paired_losses import RowLosses, loss_difference
 
 RATES = tuple(float(f"{2e-5 * 10 ** (n / 2):.1e}") for n in range(5))  # 2e-5 to 2e-3
+FULL_RATES = tuple(rate / 10 for rate in RATES)  # where all weights are trained
 PAIR_RATES = tuple(float(f"{5e-7 * 10 ** (n / 2):.1e}") for n in range(5))  # 5e-7 to 5e-5
 SHARE = 0.15  # of the run's cost
 HELD_OUT_SHARE = 1 / 3  # of that for measuring, at most
@@ -145,7 +148,7 @@ def find_rate(
     rows = [held_out[row * size + n] for row in chosen for n in range(size)]
     measured: dict[float, RowLosses | None] = {}
     failure = ""
-    for rate in RATES if size == 1 else PAIR_RATES:
+    for rate in PAIR_RATES if size > 1 else FULL_RATES if is_full(model) else RATES:
         brief = train.model_copy(update={"learning_rate": rate, "max_steps": budget.steps})
         with preserve_adapter(model):
             try:
