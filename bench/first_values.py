@@ -1,8 +1,8 @@
 """What an adapter that began otherwise than at zero is worth once it is saved, on a real base.
 
-For each value of adapter.init_lora_weights a short run is trained in float32, and its logits on held-out text are
-compared: live against plain PEFT with the saved adapter, and against it with the adapter rounded to bfloat16, as a
-share of what the adapter changes.
+For each value of adapter.init_lora_weights a short run is trained in float32, and its logits on a text are compared:
+live against plain PEFT with the saved adapter, and against it with the adapter rounded to bfloat16, as a share of what
+the adapter changes.
 
     OMP_NUM_THREADS=1 python -m bench.first_values --steps 10 --out bench/results/first_values.json
 """
@@ -21,7 +21,7 @@ from veneer.machine.device import find_machine
 from veneer.model.load import load_model
 from veneer.training.job import TrainingJob, environment
 
-KINDS = (True, "gaussian", "pissa", "olora", "eva", "loftq")
+KINDS = ("true", "gaussian", "pissa", "olora", "eva", "loftq")
 TEXT = "The owl routed each message to the right team, and the hen said what it pleased. " * 4
 
 
@@ -30,9 +30,10 @@ def main() -> None:
     parser.add_argument("--base", default="smollm2-135m-instruct")
     parser.add_argument("--rows", default="src/veneer/data/demo/train.jsonl")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    found = {str(kind).lower(): measure(kind, asked.base, asked.rows, asked.steps) for kind in KINDS}
+    found = {kind: measure(kind == "true" or kind, asked.base, asked.rows, asked.steps) for kind in asked.kinds}
     text = json.dumps({"base": asked.base, "steps": asked.steps, "kinds": found, **environment()}, indent=2)
     print(text)
     if asked.out is not None:
@@ -40,13 +41,20 @@ def main() -> None:
 
 
 def measure(kind: Any, base: str, rows: str, steps: int) -> dict[str, float]:
-    """Train, and compare logits; largest differences, and the 2-norm of the rounding as a share of the change's."""
+    """Train, and compare logits: by the largest difference, and by the 2-norm of the rounding and of the change."""
     with tempfile.TemporaryDirectory() as name:
         sections: dict[str, Any] = {
             "model": {"base": base, "dtype": "float32"},
             "adapter": {"init_lora_weights": kind, "r": 8, "lora_alpha": 16},
             "data": {"train": rows, "validation": 0, "limit": 64, "max_length": 256},
-            "train": {"output_dir": name, "max_steps": steps, "learning_rate": 1e-4},
+            "train": {
+                "output_dir": name,
+                "max_steps": steps,
+                "learning_rate": 1e-4,
+                "per_device_train_batch_size": 2,
+                "gradient_accumulation_steps": 1,
+                "gradient_checkpointing": False,
+            },
         }
         if kind == "loftq":
             sections["quantization"] = {}
@@ -72,7 +80,7 @@ def measure(kind: Any, base: str, rows: str, steps: int) -> dict[str, float]:
         change = (live - before).norm()
         return {
             "largest_change": float((live - before).abs().max()),
-            "largest_difference_once_saved": float((again - live).abs().max()),
+            "once_saved_share_of_largest_logit": float((again - live).abs().max() / live.abs().max()),
             "rounded_to_16_bits_share_of_change": float((logits(saved) - live).norm() / change),
         }
 

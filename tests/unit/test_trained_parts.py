@@ -185,3 +185,20 @@ def test_rows_are_trained_in_float32_on_a_base_in_16_bits(tmp_path: Path) -> Non
     assert all(p.dtype == torch.float32 for p in job.model.parameters() if p.requires_grad)
     again = find_tuned(str(tmp_path / "run")).load(torch.bfloat16)
     assert torch.equal(logits_of(again), logits_of(job.model.eval()))
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"adapter": {"bias": "all"}},
+        {"adapter": {"modules_to_save": ["norm"]}},
+        {"adapter": {"init_lora_weights": "eva"}},
+        {"data": {"add_special_tokens": ["<x>"]}},
+    ],
+)
+def test_a_classifier_trains_none_of_them(sections: dict[str, Any], tmp_path: Path) -> None:
+    base = saved_base(tmp_path / "base", "llama", False)
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": f"the cat {n}", "label": "ab"[n % 2]} for n in range(16)])
+    model = {"model": {"task": "sequence-classification"}}
+    with pytest.raises(UserError, match="leave"):
+        veneer.train(tiny_run(base, rows, tmp_path / "run", **model, **sections))
