@@ -80,6 +80,23 @@ def test_a_run_that_is_resumed_gives_the_same_bits(bert: Path, tmp_path: Path) -
     assert any("classifier" in name for name in adapters[0])
 
 
+@pytest.mark.parametrize(
+    ("family", "sections"),
+    [
+        ("bert", {"model": {"dtype": "bfloat16"}}),
+        ("llama", {"quantization": {"bits": 4}}),
+        ("llama", {"adapter": {"method": "dora"}, "train": {"gradient_checkpointing": True}}),
+        ("bert", {"train": {"learning_rate": "auto", "max_steps": 220}}),
+    ],
+    ids=["bfloat16", "4 bits", "dora", "rate"],
+)
+def test_other_ways_to_train_are_delivered_too(family: str, sections: dict[str, Any], tmp_path: Path) -> None:
+    base = save_tiny_base(family, tmp_path / "base")
+    finish(load_job(classify(base, some_texts(), tmp_path, **{"train": {"max_steps": 3}} | sections)))
+    held = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all(part.dtype == torch.float32 for part in held.values())
+
+
 def test_the_best_step_is_found_by_macro_f1(bert: Path, tmp_path: Path) -> None:
     stopping = {"metric": "macro_f1", "patience": 2}
     run = classify(bert, some_texts(), tmp_path, train={"eval_steps": 4, "early_stopping": stopping, "keep": "best"})
@@ -143,6 +160,8 @@ def labelled(*labels: Any) -> Callable[[Rows], Rows]:
         (labelled("a", "b"), {"data": {"packing": True}}, "data.packing = True: has no effect"),
         (labelled("a", "b"), {"train": {"engine": "fused"}}, "train.engine = fused"),
         (labelled("a", "b"), {"model": {"task": "causal-lm"}, "data": {"labels": ["a", "b"]}}, "data.labels"),
+        (labelled("a", "b"), {"adapter": {"bias": "all"}}, "adapter.bias = all: has no effect"),
+        (labelled("a", "b"), {"adapter": {"init_lora_weights": "pissa"}}, "a classifier begins with true or gaussian"),
         (labelled("a", "b"), {"adapter": {"target_modules": ["q_proj"]}}, "`q_proj` matches no module"),
     ],
 )
@@ -158,7 +177,7 @@ def test_bad_input_is_one_message(
 def test_a_bases_own_head_keeps_its_labels_and_its_weights(tmp_path: Path) -> None:
     base = save_tiny_base("roberta", tmp_path / "base", head=2, names=["good", "bad"])
     job = load_job(classify(base, some_texts(), tmp_path))
-    assert job.renderer.labels == ("good", "bad")  # type: ignore[attr-defined]
+    assert job.renderer.labels == ("good", "bad")
     stored = load_file(base / "model.safetensors")["classifier.out_proj.weight"]
     assert torch.equal(job.model.get_base_model().classifier.modules_to_save["default"].out_proj.weight, stored)
 

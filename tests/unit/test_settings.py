@@ -34,6 +34,7 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 VALUES: dict[str, Any] = {
     "model.base": "files/other",
     "model.revision": "v2",
+    "model.task": "sequence-classification",
     "model.adapter": "files/start",
     "adapter.target_modules": ["q_proj", "v_proj"],
     "adapter.exclude_modules": ["k_proj"],

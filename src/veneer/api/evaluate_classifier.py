@@ -12,6 +12,7 @@ from veneer.config import RunFolder, UserError
 from veneer.config.folder import write_json, write_text
 from veneer.config.notify import notify_on_error
 from veneer.data.batch import Example
+from veneer.data.labelled import LabelledRenderer
 from veneer.data.ledger import Ledger
 from veneer.data.pipeline import Part, read_files
 from veneer.engine.classifier import ClassifierEngine
@@ -67,6 +68,11 @@ def evaluate_classifier(
     if tuned.run is None or tuned.folder is None:
         raise UserError(f"{name}: an adapter alone holds no rows out", "name the run's folder")
     run, renderer = tuned.run, tuned.labelled_renderer
+    if not isinstance(renderer, LabelledRenderer):
+        raise UserError(
+            f"{name}: a reward model's pairs are measured in training (metrics.jsonl), with intervals",
+            "see rewards/accuracies there, or score other rows with `veneer predict`",
+        )
     prepared = prepared_as_trained(
         tuned.folder,
         run,

@@ -1,5 +1,6 @@
 """Gives texts a label, tags or an embedding with a model that was trained; see predict_tags.py and embed_texts.py."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -8,8 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from veneer.api.embed_texts import EmbeddedText, embed_texts, texts_to_embed
-from veneer.api.predict_tags import PredictedTags, predict_tags, texts_with_words
+from veneer.api.embed_texts import embed_texts, texts_to_embed
+from veneer.api.predict_tags import predict_tags, texts_with_words
 from veneer.config import Data, UserError
 from veneer.config.notify import notify
 from veneer.config.rows import rows_as_file
@@ -17,6 +18,9 @@ from veneer.data.conversation import BadRowError
 from veneer.data.formats import with_our_names
 from veneer.data.labelled import LabelledRenderer
 from veneer.data.labels import texts_of
+from veneer.data.ledger import Ledger
+from veneer.data.pipeline import read_files
+from veneer.data.rewarded import RewardRenderer
 from veneer.data.row_parser import blocks_of, without
 from veneer.data.sources.block import Unreadable
 from veneer.data.sources.find import find_sources
@@ -27,7 +31,7 @@ from veneer.engine.classifier import ClassifierEngine
 from veneer.engine.head_engine import head_engine
 from veneer.engine.token_classifier import TokenClassifierEngine
 from veneer.machine.batching import Batching
-from veneer.model.tuned import find_tuned
+from veneer.model.tuned import TunedModel, find_tuned
 
 Asked = TypeVar("Asked")
 SORTED = 64  # batches whose texts are sorted by length together
@@ -41,7 +45,7 @@ class Predicted:
         place: file and line of the row.
         label: the likeliest label.
         score: its probability.
-        scores: probability of each label.
+        scores: probability of each label; of a reward model the reward, which is no probability.
     """
 
     place: str
@@ -55,7 +59,7 @@ class Predicted:
 
 def predict(
     name: str | Path, data: Any, batch_size: int = 32, base: str | None = None, force: bool = False
-) -> Iterator[Predicted | PredictedTags | EmbeddedText]:
+) -> Iterator[Any]:
     """Give each row of a file its label, its tags or its embedding, in order.
 
     Example:
@@ -75,17 +79,38 @@ def predict(
     tuned = find_tuned(str(name), base, force)
     renderer = tuned.labelled_renderer
     files = rows_as_file(data, "data")
+    if isinstance(renderer, RewardRenderer):
+        return _rewards(files, renderer, tuned, Batching(batch_size, "shorten the answers", "rewards"))
     settings = (tuned.data or Data(train="-")).model_copy(update={"columns": _columns(tuned.data)})
     read = {"token-classification": texts_with_words, "embedding": texts_to_embed}.get(tuned.model.task, texts_of)
     for _ in _texts(files, settings, read):
         pass  # a bad row says so before the model is loaded
     engine = head_engine(tuned.model, tuned.load_classifier(), renderer.tokenizer)
-    rows, batching = _texts(files, settings, read), Batching(batch_size, "shorten the texts", "scores")
+    rows: Iterator[Any] = _texts(files, settings, read)  # of what `read` gives, by the task
+    batching = Batching(batch_size, "shorten the texts", "scores")
     if isinstance(renderer, TaggedRenderer) and isinstance(engine, TokenClassifierEngine):
         return predict_tags(rows, renderer, engine, batching)
     if isinstance(renderer, TextsRenderer):
         return embed_texts(rows, renderer, engine, batching)
     return _predicted(rows, renderer, engine, batching)
+
+
+def _rewards(files: Any, renderer: RewardRenderer, tuned: TunedModel, batching: Batching) -> Iterator[Predicted]:
+    """Yield the reward of each row's answer; of a pair, of both, and the one that is preferred with its probability."""
+    given = read_files(files, "data", renderer.settings.model_copy(update={"overlong": "refuse"}), renderer, Ledger())
+    engine = ClassifierEngine.of(tuned.load_classifier(), renderer.tokenizer)
+    rows = given.corpus.rows["examples"].tolist()
+    encoded = [example.ids[:-1].tolist() for example in given.corpus]
+    rewards = iter(scores_of(encoded, engine, batching)[:, 0].tolist())
+    for row, count in enumerate(rows):
+        names = ("chosen", "rejected") if count == 2 else ("reward",)
+        scores = {name: next(rewards) for name in names}
+        if count == 1:
+            yield Predicted(given.corpus.place(row), "reward", scores["reward"], scores)
+            continue
+        margin = scores["chosen"] - scores["rejected"]
+        sure = 1 / (1 + math.exp(-abs(margin)))
+        yield Predicted(given.corpus.place(row), "chosen" if margin > 0 else "rejected", sure, scores)
 
 
 def _columns(data: Data | None) -> dict[str, str]:

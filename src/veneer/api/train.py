@@ -25,6 +25,7 @@ DURING: dict[str, MakeDuring] = {
     "sequence-classification": DuringClassification,
     "token-classification": DuringTagging,
     "embedding": DuringEmbedding,
+    "reward": DuringTraining,
 }
 
 

@@ -35,11 +35,12 @@ class Model(Section):
         "all-minilm-l6-v2 (an encoder).",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
-    task: Literal["causal-lm", "sequence-classification", "token-classification", "embedding"] = Field(
+    task: Literal["causal-lm", "sequence-classification", "token-classification", "embedding", "reward"] = Field(
         "causal-lm",
         description="causal-lm: write text; sequence-classification: give a text, or a pair of texts, one of several "
         "labels, by a head on an encoder (BERT and the like) or a decoder; token-classification: give each word a tag, "
-        "such as B-PER; embedding: give a text a vector that is near those of texts that belong to it.",
+        "such as B-PER; embedding: give a text a vector that is near those of texts that belong to it; "
+        "reward: score answers by a head of one output, learnt from pairs of answers.",
     )
     pooling: Literal["auto", "mean", "cls", "last"] = Field(
         "auto",

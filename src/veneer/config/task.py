@@ -7,7 +7,7 @@ from veneer.config.run import Adapter, Data, Evaluate, Model, Run, Train
 from veneer.config.section import Section
 
 # Settings of written answers, by section; a classifier has none.
-OF_ANSWERS = {
+OF_ANSWERS: dict[str, tuple[str, ...]] = {
     "data": (
         *("format", "packing", "chat_template", "template_date", "unrendered", "system_prompt", "loss_on"),
         *("rewritten_history", "text_by", "add_special_tokens"),
@@ -16,6 +16,9 @@ OF_ANSWERS = {
     "train": ("objective", "reference", "dpo", "kto", "orpo", "simpo", "cpo"),
     "evaluate": ("metrics", "extract", "json_schema", "max_new_tokens", "during", "during_tokens", "equal_within"),
 }
+NOT_OF_PAIRS: dict[str, tuple[str, ...]] = {
+    "data": ("packing", "loss_on", "add_special_tokens")
+}  # rewards are of answers that a template renders
 OF_LABELS = {"data": ("labels",), "train": ("class_weights",)}
 OF_EMBEDDINGS = {"model": ("pooling",), "train": ("temperature",)}
 SECTIONS: dict[str, type[Section]] = {
@@ -38,7 +41,7 @@ def require_settings(run: Run) -> None:
                 f"{run.model.task}",
                 "leave `adapter: none` out: an adapter is trained, and the head with it",
             )
-        _require_default(run, OF_ANSWERS)
+        _require_default(run, OF_ANSWERS if run.model.task != "reward" else OF_ANSWERS | NOT_OF_PAIRS)
     if run.model.task not in LABELLED:
         _require_default(run, OF_LABELS, "sequence-classification")
     if run.model.task != "embedding":
@@ -71,7 +74,8 @@ def require_answers(model: Model, command: str) -> None:
     """Raise UserError where a command that is made for written answers is given a classifier."""
     if model.task != "causal-lm":
         raise UserError(
-            f"{command}: it is made for models that write text, and this one classifies (model.task = {model.task})",
+            f"{command}: it is made for models that write text, and this one "
+            f"{'gives rewards' if model.task == 'reward' else 'classifies'} (model.task = {model.task})",
             "use `veneer predict`, `veneer evaluate` or `veneer merge`",
         )
 

@@ -68,6 +68,7 @@ class Renderer:
         UserError: The template is unknown or exceeds its limits, or the tokenizer has no end token.
     """
 
+    labels: tuple[str, ...] = ()  # of a model that does not write text: the names of its outputs
     row_format: str | None = None  # the format of all rows; None: it is recognised
 
     def __init__(self, tokenizer: Any, data: Data | None = None) -> None:

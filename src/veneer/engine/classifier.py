@@ -54,14 +54,21 @@ class ClassifierEngine:
         self._passes = 0
 
     def forward_backward(self, batch: Batch, objective: Objective) -> StepOutput:
-        """See `Engine.forward_backward`; every objective of labels is a weighted sum."""
-        assert objective.is_weighted_sum
+        """See `Engine.forward_backward`; where coefficients are not known, all rows run forward first."""
         self.model.train()
         logprobs_N, weights_N = self._empty(batch), batch.weights_T[batch.targets_T >= 0]
+        waiting: list[tuple[Any, torch.Tensor]] = []
         for which, found in self._of_labels(batch):
-            found.backward(weights_N[which].to(self._device) * -batch.scale)  # type: ignore[no-untyped-call]
             logprobs_N[which] = found.detach().to(self._sum_dtype)
-        output, _ = objective(TrainedTokens.of(batch, logprobs_N))
+            if objective.is_weighted_sum:
+                found.backward(weights_N[which].to(self._device) * -batch.scale)  # type: ignore[no-untyped-call]
+            else:
+                waiting.append((which, found))
+        output, coefficients_N = objective(TrainedTokens.of(batch, logprobs_N))
+        if coefficients_N is not None:
+            coefficients_N = coefficients_N.float() * batch.scale
+            for which, found in waiting:
+                found.backward(coefficients_N[which])  # type: ignore[no-untyped-call]
         return output
 
     @torch.no_grad()
@@ -119,9 +126,15 @@ class ClassifierEngine:
         return torch.empty(batch.trained, dtype=self._sum_dtype, device=self._device)
 
     def _of_labels(self, batch: Batch) -> Iterator[tuple[Any, torch.Tensor]]:
-        """Yield log-probabilities of labels, some at a time, with their numbers among the batch's."""
+        """Yield log-probabilities of labels, some at a time, with their numbers among the batch's.
+
+        Of a head with one output it is that output, the reward of a text.
+        """
         labels_B = batch.targets_T[batch.targets_T >= 0]
         for rows, logits_BC in self._logits(_documents(batch)):
+            if logits_BC.shape[1] == 1:
+                yield rows, logits_BC[:, 0].float()
+                continue
             yield rows, logits_BC.float().log_softmax(1).gather(1, labels_B[rows, None].to(self._device)).squeeze(1)
 
     def _read(self, outputs: Any, mask_BL: torch.Tensor) -> torch.Tensor:

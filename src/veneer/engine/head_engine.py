@@ -24,7 +24,7 @@ def head_engine(settings: Model, model: Any, tokenizer: Any, temperature: float 
     """
     if settings.task == "token-classification":
         return TokenClassifierEngine.of(model, tokenizer)
-    if settings.task == "sequence-classification":
+    if settings.task in ("sequence-classification", "reward"):
         return ClassifierEngine.of(model, tokenizer)
     engine = EmbeddingEngine.of(model, tokenizer)
     engine.pooling, engine.temperature = find_pooling(settings), temperature

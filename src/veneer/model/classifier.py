@@ -15,6 +15,7 @@ from veneer.config import Adapter, Data, Model, Run, UserError
 from veneer.config.task import LABELLED, require_settings
 from veneer.data.labelled import LabelledRenderer, scan_labels
 from veneer.data.render import Renderer
+from veneer.data.rewarded import RewardRenderer
 from veneer.data.tagging import TaggedRenderer, scan_tags
 from veneer.data.texts import TextsRenderer
 from veneer.machine.device import Machine
@@ -45,7 +46,15 @@ def make_renderer(run: Run, tokenizer: Any) -> Renderer:
     require_settings(run)
     if run.model.task == "causal-lm":
         return Renderer(tokenizer, run.data)
-    labels = find_labels(run, find_config(run.model)) if run.model.task in LABELLED else ()
+    config = find_config(run.model)
+    if run.model.task == "reward":
+        if has_head(config, "reward") and len(config.id2label) != 1:
+            raise UserError(
+                f"model.base = {run.model.base}: its head has {len(config.id2label)} labels, a reward is one number",
+                "name a base without a head",
+            )
+        return RewardRenderer(tokenizer, run.data)
+    labels = find_labels(run, config) if run.model.task in LABELLED else ()
     return renderer_of(run.model.task, tokenizer, run.data, labels)
 
 
@@ -57,8 +66,7 @@ def renderer_of(task: str, tokenizer: Any, data: Data, labels: Sequence[str]) ->
 
 
 def labels_of(renderer: Renderer) -> tuple[str, ...]:
-    """Return the labels of a run that classifies."""
-    assert isinstance(renderer, LabelledRenderer)
+    """Return the labels of a run that classifies; `reward` of one that gives rewards, none of embeddings."""
     return renderer.labels
 
 

@@ -39,6 +39,12 @@ HEAD_TASKS = {
         "ForSequenceClassification",
         "SEQ_CLS",
     ),
+    "reward": HeadTask(
+        "AutoModelForSequenceClassification",
+        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+        "ForSequenceClassification",
+        "SEQ_CLS",
+    ),
     "token-classification": HeadTask(
         "AutoModelForTokenClassification",
         "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",

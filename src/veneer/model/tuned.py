@@ -25,6 +25,7 @@ from veneer.config.names import base_not_here, require_adapter
 from veneer.config.task import require_answers
 from veneer.data.labelled import LabelledRenderer
 from veneer.data.render import Renderer
+from veneer.data.rewarded import RewardRenderer
 from veneer.data.template import names_file
 from veneer.machine.device import find_machine
 from veneer.model.adapters import from_error
@@ -135,7 +136,7 @@ class TunedModel:
         return Renderer(tokenizer, data)
 
     @cached_property
-    def labelled_renderer(self) -> LabelledRenderer:
+    def labelled_renderer(self) -> LabelledRenderer | RewardRenderer:
         """The tokenizer and the labels of a classifier; texts are cut off at the tokens that training allowed.
 
         Raises:
@@ -144,14 +145,18 @@ class TunedModel:
         passport = (self.passport or {}).get("classifier")
         if self.model.task == "causal-lm" or self.data is None:
             raise UserError(f"{self.name}: no classifier of Veneer's", "name a run with model.task that classifies")
-        if passport is None and self.run is None:
+        if passport is None and self.run is None and self.model.task != "reward":
             raise UserError(f"{self.name}: its passport names no labels", "fetch it again, or name its run")
-        if passport is not None:
+        if self.model.task == "reward":
+            labels: tuple[str, ...] = RewardRenderer.labels
+        elif passport is not None:
             labels = tuple(passport["labels"])
         else:
             assert self.run is not None, "it is a checkpoint of one"
             labels = find_labels(self.run, find_config(self.model))
         place = BaseSource("folder", str(self.adapter), str(self.adapter)) if self._brings_tokenizer else self.source
+        if self.model.task == "reward":
+            return RewardRenderer(load_tokenizer(place), self.data.model_copy(update={"chat_template": "auto"}))
         positions = classifier_positions(self.model, len(labels))
         longest = min(self.data.max_length, self.data.max_length if positions is None else positions + 1)
         data = self.data.model_copy(update={"overlong": "truncate", "max_length": longest})

@@ -37,13 +37,14 @@ class PlannedClassifier(PlannedModel):
     Args:
         model: the base.
         labels: number of labels; 0: there is no head.
-        data: lengths of the training and of the held-out rows; or the reason why there are none.
+        data: lengths of the training and of the held-out rows, and how many examples a row is; or the reason why
+            there are none.
 
     Raises:
         UserError: there is no such base, or no head for it.
     """
 
-    def __init__(self, model: Model, labels: int, data: tuple[Lengths, Lengths] | str) -> None:
+    def __init__(self, model: Model, labels: int, data: tuple[Lengths, Lengths, int] | str) -> None:
         self.config, self.labels, self.task = find_config(model), labels, model.task
         require_classifies(self.config, model.base, self.task)
         self.is_4bit = False

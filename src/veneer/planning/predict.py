@@ -141,10 +141,9 @@ def predict_run(run: Run, target: TargetDevice, data: PreparedData | str) -> Pre
 def _predict_classifier(run: Run, target: TargetDevice, data: PreparedData | str) -> Prediction:
     """Predict a run that classifies; rules of advice are for written answers."""
     if isinstance(data, PreparedData):
-        train, held_out, _ = data.lengths()
-        base = PlannedClassifier(run.model, len(labels_of(data.renderer)), (train, held_out))
+        base = PlannedClassifier(run.model, len(labels_of(data.renderer)), data.lengths())
     else:
-        labels = 0 if run.model.task == "embedding" else len(run.data.labels or ("", ""))
+        labels = {"embedding": 0, "reward": 1}.get(run.model.task, len(run.data.labels or ("", "")))
         base = PlannedClassifier(run.model, labels, data)
     planner = ClassifierPlanner(base, target)
     return Prediction(run, planner, planner.forecast(run), [])

@@ -92,7 +92,7 @@ def _preference(job: TrainingJob, settings: dict[str, Any]) -> dict[str, Any] | 
     The reference is the adapter that training started from: its name, its hashes and those in its passport.
     """
     objective, run = job.objective, job.run
-    if objective.documents_per_row == 1 and not objective.needs_reference:
+    if run.model.task != "causal-lm" or (objective.documents_per_row == 1 and not objective.needs_reference):
         return None
     reference: dict[str, Any] | None = None
     if objective.needs_reference:

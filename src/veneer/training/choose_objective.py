@@ -10,6 +10,7 @@ from veneer.config import Run, UserError
 from veneer.data.pipeline import Prepared
 from veneer.engine.objective import LIKELIHOOD, Objective
 from veneer.training.objectives import OBJECTIVES
+from veneer.training.objectives.bradley_terry import BradleyTerry
 from veneer.training.objectives.in_batch import InBatchNegatives
 
 # What rows each learns from, the usual objective of such rows first.
@@ -33,8 +34,18 @@ def choose_objective(run: Run, data: Prepared) -> Objective:
     Raises:
         UserError: The rows do not suit it, or a setting does not.
     """
+    if run.model.task == "embedding":
+        return InBatchNegatives()
+    if run.model.task == "reward":
+        if data.kind != "pairs":
+            raise UserError(
+                f"model.task = reward: {run.data.train}: the rows {ARE.get(data.kind, ARE['single'])[0]}, and rewards "
+                "are learnt from pairs",
+                "name rows with chosen and rejected answers in data.train",
+            )
+        return BradleyTerry()
     if run.model.task != "causal-lm":
-        return InBatchNegatives() if run.model.task == "embedding" else LIKELIHOOD
+        return LIKELIHOOD
     name = name_objective(run, data)
     for other in LEARNS:
         if other not in ("sft", name) and getattr(run.train, other) is not None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 PIPELINES = {  # the hub's names
     "sequence-classification": "text-classification",
+    "reward": "text-classification",
     "token-classification": "token-classification",
     "embedding": "sentence-similarity",
 }
@@ -35,7 +36,6 @@ def classifier_card(facts: "Facts") -> str:
         prefix=HEAD_TASKS[run.model.task].auto,
         labels=passport["classifier"]["labels"],
         head=passport["classifier"]["head"],
-        is_pair=False,
         base_literal=repr(facts.hub_id or facts.base),
         name_literal=repr(facts.name),
         pad="" if pad is None else f", pad_token_id={pad}",
