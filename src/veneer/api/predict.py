@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from veneer.api.embed_texts import EmbeddedText, embed_texts, texts_to_embed
-from veneer.api.predict_tags import PredictedTags, predict_tags, texts_with_words
+from veneer.api.embed_texts import embed_texts, texts_to_embed
+from veneer.api.predict_tags import predict_tags, texts_with_words
 from veneer.config import Data, UserError
 from veneer.config.notify import notify
 from veneer.config.rows import rows_as_file
@@ -27,7 +27,7 @@ from veneer.engine.classifier import ClassifierEngine
 from veneer.engine.head_engine import head_engine
 from veneer.engine.token_classifier import TokenClassifierEngine
 from veneer.machine.batching import Batching
-from veneer.model.tuned import find_tuned
+from veneer.model.tuned import TunedModel, find_tuned
 
 Asked = TypeVar("Asked")
 SORTED = 64  # batches whose texts are sorted by length together
@@ -55,7 +55,7 @@ class Predicted:
 
 def predict(
     name: str | Path, data: Any, batch_size: int = 32, base: str | None = None, force: bool = False
-) -> Iterator[Predicted | PredictedTags | EmbeddedText]:
+) -> Iterator[Any]:
     """Give each row of a file its label, its tags or its embedding, in order.
 
     Example:
@@ -69,6 +69,9 @@ def predict(
         base: another base than the adapter names.
         force: whether to go on if the adapter's passport does not match the base.
 
+    Returns:
+        A `Predicted`, `PredictedTags` or `EmbeddedText` of each row, by the model's task.
+
     Raises:
         UserError: there is no such classifier, or a row has no text; a bad row is found before anything is predicted.
     """
@@ -76,16 +79,28 @@ def predict(
     renderer = tuned.labelled_renderer
     files = rows_as_file(data, "data")
     settings = (tuned.data or Data(train="-")).model_copy(update={"columns": _columns(tuned.data)})
-    read = {"token-classification": texts_with_words, "embedding": texts_to_embed}.get(tuned.model.task, texts_of)
-    for _ in _texts(files, settings, read):
-        pass  # a bad row says so before the model is loaded
-    engine = head_engine(tuned.model, tuned.load_classifier(), renderer.tokenizer)
-    rows, batching = _texts(files, settings, read), Batching(batch_size, "shorten the texts", "scores")
-    if isinstance(renderer, TaggedRenderer) and isinstance(engine, TokenClassifierEngine):
-        return predict_tags(rows, renderer, engine, batching)
+    batching = Batching(batch_size, "shorten the texts", "scores")
+    if isinstance(renderer, TaggedRenderer):
+        words = _checked(files, settings, texts_with_words)
+        engine = _engine(tuned, renderer)
+        assert isinstance(engine, TokenClassifierEngine)
+        return predict_tags(words, renderer, engine, batching)
     if isinstance(renderer, TextsRenderer):
-        return embed_texts(rows, renderer, engine, batching)
-    return _predicted(rows, renderer, engine, batching)
+        texts = _checked(files, settings, texts_to_embed)
+        return embed_texts(texts, renderer, _engine(tuned, renderer), batching)
+    rows = _checked(files, settings, texts_of)
+    return _predicted(rows, renderer, _engine(tuned, renderer), batching)
+
+
+def _engine(tuned: TunedModel, renderer: LabelledRenderer) -> ClassifierEngine:
+    return head_engine(tuned.model, tuned.load_classifier(), renderer.tokenizer)
+
+
+def _checked(files: Any, data: Data, read: Callable[[Mapping[str, Any]], Asked]) -> Iterator[tuple[str, Asked]]:
+    """Return the rows, of which a bad one says so before the model is loaded."""
+    for _ in _texts(files, data, read):
+        pass
+    return _texts(files, data, read)
 
 
 def _columns(data: Data | None) -> dict[str, str]:
