@@ -78,12 +78,15 @@ LABELLED: dict[str, dict[str, Any]] = {
     "evaluate": {"max_new_tokens": 256},
 }
 CLASSIFIES = LABELLED | {"model": {"task": "sequence-classification"}}
+EMBEDS = LABELLED | {"model": {"task": "embedding"}}
 # What must be so for a setting to act.
 WHERE: dict[str, dict[str, Any]] = {
     "model.revision": {"model": {"base": "org/tiny"}},
     "model.task": LABELLED,
     "data.labels": CLASSIFIES,
     "train.class_weights": CLASSIFIES,
+    "model.pooling": EMBEDS,
+    "train.temperature": EMBEDS,
     "model.attn_implementation": {"train": {"engine": "reference"}},  # the fused engine has its own
     "adapter.bias": {"model": {"base": "files/biased"}},
     "quantization.cache": {"model": {"base": "files/cached"}},
@@ -168,7 +171,14 @@ def files(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Pa
         "others": [row | {"completion": "cow"} for row in rows],
         "pairs": [{"prompt": row["prompt"], "chosen": "yes", "rejected": "no"} for row in rows],
         "rated": [row | {"label": n % 2 == 0} for n, row in enumerate(rows)],
-        "labelled": [{"text": row["prompt"], "label": "a" if n % 3 else "b"} for n, row in enumerate(rows)],
+        "labelled": [
+            {
+                **{"text": row["prompt"], "label": "a" if n % 3 else "b"},
+                **{"tokens": row["prompt"].split(), "tags": ["O", "B-A", *["O"] * len(row["prompt"].split())][:-2]},
+                **{"anchor": row["prompt"], "positive": row["completion"]},
+            }
+            for n, row in enumerate(rows)
+        ],
         "odd": [{"q1": row["prompt"], "a1": row["completion"]} for row in rows],
         "context": [row | {"context": f"field {n}"} for n, row in enumerate(rows)],
         "numbers": [row | {"completion": str(n % 3)} for n, row in enumerate(rows)],

@@ -65,6 +65,8 @@ def test_rows_that_cannot_be_right(row: dict[str, Any], message: str) -> None:
 
 
 def _tokenizer(kind: str) -> Tokenizer:
+    model: Any
+    trainer: Any
     model, trainer = {
         "wordpiece": (models.WordPiece(unk_token="[UNK]"), trainers.WordPieceTrainer(special_tokens=["[UNK]"])),
         "bytes": (models.BPE(), trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet())),

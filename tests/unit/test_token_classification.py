@@ -8,15 +8,18 @@ import pytest
 import torch
 from peft import AutoPeftModelForTokenClassification
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForTokenClassification, AutoTokenizer
 
+import veneer
 from tests.support.classifiers import BASES, WORDS, save_tiny_base
 from tests.support.heads import some_tagged, tag
+from tests.support.runs import write_rows
+from veneer.api.predict_tags import texts_with_words
 from veneer.api.train import finish, load_job
 from veneer.config import RunFolder, UserError
 from veneer.engine.token_classifier import TokenClassifierEngine
 from veneer.evaluation.classification import batching
-from veneer.evaluation.tagging import tag_rows, tag_scores
+from veneer.evaluation.tagging import TaggedRows, tag_rows, tag_scores
 from veneer.training.metrics import read_metrics
 
 TAGS = ("O", "B-SAID", "I-SAID", "B-THING")
@@ -152,3 +155,80 @@ def test_the_card_loads_the_adapter(bert: Path, tmp_path: Path) -> None:
     assert "AutoModelForTokenClassification.from_pretrained(" in card
     passport = json.loads((tmp_path / "run" / "adapter" / "passport.json").read_text())
     assert passport["classifier"]["labels"] == list(TAGS)
+
+
+@pytest.fixture(scope="module")
+def tagger(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tagger")
+    finish(load_job(tag(bert, some_tagged(), folder, train={"learning_rate": 2e-2})))
+    return folder / "run"
+
+
+def test_entities_are_found_with_their_characters(tagger: Path) -> None:
+    text = "  the film was\tvery  great and so"
+    found, words = veneer.predict(tagger, [{"text": text}, {"tokens": ["the", "meal", "was", "poor"]}])
+    assert found.words == text.split()
+    assert all(text[entity.start : entity.end] == entity.text for entity in found.entities)
+    assert ("SAID", "very  great") in [(entity.type, entity.text) for entity in found.entities]
+    assert words.text == "the meal was poor"
+    assert [(e.type, e.text, e.start) for e in words.entities][:1] == [("THING", "meal", 4)]
+    assert words.tags[1] == "B-THING"
+    assert words.entities[0].score == words.scores[1] > 0.5
+
+
+def test_words_of_a_plain_text_are_parted_at_punctuation() -> None:
+    text, words = texts_with_words({"text": "so,  the café's film!"})
+    assert [text[start:end] for start, end in words] == ["so", ",", "the", "café", "'", "s", "film", "!"]
+
+
+def test_words_behind_the_last_place_are_outside_and_told_of(tagger: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (found,) = veneer.predict(tagger, [{"text": "the film was very great and so " * 8}])
+    assert len(found.words) == 56
+    assert all(score > 0 for score in found.scores[:23])  # 48 places: 23 words with their tags, and two tokens around
+    assert (found.tags[23:], found.scores[23:]) == (["O"] * 33, [0.0] * 33)
+    assert "texts are cut off at 48 places" in capsys.readouterr().err
+
+
+def test_evaluation_and_merge_are_of_the_same_model(tagger: Path, tmp_path: Path) -> None:
+    found = veneer.evaluate_classifier(tagger).as_dict()
+    metrics = found["metrics"]["entity_f1"]
+    assert metrics["base"]["value"] == 0  # the commonest tag marks no entity
+    assert metrics["difference"]["value"] == metrics["tuned"]["value"] > 0.8
+    assert sorted(found["by_type"]) == ["SAID", "THING"]
+    lines = [json.loads(line) for line in (tagger / "samples.jsonl").read_text().splitlines()]
+    assert len(lines) == found["rows"] == 24
+    assert all(len(line["tags"]) == len(line["predicted"]) for line in lines)
+
+    veneer.merge(str(tagger), tmp_path / "merged", dtype="float32")
+    merged = AutoModelForTokenClassification.from_pretrained(tmp_path / "merged").eval()
+    assert merged.config.id2label == dict(enumerate(TAGS))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    row = {"tokens": ["the", "film", "was", "very", "great"]}
+    with torch.no_grad():
+        logits = merged(**tokenizer(" ".join(row["tokens"]), return_tensors="pt")).logits[0, 1:-1]
+    (predicted,) = veneer.predict(tagger, [row])
+    assert [TAGS[n] for n in logits.argmax(1).tolist()] == predicted.tags
+    assert logits.softmax(1).amax(1).tolist() == pytest.approx(predicted.scores, abs=1e-4)  # float32, merged
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": " "}, "rows.jsonl:1: `text` is empty"),
+        ({"body": "the film"}, "rows.jsonl:1: neither `text` nor `tokens` (fields here: body)"),
+        ({"tokens": ["the", None]}, "rows.jsonl:1: `tokens`: word 2 is no text"),
+    ],
+)
+def test_rows_that_cannot_be_tagged_are_one_message(
+    tagger: Path, tmp_path: Path, row: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError) as told:
+        veneer.predict(tagger, write_rows(tmp_path / "rows.jsonl", [row]))
+    assert message in str(told.value)
+
+
+def test_an_evaluation_without_mistakes_does_not_claim_certainty() -> None:
+    rows = TaggedRows([["B-SAID", "O"]] * 20, [["B-SAID", "O"]] * 20)
+    for result in tag_scores(rows, TAGS).values():
+        assert result.interval.value == 1.0
+        assert 0.8 < result.interval.low < 0.9  # Wilson's bound of 20 of 20

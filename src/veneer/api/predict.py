@@ -73,6 +73,9 @@ def predict(
         base: another base than the adapter names.
         force: whether to go on if the adapter's passport does not match the base.
 
+    Returns:
+        A `Predicted`, `PredictedTags` or `EmbeddedText` of each row, by the model's task.
+
     Raises:
         UserError: there is no such classifier, or a row has no text; a bad row is found before anything is predicted.
     """
@@ -82,17 +85,28 @@ def predict(
     if isinstance(renderer, RewardRenderer):
         return _rewards(files, renderer, tuned, Batching(batch_size, "shorten the answers", "rewards"))
     settings = (tuned.data or Data(train="-")).model_copy(update={"columns": _columns(tuned.data)})
-    read = {"token-classification": texts_with_words, "embedding": texts_to_embed}.get(tuned.model.task, texts_of)
-    for _ in _texts(files, settings, read):
-        pass  # a bad row says so before the model is loaded
-    engine = head_engine(tuned.model, tuned.load_classifier(), renderer.tokenizer)
-    rows: Iterator[Any] = _texts(files, settings, read)  # of what `read` gives, by the task
     batching = Batching(batch_size, "shorten the texts", "scores")
-    if isinstance(renderer, TaggedRenderer) and isinstance(engine, TokenClassifierEngine):
-        return predict_tags(rows, renderer, engine, batching)
+    if isinstance(renderer, TaggedRenderer):
+        words = _checked(files, settings, texts_with_words)
+        engine = _engine(tuned, renderer)
+        assert isinstance(engine, TokenClassifierEngine)
+        return predict_tags(words, renderer, engine, batching)
     if isinstance(renderer, TextsRenderer):
-        return embed_texts(rows, renderer, engine, batching)
-    return _predicted(rows, renderer, engine, batching)
+        texts = _checked(files, settings, texts_to_embed)
+        return embed_texts(texts, renderer, _engine(tuned, renderer), batching)
+    rows = _checked(files, settings, texts_of)
+    return _predicted(rows, renderer, _engine(tuned, renderer), batching)
+
+
+def _engine(tuned: TunedModel, renderer: LabelledRenderer) -> ClassifierEngine:
+    return head_engine(tuned.model, tuned.load_classifier(), renderer.tokenizer)
+
+
+def _checked(files: Any, data: Data, read: Callable[[Mapping[str, Any]], Asked]) -> Iterator[tuple[str, Asked]]:
+    """Return the rows, of which a bad one says so before the model is loaded."""
+    for _ in _texts(files, data, read):
+        pass
+    return _texts(files, data, read)
 
 
 def _rewards(files: Any, renderer: RewardRenderer, tuned: TunedModel, batching: Batching) -> Iterator[Predicted]:

@@ -68,8 +68,8 @@ def texts_with_words(row: Mapping[str, Any]) -> tuple[str, Words]:
         BadRowError: it has neither, or nothing is in it.
     """
     if any(row.get(name) is not None for name in WORDS):
-        text = " ".join(words_of(row))
-        return text, word_spans(text)
+        joined = " ".join(words_of(row))
+        return joined, word_spans(joined)
     text = row.get("text")
     if not isinstance(text, str):
         raise BadRowError(f"neither `text` nor `tokens` (fields here: {', '.join(row)})")

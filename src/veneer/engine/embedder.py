@@ -48,7 +48,7 @@ class EmbeddingEngine(ClassifierEngine):
     """Runs a model that embeds texts; arguments are those of `ClassifierEngine`.
 
     Attributes:
-        pooling: what of the hidden states is a text's embedding: mean, cls or last.
+        pooling: part of the hidden states that is a text's embedding: mean, cls or last.
         temperature: divisor of cosine similarities.
     """
 

@@ -27,7 +27,7 @@ class JudgedTask:
 
     Attributes:
         rows: number of rows.
-        compared_with: what `base` is.
+        compared_with: name of the base of the comparison.
         metrics: by name, `base`, `tuned` and their `difference`: value, low and high. The first one decides.
         by_type: number, precision, recall and F1 of each type of entity.
         lines: a line of each row, for samples.jsonl.
