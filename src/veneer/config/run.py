@@ -83,9 +83,12 @@ TokenId = Annotated[int, Field(strict=True, ge=0)]
 class Adapter(Section):
     """The LoRA adapter, as in PEFT's LoraConfig; `adapter: none` trains all weights instead (docs/full.md)."""
 
-    method: Literal["lora", "dora"] = Field(
+    method: Literal["lora", "dora", "vera", "ia3", "loha", "lokr", "oft", "hra", "fourierft"] = Field(
         "lora",
-        description="lora; dora, which trains the norm of each row of a weight too (arXiv 2402.09353).",
+        description="lora; dora, which trains the norm of each row of a weight too (arXiv 2402.09353); or another "
+        "method by PEFT's modules, on the reference engine and linear layers: vera, ia3, oft; loha, lokr, hra, "
+        "fourierft on bases in 16 or 32 bits. These refuse settings that they do not have.",
+        json_schema_extra={"fix": "write lora, dora, vera, ia3, loha, lokr, oft, hra or fourierft"},
     )
     r: int = Field(16, ge=1, le=4096, description="Rank.")
     lora_alpha: float = Field(32, gt=0, description="The update is scaled by lora_alpha / r.")

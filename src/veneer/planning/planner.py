@@ -331,7 +331,7 @@ def step_of(
                 "leave it out, or leave the section `quantization` out",
             )
     targets = frozenset[str]() if method == "full" else shapes.targets(adapter)
-    require_method(adapter, targets, shapes.embeddings)
+    require_method(adapter, targets, shapes.embeddings, quantized)
     return Step(
         rows=batch.rows,
         length=batch.length,

@@ -34,6 +34,8 @@ class AdapterMethod:
         is_low_rank: whether `low_rank` reads its linear layers, as the fused engine needs.
         frozen_share: share of its parameters that stay as they began.
         on_embeddings: whether it takes embeddings.
+        on_4_bits: whether it takes bases in 4 bits.
+        takes: settings of the section that it has beside those of modules; None: all.
     """
 
     name: str
@@ -48,6 +50,8 @@ class AdapterMethod:
     is_low_rank: bool = False
     frozen_share: float = 0.0
     on_embeddings: bool = True
+    on_4_bits: bool = True
+    takes: tuple[str, ...] | None = None
 
     def learns_first(self, name: str) -> bool:
         """Return whether a parameter of it has a gradient at the first step."""
