@@ -70,6 +70,7 @@ VALUES: dict[str, Any] = {
     "train.cpo": {"beta": 0.5},
     "train.learning_rate": 5e-3,
     "train.optim_rank": 4,
+    "train.loraplus_lr_ratio": 16,
     "train.warmup_ratio": 0.5,  # half of the default is no step of a short run
 }
 LABELLED: dict[str, dict[str, Any]] = {

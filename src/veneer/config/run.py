@@ -391,6 +391,12 @@ class Train(Section):
         description="Peak learning rate. auto: before the run, a few rates are each tried for a few steps and compared "
         "by their held-out loss; it takes at most 15% of the run.",
     )
+    loraplus_lr_ratio: float | None = Field(
+        None,
+        gt=0,
+        description="LoRA+ (arXiv 2402.12354): the rate of the B matrices is this many times the learning rate, as 16; "
+        "null: all have the same. For `adapter.method` lora and dora.",
+    )
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field("cosine", description="Decay after the warmup.")
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of the steps in which the learning rate rises.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled decay.")

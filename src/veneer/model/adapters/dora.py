@@ -47,10 +47,11 @@ class _DoraLinear(LinearStandIn):
         lora_A: Any = self.lora_A["default"]
         lora_B: Any = self.lora_B["default"]
         magnitude = self.lora_magnitude_vector["default"].weight
-        eye = torch.eye(lora_A.weight.shape[1], device=x.device)
-        lora_weight = lora_B(lora_A(eye)).T.to(x.dtype)
-        # A dequantized copy, and one in the dtype of x.
-        weight = torch.empty(lora_weight.shape, dtype=dtype, device=x.device).to(x.dtype)
+        lora_weight = lora_B(lora_A(torch.eye(lora_A.weight.shape[1], device=x.device))).T.to(x.dtype)
+        weight = getattr(self.base_layer, "weight", None)
+        if weight is None or weight.shape != lora_weight.shape:  # in 4 bits: it is dequantized; or it is transposed
+            weight = torch.empty(lora_weight.shape, dtype=dtype, device=x.device)
+        weight = weight.to(x.dtype)
         weight_norm = torch.linalg.norm(weight + 2.0 * lora_weight.detach(), dim=1).detach()
         scale = (magnitude / weight_norm).view(1, -1)
         lora_result = lora_B(lora_A(x))

@@ -26,5 +26,6 @@ FOURIERFT = AdapterMethod(
     stand_in=stand_in_of(_configure),
     takes=(),
     on_embeddings=False,
+    on_conv1d=False,
     on_4_bits=False,
 )

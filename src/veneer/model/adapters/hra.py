@@ -26,5 +26,6 @@ HRA = AdapterMethod(
     stand_in=stand_in_of(_configure),
     takes=("r",),
     on_embeddings=False,
+    on_conv1d=False,
     on_4_bits=False,
 )

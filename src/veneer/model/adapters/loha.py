@@ -31,5 +31,6 @@ LOHA = AdapterMethod(
     zeros=re.compile(r"\.hada_w2_b\."),
     takes=("r", "lora_alpha", "rank_pattern", "alpha_pattern"),
     on_embeddings=False,
+    on_conv1d=False,
     on_4_bits=False,
 )

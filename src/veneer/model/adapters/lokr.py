@@ -31,5 +31,6 @@ LOKR = AdapterMethod(
     zeros=re.compile(r"\.lokr_w1\."),
     takes=("r", "lora_alpha", "rank_pattern", "alpha_pattern"),
     on_embeddings=False,
+    on_conv1d=False,
     on_4_bits=False,
 )

@@ -26,4 +26,5 @@ OFT = AdapterMethod(
     stand_in=stand_in_of(_configure),
     takes=(),
     on_embeddings=False,
+    on_conv1d=False,
 )
