@@ -81,6 +81,7 @@ CLASSIFIES = LABELLED | {"model": {"task": "sequence-classification"}}
 # What must be so for a setting to act.
 WHERE: dict[str, dict[str, Any]] = {
     "model.revision": {"model": {"base": "org/tiny"}},
+    "adapter.method": {"adapter": {"r": 16, "lora_alpha": 32}},  # the defaults: some methods have neither
     "model.task": LABELLED,
     "data.labels": CLASSIFIES,
     "train.class_weights": CLASSIFIES,
