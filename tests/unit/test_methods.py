@@ -59,6 +59,7 @@ def test_a_run_is_planned_resumed_saved_merged_and_certified(
     base = tiny_model()
     whole, cut = (run_of(base, tmp_path / name, method) for name in ("whole", "cut"))
     planned = planner_of(whole, "8GiB").forecast(whole)
+    assert whole.adapter is not None
     model = attach(loaded(base), whole.adapter, 0)
     assert planned.trainable == count_parameters(model)["trainable"]
     name = find_method(whole.adapter).name
@@ -187,6 +188,7 @@ def test_the_rate_of_b_is_a_multiple_of_that_of_a(
         run = run_of(tiny_model(), tmp_path / name, "dora", train=train)
         veneer.train(run)
         first = load_file(tmp_path / name / "checkpoints" / "step-000001" / "adapter_model.safetensors")
+        assert run.adapter is not None
         begun = attach(loaded(tiny_model()), run.adapter, run.train.seed).state_dict()
         found: dict[str, float] = {}
         for key, value in first.items():

@@ -19,7 +19,7 @@ from veneer.engine.placement import MemoryPlacement
 from veneer.engine.trace import Peak
 from veneer.machine.device import named_dtype, resolve_optim
 from veneer.machine.speeds import Ceilings
-from veneer.model.adapters import LORA, find_method, require_method
+from veneer.model.adapters import find_method, require_method
 from veneer.model.adapters.from_base import doubled, refuse_4_bits, starts_from_base
 from veneer.model.adapters.from_error import refuse_without_4_bits, starts_from_error
 from veneer.model.dense import COPIES_SHARE
@@ -332,12 +332,11 @@ def step_of(
             )
     targets = frozenset[str]() if method == "full" else shapes.targets(adapter)
     require_method(adapter, shapes, targets, quantized)
-    if run.train.loraplus_lr_ratio is not None and (
-        run.adapter is None or find_method(adapter).peft_type != LORA.peft_type
-    ):
+    if run.train.loraplus_lr_ratio is not None and (run.adapter is None or adapter.method not in ("lora", "dora")):
         raise UserError(
             f"train.loraplus_lr_ratio = {run.train.loraplus_lr_ratio:g}: only lora and dora have the B matrices whose "
-            f"rate it is, and {'there is no adapter' if run.adapter is None else f'adapter.method is {adapter.method}'}",
+            f"rate it is, and the run has adapter{'' if run.adapter is None else '.method'}: "
+            f"{'none' if run.adapter is None else adapter.method}",
             "leave it out",
         )
     return Step(
