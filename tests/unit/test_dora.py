@@ -21,6 +21,7 @@ from veneer.engine.fused.policy import tightest, uniform
 from veneer.engine.interface import document_losses
 from veneer.engine.objective import LIKELIHOOD
 from veneer.engine.reference import ReferenceEngine
+from veneer.model.adapters.dora import norms_kept
 from veneer.model.attach import attach, count_parameters
 from veneer.training.job import TrainingJob
 
@@ -235,3 +236,20 @@ def test_the_magnitudes_of_a_bare_adapter_are_the_norms_of_the_base() -> None:
         if "magnitude" in name:
             layer = model.get_submodule(name.split(".lora_magnitude_vector")[0])
             torch.testing.assert_close(parameter.data, layer.get_base_layer().weight.norm(dim=1))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_generation_computes_norms_once_and_what_peft_computes(family: str) -> None:
+    model = dora_of(family).eval()
+    wanted = logits_of(model)
+    with norms_kept(model):
+        found = logits_of(model)
+        layers = [module for module in model.modules() if hasattr(module, "lora_variant")]
+        assert all(layer.merged for layer in layers), "PEFT's own forward adds nothing"
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits_of(model), wanted, rtol=0, atol=0)
+    with model.disable_adapter():
+        base = logits_of(model)
+        with norms_kept(model):
+            assert torch.equal(logits_of(model), base)
+    assert not torch.allclose(wanted, base, atol=1e-3)

@@ -71,6 +71,7 @@ VALUES: dict[str, Any] = {
     "train.cpo": {"beta": 0.5},
     "train.learning_rate": 5e-3,
     "train.optim_rank": 4,
+    "train.loraplus_lr_ratio": 16,
     "train.warmup_ratio": 0.5,  # half of the default is no step of a short run
 }
 LABELLED: dict[str, dict[str, Any]] = {
@@ -82,6 +83,7 @@ EMBEDS = LABELLED | {"model": {"task": "embedding"}}
 # What must be so for a setting to act.
 WHERE: dict[str, dict[str, Any]] = {
     "model.revision": {"model": {"base": "org/tiny"}},
+    "adapter.method": {"adapter": {"r": 16, "lora_alpha": 32}},  # the defaults: some methods have neither
     "model.task": LABELLED,
     "data.labels": CLASSIFIES,
     "train.class_weights": CLASSIFIES,

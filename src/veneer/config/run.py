@@ -84,9 +84,12 @@ TokenId = Annotated[int, Field(strict=True, ge=0)]
 class Adapter(Section):
     """The LoRA adapter, as in PEFT's LoraConfig; `adapter: none` trains all weights instead (docs/full.md)."""
 
-    method: Literal["lora", "dora"] = Field(
+    method: Literal["lora", "dora", "vera", "ia3", "loha", "lokr", "oft", "hra", "fourierft"] = Field(
         "lora",
-        description="lora; dora, which trains the norm of each row of a weight too (arXiv 2402.09353).",
+        description="lora; dora, which trains the norm of each row of a weight too (arXiv 2402.09353); or another "
+        "method by PEFT's modules, on the reference engine and linear layers: vera, ia3, oft; loha, lokr, hra, "
+        "fourierft on bases in 16 or 32 bits. These refuse settings that they do not have.",
+        json_schema_extra={"fix": "write lora, dora, vera, ia3, loha, lokr, oft, hra or fourierft"},
     )
     r: int = Field(16, ge=1, le=4096, description="Rank.")
     lora_alpha: float = Field(32, gt=0, description="The update is scaled by lora_alpha / r.")
@@ -388,6 +391,12 @@ class Train(Section):
         2e-4,
         description="Peak learning rate. auto: before the run, a few rates are each tried for a few steps and compared "
         "by their held-out loss; it takes at most 15% of the run.",
+    )
+    loraplus_lr_ratio: float | None = Field(
+        None,
+        gt=0,
+        description="LoRA+ (arXiv 2402.12354): the rate of the B matrices is this many times the learning rate, as 16; "
+        "null: all have the same. For `adapter.method` lora and dora.",
     )
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field("cosine", description="Decay after the warmup.")
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of the steps in which the learning rate rises.")

@@ -31,6 +31,7 @@ from veneer.evaluation.memory import LESS_MEMORY, alike, room_for_answers
 from veneer.evaluation.partial import KeptAnswers
 from veneer.evaluation.prefix import SharedPrefix, padded
 from veneer.machine.batching import Batching
+from veneer.model.adapters.dora import norms_kept
 from veneer.model.dense import adapter_in_copies
 from veneer.model.quiet import quiet
 
@@ -157,7 +158,7 @@ def continue_prompts(
             kept.keep({n: found[n].ids for n in chosen})
         return len(chosen)
 
-    with adapter_in_copies(model):
+    with adapter_in_copies(model), norms_kept(model):
         prefix = SharedPrefix(model, prompts)
         for tokens, numbers in alike(room, [len(prompt) for prompt in prompts]):
             config.max_new_tokens = tokens
@@ -201,7 +202,7 @@ def _answers_in_slots(
     if found:
         on_done(len(found))
     if len(found) < len(prompts):
-        with adapter_in_copies(model), quiet(), contiguous_head_input(model):
+        with adapter_in_copies(model), norms_kept(model), quiet(), contiguous_head_input(model):
             prefix = SharedPrefix(model, prompts)
             for answers in batching.until_done(answer, len(prompts)):
                 if kept is not None:

@@ -81,7 +81,7 @@ def scale_backward(
         z_TN: the product as it is stored, with any row stride.
         scale: its scale.
         dz_TN: gradient of the product, `OFF_GRID` not included; it may be `dy_TN`.
-        update: what was added to the stored product before it was scaled.
+        update: update that was added to the stored product before it was scaled.
 
     Returns:
         Partial sums, float32, shape (P, N).

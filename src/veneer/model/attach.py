@@ -150,7 +150,7 @@ def _targets(base: Any, adapter: Adapter) -> str | list[str]:
     named = adapter.target_modules
     shapes = shapes_of(base)
     meant = shapes.targets(adapter)
-    require_method(adapter, meant, shapes.embeddings)
+    require_method(adapter, shapes, meant)
     if adapter.exclude_modules or adapter.layers_to_transform:
         return sorted(meant)
     if named == "all-linear":

@@ -45,6 +45,7 @@ class Shapes:
         positions: longest sequence it can read; None: no limit known.
         beside: paths of layers that text does not pass, as those of a vision tower.
         tokens: path of the embeddings of tokens.
+        transposed: paths of linear layers whose weights are transposed (Conv1D of Transformers).
     """
 
     architecture: str
@@ -60,6 +61,7 @@ class Shapes:
     positions: int | None
     beside: frozenset[str] = frozenset()
     tokens: str | None = None
+    transposed: frozenset[str] = frozenset()
 
     @property
     def is_tied(self) -> bool:
@@ -229,7 +231,7 @@ def shapes_of(base: Any) -> Shapes:
 
     config = base.config.get_text_config()
     text = {id(module) for module in base.get_decoder().modules()} if config is not base.config else None
-    linears, embeddings, head, tokens, beside = {}, {}, None, None, set()
+    linears, embeddings, head, tokens, beside, transposed = {}, {}, None, None, set(), set()
     for path, module in base.named_modules():
         if text is not None and id(module) not in text:
             beside.add(path)
@@ -237,6 +239,7 @@ def shapes_of(base: Any) -> Shapes:
             linears[path] = (module.in_features, module.out_features)
         elif isinstance(module, Conv1D):
             linears[path] = (module.weight.shape[0], module.weight.shape[1])
+            transposed.add(path)
         elif isinstance(module, torch.nn.Embedding):
             embeddings[path] = (module.num_embeddings, module.embedding_dim)
         if module is base.get_output_embeddings():
@@ -259,6 +262,7 @@ def shapes_of(base: Any) -> Shapes:
         vocabulary=config.vocab_size,
         positions=positions_of(config),
         beside=frozenset(beside & (linears.keys() | embeddings.keys()) - {head}),
+        transposed=frozenset(transposed),
         tokens=tokens,
     )
 

@@ -5,7 +5,6 @@ resized. Its passport is compared with the base of the run, since on another bas
 """
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from veneer.config.files import file_sha256, read_json, reading
 from veneer.config.manifest import read_manifest
 from veneer.config.names import require_adapter
 from veneer.config.notify import notify
-from veneer.model.adapters import find_method
 from veneer.model.adapters.from_base import starts_from_base
 from veneer.model.fingerprint import config_sha256, fingerprint
 from veneer.model.locate import BaseSource
@@ -53,6 +51,12 @@ def find_start(run: Run, source: BaseSource, template: str | None) -> Path | Non
         raise UserError(f"{setting}: training starts from model.adapter = {name}", "leave one of the two out")
     if name is None:
         return None
+    if adapter.method not in ("lora", "dora"):
+        raise UserError(
+            f"model.adapter = {name}: training goes on from another adapter with only lora and dora, and the run has "
+            f"adapter.method = {adapter.method}",
+            "leave model.adapter out",
+        )
     found = require_adapter(name)
     if found.is_full:
         raise UserError(
@@ -68,12 +72,12 @@ def find_start(run: Run, source: BaseSource, template: str | None) -> Path | Non
     config = read_json(found.path / "adapter_config.json", "r", "lora_alpha", fix=FIX)
     settings = {"r": adapter.r, "lora_alpha": adapter.lora_alpha, "use_rslora": adapter.use_rslora}
     theirs = {name: config.get(name, False) for name in settings}
-    began = find_method(SimpleNamespace(**{"peft_type": "LORA", "use_dora": False, "use_rslora": False, **config}))
-    if began.setting != adapter.method:
+    began = "dora" if config.get("use_dora") else "lora"
+    if adapter.method != began:
         raise UserError(
-            f"model.adapter = {name}: it was trained with {began.name}, and the run has adapter.method = "
+            f"model.adapter = {name}: it was trained with the method {began}, and the run has adapter.method = "
             f"{adapter.method}",
-            f"set adapter.method: {began.setting}",
+            f"set adapter.method: {began}",
         )
     others = [name for name in ("modules_to_save",) if config.get(name)]
     if others:

@@ -331,7 +331,14 @@ def step_of(
                 "leave it out, or leave the section `quantization` out",
             )
     targets = frozenset[str]() if method == "full" else shapes.targets(adapter)
-    require_method(adapter, targets, shapes.embeddings)
+    require_method(adapter, shapes, targets, quantized)
+    if run.train.loraplus_lr_ratio is not None and (run.adapter is None or adapter.method not in ("lora", "dora")):
+        raise UserError(
+            f"train.loraplus_lr_ratio = {run.train.loraplus_lr_ratio:g}: only lora and dora have the B matrices whose "
+            f"rate it is, and the run has adapter{'' if run.adapter is None else '.method'}: "
+            f"{'none' if run.adapter is None else adapter.method}",
+            "leave it out",
+        )
     return Step(
         rows=batch.rows,
         length=batch.length,

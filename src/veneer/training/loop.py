@@ -295,7 +295,7 @@ class Loop:
         assert train.learning_rate != "auto", "it is found before the loop is made"
         rate = learning_rate(number, self.steps, train.learning_rate, train.warmup_ratio, train.lr_scheduler_type)
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_ratio", 1.0)
         micro_batches = self._batches.step(number)
         values = self._objective.step_values(micro_batches) | self._estimate_kl(number)
         micro_batches = [batch.with_values(values) for batch in micro_batches]

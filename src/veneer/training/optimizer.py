@@ -24,9 +24,11 @@ def parameters_to_update(model: Any, engine: Engine, train: Train, device: str) 
     """Return what the optimizer updates, by the names that its state has in checkpoints.
 
     An engine that lays all adapters into one parameter has them updated in one launch. Values of two matrices never
-    share a block of 8-bit states: where they would, each matrix is updated by itself.
+    share a block of 8-bit states: where they would, each matrix is updated by itself; so it is where rates differ.
     """
     adapters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if train.loraplus_lr_ratio is not None:
+        return adapters
     in_blocks = "8bit" in resolve_optim(train.optim, device)
     if engine.master is None or (in_blocks and any(p.numel() % BLOCK for p in adapters.values())):
         return adapters
@@ -39,11 +41,21 @@ def optimizer_of(
     """Make the optimizer of a model: AdamW over its adapter, or over its weights if all are trained."""
     if is_full(model):
         return FullOptimizer(updated, linear_weights(model), train, resolve_optim(train.optim, device), BETAS, EPSILON)
-    return build_optimizer(updated.values(), train, device)
+    return build_optimizer(groups_by_rate(updated, train), train, device)
 
 
-def build_optimizer(parameters: Iterable[torch.nn.Parameter], train: Train, device: str) -> torch.optim.Optimizer:
-    """Make AdamW over the adapter's parameters; the loop sets the learning rate before each step."""
+def groups_by_rate(updated: Mapping[str, torch.nn.Parameter], train: Train) -> list[Any]:
+    """Return what is updated, in groups with the ratio of their rates (`lr_ratio`) where these differ."""
+    ratio = train.loraplus_lr_ratio
+    if ratio is None:
+        return list(updated.values())
+    faster = [parameter for name, parameter in updated.items() if ".lora_B." in name]
+    others = [parameter for name, parameter in updated.items() if ".lora_B." not in name]
+    return [{"params": others, "lr_ratio": 1.0}, {"params": faster, "lr_ratio": ratio}]
+
+
+def build_optimizer(parameters: Iterable[Any], train: Train, device: str) -> torch.optim.Optimizer:
+    """Make AdamW over parameters, or groups of them; the loop sets the learning rate before each step."""
     name = resolve_optim(train.optim, device)
     assert train.learning_rate != "auto", "it is found before the optimizer is made"
     settings: dict[str, Any] = {

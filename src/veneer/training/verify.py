@@ -312,7 +312,8 @@ def _rate(run: Run, step: int) -> float:
     stride: float = FIRST_STRIDE * (LAST_STRIDE / FIRST_STRIDE) ** (step / STEPS)
     if run.adapter is None:
         return FULL_SHARE * stride
-    return stride / (find_method(run.adapter).scale(run.adapter) * run.adapter.r)
+    method = find_method(run.adapter)
+    return stride / (method.scale(run.adapter) * (run.adapter.r if method.has("r") else 1))
 
 
 def _reload(parts: RunParts, rows: list[Example]) -> Check:

@@ -14,6 +14,9 @@ from veneer.config import Adapter
 from veneer.model.shapes import Shapes
 from veneer.model.target_modules import rank_of
 
+# Settings that every method has.
+OF_MODULES = ("method", "target_modules", "exclude_modules", "layers_to_transform")
+
 
 @dataclass(frozen=True)
 class AdapterMethod:
@@ -34,6 +37,9 @@ class AdapterMethod:
         is_low_rank: whether `low_rank` reads its linear layers, as the fused engine needs.
         frozen_share: share of its parameters that stay as they began.
         on_embeddings: whether it takes embeddings.
+        on_4_bits: whether it takes bases in 4 bits.
+        on_conv1d: whether it takes Transformers' Conv1D, whose weights are transposed (GPT-2).
+        takes: settings of the section that it has beside those of modules; None: all.
     """
 
     name: str
@@ -48,6 +54,13 @@ class AdapterMethod:
     is_low_rank: bool = False
     frozen_share: float = 0.0
     on_embeddings: bool = True
+    on_4_bits: bool = True
+    on_conv1d: bool = True
+    takes: tuple[str, ...] | None = None
+
+    def has(self, setting: str) -> bool:
+        """Return whether a setting of the section `adapter` has an effect on it."""
+        return self.takes is None or setting in self.takes or setting in OF_MODULES
 
     def learns_first(self, name: str) -> bool:
         """Return whether a parameter of it has a gradient at the first step."""

@@ -31,6 +31,7 @@ from veneer.config.files import file_sha256
 from veneer.config.folder import write_json
 from veneer.config.results import Check
 from veneer.data.render import Renderer
+from veneer.model.adapters.dora import norms_kept
 from veneer.model.dense import adapter_in_copies
 from veneer.model.tuned import TunedModel
 from veneer.release.certify.agreement import (
@@ -137,7 +138,7 @@ def certify_artifact(
     model = tuned.load(tuned.dtype)
     ends = set(tuned.stop_ids)
     at = len(prompts) - len(edges)
-    with adapter_in_copies(model):  # as evaluation answers
+    with adapter_in_copies(model), norms_kept(model):  # as evaluation answers
         judged, source = judged_answers(model, renderer, prompts, max_new_tokens, ends, recorded, batch)
         single = [greedy(model, renderer.tokenizer, [edge.ids], _edge_limit(max_new_tokens), ends)[0] for edge in edges]
         noise = Noise(noise_between(judged[at:], single), noise_between(answers[at:], again))
