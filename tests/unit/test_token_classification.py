@@ -36,7 +36,7 @@ def test_tags_are_learnt_and_plain_peft_gives_the_same_scores(family: str, tmp_p
     job = load_job(tag(base, some_tagged(), tmp_path, train={"learning_rate": 2e-2}))
     finish(job)
     assert isinstance(job.engine, TokenClassifierEngine)
-    assert job.renderer.labels == TAGS  # type: ignore[attr-defined]
+    assert job.renderer.labels == TAGS
     rows = tag_rows(job.engine, job.data.validation, TAGS, batching(job.run))
     assert rows is not None
     assert tag_scores(rows, TAGS)["entity_f1"].value > 0.8  # each tag follows from a word and the one before
