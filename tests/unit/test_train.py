@@ -348,6 +348,29 @@ def test_a_damaged_checkpoint_is_refused(stopped: Path) -> None:
         TrainingJob(veneer.load_run(stopped / "run.yaml"), resume=True).fit()
 
 
+@pytest.mark.parametrize("damage", ["altered", "cut", "without its manifest"])
+def test_a_run_goes_on_from_its_last_whole_checkpoint(damage: str, train: Runner, tmp_path: Path) -> None:
+    whole = train(train={"save_steps": 1})
+    with pytest.raises(Interrupted):
+        train(listeners=(StopAfter(3),), train={"save_steps": 1})
+    run = tmp_path / "run-2"
+    newest = max((run / "checkpoints").iterdir())
+    if damage == "without its manifest":
+        (newest / "manifest.json").unlink()
+    else:
+        file = newest / "adapter_model.safetensors"
+        content = file.read_bytes()
+        file.write_bytes(
+            content[:-1] + bytes([content[-1] ^ 1]) if damage == "altered" else content[: len(content) // 2]
+        )
+    with notified("training goes on from the checkpoint before it"):
+        TrainingJob(veneer.load_run(run / "run.yaml"), resume=True).fit()
+    assert losses(run) == losses(whole)
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == (
+        whole / "adapter" / "adapter_model.safetensors"
+    ).read_bytes()
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(train: Runner, tmp_path: Path) -> None:
     with pytest.raises(JobError, match="the loss of step"):
         train(train={"learning_rate": 1.0, "max_grad_norm": 0, "max_steps": 300}, adapter={"lora_alpha": 1e20})

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from veneer.config import UserError
 from veneer.config.folder import remove, whole_folder
 from veneer.config.manifest import OPTIMIZER, RNG, read_manifest, write_manifest
+from veneer.config.notify import notify
 from veneer.machine.device import rng_state, set_rng_state
 from veneer.model.attach import set_adapter, write_adapter
 from veneer.model.full import is_full, load_weights, write_weights
@@ -114,10 +115,23 @@ def _set_weights(model: Any, path: Path) -> None:
         set_adapter(model, path)
 
 
-def latest(folder: Path) -> Path | None:
-    """Return the newest checkpoint, or None."""
+def latest_whole(folder: Path) -> Path | None:
+    """Return the newest checkpoint that is whole, or None; damaged ones after it are told, and left as they are.
+
+    Raises:
+        UserError: All are damaged.
+    """
     found = _all(folder)
-    return found[-1] if found else None
+    for path in reversed(found):
+        try:
+            read_manifest(path)
+        except UserError as error:
+            if path == found[0]:
+                raise
+            notify(f"{str(error).splitlines()[0]}; training goes on from the checkpoint before it", where=str(path))
+            continue
+        return path
+    return None
 
 
 def drop_old(folder: Path, keep: int, best: int | None = None) -> None:

@@ -163,7 +163,7 @@ class TrainingJob:
         else:
             self._require_folder()
         run = self.run
-        found = checkpoint.latest(self.folder.checkpoints) if self._resume else None
+        found = checkpoint.latest_whole(self.folder.checkpoints) if self._resume else None
         parts = parts or load_parts(run, force, self._examine, found)
         if (masters := parts.prediction.forecast.master_weights) is not None:
             if run.train.master_weights == "auto" and compute_dtype(run.model, parts.machine) != torch.float32:
@@ -337,7 +337,7 @@ class TrainingJob:
     @property
     def done(self) -> int:
         """Optimizer steps of the checkpoint that the run goes on from; 0 where it begins."""
-        found = checkpoint.latest(self.folder.checkpoints) if self._resume else None
+        found = checkpoint.latest_whole(self.folder.checkpoints) if self._resume else None
         return 0 if found is None else checkpoint.step_of(found)
 
     def fit(
@@ -373,7 +373,7 @@ class TrainingJob:
         # All is looked at again: another process may have had the folder since.
         if self._resume:
             self._require_resumable()
-            found = checkpoint.latest(self.folder.checkpoints)
+            found = checkpoint.latest_whole(self.folder.checkpoints)
         else:
             self._require_folder()
             found = None
