@@ -311,7 +311,7 @@ def test_the_command_ends_early_with_status_0(run_file: Path, call: Callable[...
     assert status == 0
     assert "training ends early, after step 2 of 6: 1 evaluation without a better loss, best after step 2 (" in error
     assert "exact_match 0" in out
-    assert "adapter  that of the last step, 2; the best value was" in out
+    assert "kept     that of the last step, 2; the best value was" in out
     status, out, _ = call("train", str(run_file), *settings, "--resume-auto", "--json")
     assert (status, json.loads(out)["steps"], json.loads(out)["best_step"]) == (0, 2, 2)
 

@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.support.rows import GOOD, distinct, jsonl, prepared, turns
+from tests.support.tiny import tiny_tokenizer
+from veneer.config import Data
 from veneer.data.formats import FORMATS
+from veneer.data.labelled import LabelledRenderer
 from veneer.data.ledger import FATES, length_summary
+from veneer.data.pipeline import prepare
+from veneer.data.tagging import TaggedRenderer
+from veneer.data.texts import TextsRenderer
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
 
@@ -140,14 +147,27 @@ ONE_OF_EACH: dict[str, list[dict[str, Any]]] = {  # good, empty, cannot be right
         {"prompt": "a", "completion": text, "label": label} for text, label in (("b", True), ("", True), ("c", 3))
     ],
     "chosen": [{"prompt": "a", "chosen": text, "rejected": "c"} for text in ("b", "", "c")],
+    "labelled": [{"text": text, "label": label} for text, label in (("b", "x"), (" ", "x"), ("b", "z"))],
+    "tagged": [{"tokens": words, "tags": ["x"]} for words in (["b"], [" "], ["b", "c"])],
+    "text-pair": [{"anchor": "a", "positive": text} for text in ("b", " ", 3)],
+}
+OF_HEADS: dict[str, Callable[..., LabelledRenderer]] = {  # formats of a renderer of their own
+    "labelled": partial(LabelledRenderer, labels=("x", "y")),
+    "tagged": partial(TaggedRenderer, labels=("x", "y")),
+    "text-pair": TextsRenderer,
 }
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_row_of_every_format_has_one_fate(tmp_path: Path, name: str) -> None:
-    rows = [*ONE_OF_EACH[name], ONE_OF_EACH[name][0], "[1]"]
-    counts = prepared(jsonl(tmp_path, rows), format=name, bad_rows="drop").ledger.as_dict()["rows"]
-    expected = {"used": 1, "empty": 1, "refused": 1, "duplicate": 1, "unreadable": 1, "overlong": 0}
+    path = jsonl(tmp_path, [*ONE_OF_EACH[name], ONE_OF_EACH[name][0], "[1]"])
+    if name in OF_HEADS:
+        data = Data.model_validate({"train": path, "validation": 0, "bad_rows": "drop"})
+        counts = prepare(data, OF_HEADS[name](tiny_tokenizer(), data), seed=0).ledger.as_dict()["rows"]
+    else:
+        counts = prepared(path, format=name, bad_rows="drop").ledger.as_dict()["rows"]
+    empty = 0 if name in OF_HEADS else 1  # a text without a word cannot have a label
+    expected = {"used": 1, "empty": empty, "refused": 2 - empty, "duplicate": 1, "unreadable": 1, "overlong": 0}
     assert {fate: counts[fate] for fate in expected} == expected
     assert counts["read"] == 5
 

@@ -81,7 +81,9 @@ def load_weights(model: Any, folder: Path) -> None:
         UserError: they are damaged, or of another model.
     """
     with quiet(), reading(f"{folder}: the weights do not load", FIX):
-        other = type(model).from_pretrained(str(folder), dtype=model.dtype, local_files_only=True)
+        other = type(model).from_pretrained(
+            str(folder), dtype=model.dtype, local_files_only=True, trust_remote_code=False
+        )
     _exchange(other, model)
 
 

@@ -85,7 +85,7 @@ def _require_scores(
 ) -> None:
     with quiet():
         plain = HEAD_TASKS[tuned.model.task].auto_class.from_pretrained(
-            folder, use_safetensors=True, dtype=torch.float32
+            folder, use_safetensors=True, dtype=torch.float32, trust_remote_code=False
         )
     after = head_engine(tuned.model, plain, tuned.labelled_renderer.tokenizer).scores(texts)
     difference, most = (before - after).abs().max().item(), limit * max(1.0, before.abs().max().item())
