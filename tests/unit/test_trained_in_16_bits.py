@@ -14,9 +14,10 @@ import veneer
 from tests.support.plans import planner_of, run_of
 from tests.support.runs import losses, some_rows, tiny_run, write_rows
 from tests.support.tiny import FAMILIES, save_tiny_model
-from veneer.config.manifest import ADAPTER
+from veneer.config.manifest import ADAPTER, OPTIMIZER
 from veneer.engine.reference import ReferenceEngine
 from veneer.engine.trace import rounded
+from veneer.training import checkpoint
 from veneer.training.job import TrainingJob
 
 # Family, whether embeddings and head are tied, settings of the adapter, settings of the training.
@@ -164,7 +165,9 @@ def test_the_rate_is_found_from_the_same_weights(tmp_path: Path) -> None:
         return tiny_run(base, rows, tmp_path / name, **sections)
 
     job = TrainingJob(run("found", "auto"))
-    job.fit()
+    job.fit_until(2)
     assert isinstance(job.run.train.learning_rate, float)
-    TrainingJob(run("written", job.run.train.learning_rate)).fit()
-    assert_equal(*(load_file(tmp_path / name / "adapter" / ADAPTER) for name in ("found", "written")))
+    TrainingJob(run("written", job.run.train.learning_rate)).fit_until(2)
+    files = [checkpoint.path_of(tmp_path / name / "checkpoints", 2) for name in ("found", "written")]
+    assert_equal(*(load_file(file / ADAPTER) for file in files))
+    assert_equal(*(load_file(file / OPTIMIZER) for file in files))
