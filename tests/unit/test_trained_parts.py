@@ -89,16 +89,17 @@ def test_a_run_is_planned_verified_resumed_merged_and_certified(name: str, tmp_p
     assert certificate.passed, certificate
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name != "LoRA on embeddings"])
-def test_the_stand_ins_hold_what_peft_holds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stand_ins_hold_what_peft_holds(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     family, tied, settings, _ = SETTINGS[name]
     config = config_of(family)
     config.tie_word_embeddings = tied
-    shapes = shapes_of(build(config, torch.float32))
+    shapes = shapes_of(build(config, dtype))
     adapter = Adapter.model_validate({"r": 4} | settings)
     parts = find_parts(shapes, adapter)
-    asked = step(shapes, dtype=torch.float32, targets=shapes.targets(adapter), parts=parts)
-    ours, work = dry_run_module._run(build(config, torch.float32), asked, 2, True)
+    asked = step(shapes, dtype=dtype, targets=shapes.targets(adapter), parts=parts)
+    ours, work = dry_run_module._run(build(config, dtype), asked, 2, True)
 
     def adapt(base: Any, step: Step) -> None:
         base.requires_grad_(False)
@@ -118,7 +119,7 @@ def test_the_stand_ins_hold_what_peft_holds(name: str, monkeypatch: pytest.Monke
         assert found == sum(asked.adapter_sizes(shapes))
 
     monkeypatch.setattr(dry_run_module, "adapt", adapt)
-    real, real_work = dry_run_module._run(build(config, torch.float32), asked, 2, True)
+    real, real_work = dry_run_module._run(build(config, dtype), asked, 2, True)
     for phase, peak in real.items():
         assert ours[phase].bytes == pytest.approx(peak.bytes, rel=0.02), phase
     for what in ("flops", "bytes"):  # PEFT also moves a few indices
@@ -152,10 +153,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"adapter": {"modules_to_save": ["q_proj"], "target_modules": ["v_proj"]}, "quantization": {}},
         "is in 4 bits",
     ),
-    "in 16 bits": (
+    "in float16": (
         "llama",
-        {"adapter": {"modules_to_save": ["embed_tokens"]}, "model": {"dtype": "bfloat16"}},
-        "set model.dtype: float32",
+        {"adapter": {"modules_to_save": ["embed_tokens"]}, "model": {"dtype": "float16"}},
+        "set model.dtype: bfloat16 or float32",
     ),
 }
 

@@ -423,7 +423,7 @@ class Train(Section):
         "auto",
         description="With `adapter: none` in bfloat16: float32: the optimizer updates a copy in float32; none: it "
         "updates the weights, and rounds up or down by chance, so that small updates count on average; auto: float32 "
-        "if that fits in memory.",
+        "if that fits in memory. Biases and modules trained beside an adapter always have the copy.",
     )
     gradient_checkpointing: bool | Literal["auto"] = Field(
         "auto",

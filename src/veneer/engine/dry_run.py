@@ -94,6 +94,10 @@ class Step:
         """Return the sizes of the adapter's parameters, and of those that are trained beside them."""
         return self.adapter.sizes(shapes, self.targets, self.r, self.rank_pattern) + self.parts.sizes(shapes)
 
+    def sizes_in_16_bits(self, shapes: Shapes) -> list[int]:
+        """Return the sizes of those among `adapter_sizes` that are in 16 bits, and are updated in a float32 copy."""
+        return self.parts.sizes_in_base_dtype(shapes) if self.dtype.itemsize < 4 else []
+
 
 @dataclass(frozen=True)
 class DryRun:

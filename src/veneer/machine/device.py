@@ -68,7 +68,12 @@ def resolve_optim(setting: str, device: str) -> str:
     """Return the optimizer that `train.optim` means on a device. Paged states need CUDA; elsewhere they are unpaged."""
     if setting == "auto":
         return "adamw_8bit" if device == "cuda" else "adamw_torch"
-    return setting if device == "cuda" else setting.removeprefix("paged_")
+    return setting if device == "cuda" else unpaged(setting)
+
+
+def unpaged(optim: str) -> str:
+    """Return the optimizer whose states are the same and not paged."""
+    return optim.removeprefix("paged_")
 
 
 def peak_resident_bytes() -> int:

@@ -38,9 +38,12 @@ class TrainedParts:
 
     def sizes(self, shapes: Shapes) -> list[int]:
         """Return the sizes of the parameters."""
+        return self.sizes_in_base_dtype(shapes) + [len(tokens) * shapes.side(path)[1] for path, tokens in self.rows]
+
+    def sizes_in_base_dtype(self, shapes: Shapes) -> list[int]:
+        """Return the sizes of those that PEFT keeps in the dtype of the base: biases and modules; rows are float32."""
         whole = {name: shape for name, shape in shapes.weights.items() if name.rpartition(".")[0] in self.modules}
-        sizes = [prod(shape) for name, shape in shapes.weights.items() if name in whole or name in self.biases]
-        return sizes + [len(tokens) * shapes.side(path)[1] for path, tokens in self.rows]
+        return [prod(shape) for name, shape in shapes.weights.items() if name in whole or name in self.biases]
 
 
 NO_PARTS = TrainedParts()

@@ -1,7 +1,7 @@
 """The bytes that full fine-tuning holds beside weights and activations: masters, optimizer states, workspace.
 
-The optimizer (training/full_optimizer.py) updates one weight at a time, and one that takes elements by themselves in
-slices, so its workspace is small whatever the model.
+So do 16-bit biases and modules that are trained beside an adapter. The optimizer (training/full_optimizer.py) updates
+one weight at a time, and one that takes elements by themselves in slices, so its workspace is small whatever the model.
 """
 
 from collections.abc import Iterable
@@ -62,13 +62,11 @@ class FullStates:
                 smaller, larger = low_rank_sides(shape)
                 states += 2 * rounded(4 * self.rank * larger)
                 states += rounded(4 * self.rank * smaller) if optim == "galore_adamw" else rounded(4)
-            elif "8bit" in optim and count >= LEAST_8BIT:
-                states += 2 * (rounded(count) + rounded(4 * ceil(count / BLOCK)))
             else:
-                states += 2 * rounded(4 * count)
+                states += moment_bytes(count, optim)
         found = {"optimizer": states}
         if self.has_masters and itemsize < 4:
-            found["float32 weights"] = sum(rounded(4 * prod(shape)) for shape in shapes.weights.values())
+            found["float32 weights"] = master_bytes([prod(shape) for shape in shapes.weights.values()])
         return found
 
     def workspace_bytes(self, shapes: Shapes, optim: str, itemsize: int) -> int:
@@ -87,6 +85,18 @@ class FullStates:
 
 
 USUAL = FullStates()
+
+
+def moment_bytes(count: int, optim: str) -> int:
+    """Return the bytes of both moments of `count` numbers, a moment a number."""
+    if "8bit" in optim and count >= LEAST_8BIT:
+        return 2 * (rounded(count) + rounded(4 * ceil(count / BLOCK)))
+    return 2 * rounded(4 * count)
+
+
+def master_bytes(sizes: Iterable[int]) -> int:
+    """Return the bytes of float32 copies of parameters of these sizes."""
+    return sum(rounded(4 * count) for count in sizes)
 
 
 def _linear_weights(shapes: Shapes) -> frozenset[str]:

@@ -16,7 +16,7 @@ from veneer.engine.dry_run import CONSTANT_BLOCK, QUANT_BLOCK, DryRun, Step
 from veneer.engine.placement import MemoryPlacement
 from veneer.engine.trace import Peak, rounded
 from veneer.model.shapes import Shapes
-from veneer.planning.full_states import USUAL, FullStates
+from veneer.planning.full_states import SLICE, USUAL, FullStates, master_bytes, moment_bytes
 
 # Numbers in float32 while a matrix of n inputs and m outputs, k the less, is decomposed: the matrix with LAPACK's copy
 # of it, both factors, and LAPACK's workspace; for LoftQ the weight, what it was rounded to and their difference.
@@ -58,6 +58,8 @@ def phases(
         found["optimizer"] += update
         if step.releases:
             found["backward"] += update
+    elif whole := step.sizes_in_16_bits(shapes):
+        found["optimizer"]["update"] = 4 * min(max(whole), SLICE)  # a gradient in float32
     found["forward"] += Counter(train.fullest("forward").components)
     return {name: Peak(sum(parts.values()), dict(parts)) for name, parts in found.items()}
 
@@ -110,9 +112,13 @@ def persistent(
         gradients = 0 if step.releases else sum(rounded(itemsize * prod(shape)) for shape in shapes.weights.values())
         optimizer = Counter(full.bytes(shapes, optim, itemsize))
     else:
-        sizes = step.adapter_sizes(shapes)
-        gradients = adapter_bytes(sizes)
-        optimizer = Counter({"optimizer": optimizer_bytes(sizes, optim)})
+        sizes, whole = step.adapter_sizes(shapes), step.sizes_in_16_bits(shapes)
+        gradients = trained_bytes(shapes, step)
+        if whole:
+            states = sum(moment_bytes(count, optim) for count in sizes)
+            optimizer = Counter({"optimizer": states, "float32 weights": master_bytes(whole)})
+        else:
+            optimizer = Counter({"optimizer": optimizer_bytes(sizes, optim)})
     if train.held is not None:  # includes adapter and gradients
         return frozen + libraries + optimizer + Counter(train.held), 0
     return loaded(shapes, step, device) + optimizer, gradients
@@ -120,7 +126,7 @@ def persistent(
 
 def loaded(shapes: Shapes, step: Step, device: str) -> Counter[str]:
     """Return the bytes of a base with its adapter, ready to answer."""
-    adapter = 0 if step.method == "full" else adapter_bytes(step.adapter_sizes(shapes))
+    adapter = 0 if step.method == "full" else trained_bytes(shapes, step)
     return Counter(_frozen(shapes, step)) + Counter({"adapter": adapter, "libraries": LIBRARIES[device]})
 
 
@@ -178,6 +184,13 @@ def optimizer_bytes(sizes: list[int], name: str) -> int:
         + sum(2 * (rounded(n) + rounded(ceil(n / 256) * 4)) for n in large)
         + 2 * sum(rounded(4 * n) for n in small)
     )
+
+
+def trained_bytes(shapes: Shapes, step: Step) -> int:
+    """Return the bytes of the adapter and of what is trained beside it; as many have the gradients."""
+    whole = step.sizes_in_16_bits(shapes)
+    in_16_bits = sum(rounded(step.dtype.itemsize * count) for count in whole)
+    return adapter_bytes(step.adapter_sizes(shapes)) - adapter_bytes(whole) + in_16_bits
 
 
 def adapter_bytes(sizes: list[int]) -> int:

@@ -11,13 +11,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import prod
 
+import torch
+
 from veneer.config import Adapter, Run, UserError
 from veneer.engine.dry_run import DryRun, Step
 from veneer.engine.fused.dry_run import StepPeaks
 from veneer.engine.fused.policy import block_placement
 from veneer.engine.placement import MemoryPlacement
 from veneer.engine.trace import Peak
-from veneer.machine.device import named_dtype, resolve_optim
+from veneer.machine.device import named_dtype, resolve_optim, unpaged
 from veneer.machine.speeds import Ceilings
 from veneer.model.adapters import find_method, require_method
 from veneer.model.adapters.from_base import doubled, refuse_4_bits, starts_from_base
@@ -95,6 +97,9 @@ class Planner:
         optim = resolve_optim(run.train.optim, target.device)
         full = FullStates(run.train.optim_rank, run.train.master_weights == "float32")
         step = step_of(run, method, shapes, rows.fullest, target, engine, rows.even)
+        whole = step.sizes_in_16_bits(shapes)
+        if whole:
+            optim = unpaged(optim)
         dry = self.base.run_dry(step)
         found = phases(shapes, step, optim, dry, target.device, full)
         if method != "full":
@@ -124,7 +129,8 @@ class Planner:
         if least > target.budget_bytes:  # else what is on the host is there for the sake of speed
             found = {name: off_device(name, peak, placement) for name, peak in found.items()}
         peak = max(peak.bytes for peak in found.values())
-        updated = 1 if engine == "fused" else FULL_UPDATES * len(shapes.weights) if method == "full" else len(sizes)
+        each = FULL_UPDATES if method == "full" or whole else 1
+        updated = 1 if engine == "fused" else each * len(shapes.weights if method == "full" else sizes)
         timed = self._times(step, held_out, rows, run, placement, updated) if target.ceilings else (None, None)
         return Forecast(
             total=shapes.total + (saved if method != "full" else 0),
@@ -169,7 +175,9 @@ class Planner:
             method: method of `forecast_as`; None: that of the run.
         """
         if (method or self._method(run)) != "full":
-            return run_disk_bytes(4 * trainable, 8 * trainable, steps, run.train)
+            step = step_of(run, method or self._method(run), self.base.shapes, Padded(1, 1, 1), self.target)
+            whole = sum(step.sizes_in_16_bits(self.base.shapes))  # saved in 16 bits, with a copy among the states
+            return run_disk_bytes(4 * trainable - 2 * whole, 8 * trainable + 4 * whole, steps, run.train)
         itemsize = named_dtype(run.model.dtype, self.target.dtype).itemsize
         full = FullStates(run.train.optim_rank, run.train.master_weights == "float32")
         states = sum(
@@ -314,13 +322,12 @@ def step_of(
     first = shapes.vocabulary  # ids do not matter here
     new_tokens = range(first, first + len(run.data.add_special_tokens or ()))
     parts = TrainedParts() if method == "full" else find_parts(shapes, adapter, new_tokens)
-    if (parts.modules or parts.biases) and dtype.itemsize < 4:
+    if (parts.modules or parts.biases) and dtype == torch.float16:
         setting = "modules_to_save" if parts.modules else f"bias = {adapter.bias}"
         raise UserError(
-            f"adapter.{setting}: PEFT trains these in the compute dtype, and most updates of a fine-tuning round to "
-            f"nothing in {str(dtype).removeprefix('torch.')}",
-            "set model.dtype: float32; rows of embeddings (adapter.trainable_token_indices, data.add_special_tokens) "
-            "are trained in float32 whatever the dtype",
+            f"adapter.{setting}: the compute dtype is float16, and gradients of whole weights overflow in it",
+            "set model.dtype: bfloat16 or float32; rows of embeddings (adapter.trainable_token_indices, "
+            "data.add_special_tokens) are trained in float32 whatever the dtype",
         )
     if method == "qlora":
         quantized = shapes.quantizable()

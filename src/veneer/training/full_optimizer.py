@@ -1,4 +1,6 @@
-"""The optimizer of full fine-tuning: AdamW over the whole weights of a model, one weight at a time.
+"""The optimizer of whole weights: AdamW, one weight at a time.
+
+It is that of full fine-tuning, and of an adapter beside which biases or modules are trained in 16 bits.
 
 Weights in bfloat16 have 8 bits of precision, so that most updates of a fine-tuning round to nothing. Either a copy in
 float32 is updated (`train.master_weights: float32`), or the weight is rounded up or down by chance, as often as its
@@ -9,9 +11,10 @@ A weight may be updated as soon as it has its gradient, which is then dropped (`
 are never held together. That leaves no way back, so nothing may be computed again after a step has begun.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -27,8 +30,10 @@ class FullOptimizer(torch.optim.Optimizer):
 
     Args:
         parameters: the weights, by name.
+        groups: the same in groups of the optimizer, or in one.
         linear: names of those of linear layers, whose moments may have a low rank.
-        train: settings; `master_weights` is not auto any more.
+        has_masters: whether 16-bit weights have a float32 copy.
+        train: settings.
         optim: name of the optimizer, as `train.optim` resolves.
         betas, eps: AdamW's coefficients.
     """
@@ -36,20 +41,22 @@ class FullOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         parameters: Mapping[str, torch.nn.Parameter],
+        groups: Sequence[Any],
         linear: frozenset[str],
+        has_masters: bool,
         train: Train,
         optim: str,
         betas: tuple[float, float],
         eps: float,
     ) -> None:
         defaults = {"lr": train.learning_rate, "weight_decay": train.weight_decay, "betas": betas, "eps": eps}
-        super().__init__(parameters.values(), defaults)
-        assert train.master_weights != "auto", "it is decided before the optimizer is made"
-        self._has_masters = train.master_weights == "float32"
+        super().__init__(groups, defaults)
+        self._has_masters = has_masters
         self._seed = train.seed
         self._number: dict[torch.Tensor, int] = {
             parameter: number for number, parameter in enumerate(parameters.values())
         }
+        self._group = {parameter: group for group in self.param_groups for parameter in group["params"]}
         device = next(iter(self._number)).device
         plain, rank = Adam(), train.optim_rank
         compact: UpdateRule = Adam8bit(device) if optim == "adamw_8bit" else plain
@@ -79,7 +86,7 @@ class FullOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def update(self, parameter: torch.Tensor) -> None:
         """Update a weight by its gradient."""
-        (group,) = self.param_groups
+        group = self._group[parameter]
         if not self.state[parameter]:
             self.init_state(group, parameter, 0, self._number[parameter])
         state, rule = self.state[parameter], self._rules[parameter]

@@ -1,7 +1,7 @@
 """AdamW by the names Transformers uses: torch's own, or bitsandbytes' with 8-bit and paged states.
 
-Paged states need CUDA; elsewhere the same states are kept unpaged, which changes no number. Full fine-tuning has an
-optimizer of its own (full_optimizer.py).
+Paged states need CUDA; elsewhere the same states are kept unpaged, which changes no number. Whole weights have an
+optimizer of their own (full_optimizer.py): those of full fine-tuning, and 16-bit biases and modules beside an adapter.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,7 +11,7 @@ import torch
 
 from veneer.config import Train
 from veneer.engine.interface import Engine
-from veneer.machine.device import resolve_optim
+from veneer.machine.device import resolve_optim, unpaged
 from veneer.model.full import is_full, linear_weights
 from veneer.model.quiet import quiet
 from veneer.training.full_optimizer import FullOptimizer
@@ -39,9 +39,14 @@ def optimizer_of(
     model: Any, updated: Mapping[str, torch.nn.Parameter], train: Train, device: str
 ) -> torch.optim.Optimizer:
     """Make the optimizer of a model: AdamW over its adapter, or over its weights if all are trained."""
+    groups, optim = groups_by_rate(updated, train), resolve_optim(train.optim, device)
     if is_full(model):
-        return FullOptimizer(updated, linear_weights(model), train, resolve_optim(train.optim, device), BETAS, EPSILON)
-    return build_optimizer(groups_by_rate(updated, train), train, device)
+        assert train.master_weights != "auto", "it is decided before the optimizer is made"
+        has_masters = train.master_weights == "float32"
+        return FullOptimizer(updated, groups, linear_weights(model), has_masters, train, optim, BETAS, EPSILON)
+    if any(parameter.dtype.itemsize < 4 for parameter in updated.values()):
+        return FullOptimizer(updated, groups, frozenset(), True, train, unpaged(optim), BETAS, EPSILON)
+    return build_optimizer(groups, train, device)
 
 
 def groups_by_rate(updated: Mapping[str, torch.nn.Parameter], train: Train) -> list[Any]:
