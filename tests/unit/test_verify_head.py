@@ -1,4 +1,4 @@
-"""`veneer verify` of runs that label, tag, embed and reward texts: it passes, changes nothing, and sees what is wrong."""
+"""`veneer verify` of runs that label, tag, embed and reward texts: it passes, and sees what is wrong."""
 
 from collections.abc import Callable
 from pathlib import Path
