@@ -9,11 +9,12 @@ import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig
 
 import veneer
 from tests.support.classifiers import BASES, classify, save_tiny_base, some_texts
 from veneer.api.train import finish, load_job
+from veneer.cli.main import main
 from veneer.config import JobError, RunFolder, UserError
 from veneer.engine.classifier import ClassifierEngine
 from veneer.evaluation.classification import accuracy, batching, score
@@ -193,3 +194,28 @@ def test_a_plan_counts_the_head(bert: Path, tmp_path: Path) -> None:
     planned = veneer.plan(run, gpu="8GiB").as_dict()
     assert planned["parameters"]["trainable"] == load_job(run).parameters["trainable"]
     assert planned["fits"]
+
+
+def test_merging_at_the_command_line_ends_well_without_a_certificate(
+    bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    veneer.train(classify(bert, some_texts(), tmp_path, train={"max_steps": 2}))
+    capsys.readouterr()
+    run, out = str(tmp_path / "run"), str(tmp_path / "merged")
+    with pytest.raises(SystemExit) as ended:
+        main(["merge", run, "--out", out, "--dtype", "float32"])
+    assert not ended.value.code
+    told = capsys.readouterr().out
+    assert "it gives the adapter's scores within" in told
+    assert "certif" not in told
+
+
+def test_a_decoder_whose_files_are_in_4_bits_is_planned_and_trained_so(tmp_path: Path) -> None:
+    original = save_tiny_base("llama", tmp_path / "original")
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    base = save_tiny_base("llama", tmp_path / "base")
+    (base / "model.safetensors").unlink()
+    AutoModel.from_pretrained(original, dtype=torch.bfloat16, quantization_config=settings).save_pretrained(base)
+    run = classify(base, some_texts(), tmp_path, model={"dtype": "bfloat16"}, train={"max_steps": 2})
+    assert veneer.plan(run).prediction.forecast.phases["load"].components["4-bit weights"] > 0
+    veneer.train(run)

@@ -1,6 +1,7 @@
 """Embeddings: learnt on encoders and decoders, however a step is cut; the same in plain PEFT; bad rows refused."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from transformers import AutoModel, AutoTokenizer
 import veneer
 from tests.support.classifiers import BASES, save_tiny_base
 from tests.support.heads import embed, some_texts_with_positives
-from tests.support.runs import write_rows
+from tests.support.notices import notified
+from tests.support.runs import losses, write_rows
 from veneer.api.train import finish, load_job
 from veneer.config import UserError
 from veneer.engine.embedder import EmbeddingEngine, Texts, in_batch_logprobs, pool
@@ -124,6 +126,39 @@ def test_a_step_is_the_same_however_it_is_cut(bert: Path, tmp_path: Path) -> Non
         assert gradients[rows][0] == pytest.approx(gradients[8][0], rel=1e-5)  # float32, other paddings
         apart = (gradients[rows][1] - gradients[8][1]).abs().max()
         assert apart < 1e-4 * gradients[8][1].abs().max()
+
+
+def test_a_step_that_runs_out_of_memory_is_cut_and_stays_the_same(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Micro-batches are cut, but not the step: its negatives are all its texts still."""
+    found = {}
+    for name, most in (("whole", 8), ("cut", 2)):
+        train = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "max_steps": 3}
+        rows = some_texts_with_positives(48, True)
+        job = load_job(embed(bert, rows, tmp_path / name, train=train, data={"validation": 0}))
+        _fail_beyond(most, job.engine, monkeypatch)
+        with (
+            notified(r"out of memory in step 1 with 8 rows.*the training is the same")
+            if name == "cut"
+            else nullcontext()
+        ):
+            finish(job)
+        found[name] = losses(job.run.train.output_dir)
+    assert found["cut"] == pytest.approx(found["whole"], rel=1e-3)  # float32: other paddings, over three updates
+
+
+def _fail_beyond(rows: int, engine: Any, patch: pytest.MonkeyPatch) -> None:
+    """Let an engine run out of memory with more rows than these at a time, with a gradient or without."""
+    embed_texts, has_texts_of = engine._embed, 3  # at most, in each row
+
+    def limited(texts: Any) -> torch.Tensor:
+        if engine.model.training and len(texts) > rows * has_texts_of:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        found: torch.Tensor = embed_texts(texts)
+        return found
+
+    patch.setattr(engine, "_embed", limited)
 
 
 def test_dropout_is_drawn_alike_in_both_passes_of_a_step(bert: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from tests.support.classifiers import save_tiny_base
 from tests.support.runs import some_pairs, some_rows, tiny_run, write_rows
 from veneer.api.train import load_job
 from veneer.config import RunFolder, UserError
+from veneer.config.files import read_json
 from veneer.data.batch import Batch
 from veneer.engine.classifier import ClassifierEngine
 from veneer.training.metrics import read_metrics
@@ -63,6 +64,23 @@ def test_a_reward_model_prefers_what_was_chosen_in_plain_peft_too(tmp_path: Path
     veneer.train(run)
     last = [line for line in read_metrics(RunFolder(run.train.output_dir).metrics) if line["kind"] == "eval"][-1]
     assert last["rewards/accuracies"] == 1.0
+    ledger = read_json(run.train.output_dir / "ledger.json")
+    assert not any("end-of-turn" in warning for warning in ledger["warnings"]), "nothing is written that has to end"
+    evaluated = veneer.evaluate_classifier(run.train.output_dir)
+    judged = evaluated.as_dict()
+    assert judged["rows"] == 6
+    assert judged["metrics"]["rewards/accuracies"]["tuned"]["value"] == 1.0
+    assert judged["metrics"]["rewards/accuracies"]["difference"]["low"] > 0, "better than a coin"
+    margins = judged["metrics"]["rewards/margins"]["tuned"]
+    assert margins["value"] == pytest.approx(last["rewards/margins"], rel=1e-4)
+    assert margins["low"] > 0
+    few = veneer.evaluate_classifier(run.train.output_dir, str(run.data.train), rows=3)
+    assert few.judged.rows == 3
+    with pytest.raises(UserError, match="rewards are compared in pairs"):
+        veneer.evaluate_classifier(
+            run.train.output_dir, write_rows(tmp_path / "alone.jsonl", [{"prompt": "a", "completion": "yes"}])
+        )
+
     rows = [{"prompt": "what does the cat say", "chosen": "no no", "rejected": "yes"}]
     (pair,) = veneer.predict(run.train.output_dir, rows)
     assert pair.label == "rejected"

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 import veneer
+from tests.support.classifiers import save_tiny_base
 from tests.support.engines import batch_of, gradients, model_of, worst
 from tests.support.plans import planner_of
 from tests.support.runs import StopAt, losses, some_rows, tiny_run, write_rows
@@ -18,6 +19,7 @@ from veneer.engine.fused.engine import FusedEngine
 from veneer.engine.objective import LIKELIHOOD
 from veneer.engine.reference import ReferenceEngine
 from veneer.model.attach import attach, count_parameters
+from veneer.model.classifier import classifier_shapes
 from veneer.model.shapes import shapes_of
 from veneer.model.target_modules import rank_of
 
@@ -229,3 +231,16 @@ def test_what_is_no_pattern_is_refused_by_the_settings(settings: dict[str, Any],
     with pytest.raises(UserError) as caught:
         veneer.Run(model={"base": "x"}, data={"train": "y.jsonl"}, adapter=settings)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        ("attention", {"attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"}),
+        ("mlp", {"intermediate.dense", "output.dense"}),
+    ],
+)
+def test_parts_of_an_encoder_whose_layers_are_named_as_bert_s(part: str, expected: set[str], tmp_path: Path) -> None:
+    base = transformers.AutoModel.from_pretrained(save_tiny_base("bert", tmp_path / "base"))
+    found = classifier_shapes(base, []).targets(Adapter(target_modules=part))
+    assert found == {f"encoder.layer.{layer}.{name}" for layer in (0, 1) for name in expected}

@@ -20,7 +20,7 @@ from veneer.engine.embedder import EmbeddingEngine
 from veneer.engine.head_engine import head_engine
 from veneer.engine.token_classifier import TokenClassifierEngine
 from veneer.evaluation.classification import Judged, Scores, batching, judge, majority, score
-from veneer.evaluation.judged_task import JudgedTask, judge_embeddings, judge_tags
+from veneer.evaluation.judged_task import JudgedTask, judge_embeddings, judge_rewards, judge_tags
 from veneer.machine.batching import Batching
 from veneer.model.tuned import TunedModel, find_tuned
 from veneer.release.publish.card import renew_card
@@ -47,7 +47,7 @@ class EvaluatedClassifier:
 def evaluate_classifier(
     name: str | Path, data: str | None = None, rows: int | None = None, base: str | None = None, force: bool = False
 ) -> EvaluatedClassifier:
-    """Measure a model that labels, tags or embeds texts, with 95% intervals: docs/evaluation.md says by which metrics.
+    """Measure a model that labels, tags, embeds or rewards texts, with 95% intervals; docs/ has a page of each task.
 
     Without `data` and `rows` it is the run's record: evaluation.json and samples.jsonl, and the scores of its card.
 
@@ -68,15 +68,10 @@ def evaluate_classifier(
     if tuned.run is None or tuned.folder is None:
         raise UserError(f"{name}: an adapter alone holds no rows out", "name the run's folder")
     run, renderer = tuned.run, tuned.labelled_renderer
-    if not isinstance(renderer, LabelledRenderer):
-        raise UserError(
-            f"{name}: a reward model's pairs are measured in training (metrics.jsonl), with intervals",
-            "see rewards/accuracies there, or score other rows with `veneer predict`",
-        )
     prepared = prepared_as_trained(
         tuned.folder,
         run,
-        renderer.like(run.data),
+        renderer.like(run.data) if isinstance(renderer, LabelledRenderer) else renderer,
         "held-out rows may have been trained on",
         "restore the data",
     )
@@ -84,7 +79,10 @@ def evaluate_classifier(
     if data is not None:
         given = read_files(data, "--data", run.data, renderer, Ledger())
         part = Part(given.corpus, range(len(given.corpus.rows)))
-    count = rows or run.evaluate.rows or len(part)
+        if run.model.task == "reward" and len(part) != 2 * len(part.rows):
+            raise UserError(f"{data}: rewards are compared in pairs", "name rows with prompt, chosen and rejected")
+    each = 2 if run.model.task == "reward" else 1  # examples of a row
+    count = each * (rows or run.evaluate.rows or len(part))
     chosen = [part[n] for n in range(min(count, len(part)))]
     if not chosen:
         raise UserError(
@@ -92,7 +90,9 @@ def evaluate_classifier(
         )
     engine = head_engine(tuned.model, tuned.load_classifier(), renderer.tokenizer, run.train.temperature)
     at_a_time, is_record = batching(run), data is None and rows is None and not tuned.is_checkpoint
-    if isinstance(engine, TokenClassifierEngine):
+    if not isinstance(renderer, LabelledRenderer):
+        found = judge_rewards(engine, chosen, at_a_time, tuned.base_has_head)
+    elif isinstance(engine, TokenClassifierEngine):
         found = judge_tags(renderer, engine, prepared.train, chosen, at_a_time)
     elif isinstance(engine, EmbeddingEngine):
         found = judge_embeddings(engine, chosen, at_a_time)

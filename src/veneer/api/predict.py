@@ -1,13 +1,11 @@
 """Gives texts a label, tags or an embedding with a model that was trained; see predict_tags.py and embed_texts.py."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
-
-import torch
 
 from veneer.api.embed_texts import embed_texts, texts_to_embed
 from veneer.api.predict_tags import predict_tags, texts_with_words
@@ -30,6 +28,7 @@ from veneer.data.texts import TextsRenderer
 from veneer.engine.classifier import ClassifierEngine
 from veneer.engine.head_engine import head_engine
 from veneer.engine.token_classifier import TokenClassifierEngine
+from veneer.evaluation.classification import scores_of
 from veneer.machine.batching import Batching
 from veneer.model.tuned import TunedModel, find_tuned
 
@@ -171,12 +170,3 @@ def _predicted(
             scores = dict(zip(renderer.labels, logits_C.double().softmax(0).tolist(), strict=True))
             label = max(scores, key=lambda name: scores[name])
             yield Predicted(place, label, scores[label], scores)
-
-
-def scores_of(encoded: Sequence[Sequence[int]], engine: ClassifierEngine, batching: Batching) -> torch.Tensor:
-    """Return the logits of texts, in their order; those of like length are computed together."""
-    order = sorted(range(len(encoded)), key=lambda n: -len(encoded[n]))
-    logits_BC = torch.cat(
-        list(batching.over(order, lambda some: engine.scores([torch.tensor(encoded[n]) for n in some])))
-    )
-    return logits_BC[torch.tensor(order).argsort()]

@@ -51,7 +51,7 @@ def merge(
     show_release.show_merged(out_console, report)
     result = report.as_dict()
     status = 0
-    if certify:
+    if certify and report.difference is None:
         certificate, status = show_release.certified(out_console, str(out), run, base, force, rows)
         result["certificate"] = certificate
     if as_json:

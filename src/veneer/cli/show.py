@@ -108,15 +108,19 @@ def show_ledger(out: Console, ledger: dict[str, Any]) -> None:
     what = " pairs of answers" if are_pairs else ""
     table.add_row("split", f"{rows['training']:,}{what} to train on, {rows['validation']:,} held out")
     share = tokens["trained"] / tokens["total"]
+    from veneer.data.formats import OF_TASKS  # it imports what not every command needs
+
+    has_turns = ledger["format"] not in OF_TASKS
+    ends = f", end-of-turn {tokens['end_of_turn']:,}" if has_turns else ""
     table.add_row(
         "tokens",
-        f"{tokens['total']:,}, of which trained {tokens['trained']:,} ({share:.0%}), "
-        f"end-of-turn {tokens['end_of_turn']:,}; longest row {tokens['longest_row']:,}",
+        f"{tokens['total']:,}, of which trained {tokens['trained']:,} ({share:.0%}){ends}; "
+        f"longest row {tokens['longest_row']:,}",
     )
     table.add_row("lengths", ", ".join(f"{name} {value:,}" for name, value in lengths.items()) + " (before any limit)")
     pack = ledger["packing"]
     would = "packed" if pack["used"] else "would pack"
-    if pack["used"] or not are_pairs:
+    if pack["used"] or (has_turns and not are_pairs):
         table.add_row("packing", f"{would} into {pack['packs']:,} sequences, {pack['efficiency']:.1%} full")
     cached = ", from the cache" if ledger["cached"] else ""
     table.add_row("time", f"{ledger['seconds']:.1f} s{cached}")

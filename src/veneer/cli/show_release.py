@@ -14,6 +14,8 @@ def show_merged(out: Console, report: Any) -> None:
         f"[bold]written[/bold]  {escape(report.out)}: {report.tensors} tensors ({report.changed} of them changed), "
         f"{report.bytes / 1e9:.2f} GB in {report.files} file{'s' if report.files != 1 else ''}, {report.dtype}"
     )
+    if report.difference is not None:
+        out.print(f"checked  loaded again, it gives the adapter's scores within {report.difference:.1g}")
     show_choice(out, report.choice)
     show_warnings(out, report.warnings)
 

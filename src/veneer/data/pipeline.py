@@ -182,7 +182,7 @@ def prepare(data: Data, renderer: Renderer, seed: int) -> Prepared:
         *(given, held_out, data),
     )
     _count(prepared, data, seed)
-    ledger.warnings += warnings_of(ledger, data)
+    ledger.warnings += warnings_of(ledger, data, is_written=not renderer.labels)
     ledger.seconds = time.perf_counter() - began
     return prepared
 

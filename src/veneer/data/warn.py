@@ -5,8 +5,14 @@ from veneer.data.formats import OF_TASKS
 from veneer.data.ledger import Ledger
 
 
-def warnings_of(ledger: Ledger, data: Data) -> list[str]:
-    """Sentences for everything in the ledger that is not as one would hope."""
+def warnings_of(ledger: Ledger, data: Data, is_written: bool = True) -> list[str]:
+    """Sentences for everything in the ledger that is not as one would hope.
+
+    Args:
+        ledger: counts.
+        data: settings.
+        is_written: whether answers are written, and not rewarded: then they have to end.
+    """
     rows, notes = ledger.rows, ledger.notes
     cut, inside = notes["all_cut"], notes["in_held_out_file"]
     counted = [
@@ -55,7 +61,7 @@ def warnings_of(ledger: Ledger, data: Data) -> list[str]:
         done = "left as it is; data.pii=redact replaces it" if data.pii == "report" else "redacted"
         found.append(f"personal data: {kinds} ({done})")
     are_labels = all(known["format"] in OF_TASKS for known in ledger.formats.values())
-    if not ledger.tokens["end_of_turn"] and not are_labels:
+    if not ledger.tokens["end_of_turn"] and is_written and not are_labels:
         found.append("no end-of-turn token is trained: the model would never learn to stop")
     if not rows["validation"]:
         found.append("no row is held out: nothing will show whether the model got better")

@@ -12,7 +12,7 @@ drawn again alike for a micro-batch that comes back as it was.
 Shapes: B texts, L padded length, D embedding, R rows, A texts of all rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -59,14 +59,16 @@ class EmbeddingEngine(ClassifierEngine):
         super().__init__(model, pad_id, separator)
         self._parts: dict[bytes, _Part] = {}
 
-    def begin_step(self, batches: Sequence[Batch]) -> None:
+    def begin_step(self, batches: Iterable[Batch]) -> None:
         """Embed all texts of a step, and keep the loss's gradient by them for its micro-batches.
 
         Args:
-            batches: micro-batches that are run next.
+            batches: micro-batches that are run next. They are gone through again for their passes, so that whoever
+                yields them knows which one is running.
         """
         self._parts.clear()
-        if len(batches) < 2:
+        whole = list(batches)
+        if len(whole) < 2:
             return
         self.model.train()
         states, found = [], []
@@ -76,13 +78,11 @@ class EmbeddingEngine(ClassifierEngine):
                 found.append(self._embed(Texts.of([batch]).ids))
         after = rng_state()
         embeddings_AD = torch.cat(found).requires_grad_()
-        logprobs_R = in_batch_logprobs(Texts.of(batches), embeddings_AD, self.temperature)
+        logprobs_R = in_batch_logprobs(Texts.of(whole), embeddings_AD, self.temperature)
         (gradient_AD,) = torch.autograd.grad(logprobs_R.sum(), embeddings_AD)
         sizes = [len(part) for part in found]
-        parts = zip(
-            torch.split(gradient_AD, sizes), torch.split(logprobs_R.detach(), [len(b.lengths) for b in batches])
-        )
-        for batch, state, (gradient, logprobs) in zip(batches, states, parts, strict=True):
+        parts = zip(torch.split(gradient_AD, sizes), torch.split(logprobs_R.detach(), [len(b.lengths) for b in whole]))
+        for batch, state, (gradient, logprobs) in zip(whole, states, parts, strict=True):
             self._parts[_key(batch)] = _Part(gradient, logprobs, state)
         set_rng_state(after)
 

@@ -119,6 +119,15 @@ def score(
     return Scores(labels_R, np.stack([found[n] for n in range(len(rows))]))
 
 
+def scores_of(encoded: Sequence[Sequence[int]], engine: Any, batching: Batching) -> torch.Tensor:
+    """Return the logits of texts, in their order; those of like length are computed together."""
+    order = sorted(range(len(encoded)), key=lambda n: -len(encoded[n]))
+    logits_BC = torch.cat(
+        list(batching.over(order, lambda some: engine.scores([torch.tensor(encoded[n]) for n in some])))
+    )
+    return logits_BC[torch.tensor(order).argsort()]
+
+
 def wilson(right: int, rows: int, z: float = 1.959964) -> tuple[float, float]:
     """Return Wilson's 95% interval of a share."""
     share, spread = right / rows, z * z / rows

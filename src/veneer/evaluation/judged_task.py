@@ -1,7 +1,7 @@
 """Compares a model that tags or embeds with its base on held-out rows: values with intervals, and their difference.
 
 The base of tags is the commonest tag of the training rows, since a base without a head has none to give; that of
-embeddings is the base itself, pooled likewise.
+embeddings is the base itself, pooled likewise; that of rewards is the base's own head, or else a coin.
 """
 
 from collections import Counter
@@ -11,14 +11,18 @@ from typing import Any
 
 from veneer.data.batch import Example
 from veneer.data.labelled import LabelledRenderer
+from veneer.engine.classifier import ClassifierEngine
 from veneer.engine.embedder import EmbeddingEngine
 from veneer.engine.token_classifier import TokenClassifierEngine
+from veneer.evaluation.classification import scores_of
 from veneer.evaluation.embedding import retrieve
 from veneer.evaluation.entities import EntityScores
-from veneer.evaluation.metrics.metric import MetricResult
+from veneer.evaluation.metrics.metric import MetricResult, ShareRight
 from veneer.evaluation.metrics.resampled import RowMean
 from veneer.evaluation.tagging import SCORES, TaggedRows, tag_rows, tag_scores
 from veneer.machine.batching import Batching
+from veneer.training.intervals import Interval
+from veneer.training.pair_values import ACCURACIES, MARGINS
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,43 @@ def judge_embeddings(engine: EmbeddingEngine, rows: Sequence[Example], batching:
         for example, was, now in zip(rows, before.values, after.values, strict=True)
     ]
     return JudgedTask(len(rows), "the base itself", _compared(base, tuned), {}, lines)
+
+
+def judge_rewards(
+    engine: ClassifierEngine, rows: Sequence[Example], batching: Batching, base_has_head: bool
+) -> JudgedTask:
+    """Measure how many pairs have the higher reward on the chosen answer, and by how much.
+
+    Args:
+        engine: engine of a reward model.
+        rows: answers, of which each two are a pair, the chosen one first.
+        batching: answers at a time.
+        base_has_head: whether the base gave rewards before training.
+    """
+    texts = [row.ids[:-1].tolist() for row in rows]
+    rewards_P2 = scores_of(texts, engine, batching).view(-1, 2).tolist()
+    tuned = _of_pairs(rewards_P2)
+    if base_has_head:
+        with engine.adapter_off():
+            base = _of_pairs(scores_of(texts, engine, batching).view(-1, 2).tolist())
+        metrics, compared_with = _compared(base, tuned), "the base's own head"
+    else:
+        metrics, compared_with = {name: {"tuned": found.interval.as_dict()} for name, found in tuned.items()}, "a coin"
+        share = metrics[ACCURACIES]["tuned"]
+        metrics[ACCURACIES] |= {
+            "base": Interval(0.5, 0.5, 0.5).as_dict(),
+            "difference": {end: value - 0.5 for end, value in share.items()},
+        }
+    lines = [
+        {"place": example.place, "chosen": chosen, "rejected": rejected}
+        for example, (chosen, rejected) in zip(rows[::2], rewards_P2, strict=True)
+    ]
+    return JudgedTask(len(rewards_P2), compared_with, metrics, {}, lines)
+
+
+def _of_pairs(rewards_P2: Sequence[Sequence[float]]) -> dict[str, MetricResult]:
+    margins = [chosen - rejected for chosen, rejected in rewards_P2]
+    return {ACCURACIES: ShareRight([margin > 0 for margin in margins]), MARGINS: RowMean(margins)}
 
 
 def _compared(

@@ -190,7 +190,9 @@ def build_classifier(config: Any, labels: int, task: str) -> Any:
         named = {"id2label": dict(enumerate(names)), "label2id": {name: n for n, name in enumerate(names)}}
         config = type(config).from_dict(config.to_dict() | named)
     with quiet(), torch.device("meta"):
-        return HEAD_TASKS[task].auto_class.from_config(config, trust_remote_code=False)
+        base = HEAD_TASKS[task].auto_class.from_config(config, trust_remote_code=False)
+    base.config.use_cache = False  # as of one that is loaded
+    return base
 
 
 def head_of(base: Any, task: str) -> list[str]:

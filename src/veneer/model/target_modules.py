@@ -15,7 +15,7 @@ ADAPTED = ("exclude_modules", "rank_pattern", "alpha_pattern")  # settings that 
 # Parts of the paths of linear layers within a decoder layer, as the architectures of Transformers name them.
 NAMED_SETS = {
     "attention": re.compile(r"attn|attention", re.IGNORECASE),
-    "mlp": re.compile(r"mlp|ffn|feed_?forward|moe|expert|^fc\d$", re.IGNORECASE),
+    "mlp": re.compile(r"mlp|ffn|feed_?forward|moe|expert|^fc\d$|^(intermediate|output)$", re.IGNORECASE),
 }
 
 
@@ -102,7 +102,12 @@ def _matched(setting: str, pattern: str | Sequence[str], paths: Sequence[str], l
 def _is_in(path: str, part: re.Pattern[str]) -> bool:
     """Return whether a linear layer belongs to a part of a decoder layer: a word of its path says so."""
     layer = _LAYER.search(path)
-    return layer is not None and any(part.search(word) for word in path[layer.end() :].split("."))
+    return layer is not None and _part_of(path[layer.end() :].split(".")) is part
+
+
+def _part_of(words: Iterable[str]) -> re.Pattern[str] | None:
+    """Return the set of a path's first word that is of any set: BERT's `attention.output` is attention."""
+    return next((part for word in words for part in NAMED_SETS.values() if part.search(word)), None)
 
 
 _LAYER = re.compile(r"\.(\d+)\.")

@@ -17,7 +17,7 @@ from veneer.machine.device import named_dtype, resolve_optim
 from veneer.model.adapters import find_method
 from veneer.model.classifier import build_classifier, classifier_shapes, head_of, require_classifies
 from veneer.model.quiet import quiet
-from veneer.model.shapes import find_config, is_local
+from veneer.model.shapes import find_config, is_local, is_stored_in_4_bits
 from veneer.model.start import require_possible
 from veneer.planning.base import PlannedModel
 from veneer.planning.batch_shapes import Lengths, Padded, RowShapes
@@ -47,7 +47,7 @@ class PlannedClassifier(PlannedModel):
     def __init__(self, model: Model, labels: int, data: tuple[Lengths, Lengths, int] | str) -> None:
         self.config, self.labels, self.task = find_config(model), labels, model.task
         require_classifies(self.config, model.base, self.task)
-        self.is_4bit = False
+        self.is_4bit = is_stored_in_4_bits(self.config)
         base = self.build()
         self.head = head_of(base, self.task)
         self.name, self.data = model.base, data
@@ -75,7 +75,7 @@ class ClassifierPlanner(Planner):
         Raises:
             UserError: an adapter target matches nothing.
         """
-        require_possible(run)
+        require_possible(run, self.base.is_4bit)
         shapes, target = self.base.shapes, self.target
         rows = self.base.rows(run, "reference")
         optim = resolve_optim(run.train.optim, target.device)
@@ -123,16 +123,16 @@ class ClassifierPlanner(Planner):
         )
 
     def _step(self, run: Run, batch: Padded, training: bool = True) -> Step:
-        shapes, adapter = self.base.shapes, run.adapter
+        shapes, adapter, method = self.base.shapes, run.adapter, self._method(run)
         assert adapter is not None, "require_possible has refused it"
         return Step(
             rows=batch.rows,
             length=batch.length,
             trained=batch.rows,
             dtype=named_dtype(run.model.dtype, self.target.dtype),
-            method="lora" if run.quantization is None else "qlora",
+            method=method,
             targets=shapes.targets(adapter),
-            quantized=frozenset() if run.quantization is None else frozenset(shapes.linears) - shapes.beside,
+            quantized=frozenset() if method == "lora" else frozenset(shapes.linears) - shapes.beside,
             adapter=find_method(adapter),
             r=adapter.r,
             rank_pattern=tuple(adapter.rank_pattern.items()),

@@ -11,7 +11,7 @@ after the `except` block, which has kept a text alone.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -57,14 +57,14 @@ class OutOfMemoryRecovery:
         self._running: Batch | None = None
         self.most_tokens = most_tokens
 
-    def run(self, what: str, batches: Sequence[Batch], compute: Callable[[Iterator[Batch]], Result]) -> Result:
+    def run(self, what: str, batches: Sequence[Batch], compute: Callable[[Iterable[Batch]], Result]) -> Result:
         """Return what `compute` makes of the micro-batches, or of their halves.
 
         Args:
             what: name of the passes, for messages.
             batches: micro-batches, as the settings have them.
-            compute: function that runs the passes. It keeps nothing but its result and gradients, and changes no
-                parameter.
+            compute: function that runs the passes, over the batches as often as it needs. It keeps nothing but its
+                result and gradients, and changes no parameter.
 
         Raises:
             JobError: a single document does not fit, or something beside the passes.
@@ -72,7 +72,7 @@ class OutOfMemoryRecovery:
         began_with = rng_state()
         while True:
             try:
-                return compute(self._each(batches))
+                return compute(_EachTime(self._each, batches))
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -100,6 +100,16 @@ class OutOfMemoryRecovery:
                 self._running = part
                 yield part
         self._running = None
+
+
+class _EachTime:
+    """Batches that a function yields anew whenever they are gone through."""
+
+    def __init__(self, each: Callable[[Sequence[Batch]], Iterator[Batch]], batches: Sequence[Batch]) -> None:
+        self._each, self._batches = each, batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._each(self._batches)
 
 
 def place(

@@ -7,7 +7,7 @@ of the head. In float32 logits differ by rounding alone; of a 16-bit base the he
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,10 +27,42 @@ LIMITS = {torch.float32: 1e-4}  # largest difference of logits, as a share of th
 LIMIT_16_BITS = 0.05
 
 
+class Compared(NamedTuple):
+    """What plain PEFT gives, beside the trained model.
+
+    Attributes:
+        difference: largest difference of logits, or of embeddings.
+        limit: what rounding explains.
+        other: a weight of the head that is not the trained one; None: all are.
+    """
+
+    difference: float
+    limit: float
+    other: str | None
+
+
 def require_same_scores(
     run: Run, source: BaseSource, renderer: Renderer, engine: Any, rows: Sequence[Example], folder: Path
 ) -> None:
     """Raise JobError where a saved classifier is another one in plain PEFT than the one that was trained.
+
+    Args:
+        run, source, renderer, engine, rows, folder: arguments of `compare_in_plain_peft`.
+    """
+    difference, limit, other = compare_in_plain_peft(run, source, renderer, engine, rows, folder)
+    if other is not None or not difference <= limit:
+        what = f"{other} has other values" if other else f"logits differ by {difference:.3g} (limit {limit:.3g})"
+        raise JobError(
+            f"the saved adapter is another classifier in plain PEFT: {what}; it is not delivered\n"
+            "  fix: this is a defect of Veneer or of the installed PEFT; report it with the run's run.yaml. The last "
+            "checkpoint is kept"
+        )
+
+
+def compare_in_plain_peft(
+    run: Run, source: BaseSource, renderer: Renderer, engine: Any, rows: Sequence[Example], folder: Path
+) -> Compared:
+    """Load a saved classifier as its users will, and compare it with the one that was trained.
 
     Args:
         run: settings of the run.
@@ -55,13 +87,7 @@ def require_same_scores(
         set_rng_state(began_with)
     del base, model
     release_memory()
-    if other is not None or not difference <= limit:
-        what = f"{other} has other values" if other else f"logits differ by {difference:.3g} (limit {limit:.3g})"
-        raise JobError(
-            f"the saved adapter is another classifier in plain PEFT: {what}; it is not delivered\n"
-            "  fix: this is a defect of Veneer or of the installed PEFT; report it with the run's run.yaml. The last "
-            "checkpoint is kept"
-        )
+    return Compared(difference, limit, other)
 
 
 def load_plain(run: Run, source: BaseSource, renderer: Renderer) -> Any:

@@ -19,9 +19,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from veneer.config import Run, Train
+from veneer.config import Run
 from veneer.config.results import Check
-from veneer.config.task import require_answers
 from veneer.data.batch import Batch, Example
 from veneer.engine.agreement import (
     MIN_TRAINED,
@@ -33,22 +32,20 @@ from veneer.engine.agreement import (
     within_vocabulary,
 )
 from veneer.engine.choose import EVEN, EngineChoice, build, comparable, compare, fall_back
+from veneer.engine.head_engine import head_engine
 from veneer.engine.interface import Engine, document_losses
-from veneer.engine.objective import LIKELIHOOD, Objective
+from veneer.engine.objective import LIKELIHOOD
 from veneer.engine.reference import ReferenceEngine
 from veneer.engine.temporary import fill_zeros, preserve_adapter
-from veneer.model.adapters import find_method
 from veneer.model.attach import save_adapter, set_adapter
 from veneer.model.full import is_full, load_weights, write_weights
 from veneer.model.quiet import quiet
 from veneer.training.choose_objective import choose_objective
 from veneer.training.loop import learn_first
-from veneer.training.optimizer import optimizer_of, parameters_to_update
+from veneer.training.overfit import overfit
 from veneer.training.parts import RunParts, load_parts
+from veneer.training.verify_head import head_checks
 from veneer.training.verify_preference import (
-    NO_REFERENCE,
-    compares,
-    completed,
     is_preference,
     preference_checks,
     short_documents,
@@ -57,14 +54,7 @@ from veneer.training.verify_preference import (
 RELOADED = "loss with the adapter from its file, against the live one"
 LENGTHS = (256, 192, 128, 96)  # tokens of the packed rows, at most
 ROWS, ROW_TOKENS = 8, 192  # that are overfitted
-STEPS = 40  # in which it must succeed
-OVERFIT = 0.95  # of the loss at the beginning: modest, since an adapter on q_proj of a random model comes no lower
 ROWS_OF_TOKENS = ".trainable_tokens_delta."  # in PEFT's names
-ACCURACY, PREFERRED = "rewards/accuracies", 0.75  # the metric of pairs, and its least value then
-# By how much all ranks of an adapter together may move in the first and in the last of the steps. Large models learn at
-# once where small ones have hardly begun, and what suits these would throw those off: so the rate rises until one does.
-FIRST_STRIDE, LAST_STRIDE = 0.01, 0.2
-FULL_SHARE = 2e-3  # of it for whole weights: 2e-5 to 4e-4
 
 
 @dataclass(frozen=True)
@@ -106,9 +96,20 @@ def verify(run: Run, force: bool = False, on_check: Callable[[Check], None] = la
     Raises:
         UserError: The run cannot be carried out as it is written.
     """
-    require_answers(run.model, "veneer verify")
     parts = load_parts(run, force)
+    if run.model.task != "causal-lm":
+        return _verify_head(run, parts, on_check)
     return verify_parts(run, parts, build(parts.model, run.train, parts.machine.device), on_check)
+
+
+def _verify_head(run: Run, parts: RunParts, on_check: Callable[[Check], None]) -> Verification:
+    began, found = time.perf_counter(), []
+    engine = head_engine(run.model, parts.model, parts.tokenizer, run.train.temperature)
+    for check in (_of_masks(parts), *head_checks(run, parts, engine)):
+        found.append(check)
+        on_check(check)
+    choice = EngineChoice(engine, "classifiers run on Transformers")
+    return Verification(tuple(found), choice, time.perf_counter() - began)
 
 
 def verify_parts(
@@ -142,10 +143,14 @@ def verify_parts(
     return Verification(tuple(found), choice, time.perf_counter() - began)
 
 
+def _of_masks(parts: RunParts) -> Check:
+    trained = parts.data.train.corpus.trained[parts.data.train.examples]
+    return Check.at_most("mask", float(np.count_nonzero(trained == 0)), 0, "rows without a trained token")
+
+
 def _of_data(parts: RunParts) -> Iterator[Check]:
-    train, ledger = parts.data.train, parts.data.ledger
-    trained = train.corpus.trained[train.examples]
-    yield Check.at_most("mask", float(np.count_nonzero(trained == 0)), 0, "rows without a trained token")
+    ledger = parts.data.ledger
+    yield _of_masks(parts)
     ends = ledger.tokens["end_of_turn"]
     name = "end-of-turn tokens that are trained"
     if any(known["format"] == "text" for known in ledger.formats.values()):
@@ -197,7 +202,11 @@ def _of_engine(run: Run, parts: RunParts, engine: Engine, rows: list[Example]) -
         pairs = short_documents(parts.data.train, objective.documents_per_row)
         yield from preference_checks(run, parts, engine, objective, pairs)
     with preserve_adapter(model):
-        yield from _overfit(run, parts, engine, objective)
+        if is_preference(objective):
+            learnt = short_documents(parts.data.train, objective.documents_per_row, ROWS)
+        else:
+            learnt, objective = short_rows(parts.data.train, [ROW_TOKENS] * ROWS, least=1), LIKELIHOOD
+        yield from overfit(run, parts, engine, objective, learnt)
         with comparable(model, engine, run.train, parts.machine.device):
             yield _reload(parts, within_vocabulary(rows, model))
 
@@ -262,58 +271,6 @@ def _isolated(engine: Engine, rows: list[Example]) -> Check:
     before, after = _losses(engine, rows), _losses(engine, [other, *rows[1:]])
     apart = [abs(a - b) / row.weight for row, a, b in zip(rows, before, after, strict=True)]
     return _largest("isolated", apart[1:], 1e-6, name, rows[1:])
-
-
-def _overfit(run: Run, parts: RunParts, engine: Engine, objective: Objective) -> Iterator[Check]:
-    """Train on a few rows until they are learnt by heart, with the run's own optimizer and dropout."""
-    each = objective.documents_per_row
-    if is_preference(objective):
-        rows = short_documents(parts.data.train, each, ROWS)
-    else:
-        rows, objective = short_rows(parts.data.train, [ROW_TOKENS] * ROWS, least=1), LIKELIHOOD
-    size = run.train.per_device_train_batch_size * each
-    batches = [Batch.of(rows[n : n + size], each) for n in range(0, len(rows), size)]
-    weight = sum(map(objective.weight, batches))
-    batches = [batch.scaled(1 / weight) for batch in completed(run, parts, engine, objective, batches)]
-    train, device = run.train, parts.machine.device
-    updated = parameters_to_update(parts.model, engine, train, device)
-    plain = Train(optim=train.optim, optim_rank=train.optim_rank, master_weights="none")
-    optimizer = optimizer_of(parts.model, updated, plain, device)
-    first = share = math.nan
-    accuracy: float | None = None
-    has_reference = compares(run, objective)
-    for step in range(STEPS + 1):
-        outputs = [engine.forward_backward(batch, objective) for batch in batches]
-        loss = torch.stack([output.loss for output in outputs]).sum().item() / weight
-        if ACCURACY in outputs[0].metrics and has_reference:
-            accuracy = torch.stack([output.metrics[ACCURACY] for output in outputs]).sum().item() / weight
-        first = loss if step == 0 else first
-        share = loss / first
-        if not (share > OVERFIT or (accuracy is not None and accuracy < PREFERRED)):  # also where it is no number
-            break
-        torch.nn.utils.clip_grad_norm_(updated.values(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = _rate(run, step)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    count = len(rows) // each
-    name = f"loss of {count} rows after up to {STEPS} steps on them, of the loss before"
-    yield Check.at_most("overfit", share, OVERFIT, name)
-    if accuracy is not None:
-        name = f"share of {count} pairs whose chosen answer is preferred then"
-        yield Check("preferred", accuracy >= PREFERRED, accuracy, PREFERRED, name, bound="at least")
-    elif each > 1:
-        why = f"{NO_REFERENCE}: lengths decide which answer is likelier"
-        yield Check("preferred", True, name="share of pairs whose chosen answer is preferred then", detail=why)
-
-
-def _rate(run: Run, step: int) -> float:
-    """Return the rate of a step: Adam moves each value of B by it, and ranks add up, so scale and rank divide it."""
-    stride: float = FIRST_STRIDE * (LAST_STRIDE / FIRST_STRIDE) ** (step / STEPS)
-    if run.adapter is None:
-        return FULL_SHARE * stride
-    method = find_method(run.adapter)
-    return stride / (method.scale(run.adapter) * (run.adapter.r if method.has("r") else 1))
 
 
 def _reload(parts: RunParts, rows: list[Example]) -> Check:

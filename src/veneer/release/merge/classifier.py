@@ -67,11 +67,11 @@ def merge_classifier(
         copy_licence(tuned.base_folder, unfinished)
         facts = {"adapter": name_of(tuned.name), "adapter_sha256": file_sha256(tuned.weights), "dtype": dtype}
         write_json(unfinished / "merge.json", facts | {"veneer": veneer.__version__, "passport": tuned.passport})
-        _require_scores(unfinished, tuned, texts, before, LIMITS[dtype])
+        difference = _require_scores(unfinished, tuned, texts, before, LIMITS[dtype])
         weights = list(unfinished.glob("*.safetensors"))
         size = sum(file.stat().st_size for file in weights)
     on_done(size)
-    return Merged(str(out), dtype, "base", len(merged.state_dict()), changed, size, len(weights), ())
+    return Merged(str(out), dtype, "base", len(merged.state_dict()), changed, size, len(weights), (), None, difference)
 
 
 def _texts(vocabulary: int) -> list[torch.Tensor]:
@@ -82,7 +82,12 @@ def _texts(vocabulary: int) -> list[torch.Tensor]:
 
 def _require_scores(
     folder: Path, tuned: TunedModel, texts: list[torch.Tensor], before: torch.Tensor, limit: float
-) -> None:
+) -> float:
+    """Return the largest difference from the adapter's scores.
+
+    Raises:
+        JobError: it is beyond the limit.
+    """
     with quiet():
         plain = HEAD_TASKS[tuned.model.task].auto_class.from_pretrained(
             folder, use_safetensors=True, dtype=torch.float32, trust_remote_code=False
@@ -94,3 +99,4 @@ def _require_scores(
             f"the merged model gives other scores: logits differ by {difference:.3g} (limit {most:.3g})\n"
             "  fix: write float32 with --dtype"
         )
+    return difference

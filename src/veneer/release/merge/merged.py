@@ -45,7 +45,12 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Merged:
-    """The result of a merge."""
+    """The result of a merge.
+
+    Attributes:
+        difference: largest difference of a classifier's scores or embeddings from the adapter's; None: it writes text,
+            and `veneer certify` measures it.
+    """
 
     out: str
     dtype: str
@@ -56,6 +61,7 @@ class Merged:
     files: int
     warnings: tuple[str, ...]
     choice: dict[str, Any] | None = None
+    difference: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
