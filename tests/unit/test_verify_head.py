@@ -11,6 +11,8 @@ import veneer
 from tests.support.classifiers import classify, save_tiny_base, some_texts
 from tests.support.heads import embed, some_tagged, some_texts_with_positives, tag
 from tests.support.runs import some_pairs, tiny_run, write_rows
+from veneer.engine.classifier import ClassifierEngine
+from veneer.model.attach import save_adapter
 from veneer.training import verify_head
 
 Make = Callable[[Path], veneer.Run]
@@ -52,7 +54,7 @@ def test_a_run_with_a_head_passes(task: str, tmp_path: Path) -> None:
 
 
 def test_a_saved_head_that_is_random_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save = verify_head.save_adapter
+    save = save_adapter
 
     def forget_head(model: Any, *given: Any) -> None:
         head = model.get_base_model().classifier.modules_to_save["default"].weight
@@ -68,13 +70,13 @@ def test_a_saved_head_that_is_random_fails(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_padding_that_is_read_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    logits = verify_head.ClassifierEngine._logits
+    logits = ClassifierEngine._logits
 
     def unmasked(self: Any, texts: Any) -> Any:
         """Give texts as if the padding were a part of them."""
         most = max(map(len, texts))
         return logits(self, [torch.nn.functional.pad(text, (0, most - len(text))) for text in texts])
 
-    monkeypatch.setattr(verify_head.ClassifierEngine, "_logits", unmasked)
+    monkeypatch.setattr(ClassifierEngine, "_logits", unmasked)
     found = {check.id: check for check in veneer.verify(RUNS["labels"](tmp_path)).checks}
     assert not found["padding"].passed

@@ -33,7 +33,7 @@ def overfit(
         run: settings.
         parts: the run's parts; their adapter is changed.
         engine: engine of the model.
-        objective: what is learnt.
+        objective: loss that is learnt.
         rows: examples.
     """
     each = objective.documents_per_row

@@ -32,7 +32,7 @@ class Compared(NamedTuple):
 
     Attributes:
         difference: largest difference of logits, or of embeddings.
-        limit: what rounding explains.
+        limit: difference that rounding explains.
         other: a weight of the head that is not the trained one; None: all are.
     """
 
