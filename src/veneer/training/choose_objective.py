@@ -43,6 +43,7 @@ def choose_objective(run: Run, data: Prepared) -> Objective:
                 "are learnt from pairs",
                 "name rows with chosen and rejected answers in data.train",
             )
+        _require_whole(run, data)
         return BradleyTerry()
     if run.model.task != "causal-lm":
         return LIKELIHOOD
@@ -145,6 +146,16 @@ def _require_settings(run: Run, data: Prepared, name: str) -> None:
             "rated",
             "name a rate, such as 1e-5",
         )
+    if data.kind == "rated" and len(data.train) < 2:
+        raise UserError(
+            "train.objective = kto: one row alone: prompts are compared with the answers of other rows",
+            "name at least two rows in data.train",
+        )
+    _require_whole(run, data)
+
+
+def _require_whole(run: Run, data: Prepared) -> None:
+    """Raise UserError where an answer that is compared became several examples."""
     examples = 2 if data.kind == "pairs" else 1
     for part in (data.train, data.validation):
         split = np.flatnonzero(part.corpus.rows["examples"][part.rows] != examples)
@@ -154,8 +165,3 @@ def _require_settings(run: Run, data: Prepared, name: str) -> None:
                 f"{'s' if examples > 1 else ''} (data.rewritten_history = {run.data.rewritten_history})",
                 "set data.rewritten_history=last",
             )
-    if data.kind == "rated" and len(data.train) < 2:
-        raise UserError(
-            "train.objective = kto: one row alone: prompts are compared with the answers of other rows",
-            "name at least two rows in data.train",
-        )
