@@ -59,9 +59,9 @@ def test_verify_tells_what_it_checked_and_writes_nothing(call: Call, run_file: P
 
 
 def test_a_check_that_fails_is_status_1(call: Call, run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from veneer.training import verify
+    from veneer.training import overfit
 
-    monkeypatch.setattr(verify, "_rate", lambda run, step: 1e-12)  # nothing is learnt at such a rate
+    monkeypatch.setattr(overfit, "_rate", lambda run, step: 1e-12)  # nothing is learnt at such a rate
     status, out, _ = call("verify", str(run_file), "--json")
     assert status == 1
     result = json.loads(out)
