@@ -13,7 +13,8 @@ A run's `metrics.jsonl` is the source of all that is said of its course: listene
 `veneer watch` and the page of a run read these records. Each line is a JSON object of `kind` train or eval, in the
 order in which they came. Lines are only appended. A run that is resumed first replaces the file by one that ends with
 its checkpoint's step; a reader takes whole lines alone, since the last one may be cut. Keys may be added; none
-changes its meaning. A key without "always" is left out where it does not apply, and null stands for a number that was not finite.
+changes its meaning. A key without "always" is left out where it does not apply, and null stands for a number that was
+not finite.
 
 From Python the records are `TrainRecord` and `EvalRecord` of `config/records.py`.
 """

@@ -1,6 +1,8 @@
 """`veneer watch` follows a run from before it begins to its end, over a resume, and leaves it alone."""
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,12 +46,12 @@ def test_looks_find_what_is_new_and_what_was_cut_off(tmp_path: Path) -> None:
         file.replace(folder.path / file.name)
     with folder.locked():
         assert steps(next(looks)) == [1]
-        with folder.metrics.open("a") as file:
+        with folder.metrics.open("a") as out:
             text = json.dumps(train_record(2)) + "\n"
-            file.write(text[:20])
-            file.flush()
+            out.write(text[:20])
+            out.flush()
             assert steps(next(looks)) == [], "half a line is none"
-            file.write(text[20:])
+            out.write(text[20:])
         assert steps(next(looks)) == [2]
         append_line(folder.events, {"level": "info", "message": "told"})
         append_line(folder.metrics, {"no": "record"})
@@ -192,3 +194,19 @@ def test_a_damaged_plan_costs_no_more_than_what_it_says(folder: RunFolder, call:
     assert (status, err) == (1, "")
     assert "step 1: loss 2.0000" in out
     assert "held-out loss not finite" in out
+
+
+def test_it_ends_with_the_reader_of_its_pipe(folder: RunFolder) -> None:
+    make_run(folder.path, [train_record(1)])
+    code = "from veneer.cli.main import main; main(['watch', sys.argv[1]])"
+    with folder.locked():
+        child = subprocess.Popen(
+            [sys.executable, "-c", f"import sys; {code}", str(folder.path)], stdout=subprocess.PIPE, text=True
+        )
+        assert child.stdout is not None
+        assert child.stdout.readline().startswith("  10 steps to train")
+        child.stdout.close()
+        while child.poll() is None:  # each line is one that nobody reads
+            append_line(folder.metrics, eval_record(2))
+            time.sleep(0.05)
+    assert child.returncode == 0

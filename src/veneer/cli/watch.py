@@ -54,7 +54,7 @@ def _follow(out: Any, run: Path, wait: bool) -> None:
     from veneer.config import RunFolder
 
     told: set[str] = set()
-    is_told_stopped = False
+    step, was_stopped = 0, False
     progress: show.LiveProgress | None = None
     with ExitStack() as stack:
         waiting = stack.enter_context(show.status(out, f"waiting for {run} to begin"))
@@ -69,15 +69,18 @@ def _follow(out: Any, run: Path, wait: bool) -> None:
                 progress.show_past(look.records)
             elif progress is not None:
                 if look.goes_on_from is not None:
-                    out.print(f"  the run goes on from step {look.goes_on_from}")
-                    progress.go_on_from(look.goes_on_from)
+                    step = look.goes_on_from
+                    out.print(f"  the run goes on from step {step}")
+                if look.goes_on_from is not None or (was_stopped and not look.is_stopped):
+                    progress.go_on_from(step)
                 for record in look.records:
                     progress(record)
+            step = max([step, *(record["step"] for record in look.records)])
             for event in look.events:
                 _show_event(out, event, told)
-            if look.is_stopped and wait and not is_told_stopped:
+            if look.is_stopped and wait and not was_stopped:
                 out.print("  stopped; waiting for it to be resumed")
-            is_told_stopped = look.is_stopped
+            was_stopped = look.is_stopped
             if getattr(sys.stdout, "error", None) is not None:  # its reader went away (cli/lasting.py)
                 return
 
