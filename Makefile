@@ -40,9 +40,10 @@ lint: $(READY)  ## ruff, mypy and the import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-docs: $(READY)  ## Write docs/settings.md, docs/advice.md and the tables of docs/memory.md from the code (a minute)
+docs: $(READY)  ## Write docs/settings.md, docs/advice.md, docs/metrics.md and the tables of docs/memory.md from the code (a minute)
 	$(BIN)/python -m tools.settings_page > docs/settings.md
 	$(BIN)/python -m tools.advice_page > docs/advice.md
+	$(BIN)/python -m tools.metrics_page > docs/metrics.md
 	$(BIN)/python -m tools.memory_figure
 	$(BIN)/python -m tools.memory_page
 

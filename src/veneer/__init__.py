@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from veneer.api.predict import predict
     from veneer.api.prepare import prepare
     from veneer.api.push import push
+    from veneer.api.runs import runs
     from veneer.api.sweep import sweep
     from veneer.api.train import train
+    from veneer.api.watch import watch
     from veneer.config import JobError, Run, UserError, load_run
     from veneer.config.sampling import Sampling
     from veneer.training.verify import verify
@@ -52,10 +54,12 @@ __all__ = [
     "predict",
     "prepare",
     "push",
+    "runs",
     "sweep",
     "train",
     "unmerge",
     "verify",
+    "watch",
 ]
 _NOT_IN_API = {
     **dict.fromkeys(("JobError", "Run", "UserError", "load_run"), "veneer.config"),

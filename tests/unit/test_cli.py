@@ -247,7 +247,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert result.stdout.strip().endswith("[]")
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "verify", "evaluate", "generate"])
+@pytest.mark.parametrize("command", ["demo", "train", "verify", "evaluate", "generate", "runs", "watch"])
 def test_every_command_has_help_with_an_example(command: str, call: Callable[..., tuple[int, str, str]]) -> None:
     status, out, _ = call(command, "--help")
     assert status == 0

@@ -10,7 +10,7 @@ import pytest
 from tests.support.notices import notified
 from tests.support.runs import StopAt, tiny_run, write_rows
 from veneer.api.train import finish
-from veneer.config import Interrupted, RunFolder
+from veneer.config import Interrupted, JobError, RunFolder
 from veneer.config.notify import Notices, collected, kept_in, notify, notify_on_error
 from veneer.training.job import TrainingJob
 
@@ -48,6 +48,20 @@ def test_each_run_of_a_block_keeps_its_own(tmp_path: Path) -> None:
                 notify(f"training {name}", "info")
     for name in ("one", "two"):
         assert [event["message"] for event in lines(tmp_path / name)] == [f"loading {name}", f"training {name}"]
+
+
+def test_the_error_that_ends_a_block_is_kept_and_not_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(JobError), kept_in(tmp_path / "events.jsonl"):
+        raise JobError("the loss is nan")
+    for stop in (Interrupted(tmp_path), KeyboardInterrupt()):
+        with pytest.raises(type(stop)), kept_in(tmp_path / "events.jsonl"):
+            raise stop
+    assert [(event["level"], event["message"]) for event in lines(tmp_path / "events.jsonl")] == [
+        ("error", "the loss is nan")
+    ]
+    assert capsys.readouterr() == ("", "")
 
 
 def test_other_ranks_are_silent(

@@ -28,9 +28,11 @@ from veneer.cli import (
     plan,
     predict,
     push,
+    runs,
     sweep,
     train,
     verify,
+    watch,
 )
 from veneer.cli.lasting import lasting_output, polite_kills
 
@@ -50,6 +52,8 @@ for module in (
     data,
     verify,
     train,
+    runs,
+    watch,
     sweep,
     evaluate,
     predict,

@@ -5,7 +5,7 @@ what a command prints can be piped on.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -150,7 +150,26 @@ class LiveProgress:
             self._out.print(f"  {self._steps - self._began:,} steps to train{about}")
         return self
 
+    def show_past(self, records: Sequence[dict[str, Any]]) -> None:
+        """Show records of before, in their order; the time left is measured from the step of the last one on."""
+        for record in records:
+            self._show(record, None)
+        self.go_on_from(max((record["step"] for record in records), default=self._began))
+
+    def go_on_from(self, step: int) -> None:
+        """Measure the time left from this step on, and from now."""
+        self._began, self._started = step, time.monotonic()
+        self._progress.update(self._task, completed=step, ends=None, foreseen=None)
+
     def __call__(self, record: dict[str, Any]) -> None:
+        made = record["step"] - self._began
+        left = None
+        if made > 0:
+            left = max(0.0, (time.monotonic() - self._started) / made * (self._steps - record["step"]))
+        self._show(record, left)
+
+    def _show(self, record: dict[str, Any], left: float | None) -> None:
+        """Show a record; `left`: seconds left after it, where they are known."""
         if record["kind"] == "eval":
             loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
             found = _of_pairs(record)
@@ -169,13 +188,13 @@ class LiveProgress:
         speed = f"{record['tokens_per_second']:,.0f} tok/s  {size(record['peak_bytes'])}"
         numbers = f"loss {record['loss']:.4f}  {pairs}{speed}"
         now = time.monotonic()
-        left = (now - self._started) / (step - self._began) * (self._steps - step)
-        self._progress.update(self._task, completed=step, numbers=numbers, ends=now + left)
+        ends = None if left is None else now + left
+        self._progress.update(self._task, completed=step, numbers=numbers, ends=ends)
         if self._out.is_terminal:
             return
         if _is_milestone(step, self._steps) or now - self._printed >= LOG_SECONDS:
             self._printed = now
-            about = f"  {clock(left)} left" if step < self._steps else ""
+            about = f"  {clock(left)} left" if left is not None and step < self._steps else ""
             self._out.print(f"  step {step}: {numbers}{about}")
 
     def __exit__(

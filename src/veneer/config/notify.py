@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+from veneer.config.errors import Interrupted
 from veneer.config.files import visible
 
 
@@ -68,8 +69,7 @@ def notify(message: str, level: Literal["info", "warning"] = "warning", where: s
         print(visible(f"warning: {message}" if level == "warning" else message), file=sys.stderr)
     if notices is not None:
         notices.said.add(message)
-        time = datetime.now(UTC).isoformat(timespec="seconds")
-        notices.add({"time": time, "level": level, "message": message, "where": where})
+        notices.add(_event(level, message, where))
 
 
 def notify_on_error(what: str, write: Callable[[], None]) -> None:
@@ -96,11 +96,24 @@ def collected() -> Iterator[Notices]:
 
 @contextmanager
 def kept_in(file: Path) -> Iterator[None]:
-    """Append what is said within the block, and what was said before it, to a run's events.jsonl."""
+    """Append what is said within the block, and what was said before it, to a run's events.jsonl.
+
+    So is the error that ends the block, as level `error`; whoever ends the command prints it.
+    """
     with collected() as notices:
         before, notices.file = notices.file, file
         notices.write()
         try:
             yield
+        except Exception as error:
+            if not isinstance(error, Interrupted) and os.environ.get("RANK", "0") == "0":
+                notices.add(_event("error", str(error) or type(error).__name__))
+            raise
         finally:
             notices.file = before
+
+
+def _event(level: str, message: str, where: str = "") -> dict[str, str]:
+    """Return a line of events.jsonl."""
+    time = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"time": time, "level": level, "message": message, "where": where}

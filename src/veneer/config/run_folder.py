@@ -12,6 +12,9 @@ from veneer.config.files import read_json
 from veneer.config.folder import make_folder, remove, whole_folder, write_text
 from veneer.config.paths import require_path
 
+if os.name != "nt":
+    import fcntl
+
 # What commands write into a run's folder, and how files begin that were never finished.
 _WRITTEN = {
     *("run.yaml", "environment.json", "plan.json", "ledger.json", "pii.jsonl", "metrics.jsonl", "events.jsonl"),
@@ -23,6 +26,7 @@ _TEMPORARY = tuple(f".{name}." for name in sorted(_WRITTEN))
 _BEFORE_BEGIN = {"environment.json", "plan.json", "ledger.json", "pii.jsonl"}
 _LOCK = ".lock"
 NEEDED_FILES = 100  # of a run: inodes that have to be free
+LOOK_SECONDS = 0.2  # far longer than `is_held` has a lock
 
 
 class _Inside:
@@ -128,7 +132,7 @@ class RunFolder:
         make_folder(self.path)
         lock = FileLock(self.path / _LOCK)
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=LOOK_SECONDS)
         except Timeout:
             raise UserError(
                 f"train.output_dir = {self.path}: another process is training this run",
@@ -139,6 +143,31 @@ class RunFolder:
         finally:
             (self.path / _LOCK).unlink(missing_ok=True)  # held still: who opened it meanwhile sees that it is gone
             lock.release()
+
+    def is_held(self) -> bool:
+        """Whether a process holds the run, found without writing anything.
+
+        A lock that nobody holds is shared for an instant, which whoever begins to train meanwhile waits for.
+        """
+        try:
+            handle = os.open(self.path / _LOCK, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        except OSError:  # it is there, and not ours to open
+            return True
+        try:
+            if os.name == "nt":
+                return True  # who ended has deleted it
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        finally:
+            os.close(handle)
+        return False
+
+    def has_environment(self) -> bool:
+        """Whether a run of ours was to begin here."""
+        return _is_environment(self.environment)
 
     def require_begun(self) -> None:
         """Raises UserError if the folder holds no run."""

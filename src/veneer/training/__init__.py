@@ -9,7 +9,7 @@ reference.py   what preferences are compared with
 optimizer.py   AdamW by name; schedule.py  the learning rate as a function of the step
 checkpoint.py  a resumable state on disk
 stop.py        signals that ask the loop to end, with a checkpoint
-metrics.py     metrics.jsonl, and the listeners that get its records
+metrics.py     metrics.jsonl, and the listeners that get its records (config/records.py)
 pair_values.py what an objective says of each held-out pair
 intervals.py   95% intervals; bootstrap.py  those of means, by drawing rows or groups of rows again
 """

@@ -457,6 +457,7 @@ class TrainingJob:
         )
         write_json(self.folder.plan, self.plan())
         write_json(self.folder.ledger, self.data.ledger.as_dict())
+        remove(self.folder.events)  # of a process that ended before its first checkpoint
         remove(self.folder.personal)
         if self.data.ledger.personal:
             write_text(self.folder.personal, self.data.personal())

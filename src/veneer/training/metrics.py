@@ -9,7 +9,7 @@ from veneer.config.files import read_json_lines
 from veneer.config.folder import write_text
 from veneer.config.notify import notify
 
-# Called with each line of metrics.jsonl: a logged step (`kind: train`) or an evaluation (`kind: eval`).
+# Called with each line of metrics.jsonl: a `TrainRecord` or an `EvalRecord` (config/records.py).
 Listener = Callable[[dict[str, Any]], None]
 
 
