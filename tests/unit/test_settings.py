@@ -58,6 +58,7 @@ VALUES: dict[str, Any] = {
     "data.add_special_tokens": ["<|new|>"],
     "evaluate.group": "who",
     "train.memory_budget": "12GiB",
+    "train.report_to": ["tensorboard"],
     "evaluate.metrics": ["length", "exact_match"],
     "evaluate.extract": "^.",
     "evaluate.json_schema": "files/schema.json",

@@ -2,6 +2,7 @@
 
 tracker.py   what a tracker is, and what it is told of a run
 tracking.py  the listener that hands records to trackers, on threads of their own
+process.py   a client in a process of its own
 
 The others are one tracker each. A client is an extra (`pip install 'veneer[wandb]'`), imported when a run opens it.
 """
