@@ -1,6 +1,6 @@
 """Runs that are stopped and resumed, reported through the real clients in their offline modes, and read back.
 
-The clients are extras that the tests' environment does not have; `make test-trackers` makes one that does. A client that
+The clients are extras that the tests' environment lacks; `make test-trackers` makes one that has them. A client that
 is missing there fails its test.
 """
 

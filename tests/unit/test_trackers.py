@@ -203,9 +203,7 @@ def test_only_the_first_process_reports(make_run: MakeRun, monkeypatch: pytest.M
 
 def test_an_absent_client_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(
-        UserError, match=r"wandb, mlflow are not installed\n  fix: pip install 'veneer\[wandb,mlflow\]'"
-    ):
+    with pytest.raises(UserError, match=r"wandb, mlflow are not .*\n  fix: pip install 'veneer\[wandb,mlflow\]'"):
         require_trackers(["wandb", "mlflow", "wandb"])
 
 

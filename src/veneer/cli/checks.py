@@ -113,7 +113,7 @@ def require_output(folder: RunFolder, resume: bool | str, overwrite: bool) -> No
 
 
 def require_inputs(run: Run) -> None:
-    """Raise UserError where base, data, metrics or trackers of a run do not exist, or are on a hub that cannot be reached."""
+    """Raise UserError where base, data, metrics or trackers do not exist, or are on a hub that cannot be reached."""
     from veneer.data.sources.find import find_sources
     from veneer.data.sources.hub import require_at_hand
     from veneer.evaluation.metrics import require_metrics

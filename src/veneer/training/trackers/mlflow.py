@@ -1,4 +1,4 @@
-"""MLflow: the server, folder or database that MLFLOW_TRACKING_URI names, in the experiment of MLFLOW_EXPERIMENT_NAME."""
+"""MLflow: the store that MLFLOW_TRACKING_URI names, in the experiment of MLFLOW_EXPERIMENT_NAME."""
 
 import os
 import time

@@ -58,7 +58,7 @@ class Tracker(Protocol):
 
 
 def values_of(record: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers of a record of metrics.jsonl under names such as train/loss; others (lists, null) are left out."""
+    """Return the numbers of a record of metrics.jsonl under names such as train/loss; no lists, no null."""
     return {
         f"{record['kind']}/{name}": value
         for name, value in record.items()
