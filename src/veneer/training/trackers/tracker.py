@@ -18,7 +18,7 @@ class TrackedRun:
         folder: folder for files of the tracker, in the run's folder.
         id: the tracker's name of the run, which an earlier process kept; None: the tracker does not know it yet.
         step: step before the first record.
-        about: what the run is (settings, plan, ledger), by the name of its file; without paths and rows.
+        about: settings, plan and ledger, by the names of their files; without paths and rows.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Tracker(Protocol):
 
     Attributes:
         id: the tracker's name of the run.
-        where: where a person sees it: an address, or a command.
+        where: address at which a person sees it, or a command that shows it.
     """
 
     id: str

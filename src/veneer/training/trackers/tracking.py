@@ -3,8 +3,8 @@
 A tracker has a thread of its own, on which it is opened, gets its records and is closed, and a bounded queue before it.
 The background modes of the clients would not do: `wandb.init` and each call of MLflow wait for a server, TensorBoard's
 writer waits where its queue is full, and an exception in any of them would end the training. A full queue drops
-records, a tracker that fails loses what it failed at, and one that does not end in time is left behind with its thread, which
-does not keep the process. Each is said once for a tracker, by the thread that trains: `notify` knows its context.
+records, a tracker that fails loses what it failed at, and one that does not end in time is left behind with its thread,
+which does not keep the process. Each is said once for a tracker, by the thread that trains: `notify` knows its context.
 metrics.jsonl has all records in any case.
 
 A thread of Python takes the interpreter's lock for what it computes. A record is a few dozen numbers.
@@ -95,7 +95,7 @@ class _Background:
     Args:
         name: name of the tracker.
         folder: folder of the run.
-        about: what the run is.
+        about: settings, plan and ledger; see `TrackedRun`.
         earlier: records before the first, for a tracker that a resumed run is new to.
     """
 
