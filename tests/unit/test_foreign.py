@@ -13,7 +13,7 @@ CALLED, INSTEAD = names_of_others()
 OURS = {f"{name}.{key}" for name, section in sections().items() for key in section.model_fields}
 ASKED = {
     "load_in_8bit", "bf16", "fp16", "use_reentrant", "lora_modules_to_save",
-    "peft_init_lora_weights", "neftune_noise_alpha", "deepspeed", "fsdp", "report_to", "group_by_length",
+    "peft_init_lora_weights", "neftune_noise_alpha", "deepspeed", "fsdp", "wandb_project", "group_by_length",
     "dataset_text_field", "sample_packing", "flash_attention", "datasets", "sequence_len", "micro_batch_size",
     "ddp_timeout", "ddp_find_unused_parameters", "warmup_steps", "evaluation_strategy",
     "per_device_eval_batch_size", "push_to_hub", "trust_remote_code", "use_dora", "layers_pattern",

@@ -14,11 +14,14 @@ from veneer.evaluation.tagging import DuringTagging
 from veneer.model.pooling import find_pooling
 from veneer.release.passport import write_passport
 from veneer.release.publish.card import write_card
+from veneer.release.redact import public_ledger, public_settings, without_paths
 from veneer.release.sentence_transformers import write_sentence_transformers
 from veneer.report.plots import plot_loss
 from veneer.training.job import MakeDuring, Resume, Trained, TrainingJob, finished
 from veneer.training.metrics import Listener, read_metrics
 from veneer.training.pair_values import ACCURACIES, MARGINS
+from veneer.training.trackers import require_trackers
+from veneer.training.trackers.tracking import Tracking
 
 DURING: dict[str, MakeDuring] = {
     "causal-lm": DuringTraining,
@@ -56,6 +59,7 @@ def train(
     """
     if resume == "auto" and (trained := finished(run)) is not None:
         return trained
+    require_trackers(run.train.report_to)
     require_metrics(run.evaluate)
     with collected():
         return finish(load_job(run, resume, force, overwrite), listeners)
@@ -83,7 +87,17 @@ def finish(job: TrainingJob, listeners: Sequence[Listener] = ()) -> Trained:
         notify_on_error("the card", lambda: write_card(job, folder))
         notify_on_error("loss.png", lambda: plot_loss(read_metrics(job.folder.metrics), job.folder.loss_plot, title))
 
-    return job.fit(tuple(listeners), write_extras)
+    with Tracking(job.run.train.report_to, job.folder, lambda: _described(job)) as tracking:
+        return job.fit((*listeners, tracking), write_extras)
+
+
+def _described(job: TrainingJob) -> dict[str, dict[str, Any]]:
+    """Return what trackers are told of a run: like all that leaves the machine, without paths and rows."""
+    return {
+        "run.yaml": public_settings(job.run.model_dump(mode="json")),
+        "plan.json": without_paths(job.plan()),
+        "ledger.json": public_ledger(job.data.ledger.as_dict(), job.folder.ledger.read_bytes(), with_rows=False),
+    }
 
 
 def _of_pairs(job: TrainingJob, trained: Trained) -> dict[str, Any]:

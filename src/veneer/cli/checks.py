@@ -113,11 +113,13 @@ def require_output(folder: RunFolder, resume: bool | str, overwrite: bool) -> No
 
 
 def require_inputs(run: Run) -> None:
-    """Raise UserError where base, data or metrics of a run do not exist, or are on a hub that cannot be reached."""
+    """Raise UserError where base, data, metrics or trackers do not exist, or are on a hub that cannot be reached."""
     from veneer.data.sources.find import find_sources
     from veneer.data.sources.hub import require_at_hand
     from veneer.evaluation.metrics import require_metrics
+    from veneer.training.trackers import require_trackers
 
+    require_trackers(run.train.report_to)
     require_metrics(run.evaluate)
     require_base(run.model)
     data = run.data

@@ -442,6 +442,12 @@ class Train(Section):
         "attention; auto: fused on CUDA if it covers the model and passes its check.",
     )
     logging_steps: int = Field(1, ge=1, description="Steps between lines of metrics.jsonl.")
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = Field(
+        (),
+        description="Trackers that get each line of metrics.jsonl, and the run's settings, plan and ledger, as "
+        "[tensorboard]. Each is an extra, as `pip install 'veneer[tensorboard]'`; docs/tracking.md.",
+        json_schema_extra={"fix": "write a list of tensorboard, wandb, trackio and mlflow; [] for none"},
+    )
     eval_steps: int | None = Field(100, ge=1, description="Steps between held-out losses; null: only at the end.")
     save_steps: int | None = Field(200, ge=1, description="Steps between checkpoints; null: only on interruption.")
     save_total_limit: int = Field(2, ge=1, description="Checkpoints kept, beside the best one with `keep: best`.")

@@ -19,7 +19,7 @@ if os.name != "nt":
 _WRITTEN = {
     *("run.yaml", "environment.json", "plan.json", "ledger.json", "pii.jsonl", "metrics.jsonl", "events.jsonl"),
     *("loss.png", "checkpoints", "adapter", "model", "evaluation.json", "samples.jsonl", "evaluations", "report.html"),
-    *("certificate.json", "certificate.html"),
+    *("certificate.json", "certificate.html", "trackers"),
 }
 _TEMPORARY = tuple(f".{name}." for name in sorted(_WRITTEN))
 # What stands in a folder whose run has not begun: run.yaml comes after them.
@@ -53,6 +53,7 @@ class RunFolder:
     metrics = _Inside("metrics.jsonl")
     events = _Inside("events.jsonl")
     loss_plot = _Inside("loss.png")
+    trackers = _Inside("trackers")  # their names of this run, and their files
     checkpoints = _Inside("checkpoints")
     adapter = _Inside("adapter")
     model = _Inside("model")  # in place of the adapter, where all weights were trained

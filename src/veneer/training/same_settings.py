@@ -17,6 +17,7 @@ MAY_CHANGE = {
     "train.memory_budget",
     "train.engine",  # what it came to is compared
     "train.logging_steps",
+    "train.report_to",
     "train.eval_steps",
     "train.save_steps",
     "train.save_total_limit",
