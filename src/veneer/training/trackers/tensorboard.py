@@ -19,15 +19,15 @@ class TensorBoardTracker:
         folder = run.folder / self.id
         self.where = f"tensorboard --logdir {folder}"
         # Of what a killed process logged after its checkpoint, only what is made again is shown.
-        self._writer = SummaryWriter(str(folder), purge_step=None if run.id is None else run.step + 1)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(folder), purge_step=None if run.id is None else run.step + 1)
         if run.id is None:
             for name, content in run.about.items():
                 text = json.dumps(content, indent=2, ensure_ascii=False)
-                self._writer.add_text(name, f"```json\n{text}\n```")  # type: ignore[no-untyped-call]
+                self._writer.add_text(name, f"```json\n{text}\n```")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(name, value, step)
 
     def close(self, state: RunState) -> None:
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()

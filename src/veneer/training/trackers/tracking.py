@@ -155,8 +155,8 @@ class _Background:
             self._warn(f"could not be opened ({_describe(error)})")
             return
         self._messages.append(("info", f": {tracker.where}"))
-        for record in self._earlier if self._run.id is None else ():
-            self._log(tracker, record)
+        for earlier in self._earlier if self._run.id is None else ():
+            self._log(tracker, earlier)
         while isinstance(record := self._next(), dict):
             self._log(tracker, record)
         try:
