@@ -188,6 +188,42 @@ def test_a_rate_for_pairs_is_not_too_low_for_lora() -> None:
     assert ids(situation(facts=facts, train={"learning_rate": 2e-3})) == {"preference-rate"}
 
 
+@pytest.mark.parametrize(
+    ("adapter", "usual"),
+    [({"method": "vera"}, 2e-3), ({"method": "ia3"}, 2e-3), ({"method": "oft"}, 2e-4), (None, 2e-5)],
+)
+def test_rates_are_judged_by_what_is_usual_for_the_method(adapter: Any, usual: float) -> None:
+    """Of a method that has neither, nothing is said of ranks and scales."""
+    gpu, facts = "h100", replace(DATA, rows=900)
+    kept = None if adapter is None else KEPT | adapter
+    assert ids(situation(gpu, adapter=kept, facts=facts, train={"learning_rate": usual})) == set()
+    for rate in (usual / 20, usual * 10):
+        (found,) = advise(situation(gpu, adapter=kept, facts=facts, train={"learning_rate": rate}))
+        assert (found.id, found.fix) == ("learning-rate", f"set train.learning_rate={usual:g}")
+    pairs = replace(DATA, has_pairs=True)
+    (found,) = advise(situation(gpu, adapter=kept, facts=pairs, train={"learning_rate": usual}))
+    assert (found.id, found.fix) == ("preference-rate", f"set train.learning_rate={usual / 20:g}")
+
+
+KEPT = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
+
+
+def test_a_large_rank_of_vera_is_no_fault() -> None:
+    assert ids(situation(adapter=KEPT | {"method": "vera", "r": 1024}, facts=replace(DATA, rows=900))) == set()
+
+
+def test_the_fix_of_few_adapted_layers_changes_what_leaves_them_out() -> None:
+    (found,) = advise(situation(adapter={"exclude_modules": ["gate_proj", "up_proj", "down_proj"]}))
+    assert (found.id, found.fix) == ("attention-only", "leave adapter.exclude_modules out")
+    assert ids(situation(adapter={"layers_to_transform": [26, 27]})) == set()
+
+
+def test_released_gradients_are_not_clipped_on_purpose() -> None:
+    train = {"learning_rate": 2e-5, "max_grad_norm": 0, "gradient_accumulation_steps": 1}
+    assert "no-clipping" in ids(situation("h100", adapter=None, train=train | {"gradient_accumulation_steps": 2}))
+    assert "no-clipping" not in ids(situation("h100", adapter=None, train=train))
+
+
 def test_pairs_whose_chosen_answers_are_longer_by_chance_are_no_fault() -> None:
     train = {"learning_rate": 1e-5}
     for rows, longer in ((10_000, 0.75), (10_000, 0.3), (10, 1.0), (10_000, None)):

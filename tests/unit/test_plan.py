@@ -181,6 +181,25 @@ def test_nothing_makes_a_run_fit_into_next_to_nothing() -> None:
     assert fit(run, planner_of(run, "1GiB"), lambda run, planner: iter(())) is None
 
 
+@pytest.mark.parametrize("adapter", [None, {"method": "loha"}, {"init_lora_weights": "pissa"}])
+def test_a_run_that_cannot_take_a_change_is_made_to_fit_without_it(adapter: dict[str, Any] | None) -> None:
+    """Whole weights are not paged, and LoHa and PiSSA take no base in 4 bits."""
+    run = run_of("meta-llama/Llama-3.1-8B", adapter=adapter, train={"optim": "adamw_32bit"})
+    found, changed = kinds(run, "10GiB")
+    assert found[0] == "base"
+    assert changed is not None
+    assert changed.quantization is None
+
+
+@pytest.mark.parametrize("adapter", [{"method": "loha", "r": 8}, {"bias": "all", "r": 8}])
+def test_any_run_is_compared_by_plain_lora(adapter: dict[str, Any]) -> None:
+    """LoHa takes no base in 4 bits, and most bases have no biases."""
+    run = run_of("Qwen/Qwen2.5-0.5B", adapter=adapter, model={"dtype": "float32"})
+    found = compare(run, planner_of(run, "8GiB"), (4,))
+    assert found["r"] == (16 if "method" in adapter else 8), "a rank of another method is no rank of LoRA"
+    assert all(method["peak_bytes"] for method in found["methods"].values())
+
+
 def test_a_changed_run_is_checked_like_any_other() -> None:
     from veneer.planning.fit import Change
 

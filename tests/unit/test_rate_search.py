@@ -24,9 +24,11 @@ def make(tiny_model: Callable[..., Path], tmp_path: Path) -> Make:
     rows = [row | {"prompt": f"{n} {row['prompt']}"} for n, row in enumerate(some_rows() * 2)]
     file = write_rows(tmp_path / "rows.jsonl", rows)
 
-    def made(folder: str = "run", validation: int = 10, **train: Any) -> veneer.Run:
+    def made(folder: str = "run", validation: int = 10, adapter: Any = None, **train: Any) -> veneer.Run:
         settings = {"learning_rate": "auto", "max_steps": 260, "eval_steps": None, "save_steps": None} | train
-        return tiny_run(tiny_model(), file, tmp_path / folder, data={"validation": validation}, train=settings)
+        sections = {} if adapter is None else {"adapter": adapter}
+        data = {"validation": validation}
+        return tiny_run(tiny_model(), file, tmp_path / folder, data=data, train=settings, **sections)
 
     return made
 
@@ -64,6 +66,14 @@ def test_it_costs_little_is_deterministic_and_leaves_the_adapter_alone(
         for name in ("run", "named")
     )
     assert one == other
+
+
+def test_methods_that_learn_at_other_rates_are_tried_at_those(make: Make) -> None:
+    found = TrainingJob(make(adapter={"method": "vera", "lora_alpha": 32})).rate_search
+    assert found is not None
+    assert [one.rate for one in found.tried] == [2e-4, 6.3e-4, 2e-3, 6.3e-3, 2e-2]
+    with pytest.raises(UserError, match=r"such as 0\.002"):
+        TrainingJob(make(validation=0, adapter={"method": "ia3", "r": 16, "lora_alpha": 32}))
 
 
 def test_the_rate_is_kept_with_the_run(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from veneer.model.quiet import quiet
 from veneer.model.shapes import shapes_of
 
 FIX = "restore it, or delete it"
+RATE_SCALE = 0.1  # usual learning rates, relative to LoRA's
 
 
 def is_full(model: Any) -> bool:

@@ -14,6 +14,7 @@ from veneer.config.files import file_sha256, read_json, reading
 from veneer.config.manifest import read_manifest
 from veneer.config.names import require_adapter
 from veneer.config.notify import notify
+from veneer.model.adapters import find_method
 from veneer.model.adapters.from_base import starts_from_base
 from veneer.model.fingerprint import config_sha256, fingerprint
 from veneer.model.locate import BaseSource
@@ -51,7 +52,7 @@ def find_start(run: Run, source: BaseSource, template: str | None) -> Path | Non
         raise UserError(f"{setting}: training starts from model.adapter = {name}", "leave one of the two out")
     if name is None:
         return None
-    if adapter.method not in ("lora", "dora"):
+    if not find_method(adapter).is_lora:
         raise UserError(
             f"model.adapter = {name}: training goes on from another adapter with only lora and dora, and the run has "
             f"adapter.method = {adapter.method}",

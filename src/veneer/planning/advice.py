@@ -19,6 +19,7 @@ import torch
 from veneer.config import Adapter, Data, Run
 from veneer.engine.fused import flash4
 from veneer.engine.fused.attention import SHORT
+from veneer.model import full
 from veneer.model.adapters import find_method
 from veneer.model.adapters.method import AdapterMethod
 from veneer.model.shapes import Shapes
@@ -26,7 +27,7 @@ from veneer.model.target_modules import rank_of
 from veneer.planning.forecast import Forecast
 from veneer.planning.memory import frozen_bytes
 
-RATES = 2e-5, 1e-3  # usual learning rates of LoRA
+RATES = 2e-5, 1e-3  # usual learning rates of LoRA; see `rate_scale` for others
 ONE_SIDED = 0.8  # share of pairs that are longer on the same side
 FEW_PAIRS = 20  # of fewer, chance puts so many on one side
 MORE_ROWS = "gather more rows"
@@ -106,6 +107,11 @@ class Situation:
     def method(self) -> AdapterMethod:
         return find_method(self.adapter)
 
+    @property
+    def rate_scale(self) -> float:
+        """Usual learning rates, relative to LoRA's."""
+        return full.RATE_SCALE if self.run.adapter is None else self.method.rate_scale
+
 
 @dataclass(frozen=True)
 class Advice:
@@ -145,12 +151,18 @@ def advise(situation: Situation) -> list[Advice]:
     """Return all findings of the rules, errors first."""
     found = []
     for rule in RULES:
-        if situation.run.adapter is None and rule.setting.startswith("adapter."):
+        if not _concerns(rule.setting, situation):
             continue
         if (finding := rule.check(situation)) is not None:
             message, fix = finding
             found.append(Advice(rule.id, rule.severity, rule.setting, f"{message} ({rule.source})", fix))
     return sorted(found, key=lambda advice: SEVERITIES.index(advice.severity))
+
+
+def _concerns(setting: str, s: Situation) -> bool:
+    """Return whether a run has a setting: a section `adapter`, and a method that takes it."""
+    section, _, name = setting.partition(".")
+    return section != "adapter" or (s.run.adapter is not None and s.method.has(name))
 
 
 def _rule(severity: str, name: str, setting: str, source: str) -> Callable[[Callable[[Situation], Finding]], None]:
@@ -191,7 +203,11 @@ def _(s: Situation) -> Finding:
 @_warning("rank-for-rows", "adapter.r", "arXiv 2405.09673: more capacity, more memorised")
 def _(s: Situation) -> Finding:
     r = s.adapter.r
-    if s.data is None or not ((r > 16 and s.data.rows < 1000) or (r >= 64 and s.data.rows < 5000)):
+    if (
+        not s.method.is_lora
+        or s.data is None
+        or not ((r > 16 and s.data.rows < 1000) or (r >= 64 and s.data.rows < 5000))
+    ):
         return None
     return f"rank {r} is much for {s.data.rows:,} rows", "set adapter.r=8 and adapter.lora_alpha=16"
 
@@ -214,7 +230,7 @@ def _(s: Situation) -> Finding:
     paths = s.shapes.targets(s.adapter) & set(s.shapes.linears)
     sides = [(rank_of(path, r, ranks), *s.shapes.linears[path]) for path in paths]
     small = [(a, b) for rank, a, b in sides if rank * (a + b) >= a * b]
-    if not small:
+    if not small or not s.method.is_lora:
         return None
     lower = max(1, min(16, min(a * b // (a + b) for a, b in small) // 2))
     return (
@@ -229,12 +245,13 @@ def _(s: Situation) -> Finding:
         return sum(s.shapes.linears[p][0] * s.shapes.linears[p][1] for p in paths if p in s.shapes.linears)
 
     share = weights(s.shapes.targets(s.adapter)) / max(1, weights(s.shapes.quantizable()))
-    if share >= 0.5:
+    if share >= 0.5 or s.adapter.layers_to_transform:
         return None
+    is_all = s.adapter.target_modules == "all-linear"
     return (
         f"the adapted layers hold {share:.0%} of the weights; "
         "adapters on all linear layers learn more at the same memory",
-        "set adapter.target_modules=all-linear",
+        "leave adapter.exclude_modules out" if is_all else "set adapter.target_modules=all-linear",
     )
 
 
@@ -263,21 +280,22 @@ def _(s: Situation) -> Finding:
 @_warning("learning-rate", "train.learning_rate", "arXiv 2106.09685, 2305.14314; ten times that of full training")
 def _(s: Situation) -> Finding:
     rate = s.run.train.learning_rate
-    share, method, usual = (0.1, "full fine-tuning", "2e-5") if s.run.adapter is None else (1, "LoRA", "2e-4")
-    low, high = (share * limit for limit in RATES)
+    low, high = (s.rate_scale * limit for limit in RATES)
     if rate == "auto" or low <= rate <= high or _has_pairs(s):
         return None
-    return f"{rate:g} is {'low' if rate < low else 'high'} for {method}", f"set train.learning_rate={usual}"
+    method = "full fine-tuning" if s.run.adapter is None else s.method.name
+    usual = s.rate_scale * 2e-4
+    return f"{rate:g} is {'low' if rate < low else 'high'} for {method}", f"set train.learning_rate={usual:g}"
 
 
 @_warning("preference-rate", "train.learning_rate", "arXiv 2310.16944: 5e-7 in full training; ten times that for LoRA")
 def _(s: Situation) -> Finding:
     rate = s.run.train.learning_rate
-    if not _has_pairs(s) or rate == "auto" or rate <= RATES[0]:
+    if not _has_pairs(s) or rate == "auto" or rate <= s.rate_scale * RATES[0]:
         return None
     return (
         f"{rate:g} is high for preferences: good and bad answers lose probability, the bad ones faster",
-        "set train.learning_rate=1e-5",
+        f"set train.learning_rate={s.rate_scale * 1e-5:g}",
     )
 
 
@@ -318,7 +336,7 @@ def _(s: Situation) -> Finding:
 
 @_info("no-clipping", "train.max_grad_norm", "arXiv 1211.5063")
 def _(s: Situation) -> Finding:
-    if s.run.train.max_grad_norm:
+    if s.run.train.max_grad_norm or s.run.releases_gradients:
         return None
     return "gradients are not clipped: one odd row can undo much", "set train.max_grad_norm=1.0"
 

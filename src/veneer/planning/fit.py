@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from veneer.config import Run
+from veneer.config import Run, UserError
 from veneer.planning.forecast import Forecast
 from veneer.planning.memory import frozen_bytes
 from veneer.planning.planner import Planner
@@ -63,7 +63,7 @@ def fit(run: Run, planner: Planner, smaller: Callable[[Run, Planner], Iterator[t
     for base, other in smaller(run, planner):
         change = Change("base", {"model.base": base, "model.revision": None}, "a smaller model of the same family")
         changed = apply(run, change)
-        if (found := _with_changes(changed, other)) is not None:
+        if _verdict(changed, other) is not None and (found := _with_changes(changed, other)) is not None:
             return Fitted(found.run, [change, *found.changes], found.forecast)
     return None
 
@@ -90,8 +90,12 @@ def _with_changes(run: Run, planner: Planner) -> Fitted | None:
     tried: dict[str, list[Change]] = {}  # changes by kind, from mild to severe; the last of each applies
     for kind in KINDS:
         for change in kind(_changed(run, tried), planner):
-            tried.setdefault(change.id, []).append(change)
-            if planner.forecast(_changed(run, tried)).verdict == "fits":
+            with_it = tried | {change.id: [*tried.get(change.id, []), change]}
+            verdict = _verdict(_changed(run, with_it), planner)
+            if verdict is None:
+                continue
+            tried = with_it
+            if verdict == "fits":
                 tried = _mildest(run, tried, planner)
                 changed = _changed(run, tried)
                 return Fitted(changed, [changes[-1] for changes in tried.values()], planner.forecast(changed))
@@ -104,10 +108,18 @@ def _mildest(run: Run, tried: dict[str, list[Change]], planner: Planner) -> dict
         for count in range(len(tried[name])):
             milder = {n: changes[:count] if n == name else changes for n, changes in tried.items()}
             milder = {n: changes for n, changes in milder.items() if changes}
-            if planner.forecast(_changed(run, milder)).verdict == "fits":
+            if _verdict(_changed(run, milder), planner) == "fits":
                 tried = milder
                 break
     return tried
+
+
+def _verdict(run: Run, planner: Planner) -> str | None:
+    """Return the verdict on a changed run; None: its other settings do not go with the change, as 4 bits with PiSSA."""
+    try:
+        return planner.forecast(run).verdict
+    except UserError:
+        return None
 
 
 def _changed(run: Run, tried: dict[str, list[Change]]) -> Run:

@@ -11,6 +11,7 @@ from typing import Any
 from veneer.config import Adapter, Model, Run
 from veneer.config.names import find_model
 from veneer.machine.cards import CARDS
+from veneer.model.adapters import find_method
 from veneer.model.known import MODEL_SIZES, smaller_siblings
 from veneer.planning.base import PlannedModel
 from veneer.planning.forecast import Forecast
@@ -70,8 +71,6 @@ def least_memory(run: Run, base: str | None = None) -> Run:
         "gradient_checkpointing": "auto", "optim": "auto",
     }  # fmt: skip
     values["evaluate"] |= {"batch_size": 1}
-    if run.adapter is None:  # the other methods are compared with the usual adapter
-        values["adapter"] = Adapter().model_dump()
     if base is not None:
         values["model"] |= {"base": base, "revision": None}
         values["adapter"] |= {
@@ -79,6 +78,16 @@ def least_memory(run: Run, base: str | None = None) -> Run:
             "rank_pattern": {}, "alpha_pattern": {},
         }  # fmt: skip
     return Run.model_validate(values)
+
+
+def _with_lora(run: Run) -> Run:
+    """Return a run with plain LoRA on the modules of its adapter: other methods do not go with each way to train."""
+    own, kept = run.adapter or Adapter(), ("target_modules", "exclude_modules", "layers_to_transform", "lora_dropout")
+    if find_method(own).is_lora:
+        kept = ("r", "rank_pattern", *kept)
+    adapter = Adapter(**{name: getattr(own, name) for name in kept})
+    train = run.train.model_copy(update={"loraplus_lr_ratio": None})
+    return run.model_copy(update={"adapter": adapter, "train": train})
 
 
 def model_sizes(run: Run, target: TargetDevice, methods: tuple[str, ...] = METHODS) -> list[ModelSize]:
@@ -100,7 +109,7 @@ def compare(run: Run, planner: Planner, sizes: Sequence[int] = (16, 24, 48, 80))
     """Compare full fine-tuning, LoRA in 16 bits and QLoRA of a run's base.
 
     Args:
-        run: settings, of which length and rank count.
+        run: settings, of which length, rank and modules count.
         planner: planner of its base, on the device for which the longest rows are found.
         sizes: memory of GPUs, in GiB.
 
@@ -108,6 +117,7 @@ def compare(run: Run, planner: Planner, sizes: Sequence[int] = (16, 24, 48, 80))
         For each method its peak, whether it fits GPUs of the sizes and the largest base that does, the longest row
         (0: none of 1,024 tokens), and the smallest known card (None: none is large enough).
     """
+    run = _with_lora(run)
     devices = {size: device_named(f"{size}GiB") for size in sizes}
     models = model_sizes(run, devices[max(sizes)])
     lean = least_memory(run)
@@ -126,7 +136,8 @@ def compare(run: Run, planner: Planner, sizes: Sequence[int] = (16, 24, 48, 80))
             "longest_row": longest_row(lean, planner, method),
             "smallest_card": smallest_card(lean, planner.base, method, _needed(forecast)),
         }
-    about = {"base": run.model.base, "max_length": run.data.max_length, "r": (lean.adapter or Adapter()).r}
+    assert run.adapter is not None
+    about = {"base": run.model.base, "max_length": run.data.max_length, "r": run.adapter.r}
     return about | {"target": planner.target.name, "methods": methods}
 
 

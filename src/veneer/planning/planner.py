@@ -339,7 +339,7 @@ def step_of(
             )
     targets = frozenset[str]() if method == "full" else shapes.targets(adapter)
     require_method(adapter, shapes, targets, quantized)
-    if run.train.loraplus_lr_ratio is not None and (run.adapter is None or adapter.method not in ("lora", "dora")):
+    if run.train.loraplus_lr_ratio is not None and (run.adapter is None or not find_method(adapter).is_lora):
         raise UserError(
             f"train.loraplus_lr_ratio = {run.train.loraplus_lr_ratio:g}: only lora and dora have the B matrices whose "
             f"rate it is, and the run has adapter{'' if run.adapter is None else '.method'}: "

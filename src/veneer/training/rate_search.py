@@ -6,7 +6,7 @@ compressed into the few steps; then its loss on the same held-out rows is measur
 what the run takes. Losses are compared in pairs (paired_losses.py). Of rates whose loss is within `TIE` of the lowest
 the smallest is taken: few steps favour rates that are too high for many. Pairs of answers have a lower grid, and of the
 rates whose loss is not shown to be above the lowest the smallest is taken: few steps change the loss of pairs little.
-For full fine-tuning rates are a tenth of LoRA's.
+For full fine-tuning rates are a tenth of LoRA's; some adapter methods have higher ones (`rate_scale`).
 
 Nothing is drawn at random beyond the run's own seed, so that the same run finds the same rate. Afterwards the adapter
 is what it was.
@@ -24,13 +24,13 @@ from veneer.config.notify import notify
 from veneer.data.batch import Batches, Example
 from veneer.engine.temporary import preserve_adapter
 from veneer.machine.device import release_memory
-from veneer.model.full import is_full
+from veneer.model import full
+from veneer.model.adapters import find_method
 from veneer.training.held_out import HeldOutRows
 from veneer.training.intervals import Interval
 from veneer.training.paired_losses import RowLosses, loss_difference
 
 RATES = tuple(float(f"{2e-5 * 10 ** (n / 2):.1e}") for n in range(5))  # 2e-5 to 2e-3
-FULL_RATES = tuple(rate / 10 for rate in RATES)  # where all weights are trained
 PAIR_RATES = tuple(float(f"{5e-7 * 10 ** (n / 2):.1e}") for n in range(5))  # 5e-7 to 5e-5
 SHARE = 0.15  # of the run's cost
 HELD_OUT_SHARE = 1 / 3  # of that for measuring, at most
@@ -141,14 +141,15 @@ def find_rate(
         UserError: There are too few held-out rows, or the run is too short for its share of steps to say anything.
         JobError: No rate trains.
     """
-    budget = plan_search(train, batches, held_out)
+    scale = full.RATE_SCALE if full.is_full(model) else find_method(model.peft_config["default"]).rate_scale
+    budget = plan_search(train, batches, held_out, scale)
     # Evenly from the longest to the shortest.
     size = held_out.documents_per_row
     chosen = np.unique(np.linspace(0, len(held_out) // size - 1, budget.rows).round().astype(int)).tolist()
     rows = [held_out[row * size + n] for row in chosen for n in range(size)]
     measured: dict[float, RowLosses | None] = {}
     failure = ""
-    for rate in PAIR_RATES if size > 1 else FULL_RATES if is_full(model) else RATES:
+    for rate in (float(f"{scale * rate:.1e}") for rate in (PAIR_RATES if size > 1 else RATES)):
         brief = train.model_copy(update={"learning_rate": rate, "max_steps": budget.steps})
         with preserve_adapter(model):
             try:
@@ -165,14 +166,20 @@ def find_rate(
     return search
 
 
-def plan_search(train: Train, batches: Batches, held_out: HeldOutRows) -> SearchBudget:
+def plan_search(train: Train, batches: Batches, held_out: HeldOutRows, scale: float = 1.0) -> SearchBudget:
     """Say how many steps and held-out rows each rate may have.
+
+    Args:
+        train: The settings.
+        batches: The training data.
+        held_out: The held-out rows.
+        scale: usual rates of the method, relative to LoRA's.
 
     Raises:
         UserError: They are too few.
     """
     size = held_out.documents_per_row
-    named = f"name a rate in train.learning_rate, such as {2e-4 if size == 1 else 1e-5:g}"
+    named = f"name a rate in train.learning_rate, such as {scale * (2e-4 if size == 1 else 1e-5):g}"
     count = len(held_out) // size
     if count < LEAST_ROWS:
         raise UserError(

@@ -24,6 +24,7 @@ IA3 = AdapterMethod(
     applies=lambda options: True,
     configure=_configure,
     stand_in=stand_in_of(_configure),
+    rate_scale=10.0,
     takes=(),
     on_embeddings=False,
 )

@@ -34,6 +34,7 @@ class AdapterMethod:
             gradients at the first step.
         scale: factor of the product of its matrices, for given options.
         usual_scale: range outside of which it trains badly; None: not known.
+        rate_scale: usual learning rates, relative to LoRA's.
         is_low_rank: whether `low_rank` reads its linear layers, as the fused engine needs.
         frozen_share: share of its parameters that stay as they began.
         on_embeddings: whether it takes embeddings.
@@ -51,12 +52,18 @@ class AdapterMethod:
     zeros: re.Pattern[str] | None = None
     scale: Callable[[Any], float] = lambda options: 1.0
     usual_scale: tuple[float, float] | None = None
+    rate_scale: float = 1.0
     is_low_rank: bool = False
     frozen_share: float = 0.0
     on_embeddings: bool = True
     on_4_bits: bool = True
     on_conv1d: bool = True
     takes: tuple[str, ...] | None = None
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether it trains LoRA's matrices A and B, of all settings of the section."""
+        return self.peft_type == "LORA"
 
     def has(self, setting: str) -> bool:
         """Return whether a setting of the section `adapter` has an effect on it."""

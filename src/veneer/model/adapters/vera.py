@@ -30,6 +30,7 @@ VERA = AdapterMethod(
     configure=_configure,
     stand_in=stand_in_of(_configure),
     zeros=re.compile(r"\.vera_lambda_b\."),
+    rate_scale=10.0,
     takes=("r", "lora_dropout"),
     on_embeddings=False,
 )
