@@ -82,9 +82,9 @@ def least_memory(run: Run, base: str | None = None) -> Run:
 
 def _with_lora(run: Run) -> Run:
     """Return a run with plain LoRA on the modules of its adapter: other methods do not go with each way to train."""
-    own, kept = run.adapter or Adapter(), ("target_modules", "exclude_modules", "layers_to_transform", "lora_dropout")
-    if find_method(own).is_lora:
-        kept = ("r", "rank_pattern", *kept)
+    own = run.adapter or Adapter()
+    of_lora = ("r", "rank_pattern") if find_method(own).is_lora else ()
+    kept = (*of_lora, "target_modules", "exclude_modules", "layers_to_transform", "lora_dropout")
     adapter = Adapter(**{name: getattr(own, name) for name in kept})
     train = run.train.model_copy(update={"loraplus_lr_ratio": None})
     return run.model_copy(update={"adapter": adapter, "train": train})
