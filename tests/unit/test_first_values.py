@@ -1,6 +1,7 @@
 """EVA and LoftQ: what an adapter begins with, on which bits, and where it may be merged."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from peft import PeftModel
 
 import veneer
 from tests.support.plans import planner_of
-from tests.support.runs import StopAt, losses, tiny_run, write_rows
+from tests.support.runs import StopAt, losses, some_pairs, tiny_run, write_rows
 from veneer.config import Interrupted, UserError
 from veneer.engine.fused.engine import FusedEngine
 from veneer.model.adapters import from_rows
@@ -150,13 +151,49 @@ def test_a_loftq_adapter_is_merged_into_4_bits_alone(
     veneer.train(run_of("loftq", tiny_model(), rows_file, tmp_path / "run", True, data={"validation": 4}))
     run = str(tmp_path / "run")
     for on in ("base", "best"):
-        with pytest.raises(UserError, match="the base in 16 bits has no such error, and would get one"):
+        with pytest.raises(UserError, match=rf"--on {on}, but .* base in 16 bits has no such error, and would get one"):
             veneer.merge(run, tmp_path / "merged", on=on)
-    with pytest.raises(UserError, match="the base in 16 bits has no such error"):
+    with pytest.raises(UserError, match=r"--adapter-only, but .* the base in 16 bits has no such error"):
         veneer.export(run, tmp_path / "gguf", adapter_only=True)
     # From the passport alone, which is what ships.
     with pytest.raises(UserError, match="the base in 16 bits has no such error"):
         veneer.merge(str(tmp_path / "run" / "adapter"), tmp_path / "merged", on="base")
+
+
+@pytest.mark.parametrize("from_checkpoint", [False, True])
+def test_what_goes_on_from_a_loftq_adapter_belongs_to_4_bits_too(
+    from_checkpoint: bool, tiny_model: Callable[..., Path], rows_file: str, tmp_path: Path
+) -> None:
+    first = tmp_path / "first"
+    veneer.train(run_of("loftq", tiny_model(), rows_file, first, True))
+    start = first / "checkpoints" / "step-000004" if from_checkpoint else first
+    adapter, model = {"r": 4, "lora_alpha": 8}, {"adapter": str(start)}
+    with pytest.raises(UserError, match=r"began with the error of its base's 4 bits[^Z]*set `quantization: {bits: 4}`"):
+        veneer.train(tiny_run(tiny_model(), rows_file, tmp_path / "next", adapter=adapter, model=model))
+    veneer.train(tiny_run(tiny_model(), rows_file, tmp_path / "next", adapter=adapter, model=model, quantization={}))
+    for name in ("next", "next/adapter"):
+        with pytest.raises(UserError, match="the base in 16 bits has no such error"):
+            veneer.merge(str(tmp_path / name), tmp_path / "merged", on="base")
+
+
+@pytest.mark.parametrize("reference", ["cached", "live"])
+def test_the_reference_of_a_resumed_run_is_the_loftq_adapter_it_began_with(
+    reference: str, tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = write_rows(tmp_path / "pairs.jsonl", some_pairs())
+
+    def run(name: str) -> veneer.Run:
+        sections: dict[str, Any] = {"adapter": {"init_lora_weights": "loftq"}, "quantization": {}}
+        train = {"reference": reference, "save_steps": 2, "learning_rate": 1e-2}
+        return tiny_run(tiny_model(), pairs, tmp_path / name, train=train, **sections)
+
+    veneer.train(run("whole"))
+    assert losses(tmp_path / "whole")[0] == pytest.approx(math.log(2), abs=1e-12)
+    with pytest.raises(Interrupted):
+        veneer.train(run("cut"), listeners=[StopAt(3)])
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "another-cache"))
+    veneer.train(run("cut"), resume=True)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(

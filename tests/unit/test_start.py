@@ -137,3 +137,88 @@ def test_an_adapter_whose_weights_were_replaced_is_refused(here: Path, start: st
     save_file({name: 2 * value for name, value in load_file(file).items()}, file)
     with pytest.raises(UserError, match="adapter weights"):
         TrainingJob(run)
+
+
+# What a run trains beside LoRA, or instead of it.
+SHAPES: dict[str, dict[str, Any]] = {
+    "gaussian": {"adapter": {"init_lora_weights": "gaussian"}},
+    "pissa": {"adapter": {"init_lora_weights": "pissa", "use_rslora": True}},
+    "eva": {"adapter": {"init_lora_weights": "eva"}},
+    "loftq": {"adapter": {"init_lora_weights": "loftq"}, "quantization": {}},
+    "dora": {"adapter": {"method": "dora"}},
+    "bias": {"adapter": {"bias": "all"}, "model": {"base": "qwen2"}},
+    "whole modules": {"adapter": {"modules_to_save": ["lm_head"]}},
+    "rows": {"adapter": {"trainable_token_indices": [5, 6]}},
+    "new tokens": {"data": {"add_special_tokens": ["<|cat|>"]}},
+}
+
+
+@pytest.fixture
+def trained(here: Path, tiny_model: Callable[..., Path]) -> Callable[..., None]:
+    """A function that trains a run in runs/sft."""
+    rows = [row | {"completion": row["completion"] * 6} for row in some_rows()]  # enough trained tokens for EVA
+    write_rows(here / "rows.jsonl", rows)
+
+    def train(**sections: Any) -> None:
+        base = tiny_model(sections.pop("model", {}).get("base", "llama"))
+        train = {"max_steps": 3, "learning_rate": 3e-2}
+        veneer.train(tiny_run(base, str(here / "rows.jsonl"), here / "runs" / "sft", train=train, **sections))
+
+    return train
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_init_from_writes_a_run_that_goes_on_from_any_adapter_of_lora(
+    shape: str, here: Path, trained: Callable[..., None], call: Call
+) -> None:
+    trained(**SHAPES[shape])
+    assert call("init", "pairs.jsonl", "--from", "runs/sft")[0] == 0
+    settings = ["run.yaml", *SHORT, "train.learning_rate=1e-2"]
+    status, _, err = call("train", *settings)
+    assert status == 0, err
+    first, second = losses(here / "runs" / "sft-dpo")
+    assert first == pytest.approx(math.log(2), abs=1e-12), "it begins as its reference"
+    assert second != first
+    status, _, err = call(
+        "train", "run.yaml", *SHORT, "train.learning_rate=1e-2", "train.reference=live", "--overwrite"
+    )
+    assert status == 0, err
+    assert losses(here / "runs" / "sft-dpo") == [first, second]
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ({"adapter": None}, "leave --from out, and name its model as the base: --model runs/sft/model"),
+        ({"adapter": {"method": "ia3", "r": 16, "lora_alpha": 32}}, "it was trained with adapter.method = ia3"),
+    ],
+)
+def test_what_no_run_goes_on_from_is_refused(
+    shape: dict[str, Any], said: str, here: Path, trained: Callable[..., None], call: Call
+) -> None:
+    trained(**shape)
+    status, _, err = call("init", "pairs.jsonl", "--from", "runs/sft")
+    assert (status, said in " ".join(err.split())) == (2, True), err
+    base = load_run(here / "runs/sft/run.yaml").model.base
+    with pytest.raises(UserError, match=r"so it has no adapter|of PEFT's kind IA3"):
+        TrainingJob(tiny_run(Path(base), "rows.jsonl", here / "next", model={"adapter": "runs/sft"}))
+
+
+@pytest.mark.parametrize(
+    ("shape", "fix"),
+    [
+        ("bias", "set adapter.bias to what it was trained with"),
+        ("whole modules", "set adapter.modules_to_save to the modules"),
+        ("new tokens", "set adapter.trainable_token_indices and data.add_special_tokens"),
+    ],
+)
+def test_a_run_that_trains_other_parts_says_which_setting_differs(
+    shape: str, fix: str, here: Path, trained: Callable[..., None]
+) -> None:
+    trained(**SHAPES[shape])
+    before = load_run(here / "runs/sft/run.yaml")
+    model = before.model.model_copy(update={"adapter": "runs/sft"})
+    run = tiny_run(Path(model.base), "rows.jsonl", here / "next").model_copy(update={"model": model})
+    with pytest.raises(UserError, match="of its matrices are not those of the run's adapter") as error:
+        TrainingJob(run)
+    assert fix in str(error.value)

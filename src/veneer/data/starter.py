@@ -13,7 +13,10 @@ from veneer.data.sources.find import find_sources
 
 FEW = 200  # rows; of fewer, a twentieth says little
 # Settings of data that decide how a row becomes tokens, which a run takes over from the one that it starts from.
-RENDERING = ("max_length", "chat_template", "template_date", "unrendered", "system_prompt", "special_tokens_in_text")
+RENDERING = (
+    *("max_length", "chat_template", "template_date", "unrendered", "system_prompt", "special_tokens_in_text"),
+    "add_special_tokens",
+)
 
 
 def starter_page(named: str, model: str | None, file: str) -> tuple[str, dict[str, str]]:
@@ -60,7 +63,7 @@ def preference_page(named: str, start: str, file: str) -> tuple[str, dict[str, s
         UserError: There is no such run, it has no adapter yet, or the data are no pairs.
     """
     before = load_run(require_run(start).run)
-    require_adapter(start)
+    same = _same_model(before, start, require_adapter(start).path)
     setting = "DATA"
     sources = find_sources(named, setting)
     found = {source.name: recognise_source(source, setting, Data(train=named)) for source in sources}
@@ -75,7 +78,7 @@ def preference_page(named: str, start: str, file: str) -> tuple[str, dict[str, s
     page = _template("starter_dpo.yaml.txt").format(
         file=file,
         run=start,
-        same=dump_yaml(_same_model(before, start)),
+        same=dump_yaml(same),
         train=scalar(named),
         recognised="preference: recognised by " + next(iter(found.values()))[1],
         data_lines="".join(f"  {line}\n" for line in dump_yaml(_same_rendering(before)).splitlines()),
@@ -87,14 +90,37 @@ def preference_page(named: str, start: str, file: str) -> tuple[str, dict[str, s
     return page, {name: f"{kind} ({why})" for name, (kind, why) in found.items()}
 
 
-def _same_model(before: Run, start: str) -> dict[str, Any]:
-    """Base, quantization and shape of the adapter of a run, to start from it."""
+def _same_model(before: Run, start: str, folder: Path) -> dict[str, Any]:
+    """Base, quantization and shape of the adapter of a run, to start from it: its own, or what it was delivered as."""
     model = before.model.model_dump(mode="json", exclude_defaults=True) | {"adapter": start}
     if before.adapter is None:
         raise UserError(
-            f"--start {start}: all weights were trained, so it has no adapter", f"name {start}/model as base"
+            f"--from {start}: all weights were trained, so it has no adapter",
+            f"leave --from out, and name its model as the base: --model {folder}",
+        )
+    if before.model.task != "causal-lm":
+        raise UserError(
+            f"--from {start}: its model.task is {before.model.task}, and pairs of answers are for models that write "
+            "text",
+            "name a run of model.task: causal-lm, or leave --from out",
+        )
+    if before.adapter.method not in ("lora", "dora"):
+        raise UserError(
+            f"--from {start}: it was trained with adapter.method = {before.adapter.method}, and training goes on from "
+            "an adapter of lora or dora alone",
+            "merge it (`veneer merge`), leave --from out, and name that folder with --model",
         )
     shape = before.adapter.model_dump(mode="json", exclude={"lora_dropout"})
+    if (began := before.adapter.init_lora_weights) is not True:
+        delivered = (
+            "r",
+            "lora_alpha",
+            "rank_pattern",
+            "alpha_pattern",
+            *(("target_modules",) if began == "eva" else ()),
+        )
+        config = read_json(folder / "adapter_config.json", *delivered)
+        shape |= {"init_lora_weights": True} | {name: config[name] for name in delivered}
     quantization = {"quantization": before.quantization.model_dump(mode="json")} if before.quantization else {}
     return {"model": model, **quantization, "adapter": shape}
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from veneer.config import Run, UserError
+from veneer.config import Run, UserError, load_run
 from veneer.config.files import file_sha256, read_json, reading
 from veneer.config.manifest import read_manifest
-from veneer.config.names import require_adapter
+from veneer.config.names import AdapterFolder, find_adapter, require_adapter
 from veneer.config.notify import notify
 from veneer.model.adapters import find_method
 from veneer.model.adapters.from_base import starts_from_base
+from veneer.model.adapters.from_error import starts_from_error
 from veneer.model.fingerprint import config_sha256, fingerprint
 from veneer.model.locate import BaseSource
 from veneer.model.passport import Passport, read_passport, require_match
@@ -70,6 +71,19 @@ def find_start(run: Run, source: BaseSource, template: str | None) -> Path | Non
     elif passport is None:
         _warn_of_another_base(found.path, name, source)
     require_match(found.path, passport, source)
+    kind = read_json(found.path / "adapter_config.json", "peft_type", fix=FIX)["peft_type"]
+    if kind != "LORA":
+        raise UserError(
+            f"model.adapter = {name}: training goes on from another adapter with only lora and dora, and this one is "
+            f"of PEFT's kind {kind}",
+            "merge it (`veneer merge`) and name that folder in model.base, or leave model.adapter out",
+        )
+    if began_with_error(found) and run.quantization is None:
+        raise UserError(
+            f"model.adapter = {name}: it began with the error of its base's 4 bits (adapter.init_lora_weights = "
+            "loftq), and the run's base has no such error",
+            "set `quantization: {bits: 4}`",
+        )
     config = read_json(found.path / "adapter_config.json", "r", "lora_alpha", fix=FIX)
     settings = {"r": adapter.r, "lora_alpha": adapter.lora_alpha, "use_rslora": adapter.use_rslora}
     theirs = {name: config.get(name, False) for name in settings}
@@ -80,9 +94,6 @@ def find_start(run: Run, source: BaseSource, template: str | None) -> Path | Non
             f"{adapter.method}",
             f"set adapter.method: {began}",
         )
-    others = [name for name in ("modules_to_save",) if config.get(name)]
-    if others:
-        raise UserError(f"model.adapter = {name}: has {', '.join(others)}, which is not trained here")
     if theirs != settings:
         written = ", ".join(f"{name}: {value:g}" if name != "use_rslora" else f"{name}: {str(value).lower()}"
                             for name, value in theirs.items())  # fmt: skip
@@ -102,6 +113,29 @@ def find_start(run: Run, source: BaseSource, template: str | None) -> Path | Non
             )
     _warn_of_changes(found.path, passport, run, template)
     return found.path
+
+
+def began_with_error(found: AdapterFolder) -> bool:
+    """Return whether an adapter began with the error of its base's 4 bits, by its passport or by its run's settings."""
+    if (passport := read_passport(found.path)) is not None:
+        return passport.get("corrects_rounding") is True
+    if found.run is None:
+        return False
+    run = load_run(found.run.run)
+    return starts_with_error(run, Path(run.model.adapter) if run.model.adapter is not None else None)
+
+
+def starts_with_error(run: Run, start: Path | None) -> bool:
+    """Return whether a run's adapter begins with that error, or goes on from one that did.
+
+    Args:
+        run: settings.
+        start: folder of the adapter that training starts from; None: a new one.
+    """
+    if run.adapter is not None and starts_from_error(run.adapter):
+        return True
+    found = find_adapter(str(start)) if start is not None and start.is_dir() else None
+    return found is not None and began_with_error(found)
 
 
 def require_possible(run: Run, is_4bit: bool = False) -> None:
@@ -238,7 +272,7 @@ def take_weights(model: Any, folder: Path, name: str) -> None:
         raise UserError(
             f"model.adapter = {name}: {len(differ)} of its matrices are not those of the run's adapter, first "
             f"{differ[0].removeprefix('base_model.model.')}",
-            "set adapter.target_modules to the modules that it was trained on",
+            _fix_of(differ[0]),
         )
     with quiet():
         set_peft_model_state_dict(model, {key: value.float() for key, value in weights.items()})
@@ -246,6 +280,17 @@ def take_weights(model: Any, folder: Path, name: str) -> None:
         notify(
             f"model.adapter = {name}: it changes nothing of the base (its B matrices are zero)", where="model.adapter"
         )
+
+
+def _fix_of(key: str) -> str:
+    """Return what makes a run's adapter have a tensor, or not have it, by the tensor's name in PEFT's file."""
+    if "trainable_tokens" in key:
+        return "set adapter.trainable_token_indices and data.add_special_tokens to those that it was trained with"
+    if key.endswith("bias"):
+        return "set adapter.bias to what it was trained with"
+    if "lora_" not in key:
+        return "set adapter.modules_to_save to the modules that it was trained on"
+    return "set adapter.target_modules to the modules that it was trained on"
 
 
 def _shape(weights: dict[str, torch.Tensor], key: str) -> tuple[int, ...] | None:

@@ -21,14 +21,13 @@ from veneer.config import Data, Model, Quantization, Run, RunFolder, UserError, 
 from veneer.config.files import RESTORE, read_json, read_optional_json
 from veneer.config.load import validate
 from veneer.config.manifest import read_manifest
-from veneer.config.names import base_not_here, require_adapter
+from veneer.config.names import AdapterFolder, base_not_here, require_adapter
 from veneer.config.task import require_answers
 from veneer.data.labelled import LabelledRenderer
 from veneer.data.render import Renderer
 from veneer.data.rewarded import RewardRenderer
 from veneer.data.template import names_file
 from veneer.machine.device import find_machine
-from veneer.model.adapters import from_error
 from veneer.model.attach import load_adapter
 from veneer.model.classifier import (
     classifier_positions,
@@ -44,6 +43,7 @@ from veneer.model.locate import BaseSource, fetched_folder, locate
 from veneer.model.new_tokens import add_rows
 from veneer.model.passport import Passport, read_passport, require_match, trained_in_4_bits
 from veneer.model.shapes import find_config
+from veneer.model.start import began_with_error
 
 FETCH_AGAIN = "fetch it again, or restore it"
 
@@ -197,9 +197,7 @@ class TunedModel:
     @property
     def corrects_rounding(self) -> bool:
         """Whether the adapter began with the error of its base's 4 bits, so that it belongs to no other bits."""
-        settings = (self.passport or {}).get("settings") or {}
-        adapter = self.run.model_dump()["adapter"] if self.run is not None else settings.get("adapter") or {}
-        return isinstance(adapter, dict) and bool(adapter.get("init_lora_weights") == from_error.KIND)
+        return began_with_error(AdapterFolder(self.adapter, self.folder))
 
     @property
     def config(self) -> Any:

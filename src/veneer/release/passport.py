@@ -20,6 +20,7 @@ from veneer.model.load import compute_dtype
 from veneer.model.locate import BaseSource, local_folder
 from veneer.model.passport import FILE, adapter_fingerprints, base_fingerprints, base_name, read_passport
 from veneer.model.pooling import find_pooling
+from veneer.model.start import starts_with_error
 from veneer.release.redact import public_settings
 from veneer.training.choose_objective import name_objective
 from veneer.training.job import TrainingJob, environment
@@ -44,6 +45,7 @@ def write_passport(job: TrainingJob, folder: Path, training: dict[str, Any]) -> 
         "quantization": run.quantization.model_dump() if run.quantization else None,
         "dtype": str(compute_dtype(run.model, job.machine)).removeprefix("torch."),
         **adapter_fingerprints(folder),
+        "corrects_rounding": starts_with_error(run, job.start),
         "added_tokens": _added_tokens(job),
         "preference": _preference(job, settings),
         "stop_token_ids": sorted(job.renderer.stop_ids),

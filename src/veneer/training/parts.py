@@ -167,7 +167,8 @@ def _adapted(
     model = attach(base, run.adapter, run.train.seed, run.train.gradient_checkpointing is not False, ids)
     if run.adapter.init_lora_weights == from_rows.KIND:
         start_from_rows(model, data.train, checkpoint)
-    elif run.adapter.init_lora_weights == from_error.KIND and checkpoint is None:
+    elif run.adapter.init_lora_weights == from_error.KIND:
+        # Also where a checkpoint follows: a reference is the adapter as it began.
         start_from_error(model, weights_by_path(source, base))
     if start is not None:
         take_weights(model, start, str(run.model.adapter))

@@ -62,7 +62,7 @@ def choose_base(
             f"{tuned.name}: --on best, but training did not quantize its base: there is only one",
             "leave --on out",
         )
-    require_any_bits(tuned)
+    require_any_bits(tuned, "--on best")
     rows = [prompt for prompt in prompts if prompt.reference is not None]
     if not rows:
         raise UserError(f"{tuned.name}: --on best: there are no held-out rows to choose by", "leave --on out")

@@ -147,7 +147,7 @@ def export_adapter(tuned: TunedModel, out: Path, on_done: Progress = lambda done
             f"{tuned.name}: llama.cpp takes LoRA matrices only on linear layers: {'; '.join(refused)}",
             "export the merged model: leave --adapter-only out",
         )
-    require_any_bits(tuned)
+    require_any_bits(tuned, "--adapter-only")
     AdapterDelta(tuned, base_weights(tuned))  # it belongs to this base
     config = tuned.peft_config
     held = read_header(tuned.weights)

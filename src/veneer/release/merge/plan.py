@@ -33,17 +33,17 @@ def resolved_base(tuned: TunedModel, on: str) -> str:
     assert on != "best", "that is chosen by now (certify/best_base.py)"
     on = trained_on(tuned) if on == "trained" else on
     if on == "base":
-        require_any_bits(tuned)
+        require_any_bits(tuned, "--on base")
     return on
 
 
-def require_any_bits(tuned: TunedModel) -> None:
-    """Raise UserError for an adapter that belongs to its base in 4 bits alone."""
+def require_any_bits(tuned: TunedModel, asked: str) -> None:
+    """Raise UserError for an adapter that belongs to its base in 4 bits alone; `asked` is what the user asked for."""
     if tuned.corrects_rounding:
         raise UserError(
-            f"{tuned.name}: --on base, but the adapter began with the error of its base's 4 bits (adapter."
+            f"{tuned.name}: {asked}, but the adapter began with the error of its base's 4 bits (adapter."
             "init_lora_weights = loftq): the base in 16 bits has no such error, and would get one",
-            "merge it into the base in 4 bits: leave --on out, or --on nf4",
+            f"merge it into the base in 4 bits: leave {asked.split()[0]} out",
         )
 
 
