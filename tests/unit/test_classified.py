@@ -94,6 +94,15 @@ def test_a_merged_classifier_is_the_same_in_plain_transformers(run: Path, tmp_pa
     assert torch.allclose(plain, scores, atol=1e-5)
 
 
+@pytest.mark.parametrize("adapter", [{"r": 4}, {"method": "vera", "r": 4}, {"method": "ia3", "r": 16}])
+def test_a_merge_tells_how_many_tensors_changed_whatever_the_method(adapter: dict[str, Any], tmp_path: Path) -> None:
+    """Six linear layers in each of two layers, and weight and bias of the head's two layers."""
+    settings = {"lora_alpha": 32} | adapter
+    run = classify(save_tiny_base("distilbert", tmp_path / "base"), some_texts(), tmp_path, adapter=settings)
+    veneer.train(run)
+    assert veneer.merge(str(tmp_path / "run"), tmp_path / "merged").changed == 2 * 6 + 4
+
+
 @pytest.mark.parametrize("words", [["export", "{run}", "--out", "{out}"], ["generate", "{run}", "--prompt", "a"]])
 def test_what_is_made_for_written_answers_is_refused(
     words: list[str], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

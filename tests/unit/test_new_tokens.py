@@ -157,6 +157,13 @@ def test_tokens_that_cannot_be_added_are_refused(sections: dict[str, Any], said:
     assert not (tmp_path / "run").exists()
 
 
+def test_methods_without_trained_rows_are_refused_by_the_plan(tmp_path: Path) -> None:
+    adapter = {"method": "vera", "r": 4, "lora_alpha": 32}
+    run = run_of(saved_base(tmp_path / "base", False, 384), tmp_path, "run", adapter=adapter)
+    with pytest.raises(UserError, match=r"beside LoRA and DoRA alone, and the run has adapter\.method = vera"):
+        veneer.plan(run)
+
+
 def test_a_merge_with_tokens_is_not_taken_apart(tmp_path: Path) -> None:
     base = saved_base(tmp_path / "base", False, KNOWN)
     veneer.train(run_of(base, tmp_path, "run"))

@@ -17,10 +17,12 @@ from tests.support.tiny import FAMILIES, save_tiny_model
 from veneer.config import Adapter, Interrupted, UserError
 from veneer.engine.dry_run import Step
 from veneer.engine.reference import ReferenceEngine
+from veneer.model.attach import detach
 from veneer.model.shapes import build, shapes_of
 from veneer.model.trained_parts import find_parts
 from veneer.model.tuned import find_tuned
 from veneer.training.job import TrainingJob
+from veneer.training.parts import load_parts
 
 # Family, whether embeddings and head are tied, settings of the adapter, and why the fused engine leaves it alone.
 OTHERS, ENDS = "trainable parameters outside the blocks' linear layers", "an adapter on the embeddings"
@@ -51,6 +53,22 @@ def logits_of(model: Any) -> torch.Tensor:
 
 def loaded(folder: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_next_trial_of_a_sweep_has_the_base_as_it_was(name: str, tmp_path: Path) -> None:
+    family, tied, settings, _ = SETTINGS[name]
+    base = saved_base(tmp_path / "base", family, tied)
+    parts = load_parts(
+        tiny_run(base, write_rows(tmp_path / "rows.jsonl", some_rows()), tmp_path / "x", adapter=settings)
+    )
+    with torch.no_grad():
+        for parameter in parts.model.parameters():
+            parameter.add_(float(parameter.requires_grad))
+    found = detach(parts.model)
+    assert torch.equal(logits_of(found.eval()), logits_of(loaded(base)))
+    assert not any(parameter.requires_grad for parameter in found.parameters())
+    assert (found.get_output_embeddings().weight is found.get_input_embeddings().weight) == tied
 
 
 @pytest.mark.parametrize("name", SETTINGS)

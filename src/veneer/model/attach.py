@@ -65,13 +65,6 @@ def attach(
 
 def _configure_parts(config: Any, adapter: Adapter, parts: TrainedParts) -> None:
     """Write into PEFT's configuration what is trained beside the adapter's matrices."""
-    if parts.rows and not hasattr(config, "trainable_token_indices"):
-        kind = str(getattr(config.peft_type, "value", config.peft_type))
-        raise UserError(
-            f"adapter: PEFT trains rows of embeddings beside LoRA alone, and not beside {kind}",
-            "leave adapter.trainable_token_indices and data.add_special_tokens out, or train the embeddings whole with "
-            "adapter.modules_to_save",
-        )
     config.bias = adapter.bias
     config.modules_to_save = sorted(parts.modules) or None
     config.trainable_token_indices = {path: list(tokens) for path, tokens in parts.rows} or None
@@ -120,7 +113,14 @@ def detach(model: Any) -> Any:
     """Take the adapter off a base model, in place; return the base as it was before `attach`."""
     for parameter, before in getattr(model, "base_biases", ()):
         parameter.data = before
+    with quiet():
+        from peft.utils import ModulesToSaveWrapper
+
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):  # PEFT would leave the trained copy in the base
+            module.modules_to_save["default"] = module.original_module
     base = model.unload()
+    base.requires_grad_(False)
     if hasattr(base, "peft_config"):  # PEFT leaves it there, and would count a second adapter
         del base.peft_config
     with quiet():

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import prod
 
 from veneer.config import Adapter, UserError
+from veneer.model.adapters import find_method
 from veneer.model.shapes import Shapes
 from veneer.model.target_modules import matches_nothing, names_of
 
@@ -66,6 +67,12 @@ def find_parts(shapes: Shapes, adapter: Adapter, new_tokens: Sequence[int] = ())
     for path in (shapes.tokens, None if shapes.is_tied else shapes.head):
         if path is not None and new_tokens and path not in modules:
             rows[path] = (*rows.get(path, ()), *new_tokens)
+    if rows and not find_method(adapter).is_lora:  # the others refuse the setting `trainable_token_indices` themselves
+        raise UserError(
+            f"data.add_special_tokens: PEFT trains rows of embeddings beside LoRA and DoRA alone, and the run has "
+            f"adapter.method = {adapter.method}",
+            "leave it out, or set adapter.method: lora",
+        )
     follows = shapes.is_tied and (shapes.tokens in modules or shapes.tokens in rows)
     for path in (*modules, *rows, *([shapes.head] if follows else ())):
         if path in targets or (path in modules and path in rows):

@@ -78,7 +78,8 @@ class LiveReference:
     def _exchange(self) -> None:
         """Exchange adapter and copy, in place: three exclusive ors take no memory, so that none can run out midway."""
         for parameter, copy in zip(self._adapter, self._frozen, strict=True):
-            one, other = parameter.data.view(torch.int32), copy.view(torch.int32)
+            bits = torch.int32 if parameter.element_size() == 4 else torch.int16  # trained biases and modules
+            one, other = parameter.data.view(bits), copy.view(bits)
             one ^= other
             other ^= one
             one ^= other

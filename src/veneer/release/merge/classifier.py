@@ -54,8 +54,11 @@ def merge_classifier(
     renderer = tuned.labelled_renderer
     texts = _texts(live.config.vocab_size)
     before = head_engine(tuned.model, live, renderer.tokenizer).scores(texts)
-    changed = sum("lora_A" in name or "modules_to_save" in name for name, _ in live.named_parameters())
     with quiet():
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        adapted = sum(isinstance(module, BaseTunerLayer) for module in live.modules())
+        changed = adapted + sum("modules_to_save" in name for name, _ in live.named_parameters())
         merged = live.merge_and_unload().to(DTYPES[dtype])
     with whole_folder(out) as unfinished:
         with quiet():
