@@ -192,6 +192,7 @@ def test_its_gradient_is_that_of_the_plain_model(tiny_model: Callable[..., Path]
         ({"model": {"dtype": "float16"}}, "float16"),
         ({"train": {"optim": "paged_adamw_8bit"}}, "not paged"),
         ({"train": {"engine": "fused"}}, "full fine-tuning has no other"),
+        ({"adapter": {"r": 4}, "train": {"master_weights": "none"}}, "has no effect beside an adapter"),
         ({"adapter": {"r": 4}, "train": {"optim": "apollo_adamw"}}, "have few already"),
         ({"adapter": {"r": 4}, "train": {"optim": "galore_adamw"}}, "have few already"),
     ],

@@ -147,6 +147,12 @@ def require_possible(run: Run, is_4bit: bool = False) -> None:
     """
     train = run.train
     if run.adapter is not None:
+        if train.master_weights != "auto":
+            raise UserError(
+                f"train.master_weights = {train.master_weights}: has no effect beside an adapter, whose matrices are "
+                "float32 themselves",
+                "leave it out, or set `adapter: none` to train all weights",
+            )
         if train.optim in LOW_RANK:
             raise UserError(
                 f"train.optim = {train.optim}: it keeps moments of whole weights in few dimensions, and an adapter's "
