@@ -12,7 +12,7 @@ import yaml
 
 import veneer
 from tests.support.adapters import save_adapter_of
-from tests.support.runs import tiny_run, write_rows
+from tests.support.runs import some_rows, tiny_run, write_rows
 from veneer.cli.main import main
 from veneer.config import Model, RunFolder, UserError, load_run
 from veneer.model.lineage import gguf_origin
@@ -178,3 +178,37 @@ def test_nothing_to_push_is_refused(run: Path, tmp_path: Path) -> None:
     (RunFolder(run).adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match="holds no adapter"):
         pack(str(run), "me/tiny", True)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "first", "tags", "shape"),
+    [
+        ({"method": "dora"}, "An adapter (DoRA) for", ["lora", "dora"], "| rank, alpha | 4, 8 |"),
+        ({"method": "vera", "lora_alpha": 32}, "An adapter (VeRA) for", ["vera"], "| rank | 4 |"),
+        ({"method": "ia3", "r": 16, "lora_alpha": 32}, "An adapter ((IA)^3) for", ["ia3"], ""),
+    ],
+)
+def test_a_card_names_the_method_and_the_settings_that_it_has(
+    adapter: dict[str, Any], first: str, tags: list[str], shape: str, tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", some_rows())
+    veneer.train(tiny_run(tiny_model(), rows, tmp_path / "run", adapter=adapter))
+    head, body = card(tmp_path / "run")
+    assert head["tags"][: len(tags) + 1] == [*tags, "transformers"]
+    assert first in body
+    assert shape in body
+    assert ("rank" in body) == bool(shape)
+    assert ("dropout" in body) == (adapter["method"] != "ia3")
+
+
+def test_the_card_of_a_whole_model_names_its_base_after_a_certificate_too(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    base = tiny_model()
+    run = tiny_run(base, write_rows(tmp_path / "rows.jsonl", some_rows()), tmp_path / "run", data={"validation": 2})
+    veneer.train(run.model_copy(update={"adapter": None}))
+    veneer.merge(str(tmp_path / "run"), tmp_path / "merged")
+    veneer.certify(str(tmp_path / "merged"), str(tmp_path / "run"))
+    text = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert f"`{base.name}` with all weights fine-tuned" in text
+    assert "against this model." in text

@@ -58,7 +58,7 @@ def certify(
     for target in targets or [Path()]:
         write_certificate(certificate, target, page)
     if own is not None:
-        notify_on_error("the card", lambda: renew_card(own, tuned.model))
+        notify_on_error("the card", lambda: renew_card(own, tuned.trained_from or tuned.model))
     return certificate, (targets or [Path()])[0]
 
 

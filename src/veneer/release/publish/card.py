@@ -26,6 +26,7 @@ from veneer.config.load import yaml_values
 from veneer.config.results import limit_text, value_text
 from veneer.data.template import begin_ids
 from veneer.machine.device import find_machine
+from veneer.model.adapters import AdapterMethod, find_method
 from veneer.model.lineage import GgufOrigin, gguf_origin
 from veneer.model.load import compute_dtype, load_tokenizer
 from veneer.model.locate import BaseSource, local_folder, locate
@@ -84,6 +85,23 @@ class Facts:
     begin_ids: list[int]
     stop_ids: list[int]
 
+    @property
+    def method(self) -> AdapterMethod | None:
+        """The method of the adapter; None: all weights were trained."""
+        return None if self.run.adapter is None else find_method(self.run.adapter)
+
+    @property
+    def kind(self) -> str:
+        """What was trained, as the card's first words."""
+        if self.method is None or self.method.setting == "lora":
+            return "A LoRA adapter"
+        return f"An adapter ({self.method.name})"
+
+    @property
+    def shape(self) -> list[str]:
+        """Names of the settings that give the adapter's size and scale, of those that its method has."""
+        return [name for name in ("r", "lora_alpha") if self.method is not None and self.method.has(name)]
+
     @staticmethod
     def of(
         folder: Path, run: Run, source: BaseSource, name: str, scores: dict[str, Any], certificate: dict[str, Any]
@@ -115,7 +133,7 @@ class Facts:
 def card(facts: Facts) -> str:
     """Write the card's text."""
     if facts.run.model.task != "causal-lm":
-        return f"{classifier_card(facts)}\n{MARK}\n"
+        return f"{classifier_card(facts, peft_tags(facts))}\n{MARK}\n"
     snippet, text = _templates()
     python = snippet.render(facts=facts, run=facts.run)
     body = text.render(facts=facts, run=facts.run, train=facts.run.train, snippet=python)
@@ -170,7 +188,7 @@ def fenced(text: str, language: str = "text") -> str:
 def metadata(facts: Facts) -> dict[str, Any]:
     """Return the Hub's metadata: what its filters, its base model tree and its evaluation table read."""
     relation = "finetune" if facts.run.adapter is None else "adapter"
-    tags = ["transformers", "veneer"] if facts.run.adapter is None else ["lora", "transformers", "veneer"]
+    tags = [*peft_tags(facts), "transformers", "veneer"]
     found: dict[str, Any] = {
         "library_name": "transformers" if facts.run.adapter is None else "peft",
         "pipeline_tag": "text-generation",
@@ -192,6 +210,13 @@ def metadata(facts: Facts) -> dict[str, Any]:
             {"name": facts.name, "results": [{"task": task, "dataset": dataset, "metrics": metrics}]}
         ]
     return found
+
+
+def peft_tags(facts: Facts) -> list[str]:
+    """Return the Hub's tag of an adapter's method."""
+    if facts.method is None:
+        return []
+    return ["lora", "dora"] if facts.method.setting == "dora" else [facts.method.setting]
 
 
 def hub_id(source: BaseSource) -> str | None:

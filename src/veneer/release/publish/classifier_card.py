@@ -1,5 +1,6 @@
 """The model card of a classifier: its labels, how plain PEFT loads it, and its scores where they were measured."""
 
+from collections.abc import Sequence
 from importlib import resources
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,8 @@ PIPELINES = {  # the hub's names
 }
 
 
-def classifier_card(facts: "Facts") -> str:
-    """Return the text of the card, without its last line."""
+def classifier_card(facts: "Facts", tags: Sequence[str]) -> str:
+    """Return the text of the card, without its last line; `tags` are the Hub's of the adapter's method."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -30,6 +31,8 @@ def classifier_card(facts: "Facts") -> str:
     assert run.adapter is not None, "a classifier's head is trained beside an adapter"
     body = environment.from_string(text).render(
         name=facts.name,
+        kind=facts.kind,
+        shape=facts.shape,
         base=facts.base,
         task=run.model.task,
         pooling=passport["classifier"].get("pooling"),
@@ -51,7 +54,7 @@ def classifier_card(facts: "Facts") -> str:
     head = {
         "library_name": "peft",
         "pipeline_tag": PIPELINES[run.model.task],
-        "tags": ["lora", "transformers", "veneer"],
+        "tags": [*tags, "transformers", "veneer"],
     }
     if facts.hub_id:
         head |= {"base_model": facts.hub_id, "base_model_relation": "adapter"}
