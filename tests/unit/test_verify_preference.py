@@ -206,3 +206,23 @@ class Ascending(ReferenceEngine):
 def test_a_run_that_would_not_learn_is_found(make_run: MakeRun) -> None:
     found = failed(verified(make_run(), lambda engine: Ascending(engine.model)))
     assert found == {"preference-gradient", "overfit", "preferred"}
+
+
+@pytest.mark.parametrize("reference", ["cached", "live"])
+@pytest.mark.parametrize(
+    ("adapter", "quantization", "dtype"),
+    [
+        ({"method": "dora"}, None, "bfloat16"),
+        ({"method": "hra", "lora_alpha": 32}, None, "float32"),
+        ({"init_lora_weights": "pissa"}, None, "float32"),
+        ({"init_lora_weights": "loftq"}, {}, "float32"),
+    ],
+)
+def test_methods_that_do_not_begin_as_the_base_are_their_own_reference(
+    adapter: dict[str, Any], quantization: Any, dtype: str, reference: str, make_run: MakeRun
+) -> None:
+    sections = {"adapter": adapter, "quantization": quantization, "model": {"dtype": dtype}}
+    run = make_run(starts=False, sections=sections, reference=reference)
+    (found,) = [check for check in verified(run).checks if check.id == "reference"]
+    assert (found.passed, found.value) == (True, 0.0)
+    assert "the adapter as it begins" in found.name

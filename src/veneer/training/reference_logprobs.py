@@ -25,6 +25,7 @@ from veneer.data.pipeline import Part, Prepared
 from veneer.engine.interface import Engine, document_losses
 from veneer.engine.objective import Objective, TrainedTokens
 from veneer.machine.batching import Batching
+from veneer.model.adapters.from_error import starts_from_error
 from veneer.training.held_out import HeldOutRows
 
 NAME = "reference"
@@ -35,8 +36,10 @@ WithReference = Callable[[Batch], Batch]
 def describe_reference(run: Run, data: Prepared) -> str:
     """Return what is told of a run's objective and its reference."""
     start, why = run.model.adapter, ""
-    if start is None:
-        start, why = "the base", " (model.adapter names no adapter)"
+    if start is None and run.adapter is not None and starts_from_error(run.adapter):
+        start = "the base with the adapter's first values"
+    elif start is None:
+        start, why = "the base", " (model.adapter names no adapter)" if run.adapter is not None else ""
     learns = {
         "pairs": "the rows are pairs, so the run learns to prefer the chosen answers (train.objective: dpo); ",
         "rated": "the rows are rated, so the run learns to prefer good answers to bad ones (train.objective: kto); ",

@@ -24,7 +24,7 @@ from veneer.engine.choose import comparable
 from veneer.engine.interface import Engine, document_losses
 from veneer.engine.objective import Objective, StepOutput, TrainedTokens
 from veneer.engine.temporary import fill_zeros, preserve_adapter
-from veneer.model.full import is_full
+from veneer.model.adapters import find_method
 from veneer.model.quiet import quiet
 from veneer.model.start import take_weights
 from veneer.training.parts import RunParts
@@ -160,6 +160,8 @@ def _rounding(model: Any) -> float:
 def _reference(run: Run, parts: RunParts, engine: Engine, objective: Objective, batch: Batch) -> Check:
     """Compare the reference with the adapter in the file that training starts from, or with the base alone.
 
+    Of methods that begin as the base but for rounding, or otherwise, it is compared with the adapter as it begins.
+
     A reference that is computed live has to stay it when the adapter has moved.
     """
     model = parts.model
@@ -174,14 +176,17 @@ def _reference(run: Run, parts: RunParts, engine: Engine, objective: Objective, 
                     parameter.data.mul_(1.5)
             moved = complete(batch).values[NAME][batch.targets_T >= 0]
         found = TrainedTokens.of(batch, torch.zeros(batch.trained)).sum_documents(moved).tolist()
+    what = "the base alone"
     with preserve_adapter(model), ExitStack() as stack:
         if parts.start is not None:
+            what = "the adapter that training starts from"
             take_weights(model, parts.start, str(run.model.adapter))
-        elif not is_full(model):  # whose weights still are the base's
+        elif run.adapter is not None and not find_method(run.adapter).begins_as_base:
+            what = "the adapter as it begins"
+        elif run.adapter is not None:  # else the weights still are the base's
             stack.enter_context(engine.adapter_off())
         wanted = [-loss for loss in document_losses(engine, batch)]
     apart = max(abs(one - float(np.float32(other))) for one, other in zip(found, wanted, strict=True))
-    what = "the adapter that training starts from" if parts.start is not None else "the base alone"
     return Check.at_most(
         "reference", apart, 0.0, f"the reference's log-probabilities, against {what}, in nats", "it is another model"
     )

@@ -126,4 +126,5 @@ DORA = replace(
     scale=lambda options: (RSLORA if options.use_rslora else LORA).scale(options),
     usual_scale=None,
     on_embeddings=False,
+    begins_as_base=False,
 )

@@ -122,4 +122,5 @@ FROM_BASE = replace(
     usual_scale=None,
     is_low_rank=False,  # for the fused engine; see above
     frozen_share=0.5,
+    begins_as_base=False,
 )

@@ -82,4 +82,5 @@ FROM_ERROR = replace(
     zeros=None,
     scale=lambda options: (RSLORA if options.use_rslora else LORA).scale(options),
     usual_scale=None,
+    begins_as_base=False,
 )

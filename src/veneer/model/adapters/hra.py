@@ -28,4 +28,5 @@ HRA = AdapterMethod(
     on_embeddings=False,
     on_conv1d=False,
     on_4_bits=False,
+    begins_as_base=False,
 )

@@ -32,6 +32,7 @@ class AdapterMethod:
             the meta device, from a frozen layer (None: it is not called), its inputs and outputs, rank and dropout.
         zeros: names of the parameters that are zero at first, so that the others have no gradient yet; None: all have
             gradients at the first step.
+        begins_as_base: whether its output is the base's, to the bit, before it is trained.
         scale: factor of the product of its matrices, for given options.
         usual_scale: range outside of which it trains badly; None: not known.
         rate_scale: usual learning rates, relative to LoRA's.
@@ -50,6 +51,7 @@ class AdapterMethod:
     stand_in: Callable[[Any, int, int, int, float], Any]
     setting: str = "lora"
     zeros: re.Pattern[str] | None = None
+    begins_as_base: bool = True
     scale: Callable[[Any], float] = lambda options: 1.0
     usual_scale: tuple[float, float] | None = None
     rate_scale: float = 1.0
