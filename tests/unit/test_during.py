@@ -23,7 +23,7 @@ from veneer.model.locate import locate
 from veneer.report.run_page import run_page
 from veneer.training import parts
 from veneer.training.best import BestStep
-from veneer.training.job import finished
+from veneer.training.finished import finished
 from veneer.training.metrics import read_metrics
 
 Make = Callable[..., veneer.Run]

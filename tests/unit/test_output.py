@@ -45,7 +45,7 @@ def test_training_in_a_log_file_is_ten_lines_without_control_codes() -> None:
     assert "\x1b" not in told
     assert "\r" not in told
     first, *steps, last = told.splitlines()
-    assert first == "  100 steps to train, about 50:00 as foreseen"
+    assert first == "  100 steps to train, about 50:00 as predicted"
     assert [line.split(":")[0].strip() for line in steps] == [f"step {n}" for n in range(10, 101, 10)]
     assert all(" left" in line for line in steps[:-1])
     assert last == "  step 100: held-out loss 1.2500"
@@ -77,7 +77,7 @@ def test_training_stays_within_the_terminal(width: int) -> None:
     with LiveProgress(out, 12000, step_seconds=30.0) as progress:
         progress._progress.refresh()
         drawn = lines(file.getvalue())
-        assert any("first step" in line and "of about 100:00:00 foreseen" in line for line in drawn)
+        assert any("first step" in line and "of about 100:00:00 predicted" in line for line in drawn)
         progress(STEP | {"step": 11000})
         progress._progress.refresh()
     drawn = lines(file.getvalue())

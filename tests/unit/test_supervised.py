@@ -28,7 +28,8 @@ from veneer.model.locate import BaseSource
 from veneer.release.publish.card import licence
 from veneer.report.run_page import run_page
 from veneer.training import job as job_module
-from veneer.training.job import TrainingJob, finished
+from veneer.training.finished import finished
+from veneer.training.job import TrainingJob
 from veneer.training.metrics import MetricsFile, read_metrics
 
 Call = Callable[..., tuple[int, str, str]]

@@ -114,7 +114,7 @@ def test_a_run_is_shown_from_before_it_begins_to_its_end(
     status, out, err = call("watch", str(folder.path))
     assert (status, err) == (0, "")
     lines = out.splitlines()
-    assert lines[:2] == [f"waiting for {folder.path} to begin", "  10 steps to train, about 0:05 as foreseen"]
+    assert lines[:2] == [f"waiting for {folder.path} to begin", "  10 steps to train, about 0:05 as predicted"]
     assert lines[2].startswith("  step 1: loss 2.0000  200 tok/s  1.00 GiB  0:00 left")
     assert "  step 9: held-out loss 1.5000" in lines
     assert "warning: memory is short" in lines

@@ -17,7 +17,8 @@ from veneer.release.publish.card import write_card
 from veneer.release.redact import public_ledger, public_settings, without_paths
 from veneer.release.sentence_transformers import write_sentence_transformers
 from veneer.report.plots import plot_loss
-from veneer.training.job import MakeDuring, Resume, Trained, TrainingJob, finished
+from veneer.training.finished import Trained, finished
+from veneer.training.job import MakeDuring, Resume, TrainingJob
 from veneer.training.metrics import Listener, read_metrics
 from veneer.training.pair_values import ACCURACIES, MARGINS
 from veneer.training.trackers import require_trackers

@@ -120,12 +120,12 @@ class LiveProgress:
         out: The console to draw on.
         steps: Steps of the whole run.
         done: Steps that were done before.
-        step_seconds: Foreseen seconds of a step, shown until the first one is done; None: not foreseen.
+        step_seconds: Predicted seconds of a step, shown until the first one is done; None: not predicted.
     """
 
     def __init__(self, out: Console, steps: int, done: int = 0, step_seconds: float | None = None) -> None:
         self._out, self._steps, self._began = out, steps, done
-        self._foreseen = None if step_seconds is None else step_seconds * (steps - done)
+        self._predicted = None if step_seconds is None else step_seconds * (steps - done)
         is_narrow = out.width < NARROW
         self._progress = Progress(
             *([] if is_narrow else [TextColumn("training")]),
@@ -138,15 +138,15 @@ class LiveProgress:
         )
 
     def __enter__(self) -> "LiveProgress":
-        numbers, foreseen = "first step", self._foreseen
+        numbers, predicted = "first step", self._predicted
         self._task = self._progress.add_task(
-            "training", total=self._steps, completed=self._began, numbers=numbers, ends=None, foreseen=foreseen
+            "training", total=self._steps, completed=self._began, numbers=numbers, ends=None, predicted=predicted
         )
         self._started = self._printed = time.monotonic()
         if self._out.is_terminal:
             self._progress.start()
         else:
-            about = "" if self._foreseen is None else f", about {clock(self._foreseen)} as foreseen"
+            about = "" if self._predicted is None else f", about {clock(self._predicted)} as predicted"
             self._out.print(f"  {self._steps - self._began:,} steps to train{about}")
         return self
 
@@ -159,7 +159,7 @@ class LiveProgress:
     def go_on_from(self, step: int) -> None:
         """Measure the time left from this step on, and from now."""
         self._began, self._started = step, time.monotonic()
-        self._progress.update(self._task, completed=step, ends=None, foreseen=None)
+        self._progress.update(self._task, completed=step, ends=None, predicted=None)
 
     def __call__(self, record: dict[str, Any]) -> None:
         made = record["step"] - self._began
@@ -205,13 +205,13 @@ class LiveProgress:
 
 
 class _Left(ProgressColumn):
-    """The time left, measured, or as foreseen until the first step is done."""
+    """The time left, measured, or as predicted until the first step is done."""
 
     def render(self, task: Task) -> Text:
-        ends, foreseen = task.fields["ends"], task.fields["foreseen"]
+        ends, predicted = task.fields["ends"], task.fields["predicted"]
         if ends is not None:
             return Text(f"{clock(max(0.0, ends - time.monotonic()))} left")
-        return Text("" if foreseen is None else f"of about {clock(foreseen)} foreseen")
+        return Text("" if predicted is None else f"of about {clock(predicted)} predicted")
 
 
 @contextmanager

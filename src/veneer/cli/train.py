@@ -45,7 +45,7 @@ def train(
     checks.require_output(folder, mode, overwrite)
     out = show.console(as_json)
     if mode == "auto" and folder.delivered.exists():
-        from veneer.training.job import finished
+        from veneer.training.finished import finished
 
         if (result := finished(settings)) is not None:
             _show_result(out, result, as_json, "finished already")

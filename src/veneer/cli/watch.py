@@ -64,8 +64,8 @@ def _follow(out: Any, run: Path, wait: bool) -> None:
             if progress is None and look.has_begun:
                 waiting.stop()
                 steps = run_state(run.expanduser()).steps or 0
-                foreseen = None if look.records else _foreseen(RunFolder(run.expanduser()))
-                progress = stack.enter_context(show.LiveProgress(out, steps, 0, foreseen))
+                seconds = None if look.records else _planned_step_seconds(RunFolder(run.expanduser()))
+                progress = stack.enter_context(show.LiveProgress(out, steps, 0, seconds))
                 progress.show_past(look.records)
             elif progress is not None:
                 if look.goes_on_from is not None:
@@ -85,7 +85,7 @@ def _follow(out: Any, run: Path, wait: bool) -> None:
                 return
 
 
-def _foreseen(folder: Any) -> float | None:
+def _planned_step_seconds(folder: Any) -> float | None:
     """Return the planned seconds of a step; None: they are not known."""
     from veneer.config import UserError
     from veneer.config.files import read_json

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
+from veneer.config.adapter import Adapter
 from veneer.config.errors import UserError
-from veneer.config.run import Adapter, Data, Evaluate, Model, Run, Train
+from veneer.config.run import Data, Evaluate, Model, Run, Train
 from veneer.config.section import Section
 
 # Settings of written answers, by section; a classifier has none.

@@ -9,9 +9,10 @@ Tokens are those that the tokenizer gives for the texts, with what it puts aroun
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from veneer.data.sources.find import find_sources
 from veneer.data.sources.read import parse
 from veneer.data.tokens.encode import Encoder
 
+Read = TypeVar("Read")
 LONGEST_WORD = 100  # characters: a longer word is one unknown token for WordPiece, so texts have no limit by tokens
 
 
@@ -117,15 +119,20 @@ def scan_labels(data: Data) -> tuple[str, ...]:
     Raises:
         UserError: there are no such files.
     """
-    found: set[str] = set()
+    return names_of_labels(set(read_all(data, label_of)))
+
+
+def read_all(data: Data, read: Callable[[Mapping[str, Any]], Read]) -> Iterator[Read]:
+    """Yield what `read` gives for each training row, by our names; rows that it cannot read are left out.
+
+    Raises:
+        UserError: there are no such files.
+    """
     for source in find_sources(data.train, "data.train", data.split, data.subset):
         for block in blocks_of(source, "data.train", data):
             for raw in block.rows:
                 row = parse(raw)
                 if isinstance(row, Unreadable):
                     continue
-                try:
-                    found.add(label_of(with_our_names(without(row, data.ignore_columns), data.columns)))
-                except BadRowError:
-                    continue
-    return names_of_labels(found)
+                with suppress(BadRowError):
+                    yield read(with_our_names(without(row, data.ignore_columns), data.columns))

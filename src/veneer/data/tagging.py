@@ -15,14 +15,9 @@ from veneer.config import Data, UserError
 from veneer.data.alignment import first_tokens
 from veneer.data.batch import Example
 from veneer.data.conversation import BadRowError, Conversation
-from veneer.data.formats import with_our_names
-from veneer.data.labelled import LabelledRenderer
+from veneer.data.labelled import LabelledRenderer, read_all
 from veneer.data.labels import id_of
 from veneer.data.render import MakeRenderer
-from veneer.data.row_parser import blocks_of, without
-from veneer.data.sources.block import Unreadable
-from veneer.data.sources.find import find_sources
-from veneer.data.sources.read import parse
 from veneer.data.tagged import OUTSIDE, count_orphans, tagged, word_spans
 
 Words = Sequence[tuple[int, int]]  # first character of each word, and the one behind its last
@@ -116,18 +111,7 @@ def scan_tags(data: Data) -> tuple[str, ...]:
     Raises:
         UserError: there are no such files, or the tags are ids, which say nothing of their names.
     """
-    found: set[str] = set()
-    for source in find_sources(data.train, "data.train", data.split, data.subset):
-        for block in blocks_of(source, "data.train", data):
-            for raw in block.rows:
-                row = parse(raw)
-                if isinstance(row, Unreadable):
-                    continue
-                try:
-                    row_tags = tagged(with_our_names(without(row, data.ignore_columns), data.columns)).reference()
-                except BadRowError:
-                    continue
-                found.update(row_tags.split())
+    found = {tag for row in read_all(data, tagged) for tag in row.reference().split()}
     if found and all(tag.isdecimal() for tag in found):
         raise UserError(
             f"data.train = {data.train}: the tags are ids up to {max(map(int, found))}, without names",

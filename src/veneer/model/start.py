@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from veneer.config import Run, UserError, load_run
+from veneer.config import Adapter, Run, UserError, load_run
 from veneer.config.files import file_sha256, read_json, reading
 from veneer.config.manifest import read_manifest
 from veneer.config.names import AdapterFolder, find_adapter, require_adapter
@@ -84,7 +84,14 @@ def find_start(run: Run, source: BaseSource, template: str | None) -> Path | Non
             "loftq), and the run's base has no such error",
             "set `quantization: {bits: 4}`",
         )
-    config = read_json(found.path / "adapter_config.json", "r", "lora_alpha", fix=FIX)
+    _require_same_form(found.path, name, adapter)
+    _warn_of_changes(found.path, passport, run, template)
+    return found.path
+
+
+def _require_same_form(folder: Path, name: str, adapter: Adapter) -> None:
+    """Raise UserError where an adapter has another method, rank, scale or pattern than the run's is to have."""
+    config = read_json(folder / "adapter_config.json", "r", "lora_alpha", fix=FIX)
     settings = {"r": adapter.r, "lora_alpha": adapter.lora_alpha, "use_rslora": adapter.use_rslora}
     theirs = {name: config.get(name, False) for name in settings}
     began = "dora" if config.get("use_dora") else "lora"
@@ -111,8 +118,6 @@ def find_start(run: Run, source: BaseSource, template: str | None) -> Path | Non
                 f"model.adapter = {name}: it was trained with {pattern} = {before}, and the run has {now}",
                 f"set adapter.{pattern} to that",
             )
-    _warn_of_changes(found.path, passport, run, template)
-    return found.path
 
 
 def began_with_error(found: AdapterFolder) -> bool:

@@ -4,10 +4,8 @@ Settings, then the output folder, the run's parts (`parts`), the engine, the spa
 folder begun. The adapter appears whole at the end.
 """
 
-import contextlib
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from datetime import date
 from functools import partial
 from importlib import metadata
@@ -40,12 +38,13 @@ from veneer.model.load import compute_dtype
 from veneer.model.start import base_sha256, start_sha256
 from veneer.planning.memory import optimizer_bytes
 from veneer.training import checkpoint
-from veneer.training.best import BETTER, LOSS, OF_TASKS, BestStep, require_evaluations
+from veneer.training.best import BETTER, LOSS, OF_TASKS, require_evaluations
 from veneer.training.choose_objective import choose_objective
+from veneer.training.finished import Trained, last_loss, with_found, with_train
 from veneer.training.held_out import HeldOutRows
 from veneer.training.loop import Loop, held_out_batching
 from veneer.training.memory import need_and_fix, place
-from veneer.training.metrics import Listener, MetricsFile, read_metrics
+from veneer.training.metrics import Listener, MetricsFile
 from veneer.training.optimizer import parameters_to_update
 from veneer.training.pair_values import metric_names, outputs_of_rows
 from veneer.training.paired_losses import RowLosses
@@ -90,31 +89,6 @@ class DuringMetrics(Protocol):
 # Makes it of a run, its data and their renderer, and refuses metrics that these rows cannot carry. It generates and
 # judges answers, which is above this package, so a job is handed it.
 MakeDuring = Callable[[Run, Prepared, Renderer], DuringMetrics]
-
-
-@dataclass(frozen=True)
-class Trained:
-    """The report of a finished run.
-
-    Attributes:
-        steps: Steps that were made; fewer than planned where training ended early.
-        final_loss: Loss of the last step; None: no record of it is left.
-        best_step, best_value: The best step by the metric of `train.early_stopping`, and its value; None: nothing was
-            measured.
-        kept_step: The step whose adapter was delivered.
-    """
-
-    run_dir: str
-    steps: int
-    final_loss: float | None
-    tokens_per_second: float
-    peak_bytes: int
-    best_step: int | None = None
-    best_value: float | None = None
-    kept_step: int | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class TrainingJob:
@@ -163,22 +137,13 @@ class TrainingJob:
         else:
             self._require_folder()
         run = self.run
-        found = checkpoint.latest_whole(self.folder.checkpoints) if self._resume else None
-        parts = parts or load_parts(run, force, self._examine, found)
-        if (masters := parts.prediction.forecast.master_weights) is not None:
-            if run.train.master_weights == "auto" and compute_dtype(run.model, parts.machine) != torch.float32:
-                notify(MASTERS[masters], "info", "train.master_weights")
-            self.run = run = _with(run, master_weights=masters)
-        if parts.renderer.is_dated:
-            self.run = run = _dated(run, parts.renderer.settings.template_date)
+        self._from = checkpoint.latest_whole(self.folder.checkpoints) if self._resume else None
+        parts = parts or load_parts(run, force, self._examine, self._from)
+        self.run = run = _settled(run, parts)
         self.machine, self.source, self.tokenizer = parts.machine, parts.source, parts.tokenizer
         self.renderer, self.data, self.model = parts.renderer, parts.data, parts.model
         self.prediction, self.start = parts.prediction, parts.start
-        if run.model.task == "causal-lm":
-            self.choice = choose(self.model, run.train, self.machine.device, self.data.train, self.data.has_pairs)
-        else:
-            engine = head_engine(run.model, self.model, self.tokenizer, run.train.temperature)
-            self.choice = EngineChoice(engine, "classifiers run on Transformers")
+        self.choice = _choose_engine(run, parts)
         self.engine = self.choice.engine
         self.parameters = count_parameters(self.model)
         train = run.train
@@ -337,8 +302,7 @@ class TrainingJob:
     @property
     def done(self) -> int:
         """Optimizer steps of the checkpoint that the run goes on from; 0 where it begins."""
-        found = checkpoint.latest_whole(self.folder.checkpoints) if self._resume else None
-        return 0 if found is None else checkpoint.step_of(found)
+        return 0 if self._from is None else checkpoint.step_of(self._from)
 
     def fit(
         self, listeners: tuple[Listener, ...] = (), write_extras: WriteExtras = lambda folder, trained: None
@@ -406,7 +370,7 @@ class TrainingJob:
         trained = Trained(
             run_dir=str(self.folder.path),
             steps=self._loop.done,
-            final_loss=self._loop.loss if self._loop.loss is not None else _last_loss(self.folder),
+            final_loss=self._loop.loss if self._loop.loss is not None else last_loss(self.folder),
             tokens_per_second=speed,
             peak_bytes=peak_bytes(self.machine.device),
             **self._loop.best.as_dict(),
@@ -472,7 +436,7 @@ class TrainingJob:
             )
         if self.run.data.template_date is None:
             self.run = _dated(self.run, load_run(self.folder.run).data.template_date)
-        self.run = _with_found(self.run, self.folder)
+        self.run = with_found(self.run, self.folder)
         require_same_settings(self.folder, self.run)
 
     def _require_same_placement(self) -> None:
@@ -490,35 +454,6 @@ class TrainingJob:
         return self.prediction.planner.disk_bytes(self.run, saved, self.steps)
 
 
-def finished(run: Run) -> Trained | None:
-    """Return the report of a finished run; None: it is not finished.
-
-    Raises:
-        UserError: It was another run: its settings differ.
-    """
-    folder = RunFolder(run.train.output_dir.expanduser())
-    if not (folder.run.exists() and folder.delivered.exists()):
-        return None
-    require_same_settings(folder, _with_found(run, folder))
-    with contextlib.suppress(OSError, UserError), folder.locked():  # it may be read-only, or about to end
-        folder.clear_unfinished()
-    lines = read_metrics(folder.metrics)
-    steps = [line for line in lines if line["kind"] == "train"]
-    seconds = sum(line["seconds"] for line in steps)
-    done = max((line["step"] for line in lines), default=0)
-    best = BestStep(run.train.early_stopping)
-    best.take_last(lines)
-    return Trained(
-        run_dir=str(folder.path),
-        steps=done,
-        final_loss=_last_loss(folder),
-        tokens_per_second=round(sum(line["tokens"] for line in steps) / seconds, 1) if seconds else 0.0,
-        peak_bytes=max((line["peak_bytes"] for line in steps), default=0),
-        **best.as_dict(),
-        kept_step=best.kept_step(run.train.keep, done),
-    )
-
-
 def environment() -> dict[str, Any]:
     """Return versions and platform, for files that ship: no kernel's release, which can carry a host's name."""
     versions = {name: metadata.version(name) for name in LIBRARIES}
@@ -530,23 +465,24 @@ def environment() -> dict[str, Any]:
     }
 
 
+def _settled(run: Run, parts: RunParts) -> Run:
+    """Return the run with what a resumed one must find again: its kind of master weights, and its template's date."""
+    if (masters := parts.prediction.forecast.master_weights) is not None:
+        if run.train.master_weights == "auto" and compute_dtype(run.model, parts.machine) != torch.float32:
+            notify(MASTERS[masters], "info", "train.master_weights")
+        run = with_train(run, master_weights=masters)
+    if parts.renderer.is_dated:
+        run = _dated(run, parts.renderer.settings.template_date)
+    return run
+
+
 def _dated(run: Run, day: date | None) -> Run:
     """Return the run with its template's date fixed, on whatever day the run is resumed."""
     return run.model_copy(update={"data": run.data.model_copy(update={"template_date": day})})
 
 
-def _with_found(run: Run, folder: RunFolder) -> Run:
-    """Return the run with what its folder says was found for it (a rate, masters), where it asks for it to be found."""
-    found = load_run(folder.run).train
-    names = ("learning_rate", "master_weights")
-    return _with(run, **{name: getattr(found, name) for name in names if getattr(run.train, name) == "auto"})
-
-
-def _with(run: Run, **settings: Any) -> Run:
-    """Return the run with other settings of the section `train`."""
-    return run.model_copy(update={"train": run.train.model_copy(update=settings)})
-
-
-def _last_loss(folder: RunFolder) -> float | None:
-    """Return the loss of the last logged step."""
-    return next((line["loss"] for line in reversed(read_metrics(folder.metrics)) if line["kind"] == "train"), None)
+def _choose_engine(run: Run, parts: RunParts) -> EngineChoice:
+    if run.model.task == "causal-lm":
+        return choose(parts.model, run.train, parts.machine.device, parts.data.train, parts.data.has_pairs)
+    engine = head_engine(run.model, parts.model, parts.tokenizer, run.train.temperature)
+    return EngineChoice(engine, "classifiers run on Transformers")

@@ -16,6 +16,7 @@ Shapes: S smaller and L larger side of a weight, R rank.
 """
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -102,7 +103,7 @@ class Adam8bit:
         )  # fmt: skip
 
 
-class _LowRank:
+class _LowRank(ABC):
     by_element = False
 
     def __init__(self, rank: int) -> None:
@@ -118,8 +119,9 @@ class _LowRank:
         update_SL = self._update(gradient if is_wide else gradient.T, state, by)
         weight.mul_(1 - by.lr * by.weight_decay).add_(update_SL if is_wide else update_SL.T, alpha=-by.lr)
 
+    @abstractmethod
     def _update(self, g_SL: torch.Tensor, state: State, by: Coefficients) -> torch.Tensor:
-        raise NotImplementedError
+        """Return the update, before the learning rate."""
 
 
 class Galore(_LowRank):
