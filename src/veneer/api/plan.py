@@ -41,7 +41,7 @@ class RunPlan:
 
 
 def plan(run: Run, gpu: str | None = None, read_data: bool = True) -> RunPlan:
-    """Foresee a run: memory by phase and component, time, advice, and what to change if it does not fit.
+    """Predict a run: memory by phase and component, time, advice, and what to change if it does not fit.
 
     Example:
         planned = veneer.plan(run, gpu="24GiB").as_dict()

@@ -15,7 +15,7 @@ def plan(
     no_data: Annotated[bool, typer.Option("--no-data", help="Do not read the data; assume full-length rows.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON alone on stdout.")] = False,
 ) -> None:
-    """Foresee a run's memory and time, say whether it fits, and what to change. Nothing is loaded or fetched.
+    """Predict a run's memory and time, say whether it fits, and what to change. Nothing is loaded or fetched.
 
     Example: `veneer plan run.yaml --gpu "rtx 4090"`
     """

@@ -1,4 +1,4 @@
-"""veneer predict: labels for the rows of a file."""
+"""veneer predict: labels, tags, embeddings or rewards for the rows of a file."""
 
 import json
 import sys
@@ -9,7 +9,12 @@ import typer
 
 
 def predict(
-    name: Annotated[str, typer.Argument(help="Run that classifies, one of its checkpoints, or its adapter.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="Run with a head (classification, tags, embeddings, rewards), a checkpoint of it, or its adapter."
+        ),
+    ],
     file: Annotated[str, typer.Argument(help="File of rows, as data.train takes it; it needs no labels.")],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="JSONL file to write; without it, standard output.")
@@ -20,7 +25,7 @@ def predict(
         bool, typer.Option("--force", help="Use the adapter even on a base it was not trained on.")
     ] = False,
 ) -> None:
-    """Give each row of a file a label: a line of JSON with its place, its label, and the score of each label.
+    """Give each row of a file its label, tags, embedding or reward, with scores: a line of JSON a row.
 
     Example: `veneer predict runs/routing messages.csv --output labels.jsonl`
     """
