@@ -11,9 +11,7 @@ import typer
 def predict(
     name: Annotated[
         str,
-        typer.Argument(
-            help="Run with a head (classification, tags, embeddings, rewards), a checkpoint of it, or its adapter."
-        ),
+        typer.Argument(help="Run whose model.task is not causal-lm, a checkpoint of it, or its adapter."),
     ],
     file: Annotated[str, typer.Argument(help="File of rows, as data.train takes it; it needs no labels.")],
     output: Annotated[
