@@ -42,6 +42,7 @@ from veneer.training.metrics import Listener
 from veneer.training.optimizer import allocate_states, optimizer_of, parameters_to_update
 from veneer.training.pair_values import describe_pairs, outputs_of_rows
 from veneer.training.reference_logprobs import WithReference
+from veneer.training.saving import Saver
 from veneer.training.schedule import learning_rate
 from veneer.training.stop import stop_signal
 
@@ -114,6 +115,7 @@ class Loop:
         self._releases = releases
         self._scaler = torch.amp.GradScaler(device, enabled=scale_loss)
         self._state = checkpoint.TrainingState(model, self._optimizer, self._updated, self._scaler, began_with)
+        self._saver = Saver(checkpoints, train.save_total_limit)
         self._recovery = OutOfMemoryRecovery(engine, self._drop_gradients, explain, most_tokens)
         self._explain = explain
         self._during = during
@@ -166,12 +168,13 @@ class Loop:
         tokens, seconds = 0, 0.0
         last = self.steps if until is None else min(until, self.steps)
         try:
-            with stop_signal() as stopped:
+            with stop_signal() as stopped, self._saver:
                 if try_largest and self.done < last:
                     self._try_largest()
                 if self.done:
                     self._evaluate_if_due(listeners, stopped)
                 while self.done < last and not self.best.is_over:
+                    self._saver.check()
                     record = self._step(self.done)
                     self.done += 1
                     self.loss = record["loss"]
@@ -197,7 +200,7 @@ class Loop:
         """Say where training ended before its last step, and restore the adapter of the best step to be delivered."""
         best, train = self.best, self._train
         if self.done < self.steps:
-            if not self._checkpoint().exists():
+            if not self._saver.has(self.done):
                 self._save()
             rate = learning_rate(self.done - 1, self.steps, 1.0, train.warmup_ratio, train.lr_scheduler_type)
             found = "" if best.step is None else f", best after step {best.step} ({best.value:.4g})"
@@ -209,6 +212,7 @@ class Loop:
                 "train.early_stopping",
             )
         if self.kept_step != self.done:
+            self._saver.wait()
             checkpoint.load_adapter_alone(self._checkpoint(self.kept_step), self._model)
 
     @property
@@ -342,7 +346,7 @@ class Loop:
         measured = self._measure_held_out(stopped)
         during = None if measured is None else self._during(stopped)
         if measured is None or during is None:
-            if not self._checkpoint().exists():
+            if not self._saver.has(self.done):
                 self._save()
             raise Interrupted(self._checkpoint())
         means, trained = measured
@@ -360,10 +364,14 @@ class Loop:
             "trained_tokens": trained,
             **during,
         }
-        if self.best.see(record) and self._protected is not None and not self._checkpoint().exists():
-            checkpoint.save(self._checkpoints, self.done, self._state)  # before its record names it the best
+        is_protected = self.best.see(record) and self._protected is not None
+        if is_protected:  # its checkpoint is whole before its record names it the best, and the one before goes after
+            if not self._saver.has(self.done):
+                self._saver.save(self.done, self._state, self._protected, drops=False)
+            self._saver.wait()
         _report(listeners, record | self.best.as_dict())
-        checkpoint.drop_old(self._checkpoints, self._train.save_total_limit, self._protected)
+        if is_protected:
+            self._saver.drop_old(self._protected)
 
     def _measure_held_out(self, stopped: Callable[[], bool]) -> tuple[dict[str, Any], int] | None:
         """Measure held-out loss and metrics, and count the trained tokens; None where it was stopped."""
@@ -424,8 +432,7 @@ class Loop:
         return checkpoint.path_of(self._checkpoints, self.done if step is None else step)
 
     def _save(self) -> None:
-        checkpoint.save(self._checkpoints, self.done, self._state)
-        checkpoint.drop_old(self._checkpoints, self._train.save_total_limit, self._protected)
+        self._saver.save(self.done, self._state, self._protected)
 
 
 def learn_first(model: Any) -> dict[str, torch.nn.Parameter]:
