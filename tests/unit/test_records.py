@@ -29,6 +29,8 @@ def fits(value: Any, hint: Any) -> bool:
         return any(fits(value, one) for one in inside)
     if origin is dict:
         return isinstance(value, dict) and all(fits(one, inside[1]) for one in value.values())
+    if origin is list:
+        return isinstance(value, list) and all(fits(one, inside[0]) for one in value)
     if origin is tuple:
         return len(value) == len(inside) and all(map(fits, value, inside))
     if hint is float:

@@ -60,6 +60,13 @@ class TrainRecord(ObjectiveMetrics):
     loss: Annotated[float, "loss of this step alone, normalized over all its micro-batches"]
     learning_rate: Annotated[float, "learning rate of the step"]
     grad_norm: Annotated[Number, "norm of the gradient before clipping; null: a float16 step that overflowed"]
+    grad_norm_by_layer: NotRequired[
+        Annotated[
+            list[Number],
+            "`grad_norm` by decoder layer, the first one first, without what is in none (embeddings, a head); null: "
+            "nothing is trained in a layer, or not finite; absent where gradients are dropped within the backward",
+        ]
+    ]
     tokens: Annotated[int, "tokens that went through the model"]
     trained_tokens: Annotated[int, "tokens that count in the loss"]
     seconds: Annotated[float, "time of the step"]
