@@ -73,6 +73,7 @@ class TrainRecord(ObjectiveMetrics):
     tokens_per_second: Annotated[float, "`tokens` by `seconds`"]
     peak_bytes: Annotated[int, "peak of memory since the process began training"]
     predicted_peak_bytes: Annotated[int, "peak that the plan predicted"]
+    time: Annotated[str, "when it was recorded, UTC, ISO 8601"]
 
 
 class EvalRecord(ObjectiveMetrics, HeldOutMetrics):
@@ -87,6 +88,7 @@ class EvalRecord(ObjectiveMetrics, HeldOutMetrics):
     intervals: NotRequired[Annotated[dict[str, Ends], "pairs: ends of the 95% interval of each mean, by its key"]]
     best_step: Annotated[int | None, "best step so far, by the metric of `train.early_stopping`, or by the loss"]
     best_value: Annotated[Number, "its value"]
+    time: Annotated[str, "when it was recorded, UTC, ISO 8601"]
 
 
 RECORDS: dict[str, type] = {"train": TrainRecord, "eval": EvalRecord}

@@ -17,6 +17,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -474,5 +475,6 @@ def _due(step: int, every: int | None) -> bool:
 
 
 def _report(listeners: Sequence[Listener], record: dict[str, Any]) -> None:
+    record = record | {"time": datetime.now(UTC).isoformat(timespec="seconds")}
     for listener in listeners:
         listener(record)
