@@ -85,6 +85,13 @@ class EvalRecord(ObjectiveMetrics, HeldOutMetrics):
     perplexity: NotRequired[Annotated[Number, "exp(loss), of supervised training"]]
     trained_tokens: Annotated[int, "held-out tokens that count in the loss"]
     answered_rows: NotRequired[Annotated[int, "rows that were answered for the metrics of `evaluate.during`"]]
+    samples: NotRequired[
+        Annotated[
+            list[dict[str, str]],
+            "the first of these rows: `place`, `prompt`, `reference`, `answer`, once also the `base`'s; texts are "
+            "cut at 600 characters. No tracker gets them",
+        ]
+    ]
     intervals: NotRequired[Annotated[dict[str, Ends], "pairs: ends of the 95% interval of each mean, by its key"]]
     best_step: Annotated[int | None, "best step so far, by the metric of `train.early_stopping`, or by the loss"]
     best_value: Annotated[Number, "its value"]
