@@ -17,6 +17,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from veneer.training import checkpoint
 from veneer.training.best import BestStep
 from veneer.training.full_optimizer import FullOptimizer, ReleasedGradients
 from veneer.training.held_out import HeldOutRows
+from veneer.training.layer_norms import LayerNorms
 from veneer.training.memory import OutOfMemoryRecovery, describe
 from veneer.training.metrics import Listener
 from veneer.training.optimizer import allocate_states, optimizer_of, parameters_to_update
@@ -113,6 +115,8 @@ class Loop:
         self._updated = parameters_to_update(model, engine, train, device)
         self._optimizer = optimizer_of(model, self._updated, train, device)
         self._releases = releases
+        trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
+        self._layer_norms = LayerNorms(trained, engine.master)
         self._scaler = torch.amp.GradScaler(device, enabled=scale_loss)
         self._state = checkpoint.TrainingState(model, self._optimizer, self._updated, self._scaler, began_with)
         self._saver = Saver(checkpoints, train.save_total_limit)
@@ -279,6 +283,8 @@ class Loop:
         if not is_full(self._model) and starts_from_base(self._model.peft_config["default"]):
             drop_frozen_gradients(self._model)
         self._scaler.unscale_(self._optimizer)
+        is_logged = _due(self.done + 1, self._train.logging_steps) or self.done + 1 == self.steps
+        self._layer_norms.measure(is_logged)
         norm = torch.nn.utils.clip_grad_norm_(self._updated.values(), self._train.max_grad_norm or math.inf)
         largest = [] if self._has_gradients else [_largest(parameter.grad) for parameter in self._learn_first.values()]
         return sums, norm, largest
@@ -314,11 +320,12 @@ class Loop:
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
-        like = sums["loss"]
-        scalars = [value.to(like.device, like.dtype) for value in (norm, *sums.values(), *largest)]
+        like, layers = sums["loss"], self._layer_norms.norms
+        scalars = [value.to(like.device, like.dtype) for value in (norm, *sums.values(), *largest, *layers)]
         grad_norm, *read = torch.stack(scalars).tolist()
+        by_layer = self._layer_norms.by_layer(read[len(read) - len(layers) :])  # read last
         means = _means(dict(zip(sums, read, strict=False)))
-        loss, sizes = means["loss"], read[len(sums) :]
+        loss, sizes = means["loss"], read[len(sums) :][: len(largest)]
         self._require_finite(number, loss, grad_norm)
         if math.isfinite(grad_norm):
             self._require_gradients(sizes)
@@ -331,6 +338,7 @@ class Loop:
             **means,
             "learning_rate": rate,
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+            **({"grad_norm_by_layer": by_layer} if layers else {}),
             "tokens": tokens,
             "trained_tokens": sum(batch.trained for batch in micro_batches),
             "seconds": round(seconds, 4),
@@ -474,5 +482,6 @@ def _due(step: int, every: int | None) -> bool:
 
 
 def _report(listeners: Sequence[Listener], record: dict[str, Any]) -> None:
+    record = record | {"time": datetime.now(UTC).isoformat(timespec="seconds")}
     for listener in listeners:
         listener(record)
