@@ -21,6 +21,7 @@ from veneer.config.notify import notify
 from veneer.machine.device import rng_state, set_rng_state
 from veneer.model.attach import copy_adapter, set_adapter
 from veneer.model.full import copy_weights, is_full, load_weights
+from veneer.training.divergence import DivergenceWatch, is_good
 from veneer.training.optimizer import MASTER, get_state, layout_of, set_state, split_state
 
 
@@ -33,6 +34,7 @@ class TrainingState:
         optimizer, scaler: The optimizer and the scaler of its gradients.
         updated: Parameters that the optimizer updates, by name.
         began_with: A hash of the base and of each other input that decides the training, by name.
+        divergence: What judges the steps, and knows the factor of their rate.
     """
 
     model: Any
@@ -40,6 +42,7 @@ class TrainingState:
     updated: dict[str, torch.nn.Parameter]
     scaler: torch.amp.GradScaler
     began_with: Mapping[str, str | None]
+    divergence: DivergenceWatch
 
     @property
     def names(self) -> dict[torch.Tensor, str]:
@@ -87,6 +90,7 @@ def take(step: int, state: TrainingState, copies: bool = True) -> Snapshot:
         "began_with": dict(state.began_with),
         "loss_scale": state.scaler.state_dict(),
         "layout": None if master is None else layout_of(state.model, master),
+        "divergence": state.divergence.state_dict(),
     }
     return Snapshot(
         step,
@@ -137,6 +141,7 @@ def load(path: Path, state: TrainingState) -> int:
     set_state(state.optimizer, state.names, tensors)
     if state.scaler.is_enabled():
         state.scaler.load_state_dict(manifest["loss_scale"])
+    state.divergence.load_state_dict(manifest.get("divergence"))
     set_rng_state(load_file(path / RNG))
     return int(manifest["step"])
 
@@ -187,6 +192,33 @@ def newest(folder: Path) -> Path | None:
     """Return the newest checkpoint, whole or not; None: there is none."""
     found = all_in(folder)
     return found[-1] if found else None
+
+
+def to_roll_back_to(folder: Path, tried: int | None) -> Path | None:
+    """Return the newest whole checkpoint that was written while all was well; None: there is none.
+
+    Args:
+        folder: Folder of the run's checkpoints.
+        tried: Step of the checkpoint that the last rollback went back to: where it is still the newest, an older one is
+            better, if there is one.
+    """
+    good = []
+    for path in all_in(folder):
+        try:
+            if is_good(read_manifest(path).get("divergence")):
+                good.append(path)
+        except UserError:
+            continue  # it is told when a run is resumed
+    if len(good) > 1 and step_of(good[-1]) == tried:
+        good.pop()
+    return good[-1] if good else None
+
+
+def drop_after(folder: Path, step: int) -> None:
+    """Delete the checkpoints after a step, with which training goes on."""
+    for path in all_in(folder):
+        if step_of(path) > step:
+            remove(path)
 
 
 def drop_old(folder: Path, keep: int, best: int | None = None) -> None:

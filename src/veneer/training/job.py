@@ -38,6 +38,7 @@ from veneer.planning.memory import optimizer_bytes
 from veneer.training import checkpoint
 from veneer.training.best import BETTER, LOSS, OF_TASKS, require_evaluations
 from veneer.training.choose_objective import choose_objective
+from veneer.training.divergence import require_possible
 from veneer.training.finished import Trained, last_loss, with_train
 from veneer.training.held_out import HeldOutRows
 from veneer.training.loop import Loop, held_out_batching
@@ -142,6 +143,7 @@ class TrainingJob:
         fork: Path | None = None,
     ) -> None:
         assert make_during is not None or not run.evaluate.during, "api/train.py hands it what measures"
+        require_possible(run)
         self.run = run
         self._make_during = make_during
         self._during: DuringMetrics | None = None
@@ -418,7 +420,11 @@ class TrainingJob:
             listeners = (watch, *listeners)
         # A placement that was chosen by its size has measured the passes that need most.
         is_untried = self.machine.device in MEASURABLE and not self.placement.least_bytes
-        return self._loop.run((metrics.append, *listeners), try_largest=is_untried, until=until)
+
+        def rewind(step: int) -> Sequence[dict[str, Any]]:
+            return metrics.restart(self._records(step))
+
+        return self._loop.run((metrics.append, *listeners), try_largest=is_untried, until=until, rewind=rewind)
 
     def _train(self, listeners: tuple[Listener, ...], write_extras: WriteExtras) -> Trained:
         speed = self._run_loop(listeners)

@@ -9,12 +9,12 @@ from veneer.config.files import read_json_lines
 from veneer.config.folder import write_text
 from veneer.config.notify import notify
 
-# Called with each line of metrics.jsonl: a `TrainRecord` or an `EvalRecord` (config/records.py).
+# Called with each line of metrics.jsonl: a record of config/records.py.
 Listener = Callable[[dict[str, Any]], None]
 
 
 class MetricsFile:
-    """Appends a line of JSON for each record; a resumed run first drops what came after its checkpoint.
+    """Appends a line of JSON for each record; a run that goes on from a checkpoint drops what came after it.
 
     Lines that cannot be written are kept and written with a later one: a disk that fails for a moment costs no run.
     """

@@ -6,7 +6,7 @@ from typing import Any
 from veneer.config import Run, RunFolder, UserError, load_run
 from veneer.config.names import anchored
 
-# Settings that may differ when a run is resumed: none of them changes a number of the training.
+# Settings that may differ when a run is resumed: none of them changes a number of a training that goes well.
 MAY_CHANGE = {
     "model.base",  # its weights and its configuration are compared
     "model.revision",
@@ -17,6 +17,7 @@ MAY_CHANGE = {
     "train.memory_budget",
     "train.engine",  # another one is told
     "train.logging_steps",
+    "train.on_divergence",  # it decides what follows on a step from which there was no way on
     "train.report_to",
     "train.eval_steps",
     "train.save_steps",
