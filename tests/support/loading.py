@@ -52,9 +52,10 @@ def copied(folder: Path, to: Path, **config: Any) -> Path:
 
 def assert_same(ours: Any, theirs: Any) -> None:
     """Every tensor with what belongs to it, how they are tied, and what the model computes."""
-    assert tensors(ours).keys() == tensors(theirs).keys()
-    for name, tensor in tensors(theirs).items():
-        mine = tensors(ours)[name]
+    found, wanted = tensors(ours), tensors(theirs)
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        mine = found[name]
         assert (type(mine), mine.dtype, mine.shape) == (type(tensor), tensor.dtype, tensor.shape), name
         assert torch.equal(mine, tensor), name
         state, other = (getattr(t, "quant_state", None) for t in (mine, tensor))

@@ -23,13 +23,22 @@ from tests.support.tiny import FAMILIES, save_tiny_model
 FILE = Path(__file__).with_name("pinned.json")
 FUSED = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2")
 STEPS = 6
-# Family, engine, packing, dropout.
+# Family, engine, packing, dropout: Llama has every combination, the others every pair of two.
 CASES = [
-    (family, engine, packing, dropout)
-    for family, engine, packing, dropout in product(
-        (*FUSED, "gpt2", "opt"), ("reference", "fused"), (False, True), (0.0, 0.1)
-    )
-    if engine == "reference" or family in FUSED
+    *product(("llama",), ("reference", "fused"), (False, True), (0.0, 0.1)),
+    *(
+        (family, engine, packing, dropout)
+        for family in FUSED[1:]
+        for engine, packing, dropout in (
+            *(("reference", False, 0.0), ("reference", True, 0.1)),
+            *(("fused", False, 0.1), ("fused", True, 0.0)),
+        )
+    ),
+    *(
+        (family, "reference", packing, dropout)
+        for family in ("gpt2", "opt")
+        for packing, dropout in ((False, 0.0), (True, 0.1))
+    ),
 ]
 
 
@@ -58,7 +67,7 @@ def rows(file: Path) -> None:
 
 def measure(family: str, engine: str, packing: bool, dropout: float, folder: Path) -> dict[str, Any]:
     """Train in a folder that holds nothing yet; losses, gradient norms and the adapter's SHA-256."""
-    import veneer
+    from veneer.api.train import load_job
     from veneer.config import Run
 
     save_tiny_model(FAMILIES[family], folder / "base")
@@ -81,7 +90,7 @@ def measure(family: str, engine: str, packing: bool, dropout: float, folder: Pat
             },
         }
     )
-    veneer.train(run)
+    load_job(run).fit()
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "grad_norm" in line]
     weights = (folder / "run" / "adapter" / "adapter_model.safetensors").read_bytes()

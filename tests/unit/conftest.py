@@ -14,8 +14,10 @@ from tests.support.certified import make_base, tickets
 from tests.support.runs import losses, tiny_run, write_rows
 from veneer.cli.main import main
 from veneer.config import hub
+from veneer.config.folder import write_bytes
 from veneer.config.load import to_yaml
 from veneer.config.notify import Notices, collected
+from veneer.report.plots import plot_loss
 
 USUAL = ("--force overrides", "the 4-bit weights", "the tokenizer kind")  # what tests make happen on purpose
 frozen_modules = 0  # as many modules as there were when the heap was last frozen
@@ -52,7 +54,19 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("VENEER_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(hub, "_probe", lambda endpoint, period: None)  # nothing is asked of a network
         patch.setattr("os.fsync", lambda file: None)  # 3 ms each, for a crash that no test can make
+        patch.setattr("veneer.api.train.plot_loss", _same_picture)
         yield
+
+
+def _same_picture(records: list[dict[str, Any]], path: Path, title: str) -> None:
+    """A picture in place of a run's own, the drawing of which would take a quarter of a tiny run's time."""
+    write_bytes(path, b"\x89PNG\r\n\x1a\n")
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of a run's picture: it is drawn."""
+    monkeypatch.setattr("veneer.api.train.plot_loss", plot_loss)
 
 
 @pytest.fixture(autouse=True)

@@ -120,6 +120,7 @@ WHERE: dict[str, dict[str, Any]] = {
         f"train.{name}": {"data": {"train": "files/pairs.jsonl"}, "train": {"objective": name}}
         for name in ("orpo", "simpo", "cpo")
     },
+    "train.memory_budget": {"train": {"gradient_checkpointing": "auto"}},
     "train.num_train_epochs": {"train": {"max_steps": None}},
     "train.optim_rank": {"adapter": "none", "train": {"optim": "apollo_adamw"}},
     "train.master_weights": {"adapter": "none", "model": {"dtype": "bfloat16"}},
@@ -242,7 +243,10 @@ def settings(name: str) -> dict[str, Any]:
         "quantization": {} if name.startswith("quantization.") else None,
         "adapter": {"r": 4, "lora_alpha": 8},
         "data": {"train": "files/rows.jsonl", "validation": 0, "max_length": 128, "workers": 1},
-        "train": {"max_steps": 4, "gradient_accumulation_steps": 1, "learning_rate": 1e-2},
+        "train": {
+            **{"max_steps": 3, "gradient_accumulation_steps": 1, "learning_rate": 1e-2},
+            "gradient_checkpointing": False,  # recomputing takes time, here and in each dry run
+        },
         "evaluate": {"max_new_tokens": 4},
     }
     for section, changes in WHERE.get(name, {}).items():

@@ -350,6 +350,7 @@ def test_metrics_that_cannot_be_written_cost_no_adapter(
     assert (run.train.output_dir / "adapter" / "README.md").is_file()
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_held_out_loss_that_is_not_finite_costs_no_adapter(
     make: Callable[..., veneer.Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:

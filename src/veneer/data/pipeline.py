@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import numpy as np
 import veneer
 from veneer.config import Data, UserError
 from veneer.config.cache import cached
+from veneer.config.versions import version_of
 from veneer.data.batch import Batches, Example, shared_in_rows
 from veneer.data.conversation import Conversation
 from veneer.data.leakage import SHOWN, TokenizedFiles, find_duplicates, leave_out_held_out, numbers_of, report_overlap
@@ -379,6 +379,6 @@ def _fingerprint(
         "tokenizer": renderer.fingerprint,
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "template": renderer.template,
-        "libraries": [veneer.__version__, metadata.version("tokenizers"), metadata.version("transformers")],
+        "libraries": [veneer.__version__, version_of("tokenizers"), version_of("transformers")],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]

@@ -233,6 +233,7 @@ def write_adapter(model: Any, folder: Path) -> None:
         if began_with not in (None, "gaussian"):
             config.init_lora_weights, config.eva_config = True, None
         with quiet():
+            _begin_card(folder)
             model.save_pretrained(str(folder), save_embedding_layers=False)
     finally:
         if began_with is not None:
@@ -261,6 +262,14 @@ def copy_adapter(model: Any) -> Callable[[Path], None]:
         config.save_pretrained(str(folder), auto_mapping_dict=mapping)
 
     return write
+
+
+def _begin_card(folder: Path) -> None:
+    """Write a card without words, which PEFT fills in: it would compile a long template anew each time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    card = folder / "README.md"
+    if not card.exists():
+        card.write_text("---\nlibrary_name: peft\n---\n")
 
 
 def count_parameters(model: Any) -> dict[str, int]:

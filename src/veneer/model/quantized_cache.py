@@ -15,7 +15,6 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterable
-from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -26,6 +25,7 @@ from veneer.config.cache import cache_folder
 from veneer.config.files import read_json, reason
 from veneer.config.folder import clear_dead, whole_folder, write_json
 from veneer.config.notify import notify
+from veneer.config.versions import version_of
 from veneer.model.locate import BaseSource
 from veneer.model.reader import CHUNK
 from veneer.model.shards import DTYPES, DamagedError, Piece, UnknownTypeError, read_headers
@@ -68,7 +68,7 @@ class QuantizedCache(NamedTuple):
         folders = [cache_folder() / "quantized" / name / entry]
         if source.kind != "hub":
             folders.insert(0, Path(source.location) / ".veneer" / entry)
-        how = {"kind": kind, "dtype": precision, "device": device, "bitsandbytes": metadata.version("bitsandbytes")}
+        how = {"kind": kind, "dtype": precision, "device": device, "bitsandbytes": version_of("bitsandbytes")}
         prints = [_print(file) for file in (files[0].parent / "config.json", *files)]
         return QuantizedCache(folders, {"format": FORMAT, "chunk_bytes": CHUNK, **how, "files": prints})
 

@@ -61,14 +61,19 @@ def _silenced() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in NOISY]
     levels = [logger.level for logger in loggers]
     transformers_logging.disable_progress_bar()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    _set_levels(loggers, [logging.ERROR] * len(loggers))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
+        _set_levels(loggers, levels)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def _set_levels(loggers: list[logging.Logger], levels: list[int]) -> None:
+    """Set levels that differ: each change has every logger of the process forget what it knows."""
+    for logger, level in zip(loggers, levels, strict=True):
+        if logger.level != level:
+            logger.setLevel(level)

@@ -208,10 +208,13 @@ def require_finite(source: BaseSource, ranges: dict[str, torch.Tensor]) -> None:
 def collect_cycles(size: int, device: str) -> Iterator[None]:
     """Collect reference cycles that a load of so many bytes leaves, which hold up to 8% of the weights again.
 
-    Older garbage is collected first, since it may hold another base, but only if that matters: visiting all objects of
-    torch and transformers takes 0.3 s. Objects that the program itself has frozen stay so.
+    Only if that matters: visiting all objects of torch and transformers takes 0.3 s. Older garbage is collected first,
+    since it may hold another base. Objects that the program itself has frozen stay so.
     """
-    if size > LARGE_BYTES and (device == "cpu" or torch.cuda.memory_allocated()):
+    if size <= LARGE_BYTES:
+        yield
+        return
+    if device == "cpu" or torch.cuda.memory_allocated():
         gc.collect()
     is_frozen = gc.get_freeze_count() > 0
     if not is_frozen:

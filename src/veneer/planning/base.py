@@ -6,6 +6,7 @@ and is assumed.
 """
 
 import re
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -17,9 +18,16 @@ from veneer.engine.choose import FULL_REASON, choose_engine
 from veneer.engine.dry_run import DryRun, Step, extrapolate, head_is_linear, run_dry
 from veneer.engine.fused import flash4
 from veneer.engine.fused.decoder import NotCoveredError
-from veneer.engine.fused.dry_run import StepPeaks, predict_placement, require_covered, run_layers_dry
+from veneer.engine.fused.dry_run import (
+    DryEngine,
+    StepPeaks,
+    dry_engine,
+    predict_placement,
+    require_covered,
+    run_layers_dry,
+)
 from veneer.engine.placement import MemoryPlacement, Rates, whole_blocks
-from veneer.model.shapes import build, find_config, is_local, is_stored_in_4_bits, shapes_of
+from veneer.model.shapes import Shapes, build, find_config, is_local, is_stored_in_4_bits, shapes_of
 from veneer.model.trainable import require_trainable
 from veneer.planning.batch_shapes import Lengths, RowShapes, assumed_rows, rows_of
 
@@ -49,6 +57,29 @@ class _HashableConfig:
             if all(on[n] == on[n % (times * period)] for n in range(depth)):
                 return times * period
         return None
+
+
+@dataclass(frozen=True)
+class _NamedConfig:
+    """A configuration, its attention and the base's name, that compare and hash by their content."""
+
+    config: Any = field(compare=False)
+    content: tuple[str, str, str]
+
+
+@lru_cache(maxsize=64)
+def _shapes(known: _NamedConfig) -> Shapes:
+    """Return the shapes of a base, with a cache: to build all of its layers takes a third of a plan."""
+    _, attention, name = known.content
+    base = build(deepcopy(known.config), torch.bfloat16, attention=attention)  # which changes it
+    require_trainable(base, name)
+    return shapes_of(base)
+
+
+@lru_cache(maxsize=8)
+def _engine(known: _HashableConfig, step: Step) -> DryEngine:
+    """Build the fused engine of a dry run, with a cache: a placement is chosen for several budgets."""
+    return dry_engine(known.build(step), step)
 
 
 @lru_cache(maxsize=256)
@@ -101,18 +132,16 @@ class PlannedModel:
         self, model: Model, data: tuple[Lengths, Lengths] | tuple[Lengths, Lengths, int] | RowShapes | str
     ) -> None:
         config = find_config(model)
-        stored = getattr(config, "dtype", None)  # before building, which may change it
-        base = build(config, torch.bfloat16, attention=model.attn_implementation)
-        require_trainable(base, model.base)
+        stored = getattr(config, "dtype", None)
+        text = config.to_json_string(use_diff=False)
         self.name, self.data = model.base, data
-        self.shapes = shapes_of(base)
+        self.shapes = _shapes(_NamedConfig(config, (text, model.attn_implementation, model.base)))
         self.stored: torch.dtype | None = getattr(torch, stored) if isinstance(stored, str) else stored
         self.is_4bit = is_stored_in_4_bits(config)
         # FlexAttention, which caps scores without FlashAttention-4, has no keys of other documents.
         self._shares_prompts = not getattr(config, "attn_logit_softcapping", None) or flash4.is_installed()
         self.download_bytes = 0 if is_local(model) else self.shapes.total * (self.stored or torch.bfloat16).itemsize
         # Everything that decides a dry run, as a hashable key.
-        text = config.to_json_string(use_diff=False)
         self._known = _HashableConfig(config, (text, model.attn_implementation, self.shapes.depth, self.shapes.period))
 
     @property
@@ -139,8 +168,8 @@ class PlannedModel:
         """Return the placement that the step's engine would choose, from its least peak and the device's memory."""
         if step.engine == "reference":
             return whole_blocks(self.shapes.depth, gradient_checkpointing)
-        base, depth = self._known.build(step), self.shapes.depth
-        return predict_placement(base, step, depth, gradient_checkpointing, peaks, budget_bytes, rates)
+        engine, depth = _engine(self._known, step), self.shapes.depth
+        return predict_placement(engine, step, depth, gradient_checkpointing, peaks, budget_bytes, rates)
 
     def rows(self, run: Run, engine: str) -> RowShapes:
         """Return batch shapes of a run's data for an engine; settings may differ from those it was read with."""

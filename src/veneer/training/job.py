@@ -7,7 +7,6 @@ folder begun. The adapter appears whole at the end.
 import platform
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import metadata
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +19,7 @@ from veneer.config.folder import remove, whole_folder, write_json, write_text
 from veneer.config.load import to_yaml
 from veneer.config.names import anchored
 from veneer.config.notify import kept_in, notify
+from veneer.config.versions import version_of
 from veneer.data.batch import Batch, Batches, Example
 from veneer.data.pipeline import Prepared
 from veneer.data.render import Renderer
@@ -510,8 +510,7 @@ class TrainingJob:
 
 def environment() -> dict[str, Any]:
     """Return versions and platform, for files that ship: no kernel's release, which can carry a host's name."""
-    versions = {name: metadata.version(name) for name in LIBRARIES}
-    versions["veneer"] = veneer.__version__
+    versions = {name: version_of(name) for name in LIBRARIES} | {"veneer": veneer.__version__}
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",

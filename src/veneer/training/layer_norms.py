@@ -38,7 +38,7 @@ class LayerNorms:
 
     def measure(self, is_logged: bool) -> None:
         """Launch the computation of a norm a tensor, in `norms`; nothing waits for it. Steps not logged have none."""
-        self.norms = ()
+        self.norms, self._layers = (), []
         if not is_logged:
             return
         if self._slices and self._master is not None and self._master.grad is not None:

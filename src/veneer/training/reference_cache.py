@@ -8,7 +8,6 @@ has no entry.
 import hashlib
 import json
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from veneer.config.cache import cached
 from veneer.config.files import file_sha256, read_json
 from veneer.config.folder import write_json
 from veneer.config.notify import notify
+from veneer.config.versions import version_of
 from veneer.data.batch import Batches
 from veneer.data.pipeline import Prepared
 from veneer.engine.interface import Engine
@@ -76,7 +76,7 @@ def facts_of(
         "attention": run.model.attn_implementation,
         "dtype": str(compute_dtype(run.model, machine)),
         "device": [machine.device, machine.name],
-        "libraries": [veneer.__version__, *(metadata.version(name) for name in names)],
+        "libraries": [veneer.__version__, *(version_of(name) for name in names)],
     }
 
 

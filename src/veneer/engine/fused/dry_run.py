@@ -70,8 +70,18 @@ class StepPeaks(NamedTuple):
     loss: int
 
 
+def dry_engine(base: Any, step: Step) -> "DryEngine":
+    """Build the engine for `predict_placement`.
+
+    Args:
+        base: model on the meta device, with a few layers that repeat in the model; changed.
+        step: the largest micro-batch.
+    """
+    return _engine(base, step)[0]
+
+
 def predict_placement(
-    base: Any,
+    engine: "DryEngine",
     step: Step,
     depth: int,
     gradient_checkpointing: bool | str,
@@ -82,7 +92,7 @@ def predict_placement(
     """Return the placement that the engine would choose, by its own policy.
 
     Args:
-        base: model on the meta device, with a few layers that repeat in the model; changed.
+        engine: `dry_engine` of the model and the step; not changed.
         step: the largest micro-batch.
         depth: layers of the model.
         gradient_checkpointing: the setting; only auto depends on memory.
@@ -90,7 +100,6 @@ def predict_placement(
         budget_bytes: memory of the device.
         rates: speeds of the device and its link, and the host's memory.
     """
-    engine = _engine(base, step)[0]
     blocks = [engine.blocks[number % len(engine.blocks)] for number in range(depth)]
     if gradient_checkpointing != "auto":
         return replace(checkpointed(blocks, gradient_checkpointing), records_passes=step.even and engine.is_recordable)
@@ -108,8 +117,8 @@ def predict_placement(
         return choose_placement(blocks, demand, budget_bytes, engine.is_recordable, rates)
 
 
-class _DryEngine(FusedEngine):
-    """The engine, with a phase of the trace for its head and for the backward of each block."""
+class DryEngine(FusedEngine):
+    """The engine of a dry run, with a phase of the trace for its head and for the backward of each block."""
 
     def watch(self, trace: Trace, period: int) -> None:
         """Begin phases in this trace."""
@@ -144,7 +153,7 @@ class _Marked(Block):
         super().backward(*arguments)
 
 
-def _engine(base: Any, step: Step) -> tuple[_DryEngine, dict[str, int]]:
+def _engine(base: Any, step: Step) -> tuple[DryEngine, dict[str, int]]:
     """Build the engine on stand-ins; also return the bytes that it always holds, by component."""
     if not step.adapter.is_low_rank:
         raise NotCoveredError(f"adapters of the method {step.adapter.name}")
@@ -156,7 +165,7 @@ def _engine(base: Any, step: Step) -> tuple[_DryEngine, dict[str, int]]:
     last = block_placement(ACTIVATIONS) if step.keeps_last else chosen
     with Trace(stands_in=False) as trace:
         trace.mark("start", "adapter's 16-bit copies")
-        engine = _DryEngine(model, graphs=False)
+        engine = DryEngine(model, graphs=False)
         engine.apply(replace(engine.placement, blocks=(*[chosen] * (depth - 1), last)))
         trace.assign(engine.master.data, "adapter")
         trace.assign(engine._flat_grad, "gradients")
@@ -172,7 +181,7 @@ def _engine(base: Any, step: Step) -> tuple[_DryEngine, dict[str, int]]:
     return engine, {name: count for name, count in held.items() if count}
 
 
-def _inputs(step: Step, engine: _DryEngine) -> Inputs:
+def _inputs(step: Step, engine: DryEngine) -> Inputs:
     """Return a dummy micro-batch, padded as the engine pads it."""
     tokens = step.rows * step.length
     targets = torch.full((tokens,), UNTRAINED)
