@@ -5,6 +5,7 @@ import gzip
 import json
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -90,19 +91,19 @@ def _arrow_folder(folder: Path, rows: list[dict[str, Any]]) -> Path:
     return folder / "a"
 
 
-@pytest.mark.parametrize("kind", WRITERS)
+OF_READING: tuple[dict[str, Any], ...] = ({}, {"limit": 7}, {"sample": 6})
+OF_ROWS: tuple[dict[str, Any], ...] = (
+    {"duplicates": "keep"},
+    {"duplicates": "drop-near"},
+    {"overlong": "truncate", "max_cut_rows": 0.5},
+    {"validation": 3},
+    {"pii": "refuse", "bad_rows": "drop"},
+)
+
+
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"duplicates": "keep"},
-        {"duplicates": "drop-near"},
-        {"overlong": "truncate", "max_cut_rows": 0.5},
-        {"limit": 7},
-        {"sample": 6},
-        {"validation": 3},
-        {"pii": "refuse", "bad_rows": "drop"},
-    ],
+    ("kind", "settings"),
+    [*product(WRITERS, OF_READING), *product(("json lines", "parquet"), OF_ROWS)],  # rows are the same from any file
 )
 def test_every_row_of_every_kind_of_file_has_one_fate(tmp_path: Path, kind: str, settings: dict[str, Any]) -> None:
     """Prompt and completion of every fate; the counts must add up whatever the settings."""

@@ -173,7 +173,7 @@ def failing(after: int, reply: Callable[[Handler], None]) -> Callable[[Handler],
         (lambda handler: handler.send(b"<html>hello</html>"), "no whole JSON, and begins with '<html>hello"),
         (lambda handler: handler.send({"choices": []}), "not that of an OpenAI-compatible server"),
         (lambda handler: handler.send({"message": "no such model"}, 404), "status 404: no such model"),
-        (lambda handler: time.sleep(2), "no answer within 0.3 seconds"),
+        (lambda handler: time.sleep(1), "no answer within 0.3 seconds"),
         (lambda handler: handler.connection.close(), "after 3 tries"),
     ],
 )
@@ -204,7 +204,7 @@ def test_a_server_that_fails_is_one_message_and_what_was_judged_is_kept(
         (lambda handler: handler.send(b"hello"), "no whole JSON, and begins with 'hello"),
         (lambda handler: handler.send({"models": []}), "no OpenAI-compatible server"),
         (lambda handler: handler.send({"error": "who are you?"}, 401), "wants a key"),
-        (lambda handler: time.sleep(2), "no answer within 0.3 seconds"),
+        (lambda handler: time.sleep(1), "no answer within 0.3 seconds"),
     ],
 )
 def test_an_address_without_a_judge_is_refused(

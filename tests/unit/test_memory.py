@@ -92,7 +92,7 @@ def test_the_stand_in_for_peft_holds_what_peft_holds(
 def test_a_deep_model_is_carried_on_as_if_every_layer_were_run(
     family: str, period: int, changes: dict[str, Any]
 ) -> None:
-    depth = 13 if period == 1 else 14
+    depth = 9 if period == 1 else 10
     make, shapes = maker(family, depth)
     assert shapes.period == period
     asked = step(shapes, quantized=shapes.quantizable(), method="qlora", **changes)

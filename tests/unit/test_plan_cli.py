@@ -126,6 +126,7 @@ def test_the_doctor_speaks_json_alone(call: Call) -> None:
     assert found["trains"][0]["best"]
 
 
+@pytest.mark.usefixtures("short_ladder")
 def test_the_doctor_exits_1_with_the_fix(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     sound = examine_machine()
     monkeypatch.setattr("veneer.api.doctor.examine_machine", lambda: replace(sound, outdated=["peft>=99 (found 1)"]))

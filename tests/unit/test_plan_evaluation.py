@@ -39,8 +39,11 @@ def test_rows_are_halved_until_they_fit_with_room_to_spare() -> None:
     assert fitting(16, 50) == 1
 
 
-@pytest.mark.parametrize("gpu", ["8GiB", "24GiB"])
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    ("path", "gpu"),
+    [(path, ("8GiB", "24GiB")[n % 2]) for n, path in enumerate(RECIPES)],
+    ids=lambda case: Path(case).stem,
+)
 def test_the_verdict_is_that_of_all_phases_shown(path: Path, gpu: str) -> None:
     run = load_run(path)
     found = planner_of(run, gpu).forecast(run)

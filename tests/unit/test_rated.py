@@ -145,6 +145,7 @@ def test_a_step_may_be_cut_anywhere_between_rows(
             "per_device_train_batch_size": rows,
             "gradient_accumulation_steps": 8 // rows,
             "objective": objective,
+            "max_steps": 3,
         }
         if objective == "dpo":
             train["dpo"] = {"rpo_alpha": 0.5}

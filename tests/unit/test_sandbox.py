@@ -20,13 +20,14 @@ HOSTILE = {
     "a long text": "{{ 'a' * 6000000000 }}",
     "a wide format": "{{ '%06000000000d' % 1 }}",
     "white space": "{{ 'a b' | indent(6000000000) }}",
-    "centred": "{{ 'a' | center(6000000000) }}",
     "a wide date": "{{ strftime_now('%6000000000d') }}",
 }
 
 
-@pytest.mark.parametrize("template", HOSTILE.values(), ids=HOSTILE)
-def test_a_template_without_end_is_one_message(template: str, tmp_path: Path) -> None:
+# The first two are below: each ends a child, and the next one loads for a second.
+@pytest.mark.parametrize("name", ["a wide format", "white space", "a wide date"])
+def test_a_template_without_end_is_one_message(name: str, tmp_path: Path) -> None:
+    template = HOSTILE[name]
     path = tmp_path / "t.jinja"
     path.write_text(template)
     try:

@@ -83,7 +83,7 @@ def test_a_resumed_sweep_runs_what_is_missing_and_gives_the_same_numbers(write: 
     whole = veneer.sweep(write(body, "whole"))
     assert {one["status"] for one in table(whole)} == {"finished", "stopped"}
 
-    for stop in (1, 3, 6):
+    for stop in (3, 6):  # within a rung, and at the end
         path, seen = write(body, f"stopped-{stop}"), list[dict[str, Any]]()
 
         def interrupt(record: dict[str, Any], seen: list[dict[str, Any]] = seen, stop: int = stop) -> None:
