@@ -20,7 +20,7 @@ from veneer.machine.device import Machine
 from veneer.planning.advice import RULES, DataFacts, Situation, TokenizerFacts, advise
 from veneer.planning.base import PlannedModel
 from veneer.planning.planner import Planner
-from veneer.planning.predict import predict_run
+from veneer.planning.predict import predict_run, prepare_if_local
 from veneer.planning.target import TargetDevice, device_named, this_device
 
 GiB = 2**30
@@ -148,13 +148,17 @@ def bases(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Pa
 
 
 def advised(base: str = "meta-llama/Llama-3.2-3B", gpu: str = "rtx 3060", **changes: Any) -> dict[str, dict[str, str]]:
-    """What `veneer plan` says of a run whose settings are sound but for the changes, by rule."""
+    """What `veneer plan` says of a run whose settings are sound but for the changes, by rule.
+
+    Without the search for what would make it fit.
+    """
     values: dict[str, Any] = {name: dict(section) for name, section in SOUND.items()}
     values["model"] = {"base": base}
     values["data"] = {"train": "rows.jsonl", "validation": 200, "max_length": 200, "workers": 1}
     for name, section in changes.items():
         values[name] = values.get(name, {}) | section
-    planned = veneer.plan(Run.model_validate(values), gpu).as_dict()
+    run = Run.model_validate(values)
+    planned = predict_run(run, device_named(gpu), prepare_if_local(run)).as_dict()
     return {advice["id"]: advice for advice in planned["advice"]}
 
 
@@ -179,6 +183,9 @@ def test_a_plan_finds_the_fault_of_a_run_and_says_what_to_do(
 def test_a_plan_leaves_sound_runs_in_peace(bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(bases)
     assert advised() == advised("chat") == {}
+    run = Run.model_validate(SOUND | {"model": {"base": "chat"}, "data": {"train": "rows.jsonl", "validation": 200}})
+    found = {advice["id"]: advice for advice in veneer.plan(run, "rtx 3060").as_dict()["advice"]}
+    assert found == {}, "a plan says no more"
     assert set(advised("meta-llama/Llama-3.1-8B", quantization={"bits": 4})) == {"requantized-merge"}
 
 
@@ -306,6 +313,9 @@ def test_the_page_of_advice_is_what_the_rules_are() -> None:
 # Defaults
 
 
+SMALL, LARGE = device_named("12GiB"), device_named("h100")
+
+
 @pytest.mark.parametrize("quantization", [None, {"bits": 4}])
 @pytest.mark.parametrize("base", BASES)
 def test_the_smallest_run_file_is_not_told_to_change_what_it_did_not_write(
@@ -313,7 +323,7 @@ def test_the_smallest_run_file_is_not_told_to_change_what_it_did_not_write(
 ) -> None:
     run = Run.model_validate({"model": {"base": base}, "data": {"train": "-"}, "quantization": quantization})
     written = {"model.base", "data.train", "quantization"}
-    for target in (device_named("12GiB"), device_named("h100"), CPU):
+    for target in (SMALL, CPU) if quantization else (SMALL, LARGE):
         unread = predict_run(run, target, "it was not asked for")
         read = Situation(run, unread.planner.base.shapes, unread.planner.base.stored, unread.forecast, DATA,
                          TOKENIZER, "qlora" if quantization else "lora")  # fmt: skip

@@ -228,8 +228,9 @@ def pair_course(name: str, dropout: float) -> list[Step]:
     return course(engine, STEPS, make=once)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("name", OFFLOADS)
+@pytest.mark.parametrize(
+    ("name", "dropout"), [*((name, 0.3) for name in OFFLOADS), ("nothing kept", 0.0), ("everything at once", 0.0)]
+)
 def test_a_placement_changes_no_bit(name: str, dropout: float) -> None:
     assert_same(pair_course(name, dropout), resident(dropout))
 

@@ -341,7 +341,7 @@ def test_the_mask_is_exactly_the_answers_and_their_end(name: str) -> None:
     tokenizer = AddsBos()
     made = renderer(tokenizer, chat_template=name)
 
-    @hypothesis_settings(150)
+    @hypothesis_settings(60)
     @given(random_chats())
     def check(chat: list[tuple[str, str]]) -> None:
         check_mask(made, tokenizer, chat, END_OF_TURN.get(name) or "<|im_end|>", name in TRIMS, STARTS.get(name, ""))

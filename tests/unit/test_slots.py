@@ -72,8 +72,9 @@ def in_slots(model: Any, prompts: list[list[int]], room: list[int], size: int, *
     return [continuation.ids for continuation in found]
 
 
-@pytest.mark.parametrize("family", SLOTTED)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("family", "attention"), [*((family, "sdpa") for family in SLOTTED), ("llama", "eager"), ("deepseek_v3", "eager")]
+)
 def test_answers_are_those_of_transformers(
     family: str, attention: str, model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

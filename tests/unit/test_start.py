@@ -179,6 +179,8 @@ def test_init_from_writes_a_run_that_goes_on_from_any_adapter_of_lora(
     first, second = losses(here / "runs" / "sft-dpo")
     assert first == pytest.approx(math.log(2), abs=1e-12), "it begins as its reference"
     assert second != first
+    if shape not in ("pissa", "bias", "new tokens"):  # a live one swaps matrices, whole tensors, and rows
+        return
     status, _, err = call(
         "train", "run.yaml", *SHORT, "train.learning_rate=1e-2", "train.reference=live", "--overwrite"
     )

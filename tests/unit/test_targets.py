@@ -261,7 +261,7 @@ class ScriptedServer(ThreadingHTTPServer):
 @pytest.fixture
 def server() -> Iterator[ScriptedServer]:
     with ScriptedServer() as running:
-        thread = threading.Thread(target=running.serve_forever)
+        thread = threading.Thread(target=running.serve_forever, args=(0.01,))
         thread.start()
         yield running
         running.shutdown()
@@ -298,7 +298,7 @@ def test_calls_that_a_server_takes_out_of_the_text_are_read(server: ScriptedServ
 
 
 def slow(handler: Scripted, body: dict[str, Any]) -> None:
-    time.sleep(2)
+    time.sleep(1)
 
 
 GARBAGE: dict[str, Callable[[Scripted, dict[str, Any]], None]] = {
@@ -310,7 +310,7 @@ GARBAGE: dict[str, Callable[[Scripted, dict[str, Any]], None]] = {
     "it lacks 'message'": lambda handler, body: handler.send(b'{"choices": [{"text": "a"}]}'),
     "it is no whole JSON, and begins with '{\"choices": lambda handler, body: handler.send(b'{"choices": [{"mess'),
     "it is empty": lambda handler, body: handler.send(b""),
-    "no answer within 0.5 seconds, after 2 tries": slow,
+    "no answer within 0.3 seconds, after 2 tries": slow,
     "it redirects to http://elsewhere.invalid": lambda handler, body: handler.send(
         b"", 307, Location="http://elsewhere.invalid"
     ),
@@ -321,7 +321,7 @@ GARBAGE: dict[str, Callable[[Scripted, dict[str, Any]], None]] = {
 def test_a_server_that_gives_no_answer_fails_the_job_and_keeps_the_others(
     server: ScriptedServer, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str
 ) -> None:
-    monkeypatch.setattr(servers, "TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(servers, "TIMEOUT_SECONDS", 0.3)
     monkeypatch.setattr(client, "DELAYS", (0.0, 0.0))
     monkeypatch.setattr("veneer.release.certify.answers.SLOTS", 1)
     path = write_rows(tmp_path / "rows.jsonl", QUESTIONS)
