@@ -286,7 +286,7 @@ class EndlessHandler(http.server.BaseHTTPRequestHandler):
 def address() -> Iterator[str]:
     EndlessHandler.asked.clear()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), EndlessHandler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()

@@ -93,8 +93,14 @@ def test_the_folder_is_a_model_of_plain_transformers(make: Make) -> None:
     assert (folder / "tokenizer.json").is_file()
 
 
-@pytest.mark.parametrize("optim", OPTIMIZERS)
-@pytest.mark.parametrize(("dtype", "masters"), [("float32", "none"), ("bfloat16", "none"), ("bfloat16", "float32")])
+@pytest.mark.parametrize(
+    ("optim", "dtype", "masters"),
+    [
+        *((optim, "bfloat16", "float32") for optim in OPTIMIZERS),
+        *(("adamw_torch", "float32", "none"), ("galore_adamw", "float32", "none")),
+        *(("adamw_8bit", "bfloat16", "none"), ("apollo_adamw", "bfloat16", "none")),
+    ],
+)
 def test_a_resumed_run_is_the_same_bit_for_bit(make: Make, optim: str, dtype: str, masters: str) -> None:
     settings = {"optim": optim, "master_weights": masters, "model": {"dtype": dtype}}
     whole = veneer.train(make("whole", **settings))

@@ -73,7 +73,7 @@ def test_tokens_depend_on_neither_batch_nor_order(
         if one > two:
             shuffled[one], shuffled[two] = second, first
     whole = ids_of(continued(usual, 16, sampling), pad)
-    for order, size in ((usual, 1), (usual, 3), (usual, 19), (shuffled, 16), (shuffled, 5)):
+    for order, size in ((usual, 1), (usual, 19), (shuffled, 5)):
         assert ids_of(continued(order, size, sampling), pad) == whole
     if sampling is not GREEDY:
         assert any(whole[first] != whole[second] for first, second in twice.items()), "they draw other numbers"

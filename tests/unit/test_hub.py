@@ -57,7 +57,7 @@ def answering() -> Iterator[tuple[str, Callable[[int], None], list[str]]]:
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}", lambda code: status.__setitem__(0, code), asked
     server.shutdown()

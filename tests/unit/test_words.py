@@ -58,7 +58,7 @@ def test_word_by_word_gives_the_tokens_of_the_whole_text(kind: str) -> None:
     words = made(backend)
     assert words is not None
 
-    @settings(max_examples=600, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(st.lists(TEXTS, max_size=4))
     def check(texts: list[str]) -> None:
         assert words.encode(texts) == [e.ids for e in backend.encode_batch(texts, add_special_tokens=False)]
