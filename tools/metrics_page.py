@@ -61,6 +61,8 @@ def _name(hint: Any) -> str:
         return f"object of {_name(get_args(hint)[1])}"
     if get_origin(hint) is tuple:
         return "[low, high]"
+    if get_origin(hint) is list:
+        return f"array of {_name(get_args(hint)[0])}"
     return JSON_NAMES[hint]
 
 

@@ -1,6 +1,7 @@
 """Which engine a run gets, that it is checked first, and that both engines train the same."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CalledProcessError
@@ -82,6 +83,18 @@ def test_both_engines_train_the_same(optim: str, checkpointing: bool, make_run: 
         for name in ("fused", "reference")
     ]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    layers = [
+        [
+            line["grad_norm_by_layer"]
+            for line in read_metrics(RunFolder(tmp_path / name).metrics)
+            if line["kind"] == "train"
+        ]
+        for name in ("fused", "reference")
+    ]
+    for fused, reference, norm in zip(*layers, norms[0], strict=True):
+        assert len(fused) == 2, "of the decoder's layers"
+        assert fused == pytest.approx(reference, rel=2e-3)
+        assert math.hypot(*fused) == pytest.approx(norm, rel=1e-3), "before clipping; together they are the whole"
     plan = json.loads((tmp_path / "fused" / "plan.json").read_text())
     assert plan["engine"] == "fused"
     assert "gives the reference's numbers" in plan["engine_reason"]

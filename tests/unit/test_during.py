@@ -79,8 +79,13 @@ def test_measuring_answers_changes_no_bit_of_the_training(engine: str, make: Mak
     assert same(tmp_path / "with" / "adapter", tmp_path / "without" / "adapter")
     plain, measured = evaluations(tmp_path / "without"), evaluations(tmp_path / "with")
     assert [record["step"] for record in measured] == [2, 4, 6]
-    added = {"exact_match", "answered_rows"}
-    assert [{key: record[key] for key in record.keys() - added} for record in measured] == plain
+    added = {"exact_match", "answered_rows", "samples", "time"}
+    without = [{key: record[key] for key in record.keys() - {"time"}} for record in plain]
+    assert [{key: record[key] for key in record.keys() - added} for record in measured] == without
+    assert [["base" in sample for sample in record["samples"]] for record in measured] == [
+        [True] * 3,
+        *[[False] * 3] * 2,
+    ]
     assert all(record["answered_rows"] == 8 and 0 <= record["exact_match"] <= 1 for record in measured)
 
 

@@ -119,6 +119,8 @@ def test_released_gradients_change_no_bit(make: Make, tmp_path: Path, optim: str
     folders = [RunFolder(run.train.output_dir) for run in runs]
     assert losses(folders[0].path) == losses(folders[1].path)
     assert same(*(weights(folder.model) for folder in folders))
+    has_norms = ["grad_norm_by_layer" in folder.metrics.read_text() for folder in folders]
+    assert has_norms == [False, True], "gradients that are dropped on the way are never measured together"
     assert "never held together" in folders[0].events.read_text()
 
 

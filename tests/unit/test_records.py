@@ -29,6 +29,8 @@ def fits(value: Any, hint: Any) -> bool:
         return any(fits(value, one) for one in inside)
     if origin is dict:
         return isinstance(value, dict) and all(fits(one, inside[1]) for one in value.values())
+    if origin is list:
+        return isinstance(value, list) and all(fits(one, inside[0]) for one in value)
     if origin is tuple:
         return len(value) == len(inside) and all(map(fits, value, inside))
     if hint is float:
@@ -58,7 +60,7 @@ def test_the_page_is_made_from_the_records() -> None:
 
 
 def test_a_key_of_no_table_and_a_wrong_type_are_found() -> None:
-    record = {"kind": "eval", "step": 1.5, "loss": None, "trained_tokens": 3, "best_step": 1, "new": 0}
+    record = {"kind": "eval", "step": 1.5, "loss": None, "trained_tokens": 3, "best_step": 1, "time": "", "new": 0}
     assert faults(record) == ["new: not in the table", "best_value: missing", "step = 1.5"]
 
 

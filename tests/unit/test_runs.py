@@ -13,8 +13,8 @@ import pytest
 import veneer
 from tests.support.run_folders import eval_record, make_run, train_record, write_lines
 from tests.support.runs import StopAt, some_rows, tiny_run, write_rows
-from veneer.api.runs import run_state
 from veneer.config import Interrupted, JobError, RunFolder
+from veneer.config.run_state import run_state
 from veneer.config.tail import BLOCK, last_of_kinds
 
 Call = Callable[..., tuple[int, str, str]]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from veneer.api.runs import RunState
+    from veneer.config.run_state import RunState
 
 STYLES = {"training": "green", "failed": "red", "interrupted": "yellow"}
 MORE = ("best", "base", "task")  # columns that a narrow terminal has no room for

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from veneer.api.runs import RunState
+    from veneer.config.run_state import RunState
 
 
 def watch(
@@ -26,8 +26,8 @@ def watch(
     """
     from dataclasses import asdict
 
-    from veneer.api.runs import run_state
     from veneer.cli import show
+    from veneer.config.run_state import run_state
 
     out = show.console(as_json)
     try:
@@ -49,9 +49,9 @@ def watch(
 def _follow(out: Any, run: Path, wait: bool) -> None:
     """Show a run until no process trains it, or nobody reads what is printed."""
     import veneer
-    from veneer.api.runs import run_state
     from veneer.cli import show
     from veneer.config import RunFolder
+    from veneer.config.run_state import run_state
 
     told: set[str] = set()
     step, was_stopped = 0, False

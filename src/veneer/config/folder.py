@@ -17,6 +17,7 @@ import errno
 import glob
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -30,6 +31,17 @@ if os.name != "nt":
     import fcntl
 
 _RANDOM = 12  # characters that tell temporary names apart
+
+
+def as_os_error(error: Exception) -> OSError | None:
+    """Return the error of the system that kept something from being written; None: it is another one.
+
+    Libraries in other languages raise classes of their own, and name its number in their text.
+    """
+    if isinstance(error, OSError):
+        return error
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return None if found is None else OSError(int(found[1]), os.strerror(int(found[1])))
 
 
 def make_folder(path: Path) -> None:

@@ -61,12 +61,20 @@ class TrainRecord(ObjectiveMetrics):
     loss: Annotated[float, "loss of this step alone, normalized over all its micro-batches"]
     learning_rate: Annotated[float, "learning rate of the step"]
     grad_norm: Annotated[Number, "norm of the gradient before clipping; null: a float16 step that overflowed"]
+    grad_norm_by_layer: NotRequired[
+        Annotated[
+            list[Number],
+            "`grad_norm` by decoder layer, the first one first, without what is in none (embeddings, a head); null: "
+            "nothing is trained in a layer, or not finite; absent where gradients are dropped within the backward",
+        ]
+    ]
     tokens: Annotated[int, "tokens that went through the model"]
     trained_tokens: Annotated[int, "tokens that count in the loss"]
     seconds: Annotated[float, "time of the step"]
     tokens_per_second: Annotated[float, "`tokens` by `seconds`"]
     peak_bytes: Annotated[int, "peak of memory since the process began training"]
     predicted_peak_bytes: Annotated[int, "peak that the plan predicted"]
+    time: Annotated[str, "when it was recorded, UTC, ISO 8601"]
 
 
 class EvalRecord(ObjectiveMetrics, HeldOutMetrics):
@@ -78,9 +86,17 @@ class EvalRecord(ObjectiveMetrics, HeldOutMetrics):
     perplexity: NotRequired[Annotated[Number, "exp(loss), of supervised training"]]
     trained_tokens: Annotated[int, "held-out tokens that count in the loss"]
     answered_rows: NotRequired[Annotated[int, "rows that were answered for the metrics of `evaluate.during`"]]
+    samples: NotRequired[
+        Annotated[
+            list[dict[str, str]],
+            "the first of these rows: `place`, `prompt`, `reference`, `answer`, once also the `base`'s; texts are "
+            "cut at 600 characters. No tracker gets them",
+        ]
+    ]
     intervals: NotRequired[Annotated[dict[str, Ends], "pairs: ends of the 95% interval of each mean, by its key"]]
     best_step: Annotated[int | None, "best step so far, by the metric of `train.early_stopping`, or by the loss"]
     best_value: Annotated[Number, "its value"]
+    time: Annotated[str, "when it was recorded, UTC, ISO 8601"]
 
 
 class DivergenceRecord(TypedDict):
@@ -95,6 +111,7 @@ class DivergenceRecord(TypedDict):
     grad_norm: Annotated[Number, "norm of its gradient before clipping"]
     learning_rate: Annotated[float, "learning rate of the step"]
     rate_factor: Annotated[float, "factor of the learning rate from here on; below 1 after a rollback"]
+    time: Annotated[str, "when it was recorded, UTC, ISO 8601"]
 
 
 RECORDS: dict[str, type] = {"train": TrainRecord, "eval": EvalRecord, "divergence": DivergenceRecord}

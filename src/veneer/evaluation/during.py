@@ -7,9 +7,13 @@ Nothing of the training changes: random numbers and the model's mode are put bac
 
 The sample is bounded by tokens and not by rows: a row takes its prompt and the longest answer that may be generated.
 No answer may be longer than twice the longest reference, since a model that does not end its answer is wrong by then.
+
+The first rows' answers stand in the record (`samples`), for the page of the run to show how they change; the base's
+own answers to them are generated once, and stand in the first record of each process.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from veneer.config import JobError, Run, UserError
@@ -21,12 +25,16 @@ from veneer.evaluation.compare import Score, count_rows, judge, questions_of, re
 from veneer.evaluation.generation import generate
 from veneer.evaluation.memory import LESS_MEMORY
 from veneer.evaluation.metrics import METRICS, choose
-from veneer.evaluation.metrics.metric import MetricResult, ScoredRows
+from veneer.evaluation.metrics.metric import MetricResult, Sample, ScoredRows
 from veneer.machine.batching import Batching
 from veneer.machine.device import rng_state, set_rng_state
+from veneer.model.full import is_full
 from veneer.training.best import BETTER, LOSS
 from veneer.training.objectives.supervised import Supervised
 from veneer.training.parts import ON_HOST, ON_HOST_FIX
+
+SHOWN = 3  # rows whose answers are recorded
+SHOWN_CHARACTERS = 600  # of a text there
 
 
 class _StoppedError(Exception):
@@ -66,12 +74,13 @@ class DuringTraining:
         count = _within(prompts, self.max_new_tokens, settings.during_tokens)
         self.rows, self._prompts = asked[:count], prompts[:count]
         self._batching = Batching(settings.batch_size, LESS_MEMORY)  # fewer rows at a time, once memory was short
+        self._has_base = False  # whether the base's answers were recorded
         self._require_names()
         self._followed = run.train.early_stopping.metric if run.train.early_stopping is not None else LOSS
         self.better = BETTER[self._followed] if self._followed in self._recorded else self._better()
 
-    def measure(self, model: Any, engine: Engine, stopped: Callable[[], bool]) -> dict[str, float] | None:
-        """Answer the sample and return the metrics' values and the rows answered; None where it was stopped.
+    def measure(self, model: Any, engine: Engine, stopped: Callable[[], bool]) -> dict[str, Any] | None:
+        """Answer the sample and return the metrics' values, rows answered and samples; None where it was stopped.
 
         Args:
             model: The PEFT model that is trained; its mode is put back.
@@ -93,7 +102,13 @@ class DuringTraining:
         began_with, was_training = rng_state(), model.training
         try:
             go_on(0)
-            answers = generate(model, self._renderer, self._prompts, self.max_new_tokens, self._batching, on_done=go_on)
+            write = partial(generate, model, self._renderer, max_new_tokens=self.max_new_tokens)
+            answers = write(self._prompts, batch_size=self._batching, on_done=go_on)
+            of_base: list[str] = []
+            if not (self._has_base or is_full(model)):
+                with engine.adapter_off():
+                    of_base = write(self._prompts[:SHOWN], batch_size=self._batching, on_done=go_on)
+                self._has_base = True
         except _StoppedError:
             return None
         finally:
@@ -103,7 +118,7 @@ class DuringTraining:
         values = {name: result.interval.value for name, result in score.results.items()}
         if self._followed in self._names and self._followed not in values:
             values[self._followed] = self._deciding(score).interval.value
-        return values | {"answered_rows": count_rows(self.rows)}
+        return values | {"answered_rows": count_rows(self.rows), "samples": _shown(score.samples[:SHOWN], of_base)}
 
     def _deciding(self, score: Score) -> MetricResult:
         """Return the result that stands for the metric by which the best step is found, whatever name it has."""
@@ -140,6 +155,16 @@ class DuringTraining:
                 )
         if self._names:
             choose(self._questions())
+
+
+def _shown(samples: Sequence[Sample], of_base: Sequence[str]) -> list[dict[str, str]]:
+    """Return what a record says of answers, with those of the base where they were generated."""
+    texts = [
+        {"place": one.place, "prompt": one.prompt, "reference": one.reference, "answer": one.answer} for one in samples
+    ]
+    for text, answer in zip(texts, of_base):
+        text["base"] = answer
+    return [{key: value[:SHOWN_CHARACTERS] for key, value in text.items()} for text in texts]
 
 
 def _within(prompts: Sequence[Sequence[int]], max_new_tokens: int, budget: int) -> int:

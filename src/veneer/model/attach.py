@@ -3,7 +3,8 @@
 The adapter's weights are float32 whatever the base's dtype: they are the master weights of the optimizer.
 """
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -236,6 +237,30 @@ def write_adapter(model: Any, folder: Path) -> None:
     finally:
         if began_with is not None:
             config.init_lora_weights, config.eva_config = began_with, eva
+
+
+def copy_adapter(model: Any) -> Callable[[Path], None]:
+    """Copy the adapter to the host; returns a function that writes it as `write_adapter` does, without the card."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    with quiet():
+        found = get_peft_model_state_dict(model, save_embedding_layers=False)
+    weights = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in found.items()}
+    config = copy.deepcopy(model.peft_config["default"])
+    config.inference_mode = True
+    if getattr(config, "init_lora_weights", None) not in (None, "gaussian"):
+        config.init_lora_weights, config.eva_config = True, None
+    mapping = None
+    if config.task_type is None:
+        base = type(model.get_base_model())
+        mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
+
+    def write(folder: Path) -> None:
+        save_file(weights, folder / ADAPTER, {"format": "pt"})
+        config.save_pretrained(str(folder), auto_mapping_dict=mapping)
+
+    return write
 
 
 def count_parameters(model: Any) -> dict[str, int]:

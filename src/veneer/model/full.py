@@ -58,6 +58,27 @@ def write_weights(model: Any, folder: Path) -> None:
         model.save_pretrained(str(folder))
 
 
+def copy_weights(model: Any, copies: bool = True) -> Callable[[Path], None]:
+    """Take a whole model off the device; returns a function that writes it as `write_weights` does.
+
+    Args:
+        model: The model.
+        copies: Whether tensors on the host are copied too, so that later steps do not change them.
+    """
+    taken: dict[int, torch.Tensor] = {}  # by address: tied weights stay one
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in taken:
+            taken[tensor.data_ptr()] = tensor.detach().to("cpu", copy=copies)
+        weights[name] = taken[tensor.data_ptr()]
+
+    def write(folder: Path) -> None:
+        with quiet():
+            model.save_pretrained(str(folder), state_dict=weights)
+
+    return write
+
+
 def save_full(model: Any, tokenizer: Any, chat_template: str | None, stop_ids: set[int], folder: Path) -> None:
     """Write a whole model with the tokenizer and the chat template that it was trained with.
 

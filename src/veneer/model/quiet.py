@@ -5,6 +5,7 @@ Real problems are not hidden: missing weights are read from the loader's own rep
 
 import contextlib
 import logging
+import threading
 import warnings
 from collections.abc import Iterator
 
@@ -18,9 +19,42 @@ for _name in (
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 
+class _Silence:
+    """What is silenced while any thread asks for it: the levels, filters and bars are those of the whole process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._within = 0
+        self._restore = contextlib.ExitStack()
+
+    def enter(self) -> None:
+        with self._lock:
+            self._within += 1
+            if self._within == 1:
+                self._restore.enter_context(_silenced())
+
+    def leave(self) -> None:
+        with self._lock:
+            self._within -= 1
+            if not self._within:
+                self._restore.close()
+
+
+_SILENCE = _Silence()
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Within the context, libraries log errors only, without warnings and progress bars."""
+    """Within the context, libraries log errors only, without warnings and progress bars; in all threads."""
+    _SILENCE.enter()
+    try:
+        yield
+    finally:
+        _SILENCE.leave()
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
     from transformers.utils import logging as transformers_logging
 
     bars = transformers_logging.is_progress_bar_enabled()

@@ -5,7 +5,7 @@ or a whole model in Transformers'. The position is the number of steps done: ord
 it (data/batch.py, training/schedule.py). Everything is safetensors or JSON; nothing is unpickled.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from veneer.config.folder import remove, whole_folder
 from veneer.config.manifest import OPTIMIZER, RNG, read_manifest, write_manifest
 from veneer.config.notify import notify
 from veneer.machine.device import rng_state, set_rng_state
-from veneer.model.attach import set_adapter, write_adapter
-from veneer.model.full import is_full, load_weights, write_weights
+from veneer.model.attach import copy_adapter, set_adapter
+from veneer.model.full import copy_weights, is_full, load_weights
 from veneer.training.divergence import DivergenceWatch, is_good
 from veneer.training.optimizer import get_state, set_state
 
@@ -48,27 +48,63 @@ class TrainingState:
         """The names of the updated parameters."""
         return {parameter: name for name, parameter in self.updated.items()}
 
+    def bytes_of_copy(self) -> int:
+        """Return the bytes of the trained weights and of the optimizer's states."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        return sum(value.nbytes for value in (*trained, *states) if isinstance(value, torch.Tensor))
 
-def save(folder: Path, step: int, state: TrainingState) -> Path:
-    """Write the state after `step` steps into `folder`/step-NNNNNN.
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A state on the host, ready to be written; with `copies`, later steps change nothing of it.
+
+    Attributes:
+        step: Steps done.
+        write_weights: Function that writes the trained weights into a folder.
+        optimizer, rng: States of the optimizer and of the random number generators.
+        facts: What the manifest says beside checksums.
+        bytes: Bytes of the tensors.
+    """
+
+    step: int
+    write_weights: Callable[[Path], None]
+    optimizer: dict[str, torch.Tensor]
+    rng: dict[str, torch.Tensor]
+    facts: dict[str, Any]
+    bytes: int
+
+
+def take(step: int, state: TrainingState, copies: bool = True) -> Snapshot:
+    """Take the state after `step` steps off the device.
 
     Args:
-        folder: Folder of the run's checkpoints.
         step: Steps done.
-        state: State to write.
+        state: The state.
+        copies: Whether large tensors on the host are copied too, so that training may go on while they are written.
     """
-    path = path_of(folder, step)
-    with whole_folder(path) as unfinished:
-        if is_full(state.model):
-            write_weights(state.model, unfinished)
-        else:
-            write_adapter(state.model, unfinished)
-        save_file(get_state(state.optimizer, state.names), unfinished / OPTIMIZER)
-        save_file(rng_state(), unfinished / RNG)
-        facts = {"step": step, "began_with": dict(state.began_with), "loss_scale": state.scaler.state_dict()}
-        facts["divergence"] = state.divergence.state_dict()
-        write_manifest(unfinished, facts)
-    return path
+    return Snapshot(
+        step,
+        copy_weights(state.model, copies) if is_full(state.model) else copy_adapter(state.model),
+        get_state(state.optimizer, state.names, copies),
+        rng_state(),
+        {
+            "step": step,
+            "began_with": dict(state.began_with),
+            "loss_scale": state.scaler.state_dict(),
+            "divergence": state.divergence.state_dict(),
+        },
+        state.bytes_of_copy(),
+    )
+
+
+def write(folder: Path, snapshot: Snapshot) -> None:
+    """Write a state into `folder`/step-NNNNNN."""
+    with whole_folder(path_of(folder, snapshot.step)) as unfinished:
+        snapshot.write_weights(unfinished)
+        save_file(snapshot.optimizer, unfinished / OPTIMIZER)
+        save_file(snapshot.rng, unfinished / RNG)
+        write_manifest(unfinished, snapshot.facts)
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -137,6 +173,12 @@ def latest_whole(folder: Path) -> Path | None:
             continue
         return path
     return None
+
+
+def newest(folder: Path) -> Path | None:
+    """Return the newest checkpoint, whole or not; None: there is none."""
+    found = _all(folder)
+    return found[-1] if found else None
 
 
 def to_roll_back_to(folder: Path, tried: int | None) -> Path | None:

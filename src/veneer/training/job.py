@@ -56,6 +56,7 @@ from veneer.training.rate_search import RateSearch, find_rate, with_rate
 from veneer.training.reference import Reference
 from veneer.training.run_batches import batches_of, largest_rows, vary
 from veneer.training.same_settings import require_same_settings
+from veneer.training.saving import disk_errors_told
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers", "numpy")
 RELEASED = (
@@ -379,7 +380,10 @@ class TrainingJob:
             kept_step=self._loop.kept_step,
         )
         is_whole = self.run.adapter is None
-        with whole_folder(self.folder.model if is_whole else self.folder.adapter) as unfinished:
+        delivered = self.folder.model if is_whole else self.folder.adapter
+        size = sum(parameter.nbytes for parameter in self.model.parameters() if parameter.requires_grad)
+        what = f"{delivered}: the {'model' if is_whole else 'adapter'}"
+        with disk_errors_told(what, size, self.folder.checkpoints), whole_folder(delivered) as unfinished:
             if is_whole:
                 template, stop_ids = self.renderer.template, self.renderer.stop_ids
                 save_full(self.model, self.tokenizer, template, stop_ids, unfinished)

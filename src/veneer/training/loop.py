@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,13 @@ from veneer.training.divergence import DivergenceWatch, Finding
 from veneer.training.first_gradients import FirstGradients
 from veneer.training.full_optimizer import FullOptimizer, ReleasedGradients
 from veneer.training.held_out import HeldOutRows
+from veneer.training.layer_norms import LayerNorms
 from veneer.training.memory import OutOfMemoryRecovery, describe
 from veneer.training.metrics import Listener
 from veneer.training.optimizer import allocate_states, optimizer_of, parameters_to_update
 from veneer.training.pair_values import describe_pairs, outputs_of_rows
 from veneer.training.reference_logprobs import WithReference
+from veneer.training.saving import Saver
 from veneer.training.schedule import learning_rate
 from veneer.training.stop import stop_signal
 
@@ -116,12 +119,15 @@ class Loop:
         self._updated = parameters_to_update(model, engine, train, device)
         self._optimizer = optimizer_of(model, self._updated, train, device)
         self._releases = releases
+        trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
+        self._layer_norms = LayerNorms(trained, engine.master)
         self._scaler = torch.amp.GradScaler(device, enabled=scale_loss)
         self._watch = DivergenceWatch(train.on_divergence, may_overflow=scale_loss)
         self._messages = DivergenceMessages(train, scale_loss)
         self._state = checkpoint.TrainingState(
             model, self._optimizer, self._updated, self._scaler, began_with, self._watch
         )
+        self._saver = Saver(checkpoints, train.save_total_limit)
         self._recovery = OutOfMemoryRecovery(engine, self._drop_gradients, explain, most_tokens)
         self._explain = explain
         self._during = during
@@ -181,7 +187,7 @@ class Loop:
         tokens, seconds = 0, 0.0
         last = self.steps if until is None else min(until, self.steps)
         try:
-            with stop_signal() as stopped:
+            with stop_signal() as stopped, self._saver:
                 if try_largest and self.done < last:
                     self._try_largest()
                 if self.done:
@@ -190,6 +196,7 @@ class Loop:
                     allocate_states(self._optimizer)
                     self._save()
                 while self.done < last and not self.best.is_over:
+                    self._saver.check()
                     record, finding = self._step(self.done)
                     tokens, seconds = tokens + record["tokens"], seconds + record["seconds"]
                     self.done += 1
@@ -227,7 +234,7 @@ class Loop:
                 "train.on_divergence",
             )
         if self.done < self.steps:
-            if not self._checkpoint().exists():
+            if not self._saver.has(self.done):
                 self._save()
             rate = learning_rate(self.done - 1, self.steps, 1.0, train.warmup_ratio, train.lr_scheduler_type)
             found = "" if best.step is None else f", best after step {best.step} ({best.value:.4g})"
@@ -239,6 +246,7 @@ class Loop:
                 "train.early_stopping",
             )
         if self.kept_step != self.done:
+            self._saver.wait()
             checkpoint.load_adapter_alone(self._checkpoint(self.kept_step), self._model)
 
     @property
@@ -306,6 +314,8 @@ class Loop:
         if not is_full(self._model) and starts_from_base(self._model.peft_config["default"]):
             drop_frozen_gradients(self._model)
         self._scaler.unscale_(self._optimizer)
+        is_logged = _due(self.done + 1, self._train.logging_steps) or self.done + 1 == self.steps
+        self._layer_norms.measure(is_logged)
         norm = torch.nn.utils.clip_grad_norm_(self._updated.values(), self._train.max_grad_norm or math.inf)
         return sums, norm, self._first_gradients.sizes()
 
@@ -338,11 +348,12 @@ class Loop:
             sums, norm, largest = self._recovery.run(
                 f"step {number + 1}", micro_batches, lambda batches: self._gradients(batches, scale)
             )
-        like = sums["loss"]
-        scalars = [value.to(like.device, like.dtype) for value in (norm, *sums.values(), *largest)]
+        like, layers = sums["loss"], self._layer_norms.norms
+        scalars = [value.to(like.device, like.dtype) for value in (norm, *sums.values(), *largest, *layers)]
         grad_norm, *read = torch.stack(scalars).tolist()
+        by_layer = self._layer_norms.by_layer(read[len(read) - len(layers) :])  # read last
         means = _means(dict(zip(sums, read, strict=False)))
-        loss, sizes = means["loss"], read[len(sums) :]
+        loss, sizes = means["loss"], read[len(sums) :][: len(largest)]
         finding = self._watch.judge(number + 1, loss, grad_norm)
         if finding is None or finding.action == "none":
             if math.isfinite(grad_norm):
@@ -362,6 +373,7 @@ class Loop:
             **means,
             "learning_rate": rate,
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+            **({"grad_norm_by_layer": by_layer} if layers else {}),
             "tokens": tokens,
             "trained_tokens": sum(batch.trained for batch in micro_batches),
             "seconds": round(seconds, 4),
@@ -395,13 +407,15 @@ class Loop:
 
     def _roll_back(self, finding: Finding, rewind: Callable[[int], Sequence[Mapping[str, Any]]]) -> Finding:
         """Go back to the last good checkpoint, which keeps the lower rate from here on; returns what was done."""
+        self._saver.wait()
         before = self._watch.state_dict()
         path = checkpoint.to_roll_back_to(self._checkpoints, self._watch.rolled_to)
         if path is None:
             return replace(finding, action="stop", reason=f"{finding.reason}; there is no checkpoint to go back to")
         self.done = checkpoint.load(path, self._state)
         self._watch.rolled_back(before, self.done)
-        checkpoint.save(self._checkpoints, self.done, self._state)
+        self._saver.save(self.done, self._state, None, drops=False)
+        self._saver.wait()
         checkpoint.drop_after(self._checkpoints, self.done)
         self.best = BestStep(self._train.early_stopping, self._better)
         self.best.recall(rewind(self.done))
@@ -414,7 +428,7 @@ class Loop:
         measured = self._measure_held_out(stopped)
         during = None if measured is None else self._during(stopped)
         if measured is None or during is None:
-            if not self._checkpoint().exists():
+            if not self._saver.has(self.done):
                 self._save()
             raise Interrupted(self._checkpoint())
         means, trained = measured
@@ -432,10 +446,14 @@ class Loop:
             "trained_tokens": trained,
             **during,
         }
-        if self.best.see(record) and self._protected is not None and not self._checkpoint().exists():
-            checkpoint.save(self._checkpoints, self.done, self._state)  # before its record names it the best
+        is_protected = self.best.see(record) and self._protected is not None
+        if is_protected:  # its checkpoint is whole before its record names it the best, and the one before goes after
+            if not self._saver.has(self.done):
+                self._saver.save(self.done, self._state, self._protected, drops=False)
+            self._saver.wait()
         _report(listeners, record | self.best.as_dict())
-        checkpoint.drop_old(self._checkpoints, self._train.save_total_limit, self._protected)
+        if is_protected:
+            self._saver.drop_old(self._protected)
 
     def _measure_held_out(self, stopped: Callable[[], bool]) -> tuple[dict[str, Any], int] | None:
         """Measure held-out loss and metrics, and count the trained tokens; None where it was stopped."""
@@ -466,9 +484,9 @@ class Loop:
         return checkpoint.path_of(self._checkpoints, self.done if step is None else step)
 
     def _save(self) -> None:
-        checkpoint.save(self._checkpoints, self.done, self._state)
-        if self._watch.is_good or self._train.on_divergence != "rollback":  # else the ones before may be needed
-            checkpoint.drop_old(self._checkpoints, self._train.save_total_limit, self._protected)
+        # While steps are off, the checkpoints before them may be needed.
+        drops = self._watch.is_good or self._train.on_divergence != "rollback"
+        self._saver.save(self.done, self._state, self._protected, drops)
 
 
 def held_out_batching(rows_at_a_time: int, objective: Objective) -> Batching:
@@ -497,5 +515,6 @@ def _due(step: int, every: int | None) -> bool:
 
 
 def _report(listeners: Sequence[Listener], record: dict[str, Any]) -> None:
+    record = record | {"time": datetime.now(UTC).isoformat(timespec="seconds")}
     for listener in listeners:
         listener(record)

@@ -113,10 +113,18 @@ def allocate_states(optimizer: torch.optim.Optimizer) -> None:
                 raise
 
 
-def get_state(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str]) -> dict[str, torch.Tensor]:
-    """Return the optimizer's state as tensors by name (`<parameter>/<state>`), for safetensors."""
-    # bitsandbytes' states share tables, and those of whole weights none.
-    copies = not isinstance(optimizer, FullOptimizer)
+def get_state(
+    optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str], copies: bool = True
+) -> dict[str, torch.Tensor]:
+    """Return the optimizer's state as tensors by name (`<parameter>/<state>`), for safetensors.
+
+    Args:
+        optimizer: The optimizer.
+        names: Names of its parameters.
+        copies: Whether what is on the host already is copied.
+    """
+    # bitsandbytes' states share tables, which safetensors does not take; those of whole weights share none.
+    copies = copies or not isinstance(optimizer, FullOptimizer)
     tensors = {}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
