@@ -203,6 +203,8 @@ def test_a_run_may_be_resumed_with_its_steps_cut_otherwise(stopped: Path) -> Non
 
 
 def test_resuming_in_another_precision_is_refused(stopped: Path) -> None:
+    run = (stopped / "run.yaml").read_text().replace("optim: auto", "optim: adamw_torch")
+    (stopped / "run.yaml").write_text(run)
     plan = json.loads((stopped / "plan.json").read_text())
     (stopped / "plan.json").write_text(json.dumps(plan | {"optim": "adamw_8bit"}))
     with pytest.raises(UserError, match=r"train\.optim: the run began with adamw_8bit, on this machine .* adamw_torch"):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from veneer.config import UserError
@@ -21,7 +22,7 @@ from veneer.machine.device import rng_state, set_rng_state
 from veneer.model.attach import copy_adapter, set_adapter
 from veneer.model.full import copy_weights, is_full, load_weights
 from veneer.training.divergence import DivergenceWatch, is_good
-from veneer.training.optimizer import get_state, set_state
+from veneer.training.optimizer import MASTER, get_state, layout_of, set_state, split_state
 
 
 @dataclass(frozen=True)
@@ -83,17 +84,20 @@ def take(step: int, state: TrainingState, copies: bool = True) -> Snapshot:
         state: The state.
         copies: Whether large tensors on the host are copied too, so that training may go on while they are written.
     """
+    master = state.updated.get(MASTER)
+    facts = {
+        "step": step,
+        "began_with": dict(state.began_with),
+        "loss_scale": state.scaler.state_dict(),
+        "layout": None if master is None else layout_of(state.model, master),
+        "divergence": state.divergence.state_dict(),
+    }
     return Snapshot(
         step,
         copy_weights(state.model, copies) if is_full(state.model) else copy_adapter(state.model),
         get_state(state.optimizer, state.names, copies),
         rng_state(),
-        {
-            "step": step,
-            "began_with": dict(state.began_with),
-            "loss_scale": state.scaler.state_dict(),
-            "divergence": state.divergence.state_dict(),
-        },
+        facts,
         state.bytes_of_copy(),
     )
 
@@ -131,12 +135,21 @@ def load(path: Path, state: TrainingState) -> int:
             "restore that, or start a new run in another train.output_dir",
         )
     _set_weights(state.model, path)
-    set_state(state.optimizer, state.names, load_file(path / OPTIMIZER))
+    tensors = load_file(path / OPTIMIZER)
+    if MASTER not in state.updated and (layout := manifest.get("layout")):
+        tensors = split_state(tensors, layout, state.updated)
+    set_state(state.optimizer, state.names, tensors)
     if state.scaler.is_enabled():
         state.scaler.load_state_dict(manifest["loss_scale"])
     state.divergence.load_state_dict(manifest.get("divergence"))
     set_rng_state(load_file(path / RNG))
     return int(manifest["step"])
+
+
+def is_flat(path: Path) -> bool:
+    """Return whether the optimizer's state is that of an engine's one flat parameter."""
+    with safe_open(path / OPTIMIZER, framework="pt") as file:
+        return any(name.startswith(f"{MASTER}/") for name in file.keys())  # noqa: SIM118 - it is no dict
 
 
 def load_adapter_alone(path: Path, model: Any) -> None:
@@ -162,7 +175,7 @@ def latest_whole(folder: Path) -> Path | None:
     Raises:
         UserError: All are damaged.
     """
-    found = _all(folder)
+    found = all_in(folder)
     for path in reversed(found):
         try:
             read_manifest(path)
@@ -177,7 +190,7 @@ def latest_whole(folder: Path) -> Path | None:
 
 def newest(folder: Path) -> Path | None:
     """Return the newest checkpoint, whole or not; None: there is none."""
-    found = _all(folder)
+    found = all_in(folder)
     return found[-1] if found else None
 
 
@@ -190,7 +203,7 @@ def to_roll_back_to(folder: Path, tried: int | None) -> Path | None:
             better, if there is one.
     """
     good = []
-    for path in _all(folder):
+    for path in all_in(folder):
         try:
             if is_good(read_manifest(path).get("divergence")):
                 good.append(path)
@@ -203,17 +216,18 @@ def to_roll_back_to(folder: Path, tried: int | None) -> Path | None:
 
 def drop_after(folder: Path, step: int) -> None:
     """Delete the checkpoints after a step, with which training goes on."""
-    for path in _all(folder):
+    for path in all_in(folder):
         if step_of(path) > step:
             remove(path)
 
 
 def drop_old(folder: Path, keep: int, best: int | None = None) -> None:
     """Delete all but the newest `keep` checkpoints, and that of the step `best`."""
-    for path in _all(folder)[:-keep]:
+    for path in all_in(folder)[:-keep]:
         if step_of(path) != best:
             remove(path)
 
 
-def _all(folder: Path) -> list[Path]:
+def all_in(folder: Path) -> list[Path]:
+    """Return the checkpoints of a folder, whole or not, the oldest first."""
     return sorted(folder.glob("step-*"), key=step_of)

@@ -82,6 +82,7 @@ class Loop:
         with_reference: Function that gives a batch the reference's log-probabilities; see `reference_logprobs`.
         estimate_kl: Function that estimates the KL divergence, for objectives that need it.
         releases: Whether each weight is updated within the backward (`FullOptimizer.released`).
+        has_separate_states: Whether the state that it goes on from is one of each matrix; see `parameters_to_update`.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Loop:
         with_reference: WithReference = lambda batch: batch,
         estimate_kl: EstimateKL = lambda step: {},
         releases: bool = False,
+        has_separate_states: bool = False,
     ) -> None:
         self._engine = engine
         self._objective = objective
@@ -116,7 +118,7 @@ class Loop:
         self._device = device
         self._predicted_peak_bytes = predicted_peak_bytes
         self._first_gradients = FirstGradients(model)
-        self._updated = parameters_to_update(model, engine, train, device)
+        self._updated = parameters_to_update(model, engine, train, device, has_separate_states)
         self._optimizer = optimizer_of(model, self._updated, train, device)
         self._releases = releases
         trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
@@ -152,6 +154,7 @@ class Loop:
         Raises:
             UserError: The checkpoint of the best step is gone.
         """
+        self.best = BestStep(self._train.early_stopping, self._better)
         self.best.recall(records)
         if self._protected is not None and not (best := self._checkpoint(self._protected)).exists():
             raise UserError(
@@ -423,7 +426,7 @@ class Loop:
 
     def _evaluate_if_due(self, listeners: Sequence[Listener], stopped: Callable[[], bool]) -> None:
         """Measure the held-out loss, where this step has one; a stop leaves it out, and a checkpoint stands for it."""
-        if not self._held_out or not (self.done == self.steps or _due(self.done, self._train.eval_steps)):
+        if not self.evaluates_at(self.done):
             return
         measured = self._measure_held_out(stopped)
         during = None if measured is None else self._during(stopped)
@@ -454,6 +457,10 @@ class Loop:
         _report(listeners, record | self.best.as_dict())
         if is_protected:
             self._saver.drop_old(self._protected)
+
+    def evaluates_at(self, step: int) -> bool:
+        """Return whether held-out rows are evaluated after a step."""
+        return bool(self._held_out) and (step == self.steps or _due(step, self._train.eval_steps))
 
     def _measure_held_out(self, stopped: Callable[[], bool]) -> tuple[dict[str, Any], int] | None:
         """Measure held-out loss and metrics, and count the trained tokens; None where it was stopped."""
