@@ -36,6 +36,8 @@ from veneer.model.load import compute_dtype
 from veneer.model.start import base_sha256, start_sha256
 from veneer.planning.memory import optimizer_bytes
 from veneer.training import checkpoint
+from veneer.training.alarms import Alarms
+from veneer.training.alarms.facts import facts_of
 from veneer.training.best import BETTER, LOSS, OF_TASKS, require_evaluations
 from veneer.training.choose_objective import choose_objective
 from veneer.training.divergence import require_possible
@@ -224,7 +226,12 @@ class TrainingJob:
             self._reference.give()
             self.rate_search = find_rate(train, batches, held_out, self._losses_of, self.model, make_loop)
             self.run = run = with_rate(run, self.rate_search.rate)
-        self._loop = make_loop(train=run.train)
+        facts = facts_of(
+            *(run, self.data, self.engine, self.objective, self.model, batches, held_out, self.machine),
+            planned_speed=forecast.tokens_per_second,
+            steps=lambda: self.steps,
+        )
+        self._loop = make_loop(train=run.train, alarms=Alarms(facts))
         follows = "train.keep" if train.keep == "best" else "train.early_stopping" if train.early_stopping else None
         if follows and train.eval_steps is not None and train.eval_steps >= self.steps:
             notify(

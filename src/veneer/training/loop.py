@@ -36,6 +36,7 @@ from veneer.machine.device import peak_bytes, rng_state, set_rng_state
 from veneer.model.adapters.from_base import drop_frozen_gradients, starts_from_base
 from veneer.model.full import is_full
 from veneer.training import checkpoint
+from veneer.training.alarms import Alarms
 from veneer.training.best import BestStep
 from veneer.training.diverged import DivergenceMessages, describe_rows, record_of
 from veneer.training.divergence import DivergenceWatch, Finding
@@ -83,6 +84,7 @@ class Loop:
         estimate_kl: Function that estimates the KL divergence, for objectives that need it.
         releases: Whether each weight is updated within the backward (`FullOptimizer.released`).
         has_separate_states: Whether the state that it goes on from is one of each matrix; see `parameters_to_update`.
+        alarms: Alarms of the run; None: there are none, as in a trial of settings.
     """
 
     def __init__(
@@ -107,8 +109,10 @@ class Loop:
         estimate_kl: EstimateKL = lambda step: {},
         releases: bool = False,
         has_separate_states: bool = False,
+        alarms: Alarms | None = None,
     ) -> None:
         self._engine = engine
+        self._alarms = alarms or Alarms()
         self._objective = objective
         self._batches = batches
         self._held_out = held_out
@@ -344,6 +348,7 @@ class Loop:
         micro_batches = self._batches.step(number)
         values = self._objective.step_values(micro_batches) | self._estimate_kl(number)
         micro_batches = [batch.with_values(values) for batch in micro_batches]
+        self._alarms.before(number + 1, micro_batches)
         scale = self._loss_scale() / sum(map(self._objective.weight, micro_batches))
         if self._releases:  # weights are updated on the way, so that nothing can be computed again
             sums, norm, largest = self._gradients(micro_batches, scale)
@@ -384,6 +389,8 @@ class Loop:
             "peak_bytes": peak_bytes(self._device),
             "predicted_peak_bytes": self._predicted_peak_bytes,
         }
+        if finding is None:
+            self._alarms.after(record)
         return record, finding
 
     def _diverged(
