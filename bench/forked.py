@@ -48,7 +48,7 @@ def import_what(arguments: list[str]) -> None:
                 importlib.import_module(name)
     import torch
 
-    assert not torch.cuda.is_initialized(), "a fork could not use the GPU"
+    assert not torch.cuda.is_initialized(), "a fork could not use the GPU"  # type: ignore[no-untyped-call]
 
 
 def call(
