@@ -427,12 +427,11 @@ class TrainingJob:
             listeners = (watch, *listeners)
         # A placement that was chosen by its size has measured the passes that need most.
         is_untried = self.machine.device in MEASURABLE and not self.placement.least_bytes
-        return self._loop.run(
-            (metrics.append, *listeners),
-            try_largest=is_untried,
-            until=until,
-            rewind=lambda step: metrics.restart(self._records(step)),
-        )
+
+        def rewind(step: int) -> Sequence[dict[str, Any]]:
+            return metrics.restart(self._records(step))
+
+        return self._loop.run((metrics.append, *listeners), try_largest=is_untried, until=until, rewind=rewind)
 
     def _train(self, listeners: tuple[Listener, ...], write_extras: WriteExtras) -> Trained:
         speed = self._run_loop(listeners)

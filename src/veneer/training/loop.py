@@ -417,14 +417,14 @@ class Loop:
 
     def _roll_back(self, finding: Finding, rewind: Callable[[int], Sequence[Mapping[str, Any]]]) -> Finding:
         """Go back to the last good checkpoint, which keeps the lower rate from here on; returns what was done."""
-        self._saver.wait()
         before = self._watch.state_dict()
+        self._saver.wait()
         path = checkpoint.to_roll_back_to(self._checkpoints, self._watch.rolled_to)
         if path is None:
             return replace(finding, action="stop", reason=f"{finding.reason}; there is no checkpoint to go back to")
         self.done = checkpoint.load(path, self._state)
         self._watch.rolled_back(before, self.done)
-        self._saver.save(self.done, self._state, None, drops=False)
+        self._saver.save(self.done, self._state, self._protected, drops=False)
         self._saver.wait()
         checkpoint.drop_after(self._checkpoints, self.done)
         self.best = BestStep(self._train.early_stopping, self._better)
@@ -498,7 +498,7 @@ class Loop:
         return checkpoint.path_of(self._checkpoints, self.done if step is None else step)
 
     def _save(self) -> None:
-        # While steps are off, the checkpoints before them may be needed.
+        # Where the loss is off, the checkpoints before may be needed.
         drops = self._watch.is_good or self._train.on_divergence != "rollback"
         self._saver.save(self.done, self._state, self._protected, drops)
 
