@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
 import torch
@@ -86,9 +87,10 @@ class WatchedStep:
         """A hash of the tokens of each row."""
         found = []
         for batch in self.batches:
-            documents = torch.split(batch.ids_T, list(batch.lengths))
+            ids, ends = batch.ids_T.numpy(), [0, *accumulate(batch.lengths)]
+            documents = [ids[start:end] for start, end in pairwise(ends)]
             size = self.documents_per_row
-            found += [hash_of([one.numpy() for one in documents[n : n + size]]) for n in range(0, len(documents), size)]
+            found += [hash_of(documents[n : n + size]) for n in range(0, len(documents), size)]
         return found
 
 
@@ -113,5 +115,5 @@ class Alarm(Protocol):
 
 
 def hash_of(documents: Sequence[Any]) -> int:
-    """Return a hash of the tokens of documents that belong together."""
-    return hash(tuple(ids.astype("int32").tobytes() for ids in documents))
+    """Return a hash of the tokens, int64, of documents that belong together."""
+    return hash(tuple(ids.tobytes() for ids in documents))

@@ -15,7 +15,7 @@ LEAK = {False: 1e-5, True: 0.02}  # mean difference of log-probabilities, likewi
 WATCHED_STEPS, WATCHED_VALUES = 20, 1024
 MOST, LEAST = 3.3, 0.01  # sizes of AdamW's updates in rates: (1 - 0.9) / sqrt(1 - 0.999) is 3.2
 STEPS_IN_A_ROW = 10  # with a layer without gradient
-ZEROS_IN_A_ROW, OVERFLOWS_IN_A_ROW, GONE_IN_A_ROW = 3, 12, 5
+ZEROS_IN_A_ROW, OVERFLOWS_IN_A_ROW, GONE_IN_A_ROW = 3, 12, 18
 
 
 class LossNotOwn(Alarm):
@@ -193,7 +193,7 @@ class NumbersMissing(Alarm):
             "overflow": f"the last {count} updates were left out, since their gradients were not finite in float16",
             "zero loss": f"the loss was exactly 0 in the last {count} steps: a NaN may have been replaced",
             "zero gradient": f"the gradient was exactly 0 in the last {count} steps, and the loss was not",
-        }.get(name, f"{name} was NaN in the last {count} steps, and is left out of their records")
+        }.get(name, f"the records of the last {count} steps have no {name}: it was NaN, or no row had one")
         return (
             f"step {step.number}: {what}\n  fix: set model.dtype to bfloat16 or float32, or lower train.learning_rate"
         )

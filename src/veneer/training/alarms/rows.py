@@ -87,7 +87,9 @@ class HeldOutTrained(Alarm):
     def __init__(self, facts: JobFacts) -> None:
         held_out, size = facts.held_out, facts.documents_per_row
         last = min(len(held_out), MOST_ROWS)
-        self._held_out = {hash_of([held_out[n + k].ids for k in range(size)]) for n in range(0, last - size + 1, size)}
+        self._held_out = {
+            hash_of([held_out[n + k].ids.astype("int64") for k in range(size)]) for n in range(0, last - size + 1, size)
+        }
         self._known = facts.known_held_out
         self._found: set[int] = set()
 
