@@ -21,7 +21,7 @@ class Report:
     Attributes:
         file: the page.
         runs: folders of the runs on it.
-        damaged: what could not be read of their files, a sentence each; the page shows the rest.
+        damaged: sentences on files and lines that could not be read; the page shows the rest.
     """
 
     file: Path

@@ -29,7 +29,7 @@ NO_SHARES = ("loss", "perplexity", "nll_loss", "log_odds_ratio", "log_odds_chose
 CONFIG: Spec = {
     "background": None,
     "font": "system-ui, -apple-system, 'Segoe UI', sans-serif",
-    "padding": 0,
+    "padding": {"left": 0, "right": 2, "top": 3, "bottom": 4},
     "view": {"stroke": None},
     "axis": {
         "domain": False,

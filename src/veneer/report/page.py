@@ -36,7 +36,7 @@ def chart_parts(charts: dict[str, Any], config: dict[str, Any], reload: dict[str
     Args:
         charts: specifications by the `id` of the elements that they are drawn in.
         config: configuration of all of them.
-        reload: when the page is loaded again (report.js); None: never.
+        reload: seconds between two loadings of the page, and when it was written (report.js); None: it is loaded once.
     """
     from markupsafe import Markup
 

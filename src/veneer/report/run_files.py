@@ -26,14 +26,14 @@ class RunFiles:
 
     Attributes:
         path: folder of the run.
-        state: what `veneer runs` shows of it.
+        state: state, as `veneer runs` shows it.
         settings_text, settings: run.yaml, as it is and as values.
         plan, ledger, environment, evaluation, certificate: the files of these names.
-        training: what the passport says of the training.
+        training: entry `training` of the passport.
         samples: lines of samples.jsonl.
         records: records of metrics.jsonl, the ones in order.
         events: lines of events.jsonl.
-        damaged: what could not be read, a sentence each.
+        damaged: sentences on files and lines that could not be read.
     """
 
     path: Path

@@ -26,7 +26,7 @@ class Event:
     Attributes:
         step: optimizer steps done by then.
         kind: one of KINDS.
-        message: what happened.
+        message: sentence on it.
         time: UTC, ISO 8601; empty: not known.
     """
 
