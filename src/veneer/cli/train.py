@@ -1,6 +1,7 @@
 """veneer train: train a run."""
 
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,8 +28,11 @@ def train(
     resume_auto: Annotated[bool, typer.Option("--resume-auto", hidden=True)] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in the folder.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Start even if the plan says it cannot fit.")] = False,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Train on so many GPUs of this machine (or CPU processes), by torchrun.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON alone on stdout.")] = False,
-) -> None:
+) -> int:
     """Fine-tune a model as a YAML file says, or with --model and --data alone.
 
     Example: `veneer train recipes/smollm2-demo.yaml train.learning_rate=1e-4`
@@ -40,6 +44,8 @@ def train(
     from veneer.config import RunFolder
 
     settings = settings_of(run, overrides or [], model, data, output_dir)
+    if gpus is not None and gpus > 1:
+        return _launch(gpus)
     folder = RunFolder(settings.train.output_dir.expanduser())
     mode: Resume = "auto" if resume_auto else resume
     checks.require_output(folder, mode, overwrite)
@@ -49,10 +55,11 @@ def train(
 
         if (result := finished(settings)) is not None:
             _show_result(out, result, as_json, "finished already")
-            return
+            return 0
     checks.require_inputs(settings)
     with show.status(out, "loading"):
         from veneer.api.train import finish, load_job
+        from veneer.machine.ranks import leave_ranks
 
         job = load_job(settings, mode, force, overwrite)
     out.print(f"machine  {escape(job.machine.describe())}")
@@ -70,6 +77,22 @@ def train(
     with show.LiveProgress(out, job.steps, job.done, likely) as progress:
         result = finish(job, [progress])
     _show_result(out, result, as_json, "done")
+    leave_ranks()
+    return 0
+
+
+def _launch(gpus: int) -> int:
+    """Run this command in as many processes as GPUs; returns its exit status."""
+    import torch
+
+    from veneer.config import UserError
+    from veneer.machine.launch import launch
+
+    if (there := torch.cuda.device_count()) and gpus > there:
+        raise UserError(f"--gpus {gpus}: this machine has {there}", f"use --gpus {there}, or less")
+    given = sys.argv[1:]
+    at = next(n for n, word in enumerate(given) if word == "--gpus" or word.startswith("--gpus="))
+    return launch(gpus, given[:at] + given[at + (2 if given[at] == "--gpus" else 1) :])
 
 
 def _show_result(out: Any, result: Any, as_json: bool, what: str) -> None:

@@ -31,6 +31,7 @@ from veneer.engine.interface import Engine
 from veneer.engine.objective import Objective, StepOutput, TrainedTokens
 from veneer.machine.batching import Batching
 from veneer.machine.device import peak_bytes, rng_state, set_rng_state
+from veneer.machine.ranks import ALONE, Ranks
 from veneer.model.adapters import find_method
 from veneer.model.adapters.from_base import drop_frozen_gradients, starts_from_base
 from veneer.model.full import is_full
@@ -43,6 +44,7 @@ from veneer.training.memory import OutOfMemoryRecovery, describe
 from veneer.training.metrics import Listener
 from veneer.training.optimizer import allocate_states, optimizer_of, parameters_to_update
 from veneer.training.pair_values import describe_pairs, outputs_of_rows
+from veneer.training.parallel import StepExchange, spread_rows
 from veneer.training.reference_logprobs import WithReference
 from veneer.training.saving import Saver
 from veneer.training.schedule import learning_rate
@@ -78,6 +80,7 @@ class Loop:
         with_reference: Function that gives a batch the reference's log-probabilities; see `reference_logprobs`.
         estimate_kl: Function that estimates the KL divergence, for objectives that need it.
         releases: Whether each weight is updated within the backward (`FullOptimizer.released`).
+        ranks: This process among those of the run, to which `batches` deals its steps.
     """
 
     def __init__(
@@ -101,8 +104,11 @@ class Loop:
         with_reference: WithReference = lambda batch: batch,
         estimate_kl: EstimateKL = lambda step: {},
         releases: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._engine = engine
+        self._ranks = ranks
+        self._exchange = StepExchange(ranks, batches, train.seed)
         self._objective = objective
         self._batches = batches
         self._held_out = held_out
@@ -119,7 +125,7 @@ class Loop:
         self._layer_norms = LayerNorms(trained, engine.master)
         self._scaler = torch.amp.GradScaler(device, enabled=scale_loss)
         self._state = checkpoint.TrainingState(model, self._optimizer, self._updated, self._scaler, began_with)
-        self._saver = Saver(checkpoints, train.save_total_limit)
+        self._saver = Saver(checkpoints, train.save_total_limit, ranks)
         self._recovery = OutOfMemoryRecovery(engine, self._drop_gradients, explain, most_tokens)
         self._explain = explain
         self._during = during
@@ -172,7 +178,8 @@ class Loop:
         tokens, seconds = 0, 0.0
         last = self.steps if until is None else min(until, self.steps)
         try:
-            with stop_signal() as stopped, self._saver:
+            with stop_signal() as asked, self._saver:
+                stopped = self._exchange.agreed(asked)
                 if try_largest and self.done < last:
                     self._try_largest()
                 if self.done:
@@ -180,6 +187,7 @@ class Loop:
                 while self.done < last and not self.best.is_over:
                     self._saver.check()
                     record = self._step(self.done)
+                    record["peak_bytes"] = self._exchange.agree(record["peak_bytes"])
                     self.done += 1
                     self.loss = record["loss"]
                     tokens, seconds = tokens + record["tokens"], seconds + record["seconds"]
@@ -215,7 +223,7 @@ class Loop:
                 "info",
                 "train.early_stopping",
             )
-        if self.kept_step != self.done:
+        if self.kept_step != self.done and self._ranks.is_first:
             self._saver.wait()
             checkpoint.load_adapter_alone(self._checkpoint(self.kept_step), self._model)
 
@@ -265,21 +273,39 @@ class Loop:
         return _sums([self._engine.forward_backward(complete(batch).scaled(scale), objective) for batch in batches])
 
     def _gradients(
-        self, batches: Iterable[Batch], scale: float
+        self, number: int, batches: Sequence[Batch], scale: float
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor, list[torch.Tensor]]:
-        """Compute a step's gradients, ready for the update.
+        """Compute a step's gradients, over all ranks, ready for the update.
+
+        Args:
+            number: Steps done before.
+            batches: Micro-batches of this rank.
+            scale: Factor of the loss.
 
         Returns:
             Sums over all micro-batches; the norm before clipping; the largest magnitude in the gradient of each matrix
             that learns first, until they have been checked.
         """
-        if self._releases:
+        if self._releases:  # weights are updated on the way, so that nothing can be computed again
             gradients = ReleasedGradients()
             with self._released(gradients):
                 sums = self._passes(batches, scale)
             sizes = [] if self._has_gradients else [*map(gradients.largest, self._learn_first.values())]
             return sums, gradients.norm(), sizes
-        sums = self._passes(batches, scale)
+        what = f"step {number + 1}"
+        if self._ranks.size == 1:
+            return self._recovery.run(what, batches, lambda batches: self._normed(self._passes(batches, scale)))
+        sums = self._recovery.run(what, batches, lambda batches: self._passes(batches, scale))
+        if not scale:  # the batch is another rank's
+            sums = {name: torch.zeros_like(value) for name, value in sums.items()}
+        self._exchange.meet(number)
+        self._exchange.add(self._updated.values(), [*sums.values()])
+        return self._normed(sums)
+
+    def _normed(
+        self, sums: dict[str, torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, list[torch.Tensor]]:
+        """Clip the gradients; returns what `_gradients` does."""
         if not is_full(self._model) and starts_from_base(self._model.peft_config["default"]):
             drop_frozen_gradients(self._model)
         self._scaler.unscale_(self._optimizer)
@@ -306,16 +332,13 @@ class Loop:
         rate = learning_rate(number, self.steps, train.learning_rate, train.warmup_ratio, train.lr_scheduler_type)
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group.get("lr_ratio", 1.0)
-        micro_batches = self._batches.step(number)
+        micro_batches, own = self._exchange.step(number)
         values = self._objective.step_values(micro_batches) | self._estimate_kl(number)
         micro_batches = [batch.with_values(values) for batch in micro_batches]
         scale = self._loss_scale() / sum(map(self._objective.weight, micro_batches))
-        if self._releases:  # weights are updated on the way, so that nothing can be computed again
-            sums, norm, largest = self._gradients(micro_batches, scale)
-        else:
-            sums, norm, largest = self._recovery.run(
-                f"step {number + 1}", micro_batches, lambda batches: self._gradients(batches, scale)
-            )
+        if not (passes := micro_batches[own]):  # this rank's kernels go through another one's batch all the same
+            passes, scale = [min(micro_batches, key=lambda batch: batch.tokens)], 0.0
+        sums, norm, largest = self._gradients(number, passes, scale)
         # A float16 step may overflow: the scaler leaves it out and tries a smaller scale.
         self._scaler.step(self._optimizer)
         self._scaler.update()
@@ -352,7 +375,7 @@ class Loop:
         if not self._held_out or not (self.done == self.steps or _due(self.done, self._train.eval_steps)):
             return
         measured = self._measure_held_out(stopped)
-        during = None if measured is None else self._during(stopped)
+        during = None if measured is None else self._ranks.first(lambda: self._during(stopped))
         if measured is None or during is None:
             if not self._saver.has(self.done):
                 self._save()
@@ -388,22 +411,26 @@ class Loop:
             self._held_out_values = self._objective.step_values(self._held_out_batching.over(self._held_out, batch_of))
         values = self._held_out_values | self._estimate_kl(None)
 
-        def measure(rows: Sequence[Example]) -> tuple[list[StepOutput], int] | None:
+        def measure(rows: Sequence[Example]) -> list[StepOutput] | None:
             if stopped():
                 return None
             batch = self._with_reference(batch_of(rows)).with_values(values)
             tokens = TrainedTokens.of(batch, self._engine.token_logprobs(batch))
-            return list(outputs_of_rows(self._objective, tokens)), batch.trained
+            return list(outputs_of_rows(self._objective, tokens))
 
-        outputs: list[StepOutput] = []
-        trained = 0
-        for measured in self._held_out_batching.over(self._held_out, measure):
-            if measured is None:
-                return None
-            outputs += measured[0]
-            trained += measured[1]
+        def measure_all(rows: Sequence[Example]) -> list[StepOutput]:
+            outputs: list[StepOutput] = []
+            for measured in self._held_out_batching.over(rows, measure):
+                if measured is None:
+                    return []
+                outputs += measured
+            return outputs
+
+        outputs = spread_rows(self._ranks, self._held_out, measure_all)
+        if not outputs:
+            return None
         means = _means({name: value.item() for name, value in _sums(outputs).items()})
-        return means | describe_pairs(outputs), trained
+        return means | describe_pairs(outputs), sum(example.trained for example in self._held_out)
 
     def _require_finite(self, number: int, loss: float, norm: float) -> None:
         if not math.isfinite(loss):
