@@ -10,16 +10,19 @@ HEAD = """\
 # metrics.jsonl
 
 A run's `metrics.jsonl` is the source of all that is said of its course: listeners, `loss.png`, `veneer runs`,
-`veneer watch` and the page of a run read these records. Each line is a JSON object of `kind` train or eval, in the
-order in which they came. Lines are only appended. A run that is resumed first replaces the file by one that ends with
-its checkpoint's step; a reader takes whole lines alone, since the last one may be cut. Keys may be added; none
-changes its meaning. A key without "always" is left out where it does not apply, and null stands for a number that was
-not finite.
+`veneer watch` and the page of a run read these records. Each line is a JSON object of `kind` train, eval or divergence,
+in the order in which they came. Lines are only appended. A run that is resumed, or goes back to a checkpoint
+(`train.on_divergence: rollback`), first replaces the file by one that ends with its checkpoint's step; a reader takes
+whole lines alone, since the last one may be cut. Keys may be added; none changes its meaning. A key without "always" is
+left out where it does not apply, and null stands for a number that was not finite.
 
-From Python the records are `TrainRecord` and `EvalRecord` of `config/records.py`.
+From Python the records are `TrainRecord`, `EvalRecord` and `DivergenceRecord` of `config/records.py`.
 """
 
 TAIL = """\
+A step whose update was left out, or that ended the run, has a divergence record and no train record. The record of a
+rollback stands in place of those after the checkpoint's step, which it drops.
+
 An eval record also holds the metrics of `evaluate.during`, each by its name ([evaluation.md](evaluation.md)), as a
 number.
 """

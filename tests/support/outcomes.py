@@ -11,7 +11,7 @@ from typing import Any
 
 import veneer
 from veneer.api.train import load_job
-from veneer.config import Run, RunFolder, UserError
+from veneer.config import JobError, Run, RunFolder, UserError
 from veneer.data.pipeline import prepare
 from veneer.model.classifier import make_renderer
 from veneer.model.load import load_tokenizer
@@ -59,11 +59,13 @@ VIEWS: tuple[Callable[[Run], Any], ...] = (rows_of, training_of, answers_of, pla
 
 
 def outcome(view: Callable[[Run], Any], run: Run) -> str:
-    """One view of a run; the refusal, where it is refused."""
+    """One view of a run; the refusal, where it is refused, or the failure."""
     try:
         return json.dumps(view(run), sort_keys=True, default=str)
     except UserError as error:
         return f"refused: {error}"
+    except JobError as error:
+        return f"failed: {error}"
 
 
 def _without(found: dict[str, Any], names: set[str]) -> dict[str, Any]:

@@ -237,7 +237,7 @@ def test_a_gradient_that_is_not_finite_reaches_no_file(
         return output
 
     monkeypatch.setattr(job.engine, "forward_backward", breaks)
-    with pytest.raises(JobError, match="the gradient of step 3 is not finite"):
+    with pytest.raises(JobError, match="step 3 diverged: the gradient is not finite"):
         job.fit()
     assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == [
         "step-000001",

@@ -128,6 +128,10 @@ WHERE: dict[str, dict[str, Any]] = {
     "train.early_stopping": {"data": {"validation": 2}, "train": {"eval_steps": 1}},
     "train.keep": {"data": {"validation": 2}, "train": {"eval_steps": 1}},
     "train.save_total_limit": {"train": {"save_steps": 1}},
+    "train.on_divergence": {
+        "adapter": {"target_modules": ["q_proj", "lm_head"], "lora_alpha": 64},
+        "train": {"learning_rate": 0.5, "max_steps": 24, "warmup_ratio": 0.5},
+    },
     "evaluate.rows": {"data": {"validation": 3}},
     "evaluate.metrics": {"data": {"validation": 3}},
     "evaluate.extract": {"data": {"validation": 3}},
@@ -303,7 +307,10 @@ def test_a_setting_changes_what_a_run_comes_to(
     known: dict[tuple[str, str], str],
     met: dict[tuple[str, str], str],
     monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
+    if name == "train.on_divergence":  # it warns
+        request.getfixturevalue("any_notice")
     if name == "model.revision":
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     section, key = name.split(".")

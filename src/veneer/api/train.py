@@ -39,6 +39,8 @@ def train(
     listeners: Sequence[Listener] = (),
     force: bool = False,
     overwrite: bool = False,
+    extend: bool = False,
+    fork: str | Path | None = None,
 ) -> Trained:
     """Carry out a run: load, train, write the adapter with its card and the picture of its loss.
 
@@ -48,27 +50,37 @@ def train(
 
     Args:
         run: settings of the run.
-        resume: whether to go on from the run's last checkpoint. "auto": begin where there is no run yet, go on where
-            there is one, and give the report of one that is finished.
+        resume: whether to go on from the run's last checkpoint, or the name of the one to go on from (step-000200). A
+            run that is finished is not trained again, its report is given. "auto": begin where there is no run yet.
         listeners: functions that are called with each record of metrics.jsonl: a logged step or an evaluation.
         force: whether to start a run that is predicted not to fit.
         overwrite: whether to replace the run that is in its folder.
+        extend: whether to go on with more steps (`train.max_steps`, `train.num_train_epochs`) than the run began with.
+        fork: another run, or a checkpoint of one, whose state this run begins with.
 
     Raises:
         UserError: The run cannot be carried out as it is written; nothing was written.
         JobError: Training failed.
     """
-    if resume == "auto" and (trained := finished(run)) is not None:
+    if (resume in (True, "auto") or extend) and (trained := finished(run, extend)) is not None:
         return trained
     require_trackers(run.train.report_to)
     require_metrics(run.evaluate)
     with collected():
-        return finish(load_job(run, resume, force, overwrite), listeners)
+        return finish(load_job(run, resume, force, overwrite, extend, fork), listeners)
 
 
-def load_job(run: Run, resume: Resume = False, force: bool = False, overwrite: bool = False) -> TrainingJob:
+def load_job(
+    run: Run,
+    resume: Resume = False,
+    force: bool = False,
+    overwrite: bool = False,
+    extend: bool = False,
+    fork: str | Path | None = None,
+) -> TrainingJob:
     """Check and load a run, ready to train; arguments and errors are those of `train`."""
-    return TrainingJob(run, resume, force, overwrite, DURING[run.model.task])
+    source = None if fork is None else Path(fork)
+    return TrainingJob(run, resume, force, overwrite, DURING[run.model.task], extend=extend, fork=source)
 
 
 def finish(job: TrainingJob, listeners: Sequence[Listener] = ()) -> Trained:

@@ -60,7 +60,7 @@ def watch(run: str | Path, wait: bool = False, poll_seconds: float = POLL_SECOND
             has_begun = folder.run.exists()
             is_training = folder.is_held()
             is_over = has_begun and not is_training
-            is_stopped = is_over and not folder.delivered.exists()
+            is_stopped = is_over and not folder.is_finished
             records, kept = metrics.read_new()
             step = None if kept is None else max((_step(record) for record in kept), default=0)
             news = list(filter(_is_record, records))

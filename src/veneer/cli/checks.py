@@ -95,16 +95,20 @@ def require_tasks(names: str | None, options: Sequence[str]) -> None:
     read_options(options)
 
 
-def require_output(folder: RunFolder, resume: bool | str, overwrite: bool) -> None:
+def require_output(folder: RunFolder, resume: bool | str, overwrite: bool, extend: bool, fork: bool) -> None:
     """Raise UserError where a run's folder is not free, or holds nothing to resume or to replace.
 
     Args:
-        resume: Value of `--resume`; "auto" accepts either.
+        resume: Value of `--resume`; "auto" accepts either, a name of a checkpoint a run.
+        overwrite, extend, fork: Whether these options are given.
     """
-    if resume and overwrite:
-        raise UserError("--resume continues a run and --overwrite replaces it", "leave one of them out")
+    goes_on = "--extend" if extend else "--resume"
+    if (resume or extend) and overwrite:
+        raise UserError(f"{goes_on} continues a run and --overwrite replaces it", "leave one of them out")
+    if fork and (extend or resume not in (False, "auto")):
+        raise UserError(f"{goes_on} continues a run and --fork begins one", "leave one of them out")
     require_path(str(folder.path), "train.output_dir")
-    if resume is True or (resume == "auto" and folder.run.exists()):
+    if extend or resume not in (False, "auto") or (resume == "auto" and folder.run.exists()):
         folder.require_begun()
     elif overwrite:
         folder.require_replaceable()

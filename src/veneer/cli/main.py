@@ -8,7 +8,9 @@ import contextlib
 import errno
 import io
 import os
+import re
 import sys
+import threading
 import warnings
 from typing import Annotated
 
@@ -36,6 +38,9 @@ from veneer.cli import (
 )
 from veneer.cli.lasting import lasting_output, polite_kills
 
+CHECKPOINT = re.compile(r"(.*/)?step-\d+/?")
+RESUMED = re.compile(r"--resume=[^=]+")
+SAVING = "veneer-checkpoint"  # name of the thread of training/saving.py, which is not imported for this
 app = typer.Typer(
     name="veneer",
     help="Fine-tune large language models with LoRA and QLoRA, and prove each step.",
@@ -113,19 +118,25 @@ def main(arguments: list[str] | None = None) -> None:
 
             stack.enter_context(collected())
         status = _run(words, debug) or output.status()
+    if status == 130 and any(thread.name == SAVING for thread in threading.enumerate()):
+        os._exit(status)  # a second Ctrl-C: a checkpoint that is half-written never gets its name
     sys.exit(status)
 
 
 def _spelled(arguments: list[str]) -> list[str]:
-    """Spell out `--resume auto` and `--suites`, since the parser knows no option whose value may be left out."""
+    """Spell out `--suites` and `--resume [auto|step-N]`, since no option of the parser's may leave its value out."""
     words: list[str] = []
-    for argument, following in zip(arguments, [*arguments[1:], "-"]):
-        if argument == "--suites" and following.startswith("-"):
-            words += [argument, "all"]
-        elif argument == "--resume=auto" or (argument == "auto" and words[-1:] == ["--resume"]):
-            words[len(words) - (argument == "auto") :] = ["--resume-auto"]
-        else:
-            words.append(argument)
+    left = [argument for given in arguments for argument in (given.split("=") if RESUMED.fullmatch(given) else [given])]
+    while left:
+        word, following = left.pop(0), left[0] if left else "-"
+        words.append(word)
+        if word == "--suites" and following.startswith("-"):
+            words.append("all")
+        elif word == "--resume" and following == "auto":
+            words[-1] = "--resume-auto"
+            left.pop(0)
+        elif word == "--resume" and CHECKPOINT.fullmatch(following):
+            words[-1] = "--resume-from"
     return words
 
 

@@ -162,6 +162,9 @@ class LiveProgress:
         self._progress.update(self._task, completed=step, ends=None, predicted=None)
 
     def __call__(self, record: dict[str, Any]) -> None:
+        if record["kind"] == "divergence" and record["action"] == "rollback":
+            self.go_on_from(record["step"])
+            return
         made = record["step"] - self._began
         left = None
         if made > 0:
@@ -170,6 +173,8 @@ class LiveProgress:
 
     def _show(self, record: dict[str, Any], left: float | None) -> None:
         """Show a record; `left`: seconds left after it, where they are known."""
+        if record["kind"] == "divergence":
+            return  # it is told as it happens
         if record["kind"] == "eval":
             loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
             found = _of_pairs(record)

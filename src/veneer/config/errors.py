@@ -20,7 +20,15 @@ class JobError(RuntimeError):
 
 
 class Interrupted(RuntimeError):  # noqa: N818 - it is no error
-    """The user stopped a job that can be resumed from `checkpoint`: exit status 130."""
+    """The user stopped a job that can be resumed: exit status 130.
 
-    def __init__(self, checkpoint: Path) -> None:
-        super().__init__(f"{checkpoint} is where --resume goes on")
+    Args:
+        checkpoint: checkpoint from which it goes on; None: it had none yet.
+        command: command that goes on, or starts again; empty: whoever called knows it.
+    """
+
+    def __init__(self, checkpoint: Path | None, command: str = "") -> None:
+        self.checkpoint = checkpoint
+        saved = "no checkpoint was written yet" if checkpoint is None else f"{checkpoint} is where --resume goes on"
+        verb = "start again" if checkpoint is None else "go on"
+        super().__init__(f"{saved}\n  {verb} with: {command}" if command else saved)

@@ -1,7 +1,8 @@
 """The records of metrics.jsonl: every key with its type and meaning, in one place.
 
-A line is a JSON object of `kind` train (a logged step) or eval (held-out rows after a step). docs/metrics.md is made
-from here (`python -m tools.metrics_page`). Metrics that `evaluate.during` names stand in an eval record by their names.
+A line is a JSON object of `kind` train (a logged step), eval (held-out rows after a step) or divergence (a step whose
+loss was off). docs/metrics.md is made from here (`python -m tools.metrics_page`). Metrics that `evaluate.during` names
+stand in an eval record by their names.
 """
 
 from typing import Annotated, Literal, NotRequired, TypedDict
@@ -98,4 +99,19 @@ class EvalRecord(ObjectiveMetrics, HeldOutMetrics):
     time: Annotated[str, "when it was recorded, UTC, ISO 8601"]
 
 
-RECORDS: dict[str, type] = {"train": TrainRecord, "eval": EvalRecord}
+class DivergenceRecord(TypedDict):
+    """A step whose loss or gradient was off (`train.on_divergence`), and what followed."""
+
+    kind: Annotated[Literal["divergence"], "kind of the record"]
+    step: Annotated[int, "optimizer steps done, once what follows is done; of a rollback, those of the checkpoint"]
+    diverged_step: Annotated[int, "the step"]
+    action: Annotated[Literal["none", "skip", "rollback", "stop"], "what follows; none: a spike, which is told"]
+    reason: Annotated[str, "what was off"]
+    loss: Annotated[Number, "loss of the step"]
+    grad_norm: Annotated[Number, "norm of its gradient before clipping"]
+    learning_rate: Annotated[float, "learning rate of the step"]
+    rate_factor: Annotated[float, "factor of the learning rate from here on; below 1 after a rollback"]
+    time: Annotated[str, "when it was recorded, UTC, ISO 8601"]
+
+
+RECORDS: dict[str, type] = {"train": TrainRecord, "eval": EvalRecord, "divergence": DivergenceRecord}

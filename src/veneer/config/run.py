@@ -364,6 +364,13 @@ class Train(Section):
         description="Adapter that the run delivers: that of the last step, or of the evaluation with the best value of "
         "`early_stopping`'s metric (without it: the lowest held-out loss).",
     )
+    on_divergence: Literal["stop", "skip", "rollback"] = Field(
+        "stop",
+        description="What follows where the loss or the gradient of a step is not finite, or the loss is far above "
+        "that of the steps before. stop: the run ends; skip: the step's update is left out; rollback: the run goes "
+        "back to its last good checkpoint and on with half the learning rate. skip and rollback end the run where they "
+        "do not help; docs/runs.md.",
+    )
     seed: int = Field(42, ge=0, description="Adapter's initial values, order of the rows, dropout.")
 
     @field_validator("memory_budget", mode="before")

@@ -19,7 +19,7 @@ if os.name != "nt":
 _WRITTEN = {
     *("run.yaml", "environment.json", "plan.json", "ledger.json", "pii.jsonl", "metrics.jsonl", "events.jsonl"),
     *("loss.png", "checkpoints", "adapter", "model", "evaluation.json", "samples.jsonl", "evaluations", "report.html"),
-    *("certificate.json", "certificate.html", "trackers"),
+    *("certificate.json", "certificate.html", "trackers", "lineage.json", "reopened.json"),
 }
 _TEMPORARY = tuple(f".{name}." for name in sorted(_WRITTEN))
 # What stands in a folder whose run has not begun: run.yaml comes after them.
@@ -54,6 +54,8 @@ class RunFolder:
     events = _Inside("events.jsonl")
     loss_plot = _Inside("loss.png")
     trackers = _Inside("trackers")  # their names of this run, and their files
+    lineage = _Inside("lineage.json")  # the run that it was forked from, and by how much it was extended
+    reopened = _Inside("reopened.json")  # it trains on, and what is delivered is of before
     checkpoints = _Inside("checkpoints")
     adapter = _Inside("adapter")
     model = _Inside("model")  # in place of the adapter, where all weights were trained
@@ -66,13 +68,29 @@ class RunFolder:
         """What a finished run delivers: its adapter, or its whole model."""
         return self.model if self.model.is_dir() else self.adapter
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has delivered what it was asked for; one that was extended since has not."""
+        return self.delivered.exists() and not self.reopened.exists()
+
     def holds_run(self) -> bool:
         """Whether anything is here that a new run would mix with.
 
         What a process left that was killed before its run had begun is no such thing: a new run replaces it.
         """
         held = self._held()
-        return bool(held) and not (held <= _BEFORE_BEGIN and _is_environment(self.environment))
+        return bool(held) and not (held <= self._before_begin() and _is_environment(self.environment))
+
+    def _before_begin(self) -> set[str]:
+        """Names of what stands here before run.yaml; a fork has the checkpoint that it begins with as well."""
+        return _BEFORE_BEGIN | ({"lineage.json", "checkpoints"} if self.is_fork() else set())
+
+    def is_fork(self) -> bool:
+        """Whether the run was to begin with a checkpoint of another one."""
+        try:
+            return read_json(self.lineage)["forked_from"] is not None
+        except (UserError, KeyError, TypeError):
+            return False
 
     def _held(self) -> set[str]:
         """Names of what is here, but for files that were never finished and the lock."""

@@ -71,7 +71,7 @@ def run_state(path: Path) -> RunState:
         state = "training"
     elif not folder.run.exists():
         state = "not begun"
-    elif folder.delivered.exists():
+    elif folder.is_finished:
         state = "finished"
     elif event.get("level") == "error":
         state = "failed"

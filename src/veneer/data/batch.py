@@ -308,6 +308,10 @@ class Batches:
         micro_batches = [rows[n : n + self._batch_size] for n in range(0, len(rows), self._batch_size)]
         return [[member for row in micro for member in row] for micro in micro_batches]
 
+    def places_of_step(self, number: int) -> list[list[str]]:
+        """The place of the row of each document of a step, by micro-batch, in their order."""
+        return [[self._examples[n].place for n in members] for members in self.members_of_step(number)]
+
     def largest(self) -> list[Batch]:
         """The micro-batch of the longest rows, and where rows are packed that of most documents."""
         counts = [self.sizes]

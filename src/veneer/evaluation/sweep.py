@@ -228,7 +228,7 @@ class SweepLoop:
     def _measure(self, trial: Trial, rung: int | None) -> None:
         """Train a trial to a rung, or to its end, and write a line about it."""
         folder = RunFolder(self._folder / "trials" / trial.name)
-        if folder.delivered.exists():  # it had just ended when it was killed, before its line was written
+        if folder.is_finished:  # it had just ended when it was killed, before its line was written
             folder.remove()
         facts: dict[str, Any] = {"trial": trial.name, "settings": trial.combination.settings, "seed": trial.seed}
         facts |= {"rung": rung}

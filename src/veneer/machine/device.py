@@ -98,10 +98,14 @@ def rng_state() -> dict[str, torch.Tensor]:
 
 
 def set_rng_state(state: dict[str, torch.Tensor]) -> None:
-    """Restore what `rng_state` returned, on the devices that this machine has."""
+    """Restore what `rng_state` returned; a GPU of which it knows nothing begins with a number drawn from the CPU's."""
     torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    if torch.cuda.is_available():
+        if "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"])
+        else:
+            torch.cuda.manual_seed(int(torch.randint(2**31, ())))
+            torch.set_rng_state(state["cpu"])
 
 
 def release_memory() -> None:

@@ -24,6 +24,7 @@ from veneer.model.start import starts_with_error
 from veneer.release.redact import public_settings
 from veneer.training.choose_objective import name_objective
 from veneer.training.job import TrainingJob, environment
+from veneer.training.resuming import public_lineage
 
 
 def write_passport(job: TrainingJob, folder: Path, training: dict[str, Any]) -> None:
@@ -53,6 +54,7 @@ def write_passport(job: TrainingJob, folder: Path, training: dict[str, Any]) -> 
         "data": {"rows": ledger.rows, "tokens": ledger.tokens, "sha256": ledger.sha256},
         "run_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
         "training": training,
+        "lineage": public_lineage(job.folder),
         "settings": settings,
         "environment": environment(),
     }

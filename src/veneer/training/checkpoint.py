@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from veneer.config import UserError
@@ -20,7 +21,8 @@ from veneer.config.notify import notify
 from veneer.machine.device import rng_state, set_rng_state
 from veneer.model.attach import copy_adapter, set_adapter
 from veneer.model.full import copy_weights, is_full, load_weights
-from veneer.training.optimizer import get_state, set_state
+from veneer.training.divergence import DivergenceWatch, is_good
+from veneer.training.optimizer import MASTER, get_state, layout_of, set_state, split_state
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class TrainingState:
         optimizer, scaler: The optimizer and the scaler of its gradients.
         updated: Parameters that the optimizer updates, by name.
         began_with: A hash of the base and of each other input that decides the training, by name.
+        divergence: What judges the steps, and knows the factor of their rate.
     """
 
     model: Any
@@ -39,6 +42,7 @@ class TrainingState:
     updated: dict[str, torch.nn.Parameter]
     scaler: torch.amp.GradScaler
     began_with: Mapping[str, str | None]
+    divergence: DivergenceWatch
 
     @property
     def names(self) -> dict[torch.Tensor, str]:
@@ -80,12 +84,20 @@ def take(step: int, state: TrainingState, copies: bool = True) -> Snapshot:
         state: The state.
         copies: Whether large tensors on the host are copied too, so that training may go on while they are written.
     """
+    master = state.updated.get(MASTER)
+    facts = {
+        "step": step,
+        "began_with": dict(state.began_with),
+        "loss_scale": state.scaler.state_dict(),
+        "layout": None if master is None else layout_of(state.model, master),
+        "divergence": state.divergence.state_dict(),
+    }
     return Snapshot(
         step,
         copy_weights(state.model, copies) if is_full(state.model) else copy_adapter(state.model),
         get_state(state.optimizer, state.names, copies),
         rng_state(),
-        {"step": step, "began_with": dict(state.began_with), "loss_scale": state.scaler.state_dict()},
+        facts,
         state.bytes_of_copy(),
     )
 
@@ -123,11 +135,21 @@ def load(path: Path, state: TrainingState) -> int:
             "restore that, or start a new run in another train.output_dir",
         )
     _set_weights(state.model, path)
-    set_state(state.optimizer, state.names, load_file(path / OPTIMIZER))
+    tensors = load_file(path / OPTIMIZER)
+    if MASTER not in state.updated and (layout := manifest.get("layout")):
+        tensors = split_state(tensors, layout, state.updated)
+    set_state(state.optimizer, state.names, tensors)
     if state.scaler.is_enabled():
         state.scaler.load_state_dict(manifest["loss_scale"])
+    state.divergence.load_state_dict(manifest.get("divergence"))
     set_rng_state(load_file(path / RNG))
     return int(manifest["step"])
+
+
+def is_flat(path: Path) -> bool:
+    """Return whether the optimizer's state is that of an engine's one flat parameter."""
+    with safe_open(path / OPTIMIZER, framework="pt") as file:
+        return any(name.startswith(f"{MASTER}/") for name in file.keys())  # noqa: SIM118 - it is no dict
 
 
 def load_adapter_alone(path: Path, model: Any) -> None:
@@ -153,7 +175,7 @@ def latest_whole(folder: Path) -> Path | None:
     Raises:
         UserError: All are damaged.
     """
-    found = _all(folder)
+    found = all_in(folder)
     for path in reversed(found):
         try:
             read_manifest(path)
@@ -168,16 +190,44 @@ def latest_whole(folder: Path) -> Path | None:
 
 def newest(folder: Path) -> Path | None:
     """Return the newest checkpoint, whole or not; None: there is none."""
-    found = _all(folder)
+    found = all_in(folder)
     return found[-1] if found else None
+
+
+def to_roll_back_to(folder: Path, tried: int | None) -> Path | None:
+    """Return the newest whole checkpoint that was written while all was well; None: there is none.
+
+    Args:
+        folder: Folder of the run's checkpoints.
+        tried: Step of the checkpoint that the last rollback went back to: where it is still the newest, an older one is
+            better, if there is one.
+    """
+    good = []
+    for path in all_in(folder):
+        try:
+            if is_good(read_manifest(path).get("divergence")):
+                good.append(path)
+        except UserError:
+            continue  # it is told when a run is resumed
+    if len(good) > 1 and step_of(good[-1]) == tried:
+        good.pop()
+    return good[-1] if good else None
+
+
+def drop_after(folder: Path, step: int) -> None:
+    """Delete the checkpoints after a step, with which training goes on."""
+    for path in all_in(folder):
+        if step_of(path) > step:
+            remove(path)
 
 
 def drop_old(folder: Path, keep: int, best: int | None = None) -> None:
     """Delete all but the newest `keep` checkpoints, and that of the step `best`."""
-    for path in _all(folder)[:-keep]:
+    for path in all_in(folder)[:-keep]:
         if step_of(path) != best:
             remove(path)
 
 
-def _all(folder: Path) -> list[Path]:
+def all_in(folder: Path) -> list[Path]:
+    """Return the checkpoints of a folder, whole or not, the oldest first."""
     return sorted(folder.glob("step-*"), key=step_of)

@@ -7,7 +7,7 @@ from typing import Any
 from veneer.config import Run, RunFolder, UserError, load_run
 from veneer.training.best import BestStep
 from veneer.training.metrics import read_metrics
-from veneer.training.same_settings import require_same_settings
+from veneer.training.same_settings import LENGTH, differences, require_same_settings
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,23 @@ class Trained:
         return asdict(self)
 
 
-def finished(run: Run) -> Trained | None:
-    """Return the report of a finished run; None: it is not finished.
+def finished(run: Run, extend: bool = False) -> Trained | None:
+    """Return the report of a finished run; None: it is not finished, or is to become longer.
+
+    Args:
+        run: The settings.
+        extend: Whether the run may have become longer.
 
     Raises:
         UserError: It was another run: its settings differ.
     """
     folder = RunFolder(run.train.output_dir.expanduser())
-    if not (folder.run.exists() and folder.delivered.exists()):
+    if not (folder.run.exists() and folder.is_finished):
         return None
-    require_same_settings(folder, with_found(run, folder))
+    run = with_found(run, folder)
+    require_same_settings(folder, run, extend)
+    if extend and differences(load_run(folder.run), run).keys() & LENGTH:
+        return None
     with contextlib.suppress(OSError, UserError), folder.locked():  # it may be read-only, or about to end
         folder.clear_unfinished()
     lines = read_metrics(folder.metrics)
@@ -66,9 +73,12 @@ def finished(run: Run) -> Trained | None:
 
 def with_found(run: Run, folder: RunFolder) -> Run:
     """Return the run with what its folder says was found for it (a rate, masters), where it asks for it to be found."""
-    found = load_run(folder.run).train
-    names = ("learning_rate", "master_weights")
-    return with_train(run, **{name: getattr(found, name) for name in names if getattr(run.train, name) == "auto"})
+    found = load_run(folder.run)
+    if run.model.dtype == "auto":
+        run = run.model_copy(update={"model": run.model.model_copy(update={"dtype": found.model.dtype})})
+    names = ("learning_rate", "master_weights", "optim")
+    settings = {name: getattr(found.train, name) for name in names if getattr(run.train, name) == "auto"}
+    return with_train(run, **settings)
 
 
 def with_train(run: Run, **settings: Any) -> Run:

@@ -7,18 +7,16 @@ folder begun. The adapter appears whole at the end.
 import platform
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from datetime import date
 from functools import partial
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
 import veneer
-from veneer.config import Run, RunFolder, UserError, load_run
-from veneer.config.files import read_json
+from veneer.config import Run, RunFolder, UserError
 from veneer.config.folder import remove, whole_folder, write_json, write_text
 from veneer.config.load import to_yaml
 from veneer.config.names import anchored
@@ -32,7 +30,7 @@ from veneer.engine.interface import BatchShapes, Engine, document_losses
 from veneer.engine.objective import TrainedTokens
 from veneer.engine.placement import MemoryPlacement
 from veneer.engine.reference import ReferenceEngine
-from veneer.machine.device import peak_bytes, resolve_optim
+from veneer.machine.device import find_machine, peak_bytes, resolve_optim
 from veneer.machine.ranks import join_ranks
 from veneer.model.attach import count_parameters, save_adapter, write_as_changes
 from veneer.model.full import save_full
@@ -42,7 +40,8 @@ from veneer.planning.memory import optimizer_bytes
 from veneer.training import checkpoint
 from veneer.training.best import BETTER, LOSS, OF_TASKS, require_evaluations
 from veneer.training.choose_objective import choose_objective
-from veneer.training.finished import Trained, last_loss, with_found, with_train
+from veneer.training.divergence import require_possible
+from veneer.training.finished import Trained, last_loss, with_train
 from veneer.training.held_out import HeldOutRows
 from veneer.training.loop import Loop, held_out_batching
 from veneer.training.memory import need_and_fix, place
@@ -50,14 +49,28 @@ from veneer.training.metrics import Listener, MetricsFile
 from veneer.training.optimizer import parameters_to_update
 from veneer.training.pair_values import metric_names, outputs_of_rows
 from veneer.training.paired_losses import RowLosses
-from veneer.training.parallel import begin_alike, require_parallel, rows_of_step
+from veneer.training.parallel import begin_alike, dealt_as_begun, require_parallel, rows_of_step
 from veneer.training.parts import RunParts, load_parts
 from veneer.training.plain_peft import require_same_scores
 from veneer.training.preference_watch import PreferenceWatch
 from veneer.training.rate_search import RateSearch, find_rate, with_rate
 from veneer.training.reference import Reference
+from veneer.training.resuming import (
+    as_begun,
+    copy_checkpoint,
+    dated,
+    find_fork,
+    fork_of,
+    named_checkpoint,
+    note_extension,
+    reopen,
+    require_longer,
+    require_resumable,
+    require_same_numbers,
+    require_steps_left,
+    tell_changes,
+)
 from veneer.training.run_batches import batches_of, largest_rows, vary
-from veneer.training.same_settings import require_same_settings
 from veneer.training.saving import disk_errors_told
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers", "numpy")
@@ -73,7 +86,7 @@ MASTERS = {
 NOT_RELEASED = "gradients are held together: rows of this model on either side of a length need passes of their own"
 MEASURABLE = ("cuda",)  # devices where too little memory is an error to catch; elsewhere it may end the process
 WriteExtras = Callable[[Path, "Trained"], None]
-Resume = bool | Literal["auto"]
+Resume = bool | str  # the last whole checkpoint; "auto": that, where there is a run; or the name of a checkpoint
 
 
 class DuringMetrics(Protocol):
@@ -100,11 +113,14 @@ class TrainingJob:
 
     Args:
         run: The settings.
-        resume: Go on from the run's last checkpoint; "auto": or begin, where there is no run yet.
+        resume: Go on from the run's last checkpoint, or that of the name (step-N); "auto": or begin, where there is no
+            run yet.
         force: whether to load a run that is predicted not to fit.
         overwrite: Replace the run that is in the folder, once this one is ready to begin.
         make_during: Function that makes what measures `evaluate.during`; None: for runs without that setting.
         parts: Parts of the run, loaded already; None: they are loaded.
+        extend: Go on as a run of more steps.
+        fork: Run, or checkpoint of one, that this run begins with, where it does not go on.
 
     Attributes:
         machine, source, tokenizer, renderer, data, prediction, start, model: the parts, for others to show or evaluate.
@@ -126,8 +142,11 @@ class TrainingJob:
         overwrite: bool = False,
         make_during: MakeDuring | None = None,
         parts: RunParts | None = None,
+        extend: bool = False,
+        fork: Path | None = None,
     ) -> None:
         assert make_during is not None or not run.evaluate.during, "api/train.py hands it what measures"
+        require_possible(run)
         self.run = run
         self.ranks = join_ranks()
         require_parallel(run, self.ranks)
@@ -135,15 +154,28 @@ class TrainingJob:
         self._during: DuringMetrics | None = None
         self.folder = RunFolder(run.train.output_dir.expanduser())
         self._overwrite = overwrite
-        self._resume = resume is True or (resume == "auto" and self.folder.run.exists())
+        self._resume = self.folder.run.exists() if resume == "auto" else bool(resume) or extend
+        self._named = resume if isinstance(resume, str) and resume != "auto" else None
+        self._extend = extend
+        self._fork = None if fork is None or self._resume else find_fork(fork, self.folder)
         if self._resume:
-            self._require_resumable()
+            self.run = self._require_resumable(run)
             with self._locked():
                 pass  # held by another process, it is refused before anything is loaded
         elif self.ranks.is_first:
             self._require_folder()
+            if self._fork is not None:
+                self.run, self._fork = fork_of(run, self._fork)
+        self._from = self._find_checkpoint()
+        self._has_separate_states = self._from is not None and not checkpoint.is_flat(self._from)
+        self._as_asked = self.run  # what `auto` means here is no change of the settings
+        # The folder whose plan says how the state that is loaded came about.
+        self._began = self.folder if self._resume else None if self._fork is None else self._fork.source
+        if self._began is not None:
+            self.run = as_begun(self.run, self._began, find_machine())
+            if self._resume:
+                self.run = dealt_as_begun(self.run, self._began, self.ranks)
         run = self.run
-        self._from = checkpoint.latest_whole(self.folder.checkpoints) if self._resume else None
         parts = parts or load_parts(run, force, self._examine, self._from)
         self.run = run = _settled(run, parts)
         self.machine, self.source, self.tokenizer = parts.machine, parts.source, parts.tokenizer
@@ -195,6 +227,7 @@ class TrainingJob:
             estimate_kl=self._reference.estimate_kl,
             releases=releases,
             ranks=ranks,
+            has_separate_states=self._has_separate_states,
         )
         self.rate_search: RateSearch | None = None
         if train.learning_rate == "auto":
@@ -212,8 +245,14 @@ class TrainingJob:
             )
         if self.ranks.is_first:
             self.folder.require_writable(self._bytes_on_disk())
-        if self._resume:
-            self._require_same_placement()
+        if self._began is not None:
+            require_same_numbers(self._began, self.plan())
+            tell_changes(self._began, self.plan(), self.run.train)
+        if self._fork is not None:
+            require_steps_left(self._fork, self.steps)
+        if self._extend:
+            self._loop.recall(self._records(self.done))
+            require_longer(self.folder, self.steps, self.done, self._loop.best.is_over, self.run.train)
 
     def _examine(self, data: Prepared, renderer: Renderer) -> None:
         """Refuse settings that follow what is not measured, before the model is loaded."""
@@ -239,7 +278,7 @@ class TrainingJob:
     ) -> tuple[MemoryPlacement, int | None]:
         """Have the engine place its tensors; see `memory.place`."""
         train, device, part = self.run.train, self.machine.device, self.data.train
-        updated = parameters_to_update(self.model, self.engine, train, device).values()
+        updated = parameters_to_update(self.model, self.engine, train, device, self._has_separate_states).values()
         sizes = [parameter.numel() for parameter in updated] if self.run.adapter is not None else []
         states = optimizer_bytes(sizes, resolve_optim(train.optim, device))  # the reference engine reserves nothing
         largest, shared = largest_rows(batches, train.per_device_train_batch_size, self.objective.documents_per_row)
@@ -351,37 +390,66 @@ class TrainingJob:
     def _begin(self) -> None:
         # All is looked at again: another process may have had the folder since.
         if self._resume:
-            self._require_resumable()
-            found = checkpoint.latest_whole(self.folder.checkpoints)
+            self._require_resumable(self._as_asked)
         else:
-            found = None
             if self.ranks.is_first:
                 self._require_folder()
+        found = self._find_checkpoint()
         self._reference.give()  # it may fail, so nothing is removed before
         if self.ranks.is_first:
             if self._overwrite and not self._resume:
                 self.folder.remove()
             self.folder.clear_unfinished()
-        if found is not None:
-            self._loop.resume(found)
-            notify(f"resuming from {found}", "info", str(found))
-        else:  # a run that was killed before its first checkpoint begins anew
+        if found is None:  # a run that was killed before its first checkpoint begins anew
             torch.manual_seed(self.run.train.seed)
-            if self.ranks.is_first:
-                self._begin_folder()
+        else:
+            self._loop.resume(found)
+            notify(f"{'resuming' if self._resume else 'forked'} from {found}", "info", str(found))
+        if self._resume and found is not None:
+            self._loop.recall(self.ranks.first(lambda: self._records(self._loop.done)))
+        if self.ranks.is_first:
+            self._begin_files(found)
+        self._named = None  # once is enough
+
+    def _begin_files(self, found: Path | None) -> None:
+        """Write what stands in the run's folder while it trains."""
+        if not self._resume or found is None:
+            self._begin_folder()
+            return
+        reopen(self.folder, found, self._named is not None)
+        if self._extend:
+            note_extension(self.folder, self._loop.done, self.steps)
+            write_json(self.folder.plan, self.plan())
+            write_text(self.folder.run, to_yaml(anchored(self._as_asked)))
+
+    def _find_checkpoint(self) -> Path | None:
+        """Return the checkpoint to go on from; None: the run begins."""
+        if not self._resume:
+            return None if self._fork is None else self._fork.checkpoint
+        if self._named is not None:
+            return named_checkpoint(self.folder, self._named)
+        return checkpoint.latest_whole(self.folder.checkpoints)
+
+    def _records(self, done: int) -> list[dict[str, Any]]:
+        """Return the records of the steps that are done, with which the training goes on."""
+        return MetricsFile(self.folder.metrics).before(done, self._loop.evaluates_at(done))
 
     def _run_loop(self, listeners: tuple[Listener, ...], until: int | None = None) -> float:
         """Train, and write metrics.jsonl; returns tokens per second."""
         metrics = MetricsFile(self.folder.metrics)
-        before = self.ranks.first(lambda: metrics.restart(self._loop.done))
-        self._loop.recall(before)
         if not self.ranks.is_first:
-            return self._loop.run((), try_largest=self._is_untried, until=until)
+            return self._loop.run((), try_largest=self._is_untried, until=until, rewind=self._rewind(metrics))
+        before = metrics.restart(self._records(self._loop.done))
         if self.objective.documents_per_row == 2:
             watch = PreferenceWatch(self._reference.beta, len(self.data.validation.rows))
             watch.recall(before)
             listeners = (watch, *listeners)
-        return self._loop.run((metrics.append, *listeners), try_largest=self._is_untried, until=until)
+        rewind = self._rewind(metrics)
+        return self._loop.run((metrics.append, *listeners), try_largest=self._is_untried, until=until, rewind=rewind)
+
+    def _rewind(self, metrics: MetricsFile) -> Callable[[int], Sequence[dict[str, Any]]]:
+        """Return the function that drops the records after a step, for all ranks to call together."""
+        return lambda step: self.ranks.first(lambda: metrics.restart(self._records(step)))
 
     @property
     def _is_untried(self) -> bool:
@@ -416,6 +484,7 @@ class TrainingJob:
                 require_same_scores(self.run, self.source, self.renderer, self.engine, self.data.train, unfinished)
             write_json(unfinished / "ledger.json", self.data.ledger.as_dict())
             write_extras(unfinished, trained)
+        remove(self.folder.reopened)
         self.model.eval()
         return trained
 
@@ -454,29 +523,18 @@ class TrainingJob:
         remove(self.folder.personal)
         if self.data.ledger.personal:
             write_text(self.folder.personal, self.data.personal())
+        if self._fork is not None:
+            copy_checkpoint(self._fork, self.folder)
         write_text(self.folder.run, to_yaml(anchored(self.run)))
 
-    def _require_resumable(self) -> None:
+    def _require_resumable(self, run: Run) -> Run:
         self.folder.require_begun()
-        if self.folder.delivered.exists():
+        if self.folder.is_finished and self._named is None and not self._extend:
             raise UserError(
                 f"train.output_dir = {self.folder.path}: this run is finished",
-                "start another in a new train.output_dir",
+                "--extend trains it for more steps; or start another in a new train.output_dir",
             )
-        if self.run.data.template_date is None:
-            self.run = _dated(self.run, load_run(self.folder.run).data.template_date)
-        self.run = with_found(self.run, self.folder)
-        require_same_settings(self.folder, self.run)
-
-    def _require_same_placement(self) -> None:
-        """Require the placement the run began with: `auto` means other things on other machines."""
-        began, now = read_json(self.folder.plan, "dtype", "optim", "engine"), self.plan()
-        for key, setting in (("dtype", "model.dtype"), ("optim", "train.optim"), ("engine", "train.engine")):
-            if str(began[key]).removeprefix("paged_") != now[key].removeprefix("paged_"):
-                raise UserError(
-                    f"{setting}: the run began with {began[key]}, on this machine it would continue with {now[key]}",
-                    "resume it on a machine like the first, or start a new run in another train.output_dir",
-                )
+        return require_resumable(run, self.folder, self._extend)
 
     def _bytes_on_disk(self) -> int:
         saved = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
@@ -501,13 +559,8 @@ def _settled(run: Run, parts: RunParts) -> Run:
             notify(MASTERS[masters], "info", "train.master_weights")
         run = with_train(run, master_weights=masters)
     if parts.renderer.is_dated:
-        run = _dated(run, parts.renderer.settings.template_date)
+        run = dated(run, parts.renderer.settings.template_date)
     return run
-
-
-def _dated(run: Run, day: date | None) -> Run:
-    """Return the run with its template's date fixed, on whatever day the run is resumed."""
-    return run.model_copy(update={"data": run.data.model_copy(update={"template_date": day})})
 
 
 def _choose_engine(run: Run, parts: RunParts) -> EngineChoice:

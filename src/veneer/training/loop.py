@@ -2,13 +2,14 @@
 
 A step's loss is summed over its trained tokens and divided by their number, over all its micro-batches together, so
 that how a step is cut does not change it. Two things are checked that otherwise go wrong in silence: after the first
-step every LoRA B matrix must have a finite gradient that is not zero, and no loss may ever be NaN or infinite.
+step every LoRA B matrix must have a finite gradient that is not zero (first_gradients.py), and no loss may diverge
+(divergence.py).
 
 Passes that run out of memory are dropped and run again with less (memory.py). The update comes after all of them and
 allocates nothing, so that no parameter is ever updated twice, or without the others.
 
-A step waits for the device once, after all of it has been launched: loss, norm and checks come back in one reading. A
-number that is not finite has spoiled the adapter in memory then, and ends the run before anything is written.
+A step waits for the device once, after its passes: loss, norm and checks come back in one reading. The update follows
+once they are known to be good, and runs while the host lays out the next step.
 
 Gradients of float16 runs are scaled against underflow as usual (torch's GradScaler); other runs are not.
 """
@@ -17,6 +18,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -32,11 +34,13 @@ from veneer.engine.objective import Objective, StepOutput, TrainedTokens
 from veneer.machine.batching import Batching
 from veneer.machine.device import peak_bytes, rng_state, set_rng_state
 from veneer.machine.ranks import ALONE, Ranks
-from veneer.model.adapters import find_method
 from veneer.model.adapters.from_base import drop_frozen_gradients, starts_from_base
 from veneer.model.full import is_full
 from veneer.training import checkpoint
 from veneer.training.best import BestStep
+from veneer.training.diverged import DivergenceMessages, describe_rows, record_of
+from veneer.training.divergence import DivergenceWatch, Finding
+from veneer.training.first_gradients import FirstGradients
 from veneer.training.full_optimizer import FullOptimizer, ReleasedGradients
 from veneer.training.held_out import HeldOutRows
 from veneer.training.layer_norms import LayerNorms
@@ -81,6 +85,7 @@ class Loop:
         estimate_kl: Function that estimates the KL divergence, for objectives that need it.
         releases: Whether each weight is updated within the backward (`FullOptimizer.released`).
         ranks: This process among those of the run, to which `batches` deals its steps.
+        has_separate_states: Whether the state that it goes on from is one of each matrix; see `parameters_to_update`.
     """
 
     def __init__(
@@ -105,6 +110,7 @@ class Loop:
         estimate_kl: EstimateKL = lambda step: {},
         releases: bool = False,
         ranks: Ranks = ALONE,
+        has_separate_states: bool = False,
     ) -> None:
         self._engine = engine
         self._ranks = ranks
@@ -117,14 +123,18 @@ class Loop:
         self._checkpoints = checkpoints
         self._device = device
         self._predicted_peak_bytes = predicted_peak_bytes
-        self._learn_first = learn_first(model)
-        self._updated = parameters_to_update(model, engine, train, device)
+        self._first_gradients = FirstGradients(model)
+        self._updated = parameters_to_update(model, engine, train, device, has_separate_states)
         self._optimizer = optimizer_of(model, self._updated, train, device)
         self._releases = releases
         trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
         self._layer_norms = LayerNorms(trained, engine.master)
         self._scaler = torch.amp.GradScaler(device, enabled=scale_loss)
-        self._state = checkpoint.TrainingState(model, self._optimizer, self._updated, self._scaler, began_with)
+        self._watch = DivergenceWatch(train.on_divergence, may_overflow=scale_loss)
+        self._messages = DivergenceMessages(train, scale_loss)
+        self._state = checkpoint.TrainingState(
+            model, self._optimizer, self._updated, self._scaler, began_with, self._watch
+        )
         self._saver = Saver(checkpoints, train.save_total_limit, ranks)
         self._recovery = OutOfMemoryRecovery(engine, self._drop_gradients, explain, most_tokens)
         self._explain = explain
@@ -132,12 +142,12 @@ class Loop:
         self._with_reference = with_reference
         self._estimate_kl = estimate_kl
         self._model = model
+        self._better = better
         self.best = BestStep(train.early_stopping, better)
         self.steps = batches.steps(train.num_train_epochs, train.max_steps)
         self.done = 0
         self.loss: float | None = None  # of the last step that was made here
         self.was_stopped = False  # a stop was asked for during the last step, which had nothing left to stop
-        self._has_gradients = False
         self._held_out_values: dict[str, float] | None = None
 
     def resume(self, path: Path) -> None:
@@ -150,6 +160,7 @@ class Loop:
         Raises:
             UserError: The checkpoint of the best step is gone.
         """
+        self.best = BestStep(self._train.early_stopping, self._better)
         self.best.recall(records)
         if self._protected is not None and not (best := self._checkpoint(self._protected)).exists():
             raise UserError(
@@ -157,7 +168,13 @@ class Loop:
                 "restore it, or start a new run in another train.output_dir",
             )
 
-    def run(self, listeners: Sequence[Listener], try_largest: bool = False, until: int | None = None) -> float:
+    def run(
+        self,
+        listeners: Sequence[Listener],
+        try_largest: bool = False,
+        until: int | None = None,
+        rewind: Callable[[int], Sequence[Mapping[str, Any]]] = lambda step: (),
+    ) -> float:
         """Train to the end, to the step `until`, or until `train.early_stopping` ends it.
 
         Returns the mean of all steps' tokens per second.
@@ -169,9 +186,10 @@ class Loop:
             listeners: Callbacks that get each record of metrics.jsonl.
             try_largest: Whether to run the largest micro-batch first, so that a run that does not fit ends at once.
             until: Step at which to stop with a checkpoint, from which the run can go on; None: the last one.
+            rewind: Function that drops the records after a step, and returns those that are left.
 
         Raises:
-            JobError: The loss of a step is not finite, an adapter gets no gradient, or a row does not fit into memory.
+            JobError: A step diverged, an adapter gets no gradient, or a row does not fit into memory.
             Interrupted: The user stopped the run; a checkpoint was written.
         """
         train = self._train
@@ -184,16 +202,25 @@ class Loop:
                     self._try_largest()
                 if self.done:
                     self._evaluate_if_due(listeners, stopped)
+                elif train.on_divergence == "rollback":
+                    allocate_states(self._optimizer)
+                    self._save()
                 while self.done < last and not self.best.is_over:
                     self._saver.check()
-                    record = self._step(self.done)
+                    record, finding = self._step(self.done)
                     record["peak_bytes"] = self._exchange.agree(record["peak_bytes"])
-                    self.done += 1
-                    self.loss = record["loss"]
                     tokens, seconds = tokens + record["tokens"], seconds + record["seconds"]
+                    self.done += 1
+                    if finding is not None:
+                        self._diverged(finding, record, listeners, rewind)
+                        if self.done < finding.step:  # it went back
+                            self._evaluate_if_due(listeners, stopped)
+                            continue
                     is_last = self.done == last
-                    if self.done % train.logging_steps == 0 or is_last:
-                        _report(listeners, record)
+                    if finding is None or finding.action == "none":
+                        self.loss = record["loss"]
+                        if self.done % train.logging_steps == 0 or is_last:
+                            _report(listeners, record)
                     if is_last or stopped() or _due(self.done, train.save_steps):
                         self._save()
                     if stopped() and not is_last:
@@ -211,6 +238,12 @@ class Loop:
     def _finish(self) -> None:
         """Say where training ended before its last step, and restore the adapter of the best step to be delivered."""
         best, train = self.best, self._train
+        if self._watch.skipped:
+            notify(
+                f"{self._watch.skipped} of {self.done} updates were left out, since their steps diverged",
+                "info",
+                "train.on_divergence",
+            )
         if self.done < self.steps:
             if not self._saver.has(self.done):
                 self._save()
@@ -244,7 +277,9 @@ class Loop:
             JobError: See `run`.
         """
         for number in range(self.steps):
-            self._step(number)
+            _, finding = self._step(number)
+            if finding is not None and finding.action != "none":
+                raise JobError(finding.reason)
 
     def _try_largest(self) -> None:
         """Run the largest micro-batch forward and backward; it changes nothing but what fits."""
@@ -290,8 +325,7 @@ class Loop:
             gradients = ReleasedGradients()
             with self._released(gradients):
                 sums = self._passes(batches, scale)
-            sizes = [] if self._has_gradients else [*map(gradients.largest, self._learn_first.values())]
-            return sums, gradients.norm(), sizes
+            return sums, gradients.norm(), self._first_gradients.sizes(gradients.largest)
         what = f"step {number + 1}"
         if self._ranks.size == 1:
             return self._recovery.run(what, batches, lambda batches: self._normed(self._passes(batches, scale)))
@@ -312,8 +346,7 @@ class Loop:
         is_logged = _due(self.done + 1, self._train.logging_steps) or self.done + 1 == self.steps
         self._layer_norms.measure(is_logged)
         norm = torch.nn.utils.clip_grad_norm_(self._updated.values(), self._train.max_grad_norm or math.inf)
-        largest = [] if self._has_gradients else [_largest(parameter.grad) for parameter in self._learn_first.values()]
-        return sums, norm, largest
+        return sums, norm, self._first_gradients.sizes()
 
     def _loss_scale(self) -> float:
         """Return the factor of the loss that keeps gradients of float16 from underflow; 1 for other runs."""
@@ -325,11 +358,13 @@ class Loop:
         if self._scaler.is_enabled():
             self._scaler.update(self._scaler.get_scale())  # the same scale; forgets that gradients were unscaled
 
-    def _step(self, number: int) -> dict[str, Any]:
+    def _step(self, number: int) -> tuple[dict[str, Any], Finding | None]:
+        """Make a step; returns its record, and what is off about it. Where that acts, nothing was updated."""
         started = time.perf_counter()
         train = self._train
         assert train.learning_rate != "auto", "it is found before the loop is made"
-        rate = learning_rate(number, self.steps, train.learning_rate, train.warmup_ratio, train.lr_scheduler_type)
+        peak = train.learning_rate * self._watch.rate_factor
+        rate = learning_rate(number, self.steps, peak, train.warmup_ratio, train.lr_scheduler_type)
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group.get("lr_ratio", 1.0)
         micro_batches, own = self._exchange.step(number)
@@ -339,22 +374,25 @@ class Loop:
         if not (passes := micro_batches[own]):  # this rank's kernels go through another one's batch all the same
             passes, scale = [min(micro_batches, key=lambda batch: batch.tokens)], 0.0
         sums, norm, largest = self._gradients(number, passes, scale)
-        # A float16 step may overflow: the scaler leaves it out and tries a smaller scale.
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
-        self._optimizer.zero_grad(set_to_none=True)
         like, layers = sums["loss"], self._layer_norms.norms
         scalars = [value.to(like.device, like.dtype) for value in (norm, *sums.values(), *largest, *layers)]
         grad_norm, *read = torch.stack(scalars).tolist()
         by_layer = self._layer_norms.by_layer(read[len(read) - len(layers) :])  # read last
         means = _means(dict(zip(sums, read, strict=False)))
         loss, sizes = means["loss"], read[len(sums) :][: len(largest)]
-        self._require_finite(number, loss, grad_norm)
-        if math.isfinite(grad_norm):
-            self._require_gradients(sizes)
+        finding = self._watch.judge(number + 1, loss, grad_norm)
+        if finding is None or finding.action == "none":
+            if math.isfinite(grad_norm):
+                self._first_gradients.require(sizes)
+            # A float16 step may overflow: the scaler leaves it out and tries a smaller scale.
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+            self._optimizer.zero_grad(set_to_none=True)
+        else:
+            self._drop_gradients()
         seconds = time.perf_counter() - started
         tokens = sum(batch.tokens for batch in micro_batches)
-        return {
+        record = {
             "kind": "train",
             "step": number + 1,
             "epoch": round((number + 1) / self._batches.steps_per_epoch, 4),
@@ -369,10 +407,54 @@ class Loop:
             "peak_bytes": peak_bytes(self._device),
             "predicted_peak_bytes": self._predicted_peak_bytes,
         }
+        return record, finding
+
+    def _diverged(
+        self,
+        finding: Finding,
+        record: Mapping[str, Any],
+        listeners: Sequence[Listener],
+        rewind: Callable[[int], Sequence[Mapping[str, Any]]],
+    ) -> None:
+        """Do what follows on a step that is off, once it counts as done; see `DivergenceWatch`.
+
+        Raises:
+            JobError: The run ends with it.
+        """
+        if finding.action == "rollback":
+            finding = self._roll_back(finding, rewind)
+        spoiled = self._releases and finding.action != "rollback"  # whatever the rows, no loss is good any more
+        is_told = self._messages.is_due(finding)
+        engine = None if spoiled else self._engine
+        rows = (
+            describe_rows(self._batches, finding.step - 1, engine, finding.limit)
+            if is_told and self._ranks.is_first
+            else ""
+        )
+        _report(listeners, record_of(finding, record, self.done, self._watch.rate_factor))
+        if is_told:
+            self._messages.tell(finding, self.done, rows, self._watch.rollbacks)
+
+    def _roll_back(self, finding: Finding, rewind: Callable[[int], Sequence[Mapping[str, Any]]]) -> Finding:
+        """Go back to the last good checkpoint, which keeps the lower rate from here on; returns what was done."""
+        before = self._watch.state_dict()
+        self._saver.wait()
+        path = self._ranks.first(lambda: checkpoint.to_roll_back_to(self._checkpoints, self._watch.rolled_to))
+        if path is None:
+            return replace(finding, action="stop", reason=f"{finding.reason}; there is no checkpoint to go back to")
+        self.done = checkpoint.load(path, self._state)
+        self._watch.rolled_back(before, self.done)
+        self._saver.save(self.done, self._state, self._protected, drops=False)
+        if self._ranks.is_first:
+            self._saver.wait()
+            checkpoint.drop_after(self._checkpoints, self.done)
+        self.best = BestStep(self._train.early_stopping, self._better)
+        self.best.recall(rewind(self.done))
+        return finding
 
     def _evaluate_if_due(self, listeners: Sequence[Listener], stopped: Callable[[], bool]) -> None:
         """Measure the held-out loss, where this step has one; a stop leaves it out, and a checkpoint stands for it."""
-        if not self._held_out or not (self.done == self.steps or _due(self.done, self._train.eval_steps)):
+        if not self.evaluates_at(self.done):
             return
         measured = self._measure_held_out(stopped)
         during = None if measured is None else self._ranks.first(lambda: self._during(stopped))
@@ -404,6 +486,10 @@ class Loop:
         if is_protected:
             self._saver.drop_old(self._protected)
 
+    def evaluates_at(self, step: int) -> bool:
+        """Return whether held-out rows are evaluated after a step."""
+        return bool(self._held_out) and (step == self.steps or _due(step, self._train.eval_steps))
+
     def _measure_held_out(self, stopped: Callable[[], bool]) -> tuple[dict[str, Any], int] | None:
         """Measure held-out loss and metrics, and count the trained tokens; None where it was stopped."""
         batch_of = partial(Batch.of, documents_per_row=self._objective.documents_per_row)
@@ -432,60 +518,19 @@ class Loop:
         means = _means({name: value.item() for name, value in _sums(outputs).items()})
         return means | describe_pairs(outputs), sum(example.trained for example in self._held_out)
 
-    def _require_finite(self, number: int, loss: float, norm: float) -> None:
-        if not math.isfinite(loss):
-            raise JobError(
-                f"the loss of step {number + 1} is {loss}\n  fix: lower train.learning_rate, or set model.dtype to "
-                "bfloat16 or float32"
-            )
-        if not math.isfinite(norm) and not self._scaler.is_enabled():
-            raise JobError(f"the gradient of step {number + 1} is not finite\n  fix: lower train.learning_rate")
-
-    def _require_gradients(self, sizes: list[float]) -> None:
-        """Check gradients once, after the first step in which they are finite.
-
-        Args:
-            sizes: Largest magnitude in the gradient of each B matrix.
-        """
-        if self._has_gradients:
-            return
-        self._has_gradients = True
-        bad = [name for name, value in zip(self._learn_first, sizes, strict=True) if not 0 < value < math.inf]
-        if bad:
-            raise JobError(
-                f"{len(bad)} {'' if is_full(self._model) else 'adapter '}matrices got no usable gradient in the first "
-                f"step, first {bad[0]}: training would do nothing there\n  fix: "
-                + (
-                    "train an adapter"
-                    if is_full(self._model)
-                    else "set adapter.target_modules to modules the model uses"
-                )
-            )
-
     def _checkpoint(self, step: int | None = None) -> Path:
         """Return the path of a step's checkpoint, written or not; None: of this step's."""
         return checkpoint.path_of(self._checkpoints, self.done if step is None else step)
 
     def _save(self) -> None:
-        self._saver.save(self.done, self._state, self._protected)
-
-
-def learn_first(model: Any) -> dict[str, torch.nn.Parameter]:
-    """Return the matrices that have a gradient at the first step, by name. Of a bias it may be zero (of keys)."""
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if is_full(model):
-        return {name: parameter for name, parameter in trained.items() if parameter.dim() > 1}
-    method = find_method(model.peft_config["default"])
-    return {name: parameter for name, parameter in trained.items() if method.learns_first(name)}
+        # Where the loss is off, the checkpoints before may be needed.
+        drops = self._watch.is_good or self._train.on_divergence != "rollback"
+        self._saver.save(self.done, self._state, self._protected, drops)
 
 
 def held_out_batching(rows_at_a_time: int, objective: Objective) -> Batching:
     """Return what takes held-out examples in batches, those of a row together."""
     return Batching(rows_at_a_time, "lower data.max_length", "held-out losses", objective.documents_per_row)
-
-
-def _largest(gradient: torch.Tensor | None) -> torch.Tensor:
-    return torch.zeros(()) if gradient is None else gradient.abs().amax()
 
 
 def _sums(outputs: Sequence[StepOutput]) -> dict[str, torch.Tensor]:

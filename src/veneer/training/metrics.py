@@ -1,7 +1,7 @@
 """Writes records of logged steps and evaluations to metrics.jsonl; other listeners get the same records."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,12 @@ from veneer.config.files import read_json_lines
 from veneer.config.folder import write_text
 from veneer.config.notify import notify
 
-# Called with each line of metrics.jsonl: a `TrainRecord` or an `EvalRecord` (config/records.py).
+# Called with each line of metrics.jsonl: a record of config/records.py.
 Listener = Callable[[dict[str, Any]], None]
 
 
 class MetricsFile:
-    """Appends a line of JSON for each record; a resumed run first drops what came after its checkpoint.
+    """Appends a line of JSON for each record; a run that goes on from a checkpoint drops what came after it.
 
     Lines that cannot be written are kept and written with a later one: a disk that fails for a moment costs no run.
     """
@@ -25,14 +25,21 @@ class MetricsFile:
         self._waiting = b""
         self._has_notified = False
 
-    def restart(self, done: int) -> list[dict[str, Any]]:
-        """Keep the lines of the first `done` steps alone, with which the training goes on; returns them."""
-        # The evaluation of a checkpoint's step comes after it, and so is made again.
-        kept = [
+    def before(self, done: int, evaluates_again: bool = True) -> list[dict[str, Any]]:
+        """Return the records of the first `done` steps.
+
+        Args:
+            done: Steps.
+            evaluates_again: Whether a run that goes on there evaluates that step again, whose record is left out then.
+        """
+        return [
             line
             for line in read_metrics(self._path)
-            if line["step"] < done or (line["step"] == done and line["kind"] == "train")
+            if line["step"] < done or (line["step"] == done and not (evaluates_again and line["kind"] == "eval"))
         ]
+
+    def restart(self, kept: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+        """Keep some of the file's records alone, with which the training goes on; returns them."""
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_text(self._path, text)
         self._written = len(text.encode())

@@ -4,7 +4,7 @@ Paged states need CUDA; elsewhere the same states are kept unpaged, which change
 optimizer of their own (full_optimizer.py): those of full fine-tuning, and 16-bit biases and modules beside an adapter.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,22 +17,26 @@ from veneer.model.quiet import quiet
 from veneer.training.full_optimizer import FullOptimizer
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
+MASTER = "master"  # name of an engine's flat parameter
 BLOCK = 256  # values that share a constant in bitsandbytes' 8-bit states
 
 
-def parameters_to_update(model: Any, engine: Engine, train: Train, device: str) -> dict[str, torch.nn.Parameter]:
+def parameters_to_update(
+    model: Any, engine: Engine, train: Train, device: str, has_separate_states: bool = False
+) -> dict[str, torch.nn.Parameter]:
     """Return what the optimizer updates, by the names that its state has in checkpoints.
 
     An engine that lays all adapters into one parameter has them updated in one launch. Values of two matrices never
-    share a block of 8-bit states: where they would, each matrix is updated by itself; so it is where rates differ.
+    share a block of 8-bit states: where they would, each matrix is updated by itself; so it is where rates differ,
+    and where training goes on from a state of each matrix (`has_separate_states`), which another engine left.
     """
     adapters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if train.loraplus_lr_ratio is not None:
+    if train.loraplus_lr_ratio is not None or has_separate_states:
         return adapters
     in_blocks = "8bit" in resolve_optim(train.optim, device)
     if engine.master is None or (in_blocks and any(p.numel() % BLOCK for p in adapters.values())):
         return adapters
-    return {"master": engine.master}
+    return {MASTER: engine.master}
 
 
 def optimizer_of(
@@ -149,3 +153,37 @@ def set_state(
         elif tensor.dim() == 0 and not optimizer.defaults["fused"]:
             value = tensor
         optimizer.state[parameter][state] = value
+
+
+def layout_of(model: Any, master: torch.nn.Parameter) -> list[tuple[str, int]]:
+    """Return the parameters that are views of an engine's `master`, in their order there, with their sizes."""
+    start = master.untyped_storage().data_ptr()
+    views = [(n, p) for n, p in model.named_parameters() if p.untyped_storage().data_ptr() == start and p is not master]
+    return [(name, view.numel()) for name, view in sorted(views, key=lambda view: view[1].storage_offset())]
+
+
+def split_state(
+    tensors: Mapping[str, torch.Tensor], layout: Sequence[tuple[str, int]], updated: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return the state of an engine's `master` as states of the parameters in it, with the same bits.
+
+    Args:
+        tensors: State by name, as `get_state` returned it.
+        layout: See `layout_of`.
+        updated: The parameters, by name.
+    """
+    total = sum(size for _, size in layout)
+    found = {}
+    for key, tensor in tensors.items():
+        state, start = key.removeprefix(f"{MASTER}/"), 0
+        for name, size in layout:
+            part = tensor
+            if tensor.numel() == total:
+                part = tensor[start : start + size].reshape(updated[name].shape)
+            elif state.startswith("absmax"):
+                assert start % BLOCK == 0, "blocks of two matrices are never shared"
+                assert size % BLOCK == 0, "blocks of two matrices are never shared"
+                part = tensor[start // BLOCK : (start + size) // BLOCK]
+            found[f"{name}/{state}"] = part.clone()
+            start += size
+    return found

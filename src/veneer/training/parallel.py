@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 
-from veneer.config import JobError, Run, Train, UserError
+from veneer.config import JobError, Run, RunFolder, Train, UserError
+from veneer.config.files import read_json
 from veneer.data.batch import Batch, Batches, Example
 from veneer.engine.interface import Engine
 from veneer.engine.objective import StepOutput
 from veneer.machine.ranks import Ranks
+from veneer.training.finished import with_train
 from veneer.training.held_out import HeldOutRows
 
 LEAST_WAIT, FIRST_WAIT = 60.0, 900.0  # seconds that ranks wait for each other: a step may be redone, and compiles first
@@ -142,3 +144,22 @@ def begin_alike(ranks: Ranks, engine: Engine, model: Any) -> None:
 def rows_of_step(train: Train, ranks: int) -> int:
     """Return the rows of an optimizer step over all ranks."""
     return train.per_device_train_batch_size * train.gradient_accumulation_steps * ranks
+
+
+def dealt_as_begun(run: Run, began: RunFolder, ranks: Ranks) -> Run:
+    """Return a run that goes on, on whatever number of GPUs, with as many rows a step as it began with.
+
+    Raises:
+        UserError: they cannot be dealt to so many.
+    """
+    plan = read_json(began.plan)
+    rows, each = plan.get("rows_per_step"), run.train.per_device_train_batch_size * ranks.size
+    if plan.get("gpus", 1) == ranks.size or not rows:
+        return run
+    if rows % each:
+        raise UserError(
+            f"the run began with {rows} rows a step on {plan['gpus']} GPUs, and {rows} are no multiple of {each} "
+            f"(train.per_device_train_batch_size on {ranks.size} GPUs)",
+            "set train.per_device_train_batch_size to a divisor, or resume it on another number of GPUs",
+        )
+    return with_train(run, gradient_accumulation_steps=rows // each)

@@ -41,7 +41,7 @@ from veneer.model.attach import save_adapter, set_adapter
 from veneer.model.full import is_full, load_weights, write_weights
 from veneer.model.quiet import quiet
 from veneer.training.choose_objective import choose_objective
-from veneer.training.loop import learn_first
+from veneer.training.first_gradients import learn_first
 from veneer.training.overfit import overfit
 from veneer.training.parts import RunParts, load_parts
 from veneer.training.verify_head import head_checks
