@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from veneer.api.predict import predict
     from veneer.api.prepare import prepare
     from veneer.api.push import push
+    from veneer.api.report import write_report
     from veneer.api.runs import runs
     from veneer.api.sweep import sweep
     from veneer.api.train import train
@@ -60,12 +61,14 @@ __all__ = [
     "unmerge",
     "verify",
     "watch",
+    "write_report",
 ]
 _NOT_IN_API = {
     **dict.fromkeys(("JobError", "Run", "UserError", "load_run"), "veneer.config"),
     "Sampling": "veneer.config.sampling",
     "unmerge": "veneer.api.merge",
     "verify": "veneer.training.verify",
+    "write_report": "veneer.api.report",  # veneer.report is the package of pages
 }
 
 if not TYPE_CHECKING:

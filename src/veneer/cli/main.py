@@ -9,6 +9,7 @@ import errno
 import io
 import os
 import re
+import shlex
 import sys
 import threading
 import warnings
@@ -30,6 +31,7 @@ from veneer.cli import (
     plan,
     predict,
     push,
+    report,
     runs,
     sweep,
     train,
@@ -59,6 +61,7 @@ for module in (
     train,
     runs,
     watch,
+    report,
     sweep,
     evaluate,
     predict,
@@ -159,6 +162,8 @@ def _run(arguments: list[str], debug: bool) -> int:
     status = result if isinstance(result, int) else 0
     if status == 130:  # a Ctrl-C at any other moment; the parser turns it into this status
         print("stopped", file=sys.stderr)
+        if arguments[:1] == ["train"]:  # before it could say more
+            print(f"  start again with: veneer {shlex.join(arguments)}", file=sys.stderr)
     return status
 
 
