@@ -68,7 +68,7 @@ def train(
                 out.print("extend   it has no more steps than before: raise train.max_steps or train.num_train_epochs")
             return 0
     if gpus is not None and gpus > 1:
-        return _launch(gpus)
+        raise SystemExit(_launch(gpus))  # whatever it is, the processes have said why
     with resume_told(folder):
         _train(settings, mode, force, overwrite, extend, fork, out, as_json)
     return 0

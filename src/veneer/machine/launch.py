@@ -31,7 +31,9 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it says is said below
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what they say is said below
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # of the processes: errors of an exchange are raised, too
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
