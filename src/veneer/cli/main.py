@@ -112,6 +112,8 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what its encoding does not have is shown as an escape
+    if _is_later_rank():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process lives
     words = _spelled([argument for argument in given if argument != "--debug"])
     with lasting_output() as output, polite_kills(), contextlib.ExitStack() as stack:
         if words and "--help" not in words:  # help imports nothing of Veneer's
@@ -190,8 +192,18 @@ def _report(error: Exception) -> int:
         )
     elif not isinstance(error, JobError):
         message = f"{type(error).__name__}: {error}\n  run it again with --debug for the traceback"
-    print(f"{'stopped' if status == 130 else 'error'}: {visible(message)}", file=sys.stderr)
+    if "RANK" in os.environ:
+        from veneer.machine.launch import leave_error
+
+        leave_error(visible(message), type(error).__name__ == "LostRankError")
+    if not _is_later_rank():
+        print(f"{'stopped' if status == 130 else 'error'}: {visible(message)}", file=sys.stderr)
     return status
+
+
+def _is_later_rank() -> bool:
+    """Return whether this is a process of a run on several GPUs, and not its first: it prints nothing."""
+    return os.environ.get("RANK", "0") != "0"
 
 
 if __name__ == "__main__":
