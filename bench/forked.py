@@ -83,6 +83,9 @@ def call(
                 prepare()
             os.write(writer, b"x")
             status = status_of(arguments)
+        except KeyboardInterrupt:  # before the command's first line, where Python itself ends a process so
+            print("start again with: the same command")
+            status = 130
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

@@ -394,8 +394,15 @@ def facts_of(device: str) -> dict[str, Any]:
         "date": date.today().isoformat(),
         "machine": f"{name or 'CPU only'}, {platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
-        **{one: metadata.version(one) for one in ("torch", "transformers", "peft", "safetensors")},
+        **{one: version(one) for one in ("torch", "transformers", "peft", "safetensors")},
     }
+
+
+def version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not known"
 
 
 def main() -> None:

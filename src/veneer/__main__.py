@@ -11,11 +11,12 @@ def main(arguments: list[str] | None = None) -> None:
     with polite_kills():
         try:
             from veneer.cli.main import main as run
+
+            run(arguments)
         except KeyboardInterrupt:
             given = sys.argv[1:] if arguments is None else arguments
             print(f"stopped\n  start again with: veneer {shlex.join(given)}", file=sys.stderr)
             sys.exit(130)
-        run(arguments)
 
 
 if __name__ == "__main__":
