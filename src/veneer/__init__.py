@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from veneer.api.prepare import prepare
     from veneer.api.push import push
     from veneer.api.runs import runs
+    from veneer.api.serve import serve
     from veneer.api.sweep import sweep
     from veneer.api.train import train
     from veneer.api.watch import watch
@@ -55,6 +56,7 @@ __all__ = [
     "prepare",
     "push",
     "runs",
+    "serve",
     "sweep",
     "train",
     "unmerge",

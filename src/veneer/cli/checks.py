@@ -13,6 +13,8 @@ from veneer.config.names import base_not_here, find_adapter, find_model, require
 from veneer.config.options import require_known
 from veneer.config.paths import require_path
 
+SHORTEST_KEY = 8  # characters of an API key
+
 
 def require_base(model: Model) -> None:
     """Raise UserError where a base does not exist, or is a hub model that is neither cached nor reachable."""
@@ -188,3 +190,25 @@ def require_folder(name: str) -> None:
     """Raise UserError where there is no folder of that name."""
     if not Path(name).expanduser().is_dir():
         raise UserError(f"{name}: no such folder", "name a finished run, an adapter, or a merged model")
+
+
+def api_key(given: str | None, file: Path | None) -> str | None:
+    """Return the key that requests to a server need, from an option or a file; None: none is set.
+
+    Raises:
+        UserError: Both are named, the file cannot be read, or the key is too short or holds what no key does.
+    """
+    if file is not None:
+        if given is not None:
+            raise UserError("--api-key-file and --api-key (or VENEER_API_KEY) both name a key", "leave one out")
+        from veneer.config.files import read_text
+
+        given = read_text(file.expanduser(), 4096, "name a file that holds the key").strip()
+    if given is None:
+        return None
+    if len(given) < SHORTEST_KEY or not all("!" <= sign <= "~" for sign in given):
+        raise UserError(
+            f"the key: should be {SHORTEST_KEY} or more visible ASCII characters",
+            "make one: python3 -c 'import secrets; print(secrets.token_urlsafe(32))'",
+        )
+    return given

@@ -29,6 +29,7 @@ from veneer.cli import (
     predict,
     push,
     runs,
+    serve,
     sweep,
     train,
     verify,
@@ -61,6 +62,7 @@ for module in (
     generate,
     export,
     certify,
+    serve,
     push,
 ):
     name = module.__name__.rsplit(".", 1)[-1]
