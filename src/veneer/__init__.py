@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from veneer.api.certify import certify
+    from veneer.api.chat import chat
     from veneer.api.doctor import doctor
     from veneer.api.evaluate import evaluate
     from veneer.api.evaluate_classifier import evaluate_classifier
@@ -42,6 +43,7 @@ __all__ = [
     "UserError",
     "__version__",
     "certify",
+    "chat",
     "doctor",
     "evaluate",
     "evaluate_classifier",

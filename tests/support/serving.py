@@ -1,5 +1,6 @@
 """A server on a tiny base with adapters, in the process of the test; and answers of the same models by plain PEFT."""
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from starlette.testclient import TestClient
 
 from veneer.model.quiet import quiet
 from veneer.serving.limits import Limits
-from veneer.serving.server import Wanted, make_app, named, opened
+from veneer.serving.server import Wanted, listen, make_app, named, opened, require_safe
 from veneer.serving.service import Service
 
 
@@ -51,3 +52,20 @@ def answered_by_peft(base: Path, adapter: Path | None, prompts: Sequence[list[in
         )
         found.append(output[0, len(prompt) :].tolist())
     return found
+
+
+@contextmanager
+def server_of(service: Service, key: str | None = None) -> Iterator[str]:
+    """A service behind a real socket of this machine, for a `with` block; gives its address."""
+    import uvicorn
+
+    app = make_app(service, key, require_safe("127.0.0.1", key))
+    listening = listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()

@@ -16,6 +16,7 @@ import typer
 
 from veneer.cli import (
     certify,
+    chat,
     data,
     demo,
     doctor,
@@ -60,6 +61,7 @@ for module in (
     predict,
     judge,
     generate,
+    chat,
     export,
     certify,
     serve,

@@ -20,6 +20,12 @@ def serve(
     adapters: Annotated[
         list[Path] | None, typer.Option(help="Folder whose adapters requests may load; may be repeated.")
     ] = None,
+    watch: Annotated[
+        Path | None, typer.Option(help="Folder whose adapters are served as they come, change and go.")
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="veneer; or vllm: start vLLM with the adapters, or print how.")
+    ] = "veneer",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 instead of training's.")] = None,
     slots: Annotated[int, typer.Option(min=1, help="Answers that are made at a time.")] = 32,
     queue: Annotated[int, typer.Option(min=0, help="Answers that may wait; further ones get 429.")] = 256,
@@ -54,5 +60,5 @@ def serve(
 
         veneer.serve(
             models, base=base, force=force, host=host, port=port, api_key=key, dtype=dtype,
-            adapter_folders=adapters or (), limits=limits, on_ready=on_ready,
+            adapter_folders=adapters or (), watch=watch, limits=limits, engine=engine, on_ready=on_ready,
         )  # fmt: skip

@@ -190,10 +190,10 @@ class Adapters:
         for folder in self.folders:
             try:
                 found = (given if given.is_absolute() else folder / given).resolve()
-            except (OSError, RuntimeError):
+                if found.is_relative_to(folder) and found != folder and found.is_dir():
+                    return found
+            except (OSError, RuntimeError):  # a name that is too long, a link to itself
                 continue
-            if found.is_relative_to(folder) and found != folder and found.is_dir():
-                return found
         raise outside
 
     def _free_number(self, replaces: bool) -> int:

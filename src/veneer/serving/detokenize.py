@@ -36,7 +36,8 @@ class TextOfTokens:
         """Take a token; return the text that is certain by now."""
         self._ids.append(token)
         piece = self._new()
-        if piece.endswith(HALF) and len(self._ids) - self._whole < MOST_WAITING:
+        is_half = piece.endswith(HALF) and len(self._ids) - self._whole < MOST_WAITING
+        if is_half or not piece:  # tokens without a text are no beginning: what follows would lose its space
             return ""
         self._begin, self._whole = self._whole, len(self._ids)
         return self._released(piece)

@@ -15,6 +15,8 @@ from veneer.serving.errors import ApiError
 from veneer.serving.limits import SCHEMA_CHARACTERS
 
 MOST_TOKENIZERS = 8  # whose tables are held; one takes a second to make
+# As `json.dumps` writes: a model that may choose among white space gets lost in it.
+SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 
@@ -67,7 +69,7 @@ class Grammars:
         if len(text) > SCHEMA_CHARACTERS:
             raise ApiError(400, f"the schema has more than {SCHEMA_CHARACTERS:,} characters", "response_format")
         try:
-            grammar = LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_flexible": True})
+            grammar = LLMatcher.grammar_from_json_schema(text, defaults=SPACING)
             matcher = LLMatcher(self._tokenizer(renderer, stop_ids), grammar)
             wrong = matcher.get_error()
         except ValueError as error:

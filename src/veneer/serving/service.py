@@ -2,6 +2,7 @@
 
 import asyncio
 import secrets
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -89,6 +90,7 @@ class Service:
     ) -> None:
         self.adapters, self.scheduler, self.limits, self.metrics = adapters, scheduler, limits, metrics
         self._grammars = grammars
+        self._rendering = threading.Lock()  # a renderer is used by one thread at a time
 
     @property
     def most_tokens(self) -> int:
@@ -145,7 +147,9 @@ class Service:
     ) -> list[int]:
         """Return the tokens of a conversation, by the renderer of training."""
         try:
-            return model.renderer.prompt_ids(list(read_turns(list(messages))), tools)
+            turns = list(read_turns(list(messages)))
+            with self._rendering:
+                return model.renderer.prompt_ids(turns, tools)
         except BadRowError as error:
             raise ApiError(400, f"messages: {error}", "messages") from None
         except UserError as error:
@@ -172,7 +176,8 @@ class Service:
         """Return the tokens of a plain text: as training renders it where it has no template."""
         if not model.renderer.is_chat:
             try:
-                return model.renderer.prompt_ids([Message("user", text)])
+                with self._rendering:
+                    return model.renderer.prompt_ids([Message("user", text)])
             except UserError as error:
                 raise ApiError(400, str(error).splitlines()[0], "prompt") from None
         tokenizer = model.renderer.tokenizer
