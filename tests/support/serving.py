@@ -10,8 +10,10 @@ import torch
 from starlette.testclient import TestClient
 
 from veneer.model.quiet import quiet
+from veneer.serving.address import require_safe
+from veneer.serving.app import make_app
 from veneer.serving.limits import Limits
-from veneer.serving.server import Wanted, listen, make_app, named, opened, require_safe
+from veneer.serving.server import Wanted, listen, named, opened
 from veneer.serving.service import Service
 
 

@@ -82,6 +82,23 @@ def _tokenize(text: str) -> Any:
     return TokenizeRequest(messages=[{"role": "user", "content": text}])
 
 
+def test_telling_while_the_next_step_is_computed_changes_no_answer(
+    service: Service, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: a stop text is found once another token was made."""
+    texts = [chat(client, model, PROMPTS[0])["choices"][0]["message"]["content"] for model in KINDS]
+    stops = [text[len(text) // 2 :][:2] for text in texts]
+    asked = [(model, stop) for model, text_stop in zip(KINDS, stops, strict=True) for stop in (None, text_stop)]
+
+    def ask(one: tuple[str, str | None]) -> Any:
+        return chat(client, one[0], PROMPTS[0], stop=one[1])["choices"]
+
+    before = [ask(one) for one in asked]
+    monkeypatch.setattr(service.scheduler, "_overlaps", True)
+    with ThreadPoolExecutor(len(asked)) as pool:
+        assert list(pool.map(ask, asked)) == before
+
+
 def test_a_stream_is_the_whole_answer_in_pieces(client: TestClient) -> None:
     asked = {"model": "lora", "messages": [{"role": "user", "content": PROMPTS[0]}], "temperature": 0, "n": 2}
     whole = client.post("/v1/chat/completions", json=asked).json()

@@ -18,7 +18,7 @@ from tests.support.certified import make_base
 from tests.support.malformed import malformed
 from tests.support.serving import client_of, few, server_of, service_of
 from veneer.config import UserError
-from veneer.serving.server import require_safe
+from veneer.serving.address import require_safe
 from veneer.serving.service import Service
 
 KEY = "a-key-of-tests"

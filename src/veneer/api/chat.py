@@ -21,7 +21,7 @@ class Chat:
     """A conversation.
 
     Args:
-        service: What answers.
+        service: Models and scheduler.
         model: The model that answers.
 
     Attributes:

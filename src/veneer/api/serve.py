@@ -14,9 +14,10 @@ from veneer.config import UserError
 from veneer.config.names import gguf_file
 from veneer.model.tuned import find_tuned
 from veneer.serving import vllm
+from veneer.serving.address import require_safe
 from veneer.serving.gguf import serve_gguf
 from veneer.serving.limits import Limits
-from veneer.serving.server import Wanted, listen, make_app, named, opened, require_safe, run
+from veneer.serving.server import Wanted, listen, named, opened, run
 from veneer.serving.watch import WatchedFolder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -77,6 +78,9 @@ def serve(
     for option, folder in [("--adapters", folder) for folder in folders] + [("--watch", Path(watch or "."))]:
         if not folder.expanduser().is_dir():
             raise UserError(f"{option} {folder}: no such folder", "name a folder that holds adapters or runs")
+    _require_installed()
+    from veneer.serving.app import make_app
+
     wanted = Wanted(pairs, base, force, DTYPES[dtype] if dtype is not None else None, folders, limits)
     with ExitStack() as stack:
         listening = stack.enter_context(listen(host, port))
@@ -89,6 +93,13 @@ def serve(
         address = f"http://{shown}:{listening.getsockname()[1]}"
         app = make_app(service, api_key, hosts)
         run(app, listening, lambda: on_ready(address, list(service.adapters.models)))
+
+
+def _require_installed() -> None:
+    """Raise UserError where the libraries of a server are not installed."""
+    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} not installed", "pip install 'veneer[serve]'")
 
 
 def _serve_gguf(

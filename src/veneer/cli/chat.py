@@ -38,8 +38,8 @@ def chat(
     from veneer.cli import checks, show
     from veneer.config import UserError
 
-    for name in models:
-        checks.require_answering(name.partition("=")[2] or name, base)
+    for model in models:
+        checks.require_served(model, base)
     out = show.console()
     with show.status(out, "loading") as waits:
         import veneer

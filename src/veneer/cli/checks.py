@@ -9,7 +9,15 @@ from pathlib import Path
 
 from veneer.config import Model, Run, RunFolder, UserError, load_run
 from veneer.config.hub import require_reachable
-from veneer.config.names import base_not_here, find_adapter, find_model, require_adapter, require_pair, target_kind
+from veneer.config.names import (
+    base_not_here,
+    find_adapter,
+    find_model,
+    gguf_file,
+    require_adapter,
+    require_pair,
+    target_kind,
+)
 from veneer.config.options import require_known
 from veneer.config.paths import require_path
 
@@ -41,6 +49,14 @@ def require_answering(name: str, base: str | None = None) -> None:
             "name a run, a checkpoint, an adapter's folder, or a base model as model.base takes it",
         ) from None
     require_base(Model(base=name))
+
+
+def require_served(model: str, base: str | None = None) -> None:
+    """Raise UserError where a model to serve, with its name in requests or without, does not exist."""
+    name, equals, place = model.partition("=")
+    place = place if equals and name and "/" not in name else model
+    if gguf_file(place) is None:
+        require_answering(place, base)
 
 
 def require_merged(name: str, adapter: str) -> None:

@@ -44,9 +44,13 @@ def serve(
     Example: `veneer serve runs/tickets runs/mails`
     """
     from veneer.cli import checks, show
+    from veneer.serving.address import require_safe
     from veneer.serving.limits import Limits
 
     key = checks.api_key(api_key, api_key_file)
+    require_safe(host, key)
+    for model in models:
+        checks.require_served(model, base)
     out = show.console()
 
     def on_ready(address: str, names: list[str]) -> None:

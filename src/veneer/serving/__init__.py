@@ -18,7 +18,7 @@ detokenize.py    text from tokens as they come, and texts that end an answer
 tool_calls.py    calls in the form that the template writes them
 protocol.py      requests in OpenAI's form
 replies.py       replies in OpenAI's form, whole and streamed
-app.py           the routes;  guard.py  what is checked before a route: key, address, size
+app.py           the routes;  guard.py  what is checked before a route: key, address, size;  address.py  where to listen
 errors.py        refusals in OpenAI's form;  limits.py  the limits;  metrics.py  figures for Prometheus
 page.html        a page that asks models side by side
 server.py        all of it put together and run

@@ -36,14 +36,14 @@ class Served:
     """A model that is served.
 
     Attributes:
-        name: What requests name it.
+        name: Name in requests.
         number: Number of its adapter in the bank; 0: the base, or the only model.
         renderer: Tokenizer and template of training.
         stop_ids: Tokens that end an answer.
         sha256: Hash of the adapter's weights; None: the base.
-        cache_key: What keys and values of its prompts belong to.
+        cache_key: Owner of the keys and values of its prompts.
         created: Unix time of its load.
-        calls: How it writes calls of tools; None: in no form that is read.
+        calls: Form of its calls of tools; None: none that is read.
         tuned: The adapter; None: the base.
     """
 

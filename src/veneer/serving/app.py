@@ -40,7 +40,7 @@ def make_app(service: Service, key: str | None = None, hosts: tuple[str, ...] | 
     """Return the application.
 
     Args:
-        service: What answers.
+        service: Models and scheduler.
         key: Key that requests need; None: none.
         hosts: Names that a request may be for; None: any.
     """

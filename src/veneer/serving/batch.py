@@ -106,8 +106,9 @@ class SlotBatch:
         self._slots, self._length = 0, 0
         self._cache: SlotCache | None = None
         self._firsts: dict[int, tuple[SlotCache, SlotView]] = {}
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        self._eager: dict[tuple[int, int], int] = {}
+        # By rows, positions, and whether all rows are the base's.
+        self._graphs: dict[tuple[int, int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._eager: dict[tuple[int, int, bool], int] = {}
         self._version = bank.version
 
     def fits(self, coming: Sequence[Generation]) -> bool:
@@ -147,8 +148,9 @@ class SlotBatch:
         width = min(width, self._length)
         cache, view = self._first(rows)
         view.seen, view.width = seen, width
-        logits_SV = self._recorded(rows, width) if self._device.type == "cuda" else None
-        if logits_SV is None:
+        if self._device.type == "cuda":
+            logits_SV = self._recorded(rows, width, not any(state[2]))
+        else:
             with self._bank.rows(state[2], 1):
                 logits_SV = self._forward(cache, view, rows)
         return logits_SV[: len(self.rows)]
@@ -226,27 +228,30 @@ class SlotBatch:
                 before[number] = None  # one layer at a time is there twice
         self._cache, self._slots, self._length = grown, slots, length
 
-    def _recorded(self, rows: int, width: int) -> torch.Tensor | None:
-        """Return the logits of a recorded step; None: it is not recorded yet."""
+    def _recorded(self, rows: int, width: int, is_base: bool) -> torch.Tensor:
+        """Return the logits of a step, which is recorded once libraries have set themselves up for its shapes."""
         if self._version != self._bank.version:
             self._graphs.clear()
             self._version = self._bank.version
-        key = (rows, width)
+        key = (rows, width, is_base)
         if key not in self._graphs:
             self._eager[key] = self._eager.get(key, 0) + 1
             if self._eager[key] <= EAGER_STEPS:
-                return None
-            cache, view = self._first(rows)
+                return self._masked(rows, is_base)
             graph = torch.cuda.CUDAGraph()
             pool = next((known.pool() for known, _ in self._graphs.values()), None)
             with torch.cuda.graph(graph, pool=pool):
-                mask_SK = self._bank.mask(self._state_3S[2, :rows])
-                with self._bank.masked(mask_SK):
-                    logits_SV = self._forward(cache, view, rows)
+                logits_SV = self._masked(rows, is_base)
             self._graphs[key] = graph, logits_SV
         graph, logits_SV = self._graphs[key]
         graph.replay()
         return logits_SV
+
+    def _masked(self, rows: int, is_base: bool) -> torch.Tensor:
+        """Return the logits of a step whose launches are the same whatever adapters its rows have."""
+        cache, view = self._first(rows)
+        with self._bank.masked(None if is_base else self._bank.mask(self._state_3S[2, :rows])):
+            return self._forward(cache, view, rows)
 
     def _forward(self, cache: SlotCache, view: SlotView, rows: int) -> torch.Tensor:
         with attends_slots(self._model):

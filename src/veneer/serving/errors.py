@@ -22,7 +22,7 @@ class ApiError(Exception):
 
     Args:
         status: HTTP status.
-        message: what is wrong, for a person.
+        message: fault, for a person.
         param: field of the request that is wrong.
         code: the same for a program.
         retry_after: seconds to wait before the next try.

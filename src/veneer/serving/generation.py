@@ -63,15 +63,15 @@ class Generation:
     Attributes:
         prompt: Token ids.
         adapter: Number of the row's adapter in the bank; 0: the base.
-        cache_key: What keys and values of the prompt belong to: a hash of base and adapter.
+        cache_key: Owner of the prompt's keys and values: a hash of base and adapter.
         limit: Most tokens.
         stop_ids: Tokens that end it.
         text: Its text so far.
-        decoding: How its tokens are chosen.
+        decoding: Settings by which its tokens are chosen.
         likeliest: Log-probabilities a token; None: none are asked for.
         grammar: Matcher of a grammar; None: there is none.
         tell: Takes its events.
-        deadline: When it is given up, by `time.monotonic`.
+        deadline: Time at which it is given up, by `time.monotonic`.
         on_end: Called once it is over, whatever ended it.
     """
 

@@ -21,7 +21,6 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 OPEN_PATHS = ("/", "/health")  # asked without a key: they tell nothing
-LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]", "::1")
 
 
 class Guard:
@@ -32,7 +31,7 @@ class Guard:
         key: The key; None: none is needed.
         body_bytes: Most bytes of a body.
         hosts: Names of this machine that a request may be for; None: any.
-        metrics: Where requests are counted.
+        metrics: Counters of requests.
         paths: Paths that exist, by which requests are counted.
     """
 

@@ -121,7 +121,7 @@ class AdapterBank:
             self._number = self._number_B = self._mask_BK = None
 
     @contextmanager
-    def masked(self, mask_BK: torch.Tensor) -> Iterator[None]:
+    def masked(self, mask_BK: torch.Tensor | None) -> Iterator[None]:
         """Within the context, a mask that `mask` made says which adapter a row has; for recorded passes."""
         self._mask_BK = mask_BK
         try:

@@ -24,7 +24,7 @@ class Decoding:
 
     Attributes:
         temperature: 0: the likeliest token each time.
-        top_p, top_k, min_p: What is sampled from; 1, 0 and 0: all tokens.
+        top_p, top_k, min_p: Limits of what is sampled from; 1, 0 and 0: all tokens.
         frequency_penalty, presence_penalty: Taken from the logit of a token for each time, or once, that the answer
             has it.
         repetition_penalty: Divides positive logits of tokens in prompt and answer, and multiplies negative ones.

@@ -33,7 +33,7 @@ class Scheduler:
     Args:
         batch: The batch of the model.
         queue: Most answers that wait.
-        metrics: Where figures go.
+        metrics: Figures of the server.
         overlaps: Whether tokens are told while the next step is computed.
     """
 
@@ -105,9 +105,10 @@ class Scheduler:
             with self._lock:
                 if self._is_stopped:
                     break
-                if not (self._waiting or self._calls or self._reading or self.batch.rows):
+                is_busy = self._calls or self._reading or self._untold or self.batch.rows
+                if not (self._waiting or is_busy):
                     self._lock.wait()
-                elif not (self._calls or self._reading or self.batch.rows):
+                elif not is_busy:
                     # What waits while nothing runs does not fit only if it is too late or cancelled.
                     self._lock.wait(0 if self._may_begin() else IDLE_SECONDS)
             self._call()

@@ -3,7 +3,6 @@
 SIGTERM and Ctrl-C drain: no new connection is taken, answers that are being made are finished, for a limited time.
 """
 
-import ipaddress
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -26,10 +25,9 @@ from veneer.model.shapes import positions_of, shapes_of
 from veneer.model.tuned import TunedModel, find_tuned
 from veneer.serving.adapter_file import more_than_low_rank
 from veneer.serving.adapters import Adapters, Served, find_on, served
-from veneer.serving.app import make_app as make_app
 from veneer.serving.batch import make_batch, ready
 from veneer.serving.grammar import Grammars
-from veneer.serving.guard import LOCAL_NAMES, Guard
+from veneer.serving.guard import Guard
 from veneer.serving.limits import Limits
 from veneer.serving.metrics import Metrics
 from veneer.serving.mixed import AdapterBank
@@ -69,7 +67,7 @@ class Base:
 
     Attributes:
         model: The Transformers model; with its adapter on it where it is served alone.
-        served: What requests name it, and its renderer.
+        served: Its name in requests, and its renderer.
         name, source: Name in settings, and source of its files.
         first: The first adapter; None: there is none.
         is_alone: Whether the model is an adapter that shares its base with no other.
@@ -188,24 +186,6 @@ def opened(wanted: Wanted) -> Iterator[Service]:
 def _vocabulary(model: Any) -> int:
     head = model.get_output_embeddings()
     return int(getattr(head, "out_features", None) or head.weight.shape[0])
-
-
-def require_safe(host: str, key: str | None) -> tuple[str, ...] | None:
-    """Return the names of this machine that requests may be for; None: any, since a key protects it.
-
-    Raises:
-        UserError: Others can reach the address, and there is no key.
-    """
-    try:
-        is_local = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_local = False
-    if not is_local and key is None:
-        raise UserError(
-            f"--host {host}: other machines can reach it, and no key is set",
-            "give one with --api-key-file FILE or in VENEER_API_KEY, or leave --host out",
-        )
-    return (*LOCAL_NAMES, host) if is_local else None
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -30,7 +30,7 @@ class Job:
     """The answers to one request.
 
     Attributes:
-        asked: What was asked, for replies.
+        asked: Request, as replies need it.
         generations: The answers that are made.
         answers: The same as far as they have come.
     """
@@ -80,7 +80,7 @@ class Service:
 
     Args:
         adapters: The models.
-        scheduler: What makes the answers.
+        scheduler: Thread that makes the answers.
         grammars: Makes matchers of JSON.
         limits, metrics: Those of the server.
     """
