@@ -1,9 +1,10 @@
 """What `veneer serve` promises: speed of mixed adapters, exact answers, latency and memory on a CPU, no broken request.
 
-    python3 -m bench.serve gpu                # an H100: 8B shapes, 8 adapters of r=16, 64 clients; 6 minutes
-    python3 -m bench.serve cpu --minutes 5    # two cores: SmolLM2 and two adapters; 7 minutes
-    python3 -m bench.serve exact              # tiny random models in float32, 1,000 requests; 2 minutes
-    python3 -m bench.serve fuzz               # 2,000 malformed requests to a tiny server; 1 minute
+    python3 -m bench.serve gpu                # an H100: 8B shapes, 8 adapters of r=16, 64 clients
+    python3 -m bench.serve gpu --nf4          # the same on a base in 4 bits
+    python3 -m bench.serve cpu --minutes 5    # two cores: SmolLM2 and two adapters, 32 clients
+    python3 -m bench.serve exact              # tiny random models in float32, 1,000 requests
+    python3 -m bench.serve fuzz               # 2,000 malformed requests to a tiny server
 
 `gpu` asks the scheduler itself, since HTTP is not what it measures: 64 answers at a time of prompts with 64 to 512
 tokens and answers of 128 to 384, of the base alone, of one adapter, and of 8 adapters mixed; and the same requests

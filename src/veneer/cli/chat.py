@@ -53,7 +53,7 @@ def chat(
             session.system = system
             is_terminal = sys.stdin.isatty()
             if is_terminal:
-                out.print(f"{session.model} answers; /help lists commands", highlight=False)
+                out.print(f"{session.model} answers; /help lists commands", markup=False, highlight=False)
             sampling = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
             while (line := _line(f"{session.model}> " if is_terminal else "")) is not None:
                 try:
@@ -85,9 +85,9 @@ def _ask(out: Any, session: Any, line: str, compare: bool, sampling: dict[str, A
         out.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
 
     if compare:
-        out.print(f"[dim]{session.base}:[/] ", end="", highlight=False)
+        out.print(f"{session.base}: ", end="", style="dim", markup=False, highlight=False)
         session.answer(session.base, [*session.turns, {"role": "user", "content": line}], show, **sampling)
-        out.print(f"\n[bold]{session.model}:[/] ", end="", highlight=False)
+        out.print(f"\n{session.model}: ", end="", style="bold", markup=False, highlight=False)
     session.say(line, show, **sampling)
     out.print()
 

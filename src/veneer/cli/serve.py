@@ -43,6 +43,8 @@ def serve(
 
     Example: `veneer serve runs/tickets runs/mails`
     """
+    from rich.markup import escape
+
     from veneer.cli import checks, show
     from veneer.serving.address import require_safe
     from veneer.serving.limits import Limits
@@ -55,7 +57,8 @@ def serve(
 
     def on_ready(address: str, names: list[str]) -> None:
         waits.stop()
-        out.print(f"[bold]{address}[/] answers as {', '.join(names)}", highlight=False, soft_wrap=True)
+        named = escape(", ".join(names))
+        out.print(f"[bold]{address}[/] answers as {named}", highlight=False, soft_wrap=True)
         out.print(f"page: {address}/   API: {address}/v1   Ctrl-C ends", highlight=False, soft_wrap=True)
 
     limits = Limits(slots, queue, seconds, max_tokens, adapters=adapters_at_a_time)
