@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from veneer.api.certify import certify
+    from veneer.api.chat import chat
     from veneer.api.doctor import doctor
     from veneer.api.evaluate import evaluate
     from veneer.api.evaluate_classifier import evaluate_classifier
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from veneer.api.push import push
     from veneer.api.report import write_report
     from veneer.api.runs import runs
+    from veneer.api.serve import serve
     from veneer.api.sweep import sweep
     from veneer.api.train import train
     from veneer.api.watch import watch
@@ -42,6 +44,7 @@ __all__ = [
     "UserError",
     "__version__",
     "certify",
+    "chat",
     "doctor",
     "evaluate",
     "evaluate_classifier",
@@ -56,6 +59,7 @@ __all__ = [
     "prepare",
     "push",
     "runs",
+    "serve",
     "sweep",
     "train",
     "unmerge",

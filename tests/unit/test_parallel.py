@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch.multiprocessing.spawn import start_processes
 
 from tests.support.runs import losses, some_pairs, tiny_run, write_rows
 from veneer.data.batch import deal
@@ -46,9 +46,7 @@ def train_as_rank(rank: int, ranks: int, folder: Path, resume: bool, arguments: 
 
 def train_as(ranks: int, folder: Path, *arguments: Any, resume: bool = False) -> None:
     (folder / "store").unlink(missing_ok=True)
-    torch.multiprocessing.start_processes(
-        train_as_rank, (ranks, folder, resume, arguments), nprocs=ranks, start_method="fork"
-    )
+    start_processes(train_as_rank, (ranks, folder, resume, arguments), nprocs=ranks, start_method="fork")
 
 
 @pytest.mark.parametrize(

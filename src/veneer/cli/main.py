@@ -19,6 +19,7 @@ import typer
 
 from veneer.cli import (
     certify,
+    chat,
     data,
     demo,
     doctor,
@@ -33,6 +34,7 @@ from veneer.cli import (
     push,
     report,
     runs,
+    serve,
     sweep,
     train,
     verify,
@@ -67,8 +69,10 @@ for module in (
     predict,
     judge,
     generate,
+    chat,
     export,
     certify,
+    serve,
     push,
 ):
     name = module.__name__.rsplit(".", 1)[-1]
