@@ -12,7 +12,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch.multiprocessing import spawn
+from torch.multiprocessing.spawn import start_processes
 
 from tests.support.runs import losses, some_pairs, tiny_run, write_rows
 from veneer.data.batch import deal
@@ -47,7 +47,7 @@ def train_as_rank(rank: int, ranks: int, folder: Path, resume: bool, arguments: 
 def train_as(ranks: int, folder: Path, *arguments: Any, resume: bool = False) -> None:
     (folder / "store").unlink(missing_ok=True)
     given = (ranks, folder, resume, arguments)
-    spawn.start_processes(train_as_rank, given, ranks, start_method="fork")  # type: ignore[no-untyped-call]
+    start_processes(train_as_rank, given, ranks, start_method="fork")  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize(
