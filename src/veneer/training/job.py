@@ -45,7 +45,8 @@ from veneer.training.choose_objective import choose_objective
 from veneer.training.divergence import require_possible
 from veneer.training.finished import Trained, last_loss, with_train
 from veneer.training.held_out import HeldOutRows
-from veneer.training.loop import Loop, held_out_batching
+from veneer.training.held_out_loss import held_out_batching
+from veneer.training.loop import Loop
 from veneer.training.memory import need_and_fix, place
 from veneer.training.metrics import Listener, MetricsFile
 from veneer.training.optimizer import parameters_to_update

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,9 @@ import torch
 
 from veneer.config import Interrupted, JobError, Train, UserError
 from veneer.config.notify import notify
-from veneer.data.batch import Batch, Batches, Example
+from veneer.data.batch import Batch, Batches
 from veneer.engine.interface import Engine
-from veneer.engine.objective import Objective, StepOutput, TrainedTokens
-from veneer.machine.batching import Batching
+from veneer.engine.objective import Objective
 from veneer.machine.device import peak_bytes, rng_state, set_rng_state
 from veneer.machine.ranks import ALONE, Ranks
 from veneer.model.adapters.from_base import drop_frozen_gradients, starts_from_base
@@ -44,12 +42,13 @@ from veneer.training.divergence import DivergenceWatch, Finding
 from veneer.training.first_gradients import FirstGradients
 from veneer.training.full_optimizer import FullOptimizer, ReleasedGradients
 from veneer.training.held_out import HeldOutRows
+from veneer.training.held_out_loss import HeldOutLoss, held_out_batching
 from veneer.training.layer_norms import LayerNorms
 from veneer.training.memory import OutOfMemoryRecovery, describe
 from veneer.training.metrics import Listener
 from veneer.training.optimizer import allocate_states, optimizer_of, parameters_to_update
-from veneer.training.pair_values import describe_pairs, outputs_of_rows
-from veneer.training.parallel import StepExchange, spread_rows
+from veneer.training.outputs import add_up, means_of
+from veneer.training.parallel import StepExchange
 from veneer.training.reference_logprobs import WithReference
 from veneer.training.saving import Saver
 from veneer.training.schedule import learning_rate
@@ -122,7 +121,15 @@ class Loop:
         self._objective = objective
         self._batches = batches
         self._held_out = held_out
-        self._held_out_batching = held_out_batching(rows_at_a_time, objective)
+        self._held_out_loss = HeldOutLoss(
+            engine,
+            objective,
+            held_out,
+            held_out_batching(rows_at_a_time, objective),
+            with_reference,
+            lambda: estimate_kl(None),
+            ranks,
+        )
         self._train = train
         self._checkpoints = checkpoints
         self._device = device
@@ -152,7 +159,6 @@ class Loop:
         self.done = 0
         self.loss: float | None = None  # of the last step that was made here
         self.was_stopped = False  # a stop was asked for during the last step, which had nothing left to stop
-        self._held_out_values: dict[str, float] | None = None
 
     def resume(self, path: Path) -> None:
         """Restore a checkpoint of this run."""
@@ -309,7 +315,7 @@ class Loop:
         allocate_states(self._optimizer)  # before the passes, so that they have what is left from the first step on
         complete, objective = self._with_reference, self._objective
         batches = objective.begin_step(self._engine, batches)
-        return _sums([self._engine.forward_backward(complete(batch).scaled(scale), objective) for batch in batches])
+        return add_up([self._engine.forward_backward(complete(batch).scaled(scale), objective) for batch in batches])
 
     def _gradients(
         self, number: int, batches: Sequence[Batch], scale: float
@@ -383,7 +389,7 @@ class Loop:
         scalars = [value.to(like.device, like.dtype) for value in (norm, *sums.values(), *largest, *layers)]
         grad_norm, *read = torch.stack(scalars).tolist()
         by_layer = self._layer_norms.by_layer(read[len(read) - len(layers) :])  # read last
-        means = _means(dict(zip(sums, read, strict=False)))
+        means = means_of(dict(zip(sums, read, strict=False)))
         loss, sizes = means["loss"], read[len(sums) :][: len(largest)]
         finding = self._watch.judge(number + 1, loss, grad_norm)
         if finding is None or finding.action == "none":
@@ -463,14 +469,13 @@ class Loop:
         """Measure the held-out loss, where this step has one; a stop leaves it out, and a checkpoint stands for it."""
         if not self.evaluates_at(self.done):
             return
-        measured = self._measure_held_out(stopped)
+        measured = self._held_out_loss.measure(stopped)
         during = None if measured is None else self._ranks.first(lambda: self._during(stopped))
         if measured is None or during is None:
             if not self._saver.has(self.done):
                 self._save()
             raise Interrupted(self._checkpoint())
-        means, trained = measured
-        loss = means["loss"]
+        loss = measured["loss"]
         if not math.isfinite(loss):  # the adapter may be good all the same, and its loss was finite
             notify(
                 f"the held-out loss after step {self.done} is {loss}; a lower train.learning_rate may fix it",
@@ -479,9 +484,8 @@ class Loop:
         record = {
             "kind": "eval",
             "step": self.done,
-            **{name: _finite(value) for name, value in means.items()},
+            **{name: _finite(value) for name, value in measured.items()},
             **self._objective.held_out_metrics(loss),
-            "trained_tokens": trained,
             **during,
         }
         is_protected = self.best.see(record) and self._protected is not None
@@ -497,34 +501,6 @@ class Loop:
         """Return whether held-out rows are evaluated after a step."""
         return bool(self._held_out) and (step == self.steps or _due(step, self._train.eval_steps))
 
-    def _measure_held_out(self, stopped: Callable[[], bool]) -> tuple[dict[str, Any], int] | None:
-        """Measure held-out loss and metrics, and count the trained tokens; None where it was stopped."""
-        batch_of = partial(Batch.of, documents_per_row=self._objective.documents_per_row)
-        if self._held_out_values is None:
-            self._held_out_values = self._objective.step_values(self._held_out_batching.over(self._held_out, batch_of))
-        values = self._held_out_values | self._estimate_kl(None)
-
-        def measure(rows: Sequence[Example]) -> list[StepOutput] | None:
-            if stopped():
-                return None
-            batch = self._with_reference(batch_of(rows)).with_values(values)
-            tokens = TrainedTokens.of(batch, self._engine.token_logprobs(batch))
-            return list(outputs_of_rows(self._objective, tokens))
-
-        def measure_all(rows: Sequence[Example]) -> list[StepOutput]:
-            outputs: list[StepOutput] = []
-            for measured in self._held_out_batching.over(rows, measure):
-                if measured is None:
-                    return []
-                outputs += measured
-            return outputs
-
-        outputs = spread_rows(self._ranks, self._held_out, measure_all)
-        if not outputs:
-            return None
-        means = _means({name: value.item() for name, value in _sums(outputs).items()})
-        return means | describe_pairs(outputs), sum(example.trained for example in self._held_out)
-
     def _checkpoint(self, step: int | None = None) -> Path:
         """Return the path of a step's checkpoint, written or not; None: of this step's."""
         return checkpoint.path_of(self._checkpoints, self.done if step is None else step)
@@ -533,23 +509,6 @@ class Loop:
         # Where the loss is off, the checkpoints before may be needed.
         drops = self._watch.is_good or self._train.on_divergence != "rollback"
         self._saver.save(self.done, self._state, self._protected, drops)
-
-
-def held_out_batching(rows_at_a_time: int, objective: Objective) -> Batching:
-    """Return what takes held-out examples in batches, those of a row together."""
-    return Batching(rows_at_a_time, "lower data.max_length", "held-out losses", objective.documents_per_row)
-
-
-def _sums(outputs: Sequence[StepOutput]) -> dict[str, torch.Tensor]:
-    """Add up weight, loss and metrics of several batches."""
-    found = [{"weight": output.weight, "loss": output.loss, **output.metrics} for output in outputs]
-    return {name: torch.stack([sums[name] for sums in found]).sum() for name in found[0]}
-
-
-def _means(sums: dict[str, float]) -> dict[str, float]:
-    """Divide by the weight; metrics that are NaN are left out."""
-    weight = sums.pop("weight")
-    return {name: value / weight for name, value in sums.items() if name == "loss" or not math.isnan(value)}
 
 
 def _finite(value: Any) -> Any:
