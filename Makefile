@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-dpo test test-unit test-e2e test-gpu test-trackers lint docs format clean
+.PHONY: help demo demo-dpo test test-unit test-e2e test-gpu test-browser test-trackers lint docs format clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -33,6 +33,9 @@ test-e2e: $(READY)  ## Whole commands on the real SmolLM2
 
 test-gpu: $(READY)  ## Tests that need a CUDA GPU
 	$(BIN)/python -m pytest tests/gpu
+
+test-browser: $(READY)  ## Pages in a real browser; needs a Chromium (apt-get install chromium)
+	$(BIN)/python -m pytest tests/browser
 
 # In an environment of their own: trackio asks for older libraries than constraints.txt has.
 test-trackers:  ## Runs reported to W&B, trackio and MLflow through their real clients, offline

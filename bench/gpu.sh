@@ -4,6 +4,7 @@
 #   bash bench/gpu.sh OUT tests                    # 3 minutes
 #   bash bench/gpu.sh OUT exact shapes plan load   # 1, 4, 1 and 3 minutes
 #   bash bench/gpu.sh OUT generate                 # 5 minutes
+#   bash bench/gpu.sh OUT serve                    # mixed adapters on an 8B base, and Transformers' own batching
 #   bash bench/gpu.sh OUT verify TOKENIZER         # 2 minutes; a folder with tokenizer and chat template
 #   bash bench/gpu.sh OUT replays tokens.npz       # 5 minutes; tokens as bench/peers.py writes them
 #   bash bench/gpu.sh OUT memory small             # 1 to 5 minutes; a group of bench/memory.py
@@ -29,7 +30,7 @@ while (($#)); do
   case $what in
     tests)
       # Side by side: most of it is compiling.
-      for file in test_engines test_load test_cuda test_memory test_predict test_generation; do
+      for file in test_engines test_load test_cuda test_memory test_predict test_generation test_serving; do
         part "$file" 300 python3 -m pytest "tests/gpu/$file.py" --tb=short --durations=5 &
       done
       for some in any_rank bfloat16_errs "not any_rank and not bfloat16_errs"; do
@@ -56,6 +57,7 @@ while (($#)); do
       group=$1; shift
       cp -n bench/results/memory.json "$OUT" 2>/dev/null
       part "memory $group" 590 python3 -m bench.memory --group "$group" --out "$OUT/memory.json" ;;
+    serve) part serve 590 python3 -m bench.serve gpu --out "$OUT/serve.json" ;;
     generate) part generate 500 python3 -m bench.generate --out "$OUT/generate.json" ;;
     curve)
       data=$1; shift

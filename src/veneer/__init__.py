@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from veneer.api.certify import certify
+    from veneer.api.chat import chat
     from veneer.api.doctor import doctor
     from veneer.api.evaluate import evaluate
     from veneer.api.evaluate_classifier import evaluate_classifier
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
     from veneer.api.predict import predict
     from veneer.api.prepare import prepare
     from veneer.api.push import push
+    from veneer.api.report import write_report
     from veneer.api.runs import runs
+    from veneer.api.serve import serve
     from veneer.api.sweep import sweep
     from veneer.api.train import train
     from veneer.api.watch import watch
@@ -41,6 +44,7 @@ __all__ = [
     "UserError",
     "__version__",
     "certify",
+    "chat",
     "doctor",
     "evaluate",
     "evaluate_classifier",
@@ -55,17 +59,20 @@ __all__ = [
     "prepare",
     "push",
     "runs",
+    "serve",
     "sweep",
     "train",
     "unmerge",
     "verify",
     "watch",
+    "write_report",
 ]
 _NOT_IN_API = {
     **dict.fromkeys(("JobError", "Run", "UserError", "load_run"), "veneer.config"),
     "Sampling": "veneer.config.sampling",
     "unmerge": "veneer.api.merge",
     "verify": "veneer.training.verify",
+    "write_report": "veneer.api.report",  # veneer.report is the package of pages
 }
 
 if not TYPE_CHECKING:

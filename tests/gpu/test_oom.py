@@ -1,6 +1,7 @@
 """Memory that really runs out in the middle of a run on a CUDA GPU."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,15 @@ def make_job(folder: Path, engine: str) -> TrainingJob:
     return TrainingJob(tiny_run(folder / "base", path, folder / "run", data={"max_length": 1024}, train=train))
 
 
+CHUNK = 2**21  # bytes: more than what the allocator takes from its pool of small blocks
+
+
 class Neighbour:
     """A listener that leaves a share of a step's memory, once two steps are done, as another process may."""
 
     def __init__(self, share: float) -> None:
         self._share = share
+        self._held: list[torch.Tensor] = []
 
     def __call__(self, record: dict[str, Any]) -> None:
         if record["step"] == 1:
@@ -58,6 +63,10 @@ class Neighbour:
             needed = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + self._share * needed) / total)
+            with suppress(torch.OutOfMemoryError):  # what is reserved and free is the neighbour's too
+                while True:
+                    self._held.append(torch.empty(CHUNK, dtype=torch.uint8, device="cuda"))
+            del self._held[-max(1, round(self._share * needed / CHUNK)) :]
 
 
 @pytest.mark.parametrize("engine", ["reference", "fused"])

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from veneer.api.held_out import held_out_rows
+from veneer.api.live_page import renew_page
 from veneer.config import UserError
 from veneer.config.notify import notify_on_error
 from veneer.config.task import require_answers
@@ -59,6 +60,7 @@ def certify(
         write_certificate(certificate, target, page)
     if own is not None:
         notify_on_error("the card", lambda: renew_card(own, tuned.trained_from or tuned.model))
+        renew_page(own)
     return certificate, (targets or [Path()])[0]
 
 

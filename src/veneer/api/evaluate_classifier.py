@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.api.held_out import prepared_as_trained
+from veneer.api.live_page import renew_page
 from veneer.config import RunFolder, UserError
 from veneer.config.folder import write_json, write_text
 from veneer.config.notify import notify_on_error
@@ -137,4 +138,5 @@ def _save_lines(folder: RunFolder, judged: Judged | JudgedTask, lines: Sequence[
     write_text(folder.samples, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     write_json(folder.evaluation, judged.as_dict())
     notify_on_error("the card", lambda: renew_card(folder))
+    renew_page(folder)
     return folder.evaluation

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from veneer.api.live_page import renew_page
 from veneer.api.suites import Beside
 from veneer.config import Model, RunFolder, UserError, load_run
 from veneer.config.files import read_json
@@ -73,6 +74,7 @@ def save_evaluation(
         write_text(folder.other_evaluations / "tasks.samples.jsonl", beside.tasks.sample_lines())
     write_json(folder.evaluation, evaluation.as_dict() | kept | beside.as_dict() | facts)
     notify_on_error("the card", lambda: renew_card(folder, model))
+    renew_page(folder)
     return folder.evaluation
 
 

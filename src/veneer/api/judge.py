@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.api.judge_client import JudgeClient
+from veneer.api.live_page import renew_page
 from veneer.config import RunFolder, UserError
 from veneer.config.files import file_sha256, read_json, read_text
 from veneer.config.folder import write_json, write_text
@@ -228,6 +229,7 @@ def _saved(folder: RunFolder, judged: Judged) -> Judged:
             write_json(folder.evaluation, record | {"win_rates": win_rates})
 
         notify_on_error("the win rate in evaluation.json", add)
+        renew_page(folder)
     return judged
 
 

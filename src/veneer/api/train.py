@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from veneer.api.live_page import LivePage
 from veneer.config import Run
 from veneer.config.notify import collected, notify, notify_on_error
 from veneer.evaluation.classification import DuringClassification
@@ -100,8 +101,9 @@ def finish(job: TrainingJob, listeners: Sequence[Listener] = ()) -> Trained:
         notify_on_error("the card", lambda: write_card(job, folder))
         notify_on_error("loss.png", lambda: plot_loss(read_metrics(job.folder.metrics), job.folder.loss_plot, title))
 
-    with Tracking(job.run.train.report_to, job.folder, lambda: _described(job)) as tracking:
-        return job.fit((*listeners, tracking), write_extras)
+    tracking = Tracking(job.run.train.report_to, job.folder, lambda: _described(job))
+    with LivePage(job.folder) as page, tracking:
+        return job.fit((*listeners, tracking, page), write_extras)
 
 
 def _described(job: TrainingJob) -> dict[str, dict[str, Any]]:

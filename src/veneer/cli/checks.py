@@ -9,9 +9,19 @@ from pathlib import Path
 
 from veneer.config import Model, Run, RunFolder, UserError, load_run
 from veneer.config.hub import require_reachable
-from veneer.config.names import base_not_here, find_adapter, find_model, require_adapter, require_pair, target_kind
+from veneer.config.names import (
+    base_not_here,
+    find_adapter,
+    find_model,
+    gguf_file,
+    require_adapter,
+    require_pair,
+    target_kind,
+)
 from veneer.config.options import require_known
 from veneer.config.paths import require_path
+
+SHORTEST_KEY = 8  # characters of an API key
 
 
 def require_base(model: Model) -> None:
@@ -39,6 +49,14 @@ def require_answering(name: str, base: str | None = None) -> None:
             "name a run, a checkpoint, an adapter's folder, or a base model as model.base takes it",
         ) from None
     require_base(Model(base=name))
+
+
+def require_served(model: str, base: str | None = None) -> None:
+    """Raise UserError where a model to serve, with its name in requests or without, does not exist."""
+    name, equals, place = model.partition("=")
+    place = place if equals and name and "/" not in name else model
+    if gguf_file(place) is None:
+        require_answering(place, base)
 
 
 def require_merged(name: str, adapter: str) -> None:
@@ -192,3 +210,25 @@ def require_folder(name: str) -> None:
     """Raise UserError where there is no folder of that name."""
     if not Path(name).expanduser().is_dir():
         raise UserError(f"{name}: no such folder", "name a finished run, an adapter, or a merged model")
+
+
+def api_key(given: str | None, file: Path | None) -> str | None:
+    """Return the key that requests to a server need, from an option or a file; None: none is set.
+
+    Raises:
+        UserError: Both are named, the file cannot be read, or the key is too short or holds what no key does.
+    """
+    if file is not None:
+        if given is not None:
+            raise UserError("--api-key-file and --api-key (or VENEER_API_KEY) both name a key", "leave one out")
+        from veneer.config.files import read_text
+
+        given = read_text(file.expanduser(), 4096, "name a file that holds the key").strip()
+    if given is None:
+        return None
+    if len(given) < SHORTEST_KEY or not all("!" <= sign <= "~" for sign in given):
+        raise UserError(
+            f"the key: should be {SHORTEST_KEY} or more visible ASCII characters",
+            "make one: python3 -c 'import secrets; print(secrets.token_urlsafe(32))'",
+        )
+    return given

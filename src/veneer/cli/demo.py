@@ -189,10 +189,10 @@ def _export(out: Any, job: Any, evaluation: Any) -> tuple[Any, dict[str, Any]]:
 def _save(folder: Any, evaluation: Any) -> tuple[Path, str, list[dict[str, Any]]]:
     """Write scores, answers and the run's page; returns the page's path, and the answers to show with their rule."""
     from veneer.api.evaluated import save_evaluation
-    from veneer.report.run_page import SHOWN_BY, shown_of, write_run_page
+    from veneer.report.scores import SHOWN_BY, shown_of
 
     save_evaluation(folder, evaluation)
-    return write_run_page(folder), SHOWN_BY, shown_of(evaluation.samples())
+    return folder.report, SHOWN_BY, shown_of(evaluation.samples())
 
 
 def demo_run(output_dir: Path) -> Any:

@@ -9,6 +9,7 @@ import errno
 import io
 import os
 import re
+import shlex
 import sys
 import threading
 import warnings
@@ -18,6 +19,7 @@ import typer
 
 from veneer.cli import (
     certify,
+    chat,
     data,
     demo,
     doctor,
@@ -30,7 +32,9 @@ from veneer.cli import (
     plan,
     predict,
     push,
+    report,
     runs,
+    serve,
     sweep,
     train,
     verify,
@@ -59,13 +63,16 @@ for module in (
     train,
     runs,
     watch,
+    report,
     sweep,
     evaluate,
     predict,
     judge,
     generate,
+    chat,
     export,
     certify,
+    serve,
     push,
 ):
     name = module.__name__.rsplit(".", 1)[-1]
@@ -109,6 +116,8 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what its encoding does not have is shown as an escape
+    if _is_later_rank():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process lives
     words = _spelled([argument for argument in given if argument != "--debug"])
     with lasting_output() as output, polite_kills(), contextlib.ExitStack() as stack:
         if words and "--help" not in words:  # help imports nothing of Veneer's
@@ -157,6 +166,8 @@ def _run(arguments: list[str], debug: bool) -> int:
     status = result if isinstance(result, int) else 0
     if status == 130:  # a Ctrl-C at any other moment; the parser turns it into this status
         print("stopped", file=sys.stderr)
+        if arguments[:1] == ["train"]:  # before it could say more
+            print(f"  start again with: veneer {shlex.join(arguments)}", file=sys.stderr)
     return status
 
 
@@ -185,8 +196,18 @@ def _report(error: Exception) -> int:
         )
     elif not isinstance(error, JobError):
         message = f"{type(error).__name__}: {error}\n  run it again with --debug for the traceback"
-    print(f"{'stopped' if status == 130 else 'error'}: {visible(message)}", file=sys.stderr)
+    if "RANK" in os.environ:
+        from veneer.machine.launch import leave_error
+
+        leave_error(visible(message), type(error).__name__ == "LostRankError")
+    if not _is_later_rank():
+        print(f"{'stopped' if status == 130 else 'error'}: {visible(message)}", file=sys.stderr)
     return status
+
+
+def _is_later_rank() -> bool:
+    """Return whether this is a process of a run on several GPUs, and not its first: it prints nothing."""
+    return os.environ.get("RANK", "0") != "0"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """veneer train: train a run."""
 
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -40,8 +41,11 @@ def train(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in the folder.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Start even if the plan says it cannot fit.")] = False,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Train on so many GPUs of this machine (or CPU processes), by torchrun.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON alone on stdout.")] = False,
-) -> None:
+) -> int:
     """Fine-tune a model as a YAML file says, or with --model and --data alone.
 
     Example: `veneer train recipes/smollm2-demo.yaml train.learning_rate=1e-4`
@@ -52,7 +56,8 @@ def train(
     settings = settings_of(run, overrides or [], model, data, output_dir, fork)
     folder = RunFolder(settings.train.output_dir.expanduser())
     mode: Resume = resume_from or ("auto" if resume_auto else resume)
-    checks.require_output(folder, mode, overwrite, extend, fork is not None)
+    if os.environ.get("RANK", "0") == "0":  # of a run on several GPUs, the first process may have begun the folder
+        checks.require_output(folder, mode, overwrite, extend, fork is not None)
     out = show.console(as_json)
     if (mode in (True, "auto") or extend) and folder.is_finished:
         from veneer.training.finished import finished
@@ -61,9 +66,12 @@ def train(
             _show_result(out, result, as_json, "finished already")
             if extend and not as_json:
                 out.print("extend   it has no more steps than before: raise train.max_steps or train.num_train_epochs")
-            return
+            return 0
+    if gpus is not None and gpus > 1:
+        raise SystemExit(_launch(gpus))  # whatever it is, the processes have said why
     with resume_told(folder):
         _train(settings, mode, force, overwrite, extend, fork, out, as_json)
+    return 0
 
 
 def _train(
@@ -85,6 +93,7 @@ def _train(
     checks.require_inputs(settings)
     with show.status(out, "loading"):
         from veneer.api.train import finish, load_job
+        from veneer.machine.ranks import leave_ranks
 
         job = load_job(settings, mode, force, overwrite, extend, fork)
     out.print(f"machine  {escape(job.machine.describe())}")
@@ -102,6 +111,21 @@ def _train(
     with show.LiveProgress(out, job.steps, job.done, likely) as progress:
         result = finish(job, [progress])
     _show_result(out, result, as_json, "done")
+    leave_ranks()
+
+
+def _launch(gpus: int) -> int:
+    """Run this command in as many processes as GPUs; returns its exit status."""
+    import torch
+
+    from veneer.config import UserError
+    from veneer.machine.launch import launch
+
+    if (there := torch.cuda.device_count()) and gpus > there:
+        raise UserError(f"--gpus {gpus}: this machine has {there}", f"use --gpus {there}, or less")
+    given = sys.argv[1:]
+    at = next(n for n, word in enumerate(given) if word == "--gpus" or word.startswith("--gpus="))
+    return launch(gpus, given[:at] + given[at + (2 if given[at] == "--gpus" else 1) :])
 
 
 @contextmanager
@@ -120,6 +144,8 @@ def resume_told(folder: "RunFolder") -> Iterator[None]:
         # An address that does not depend on the working folder, nor on how the run was called.
         saved = sorted(folder.checkpoints.glob("step-*")) if folder.run.exists() else []
         words = ["train", str(folder.path), "--resume"] if saved else sys.argv[1:]
+        if (ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
+            words += ["--gpus", ranks]
         command = f"{show.command_name()} {shlex.join(words)}"
         raise Interrupted(saved[-1] if saved else None, command) from None
 

@@ -93,7 +93,12 @@ class EvalRecord(ObjectiveMetrics, HeldOutMetrics):
             "cut at 600 characters. No tracker gets them",
         ]
     ]
-    intervals: NotRequired[Annotated[dict[str, Ends], "pairs: ends of the 95% interval of each mean, by its key"]]
+    intervals: NotRequired[
+        Annotated[
+            dict[str, Ends],
+            "ends of the 95% interval of a mean, by its key: of supervised training's loss, and of pairs",
+        ]
+    ]
     best_step: Annotated[int | None, "best step so far, by the metric of `train.early_stopping`, or by the loss"]
     best_value: Annotated[Number, "its value"]
     time: Annotated[str, "when it was recorded, UTC, ISO 8601"]

@@ -53,6 +53,8 @@ class RunFolder:
     metrics = _Inside("metrics.jsonl")
     events = _Inside("events.jsonl")
     loss_plot = _Inside("loss.png")
+    report = _Inside("report.html")
+    certificate = _Inside("certificate.json")
     trackers = _Inside("trackers")  # their names of this run, and their files
     lineage = _Inside("lineage.json")  # the run that it was forked from, and by how much it was extended
     reopened = _Inside("reopened.json")  # it trains on, and what is delivered is of before

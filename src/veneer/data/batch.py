@@ -231,11 +231,12 @@ class Batches:
         examples: The training examples; may lie on disk.
         lengths: Tokens of each.
         batch_size: Rows (or packs) of a micro-batch.
-        accumulation: Micro-batches of an optimizer step.
+        accumulation: Micro-batches of an optimizer step, of each rank.
         seed: seed of the order.
         pack_length: Fill packs of so many tokens; None: a row is so many consecutive examples as `documents_per_row`.
         documents_per_row: examples that stay together, with no packs.
         shared: `shared_in_rows` of all examples, where the engine computes them once; None: it does not.
+        ranks: processes that share a step.
 
     Attributes:
         sizes: Tokens of each row, or pack, that go through the model.
@@ -251,6 +252,7 @@ class Batches:
         pack_length: int | None = None,
         documents_per_row: int = 1,
         shared: Any = None,
+        ranks: int = 1,
     ) -> None:
         assert pack_length is None or documents_per_row == 1, "choose_objective refuses it"
         self._examples = examples
@@ -265,7 +267,8 @@ class Batches:
         self._members = np.argsort(pack_of, kind="stable")
         self._begin = np.concatenate([[0], np.cumsum(np.bincount(pack_of))])
         self._batch_size = batch_size
-        self._rows_per_step = batch_size * accumulation
+        self._ranks, self._rows_per_rank = ranks, batch_size * accumulation
+        self._rows_per_step = self._rows_per_rank * ranks
         self._seed = seed
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
         self.steps_per_epoch = math.ceil(len(self.sizes) / self._rows_per_step)
@@ -275,7 +278,7 @@ class Batches:
         return max_steps if max_steps is not None else max(1, math.ceil(epochs * self.steps_per_epoch))
 
     def step(self, number: int) -> list[Batch]:
-        """Micro-batches of optimizer step `number`, counted from 0, longest rows first."""
+        """Micro-batches of optimizer step `number`, counted from 0, longest rows first; those of all ranks."""
         return [self.batch_of(members) for members in self.members_of_step(number)]
 
     def batch_of(self, members: Sequence[int]) -> Batch:
@@ -283,12 +286,24 @@ class Batches:
         return Batch.of([self._examples[n] for n in members], self._documents_per_row, self._shares)
 
     def members_of_step(self, number: int) -> list[list[int]]:
-        """The examples of each micro-batch of a step, by number."""
+        """The examples of each micro-batch of a step, by number; those of the first rank come first."""
+        return [members for micro_batches in self.members_by_rank(number) for members in micro_batches]
+
+    def members_by_rank(self, number: int) -> list[list[list[int]]]:
+        """The examples of each micro-batch of each rank in a step, by number.
+
+        Rows are dealt by their tokens: each, the longest first, to the rank that has fewest so far. A short last step
+        may leave a rank without any.
+        """
         epoch, place = divmod(number, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._ordered(epoch)
         chosen = self._order[place * self._rows_per_step : (place + 1) * self._rows_per_step]
         chosen = chosen[np.argsort(-self._whole[chosen], kind="stable")]
+        return [self._cut(rows) for rows in deal(chosen, self.sizes[chosen], self._ranks, self._rows_per_rank)]
+
+    def _cut(self, chosen: Sequence[int]) -> list[list[int]]:
+        """Cut rows into micro-batches, as the numbers of their examples."""
         rows = [self._members[self._begin[row] : self._begin[row + 1]].tolist() for row in chosen]
         micro_batches = [rows[n : n + self._batch_size] for n in range(0, len(rows), self._batch_size)]
         return [[member for row in micro for member in row] for micro in micro_batches]
@@ -325,6 +340,24 @@ class Batches:
         whole = len(order) // size
         steps = order[: whole * size].reshape(whole, size)[rng.permutation(whole)]
         return np.concatenate([steps.reshape(-1), order[whole * size :]])
+
+
+def deal(rows: Any, sizes: Any, ranks: int, most: int) -> list[list[int]]:
+    """Deal rows to ranks, each to the one that has fewest tokens so far and not yet `most` rows.
+
+    Args:
+        rows: rows, by number, in the order in which they are dealt.
+        sizes: tokens of each.
+        ranks: number of ranks.
+        most: rows of a rank, at most; they hold all.
+    """
+    dealt: list[list[int]] = [[] for _ in range(ranks)]
+    tokens = [0] * ranks
+    for row, size in zip(rows.tolist(), sizes.tolist(), strict=True):
+        rank = min((n for n in range(ranks) if len(dealt[n]) < most), key=tokens.__getitem__)
+        dealt[rank].append(row)
+        tokens[rank] += size
+    return dealt
 
 
 def shared_in_rows(examples: Sequence[Example], documents_per_row: int) -> tuple[int, ...]:

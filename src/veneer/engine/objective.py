@@ -73,6 +73,11 @@ class StepOutput(NamedTuple):
     weight: torch.Tensor
     metrics: dict[str, torch.Tensor]
 
+    def on_cpu(self) -> "StepOutput":
+        """Return it in the host's memory."""
+        metrics = {name: value.cpu() for name, value in self.metrics.items()}
+        return StepOutput(self.loss.cpu(), self.weight.cpu(), metrics)
+
 
 class Objective(Protocol):
     """A pure function from log-probabilities to a loss. Recorded passes are replayed for objectives that equal it.

@@ -10,6 +10,7 @@ Only models of rotary positions whose cache is plain keys and values of all toke
 of a batch are not.
 """
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +90,13 @@ class SlotLayer(CacheLayerMixin):
         self.values[view.slot_S, :, view.position_S] = value_states[:, :, 0]
         return self.keys[:, :, : view.width], self.values[:, :, : view.width]
 
+    def first(self, view: SlotView) -> "SlotLayer":
+        """Return a layer of the first slots in the same buffers, as many as the view has positions."""
+        layer = copy(self)
+        slots = len(view.position_S)
+        layer.keys, layer.values, layer._view = self.keys[:slots], self.values[:slots], view
+        return layer
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return width and offset of a mask."""
         return self._view.width, 0
@@ -113,6 +121,12 @@ class SlotCache(Cache):
 
     def __init__(self, like: DynamicCache, length: int, view: SlotView) -> None:
         super().__init__(layers=[SlotLayer(layer, length, view) for layer in like.layers])
+
+    def first(self, view: SlotView) -> "SlotCache":
+        """Return a cache of the first slots in the same buffers, as many as the view has positions."""
+        cache = copy(self)
+        cache.layers = [layer.first(view) for layer in self.layers]
+        return cache
 
     def admit(self, slot: int, prompts: DynamicCache, row: int, tokens: int) -> None:
         """Copy the first tokens of a row of a cache into a slot."""

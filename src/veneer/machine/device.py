@@ -89,6 +89,11 @@ def peak_bytes(device: str) -> int:
     return torch.cuda.max_memory_allocated() if device == "cuda" else peak_resident_bytes()
 
 
+def bytes_now(device: str) -> int:
+    """Return the memory that the process has now: allocated on the GPU, resident on the CPU."""
+    return torch.cuda.memory_allocated() if device == "cuda" else psutil.Process().memory_info().rss
+
+
 def rng_state() -> dict[str, torch.Tensor]:
     """Return the state of torch's random number generators by device: cpu, and cuda where there is one."""
     state = {"cpu": torch.get_rng_state()}

@@ -1,172 +1,208 @@
-"""The page of a run: scores, loss, data, answers, files and what to do next. One file, from the run's folder alone."""
+"""The page of a run: how it stands and went, scores, data, answers, settings. One file, from the run's folder alone.
 
-from collections.abc import Sequence
-from importlib import resources
+What a run does not have is left out. While a process trains the run, the page loads itself again (report.js); the
+numbers in it are those of the files at the time it was written.
+"""
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from veneer.config import RunFolder, load_run
-from veneer.config.files import read_json, read_json_lines, read_text, reading
+from veneer.config import RunFolder
+from veneer.config.files import reading
 from veneer.config.folder import write_text
-from veneer.config.results import metric_name
-from veneer.report.interval_plot import interval_plots
-from veneer.report.page import environment
-from veneer.report.pair_curves import are_pairs, held_out_text, pair_curves
-from veneer.report.plots import smooth
+from veneer.config.results import limit_text, metric_name, value_text
+from veneer.report import charts, result_charts
+from veneer.report.headline import facts_of, progress_of
+from veneer.report.page import chart_parts, environment
+from veneer.report.run_files import RunFiles, read_run
+from veneer.report.scores import (
+    MODELS,
+    SHOWN_BY,
+    cell,
+    first_of,
+    held_out_pairs,
+    shown_of,
+    table_of,
+    verdict_text,
+    with_unit,
+)
+from veneer.report.series import is_number, median
+from veneer.report.timeline import events_of
 
-WIDTH, HEIGHT = 720, 200  # of the loss curve, in pixels
-LEFT, BOTTOM = 44, 26  # room for its axes
-SHOWN_BY = "the first two messages that the tuned model has right, and the first that it has wrong"
-MODELS = {
-    "base": "base",
-    "base_with_examples": "base with examples",
-    "tuned": "tuned",
-    "exported": "exported",
-    "difference": "tuned less base",
-    "difference_with_examples": "tuned less base with examples",
-}
-
-
-def write_run_page(folder: RunFolder) -> Path:
-    """Write report.html into a run's folder, and give its path."""
-    path = folder.path / "report.html"
-    with reading(f"{folder.path}: its files do not make a page"):
-        page = run_page(folder.path)
-    write_text(path, page)
-    return path
+REFRESH_SECONDS = 10  # between two loadings of a page whose run is trained
+SHOWN_EVENTS = 40  # of the timeline; the rest is folded
 
 
-def run_page(folder: Path) -> str:
-    """Render the page of a run as HTML; parts whose files are not there are left out.
+class Figures:
+    """The charts of a page, by the `id` of the element that each is drawn in."""
+
+    def __init__(self) -> None:
+        self.charts: dict[str, Any] = {}
+
+    def add(self, name: str, spec: charts.Spec | None) -> str:
+        """Take a chart; returns its id, empty where there is nothing to draw."""
+        if spec is not None:
+            self.charts[name] = spec
+        return name if spec is not None else ""
+
+
+def write_run_page(folder: RunFolder, refresh: float = REFRESH_SECONDS) -> Path:
+    """Write report.html into a run's folder, and give its path.
 
     Args:
-        folder: The run's folder.
+        folder: the run.
+        refresh: seconds after which the page is loaded again, while the run is trained.
+
+    Raises:
+        UserError: It holds no run, or its files do not make a page.
     """
-    run = RunFolder(folder)
+    write_text(folder.report, run_page(folder.path, refresh))
+    return folder.report
+
+
+def run_page(folder: Path, refresh: float = REFRESH_SECONDS) -> str:
+    """Render the page of a run as HTML; parts whose files are not there are left out.
+
+    Raises:
+        UserError: See `write_run_page`.
+    """
+    run = read_run(folder)
+    with reading(f"{folder}: its files do not make a page"):
+        return _render(run, refresh)
+
+
+def _render(run: RunFiles, refresh: float) -> str:
+    figures, now = Figures(), datetime.now(UTC)
+    is_live = run.state.state == "training"
+    reload = {"seconds": refresh, "quiet": _quiet(run, refresh), "written": now.isoformat()} if is_live else None
+    context = {
+        "run": run,
+        "model": run.section("model"),
+        "adapter": run.section("adapter"),
+        "quantization": run.section("quantization"),
+        "train": run.section("train"),
+        "folder": str(run.path),
+        "written": f"{now:%Y-%m-%d %H:%M:%S}",
+        "is_live": is_live,
+        "facts": facts_of(run),
+        "progress": progress_of(run),
+        "files": _files(run.path),
+        **_course(run, figures),
+        **_found(run.evaluation, figures),
+        "progress_samples": _samples_over_time(run),
+        "samples": shown_of([one for one in run.samples if "tuned_right" in one]),
+        "rule": SHOWN_BY,
+        "models": MODELS,
+    }
+    page: str = _template().render(context, **chart_parts(figures.charts, charts.CONFIG, reload))
+    return page
+
+
+@cache
+def _template() -> Any:
+    """The page's template, compiled once: that takes ten times as long as a page."""
     page = environment()
-    page.filters["size"] = _size
-    source = resources.files("veneer.report").joinpath("run_page.html.jinja").read_text(encoding="utf-8")
-    evaluation = _json(run.evaluation)
-    suites = evaluation.get("suites", {}).get("scores", {})
-    samples = read_json_lines(run.samples, "tuned_right") if evaluation else []
-    records = read_json_lines(run.metrics, "step", "kind", is_appended=True) if run.metrics.exists() else []
-    return page.from_string(source).render(
-        name=folder.name,
-        run=load_run(run.run),
-        settings=read_text(run.run),
-        plan=_json(run.plan),
-        ledger=_json(run.ledger),
-        environment=_json(run.environment),
-        evaluation=evaluation,
-        scores=_scores(evaluation.get("metrics", {})),
-        first=_first(evaluation),
-        win_rates=[
-            one | {"cell": _cell("share", one["win_rate"], False)} for one in evaluation.get("win_rates", {}).values()
-        ],
-        plots=interval_plots(evaluation.get("metrics", {}), evaluation.get("comparison", {})),
-        suite_plots=interval_plots(suites, suites),
-        suites=_scores(suites),
-        tasks=_scores(
-            {name: one for name, one in evaluation.get("tasks", {}).get("metrics", {}).items() if one["group"] is None}
-        ),
-        curve=_curve(records),
-        pair_curves=pair_curves(records) if are_pairs(records) else [],
-        held_out_pairs=held_out_text(records),
-        warnings=_warnings(run.events),
-        training=_json(run.delivered / "passport.json").get("training", {}),
-        samples=shown_of(samples),
-        rule=SHOWN_BY,
-        files=_files(folder),
-        folder=str(folder),
-        models=MODELS,
-    )
+    page.filters |= {"size": _size, "value_text": value_text, "limit_text": limit_text, "metric_name": metric_name}
+    return page.get_template("run_page.html.jinja")
 
 
-def shown_of(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Choose lines of samples.jsonl to show, by the rule SHOWN_BY."""
-    right = [sample for sample in samples if sample["tuned_right"]]
-    wrong = [sample for sample in samples if not sample["tuned_right"]]
-    return right[:2] + wrong[:1]
+def _quiet(run: RunFiles, refresh: float) -> float:
+    """Return the seconds after which a page that was not written again says so: several records should have come."""
+    times = [one["seconds"] for one in run.trained[-20:] if is_number(one.get("seconds"))]
+    between = median(times) * (run.section("train").get("logging_steps") or 1)
+    return max(120.0, 12 * refresh, 5 * between)
 
 
-def _first(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """Return what the page says first: the models' values by the metric that decides; empty: there is none."""
-    if not evaluation.get("metrics"):
-        return {}
-    name, values = next(iter(evaluation["metrics"].items()))
-    is_share = values.get("unit") == "share"
-    found: dict[str, Any] = {
-        model: f"{100 * values[model]['value']:.0f} %" if is_share else f"{values[model]['value']:.3g}"
-        for model in ("base", "base_with_examples", "tuned")
-        if model in values
-    }
-    gain = values.get("difference_with_examples", values["difference"])
-    better = values.get("better", "higher")
-    what = "exactly right" if name in ("record", "exact_match") else f"by {name.replace('_', ' ')}"
-    return found | {"what": what, "is_better": gain["low"] > 0 if better == "higher" else better and gain["high"] < 0}
-
-
-def _scores(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Return the table of scores: its columns, and by metric the cells."""
-    columns = [key for key in MODELS if any(key in values for values in metrics.values())]
-    rows = {
-        metric_name(name): [
-            _cell(values.get("unit", ""), values.get(key), key.startswith("difference")) for key in columns
-        ]
-        for name, values in metrics.items()
-    }
-    return {"columns": [MODELS[key] for key in columns], "rows": rows}
-
-
-def _cell(unit: str, value: dict[str, float] | None, is_difference: bool) -> tuple[str, str]:
-    """Format a value and its interval."""
-    if value is None:
-        return "", ""
-    sign = "+" if is_difference else ""
-    if unit != "share":
-        return f"{value['value']:{sign}.3g}", f"{value['low']:{sign}.3g} to {value['high']:{sign}.3g}"
-    percent = "" if is_difference else " %"
-    shown, low, high = (f"{100 * value[key]:{sign}.1f}" for key in ("value", "low", "high"))
-    return f"{shown}{percent}", f"{low} to {high}"
-
-
-def _warnings(events: Path) -> list[str]:
-    """Return what a run warned of, each once, in its order."""
-    told = read_json_lines(events, "level", "message", is_appended=True) if events.exists() else []
-    return list(dict.fromkeys(event["message"] for event in told if event["level"] == "warning"))
-
-
-def _curve(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the loss curve: points of each step, of the running mean and of held-out losses, and marks on the axes."""
-    records = [record for record in records if record.get("loss") is not None]
-    trained = [(record["step"], record["loss"]) for record in records if record["kind"] == "train"]
-    held_out = [(record["step"], record["loss"]) for record in records if record["kind"] == "eval"]
-    if not trained:
-        return None
-    last = max(step for step, _ in trained)
-    most = max(loss for _, loss in trained + held_out) or 1.0
-
-    def place(step: float, loss: float) -> tuple[float, float]:
-        across = LEFT + (WIDTH - LEFT - 8) * step / last
-        return round(across, 1), round(8 + (HEIGHT - BOTTOM - 8) * (1 - loss / most), 1)
-
-    def line(points: list[tuple[int, float]]) -> str:
-        return " ".join(f"{x},{y}" for x, y in (place(*point) for point in points))
-
-    mean = list(zip((step for step, _ in trained), smooth([loss for _, loss in trained]), strict=True))
+def _course(run: RunFiles, figures: Figures) -> dict[str, Any]:
+    """Return what the page shows of the training."""
+    events = events_of(run)
     return {
-        "width": WIDTH,
-        "height": HEIGHT,
-        "left": LEFT,
-        "floor": HEIGHT - BOTTOM,
-        "steps": line(trained),
-        "mean": line(mean),
-        "held_out": [(*place(*point), f"{point[1]:.3f}") for point in held_out],
-        "losses": [(place(0, most * part)[1], f"{most * part:.2g}") for part in (0, 0.5, 1)],
-        "last": last,
-        "first_loss": trained[0][1],
-        "last_loss": mean[-1][1],
+        "loss": figures.add("loss", charts.loss(run)),
+        "is_pairs": any("rewards/accuracies" in one for one in run.records),
+        "held_out_pairs": held_out_pairs(run.held_out),
+        "pairs": [
+            (title, what, figures.add(f"pairs-{n}", spec))
+            for n, (title, what, spec) in enumerate(charts.pair_charts(run))
+        ],
+        "training": _training_charts(run, figures),
+        "heat_ends": charts.heat_ends(figures.charts.get("layers")),
+        "memory": figures.add("memory", result_charts.memory(run)),
+        "timeline": figures.add("timeline", result_charts.timeline(events, run.state.step)),
+        "events": [event for event in events if event.kind not in ("evaluation", "checkpoint")],
+        "shown_events": SHOWN_EVENTS,
+        "lengths": figures.add("lengths", result_charts.lengths(run.ledger)),
     }
+
+
+def _found(evaluation: dict[str, Any], figures: Figures) -> dict[str, Any]:
+    """Return what the page shows of evaluation.json."""
+    metrics = evaluation.get("metrics") or {}
+    suites = (evaluation.get("suites") or {}).get("scores", {})
+    tasks = (evaluation.get("tasks") or {}).get("metrics", {})
+    matrix = result_charts.confusion(evaluation.get("confusions") or [], evaluation.get("labels") or [])
+    return {
+        "first": first_of(evaluation),
+        "scores": table_of(metrics),
+        "plots": _comparisons(figures, "score", metrics, evaluation.get("comparison") or {}),
+        "suites": table_of(suites),
+        "suite_plots": _comparisons(figures, "suite", suites, suites),
+        "tasks": table_of({name: one for name, one in tasks.items() if one["group"] is None}),
+        "win_rates": [
+            one | {"cell": cell("share", one["win_rate"], False)}
+            for one in (evaluation.get("win_rates") or {}).values()
+        ],
+        "confusion": figures.add("confusion", matrix),
+        "by_label": evaluation.get("by_label") or evaluation.get("by_type") or {},
+    }
+
+
+def _training_charts(run: RunFiles, figures: Figures) -> list[dict[str, str]]:
+    """Return id, title and explanation of the charts of the training, in the order of the page."""
+    wanted: tuple[tuple[str, str, str, Callable[[RunFiles], charts.Spec | None]], ...] = (
+        ("held-out", "Held-out metrics", "", charts.held_out_metrics),
+        ("rate", "Learning rate", "", charts.learning_rate),
+        ("norm", "Gradient norm", "before clipping", charts.grad_norm),
+        ("share", "Trained tokens", "share of a step's tokens that count in the loss", charts.trained_share),
+        ("speed", "Speed", "tokens/s, and the plan's where it is known", charts.speed),
+        ("layers", "Gradient norm by layer", "layer 0 is the first", charts.grad_norm_by_layer),
+    )
+    found = ({"id": figures.add(name, draw(run)), "title": title, "what": what} for name, title, what, draw in wanted)
+    return [one for one in found if one["id"]]
+
+
+def _comparisons(
+    figures: Figures, name: str, metrics: dict[str, Any], verdicts: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Return id, title and verdict of the chart of each metric that has intervals."""
+    found = []
+    for number, (key, values) in enumerate(metrics.items()):
+        united = with_unit(key, values)
+        chart = figures.add(f"{name}-{number}", result_charts.comparison(united))
+        verdict = (verdicts.get(key) or {}).get("verdict", "")
+        if chart:
+            told = verdict_text(verdict, united["unit"] == "share")
+            kind = {"better": "good", "worse": "bad"}.get(verdict, "soft")
+            found.append({"id": chart, "name": metric_name(key), "verdict": told, "kind": kind})
+    return found
+
+
+def _samples_over_time(run: RunFiles) -> list[dict[str, Any]]:
+    """Return the rows that evaluations while training answered: prompt, reference, base, and the answers by step."""
+    rows: dict[str, dict[str, Any]] = {}
+    for one in run.held_out:
+        for sample in one.get("samples") or ():
+            row = rows.setdefault(sample.get("place", ""), sample | {"answers": []})
+            if "base" in sample:
+                row["base"] = sample["base"]
+            answers = row["answers"]
+            if answers and answers[-1]["answer"] == sample.get("answer"):
+                answers[-1]["to"] = one["step"]
+            else:
+                answers.append({"step": one["step"], "to": one["step"], "answer": sample.get("answer", "")})
+    return list(rows.values())
 
 
 def _files(folder: Path) -> list[tuple[str, int]]:
@@ -182,8 +218,3 @@ def _files(folder: Path) -> list[tuple[str, int]]:
 
 def _size(count: int) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 100_000 else f"{count / 1e3:.1f} kB"
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """Read the object in a file; empty: there is no such file."""
-    return read_json(path) if path.exists() else {}

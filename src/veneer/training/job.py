@@ -6,6 +6,7 @@ folder begun. The adapter appears whole at the end.
 
 import platform
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -30,23 +31,28 @@ from veneer.engine.objective import TrainedTokens
 from veneer.engine.placement import MemoryPlacement
 from veneer.engine.reference import ReferenceEngine
 from veneer.machine.device import find_machine, peak_bytes, resolve_optim
+from veneer.machine.ranks import join_ranks
 from veneer.model.attach import count_parameters, save_adapter, write_as_changes
 from veneer.model.full import save_full
 from veneer.model.load import compute_dtype
 from veneer.model.start import base_sha256, start_sha256
 from veneer.planning.memory import optimizer_bytes
 from veneer.training import checkpoint
+from veneer.training.alarms import Alarms
+from veneer.training.alarms.facts import facts_of
 from veneer.training.best import BETTER, LOSS, OF_TASKS, require_evaluations
 from veneer.training.choose_objective import choose_objective
 from veneer.training.divergence import require_possible
 from veneer.training.finished import Trained, last_loss, with_train
 from veneer.training.held_out import HeldOutRows
-from veneer.training.loop import Loop, held_out_batching
+from veneer.training.held_out_loss import held_out_batching
+from veneer.training.loop import Loop
 from veneer.training.memory import need_and_fix, place
 from veneer.training.metrics import Listener, MetricsFile
 from veneer.training.optimizer import parameters_to_update
 from veneer.training.pair_values import metric_names, outputs_of_rows
 from veneer.training.paired_losses import RowLosses
+from veneer.training.parallel import begin_alike, dealt_as_begun, require_parallel, rows_of_step
 from veneer.training.parts import RunParts, load_parts
 from veneer.training.plain_peft import require_same_scores
 from veneer.training.preference_watch import PreferenceWatch
@@ -145,6 +151,8 @@ class TrainingJob:
         assert make_during is not None or not run.evaluate.during, "api/train.py hands it what measures"
         require_possible(run)
         self.run = run
+        self.ranks = join_ranks()
+        require_parallel(run, self.ranks)
         self._make_during = make_during
         self._during: DuringMetrics | None = None
         self.folder = RunFolder(run.train.output_dir.expanduser())
@@ -155,9 +163,9 @@ class TrainingJob:
         self._fork = None if fork is None or self._resume else find_fork(fork, self.folder)
         if self._resume:
             self.run = self._require_resumable(run)
-            with self.folder.locked():
+            with self._locked():
                 pass  # held by another process, it is refused before anything is loaded
-        else:
+        elif self.ranks.is_first:
             self._require_folder()
             if self._fork is not None:
                 self.run, self._fork = fork_of(run, self._fork)
@@ -168,6 +176,8 @@ class TrainingJob:
         self._began = self.folder if self._resume else None if self._fork is None else self._fork.source
         if self._began is not None:
             self.run = as_begun(self.run, self._began, find_machine())
+            if self._resume:
+                self.run = dealt_as_begun(self.run, self._began, self.ranks)
         run = self.run
         parts = parts or load_parts(run, force, self._examine, self._from)
         self.run = run = _settled(run, parts)
@@ -176,20 +186,22 @@ class TrainingJob:
         self.prediction, self.start = parts.prediction, parts.start
         self.choice = _choose_engine(run, parts)
         self.engine = self.choice.engine
+        begin_alike(self.ranks, self.engine, self.model)
         self.parameters = count_parameters(self.model)
         train = run.train
         self.objective = choose_objective(run, self.data)
-        if releases := run.releases_gradients:
+        if releases := run.releases_gradients and self.ranks.size == 1:
             assert isinstance(self.engine, ReferenceEngine)
             releases = self.engine.run_in_one_pass()
             notify(RELEASED if releases else NOT_RELEASED, "info", "train.max_grad_norm")
-        batches = batches_of(run, self.data.train, self.objective.documents_per_row, self.engine.shares_prompts)
+        per_row, ranks = self.objective.documents_per_row, self.ranks
+        batches = batches_of(run, self.data.train, per_row, self.engine.shares_prompts, ranks.size)
         self._batches = batches
         forecast = self.prediction.forecast
         self.held_out = held_out = HeldOutRows(self.data.validation, self.objective.documents_per_row)
         self._rows_at_a_time = at_a_time = forecast.rows_at_a_time.get("evaluation", run.evaluate.batch_size)
         batching = held_out_batching(at_a_time, self.objective)
-        self._reference = Reference(run, parts, self.objective, self.engine, batches, held_out, batching)
+        self._reference = Reference(run, parts, self.objective, self.engine, batches, held_out, batching, ranks)
         explain = partial(need_and_fix, self.prediction, self.machine.device)
         self.placement, most_tokens = self._place(batches, self._computed(held_out[:at_a_time]), explain)
         make_loop = partial(
@@ -217,14 +229,21 @@ class TrainingJob:
             with_reference=self._reference.complete,
             estimate_kl=self._reference.estimate_kl,
             releases=releases,
+            ranks=ranks,
             has_separate_states=self._has_separate_states,
         )
         self.rate_search: RateSearch | None = None
         if train.learning_rate == "auto":
             self._reference.give()
             self.rate_search = find_rate(train, batches, held_out, self._losses_of, self.model, make_loop)
-            self.run = run = with_rate(run, self.rate_search.rate)
-        self._loop = make_loop(train=run.train)
+            found = self.rate_search.rate
+            self.run = run = with_rate(run, ranks.first(lambda: found))
+        facts = facts_of(
+            *(run, self.data, self.engine, self.objective, self.model, batches, held_out, self.machine),
+            planned_speed=forecast.tokens_per_second,
+            steps=lambda: self.steps,
+        )
+        self._loop = make_loop(train=run.train, alarms=Alarms(facts))
         follows = "train.keep" if train.keep == "best" else "train.early_stopping" if train.early_stopping else None
         if follows and train.eval_steps is not None and train.eval_steps >= self.steps:
             notify(
@@ -232,7 +251,8 @@ class TrainingJob:
                 f"(train.eval_steps), and the run has {self.steps}",
                 where=follows,
             )
-        self.folder.require_writable(self._bytes_on_disk())
+        if self.ranks.is_first:
+            self.folder.require_writable(self._bytes_on_disk())
         if self._began is not None:
             require_same_numbers(self._began, self.plan())
             tell_changes(self._began, self.plan(), self.run.train)
@@ -355,7 +375,7 @@ class TrainingJob:
             UserError: Another process trains this run, or has begun it since.
             JobError: Training failed. Interrupted: the user stopped it; it can be resumed.
         """
-        with self.folder.locked():
+        with self._locked():
             self._begin()
             with kept_in(self.folder.events):
                 return self._train(listeners, write_extras)
@@ -366,37 +386,49 @@ class TrainingJob:
         Raises:
             UserError, JobError, Interrupted: See `fit`.
         """
-        with self.folder.locked():
+        with self._locked():
             self._begin()
             with kept_in(self.folder.events):
                 self._run_loop((), until=step)
+
+    def _locked(self) -> AbstractContextManager[Any]:
+        """Hold the folder's lock, which the first rank has for all of them."""
+        return self.folder.locked() if self.ranks.is_first else nullcontext()
 
     def _begin(self) -> None:
         # All is looked at again: another process may have had the folder since.
         if self._resume:
             self._require_resumable(self._as_asked)
         else:
-            self._require_folder()
+            if self.ranks.is_first:
+                self._require_folder()
         found = self._find_checkpoint()
         self._reference.give()  # it may fail, so nothing is removed before
-        if self._overwrite and not self._resume:
-            self.folder.remove()
-        self.folder.clear_unfinished()
+        if self.ranks.is_first:
+            if self._overwrite and not self._resume:
+                self.folder.remove()
+            self.folder.clear_unfinished()
         if found is None:  # a run that was killed before its first checkpoint begins anew
             torch.manual_seed(self.run.train.seed)
         else:
             self._loop.resume(found)
             notify(f"{'resuming' if self._resume else 'forked'} from {found}", "info", str(found))
         if self._resume and found is not None:
-            self._loop.recall(self._records(self._loop.done))
-            reopen(self.folder, found, self._named is not None)
-            self._named = None  # once is enough
-            if self._extend:
-                note_extension(self.folder, self._loop.done, self.steps)
-                write_json(self.folder.plan, self.plan())
-                write_text(self.folder.run, to_yaml(anchored(self._as_asked)))
-        else:
+            self._loop.recall(self.ranks.first(lambda: self._records(self._loop.done)))
+        if self.ranks.is_first:
+            self._begin_files(found)
+        self._named = None  # once is enough
+
+    def _begin_files(self, found: Path | None) -> None:
+        """Write what stands in the run's folder while it trains."""
+        if not self._resume or found is None:
             self._begin_folder()
+            return
+        reopen(self.folder, found, self._named is not None)
+        if self._extend:
+            note_extension(self.folder, self._loop.done, self.steps)
+            write_json(self.folder.plan, self.plan())
+            write_text(self.folder.run, to_yaml(anchored(self._as_asked)))
 
     def _find_checkpoint(self) -> Path | None:
         """Return the checkpoint to go on from; None: the run begins."""
@@ -413,18 +445,24 @@ class TrainingJob:
     def _run_loop(self, listeners: tuple[Listener, ...], until: int | None = None) -> float:
         """Train, and write metrics.jsonl; returns tokens per second."""
         metrics = MetricsFile(self.folder.metrics)
+        if not self.ranks.is_first:
+            return self._loop.run((), try_largest=self._is_untried, until=until, rewind=self._rewind(metrics))
         before = metrics.restart(self._records(self._loop.done))
         if self.objective.documents_per_row == 2:
             watch = PreferenceWatch(self._reference.beta, len(self.data.validation.rows))
             watch.recall(before)
             listeners = (watch, *listeners)
-        # A placement that was chosen by its size has measured the passes that need most.
-        is_untried = self.machine.device in MEASURABLE and not self.placement.least_bytes
+        rewind = self._rewind(metrics)
+        return self._loop.run((metrics.append, *listeners), try_largest=self._is_untried, until=until, rewind=rewind)
 
-        def rewind(step: int) -> Sequence[dict[str, Any]]:
-            return metrics.restart(self._records(step))
+    def _rewind(self, metrics: MetricsFile) -> Callable[[int], Sequence[dict[str, Any]]]:
+        """Return the function that drops the records after a step, for all ranks to call together."""
+        return lambda step: self.ranks.first(lambda: metrics.restart(self._records(step)))
 
-        return self._loop.run((metrics.append, *listeners), try_largest=is_untried, until=until, rewind=rewind)
+    @property
+    def _is_untried(self) -> bool:
+        """Whether nothing has tried the largest micro-batch, as a placement does that was chosen by its size."""
+        return self.machine.device in MEASURABLE and not self.placement.least_bytes
 
     def _train(self, listeners: tuple[Listener, ...], write_extras: WriteExtras) -> Trained:
         speed = self._run_loop(listeners)
@@ -437,6 +475,8 @@ class TrainingJob:
             **self._loop.best.as_dict(),
             kept_step=self._loop.kept_step,
         )
+        if not self.ranks.is_first:
+            return trained
         is_whole = self.run.adapter is None
         delivered = self.folder.model if is_whole else self.folder.adapter
         size = sum(parameter.nbytes for parameter in self.model.parameters() if parameter.requires_grad)
@@ -470,7 +510,8 @@ class TrainingJob:
             "optim": resolve_optim(train.optim, self.machine.device),
             "parameters": self.parameters,
             "steps": self.steps,
-            "rows_per_step": train.per_device_train_batch_size * train.gradient_accumulation_steps,
+            "gpus": self.ranks.size,
+            "rows_per_step": rows_of_step(train, self.ranks.size),
             **found,
         }
 

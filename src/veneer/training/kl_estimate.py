@@ -21,6 +21,7 @@ from veneer.data.mismatched import MismatchedRows
 from veneer.data.pipeline import Prepared
 from veneer.engine.interface import Engine, document_losses
 from veneer.machine.batching import Batching
+from veneer.machine.ranks import ALONE, Ranks
 from veneer.training.held_out import HeldOutRows
 from veneer.training.objectives.kto import KL
 
@@ -36,6 +37,7 @@ class KLEstimate:
         rows: rows that are computed together.
         max_length: tokens of a row, at most.
         seed: seed of which answer stands behind which prompt.
+        ranks: this process among those of the run, each of which takes a share of the rows.
     """
 
     def __init__(
@@ -47,8 +49,10 @@ class KLEstimate:
         rows: int,
         max_length: int,
         seed: int,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._engine = engine
+        self._ranks = ranks
         self._batches = batches
         self._order = held_out.order.tolist()
         self._batching = Batching(rows, "lower data.max_length", "the log-probabilities of other rows' answers")
@@ -77,4 +81,7 @@ class KLEstimate:
         def measure(some: Sequence[int]) -> list[float]:
             return document_losses(self._engine, Batch.of([part[n] for n in some]))
 
-        return -np.array(list(chain.from_iterable(self._batching.over(numbers, measure))))
+        def measure_all(some: Sequence[int]) -> list[float]:
+            return list(chain.from_iterable(self._batching.over(some, measure)))
+
+        return -np.array(self._ranks.spread(numbers, measure_all))

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +27,28 @@ import torch
 
 from veneer.config import Interrupted, JobError, Train, UserError
 from veneer.config.notify import notify
-from veneer.data.batch import Batch, Batches, Example
+from veneer.data.batch import Batch, Batches
 from veneer.engine.interface import Engine
-from veneer.engine.objective import Objective, StepOutput, TrainedTokens
-from veneer.machine.batching import Batching
+from veneer.engine.objective import Objective
 from veneer.machine.device import peak_bytes, rng_state, set_rng_state
+from veneer.machine.ranks import ALONE, Ranks
 from veneer.model.adapters.from_base import drop_frozen_gradients, starts_from_base
 from veneer.model.full import is_full
 from veneer.training import checkpoint
+from veneer.training.alarms import Alarms
 from veneer.training.best import BestStep
 from veneer.training.diverged import DivergenceMessages, describe_rows, record_of
 from veneer.training.divergence import DivergenceWatch, Finding
 from veneer.training.first_gradients import FirstGradients
 from veneer.training.full_optimizer import FullOptimizer, ReleasedGradients
 from veneer.training.held_out import HeldOutRows
+from veneer.training.held_out_loss import HeldOutLoss, held_out_batching
 from veneer.training.layer_norms import LayerNorms
 from veneer.training.memory import OutOfMemoryRecovery, describe
 from veneer.training.metrics import Listener
 from veneer.training.optimizer import allocate_states, optimizer_of, parameters_to_update
-from veneer.training.pair_values import describe_pairs, outputs_of_rows
+from veneer.training.outputs import add_up, means_of
+from veneer.training.parallel import StepExchange
 from veneer.training.reference_logprobs import WithReference
 from veneer.training.saving import Saver
 from veneer.training.schedule import learning_rate
@@ -82,7 +84,9 @@ class Loop:
         with_reference: Function that gives a batch the reference's log-probabilities; see `reference_logprobs`.
         estimate_kl: Function that estimates the KL divergence, for objectives that need it.
         releases: Whether each weight is updated within the backward (`FullOptimizer.released`).
+        ranks: This process among those of the run, to which `batches` deals its steps.
         has_separate_states: Whether the state that it goes on from is one of each matrix; see `parameters_to_update`.
+        alarms: Alarms of the run; None: there are none, as in a trial of settings.
     """
 
     def __init__(
@@ -106,13 +110,26 @@ class Loop:
         with_reference: WithReference = lambda batch: batch,
         estimate_kl: EstimateKL = lambda step: {},
         releases: bool = False,
+        ranks: Ranks = ALONE,
         has_separate_states: bool = False,
+        alarms: Alarms | None = None,
     ) -> None:
         self._engine = engine
+        self._alarms = alarms or Alarms()
+        self._ranks = ranks
+        self._exchange = StepExchange(ranks, batches, train.seed)
         self._objective = objective
         self._batches = batches
         self._held_out = held_out
-        self._held_out_batching = held_out_batching(rows_at_a_time, objective)
+        self._held_out_loss = HeldOutLoss(
+            engine,
+            objective,
+            held_out,
+            held_out_batching(rows_at_a_time, objective),
+            with_reference,
+            lambda: estimate_kl(None),
+            ranks,
+        )
         self._train = train
         self._checkpoints = checkpoints
         self._device = device
@@ -129,7 +146,7 @@ class Loop:
         self._state = checkpoint.TrainingState(
             model, self._optimizer, self._updated, self._scaler, began_with, self._watch
         )
-        self._saver = Saver(checkpoints, train.save_total_limit)
+        self._saver = Saver(checkpoints, train.save_total_limit, ranks)
         self._recovery = OutOfMemoryRecovery(engine, self._drop_gradients, explain, most_tokens)
         self._explain = explain
         self._during = during
@@ -142,7 +159,6 @@ class Loop:
         self.done = 0
         self.loss: float | None = None  # of the last step that was made here
         self.was_stopped = False  # a stop was asked for during the last step, which had nothing left to stop
-        self._held_out_values: dict[str, float] | None = None
 
     def resume(self, path: Path) -> None:
         """Restore a checkpoint of this run."""
@@ -190,7 +206,8 @@ class Loop:
         tokens, seconds = 0, 0.0
         last = self.steps if until is None else min(until, self.steps)
         try:
-            with stop_signal() as stopped, self._saver:
+            with stop_signal() as asked, self._saver:
+                stopped = self._exchange.agreed(asked)
                 if try_largest and self.done < last:
                     self._try_largest()
                 if self.done:
@@ -201,6 +218,7 @@ class Loop:
                 while self.done < last and not self.best.is_over:
                     self._saver.check()
                     record, finding = self._step(self.done)
+                    record["peak_bytes"] = self._exchange.agree(record["peak_bytes"])
                     tokens, seconds = tokens + record["tokens"], seconds + record["seconds"]
                     self.done += 1
                     if finding is not None:
@@ -248,7 +266,7 @@ class Loop:
                 "info",
                 "train.early_stopping",
             )
-        if self.kept_step != self.done:
+        if self.kept_step != self.done and self._ranks.is_first:
             self._saver.wait()
             checkpoint.load_adapter_alone(self._checkpoint(self.kept_step), self._model)
 
@@ -297,23 +315,41 @@ class Loop:
         allocate_states(self._optimizer)  # before the passes, so that they have what is left from the first step on
         complete, objective = self._with_reference, self._objective
         batches = objective.begin_step(self._engine, batches)
-        return _sums([self._engine.forward_backward(complete(batch).scaled(scale), objective) for batch in batches])
+        return add_up([self._engine.forward_backward(complete(batch).scaled(scale), objective) for batch in batches])
 
     def _gradients(
-        self, batches: Iterable[Batch], scale: float
+        self, number: int, batches: Sequence[Batch], scale: float
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor, list[torch.Tensor]]:
-        """Compute a step's gradients, ready for the update.
+        """Compute a step's gradients, over all ranks, ready for the update.
+
+        Args:
+            number: Steps done before.
+            batches: Micro-batches of this rank.
+            scale: Factor of the loss.
 
         Returns:
             Sums over all micro-batches; the norm before clipping; the largest magnitude in the gradient of each matrix
             that learns first, until they have been checked.
         """
-        if self._releases:
+        if self._releases:  # weights are updated on the way, so that nothing can be computed again
             gradients = ReleasedGradients()
             with self._released(gradients):
                 sums = self._passes(batches, scale)
             return sums, gradients.norm(), self._first_gradients.sizes(gradients.largest)
-        sums = self._passes(batches, scale)
+        what = f"step {number + 1}"
+        if self._ranks.size == 1:
+            return self._recovery.run(what, batches, lambda batches: self._normed(self._passes(batches, scale)))
+        sums = self._recovery.run(what, batches, lambda batches: self._passes(batches, scale))
+        if not scale:  # the batch is another rank's
+            sums = {name: torch.zeros_like(value) for name, value in sums.items()}
+        self._exchange.meet(number)
+        self._exchange.add(self._updated.values(), [*sums.values()])
+        return self._normed(sums)
+
+    def _normed(
+        self, sums: dict[str, torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, list[torch.Tensor]]:
+        """Clip the gradients; returns what `_gradients` does."""
         if not is_full(self._model) and starts_from_base(self._model.peft_config["default"]):
             drop_frozen_gradients(self._model)
         self._scaler.unscale_(self._optimizer)
@@ -341,21 +377,19 @@ class Loop:
         rate = learning_rate(number, self.steps, peak, train.warmup_ratio, train.lr_scheduler_type)
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group.get("lr_ratio", 1.0)
-        micro_batches = self._batches.step(number)
+        micro_batches, own = self._exchange.step(number)
         values = self._objective.step_values(micro_batches) | self._estimate_kl(number)
         micro_batches = [batch.with_values(values) for batch in micro_batches]
+        self._alarms.before(number + 1, micro_batches)
         scale = self._loss_scale() / sum(map(self._objective.weight, micro_batches))
-        if self._releases:  # weights are updated on the way, so that nothing can be computed again
-            sums, norm, largest = self._gradients(micro_batches, scale)
-        else:
-            sums, norm, largest = self._recovery.run(
-                f"step {number + 1}", micro_batches, lambda batches: self._gradients(batches, scale)
-            )
+        if not (passes := micro_batches[own]):  # this rank's kernels go through another one's batch all the same
+            passes, scale = [min(micro_batches, key=lambda batch: batch.tokens)], 0.0
+        sums, norm, largest = self._gradients(number, passes, scale)
         like, layers = sums["loss"], self._layer_norms.norms
         scalars = [value.to(like.device, like.dtype) for value in (norm, *sums.values(), *largest, *layers)]
         grad_norm, *read = torch.stack(scalars).tolist()
         by_layer = self._layer_norms.by_layer(read[len(read) - len(layers) :])  # read last
-        means = _means(dict(zip(sums, read, strict=False)))
+        means = means_of(dict(zip(sums, read, strict=False)))
         loss, sizes = means["loss"], read[len(sums) :][: len(largest)]
         finding = self._watch.judge(number + 1, loss, grad_norm)
         if finding is None or finding.action == "none":
@@ -384,6 +418,8 @@ class Loop:
             "peak_bytes": peak_bytes(self._device),
             "predicted_peak_bytes": self._predicted_peak_bytes,
         }
+        if finding is None:
+            self._alarms.after(record)
         return record, finding
 
     def _diverged(
@@ -403,7 +439,11 @@ class Loop:
         spoiled = self._releases and finding.action != "rollback"  # whatever the rows, no loss is good any more
         is_told = self._messages.is_due(finding)
         engine = None if spoiled else self._engine
-        rows = describe_rows(self._batches, finding.step - 1, engine, finding.limit) if is_told else ""
+        rows = (
+            describe_rows(self._batches, finding.step - 1, engine, finding.limit)
+            if is_told and self._ranks.is_first
+            else ""
+        )
         _report(listeners, record_of(finding, record, self.done, self._watch.rate_factor))
         if is_told:
             self._messages.tell(finding, self.done, rows, self._watch.rollbacks)
@@ -412,14 +452,15 @@ class Loop:
         """Go back to the last good checkpoint, which keeps the lower rate from here on; returns what was done."""
         before = self._watch.state_dict()
         self._saver.wait()
-        path = checkpoint.to_roll_back_to(self._checkpoints, self._watch.rolled_to)
+        path = self._ranks.first(lambda: checkpoint.to_roll_back_to(self._checkpoints, self._watch.rolled_to))
         if path is None:
             return replace(finding, action="stop", reason=f"{finding.reason}; there is no checkpoint to go back to")
         self.done = checkpoint.load(path, self._state)
         self._watch.rolled_back(before, self.done)
         self._saver.save(self.done, self._state, self._protected, drops=False)
-        self._saver.wait()
-        checkpoint.drop_after(self._checkpoints, self.done)
+        if self._ranks.is_first:
+            self._saver.wait()
+            checkpoint.drop_after(self._checkpoints, self.done)
         self.best = BestStep(self._train.early_stopping, self._better)
         self.best.recall(rewind(self.done))
         return finding
@@ -428,14 +469,13 @@ class Loop:
         """Measure the held-out loss, where this step has one; a stop leaves it out, and a checkpoint stands for it."""
         if not self.evaluates_at(self.done):
             return
-        measured = self._measure_held_out(stopped)
-        during = None if measured is None else self._during(stopped)
+        measured = self._held_out_loss.measure(stopped)
+        during = None if measured is None else self._ranks.first(lambda: self._during(stopped))
         if measured is None or during is None:
             if not self._saver.has(self.done):
                 self._save()
             raise Interrupted(self._checkpoint())
-        means, trained = measured
-        loss = means["loss"]
+        loss = measured["loss"]
         if not math.isfinite(loss):  # the adapter may be good all the same, and its loss was finite
             notify(
                 f"the held-out loss after step {self.done} is {loss}; a lower train.learning_rate may fix it",
@@ -444,9 +484,8 @@ class Loop:
         record = {
             "kind": "eval",
             "step": self.done,
-            **{name: _finite(value) for name, value in means.items()},
+            **{name: _finite(value) for name, value in measured.items()},
             **self._objective.held_out_metrics(loss),
-            "trained_tokens": trained,
             **during,
         }
         is_protected = self.best.see(record) and self._protected is not None
@@ -462,30 +501,6 @@ class Loop:
         """Return whether held-out rows are evaluated after a step."""
         return bool(self._held_out) and (step == self.steps or _due(step, self._train.eval_steps))
 
-    def _measure_held_out(self, stopped: Callable[[], bool]) -> tuple[dict[str, Any], int] | None:
-        """Measure held-out loss and metrics, and count the trained tokens; None where it was stopped."""
-        batch_of = partial(Batch.of, documents_per_row=self._objective.documents_per_row)
-        if self._held_out_values is None:
-            self._held_out_values = self._objective.step_values(self._held_out_batching.over(self._held_out, batch_of))
-        values = self._held_out_values | self._estimate_kl(None)
-
-        def measure(rows: Sequence[Example]) -> tuple[list[StepOutput], int] | None:
-            if stopped():
-                return None
-            batch = self._with_reference(batch_of(rows)).with_values(values)
-            tokens = TrainedTokens.of(batch, self._engine.token_logprobs(batch))
-            return list(outputs_of_rows(self._objective, tokens)), batch.trained
-
-        outputs: list[StepOutput] = []
-        trained = 0
-        for measured in self._held_out_batching.over(self._held_out, measure):
-            if measured is None:
-                return None
-            outputs += measured[0]
-            trained += measured[1]
-        means = _means({name: value.item() for name, value in _sums(outputs).items()})
-        return means | describe_pairs(outputs), trained
-
     def _checkpoint(self, step: int | None = None) -> Path:
         """Return the path of a step's checkpoint, written or not; None: of this step's."""
         return checkpoint.path_of(self._checkpoints, self.done if step is None else step)
@@ -494,23 +509,6 @@ class Loop:
         # Where the loss is off, the checkpoints before may be needed.
         drops = self._watch.is_good or self._train.on_divergence != "rollback"
         self._saver.save(self.done, self._state, self._protected, drops)
-
-
-def held_out_batching(rows_at_a_time: int, objective: Objective) -> Batching:
-    """Return what takes held-out examples in batches, those of a row together."""
-    return Batching(rows_at_a_time, "lower data.max_length", "held-out losses", objective.documents_per_row)
-
-
-def _sums(outputs: Sequence[StepOutput]) -> dict[str, torch.Tensor]:
-    """Add up weight, loss and metrics of several batches."""
-    found = [{"weight": output.weight, "loss": output.loss, **output.metrics} for output in outputs]
-    return {name: torch.stack([sums[name] for sums in found]).sum() for name in found[0]}
-
-
-def _means(sums: dict[str, float]) -> dict[str, float]:
-    """Divide by the weight; metrics that are NaN are left out."""
-    weight = sums.pop("weight")
-    return {name: value / weight for name, value in sums.items() if name == "loss" or not math.isnan(value)}
 
 
 def _finite(value: Any) -> Any:

@@ -42,7 +42,7 @@ class MetricsFile:
         """Keep some of the file's records alone, with which the training goes on; returns them."""
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_text(self._path, text)
-        self._written = len(text.encode())
+        self._written, self._waiting = len(text.encode()), b""
         return kept
 
     def append(self, record: dict[str, Any]) -> None:

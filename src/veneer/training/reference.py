@@ -12,6 +12,7 @@ from veneer.data.batch import Batches
 from veneer.engine.interface import Engine
 from veneer.engine.objective import Objective
 from veneer.machine.batching import Batching
+from veneer.machine.ranks import ALONE, Ranks
 from veneer.training.held_out import HeldOutRows
 from veneer.training.kl_estimate import KLEstimate
 from veneer.training.parts import RunParts
@@ -30,6 +31,7 @@ class Reference:
         batches: steps over the training rows.
         held_out: held-out rows.
         batching: batches in which held-out rows are measured.
+        ranks: this process among those of the run.
 
     Attributes:
         complete: function that gives a batch its reference where that is live, and leaves it as it is elsewhere.
@@ -45,7 +47,9 @@ class Reference:
         batches: Batches,
         held_out: HeldOutRows,
         batching: Batching,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self._ranks = ranks
         self._run, self._parts, self._engine, self._batches = run, parts, engine, batches
         self._held_out, self._batching = held_out, batching
         self._is_due = objective.needs_reference
@@ -53,7 +57,7 @@ class Reference:
         self.beta: float | None = getattr(objective, "beta", None) if compares else None
         self.complete = completes_batches(run.train, objective, parts.model, engine)
         sizes = run.train.per_device_train_batch_size, run.data.max_length, run.train.seed
-        self._kl = KLEstimate(engine, parts.data, batches, held_out, *sizes) if objective.needs_kl else None
+        self._kl = KLEstimate(engine, parts.data, batches, held_out, *sizes, ranks) if objective.needs_kl else None
         if objective.needs_reference:
             notify(describe_reference(run, parts.data), "info", "model.adapter")
 
@@ -71,7 +75,10 @@ class Reference:
         facts = facts_of(run, parts.machine, parts.source, parts.model, self._engine, parts.data, batches, steps)
         data, held_out = parts.data, self._held_out
         read_or_measure(
-            facts, data, partial(measure_reference, self._engine, data, batches, steps, held_out, self._batching)
+            facts,
+            data,
+            partial(measure_reference, self._engine, data, batches, steps, held_out, self._batching, self._ranks),
+            self._ranks,
         )
         if self._kl is not None:
             self._kl.measure_reference(steps)

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import veneer
 from veneer.config import Run, UserError
-from veneer.config.cache import cached
+from veneer.config.cache import cache_folder, cached
 from veneer.config.files import file_sha256, read_json
 from veneer.config.folder import write_json
 from veneer.config.notify import notify
@@ -25,6 +25,7 @@ from veneer.data.batch import Batches
 from veneer.data.pipeline import Prepared
 from veneer.engine.interface import Engine
 from veneer.machine.device import Machine
+from veneer.machine.ranks import ALONE, Ranks
 from veneer.model.fingerprint import config_sha256, fingerprint
 from veneer.model.full import is_full
 from veneer.model.load import compute_dtype
@@ -89,13 +90,14 @@ def _adapter_sha256(model: Any) -> str:
     return digest.hexdigest()
 
 
-def read_or_measure(facts: Facts | None, data: Prepared, measure: Callable[[], None]) -> None:
+def read_or_measure(facts: Facts | None, data: Prepared, measure: Callable[[], None], ranks: Ranks = ALONE) -> None:
     """Give all examples that a run reads their reference: that of the cache, or what is measured and kept there.
 
     Args:
         facts: all that the numbers depend on; None: nothing is kept.
         data: data of the run, whose examples are given it.
-        measure: function that gives it to them.
+        measure: function that gives it to them; all ranks call it together.
+        ranks: this process among those of the run.
     """
     if facts is None:
         measure()
@@ -106,7 +108,8 @@ def read_or_measure(facts: Facts | None, data: Prepared, measure: Callable[[], N
 
     def make(folder: Path) -> None:
         nonlocal was_measured
-        measure()
+        if not was_measured:
+            measure()
         was_measured = True
         save_file({name: part.values[NAME] for name, part in parts.items()}, folder / FILE)
         write_json(folder / MANIFEST, {"facts": facts, "lengths": lengths, "sha256": file_sha256(folder / FILE)})
@@ -123,7 +126,15 @@ def read_or_measure(facts: Facts | None, data: Prepared, measure: Callable[[], N
         return sound
 
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-    folder = cached(f"reference/{key}", make, is_sound)
+    entry = f"reference/{key}"
+    if ranks.size > 1:
+        kept = cache_folder() / entry
+        if not ranks.first(lambda: kept.is_dir() and is_sound(kept)):
+            measure()
+            was_measured = True
+            if not ranks.is_first:
+                return
+    folder = cached(entry, make, is_sound)
     if was_measured:
         return
     for name, sums in load_file(folder / FILE).items():

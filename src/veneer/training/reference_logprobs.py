@@ -25,6 +25,7 @@ from veneer.data.pipeline import Part, Prepared
 from veneer.engine.interface import Engine, document_losses
 from veneer.engine.objective import Objective, TrainedTokens
 from veneer.machine.batching import Batching
+from veneer.machine.ranks import ALONE, Ranks
 from veneer.model.adapters.from_error import starts_from_error
 from veneer.training.held_out import HeldOutRows
 
@@ -110,7 +111,13 @@ def give_none(data: Prepared) -> None:
 
 
 def measure_reference(
-    engine: Engine, data: Prepared, batches: Batches, steps: int, held_out: HeldOutRows, batching: Batching
+    engine: Engine,
+    data: Prepared,
+    batches: Batches,
+    steps: int,
+    held_out: HeldOutRows,
+    batching: Batching,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Give all examples that a run reads their reference, with the model as it is now.
 
@@ -121,31 +128,46 @@ def measure_reference(
         steps: Number of steps of the run.
         held_out: Held-out rows, in the order in which their loss is measured.
         batching: Batches in which it is measured.
+        ranks: This process among those of the run, each of which takes a share of the rows.
     """
-    _measure_training_rows(engine, data.train, batches, steps)
-    _measure_held_out_rows(engine, data.validation, held_out, batching)
+    _measure_training_rows(engine, data.train, batches, steps, ranks)
+    _measure_held_out_rows(engine, data.validation, held_out, batching, ranks)
 
 
-def _measure_training_rows(engine: Engine, part: Part, batches: Batches, steps: int) -> None:
+def _measure_training_rows(engine: Engine, part: Part, batches: Batches, steps: int, ranks: Ranks) -> None:
     sums = np.full(len(part), np.nan, dtype=np.float32)  # of what no step reads
     part.values.pop(NAME, None)
-    for step in range(min(steps, batches.steps_per_epoch)):
-        for members in batches.members_of_step(step):
-            # Nobody has tried how much memory a micro-batch takes yet.
-            batching = Batching(len(members), LESS, WHAT, together=len(part) // len(part.rows))
-            found = batching.over(members, lambda some: document_sums(engine, batches.batch_of(some)))
-            sums[members] = list(chain.from_iterable(found))
+    micro_batches = [
+        members for step in range(min(steps, batches.steps_per_epoch)) for members in batches.members_of_step(step)
+    ]
+
+    def measure(members: Sequence[int]) -> list[float]:
+        # Nobody has tried how much memory a micro-batch takes yet.
+        batching = Batching(len(members), LESS, WHAT, together=len(part) // len(part.rows))
+        found = batching.over(members, lambda some: document_sums(engine, batches.batch_of(some)))
+        return list(chain.from_iterable(found))
+
+    found = ranks.spread(micro_batches, lambda some: [measure(members) for members in some])
+    for members, values in zip(micro_batches, found, strict=True):
+        sums[members] = values
     part.values[NAME] = sums
 
 
-def _measure_held_out_rows(engine: Engine, part: Part, held_out: HeldOutRows, batching: Batching) -> None:
+def _measure_held_out_rows(engine: Engine, part: Part, held_out: HeldOutRows, batching: Batching, ranks: Ranks) -> None:
     part.values.pop(NAME, None)
     sums = np.empty(len(part), dtype=np.float32)
 
-    def measure(members: Sequence[int]) -> int:
-        sums[list(members)] = document_sums(engine, Batch.of([part[n] for n in members], held_out.documents_per_row))
-        return len(members)
+    size = held_out.documents_per_row
+    rows = held_out.order.reshape(-1, size)
 
-    for _ in batching.over(held_out.order.tolist(), measure):
-        pass
+    def measure(members: Sequence[int]) -> list[float]:
+        return document_sums(engine, Batch.of([part[n] for n in members], size))
+
+    def measure_rows(some: Sequence[Any]) -> list[list[float]]:
+        members = np.concatenate(some).tolist() if some else []
+        found = list(chain.from_iterable(batching.over(members, measure)))
+        return [found[start : start + size] for start in range(0, len(found), size)]
+
+    for members, values in zip(rows, ranks.spread([*rows], measure_rows), strict=True):
+        sums[members] = values
     part.values[NAME] = sums

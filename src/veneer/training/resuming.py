@@ -174,6 +174,7 @@ def tell_changes(began: RunFolder, now: dict[str, Any], train: Train) -> None:
     split, split_before = ([getattr(settings, name) for name in names] for settings in (train, before))
     pairs = {
         "device": (machine.get("device") if isinstance(machine, dict) else None, now["machine"]["device"]),
+        "number of GPUs": (then.get("gpus"), now["gpus"]),
         "engine": (then.get("engine"), now["engine"]),
         "micro-batches": (" x ".join(map(str, split_before)), " x ".join(map(str, split))),
     }

@@ -17,8 +17,18 @@ def largest_rows(batches: Batches, rows: int, documents_per_row: int) -> tuple[t
     return tuple(sorted(batches.sizes.tolist(), reverse=True)[:rows]), ()
 
 
-def batches_of(run: Run, part: Part, documents_per_row: int = 1, shares_prompts: bool = False) -> Batches:
-    """Return all steps of a run over its training rows, for an engine that computes prompts of pairs once or not."""
+def batches_of(
+    run: Run, part: Part, documents_per_row: int = 1, shares_prompts: bool = False, ranks: int = 1
+) -> Batches:
+    """Return all steps of a run over its training rows.
+
+    Args:
+        run: the settings.
+        part: the examples.
+        documents_per_row: documents of a row.
+        shares_prompts: whether the engine computes the prompt of a pair once.
+        ranks: processes that share a step.
+    """
     train = run.train
     return Batches(
         part,
@@ -29,6 +39,7 @@ def batches_of(run: Run, part: Part, documents_per_row: int = 1, shares_prompts:
         run.data.max_length if run.data.packing else None,
         documents_per_row,
         part.shared if shares_prompts and documents_per_row > 1 else None,
+        ranks,
     )
 
 

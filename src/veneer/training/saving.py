@@ -19,6 +19,7 @@ import psutil
 
 from veneer.config import JobError
 from veneer.config.folder import as_os_error
+from veneer.machine.ranks import ALONE, Ranks
 from veneer.training import checkpoint
 from veneer.training.checkpoint import Snapshot, TrainingState
 
@@ -45,10 +46,11 @@ class Saver:
     Args:
         folder: Folder of the run's checkpoints.
         keep: Number of them that stay.
+        ranks: This process among those of the run, of which the first alone writes.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self._folder, self._keep = folder, keep
+    def __init__(self, folder: Path, keep: int, ranks: Ranks = ALONE) -> None:
+        self._folder, self._keep, self._ranks = folder, keep, ranks
         self._thread: threading.Thread | None = None
         self._step: int | None = None  # of the checkpoint that is being written
         self._error: Exception | None = None
@@ -77,6 +79,8 @@ class Saver:
         Raises:
             JobError: The checkpoint before it could not be written.
         """
+        if not self._ranks.is_first:
+            return
         self.wait()
         size = state.bytes_of_copy()
         is_copied = size <= psutil.virtual_memory().available / 2
@@ -94,7 +98,9 @@ class Saver:
 
     def has(self, step: int) -> bool:
         """Return whether the checkpoint of a step is there, or is being written."""
-        return step == self._step or checkpoint.path_of(self._folder, step).exists()
+        return self._ranks.first(
+            lambda: step == self._step or checkpoint.path_of(self._folder, step).exists(),
+        )
 
     def wait(self) -> None:
         """Wait until all is on the disk.
@@ -113,6 +119,8 @@ class Saver:
 
     def drop_old(self, best: int | None) -> None:
         """Delete all but the newest checkpoints, and that of the step `best`."""
+        if not self._ranks.is_first:
+            return
         self.wait()
         checkpoint.drop_old(self._folder, self._keep, best)
 

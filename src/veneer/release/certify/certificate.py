@@ -126,6 +126,9 @@ def certify_artifact(
     edges = [prompt for prompt in prompts if prompt.reference is None]
     batch = batch_of(tuned)
     with running(artifact, renderer, prompts, max_new_tokens, batch) as runtime:
+        if artifact.kind == "endpoint":
+            prompts = [prompt.as_read(runtime.prompt_ids(prompt.messages)) for prompt in prompts]
+            edges = [prompt for prompt in prompts if prompt.reference is None]
         checks += prompt_checks(runtime, renderer, prompts, artifact)
         checks += stop_token_checks(runtime.stop_ids(), renderer)
         checks += settings + weight_checks(compared)

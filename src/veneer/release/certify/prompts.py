@@ -5,7 +5,7 @@ trained, text outside ASCII, text that looks like control tokens, white space th
 A case that the model's template refuses (as in training) is left out.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from veneer.config import UserError
 from veneer.data.conversation import Message
@@ -25,14 +25,20 @@ class Prompt:
     Attributes:
         id: Row of the data, or name of the edge case.
         ids: Tokens by the tokenizer and template of training, control strings read as control tokens:
-            that is how every server reads them.
+            that is how most servers read them.
         reference: The right answer, of a held-out row.
+        trained_ids: Tokens as training has them, control strings as its settings say.
     """
 
     id: str
     messages: tuple[Message, ...]
     ids: list[int]
     reference: str | None = None
+    trained_ids: tuple[int, ...] = ()
+
+    def as_read(self, found: list[int] | None) -> "Prompt":
+        """Return the prompt as a server reads it that reads control strings as training does."""
+        return replace(self, ids=found) if found is not None and tuple(found) == self.trained_ids else self
 
 
 def prompts_of(renderer: Renderer, held_out: list[HeldOut], longest: int) -> list[Prompt]:
@@ -51,11 +57,12 @@ def prompts_of(renderer: Renderer, held_out: list[HeldOut], longest: int) -> lis
         turns = conversation.messages
         if conversation.is_document or conversation.tools or any(m.reasoning or m.tool_calls for m in turns):
             continue
-        made = _prompt(reader, conversation.place, conversation.prompt(), expected_answer(renderer, conversation))
+        expected = expected_answer(renderer, conversation)
+        made = _prompt(renderer, reader, conversation.place, conversation.prompt(), expected)
         if made is not None:
             found.append(made)
     for name, turns in _edges(renderer, longest):
-        made = _prompt(reader, name, turns, None)
+        made = _prompt(renderer, reader, name, turns, None)
         if made is not None and made.ids:
             found.append(made)
     return found
@@ -67,10 +74,12 @@ def very_long(tuned: TunedModel, max_new_tokens: int) -> int:
     return max(8, min(1000, (positions - max_new_tokens) // 2))
 
 
-def _prompt(reader: Renderer, name: str, turns: tuple[Message, ...], reference: str | None) -> Prompt | None:
+def _prompt(
+    renderer: Renderer, reader: Renderer, name: str, turns: tuple[Message, ...], reference: str | None
+) -> Prompt | None:
     turns = reader.with_system(turns)
     try:
-        return Prompt(name, turns, reader.prompt_ids(turns), reference)
+        return Prompt(name, turns, reader.prompt_ids(turns), reference, tuple(renderer.prompt_ids(turns)))
     except UserError:
         return None
 

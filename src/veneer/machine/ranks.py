@@ -1,0 +1,173 @@
+"""The processes of a run on several GPUs: which one this is, and what they exchange.
+
+torchrun starts one process a GPU (`veneer train --gpus N` starts it: launch.py), and says in the environment which rank
+each is. Each holds the whole model; they exchange gradients, and little else. NCCL carries tensors of a GPU; gloo
+carries what the hosts exchange, and all of it where there is no GPU.
+
+A rank that dies is found by torchrun, which ends the others. A rank that hangs is found here: before they exchange
+gradients all ranks meet at a barrier that knows who is missing, and that waits for a bounded time.
+
+Of a run of one process, everything here is the identity.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from veneer.config import JobError
+
+Item = TypeVar("Item")
+Value = TypeVar("Value")
+ANY_LONG = timedelta(days=7)  # for what may take long on a single rank, as generated answers and files do
+LOST = "the exchange with the other ranks broke off"
+LARGE_BYTES = 2**25  # a tensor from here on is exchanged by itself; smaller ones are laid together
+
+
+class LostRankError(JobError):
+    """Another rank is gone, or a rank does not come; why is known there."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of a run.
+
+    Attributes:
+        rank: number of this process, from 0; the first one alone writes and prints.
+        size: number of processes.
+        hosts: torch's group for what the hosts exchange; None: of a run of one process.
+    """
+
+    rank: int = 0
+    size: int = 1
+    hosts: Any = None
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def meet(self, where: str, seconds: float) -> None:
+        """Wait until all ranks are here.
+
+        Args:
+            where: the place, for messages.
+            seconds: time that the first rank waits for the others.
+
+        Raises:
+            LostRankError: some are not here in time; the first rank names them.
+        """
+        if self.size == 1:
+            return
+        try:
+            dist.monitored_barrier(self.hosts, timeout=timedelta(seconds=seconds), wait_all_ranks=True)
+        except RuntimeError as error:
+            missing = re.search(r"[Rr]anks? ([\d, ]+)", str(error)) if self.is_first else None
+            who = f"rank {missing[1].strip()} is" if missing else "others are"
+            raise LostRankError(
+                f"{who} not at {where}, {seconds:.0f} s after rank {self.rank}\n  fix: see what hangs there "
+                "(nvidia-smi, py-spy dump), then go on from the last checkpoint with --resume"
+            ) from error
+
+    def add(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Add tensors up over all ranks, in place; all ranks get the same bits.
+
+        Small ones are laid into one buffer a dtype, so that a few exchanges carry them all.
+        """
+        if self.size == 1 or not tensors:
+            return
+        small: dict[torch.dtype, list[torch.Tensor]] = {}
+        with _exchange():
+            for tensor in tensors:
+                if tensor.nbytes >= LARGE_BYTES and tensor.is_contiguous():
+                    dist.all_reduce(tensor)
+                else:
+                    small.setdefault(tensor.dtype, []).append(tensor)
+            for group in small.values():
+                flat = torch.cat([tensor.reshape(-1) for tensor in group])
+                dist.all_reduce(flat)
+                for tensor, part in zip(group, torch.split(flat, [tensor.numel() for tensor in group]), strict=True):
+                    tensor.copy_(part.view_as(tensor))
+
+    def share(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Give all ranks the first one's tensors, in place."""
+        if self.size == 1:
+            return
+        with _exchange():
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
+    def gather(self, value: Value) -> list[Value]:
+        """Return every rank's value, by rank; it must be one that pickles, and comes from this run's own processes."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        with _exchange():
+            dist.all_gather_object(found, value, group=self.hosts)
+        return found
+
+    def any(self, flag: bool) -> bool:
+        """Return whether any rank says so."""
+        return any(self.gather(flag))
+
+    def largest(self, value: int) -> int:
+        """Return the largest of the ranks' values."""
+        return max(self.gather(value))
+
+    def spread(self, items: Sequence[Item], measure: Callable[[Sequence[Item]], Sequence[Value]]) -> list[Value]:
+        """Return a value of each item, in their order, where each rank measures its share of them.
+
+        Args:
+            items: the items, the same on every rank.
+            measure: function that returns a value of each item that it is given.
+        """
+        if self.size == 1:
+            return list(measure(items))
+        shares = self.gather(list(measure(items[self.rank :: self.size])))
+        return [shares[number % self.size][number // self.size] for number in range(len(items))]
+
+    def first(self, compute: Callable[[], Value]) -> Value:
+        """Return what the first rank computes, which the others wait for."""
+        if self.size == 1:
+            return compute()
+        held: list[Any] = [compute() if self.is_first else None]
+        with _exchange():
+            dist.broadcast_object_list(held, 0, group=self.hosts)
+        value: Value = held[0]
+        return value
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def _exchange() -> Iterator[None]:
+    """Make the error of an exchange that broke off a LostRankError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostRankError(f"{LOST} ({str(error).splitlines()[0]})") from error
+
+
+def join_ranks() -> Ranks:
+    """Return this process among those that torchrun has started, and begin to exchange with them; or a run of one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ALONE
+    if not dist.is_initialized():
+        has_gpus = torch.cuda.is_available()
+        if has_gpus:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        dist.init_process_group("nccl" if has_gpus else "gloo", timeout=ANY_LONG)
+    hosts = dist.new_group(backend="gloo", timeout=ANY_LONG)
+    return Ranks(dist.get_rank(), dist.get_world_size(), hosts)
+
+
+def leave_ranks() -> None:
+    """End the exchange, where there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,220 @@
+"""Tokens are chosen as asked for, and become text and calls that are never taken back."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.adapters import save_adapter_of
+from tests.support.certified import make_base
+from tests.support.serving import client_of, few, service_of
+from tests.support.tiny import metaspace_tokenizer, tiny_tokenizer
+from veneer.config import UserError
+from veneer.config.sampling import Sampling
+from veneer.data.render import Renderer
+from veneer.evaluation.decoding import TokenChoice
+from veneer.model.tuned import find_tuned
+from veneer.serving import vllm
+from veneer.serving.adapters import Adapters
+from veneer.serving.detokenize import TextOfTokens
+from veneer.serving.mixed import AdapterBank, Matrices
+from veneer.serving.prefix_cache import BLOCK, PrefixCache
+from veneer.serving.sampling import Decoding, Row, choose
+from veneer.serving.tool_calls import CallForm, call_form
+from veneer.serving.watch import WatchedFolder
+
+TEXT = "Grüße 你好 🙂👩‍🚀  two  spaces,\n\nthree lines: the cat says \u200bplease, and the dog"
+
+
+@pytest.mark.parametrize("make", [tiny_tokenizer, metaspace_tokenizer])
+def test_pieces_make_up_the_decoded_text(make: Any) -> None:
+    tokenizer, draw = make(), random.Random(0)
+    for _ in range(60):
+        start = draw.randrange(len(TEXT))
+        ids = tokenizer(TEXT[start : start + 40], add_special_tokens=False)["input_ids"]
+        ids = ids[: draw.randrange(1, len(ids) + 1)]
+        whole = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = TextOfTokens(tokenizer)
+        assert "".join([*map(text.put, ids), text.end()]) == whole
+        at = draw.randrange(len(whole) + 1)
+        stop = whole[at : at + draw.randrange(1, 5)] or "never"
+        text, pieces = TextOfTokens(tokenizer, ["#never#", stop]), []
+        for token in ids:
+            pieces.append(text.put(token))
+            if text.stopped:
+                break
+        said = "".join([*pieces, text.end()])
+        assert said == whole[: whole.find(stop)] if stop in whole else said == whole
+
+
+def test_a_row_draws_what_generation_draws_whatever_stands_beside_it() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(5, 300) * 3
+    settings = [
+        Decoding(temperature=0.7),
+        Decoding(temperature=1.5, top_p=0.6),
+        Decoding(temperature=1.0, top_k=4),
+        Decoding(temperature=1.2, top_k=30, top_p=0.8),
+        Decoding(),
+    ]
+
+    def rows(numbers: list[int]) -> list[Row]:
+        return [Row(settings[n], [1], [], torch.Generator().manual_seed(n)) for n in numbers]
+
+    together = [choice.token for choice in choose(logits, rows([0, 1, 2, 3, 4]))]
+    alone = [choose(logits[n : n + 1], rows([n]))[0].token for n in range(5)]
+    assert together == alone
+    for number, one in enumerate(settings):
+        sampling = Sampling(one.temperature, one.top_p, one.top_k)
+        drawn = torch.rand(1, generator=torch.Generator().manual_seed(number)) if one.temperature else None
+        assert TokenChoice(sampling)(logits[number : number + 1], drawn).item() == together[number]
+
+
+def test_penalties_biases_masks_and_log_probabilities() -> None:
+    logits = torch.tensor([[3.0, 2.9, 2.0, -1.0]])
+
+    def token(decoding: Decoding, answer: list[int], allowed: int | None = None) -> int:
+        mask = None if allowed is None else torch.tensor([allowed], dtype=torch.int32)
+        (choice,) = choose(logits, [Row(decoding, [2], answer, torch.Generator(), 2, mask)])
+        assert choice.logprob == pytest.approx(logits.log_softmax(-1)[0, choice.token].item()), "before they act"
+        assert [likely for likely, _ in choice.likeliest] == [0, 1]
+        return choice.token
+
+    assert token(Decoding(), [0, 0]) == 0
+    assert token(Decoding(presence_penalty=0.2), [0, 0]) == 1
+    assert token(Decoding(frequency_penalty=0.08), [0, 0]) == 1
+    assert token(Decoding(frequency_penalty=0.08), [0]) == 0
+    assert token(Decoding(repetition_penalty=1.1), [0]) == 1
+    assert token(Decoding(logit_bias={3: 5.0}), []) == 3
+    assert token(Decoding(), [], allowed=0b1100) == 2
+    draws = [token(Decoding(temperature=5.0, min_p=0.99), []) for _ in range(20)]
+    assert set(draws) == {0}, "the runner-up has 0.98 of its probability at that temperature"
+
+
+def test_ways_to_add_deltas_agree() -> None:
+    class Base(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.linear = torch.nn.Embedding(2, 2), torch.nn.Linear(6, 10)
+
+        def get_input_embeddings(self) -> Any:
+            return self.embedding
+
+    torch.manual_seed(0)
+    base = Base()
+    bank = AdapterBank(base, 3, torch.float32)
+    ranks = {1: 2, 2: 11, 3: 1}
+    own = {n: Matrices(torch.randn(r, 6), torch.randn(10, r)) for n, r in ranks.items()}
+    for number, one in own.items():
+        bank.put(number, {"linear": one})
+    bank.put(3, {"linear": own[3]})  # again, in place of itself
+    numbers, x = [2, 0, 1, 3, 2], torch.randn(5, 1, 6)
+    with torch.no_grad():
+        plain = base.linear(x)
+        wanted = plain.clone()
+        for row, number in enumerate(numbers):
+            if number:
+                wanted[row] += x[row] @ own[number].a_RI.T @ own[number].b_OR.T
+        for tokens in (1, 2):  # masked, gathered
+            with bank.rows(numbers, tokens):
+                assert torch.allclose(base.linear(x), wanted, atol=1e-5)
+        for row, number in enumerate(numbers):
+            with bank.rows([number], 1):
+                assert torch.allclose(base.linear(x[row : row + 1]), wanted[row : row + 1], atol=1e-5)
+        assert torch.equal(base.linear(x), plain), "outside it is the base"
+
+
+def test_blocks_of_prompts_are_found_by_owner_and_tokens_and_the_oldest_go() -> None:
+    prompt = list(range(3 * BLOCK + 5))
+    layers = [(torch.randn(2, len(prompt), 4), torch.randn(2, len(prompt), 4))]
+    size = 2 * 2 * BLOCK * 4 * 4
+    cache = PrefixCache(4 * size)
+    cache.keep("one", prompt, layers, 0)
+    found = cache.find("one", prompt)
+    assert torch.equal(torch.cat([block.layers[0][0] for block in found], 1), layers[0][0][:, : 3 * BLOCK])
+    assert cache.find("two", prompt) == []
+    assert len(cache.find("one", prompt[: 2 * BLOCK] + [7] * BLOCK + [1])) == 2
+    assert len(cache.find("one", prompt[: 2 * BLOCK])) == 1, "a prompt's last token is read anew"
+    cache.keep("two", prompt, layers, 0)
+    assert cache.bytes <= 4 * size
+    assert len(cache.find("two", prompt)) == 3
+    assert len(cache.find("one", prompt)) == 1, "its last blocks were of no use without the first"
+
+
+HERMES, BARE = CallForm("<tool_call>", "</tool_call>"), CallForm("", "")
+ONE = '<tool_call>\n{"name": "a", "arguments": {"x": 1}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "said", "calls"),
+    [
+        (HERMES, f"Well.\n{ONE}", "Well.", [("a", '{"x": 1}')]),
+        (HERMES, f'{ONE}\n<tool_call>{{"name": "b"}}</tool_call>', "", [("a", '{"x": 1}'), ("b", "{}")]),
+        (HERMES, ONE[:30], ONE[:30], []),
+        (BARE, '{"name": "a", "parameters": {"x": "é"}}', "", [("a", '{"x": "é"}')]),
+        (BARE, "It is {not} a call", "It is {not} a call", []),
+    ],
+)
+def test_calls_are_read_in_the_form_of_the_template(
+    form: CallForm, text: str, said: str, calls: list[tuple[str, str]]
+) -> None:
+    left, found = form.read(text)
+    assert (left, [(call.name, call.arguments) for call in found]) == (said, calls)
+
+
+def test_the_form_of_calls_is_the_templates_own() -> None:
+    assert call_form(Renderer(tiny_tokenizer())) == CallForm("<tool_call>", "</tool_call>"), "spelled into the text"
+    assert call_form(Renderer(tiny_tokenizer(chat=False))) is None
+
+
+def test_a_watched_folder_is_served_as_it_changes(tmp_path: Path, notices: Any, any_notice: None) -> None:
+    make_base(tmp_path / "base", 0)
+    (tmp_path / "watched").mkdir()
+    with service_of([str(tmp_path / "base")], limits=few()) as service:
+        watched = WatchedFolder(tmp_path / "watched", service.adapters)
+
+        def names() -> set[str]:
+            watched.look()
+            return set(service.adapters.models) - {"base"}
+
+        assert names() == set()
+        save_adapter_of("lora", tmp_path / "base", tmp_path / "watched" / "one")
+        assert names() == {"one"}
+        first = service.adapters.get("one").sha256
+        save_adapter_of("rslora", tmp_path / "base", tmp_path / "watched" / "one", r=2)
+        assert names() == {"one"}
+        assert service.adapters.get("one").sha256 != first
+        save_adapter_of("dora", tmp_path / "base", tmp_path / "watched" / "two")
+        assert names() == {"one"}
+        assert any("DoRA" in event["message"] for event in notices.events)
+        (tmp_path / "watched" / "one" / "adapter_config.json").unlink()
+        assert names() == set()
+
+
+def test_what_is_more_than_low_rank_is_served_alone(tmp_path: Path) -> None:
+    make_base(tmp_path / "base", 0)
+    dora = str(save_adapter_of("dora", tmp_path / "base", tmp_path / "dora"))
+    lora = str(save_adapter_of("lora", tmp_path / "base", tmp_path / "lora"))
+    with pytest.raises(UserError, match="cannot share a base"), service_of([lora, dora], limits=few()):
+        pass
+    with service_of([dora], limits=few()) as service, client_of(service) as client:
+        assert list(service.adapters.models) == ["dora"]
+        asked = {"model": "dora", "prompt": "the cat", "temperature": 0, "max_tokens": 4}
+        assert client.post("/v1/completions", json=asked).json()["usage"]["completion_tokens"] == 4
+        assert isinstance(service.adapters, Adapters)
+
+
+def test_vllm_gets_a_command_or_the_reason_why_not(tmp_path: Path) -> None:
+    make_base(tmp_path / "base", 0)
+    made = {
+        kind: find_tuned(str(save_adapter_of(kind, tmp_path / "base", tmp_path / kind)))
+        for kind in ("lora", "dora", "rslora")
+    }
+    words = vllm.command([(kind, made[kind]) for kind in ("lora", "rslora")], "127.0.0.1", 8000, tmp_path / "t.jinja")
+    assert words[:3] == ["vllm", "serve", str(tmp_path / "base")]
+    assert words[words.index("--max-lora-rank") + 1] == "8"
+    assert f"lora={tmp_path / 'lora'}" in words
+    assert vllm.refusals([("a", made["lora"])]) == []
+    assert any("DoRA" in one for one in vllm.refusals([("a", made["lora"]), ("b", made["dora"])]))
