@@ -1,0 +1,211 @@
+"""How much faster are several GPUs, and are they the same training? Speed by number of GPUs; killed ranks.
+
+    python3 -m bench.many lengths rows.jsonl --out work/lengths.json   # tokens of real rows, by SmolLM2's tokenizer
+    python3 -m bench.many speed --gpus 2 --lengths work/lengths.json   # 1, 2, ... GPUs of one machine, each in a run
+    python3 -m bench.many killed --runs 20                             # CPU: a tiny run of two ranks, one is killed
+
+Speed: an 8B shape in NF4, r = 16 on all linear layers, 8-bit AdamW, the engine with the exchange that `veneer train`
+makes (training/parallel.py). Even rows of 4 x 2,048 tokens a GPU; and packs of 2,048 tokens with real rows' lengths, 4
+a GPU, dealt as a run deals them. Tokens/s are those of all GPUs, the median step of each; the ratio is to one GPU of the
+same machine. `exchange_seconds` is the median of a step's exchange alone, after all ranks have come to it.
+
+Killed: rank 1 gets SIGKILL once the run has made steps; the seconds until `veneer train --gpus 2` has ended, and
+whether its message names the rank.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+import numpy as np
+import torch
+
+RESULTS = Path(__file__).parent / "results" / "many.json"
+ROWS, LENGTH, STEPS, SKIPPED, GIB = 4, 2048, 10, 3, 70.0
+TARGETS = {2: 1.94, 4: 3.8, 8: 7.5}
+
+
+def lengths(file: Path, out: Path) -> None:
+    """Write the tokens of each row of a file, as SmolLM2 would be trained on it."""
+    from veneer.config import Data, Model
+    from veneer.data.pipeline import prepare
+    from veneer.data.render import Renderer
+    from veneer.model.load import load_tokenizer
+    from veneer.model.locate import locate
+
+    data = Data(train=str(file), validation=0, max_length=LENGTH)
+    tokenizer = load_tokenizer(locate(Model(base="smollm2-135m-instruct")))
+    part = prepare(data, Renderer(tokenizer, data), 0).train
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(part.lengths.tolist()))
+
+
+def rank(shape: str, layers: int | None, file: Path | None) -> None:
+    """Measure as one rank of those that torchrun has started; the first one prints."""
+    from bench.engine import random_base
+    from veneer.config import Adapter, Train
+    from veneer.data.batch import Batches, Example
+    from veneer.engine.fused.engine import FusedEngine
+    from veneer.engine.interface import BatchShapes
+    from veneer.engine.objective import LIKELIHOOD
+    from veneer.machine.ranks import join_ranks, leave_ranks
+    from veneer.model.attach import attach
+    from veneer.planning.memory import optimizer_bytes
+    from veneer.training.optimizer import build_optimizer
+    from veneer.training.parallel import StepExchange, begin_alike
+
+    ranks = join_ranks()
+    model = attach(random_base(shape, layers, True, are_alike=True), Adapter(r=16, lora_alpha=32), 0)
+    vocabulary = model.config.vocab_size
+    engine = FusedEngine(model)
+    begin_alike(ranks, engine, model)
+    assert engine.master is not None
+    optimizer = build_optimizer([engine.master], Train(optim="adamw_8bit"), "cuda")
+    states = optimizer_bytes([engine.master.numel()], "adamw_8bit")
+    real = json.loads(file.read_text()) if file is not None else []
+    draw = np.random.default_rng(0)
+
+    def example(length: int) -> Example:
+        return Example(draw.integers(3, vocabulary, length, dtype=np.int32), ((1, length, 1.0),), "")
+
+    found: dict[str, Any] = {}
+    for name, rows, pack in (("even", [LENGTH] * 4096, None), ("packed", real, LENGTH)):
+        if not rows:
+            continue
+        count = ROWS * (STEPS + SKIPPED) * ranks.size
+        chosen = rows[:count] if pack is None else rows * (1 + count * LENGTH // sum(rows))
+        batches = Batches([example(n) for n in chosen], chosen, ROWS, 1, 0, pack, ranks=ranks.size)
+        documents = batches.most_documents() if pack else ()
+        shapes = BatchShapes((LENGTH,) * ROWS, varies=pack is not None, documents=documents)
+        engine.plan_within(shapes, int(GIB * 2**30) - states)
+        exchange = StepExchange(ranks, batches, 0)
+        steps, exchanges, tokens = [], [], []
+        for number in range(STEPS + SKIPPED):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            micro_batches, own = exchange.step(number)
+            weight = sum(batch.weight for batch in micro_batches)
+            sums = [engine.forward_backward(batch.scaled(1 / weight), LIKELIHOOD).loss for batch in micro_batches[own]]
+            total = torch.stack(sums).sum()
+            exchange.meet(number)
+            torch.cuda.synchronize()
+            there = time.perf_counter()
+            exchange.add([engine.master], [total])
+            torch.cuda.synchronize()
+            exchanges.append(time.perf_counter() - there)
+            torch.nn.utils.clip_grad_norm_([engine.master], 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            total.item()
+            exchange.agree(0)
+            steps.append(time.perf_counter() - began)
+            tokens.append(sum(batch.tokens for batch in micro_batches))
+        speeds = sorted(n / s for n, s in zip(tokens[SKIPPED:], steps[SKIPPED:], strict=True))
+        found[name] = {
+            "tokens_per_second": round(statistics.median(speeds)), "worst": round(speeds[0]), "best": round(speeds[-1]),
+            "exchange_seconds": round(statistics.median(exchanges[SKIPPED:]), 5),
+            "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        }  # fmt: skip
+    if ranks.is_first:
+        print("RESULT " + json.dumps(found), flush=True)
+    leave_ranks()
+
+
+def speed(a: argparse.Namespace) -> None:
+    """Measure 1, 2, 4, ... GPUs, up to those that are asked for."""
+    found: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name(),
+        "versions": {name: metadata.version(name) for name in ("torch", "triton", "bitsandbytes")},
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    for gpus in (n for n in (1, 2, 4, 8) if n <= a.gpus):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
+        command += ["-m", "bench.many", "rank", "--shape", a.shape]
+        command += ["--layers", str(a.layers)] if a.layers else []
+        command += ["--lengths", str(a.lengths)] if a.lengths else []
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, timeout=a.limit)
+        results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        result: dict[str, Any] = json.loads(results[-1].removeprefix("RESULT ")) if results else {"failed": True}
+        found[str(gpus)] = result
+        for name, values in result.items() if results and "1" in found else ():
+            values["ratio"] = round(values["tokens_per_second"] / found["1"][name]["tokens_per_second"], 3)
+        print(gpus, json.dumps(result), f"asked: {TARGETS.get(gpus, 1)}", flush=True)
+        save(a.out, "speed", found)
+
+
+def killed(a: argparse.Namespace) -> None:
+    """Kill rank 1 of a tiny run of two ranks, again and again."""
+    import psutil
+    from tests.support.tiny import FAMILIES, save_tiny_model
+
+    draw, found = random.Random(0), []
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        save_tiny_model(FAMILIES["llama"], root / "base")
+        rows = [{"prompt": f"what is {n}", "completion": str(n)} for n in range(32)]
+        (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for number in range(a.runs):
+            run = root / f"run{number}"
+            command = [sys.executable, "-m", "veneer", "train", "--model", str(root / "base"), "--data",
+                       str(root / "rows.jsonl"), "-o", str(run), "--gpus", "2", "train.max_steps=100000",
+                       "train.logging_steps=1", "model.dtype=float32"]  # fmt: skip
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            metrics = run / "metrics.jsonl"
+            while process.poll() is None and not (metrics.exists() and metrics.stat().st_size > 0):
+                time.sleep(0.05)
+            time.sleep(draw.random())
+            victims = [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1"]
+            victims[0].kill()
+            began = time.monotonic()
+            _, said = process.communicate(timeout=120)
+            found.append({"seconds": round(time.monotonic() - began, 1), "status": process.returncode,
+                          "named": "rank 1" in said})  # fmt: skip
+            print(json.dumps(found[-1]), flush=True)
+    save(a.out, "killed", {
+        "runs": len(found), "named": sum(one["named"] for one in found),
+        "most_seconds": max(one["seconds"] for one in found),
+        "median_seconds": statistics.median(one["seconds"] for one in found),
+        "statuses": sorted({one["status"] for one in found}), "date": time.strftime("%Y-%m-%d"),
+        "versions": {"torch": metadata.version("torch")},
+    })  # fmt: skip
+
+
+def save(out: Path, name: str, result: dict[str, Any]) -> None:
+    """Merge a group into the file of results."""
+    kept = json.loads(out.read_text()) if out.is_file() else {}
+    out.write_text(json.dumps(kept | {name: result}, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["lengths", "speed", "rank", "killed"])
+    parser.add_argument("file", nargs="?", type=Path, help="of lengths: the rows")
+    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--shape", default="8b")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--lengths", type=Path, help="of speed: tokens of real rows")
+    parser.add_argument("--limit", type=int, default=280, help="seconds that a number of GPUs may take")
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    a = parser.parse_args()
+    if a.what == "lengths":
+        lengths(a.file, a.out)
+    elif a.what == "rank":
+        rank(a.shape, a.layers, a.lengths)
+    else:
+        {"speed": speed, "killed": killed}[a.what](a)
+
+
+if __name__ == "__main__":
+    main()
