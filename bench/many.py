@@ -6,7 +6,7 @@
 
 Speed: an 8B shape in NF4, r = 16 on all linear layers, 8-bit AdamW, the engine with the exchange that `veneer train`
 makes (training/parallel.py). Even rows of 4 x 2,048 tokens a GPU; and packs of 2,048 tokens with real rows' lengths, 4
-a GPU, dealt as a run deals them. Tokens/s are those of all GPUs, the median step of each; the ratio is to one GPU of the
+a GPU, dealt as a run deals them. Tokens/s are those of all GPUs, in the median step; the ratio is to one GPU of the
 same machine. `exchange_seconds` is the median of a step's exchange alone, after all ranks have come to it.
 
 Killed: rank 1 gets SIGKILL once the run has made steps; the seconds until `veneer train --gpus 2` has ended, and

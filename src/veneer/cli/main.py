@@ -158,6 +158,7 @@ def _format_warning(
 
 def _run(arguments: list[str], debug: bool) -> int:
     try:
+        _require_one_process(arguments)
         result = app(arguments, standalone_mode=False, prog_name="veneer")
     except Exception as error:
         if debug:
@@ -203,6 +204,17 @@ def _report(error: Exception) -> int:
     if not _is_later_rank():
         print(f"{'stopped' if status == 130 else 'error'}: {visible(message)}", file=sys.stderr)
     return status
+
+
+def _require_one_process(arguments: list[str]) -> None:
+    """Raise UserError for a command that torchrun runs in several processes, and that is made for one."""
+    if os.environ.get("WORLD_SIZE", "1") != "1" and arguments[:1] != ["train"]:
+        from veneer.config import UserError
+
+        raise UserError(
+            f"`veneer {shlex.join(arguments[:1])}` runs in one process, and torchrun has started several",
+            "call it without torchrun; `veneer train` alone uses several GPUs",
+        )
 
 
 def _is_later_rank() -> bool:
