@@ -17,6 +17,7 @@ from typing import Any
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torch's name of the file in which a process leaves its error
 MONITOR_SECONDS = 0.2
+LATE_SECONDS = 10  # after another one's end, more than a killed process is noticed in
 SHUTDOWN_SECONDS = 600  # for the step and the checkpoint with which a stopped run ends
 
 
@@ -71,7 +72,8 @@ def _report(failures: Mapping[int, Any]) -> int:
     statuses = {failure.exitcode for failure in failures.values()}
     if 130 in statuses and not statuses & {1, 2, -SIGKILL}:
         return 130
-    rank, failure = min(failures.items(), key=lambda item: _order(item[1]))
+    first = min(failure.timestamp for failure in failures.values())
+    rank, failure = min(failures.items(), key=lambda item: _order(item[1], first))
     if failure.exitcode < 0:
         name = Signals(-failure.exitcode).name
         hint = ": the host may have run out of memory" if failure.exitcode == -SIGKILL else ""
@@ -83,7 +85,14 @@ def _report(failures: Mapping[int, Any]) -> int:
     return 2 if failure.exitcode == 2 else 1
 
 
-def _order(failure: Any) -> tuple[bool, bool, int]:
-    """Sort key of a failure: one that is a cause comes first, and the earlier of two."""
-    is_ended = failure.exitcode == -SIGTERM  # by the launcher, once another one had failed
+def _order(failure: Any, first: int) -> tuple[bool, bool, int]:
+    """Sort key of a failure: one that is a cause comes first, and the earlier of two.
+
+    Args:
+        failure: torchelastic's record of it.
+        first: time of the first failure of all.
+    """
+    # By the launcher, once another one had failed: a process that hangs does not end until it is killed.
+    is_late = failure.timestamp - first > LATE_SECONDS
+    is_ended = failure.exitcode == -SIGTERM or (failure.exitcode == -SIGKILL and is_late)
     return is_ended, bool(failure.error_file_data.get("is_consequence")), failure.timestamp

@@ -67,7 +67,7 @@ class Ranks:
         try:
             dist.monitored_barrier(self.hosts, timeout=timedelta(seconds=seconds), wait_all_ranks=True)
         except RuntimeError as error:
-            missing = re.search(r"[Rr]anks? ([\d, ]+)", str(error)) if self.is_first else None
+            missing = re.search(r"Ranks? ([\d, ]+) failed", str(error)) if self.is_first else None
             who = f"rank {missing[1].strip()} is" if missing else "others are"
             raise LostRankError(
                 f"{who} not at {where}, {seconds:.0f} s after rank {self.rank}\n  fix: see what hangs there "
