@@ -109,7 +109,7 @@ def compare(start: Path, python: Path, steps: int) -> None:
     plot(ours, theirs, differences)
     found = {
         "on": find_machine().name,
-        "versions": {"veneer": environment()["versions"], "trl": theirs["versions"]},
+        "versions": {"veneer": environment()["libraries"], "trl": theirs["versions"]},
         "date": time.strftime("%Y-%m-%d"),
         "steps": steps,
         "pairs_of_a_step": PAIRS,
