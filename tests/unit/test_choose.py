@@ -120,13 +120,6 @@ def test_a_resumed_fused_run_is_the_one_that_was_not(optim: str, rank: int, make
         assert torch.equal(tensor, cut[name])
 
 
-def test_resuming_on_another_engine_is_refused(make_run: MakeRun) -> None:
-    with pytest.raises(Interrupted):
-        TrainingJob(make_run("run", train={"save_steps": 2})).fit((StopAt(3),))
-    with pytest.raises(UserError, match=r"train\.engine: the run began with fused, .* would continue with reference"):
-        TrainingJob(make_run("run", "auto"), resume=True)
-
-
 def test_auto_means_the_reference_engine_off_cuda(make_run: MakeRun) -> None:
     choice = TrainingJob(make_run("run", "auto")).choice
     assert (choice.engine.name, choice.reason) == ("reference", "the fused engine is made for CUDA GPUs")

@@ -198,7 +198,7 @@ def test_a_failed_job_is_status_1(call: Callable[..., tuple[int, str, str]], run
         "train.max_steps=300",
     )  # fmt: skip
     assert status == 1
-    assert "the loss of step" in err
+    assert "diverged: the loss is" in err
     assert "fix: lower train.learning_rate" in err
 
 

@@ -17,7 +17,7 @@ from veneer.config import Interrupted, RunFolder, UserError
 from veneer.training.job import TrainingJob
 from veneer.training.metrics import read_metrics
 
-TIMES = ("seconds", "tokens_per_second", "peak_bytes")
+TIMES = ("time", "seconds", "tokens_per_second", "peak_bytes")
 MakeRun = Callable[..., veneer.Run]
 
 

@@ -238,5 +238,5 @@ def test_a_stop_while_loading_says_how_to_start_again(
         status, _, err = call("train", str(file))
         assert status == 130
         assert "step-000006 is where --resume goes on\n  go on with: " in err
-        assert f"veneer train {tmp_path / 'run'} --resume\n" in err
+        assert f" train {tmp_path / 'run'} --resume\n" in err
     assert call("train", str(tmp_path / "run"), "--resume")[0] == 0

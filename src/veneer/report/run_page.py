@@ -153,6 +153,7 @@ def _found(evaluation: dict[str, Any], figures: Figures) -> dict[str, Any]:
         "win_rates": [
             one | {"cell": cell("share", one["win_rate"], False)}
             for one in (evaluation.get("win_rates") or {}).values()
+            if "win_rate" in one
         ],
         "confusion": figures.add("confusion", matrix),
         "by_label": evaluation.get("by_label") or evaluation.get("by_type") or {},

@@ -34,7 +34,7 @@ class TrainingState:
         optimizer, scaler: The optimizer and the scaler of its gradients.
         updated: Parameters that the optimizer updates, by name.
         began_with: A hash of the base and of each other input that decides the training, by name.
-        divergence: What judges the steps, and knows the factor of their rate.
+        divergence: Judge of the steps, which knows the factor of their rate.
     """
 
     model: Any
@@ -64,7 +64,7 @@ class Snapshot:
         step: Steps done.
         write_weights: Function that writes the trained weights into a folder.
         optimizer, rng: States of the optimizer and of the random number generators.
-        facts: What the manifest says beside checksums.
+        facts: Entries of the manifest beside checksums.
         bytes: Bytes of the tensors.
     """
 

@@ -45,7 +45,7 @@ class DivergenceMessages:
         """Tell of a step.
 
         Args:
-            finding: What is off about it.
+            finding: Finding about it.
             done: Steps that are done now.
             rows: Sentence on its rows.
             rollbacks: Rollbacks so far.
@@ -87,7 +87,7 @@ def record_of(finding: Finding, train_record: Mapping[str, Any], done: int, rate
     """Return the `DivergenceRecord` of a step.
 
     Args:
-        finding: What is off about it.
+        finding: Finding about it.
         train_record: The record that it would have had.
         done: Steps that are done now.
         rate_factor: Factor of the learning rate from here on.

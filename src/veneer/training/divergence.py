@@ -44,8 +44,8 @@ class Finding:
 
     Attributes:
         step: the step, counted from 1.
-        action: what follows from it; none: it is told.
-        reason: what is off, as a clause.
+        action: consequence; none: it is told.
+        reason: fault, as a clause.
         loss: loss of the step.
         limit: loss beyond which a row's is off, too.
     """

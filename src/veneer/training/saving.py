@@ -145,7 +145,7 @@ def disk_errors_told(what: str, needed_bytes: int, checkpoints: Path) -> Iterato
     """Make an error of the disk within the block a JobError that says what is whole and what to do.
 
     Args:
-        what: What is written.
+        what: Name of the thing that is written.
         needed_bytes: Bytes that it takes.
         checkpoints: Folder of the run's checkpoints.
     """

@@ -40,7 +40,7 @@ class Alarms:
     """The alarms of a run.
 
     Args:
-        facts: What they know of the job; None: there are none.
+        facts: Facts of the job; None: there are none.
     """
 
     def __init__(self, facts: JobFacts | None = None) -> None:

@@ -13,7 +13,8 @@ CHECKED_AT = 10  # step of the process that is measured apart
 TOLERANCE = {False: 0.001, True: 0.02}  # of the loss, in float32 and in 16 bits
 LEAK = {False: 1e-5, True: 0.02}  # mean difference of log-probabilities, likewise
 WATCHED_STEPS, WATCHED_VALUES = 20, 1024
-MOST, LEAST = 3.3, 0.01  # sizes of AdamW's updates in rates: (1 - 0.9) / sqrt(1 - 0.999) is 3.2
+RESOLUTION = 1e-6  # relative: updates that are smaller are lost in a float32 weight
+MOST = 3.3  # size of AdamW's updates in rates: (1 - 0.9) / sqrt(1 - 0.999) is 3.2
 STEPS_IN_A_ROW = 10  # with a layer without gradient
 ZEROS_IN_A_ROW, OVERFLOWS_IN_A_ROW, GONE_IN_A_ROW = 3, 12, 18
 
@@ -101,8 +102,9 @@ class RateNotScheduled(Alarm):
 
     In the first 20 steps of a process it compares a thousand values of one matrix before and after each update: AdamW
     moves the typical one by about the rate, and by 3.2 times as much at most. So it sees a warm-up of four steps or
-    more that is ignored, and updates that do nothing. It cannot see a rate that is off by less, and is silent for whole
-    weights and for adapters without B matrices.
+    more that is ignored, and updates that do nothing. It cannot see a rate that is off by less, nor one that is too
+    low, since AdamW moves a matrix of hardly any gradient by less too. It is silent for whole weights and for adapters
+    without B matrices.
     """
 
     where = "train.warmup_ratio"
@@ -129,9 +131,11 @@ class RateNotScheduled(Alarm):
         if made != step.number - 1 or not made:
             return None
         rate = self._rate(made - 1) * self._ratio
+        if rate < RESOLUTION * float(self._values[1].abs().amax()):
+            return None
         moves = np.abs((self._values[1] - self._values[0]).numpy())
         typical = float(np.median(moves[moves > 0])) if (moves > 0).any() else 0.0
-        self._low = self._low + 1 if typical < LEAST * rate else 0
+        self._low = 0 if typical else self._low + 1
         if typical <= MOST * rate and self._low < 2:
             return None
         return (
