@@ -200,8 +200,8 @@ def test_the_fused_engine_errs_at_most_twice_as_much_as_peft() -> None:
     found = base_errors(NAME, Batch.of([rows[n] for n in range(8)]))
     assert found["largest_ratio_of_a_matrix"] <= 2
     assert found["fused"]["gradient_error"] <= found["peft"]["gradient_error"]
-    # The error of one batch's loss has either sign, and PEFT's may happen to be near 0: so less than one rounding of the
-    # loss to bfloat16 is no difference; gradients tell more.
+    # The error of one batch's loss has either sign, and PEFT's may happen to be near 0: so less than one rounding of
+    # the loss to bfloat16 is no difference; gradients tell more.
     assert found["fused"]["loss_error"] <= max(2 * found["peft"]["loss_error"], 2**-8 * found["loss_float32"])
 
 
