@@ -224,7 +224,7 @@ def main() -> None:
         print(json.dumps(ours(given.child[0], int(given.child[1]), given.child[2])))
         return
     from veneer.machine.device import find_machine
-    from veneer.training.job import environment
+    from veneer.machine.environment import environment
 
     path = HERE / "results" / "data.json"
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.machine.device import find_machine
-from veneer.training.job import environment
+from veneer.machine.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 VENEER = Path(sys.executable).with_name("veneer")

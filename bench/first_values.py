@@ -18,8 +18,9 @@ from peft import PeftModel
 
 import veneer
 from veneer.machine.device import find_machine
+from veneer.machine.environment import environment
 from veneer.model.load import load_model
-from veneer.training.job import TrainingJob, environment
+from veneer.training.job import TrainingJob
 
 KINDS = ("true", "gaussian", "pissa", "olora", "eva", "loftq")
 TEXT = "The owl routed each message to the right team, and the hen said what it pleased. " * 4

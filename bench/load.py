@@ -208,7 +208,7 @@ def main() -> None:
     found = measure(arguments.folder, arguments.runs, arguments.peer_runs)
 
     from veneer.machine.device import find_machine
-    from veneer.training.job import environment
+    from veneer.machine.environment import environment
 
     size = sum(file.stat().st_size for file in arguments.folder.glob("*.safetensors"))
     head = {

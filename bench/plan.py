@@ -33,6 +33,7 @@ from veneer.engine.interface import BatchShapes, document_losses
 from veneer.engine.objective import LIKELIHOOD
 from veneer.engine.reference import ReferenceEngine
 from veneer.machine.device import find_machine, peak_resident_bytes
+from veneer.machine.environment import environment
 from veneer.model.attach import attach
 from veneer.model.load import load_model
 from veneer.model.locate import BaseSource
@@ -43,7 +44,6 @@ from veneer.planning.forecast import Forecast
 from veneer.planning.measure import measure_ceilings
 from veneer.planning.planner import Planner
 from veneer.planning.target import TargetDevice, device_named, this_device
-from veneer.training.job import environment
 from veneer.training.optimizer import build_optimizer
 
 HELD_OUT = (16, 512)  # rows and tokens of the held-out loss, and of the prompts that are answered

@@ -29,9 +29,9 @@ from veneer.data.batch import Batches
 from veneer.data.pipeline import prepare
 from veneer.data.render import Renderer
 from veneer.machine.device import find_machine
+from veneer.machine.environment import environment
 from veneer.model.load import load_tokenizer
 from veneer.model.locate import locate
-from veneer.training.job import environment
 
 RESULTS = Path(__file__).parent / "results"
 PAIRS, RATE, BETA, SEED = 2, 5e-5, 0.1, 42

@@ -25,8 +25,8 @@ import torch
 
 from veneer.data.conversation import Message
 from veneer.machine.device import find_machine
+from veneer.machine.environment import environment
 from veneer.release.weights import NAMES, PlannedTensor, bytes_of, weights_of, write_weights
-from veneer.training.job import environment
 
 RESULTS = Path(__file__).parent / "results" / "release.json"
 QUANTS = ("f16", "q8_0", "q4_k_m")

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 import veneer
 from veneer.config import load_run
 from veneer.machine.device import find_machine
-from veneer.training.job import environment
+from veneer.machine.environment import environment
 from veneer.training.metrics import read_metrics
 
 RESULT = Path(__file__).parent / "results" / "routing.json"

@@ -195,14 +195,12 @@ def test_five_thousand_random_conversations_are_masked_exactly() -> None:
 
 def test_the_fused_engine_errs_at_most_twice_as_much_as_peft() -> None:
     """On real weights and rows, in bfloat16 against float32: every adapter's gradient, and the loss."""
-    data = Data(train=str(ROOT / "src/veneer/data/demo/train.jsonl"), validation=0, limit=8)
+    data = Data(train=str(ROOT / "src/veneer/data/demo/train.jsonl"), validation=0, limit=32)
     rows = prepare(data, Renderer(load_tokenizer(locate(Model(base=NAME))), data), 42).train
-    found = base_errors(NAME, Batch.of([rows[n] for n in range(8)]))
+    found = base_errors(NAME, *(Batch.of([rows[n] for n in range(first, first + 8)]) for first in range(0, 32, 8)))
     assert found["largest_ratio_of_a_matrix"] <= 2
     assert found["fused"]["gradient_error"] <= found["peft"]["gradient_error"]
-    # The error of one batch's loss has either sign, and PEFT's may happen to be near 0: so less than one rounding of
-    # the loss to bfloat16 is no difference; gradients tell more.
-    assert found["fused"]["loss_error"] <= max(2 * found["peft"]["loss_error"], 2**-8 * found["loss_float32"])
+    assert found["fused"]["loss_error"] <= max(2 * found["peft"]["loss_error"], 2e-3 * found["loss_float32"])
 
 
 def test_what_ships_is_what_was_trained(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import copy
 import math
 import statistics
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from veneer.model.attach import attach
 from veneer.model.load import load_model
 from veneer.model.locate import locate
 
+Gradients = dict[str, torch.Tensor]
 LENGTHS = ((37, 5, 21), (256, 256))
 BATCHES = 6
 
@@ -80,26 +82,47 @@ def adapted(name: str, dtype: str, quantized: bool) -> Any:
     return attach(base, Adapter(r=16, lora_alpha=32), 0)
 
 
-def base_errors(name: str, batch: Batch) -> dict[str, Any]:
-    """Of PEFT and of the fused engine in bfloat16 against PEFT in float32, in the loss and the adapters' gradients."""
-    found = {}
+def base_errors(name: str, *batches: Batch) -> dict[str, Any]:
+    """Of PEFT and of the fused engine in bfloat16 against PEFT in float32, in the loss and the adapters' gradients.
+
+    Errors are root mean squares over the batches: that of one batch's loss has either sign, and may be near 0.
+    """
+    found: dict[str, list[Any]] = {}
     for way, dtype in (("exact", "float32"), ("peft", "bfloat16"), ("fused", "bfloat16")):
         model = adapted(name, dtype, quantized=False)
         fill_zeros(model)
         engine: Any = FusedEngine(model) if way == "fused" else ReferenceEngine(model)
-        loss = engine.forward_backward(batch.scaled(1 / batch.weight), LIKELIHOOD).loss.item() / batch.weight
-        found[way] = loss, {n: p.grad.float().cpu() for n, p in model.named_parameters() if p.requires_grad}
-    loss, wanted = found["exact"]
-    result: dict[str, Any] = {"loss_float32": loss}
+        found[way] = []
+        for batch in batches:
+            model.zero_grad(set_to_none=True)
+            loss = engine.forward_backward(batch.scaled(1 / batch.weight), LIKELIHOOD).loss.item() / batch.weight
+            grads = {n: p.grad.float().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
+            found[way].append((loss, grads))
+    exact = found["exact"]
+    names = [*exact[0][1]]
+    result: dict[str, Any] = {"loss_float32": statistics.fmean(loss for loss, _ in exact)}
     relative: dict[str, dict[str, float]] = {}
     for way in ("peft", "fused"):
-        own_loss, grads = found[way]
-        relative[way] = {n: float((grads[n] - wanted[n]).norm() / wanted[n].norm()) for n in wanted}
-        whole = torch.cat([(grads[n] - wanted[n]).flatten() for n in wanted]).norm()
+        pairs = list(zip(found[way], exact, strict=True))
+
+        def over(names: list[str], pairs: list[Any] = pairs) -> float:
+            return _rms(_relative(own, wanted, names) for (_, own), (_, wanted) in pairs)
+
+        relative[way] = {name: over([name]) for name in names}
         result[way] = {
-            "loss_error": abs(own_loss - loss),
-            "gradient_error": float(whole / torch.cat([g.flatten() for g in wanted.values()]).norm()),
+            "loss_error": _rms(own - loss for (own, _), (loss, _) in pairs),
+            "gradient_error": over(names),
             "worst_matrix_error": max(relative[way].values()),
         }
-    result["largest_ratio_of_a_matrix"] = max(relative["fused"][n] / relative["peft"][n] for n in wanted)
+    result["largest_ratio_of_a_matrix"] = max(relative["fused"][n] / relative["peft"][n] for n in names)
     return result
+
+
+def _rms(values: Iterable[float]) -> float:
+    return math.sqrt(statistics.fmean(value**2 for value in values))
+
+
+def _relative(found: Gradients, wanted: Gradients, names: list[str]) -> float:
+    """The error of some gradients together, relative to their size."""
+    error = torch.cat([(found[name] - wanted[name]).flatten() for name in names]).norm()
+    return float(error / torch.cat([wanted[name].flatten() for name in names]).norm())

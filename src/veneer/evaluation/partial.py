@@ -21,9 +21,9 @@ from veneer.config.folder import make_folder, write_text
 from veneer.config.notify import notify_on_error
 from veneer.data.pipeline import HeldOut
 from veneer.machine.device import find_machine
+from veneer.machine.environment import environment
 from veneer.model.fingerprint import fingerprint
 from veneer.model.tuned import TunedModel
-from veneer.training.job import environment
 
 
 @dataclass

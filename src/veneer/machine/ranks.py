@@ -111,14 +111,6 @@ class Ranks:
             dist.all_gather_object(found, value, group=self.hosts)
         return found
 
-    def any(self, flag: bool) -> bool:
-        """Return whether any rank says so."""
-        return any(self.gather(flag))
-
-    def largest(self, value: int) -> int:
-        """Return the largest of the ranks' values."""
-        return max(self.gather(value))
-
     def spread(self, items: Sequence[Item], measure: Callable[[Sequence[Item]], Sequence[Value]]) -> list[Value]:
         """Return a value of each item, in their order, where each rank measures its share of them.
 

@@ -12,6 +12,7 @@ from typing import Any
 from veneer.config.files import file_sha256
 from veneer.config.folder import write_json
 from veneer.evaluation.generation import stop_ids_of
+from veneer.machine.environment import environment
 from veneer.model.classifier import labels_of
 from veneer.model.fingerprint import stored_quantization
 from veneer.model.full import is_full
@@ -23,7 +24,7 @@ from veneer.model.pooling import find_pooling
 from veneer.model.start import starts_with_error
 from veneer.release.redact import public_settings
 from veneer.training.choose_objective import name_objective
-from veneer.training.job import TrainingJob, environment
+from veneer.training.job import TrainingJob
 from veneer.training.resuming import public_lineage
 
 

@@ -8,29 +8,26 @@ import platform
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-import veneer
 from veneer.config import Run, RunFolder, UserError
 from veneer.config.folder import remove, whole_folder, write_json, write_text
 from veneer.config.load import to_yaml
 from veneer.config.names import anchored
 from veneer.config.notify import kept_in, notify
-from veneer.config.versions import version_of
 from veneer.data.batch import Batch, Batches, Example
 from veneer.data.pipeline import Prepared
 from veneer.data.render import Renderer
 from veneer.engine.choose import EngineChoice, choose
 from veneer.engine.head_engine import head_engine
-from veneer.engine.interface import BatchShapes, Engine, document_losses
-from veneer.engine.objective import TrainedTokens
+from veneer.engine.interface import BatchShapes, Engine
 from veneer.engine.placement import MemoryPlacement
 from veneer.engine.reference import ReferenceEngine
 from veneer.machine.device import find_machine, peak_bytes, resolve_optim
+from veneer.machine.environment import environment
 from veneer.machine.ranks import join_ranks
 from veneer.model.attach import count_parameters, save_adapter, write_as_changes
 from veneer.model.full import save_full
@@ -50,7 +47,7 @@ from veneer.training.loop import Loop
 from veneer.training.memory import need_and_fix, place
 from veneer.training.metrics import Listener, MetricsFile
 from veneer.training.optimizer import parameters_to_update
-from veneer.training.pair_values import metric_names, outputs_of_rows
+from veneer.training.pair_values import metric_names
 from veneer.training.paired_losses import RowLosses
 from veneer.training.parallel import begin_alike, dealt_as_begun, require_parallel, rows_of_step
 from veneer.training.parts import RunParts, load_parts
@@ -73,10 +70,10 @@ from veneer.training.resuming import (
     require_steps_left,
     tell_changes,
 )
+from veneer.training.row_losses import MeasuredRows
 from veneer.training.run_batches import batches_of, largest_rows, vary
 from veneer.training.saving import disk_errors_told
 
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers", "numpy")
 RELEASED = (
     "each weight is updated as soon as it has its gradient, and that is dropped (train.max_grad_norm is 0, and a step "
     "is one micro-batch): gradients are never held together, and a step that runs out of memory ends the run"
@@ -156,29 +153,11 @@ class TrainingJob:
         self._make_during = make_during
         self._during: DuringMetrics | None = None
         self.folder = RunFolder(run.train.output_dir.expanduser())
-        self._overwrite = overwrite
+        self._overwrite, self._extend = overwrite, extend
         self._resume = self.folder.run.exists() if resume == "auto" else bool(resume) or extend
         self._named = resume if isinstance(resume, str) and resume != "auto" else None
-        self._extend = extend
         self._fork = None if fork is None or self._resume else find_fork(fork, self.folder)
-        if self._resume:
-            self.run = self._require_resumable(run)
-            with self._locked():
-                pass  # held by another process, it is refused before anything is loaded
-        elif self.ranks.is_first:
-            self._require_folder()
-            if self._fork is not None:
-                self.run, self._fork = fork_of(run, self._fork)
-        self._from = self._find_checkpoint()
-        self._has_separate_states = self._from is not None and not checkpoint.is_flat(self._from)
-        self._as_asked = self.run  # what `auto` means here is no change of the settings
-        # The folder whose plan says how the state that is loaded came about.
-        self._began = self.folder if self._resume else None if self._fork is None else self._fork.source
-        if self._began is not None:
-            self.run = as_begun(self.run, self._began, find_machine())
-            if self._resume:
-                self.run = dealt_as_begun(self.run, self._began, self.ranks)
-        run = self.run
+        self.run = run = self._find_beginning(run)
         parts = parts or load_parts(run, force, self._examine, self._from)
         self.run = run = _settled(run, parts)
         self.machine, self.source, self.tokenizer = parts.machine, parts.source, parts.tokenizer
@@ -202,16 +181,62 @@ class TrainingJob:
         self._rows_at_a_time = at_a_time = forecast.rows_at_a_time.get("evaluation", run.evaluate.batch_size)
         batching = held_out_batching(at_a_time, self.objective)
         self._reference = Reference(run, parts, self.objective, self.engine, batches, held_out, batching, ranks)
+        self._row_losses = MeasuredRows(self.engine, self.objective, held_out, batching, self._reference.complete)
         explain = partial(need_and_fix, self.prediction, self.machine.device)
         self.placement, most_tokens = self._place(batches, self._computed(held_out[:at_a_time]), explain)
-        make_loop = partial(
+        make_loop = self._loop_maker(parts, most_tokens, releases, explain)
+        self.rate_search: RateSearch | None = None
+        if train.learning_rate == "auto":
+            self._reference.give()
+            self.rate_search = find_rate(train, batches, held_out, self._row_losses.of, self.model, make_loop)
+            found = self.rate_search.rate
+            self.run = run = with_rate(run, ranks.first(lambda: found))
+        facts = facts_of(
+            *(run, self.data, self.engine, self.objective, self.model, batches, held_out, self.machine),
+            planned_speed=forecast.tokens_per_second,
+            steps=lambda: self.steps,
+        )
+        self._loop = make_loop(train=run.train, alarms=Alarms(facts))
+        self._require_sense()
+
+    def _find_beginning(self, run: Run) -> Run:
+        """Find the checkpoint that the run goes on from, if any; returns the run as what it goes on from began.
+
+        Raises:
+            UserError: It cannot go on from there, or the folder is not free.
+        """
+        if self._resume:
+            run = self._require_resumable(run)
+            with self._locked():
+                pass  # held by another process, it is refused before anything is loaded
+        elif self.ranks.is_first:
+            self._require_folder()
+        if self._fork is not None:
+            run, self._fork = fork_of(run, self._fork)
+        self._from = self._find_checkpoint()
+        self._has_separate_states = self._from is not None and not checkpoint.is_flat(self._from)
+        self._as_asked = run  # what `auto` means here is no change of the settings
+        # The folder whose plan says how the state that is loaded came about.
+        self._began = self.folder if self._resume else None if self._fork is None else self._fork.source
+        if self._began is not None:
+            run = as_begun(run, self._began, find_machine())
+            if self._resume:
+                run = dealt_as_begun(run, self._began, self.ranks)
+        return run
+
+    def _loop_maker(
+        self, parts: RunParts, most_tokens: int | None, releases: bool, explain: Callable[[], str]
+    ) -> "partial[Loop]":
+        """Return what makes a loop of the run with some settings of the section `train`."""
+        forecast = self.prediction.forecast
+        return partial(
             Loop,
             model=self.model,
             engine=self.engine,
             objective=self.objective,
-            batches=batches,
-            held_out=held_out,
-            rows_at_a_time=at_a_time,
+            batches=self._batches,
+            held_out=self.held_out,
+            rows_at_a_time=self._rows_at_a_time,
             checkpoints=self.folder.checkpoints,
             began_with={
                 "training rows (or their tokenizer or template)": self.data.ledger.sha256["train"],
@@ -223,27 +248,19 @@ class TrainingJob:
             predicted_peak_bytes=forecast.run_peak_bytes,
             explain=explain,
             most_tokens=most_tokens,
-            scale_loss=compute_dtype(run.model, self.machine) == torch.float16,
+            scale_loss=compute_dtype(self.run.model, self.machine) == torch.float16,
             during=self._measure_during,
             better=self._better,
             with_reference=self._reference.complete,
             estimate_kl=self._reference.estimate_kl,
             releases=releases,
-            ranks=ranks,
+            ranks=self.ranks,
             has_separate_states=self._has_separate_states,
         )
-        self.rate_search: RateSearch | None = None
-        if train.learning_rate == "auto":
-            self._reference.give()
-            self.rate_search = find_rate(train, batches, held_out, self._losses_of, self.model, make_loop)
-            found = self.rate_search.rate
-            self.run = run = with_rate(run, ranks.first(lambda: found))
-        facts = facts_of(
-            *(run, self.data, self.engine, self.objective, self.model, batches, held_out, self.machine),
-            planned_speed=forecast.tokens_per_second,
-            steps=lambda: self.steps,
-        )
-        self._loop = make_loop(train=run.train, alarms=Alarms(facts))
+
+    def _require_sense(self) -> None:
+        """Check what is known once the loop is made: space on the disk, and that it fits what it goes on from."""
+        train = self.run.train
         follows = "train.keep" if train.keep == "best" else "train.early_stopping" if train.early_stopping else None
         if follows and train.eval_steps is not None and train.eval_steps >= self.steps:
             notify(
@@ -317,35 +334,11 @@ class TrainingJob:
 
     def measure_held_out(self, rows: Sequence[Example] | None = None) -> list[float]:
         """Measure the summed loss of each held-out example as the adapter is now; None: of all, in their order."""
-        batching = held_out_batching(self._rows_at_a_time, self.objective)
-        of_batches = batching.over(
-            self.held_out if rows is None else rows,
-            lambda rows: document_losses(self.engine, Batch.of(rows, self.objective.documents_per_row)),
-        )
-        return list(chain.from_iterable(of_batches))
+        return self._row_losses.of_examples(self.held_out if rows is None else rows)
 
     def row_losses(self) -> RowLosses:
         """Measure the loss of each held-out row as the adapter is now; pieces of one text are one row."""
-        if self.objective.documents_per_row > 1:
-            return self._losses_of(self.held_out)
-        return self.held_out.by_row(self.measure_held_out())
-
-    def _losses_of(self, rows: Sequence[Example]) -> RowLosses:
-        """Measure the loss of each of some held-out examples as the adapter is now; of pairs, of each pair."""
-        size = self.objective.documents_per_row
-        if size == 1:
-            return RowLosses(tuple(self.measure_held_out(rows)), tuple(row.weight for row in rows))
-
-        batching = held_out_batching(self._rows_at_a_time, self.objective)
-        values = self.objective.step_values(batching.over(rows, lambda some: Batch.of(some, size)))
-
-        def measure(some: Sequence[Example]) -> list[float]:
-            batch = self._reference.complete(Batch.of(some, size)).with_values(values)
-            tokens = TrainedTokens.of(batch, self.engine.token_logprobs(batch))
-            return [output.loss.item() for output in outputs_of_rows(self.objective, tokens)]
-
-        losses = tuple(chain.from_iterable(batching.over(rows, measure)))
-        return RowLosses(losses, (1.0,) * len(losses))
+        return self._row_losses.of_all()
 
     @property
     def was_stopped(self) -> bool:
@@ -547,16 +540,6 @@ class TrainingJob:
     def _bytes_on_disk(self) -> int:
         saved = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
         return self.prediction.planner.disk_bytes(self.run, saved, self.steps)
-
-
-def environment() -> dict[str, Any]:
-    """Return versions and platform, for files that ship: no kernel's release, which can carry a host's name."""
-    versions = {name: version_of(name) for name in LIBRARIES} | {"veneer": veneer.__version__}
-    return {
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "libraries": versions,
-    }
 
 
 def _settled(run: Run, parts: RunParts) -> Run:

@@ -52,9 +52,10 @@ class StepExchange:
         rank = self.ranks.rank
         if rank:  # the first rank's random numbers go on from its checkpoint; those of the others begin in each step
             torch.manual_seed(hash((self._seed, number, rank)) % 2**62)
-        counts = [len(micro_batches) for micro_batches in self._batches.members_by_rank(number)]
-        before = sum(counts[:rank])
-        return self._batches.step(number), slice(before, before + counts[rank])
+        by_rank = self._batches.members_by_rank(number)
+        before = sum(map(len, by_rank[:rank]))
+        micro_batches = [self._batches.batch_of(members) for share in by_rank for members in share]
+        return micro_batches, slice(before, before + len(by_rank[rank]))
 
     def meet(self, number: int) -> None:
         """Wait for the other ranks, before gradients are exchanged.

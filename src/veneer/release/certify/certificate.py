@@ -31,6 +31,7 @@ from veneer.config.files import file_sha256
 from veneer.config.folder import write_json
 from veneer.config.results import Check
 from veneer.data.render import Renderer
+from veneer.machine.environment import environment
 from veneer.model.adapters.dora import norms_kept
 from veneer.model.dense import adapter_in_copies
 from veneer.model.tuned import TunedModel
@@ -53,7 +54,6 @@ from veneer.release.certify.runtimes import Answer, Runtime, greedy
 from veneer.release.certify.settings import setting_checks, stop_token_checks
 from veneer.release.certify.verdict import verdict_of
 from veneer.release.merge.plan import trained_on
-from veneer.training.job import environment
 
 EDGE_TOKENS = 16  # longest answer to an edge case
 NOT_HASHED = ("certificate.json", "certificate.html", "README.md")
