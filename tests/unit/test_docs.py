@@ -1,10 +1,12 @@
 """README and docs name files, commands and options that exist; walks in docs/architecture.md pass few files."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 import typer
+import yaml
 
 from veneer.cli.main import app
 
@@ -49,3 +51,14 @@ def test_named_commands_and_options_exist(page: str) -> None:
                 option for parameter in commands[name].params for option in (*parameter.opts, *parameter.secondary_opts)
             }
             assert set(re.findall(r"(?<=\s)--[\w-]+", rest)) <= known, f"{page}: veneer {name}{rest}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_blocks_of_yaml_and_of_a_shell_can_be_read(page: str) -> None:
+    """Placeholders (`RUN`, `...`) are words of either."""
+    text = text_of(page)
+    for block in re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        assert yaml.safe_load(block) is not None, block
+    if scripts := re.findall(r"^```(?:sh|bash)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        read = subprocess.run(["bash", "-n"], input="\n".join(scripts), capture_output=True, text=True, check=False)
+        assert read.returncode == 0, read.stderr
