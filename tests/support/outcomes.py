@@ -18,7 +18,7 @@ from veneer.model.load import load_tokenizer
 from veneer.model.locate import locate
 from veneer.training.metrics import read_metrics
 
-TIMED = {"seconds", "tokens_per_second", "peak_bytes", "predicted_peak_bytes"}
+TIMED = {"time", "seconds", "tokens_per_second", "peak_bytes", "predicted_peak_bytes"}
 
 
 def rows_of(run: Run) -> Any:

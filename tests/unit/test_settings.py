@@ -121,6 +121,7 @@ WHERE: dict[str, dict[str, Any]] = {
         for name in ("orpo", "simpo", "cpo")
     },
     "train.memory_budget": {"train": {"gradient_checkpointing": "auto"}},
+    "train.lr_scheduler_type": {"train": {"max_steps": 4}},  # of 3 steps, one of them warm-up, both rates are the same
     "train.num_train_epochs": {"train": {"max_steps": None}},
     "train.optim_rank": {"adapter": "none", "train": {"optim": "apollo_adamw"}},
     "train.master_weights": {"adapter": "none", "model": {"dtype": "bfloat16"}},

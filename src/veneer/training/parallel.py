@@ -52,6 +52,9 @@ class StepExchange:
         rank = self.ranks.rank
         if rank:  # the first rank's random numbers go on from its checkpoint; those of the others begin in each step
             torch.manual_seed(hash((self._seed, number, rank)) % 2**62)
+        if self.ranks.size == 1:
+            micro_batches = self._batches.step(number)
+            return micro_batches, slice(len(micro_batches))
         by_rank = self._batches.members_by_rank(number)
         before = sum(map(len, by_rank[:rank]))
         micro_batches = [self._batches.batch_of(members) for share in by_rank for members in share]
