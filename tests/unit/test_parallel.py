@@ -20,6 +20,8 @@ from tests.support.runs import losses, some_pairs, some_rated, tiny_run, write_r
 from veneer.api.train import load_job
 from veneer.config import Run, UserError
 from veneer.data.batch import deal
+from veneer.machine.link import all_reduce_bandwidth
+from veneer.machine.ranks import join_ranks
 from veneer.training.job import TrainingJob
 from veneer.training.objectives import OBJECTIVES
 
@@ -39,7 +41,7 @@ def test_a_long_row_weighs_as_many_short_ones() -> None:
     assert deal(np.arange(4), np.array([30, 10, 10, 10]), 2, 3) == [[0], [1, 2, 3]]
 
 
-def work_as_rank(rank: int, ranks: int, folder: Path, work: Callable[[], None]) -> None:
+def work_as_rank(rank: int, ranks: int, folder: Path, work: Callable[[], object]) -> None:
     """Work as one of several ranks, in a forked process."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     torch.set_num_threads(1)  # threads of the parent are not there after the fork
@@ -48,7 +50,7 @@ def work_as_rank(rank: int, ranks: int, folder: Path, work: Callable[[], None]) 
     dist.destroy_process_group()
 
 
-def work_as(ranks: int, folder: Path, work: Callable[[], None]) -> None:
+def work_as(ranks: int, folder: Path, work: Callable[[], object]) -> None:
     (folder / "store").unlink(missing_ok=True)
     start_processes(work_as_rank, (ranks, folder, work), ranks, start_method="fork")  # type: ignore[no-untyped-call]
 
@@ -67,7 +69,7 @@ def test_ranks_make_the_steps_of_one_process_and_one_goes_on_from_them(
     ranks: int, engine: str, tiny_model: Callable[..., Path], rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     data = write_rows(tmp_path / "rows.jsonl", (rows + rows)[: ROWS + 3])
-    train = {"engine": engine, "max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
+    train: dict[str, Any] = {"engine": engine, "max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
     train |= {"logging_steps": 1, "save_steps": 2, "eval_steps": 2}
     one, many = (
         tiny_run(
@@ -101,7 +103,11 @@ def trained(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
     bases = {"bert": save_tiny_base("bert", folder / "bert"), "llama": save_tiny_base("llama", folder / "llama")}
 
     def run_of(kind: str, name: str, accumulation: int) -> Run:
-        train = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": accumulation}
+        train: dict[str, Any] = {
+            "max_steps": 2,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": accumulation,
+        }
         train |= {"logging_steps": 1, "learning_rate": 1e-3, "output_dir": folder / f"{name}-{kind}"}
         sections: dict[str, Any] = {"train": train, "data": {"validation": 3, "duplicates": "keep"}}
         if kind in TASKS:
@@ -123,6 +129,8 @@ def trained(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
                 load_job(run_of(kind, "many", 2)).fit()
             except UserError as error:
                 (folder / f"many-{kind}.txt").write_text(str(error))
+        found = all_reduce_bandwidth(join_ranks(), "cpu", 2**20)
+        (folder / "bandwidth.txt").write_text(str(found))
 
     for kind in KINDS:
         load_job(run_of(kind, "one", 4)).fit()
@@ -141,3 +149,7 @@ def test_ranks_learn_by_each_objective_what_one_process_learns_or_say_that_they_
         assert "train it on one GPU" in refusal.read_text()
     else:
         require_alike(trained / f"many-{kind}", trained / f"one-{kind}")
+
+
+def test_the_link_between_ranks_is_measured(trained: Path) -> None:
+    assert float((trained / "bandwidth.txt").read_text()) > 0
