@@ -1,7 +1,9 @@
 """Several ranks make the steps of one process: real processes, over gloo, on a tiny model."""
 
+import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.multiprocessing.spawn import start_processes
 
+import veneer
 from tests.support.classifiers import classify, save_tiny_base, some_texts
 from tests.support.heads import embed, some_tagged, some_texts_with_positives, tag
-from tests.support.runs import losses, some_pairs, some_rated, tiny_run, write_rows
+from tests.support.runs import losses, some_pairs, some_rated, some_rows, tiny_run, write_rows
 from veneer.api.train import load_job
 from veneer.config import Run, UserError
 from veneer.data.batch import deal
@@ -93,7 +96,36 @@ TASKS: dict[str, Callable[..., Run]] = {"sequence-classification": classify, "to
 TASKS |= {"embedding": embed}
 ROWS_OF = {"sequence-classification": some_texts, "token-classification": some_tagged}
 ROWS_OF |= {"embedding": some_texts_with_positives}
-KINDS = [*(name for name in OBJECTIVES if name != "sft"), "reward", *TASKS]
+KINDS = [*OBJECTIVES, "reward", *TASKS]
+
+
+def asked_of(folder: Path) -> dict[str, Any]:
+    """Return what evaluation, prediction and generation say of the runs that one process trained."""
+    rows = str(folder / "sft.jsonl")
+    evaluated = veneer.evaluate(folder / "one-sft", rows, memorisation=4)
+    against = veneer.evaluate(folder / "one-sft", rows, against=str(folder / "one-orpo"), rows=3)
+    prompts = ["what does the cat say", *["what does the owl say please"] * 3]
+    found: dict[str, Any] = {
+        "evaluate": evaluated.as_dict(),
+        "samples": evaluated.evaluation.samples(),
+        "against": against.as_dict(),
+        "generate": veneer.generate(f"{folder / 'one-sft'}", prompts, max_new_tokens=6, temperature=1.0),
+    }
+    for kind in ("reward", "sequence-classification", "token-classification"):
+        found[kind] = veneer.evaluate_classifier(folder / f"one-{kind}").as_dict()
+    texts = folder / f"texts-{os.getpid()}.jsonl"
+    texts.write_text("".join(json.dumps({"text": row["text"]}) + "\n" for row in some_texts(9)))
+    predicted = veneer.predict(folder / "one-sequence-classification", str(texts), batch_size=2)
+    found["predict"] = [asdict(row) | {"place": ""} for row in predicted]
+    return found
+
+
+def flat(value: Any, place: str = "") -> dict[str, Any]:
+    """Return nested values by their place, without the names of files."""
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {at: one for key, inner in items for at, one in flat(inner, f"{place}.{key}").items()}
+    return {} if place.endswith(".file") else {place: value}
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +143,8 @@ def trained(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
         train |= {"logging_steps": 1, "learning_rate": 1e-3, "output_dir": folder / f"{name}-{kind}"}
         sections: dict[str, Any] = {"train": train, "data": {"validation": 3, "duplicates": "keep"}}
         if kind in TASKS:
-            return TASKS[kind](bases["bert"], ROWS_OF[kind](16), folder / name, **sections)
-        rows = OBJECTIVES_OF.get(kind, some_pairs)(16)
+            return TASKS[kind](bases["bert"], ROWS_OF[kind](16), folder / name / kind, **sections)
+        rows = OBJECTIVES_OF[kind](16) if kind in OBJECTIVES_OF else some_rows() if kind == "sft" else some_pairs(16)
         base = tiny_model()
         if kind == "reward":
             base = bases["llama"]
@@ -131,6 +163,9 @@ def trained(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
                 (folder / f"many-{kind}.txt").write_text(str(error))
         found = all_reduce_bandwidth(join_ranks(), "cpu", 2**20)
         (folder / "bandwidth.txt").write_text(str(found))
+        said = asked_of(folder)
+        if join_ranks().is_first:
+            (folder / "many.json").write_text(json.dumps(said))
 
     for kind in KINDS:
         load_job(run_of(kind, "one", 4)).fit()
@@ -149,6 +184,19 @@ def test_ranks_learn_by_each_objective_what_one_process_learns_or_say_that_they_
         assert "train it on one GPU" in refusal.read_text()
     else:
         require_alike(trained / f"many-{kind}", trained / f"one-{kind}")
+
+
+def test_ranks_say_of_rows_what_one_process_says(trained: Path) -> None:
+    """Held-out rows, two targets, memorisation, heads, predictions, sampled answers; one report is written, whole."""
+    many, one = (trained / "many.json").read_text(), json.dumps(asked_of(trained))
+    found, right = flat(json.loads(many)), flat(json.loads(one))
+    numbers = {place for place, value in right.items() if isinstance(value, float)}
+    assert {place: found.pop(place) for place in numbers} == pytest.approx(
+        {place: right.pop(place) for place in numbers}, rel=1e-4, abs=1e-6
+    )
+    assert found == right
+    assert not list((trained / "one-sft").rglob("partial-*"))
+    assert len(list((trained / "one-sft/evaluations").glob("sft-16-rows*.json"))) == 2, "one of each process"
 
 
 def test_the_link_between_ranks_is_measured(trained: Path) -> None:

@@ -18,12 +18,14 @@ from veneer.config.paths import require_path
 from veneer.engine.reference import ReferenceEngine
 from veneer.evaluation.compare import Scorer, count_rows, questions_of
 from veneer.evaluation.gate import parse_gate
-from veneer.evaluation.memory import rows_at_a_time
+from veneer.evaluation.memory import LESS_MEMORY, rows_at_a_time
 from veneer.evaluation.metrics import choose
 from veneer.evaluation.partial import PartialAnswers, facts_of
 from veneer.evaluation.responder import ModelResponder
 from veneer.evaluation.suites import find_suites
 from veneer.evaluation.tasks.options import DEFAULT_OPTIONS, TaskOptions
+from veneer.machine.batching import Batching
+from veneer.machine.ranks import join_ranks
 from veneer.model.tuned import find_tuned
 from veneer.planning.batch_shapes import Padded
 
@@ -83,6 +85,7 @@ def evaluate(
             that the rows or a target cannot carry, or a gate that is no condition on what is measured.
         JobError: A server gives no usable answer; answers so far are kept.
     """
+    ranks = join_ranks()
     require_path(str(target), "name")
     require_server(str(target), require_pair(str(target), against), model, "--model")
     require_server(against, None if against is None else target_kind(against), against_model, "--against-model")
@@ -96,6 +99,7 @@ def evaluate(
         tasks=load_tasks(tasks, task_options) if tasks is not None else (),
         task_options=task_options,
         on_task=on_task,
+        ranks=ranks,
     )
     folder = RunFolder(Path(target).expanduser())
     if against is None and folder.run.is_file():
@@ -107,9 +111,10 @@ def evaluate(
                 "name a run without --against, or leave it out",
             )
         evaluated = _evaluate_targets(str(target), against, request, force, base, model, against_model)
-    if file is not None:
+    if file is not None and ranks.is_first:
         save_file(file, evaluated.evaluation, data, evaluated.beside)
         evaluated = evaluated if evaluated.file is not None else replace(evaluated, file=file)
+    ranks.gather(None)  # the others wait until the first one has written all
     return evaluated
 
 
@@ -137,9 +142,17 @@ def _evaluate_targets(
     """Compare two targets, or an adapter that is no run's with its base; written beside a run's record, if any."""
     found = find_target(target, base, force, model)
     other = None if against is None else find_target(against, model=against_model, option="--against-model")
+    served = next((one.name for one in (found, other) if one is not None and not one.has_losses), None)
+    if request.ranks.size > 1 and served is not None:
+        raise UserError(
+            f"{served}: it is run by a server, and {request.ranks.size} processes would ask the same one",
+            "leave --gpus out",
+        )
     result, beside, name = compare_targets(found, other, request)
     folder = found.tuned.folder if found.tuned is not None else None
-    file = None if folder is None else save_beside(folder, name, result, request.data, beside)
+    file = None
+    if folder is not None and request.ranks.is_first:
+        file = save_beside(folder, name, result, request.data, beside)
     return Evaluated(result, file, False, beside)
 
 
@@ -161,18 +174,22 @@ def _evaluate_run(
         loaded = load_tuned(tuned)
         most = (max(len(row.example.ids) for row in held_out), max(row.example.trained for row in held_out))
         at_a_time = rows_at_a_time(run, Padded(len(held_out), *most), loaded.target)
+        ranks = request.ranks
         # It judges by other code than the adapter was trained by.
         engine = ReferenceEngine(loaded.model, load_base=tuned.load_base)
         request.on_begin(2 * request.answers(held_out, request.suites))
-        partial = PartialAnswers.of_rows(folder.other_evaluations, facts_of(tuned), held_out, settings)
-        responder = ModelResponder(loaded.model, engine, loaded.renderer, at_a_time)
+        partial = PartialAnswers.of_rows(folder.other_evaluations, facts_of(tuned), held_out, settings, ranks)
+        batching = Batching(at_a_time, LESS_MEMORY, ranks=ranks)
+        responder = ModelResponder(loaded.model, engine, loaded.renderer, batching)
         result = Scorer(responder, held_out, settings, partial, chosen).compare(engine.adapter_off, request.on_done)
         beside = Beside()
         if request.suites:
-            beside = measure_suites(request.suites, loaded, engine, result, request.on_done)
+            beside = measure_suites(request.suites, loaded, engine, result, request.on_done, ranks)
         if memorisation:
-            found = measure_memorisation(memorisation, folder, loaded, engine, request.on_begin, request.on_done)
-            beside.facts["memorisation"] = found
+            told = (request.on_begin, request.on_done)
+            beside.facts["memorisation"] = measure_memorisation(memorisation, folder, loaded, engine, *told, ranks)
+        if not ranks.is_first:
+            return Evaluated(result, None, False, beside)
         if request.tasks:
             measured = measure_run_tasks(
                 *(request.tasks, folder, loaded, engine, request.task_options, rows, at_a_time),

@@ -23,6 +23,7 @@ from veneer.engine.token_classifier import TokenClassifierEngine
 from veneer.evaluation.classification import Judged, Scores, batching, judge, majority, score
 from veneer.evaluation.judged_task import JudgedTask, judge_embeddings, judge_rewards, judge_tags
 from veneer.machine.batching import Batching
+from veneer.machine.ranks import join_ranks
 from veneer.model.tuned import TunedModel, find_tuned
 from veneer.release.publish.card import renew_card
 
@@ -65,6 +66,7 @@ def evaluate_classifier(
     Raises:
         UserError: there is no such run, or it holds no rows out.
     """
+    ranks = join_ranks()
     tuned = find_tuned(str(name), base, force)
     if tuned.run is None or tuned.folder is None:
         raise UserError(f"{name}: an adapter alone holds no rows out", "name the run's folder")
@@ -90,7 +92,8 @@ def evaluate_classifier(
             f"the run holds no rows out (data.validation = {run.data.validation})", "name a file with --data"
         )
     engine = head_engine(tuned.model, tuned.load_classifier(), renderer.tokenizer, run.train.temperature)
-    at_a_time, is_record = batching(run), data is None and rows is None and not tuned.is_checkpoint
+    at_a_time = batching(run, ranks)
+    is_record = data is None and rows is None and not tuned.is_checkpoint and ranks.is_first
     if not isinstance(renderer, LabelledRenderer):
         found = judge_rewards(engine, chosen, at_a_time, tuned.base_has_head)
     elif isinstance(engine, TokenClassifierEngine):
@@ -100,11 +103,15 @@ def evaluate_classifier(
     else:
         found = None
     if found is not None:
-        return EvaluatedClassifier(found, _save_lines(tuned.folder, found, found.lines) if is_record else None)
-    scores = score(engine, chosen, at_a_time)
-    assert scores is not None
-    judged = judge(renderer.labels, scores, *_compared(tuned, engine, prepared.train, chosen, scores, at_a_time))
-    return EvaluatedClassifier(judged, _save(tuned.folder, judged, chosen, scores) if is_record else None)
+        evaluated = EvaluatedClassifier(found, _save_lines(tuned.folder, found, found.lines) if is_record else None)
+    else:
+        scores = score(engine, chosen, at_a_time)
+        assert scores is not None
+        assert isinstance(renderer, LabelledRenderer)
+        judged = judge(renderer.labels, scores, *_compared(tuned, engine, prepared.train, chosen, scores, at_a_time))
+        evaluated = EvaluatedClassifier(judged, _save(tuned.folder, judged, chosen, scores) if is_record else None)
+    ranks.gather(None)  # the others wait until the first one has written all
+    return evaluated
 
 
 def _compared(

@@ -1,12 +1,14 @@
 """Generates answers of a run, an adapter or a base."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from veneer.api.load import load
 from veneer.config import UserError
 from veneer.config.prompts import Question
 from veneer.config.sampling import Sampling
+from veneer.machine.ranks import join_ranks
 from veneer.model.attach import adapter_off
 
 
@@ -46,7 +48,8 @@ def generate(
         UserError: Nothing of that name, a value out of range, or `compare_with_base` without an adapter.
     """
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, tuple(stop), seed)
-    model = load(name, force, base)
+    ranks = join_ranks()
+    model = replace(load(name, force, base), ranks=ranks)
     if compare_with_base and model.tuned is None:
         raise UserError(f"{name}: this is a base model, so there is nothing to compare", "name a run's folder")
     answers = model.generate(prompts, system, max_new_tokens, sampling, on_text)

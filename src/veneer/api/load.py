@@ -15,6 +15,7 @@ from veneer.evaluation.generation import generate as generate_answers
 from veneer.evaluation.memory import LESS_MEMORY, rows_at_a_time
 from veneer.machine.batching import Batching
 from veneer.machine.device import find_machine
+from veneer.machine.ranks import ALONE, Ranks
 from veneer.model.load import load_model, load_tokenizer
 from veneer.model.locate import locate
 from veneer.model.tuned import TunedModel, find_tuned
@@ -34,6 +35,7 @@ class LoadedModel:
         base: The base's settings.
         target: The device as it was before the model was loaded.
         tuned: Source of its adapter and base; None: it is a base alone.
+        ranks: This process among those that answer the same prompts together.
     """
 
     model: Any
@@ -41,6 +43,7 @@ class LoadedModel:
     base: Model
     target: TargetDevice
     tuned: TunedModel | None = None
+    ranks: Ranks = ALONE
 
     @property
     def run(self) -> Run | None:
@@ -85,7 +88,8 @@ class LoadedModel:
         run = self.run or Run(model=self.base, data=Data(train="-"))
         run = run.model_copy(update={"evaluate": Evaluate(max_new_tokens=max_new_tokens)})
         at_a_time = rows_at_a_time(run, Padded(len(ids), max(map(len, ids)), 1), self.target) if ids else 1
-        parts = (self.model, self.renderer, ids, max_new_tokens, Batching(at_a_time, LESS_MEMORY))
+        batching = Batching(at_a_time, LESS_MEMORY, ranks=self.ranks)
+        parts = (self.model, self.renderer, ids, max_new_tokens, batching)
         return generate_answers(*parts, sampling=sampling, on_text=on_text)
 
 

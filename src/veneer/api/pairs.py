@@ -25,6 +25,7 @@ from veneer.evaluation.suites import ABILITIES, FORGETTING, Suite
 from veneer.evaluation.suites.compare import SuiteScore, answer_suites, pair_suites
 from veneer.evaluation.tasks.options import DEFAULT_OPTIONS, TaskOptions
 from veneer.machine.device import release_memory
+from veneer.machine.ranks import ALONE, Ranks
 
 # Results of metrics that have several; those of FIELDS have a key of the rows behind it.
 RESULTS = {"json_fields": ("record", "valid_json"), "tool_calls": ("tool_calls", "tool_names")}
@@ -38,6 +39,7 @@ class Request:
     Attributes:
         all_suites: Whether suites are all of them, so that one may be left out.
         condition: The gate, parsed.
+        ranks: This process among those that share the rows; tasks and the gate are the first one's.
     """
 
     data: str | None
@@ -51,6 +53,7 @@ class Request:
     tasks: Sequence[Any] = ()
     task_options: TaskOptions = DEFAULT_OPTIONS
     on_task: Callable[[str, int], None] = lambda task, requests: None
+    ranks: Ranks = ALONE
 
     @property
     def is_named(self) -> bool:
@@ -102,7 +105,7 @@ class Request:
 
 def gated(request: Request, result: Evaluation, beside: Beside) -> Evaluation:
     """Return the evaluation with the checks of the gate that was asked for."""
-    if request.condition is None:
+    if request.condition is None or not request.ranks.is_first:
         return result
     return replace(result, gate=check_gate(request.condition, result.measured() | beside.measured()))
 
@@ -154,7 +157,7 @@ def compare_targets(target: Target, against: Target | None, request: Request) ->
         other = against.name if against is not None else "its base"
         beside.facts["compared"] = {"base": other, "tuned": target.name}
         result = gated(request, result, beside)
-        for partial in partials:
+        for partial in partials if request.ranks.is_first else ():
             partial.remove()
         return result, beside, request.file_name(count_rows(rows.read), None if against is None else other)
 
@@ -266,8 +269,8 @@ def _scored(
     """Let one side answer rows, suites and tasks."""
     folder, settings, chosen = kept
     held_out = rows.of(side)
-    partial = PartialAnswers.of_rows(folder, side.facts(), held_out, settings)
-    with side.open(rows.renderers[side], Workload(held_out, settings, suites, rows.reader)) as responder:
+    partial = PartialAnswers.of_rows(folder, side.facts(), held_out, settings, request.ranks)
+    with side.open(rows.renderers[side], Workload(held_out, settings, suites, rows.reader, request.ranks)) as responder:
         request.on_begin(request.answers(held_out, suites))
         scorer = Scorer(responder, held_out, settings, partial, chosen)
         score = scorer.score(request.on_done, kept=scorer.kept(place))
@@ -280,8 +283,10 @@ def _with_own_base(
 ) -> tuple[Evaluation, list[list[SuiteScore]], MeasuredTasks, list[PartialAnswers]]:
     """Let an adapter and its base answer rows, suites and tasks, from one loaded model."""
     folder, settings, chosen = kept
-    partial = PartialAnswers.of_rows(folder, side.facts(), rows.read, settings)
-    with side.open(rows.renderers[side], Workload(rows.read, settings, suites, rows.reader)) as responder:
+    partial = PartialAnswers.of_rows(folder, side.facts(), rows.read, settings, request.ranks)
+    with side.open(
+        rows.renderers[side], Workload(rows.read, settings, suites, rows.reader, request.ranks)
+    ) as responder:
         assert isinstance(responder, ModelResponder)
         off = responder.engine.adapter_off
         request.on_begin(2 * request.answers(rows.read, suites))
@@ -309,7 +314,7 @@ def _tasks_of(
     adapter_off: Callable[[], AbstractContextManager[None]] | None = None,
 ) -> MeasuredTasks:
     """Ask tasks of a loaded model, alone or with its adapter off and on."""
-    if not request.tasks:
+    if not request.tasks or not request.ranks.is_first:
         return MeasuredTasks()
     assert isinstance(responder, ModelResponder)
     return measure_tasks(

@@ -30,6 +30,7 @@ from veneer.engine.head_engine import head_engine
 from veneer.engine.token_classifier import TokenClassifierEngine
 from veneer.evaluation.classification import scores_of
 from veneer.machine.batching import Batching
+from veneer.machine.ranks import join_ranks
 from veneer.model.tuned import TunedModel, find_tuned
 
 Asked = TypeVar("Asked")
@@ -78,13 +79,14 @@ def predict(
     Raises:
         UserError: there is no such classifier, or a row has no text; a bad row is found before anything is predicted.
     """
+    ranks = join_ranks()
     tuned = find_tuned(str(name), base, force)
     renderer = tuned.labelled_renderer
     files = rows_as_file(data, "data")
     if isinstance(renderer, RewardRenderer):
-        return _rewards(files, renderer, tuned, Batching(batch_size, "shorten the answers", "rewards"))
+        return _rewards(files, renderer, tuned, Batching(batch_size, "shorten the answers", "rewards", ranks=ranks))
     settings = (tuned.data or Data(train="-")).model_copy(update={"columns": _columns(tuned.data)})
-    batching = Batching(batch_size, "shorten the texts", "scores")
+    batching = Batching(batch_size, "shorten the texts", "scores", ranks=ranks)
     if isinstance(renderer, TaggedRenderer):
         words = _checked(files, settings, texts_with_words)
         engine = _engine(tuned, renderer)

@@ -20,6 +20,7 @@ from veneer.evaluation.suites.compare import SuiteComparison, answer_suites, for
 from veneer.evaluation.suites.memorisation import WANTED, comes_back, memorisation, passages_of, sample
 from veneer.evaluation.suites.personal import count_personal
 from veneer.machine.batching import Batching
+from veneer.machine.ranks import ALONE, Ranks
 from veneer.planning.batch_shapes import Padded
 from veneer.training.intervals import Interval
 
@@ -68,6 +69,7 @@ def measure_suites(
     engine: Engine,
     evaluation: Evaluation,
     on_done: Progress = lambda done: None,
+    ranks: Ranks = ALONE,
 ) -> Beside:
     """Ask suites of the base and of the tuned model, and count personal data in all answers.
 
@@ -77,9 +79,10 @@ def measure_suites(
         engine: The engine that switches its adapter off.
         evaluation: Answers to the held-out rows, in which personal data is counted too.
         on_done: Callback that gets the number of items just answered.
+        ranks: This process among those that share the items.
     """
     batching = _batching(
-        loaded,
+        *(loaded, ranks),
         max(len(suite.items) for suite in suites),
         LONGEST_PROMPT,
         max(suite.max_new_tokens for suite in suites),
@@ -124,13 +127,14 @@ def measure_memorisation(
     engine: Engine,
     on_begin: Progress = lambda answers: None,
     on_done: Progress = lambda done: None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Measure how much of a run's training rows comes back word for word, beside its held-out rows.
 
     Args:
         rows: Number of training rows to draw, and the most held-out rows beside them.
         folder: The run's folder.
-        loaded, engine, on_done: arguments of `measure_suites`.
+        loaded, engine, on_done, ranks: arguments of `measure_suites`.
         on_begin: Callback that gets the number of answers to come.
 
     Raises:
@@ -147,7 +151,7 @@ def measure_memorisation(
     ends = loaded.renderer.stop_ids
     known, unseen = passages_of(drawn, ends), passages_of(sample(data.validation, rows, seed), ends)
     longest = max((len(passage.prompt) for passage in (*known, *unseen)), default=1)
-    parts = (_batching(loaded, rows, longest, WANTED), on_done)
+    parts = (_batching(loaded, ranks, rows, longest, WANTED), on_done)
     on_begin(2 * len(known) + len(unseen))
     with engine.adapter_off():
         base = comes_back(loaded.model, loaded.renderer, known, *parts)
@@ -155,15 +159,18 @@ def measure_memorisation(
     return memorisation(len(drawn), base, tuned, comes_back(loaded.model, loaded.renderer, unseen, *parts))
 
 
-def _batching(loaded: LoadedModel, rows: int, tokens: int, new_tokens: int) -> Batching:
+def _batching(loaded: LoadedModel, ranks: Ranks, rows: int, tokens: int, new_tokens: int) -> Batching:
     """Return how many prompts fit at a time, by the plan.
 
     Args:
         loaded: The tuned model of a run.
+        ranks: This process among those that share the prompts.
         rows, tokens: Number of prompts, and tokens of the longest.
         new_tokens: Longest answer.
     """
     assert loaded.run is not None
     settings = loaded.run.evaluate.model_copy(update={"max_new_tokens": max(1, new_tokens)})
     run = loaded.run.model_copy(update={"evaluate": settings})
-    return Batching(rows_at_a_time(run, Padded(rows, tokens, max(1, new_tokens)), loaded.target), LESS_MEMORY)
+    return Batching(
+        rows_at_a_time(run, Padded(rows, tokens, max(1, new_tokens)), loaded.target), LESS_MEMORY, ranks=ranks
+    )

@@ -17,11 +17,13 @@ from veneer.config.names import gguf_file, target_kind
 from veneer.data.pipeline import HeldOut
 from veneer.data.render import Renderer
 from veneer.engine.reference import ReferenceEngine
-from veneer.evaluation.memory import rows_at_a_time
+from veneer.evaluation.memory import LESS_MEMORY, rows_at_a_time
 from veneer.evaluation.partial import facts_of
 from veneer.evaluation.responder import ModelResponder, Responder
 from veneer.evaluation.suites import Suite
+from veneer.machine.batching import Batching
 from veneer.machine.device import find_machine
+from veneer.machine.ranks import ALONE, Ranks
 from veneer.model.fingerprint import fingerprint
 from veneer.model.gguf import open_gguf
 from veneer.model.load import load_model, load_tokenizer
@@ -45,12 +47,14 @@ class Workload:
         settings: Settings of the evaluation.
         suites: Suites that are asked as well.
         reader: Renderer that read the rows; None: they are turns alone.
+        ranks: This process among those that share the rows.
     """
 
     held_out: Sequence[HeldOut]
     settings: Evaluate
     suites: Sequence[Suite]
     reader: Renderer | None
+    ranks: Ranks = ALONE
 
     @property
     def max_new_tokens(self) -> int:
@@ -119,9 +123,9 @@ class AdapterTarget:
     def open(self, renderer: Renderer | None, work: Workload) -> Iterator[ModelResponder]:
         loaded = load_tuned(self.tuned)
         run = Run(model=self.tuned.model, quantization=self.tuned.quantization, data=Data(train="-"))
-        size = _rows_at_a_time(loaded.run or run, work, loaded.target)
+        batching = _batching(loaded.run or run, work, loaded.target)
         engine = ReferenceEngine(loaded.model, load_base=self.tuned.load_base)
-        yield ModelResponder(loaded.model, engine, loaded.renderer, size)
+        yield ModelResponder(loaded.model, engine, loaded.renderer, batching)
 
     def facts(self) -> dict[str, Any]:
         return facts_of(self.tuned)
@@ -148,8 +152,8 @@ class BaseTarget:
         assert renderer is not None
         target = this_device()
         model = load_model(self._source, self._model, None, find_machine())
-        size = _rows_at_a_time(Run(model=self._model, data=Data(train="-")), work, target)
-        yield ModelResponder(model, ReferenceEngine(model), renderer, size)
+        batching = _batching(Run(model=self._model, data=Data(train="-")), work, target)
+        yield ModelResponder(model, ReferenceEngine(model), renderer, batching)
 
     def facts(self) -> dict[str, Any]:
         return {"base": fingerprint(self._source) or self._source.reference}
@@ -245,6 +249,7 @@ def require_server(name: str | None, kind: str | None, model: str | None, option
         raise UserError(f"{option} {model}: {what}", f"leave {option} out")
 
 
-def _rows_at_a_time(run: Run, work: Workload, target: Any) -> int:
+def _batching(run: Run, work: Workload, target: Any) -> Batching:
     settings = work.settings.model_copy(update={"max_new_tokens": work.max_new_tokens})
-    return rows_at_a_time(run.model_copy(update={"evaluate": settings}), work.padded, target)
+    size = rows_at_a_time(run.model_copy(update={"evaluate": settings}), work.padded, target)
+    return Batching(size, LESS_MEMORY, ranks=work.ranks)

@@ -94,6 +94,17 @@ def require_evaluation(name: str, against: str | None, data: str | None, base: s
         find_sources(data, "--data")
 
 
+def require_loaded_here(targets: Sequence[str | None], gpus: int | None) -> None:
+    """Raise UserError where several GPUs are asked for, and a target is run by a server."""
+    for target in targets if gpus is not None and gpus > 1 else ():
+        if target is not None and (kind := target_kind(target)) in ("endpoint", "gguf"):
+            raise UserError(
+                f"--gpus {gpus}: {target} is {'on a server' if kind == 'endpoint' else 'run by llama.cpp'}, and rows "
+                "are shared among processes that load the model",
+                "leave --gpus out",
+            )
+
+
 def require_suites(names: str | None) -> None:
     """Raise UserError where one of the suites that are named does not exist."""
     from veneer.evaluation.suites import find_suites

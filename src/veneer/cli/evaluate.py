@@ -46,6 +46,10 @@ def evaluate(
         typer.Option(help="Model to ask, on a server with several; its key is read from OPENAI_API_KEY."),
     ] = None,
     against_model: Annotated[str | None, typer.Option(help="The same for --against.")] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(min=1, help="Share the rows among so many GPUs (or CPU processes)."),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show rows that got better and worse.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON alone on stdout.")] = False,
 ) -> int:
@@ -77,7 +81,7 @@ def evaluate(
 
     - `answers_harmless`: answers to requests that sound harmful and are not; not whether they are correct
     """
-    from veneer.cli import checks, show, show_comparison
+    from veneer.cli import checks, ranks, show, show_comparison
 
     checks.require_gate(gate)
     checks.require_evaluation(target, against, data, base)
@@ -89,10 +93,12 @@ def evaluate(
             "--memorisation": memorisation,
         }
         others |= {"--gate": gate, "--tasks": tasks, "--task-option": task_option, "--out": out_file, "--model": model}
-        return _evaluate_classifier(target, data, rows, base, force, others, as_json)
+        return _evaluate_classifier(target, data, rows, base, force, others, as_json, gpus)
     checks.require_suites(suites)
     out_file = None if out_file is None else checks.output_file("--out", out_file, '{\n  "metrics"')
     checks.require_tasks(tasks, task_option or ())
+    checks.require_loaded_here((target, against), gpus)
+    ranks.run_on(gpus)
     out = show.console(as_json)
     both = "the base and the tuned model" if against is None else f"{against} and {target}"
     with show.status(out, f"answering the held-out rows with {both}") as status:
@@ -112,6 +118,7 @@ def evaluate(
             on_begin=told.begin,
             on_task=told.begin_task,
         )
+        ranks.leave()
     if as_json:
         result = evaluated.as_dict()
         show.print_json(result)
@@ -137,23 +144,26 @@ def _evaluate_classifier(
     force: bool,
     others: dict[str, Any],
     as_json: bool,
+    gpus: int | None,
 ) -> int:
     """Evaluate a run that classifies.
 
     Raises:
         UserError: An option is given that acts on written answers alone.
     """
-    from veneer.cli import show
+    from veneer.cli import ranks, show
     from veneer.cli.show_classifier import show_classifier
     from veneer.config import UserError
 
     if given := [option for option, value in others.items() if value]:
         raise UserError(f"{given[0]}: acts on models that write text, and {target} classifies", "leave it out")
+    ranks.run_on(gpus)
     out = show.console(as_json)
     with show.status(out, "scoring the held-out rows"):
         import veneer
 
         result = veneer.evaluate_classifier(target, data, rows, base, force).as_dict()
+        ranks.leave()
     if as_json:
         show.print_json(result)
     else:

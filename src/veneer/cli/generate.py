@@ -28,6 +28,10 @@ def generate(
     force: Annotated[
         bool, typer.Option("--force", help="Use the adapter even on a base it was not trained on.")
     ] = False,
+    gpus: Annotated[
+        int | None,
+        typer.Option(min=1, help="Share the prompts among so many GPUs (or CPU processes)."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answers as JSON alone on stdout.")] = False,
 ) -> None:
     """Answer prompts with a tuned model; without prompts, one a line is read from standard input.
@@ -36,14 +40,18 @@ def generate(
 
     Example: `veneer generate runs/demo --compare --prompt "My parcel never came, order 4471"`
     """
-    from veneer.cli import checks, show
+    from veneer.cli import checks, ranks, show
+    from veneer.config import UserError
     from veneer.config.prompts import require_text
     from veneer.config.sampling import Sampling
 
     Sampling(temperature, top_p, top_k, repetition_penalty, tuple(stop or ()), seed)
     checks.require_answering(name, base)
+    if gpus is not None and gpus > 1 and not prompt and prompts_file is None:
+        raise UserError(f"--gpus {gpus}: several processes cannot read standard input", "name a --prompts-file")
     prompts = _prompts(prompt or [], prompts_file)
     require_text([*prompts, system, *(stop or ())])
+    ranks.run_on(gpus)
     out = show.console(as_json)
     shown = Shown(out) if len(prompts) == 1 and out.is_terminal and not (as_json or compare) else None
     with show.status(out, "answering") as status:
@@ -55,6 +63,7 @@ def generate(
             name, prompts, system, compare, max_new_tokens, temperature, seed, force,
             top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty, stop=stop or (), base=base, on_text=shown,
         )  # fmt: skip
+        ranks.leave()
     if as_json:
         show.print_json({"answers": answers})
     elif compare:

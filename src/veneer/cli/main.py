@@ -44,6 +44,7 @@ from veneer.cli.lasting import lasting_output, polite_kills
 
 CHECKPOINT = re.compile(r"(.*/)?step-\d+/?")
 RESUMED = re.compile(r"--resume=[^=]+")
+SHARED = {"train", "evaluate", "predict", "generate"}  # commands that several processes carry out together
 SAVING = "veneer-checkpoint"  # name of the thread of training/saving.py, which is not imported for this
 app = typer.Typer(
     name="veneer",
@@ -208,12 +209,12 @@ def _report(error: Exception) -> int:
 
 def _require_one_process(arguments: list[str]) -> None:
     """Raise UserError for a command that torchrun runs in several processes, and that is made for one."""
-    if os.environ.get("WORLD_SIZE", "1") != "1" and arguments[:1] != ["train"]:
+    if os.environ.get("WORLD_SIZE", "1") != "1" and not SHARED & set(arguments[:1]):
         from veneer.config import UserError
 
         raise UserError(
             f"`veneer {shlex.join(arguments[:1])}` runs in one process, and torchrun has started several",
-            "call it without torchrun; `veneer train` alone uses several GPUs",
+            f"call it without torchrun; several GPUs are used by {', '.join(sorted(SHARED))}",
         )
 
 

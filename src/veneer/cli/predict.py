@@ -19,6 +19,10 @@ def predict(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 32,
     base: Annotated[str | None, typer.Option(help="Another base than the one the adapter names.")] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(min=1, help="Share the rows among so many GPUs (or CPU processes)."),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Use the adapter even on a base it was not trained on.")
     ] = False,
@@ -27,7 +31,7 @@ def predict(
 
     Example: `veneer predict runs/routing messages.csv --output labels.jsonl`
     """
-    from veneer.cli import checks, show
+    from veneer.cli import checks, ranks, show
     from veneer.config.folder import write_text
     from veneer.data.sources.find import find_sources
 
@@ -35,6 +39,7 @@ def predict(
     find_sources(file, "FILE")
     if output is not None:
         output = checks.output_file("--output", output, '{"place"')
+    ranks.run_on(gpus)
     out = show.console(True)
     import veneer
 
@@ -44,7 +49,10 @@ def predict(
             for row in veneer.predict(name, file, batch_size, base, force)
         )
         if output is not None:
-            write_text(output, "".join(lines))
-            return
-        for line in lines:
-            sys.stdout.write(line)
+            text = "".join(lines)
+            if ranks.is_first():
+                write_text(output, text)
+        else:
+            for line in lines:
+                sys.stdout.write(line)
+    ranks.leave()

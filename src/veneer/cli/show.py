@@ -27,7 +27,8 @@ from veneer.config.results import limit_text, metric_name, value_text
 
 def console(as_json: bool = False) -> Console:
     """Make the console for text that a person reads."""
-    return Terminal(stderr=as_json)
+    is_later_rank = os.environ.get("RANK", "0") != "0"  # whose standard output goes nowhere
+    return Terminal(stderr=as_json and not is_later_rank)
 
 
 def status(out: Console, what: str) -> Status:

@@ -50,13 +50,13 @@ def train(
 
     Example: `veneer train recipes/smollm2-demo.yaml train.learning_rate=1e-4`
     """
-    from veneer.cli import checks, show
+    from veneer.cli import checks, ranks, show
     from veneer.config import RunFolder
 
     settings = settings_of(run, overrides or [], model, data, output_dir, fork)
     folder = RunFolder(settings.train.output_dir.expanduser())
     mode: Resume = resume_from or ("auto" if resume_auto else resume)
-    if os.environ.get("RANK", "0") == "0":  # of a run on several GPUs, the first process may have begun the folder
+    if ranks.is_first():  # of a run on several GPUs, the first process may have begun the folder
         checks.require_output(folder, mode, overwrite, extend, fork is not None)
     out = show.console(as_json)
     if (mode in (True, "auto") or extend) and folder.is_finished:
@@ -67,8 +67,7 @@ def train(
             if extend and not as_json:
                 out.print("extend   it has no more steps than before: raise train.max_steps or train.num_train_epochs")
             return 0
-    if gpus is not None and gpus > 1:
-        raise SystemExit(_launch(gpus))  # whatever it is, the processes have said why
+    ranks.run_on(gpus)
     with resume_told(folder):
         _train(settings, mode, force, overwrite, extend, fork, out, as_json)
     return 0
@@ -87,13 +86,12 @@ def _train(
     """Load a run, show what it is, train it, and show its result."""
     from rich.markup import escape
 
-    from veneer.cli import checks, show, show_plan
+    from veneer.cli import checks, ranks, show, show_plan
     from veneer.cli.show_placement import show_placement
 
     checks.require_inputs(settings)
     with show.status(out, "loading"):
         from veneer.api.train import finish, load_job
-        from veneer.machine.ranks import leave_ranks
 
         job = load_job(settings, mode, force, overwrite, extend, fork)
     out.print(f"machine  {escape(job.machine.describe())}")
@@ -111,18 +109,7 @@ def _train(
     with show.LiveProgress(out, job.steps, job.done, likely) as progress:
         result = finish(job, [progress])
     _show_result(out, result, as_json, "done")
-    leave_ranks()
-
-
-def _launch(gpus: int) -> int:
-    """Run this command in as many processes as GPUs; returns its exit status."""
-    from veneer.cli import checks
-    from veneer.machine.launch import launch
-
-    checks.require_gpus(gpus)
-    given = sys.argv[1:]
-    at = next(n for n, word in enumerate(given) if word == "--gpus" or word.startswith("--gpus="))
-    return launch(gpus, given[:at] + given[at + (2 if given[at] == "--gpus" else 1) :])
+    ranks.leave()
 
 
 @contextmanager
@@ -141,8 +128,8 @@ def resume_told(folder: "RunFolder") -> Iterator[None]:
         # An address that does not depend on the working folder, nor on how the run was called.
         saved = sorted(folder.checkpoints.glob("step-*")) if folder.run.exists() else []
         words = ["train", str(folder.path), "--resume"] if saved else sys.argv[1:]
-        if (ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
-            words += ["--gpus", ranks]
+        if (size := os.environ.get("WORLD_SIZE", "1")) != "1":
+            words += ["--gpus", size]
         command = f"{show.command_name()} {shlex.join(words)}"
         raise Interrupted(saved[-1] if saved else None, command) from None
 

@@ -18,6 +18,7 @@ from veneer.data.pipeline import Prepared
 from veneer.data.render import Renderer
 from veneer.engine.interface import Engine
 from veneer.machine.batching import Batching
+from veneer.machine.ranks import ALONE, Ranks
 from veneer.training.best import BETTER, LOSS
 
 BINS = 10
@@ -93,9 +94,9 @@ class DuringClassification:
         return None if scores is None else {"accuracy": accuracy(scores), "macro_f1": macro_f1(scores)}
 
 
-def batching(run: Run) -> Batching:
-    """Return what takes rows in batches of a run's size."""
-    return Batching(run.evaluate.batch_size, "lower data.max_length", "scores")
+def batching(run: Run, ranks: Ranks = ALONE) -> Batching:
+    """Return what takes rows in batches of a run's size, over all ranks."""
+    return Batching(run.evaluate.batch_size, "lower data.max_length", "scores", ranks=ranks)
 
 
 def score(

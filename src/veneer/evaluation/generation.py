@@ -131,11 +131,9 @@ def continue_prompts(
             found[number] = Continuation(ids, [])
         return found
 
-    def answer(chosen: Sequence[int]) -> int:
+    def answer(chosen: Sequence[int]) -> dict[int, Continuation]:
         if kept is not None and kept.holds(chosen):
-            for n in chosen:
-                found[n] = Continuation(kept.known[n], [])
-            return len(chosen)
+            return {n: Continuation(kept.known[n], []) for n in chosen}
         ids_BL, mask_BL = padded([prompts[n] for n in chosen], prefix.length, config.pad_token_id)
         longest = ids_BL.shape[1]
         noted = LikeliestTokens(likeliest)
@@ -152,18 +150,19 @@ def continue_prompts(
                 streamer=TextStream(tokenizer, stop, on_text) if on_text is not None else None,
                 **prefix.repeated(len(chosen)),
             )
-        for row, n in enumerate(chosen):
-            found[n] = Continuation(output_BL[row, longest:].tolist(), noted.of(row))
+        answers = {n: Continuation(output_BL[row, longest:].tolist(), noted.of(row)) for row, n in enumerate(chosen)}
         if kept is not None:
-            kept.keep({n: found[n].ids for n in chosen})
-        return len(chosen)
+            kept.keep({n: ids for n, (ids, _) in answers.items()})
+        return answers
 
     with adapter_in_copies(model), norms_kept(model):
         prefix = SharedPrefix(model, prompts)
         for tokens, numbers in alike(room, [len(prompt) for prompt in prompts]):
             config.max_new_tokens = tokens
-            for done in batching.over(numbers, answer):
-                on_done(done)
+            for answers in batching.over(numbers, answer):
+                for n, continuation in answers.items():
+                    found[n] = continuation
+                on_done(len(answers))
     return found
 
 
@@ -185,29 +184,40 @@ def _answers_in_slots(
     on_done: Callable[[int], None],
 ) -> dict[int, list[int]]:
     """Return the tokens of each answer by the number of its prompt; arguments of `continue_prompts`."""
-    from veneer.evaluation.prefill import read_prompts
+    from veneer.evaluation.prefill import not_own, read_prompts
     from veneer.evaluation.slots import Row, SlotDecoder
 
     found = {} if kept is None else {n: ids for n, ids in kept.known.items() if n < len(prompts)}
     draws = draws_of(prompts, room, sampling)
     rows = [Row(*row) for row in zip(prompts, room, draws, strict=True)]
     is_ended = StopAtText(tokenizer, sampling.stop, 0).is_ended if sampling.stop else None
+    ranks = batching.ranks
+    known = {*found, *not_own(prompts, min(batching.agree(), len(prompts)), ranks)}
+    own: dict[int, list[int]] = {}
 
     def answer(slots: int) -> Iterator[dict[int, list[int]]]:
         decoder = SlotDecoder(model, rows, slots, stop_ids or [], TokenChoice(sampling), is_ended)
-        for answers in decoder.answers(read_prompts(model, prefix, prompts, found, slots)):
-            found.update(answers)
+        for answers in decoder.answers(read_prompts(model, prefix, prompts, known, slots)):
+            own.update(answers)
+            known.update(answers)
             yield answers
 
     if found:
         on_done(len(found))
-    if len(found) < len(prompts):
+    told = len(found)
+    if len(known) < len(prompts):
         with adapter_in_copies(model), norms_kept(model), quiet(), contiguous_head_input(model):
             prefix = SharedPrefix(model, prompts)
             for answers in batching.until_done(answer, len(prompts)):
                 if kept is not None:
                     kept.keep(answers)
+                told += len(answers)
                 on_done(len(answers))
+    for answers in ranks.gather(own):
+        found.update(answers)
+    if told < len(prompts):
+        on_done(len(prompts) - told)  # those of other ranks
+    batching.agree()
     return found
 
 

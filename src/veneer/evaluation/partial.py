@@ -5,6 +5,8 @@ Its name is a hash of all that decides the answers, so another evaluation has an
 groups, and answered in as many slots, as if nothing were known; or in the same batches, of which those that are known
 are left out. So an evaluation that goes on computes the rest in the shapes of one that was not interrupted, and its
 answers are the same to the bit.
+
+Each rank of several has a file of its own; the first reads them all, and what it has read is known to every one.
 """
 
 import hashlib
@@ -22,6 +24,7 @@ from veneer.config.notify import notify_on_error
 from veneer.data.pipeline import HeldOut
 from veneer.machine.device import find_machine
 from veneer.machine.environment import environment
+from veneer.machine.ranks import ALONE, Ranks
 from veneer.model.fingerprint import fingerprint
 from veneer.model.tuned import TunedModel
 
@@ -62,20 +65,36 @@ class PartialAnswers:
     Args:
         folder: Folder of the file.
         facts: All that decides the answers.
+        ranks: This process among those that answer.
     """
 
-    def __init__(self, folder: Path, facts: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, facts: Mapping[str, Any], ranks: Ranks = ALONE) -> None:
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-        self.path = folder / f"partial-{key}.jsonl"
-        self._lines = []
-        if self.path.exists():
+        self._folder, self._name, self._ranks = folder, f"partial-{key}", ranks
+        self.path = folder / f"{self._name}{'' if ranks.is_first else f'-rank-{ranks.rank}'}.jsonl"
+        self._lines = ranks.first(self._read)
+
+    def _read(self) -> list[dict[str, Any]]:
+        """Read the lines of all files, and leave one."""
+        lines = []
+        for path in (files := sorted(self._folder.glob(f"{self._name}*.jsonl"))):
             with suppress(UserError):  # damaged: it is answered anew
-                self._lines = read_json_lines(self.path, "model", "row", "ids", is_appended=True)
-            write_text(self.path, "".join(json.dumps(line) + "\n" for line in self._lines))
+                lines += read_json_lines(path, "model", "row", "ids", is_appended=True)
+        if files:
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+            for path in files:
+                if path != self.path:
+                    path.unlink()
+        return lines
 
     @classmethod
     def of_rows(
-        cls, folder: Path, model: Mapping[str, Any], held_out: Sequence[HeldOut], settings: Evaluate
+        cls,
+        folder: Path,
+        model: Mapping[str, Any],
+        held_out: Sequence[HeldOut],
+        settings: Evaluate,
+        ranks: Ranks = ALONE,
     ) -> "PartialAnswers":
         """Return what an evaluation with these rows and settings has left; rows at a time do not matter.
 
@@ -84,6 +103,7 @@ class PartialAnswers:
             model: Facts that identify the model.
             held_out: The rows.
             settings: max_new_tokens.
+            ranks: This process among those that answer.
         """
         rows = hashlib.sha256()
         for row in held_out:
@@ -95,7 +115,7 @@ class PartialAnswers:
             "machine": find_machine().as_dict()["name"],
             **environment(),
         }
-        return cls(folder, facts)
+        return cls(folder, facts, ranks)
 
     def of(self, model: str) -> KeptAnswers:
         """Return those of a model."""
@@ -103,9 +123,10 @@ class PartialAnswers:
         return KeptAnswers(self.path, model, known)
 
     def remove(self) -> None:
-        """Delete the file, once the evaluation is written; the folder too, where nothing else is in it."""
-        self.path.unlink(missing_ok=True)
-        folder = self.path.parent
+        """Delete the files, once the evaluation is written; the folder too, where nothing else is in it."""
+        folder = self._folder
+        for path in folder.glob(f"{self._name}*.jsonl"):
+            path.unlink(missing_ok=True)
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 

@@ -13,6 +13,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from veneer.evaluation.prefix import SharedPrefix
+from veneer.machine.ranks import Ranks
 from veneer.planning.held_out import prompts_at_a_time
 
 
@@ -44,6 +45,18 @@ def read_prompts(
             if number not in known:
                 yield ReadPrompt(number, cache, row)
         cache = None  # one group is held at a time
+
+
+def not_own(prompts: Sequence[list[int]], rows: int, ranks: Ranks) -> set[int]:
+    """Return the numbers of the prompts that other ranks answer.
+
+    A rank takes whole groups, or where there are few of them rows of each: then every rank reads all prompts, in the
+    shapes in which one process would.
+    """
+    groups = list(_groups(prompts, rows))
+    if len(groups) < 2 * ranks.size:
+        groups = [[number] for group in groups for number in group]
+    return {number for place, group in enumerate(groups) if place % ranks.size != ranks.rank for number in group}
 
 
 def _groups(prompts: Sequence[list[int]], rows: int) -> Iterator[list[int]]:

@@ -2,6 +2,9 @@
 
 What else holds memory nobody foresees, so the number of rows that a plan found may be too large. Rows are computed
 independently of each other, so their number at a time changes results by no more than rounding.
+
+Of several ranks each takes whole batches, and all get what every one makes of its own: the shapes, and so the bits, are
+those of one process.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +15,7 @@ import torch
 from veneer.config import JobError
 from veneer.config.notify import notify
 from veneer.machine.device import release_memory
+from veneer.machine.ranks import ALONE, Ranks
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -27,13 +31,15 @@ class Batching:
         fix: advice where not even one row fits.
         what: result that the rows are taken for, in messages.
         together: consecutive rows that are never parted.
+        ranks: this process among those that share the batches; all call `over` together, with the same items.
 
     Attributes:
         size: current number of rows in a batch.
     """
 
-    def __init__(self, size: int, fix: str, what: str = "answers", together: int = 1) -> None:
+    def __init__(self, size: int, fix: str, what: str = "answers", together: int = 1, ranks: Ranks = ALONE) -> None:
         self._together = together
+        self.ranks = ranks
         self.size = self._whole(size)
         self._fix = fix
         self._what = what
@@ -45,6 +51,21 @@ class Batching:
         Raises:
             JobError: not even one fits.
         """
+        if self.ranks.size == 1:
+            yield from self._over(items, work)
+            return
+        size = self.agree()
+        batches = [items[start : start + size] for start in range(0, len(items), size)]
+        for results in self.ranks.spread(batches, lambda own: [list(self._over(batch, work)) for batch in own]):
+            yield from results
+        self.agree()
+
+    def agree(self) -> int:
+        """Take as few rows in a batch as any rank does; returns their number."""
+        self.size = min(self.ranks.gather(self.size))
+        return self.size
+
+    def _over(self, items: Sequence[Item], work: Callable[[Sequence[Item]], Result]) -> Iterator[Result]:
         start = 0
         while start < len(items):
             chosen = items[start : start + self.size]
