@@ -11,6 +11,7 @@ from veneer.config.sizes import parse_size
 from veneer.engine.placement import H100, Rates
 from veneer.machine.cards import find_card, parse_budget
 from veneer.machine.device import Machine, find_machine
+from veneer.machine.ranks import local_size
 from veneer.machine.speeds import Ceilings, ceilings_of, load_ceilings
 
 CONTEXT = 790 * 2**20  # memory of a CUDA process beside the allocator's
@@ -31,6 +32,7 @@ class TargetDevice:
         has_bfloat16: whether bfloat16 is fast there.
         capability: major compute capability of a GPU; if not known, that of the GPUs whose attention needs more memory.
         host_bytes: memory of the host that may be pinned.
+        gpus: number of such devices of one machine that the run has.
     """
 
     device: str
@@ -41,6 +43,7 @@ class TargetDevice:
     has_bfloat16: bool
     capability: int = 8
     host_bytes: int = 2**62
+    gpus: int = 1
 
     @property
     def rates(self) -> Rates:
@@ -77,7 +80,9 @@ def this_device(machine: Machine | None = None, budget: str = "auto") -> TargetD
     ceilings = load_ceilings(machine) or (ceilings_of(card) if card else None)
     capability = card.capability // 10 if card else 8
     host = int(PINNED_SHARE * psutil.virtual_memory().available)
-    found = TargetDevice(machine.device, name, free, machine.dtype, ceilings, machine.has_bfloat16, capability, host)
+    found = TargetDevice(
+        machine.device, name, free, machine.dtype, ceilings, machine.has_bfloat16, capability, host, local_size()
+    )
     return found.within(budget)
 
 
