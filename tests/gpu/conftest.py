@@ -12,4 +12,4 @@ def context_of_autograd() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         matrix = torch.ones(2, 2, device="cuda", requires_grad=True)
-        (matrix @ matrix).sum().backward()
+        (matrix @ matrix).sum().backward()  # type: ignore[no-untyped-call]

@@ -25,6 +25,7 @@ from veneer.config.folder import remove, write_text
 from veneer.config.sweep import Combination, PlannedSweep
 from veneer.training.intervals import Interval
 from veneer.training.job import TrainingJob
+from veneer.training.metrics import read_metrics
 from veneer.training.objectives import OBJECTIVES
 from veneer.training.paired_losses import RowLosses, loss_difference, loss_interval
 from veneer.training.parts import RunParts, fresh_parts, load_parts
@@ -61,6 +62,7 @@ class CombinationResult:
         status: finished; stopped at a rung; or failed.
         trainable: Trained parameters; None: it failed before they were counted.
         steps: Optimizer steps that were made.
+        seconds: Time of these steps with one seed; None: it is not known.
         loss: Held-out loss over its seeds, with its interval; None: it failed.
         difference: Its loss less that of the best, or where it was stopped of the best then.
         message: Reason why it failed; empty: it did not.
@@ -70,6 +72,7 @@ class CombinationResult:
     status: str
     trainable: int | None = None
     steps: int = 0
+    seconds: float | None = None
     loss: Interval | None = None
     difference: Interval | None = None
     message: str = ""
@@ -81,6 +84,7 @@ class CombinationResult:
             "status": self.status,
             "trainable": self.trainable,
             "steps": self.steps,
+            "seconds": self.seconds,
             "loss": self.loss and self.loss.as_dict(),
             "difference": self.difference and self.difference.as_dict(),
             "message": self.message,
@@ -241,11 +245,13 @@ class SweepLoop:
                 remove(folder.checkpoints)
             else:
                 job.fit_until(rung)
+            seconds = sum(record["seconds"] for record in read_metrics(folder.metrics) if record["kind"] == "train")
             losses = job.row_losses()
             was_stopped = job.was_stopped
             if not math.isfinite(losses.mean):
                 raise JobError("the held-out loss is not finite\n  fix: lower train.learning_rate")
             facts |= {"status": "measured", "loss": losses.mean, "losses": losses.losses, "weights": losses.weights}
+            facts |= {"seconds": round(seconds, 3)}
         except Interrupted:
             raise Interrupted(self._folder) from None
         except (JobError, UserError, torch.OutOfMemoryError) as error:
@@ -282,6 +288,7 @@ class SweepLoop:
             status="finished" if rung is None else "stopped",
             trainable=record["trainable"],
             steps=record["steps"],
+            seconds=record.get("seconds"),
             loss=loss_interval(losses),
             difference=loss_difference(losses, self._losses(best, rung)),
         )

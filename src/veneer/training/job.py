@@ -371,7 +371,9 @@ class TrainingJob:
         with self._locked():
             self._begin()
             with kept_in(self.folder.events):
-                return self._train(listeners, write_extras)
+                trained = self._train(listeners, write_extras)
+            self.ranks.gather(None)  # a rank that leaves takes its part of a sharded base along
+            return trained
 
     def fit_until(self, step: int) -> None:
         """Train to a step and leave a checkpoint there, from which a job that resumes the run goes on.

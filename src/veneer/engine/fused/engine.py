@@ -19,7 +19,7 @@ from veneer.engine.fused.group import Group
 from veneer.engine.fused.offload import ActivationStore
 from veneer.engine.fused.pinned import PinnedMemory
 from veneer.engine.fused.policy import Demand, checkpointed, choose_placement, tightest, uniform
-from veneer.engine.fused.shards import Shards
+from veneer.engine.fused.shards import Shards, shard_bytes
 from veneer.engine.fused.streaming import StreamedWeights
 from veneer.engine.interface import BatchShapes
 from veneer.engine.objective import LIKELIHOOD, Objective, StepOutput, TrainedTokens
@@ -134,7 +134,8 @@ class FusedEngine:
             torch.cuda.empty_cache()
             budget = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
             if budget_bytes is not None:
-                budget = min(budget, budget_bytes)
+                shards = shard_bytes([block for block in self.blocks if block.shards > 1])  # not the allocator's
+                budget = min(budget, budget_bytes - shards)
             return self.plan_within(shapes, budget - later_bytes)
         if shapes.varies:  # no memory was reserved for recorded passes
             self.apply(replace(self.placement, records_passes=False))
