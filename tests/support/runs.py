@@ -39,6 +39,15 @@ def some_pairs(count: int = 8) -> list[dict[str, Any]]:
     ]
 
 
+def some_rated(count: int = 8) -> list[dict[str, Any]]:
+    """Rows of uneven length, half of them rated good."""
+    rows = []
+    for pair in some_pairs(-(-count // 2)):
+        for name in ("chosen", "rejected"):
+            rows.append({"prompt": pair["prompt"], "completion": pair[name], "label": name == "chosen"})
+    return rows[:count]
+
+
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)

@@ -17,8 +17,10 @@ from tests.support.plans import planner_of, run_of
 from tests.support.runs import write_rows
 from veneer.config import Run
 from veneer.machine.device import Machine
+from veneer.machine.speeds import link_of
 from veneer.planning.advice import RULES, DataFacts, Situation, TokenizerFacts, advise
 from veneer.planning.base import PlannedModel
+from veneer.planning.gpus import OnGpus
 from veneer.planning.planner import Planner
 from veneer.planning.predict import predict_run, prepare_if_local
 from veneer.planning.target import TargetDevice, device_named, this_device
@@ -122,6 +124,7 @@ EARNED: dict[str, dict[str, Any]] = {
     "no-template": {"base": "plain"},
     "no-end-token": {"base": "chat", "data": {"train": "long.jsonl", "overlong": "truncate", "max_length": 60}},
     "max-length-low": {"base": "chat", "data": {"max_length": 36}},
+    "second-gpu": {"base": "chat", "gpus": 2},
     "positions": {"base": "openai-community/gpt2", "data": {"max_length": 1500}},
     "held-out-small": {"base": "chat", "data": {"validation": 20}},
 }
@@ -147,7 +150,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Pa
     return folder
 
 
-def advised(base: str = "meta-llama/Llama-3.2-3B", gpu: str = "rtx 3060", **changes: Any) -> dict[str, dict[str, str]]:
+def advised(
+    base: str = "meta-llama/Llama-3.2-3B", gpu: str = "rtx 3060", gpus: int = 1, **changes: Any
+) -> dict[str, dict[str, str]]:
     """What `veneer plan` says of a run whose settings are sound but for the changes, by rule.
 
     Without the search for what would make it fit.
@@ -158,7 +163,7 @@ def advised(base: str = "meta-llama/Llama-3.2-3B", gpu: str = "rtx 3060", **chan
     for name, section in changes.items():
         values[name] = values.get(name, {}) | section
     run = Run.model_validate(values)
-    planned = predict_run(run, device_named(gpu), prepare_if_local(run)).as_dict()
+    planned = predict_run(run, device_named(gpu, gpus=gpus), prepare_if_local(run)).as_dict()
     return {advice["id"]: advice for advice in planned["advice"]}
 
 
@@ -251,6 +256,27 @@ def test_the_engine_that_spends_memory_itself_is_told_to_where_it_may_not() -> N
     fixes = {advice.id: advice.fix for advice in advise(situation("h100", train={"gradient_checkpointing": True}))}
     assert fixes["checkpointing-ample"] == "set train.gradient_checkpointing=auto"
     assert "checkpointing-ample" not in ids(situation("h100"))
+
+
+@pytest.mark.parametrize(
+    ("two", "said"),
+    [
+        ({"run_seconds": 8000.0, "gain": 1.25, "exchange_seconds": 0.2}, "20% of a step is the exchange of gradients"),
+        ({"run_seconds": 8000.0, "gain": 1.25, "busiest": 1.6}, "one of two GPUs gets 60% more tokens"),
+        ({"run_seconds": 9000.0, "gain": 1.1, "rows_per_step": 9}, "there are 9 rows"),
+        ({"run_seconds": 9975.0, "gain": 1.0}, "saves 25 s, about what a run takes to start"),
+        ({"run_seconds": 5000.0, "gain": 2.0}, ""),
+    ],
+    ids=["slow link", "uneven rows", "few rows", "short run", "worth it"],
+)
+def test_a_second_gpu_that_gains_little_is_told_with_the_reason(two: dict[str, Any], said: str) -> None:
+    one = OnGpus(1, GiB, 8, 100, 0.0, 1.0, 1.0, 10_000.0, 1000.0, 1.0)
+    other = replace(one, **({"gpus": 2, "rows_per_step": 16} | two))
+    sound = situation()
+    target = replace(sound.forecast.target, gpus=2, gpu_link=link_of(None))
+    found = advise(replace(sound, forecast=replace(sound.forecast, target=target), by_gpus=[one, other]))
+    assert [advice.id for advice in found] == (["second-gpu"] if said else [])
+    assert said in "".join(advice.message for advice in found)
 
 
 def test_rules_about_what_was_not_read_keep_still() -> None:

@@ -124,7 +124,7 @@ def test_a_base_that_is_spread_over_gpus_leaves_a_part_on_each() -> None:
     base = planner_of(run, "80GiB").base
 
     def weights(gpus: int) -> dict[str, int]:
-        found = Planner(base, replace(device_named("80GiB"), gpus=gpus)).forecast(run)
+        found = Planner(base, replace(device_named("80GiB"), ranks=gpus)).forecast(run)
         assert found.placement.records_passes == (gpus == 1)
         return found.phases["backward"].components
 

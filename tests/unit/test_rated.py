@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
 import veneer
-from tests.support.runs import StopAt, losses, some_pairs, tiny_run, write_rows
+from tests.support.runs import StopAt, losses, some_pairs, some_rated, tiny_run, write_rows
 from tests.unit.test_prefer import adapter, records
 from veneer.config import Interrupted, Run, UserError
 from veneer.data.batch import Example
@@ -25,15 +25,6 @@ from veneer.training.job import TrainingJob
 from veneer.training.run_batches import batches_of
 
 OF_PAIRS = ("dpo", "orpo", "simpo", "cpo")
-
-
-def some_rated(count: int = 8) -> list[dict[str, Any]]:
-    """Rows of uneven length, half of them rated good."""
-    rows = []
-    for pair in some_pairs(-(-count // 2)):
-        for name in ("chosen", "rejected"):
-            rows.append({"prompt": pair["prompt"], "completion": pair[name], "label": name == "chosen"})
-    return rows[:count]
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """`veneer sweep` on a tiny model: combinations, resuming, losers that are stopped, the sweet spot, and bad input."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from tests.support.runs import some_rows, tiny_run, write_rows
 from veneer.config import Interrupted, JobError, UserError
 from veneer.config.load import to_yaml
 from veneer.config.sweep import load_sweep
+from veneer.evaluation.sweep import trials_of
+from veneer.evaluation.trial_processes import TrialProcesses
 from veneer.training.metrics import read_metrics
 
 Write = Callable[..., Path]
@@ -105,6 +108,56 @@ def test_a_resumed_sweep_runs_what_is_missing_and_gives_the_same_numbers(write: 
     nothing: list[dict[str, Any]] = []
     assert table(veneer.sweep(path, resume=True, on_record=nothing.append)) == table(whole)
     assert nothing == []
+
+
+def test_trials_side_by_side_come_to_the_same_and_are_resumed_by_one_process(write: Write, tmp_path: Path) -> None:
+    body = "grid: {adapter.r: [2, 4]}\n"
+    whole = veneer.sweep(write(body, "whole"))
+    path, seen = write(body, "many"), list[dict[str, Any]]()
+
+    def interrupt(record: dict[str, Any]) -> None:
+        seen.append(record)
+        raise Interrupted(tmp_path)
+
+    with pytest.raises(Interrupted):
+        veneer.sweep(path, on_record=interrupt, gpus=2)
+    again: list[dict[str, Any]] = []
+    resumed = veneer.sweep(path, resume=True, on_record=again.append)
+    assert sorted(record["trial"] for record in (*seen, *again)) == ["01-seed-42", "02-seed-42"]
+    assert table(resumed) == table(whole)
+
+
+PROCESS = """
+import json, os, signal, sys, time
+print(json.dumps({"loaded": True}), flush=True)
+for line in sys.stdin:
+    trial = json.loads(line)["trial"]
+    if trial == os.environ.get("DIES"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.05)
+    print(json.dumps({"facts": {"trial": trial, "gpu": os.environ["GPU"]}, "was_stopped": False}), flush=True)
+"""
+
+
+def test_processes_share_the_trials_and_one_that_dies_is_named(write: Write, tmp_path: Path) -> None:
+    trials = trials_of(load_sweep(write("grid: {adapter.r: [2, 4, 8]}\nseeds: 2\n")))
+    names = {trial.name for trial in trials}
+
+    def processes(**environment: str) -> TrialProcesses:
+        command = [sys.executable, "-c", PROCESS]
+        return TrialProcesses(command, [{"GPU": str(number)} | environment for number in range(2)], tmp_path)
+
+    with processes() as sound:
+        sound.load()
+        for rung in (4, None):
+            found = [facts for facts, _ in sound.measured(trials, rung)]
+            assert {facts["trial"] for facts in found} == names
+            assert {facts["gpu"] for facts in found} == {"0", "1"}
+    with processes(DIES="02-seed-43") as dying, pytest.raises(JobError, match="trial 02-seed-43") as caught:
+        dying.load()
+        list(dying.measured(trials, None))
+    assert "SIGKILL" in str(caught.value)
+    assert "go on with --resume" in str(caught.value)
 
 
 def test_a_trial_that_was_interrupted_goes_on_within(

@@ -4,10 +4,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from veneer.config import Run
-from veneer.machine.speeds import Ceilings, save_ceilings
+from veneer.machine.link import measure_link
+from veneer.machine.speeds import Ceilings, save_ceilings, save_link
 from veneer.model.known import MODEL_SIZES
 from veneer.model.lineage import builtin_origins
-from veneer.planning.doctor import MachineProblem, MachineReport, diagnose, examine_machine, usable
+from veneer.planning.doctor import MachineProblem, MachineReport, diagnose, examine_machine, usable, with_link
 from veneer.planning.model_sizes import METHODS, ModelSize, model_sizes
 from veneer.planning.target import this_device
 
@@ -51,12 +52,14 @@ class Examined:
 
 
 def doctor(measure: bool = False) -> Examined:
-    """Examine this machine.
+    """Examine this machine; where it has several GPUs, measure the link between them for the times of later plans.
 
     Args:
         measure: Measure its speed too, for the times of later plans; takes about 20 seconds.
     """
-    found = examine_machine()
+    found = with_link(examine_machine(), measure_link)
+    if found.gpu_link is not None:
+        save_link(found.machine, len(found.gpus), found.gpu_link)
     if measure:
         from veneer.planning.measure import measure_ceilings
 

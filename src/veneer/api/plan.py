@@ -40,7 +40,7 @@ class RunPlan:
         return compare(self.prediction.run, self.prediction.planner)
 
 
-def plan(run: Run, gpu: str | None = None, read_data: bool = True) -> RunPlan:
+def plan(run: Run, gpu: str | None = None, read_data: bool = True, gpus: int | None = None) -> RunPlan:
     """Predict a run: memory by phase and component, time, advice, and what to change if it does not fit.
 
     Example:
@@ -51,13 +51,15 @@ def plan(run: Run, gpu: str | None = None, read_data: bool = True) -> RunPlan:
         run: settings of the run.
         gpu: card by name, or its memory as "24GiB"; None: this machine.
         read_data: whether to read the data, where that takes nothing from a network.
+        gpus: number of GPUs, up to which memory, speed and time are compared; None: those of this machine, or one
+            that is named.
 
     Raises:
         UserError: Rows that the objective does not learn from, an unknown card or base, a memory budget that the card
             cannot keep, a target that matches nothing, a quantization the base cannot take.
     """
     budget = run.train.memory_budget
-    target = this_device(None, budget) if gpu is None else device_named(gpu, budget)
+    target = this_device(None, budget, gpus) if gpu is None else device_named(gpu, budget, gpus)
     data = prepare_if_local(run) if read_data else "it was not asked for"
     if not isinstance(data, str):
         choose_objective(run, data.prepared)  # refuses rows that the run could not learn from

@@ -1,8 +1,12 @@
 """Carries out a sweep over settings of a run, and writes its table, its plot and the runs to take."""
 
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from veneer.api.train import finish
@@ -14,6 +18,8 @@ from veneer.config.notify import collected, notify_on_error
 from veneer.config.sweep import PlannedSweep, load_sweep
 from veneer.config.task import require_answers
 from veneer.evaluation.sweep import OnRecord, SweepLoop, SweepResult, winning_run
+from veneer.evaluation.trial_processes import TrialProcesses
+from veneer.evaluation.trials import Measurer, Trials
 from veneer.report.sweep_plot import plot_sweep
 
 
@@ -39,6 +45,7 @@ def sweep(
     resume: bool = False,
     on_record: OnRecord = lambda record: None,
     on_load: Callable[[], None] = lambda: None,
+    gpus: int = 1,
 ) -> Swept:
     """Train each combination of settings of a sweep on one loaded base, and compare them by held-out loss.
 
@@ -50,6 +57,8 @@ def sweep(
         resume: whether to go on with the sweep that is in its folder.
         on_record: callback that gets each line of trials.jsonl as it is written.
         on_load: callback that is called once base and rows are loaded.
+        gpus: trials at a time, each on a GPU of its own, with a base of its own; without GPUs, each in a process. The
+            results are the same, and a sweep may be resumed with another number.
 
     Raises:
         UserError: The sweep or one of its runs is not right; nothing was written.
@@ -59,10 +68,10 @@ def sweep(
     require_answers(planned.run.model, "veneer sweep")
     folder = planned.sweep.output_dir.expanduser()
     require_sweep_folder(planned, resume)
-    with collected():
-        loop = SweepLoop(planned, folder, finish, on_record)
+    with collected(), _measurer(planned, folder, gpus) as measurer:
+        loop = SweepLoop(planned, folder, measurer, on_record)
         if loop.missing:
-            loop.load()
+            measurer.load()
         on_load()
         with RunFolder(folder).locked():
             require_sweep_folder(planned, resume)
@@ -71,6 +80,22 @@ def sweep(
             result = loop.run()
             _write_results(folder, planned, result)
     return Swept(folder, result)
+
+
+@contextmanager
+def _measurer(planned: PlannedSweep, folder: Path, gpus: int) -> Iterator[Measurer]:
+    """Yield what measures trials: this process, or several."""
+    if gpus == 1:
+        yield Trials(planned, folder, finish)
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    names = visible if len(visible) >= gpus else [str(number) for number in range(gpus)]
+    with TemporaryDirectory() as place:
+        file = Path(place) / "sweep.yaml"
+        write_text(file, planned.to_yaml())
+        command = [sys.executable, "-m", "veneer.api.trial_process", str(file)]
+        with TrialProcesses(command, [{"CUDA_VISIBLE_DEVICES": name} for name in names[:gpus]], folder) as processes:
+            yield processes
 
 
 def require_sweep_folder(planned: PlannedSweep, resume: bool) -> None:

@@ -151,6 +151,15 @@ def require_inputs(run: Run) -> None:
         require_at_hand(held_out, "data.validation")
 
 
+def require_gpus(gpus: int) -> None:
+    """Raise UserError where this machine has GPUs, and fewer than so many."""
+    if gpus > 1:
+        import torch
+
+        if (there := torch.cuda.device_count()) and gpus > there:
+            raise UserError(f"--gpus {gpus}: this machine has {there}", f"use --gpus {there}, or less")
+
+
 def require_gate(gate: str | None) -> None:
     """Raise UserError where the condition of --gate cannot be parsed."""
     if gate is not None:

@@ -10,6 +10,9 @@ def plan(
     run: Annotated[Path, typer.Argument(help="YAML file of the run.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Overrides: section.key=value.")] = None,
     gpu: Annotated[str | None, typer.Option(help='Plan for another GPU: "rtx 4090", or its memory as 24GiB.')] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Compare numbers of GPUs up to this one; without it, those that are here.")
+    ] = None,
     fit: Annotated[Path | None, typer.Option(help="Write the run, changed so that it fits, to this file.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Full, LoRA and QLoRA at 16, 24, 48 and 80 GiB.")] = False,
     no_data: Annotated[bool, typer.Option("--no-data", help="Do not read the data; assume full-length rows.")] = False,
@@ -38,7 +41,7 @@ def plan(
     with show.status(out, "planning"):
         import veneer
 
-        planned = veneer.plan(settings, gpu, not no_data)
+        planned = veneer.plan(settings, gpu, not no_data, gpus)
         gc.freeze()  # at the end of the process, too
         compared = planned.compare() if compare else None
     result = planned.as_dict() | ({"compare": compared} if compared else {})

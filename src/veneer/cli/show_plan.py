@@ -43,6 +43,8 @@ def show_plan(out: Console, run: Any, plan: dict[str, Any]) -> None:
     fetch = f", to fetch {plan['download_bytes'] / 1e9:.1f} GB" if plan["download_bytes"] else ""
     out.print(f"besides  {host}disk {size(plan['disk_bytes'])}{fetch}")
     show_time(out, plan)
+    if "by_gpus" in plan:
+        show_by_gpus(out, plan)
     show_changes(out, plan)
     show_advice(out, plan["advice"])
 
@@ -74,6 +76,28 @@ def show_time(out: Console, plan: dict[str, Any]) -> None:
             f", {steps:,} steps in {duration(whole['likely'])} ({duration(whole['low'])} to {duration(whole['high'])})"
         )
     out.print(f"{line}; by {escape(plan['ceilings'])}")
+
+
+def show_by_gpus(out: Console, plan: dict[str, Any]) -> None:
+    """Print the run by the number of GPUs."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for name in ("GPUs", "memory a card", "rows a step", "steps", "exchange", "tok/s", "time", "gain"):
+        table.add_column(name, justify="right")
+    for one in plan["by_gpus"]:
+        steps, speed, whole, gain = (one[key] for key in ("steps", "tokens_per_second", "run_seconds", "gain"))
+        table.add_row(
+            *(str(one["gpus"]), size(one["peak_bytes"]), f"{one['rows_per_step']:,}"),
+            "-" if steps is None else f"{steps:,}",
+            "" if one["gpus"] == 1 else duration(one["exchange_seconds"]),
+            "-" if speed is None else f"{speed:,.0f}",
+            "-" if whole is None else duration(whole),
+            "-" if gain is None else f"{gain:.2f}",
+        )
+    out.print()
+    out.print(table, soft_wrap=False)
+    speed, source = plan["gpu_link"]["bandwidth"] / 1e9, escape(plan["gpu_link"]["source"])
+    say(out, f"[dim]exchange: of gradients in a step, at {speed:.0f} GB/s ({source})[/dim]")
+    say(out, "[dim]rows a step: to keep those of one GPU, divide train.gradient_accumulation_steps by the GPUs[/dim]")
 
 
 def show_changes(out: Console, plan: dict[str, Any]) -> None:
@@ -155,6 +179,9 @@ def show_machine(out: Console, found: dict[str, Any]) -> None:
     for gpu in found["gpus"]:
         free = f"{size(gpu['free_bytes'])} of {size(gpu['total_bytes'])} free"
         table.add_row("gpu", f"{escape(gpu['name'])}: {free}, compute capability {gpu['capability'] / 10:.1f}")
+    if link := found["gpu_link"]:
+        peers = "each reaches the others' memory" if link["has_peers"] else "through the host's memory"
+        table.add_row("link", f"{link['bandwidth'] / 1e9:,.1f} GB/s, bus bandwidth of an all-reduce; {peers}")
     if found["driver"]:
         table.add_row("driver", f"{found['driver']}, torch built for CUDA {found['torch_cuda'] or 'none'}")
     if machine["device"] == "cpu":

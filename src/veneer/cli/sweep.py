@@ -9,6 +9,9 @@ import typer
 def sweep(
     file: Annotated[Path, typer.Argument(help="YAML file of the sweep.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep that is in its folder.")] = False,
+    gpus: Annotated[
+        int, typer.Option(min=1, help="Trials at a time, each on a GPU of its own (or in a CPU process).")
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON alone on stdout.")] = False,
 ) -> None:
     """Train combinations of settings on one loaded base, and compare them by held-out loss.
@@ -22,6 +25,7 @@ def sweep(
 
     planned = load_sweep(file)
     checks.require_inputs(planned.run)
+    checks.require_gpus(gpus)
     out = show.console(as_json)
     seeds = planned.sweep.seeds
     out.print(f"sweep    {len(planned.combinations)} combinations, {seeds} seed{'s' if seeds > 1 else ''} each")
@@ -36,7 +40,7 @@ def sweep(
             name = names[str(record["settings"])]
             out.print(f"trial    {name}, seed {record['seed']}: {steps}{found}", markup=False)
 
-        swept = veneer.sweep(planned, resume, on_record, lambda: status.update("training the trials"))
+        swept = veneer.sweep(planned, resume, on_record, lambda: status.update("training the trials"), gpus)
     if as_json:
         show.print_json(swept.as_dict())
     else:

@@ -116,13 +116,10 @@ def _train(
 
 def _launch(gpus: int) -> int:
     """Run this command in as many processes as GPUs; returns its exit status."""
-    import torch
-
-    from veneer.config import UserError
+    from veneer.cli import checks
     from veneer.machine.launch import launch
 
-    if (there := torch.cuda.device_count()) and gpus > there:
-        raise UserError(f"--gpus {gpus}: this machine has {there}", f"use --gpus {there}, or less")
+    checks.require_gpus(gpus)
     given = sys.argv[1:]
     at = next(n for n, word in enumerate(given) if word == "--gpus" or word.startswith("--gpus="))
     return launch(gpus, given[:at] + given[at + (2 if given[at] == "--gpus" else 1) :])

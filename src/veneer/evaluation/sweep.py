@@ -1,9 +1,8 @@
-"""Carries out a sweep: trains each trial on one loaded base, stops losers, and says which combination to take.
+"""Carries out a sweep: has each trial trained, stops losers, and says which combination to take.
 
 A trial is one combination of settings with one seed. It is a run of its own in trials/NAME of the sweep's folder, made
-by the same `TrainingJob`, so that what a sweep finds `veneer train` gives again; only base and rows are loaded once,
-and each trial gets a fresh adapter. Rows are split by the run's own seed: all trials are measured on the same held-out
-rows, and compared in pairs (training/paired_losses.py).
+by the same `TrainingJob` (trials.py), so that what a sweep finds `veneer train` gives again. Rows are split by the
+run's own seed: all trials are measured on the same held-out rows, and compared in pairs (training/paired_losses.py).
 
 At a rung (successive halving, arXiv 1502.07943) a combination is stopped if it is in the worse half and its loss is
 shown to be worse than the best one's, so that noise stops none. trials.jsonl gets a line for each measurement; all
@@ -17,40 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from veneer.config import Interrupted, JobError, Run, RunFolder, UserError
+from veneer.config import Interrupted, JobError, Run
 from veneer.config.files import read_json_lines
 from veneer.config.folder import remove, write_text
 from veneer.config.sweep import Combination, PlannedSweep
+from veneer.evaluation.trials import Measurer, Trial
 from veneer.training.intervals import Interval
-from veneer.training.job import TrainingJob
-from veneer.training.metrics import read_metrics
-from veneer.training.objectives import OBJECTIVES
 from veneer.training.paired_losses import RowLosses, loss_difference, loss_interval
-from veneer.training.parts import RunParts, fresh_parts, load_parts
-from veneer.training.run_batches import batches_of
 
 OnRecord = Callable[[dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One combination with one seed."""
-
-    combination: Combination
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """The name of its folder."""
-        return f"{self.combination.number:02d}-seed-{self.seed}"
-
-    def run(self, folder: Path) -> Run:
-        """Return its run, without what a sweep does itself: held-out losses on the way, and checkpoints."""
-        run = self.combination.run
-        own = {"seed": self.seed, "output_dir": folder, "eval_steps": None, "save_steps": None, "save_total_limit": 1}
-        return run.model_copy(update={"train": run.train.model_copy(update=own)})
 
 
 @dataclass(frozen=True)
@@ -127,12 +101,12 @@ class SweepResult:
 
 
 class SweepLoop:
-    """Trains and measures the trials of a sweep.
+    """Has the trials of a sweep measured, and decides by what they came to.
 
     Args:
         planned: The sweep.
         folder: The sweep's folder.
-        finish: Function that trains a job to its end and writes its adapter.
+        measurer: Trainer of the trials.
         on_record: Callback that gets each new line of trials.jsonl.
     """
 
@@ -140,55 +114,14 @@ class SweepLoop:
         self,
         planned: PlannedSweep,
         folder: Path,
-        finish: Callable[[TrainingJob], Any],
+        measurer: Measurer,
         on_record: OnRecord = lambda record: None,
     ) -> None:
         self._sweep, self._run, self._combinations = planned.sweep, planned.run, planned.combinations
-        self._folder, self._finish, self._on_record = folder, finish, on_record
-        first = planned.run.train.seed
-        self._seeds = range(first, first + planned.sweep.seeds)
+        self._folder, self._measurer, self._on_record = folder, measurer, on_record
+        self._seeds = seeds_of(planned)
         self._file = folder / "trials.jsonl"
         self._records = {(record["trial"], record["rung"]): record for record in self._read()}
-        self._parts: RunParts | None = None
-
-    def load(self) -> None:
-        """Load base and rows.
-
-        Raises:
-            UserError: The run cannot be carried out, holds too few rows out, or ends before the last rung.
-        """
-        parts = load_parts(self._run)
-        rows = len(parts.data.validation.rows)
-        objectives = sorted({name for one in self._combinations for name in one.settings if _is_of_objective(name)})
-        if objectives:
-            raise UserError(
-                f"a sweep compares trials by their held-out loss, which {', '.join(objectives)} would change the "
-                "meaning of",
-                "train each run by itself, and compare rewards/accuracies in the records of kind eval in metrics.jsonl",
-            )
-        if parts.data.kind == "rated":
-            raise UserError(
-                "a sweep compares trials by their loss on single answers or pairs of them, and its rows are rated",
-                "train each run by itself, and compare the records of kind eval in their metrics.jsonl",
-            )
-        if rows < 2:
-            raise UserError(
-                f"a sweep compares trials by their loss on held-out rows, of which the run has {rows}; at least 2 are "
-                "needed",
-                "hold more rows out with data.validation",
-            )
-        for combination in self._combinations if self._sweep.rungs else ():
-            train = combination.run.train
-            documents = 2 if parts.data.has_pairs else 1
-            steps = batches_of(combination.run, parts.data.train, documents).steps(
-                train.num_train_epochs, train.max_steps
-            )
-            if self._sweep.rungs[-1] >= steps:
-                raise UserError(
-                    f"rungs = {list(self._sweep.rungs)}: a run with {combination.name} has {steps} steps",
-                    "name steps before the last one",
-                )
-        self._parts = fresh_parts(parts, self._run)
 
     @property
     def missing(self) -> int:
@@ -206,9 +139,10 @@ class SweepLoop:
         ended: dict[int, CombinationResult] = {}
         alive = list(self._combinations)
         for rung in (*self._sweep.rungs, None):
-            for trial in self._trials(alive):
-                if (trial.name, rung) not in self._records and not self._failure(trial.combination):
-                    self._measure(trial, rung)
+            for facts, was_stopped in self._measurer.measured(self._unmeasured(alive, rung), rung):
+                self._write(facts)
+                if was_stopped:
+                    raise Interrupted(self._folder)
             for combination in list(alive):
                 if message := self._failure(combination):
                     alive.remove(combination)
@@ -224,50 +158,16 @@ class SweepLoop:
                     self._drop([result.combination])
         return self._result(alive, ended)
 
+    def _unmeasured(self, combinations: Sequence[Combination], rung: int | None) -> Iterator[Trial]:
+        """Yield the trials that have no result at a rung, and none of whose combination has failed by then."""
+        for trial in self._trials(combinations):
+            if (trial.name, rung) not in self._records and not self._failure(trial.combination):
+                yield trial
+
     def _trials(self, combinations: Sequence[Combination]) -> Iterator[Trial]:
         for combination in combinations:
             for seed in self._seeds:
                 yield Trial(combination, seed)
-
-    def _measure(self, trial: Trial, rung: int | None) -> None:
-        """Train a trial to a rung, or to its end, and write a line about it."""
-        folder = RunFolder(self._folder / "trials" / trial.name)
-        if folder.is_finished:  # it had just ended when it was killed, before its line was written
-            folder.remove()
-        facts: dict[str, Any] = {"trial": trial.name, "settings": trial.combination.settings, "seed": trial.seed}
-        facts |= {"rung": rung}
-        was_stopped = False
-        try:
-            job = self._job(trial.run(folder.path))
-            facts |= {"trainable": job.parameters["trainable"], "steps": rung or job.steps}
-            if rung is None:
-                self._finish(job)
-                remove(folder.checkpoints)
-            else:
-                job.fit_until(rung)
-            seconds = sum(record["seconds"] for record in read_metrics(folder.metrics) if record["kind"] == "train")
-            losses = job.row_losses()
-            was_stopped = job.was_stopped
-            if not math.isfinite(losses.mean):
-                raise JobError("the held-out loss is not finite\n  fix: lower train.learning_rate")
-            facts |= {"status": "measured", "loss": losses.mean, "losses": losses.losses, "weights": losses.weights}
-            facts |= {"seconds": round(seconds, 3)}
-        except Interrupted:
-            raise Interrupted(self._folder) from None
-        except (JobError, UserError, torch.OutOfMemoryError) as error:
-            facts |= {"status": "failed", "message": " ".join(str(error).split())}
-        self._write(facts)
-        if was_stopped:
-            raise Interrupted(self._folder)
-
-    def _job(self, run: Run) -> TrainingJob:
-        if self._parts is None:
-            self.load()
-        assert self._parts is not None
-        self._parts = fresh_parts(self._parts, run)
-        during = {"evaluate": run.evaluate.model_copy(update={"during": ()})}  # trials are compared by losses alone
-        run = run.model_copy(update=during)
-        return TrainingJob(run, "auto", parts=self._parts)  # it goes on from a rung, or from an interruption
 
     def _failure(self, combination: Combination) -> str:
         """Return why a trial of a combination failed; empty: none has."""
@@ -341,16 +241,21 @@ class SweepLoop:
         self._on_record(record)
 
 
+def seeds_of(planned: PlannedSweep) -> range:
+    """Return the seeds with which each combination is trained."""
+    first = planned.run.train.seed
+    return range(first, first + planned.sweep.seeds)
+
+
+def trials_of(planned: PlannedSweep) -> list[Trial]:
+    """Return all trials of a sweep."""
+    return [Trial(combination, seed) for combination in planned.combinations for seed in seeds_of(planned)]
+
+
 def winning_run(result: CombinationResult, output_dir: Path) -> Run:
     """Return the run of a combination, with the run's own seed, in a folder of its own."""
     run = result.combination.run
     return run.model_copy(update={"train": run.train.model_copy(update={"output_dir": output_dir})})
-
-
-def _is_of_objective(setting: str) -> bool:
-    """Return whether a setting says what is minimized, as train.objective or train.dpo."""
-    section, _, name = setting.partition(".")
-    return section == "train" and name in ("objective", "reference", *OBJECTIVES)
 
 
 def _loss(result: CombinationResult) -> float:

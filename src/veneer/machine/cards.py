@@ -47,6 +47,11 @@ class Card:
         """10^9 bytes a second from or to pinned host memory: what is reached of 16 lanes of its PCI Express."""
         return 52.0 if self.capability >= 90 else 22.0 if self.capability >= 80 else 11.0
 
+    @property
+    def has_nvlink(self) -> bool:
+        """Whether the GPUs of a machine with several are usually linked by NVLink: the SXM forms of servers."""
+        return self.name.split()[0] in ("a100", "h100", "h200", "b200") and not self.name.endswith("pcie")
+
 
 CARDS = {name: Card(name, *facts) for name, facts in packaged_table("veneer.machine", "cards.yaml").items()}
 

@@ -1,4 +1,7 @@
-"""The speed of a machine: ceilings measured on it (`veneer doctor --measure`) or from its card's data sheet."""
+"""The speed of a machine: ceilings measured on it (`veneer doctor --measure`) or from its card's data sheet.
+
+So is the link between its GPUs, which `veneer doctor` measures wherever there are several.
+"""
 
 import platform
 from dataclasses import asdict, dataclass
@@ -42,6 +45,37 @@ class Ceilings:
     link: float = 22e9
 
 
+@dataclass(frozen=True)
+class GpuLink:
+    """The link over which the GPUs of a machine exchange gradients.
+
+    Attributes:
+        bandwidth: bus bandwidth, bytes a second: an all-reduce of B bytes over n GPUs takes 2 (n - 1) / n * B / it.
+        has_peers: whether each GPU reaches the memory of all others; None: not known.
+        source: origin of the numbers.
+    """
+
+    bandwidth: float
+    has_peers: bool | None
+    source: str
+
+    def exchange_seconds(self, size: int, gpus: int) -> float:
+        """Return the time of an all-reduce of so many bytes."""
+        return 2 * (gpus - 1) / gpus * size / self.bandwidth
+
+
+NVLINK = 187e9  # what one all-reduce of 168 MB reaches over NVLink between two H100, in 0.9 ms
+OVER_HOST = 0.3  # share of a card's link to the host that is left where gradients go through the host's memory
+
+
+def link_of(card: Card | None) -> GpuLink:
+    """Return the link to assume between GPUs of a kind until it is measured; None: it is not known."""
+    if card is not None and card.has_nvlink:
+        return GpuLink(NVLINK, True, "NVLink between two H100")
+    pci = 22.0 if card is None else card.link_gbs
+    return GpuLink(OVER_HOST * pci * 1e9, None, "PCI Express without peer access, assumed")
+
+
 def ceilings_of(card: Card) -> Ceilings:
     """Estimate the ceilings of a card from its data sheet, by the shares of it that an H100 reaches."""
     return Ceilings(
@@ -58,9 +92,9 @@ def ceilings_of(card: Card) -> Ceilings:
     )
 
 
-def ceilings_file(machine: Machine) -> Path:
-    """Return the file of this machine's measured ceilings."""
-    name = f"{machine.name} {machine.cores} {platform.machine()} torch {torch.__version__}"
+def ceilings_file(machine: Machine, what: str = "") -> Path:
+    """Return the file of this machine's measured ceilings, or of something else that was measured."""
+    name = f"{machine.name} {machine.cores} {platform.machine()} torch {torch.__version__}{what}"
     return cache_folder() / "ceilings" / ("".join(c if c.isalnum() else "-" for c in name) + ".json")
 
 
@@ -80,3 +114,25 @@ def save_ceilings(machine: Machine, ceilings: Ceilings) -> None:
     file = ceilings_file(machine)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, asdict(ceilings))
+
+
+def _link_file(machine: Machine, gpus: int) -> Path:
+    return ceilings_file(machine, f" link of {gpus}")
+
+
+def load_link(machine: Machine, gpus: int) -> GpuLink | None:
+    """Load the measured link between this machine's GPUs; None: never measured with so many."""
+    file = _link_file(machine, gpus)
+    if not file.exists():
+        return None
+    fix = f"delete {file}, and measure again with `veneer doctor`"
+    values = read_json(file, "bandwidth", fix=fix)
+    with reading(file, fix):
+        return GpuLink(**values)
+
+
+def save_link(machine: Machine, gpus: int, link: GpuLink) -> None:
+    """Save a measured link for later plans."""
+    file = _link_file(machine, gpus)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, asdict(link))

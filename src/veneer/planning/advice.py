@@ -7,7 +7,7 @@ rule is based on. docs/advice.md also lists the pitfalls that cannot happen here
 All rules are in one file, although it is long: they are independent, and readers search for one by id or section.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -25,12 +25,15 @@ from veneer.model.adapters.method import AdapterMethod
 from veneer.model.shapes import Shapes
 from veneer.model.target_modules import rank_of
 from veneer.planning.forecast import Forecast
+from veneer.planning.gpus import OnGpus
 from veneer.planning.memory import frozen_bytes
 
 RATES = 2e-5, 1e-3  # usual learning rates of LoRA; see `rate_scale` for others
 ONE_SIDED = 0.8  # share of pairs that are longer on the same side
 FEW_PAIRS = 20  # of fewer, chance puts so many on one side
 MORE_ROWS = "gather more rows"
+START_SECONDS = 30  # until the first step: libraries, the base, the engine's check, kernels that are compiled
+WORTH = 1.8  # gain by a second GPU that is worth it
 SEVERITIES = ("error", "warning", "info")
 
 
@@ -83,6 +86,7 @@ class Situation:
         forecast: forecast of the run.
         data, tokenizer: facts of these; None: not read.
         file_type: type of a quantized GGUF file that the base comes from, as Q4_1; None: the base is no such file.
+        by_gpus: the run by the number of GPUs, one and two first; empty: there is one.
     """
 
     run: Run
@@ -92,6 +96,7 @@ class Situation:
     data: DataFacts | None = None
     tokenizer: TokenizerFacts | None = None
     file_type: str | None = None
+    by_gpus: Sequence[OnGpus] = ()
 
     @property
     def adapter(self) -> Adapter:
@@ -457,6 +462,38 @@ def _(s: Situation) -> Finding:
     if layers > 0.8 * forecast.step_margin_bytes:
         return None
     return "memory is ample: nothing need be recomputed", "set train.gradient_checkpointing=false"
+
+
+@_info("second-gpu", "train.gradient_accumulation_steps", "bench/many.py: 2.0 times the speed on two H100 over NVLink")
+def _(s: Situation) -> Finding:
+    if len(s.by_gpus) < 2:
+        return None
+    one, two = s.by_gpus[:2]
+    if one.run_seconds is not None and two.run_seconds is not None:
+        saved = one.run_seconds - two.run_seconds
+        if s.run.train.max_steps is None and saved < START_SECONDS:
+            message = f"a second GPU saves {saved:.0f} s, about what a run takes to start"
+            return message, "train it on one GPU, without --gpus"
+    if two.gain is None or two.step_seconds is None or two.gain >= WORTH:
+        return None
+    gains = f"a second GPU makes it {two.gain:.2f} times as fast: "
+    share = two.exchange_seconds / two.step_seconds
+    if two.rows_per_step < 2 * one.rows_per_step:
+        return f"{gains}there are {two.rows_per_step:,} rows, and two would share them in a step", MORE_ROWS
+    if share > two.busiest - 1:
+        link = s.forecast.target.gpu_link
+        assert link is not None
+        return (
+            f"{gains}{share:.0%} of a step is the exchange of gradients, at {link.bandwidth / 1e9:.0f} GB/s "
+            f"({link.source})",
+            "raise train.gradient_accumulation_steps, since gradients are exchanged once a step; `veneer doctor` "
+            "measures the link",
+        )
+    return (
+        f"{gains}with {two.rows_per_step} rows of uneven length in a step, one of two GPUs gets {two.busiest - 1:.0%} "
+        "more tokens than the mean, and the other waits",
+        "raise train.gradient_accumulation_steps: more rows are dealt more evenly",
+    )
 
 
 # Data

@@ -46,6 +46,7 @@ class RowShapes:
         unread: reason why the data was not read; None: it was.
         even: whether all rows are of one length.
         replayed: share of micro-batches of the most frequent shapes, which are recorded and replayed.
+        count: rows of an epoch, or packed sequences; None: not known.
     """
 
     fullest: Padded
@@ -59,6 +60,7 @@ class RowShapes:
     unread: str | None
     even: bool = True
     replayed: float = 1.0
+    count: int | None = None
 
 
 def assumed_rows(run: Run, positions: int | None, why: str) -> RowShapes:
@@ -155,6 +157,7 @@ def rows_of(run: Run, engine: str, train: Lengths, held_out: Lengths, documents_
         unread=None,
         even=len(met) == 1,
         replayed=replayed,
+        count=count,
     )
 
 

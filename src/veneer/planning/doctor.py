@@ -10,16 +10,18 @@ import platform
 import shutil
 import subprocess
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
 
+from veneer.config import JobError
 from veneer.config.cache import cache_folder
 from veneer.machine.device import Machine, find_machine
+from veneer.machine.speeds import GpuLink
 
 LIBRARIES = (
     *("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "tokenizers", "triton"),
@@ -55,6 +57,8 @@ class MachineReport:
         versions: versions of the libraries that matter; None: missing.
         outdated: requirements that are missing or of another version.
         disk_free_bytes: free bytes by folder.
+        gpu_link: measured link between the GPUs; None: there is one GPU, or it was not measured.
+        gpu_link_failure: reason why it could not be measured; empty: it could, or there is one GPU.
     """
 
     machine: Machine
@@ -68,6 +72,8 @@ class MachineReport:
     versions: dict[str, str | None] = field(default_factory=dict)
     outdated: list[str] = field(default_factory=list)
     disk_free_bytes: dict[str, int] = field(default_factory=dict)
+    gpu_link: GpuLink | None = None
+    gpu_link_failure: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"python": platform.python_version(), "platform": platform.platform()}
@@ -119,6 +125,21 @@ def examine_machine() -> MachineReport:
     )
 
 
+def with_link(found: MachineReport, measure: Callable[[int], GpuLink]) -> MachineReport:
+    """Measure the link between the GPUs of a machine, where it has several; takes half a minute.
+
+    Args:
+        found: the machine.
+        measure: function of the number of GPUs; `veneer.machine.link.measure_link`.
+    """
+    if len(found.gpus) < 2:
+        return found
+    try:
+        return replace(found, gpu_link=measure(len(found.gpus)))
+    except JobError as error:
+        return replace(found, gpu_link_failure=str(error))
+
+
 def diagnose(found: MachineReport) -> list[MachineProblem]:
     """Return the faults of a machine. A missing GPU is not one."""
     return list(_problems(found))
@@ -140,6 +161,13 @@ def _problems(found: MachineReport) -> Iterator[MachineProblem]:
             "bitsandbytes-without-cuda",
             f"bitsandbytes has no CUDA here ({found.bitsandbytes}): no 4-bit base, no 8-bit optimizer on the GPU",
             f"pip install --force-reinstall bitsandbytes; it must include a library for CUDA {found.torch_cuda}",
+        )
+    if found.gpu_link_failure:
+        yield MachineProblem(
+            "gpus-do-not-exchange",
+            f"the {len(found.gpus)} GPUs exchange nothing: {found.gpu_link_failure}",
+            f"see what NCCL says: NCCL_DEBUG=INFO torchrun --standalone --nproc-per-node {len(found.gpus)} -m "
+            "veneer.machine.link; one GPU alone trains without it (CUDA_VISIBLE_DEVICES=0)",
         )
     if found.outdated:
         unmet = f"missing or of another version: {', '.join(found.outdated)}"

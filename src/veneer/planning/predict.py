@@ -3,6 +3,7 @@
 `veneer plan` calls it, and so does every training before it loads anything. Data is used where it has been read.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from veneer.planning.base import PlannedModel
 from veneer.planning.batch_shapes import Lengths
 from veneer.planning.classifier import ClassifierPlanner, PlannedClassifier
 from veneer.planning.forecast import Forecast
+from veneer.planning.gpus import OnGpus, by_gpus
 from veneer.planning.planner import Planner
 from veneer.planning.target import TargetDevice
 
@@ -37,6 +39,7 @@ class Prediction:
         planner: planner that forecasts other settings on the same data.
         forecast, advice: memory and time of the run, and findings on its settings.
         pairs: pairs of answers to train on; None: rows are single answers, or were not read.
+        by_gpus: the run by the number of GPUs, where there are several.
     """
 
     run: Run
@@ -44,6 +47,7 @@ class Prediction:
     forecast: Forecast
     advice: list[Advice]
     pairs: int | None = None
+    by_gpus: Sequence[OnGpus] = ()
 
     @property
     def cannot_fit(self) -> bool:
@@ -53,7 +57,10 @@ class Prediction:
 
     def as_dict(self) -> dict[str, Any]:
         advice = [asdict(advice) for advice in self.advice]
-        return self.forecast.as_dict() | {"pairs": self.pairs, "advice": advice}
+        found = self.forecast.as_dict() | {"pairs": self.pairs, "advice": advice}
+        if self.by_gpus and (link := self.forecast.target.gpu_link) is not None:
+            found |= {"by_gpus": [one.as_dict() for one in self.by_gpus], "gpu_link": asdict(link)}
+        return found
 
 
 @dataclass(frozen=True)
@@ -124,6 +131,7 @@ def predict_run(run: Run, target: TargetDevice, data: PreparedData | str) -> Pre
     planner = Planner(base, target)
     forecast = planner.forecast(run)
     facts = data.facts() if isinstance(data, PreparedData) else (None, None)
+    many = by_gpus(run, planner, forecast)
     origin = gguf_origin(run.model)
     situation = Situation(
         run=run,
@@ -133,9 +141,10 @@ def predict_run(run: Run, target: TargetDevice, data: PreparedData | str) -> Pre
         data=facts[0],
         tokenizer=facts[1],
         file_type=origin.type if origin is not None and origin.is_quantized else None,
+        by_gpus=many,
     )
     pairs = facts[0].rows if facts[0] is not None and base.has_pairs else None
-    return Prediction(run, planner, forecast, advise(situation), pairs)
+    return Prediction(run, planner, forecast, advise(situation), pairs, many)
 
 
 def _predict_classifier(run: Run, target: TargetDevice, data: PreparedData | str) -> Prediction:
@@ -146,7 +155,8 @@ def _predict_classifier(run: Run, target: TargetDevice, data: PreparedData | str
         labels = {"embedding": 0, "reward": 1}.get(run.model.task, len(run.data.labels or ("", "")))
         base = PlannedClassifier(run.model, labels, data)
     planner = ClassifierPlanner(base, target)
-    return Prediction(run, planner, planner.forecast(run), [])
+    forecast = planner.forecast(run)
+    return Prediction(run, planner, forecast, [], by_gpus=by_gpus(run, planner, forecast))
 
 
 def prepare_if_local(run: Run) -> PreparedData | str:

@@ -11,8 +11,7 @@ from veneer.config.sizes import parse_size
 from veneer.engine.placement import H100, Rates
 from veneer.machine.cards import find_card, parse_budget
 from veneer.machine.device import Machine, find_machine
-from veneer.machine.ranks import local_size
-from veneer.machine.speeds import Ceilings, ceilings_of, load_ceilings
+from veneer.machine.speeds import Ceilings, GpuLink, ceilings_of, link_of, load_ceilings, load_link
 
 CONTEXT = 790 * 2**20  # memory of a CUDA process beside the allocator's
 PINNED_SHARE = 0.7  # of the host's free memory, that may be pinned
@@ -32,7 +31,9 @@ class TargetDevice:
         has_bfloat16: whether bfloat16 is fast there.
         capability: major compute capability of a GPU; if not known, that of the GPUs whose attention needs more memory.
         host_bytes: memory of the host that may be pinned.
-        gpus: number of such devices of one machine that the run has.
+        gpus: number of such GPUs.
+        gpu_link: the link between them; None: there is one.
+        ranks: number of them on this machine that share a run; None: as many as there are.
     """
 
     device: str
@@ -44,6 +45,8 @@ class TargetDevice:
     capability: int = 8
     host_bytes: int = 2**62
     gpus: int = 1
+    gpu_link: GpuLink | None = None
+    ranks: int | None = None
 
     @property
     def rates(self) -> Rates:
@@ -62,15 +65,16 @@ class TargetDevice:
         return replace(self, name=name, budget_bytes=min(self.budget_bytes, size - CONTEXT))
 
 
-def this_device(machine: Machine | None = None, budget: str = "auto") -> TargetDevice:
+def this_device(machine: Machine | None = None, budget: str = "auto", gpus: int | None = None) -> TargetDevice:
     """Return the device of this machine, with the memory that is free on it now.
 
     Args:
         machine: the machine; None: this one is examined.
         budget: limit of the memory, as `train.memory_budget`.
+        gpus: number of GPUs; None: those that are visible.
 
     Raises:
-        UserError: the device cannot keep to the budget.
+        UserError: the device cannot keep to the budget, or is no GPU and several are asked for.
     """
     machine = machine or find_machine()
     _require_budget(budget, machine.device, machine.total_bytes)
@@ -80,14 +84,22 @@ def this_device(machine: Machine | None = None, budget: str = "auto") -> TargetD
     ceilings = load_ceilings(machine) or (ceilings_of(card) if card else None)
     capability = card.capability // 10 if card else 8
     host = int(PINNED_SHARE * psutil.virtual_memory().available)
-    found = TargetDevice(
-        machine.device, name, free, machine.dtype, ceilings, machine.has_bfloat16, capability, host, local_size()
-    )
+    found = TargetDevice(machine.device, name, free, machine.dtype, ceilings, machine.has_bfloat16, capability, host)
+    if machine.device != "cuda":
+        if gpus is not None and gpus > 1:
+            raise UserError(
+                f"--gpus {gpus}: this machine has no GPU", f'name the card as well: --gpu "h100" --gpus {gpus}'
+            )
+        return found
+    visible = torch.cuda.device_count()
+    found = replace(found, gpus=gpus or visible)
+    if found.gpus > 1:
+        found = replace(found, gpu_link=load_link(machine, visible) or link_of(card))
     return found.within(budget)
 
 
-def device_named(gpu: str, budget: str = "auto") -> TargetDevice:
-    """Return an otherwise empty GPU by its name or its memory; `budget` as for `this_device`.
+def device_named(gpu: str, budget: str = "auto", gpus: int | None = None) -> TargetDevice:
+    """Return an otherwise empty GPU, or so many, by its name or its memory; `budget` as for `this_device`.
 
     Raises:
         UserError: it is neither a known card nor an amount of memory, or it cannot keep to the budget.
@@ -95,12 +107,17 @@ def device_named(gpu: str, budget: str = "auto") -> TargetDevice:
     total, card = parse_budget(gpu)
     _require_budget(budget, "cuda", total)
     name = f"{card.name if card else 'a GPU'}, {total / 2**30:.1f} GiB"
+    many = gpus or 1
+    link = link_of(card) if many > 1 else None
     if card is None:
-        found = TargetDevice("cuda", name, total - CONTEXT, torch.bfloat16, None, has_bfloat16=True)
+        found = TargetDevice("cuda", name, total - CONTEXT, torch.bfloat16, None, True, gpus=many, gpu_link=link)
         return found.within(budget)
     dtype = torch.bfloat16 if card.has_bfloat16 else torch.float32
+    capability = card.capability // 10
     found = TargetDevice(
-        "cuda", name, total - CONTEXT, dtype, ceilings_of(card), card.has_bfloat16, card.capability // 10
+        *("cuda", name, total - CONTEXT, dtype, ceilings_of(card), card.has_bfloat16, capability),
+        gpus=many,
+        gpu_link=link,
     )
     return found.within(budget)
 

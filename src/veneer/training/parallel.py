@@ -125,6 +125,11 @@ def require_parallel(run: Run, ranks: Ranks) -> None:
             f"model.task = embedding: the loss compares all texts of a step, which lie on {ranks.size} GPUs",
             "train it on one GPU",
         )
+    if run.train.shard == "layers" and run.model.task != "causal-lm":
+        raise UserError(
+            f"train.shard = layers: it takes the fused engine, and model.task = {run.model.task} has another",
+            "leave train.shard out",
+        )
     if run.train.shard == "layers" and ranks.local_size == 1:
         notify("train.shard = layers: the run has one GPU here, which holds the whole base", "info", "train.shard")
 

@@ -15,6 +15,7 @@ from veneer.data.pipeline import Prepared, prepare
 from veneer.data.render import Renderer
 from veneer.engine.placement import MemoryPlacement
 from veneer.machine.device import Machine, bound_freed_memory, find_machine, release_memory, reset_peak
+from veneer.machine.ranks import local_size
 from veneer.model.adapters import from_error, from_rows
 from veneer.model.adapters.from_error import start_from_error
 from veneer.model.adapters.from_rows import start_from_rows
@@ -73,7 +74,7 @@ def load_parts(
         UserError: Anything the user can mend.
     """
     machine = find_machine()
-    target = this_device(machine, run.train.memory_budget)
+    target = replace(this_device(machine, run.train.memory_budget), ranks=local_size())
     if machine.device == "cpu":
         bound_freed_memory()
     source = locate(run.model)
@@ -90,7 +91,7 @@ def load_parts(
     if not force:
         _require_memory(prediction)
         _require_host_memory(prediction.forecast.placement, target.host_bytes)
-    to_host = _streams_weights(prediction) or (run.train.shard == "layers" and target.gpus > 1)
+    to_host = _streams_weights(prediction) or (run.train.shard == "layers" and local_size() > 1)
     if run.evaluate.during and to_host and machine.device == "cuda":
         raise UserError(f"evaluate.during: {ON_HOST}", ON_HOST_FIX)
     begins = True if run.adapter is None else run.adapter.init_lora_weights
