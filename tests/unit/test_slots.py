@@ -23,6 +23,7 @@ from veneer.model.attach import attach
 from veneer.planning.held_out import PREFILL_ROWS, prompts_at_a_time
 
 SLOTTED = ("llama", "qwen2", "qwen3", "phi3", "gpt_neox", "mixtral", "deepseek_v3")
+SPLIT = ("llama", "deepseek_v3")  # heads that share a key, and heads whose keys are wider than their values
 STOPS = list(range(3, 43))
 MARGIN = 2e-6  # between two logits: some times what another shape moves them in float32, and these are small
 
@@ -73,13 +74,18 @@ def in_slots(model: Any, prompts: list[list[int]], room: list[int], size: int, *
 
 
 @pytest.mark.parametrize(
-    ("family", "attention"), [*((family, "sdpa") for family in SLOTTED), ("llama", "eager"), ("deepseek_v3", "eager")]
+    ("family", "attention"),
+    [*((family, "sdpa") for family in SLOTTED), *((name, how) for name in SPLIT for how in ("eager", "kernels"))],
 )
 def test_answers_are_those_of_transformers(
     family: str, attention: str, model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = model_of(family)
-    monkeypatch.setattr(model.config, "_attn_implementation_internal", attention)
+    if attention == "kernels":  # their twins
+        for module in ("slot_attention", "slot_cache"):
+            monkeypatch.setattr(f"veneer.evaluation.{module}.compiles", lambda device: True)
+    else:
+        monkeypatch.setattr(model.config, "_attn_implementation_internal", attention)
     assert has_slots(model)
     for shared in (0, SHORTEST + 3):
         prompts, room = drawn(11, shared=shared)
@@ -290,4 +296,7 @@ def test_attention_over_slots_is_attention(heads: int, keys: int, scaling: float
     wanted = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True
     )
+    torch.testing.assert_close(found, wanted.transpose(1, 2), atol=2e-6, rtol=0)
+    positions = torch.tensor([0, 11, 28])[:, None, None, None]
+    found, _ = slot_attention(None, query, key, value, positions, scaling)
     torch.testing.assert_close(found, wanted.transpose(1, 2), atol=2e-6, rtol=0)

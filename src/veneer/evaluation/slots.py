@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from veneer.evaluation.prefill import ReadPrompt
-from veneer.evaluation.slot_attention import attends_slots
+from veneer.evaluation.slot_attention import attends_slots, slot_mask
 from veneer.evaluation.slot_cache import SlotCache, SlotView
 from veneer.planning.held_out import slot_length
 
@@ -164,7 +164,7 @@ class SlotDecoder:
             output = self._model(
                 input_ids=self._token_S[:, None],
                 position_ids=self._view.position_S[:, None],
-                attention_mask=self._view.mask(self._cache.layers[0].keys.dtype),
+                attention_mask=slot_mask(self._model, self._view, self._cache.layers[0].keys.dtype),
                 past_key_values=self._cache,
                 use_cache=True,
             )
