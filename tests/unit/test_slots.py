@@ -11,8 +11,10 @@ import transformers
 from tests.support.tiny import ARCHITECTURES, FAMILIES, save_tiny_model, tiny_tokenizer
 from veneer.config import Adapter
 from veneer.config.sampling import Sampling
+from veneer.evaluation import kernel_norms
 from veneer.evaluation.decoding import StopAtText, TokenChoice, draws_of, generation_config, row_seeds
 from veneer.evaluation.generation import GREEDY, continue_prompts
+from veneer.evaluation.kernel_norms import KernelNorm, norms_by_kernel
 from veneer.evaluation.partial import KeptAnswers
 from veneer.evaluation.prefill import _groups, read_prompts
 from veneer.evaluation.prefix import SHORTEST, SharedPrefix
@@ -300,3 +302,21 @@ def test_attention_over_slots_is_attention(heads: int, keys: int, scaling: float
     positions = torch.tensor([0, 11, 28])[:, None, None, None]
     found, _ = slot_attention(None, query, key, value, positions, scaling)
     torch.testing.assert_close(found, wanted.transpose(1, 2), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "per_block"), [("llama", 2), ("qwen3", 4), ("mixtral", 2), ("gpt_neox", 0), ("gemma2", 0)]
+)
+def test_norms_by_the_kernel_are_the_models_own(
+    family: str, per_block: int, model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layer norms, and norms whose weights are differences from 1, stay as they are."""
+    model, ids = model_of(family), torch.tensor([[5, 6, 7]])
+    plain, names = model(ids).logits, list(model.state_dict())
+    monkeypatch.setattr(kernel_norms, "compiles", lambda device: True)
+    with norms_by_kernel(model):
+        count = sum(isinstance(module, KernelNorm) for module in model.modules())
+        assert count == (per_block * model.config.num_hidden_layers + 1 if per_block else 0)
+        assert list(model.state_dict()) == names
+        torch.testing.assert_close(model(ids).logits, plain, atol=1e-5, rtol=1e-5)
+    assert torch.equal(model(ids).logits, plain)

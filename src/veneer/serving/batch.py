@@ -386,10 +386,11 @@ class SingleReading:
 
 @contextmanager
 def ready(model: Any) -> Iterator[None]:
-    """Within the context, a model answers fast: see `contiguous_head_input`, `adapter_in_copies` and `norms_kept`."""
+    """Within the context, a model answers fast; see what it enters."""
     from veneer.evaluation.generation import contiguous_head_input
+    from veneer.evaluation.kernel_norms import norms_by_kernel
     from veneer.model.adapters.dora import norms_kept
     from veneer.model.dense import adapter_in_copies
 
-    with adapter_in_copies(model), norms_kept(model), contiguous_head_input(model):
+    with adapter_in_copies(model), norms_kept(model), contiguous_head_input(model), norms_by_kernel(model):
         yield
