@@ -330,7 +330,7 @@ def test_a_slot_reads_its_own_keys_in_parts_or_whole(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    ("sequences", "tokens", "members", "adapters", "rank", "width"), [(70, 1, 1, 3, 72, 90), (3, 30, 3, 4, 8, 1100)]
+    ("sequences", "tokens", "members", "adapters", "rank", "width"), [(70, 1, 1, 3, 72, 90), (3, 30, 3, 12, 8, 1100)]
 )
 def test_each_row_gets_its_own_adapters_delta(
     monkeypatch: pytest.MonkeyPatch, sequences: int, tokens: int, members: int, adapters: int, rank: int, width: int
@@ -339,7 +339,7 @@ def test_each_row_gets_its_own_adapters_delta(
         number = torch.randint(0, adapters, (sequences,))
         number[0] = 0
         x, out = apart(sequences * tokens, width), apart(sequences * tokens, 70)
-        a, b = torch.randn(members, adapters, rank, width) / 30, torch.randn(adapters, rank, 70)
+        a, b = torch.randn(adapters, members, rank, width) / 30, torch.randn(adapters, rank, 70)
         h = project_own(x, a, number)
         for member in range(members):
             add_own(out, h, member, b, number)

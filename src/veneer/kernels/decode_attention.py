@@ -56,7 +56,7 @@ def decode_attention(
     if not single:
         launch(_combine, (S * H,))(
             part_PSHE, top_PSH, sum_PSH, out_SHE, S * H, P, E=E,
-            BLOCK_P=1 << (P - 1).bit_length(), BLOCK_E=block_e, num_warps=1,
+            BLOCK_P=1 << (P - 1).bit_length(), BLOCK_E=block_e, num_warps=1 if P <= 16 else 4,
         )  # fmt: skip
     return out_SHE
 

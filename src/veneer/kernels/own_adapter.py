@@ -19,24 +19,25 @@ from veneer.kernels.launch import launch, power_of_2, runs_triton, tl, triton
 MOST_PARTS = ((64, 16), (512, 4))
 PART = 512  # inputs of a part, at least
 MOST_RANKS = 64  # ranks of a program
+TOGETHER = 128  # ranks of several adapters in one product
 BITS = 62  # adapters that are told apart where matrices are skipped; the last stands for all further ones
 
 
-def project_own(x_TD: torch.Tensor, a_MNRD: torch.Tensor, number_B: torch.Tensor) -> torch.Tensor:
+def project_own(x_TD: torch.Tensor, a_NMRD: torch.Tensor, number_B: torch.Tensor) -> torch.Tensor:
     """Return partial sums of each row's product with its adapter's matrices, float32, [P, T, M * R].
 
     What is returned for rows without an adapter is undefined.
 
     Args:
         x_TD: input, with any row stride.
-        a_MNRD: A matrices; contiguous.
+        a_NMRD: A matrices; contiguous.
         number_B: number of each sequence's adapter, int64.
     """
     T, D = x_TD.shape
-    M, N, R, _ = a_MNRD.shape
+    N, M, R, _ = a_NMRD.shape
     tokens = T // len(number_B)
     if not runs_triton(x_TD):
-        own_TMRD = a_MNRD.transpose(0, 1)[number_B.repeat_interleave(tokens)]
+        own_TMRD = a_NMRD[number_B.repeat_interleave(tokens)]
         return torch.einsum("tmrd,td->tmr", own_TMRD.float(), x_TD.float()).flatten(1)[None]
     block_t, (block_r, chunks) = _rows(T), _chunks(R)
     is_wide = x_TD.dtype == torch.float32
@@ -46,7 +47,7 @@ def project_own(x_TD: torch.Tensor, a_MNRD: torch.Tensor, number_B: torch.Tensor
     parts = triton.cdiv(D, span)
     out_PTK = torch.empty((parts, T, M * R), dtype=torch.float32, device=x_TD.device)
     launch(_project_own, (triton.cdiv(T, block_t), max(1, (N - 1) * M * chunks), parts))(
-        x_TD, a_MNRD, number_B, out_PTK, T, tokens, D, N, R, M * R, span, x_TD.stride(0),
+        x_TD, a_NMRD, number_B, out_PTK, T, tokens, D, R, M * R, span, x_TD.stride(0),
         MEMBERS=M, CHUNKS=chunks, BLOCK_T=block_t, BLOCK_D=block_d, BLOCK_R=block_r,
         PRECISION="ieee" if is_wide else "tf32", num_warps=4, num_stages=3 if block_r <= 32 else 2,
     )  # fmt: skip
@@ -80,7 +81,8 @@ def add_own(
     launch(_add_own, (triton.cdiv(F, block_f), blocks), (out_TF,))(
         out_TF, h_PTK, b_NRF, number_B, T, tokens, F, N, R, h_PTK.shape[2], member * R, out_TF.stride(0),
         PARTS=len(h_PTK), CHUNKS=chunks, BITS=BITS, BLOCK_T=block_t, BLOCK_F=block_f, BLOCK_R=block_r,
-        PRECISION="ieee" if b_NRF.dtype == torch.float32 else "tf32", num_warps=4, num_stages=3,
+        BLOCK_N=TOGETHER // block_r, PRECISION="ieee" if b_NRF.dtype == torch.float32 else "tf32",
+        num_warps=4, num_stages=2,
     )  # fmt: skip
 
 
@@ -96,7 +98,7 @@ def _chunks(ranks: int) -> tuple[int, int]:
 
 @triton.jit(do_not_specialize=["T", "tokens"])
 def _project_own(
-    x, a, number, out, T, tokens, D, N, R, K, span, x_t,
+    x, a, number, out, T, tokens, D, R, K, span, x_t,
     MEMBERS: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -108,7 +110,7 @@ def _project_own(
     if tl.max(is_own.to(tl.int32), axis=0) > 0:
         is_r = r < R
         rows = t.to(tl.int64)[:, None] * x_t
-        ranks = a + ((member * N + n) * R + r).to(tl.int64)[None, :] * D
+        ranks = a + ((n * MEMBERS + member) * R + r).to(tl.int64)[None, :] * D
         first = tl.program_id(2) * span
         total = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
         for start in range(first, first + span, BLOCK_D):
@@ -129,7 +131,8 @@ def _either(one, other):
 def _add_own(
     out, h, b, number, T, tokens, F, N, R, K, first, out_t,
     PARTS: tl.constexpr, CHUNKS: tl.constexpr, BITS: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -147,13 +150,15 @@ def _add_own(
         for part in tl.static_range(PARTS):
             left += tl.load(at + part * T * K, mask=(own > 0)[:, None] & is_r[None, :], other=0.0)
         left = left.to(b.dtype.element_ty)
-        for n in range(1, N):
-            occurs = (occurring >> tl.minimum(n, BITS)) & 1
+        for start in range(1, N, BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N)
+            is_read = (n < N) & ((occurring >> tl.minimum(n, BITS)) & 1 > 0)
+            mine = tl.where((own[:, None] == n[None, :])[:, :, None], left[:, None, :], tl.zeros_like(left)[:, None, :])
+            row = tl.reshape(n[:, None] * R + r[None, :], (BLOCK_N * BLOCK_R,))
+            is_row = tl.reshape(is_read[:, None] & is_r[None, :], (BLOCK_N * BLOCK_R,))
             right = tl.load(
-                b + (n * R + r).to(tl.int64)[:, None] * F + f[None, :],
-                mask=(is_r & (occurs > 0))[:, None] & (f < F)[None, :],
-                other=0.0,
+                b + row.to(tl.int64)[:, None] * F + f[None, :], mask=is_row[:, None] & (f < F)[None, :], other=0.0
             )
-            mine = tl.where((own == n)[:, None], left, tl.zeros_like(left))
+            mine = tl.reshape(mine, (BLOCK_T, BLOCK_N * BLOCK_R))
             total = tl.dot(mine, right, total, input_precision=PRECISION)
     tl.store(ptr, total.to(out.dtype.element_ty), mask=inside)

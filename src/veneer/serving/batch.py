@@ -274,7 +274,7 @@ class SlotBatch:
         return DynamicCache(config=self._model.config.get_text_config())
 
     def _forward_prompt(self, ids: list[list[int]], cache: DynamicCache) -> None:
-        ids_BT = torch.tensor(ids, device=self._device)
+        ids_BT = torch.tensor(ids).to(self._device, non_blocking=True)  # no wait for the step that is computed
         self._model(input_ids=ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 

@@ -39,10 +39,10 @@ class Matrices(NamedTuple):
 
 
 class _Group:
-    """A matrices of the layers that read one tensor, [M, N, R, I]."""
+    """A matrices of the layers that read one tensor, [N, M, R, I]."""
 
-    def __init__(self, a_MNRI: torch.Tensor) -> None:
-        self.a_MNRI = a_MNRI
+    def __init__(self, a_NMRI: torch.Tensor) -> None:
+        self.a_NMRI = a_NMRI
 
 
 class _Layer:
@@ -54,7 +54,7 @@ class _Layer:
     @property
     def a(self) -> torch.Tensor:
         """A matrices of all adapters, [N, R, I]."""
-        return self.group.a_MNRI[self.member]
+        return self.group.a_NMRI[:, self.member]
 
     def one(self, x: torch.Tensor, number: int) -> torch.Tensor:
         return (x @ self.a[number].T) @ self.b_NRO[number]
@@ -135,11 +135,11 @@ class AdapterBank:
         if len(set(numbers)) == 1:
             self._number = numbers[0]
         elif self._by_kernels:
-            self._number_B = torch.tensor(numbers, device=self._device)
+            self._number_B = torch.tensor(numbers).to(self._device, non_blocking=True)
         elif tokens == 1 and self._count <= 3 * len(numbers):  # gathering writes and reads what it copies
             self._mask_BK = self.mask(torch.tensor(numbers, device=self._device))
         else:
-            self._number_B = torch.tensor(numbers, device=self._device)
+            self._number_B = torch.tensor(numbers).to(self._device, non_blocking=True)
         try:
             yield
         finally:
@@ -179,17 +179,16 @@ class AdapterBank:
         return device
 
     def _add_layer(self, path: str, like: Matrices) -> None:
-        shape = (self._count, self._rank)
         device = next(self._model.get_submodule(path).parameters()).device
-        a_1NRI = torch.zeros((1, *shape, like.a_RI.shape[1]), dtype=self._dtype, device=device)
+        a_N1RI = torch.zeros((self._count, 1, self._rank, like.a_RI.shape[1]), dtype=self._dtype, device=device)
         leader = self._leader(path)
         if leader in self._groups:
             group = self._groups[leader]
-            group.a_MNRI = torch.cat([group.a_MNRI, a_1NRI])
+            group.a_NMRI = torch.cat([group.a_NMRI, a_N1RI], 1)
         else:
-            group = self._groups[leader] = _Group(a_1NRI)
-        b_NRO = torch.zeros((*shape, like.b_OR.shape[0]), dtype=self._dtype, device=device)
-        self._layers[path] = layer = _Layer(group, len(group.a_MNRI) - 1, b_NRO)
+            group = self._groups[leader] = _Group(a_N1RI)
+        b_NRO = torch.zeros((self._count, self._rank, like.b_OR.shape[0]), dtype=self._dtype, device=device)
+        self._layers[path] = layer = _Layer(group, group.a_NMRI.shape[1] - 1, b_NRO)
         self._model.get_submodule(path).register_forward_hook(
             lambda module, inputs, output: self._added(layer, inputs[0], output)
         )
@@ -206,7 +205,7 @@ class AdapterBank:
     def _widen(self, rank: int) -> None:
         more = rank - self._rank
         for group in self._groups.values():
-            group.a_MNRI = torch.nn.functional.pad(group.a_MNRI, (0, 0, 0, more))
+            group.a_NMRI = torch.nn.functional.pad(group.a_NMRI, (0, 0, 0, more))
         for layer in self._layers.values():
             layer.b_NRO = torch.nn.functional.pad(layer.b_NRO, (0, 0, 0, more))
         self._rank = rank
@@ -230,8 +229,10 @@ class AdapterBank:
         output = output.contiguous()
         out_TO = output.view(-1, output.shape[-1])
         if self._number is not None:
-            h_MTR = self._projected(layer.group, x).to(out_TO.dtype)
-            out_TO.addmm_(h_MTR[layer.member], layer.b_NRO[self._number].to(out_TO.dtype))
+            h_TK, first = self._projected(layer.group, x), layer.member * self._rank
+            out_TO.addmm_(
+                h_TK[:, first : first + self._rank].to(out_TO.dtype), layer.b_NRO[self._number].to(out_TO.dtype)
+            )
         elif self._number_B is not None:
             add_own(out_TO, self._projected(layer.group, x), layer.member, layer.b_NRO, self._number_B)
         return output
@@ -241,9 +242,9 @@ class AdapterBank:
         if self._shared is None or self._shared[0] is not group or self._shared[1] is not x:
             own_TI = x.to(self._dtype).reshape(-1, x.shape[-1])
             if self._number_B is not None:
-                product = project_own(own_TI, group.a_MNRI, self._number_B)
+                product = project_own(own_TI, group.a_NMRI, self._number_B)
             else:
-                product = own_TI @ group.a_MNRI[:, self._number].mT
+                product = own_TI @ group.a_NMRI[self._number].flatten(0, 1).T
             self._shared = group, x, product
         return self._shared[2]
 
