@@ -244,14 +244,30 @@ def gpu_cases(a: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
             return by_transformers(model, requests)
 
     slots = partial(by_scheduler, model, bank, requests, slots=a.clients)
+    everyone = list(range(1, 9))
+
+    def beside(case: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+        """The case with the adapters' first products on a stream of their own."""
+
+        def run() -> dict[str, Any]:
+            bank.beside = True
+            try:
+                return case()
+            finally:
+                bank.beside = False
+
+        return run
+
     profiles: dict[str, Callable[[], dict[str, Any]]] = {
         "profile of the base": lambda: profiled(model, bank, requests, [0], a.clients),
-        "profile of 8 adapters mixed": lambda: profiled(model, bank, requests, list(range(1, 9)), a.clients),
+        "profile of 8 adapters mixed": lambda: profiled(model, bank, requests, everyone, a.clients),
+        "profile of 8 adapters beside": beside(lambda: profiled(model, bank, requests, everyone, a.clients)),
     }
     cases: dict[str, Callable[[], dict[str, Any]]] = {
         "base": lambda: slots(adapters=[0]),
         "one adapter": lambda: slots(adapters=[1]),
-        "8 adapters mixed": lambda: slots(adapters=list(range(1, 9))),
+        "8 adapters mixed": lambda: slots(adapters=everyone),
+        "8 adapters mixed, beside": beside(lambda: slots(adapters=everyone)),
         "base again": lambda: slots(adapters=[0]),
         "transformers, base": lambda: by_transformers(model, requests),
         "transformers, one adapter": with_one_adapter,

@@ -37,7 +37,7 @@ def slot_attention(
     Args:
         module: Attention module, which is not read.
         query_SH1D, key_SKWD, value_SKWD: Query of each slot, and what its cache holds.
-        mask: What `slot_mask` gives: what is added to the scores, [S, 1, 1, W], or positions, int64 [S, 1, 1, 1].
+        mask: Result of `slot_mask`: numbers added to the scores, [S, 1, 1, W], or positions, int64 [S, 1, 1, 1].
         scaling: Factor of the scores; None: one over the root of D.
     """
     S, H, _, D = query_SH1D.shape

@@ -20,7 +20,7 @@ def write_slots(
     Args:
         key_SKLD, value_SKLE: keys and values, with columns that are dense.
         new_key_SKD, new_value_SKE: those of a token a slot, with columns that are dense.
-        position_S: where they belong, int64.
+        position_S: position of each slot's new token, int64.
     """
     S, K, D = new_key_SKD.shape
     E = new_value_SKE.shape[2]

@@ -78,6 +78,8 @@ class AdapterBank:
 
     Attributes:
         version: Grows when buffers are replaced, so that what was recorded with the old ones is void.
+        beside: Whether, in passes of single tokens, kernels compute the product with A on a stream of their own, while
+            the layer computes W x.
     """
 
     def __init__(self, model: Any, adapters: int, dtype: torch.dtype) -> None:
@@ -92,6 +94,11 @@ class AdapterBank:
         self._number_B: torch.Tensor | None = None
         self._mask_BK: torch.Tensor | None = None
         self.version = 0
+        self.beside = False
+        self._stream: Any = None
+        if self._device.type == "cuda":
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._runs_beside = self._is_awaited = False
 
     @property
     def bytes(self) -> int:
@@ -155,13 +162,14 @@ class AdapterBank:
         if number_B is None:
             self._number = 0
         elif self._by_kernels:
-            self._number_B = number_B
+            self._number_B, self._runs_beside = number_B, self.beside
         else:
             self._mask_BK = self.mask(number_B)
         try:
             yield
         finally:
             self._number = self._number_B = self._mask_BK = self._shared = None
+            self._runs_beside = self._is_awaited = False
 
     def mask(self, number_B: torch.Tensor) -> torch.Tensor:
         """Return which of all adapters' ranks belong to each row's own, [B, K], in the compute dtype."""
@@ -189,9 +197,9 @@ class AdapterBank:
             group = self._groups[leader] = _Group(a_N1RI)
         b_NRO = torch.zeros((self._count, self._rank, like.b_OR.shape[0]), dtype=self._dtype, device=device)
         self._layers[path] = layer = _Layer(group, group.a_NMRI.shape[1] - 1, b_NRO)
-        self._model.get_submodule(path).register_forward_hook(
-            lambda module, inputs, output: self._added(layer, inputs[0], output)
-        )
+        module = self._model.get_submodule(path)
+        module.register_forward_pre_hook(lambda module, inputs: self._begin(layer, inputs[0]))
+        module.register_forward_hook(lambda module, inputs, output: self._added(layer, inputs[0], output))
         self.version += 1
 
     def _leader(self, path: str) -> str:
@@ -225,7 +233,24 @@ class AdapterBank:
             return output + layer.gathered(own, self._number_B).to(output.dtype)
         return output
 
+    def _begin(self, layer: _Layer, x: torch.Tensor) -> None:
+        """Compute a layer's product with A beside what the layer itself computes."""
+        if not self._runs_beside or self._is_shared(layer.group, x):
+            return
+        if self._stream is None:
+            self._projected(layer.group, x)
+            return
+        # Nothing of it is freed too early: the stream waits for what was launched before, among it what read the last
+        # product, and what is launched after waits for the stream.
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            self._projected(layer.group, x)
+        self._is_awaited = True
+
     def _added_in_place(self, layer: _Layer, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        if self._is_awaited and self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+            self._is_awaited = False
         output = output.contiguous()
         out_TO = output.view(-1, output.shape[-1])
         if self._number is not None:
@@ -239,14 +264,18 @@ class AdapterBank:
 
     def _projected(self, group: _Group, x: torch.Tensor) -> torch.Tensor:
         """Return the product of a tensor with a group's A matrices, which is computed once for all its layers."""
-        if self._shared is None or self._shared[0] is not group or self._shared[1] is not x:
+        if not self._is_shared(group, x):
             own_TI = x.to(self._dtype).reshape(-1, x.shape[-1])
             if self._number_B is not None:
                 product = project_own(own_TI, group.a_NMRI, self._number_B)
             else:
                 product = own_TI @ group.a_NMRI[self._number].flatten(0, 1).T
             self._shared = group, x, product
+        assert self._shared is not None
         return self._shared[2]
+
+    def _is_shared(self, group: _Group, x: torch.Tensor) -> bool:
+        return self._shared is not None and self._shared[0] is group and self._shared[1] is x
 
 
 @torch.no_grad()
