@@ -2,12 +2,17 @@
 
     python3 -m bench.many lengths rows.jsonl --out work/lengths.json   # tokens of real rows, by SmolLM2's tokenizer
     python3 -m bench.many speed --gpus 2 --lengths work/lengths.json   # 1, 2, ... GPUs of one machine, each in a run
+    python3 -m bench.many sharded --gpus 2                             # 70B: whole on 1 GPU, spread over 2, ...
     python3 -m bench.many killed --runs 20                             # CPU: a tiny run of two ranks, one is killed
 
 Speed: an 8B shape in NF4, r = 16 on all linear layers, 8-bit AdamW, the engine with the exchange that `veneer train`
 makes (training/parallel.py). Even rows of 4 x 2,048 tokens a GPU; and packs of 2,048 tokens with real rows' lengths, 4
 a GPU, dealt as a run deals them. Tokens/s are those of all GPUs, in the median step; the ratio is to one GPU of the
 same machine. `exchange_seconds` is the median of a step's exchange alone, after all ranks have come to it.
+
+Sharded: a 70B shape of random weights, 4 x 2,048 tokens a GPU, on one GPU as `veneer train` places it there, and with
+`train.shard: layers` on several. `weights_gib` are a GPU's frozen weights, buffers for two layers included;
+`waits_for_links` is the share of a step's time that is gone where the same steps copy nothing.
 
 Killed: rank 1 gets SIGKILL once the run has made steps; the seconds until `veneer train --gpus 2` has ended, and
 whether its message names the rank.
@@ -33,7 +38,9 @@ import torch
 
 RESULTS = Path(__file__).parent / "results" / "many.json"
 ROWS, LENGTH, STEPS, SKIPPED, GIB = 4, 2048, 10, 3, 70.0
-TARGETS = {2: 1.94, 4: 3.8, 8: 7.5}
+TARGETS = {"speed": {2: 1.94, 4: 3.8, 8: 7.5}, "sharded": {2: 1.8}}
+LARGE = {"70b": (5, 2)}  # shapes whose steps take seconds: steps that are measured, and before them
+PACKED = (30, 20)  # the same of packed rows, whose first steps record passes of shapes that are new
 
 
 def lengths(file: Path, out: Path) -> None:
@@ -51,24 +58,26 @@ def lengths(file: Path, out: Path) -> None:
     out.write_text(json.dumps(part.lengths.tolist()))
 
 
-def rank(shape: str, layers: int | None, file: Path | None) -> None:
+def rank(shape: str, layers: int | None, file: Path | None, shards: bool) -> None:
     """Measure as one rank of those that torchrun has started; the first one prints."""
     from bench.engine import random_base
     from veneer.config import Adapter, Train
     from veneer.data.batch import Batches, Example
     from veneer.engine.fused.engine import FusedEngine
+    from veneer.engine.fused.shards import shard_bytes
+    from veneer.engine.fused.streaming import buffer_bytes
     from veneer.engine.interface import BatchShapes
-    from veneer.engine.objective import LIKELIHOOD
     from veneer.machine.ranks import join_ranks, leave_ranks
     from veneer.model.attach import attach
     from veneer.planning.memory import optimizer_bytes
     from veneer.training.optimizer import build_optimizer
-    from veneer.training.parallel import StepExchange, begin_alike
+    from veneer.training.parallel import begin_alike
 
     ranks = join_ranks()
-    model = attach(random_base(shape, layers, True, are_alike=True), Adapter(r=16, lora_alpha=32), 0)
+    shards = shards and ranks.size > 1
+    model = attach(random_base(shape, layers, True, to_host=shards, are_alike=True), Adapter(r=16, lora_alpha=32), 0)
     vocabulary = model.config.vocab_size
-    engine = FusedEngine(model)
+    engine = FusedEngine(model, ranks=ranks if shards else None)
     begin_alike(ranks, engine, model)
     assert engine.master is not None
     optimizer = build_optimizer([engine.master], Train(optim="adamw_8bit"), "cuda")
@@ -83,65 +92,96 @@ def rank(shape: str, layers: int | None, file: Path | None) -> None:
     for name, rows, pack in (("even", [LENGTH] * 4096, None), ("packed", real, LENGTH)):
         if not rows:
             continue
-        count = ROWS * (STEPS + SKIPPED) * ranks.size
+        measured, before = LARGE.get(shape, (STEPS, SKIPPED) if pack is None else PACKED)
+        count = ROWS * (measured + before) * ranks.size
         chosen = rows[:count] if pack is None else rows * (1 + count * LENGTH // sum(rows))
         batches = Batches([example(n) for n in chosen], chosen, ROWS, 1, 0, pack, ranks=ranks.size)
         documents = batches.most_documents() if pack else ()
         shapes = BatchShapes((LENGTH,) * ROWS, varies=pack is not None, documents=documents)
-        engine.plan_within(shapes, int(GIB * 2**30) - states)
-        exchange = StepExchange(ranks, batches, 0)
-        steps, exchanges, tokens = [], [], []
-        for number in range(STEPS + SKIPPED):
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            micro_batches, own = exchange.step(number)
-            weight = sum(batch.weight for batch in micro_batches)
-            sums = [engine.forward_backward(batch.scaled(1 / weight), LIKELIHOOD).loss for batch in micro_batches[own]]
-            total = torch.stack(sums).sum()
-            exchange.meet(number)
-            torch.cuda.synchronize()
-            there = time.perf_counter()
-            exchange.add([engine.master], [total])
-            torch.cuda.synchronize()
-            exchanges.append(time.perf_counter() - there)
-            torch.nn.utils.clip_grad_norm_([engine.master], 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            total.item()
-            exchange.agree(0)
-            steps.append(time.perf_counter() - began)
-            tokens.append(sum(batch.tokens for batch in micro_batches))
-        speeds = sorted(n / s for n, s in zip(tokens[SKIPPED:], steps[SKIPPED:], strict=True))
+        budget = int(GIB * 2**30) if shape not in LARGE else _free_bytes()
+        engine.plan_within(shapes, budget - states)
+        steps, exchanges, tokens = train_some(engine, optimizer, ranks, batches, range(measured + before))
+        speeds = sorted(n / s for n, s in zip(tokens[before:], steps[before:], strict=True))
         found[name] = {
             "tokens_per_second": round(statistics.median(speeds)), "worst": round(speeds[0]), "best": round(speeds[-1]),
-            "exchange_seconds": round(statistics.median(exchanges[SKIPPED:]), 5),
+            "steps": [round(step, 3) for step in steps],
+            "exchange_seconds": round(statistics.median(exchanges[before:]), 5),
             "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+            "process_gib": round((torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0]) / 2**30, 2),
         }  # fmt: skip
+        if shards:
+            weights = shard_bytes(engine.blocks) + buffer_bytes(engine.blocks)
+            weights += 0 if engine.placement.streams_ends else engine.ends.bytes
+            vars(engine._weights)["_copy"] = lambda turn: None
+            without = train_some(engine, optimizer, ranks, batches, range(before))[0]
+            found[name]["weights_gib"] = round(weights / 2**30, 2)
+            found[name]["waits_for_links"] = round(1 - without[-1] / statistics.median(steps[before:]), 4)
     if ranks.is_first:
         print("RESULT " + json.dumps(found), flush=True)
+    ranks.gather(None)  # a rank that leaves takes its shards along
     leave_ranks()
 
 
+def _free_bytes() -> int:
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - 2**30
+
+
+def train_some(
+    engine: Any, optimizer: Any, ranks: Any, batches: Any, numbers: range
+) -> tuple[list[float], list[float], list[int]]:
+    """Make steps as a run does; returns the seconds of each, those of its exchange, and its tokens."""
+    from veneer.engine.objective import LIKELIHOOD
+    from veneer.training.parallel import StepExchange
+
+    exchange = StepExchange(ranks, batches, 0)
+    steps, exchanges, tokens = [], [], []
+    for number in numbers:
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        micro_batches, own = exchange.step(number)
+        weight = sum(batch.weight for batch in micro_batches)
+        sums = [engine.forward_backward(batch.scaled(1 / weight), LIKELIHOOD).loss for batch in micro_batches[own]]
+        total = torch.stack(sums).sum()
+        exchange.meet(number)
+        torch.cuda.synchronize()
+        there = time.perf_counter()
+        exchange.add([engine.master], [total])
+        torch.cuda.synchronize()
+        exchanges.append(time.perf_counter() - there)
+        torch.nn.utils.clip_grad_norm_([engine.master], 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        total.item()
+        exchange.agree(0)
+        steps.append(time.perf_counter() - began)
+        tokens.append(sum(batch.tokens for batch in micro_batches))
+    return steps, exchanges, tokens
+
+
 def speed(a: argparse.Namespace) -> None:
-    """Measure 1, 2, 4, ... GPUs, up to those that are asked for."""
-    found: dict[str, Any] = {
+    """Measure 1, 2, 4, ... GPUs, up to those that are asked for; of `sharded`, beside the figures that are there."""
+    shape = a.shape or ("70b" if a.what == "sharded" else "8b")
+    known = json.loads(a.out.read_text()).get(a.what, {}) if a.out.is_file() else {}
+    found: dict[str, Any] = known | {
         "gpu": torch.cuda.get_device_name(),
         "versions": {name: metadata.version(name) for name in ("torch", "triton", "bitsandbytes")},
         "date": time.strftime("%Y-%m-%d"),
     }
-    for gpus in (n for n in (1, 2, 4, 8) if n <= a.gpus):
+    for gpus in a.only or [n for n in (1, 2, 4, 8) if n <= a.gpus]:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
-        command += ["-m", "bench.many", "rank", "--shape", a.shape]
+        command += ["-m", "bench.many", "rank", "--shape", shape]
         command += ["--layers", str(a.layers)] if a.layers else []
-        command += ["--lengths", str(a.lengths)] if a.lengths else []
+        command += ["--lengths", str(a.lengths)] if a.lengths and a.what == "speed" else []
+        command += ["--shards"] if a.what == "sharded" else []
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, timeout=a.limit)
         results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
         result: dict[str, Any] = json.loads(results[-1].removeprefix("RESULT ")) if results else {"failed": True}
         found[str(gpus)] = result
         for name, values in result.items() if results and "1" in found else ():
             values["ratio"] = round(values["tokens_per_second"] / found["1"][name]["tokens_per_second"], 3)
-        print(gpus, json.dumps(result), f"asked: {TARGETS.get(gpus, 1)}", flush=True)
-        save(a.out, "speed", found)
+        print(gpus, json.dumps(result), f"asked: {TARGETS[a.what].get(gpus, 1)}", flush=True)
+        save(a.out, a.what, found)
 
 
 def killed(a: argparse.Namespace) -> None:
@@ -189,10 +229,12 @@ def save(out: Path, name: str, result: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["lengths", "speed", "rank", "killed"])
+    parser.add_argument("what", choices=["lengths", "speed", "sharded", "rank", "killed"])
     parser.add_argument("file", nargs="?", type=Path, help="of lengths: the rows")
     parser.add_argument("--gpus", type=int, default=2)
-    parser.add_argument("--shape", default="8b")
+    parser.add_argument("--only", type=int, nargs="+", help="numbers of GPUs to measure; else 1, 2, ... of --gpus")
+    parser.add_argument("--shape", help="8b, and of sharded 70b")
+    parser.add_argument("--shards", action="store_true", help="of rank: spread the base over the GPUs")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--lengths", type=Path, help="of speed: tokens of real rows")
     parser.add_argument("--limit", type=int, default=280, help="seconds that a number of GPUs may take")
@@ -202,9 +244,9 @@ def main() -> None:
     if a.what == "lengths":
         lengths(a.file, a.out)
     elif a.what == "rank":
-        rank(a.shape, a.layers, a.lengths)
+        rank(a.shape, a.layers, a.lengths, a.shards)
     else:
-        {"speed": speed, "killed": killed}[a.what](a)
+        {"speed": speed, "sharded": speed, "killed": killed}[a.what](a)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,16 @@
 
     python3 -m bench.serve gpu                # an H100: 8B shapes, 8 adapters of r=16, 64 clients
     python3 -m bench.serve gpu --nf4          # the same on a base in 4 bits
+    python3 -m bench.serve gpu --cases base mixed --profile    # and where the time of a step goes
     python3 -m bench.serve cpu --minutes 5    # two cores: SmolLM2 and two adapters, 32 clients
     python3 -m bench.serve exact              # tiny random models in float32, 1,000 requests
     python3 -m bench.serve fuzz               # 2,000 malformed requests to a tiny server
 
 `gpu` asks the scheduler itself, since HTTP is not what it measures: 64 answers at a time of prompts with 64 to 512
-tokens and answers of 128 to 384, of the base alone, of one adapter, and of 8 adapters mixed; and the same requests
-through Transformers' own continuous batching, with one adapter. Counted are generated tokens over all the time. `cpu`
+tokens and answers of 128 to 384, of the base alone, of one adapter, and of 8 adapters mixed; and half of these requests
+through Transformers' own continuous batching, with one adapter. Counted are generated tokens over all the time.
+`--cases` takes those whose names hold one of the words; `--profile` prints the time of a step of 64 rows and of a
+prompt's pass, and the kernels of a step by their time. `cpu`
 starts the command as a user does and asks over HTTP. `exact` compares the answers of all adapters in mixed batches,
 with prompts that share a prefix, with those of Transformers and PEFT, each prompt by itself. Prints a JSON line a case
 and merges it into bench/results/serve.json.
@@ -128,17 +131,18 @@ def by_scheduler(
 
 
 def by_transformers(model: Any, requests: Sequence[tuple[list[int], int]]) -> dict[str, Any]:
-    """The same requests through Transformers' continuous batching; each answer has its own limit."""
+    """Half of the requests through Transformers' continuous batching; each answer has its own limit."""
     from transformers import GenerationConfig
 
     config = GenerationConfig(max_new_tokens=384, do_sample=False, eos_token_id=-1, pad_token_id=0)
     model.set_attn_implementation("paged|sdpa")
     manager = model.init_continuous_batching(generation_config=config)
     manager.start()
+    half = requests[: len(requests) // 2]
     try:
         seconds = 0.0
         made = 0
-        for some in (requests[:64], requests):
+        for some in (half[: len(half) // 2], half):
             began = time.perf_counter()
             for prompt, limit in some:
                 manager.add_request(prompt, max_new_tokens=limit)
@@ -148,7 +152,78 @@ def by_transformers(model: Any, requests: Sequence[tuple[list[int], int]]) -> di
     finally:
         manager.stop(block=True)
         model.set_attn_implementation("sdpa")
-    return {"tokens_per_second": round(made / seconds, 1), "seconds": round(seconds, 2)}
+    return {"tokens_per_second": round(made / seconds, 1), "seconds": round(seconds, 2), "requests": len(half)}
+
+
+@torch.no_grad()
+def profiled(
+    model: Any, bank: Any, requests: Sequence[tuple[list[int], int]], adapters: Sequence[int], slots: int
+) -> dict[str, Any]:
+    """Milliseconds of a prompt's pass and of a step with all slots in use; prints a step's kernels by their time."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from veneer.serving.batch import make_batch, ready
+    from veneer.serving.generation import Generation
+    from veneer.serving.prefix_cache import PrefixCache
+    from veneer.serving.sampling import Decoding, Row, choose
+
+    text: Any = NoText()
+    rows = [
+        Generation(
+            prompt, adapters[n % len(adapters)], "", limit, frozenset(), text, Decoding(), lambda event: None, 1e12
+        )
+        for n, (prompt, limit) in enumerate(requests[:slots])
+    ]
+    with ready(model):
+        batch = make_batch(model, bank, slots, slots * 1024, 8192, PrefixCache(0))
+
+        def read(some: Sequence[Any]) -> tuple[int, float, float]:
+            """Read prompts together; return how many, and milliseconds of the host and of all."""
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            reading = batch.begin(some)
+            while not reading.advance():
+                pass
+            launched = time.perf_counter() - began
+            torch.cuda.synchronize()
+            return len(reading.generations), 1000 * launched, 1000 * (time.perf_counter() - began)
+
+        def step() -> None:
+            chosen = choose(batch.step(), [Row(row.decoding, row.prompt, row.ids, row.generator) for row in batch.rows])
+            for row, choice in zip(batch.rows, chosen, strict=True):
+                row.take(choice)
+
+        waiting = list(rows)
+        passes = []
+        while waiting:
+            passes.append(read(waiting[:1] if len(waiting) <= 8 else waiting))
+            del waiting[: passes[-1][0]]
+        for _ in range(8):
+            step()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(20):
+            step()
+        milliseconds = 1000 * (time.perf_counter() - began) / 20
+        with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+            for _ in range(10):
+                step()
+            torch.cuda.synchronize()
+    _, launched, whole = passes[-1]
+    kernels = sorted(recorded.key_averages(), key=lambda one: -one.self_device_time_total)
+    busy = sum(one.self_device_time_total for one in kernels) / 10_000
+    for one in kernels[:25]:
+        print(
+            f"{one.self_device_time_total / 10_000:8.3f} ms  {one.count / 10:6.1f} times  {one.key[:110]}", flush=True
+        )
+    return {
+        "step_ms": round(milliseconds, 2),
+        "step_ms_of_kernels": round(busy, 2),
+        "kernels_of_a_step": round(sum(one.count for one in kernels) / 10),
+        "prompt_ms": round(whole, 2),
+        "prompt_ms_of_the_host": round(launched, 2),
+        "prompt_tokens": len(rows[-1].prompt),
+    }
 
 
 def gpu_cases(a: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -169,14 +244,36 @@ def gpu_cases(a: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
             return by_transformers(model, requests)
 
     slots = partial(by_scheduler, model, bank, requests, slots=a.clients)
-    return {
+    everyone = list(range(1, 9))
+
+    def beside(case: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+        """The case with the adapters' first products on a stream of their own."""
+
+        def run() -> dict[str, Any]:
+            bank.beside = True
+            try:
+                return case()
+            finally:
+                bank.beside = False
+
+        return run
+
+    profiles: dict[str, Callable[[], dict[str, Any]]] = {
+        "profile of the base": lambda: profiled(model, bank, requests, [0], a.clients),
+        "profile of 8 adapters mixed": lambda: profiled(model, bank, requests, everyone, a.clients),
+        "profile of 8 adapters beside": beside(lambda: profiled(model, bank, requests, everyone, a.clients)),
+    }
+    cases: dict[str, Callable[[], dict[str, Any]]] = {
         "base": lambda: slots(adapters=[0]),
         "one adapter": lambda: slots(adapters=[1]),
-        "8 adapters mixed": lambda: slots(adapters=list(range(1, 9))),
+        "8 adapters mixed": lambda: slots(adapters=everyone),
+        "8 adapters mixed, beside": beside(lambda: slots(adapters=everyone)),
         "base again": lambda: slots(adapters=[0]),
         "transformers, base": lambda: by_transformers(model, requests),
         "transformers, one adapter": with_one_adapter,
     }
+    chosen = {name: case for name, case in cases.items() if any(word in name for word in a.cases)}
+    return (profiles if a.profile else {}) | chosen
 
 
 # A CPU: the command over HTTP.
@@ -364,6 +461,8 @@ def main() -> None:
     parser.add_argument("--shape", default="8b")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--nf4", action="store_true", help="gpu: the base in 4 bits")
+    parser.add_argument("--cases", nargs="*", default=[""], help="gpu: words of the cases' names; without one: none")
+    parser.add_argument("--profile", action="store_true", help="gpu: the kernels of a step, before the cases")
     parser.add_argument("--requests", type=int, help="gpu: 256; exact: 1000, fuzz: 1000 twice")
     parser.add_argument("--clients", type=int, help="gpu: 64; cpu: 32")
     parser.add_argument("--minutes", type=float, default=5.0)

@@ -20,9 +20,10 @@ def test_recorded_steps_answer_as_launched_ones(tmp_path: Path, monkeypatch: pyt
     paths = [str(save_adapter_of(kind, tmp_path / "base", tmp_path / kind)) for kind in KINDS]
     asked = [(model, text) for text in ("the cat", "what does the owl say") for model in ("base", *KINDS)]
     found = []
-    for steps in (10**9, batch.EAGER_STEPS):
+    for steps, beside in ((10**9, False), (batch.EAGER_STEPS, False), (batch.EAGER_STEPS, True)):
         monkeypatch.setattr(batch, "EAGER_STEPS", steps)
         with service_of(paths, limits=few(max_tokens=64)) as service, client_of(service) as client:
+            service.adapters._bank.beside = beside
 
             def ask(one: tuple[str, str], client: Any = client) -> Any:
                 messages = [{"role": "user", "content": one[1]}]
@@ -37,4 +38,4 @@ def test_recorded_steps_answer_as_launched_ones(tmp_path: Path, monkeypatch: pyt
             same = sum(one == other for one, other in zip(mixed, alone, strict=True))
             assert same >= len(asked) - 1, "other numbers of rows round otherwise, which a random model may notice once"
             found.append(alone)
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]

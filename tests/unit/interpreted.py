@@ -8,6 +8,7 @@ import torch
 from veneer.kernels import launch, low_rank, nf4, softmax_loss
 from veneer.kernels.cast import Cast, cast_all, cast_table
 from veneer.kernels.column_scale import ColumnScale, row_norms, scale_backward
+from veneer.kernels.decode_attention import decode_attention
 from veneer.kernels.gated_mlp import (
     ACTIVATIONS,
     AdapterGradientParts,
@@ -16,11 +17,16 @@ from veneer.kernels.gated_mlp import (
     gated_mlp_backward_adapters,
 )
 from veneer.kernels.low_rank import Dropout, Member
+from veneer.kernels.own_adapter import add_own, project_own
 from veneer.kernels.rms_norm import normalize, rms_norm, rms_norm_backward
 from veneer.kernels.rope import HeadNorm, Heads, rope, rope_backward
 from veneer.kernels.update import OFF_GRID, Update
+from veneer.kernels.write_slots import write_slots
 
-MODULES = ["cast", "column_scale", "low_rank", "nf4", "softmax_loss", "gated_mlp", "rms_norm", "rope"]
+MODULES = [
+    *("cast", "column_scale", "low_rank", "nf4", "softmax_loss", "gated_mlp", "rms_norm", "rope"),
+    *("decode_attention", "own_adapter", "write_slots"),
+]
 
 
 def both(monkeypatch: pytest.MonkeyPatch, compute: Any) -> tuple[Any, Any]:
@@ -303,5 +309,40 @@ def test_softmax_loss(monkeypatch: pytest.MonkeyPatch, cap: float) -> None:
         targets = torch.tensor([0, 130, -100, 7, 64])
         softmax_loss.softmax_loss(logits, targets, torch.rand(5), losses, cap)
         return logits, losses
+
+    check(monkeypatch, compute)
+
+
+@pytest.mark.parametrize("length", [170, 20])
+def test_a_slot_reads_its_own_keys_in_parts_or_whole(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    slots, heads, keys = 3, 6, 2
+
+    def compute() -> Any:
+        query = torch.randn(heads, slots, 24).transpose(0, 1)
+        position = torch.tensor([0, length // 2, length - 1])
+        key, value = torch.randn(slots, keys, length + 5, 24), torch.randn(slots, keys, length + 5, 40)
+        write_slots(key, value, torch.randn(keys, slots, 24).transpose(0, 1), torch.randn(slots, keys, 40), position)
+        for slot, at in enumerate(position.tolist()):
+            key[slot, :, at + 1 :] = value[slot, :, at + 1 :] = 1e4  # what a row does not see
+        return decode_attention(query, key[:, :, :length], value[:, :, :length], position, 0.3), key, value
+
+    check(monkeypatch, compute)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "tokens", "members", "adapters", "rank", "width"), [(70, 1, 1, 3, 72, 90), (3, 30, 3, 12, 8, 1100)]
+)
+def test_each_row_gets_its_own_adapters_delta(
+    monkeypatch: pytest.MonkeyPatch, sequences: int, tokens: int, members: int, adapters: int, rank: int, width: int
+) -> None:
+    def compute() -> Any:
+        number = torch.randint(0, adapters, (sequences,))
+        number[0] = 0
+        x, out = apart(sequences * tokens, width), apart(sequences * tokens, 70)
+        a, b = torch.randn(adapters, members, rank, width) / 30, torch.randn(adapters, rank, 70)
+        h = project_own(x, a, number)
+        for member in range(members):
+            add_own(out, h, member, b, number)
+        return (out,)
 
     check(monkeypatch, compute)

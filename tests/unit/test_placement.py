@@ -20,8 +20,8 @@ from veneer.cli.show_placement import show_placement
 from veneer.engine.fused.block import ACTIVATIONS
 from veneer.engine.fused.cudnn import WORKSPACE_BYTES, Call
 from veneer.engine.fused.engine import FusedEngine
+from veneer.engine.fused.packed import block_bytes
 from veneer.engine.fused.policy import Demand, block_placement, choose_placement, tightest, uniform
-from veneer.engine.fused.streaming import packed_bytes
 from veneer.engine.interface import BatchShapes
 from veneer.engine.objective import LIKELIHOOD
 from veneer.engine.placement import MemoryPlacement, Rates
@@ -86,7 +86,7 @@ def test_as_little_as_must_be_is_on_the_host() -> None:
     engine = streamable()
     blocks = engine.blocks
     inputs = sum(block.saved_bytes("x", 4096) for block in blocks)
-    weights = sum(sum(map(packed_bytes, block.groups)) for block in blocks)
+    weights = sum(block_bytes(block.groups) for block in blocks)
     ample = placed(engine, HUGE // 8)
     assert not ample.needs_host
     assert kept(ample) == [EVERYTHING] * len(blocks)

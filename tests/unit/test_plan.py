@@ -119,6 +119,22 @@ def test_what_costs_memory_is_predicted_to_cost_it() -> None:
     assert peak(train={"optim": "adamw_torch"}) >= usual
 
 
+def test_a_base_that_is_spread_over_gpus_leaves_a_part_on_each() -> None:
+    run = run_of(quantization={"bits": 4}, train={"shard": "layers"})
+    base = planner_of(run, "80GiB").base
+
+    def weights(gpus: int) -> dict[str, int]:
+        found = Planner(base, replace(device_named("80GiB"), ranks=gpus)).forecast(run)
+        assert found.placement.records_passes == (gpus == 1)
+        return found.phases["backward"].components
+
+    whole, shared = weights(1), weights(4)
+    assert shared["4-bit weights"] == whole["4-bit weights"] // 4
+    assert shared["gathered weights"] == 2 * whole["4-bit weights"] // base.shapes.depth
+    same = set(whole) - {"4-bit weights", "gathered weights", "recorded passes", "activations"}
+    assert {name: shared.get(name) for name in same} == {name: whole[name] for name in same}
+
+
 def test_nothing_is_changed_where_nothing_need_be() -> None:
     run = run_of()
     assert kinds(run, "24GiB") == ([], run)

@@ -16,7 +16,7 @@ from veneer.config.sampling import Sampling
 from veneer.data.render import Renderer
 from veneer.evaluation.decoding import TokenChoice
 from veneer.model.tuned import find_tuned
-from veneer.serving import vllm
+from veneer.serving import mixed, vllm
 from veneer.serving.adapters import Adapters
 from veneer.serving.detokenize import TextOfTokens
 from veneer.serving.mixed import AdapterBank, Matrices
@@ -93,37 +93,59 @@ def test_penalties_biases_masks_and_log_probabilities() -> None:
     assert set(draws) == {0}, "the runner-up has 0.98 of its probability at that temperature"
 
 
-def test_ways_to_add_deltas_agree() -> None:
+@pytest.mark.parametrize("by_kernels", [False, True])
+def test_ways_to_add_deltas_agree(by_kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     class Base(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.embedding, self.linear = torch.nn.Embedding(2, 2), torch.nn.Linear(6, 10)
+            self.embedding = torch.nn.Embedding(2, 6)
+            self.first, self.second, self.last = (torch.nn.Linear(6, size) for size in (10, 6, 3))
+
+        def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
+            return self.run(self.embedding(input_ids))[1]
+
+        def run(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.first(x), self.last(self.second(x))
 
         def get_input_embeddings(self) -> Any:
             return self.embedding
 
     torch.manual_seed(0)
+    monkeypatch.setattr(mixed, "compiles", lambda device: by_kernels)
     base = Base()
     bank = AdapterBank(base, 3, torch.float32)
-    ranks = {1: 2, 2: 11, 3: 1}
-    own = {n: Matrices(torch.randn(r, 6), torch.randn(10, r)) for n, r in ranks.items()}
-    for number, one in own.items():
-        bank.put(number, {"linear": one})
-    bank.put(3, {"linear": own[3]})  # again, in place of itself
-    numbers, x = [2, 0, 1, 3, 2], torch.randn(5, 1, 6)
+    layers = {"first": base.first, "last": base.last, "second": base.second}
+    own = {
+        n: {path: Matrices(torch.randn(r, 6), torch.randn(layer.out_features, r)) for path, layer in layers.items()}
+        for n, r in {1: 2, 2: 11, 3: 1}.items()
+    }
+    del own[3]["first"]
+    for number, matrices in own.items():
+        bank.put(number, matrices)
+    bank.put(3, own[3])  # again, in place of itself
+
+    def alone(x: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        def of(path: str, x: torch.Tensor) -> torch.Tensor:
+            one = own.get(number, {}).get(path)
+            plain = torch.nn.functional.linear(x, layers[path].weight, layers[path].bias)
+            return plain if one is None else plain + x @ one.a_RI.T @ one.b_OR.T
+
+        return of("first", x), of("last", of("second", x))
+
     with torch.no_grad():
-        plain = base.linear(x)
-        wanted = plain.clone()
-        for row, number in enumerate(numbers):
-            if number:
-                wanted[row] += x[row] @ own[number].a_RI.T @ own[number].b_OR.T
-        for tokens in (1, 2):  # masked, gathered
-            with bank.rows(numbers, tokens):
-                assert torch.allclose(base.linear(x), wanted, atol=1e-5)
-        for row, number in enumerate(numbers):
-            with bank.rows([number], 1):
-                assert torch.allclose(base.linear(x[row : row + 1]), wanted[row : row + 1], atol=1e-5)
-        assert torch.equal(base.linear(x), plain), "outside it is the base"
+        for numbers in ([2, 0, 1, 3, 2], [2, 2], [1], [0]):
+            for tokens in (1, 2):
+                x = torch.randn(len(numbers), tokens, 6)
+                wanted = [torch.cat(both) for both in zip(*(alone(x[n : n + 1], own) for n, own in enumerate(numbers)))]
+                for way in ("rows", "device", "beside")[: 3 if tokens == 1 else 1]:
+                    bank.beside = way == "beside"
+                    with bank.rows(numbers, tokens) if way == "rows" else bank.device_rows(torch.tensor(numbers)):
+                        for found, right in zip(base.run(x), wanted, strict=True):
+                            torch.testing.assert_close(found, right, atol=2e-5, rtol=1e-5)
+        with bank.device_rows(None):
+            torch.testing.assert_close(base.run(x)[1], alone(x, 0)[1])
+        torch.testing.assert_close(base.run(x)[1], alone(x, 0)[1])
+    assert (len(bank._groups) == 2) == by_kernels, "two layers read one tensor"
 
 
 def test_blocks_of_prompts_are_found_by_owner_and_tokens_and_the_oldest_go() -> None:

@@ -11,8 +11,10 @@ import transformers
 from tests.support.tiny import ARCHITECTURES, FAMILIES, save_tiny_model, tiny_tokenizer
 from veneer.config import Adapter
 from veneer.config.sampling import Sampling
+from veneer.evaluation import kernel_norms
 from veneer.evaluation.decoding import StopAtText, TokenChoice, draws_of, generation_config, row_seeds
 from veneer.evaluation.generation import GREEDY, continue_prompts
+from veneer.evaluation.kernel_norms import KernelNorm, norms_by_kernel
 from veneer.evaluation.partial import KeptAnswers
 from veneer.evaluation.prefill import _groups, read_prompts
 from veneer.evaluation.prefix import SHORTEST, SharedPrefix
@@ -23,6 +25,7 @@ from veneer.model.attach import attach
 from veneer.planning.held_out import PREFILL_ROWS, prompts_at_a_time
 
 SLOTTED = ("llama", "qwen2", "qwen3", "phi3", "gpt_neox", "mixtral", "deepseek_v3")
+SPLIT = ("llama", "deepseek_v3")  # heads that share a key, and heads whose keys are wider than their values
 STOPS = list(range(3, 43))
 MARGIN = 2e-6  # between two logits: some times what another shape moves them in float32, and these are small
 
@@ -73,13 +76,18 @@ def in_slots(model: Any, prompts: list[list[int]], room: list[int], size: int, *
 
 
 @pytest.mark.parametrize(
-    ("family", "attention"), [*((family, "sdpa") for family in SLOTTED), ("llama", "eager"), ("deepseek_v3", "eager")]
+    ("family", "attention"),
+    [*((family, "sdpa") for family in SLOTTED), *((name, how) for name in SPLIT for how in ("eager", "kernels"))],
 )
 def test_answers_are_those_of_transformers(
     family: str, attention: str, model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = model_of(family)
-    monkeypatch.setattr(model.config, "_attn_implementation_internal", attention)
+    if attention == "kernels":  # their twins
+        for module in ("slot_attention", "slot_cache"):
+            monkeypatch.setattr(f"veneer.evaluation.{module}.compiles", lambda device: True)
+    else:
+        monkeypatch.setattr(model.config, "_attn_implementation_internal", attention)
     assert has_slots(model)
     for shared in (0, SHORTEST + 3):
         prompts, room = drawn(11, shared=shared)
@@ -291,3 +299,24 @@ def test_attention_over_slots_is_attention(heads: int, keys: int, scaling: float
         query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True
     )
     torch.testing.assert_close(found, wanted.transpose(1, 2), atol=2e-6, rtol=0)
+    positions = torch.tensor([0, 11, 28])[:, None, None, None]
+    found, _ = slot_attention(None, query, key, value, positions, scaling)
+    torch.testing.assert_close(found, wanted.transpose(1, 2), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "per_block"), [("llama", 2), ("qwen3", 4), ("mixtral", 2), ("gpt_neox", 0), ("gemma2", 0)]
+)
+def test_norms_by_the_kernel_are_the_models_own(
+    family: str, per_block: int, model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layer norms, and norms whose weights are differences from 1, stay as they are."""
+    model, ids = model_of(family), torch.tensor([[5, 6, 7]])
+    plain, names = model(ids).logits, list(model.state_dict())
+    monkeypatch.setattr(kernel_norms, "compiles", lambda device: True)
+    with norms_by_kernel(model):
+        count = sum(isinstance(module, KernelNorm) for module in model.modules())
+        assert count == (per_block * model.config.num_hidden_layers + 1 if per_block else 0)
+        assert list(model.state_dict()) == names
+        torch.testing.assert_close(model(ids).logits, plain, atol=1e-5, rtol=1e-5)
+    assert torch.equal(model(ids).logits, plain)

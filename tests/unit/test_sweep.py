@@ -38,6 +38,9 @@ def write(tiny_model: Callable[..., Path], tmp_path: Path) -> Write:
 
 def table(swept: Any) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = swept.as_dict()["combinations"]
+    for row in rows:
+        seconds = row.pop("seconds")
+        assert (seconds or 0) > 0 or row["status"] == "failed"
     return rows
 
 

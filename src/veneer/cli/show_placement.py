@@ -20,7 +20,7 @@ KINDS = {
     "4-bit weights": "4-bit weights",
     "embedding and head": "embedding and head",
 }
-STATES = ("keep", "recompute", "host", "nf4", "dequantized", "streamed")
+STATES = ("keep", "recompute", "host", "nf4", "dequantized", "streamed", "sharded")
 SUMMED = ("bytes", "host_bytes", "seconds")
 
 

@@ -60,7 +60,7 @@ def _show(out: Any, swept: Any) -> None:
     over = f"{result.seeds} seeds" if result.seeds > 1 else f"{result.rows} held-out rows"
     title = f"held-out loss, and what it is above the best one's, with 95% intervals over {over}"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for column in ("settings", "trained", "loss", "above", "interval", ""):
+    for column in ("settings", "trained", "seconds", "loss", "above", ""):
         table.add_column(column, justify="left" if column in ("settings", "") else "right", overflow="fold")
     for one in result.combinations:
         marks = [one.status] if one.status != "finished" else []
@@ -70,9 +70,9 @@ def _show(out: Any, swept: Any) -> None:
         table.add_row(
             escape(one.combination.name),
             "" if one.trainable is None else f"{one.trainable:,}",
+            "" if one.seconds is None else f"{one.seconds:,.1f}",
             "" if one.loss is None else f"{one.loss.value:.4f}",
-            "" if above is None else f"{above.value:.4f}",
-            "" if above is None else f"{above.low:.4f} to {above.high:.4f}",
+            "" if above is None or one is result.best else f"{above.low:.4f} to {above.high:.4f}",
             ", ".join(marks) + (f" at step {one.steps}" if one.status == "stopped" else ""),
         )
     out.print(table)

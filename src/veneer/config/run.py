@@ -338,6 +338,12 @@ class Train(Section):
         description="reference: Transformers and PEFT, unmodified; fused: hand-written, faster, with its own "
         "attention; auto: fused on CUDA if it covers the model and passes its check.",
     )
+    shard: Literal["none", "layers"] = Field(
+        "none",
+        description="On several GPUs of a machine: layers: the frozen 4-bit weights are spread over them, and each "
+        "layer is fetched just before it is computed, for bases larger than a GPU; none: each GPU has all of them. It "
+        "changes no number.",
+    )
     logging_steps: int = Field(1, ge=1, description="Steps between lines of metrics.jsonl.")
     report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = Field(
         (),

@@ -32,7 +32,15 @@ VARIED = ("adapter", "train")  # sections whose settings a sweep may vary: the o
 # Settings of these sections that change no number of a training, or that the sweep sets itself.
 FIXED = {
     **dict.fromkeys(
-        ("gradient_checkpointing", "memory_budget", "engine", "logging_steps", "save_steps", "save_total_limit"),
+        (
+            "gradient_checkpointing",
+            "memory_budget",
+            "shard",
+            "engine",
+            "logging_steps",
+            "save_steps",
+            "save_total_limit",
+        ),
         "it changes no number of a training; set it in the run",
     ),
     "eval_steps": "it changes no number of a training; `rungs` says when trials are compared",

@@ -25,11 +25,14 @@ from veneer.engine.fused.engine import FusedEngine
 from veneer.engine.interface import Engine
 from veneer.engine.reference import ReferenceEngine
 from veneer.engine.temporary import first_blocks, lies_on_host
+from veneer.machine.ranks import ALONE, Ranks
 from veneer.model.full import is_full
 
 FUSED_DEVICES = ("cuda",)  # where `auto` takes the fused engine
 PROBE = (160, 96)  # tokens of the rows that the engines are compared on
 EVEN = (256, 256)  # the same for rows of one length, which go through cuDNN's attention where it is available
+UNSHARDED = "leave train.shard out"
+IN_4_BITS = "set `quantization: {bits: 4}`"
 FULL_REASON = "full fine-tuning has no other"
 # Of a model in the host's memory, so much is checked: kinds of blocks alternate at most (Gemma 2), and a part of the
 # vocabulary is enough for the kernels.
@@ -75,40 +78,50 @@ def choose_engine(setting: str, device: str, not_covered: Callable[[], str | Non
     return "reference", reason
 
 
-def build(model: Any, train: Train, device: str) -> EngineChoice:
+def build(model: Any, train: Train, device: str, ranks: Ranks = ALONE) -> EngineChoice:
     """Build the engine that settings and model ask for, not yet checked.
 
     Args:
         model: PEFT model.
-        train: settings, of which `engine` and `gradient_checkpointing` count.
+        train: settings, of which `engine`, `gradient_checkpointing` and `shard` count.
         device: device of the model.
+        ranks: processes over whose GPUs `train.shard` spreads the base.
 
     Raises:
-        UserError: see `choose_engine`.
+        UserError: see `choose_engine`; or the base cannot be spread over GPUs.
         JobError: the model lies in the host's memory, and the fused engine does not cover it.
     """
-    made: list[Engine] = []
+    made: list[FusedEngine] = []
+    is_sharded = train.shard == "layers" and ranks.local_size > 1
 
     if is_full(model):
+        if is_sharded:
+            raise UserError("train.shard = layers: it is for frozen weights, and `adapter: none` trains all", UNSHARDED)
         if train.engine == "fused":
             raise UserError(f"train.engine = fused: {FULL_REASON}", "set train.engine to auto or reference")
         return EngineChoice(ReferenceEngine(model, for_cpu=device == "cpu"), FULL_REASON)
 
     def not_covered() -> str | None:
         try:
-            made.append(FusedEngine(model, train.gradient_checkpointing))
+            made.append(FusedEngine(model, train.gradient_checkpointing, ranks=ranks if is_sharded else None))
         except NotCoveredError as error:
             return str(error)
         return None
 
     name, reason = choose_engine(train.engine, device, not_covered)
     if name == "fused":
+        if is_sharded and not made[0].is_sharded:
+            raise UserError("train.shard = layers: no block of the base is in 4 bits", f"{IN_4_BITS}, or {UNSHARDED}")
         return EngineChoice(made[0], reason)
+    if is_sharded:
+        raise UserError(f"train.shard = layers: it takes the fused engine; {reason}", UNSHARDED)
     _require_resident(model, reason)
     return EngineChoice(ReferenceEngine(model, for_cpu=device == "cpu"), reason)
 
 
-def choose(model: Any, train: Train, device: str, examples: Sequence[Example], has_pairs: bool = False) -> EngineChoice:
+def choose(
+    model: Any, train: Train, device: str, examples: Sequence[Example], has_pairs: bool = False, ranks: Ranks = ALONE
+) -> EngineChoice:
     """Choose the engine of a run, and check it on the run's first rows.
 
     Args:
@@ -117,13 +130,14 @@ def choose(model: Any, train: Train, device: str, examples: Sequence[Example], h
         device: device of the model.
         examples: training data.
         has_pairs: whether these are pairs, whose prompts the engine may compute once.
+        ranks: see `build`.
 
     Raises:
         UserError: see `build`.
         JobError: the fused engine gives other numbers than the reference engine, and either it is asked for or the
             model lies in the host's memory.
     """
-    choice = build(model, train, device)
+    choice = build(model, train, device, ranks)
     if choice.engine.is_reference:
         return choice
     batches = [short_rows(examples, PROBE), even_rows(examples, EVEN)]

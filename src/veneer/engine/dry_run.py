@@ -60,6 +60,7 @@ class Step:
         releases: whether gradients are dropped as soon as they are whole.
         copies: whether 4-bit weights have 16-bit copies beside them, as on a CPU with memory for them.
         parts: biases, modules and rows that are trained beside the adapter's matrices.
+        shards: number of GPUs that the fused engine's frozen 4-bit weights are spread over.
     """
 
     rows: int
@@ -85,6 +86,7 @@ class Step:
     rank_pattern: tuple[tuple[str, int], ...] = ()
     parts: TrainedParts = NO_PARTS
     releases: bool = False
+    shards: int = 1
 
     def rank_of(self, path: str) -> int:
         """Return the rank of a module's adapter."""

@@ -3,7 +3,7 @@
 Two kinds of tensors have a choice. An activation that backward needs is kept from forward to backward, or recomputed,
 or offloaded to the host's memory. A frozen weight in 4 bits is dequantized for each use, or once and kept, or streamed
 from the host; embedding and head may live there too. A policy makes the choice (`engine/fused/policy.py`); this module
-only defines its vocabulary.
+only defines its vocabulary. Weights that are spread over GPUs (`train.shard`) are so from the start, and no choice.
 
 Trained weights, the optimizer's states and the other 16-bit weights always stay on the device, and have no entry.
 """
@@ -25,11 +25,12 @@ class ActivationState(StrEnum):
 
 
 class WeightState(StrEnum):
-    """The state of a frozen 4-bit weight: as stored, in 16 bits as well, or on the host."""
+    """The state of a frozen 4-bit weight: as stored, in 16 bits as well, on the host, or spread over GPUs."""
 
     NF4 = "nf4"
     DEQUANTIZED = "dequantized"
     STREAMED = "streamed"
+    SHARDED = "sharded"
 
 
 @dataclass(frozen=True)

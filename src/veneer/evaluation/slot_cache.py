@@ -17,6 +17,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
+from veneer.kernels.launch import compiles
+from veneer.kernels.write_slots import write_slots
+
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 
@@ -86,8 +89,11 @@ class SlotLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write each slot's new token, [S, H, 1, D], in place; return what stands at the first `width` positions."""
         view = self._view
-        self.keys[view.slot_S, :, view.position_S] = key_states[:, :, 0]
-        self.values[view.slot_S, :, view.position_S] = value_states[:, :, 0]
+        if compiles(self.keys.device):
+            write_slots(self.keys, self.values, key_states[:, :, 0], value_states[:, :, 0], view.position_S)
+        else:
+            self.keys[view.slot_S, :, view.position_S] = key_states[:, :, 0]
+            self.values[view.slot_S, :, view.position_S] = value_states[:, :, 0]
         return self.keys[:, :, : view.width], self.values[:, :, : view.width]
 
     def first(self, view: SlotView) -> "SlotLayer":

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from veneer.evaluation.prefill import ReadPrompt
-from veneer.evaluation.slot_attention import attends_slots
+from veneer.evaluation.slot_attention import attends_slots, reads_own_keys, slot_mask
 from veneer.evaluation.slot_cache import SlotCache, SlotView
 from veneer.planning.held_out import slot_length
 
@@ -49,7 +49,7 @@ class SlotDecoder:
 
     Attributes:
         steps: Steps taken.
-        recorded: Recorded passes and their logits, by the positions that attention reads.
+        recorded: Recorded passes and their logits, by the positions that attention may read.
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class SlotDecoder:
         self.recorded: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self.steps = 0
         self._eager: dict[int, int] = {}
+        self._reads_own_keys = reads_own_keys(model)
         self._records = graphs and device.type == "cuda" and _can_record(model, device)
 
     def answers(self, read: Iterator[ReadPrompt]) -> Iterator[dict[int, list[int]]]:
@@ -132,7 +133,9 @@ class SlotDecoder:
             self._counts[slot] += 1
 
     def _width(self, needed: int) -> int:
-        """Return the positions that attention reads: few different numbers where each is recorded."""
+        """Return the positions that attention may read: few different numbers where each is recorded."""
+        if self._reads_own_keys:
+            return self._length
         width = slot_length(needed)
         if self._records:
             width = GRAPH_WIDTH
@@ -164,7 +167,7 @@ class SlotDecoder:
             output = self._model(
                 input_ids=self._token_S[:, None],
                 position_ids=self._view.position_S[:, None],
-                attention_mask=self._view.mask(self._cache.layers[0].keys.dtype),
+                attention_mask=slot_mask(self._model, self._view, self._cache.layers[0].keys.dtype),
                 past_key_values=self._cache,
                 use_cache=True,
             )

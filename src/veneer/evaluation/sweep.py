@@ -36,6 +36,7 @@ class CombinationResult:
         status: finished; stopped at a rung; or failed.
         trainable: Trained parameters; None: it failed before they were counted.
         steps: Optimizer steps that were made.
+        seconds: Time of these steps with one seed; None: it is not known.
         loss: Held-out loss over its seeds, with its interval; None: it failed.
         difference: Its loss less that of the best, or where it was stopped of the best then.
         message: Reason why it failed; empty: it did not.
@@ -45,6 +46,7 @@ class CombinationResult:
     status: str
     trainable: int | None = None
     steps: int = 0
+    seconds: float | None = None
     loss: Interval | None = None
     difference: Interval | None = None
     message: str = ""
@@ -56,6 +58,7 @@ class CombinationResult:
             "status": self.status,
             "trainable": self.trainable,
             "steps": self.steps,
+            "seconds": self.seconds,
             "loss": self.loss and self.loss.as_dict(),
             "difference": self.difference and self.difference.as_dict(),
             "message": self.message,
@@ -185,6 +188,7 @@ class SweepLoop:
             status="finished" if rung is None else "stopped",
             trainable=record["trainable"],
             steps=record["steps"],
+            seconds=record.get("seconds"),
             loss=loss_interval(losses),
             difference=loss_difference(losses, self._losses(best, rung)),
         )

@@ -16,6 +16,7 @@ from veneer.config import Interrupted, JobError, Run, RunFolder, UserError
 from veneer.config.folder import remove
 from veneer.config.sweep import Combination, PlannedSweep
 from veneer.training.job import TrainingJob
+from veneer.training.metrics import read_metrics
 from veneer.training.objectives import OBJECTIVES
 from veneer.training.parts import RunParts, fresh_parts, load_parts
 from veneer.training.run_batches import batches_of
@@ -134,11 +135,13 @@ class Trials:
                 remove(folder.checkpoints)
             else:
                 job.fit_until(rung)
+            seconds = sum(record["seconds"] for record in read_metrics(folder.metrics) if record["kind"] == "train")
             losses = job.row_losses()
             was_stopped = job.was_stopped
             if not math.isfinite(losses.mean):
                 raise JobError("the held-out loss is not finite\n  fix: lower train.learning_rate")
             facts |= {"status": "measured", "loss": losses.mean, "losses": losses.losses, "weights": losses.weights}
+            facts |= {"seconds": round(seconds, 3)}
         except Interrupted:
             raise Interrupted(self._folder) from None
         except (JobError, UserError, torch.OutOfMemoryError) as error:

@@ -28,8 +28,8 @@ except ImportError:  # not on every platform; the twins do not need it
         constexpr = Any
         bfloat16 = float16 = float32 = None
 
-        def jit(self, function: Any) -> Any:
-            return function
+        def jit(self, function: Any = None, do_not_specialize: Sequence[str] = ()) -> Any:
+            return self.jit if function is None else function
 
         def cdiv(self, whole: int, part: int) -> int:
             return -(-whole // part)
@@ -52,6 +52,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def runs_triton(tensor: torch.Tensor) -> bool:
     """Return whether Triton's kernels are used on this tensor."""
     return tensor.is_cuda or tensor.is_meta or INTERPRETED
+
+
+def compiles(device: torch.device) -> bool:
+    """Return whether Triton compiles kernels for a device, a GPU since Ampere, where another way may be chosen."""
+    return HAS_TRITON and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 LISTENERS: list[Callable[[list[torch.Tensor]], None]] = []  # called for launches on meta tensors
@@ -88,6 +93,7 @@ __all__ = [
     "KERNEL_ERRORS",
     "LISTENERS",
     "TritonError",
+    "compiles",
     "launch",
     "power_of_2",
     "runs_triton",

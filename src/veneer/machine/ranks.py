@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +28,7 @@ Item = TypeVar("Item")
 Value = TypeVar("Value")
 ANY_LONG = timedelta(days=7)  # for what may take long on a single rank, as generated answers and files do
 LOST = "the exchange with the other ranks broke off"
+FIRST_WAIT = 900.0  # seconds that ranks wait for each other while they load and compile
 LARGE_BYTES = 2**25  # a tensor from here on is exchanged by itself; smaller ones are laid together
 
 
@@ -42,15 +44,25 @@ class Ranks:
         rank: number of this process, from 0; the first one alone writes and prints.
         size: number of processes.
         hosts: torch's group for what the hosts exchange; None: of a run of one process.
+        local_rank, local_size: the same as rank and size among the processes on this machine.
     """
 
     rank: int = 0
     size: int = 1
     hosts: Any = None
+    local_rank: int = 0
+    local_size: int = 1
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @cached_property
+    def locals(self) -> Any:
+        """torch's group of the ranks on this machine; all ranks ask for it together."""
+        if self.local_size == self.size:
+            return dist.group.WORLD
+        return dist.new_subgroups(self.local_size)[0]  # type: ignore[no-untyped-call]
 
     def meet(self, where: str, seconds: float) -> None:
         """Wait until all ranks are here.
@@ -156,7 +168,13 @@ def join_ranks() -> Ranks:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         dist.init_process_group("nccl" if has_gpus else "gloo", timeout=ANY_LONG)
     hosts = dist.new_group(backend="gloo", timeout=ANY_LONG)
-    return Ranks(dist.get_rank(), dist.get_world_size(), hosts)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    return Ranks(rank, size, hosts, rank % local_size(), local_size())
+
+
+def local_size() -> int:
+    """Return the number of processes of the run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
 
 
 def leave_ranks() -> None:

@@ -10,7 +10,7 @@ Held-out losses are measured in shares; answers during training are given by the
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,8 @@ def by_gpus(run: Run, planner: Planner, forecast: Forecast) -> list[OnGpus]:
 def _gains(run: Run, planner: Planner, forecast: Forecast, numbers: list[int]) -> Iterator[OnGpus]:
     alone = None
     for gpus in numbers:
+        if run.train.shard == "layers":
+            forecast = Planner(planner.base, replace(planner.target, ranks=gpus)).forecast(run)
         found = _on(run, planner, forecast, gpus)
         alone = alone or found
         yield OnGpus(**vars(found) | {"gain": _gain(run, found, alone)})

@@ -13,6 +13,7 @@ from typing import Any
 
 from veneer.config import Train
 from veneer.engine.dry_run import CONSTANT_BLOCK, QUANT_BLOCK, DryRun, Step
+from veneer.engine.fused.streaming import BUFFERS
 from veneer.engine.placement import MemoryPlacement
 from veneer.engine.trace import Peak, rounded
 from veneer.model.shapes import Shapes
@@ -93,7 +94,7 @@ def off_device(phase: str, peak: Peak, placement: MemoryPlacement) -> Peak:
     for choice in placement.choices:
         if choice.tensor == "4-bit weights":
             parts["4-bit weights"] -= choice.host_bytes
-            parts["streamed weights"] += 2 * choice.host_bytes // choice.blocks
+            parts["streamed weights"] += BUFFERS * choice.host_bytes // choice.blocks
         elif choice.tensor == "embedding and head":
             parts["embeddings and head"] -= choice.host_bytes if phase != "forward" else choice.host_bytes // 2
         elif choice.tensor == "x" and choice.state == "host" and phase in ("forward", "backward"):
@@ -132,6 +133,9 @@ def loaded(shapes: Shapes, step: Step, device: str) -> Counter[str]:
 
 def _frozen(shapes: Shapes, step: Step) -> dict[str, int]:
     parts = frozen_bytes(shapes, step.quantized, step.double_quant, step.dtype.itemsize)
+    if step.shards > 1:
+        whole = parts["4-bit weights"]
+        parts |= {"4-bit weights": whole // step.shards, "gathered weights": BUFFERS * whole // shapes.depth}
     return parts | (
         {"16-bit copies": copies_bytes(shapes, step.quantized, step.dtype)} if step.copies and step.quantized else {}
     )

@@ -369,6 +369,7 @@ def step_of(
         releases=run.releases_gradients,
         copies=target.device == "cpu" and COPIES_SHARE * copies_bytes(shapes, quantized, dtype) <= target.budget_bytes,
         parts=parts,
+        shards=(target.ranks or target.gpus) if engine == "fused" and quantized and run.train.shard == "layers" else 1,
     )
 
 

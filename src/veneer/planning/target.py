@@ -33,6 +33,7 @@ class TargetDevice:
         host_bytes: memory of the host that may be pinned.
         gpus: number of such GPUs.
         gpu_link: the link between them; None: there is one.
+        ranks: number of them on this machine that share a run; None: as many as there are.
     """
 
     device: str
@@ -45,6 +46,7 @@ class TargetDevice:
     host_bytes: int = 2**62
     gpus: int = 1
     gpu_link: GpuLink | None = None
+    ranks: int | None = None
 
     @property
     def rates(self) -> Rates:

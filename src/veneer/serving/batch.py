@@ -2,7 +2,8 @@
 
 `SlotBatch` keeps each answer in a slot of one buffer (evaluation/slot_cache.py), so that a step is one pass over all
 rows. The rows in use are the first slots always: what leaves is replaced by the last one. On a GPU a step of so many
-rows and positions (powers of two) is recorded as a CUDA graph, with the masks of the rows' adapters among its inputs.
+rows (powers of two) is recorded as a CUDA graph, with the numbers of the rows' adapters among its inputs; where
+attention reads a common width, of so many positions as well.
 Buffers grow as more and longer answers are admitted, up to a number of tokens.
 
 Prompts are read without their last token, which is a row's first step; so all tokens are chosen from logits of one
@@ -19,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from transformers.cache_utils import DynamicCache
 
-from veneer.evaluation.slot_attention import attends_slots
+from veneer.evaluation.slot_attention import attends_slots, reads_own_keys, slot_mask
 from veneer.evaluation.slot_cache import SlotCache, SlotLayer, SlotView, has_slots
 from veneer.planning.held_out import slot_length
 from veneer.serving.generation import Generation
@@ -98,6 +99,7 @@ class SlotBatch:
         self.rows: list[Generation] = []
         self._device: torch.device = model.get_input_embeddings().weight.device
         self._reading: list[Generation] = []
+        self._reads_own_keys = reads_own_keys(model)
         self._like = self._new_cache()
         with torch.no_grad(), bank.rows([0], 1):
             self._forward_prompt([[0]], self._like)
@@ -145,7 +147,7 @@ class SlotBatch:
         width = slot_length(seen + 1)
         if self._device.type == "cuda":
             width = max(SHORTEST, power_of_2(width))
-        width = min(width, self._length)
+        width = self._length if self._reads_own_keys else min(width, self._length)
         cache, view = self._first(rows)
         view.seen, view.width = seen, width
         if self._device.type == "cuda":
@@ -213,6 +215,8 @@ class SlotBatch:
             slots, length = min(power_of_2(rows), max(rows, self._most_slots)), slot_length(tokens)
         if slots == self._slots and length == self._length:
             return
+        if self._graphs:
+            torch.cuda.synchronize(self._device)  # the last step may be under way in one of them
         view = SlotView(torch.zeros(slots, dtype=torch.int64, device=self._device))
         grown = SlotCache(self._like, 1, view)
         before = [] if self._cache is None else list(self._cache.layers)
@@ -232,25 +236,26 @@ class SlotBatch:
         """Return the logits of a step, which is recorded once libraries have set themselves up for its shapes."""
         if self._version != self._bank.version:
             self._graphs.clear()
+            self._eager.clear()  # kernels for other ranks are compiled first
             self._version = self._bank.version
         key = (rows, width, is_base)
         if key not in self._graphs:
             self._eager[key] = self._eager.get(key, 0) + 1
             if self._eager[key] <= EAGER_STEPS:
-                return self._masked(rows, is_base)
+                return self._launched(rows, is_base)
             graph = torch.cuda.CUDAGraph()
             pool = next((known.pool() for known, _ in self._graphs.values()), None)
             with torch.cuda.graph(graph, pool=pool):
-                logits_SV = self._masked(rows, is_base)
+                logits_SV = self._launched(rows, is_base)
             self._graphs[key] = graph, logits_SV
         graph, logits_SV = self._graphs[key]
         graph.replay()
         return logits_SV
 
-    def _masked(self, rows: int, is_base: bool) -> torch.Tensor:
+    def _launched(self, rows: int, is_base: bool) -> torch.Tensor:
         """Return the logits of a step whose launches are the same whatever adapters its rows have."""
         cache, view = self._first(rows)
-        with self._bank.masked(None if is_base else self._bank.mask(self._state_3S[2, :rows])):
+        with self._bank.device_rows(None if is_base else self._state_3S[2, :rows]):
             return self._forward(cache, view, rows)
 
     def _forward(self, cache: SlotCache, view: SlotView, rows: int) -> torch.Tensor:
@@ -258,7 +263,7 @@ class SlotBatch:
             output = self._model(
                 input_ids=self._state_3S[0, :rows, None],
                 position_ids=self._state_3S[1, :rows, None],
-                attention_mask=view.mask(cache.layers[0].keys.dtype),
+                attention_mask=slot_mask(self._model, view, cache.layers[0].keys.dtype),
                 past_key_values=cache,
                 use_cache=True,
             )
@@ -269,7 +274,7 @@ class SlotBatch:
         return DynamicCache(config=self._model.config.get_text_config())
 
     def _forward_prompt(self, ids: list[list[int]], cache: DynamicCache) -> None:
-        ids_BT = torch.tensor(ids, device=self._device)
+        ids_BT = torch.tensor(ids).to(self._device, non_blocking=True)  # no wait for the step that is computed
         self._model(input_ids=ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
@@ -381,10 +386,11 @@ class SingleReading:
 
 @contextmanager
 def ready(model: Any) -> Iterator[None]:
-    """Within the context, a model answers fast: see `contiguous_head_input`, `adapter_in_copies` and `norms_kept`."""
+    """Within the context, a model answers fast; see what it enters."""
     from veneer.evaluation.generation import contiguous_head_input
+    from veneer.evaluation.kernel_norms import norms_by_kernel
     from veneer.model.adapters.dora import norms_kept
     from veneer.model.dense import adapter_in_copies
 
-    with adapter_in_copies(model), norms_kept(model), contiguous_head_input(model):
+    with adapter_in_copies(model), norms_kept(model), contiguous_head_input(model), norms_by_kernel(model):
         yield

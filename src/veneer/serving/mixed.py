@@ -2,17 +2,21 @@
 
 The matrices of all adapters are stacked a layer, in the base's compute dtype, with LoRA's scale within B; number 0 is
 the base, whose matrices are zeros. A forward hook on each adapted layer adds scale * B A x to its output, so it is the
-base's own layer that computes W x, in whatever bits its weights are. Three ways compute the delta, by the batch:
+base's own layer that computes W x, in whatever bits its weights are. Four ways compute the delta, by the batch:
 
     one       all rows have one adapter: two products with its matrices as they lie
+    kernels   where Triton compiles for the GPU: kernels/own_adapter.py adds to the output in place. Programs find out
+              which adapters their rows have, so that the launches are the same for any mix and a CUDA graph can hold
+              them, and read the matrices of those alone. Layers that read the very same tensor (q, k and v; gate and
+              up) share the product with it
     masked    a token a row: two products with the matrices of all adapters at once, and between them the ranks that
               are not a row's own are set to zero. The matrices are read once, whatever the number of rows, nothing is
-              copied, and the launches are the same for any mix, so that a CUDA graph can hold them
+              copied, and the launches are the same for any mix
     gathered  each row's matrices are gathered for a batched product: for prompts, and for few rows of many adapters
 
 PEFT's own mixed batches (`adapter_names`) go through the adapters one by one, with an index and an addition for each.
 
-N adapters, B rows, T tokens of a row, I inputs, O outputs, R ranks, K = N * R.
+N adapters, B rows, T tokens of a row, I inputs, O outputs, R ranks, K = N * R, M layers that share an input.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,6 +24,9 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+
+from veneer.kernels.launch import compiles
+from veneer.kernels.own_adapter import add_own, project_own
 
 RANK_STEP = 8  # ranks are padded to a multiple of it
 
@@ -31,21 +38,33 @@ class Matrices(NamedTuple):
     b_OR: torch.Tensor
 
 
-class _Layer:
-    """Stacked matrices of one layer."""
+class _Group:
+    """A matrices of the layers that read one tensor, [N, M, R, I]."""
 
-    def __init__(self, a_NRI: torch.Tensor, b_NRO: torch.Tensor) -> None:
-        self.a_NRI, self.b_NRO = a_NRI, b_NRO
+    def __init__(self, a_NMRI: torch.Tensor) -> None:
+        self.a_NMRI = a_NMRI
+
+
+class _Layer:
+    """Stacked matrices of one layer, the first of them among those of its group."""
+
+    def __init__(self, group: _Group, member: int, b_NRO: torch.Tensor) -> None:
+        self.group, self.member, self.b_NRO = group, member, b_NRO
+
+    @property
+    def a(self) -> torch.Tensor:
+        """A matrices of all adapters, [N, R, I]."""
+        return self.group.a_NMRI[:, self.member]
 
     def one(self, x: torch.Tensor, number: int) -> torch.Tensor:
-        return (x @ self.a_NRI[number].T) @ self.b_NRO[number]
+        return (x @ self.a[number].T) @ self.b_NRO[number]
 
     def masked(self, x_BTI: torch.Tensor, mask_BK: torch.Tensor) -> torch.Tensor:
-        h_BTK = (x_BTI @ self.a_NRI.flatten(0, 1).T) * mask_BK[:, None]
+        h_BTK = (x_BTI @ self.a.flatten(0, 1).T) * mask_BK[:, None]
         return h_BTK @ self.b_NRO.flatten(0, 1)
 
     def gathered(self, x_BTI: torch.Tensor, number_B: torch.Tensor) -> torch.Tensor:
-        h_BTR = torch.bmm(x_BTI, self.a_NRI[number_B].mT)
+        h_BTR = torch.bmm(x_BTI, self.a[number_B].mT)
         return torch.bmm(h_BTR, self.b_NRO[number_B])
 
 
@@ -59,21 +78,32 @@ class AdapterBank:
 
     Attributes:
         version: Grows when buffers are replaced, so that what was recorded with the old ones is void.
+        beside: Whether, in passes of single tokens, kernels compute the product with A on a stream of their own, while
+            the layer computes W x.
     """
 
     def __init__(self, model: Any, adapters: int, dtype: torch.dtype) -> None:
         self._model, self._count, self._dtype = model, adapters + 1, dtype
         self._rank = 0
         self._layers: dict[str, _Layer] = {}
+        self._groups: dict[str, _Group] = {}
+        self._leaders: dict[str, str] | None = None
+        self._by_kernels = compiles(self._device)
+        self._shared: tuple[_Group, torch.Tensor, torch.Tensor] | None = None
         self._number: int | None = None
         self._number_B: torch.Tensor | None = None
         self._mask_BK: torch.Tensor | None = None
         self.version = 0
+        self.beside = False
+        self._stream: Any = None
+        if self._device.type == "cuda":
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._runs_beside = self._is_awaited = False
 
     @property
     def bytes(self) -> int:
         """Bytes of all matrices."""
-        parts = (part for layer in self._layers.values() for part in (layer.a_NRI, layer.b_NRO))
+        parts = (part for layer in self._layers.values() for part in (layer.a, layer.b_NRO))
         return sum(part.numel() * part.element_size() for part in parts)
 
     @property
@@ -92,13 +122,13 @@ class AdapterBank:
             if path not in self._layers:
                 self._add_layer(path, one)
             layer, rank = self._layers[path], len(one.a_RI)
-            layer.a_NRI[number, :rank] = one.a_RI.to(layer.a_NRI)
+            layer.a[number, :rank] = one.a_RI.to(layer.a)
             layer.b_NRO[number, :rank] = one.b_OR.T.to(layer.b_NRO)
 
     def clear(self, number: int) -> None:
         """Make a number as the base is."""
         for layer in self._layers.values():
-            layer.a_NRI[number] = 0
+            layer.a[number] = 0
             layer.b_NRO[number] = 0
 
     @contextmanager
@@ -111,23 +141,35 @@ class AdapterBank:
         """
         if len(set(numbers)) == 1:
             self._number = numbers[0]
+        elif self._by_kernels:
+            self._number_B = torch.tensor(numbers).to(self._device, non_blocking=True)
         elif tokens == 1 and self._count <= 3 * len(numbers):  # gathering writes and reads what it copies
             self._mask_BK = self.mask(torch.tensor(numbers, device=self._device))
         else:
-            self._number_B = torch.tensor(numbers, device=self._device)
+            self._number_B = torch.tensor(numbers).to(self._device, non_blocking=True)
         try:
             yield
         finally:
-            self._number = self._number_B = self._mask_BK = None
+            self._number = self._number_B = self._mask_BK = self._shared = None
 
     @contextmanager
-    def masked(self, mask_BK: torch.Tensor | None) -> Iterator[None]:
-        """Within the context, a mask that `mask` made says which adapter a row has; for recorded passes."""
-        self._mask_BK = mask_BK
+    def device_rows(self, number_B: torch.Tensor | None) -> Iterator[None]:
+        """Within the context, the rows of a batch of single tokens have these adapters; for passes that are recorded.
+
+        Args:
+            number_B: Number of each row's adapter, int64, which a recorded pass reads anew; None: all are the base's.
+        """
+        if number_B is None:
+            self._number = 0
+        elif self._by_kernels:
+            self._number_B, self._runs_beside = number_B, self.beside
+        else:
+            self._mask_BK = self.mask(number_B)
         try:
             yield
         finally:
-            self._mask_BK = None
+            self._number = self._number_B = self._mask_BK = self._shared = None
+            self._runs_beside = self._is_awaited = False
 
     def mask(self, number_B: torch.Tensor) -> torch.Tensor:
         """Return which of all adapters' ranks belong to each row's own, [B, K], in the compute dtype."""
@@ -145,20 +187,34 @@ class AdapterBank:
         return device
 
     def _add_layer(self, path: str, like: Matrices) -> None:
-        shape = (self._count, self._rank)
         device = next(self._model.get_submodule(path).parameters()).device
-        a_NRI = torch.zeros((*shape, like.a_RI.shape[1]), dtype=self._dtype, device=device)
-        b_NRO = torch.zeros((*shape, like.b_OR.shape[0]), dtype=self._dtype, device=device)
-        self._layers[path] = layer = _Layer(a_NRI, b_NRO)
-        self._model.get_submodule(path).register_forward_hook(
-            lambda module, inputs, output: self._added(layer, inputs[0], output)
-        )
+        a_N1RI = torch.zeros((self._count, 1, self._rank, like.a_RI.shape[1]), dtype=self._dtype, device=device)
+        leader = self._leader(path)
+        if leader in self._groups:
+            group = self._groups[leader]
+            group.a_NMRI = torch.cat([group.a_NMRI, a_N1RI], 1)
+        else:
+            group = self._groups[leader] = _Group(a_N1RI)
+        b_NRO = torch.zeros((self._count, self._rank, like.b_OR.shape[0]), dtype=self._dtype, device=device)
+        self._layers[path] = layer = _Layer(group, group.a_NMRI.shape[1] - 1, b_NRO)
+        module = self._model.get_submodule(path)
+        module.register_forward_pre_hook(lambda module, inputs: self._begin(layer, inputs[0]))
+        module.register_forward_hook(lambda module, inputs, output: self._added(layer, inputs[0], output))
         self.version += 1
+
+    def _leader(self, path: str) -> str:
+        """Return the first of the layers that read the tensor which a layer reads; itself where they share nothing."""
+        if not self._by_kernels:
+            return path
+        if self._leaders is None:
+            self._leaders = first_readers(self._model)
+        return self._leaders.get(path, path)
 
     def _widen(self, rank: int) -> None:
         more = rank - self._rank
+        for group in self._groups.values():
+            group.a_NMRI = torch.nn.functional.pad(group.a_NMRI, (0, 0, 0, more))
         for layer in self._layers.values():
-            layer.a_NRI = torch.nn.functional.pad(layer.a_NRI, (0, 0, 0, more))
             layer.b_NRO = torch.nn.functional.pad(layer.b_NRO, (0, 0, 0, more))
         self._rank = rank
         self.version += 1
@@ -166,6 +222,8 @@ class AdapterBank:
     def _added(self, layer: _Layer, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         if self._number == 0:
             return output
+        if self._by_kernels:
+            return self._added_in_place(layer, x, output)
         own = x.to(self._dtype)
         if self._number is not None:
             return output + layer.one(own, self._number).to(output.dtype)
@@ -174,3 +232,66 @@ class AdapterBank:
         if self._number_B is not None:
             return output + layer.gathered(own, self._number_B).to(output.dtype)
         return output
+
+    def _begin(self, layer: _Layer, x: torch.Tensor) -> None:
+        """Compute a layer's product with A beside what the layer itself computes."""
+        if not self._runs_beside or self._is_shared(layer.group, x):
+            return
+        if self._stream is None:
+            self._projected(layer.group, x)
+            return
+        # Nothing of it is freed too early: the stream waits for what was launched before, among it what read the last
+        # product, and what is launched after waits for the stream.
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            self._projected(layer.group, x)
+        self._is_awaited = True
+
+    def _added_in_place(self, layer: _Layer, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        if self._is_awaited and self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+            self._is_awaited = False
+        output = output.contiguous()
+        out_TO = output.view(-1, output.shape[-1])
+        if self._number is not None:
+            h_TK, first = self._projected(layer.group, x), layer.member * self._rank
+            out_TO.addmm_(
+                h_TK[:, first : first + self._rank].to(out_TO.dtype), layer.b_NRO[self._number].to(out_TO.dtype)
+            )
+        elif self._number_B is not None:
+            add_own(out_TO, self._projected(layer.group, x), layer.member, layer.b_NRO, self._number_B)
+        return output
+
+    def _projected(self, group: _Group, x: torch.Tensor) -> torch.Tensor:
+        """Return the product of a tensor with a group's A matrices, which is computed once for all its layers."""
+        if not self._is_shared(group, x):
+            own_TI = x.to(self._dtype).reshape(-1, x.shape[-1])
+            if self._number_B is not None:
+                product = project_own(own_TI, group.a_NMRI, self._number_B)
+            else:
+                product = own_TI @ group.a_NMRI[self._number].flatten(0, 1).T
+            self._shared = group, x, product
+        assert self._shared is not None
+        return self._shared[2]
+
+    def _is_shared(self, group: _Group, x: torch.Tensor) -> bool:
+        return self._shared is not None and self._shared[0] is group and self._shared[1] is x
+
+
+@torch.no_grad()
+def first_readers(model: Any) -> dict[str, str]:
+    """Return for each layer the first of those that read the very same tensor, as a pass over one token shows it."""
+    read: list[tuple[str, torch.Tensor]] = []
+
+    def note(path: str) -> Any:
+        return lambda module, inputs: read.append((path, inputs[0])) if inputs else None
+
+    parts = [(path, part) for path, part in model.named_modules() if getattr(part, "weight", None) is not None]
+    hooks = [part.register_forward_pre_hook(note(path)) for path, part in parts]
+    try:
+        model(input_ids=torch.tensor([[0]], device=model.get_input_embeddings().weight.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    first: dict[int, str] = {}
+    return {path: first.setdefault(id(tensor), path) for path, tensor in read}

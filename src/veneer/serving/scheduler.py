@@ -1,8 +1,9 @@
 """The thread that owns the model: it reads prompts, makes a token for each answer at a time, and tells of them.
 
 Between two steps requests join and leave: those that wait are admitted in their order as slots and tokens allow, those
-that were cancelled or are late leave, and adapters are put into the bank. On a GPU the text of a step's tokens is told
-while the next step is computed; on a CPU at once.
+that were cancelled or are late leave, and adapters are put into the bank. On a GPU prompts are launched and the text of
+a step's tokens is told while the next step is computed: a prompt's thousand launches take the host longer than the GPU.
+On a CPU one thing follows the other.
 
 An error in a step ends the answers of that step, with a message to those who asked, and not the server.
 """
@@ -34,7 +35,7 @@ class Scheduler:
         batch: The batch of the model.
         queue: Most answers that wait.
         metrics: Figures of the server.
-        overlaps: Whether tokens are told while the next step is computed.
+        overlaps: Whether prompts are read and tokens are told while the next step is computed.
     """
 
     def __init__(self, batch: Batch, queue: int, metrics: Metrics, overlaps: bool = False) -> None:
@@ -114,7 +115,8 @@ class Scheduler:
             self._call()
             self._leave()
             try:
-                self._read()
+                if not (self._overlaps and self.batch.rows):
+                    self._read()
                 self._step()
             except Exception as error:  # noqa: BLE001 - whatever it is, the server goes on with other answers
                 self._fail(error)
@@ -181,6 +183,8 @@ class Scheduler:
             self._tell()
             return
         logits_SV = self.batch.step()
+        if self._overlaps:
+            self._read()
         self._tell()
         alive = [number for number, row in enumerate(rows) if not row.is_over]
         if len(alive) < len(rows):  # a stop text ended some while their next token was computed

@@ -28,7 +28,7 @@ from veneer.engine.placement import MemoryPlacement
 from veneer.engine.reference import ReferenceEngine
 from veneer.machine.device import find_machine, peak_bytes, resolve_optim
 from veneer.machine.environment import environment
-from veneer.machine.ranks import join_ranks
+from veneer.machine.ranks import Ranks, join_ranks
 from veneer.model.attach import count_parameters, save_adapter, write_as_changes
 from veneer.model.full import save_full
 from veneer.model.load import compute_dtype
@@ -163,7 +163,7 @@ class TrainingJob:
         self.machine, self.source, self.tokenizer = parts.machine, parts.source, parts.tokenizer
         self.renderer, self.data, self.model = parts.renderer, parts.data, parts.model
         self.prediction, self.start = parts.prediction, parts.start
-        self.choice = _choose_engine(run, parts)
+        self.choice = _choose_engine(run, parts, self.ranks)
         self.engine = self.choice.engine
         begin_alike(self.ranks, self.engine, self.model)
         self.parameters = count_parameters(self.model)
@@ -371,7 +371,9 @@ class TrainingJob:
         with self._locked():
             self._begin()
             with kept_in(self.folder.events):
-                return self._train(listeners, write_extras)
+                trained = self._train(listeners, write_extras)
+            self.ranks.gather(None)  # a rank that leaves takes its part of a sharded base along
+            return trained
 
     def fit_until(self, step: int) -> None:
         """Train to a step and leave a checkpoint there, from which a job that resumes the run goes on.
@@ -553,8 +555,9 @@ def _settled(run: Run, parts: RunParts) -> Run:
     return run
 
 
-def _choose_engine(run: Run, parts: RunParts) -> EngineChoice:
+def _choose_engine(run: Run, parts: RunParts, ranks: Ranks) -> EngineChoice:
     if run.model.task == "causal-lm":
-        return choose(parts.model, run.train, parts.machine.device, parts.data.train, parts.data.has_pairs)
+        device, data = parts.machine.device, parts.data
+        return choose(parts.model, run.train, device, data.train, data.has_pairs, ranks)
     engine = head_engine(run.model, parts.model, parts.tokenizer, run.train.temperature)
     return EngineChoice(engine, "classifiers run on Transformers")

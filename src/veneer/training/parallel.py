@@ -17,14 +17,15 @@ import torch
 
 from veneer.config import JobError, Run, RunFolder, Train, UserError
 from veneer.config.files import read_json
+from veneer.config.notify import notify
 from veneer.data.batch import Batch, Batches, Example
 from veneer.engine.interface import Engine
 from veneer.engine.objective import StepOutput
-from veneer.machine.ranks import Ranks
+from veneer.machine.ranks import FIRST_WAIT, Ranks
 from veneer.training.finished import with_train
 from veneer.training.held_out import HeldOutRows
 
-LEAST_WAIT, FIRST_WAIT = 60.0, 900.0  # seconds that ranks wait for each other: a step may be redone, and compiles first
+LEAST_WAIT = 60.0  # seconds that ranks wait for each other, at least: a step may be redone
 WAIT_STEPS = 20  # steps' time that they wait, where that is more
 
 
@@ -118,12 +119,19 @@ def spread_rows(
 
 
 def require_parallel(run: Run, ranks: Ranks) -> None:
-    """Raise UserError for a run whose loss does not add up over ranks."""
+    """Raise UserError for a run whose loss does not add up over ranks; tell of what several GPUs would be for."""
     if ranks.size > 1 and run.model.task == "embedding":
         raise UserError(
             f"model.task = embedding: the loss compares all texts of a step, which lie on {ranks.size} GPUs",
             "train it on one GPU",
         )
+    if run.train.shard == "layers" and run.model.task != "causal-lm":
+        raise UserError(
+            f"train.shard = layers: it takes the fused engine, and model.task = {run.model.task} has another",
+            "leave train.shard out",
+        )
+    if run.train.shard == "layers" and ranks.local_size == 1:
+        notify("train.shard = layers: the run has one GPU here, which holds the whole base", "info", "train.shard")
 
 
 def begin_alike(ranks: Ranks, engine: Engine, model: Any) -> None:

@@ -15,6 +15,7 @@ from veneer.data.pipeline import Prepared, prepare
 from veneer.data.render import Renderer
 from veneer.engine.placement import MemoryPlacement
 from veneer.machine.device import Machine, bound_freed_memory, find_machine, release_memory, reset_peak
+from veneer.machine.ranks import local_size
 from veneer.model.adapters import from_error, from_rows
 from veneer.model.adapters.from_error import start_from_error
 from veneer.model.adapters.from_rows import start_from_rows
@@ -31,8 +32,8 @@ from veneer.planning.target import CONTEXT, least_budget, this_device
 from veneer.training.choose_objective import choose_objective
 from veneer.training.label_weights import weigh_labels
 
-ON_HOST = "weights are in the host's memory, and Transformers cannot generate answers from there"
-ON_HOST_FIX = "leave evaluate.during out, or raise train.memory_budget"
+ON_HOST = "weights are in the host's memory, or spread over GPUs, and Transformers cannot generate answers from there"
+ON_HOST_FIX = "leave evaluate.during out, or raise train.memory_budget, or leave train.shard out"
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def load_parts(
         UserError: Anything the user can mend.
     """
     machine = find_machine()
-    target = this_device(machine, run.train.memory_budget)
+    target = replace(this_device(machine, run.train.memory_budget), ranks=local_size())
     if machine.device == "cpu":
         bound_freed_memory()
     source = locate(run.model)
@@ -90,14 +91,15 @@ def load_parts(
     if not force:
         _require_memory(prediction)
         _require_host_memory(prediction.forecast.placement, target.host_bytes)
-    if run.evaluate.during and _streams_weights(prediction):
+    to_host = _streams_weights(prediction) or (run.train.shard == "layers" and local_size() > 1)
+    if run.evaluate.during and to_host and machine.device == "cuda":
         raise UserError(f"evaluate.during: {ON_HOST}", ON_HOST_FIX)
     begins = True if run.adapter is None else run.adapter.init_lora_weights
-    if begins in (from_error.KIND, from_rows.KIND) and _streams_weights(prediction):
+    if begins in (from_error.KIND, from_rows.KIND) and to_host and machine.device == "cuda":
         raise UserError(
             f"adapter.init_lora_weights = {begins}: weights are in the host's memory, where "
             "nothing can be computed from them before training",
-            "set it to true, or raise train.memory_budget",
+            "set it to true, or raise train.memory_budget, or leave train.shard out",
         )
     reset_peak(machine.device)
     if run.model.task != "causal-lm":
@@ -109,7 +111,7 @@ def load_parts(
         )
         model.peft_config["default"].base_model_name_or_path = source.reference
         return RunParts(machine, source, tokenizer, renderer, data, prediction, model, start)
-    base = load_model(source, run.model, run.quantization, machine, _streams_weights(prediction))
+    base = load_model(source, run.model, run.quantization, machine, to_host)
     if run.data.add_special_tokens is not None:
         add_rows(base, tokenizer, run.data.add_special_tokens)
     _require_embeddings(base, tokenizer, data)

@@ -15,6 +15,7 @@ MAY_CHANGE = {
     "train.output_dir",
     "train.gradient_checkpointing",
     "train.memory_budget",
+    "train.shard",
     "train.engine",  # another one is told
     "train.logging_steps",
     "train.on_divergence",  # it decides what follows on a step from which there was no way on

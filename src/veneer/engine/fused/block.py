@@ -162,6 +162,7 @@ class Block:
 
     Attributes:
         weights: groups of linears by name; `groups`: the same in order.
+        shards: number of GPUs that its weights are spread over (shards.py).
     """
 
     def __init__(self, layer: Layer, decoder: Decoder, number: int, dtype: torch.dtype) -> None:
@@ -174,6 +175,12 @@ class Block:
         self.weights = {"qkv": self.qkv, "o": self.o, "gate_up": self.gate_up, "down": self.down}
         self.groups = tuple(self.weights.values())
         self.attention = Attention(decoder.heads, decoder.scale, layer.window, decoder.softcap)
+        self.shards = 1
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether all its linear layers are in 4 bits."""
+        return all(group.is_quantized for group in self.groups)
 
     @property
     def scratch(self) -> int:

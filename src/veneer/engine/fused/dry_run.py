@@ -101,8 +101,11 @@ def predict_placement(
         rates: speeds of the device and its link, and the host's memory.
     """
     blocks = [engine.blocks[number % len(engine.blocks)] for number in range(depth)]
+    for block in engine.blocks:
+        block.shards = step.shards
+    records = engine.is_recordable and step.shards == 1
     if gradient_checkpointing != "auto":
-        return replace(checkpointed(blocks, gradient_checkpointing), records_passes=step.even and engine.is_recordable)
+        return replace(checkpointed(blocks, gradient_checkpointing), records_passes=step.even and records)
     with _planned_capability(step):
         backend = blocks[0].attention.backend(_inputs(step, engine).documents, engine.decoder.norm.weight_D)
         rows = step.rows if backend == "cudnn" else 0
@@ -114,7 +117,7 @@ def predict_placement(
             ends_bytes=engine.ends.bytes,
             loss_bytes=peaks.loss,
         )
-        return choose_placement(blocks, demand, budget_bytes, engine.is_recordable, rates)
+        return choose_placement(blocks, demand, budget_bytes, records, rates)
 
 
 class DryEngine(FusedEngine):

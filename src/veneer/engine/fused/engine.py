@@ -19,6 +19,7 @@ from veneer.engine.fused.group import Group
 from veneer.engine.fused.offload import ActivationStore
 from veneer.engine.fused.pinned import PinnedMemory
 from veneer.engine.fused.policy import Demand, checkpointed, choose_placement, tightest, uniform
+from veneer.engine.fused.shards import Shards, shard_bytes
 from veneer.engine.fused.streaming import StreamedWeights
 from veneer.engine.interface import BatchShapes
 from veneer.engine.objective import LIKELIHOOD, Objective, StepOutput, TrainedTokens
@@ -27,6 +28,7 @@ from veneer.kernels.cast import cast_all, cast_table
 from veneer.kernels.launch import HAS_TRITON
 from veneer.kernels.rms_norm import rms_norm_backward
 from veneer.kernels.softmax_loss import softmax_loss
+from veneer.machine.ranks import Ranks
 
 LOGITS_BYTES = 256 * 2**20  # logits computed at a time
 UNKNOWN = 2**62  # bytes, more than any device has: the peak of a pass that does not fit
@@ -42,9 +44,11 @@ class FusedEngine:
         model: PEFT model from `veneer.model.attach` or `load_adapter`.
         gradient_checkpointing: the setting; auto recomputes as true does, until `plan_memory` has measured.
         graphs: whether passes of a shape that recurs are recorded as CUDA graphs.
+        ranks: processes whose GPUs the frozen 4-bit weights of blocks are spread over; None: each has all of them.
 
     Attributes:
         placement: placement of its blocks' tensors; see `apply`.
+        is_sharded: whether weights of blocks are spread over GPUs.
 
     Raises:
         NotCoveredError: the model has parts this engine does not compute.
@@ -53,7 +57,13 @@ class FusedEngine:
     name = "fused"
     is_reference = False
 
-    def __init__(self, model: Any, gradient_checkpointing: bool | str = False, graphs: bool = True) -> None:
+    def __init__(
+        self,
+        model: Any,
+        gradient_checkpointing: bool | str = False,
+        graphs: bool = True,
+        ranks: Ranks | None = None,
+    ) -> None:
         self.model = model
         self.decoder: Decoder = read(model)
         self._device, self._dtype = self.decoder.device, self.decoder.embed.weight.dtype
@@ -65,7 +75,10 @@ class FusedEngine:
         self._scratch = torch.empty(0, dtype=self._dtype, device=self._device)
         memory = PinnedMemory(self._device)
         self.ends = Ends(self.decoder, memory)
-        self._weights = StreamedWeights(self._device, memory)
+        packed = [block for block in self.blocks if block.is_packed]
+        shards = Shards(ranks, self._device, packed) if ranks is not None and packed else None
+        self.is_sharded = shards is not None
+        self._weights = StreamedWeights(self._device, memory, shards)
         self._store = ActivationStore(self._device, memory)
         self._flatten([group for block in self.blocks for group in block.groups])
         self.has_scales = any(group.scale is not None for block in self.blocks for group in block.groups)
@@ -78,7 +91,7 @@ class FusedEngine:
         self._pads = self._device.type == "cuda" and self.is_recordable
         # Weights on the host may not fit the device.
         first = tightest(self.blocks) if self.is_on_host else checkpointed(self.blocks, gradient_checkpointing)
-        self._may_record = graphs and self._pads
+        self._may_record = graphs and self._pads and not self.is_sharded
         self.apply(replace(first, records_passes=self._may_record))
         # The last is the longest; the others are not freed, since recorded passes read them.
         self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -121,7 +134,8 @@ class FusedEngine:
             torch.cuda.empty_cache()
             budget = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
             if budget_bytes is not None:
-                budget = min(budget, budget_bytes)
+                shards = shard_bytes([block for block in self.blocks if block.shards > 1])  # not the allocator's
+                budget = min(budget, budget_bytes - shards)
             return self.plan_within(shapes, budget - later_bytes)
         if shapes.varies:  # no memory was reserved for recorded passes
             self.apply(replace(self.placement, records_passes=False))
@@ -190,7 +204,7 @@ class FusedEngine:
                     group.keep_dequantized()
                 else:
                     group.drop_dequantized()
-            if chosen.streams:
+            if chosen.streams or block.shards > 1:
                 streamed[block.number] = [group for group in block.groups if group.needs_scratch]
             else:
                 for group in block.groups:
@@ -310,8 +324,10 @@ class FusedEngine:
 
     @property
     def is_on_host(self) -> bool:
-        """Whether weights are in host memory."""
-        return any(packed.weights.device != self._device for b in self.blocks for g in b.groups for packed in g.packed)
+        """Whether weights are in host memory, for want of memory on the device."""
+        return not self.is_sharded and any(
+            packed.weights.device != self._device for b in self.blocks for g in b.groups for packed in g.packed
+        )
 
     @torch.no_grad()
     def _peak_of(self, compute: Callable[[], object]) -> int:

@@ -21,7 +21,9 @@ from typing import NamedTuple
 
 from veneer.engine.fused.block import ACTIVATIONS, OFFLOADED, Block
 from veneer.engine.fused.cudnn import WORKSPACE_BYTES, Call
-from veneer.engine.fused.streaming import BUFFERS, packed_bytes
+from veneer.engine.fused.packed import block_bytes
+from veneer.engine.fused.shards import shard_bytes
+from veneer.engine.fused.streaming import BUFFERS, buffer_bytes
 from veneer.engine.placement import H100, ActivationState, BlockPlacement, Choice, MemoryPlacement, Rates, WeightState
 
 SAFETY = 0.02  # share of the budget that fragmentation may take
@@ -87,6 +89,8 @@ def block_placement(
     states |= dict.fromkeys(host, ActivationState.HOST) | dict.fromkeys(keep, ActivationState.KEEP)
     groups = {} if block is None else block.weights
     state = WeightState.STREAMED if streams else WeightState.NF4
+    if block is not None and block.shards > 1:
+        state = WeightState.SHARDED
     held = {name: state for name, group in groups.items() if group.is_quantized}
     return BlockPlacement(states, held | dict.fromkeys(weights, WeightState.DEQUANTIZED))
 
@@ -114,8 +118,8 @@ def checkpointed(blocks: Sequence[Block], gradient_checkpointing: bool | str) ->
 
 
 def can_stream(block: Block) -> bool:
-    """Return whether a block's weights can be streamed: all are in 4 bits."""
-    return all(group.is_quantized for group in block.groups)
+    """Return whether a block's weights can be streamed from the host: all are in 4 bits, and not spread over GPUs."""
+    return block.is_packed and block.shards == 1
 
 
 def choose_placement(
@@ -178,7 +182,7 @@ class _Search:
             {name: 2 * block.recompute_cost(name, tokens, longest) / rates.flops for name in ACTIVATIONS}
             for block in blocks
         ]
-        self._packed = [sum(map(packed_bytes, block.groups)) if can_stream(block) else 0 for block in blocks]
+        self._packed = [block_bytes(block.groups) if can_stream(block) else 0 for block in blocks]
         # Forward and backward each have all products, and attention's backward takes more than its forward.
         products = [2 * tokens * sum(group.size for group in block.groups) / rates.flops for block in blocks]
         attention = [costs["attention"] for costs in self._costs]
@@ -278,9 +282,11 @@ class _Search:
         streamed = self._streamed(candidate.streamed)
         dequantize: dict[int, set[str]] = {number: set() for number in keep}
         for number in reversed(keep):
+            if number in streamed or self._blocks[number].shards > 1:
+                continue
             for name, group in self._blocks[number].weights.items():
                 size = group.size * self._blocks[number].dtype.itemsize
-                if group.is_quantized and size <= left - used and number not in streamed:
+                if group.is_quantized and size <= left - used:
                     dequantize[number].add(name)
                     used += size
         used += self._bytes(candidate, keep) - self._bytes(candidate, {}) - self._sum(keep)
@@ -328,6 +334,9 @@ class _Search:
         if streamed:
             packed = sum(self._packed[number] for number in streamed)
             choices.append(Choice("4-bit weights", WeightState.STREAMED.value, len(streamed), 0, packed, -waits))
+        if sharded := [block for block in self._blocks if block.shards > 1]:
+            held = shard_bytes(sharded) + buffer_bytes(sharded)
+            choices.append(Choice("4-bit weights", WeightState.SHARDED.value, len(sharded), held, 0, 0.0))
         if placement.streams_ends:
             ends = self._demand.ends_bytes
             choices.append(Choice("embedding and head", WeightState.STREAMED.value, 1, 0, ends, -self._head_seconds))

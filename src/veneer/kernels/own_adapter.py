@@ -1,0 +1,164 @@
+"""Adds to each row the low-rank delta of its own adapter, of many that are stacked; number 0 has none.
+
+`project_own` is x A^T with the matrix of each row's adapter, for linear layers that read one input (q, k and v; gate
+and up) in one launch. `add_own` adds the product with B to one layer's output in place. Programs find out on the device
+which adapters their rows have, and read the matrices of those alone; so the launches are the same for any mix of
+adapters, and a mix costs what its adapters' matrices cost to read.
+
+The width of the input is divided among P programs, since a few rows with a few ranks would occupy only a few; `add_own`
+adds their sums, in float32 and in one order.
+
+Shapes: T rows, T / B of each of B sequences; M layers of a group, N adapters, R ranks, D inputs, F outputs.
+"""
+
+import torch
+
+from veneer.kernels.launch import launch, power_of_2, runs_triton, tl, triton
+
+# Most parts, by the most rows that have so many: few numbers, since each is compiled.
+MOST_PARTS = ((64, 16), (512, 4))
+PART = 512  # inputs of a part, at least
+MOST_RANKS = 64  # ranks of a program
+TOGETHER = 128  # ranks of several adapters in one product
+BITS = 62  # adapters that are told apart where matrices are skipped; the last stands for all further ones
+
+
+def project_own(x_TD: torch.Tensor, a_NMRD: torch.Tensor, number_B: torch.Tensor) -> torch.Tensor:
+    """Return partial sums of each row's product with its adapter's matrices, float32, [P, T, M * R].
+
+    What is returned for rows without an adapter is undefined.
+
+    Args:
+        x_TD: input, with any row stride.
+        a_NMRD: A matrices; contiguous.
+        number_B: number of each sequence's adapter, int64.
+    """
+    T, D = x_TD.shape
+    N, M, R, _ = a_NMRD.shape
+    tokens = T // len(number_B)
+    if not runs_triton(x_TD):
+        own_TMRD = a_NMRD[number_B.repeat_interleave(tokens)]
+        return torch.einsum("tmrd,td->tmr", own_TMRD.float(), x_TD.float()).flatten(1)[None]
+    block_t, (block_r, chunks) = _rows(T), _chunks(R)
+    is_wide = x_TD.dtype == torch.float32
+    block_d = 64 if is_wide else 128
+    most = next((parts for rows, parts in MOST_PARTS if rows >= T), 1)
+    span = triton.cdiv(triton.cdiv(D, max(1, min(most, D // PART))), block_d) * block_d
+    parts = triton.cdiv(D, span)
+    out_PTK = torch.empty((parts, T, M * R), dtype=torch.float32, device=x_TD.device)
+    launch(_project_own, (triton.cdiv(T, block_t), max(1, (N - 1) * M * chunks), parts))(
+        x_TD, a_NMRD, number_B, out_PTK, T, tokens, D, R, M * R, span, x_TD.stride(0),
+        MEMBERS=M, CHUNKS=chunks, BLOCK_T=block_t, BLOCK_D=block_d, BLOCK_R=block_r,
+        PRECISION="ieee" if is_wide else "tf32", num_warps=4, num_stages=3 if block_r <= 32 else 2,
+    )  # fmt: skip
+    return out_PTK
+
+
+def add_own(
+    out_TF: torch.Tensor, h_PTK: torch.Tensor, member: int, b_NRF: torch.Tensor, number_B: torch.Tensor
+) -> None:
+    """Add each row's product with its adapter's B matrix to `out_TF`, in place.
+
+    Args:
+        out_TF: output of a layer, with any row stride.
+        h_PTK: result of `project_own`, for the layer's group; it is rounded to the matrices' dtype.
+        member: the layer among the group's.
+        b_NRF: B matrices, with scales in them; contiguous.
+        number_B: number of each sequence's adapter, int64.
+    """
+    T, F = out_TF.shape
+    N, R, _ = b_NRF.shape
+    tokens = T // len(number_B)
+    if not runs_triton(out_TF):
+        h_TR = h_PTK.sum(0)[:, member * R : (member + 1) * R].to(b_NRF.dtype).float()
+        number_T = number_B.repeat_interleave(tokens)
+        delta_TF = torch.einsum("tr,trf->tf", h_TR, b_NRF[number_T].float())
+        out_TF.copy_(torch.where(number_T[:, None] > 0, out_TF.float() + delta_TF, out_TF.float()))
+        return
+    block_t, (block_r, chunks) = _rows(T), _chunks(R)
+    blocks = triton.cdiv(T, block_t)
+    block_f = next((size for size in (128, 64) if triton.cdiv(F, size) * blocks >= 64), 32)
+    launch(_add_own, (triton.cdiv(F, block_f), blocks), (out_TF,))(
+        out_TF, h_PTK, b_NRF, number_B, T, tokens, F, N, R, h_PTK.shape[2], member * R, out_TF.stride(0),
+        PARTS=len(h_PTK), CHUNKS=chunks, BITS=BITS, BLOCK_T=block_t, BLOCK_F=block_f, BLOCK_R=block_r,
+        BLOCK_N=TOGETHER // block_r, PRECISION="ieee" if b_NRF.dtype == torch.float32 else "tf32",
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
+
+
+def _rows(rows: int) -> int:
+    return min(64, power_of_2(rows))
+
+
+def _chunks(ranks: int) -> tuple[int, int]:
+    """Return the ranks of a program, and the number of chunks that all ranks need."""
+    block = min(power_of_2(ranks), MOST_RANKS)
+    return block, triton.cdiv(ranks, block)
+
+
+@triton.jit(do_not_specialize=["T", "tokens"])
+def _project_own(
+    x, a, number, out, T, tokens, D, R, K, span, x_t,
+    MEMBERS: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    n = 1 + tl.program_id(1) // (MEMBERS * CHUNKS)
+    member = tl.program_id(1) // CHUNKS % MEMBERS
+    r = tl.program_id(1) % CHUNKS * BLOCK_R + tl.arange(0, BLOCK_R)
+    is_own = tl.load(number + t // tokens, mask=t < T, other=0) == n
+    if tl.max(is_own.to(tl.int32), axis=0) > 0:
+        is_r = r < R
+        rows = t.to(tl.int64)[:, None] * x_t
+        ranks = a + ((n * MEMBERS + member) * R + r).to(tl.int64)[None, :] * D
+        first = tl.program_id(2) * span
+        total = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
+        for start in range(first, first + span, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            tile = tl.load(x + rows + d[None, :], mask=is_own[:, None] & (d < D)[None, :], other=0.0)
+            right = tl.load(ranks + d[:, None], mask=is_r[None, :] & (d < D)[:, None], other=0.0)
+            total = tl.dot(tile, right, total, input_precision=PRECISION)
+        row = (tl.program_id(2).to(tl.int64) * T + t)[:, None] * K
+        tl.store(out + row + member * R + r[None, :], total, mask=is_own[:, None] & is_r[None, :])
+
+
+@triton.jit
+def _either(one, other):
+    return one | other
+
+
+@triton.jit(do_not_specialize=["T", "tokens"])
+def _add_own(
+    out, h, b, number, T, tokens, F, N, R, K, first, out_t,
+    PARTS: tl.constexpr, CHUNKS: tl.constexpr, BITS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    own = tl.load(number + t // tokens, mask=t < T, other=0).to(tl.int32)
+    one = tl.full((BLOCK_T,), 1, dtype=tl.int64)
+    occurring = tl.reduce(one << tl.minimum(own, BITS), 0, _either)
+    inside = (own > 0)[:, None] & (f < F)[None, :]  # which no row beyond T is
+    ptr = out + t.to(tl.int64)[:, None] * out_t + f[None, :]
+    total = tl.load(ptr, mask=inside, other=0.0).to(tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        r = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
+        is_r = r < R
+        at = h + t.to(tl.int64)[:, None] * K + first + r[None, :]
+        left = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
+        for part in tl.static_range(PARTS):
+            left += tl.load(at + part * T * K, mask=(own > 0)[:, None] & is_r[None, :], other=0.0)
+        left = left.to(b.dtype.element_ty)
+        for start in range(1, N, BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N)
+            is_read = (n < N) & ((occurring >> tl.minimum(n, BITS)) & 1 > 0)
+            mine = tl.where((own[:, None] == n[None, :])[:, :, None], left[:, None, :], tl.zeros_like(left)[:, None, :])
+            row = tl.reshape(n[:, None] * R + r[None, :], (BLOCK_N * BLOCK_R,))
+            is_row = tl.reshape(is_read[:, None] & is_r[None, :], (BLOCK_N * BLOCK_R,))
+            right = tl.load(
+                b + row.to(tl.int64)[:, None] * F + f[None, :], mask=is_row[:, None] & (f < F)[None, :], other=0.0
+            )
+            mine = tl.reshape(mine, (BLOCK_T, BLOCK_N * BLOCK_R))
+            total = tl.dot(mine, right, total, input_precision=PRECISION)
+    tl.store(ptr, total.to(out.dtype.element_ty), mask=inside)
