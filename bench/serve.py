@@ -10,8 +10,8 @@
 `gpu` asks the scheduler itself, since HTTP is not what it measures: 64 answers at a time of prompts with 64 to 512
 tokens and answers of 128 to 384, of the base alone, of one adapter, and of 8 adapters mixed; and half of these requests
 through Transformers' own continuous batching, with one adapter. Counted are generated tokens over all the time.
-`--cases` takes those whose names begin so; `--profile` prints the time of a step of 64 rows and of a
-prompt's pass, and the kernels of a step by their time. `cpu`
+`--cases` takes those whose names begin so; `--profile` prints the time of a step of 64 rows and of prompts, and the
+kernels of a step by their time. `cpu`
 starts the command as a user does and asks over HTTP. `exact` compares the answers of all adapters in mixed batches,
 with prompts that share a prefix, with those of Transformers and PEFT, each prompt by itself. Prints a JSON line a case
 and merges it into bench/results/serve.json.
@@ -458,7 +458,7 @@ def main() -> None:
     parser.add_argument("--shape", default="8b")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--nf4", action="store_true", help="gpu: the base in 4 bits")
-    parser.add_argument("--cases", nargs="*", default=[""], help="gpu: beginnings of the cases' names; without one: none")
+    parser.add_argument("--cases", nargs="*", default=[""], help="gpu: beginnings of cases' names; without one: none")
     parser.add_argument("--profile", action="store_true", help="gpu: the kernels of a step, before the cases")
     parser.add_argument("--requests", type=int, help="gpu: 256; exact: 1000, fuzz: 1000 twice")
     parser.add_argument("--clients", type=int, help="gpu: 64; cpu: 32")
