@@ -2,7 +2,7 @@
 
     python3 -m bench.serve gpu                # an H100: 8B shapes, 8 adapters of r=16, 64 clients
     python3 -m bench.serve gpu --nf4          # the same on a base in 4 bits
-    python3 -m bench.serve gpu --cases base mixed --profile    # and where the time of a step goes
+    python3 -m bench.serve gpu --cases base one 8 --profile    # and where the time of a step goes
     python3 -m bench.serve cpu --minutes 5    # two cores: SmolLM2 and two adapters, 32 clients
     python3 -m bench.serve exact              # tiny random models in float32, 1,000 requests
     python3 -m bench.serve fuzz               # 2,000 malformed requests to a tiny server
@@ -10,8 +10,8 @@
 `gpu` asks the scheduler itself, since HTTP is not what it measures: 64 answers at a time of prompts with 64 to 512
 tokens and answers of 128 to 384, of the base alone, of one adapter, and of 8 adapters mixed; and half of these requests
 through Transformers' own continuous batching, with one adapter. Counted are generated tokens over all the time.
-`--cases` takes those whose names hold one of the words; `--profile` prints the time of a step of 64 rows and of a
-prompt's pass, and the kernels of a step by their time. `cpu`
+`--cases` takes those whose names begin so; `--profile` prints the time of a step of 64 rows and of prompts, and the
+kernels of a step by their time. `cpu`
 starts the command as a user does and asks over HTTP. `exact` compares the answers of all adapters in mixed batches,
 with prompts that share a prefix, with those of Transformers and PEFT, each prompt by itself. Prints a JSON line a case
 and merges it into bench/results/serve.json.
@@ -196,7 +196,7 @@ def profiled(
         waiting = list(rows)
         passes = []
         while waiting:
-            passes.append(read(waiting[:1] if len(waiting) <= 8 else waiting))
+            passes.append(read(waiting[: 1 if len(waiting) <= 6 else 2 if len(waiting) <= 16 else 8]))
             del waiting[: passes[-1][0]]
         for _ in range(8):
             step()
@@ -209,7 +209,6 @@ def profiled(
             for _ in range(10):
                 step()
             torch.cuda.synchronize()
-    _, launched, whole = passes[-1]
     kernels = sorted(recorded.key_averages(), key=lambda one: -one.self_device_time_total)
     busy = sum(one.self_device_time_total for one in kernels) / 10_000
     for one in kernels[:25]:
@@ -220,9 +219,7 @@ def profiled(
         "step_ms": round(milliseconds, 2),
         "step_ms_of_kernels": round(busy, 2),
         "kernels_of_a_step": round(sum(one.count for one in kernels) / 10),
-        "prompt_ms": round(whole, 2),
-        "prompt_ms_of_the_host": round(launched, 2),
-        "prompt_tokens": len(rows[-1].prompt),
+        "prompts_and_ms_of_the_host_and_of_all": [[n, round(host, 1), round(whole, 1)] for n, host, whole in passes],
     }
 
 
@@ -272,7 +269,7 @@ def gpu_cases(a: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
         "transformers, base": lambda: by_transformers(model, requests),
         "transformers, one adapter": with_one_adapter,
     }
-    chosen = {name: case for name, case in cases.items() if any(word in name for word in a.cases)}
+    chosen = {name: case for name, case in cases.items() if name.startswith(tuple(a.cases))}
     return (profiles if a.profile else {}) | chosen
 
 
@@ -461,7 +458,7 @@ def main() -> None:
     parser.add_argument("--shape", default="8b")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--nf4", action="store_true", help="gpu: the base in 4 bits")
-    parser.add_argument("--cases", nargs="*", default=[""], help="gpu: words of the cases' names; without one: none")
+    parser.add_argument("--cases", nargs="*", default=[""], help="gpu: beginnings of cases' names; without one: none")
     parser.add_argument("--profile", action="store_true", help="gpu: the kernels of a step, before the cases")
     parser.add_argument("--requests", type=int, help="gpu: 256; exact: 1000, fuzz: 1000 twice")
     parser.add_argument("--clients", type=int, help="gpu: 64; cpu: 32")

@@ -16,7 +16,7 @@ import torch
 from veneer.kernels.launch import launch, power_of_2, runs_triton, tl, triton
 
 # Most parts, by the most rows that have so many: few numbers, since each is compiled.
-MOST_PARTS = ((64, 16), (512, 4))
+MOST_PARTS = ((64, 16), (2048, 4))
 PART = 512  # inputs of a part, at least
 MOST_RANKS = 64  # ranks of a program
 TOGETHER = 128  # ranks of several adapters in one product

@@ -14,6 +14,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +26,7 @@ from veneer.serving.metrics import Metrics
 from veneer.serving.sampling import Choice, Row, choose
 
 IDLE_SECONDS = 0.5  # between two looks at what is late while nothing else happens
+HELD_STEPS = 8  # most steps that a prompt waits for a slot for the one behind it
 T = TypeVar("T")
 
 
@@ -45,6 +47,7 @@ class Scheduler:
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._reading: Reading | None = None
         self._untold: list[tuple[Generation, Choice, str | None]] = []
+        self._held = 0
         self._is_stopped = False
         self._thread = threading.Thread(target=self._run, name="veneer-scheduler", daemon=True)
 
@@ -125,6 +128,16 @@ class Scheduler:
     def _may_begin(self) -> bool:
         return bool(self._waiting) and self.batch.fits([self._waiting[0]])
 
+    def _holds(self) -> bool:
+        """Return whether the next prompt waits some steps, so that the one behind it is read with it.
+
+        On a GPU most of the time of a pass over a short prompt is launches.
+        """
+        two = list(islice(self._waiting, 2))
+        holds = self._overlaps and bool(self.batch.rows) and len(two) == 2 and not self.batch.fits(two)
+        self._held = self._held + 1 if holds and self._held < HELD_STEPS else 0
+        return self._held > 0
+
     def _call(self) -> None:
         while self._calls:
             function, future = self._calls.popleft()
@@ -157,7 +170,7 @@ class Scheduler:
 
     def _read(self) -> None:
         """Read a chunk of the prompts that come next."""
-        if self._reading is None and self._may_begin():
+        if self._reading is None and self._may_begin() and not self._holds():
             with self._lock:
                 self._reading = self.batch.begin(list(self._waiting))
                 for row in self._reading.generations:
