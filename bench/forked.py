@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -46,14 +46,20 @@ def import_what(arguments: list[str]) -> None:
     assert status == 0, done.stdout
     import torch
 
-    # PEFT's modules import bitsandbytes, which asks for this.
-    with mock.patch("torch.cuda.get_device_capability", return_value=_capability()):
+    with without_gpu():
         for name in names:
             if name.startswith((*AT_IMPORT, "_")) or "dynamic" in name:
                 continue
             with contextlib.suppress(Exception):  # a module of another process may be none of this one
                 importlib.import_module(name)
             assert not torch.cuda.is_initialized(), f"{name} has begun to use the GPU, which a fork could not then"  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def without_gpu() -> Iterator[None]:
+    """Within the context, what is imported does not begin to use the GPU: bitsandbytes asks for its capability."""
+    with mock.patch("torch.cuda.get_device_capability", return_value=_capability()):
+        yield
 
 
 def _capability() -> tuple[int, int]:

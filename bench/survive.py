@@ -37,7 +37,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from bench.forked import Killer, call, import_what
+from bench.forked import Killer, call, import_what, without_gpu
 
 RESULTS = Path(__file__).parent / "results" / "survive.json"
 SEED = 0
@@ -421,7 +421,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="veneer-survive-") as name:
         groups = given.group or [*GROUPS, "save"]
         if set(groups) & set(GROUPS):
-            warm = Trials(Path(name) / "warm", given.device, steps=4)
+            with without_gpu():
+                warm = Trials(Path(name) / "warm", given.device, steps=4)
             import_what(warm.command)
         for group in groups:
             command = f"python -m bench.survive {group}" + (" --device cuda" if given.device == "cuda" else "")

@@ -26,6 +26,7 @@ from veneer.planning.held_out import slot_length
 from veneer.serving.generation import Generation
 from veneer.serving.mixed import AdapterBank
 from veneer.serving.prefix_cache import BLOCK, PrefixCache
+from veneer.serving.recorded_prompts import RecordedPrompts
 
 SHORTEST = 256  # positions of the smallest buffer
 CHUNK = {"cuda": 2048, "cpu": 512}  # tokens that are read between two steps
@@ -112,6 +113,9 @@ class SlotBatch:
         self._graphs: dict[tuple[int, int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._eager: dict[tuple[int, int, bool], int] = {}
         self._version = bank.version
+        self.recorded_prompts = None
+        if self._device.type == "cuda" and model.config.get_text_config()._attn_implementation == "sdpa":
+            self.recorded_prompts = RecordedPrompts(model, bank, self._like)
 
     def fits(self, coming: Sequence[Generation]) -> bool:
         rows = [*self.rows, *self._reading, *coming]
@@ -290,7 +294,7 @@ class SlotReading:
 
     def __init__(self, batch: SlotBatch, generations: list[Generation], blocks: list[Any], chunk: int) -> None:
         self.generations, self._batch, self._chunk = generations, batch, chunk
-        self._cache = batch._new_cache()
+        self._cache: Any = batch._new_cache()
         known = BLOCK * len(blocks[0])
         for row in generations:
             row.cached = known
@@ -311,8 +315,16 @@ class SlotReading:
         """Read a chunk; return whether all is read."""
         if self._at < self._width and not all(row.is_over for row in self.generations):
             part = [ids[self._at : self._at + self._chunk] for ids in self._ids]
-            with self._batch._bank.rows([row.adapter for row in self.generations], len(part[0])):
-                self._batch._forward_prompt(part, self._cache)
+            adapters = [row.adapter for row in self.generations]
+            recorded = self._batch.recorded_prompts
+            read = None
+            if recorded is not None and len(part[0]) == self._width and not self.generations[0].cached:
+                read = recorded.read(part, adapters)
+            if read is None:
+                with self._batch._bank.rows(adapters, len(part[0])):
+                    self._batch._forward_prompt(part, self._cache)
+            else:
+                self._cache = read
             self._at += len(part[0])
             if self._at < self._width:
                 return False

@@ -1,0 +1,108 @@
+"""Passes over short prompts, recorded on a GPU: the host takes several times as long to launch one as it to compute it.
+
+A pass is recorded for a number of rows (powers of two) and of tokens (steps of STEP); prompts are padded to them, and
+what stands behind a prompt is read by none of its tokens. Its keys and values are copied into one buffer, so that the
+recordings share the memory in which they compute, and are taken from there before the next prompts are read. Rows'
+adapters are data, as they are in a step.
+
+R rows, T tokens, H heads, D width of a head.
+"""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from veneer.serving.mixed import AdapterBank
+
+STEP = 64
+MOST = 1024  # tokens of a pass, with padding; a longer one keeps the GPU busy while the host launches it
+LAUNCHED = 2  # passes of a shape before it is recorded, in which libraries set themselves up
+
+
+class RecordedPrompts:
+    """Reads short prompts of which nothing is known yet.
+
+    Args:
+        model: A Transformers model in evaluation mode, on a GPU.
+        bank: The adapters on it.
+        like: Cache that holds a token, for heads and widths.
+    """
+
+    def __init__(self, model: Any, bank: AdapterBank, like: DynamicCache) -> None:
+        self._model, self._bank = model, bank
+        keys = like.layers[0].keys
+        self._device, self._dtype = keys.device, keys.dtype
+        self._like = like
+        self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []  # by layer, [MOST, H, D] each
+        self._ids_N = torch.zeros(MOST, dtype=torch.int64, device=self._device)
+        self._adapters_R = torch.zeros(MOST // STEP, dtype=torch.int64, device=self._device)
+        self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
+        self._launched: dict[tuple[int, int, bool], int] = {}
+        self._version = bank.version
+
+    def read(self, ids: Sequence[Sequence[int]], adapters: Sequence[int]) -> Any:
+        """Return the keys and values of prompts, which hold until the next ones are read; None: they are too long.
+
+        Args:
+            ids: Tokens of each prompt, all padded to one length.
+            adapters: Number of each one's adapter.
+        """
+        rows, tokens = 1 << (len(ids) - 1).bit_length(), -(-len(ids[0]) // STEP) * STEP
+        if rows * tokens > MOST:
+            return None
+        if not self._kept:
+            self._kept = [(self._buffer(layer.keys), self._buffer(layer.values)) for layer in self._like.layers]
+        if self._version != self._bank.version:
+            self._graphs.clear()
+            self._launched.clear()
+            self._version = self._bank.version
+        padded = [[*some, *[0] * (tokens - len(some))] for some in ids] + [[0] * tokens] * (rows - len(ids))
+        data = [token for some in padded for token in some], [*adapters, *[adapters[0]] * (rows - len(ids))]
+        for buffer, values in zip((self._ids_N, self._adapters_R), data, strict=True):
+            buffer[: len(values)].copy_(torch.tensor(values), non_blocking=True)
+        key = rows, tokens, not any(adapters)
+        if key in self._graphs:
+            self._graphs[key].replay()
+        elif self._launched.setdefault(key, 0) < LAUNCHED:
+            self._launched[key] += 1
+            self._pass(*key)
+        else:
+            graph = torch.cuda.CUDAGraph()
+            pool = next((known.pool() for known in self._graphs.values()), None)
+            with torch.cuda.graph(graph, pool=pool):
+                self._pass(*key)
+            self._graphs[key] = graph
+            graph.replay()
+        return SimpleNamespace(
+            layers=[
+                SimpleNamespace(keys=self._rows(keys, rows, tokens), values=self._rows(values, rows, tokens))
+                for keys, values in self._kept
+            ]
+        )
+
+    def _pass(self, rows: int, tokens: int, is_base: bool) -> None:
+        cache = DynamicCache(config=self._model.config.get_text_config())
+        at_T = torch.arange(tokens, device=self._device)
+        mask_TT = torch.full((tokens, tokens), torch.finfo(self._dtype).min, dtype=self._dtype, device=self._device)
+        with self._bank.device_rows(None if is_base else self._adapters_R[:rows]):
+            self._model(
+                input_ids=self._ids_N[: rows * tokens].view(rows, tokens),
+                position_ids=at_T.expand(rows, tokens),
+                attention_mask=mask_TT.triu(1).expand(rows, 1, tokens, tokens),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        for (keys, values), layer in zip(self._kept, cache.layers, strict=True):
+            self._rows(keys, rows, tokens).copy_(layer.keys)
+            self._rows(values, rows, tokens).copy_(layer.values)
+
+    def _buffer(self, like: torch.Tensor) -> torch.Tensor:
+        return like.new_zeros((MOST, like.shape[1], like.shape[3]))
+
+    @staticmethod
+    def _rows(kept: torch.Tensor, rows: int, tokens: int) -> torch.Tensor:
+        return kept[: rows * tokens].view(rows, tokens, *kept.shape[1:]).transpose(1, 2)
