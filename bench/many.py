@@ -3,6 +3,7 @@
     python3 -m bench.many lengths rows.jsonl --out work/lengths.json   # tokens of real rows, by SmolLM2's tokenizer
     python3 -m bench.many speed --gpus 2 --lengths work/lengths.json   # 1, 2, ... GPUs of one machine, each in a run
     python3 -m bench.many sharded --gpus 2                             # 70B: whole on 1 GPU, spread over 2, ...
+    python3 -m bench.many plot                                         # docs/images/many.png, from the results
     python3 -m bench.many killed --runs 20                             # CPU: a tiny run of two ranks, one is killed
 
 Speed: an 8B shape in NF4, r = 16 on all linear layers, 8-bit AdamW, the engine with the exchange that `veneer train`
@@ -221,6 +222,31 @@ def killed(a: argparse.Namespace) -> None:
     })  # fmt: skip
 
 
+def plot(results: Path) -> None:
+    """Draw tokens/s by the number of GPUs, relative to one."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = json.loads(results.read_text())
+    lines = {
+        "8B, rows of 2,048 tokens": ("speed", "even"),
+        "8B, packed real rows": ("speed", "packed"),
+        "70B, layers sharded": ("sharded", "even"),
+    }
+    figure, axes = plt.subplots(figsize=(5.5, 4), layout="constrained")
+    for name, (group, kind) in lines.items():
+        numbers = [int(gpus) for gpus in found[group] if gpus.isdigit()]
+        ratios = [found[group][str(gpus)][kind]["ratio"] for gpus in numbers]
+        axes.plot(numbers, ratios, marker="o", label=name)
+    axes.plot(numbers, numbers, color="gray", linestyle=":", label="as many times as GPUs")
+    axes.set(xlabel="GPUs", ylabel="tokens/s, relative to one GPU", xticks=numbers, xlim=(0.8, None), ylim=(0, None))
+    axes.set_title(f"{found['speed']['gpu']}, 4 x 2,048 tokens a GPU")
+    axes.legend(frameon=False)
+    figure.savefig(RESULTS.parents[2] / "docs" / "images" / "many.png", dpi=110)
+
+
 def save(out: Path, name: str, result: dict[str, Any]) -> None:
     """Merge a group into the file of results."""
     kept = json.loads(out.read_text()) if out.is_file() else {}
@@ -229,7 +255,7 @@ def save(out: Path, name: str, result: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["lengths", "speed", "sharded", "rank", "killed"])
+    parser.add_argument("what", choices=["lengths", "speed", "sharded", "rank", "plot", "killed"])
     parser.add_argument("file", nargs="?", type=Path, help="of lengths: the rows")
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--only", type=int, nargs="+", help="numbers of GPUs to measure; else 1, 2, ... of --gpus")
@@ -243,6 +269,8 @@ def main() -> None:
     a = parser.parse_args()
     if a.what == "lengths":
         lengths(a.file, a.out)
+    elif a.what == "plot":
+        plot(a.out)
     elif a.what == "rank":
         rank(a.shape, a.layers, a.lengths, a.shards)
     else:

@@ -243,28 +243,14 @@ def gpu_cases(a: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
     slots = partial(by_scheduler, model, bank, requests, slots=a.clients)
     everyone = list(range(1, 9))
 
-    def beside(case: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
-        """The case with the adapters' first products on a stream of their own."""
-
-        def run() -> dict[str, Any]:
-            bank.beside = True
-            try:
-                return case()
-            finally:
-                bank.beside = False
-
-        return run
-
     profiles: dict[str, Callable[[], dict[str, Any]]] = {
         "profile of the base": lambda: profiled(model, bank, requests, [0], a.clients),
         "profile of 8 adapters mixed": lambda: profiled(model, bank, requests, everyone, a.clients),
-        "profile of 8 adapters beside": beside(lambda: profiled(model, bank, requests, everyone, a.clients)),
     }
     cases: dict[str, Callable[[], dict[str, Any]]] = {
         "base": lambda: slots(adapters=[0]),
         "one adapter": lambda: slots(adapters=[1]),
         "8 adapters mixed": lambda: slots(adapters=everyone),
-        "8 adapters mixed, beside": beside(lambda: slots(adapters=everyone)),
         "base again": lambda: slots(adapters=[0]),
         "transformers, base": lambda: by_transformers(model, requests),
         "transformers, one adapter": with_one_adapter,
@@ -341,7 +327,7 @@ def _asked(a: argparse.Namespace, address: str, process: psutil.Process) -> dict
         post(address, body(8, 4), first)
     idle = sorted(first[2:])
     ends = time.monotonic() + 60 * a.minutes
-    errors, answers, resident = list[str](), 0, list[int]()
+    errors, answers, resident = list[str](), 0, list[tuple[int, int]]()
 
     def client(_: int) -> int:
         count = 0
@@ -357,7 +343,7 @@ def _asked(a: argparse.Namespace, address: str, process: psutil.Process) -> dict
         running = [pool.submit(client, number) for number in range(a.clients)]
         while time.monotonic() < ends:
             time.sleep(min(5.0, 6 * a.minutes))
-            resident.append(process.memory_info().rss)
+            resident.append((process.memory_info().rss, _kept_bytes(address)))
         answers = sum(one.result() for one in running)
     half = len(resident) // 2
     return {
@@ -367,12 +353,20 @@ def _asked(a: argparse.Namespace, address: str, process: psutil.Process) -> dict
         "answers": answers,
         "errors": errors[:5],
         "error_count": len(errors),
-        "resident_mib": {
-            "after_half": round(max(resident[: half or 1]) / 2**20),
-            "at_end": round(max(resident[half:]) / 2**20),
-        },
+        "resident_mib": {"after_half": _mib(resident[half - 1][0]), "at_end": _mib(resident[-1][0])},
+        "of_it_kept_prompts_mib": {"after_half": _mib(resident[half - 1][1]), "at_end": _mib(resident[-1][1])},
         "load_of_the_machine": round(psutil.getloadavg()[0], 1),
     }
+
+
+def _kept_bytes(address: str) -> int:
+    """Return the bytes of prompts that the server keeps, up to a limit of its own."""
+    lines = urllib.request.urlopen(f"{address}/metrics").read().decode().splitlines()
+    return int(float(next(line for line in lines if "prefix_cache_bytes" in line and line[0] != "#").split()[-1]))
+
+
+def _mib(count: int) -> int:
+    return round(count / 2**20)
 
 
 # Tiny models: exact answers, and malformed requests.

@@ -137,8 +137,7 @@ def test_ways_to_add_deltas_agree(by_kernels: bool, monkeypatch: pytest.MonkeyPa
             for tokens in (1, 2):
                 x = torch.randn(len(numbers), tokens, 6)
                 wanted = [torch.cat(both) for both in zip(*(alone(x[n : n + 1], own) for n, own in enumerate(numbers)))]
-                for way in ("rows", "device", "beside")[: 3 if tokens == 1 else 1]:
-                    bank.beside = way == "beside"
+                for way in ("rows", "device"):
                     with bank.rows(numbers, tokens) if way == "rows" else bank.device_rows(torch.tensor(numbers)):
                         for found, right in zip(base.run(x), wanted, strict=True):
                             torch.testing.assert_close(found, right, atol=2e-5, rtol=1e-5)

@@ -78,8 +78,6 @@ class AdapterBank:
 
     Attributes:
         version: Grows when buffers are replaced, so that what was recorded with the old ones is void.
-        beside: Whether, in passes of single tokens, kernels compute the product with A on a stream of their own, while
-            the layer computes W x.
     """
 
     def __init__(self, model: Any, adapters: int, dtype: torch.dtype) -> None:
@@ -94,11 +92,6 @@ class AdapterBank:
         self._number_B: torch.Tensor | None = None
         self._mask_BK: torch.Tensor | None = None
         self.version = 0
-        self.beside = False
-        self._stream: Any = None
-        if self._device.type == "cuda":
-            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        self._runs_beside = self._is_awaited = False
 
     @property
     def bytes(self) -> int:
@@ -154,7 +147,7 @@ class AdapterBank:
 
     @contextmanager
     def device_rows(self, number_B: torch.Tensor | None) -> Iterator[None]:
-        """Within the context, the rows of a batch of single tokens have these adapters; for passes that are recorded.
+        """Within the context, the rows of a batch have these adapters; for passes that are recorded.
 
         Args:
             number_B: Number of each row's adapter, int64, which a recorded pass reads anew; None: all are the base's.
@@ -162,14 +155,13 @@ class AdapterBank:
         if number_B is None:
             self._number = 0
         elif self._by_kernels:
-            self._number_B, self._runs_beside = number_B, self.beside
+            self._number_B = number_B
         else:
             self._mask_BK = self.mask(number_B)
         try:
             yield
         finally:
             self._number = self._number_B = self._mask_BK = self._shared = None
-            self._runs_beside = self._is_awaited = False
 
     def mask(self, number_B: torch.Tensor) -> torch.Tensor:
         """Return which of all adapters' ranks belong to each row's own, [B, K], in the compute dtype."""
@@ -198,7 +190,6 @@ class AdapterBank:
         b_NRO = torch.zeros((self._count, self._rank, like.b_OR.shape[0]), dtype=self._dtype, device=device)
         self._layers[path] = layer = _Layer(group, group.a_NMRI.shape[1] - 1, b_NRO)
         module = self._model.get_submodule(path)
-        module.register_forward_pre_hook(lambda module, inputs: self._begin(layer, inputs[0]))
         module.register_forward_hook(lambda module, inputs, output: self._added(layer, inputs[0], output))
         self.version += 1
 
@@ -233,24 +224,7 @@ class AdapterBank:
             return output + layer.gathered(own, self._number_B).to(output.dtype)
         return output
 
-    def _begin(self, layer: _Layer, x: torch.Tensor) -> None:
-        """Compute a layer's product with A beside what the layer itself computes."""
-        if not self._runs_beside or self._is_shared(layer.group, x):
-            return
-        if self._stream is None:
-            self._projected(layer.group, x)
-            return
-        # Nothing of it is freed too early: the stream waits for what was launched before, among it what read the last
-        # product, and what is launched after waits for the stream.
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            self._projected(layer.group, x)
-        self._is_awaited = True
-
     def _added_in_place(self, layer: _Layer, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        if self._is_awaited and self._stream is not None:
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
-            self._is_awaited = False
         output = output.contiguous()
         out_TO = output.view(-1, output.shape[-1])
         if self._number is not None:
