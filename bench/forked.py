@@ -9,16 +9,15 @@ import contextlib
 import importlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
+FORKS = True  # where False, each command is a new process, which has to import all for itself
 LIMIT_SECONDS = 240.0  # of a command; a hang is a failure
 AT_IMPORT = ("bitsandbytes", "pynvml", "tests", "bench")  # not imported by the parent
 
@@ -46,31 +45,12 @@ def import_what(arguments: list[str]) -> None:
     assert status == 0, done.stdout
     import torch
 
-    with without_gpu():
-        for name in names:
-            if name.startswith((*AT_IMPORT, "_")) or "dynamic" in name:
-                continue
-            with contextlib.suppress(Exception):  # a module of another process may be none of this one
-                importlib.import_module(name)
-            assert not torch.cuda.is_initialized(), f"{name} has begun to use the GPU, which a fork could not then"  # type: ignore[no-untyped-call]
-
-
-@contextlib.contextmanager
-def without_gpu() -> Iterator[None]:
-    """Within the context, what is imported does not begin to use the GPU: bitsandbytes asks for its capability."""
-    with mock.patch("torch.cuda.get_device_capability", return_value=_capability()):
-        yield
-
-
-def _capability() -> tuple[int, int]:
-    """Return the compute capability of the first GPU, from its driver; (0, 0): there is none."""
-    if shutil.which("nvidia-smi") is None:
-        return 0, 0
-    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    major, _, minor = (
-        subprocess.run(command, capture_output=True, check=True, text=True).stdout.split()[0].partition(".")
-    )
-    return int(major), int(minor)
+    for name in names:
+        if name.startswith((*AT_IMPORT, "_")) or "dynamic" in name:
+            continue
+        with contextlib.suppress(Exception):  # a module of another process may be none of this one
+            importlib.import_module(name)
+    assert not torch.cuda.is_initialized(), "a fork could not use the GPU"  # type: ignore[no-untyped-call]
 
 
 def call(
@@ -80,7 +60,7 @@ def call(
     after: float | None = None,
     then: Callable[[int], Any] = lambda child: os.kill(child, signal.SIGKILL),
 ) -> int:
-    """Run a command in a fork; returns its exit status, or less than 0: the signal that ended it.
+    """Run a command in a fork, or in a new process; returns its exit status, or less than 0: the signal that ended it.
 
     Args:
         arguments: Arguments of `veneer`.
@@ -89,6 +69,12 @@ def call(
         after: Seconds after which `then` is called with the number of the process; None: never.
         then: By default, kills it.
     """
+    if not FORKS:
+        assert prepare is None, "only a fork can be prepared"
+        with log.open("wb") as printed:
+            command = [sys.executable, "-m", "veneer", *arguments]
+            process = subprocess.Popen(command, stdout=printed, stderr=printed, start_new_session=True)
+        return _ended(process.pid, after, then)
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -115,6 +101,11 @@ def call(
     os.close(writer)
     os.read(reader, 1)
     os.close(reader)
+    return _ended(child, after, then)
+
+
+def _ended(child: int, after: float | None, then: Callable[[int], Any]) -> int:
+    """Wait for a process, as `call` says."""
     began, is_due = time.monotonic(), after is not None
     while True:
         ended, how = os.waitpid(child, os.WNOHANG)

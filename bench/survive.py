@@ -37,7 +37,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from bench.forked import Killer, call, import_what, without_gpu
+from bench import forked
+from bench.forked import Killer, call, import_what
 
 RESULTS = Path(__file__).parent / "results" / "survive.json"
 SEED = 0
@@ -421,9 +422,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="veneer-survive-") as name:
         groups = given.group or [*GROUPS, "save"]
         if set(groups) & set(GROUPS):
-            with without_gpu():
-                warm = Trials(Path(name) / "warm", given.device, steps=4)
-            import_what(warm.command)
+            if given.device == "cuda":  # some libraries begin to use the GPU when they are imported
+                forked.FORKS = False
+            else:
+                import_what(Trials(Path(name) / "warm", given.device, steps=4).command)
         for group in groups:
             command = f"python -m bench.survive {group}" + (" --device cuda" if given.device == "cuda" else "")
             if group == "save":
