@@ -9,12 +9,11 @@
 
 `gpu` asks the scheduler itself, since HTTP is not what it measures: 64 answers at a time of prompts with 64 to 512
 tokens and answers of 128 to 384, of the base alone, of one adapter, and of 8 adapters mixed; and half of these requests
-through Transformers' own continuous batching, with one adapter. Counted are generated tokens over all the time.
-`--cases` takes those whose names begin so; `--profile` prints the time of a step of 64 rows and of prompts, and the
-kernels of a step by their time. `cpu`
-starts the command as a user does and asks over HTTP. `exact` compares the answers of all adapters in mixed batches,
-with prompts that share a prefix, with those of Transformers and PEFT, each prompt by itself. Prints a JSON line a case
-and merges it into bench/results/serve.json.
+through Transformers' own continuous batching, of the base and with one adapter. Counted are generated tokens over all
+the time. `--cases` takes those whose names begin with one of the words; `--profile` prints the time of a step of 64
+rows and of a prompt's pass, and the kernels of a step by their time. `cpu` starts the command as a user does and asks
+over HTTP. `exact` compares the answers of all adapters in mixed batches, with prompts that share a prefix, with those
+of Transformers and PEFT, each prompt by itself. Prints a JSON line a case and merges it into bench/results/serve.json.
 """
 
 import argparse

@@ -32,7 +32,6 @@ FUSED_DEVICES = ("cuda",)  # where `auto` takes the fused engine
 PROBE = (160, 96)  # tokens of the rows that the engines are compared on
 EVEN = (256, 256)  # the same for rows of one length, which go through cuDNN's attention where it is available
 UNSHARDED = "leave train.shard out"
-IN_4_BITS = "set `quantization: {bits: 4}`"
 FULL_REASON = "full fine-tuning has no other"
 # Of a model in the host's memory, so much is checked: kinds of blocks alternate at most (Gemma 2), and a part of the
 # vocabulary is enough for the kernels.
@@ -95,8 +94,6 @@ def build(model: Any, train: Train, device: str, ranks: Ranks = ALONE) -> Engine
     is_sharded = train.shard == "layers" and ranks.local_size > 1
 
     if is_full(model):
-        if is_sharded:
-            raise UserError("train.shard = layers: it is for frozen weights, and `adapter: none` trains all", UNSHARDED)
         if train.engine == "fused":
             raise UserError(f"train.engine = fused: {FULL_REASON}", "set train.engine to auto or reference")
         return EngineChoice(ReferenceEngine(model, for_cpu=device == "cpu"), FULL_REASON)
@@ -109,12 +106,10 @@ def build(model: Any, train: Train, device: str, ranks: Ranks = ALONE) -> Engine
         return None
 
     name, reason = choose_engine(train.engine, device, not_covered)
+    if is_sharded and not (name == "fused" and made[0].is_sharded):
+        raise UserError(f"train.shard = layers: no block's weights can be spread over GPUs ({reason})", UNSHARDED)
     if name == "fused":
-        if is_sharded and not made[0].is_sharded:
-            raise UserError("train.shard = layers: no block of the base is in 4 bits", f"{IN_4_BITS}, or {UNSHARDED}")
         return EngineChoice(made[0], reason)
-    if is_sharded:
-        raise UserError(f"train.shard = layers: it takes the fused engine; {reason}", UNSHARDED)
     _require_resident(model, reason)
     return EngineChoice(ReferenceEngine(model, for_cpu=device == "cpu"), reason)
 

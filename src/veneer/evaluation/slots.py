@@ -83,7 +83,7 @@ class SlotDecoder:
         self.steps = 0
         self._eager: dict[int, int] = {}
         self._reads_own_keys = reads_own_keys(model)
-        self._records = graphs and device.type == "cuda" and _can_record(model, device)
+        self._records = graphs and device.type == "cuda" and can_record(model, device)
 
     def answers(self, read: Iterator[ReadPrompt]) -> Iterator[dict[int, list[int]]]:
         """Yield answers as they end, by number: tokens up to and with the one that ends each."""
@@ -197,7 +197,7 @@ class SlotDecoder:
         return next((n for n in range(max(1, looked_at), count + 1) if self._is_ended(ids[:n])), None)
 
 
-def _can_record(model: Any, device: torch.device) -> bool:
+def can_record(model: Any, device: torch.device) -> bool:
     """Return whether a step is the same launches each time: experts may be chosen on the host, weights streamed."""
     config = model.config.get_text_config()
     names = ("num_experts", "num_local_experts", "n_routed_experts")

@@ -11,6 +11,8 @@ from typing import Any
 import psutil
 import torch
 
+from veneer.machine.peers import uncounted_bytes
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -86,12 +88,12 @@ def peak_resident_bytes() -> int:
 
 def peak_bytes(device: str) -> int:
     """Return the peak memory of the run: allocated on the GPU, resident on the CPU."""
-    return torch.cuda.max_memory_allocated() if device == "cuda" else peak_resident_bytes()
+    return torch.cuda.max_memory_allocated() + uncounted_bytes() if device == "cuda" else peak_resident_bytes()
 
 
 def bytes_now(device: str) -> int:
     """Return the memory that the process has now: allocated on the GPU, resident on the CPU."""
-    return torch.cuda.memory_allocated() if device == "cuda" else psutil.Process().memory_info().rss
+    return torch.cuda.memory_allocated() + uncounted_bytes() if device == "cuda" else psutil.Process().memory_info().rss
 
 
 def rng_state() -> dict[str, torch.Tensor]:

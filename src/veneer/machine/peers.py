@@ -8,6 +8,7 @@ PCIe by the GPUs' copy engines, beside the computation. On a CPU it is a file a 
 """
 
 import tempfile
+import weakref
 from typing import Any
 
 import torch
@@ -16,6 +17,14 @@ from veneer.config import JobError, UserError
 from veneer.machine.ranks import FIRST_WAIT, Ranks
 
 FIX = "leave train.shard out: weights that do not fit a GPU are streamed from the host's memory then"
+
+
+_made: "weakref.WeakSet[PeerMemory]" = weakref.WeakSet()
+
+
+def uncounted_bytes() -> int:
+    """Return the bytes of this process's GPU that torch's allocator does not count."""
+    return sum(memory.uncounted_bytes for memory in _made)
 
 
 class PeerMemory:
@@ -29,6 +38,7 @@ class PeerMemory:
     Attributes:
         parts: the memory of each rank of this machine, as uint8 tensors of this process; to read, but for its own.
         own: its own.
+        uncounted_bytes: those of its own that torch's allocator does not count.
 
     Raises:
         UserError: the GPUs cannot read each other's memory.
@@ -39,6 +49,8 @@ class PeerMemory:
         self._ranks, self._device = ranks, device
         ranks.meet("the base's shards", FIRST_WAIT)  # ranks load at their own pace
         self._handle: Any = None
+        self.uncounted_bytes = 0
+        _made.add(self)
         self.parts = self._on_gpus(count) if device.type == "cuda" else self._in_files(count)
         self.own = self.parts[ranks.local_rank]
 
@@ -52,17 +64,23 @@ class PeerMemory:
         from torch.distributed._symmetric_memory import empty, rendezvous
 
         size, own = self._ranks.local_size, torch.cuda.current_device()
+        if size > (there := torch.cuda.device_count()):
+            raise UserError(f"train.shard = layers: {size} processes run here, and this one sees {there} GPUs", FIX)
         for other in range(size):
             if other != own and not torch.cuda.can_device_access_peer(own, other):
                 raise UserError(f"train.shard = layers: GPU {own} cannot read the memory of GPU {other}", FIX)
-        memory = empty(count, dtype=torch.uint8, device=torch.device("cuda", own))
+        counted = torch.cuda.memory_allocated()
         try:
+            memory = empty(count, dtype=torch.uint8, device=torch.device("cuda", own))
             self._handle = rendezvous(memory, self._ranks.locals)
+            self.uncounted_bytes = max(0, count - (torch.cuda.memory_allocated() - counted))
             return [self._handle.get_buffer(number, (count,), torch.uint8) for number in range(size)]
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
+            if "out of memory" in reason:
+                raise torch.OutOfMemoryError(f"Tried to allocate {count / 2**30:.2f} GiB. ") from error
             raise JobError(
                 f"train.shard = layers: the GPUs cannot map each other's memory ({reason})\n  fix: {FIX}"
             ) from error

@@ -147,6 +147,7 @@ class Ranks:
 
 
 ALONE = Ranks()
+_joined: list[Ranks] = []  # this process, once it has joined the others
 
 
 @contextmanager
@@ -159,9 +160,14 @@ def _exchange() -> Iterator[None]:
 
 
 def join_ranks() -> Ranks:
-    """Return this process among those that torchrun has started, and begin to exchange with them; or a run of one."""
+    """Return this process among those that torchrun has started; or a run of one.
+
+    The first call begins the exchange, so that all of them make it together.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
+    if dist.is_initialized() and _joined:
+        return _joined[0]
     if not dist.is_initialized():
         has_gpus = torch.cuda.is_available()
         if has_gpus:
@@ -169,7 +175,9 @@ def join_ranks() -> Ranks:
         dist.init_process_group("nccl" if has_gpus else "gloo", timeout=ANY_LONG)
     hosts = dist.new_group(backend="gloo", timeout=ANY_LONG)
     rank, size = dist.get_rank(), dist.get_world_size()
-    return Ranks(rank, size, hosts, rank % local_size(), local_size())
+    local_rank = int(os.environ.get("LOCAL_RANK", rank % local_size()))
+    _joined[:] = [Ranks(rank, size, hosts, local_rank, local_size())]
+    return _joined[0]
 
 
 def local_size() -> int:
@@ -179,5 +187,6 @@ def local_size() -> int:
 
 def leave_ranks() -> None:
     """End the exchange, where there is one."""
+    _joined.clear()
     if dist.is_initialized():
         dist.destroy_process_group()

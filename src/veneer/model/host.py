@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from veneer.config import UserError
+from veneer.machine.ranks import local_size
 from veneer.model.handles import Quantizing, handles_of
 from veneer.model.locate import BaseSource
 from veneer.model.reader import Reader
@@ -51,8 +52,8 @@ def host_bytes(pieces: Sequence[Piece], quantizing: Quantizing | None = None) ->
 
 
 def fits_host(needed: int) -> bool:
-    """Return whether the host has so many bytes of memory available."""
-    return needed <= psutil.virtual_memory().available
+    """Return whether the host has so many bytes of memory available, for each process of a run on several GPUs."""
+    return needed * local_size() <= psutil.virtual_memory().available
 
 
 def short_of_memory(source: BaseSource, needed: int, why: str, fix: str) -> UserError:

@@ -114,6 +114,8 @@ class Planner:
         sizes = step.adapter_sizes(shapes)
         saved = shapes.total if method == "full" else sum(sizes)
         frozen = 0 if method == "full" else round(step.adapter.frozen_share * (saved - sum(step.parts.sizes(shapes))))
+        # Each process keeps the base in 4 bits as it was loaded.
+        copies = step.shards * found["load"].components["4-bit weights"] if step.shards > 1 else 0
         paged = adapter_bytes(sizes) * 2 if optim.startswith("paged") else 0
         smallest = {name: peak for name, peak in found.items() if name not in at_a_time} | one_row
         least = max(peak.bytes for peak in smallest.values())
@@ -144,7 +146,7 @@ class Planner:
             least_bytes=least_bytes,
             resident_bytes=resident_bytes,
             rows=rows,
-            host_bytes=peak if target.device != "cuda" else HOST_BYTES + paged + placement.host_bytes,
+            host_bytes=peak if target.device != "cuda" else HOST_BYTES + paged + placement.host_bytes + copies,
             disk_bytes=self.disk_bytes(run, saved, rows.steps, method),
             download_bytes=self.base.download_bytes,
             step_seconds=timed[0],
@@ -369,7 +371,7 @@ def step_of(
         releases=run.releases_gradients,
         copies=target.device == "cpu" and COPIES_SHARE * copies_bytes(shapes, quantized, dtype) <= target.budget_bytes,
         parts=parts,
-        shards=(target.ranks or target.gpus) if engine == "fused" and quantized and run.train.shard == "layers" else 1,
+        shards=target.ranks if engine == "fused" and quantized and run.train.shard == "layers" else 1,
     )
 
 

@@ -33,7 +33,7 @@ class TargetDevice:
         host_bytes: memory of the host that may be pinned.
         gpus: number of such GPUs.
         gpu_link: the link between them; None: there is one.
-        ranks: number of them on this machine that share a run; None: as many as there are.
+        ranks: number of them on this machine that share the run.
     """
 
     device: str
@@ -46,7 +46,7 @@ class TargetDevice:
     host_bytes: int = 2**62
     gpus: int = 1
     gpu_link: GpuLink | None = None
-    ranks: int | None = None
+    ranks: int = 1
 
     @property
     def rates(self) -> Rates:
@@ -92,7 +92,7 @@ def this_device(machine: Machine | None = None, budget: str = "auto", gpus: int 
             )
         return found
     visible = torch.cuda.device_count()
-    found = replace(found, gpus=gpus or visible)
+    found = replace(found, gpus=gpus or visible, ranks=gpus or 1)
     if found.gpus > 1:
         found = replace(found, gpu_link=load_link(machine, visible) or link_of(card))
     return found.within(budget)
@@ -110,7 +110,9 @@ def device_named(gpu: str, budget: str = "auto", gpus: int | None = None) -> Tar
     many = gpus or 1
     link = link_of(card) if many > 1 else None
     if card is None:
-        found = TargetDevice("cuda", name, total - CONTEXT, torch.bfloat16, None, True, gpus=many, gpu_link=link)
+        found = TargetDevice(
+            "cuda", name, total - CONTEXT, torch.bfloat16, None, True, gpus=many, gpu_link=link, ranks=many
+        )
         return found.within(budget)
     dtype = torch.bfloat16 if card.has_bfloat16 else torch.float32
     capability = card.capability // 10
@@ -118,6 +120,7 @@ def device_named(gpu: str, budget: str = "auto", gpus: int | None = None) -> Tar
         *("cuda", name, total - CONTEXT, dtype, ceilings_of(card), card.has_bfloat16, capability),
         gpus=many,
         gpu_link=link,
+        ranks=many,
     )
     return found.within(budget)
 

@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicCache
 
 from veneer.evaluation.slot_attention import attends_slots, reads_own_keys, slot_mask
 from veneer.evaluation.slot_cache import SlotCache, SlotLayer, SlotView, has_slots
+from veneer.evaluation.slots import can_record
 from veneer.planning.held_out import slot_length
 from veneer.serving.generation import Generation
 from veneer.serving.mixed import AdapterBank
@@ -114,7 +115,8 @@ class SlotBatch:
         self._eager: dict[tuple[int, int, bool], int] = {}
         self._version = bank.version
         self.recorded_prompts = None
-        if self._device.type == "cuda" and model.config.get_text_config()._attn_implementation == "sdpa":
+        is_sdpa = model.config.get_text_config()._attn_implementation == "sdpa"
+        if self._device.type == "cuda" and is_sdpa and can_record(model, self._device):
             self.recorded_prompts = RecordedPrompts(model, bank, self._like)
 
     def fits(self, coming: Sequence[Generation]) -> bool:

@@ -119,7 +119,7 @@ def spread_rows(
 
 
 def require_parallel(run: Run, ranks: Ranks) -> None:
-    """Raise UserError for a run whose loss does not add up over ranks; tell of what several GPUs would be for."""
+    """Raise UserError for a run that several GPUs cannot share; tell of a setting that is for several alone."""
     if ranks.size > 1 and run.model.task == "embedding":
         raise UserError(
             f"model.task = embedding: the loss compares all texts of a step, which lie on {ranks.size} GPUs",
@@ -131,7 +131,7 @@ def require_parallel(run: Run, ranks: Ranks) -> None:
             "leave train.shard out",
         )
     if run.train.shard == "layers" and ranks.local_size == 1:
-        notify("train.shard = layers: the run has one GPU here, which holds the whole base", "info", "train.shard")
+        notify("train.shard = layers: the run has one GPU here, and nothing to spread over", "info", "train.shard")
 
 
 def begin_alike(ranks: Ranks, engine: Engine, model: Any) -> None:

@@ -32,6 +32,7 @@ from veneer.planning.target import CONTEXT, least_budget, this_device
 from veneer.training.choose_objective import choose_objective
 from veneer.training.label_weights import weigh_labels
 
+UNSHARDED = "leave train.shard out"
 ON_HOST = "weights are in the host's memory, or spread over GPUs, and Transformers cannot generate answers from there"
 ON_HOST_FIX = "leave evaluate.during out, or raise train.memory_budget, or leave train.shard out"
 
@@ -74,7 +75,8 @@ def load_parts(
         UserError: Anything the user can mend.
     """
     machine = find_machine()
-    target = replace(this_device(machine, run.train.memory_budget), ranks=local_size())
+    ranks, target = local_size(), this_device(machine, run.train.memory_budget)
+    target = replace(target, ranks=ranks, host_bytes=target.host_bytes // ranks)
     if machine.device == "cpu":
         bound_freed_memory()
     source = locate(run.model)
@@ -88,10 +90,13 @@ def load_parts(
     start = find_start(run, source, renderer.template)
     prediction = predict_run(run, target, PreparedData(data, renderer))
     _require_positions(prediction.planner.base.shapes.positions, data)
+    is_sharded = run.train.shard == "layers" and ranks > 1
+    if is_sharded:
+        _require_shardable(run, prediction)
     if not force:
         _require_memory(prediction)
         _require_host_memory(prediction.forecast.placement, target.host_bytes)
-    to_host = _streams_weights(prediction) or (run.train.shard == "layers" and local_size() > 1)
+    to_host = _streams_weights(prediction) or is_sharded
     if run.evaluate.during and to_host and machine.device == "cuda":
         raise UserError(f"evaluate.during: {ON_HOST}", ON_HOST_FIX)
     begins = True if run.adapter is None else run.adapter.init_lora_weights
@@ -181,6 +186,20 @@ def _adapted(
 def _streams_weights(prediction: Prediction) -> bool:
     """Return whether the run is predicted to stream frozen weights from the host's memory."""
     return any(block.streams for block in prediction.forecast.placement.blocks)
+
+
+def _require_shardable(run: Run, prediction: Prediction) -> None:
+    """Raise UserError for a run whose base cannot be spread over GPUs, before it is loaded."""
+    base, forecast = prediction.planner.base, prediction.forecast
+    if run.adapter is None:
+        raise UserError("train.shard = layers: it is for frozen weights, and `adapter: none` trains all", UNSHARDED)
+    if run.quantization is None and not base.is_4bit:
+        raise UserError(
+            "train.shard = layers: it spreads weights in 4 bits, and the base has others",
+            f"set `quantization: {{bits: 4}}`, or {UNSHARDED}",
+        )
+    if forecast.engine != "fused":
+        raise UserError(f"train.shard = layers: it takes the fused engine; {forecast.engine_reason}", UNSHARDED)
 
 
 def _require_memory(prediction: Prediction) -> None:

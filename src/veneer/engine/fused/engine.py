@@ -19,7 +19,7 @@ from veneer.engine.fused.group import Group
 from veneer.engine.fused.offload import ActivationStore
 from veneer.engine.fused.pinned import PinnedMemory
 from veneer.engine.fused.policy import Demand, checkpointed, choose_placement, tightest, uniform
-from veneer.engine.fused.shards import Shards, shard_bytes
+from veneer.engine.fused.shards import Shards
 from veneer.engine.fused.streaming import StreamedWeights
 from veneer.engine.interface import BatchShapes
 from veneer.engine.objective import LIKELIHOOD, Objective, StepOutput, TrainedTokens
@@ -28,6 +28,7 @@ from veneer.kernels.cast import cast_all, cast_table
 from veneer.kernels.launch import HAS_TRITON
 from veneer.kernels.rms_norm import rms_norm_backward
 from veneer.kernels.softmax_loss import softmax_loss
+from veneer.machine.peers import uncounted_bytes
 from veneer.machine.ranks import Ranks
 
 LOGITS_BYTES = 256 * 2**20  # logits computed at a time
@@ -134,8 +135,7 @@ class FusedEngine:
             torch.cuda.empty_cache()
             budget = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
             if budget_bytes is not None:
-                shards = shard_bytes([block for block in self.blocks if block.shards > 1])  # not the allocator's
-                budget = min(budget, budget_bytes - shards)
+                budget = min(budget, budget_bytes - uncounted_bytes())
             return self.plan_within(shapes, budget - later_bytes)
         if shapes.varies:  # no memory was reserved for recorded passes
             self.apply(replace(self.placement, records_passes=False))
