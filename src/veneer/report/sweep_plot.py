@@ -56,7 +56,7 @@ def plot_sweep(results: dict[str, Any], path: Path, title: str) -> None:
         axes.annotate(
             _label(one["settings"]),
             (one["trainable"], one["loss"]["value"]),
-            (9 if is_left else -9, 5),
+            (9, 5) if is_left else (-9, -11),  # those in the middle would meet on one line
             textcoords="offset points",
             horizontalalignment="left" if is_left else "right",
             fontsize=7,
