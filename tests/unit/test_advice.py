@@ -265,9 +265,10 @@ def test_the_engine_that_spends_memory_itself_is_told_to_where_it_may_not() -> N
         ({"run_seconds": 8000.0, "gain": 1.25, "busiest": 1.6}, "one of two GPUs gets 60% more tokens"),
         ({"run_seconds": 9000.0, "gain": 1.1, "rows_per_step": 9}, "there are 9 rows"),
         ({"run_seconds": 9975.0, "gain": 1.0}, "saves 25 s, about what a run takes to start"),
+        ({"run_seconds": 10_250.0, "gain": 0.98, "exchange_seconds": 0.5}, "0.98 times as fast: 50% of a step is"),
         ({"run_seconds": 5000.0, "gain": 2.0}, ""),
     ],
-    ids=["slow link", "uneven rows", "few rows", "short run", "worth it"],
+    ids=["slow link", "uneven rows", "few rows", "short run", "slower", "worth it"],
 )
 def test_a_second_gpu_that_gains_little_is_told_with_the_reason(two: dict[str, Any], said: str) -> None:
     one = OnGpus(1, GiB, 8, 100, 0.0, 1.0, 1.0, 10_000.0, 1000.0, 1.0)

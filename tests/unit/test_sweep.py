@@ -10,6 +10,7 @@ import pytest
 
 import veneer
 from tests.support.runs import some_rows, tiny_run, write_rows
+from veneer.api.sweep import _devices
 from veneer.config import Interrupted, JobError, UserError
 from veneer.config.load import to_yaml
 from veneer.config.sweep import load_sweep
@@ -129,6 +130,8 @@ def test_trials_side_by_side_come_to_the_same_and_are_resumed_by_one_process(wri
 
 PROCESS = """
 import json, os, signal, sys, time
+if os.environ.get("BREAKS") == os.environ["GPU"]:
+    raise RuntimeError("its GPU is lost")
 print(json.dumps({"loaded": True}), flush=True)
 for line in sys.stdin:
     trial = json.loads(line)["trial"]
@@ -158,6 +161,22 @@ def test_processes_share_the_trials_and_one_that_dies_is_named(write: Write, tmp
         list(dying.measured(trials, None))
     assert "SIGKILL" in str(caught.value)
     assert "go on with --resume" in str(caught.value)
+    with processes(BREAKS="1") as broken, pytest.raises(JobError, match=r"process 1 .*RuntimeError: its GPU is lost"):
+        broken.load()
+
+
+def test_more_gpus_than_there_are_and_what_is_no_number_of_them_is_refused(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write("grid: {adapter.r: [2, 4]}\n")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
+    for gpus, said in ((0, "gpus = 0: is no"), (-2, "gpus = -2: is no"), (1.5, "gpus = 1.5: is no"), (3, "lists 2")):
+        with pytest.raises(UserError, match=said):
+            veneer.sweep(path, gpus=gpus)  # type: ignore[arg-type]
+    assert not (tmp_path / "tiny").exists()
+    assert _devices(2) == ["5", "3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert _devices(2) == ["", ""], "GPUs that are hidden stay so"
 
 
 def test_a_trial_that_was_interrupted_goes_on_within(

@@ -5,9 +5,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import torch
 
 from veneer.api.train import finish
 from veneer.config import RunFolder, UserError
@@ -61,14 +64,15 @@ def sweep(
             results are the same, and a sweep may be resumed with another number.
 
     Raises:
-        UserError: The sweep or one of its runs is not right; nothing was written.
+        UserError: The sweep, one of its runs or the number of GPUs is not right; nothing was written.
         JobError: No combination could be trained. Interrupted: The user stopped it; it can be resumed.
     """
+    devices = _devices(gpus)
     planned = file if isinstance(file, PlannedSweep) else load_sweep(file)
     require_answers(planned.run.model, "veneer sweep")
     folder = planned.sweep.output_dir.expanduser()
     require_sweep_folder(planned, resume)
-    with collected(), _measurer(planned, folder, gpus) as measurer:
+    with collected(), _measurer(planned, folder, devices) as measurer:
         loop = SweepLoop(planned, folder, measurer, on_record)
         if loop.missing:
             measurer.load()
@@ -82,19 +86,38 @@ def sweep(
     return Swept(folder, result)
 
 
+def _devices(gpus: int) -> list[str]:
+    """Return what each of so many processes may see: a GPU that this one sees, or none.
+
+    Raises:
+        UserError: that is no number of GPUs, or this process sees fewer.
+    """
+    if not isinstance(gpus, int) or gpus < 1:
+        raise UserError(f"gpus = {gpus}: is no number of GPUs", "give a whole number from 1 on")
+    if gpus > 1 and (there := torch.cuda.device_count()) and gpus > there:
+        raise UserError(f"gpus = {gpus}: this machine has {there}", f"use {there}, or less")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return [str(number) for number in range(gpus)]
+    names = list(takewhile(lambda name: name not in ("", "-1"), (name.strip() for name in visible.split(","))))
+    if not names:
+        return [visible] * gpus
+    if gpus > len(names):
+        raise UserError(f"gpus = {gpus}: CUDA_VISIBLE_DEVICES lists {len(names)}", f"use {len(names)}, or less")
+    return names[:gpus]
+
+
 @contextmanager
-def _measurer(planned: PlannedSweep, folder: Path, gpus: int) -> Iterator[Measurer]:
+def _measurer(planned: PlannedSweep, folder: Path, devices: list[str]) -> Iterator[Measurer]:
     """Yield what measures trials: this process, or several."""
-    if gpus == 1:
+    if len(devices) == 1:
         yield Trials(planned, folder, finish)
         return
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    names = visible if len(visible) >= gpus else [str(number) for number in range(gpus)]
     with TemporaryDirectory() as place:
         file = Path(place) / "sweep.yaml"
         write_text(file, planned.to_yaml())
         command = [sys.executable, "-m", "veneer.api.trial_process", str(file)]
-        with TrialProcesses(command, [{"CUDA_VISIBLE_DEVICES": name} for name in names[:gpus]], folder) as processes:
+        with TrialProcesses(command, [{"CUDA_VISIBLE_DEVICES": name} for name in devices], folder) as processes:
             yield processes
 
 

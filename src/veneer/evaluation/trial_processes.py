@@ -18,12 +18,14 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 from veneer.config import Interrupted, JobError, UserError
 from veneer.evaluation.trials import Measured, Trial, Trials
 
 STOPPED = 130
+TAIL = 8192  # bytes of what a process has said in which its last line is looked for
 Answer = dict[str, Any] | None  # None: the process has ended
 
 
@@ -39,6 +41,7 @@ class TrialProcesses:
     def __init__(self, command: Sequence[str], environments: Sequence[Mapping[str, str]], folder: Path) -> None:
         self._command, self._environments, self._folder = command, environments, folder
         self._processes: list[subprocess.Popen[str]] = []
+        self._errors: list[IO[bytes] | None] = []
         self._listeners: list[threading.Thread] = []
         self._answers: queue.Queue[tuple[int, Answer]] = queue.Queue()
         self._running: dict[int, Trial] = {}
@@ -55,6 +58,8 @@ class TrialProcesses:
         for process, listener in zip(self._processes, self._listeners, strict=True):
             process.wait()
             listener.join()
+        for file in filter(None, self._errors):
+            file.close()
 
     def load(self) -> None:
         """Start the processes, and wait until each has loaded base and rows.
@@ -63,11 +68,14 @@ class TrialProcesses:
             UserError: the sweep cannot be carried out. JobError: a process ended.
         """
         for number, environment in enumerate(self._environments):
+            # All say much the same: the first one says it to the user, and of another the last line is told if it dies.
+            errors = TemporaryFile() if number else None  # noqa: SIM115 - the end of this context closes it
+            self._errors.append(errors)
             process = subprocess.Popen(
                 self._command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=None if number == 0 else subprocess.DEVNULL,  # they say the same; all is in events.jsonl
+                stderr=errors,
                 text=True,
                 env=os.environ | environment,
                 start_new_session=True,
@@ -122,12 +130,24 @@ class TrialProcesses:
                 raise Interrupted(self._folder)
             how = signal.Signals(-status).name if status < 0 else f"status {status}"
             trial = f" with the trial {self._running[number].name}" if number in self._running else ""
-            raise JobError(f"process {number} of the sweep ended{trial} ({how})\n  fix: go on with --resume")
+            last = _last_line(self._errors[number])
+            said = f"; the last that it said: {last}" if last else ""
+            raise JobError(f"process {number} of the sweep ended{trial} ({how}){said}\n  fix: go on with --resume")
         if "user_error" in answer:
             raise UserError(answer["user_error"])
         if "error" in answer:
             raise JobError(f"process {number} of the sweep: {answer['error']}\n  fix: go on with --resume")
         return number, answer
+
+
+def _last_line(file: IO[bytes] | None) -> str:
+    """Return the last line of a file that is not empty; "" where there is none."""
+    if file is None:
+        return ""
+    size = os.fstat(file.fileno()).st_size
+    tail = os.pread(file.fileno(), TAIL, max(0, size - TAIL))  # which leaves the position, that the process shares
+    lines = [line.strip() for line in tail.decode(errors="replace").splitlines()]
+    return next(filter(None, reversed(lines)), "")
 
 
 def serve_trials(trials: Trials, known: Mapping[str, Trial]) -> int:

@@ -1,8 +1,10 @@
 """The processes of a run on several GPUs: which one this is, and what they exchange.
 
 torchrun starts one process a GPU (`veneer train --gpus N` starts it: launch.py), and says in the environment which rank
-each is. Each holds the whole model; they exchange gradients, and little else. NCCL carries tensors of a GPU; gloo
-carries what the hosts exchange, and all of it where there is no GPU.
+each is. In training each holds the whole model and they exchange gradients, and little else; with `train.shard: layers`
+the frozen weights are spread over them, and each reads the others' memory (peers.py). In an evaluation they exchange
+what each has found of its rows. NCCL carries tensors of a GPU; gloo carries what the hosts exchange, and all of it
+where there is no GPU.
 
 A rank that dies is found by torchrun, which ends the others. A rank that hangs is found here: before they exchange
 gradients all ranks meet at a barrier that knows who is missing, and that waits for a bounded time.

@@ -471,7 +471,7 @@ def _(s: Situation) -> Finding:
     one, two = s.by_gpus[:2]
     if one.run_seconds is not None and two.run_seconds is not None:
         saved = one.run_seconds - two.run_seconds
-        if s.run.train.max_steps is None and saved < START_SECONDS:
+        if s.run.train.max_steps is None and 0 < saved < START_SECONDS:
             message = f"a second GPU saves {saved:.0f} s, about what a run takes to start"
             return message, "train it on one GPU, without --gpus"
     if two.gain is None or two.step_seconds is None or two.gain >= WORTH:

@@ -131,10 +131,12 @@ class Scheduler:
     def _holds(self) -> bool:
         """Return whether the next prompt waits some steps, so that the one behind it is read with it.
 
-        On a GPU most of the time of a pass over a short prompt is launches.
+        On a GPU most of the time of a pass over a short prompt is launches. It waits for a slot alone: where the one
+        behind it does not fit beside the rows by itself, it is its tokens that have no room, and they may never have.
         """
         two = list(islice(self._waiting, 2))
-        holds = self._overlaps and bool(self.batch.rows) and len(two) == 2 and not self.batch.fits(two)
+        is_behind = self._overlaps and bool(self.batch.rows) and len(two) == 2
+        holds = is_behind and self.batch.fits(two[1:]) and not self.batch.fits(two)
         self._held = self._held + 1 if holds and self._held < HELD_STEPS else 0
         return self._held > 0
 
