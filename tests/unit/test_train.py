@@ -19,6 +19,7 @@ from tests.support.runs import losses, some_rows, tiny_run, write_rows
 from tests.support.tiny import CHATML
 from veneer.config import Interrupted, JobError, RunFolder, Train, UserError
 from veneer.model.tuned import find_tuned
+from veneer.training import stop
 from veneer.training.job import TrainingJob
 from veneer.training.optimizer import build_optimizer, get_state, set_state
 from veneer.training.schedule import learning_rate
@@ -47,14 +48,15 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
 
 
 class StopAfter:
-    """A listener that sends a signal once a step is done."""
+    """A listener that sends a signal, or several, once a step is done."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int, times: int = 1) -> None:
+        self.step, self.times = step, times
 
     def __call__(self, record: dict[str, Any]) -> None:
         if record["step"] == self.step:
-            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(self.times):
+                os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_two_runs_of_the_same_file_give_the_same_losses(train: Runner) -> None:
@@ -89,6 +91,20 @@ def test_a_resumed_run_gives_the_losses_of_one_that_was_not(
     assert losses(folder, "eval") == losses(whole, "eval")
     for name, tensor in adapter(whole).items():
         assert torch.equal(tensor, adapter(folder)[name])
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once_and_what_was_saved_goes_on(
+    train: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"train": {"save_steps": 2}, "adapter": {"lora_dropout": 0.2}}
+    whole = train(**settings)
+    monkeypatch.setattr(stop, "IMPATIENT_SECONDS", -1.0)
+    with pytest.raises(KeyboardInterrupt):
+        train(listeners=(StopAfter(3, times=2),), **settings)
+    folder = RunFolder(tmp_path / "run-2")
+    assert [path.name for path in folder.checkpoints.iterdir()] == ["step-000002"], "the step under way is not saved"
+    TrainingJob(veneer.load_run(folder.run), resume=True).fit()
+    assert losses(folder.path) == losses(whole)
 
 
 @pytest.mark.parametrize("cut", [(4, 2), (2, 4), (1, 8)])
