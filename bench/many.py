@@ -4,7 +4,8 @@
     python3 -m bench.many speed --gpus 2 --lengths work/lengths.json   # 1, 2, ... GPUs of one machine, each in a run
     python3 -m bench.many sharded --gpus 2                             # 70B: whole on 1 GPU, spread over 2, ...
     python3 -m bench.many plot                                         # docs/images/many.png, from the results
-    python3 -m bench.many killed --runs 20                             # CPU: a tiny run of two ranks, one is killed
+    python3 -m bench.many killed --runs 20 --gpus 2                    # CPU: a tiny run of two ranks, one is killed
+    python3 -m bench.many resumed --gpus 8                             # CPU: begun on 8 ranks, resumed on 4 and on 2
 
 Speed: an 8B shape in NF4, r = 16 on all linear layers, 8-bit AdamW, the engine with the exchange that `veneer train`
 makes (training/parallel.py). Even rows of 4 x 2,048 tokens a GPU; and packs of 2,048 tokens with real rows' lengths, 4
@@ -15,7 +16,7 @@ Sharded: a 70B shape of random weights, 4 x 2,048 tokens a GPU, on one GPU as `v
 `train.shard: layers` on several. `weights_gib` are a GPU's frozen weights, buffers for two layers included;
 `waits_for_links` is the share of a step's time that is gone where the same steps copy nothing.
 
-Killed: rank 1 gets SIGKILL once the run has made steps; the seconds until `veneer train --gpus 2` has ended, and
+Killed: the last rank gets SIGKILL once the run has made steps; the seconds until `veneer train --gpus 2` has ended, and
 whether its message names the rank.
 """
 
@@ -185,40 +186,77 @@ def speed(a: argparse.Namespace) -> None:
         save(a.out, a.what, found)
 
 
-def killed(a: argparse.Namespace) -> None:
-    """Kill rank 1 of a tiny run of two ranks, again and again."""
-    import psutil
+def tiny(root: Path) -> list[str]:
+    """Write a tiny base and rows; return the command that trains on them."""
     from tests.support.tiny import FAMILIES, save_tiny_model
 
-    draw, found = random.Random(0), []
+    save_tiny_model(FAMILIES["llama"], root / "base")
+    rows = [{"prompt": f"what is {n}", "completion": str(n)} for n in range(64)]
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, "-m", "veneer", "train", "--model", str(root / "base"), "--data"]
+    return [*command, str(root / "rows.jsonl"), "train.logging_steps=1", "model.dtype=float32"]
+
+
+def killed(a: argparse.Namespace) -> None:
+    """Kill the last rank of a tiny run, again and again."""
+    import psutil
+
+    draw, found, victim = random.Random(0), [], str(a.gpus - 1)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        save_tiny_model(FAMILIES["llama"], root / "base")
-        rows = [{"prompt": f"what is {n}", "completion": str(n)} for n in range(32)]
-        (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        command = tiny(root)
         for number in range(a.runs):
             run = root / f"run{number}"
-            command = [sys.executable, "-m", "veneer", "train", "--model", str(root / "base"), "--data",
-                       str(root / "rows.jsonl"), "-o", str(run), "--gpus", "2", "train.max_steps=100000",
-                       "train.logging_steps=1", "model.dtype=float32"]  # fmt: skip
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            more = ["-o", str(run), "--gpus", str(a.gpus), "train.max_steps=100000"]
+            process = subprocess.Popen([*command, *more], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             metrics = run / "metrics.jsonl"
             while process.poll() is None and not (metrics.exists() and metrics.stat().st_size > 0):
                 time.sleep(0.05)
             time.sleep(draw.random())
-            victims = [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1"]
-            victims[0].kill()
+            children = psutil.Process(process.pid).children()
+            next(child for child in children if child.environ().get("RANK") == victim).kill()
             began = time.monotonic()
             _, said = process.communicate(timeout=120)
             found.append({"seconds": round(time.monotonic() - began, 1), "status": process.returncode,
-                          "named": "rank 1" in said})  # fmt: skip
+                          "named": f"rank {victim}" in said})  # fmt: skip
             print(json.dumps(found[-1]), flush=True)
-    save(a.out, "killed", {
+    save(a.out, f"killed, {a.gpus} ranks", {
         "runs": len(found), "named": sum(one["named"] for one in found),
         "most_seconds": max(one["seconds"] for one in found),
         "median_seconds": statistics.median(one["seconds"] for one in found),
         "statuses": sorted({one["status"] for one in found}), "date": time.strftime("%Y-%m-%d"),
         "versions": {"torch": metadata.version("torch")},
+    })  # fmt: skip
+
+
+def resumed(a: argparse.Namespace) -> None:
+    """Train a tiny run on so many ranks, and go on from its fourth step on half of them, and half of these."""
+    steps, from_step = 8, 4
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        command, run = tiny(root), root / "run"
+        more = ["-o", str(run), f"train.max_steps={steps}", f"train.save_steps={from_step}"]
+        more += [
+            "train.per_device_train_batch_size=1",
+            "train.gradient_accumulation_steps=1",
+            "train.save_total_limit=9",
+        ]
+
+        def losses() -> list[float]:
+            records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            return [record["loss"] for record in records if record["kind"] == "train"]
+
+        subprocess.run([*command, *more, "--gpus", str(a.gpus)], check=True, stdout=subprocess.DEVNULL)
+        whole, found = losses(), dict[str, float]()
+        for fewer in (a.gpus // 2, a.gpus // 4):
+            (run / "adapter").rename(root / f"before-{fewer}")
+            again = [*command, *more, "--gpus", str(fewer), "--resume", f"step-{from_step:06}"]
+            subprocess.run(again, check=True, stdout=subprocess.DEVNULL)
+            found[str(fewer)] = max(abs(now - then) / then for now, then in zip(losses(), whole, strict=True))
+            print(fewer, found[str(fewer)], flush=True)
+    save(a.out, f"begun on {a.gpus} ranks", {
+        "steps": steps, "resumed_from": from_step, "losses_apart_at_most_by_ranks": found,
+        "date": time.strftime("%Y-%m-%d"), "versions": {"torch": metadata.version("torch")},
     })  # fmt: skip
 
 
@@ -255,7 +293,7 @@ def save(out: Path, name: str, result: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["lengths", "speed", "sharded", "rank", "plot", "killed"])
+    parser.add_argument("what", choices=["lengths", "speed", "sharded", "rank", "plot", "killed", "resumed"])
     parser.add_argument("file", nargs="?", type=Path, help="of lengths: the rows")
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--only", type=int, nargs="+", help="numbers of GPUs to measure; else 1, 2, ... of --gpus")
@@ -274,7 +312,7 @@ def main() -> None:
     elif a.what == "rank":
         rank(a.shape, a.layers, a.lengths, a.shards)
     else:
-        {"speed": speed, "sharded": speed, "killed": killed}[a.what](a)
+        {"speed": speed, "sharded": speed, "killed": killed, "resumed": resumed}[a.what](a)
 
 
 if __name__ == "__main__":
