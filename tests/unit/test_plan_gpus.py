@@ -53,6 +53,18 @@ def test_the_speed_is_what_was_measured_on_four_h100() -> None:
     assert [one.rows_per_step for one in found] == [4, 8, 16]
 
 
+def test_a_sharded_base_is_no_faster_than_its_copies() -> None:
+    train = {"max_steps": 100, "shard": "layers", "gradient_accumulation_steps": 1}
+    fast, slow = (
+        planned("meta-llama/Llama-3.1-8B", 2, link=GpuLink(bandwidth, True, "a test"), train=train)
+        for bandwidth in (187e9, 1e9)
+    )
+    assert fast[1].peak_bytes < fast[0].peak_bytes
+    assert (fast[1].gain or 0) > 1.8
+    # Half of 3.6 GB comes over the link twice.
+    assert slow[1].step_seconds == pytest.approx(slow[1].exchange_seconds + 3.6, rel=0.02)
+
+
 def test_what_makes_a_second_gpu_gain_less() -> None:
     even, wide = Lengths(*[np.full(900, 64)] * 2), Lengths(*[np.geomspace(16, 1000, 900).astype(int)] * 2)
     train = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "num_train_epochs": 1}

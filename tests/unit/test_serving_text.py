@@ -2,7 +2,7 @@
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,9 +19,11 @@ from veneer.model.tuned import find_tuned
 from veneer.serving import mixed, vllm
 from veneer.serving.adapters import Adapters
 from veneer.serving.detokenize import TextOfTokens
+from veneer.serving.metrics import Metrics
 from veneer.serving.mixed import AdapterBank, Matrices
 from veneer.serving.prefix_cache import BLOCK, PrefixCache
 from veneer.serving.sampling import Decoding, Row, choose
+from veneer.serving.scheduler import HELD_STEPS, Scheduler
 from veneer.serving.tool_calls import CallForm, call_form
 from veneer.serving.watch import WatchedFolder
 
@@ -239,3 +241,22 @@ def test_vllm_gets_a_command_or_the_reason_why_not(tmp_path: Path) -> None:
     assert f"lora={tmp_path / 'lora'}" in words
     assert vllm.refusals([("a", made["lora"])]) == []
     assert any("DoRA" in one for one in vllm.refusals([("a", made["lora"]), ("b", made["dora"])]))
+
+
+def test_a_prompt_waits_some_steps_for_the_one_behind_it_where_slots_are_short() -> None:
+    class Slots:
+        """A batch with room for one more prompt, but not for a prompt that is too long."""
+
+        rows = ("an answer",)
+
+        def fits(self, coming: list[str]) -> bool:
+            return len(coming) <= 1 and "too long" not in coming
+
+    def held(*waiting: str) -> list[bool]:
+        scheduler = Scheduler(cast(Any, Slots()), 8, Metrics(), overlaps=True)
+        scheduler._waiting.extend(cast(Any, waiting))
+        return [scheduler._holds() for _ in range(HELD_STEPS + 1)]
+
+    assert held("one", "other") == [True] * HELD_STEPS + [False]
+    assert not any(held("one", "too long")), "it may never have room"
+    assert not any(held("one"))

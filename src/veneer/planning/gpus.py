@@ -98,7 +98,7 @@ def _on(run: Run, planner: Planner, forecast: Forecast, gpus: int) -> OnGpus:
     step_seconds = run_seconds = speed = None
     if forecast.step_seconds is not None:
         once = forecast.step_seconds[1]
-        step_seconds = once * busiest * together / (gpus * alone) + exchange
+        step_seconds = max(once * busiest * together / (gpus * alone), _copying(run, forecast, gpus)) + exchange
         speed = rows.tokens * together / alone / step_seconds
         if forecast.run_seconds is not None and rows.steps is not None and steps is not None:
             evaluations = (forecast.run_seconds[1] - rows.steps * once) / _evaluations(run, rows.steps)
@@ -108,6 +108,18 @@ def _on(run: Run, planner: Planner, forecast: Forecast, gpus: int) -> OnGpus:
     return OnGpus(
         *(gpus, forecast.peak_bytes, together, steps, exchange, busiest, step_seconds, run_seconds, speed),
     )
+
+
+def _copying(run: Run, forecast: Forecast, gpus: int) -> float:
+    """Return the time in which a sharded base's other parts come over the link in a step, beside the computation.
+
+    Each pass copies them forward and backward; the link is taken to be no faster one way than in an all-reduce.
+    """
+    link = forecast.target.gpu_link
+    if run.train.shard != "layers" or link is None:
+        return 0.0
+    others = (gpus - 1) * forecast.phases["load"].components.get("4-bit weights", 0)
+    return 2 * forecast.rows.passes * others / link.bandwidth
 
 
 def _steps(run: Run, rows: RowShapes, rows_per_step: int) -> int | None:

@@ -27,9 +27,7 @@ from veneer.serving.metrics import Metrics
 from veneer.serving.sampling import Choice, Row, choose
 
 IDLE_SECONDS = 0.5  # between two looks at what is late while nothing else happens
-TRIMMED = (
-    16  # prompts after which a CPU's heap is trimmed: kept prompts come and go in it, and it grew by 3 MiB a second
-)
+TRIMMED = 16  # readings of prompts after which the heap is trimmed on a CPU: kept prompts come and go in it
 HELD_STEPS = 8  # most steps that a prompt waits for a slot for the one behind it
 T = TypeVar("T")
 

@@ -19,6 +19,7 @@ from veneer.config import JobError, Run, RunFolder, Train, UserError
 from veneer.config.files import read_json
 from veneer.config.notify import notify
 from veneer.data.batch import Batch, Batches, Example
+from veneer.engine.choose import UNSHARDED
 from veneer.engine.interface import Engine
 from veneer.engine.objective import StepOutput
 from veneer.machine.ranks import FIRST_WAIT, Ranks
@@ -128,7 +129,7 @@ def require_parallel(run: Run, ranks: Ranks) -> None:
     if run.train.shard == "layers" and run.model.task != "causal-lm":
         raise UserError(
             f"train.shard = layers: it takes the fused engine, and model.task = {run.model.task} has another",
-            "leave train.shard out",
+            UNSHARDED,
         )
     if run.train.shard == "layers" and ranks.local_size == 1:
         notify("train.shard = layers: the run has one GPU here, and nothing to spread over", "info", "train.shard")

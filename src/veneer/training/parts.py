@@ -13,6 +13,7 @@ from veneer.config.sizes import parse_size
 from veneer.config.task import LABELLED
 from veneer.data.pipeline import Prepared, prepare
 from veneer.data.render import Renderer
+from veneer.engine.choose import UNSHARDED
 from veneer.engine.placement import MemoryPlacement
 from veneer.machine.device import Machine, bound_freed_memory, find_machine, release_memory, reset_peak
 from veneer.machine.ranks import local_size
@@ -32,9 +33,8 @@ from veneer.planning.target import CONTEXT, least_budget, this_device
 from veneer.training.choose_objective import choose_objective
 from veneer.training.label_weights import weigh_labels
 
-UNSHARDED = "leave train.shard out"
 ON_HOST = "weights are in the host's memory, or spread over GPUs, and Transformers cannot generate answers from there"
-ON_HOST_FIX = "leave evaluate.during out, or raise train.memory_budget, or leave train.shard out"
+ON_HOST_FIX = "leave evaluate.during out, or raise train.memory_budget, or " + UNSHARDED
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def load_parts(
         raise UserError(
             f"adapter.init_lora_weights = {begins}: weights are in the host's memory, where "
             "nothing can be computed from them before training",
-            "set it to true, or raise train.memory_budget, or leave train.shard out",
+            f"set it to true, or raise train.memory_budget, or {UNSHARDED}",
         )
     reset_peak(machine.device)
     if run.model.task != "causal-lm":
