@@ -10,10 +10,11 @@
 `gpu` asks the scheduler itself, since HTTP is not what it measures: 64 answers at a time of prompts with 64 to 512
 tokens and answers of 128 to 384, of the base alone, of one adapter, and of 8 adapters mixed; and half of these requests
 through Transformers' own continuous batching, of the base and with one adapter. Counted are generated tokens over all
-the time. `--cases` takes those whose names begin with one of the words; `--profile` prints the time of a step of 64
-rows and of a prompt's pass, and the kernels of a step by their time. `cpu` starts the command as a user does and asks
-over HTTP. `exact` compares the answers of all adapters in mixed batches, with prompts that share a prefix, with those
-of Transformers and PEFT, each prompt by itself. Prints a JSON line a case and merges it into bench/results/serve.json.
+the time, after the same prompts with short answers, for which passes are recorded. `--cases` takes those whose names
+begin with one of the words; `--profile` prints the time of a step of 64 rows and of a prompt's pass, and the kernels of
+a step by their time. `cpu` starts the command as a user does and asks over HTTP. `exact` compares the answers of all
+adapters in mixed batches, with prompts that share a prefix, with those of Transformers and PEFT, each prompt by itself.
+Prints a JSON line a case and merges it into bench/results/serve.json.
 """
 
 import argparse
@@ -115,7 +116,7 @@ def by_scheduler(
             return time.perf_counter() - began
 
         try:
-            submit(requests[: 2 * slots])  # records the steps
+            submit([(prompt, limit // 8) for prompt, limit in requests])  # records the steps, and passes over prompts
             made.clear()
             seconds = submit(requests)
         finally:
@@ -176,16 +177,26 @@ def profiled(
     with ready(model):
         batch = make_batch(model, bank, slots, slots * 1024, 8192, PrefixCache(0))
 
-        def read(some: Sequence[Any]) -> tuple[int, float, float]:
-            """Read prompts together; return how many, and milliseconds of the host and of all."""
-            torch.cuda.synchronize()
-            began = time.perf_counter()
+        def read(some: Sequence[Any]) -> int:
+            """Read prompts together; return how many."""
             reading = batch.begin(some)
             while not reading.advance():
                 pass
-            launched = time.perf_counter() - began
+            return len(reading.generations)
+
+        def recorded_ms(count: int, tokens: int) -> float | None:
+            """Milliseconds of a recorded pass over prompts."""
+            ids, owners = [[1] * tokens] * count, [adapters[number % len(adapters)] for number in range(count)]
+            if batch.recorded_prompts is None:
+                return None
+            for _ in range(4):
+                batch.recorded_prompts.read(ids, owners)
             torch.cuda.synchronize()
-            return len(reading.generations), 1000 * launched, 1000 * (time.perf_counter() - began)
+            began = time.perf_counter()
+            for _ in range(10):
+                batch.recorded_prompts.read(ids, owners)
+            torch.cuda.synchronize()
+            return round(100 * (time.perf_counter() - began), 2)
 
         def step() -> None:
             chosen = choose(batch.step(), [Row(row.decoding, row.prompt, row.ids, row.generator) for row in batch.rows])
@@ -193,10 +204,8 @@ def profiled(
                 row.take(choice)
 
         waiting = list(rows)
-        passes = []
         while waiting:
-            passes.append(read(waiting[: 1 if len(waiting) <= 6 else 2 if len(waiting) <= 16 else 8]))
-            del waiting[: passes[-1][0]]
+            del waiting[: read(waiting[:8])]
         for _ in range(8):
             step()
         torch.cuda.synchronize()
@@ -208,6 +217,10 @@ def profiled(
             for _ in range(10):
                 step()
             torch.cuda.synchronize()
+        with torch.no_grad():
+            prompts = {
+                f"{count} x {tokens}": recorded_ms(count, tokens) for count, tokens in ((1, 256), (1, 512), (4, 256))
+            }
     kernels = sorted(recorded.key_averages(), key=lambda one: -one.self_device_time_total)
     busy = sum(one.self_device_time_total for one in kernels) / 10_000
     for one in kernels[:25]:
@@ -218,7 +231,7 @@ def profiled(
         "step_ms": round(milliseconds, 2),
         "step_ms_of_kernels": round(busy, 2),
         "kernels_of_a_step": round(sum(one.count for one in kernels) / 10),
-        "prompts_and_ms_of_the_host_and_of_all": [[n, round(host, 1), round(whole, 1)] for n, host, whole in passes],
+        "ms_of_prompts": prompts,
     }
 
 
@@ -251,6 +264,7 @@ def gpu_cases(a: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
         "one adapter": lambda: slots(adapters=[1]),
         "8 adapters mixed": lambda: slots(adapters=everyone),
         "base again": lambda: slots(adapters=[0]),
+        "8 adapters mixed again": lambda: slots(adapters=everyone),
         "transformers, base": lambda: by_transformers(model, requests),
         "transformers, one adapter": with_one_adapter,
     }

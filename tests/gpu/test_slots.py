@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from veneer.kernels import decode_attention, own_adapter, write_slots
+from veneer.kernels import decode_attention, own_adapter, own_linear, write_slots
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,7 +18,7 @@ def both(monkeypatch: pytest.MonkeyPatch, compute: Any) -> tuple[torch.Tensor, t
     found = []
     for by_triton in (True, False):
         with monkeypatch.context() as patch:
-            for module in (decode_attention, own_adapter, write_slots):
+            for module in (decode_attention, own_adapter, own_linear, write_slots):
                 patch.setattr(module, "runs_triton", lambda tensor, answer=by_triton: answer)
             torch.manual_seed(0)
             found.append(compute())
@@ -66,6 +66,33 @@ def test_each_row_gets_its_own_adapters_delta(
         h = own_adapter.project_own(x, a, number)
         own_adapter.add_own(out, h, members - 1, b, number)
         return out
+
+    found, wanted = both(monkeypatch, compute)
+    assert (found - wanted).abs().max() < (0.1 if dtype == torch.bfloat16 else 2e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("rows", "tokens", "rank", "width", "outputs"),
+    [(64, 1, 16, 4096, (4096, 1024, 1024)), (64, 1, 64, 14336, (4096,)), (1, 1, 8, 576, (576, 192, 192)),
+     (2, 20, 16, 4096, (14336, 14336))],
+)  # fmt: skip
+def test_layers_and_each_rows_own_adapter(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int, tokens: int, rank: int, width: int,
+    outputs: tuple[int, ...],
+) -> None:  # fmt: skip
+    def compute() -> torch.Tensor:
+        number = torch.randint(0, 9, (rows,), device="cuda")
+        x = torch.randn(rows * tokens, width, device="cuda", dtype=dtype)
+        weights = [torch.randn(size, width, device="cuda", dtype=dtype) * width**-0.5 for size in outputs]
+        a = torch.randn(9, len(outputs), rank, width, device="cuda", dtype=dtype) * width**-0.5
+        b = torch.randn(9, rank, sum(outputs), device="cuda", dtype=dtype) * rank**-0.5
+        layers = own_linear.weights_of(weights)
+        assert layers is not None
+        once = torch.cat(own_linear.own_linear(x, layers, a, b, number), 1)
+        for _ in range(20):  # one after the other, as in a recorded step
+            assert torch.equal(torch.cat(own_linear.own_linear(x, layers, a, b, number), 1), once)
+        return once
 
     found, wanted = both(monkeypatch, compute)
     assert (found - wanted).abs().max() < (0.1 if dtype == torch.bfloat16 else 2e-4)

@@ -18,6 +18,7 @@ from veneer.kernels.gated_mlp import (
 )
 from veneer.kernels.low_rank import Dropout, Member
 from veneer.kernels.own_adapter import add_own, project_own
+from veneer.kernels.own_linear import own_linear, weights_of
 from veneer.kernels.rms_norm import normalize, rms_norm, rms_norm_backward
 from veneer.kernels.rope import HeadNorm, Heads, rope, rope_backward
 from veneer.kernels.update import OFF_GRID, Update
@@ -25,7 +26,7 @@ from veneer.kernels.write_slots import write_slots
 
 MODULES = [
     *("cast", "column_scale", "low_rank", "nf4", "softmax_loss", "gated_mlp", "rms_norm", "rope"),
-    *("decode_attention", "own_adapter", "write_slots"),
+    *("decode_attention", "own_adapter", "own_linear", "write_slots"),
 ]
 
 
@@ -344,5 +345,29 @@ def test_each_row_gets_its_own_adapters_delta(
         for member in range(members):
             add_own(out, h, member, b, number)
         return (out,)
+
+    check(monkeypatch, compute)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "tokens", "adapters", "rank", "width", "outputs"),
+    [(5, 1, 4, 8, 64, (64,)), (3, 20, 12, 24, 576, (64, 192, 64)), (64, 1, 9, 16, 64, (12288, 12288))],
+)
+def test_layers_and_each_rows_own_adapter(
+    monkeypatch: pytest.MonkeyPatch, sequences: int, tokens: int, adapters: int, rank: int, width: int,
+    outputs: tuple[int, ...],
+) -> None:  # fmt: skip
+    def compute() -> Any:
+        number = torch.randint(0, adapters, (sequences,))
+        number[0] = 0
+        x = apart(sequences * tokens, width)
+        layers = weights_of([torch.randn(size, width) / width**0.5 for size in outputs])
+        assert layers is not None
+        a = torch.randn(adapters, len(outputs), rank, width) / width**0.5
+        b = torch.randn(adapters, rank, sum(outputs)) / rank**0.5
+        once = own_linear(x, layers, a, b, number)
+        assert layers.counts.tolist() == [0, 0], "the next launch begins as the first"
+        assert all(map(torch.equal, own_linear(x, layers, a, b, number), once))
+        return once
 
     check(monkeypatch, compute)

@@ -95,13 +95,20 @@ def test_penalties_biases_masks_and_log_probabilities() -> None:
     assert set(draws) == {0}, "the runner-up has 0.98 of its probability at that temperature"
 
 
-@pytest.mark.parametrize("by_kernels", [False, True])
-def test_ways_to_add_deltas_agree(by_kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("by_kernels", "width", "sizes", "bias"),
+    [(False, 6, (10, 3), True), (True, 6, (10, 3), True), (True, 64, (128, 64), False)],
+)
+def test_ways_to_add_deltas_agree(
+    by_kernels: bool, width: int, sizes: tuple[int, int], bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Base(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.embedding = torch.nn.Embedding(2, 6)
-            self.first, self.second, self.last = (torch.nn.Linear(6, size) for size in (10, 6, 3))
+            self.embedding = torch.nn.Embedding(2, width)
+            self.first, self.second, self.last = (
+                torch.nn.Linear(width, size, bias) for size in (sizes[0], width, sizes[1])
+            )
 
         def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
             return self.run(self.embedding(input_ids))[1]
@@ -118,7 +125,10 @@ def test_ways_to_add_deltas_agree(by_kernels: bool, monkeypatch: pytest.MonkeyPa
     bank = AdapterBank(base, 3, torch.float32)
     layers = {"first": base.first, "last": base.last, "second": base.second}
     own = {
-        n: {path: Matrices(torch.randn(r, 6), torch.randn(layer.out_features, r)) for path, layer in layers.items()}
+        n: {
+            path: Matrices(torch.randn(r, width) / width, torch.randn(layer.out_features, r))
+            for path, layer in layers.items()
+        }
         for n, r in {1: 2, 2: 11, 3: 1}.items()
     }
     del own[3]["first"]
@@ -136,8 +146,8 @@ def test_ways_to_add_deltas_agree(by_kernels: bool, monkeypatch: pytest.MonkeyPa
 
     with torch.no_grad():
         for numbers in ([2, 0, 1, 3, 2], [2, 2], [1], [0]):
-            for tokens in (1, 2):
-                x = torch.randn(len(numbers), tokens, 6)
+            for tokens in (1, 2, 40):
+                x = torch.randn(len(numbers), tokens, width)
                 wanted = [torch.cat(both) for both in zip(*(alone(x[n : n + 1], own) for n, own in enumerate(numbers)))]
                 for way in ("rows", "device"):
                     with bank.rows(numbers, tokens) if way == "rows" else bank.device_rows(torch.tensor(numbers)):
@@ -147,6 +157,7 @@ def test_ways_to_add_deltas_agree(by_kernels: bool, monkeypatch: pytest.MonkeyPa
             torch.testing.assert_close(base.run(x)[1], alone(x, 0)[1])
         torch.testing.assert_close(base.run(x)[1], alone(x, 0)[1])
     assert (len(bank._groups) == 2) == by_kernels, "two layers read one tensor"
+    assert all((group.weights is None) == bias for group in bank._groups.values()), "kernels multiply by plain weights"
 
 
 def test_blocks_of_prompts_are_found_by_owner_and_tokens_and_the_oldest_go() -> None:
@@ -156,7 +167,7 @@ def test_blocks_of_prompts_are_found_by_owner_and_tokens_and_the_oldest_go() -> 
     cache = PrefixCache(4 * size)
     cache.keep("one", prompt, layers, 0)
     found = cache.find("one", prompt)
-    assert torch.equal(torch.cat([block.layers[0][0] for block in found], 1), layers[0][0][:, : 3 * BLOCK])
+    assert torch.equal(torch.cat([block.layers()[0][0] for block in found], 1), layers[0][0][:, : 3 * BLOCK])
     assert cache.find("two", prompt) == []
     assert len(cache.find("one", prompt[: 2 * BLOCK] + [7] * BLOCK + [1])) == 2
     assert len(cache.find("one", prompt[: 2 * BLOCK])) == 1, "a prompt's last token is read anew"

@@ -63,7 +63,7 @@ def add_own(
         out_TF: output of a layer, with any row stride.
         h_PTK: result of `project_own`, for the layer's group; it is rounded to the matrices' dtype.
         member: the layer among the group's.
-        b_NRF: B matrices, with scales in them; contiguous.
+        b_NRF: B matrices, with scales in them; their rows, of all adapters, at one distance.
         number_B: number of each sequence's adapter, int64.
     """
     T, F = out_TF.shape
@@ -80,6 +80,7 @@ def add_own(
     block_f = next((size for size in (128, 64) if triton.cdiv(F, size) * blocks >= 64), 32)
     launch(_add_own, (triton.cdiv(F, block_f), blocks), (out_TF,))(
         out_TF, h_PTK, b_NRF, number_B, T, tokens, F, N, R, h_PTK.shape[2], member * R, out_TF.stride(0),
+        b_NRF.stride(1),
         PARTS=len(h_PTK), CHUNKS=chunks, BITS=BITS, BLOCK_T=block_t, BLOCK_F=block_f, BLOCK_R=block_r,
         BLOCK_N=TOGETHER // block_r, PRECISION="ieee" if b_NRF.dtype == torch.float32 else "tf32",
         num_warps=4, num_stages=2,
@@ -123,13 +124,13 @@ def _project_own(
 
 
 @triton.jit
-def _either(one, other):
+def either(one, other):
     return one | other
 
 
 @triton.jit(do_not_specialize=["T", "tokens"])
 def _add_own(
-    out, h, b, number, T, tokens, F, N, R, K, first, out_t,
+    out, h, b, number, T, tokens, F, N, R, K, first, out_t, b_r,
     PARTS: tl.constexpr, CHUNKS: tl.constexpr, BITS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -138,7 +139,7 @@ def _add_own(
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     own = tl.load(number + t // tokens, mask=t < T, other=0).to(tl.int32)
     one = tl.full((BLOCK_T,), 1, dtype=tl.int64)
-    occurring = tl.reduce(one << tl.minimum(own, BITS), 0, _either)
+    occurring = tl.reduce(one << tl.minimum(own, BITS), 0, either)
     inside = (own > 0)[:, None] & (f < F)[None, :]  # which no row beyond T is
     ptr = out + t.to(tl.int64)[:, None] * out_t + f[None, :]
     total = tl.load(ptr, mask=inside, other=0.0).to(tl.float32)
@@ -157,7 +158,7 @@ def _add_own(
             row = tl.reshape(n[:, None] * R + r[None, :], (BLOCK_N * BLOCK_R,))
             is_row = tl.reshape(is_read[:, None] & is_r[None, :], (BLOCK_N * BLOCK_R,))
             right = tl.load(
-                b + row.to(tl.int64)[:, None] * F + f[None, :], mask=is_row[:, None] & (f < F)[None, :], other=0.0
+                b + row.to(tl.int64)[:, None] * b_r + f[None, :], mask=is_row[:, None] & (f < F)[None, :], other=0.0
             )
             mine = tl.reshape(mine, (BLOCK_T, BLOCK_N * BLOCK_R))
             total = tl.dot(mine, right, total, input_precision=PRECISION)

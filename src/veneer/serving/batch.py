@@ -133,6 +133,8 @@ class SlotBatch:
         for number in range(1, len(found)):
             longest = max(len(waiting[n].prompt) - BLOCK * len(found[n]) for n in [*group, number])
             joins = len(found[number]) == len(found[0]) and longest * (len(group) + 1) <= chunk
+            if self.recorded_prompts is not None and not found[0]:  # together only where that pass is recorded
+                joins = joins and self.recorded_prompts.fits(len(group) + 1, longest - 1)
             if joins and self.fits([waiting[n] for n in [*group, number]]):
                 group.append(number)
         generations = [waiting[n] for n in group]
@@ -300,8 +302,9 @@ class SlotReading:
         known = BLOCK * len(blocks[0])
         for row in generations:
             row.cached = known
+        held = [[block.layers() for block in some] for some in blocks]
         for number in range(len(batch._like.layers) if known else 0):
-            for_layer = [[block.layers[number] for block in some] for some in blocks]
+            for_layer = [[layers[number] for layers in some] for some in held]
             keys, values = (
                 torch.stack([torch.cat([pair[half] for pair in pairs], dim=1) for pairs in for_layer])
                 for half in range(2)

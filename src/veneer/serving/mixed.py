@@ -1,14 +1,16 @@
 """Low-rank deltas of many adapters in one batch: the base computes each linear layer once, and each row adds its own.
 
 The matrices of all adapters are stacked a layer, in the base's compute dtype, with LoRA's scale within B; number 0 is
-the base, whose matrices are zeros. A forward hook on each adapted layer adds scale * B A x to its output, so it is the
-base's own layer that computes W x, in whatever bits its weights are. Four ways compute the delta, by the batch:
+the base, whose matrices are zeros. Each adapted layer's forward adds scale * B A x to its output, so it is the base's
+own layer that computes W x, in whatever bits its weights are. Five ways compute the delta, by the batch:
 
     one       all rows have one adapter: two products with its matrices as they lie
-    kernels   where Triton compiles for the GPU: kernels/own_adapter.py adds to the output in place. Programs find out
-              which adapters their rows have, so that the launches are the same for any mix and a CUDA graph can hold
-              them, and read the matrices of those alone. Layers that read the very same tensor (q, k and v; gate and
-              up) share the product with it
+    whole     up to 64 rows of unquantized layers without bias, where Triton compiles for the GPU: kernels/own_linear.py
+              computes W x as well, for all layers that read the very same tensor (q, k and v; gate and up), in a launch
+    kernels   otherwise where Triton compiles for the GPU: kernels/own_adapter.py adds to the output in place. Layers
+              that read the same tensor share the product with A. Here as above, programs find out which adapters
+              their rows have, so that the launches are the same for any mix and a CUDA graph can hold them, and read
+              the matrices of those alone
     masked    a token a row: two products with the matrices of all adapters at once, and between them the ranks that
               are not a row's own are set to zero. The matrices are read once, whatever the number of rows, nothing is
               copied, and the launches are the same for any mix
@@ -19,14 +21,16 @@ PEFT's own mixed batches (`adapter_names`) go through the adapters one by one, w
 N adapters, B rows, T tokens of a row, I inputs, O outputs, R ranks, K = N * R, M layers that share an input.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
 
 from veneer.kernels.launch import compiles
 from veneer.kernels.own_adapter import add_own, project_own
+from veneer.kernels.own_linear import MOST_RANKS, MOST_ROWS, Weights, own_linear, weights_of
 
 RANK_STEP = 8  # ranks are padded to a multiple of it
 
@@ -39,40 +43,71 @@ class Matrices(NamedTuple):
 
 
 class _Group:
-    """A matrices of the layers that read one tensor, [N, M, R, I]."""
+    """Stacked matrices of the layers that read one tensor; P outputs of all of them.
 
-    def __init__(self, a_NMRI: torch.Tensor) -> None:
-        self.a_NMRI = a_NMRI
+    Attributes:
+        a_NMRI: A matrices.
+        b_NRP: B matrices, those of the layers beside each other.
+        modules: The layers.
+    """
+
+    def __init__(self, a_NMRI: torch.Tensor, b_NRP: torch.Tensor, modules: list[Any]) -> None:
+        self.a_NMRI, self.b_NRP, self.modules = a_NMRI, b_NRP, modules
+
+    def add(self, a_N1RI: torch.Tensor, b_NRO: torch.Tensor, module: Any) -> None:
+        """Take another layer with its matrices."""
+        self.a_NMRI, self.b_NRP = torch.cat([self.a_NMRI, a_N1RI], 1), torch.cat([self.b_NRP, b_NRO], 2)
+        self.modules.append(module)
+        self.__dict__.pop("weights", None)
+
+    def widen(self, ranks: int) -> None:
+        """Make room for so many more ranks."""
+        self.a_NMRI, self.b_NRP = (
+            torch.nn.functional.pad(part, (0, 0, 0, ranks)) for part in (self.a_NMRI, self.b_NRP)
+        )
+        self.__dict__.pop("weights", None)
+
+    @cached_property
+    def weights(self) -> Weights | None:
+        """Weights of the layers, where a kernel computes their products as well."""
+        is_plain = all(type(module) is torch.nn.Linear and module.bias is None for module in self.modules)
+        fits = is_plain and self.a_NMRI.shape[2] <= MOST_RANKS and self.modules[0].weight.dtype == self.a_NMRI.dtype
+        return weights_of([module.weight for module in self.modules]) if fits else None
 
 
 class _Layer:
-    """Stacked matrices of one layer, the first of them among those of its group."""
+    """Stacked matrices of one layer: where they lie among those of its group."""
 
-    def __init__(self, group: _Group, member: int, b_NRO: torch.Tensor) -> None:
-        self.group, self.member, self.b_NRO = group, member, b_NRO
+    def __init__(self, group: _Group, member: int, outputs: slice) -> None:
+        self.group, self.member, self._outputs = group, member, outputs
 
     @property
     def a(self) -> torch.Tensor:
         """A matrices of all adapters, [N, R, I]."""
         return self.group.a_NMRI[:, self.member]
 
+    @property
+    def b(self) -> torch.Tensor:
+        """B matrices of all adapters, [N, R, O]."""
+        return self.group.b_NRP[:, :, self._outputs]
+
     def one(self, x: torch.Tensor, number: int) -> torch.Tensor:
-        return (x @ self.a[number].T) @ self.b_NRO[number]
+        return (x @ self.a[number].T) @ self.b[number]
 
     def masked(self, x_BTI: torch.Tensor, mask_BK: torch.Tensor) -> torch.Tensor:
         h_BTK = (x_BTI @ self.a.flatten(0, 1).T) * mask_BK[:, None]
-        return h_BTK @ self.b_NRO.flatten(0, 1)
+        return h_BTK @ self.b.flatten(0, 1)
 
     def gathered(self, x_BTI: torch.Tensor, number_B: torch.Tensor) -> torch.Tensor:
         h_BTR = torch.bmm(x_BTI, self.a[number_B].mT)
-        return torch.bmm(h_BTR, self.b_NRO[number_B])
+        return torch.bmm(h_BTR, self.b[number_B])
 
 
 class AdapterBank:
     """The matrices of all adapters that are served, on the layers of one base.
 
     Args:
-        model: The base, a Transformers model in evaluation mode; hooks are put on its layers.
+        model: The base, a Transformers model in evaluation mode; the forwards of its layers are replaced.
         adapters: Most adapters at a time.
         dtype: Compute dtype of the base.
 
@@ -87,7 +122,7 @@ class AdapterBank:
         self._groups: dict[str, _Group] = {}
         self._leaders: dict[str, str] | None = None
         self._by_kernels = compiles(self._device)
-        self._shared: tuple[_Group, torch.Tensor, torch.Tensor] | None = None
+        self._shared: tuple[_Group, torch.Tensor, Any] | None = None
         self._number: int | None = None
         self._number_B: torch.Tensor | None = None
         self._mask_BK: torch.Tensor | None = None
@@ -96,7 +131,7 @@ class AdapterBank:
     @property
     def bytes(self) -> int:
         """Bytes of all matrices."""
-        parts = (part for layer in self._layers.values() for part in (layer.a, layer.b_NRO))
+        parts = (part for layer in self._layers.values() for part in (layer.a, layer.b))
         return sum(part.numel() * part.element_size() for part in parts)
 
     @property
@@ -116,13 +151,13 @@ class AdapterBank:
                 self._add_layer(path, one)
             layer, rank = self._layers[path], len(one.a_RI)
             layer.a[number, :rank] = one.a_RI.to(layer.a)
-            layer.b_NRO[number, :rank] = one.b_OR.T.to(layer.b_NRO)
+            layer.b[number, :rank] = one.b_OR.T.to(layer.b)
 
     def clear(self, number: int) -> None:
         """Make a number as the base is."""
         for layer in self._layers.values():
             layer.a[number] = 0
-            layer.b_NRO[number] = 0
+            layer.b[number] = 0
 
     @contextmanager
     def rows(self, numbers: list[int], tokens: int) -> Iterator[None]:
@@ -181,16 +216,16 @@ class AdapterBank:
     def _add_layer(self, path: str, like: Matrices) -> None:
         device = next(self._model.get_submodule(path).parameters()).device
         a_N1RI = torch.zeros((self._count, 1, self._rank, like.a_RI.shape[1]), dtype=self._dtype, device=device)
-        leader = self._leader(path)
+        b_NRO = torch.zeros((self._count, self._rank, like.b_OR.shape[0]), dtype=self._dtype, device=device)
+        module, leader = self._model.get_submodule(path), self._leader(path)
         if leader in self._groups:
             group = self._groups[leader]
-            group.a_NMRI = torch.cat([group.a_NMRI, a_N1RI], 1)
+            group.add(a_N1RI, b_NRO, module)
         else:
-            group = self._groups[leader] = _Group(a_N1RI)
-        b_NRO = torch.zeros((self._count, self._rank, like.b_OR.shape[0]), dtype=self._dtype, device=device)
-        self._layers[path] = layer = _Layer(group, group.a_NMRI.shape[1] - 1, b_NRO)
-        module = self._model.get_submodule(path)
-        module.register_forward_hook(lambda module, inputs, output: self._added(layer, inputs[0], output))
+            group = self._groups[leader] = _Group(a_N1RI, b_NRO, [module])
+        outputs = slice(group.b_NRP.shape[2] - len(like.b_OR), group.b_NRP.shape[2])
+        self._layers[path] = layer = _Layer(group, len(group.modules) - 1, outputs)
+        module.forward = partial(self._forward, layer, module.forward)
         self.version += 1
 
     def _leader(self, path: str) -> str:
@@ -204,11 +239,21 @@ class AdapterBank:
     def _widen(self, rank: int) -> None:
         more = rank - self._rank
         for group in self._groups.values():
-            group.a_NMRI = torch.nn.functional.pad(group.a_NMRI, (0, 0, 0, more))
-        for layer in self._layers.values():
-            layer.b_NRO = torch.nn.functional.pad(layer.b_NRO, (0, 0, 0, more))
+            group.widen(more)
         self._rank = rank
         self.version += 1
+
+    def _forward(self, layer: _Layer, own: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """Return what a layer puts out, whose own forward is `own`."""
+        group, number_B = layer.group, self._number_B
+        rows = x.numel() // x.shape[-1]
+        if not self._by_kernels or number_B is None or rows > MOST_ROWS or group.weights is None:
+            return self._added(layer, x, own(x))
+        if self._shared is None or not self._is_shared(group, x):  # the outputs of all its group at once
+            outputs = own_linear(x.reshape(rows, -1), group.weights, group.a_NMRI, group.b_NRP, number_B)
+            self._shared = group, x, outputs
+        output: torch.Tensor = self._shared[2][layer.member]
+        return output.view(*x.shape[:-1], -1)
 
     def _added(self, layer: _Layer, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         if self._number == 0:
@@ -229,24 +274,22 @@ class AdapterBank:
         out_TO = output.view(-1, output.shape[-1])
         if self._number is not None:
             h_TK, first = self._projected(layer.group, x), layer.member * self._rank
-            out_TO.addmm_(
-                h_TK[:, first : first + self._rank].to(out_TO.dtype), layer.b_NRO[self._number].to(out_TO.dtype)
-            )
+            out_TO.addmm_(h_TK[:, first : first + self._rank].to(out_TO.dtype), layer.b[self._number].to(out_TO.dtype))
         elif self._number_B is not None:
-            add_own(out_TO, self._projected(layer.group, x), layer.member, layer.b_NRO, self._number_B)
+            add_own(out_TO, self._projected(layer.group, x), layer.member, layer.b, self._number_B)
         return output
 
     def _projected(self, group: _Group, x: torch.Tensor) -> torch.Tensor:
         """Return the product of a tensor with a group's A matrices, which is computed once for all its layers."""
-        if not self._is_shared(group, x):
+        if self._shared is None or not self._is_shared(group, x):
             own_TI = x.to(self._dtype).reshape(-1, x.shape[-1])
             if self._number_B is not None:
                 product = project_own(own_TI, group.a_NMRI, self._number_B)
             else:
                 product = own_TI @ group.a_NMRI[self._number].flatten(0, 1).T
             self._shared = group, x, product
-        assert self._shared is not None
-        return self._shared[2]
+        shared: torch.Tensor = self._shared[2]
+        return shared
 
     def _is_shared(self, group: _Group, x: torch.Tensor) -> bool:
         return self._shared is not None and self._shared[0] is group and self._shared[1] is x

@@ -18,13 +18,25 @@ BLOCK = 32  # tokens
 
 
 class Block(NamedTuple):
-    """Keys and values of one block, a pair a layer, each [heads, BLOCK, width]."""
+    """Keys and values of one block, in one tensor: as many small ones they would leave a heap in pieces.
 
-    layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    Attributes:
+        all: Keys and values of the first layer, of the second, and so on.
+        shapes: [heads, BLOCK, width] of each of these.
+    """
+
+    all: torch.Tensor
+    shapes: tuple[torch.Size, ...]
 
     @property
     def bytes(self) -> int:
-        return sum(part.numel() * part.element_size() for pair in self.layers for part in pair)
+        return self.all.numel() * self.all.element_size()
+
+    def layers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return the keys and values of each layer."""
+        sizes = [shape.numel() for shape in self.shapes]
+        parts = [part.view(shape) for part, shape in zip(torch.split(self.all, sizes), self.shapes, strict=True)]
+        return list(zip(parts[::2], parts[1::2], strict=True))
 
 
 class PrefixCache:
@@ -60,7 +72,8 @@ class PrefixCache:
             if number < known or key in self._blocks:
                 continue
             part = slice(number * BLOCK, (number + 1) * BLOCK)
-            block = Block(tuple((keys[:, part].clone(), values[:, part].clone()) for keys, values in layers))
+            pieces = [tensor[:, part] for pair in layers for tensor in pair]
+            block = Block(torch.cat([piece.flatten() for piece in pieces]), tuple(piece.shape for piece in pieces))
             if block.bytes > self._most:
                 return
             self._blocks[key] = block

@@ -43,6 +43,12 @@ class RecordedPrompts:
         self._launched: dict[tuple[int, int, bool], int] = {}
         self._version = bank.version
 
+    @staticmethod
+    def fits(rows: int, tokens: int) -> bool:
+        """Return whether a pass over so many prompts of so many tokens is recorded."""
+        rows, tokens = _padded(rows, tokens)
+        return rows * tokens <= MOST
+
     def read(self, ids: Sequence[Sequence[int]], adapters: Sequence[int]) -> Any:
         """Return the keys and values of prompts, which hold until the next ones are read; None: they are too long.
 
@@ -50,9 +56,9 @@ class RecordedPrompts:
             ids: Tokens of each prompt, all padded to one length.
             adapters: Number of each one's adapter.
         """
-        rows, tokens = 1 << (len(ids) - 1).bit_length(), -(-len(ids[0]) // STEP) * STEP
-        if rows * tokens > MOST:
+        if not self.fits(len(ids), len(ids[0])):
             return None
+        rows, tokens = _padded(len(ids), len(ids[0]))
         if not self._kept:
             self._kept = [(self._buffer(layer.keys), self._buffer(layer.values)) for layer in self._like.layers]
         if self._version != self._bank.version:
@@ -106,3 +112,8 @@ class RecordedPrompts:
     @staticmethod
     def _rows(kept: torch.Tensor, rows: int, tokens: int) -> torch.Tensor:
         return kept[: rows * tokens].view(rows, tokens, *kept.shape[1:]).transpose(1, 2)
+
+
+def _padded(rows: int, tokens: int) -> tuple[int, int]:
+    """Return the rows and the tokens of a recorded pass that holds so many."""
+    return 1 << (rows - 1).bit_length(), -(-tokens // STEP) * STEP
