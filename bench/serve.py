@@ -175,7 +175,7 @@ def profiled(
         for n, (prompt, limit) in enumerate(requests[:slots])
     ]
     with ready(model):
-        batch = make_batch(model, bank, slots, slots * 1024, 8192, PrefixCache(0))
+        batch: Any = make_batch(model, bank, slots, slots * 1024, 8192, PrefixCache(0))
 
         def read(some: Sequence[Any]) -> int:
             """Read prompts together; return how many."""
