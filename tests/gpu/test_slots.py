@@ -87,12 +87,13 @@ def test_layers_and_each_rows_own_adapter(
         weights = [torch.randn(size, width, device="cuda", dtype=dtype) * width**-0.5 for size in outputs]
         a = torch.randn(9, len(outputs), rank, width, device="cuda", dtype=dtype) * width**-0.5
         b = torch.randn(9, rank, sum(outputs), device="cuda", dtype=dtype) * rank**-0.5
-        layers = own_linear.weights_of(weights)
-        assert layers is not None
-        once = torch.cat(own_linear.own_linear(x, layers, a, b, number), 1)
+        assert own_linear.fits(weights, rank)
+        counts = torch.zeros(2, dtype=torch.int32, device="cuda")
+        once = torch.cat(own_linear.own_linear(x, weights, a, b, number, counts), 1)
         for _ in range(20):  # one after the other, as in a recorded step
-            assert torch.equal(torch.cat(own_linear.own_linear(x, layers, a, b, number), 1), once)
-        return once
+            assert torch.equal(torch.cat(own_linear.own_linear(x, weights, a, b, number, counts), 1), once)
+        deltas = own_adapter.own_deltas(own_adapter.project_own(x, a, number), b, outputs, number)
+        return torch.cat([once, *deltas], 1)
 
     found, wanted = both(monkeypatch, compute)
     assert (found - wanted).abs().max() < (0.1 if dtype == torch.bfloat16 else 2e-4)

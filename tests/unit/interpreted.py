@@ -17,8 +17,8 @@ from veneer.kernels.gated_mlp import (
     gated_mlp_backward_adapters,
 )
 from veneer.kernels.low_rank import Dropout, Member
-from veneer.kernels.own_adapter import add_own, project_own
-from veneer.kernels.own_linear import own_linear, weights_of
+from veneer.kernels.own_adapter import add_own, own_deltas, project_own
+from veneer.kernels.own_linear import fits, own_linear
 from veneer.kernels.rms_norm import normalize, rms_norm, rms_norm_backward
 from veneer.kernels.rope import HeadNorm, Heads, rope, rope_backward
 from veneer.kernels.update import OFF_GRID, Update
@@ -361,13 +361,14 @@ def test_layers_and_each_rows_own_adapter(
         number = torch.randint(0, adapters, (sequences,))
         number[0] = 0
         x = apart(sequences * tokens, width)
-        layers = weights_of([torch.randn(size, width) / width**0.5 for size in outputs])
-        assert layers is not None
+        weights = [torch.randn(size, width) / width**0.5 for size in outputs]
+        assert fits(weights, rank)
         a = torch.randn(adapters, len(outputs), rank, width) / width**0.5
         b = torch.randn(adapters, rank, sum(outputs)) / rank**0.5
-        once = own_linear(x, layers, a, b, number)
-        assert layers.counts.tolist() == [0, 0], "the next launch begins as the first"
-        assert all(map(torch.equal, own_linear(x, layers, a, b, number), once))
-        return once
+        counts = torch.zeros(2, dtype=torch.int32)
+        once = own_linear(x, weights, a, b, number, counts)
+        assert counts.tolist() == [0, 0], "the next launch begins as the first"
+        assert all(map(torch.equal, own_linear(x, weights, a, b, number, counts), once))
+        return [*once, *own_deltas(project_own(x, a, number), b, outputs, number)]
 
     check(monkeypatch, compute)

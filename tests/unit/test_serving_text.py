@@ -157,7 +157,7 @@ def test_ways_to_add_deltas_agree(
             torch.testing.assert_close(base.run(x)[1], alone(x, 0)[1])
         torch.testing.assert_close(base.run(x)[1], alone(x, 0)[1])
     assert (len(bank._groups) == 2) == by_kernels, "two layers read one tensor"
-    assert all((group.weights is None) == bias for group in bank._groups.values()), "kernels multiply by plain weights"
+    assert all(group.is_whole != bias for group in bank._groups.values()), "kernels multiply by plain weights"
 
 
 def test_blocks_of_prompts_are_found_by_owner_and_tokens_and_the_oldest_go() -> None:

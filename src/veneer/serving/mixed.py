@@ -5,12 +5,12 @@ the base, whose matrices are zeros. Each adapted layer's forward adds scale * B 
 own layer that computes W x, in whatever bits its weights are. Five ways compute the delta, by the batch:
 
     one       all rows have one adapter: two products with its matrices as they lie
-    whole     up to 64 rows of unquantized layers without bias, where Triton compiles for the GPU: kernels/own_linear.py
-              computes W x as well, for all layers that read the very same tensor (q, k and v; gate and up), in a launch
-    kernels   otherwise where Triton compiles for the GPU: kernels/own_adapter.py adds to the output in place. Layers
-              that read the same tensor share the product with A. Here as above, programs find out which adapters
-              their rows have, so that the launches are the same for any mix and a CUDA graph can hold them, and read
-              the matrices of those alone
+    whole     unquantized layers without bias, where Triton compiles for the GPU: kernels/own_linear.py computes W x as
+              well, for all layers that read the very same tensor (q, k and v; gate and up), in a launch; for more than
+              64 rows, own_adapter.py computes their deltas, and W x is added to these
+    kernels   other layers there: own_adapter.py adds to the output in place, with one product with A for the layers
+              that read one tensor. Here as above, programs find out which adapters their rows have, so that the
+              launches are the same for any mix and a CUDA graph can hold them, and read the matrices of those alone
     masked    a token a row: two products with the matrices of all adapters at once, and between them the ranks that
               are not a row's own are set to zero. The matrices are read once, whatever the number of rows, nothing is
               copied, and the launches are the same for any mix
@@ -29,8 +29,8 @@ from typing import Any, NamedTuple
 import torch
 
 from veneer.kernels.launch import compiles
-from veneer.kernels.own_adapter import add_own, project_own
-from veneer.kernels.own_linear import MOST_RANKS, MOST_ROWS, Weights, own_linear, weights_of
+from veneer.kernels.own_adapter import add_own, own_deltas, project_own
+from veneer.kernels.own_linear import MOST_ROWS, fits, own_linear
 
 RANK_STEP = 8  # ranks are padded to a multiple of it
 
@@ -53,26 +53,36 @@ class _Group:
 
     def __init__(self, a_NMRI: torch.Tensor, b_NRP: torch.Tensor, modules: list[Any]) -> None:
         self.a_NMRI, self.b_NRP, self.modules = a_NMRI, b_NRP, modules
+        self.counts = torch.zeros(2, dtype=torch.int32, device=a_NMRI.device)  # for `own_linear`
 
     def add(self, a_N1RI: torch.Tensor, b_NRO: torch.Tensor, module: Any) -> None:
         """Take another layer with its matrices."""
         self.a_NMRI, self.b_NRP = torch.cat([self.a_NMRI, a_N1RI], 1), torch.cat([self.b_NRP, b_NRO], 2)
         self.modules.append(module)
-        self.__dict__.pop("weights", None)
+        self.__dict__.pop("is_whole", None)
 
     def widen(self, ranks: int) -> None:
         """Make room for so many more ranks."""
         self.a_NMRI, self.b_NRP = (
             torch.nn.functional.pad(part, (0, 0, 0, ranks)) for part in (self.a_NMRI, self.b_NRP)
         )
-        self.__dict__.pop("weights", None)
+        self.__dict__.pop("is_whole", None)
 
     @cached_property
-    def weights(self) -> Weights | None:
-        """Weights of the layers, where a kernel computes their products as well."""
+    def is_whole(self) -> bool:
+        """Whether kernels compute the layers' products with their weights as well."""
         is_plain = all(type(module) is torch.nn.Linear and module.bias is None for module in self.modules)
-        fits = is_plain and self.a_NMRI.shape[2] <= MOST_RANKS and self.modules[0].weight.dtype == self.a_NMRI.dtype
-        return weights_of([module.weight for module in self.modules]) if fits else None
+        if not is_plain or self.modules[0].weight.dtype != self.a_NMRI.dtype:
+            return False
+        return fits([module.weight for module in self.modules], self.a_NMRI.shape[2])
+
+    def outputs(self, x_TI: torch.Tensor, number_B: torch.Tensor) -> list[torch.Tensor | None]:
+        """Return what the layers put out, for more than MOST_ROWS rows without the products with their weights."""
+        weights = [module.weight for module in self.modules]
+        if len(x_TI) <= MOST_ROWS:
+            return [*own_linear(x_TI, weights, self.a_NMRI, self.b_NRP, number_B, self.counts)]
+        h_PTK = project_own(x_TI, self.a_NMRI, number_B)
+        return [*own_deltas(h_PTK, self.b_NRP, [len(weight) for weight in weights], number_B)]
 
 
 class _Layer:
@@ -246,13 +256,16 @@ class AdapterBank:
     def _forward(self, layer: _Layer, own: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """Return what a layer puts out, whose own forward is `own`."""
         group, number_B = layer.group, self._number_B
-        rows = x.numel() // x.shape[-1]
-        if not self._by_kernels or number_B is None or rows > MOST_ROWS or group.weights is None:
+        if not self._by_kernels or number_B is None or not group.is_whole:
             return self._added(layer, x, own(x))
-        if self._shared is None or not self._is_shared(group, x):  # the outputs of all its group at once
-            outputs = own_linear(x.reshape(rows, -1), group.weights, group.a_NMRI, group.b_NRP, number_B)
-            self._shared = group, x, outputs
-        output: torch.Tensor = self._shared[2][layer.member]
+        x_TI = x.reshape(-1, x.shape[-1])
+        if self._shared is None or not self._is_shared(group, x) or self._shared[2][layer.member] is None:
+            self._shared = group, x, group.outputs(x_TI, number_B)
+        outputs: list[Any] = self._shared[2]
+        output: torch.Tensor = outputs[layer.member]
+        outputs[layer.member] = None  # its buffer is the layer's output now
+        if len(x_TI) > MOST_ROWS:
+            output.addmm_(x_TI, group.modules[layer.member].weight.T)
         return output.view(*x.shape[:-1], -1)
 
     def _added(self, layer: _Layer, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
