@@ -5,9 +5,10 @@ the base, whose matrices are zeros. Each adapted layer's forward adds scale * B 
 own layer that computes W x, in whatever bits its weights are. Five ways compute the delta, by the batch:
 
     one       all rows have one adapter: two products with its matrices as they lie
-    whole     unquantized layers without bias, where Triton compiles for the GPU: kernels/own_linear.py computes W x as
-              well, for all layers that read the very same tensor (q, k and v; gate and up), in a launch; for more than
-              64 rows, own_adapter.py computes their deltas, and W x is added to these
+    whole     layers without bias where Triton compiles for the GPU, and more than a few rows of layers in 4 bits where
+              these are dequantized: kernels/own_linear.py computes W x as well, for all layers that read the very
+              same tensor (q, k and v; gate and up), in a launch; for more than 64 rows, own_adapter.py computes their
+              deltas, and W x is added to these
     kernels   other layers there: own_adapter.py adds to the output in place, with one product with A for the layers
               that read one tensor. Here as above, programs find out which adapters their rows have, so that the
               launches are the same for any mix and a CUDA graph can hold them, and read the matrices of those alone
@@ -33,6 +34,7 @@ from veneer.kernels.own_adapter import add_own, own_deltas, project_own
 from veneer.kernels.own_linear import MOST_ROWS, fits, own_linear
 
 RANK_STEP = 8  # ranks are padded to a multiple of it
+FEW_ROWS = 8  # that are multiplied by 4-bit weights as they are
 
 
 class Matrices(NamedTuple):
@@ -59,30 +61,61 @@ class _Group:
         """Take another layer with its matrices."""
         self.a_NMRI, self.b_NRP = torch.cat([self.a_NMRI, a_N1RI], 1), torch.cat([self.b_NRP, b_NRO], 2)
         self.modules.append(module)
-        self.__dict__.pop("is_whole", None)
+        self.__dict__.pop("_has_whole", None)
 
     def widen(self, ranks: int) -> None:
         """Make room for so many more ranks."""
         self.a_NMRI, self.b_NRP = (
             torch.nn.functional.pad(part, (0, 0, 0, ranks)) for part in (self.a_NMRI, self.b_NRP)
         )
-        self.__dict__.pop("is_whole", None)
+        self.__dict__.pop("_has_whole", None)
 
-    @cached_property
-    def is_whole(self) -> bool:
-        """Whether kernels compute the layers' products with their weights as well."""
-        is_plain = all(type(module) is torch.nn.Linear and module.bias is None for module in self.modules)
-        if not is_plain or self.modules[0].weight.dtype != self.a_NMRI.dtype:
-            return False
-        return fits([module.weight for module in self.modules], self.a_NMRI.shape[2])
+    def is_whole(self, rows: int) -> bool:
+        """Return whether kernels compute the layers' products with their weights as well, for so many rows."""
+        return self._has_whole and (rows > FEW_ROWS or not self._is_packed)
 
     def outputs(self, x_TI: torch.Tensor, number_B: torch.Tensor) -> list[torch.Tensor | None]:
         """Return what the layers put out, for more than MOST_ROWS rows without the products with their weights."""
-        weights = [module.weight for module in self.modules]
         if len(x_TI) <= MOST_ROWS:
+            weights = [self.weight(member) for member in range(len(self.modules))]
             return [*own_linear(x_TI, weights, self.a_NMRI, self.b_NRP, number_B, self.counts)]
         h_PTK = project_own(x_TI, self.a_NMRI, number_B)
-        return [*own_deltas(h_PTK, self.b_NRP, [len(weight) for weight in weights], number_B)]
+        return [*own_deltas(h_PTK, self.b_NRP, [module.out_features for module in self.modules], number_B)]
+
+    def weight(self, member: int) -> torch.Tensor:
+        """Return a layer's weight in the compute dtype, [O, I]."""
+        weight: torch.Tensor = self.modules[member].weight
+        if self._is_packed:
+            from bitsandbytes.functional import dequantize_4bit
+
+            weight = dequantize_4bit(weight, weight.quant_state)  # type: ignore[attr-defined]
+        return weight
+
+    @property
+    def _is_packed(self) -> bool:
+        return all(type(module).__name__ == "Linear4bit" for module in self.modules)
+
+    @cached_property
+    def _has_whole(self) -> bool:
+        dtype, device = self.a_NMRI.dtype, self.a_NMRI.device
+        if any(module.bias is not None for module in self.modules):
+            return False
+        if self._is_packed:
+            dtypes = {one for module in self.modules for one in (module.weight.quant_state.dtype, module.compute_dtype)}
+            dtypes -= {None}
+            shapes = [module.weight.quant_state.shape for module in self.modules]
+            like = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
+            return dtypes == {dtype} and dequantizes(device) and fits(like, self.a_NMRI.shape[2])
+        is_plain = all(type(module) is torch.nn.Linear and module.weight.dtype == dtype for module in self.modules)
+        return is_plain and fits([module.weight for module in self.modules], self.a_NMRI.shape[2])
+
+
+def dequantizes(device: torch.device) -> bool:
+    """Return whether a GPU multiplies more than FEW_ROWS rows faster by dequantized weights than by 4-bit ones.
+
+    So bitsandbytes 0.50 does (`_gemm_4bit_use_custom_cuda`) on Hopper and Blackwell, with weights of large models.
+    """
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 class _Layer:
@@ -256,16 +289,16 @@ class AdapterBank:
     def _forward(self, layer: _Layer, own: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """Return what a layer puts out, whose own forward is `own`."""
         group, number_B = layer.group, self._number_B
-        if not self._by_kernels or number_B is None or not group.is_whole:
-            return self._added(layer, x, own(x))
         x_TI = x.reshape(-1, x.shape[-1])
+        if not self._by_kernels or number_B is None or not group.is_whole(len(x_TI)):
+            return self._added(layer, x, own(x))
         if self._shared is None or not self._is_shared(group, x) or self._shared[2][layer.member] is None:
             self._shared = group, x, group.outputs(x_TI, number_B)
         outputs: list[Any] = self._shared[2]
         output: torch.Tensor = outputs[layer.member]
         outputs[layer.member] = None  # its buffer is the layer's output now
         if len(x_TI) > MOST_ROWS:
-            output.addmm_(x_TI, group.modules[layer.member].weight.T)
+            output.addmm_(x_TI, group.weight(layer.member).T)
         return output.view(*x.shape[:-1], -1)
 
     def _added(self, layer: _Layer, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
