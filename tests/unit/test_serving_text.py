@@ -188,7 +188,9 @@ def test_layers_in_four_bits_are_dequantized_once_for_all_rows(monkeypatch: pyte
     a, b = torch.randn(3, 4, 64) / 64, torch.randn(3, 256, 4)
     monkeypatch.setattr(bank, "_leaders", {"other": "one"})  # without a pass, which changes a CPU's packed weights
     for number in (1, 2):
-        bank.put(number, {path: Matrices(a[number], part) for path, part in zip(layers, b[number].split([64, 192]))})
+        bank.put(
+            number, {path: Matrices(a[number], part) for path, part in zip(layers, torch.split(b[number], [64, 192]))}
+        )
     for tokens in (9, 70):
         x = torch.randn(3, tokens, 64)
         wanted = [row @ dense.T + (row @ a[n].T @ b[n].T if n else 0) for n, row in zip((2, 0, 1), x)]
