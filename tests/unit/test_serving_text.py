@@ -1,6 +1,7 @@
 """Tokens are chosen as asked for, and become text and calls that are never taken back."""
 
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -158,6 +159,38 @@ def test_ways_to_add_deltas_agree(
         torch.testing.assert_close(base.run(x)[1], alone(x, 0)[1])
     assert (len(bank._groups) == 2) == by_kernels, "two layers read one tensor"
     assert all((group.weights is None) == bias for group in bank._groups.values()), "kernels multiply by plain weights"
+
+
+def test_only_a_layer_as_it_was_made_is_computed_by_kernels() -> None:
+    layer, biased, wrapped = (torch.nn.Linear(4, 4, bias) for bias in (False, True, False))
+    wrapped.forward = partial(wrapped.forward)  # type: ignore[method-assign]
+    assert list(map(mixed.is_plain_linear, (layer, biased, wrapped))) == [True, False, False]
+
+
+def test_memory_that_is_short_leaves_a_bank_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.ModuleDict({"one": torch.nn.Linear(4, 4), "other": torch.nn.Linear(4, 4)})
+    monkeypatch.setattr(model, "get_input_embeddings", lambda: model["one"], raising=False)
+    bank = AdapterBank(model, 1, torch.float32)
+    bank.put(1, {path: Matrices(torch.ones(1, 4), torch.ones(4, 1)) for path in ("one", "other")})
+    pad, calls = torch.nn.functional.pad, []
+
+    def short(*given: Any) -> torch.Tensor:
+        calls.append(given)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError
+        return pad(*given)
+
+    before = [(group.a_NMRI, group.b_NRP) for group in bank._groups.values()]
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(torch.nn.functional, "pad", short)
+        bank.put(1, {"one": Matrices(torch.ones(9, 4), torch.ones(4, 9))})
+    assert all(
+        found is kept
+        for group, both in zip(bank._groups.values(), before)
+        for found, kept in zip((group.a_NMRI, group.b_NRP), both)
+    )
+    bank.put(1, {"one": Matrices(torch.ones(9, 4), torch.ones(4, 9))})
+    assert {group.a_NMRI.shape[2] for group in bank._groups.values()} == {16}
 
 
 def test_blocks_of_prompts_are_found_by_owner_and_tokens_and_the_oldest_go() -> None:

@@ -73,6 +73,7 @@ def own_linear(
         number_B: number of each sequence's adapter, int64.
     """
     T, D = x_TD.shape
+    assert 0 < T <= MOST_ROWS
     N, M, R, _ = a_NMRD.shape
     F = b_NRF.shape[2]
     tokens = T // len(number_B)

@@ -53,26 +53,46 @@ class _Group:
 
     def __init__(self, a_NMRI: torch.Tensor, b_NRP: torch.Tensor, modules: list[Any]) -> None:
         self.a_NMRI, self.b_NRP, self.modules = a_NMRI, b_NRP, modules
+        self._is_plain = all(map(is_plain_linear, modules))
 
     def add(self, a_N1RI: torch.Tensor, b_NRO: torch.Tensor, module: Any) -> None:
         """Take another layer with its matrices."""
         self.a_NMRI, self.b_NRP = torch.cat([self.a_NMRI, a_N1RI], 1), torch.cat([self.b_NRP, b_NRO], 2)
         self.modules.append(module)
+        self._is_plain = self._is_plain and is_plain_linear(module)
         self.__dict__.pop("weights", None)
 
-    def widen(self, ranks: int) -> None:
-        """Make room for so many more ranks."""
-        self.a_NMRI, self.b_NRP = (
-            torch.nn.functional.pad(part, (0, 0, 0, ranks)) for part in (self.a_NMRI, self.b_NRP)
+    def widened(self, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the matrices with room for so many ranks."""
+        more = ranks - self.a_NMRI.shape[2]
+        return torch.nn.functional.pad(self.a_NMRI, (0, 0, 0, more)), torch.nn.functional.pad(
+            self.b_NRP, (0, 0, 0, more)
         )
+
+    def replace(self, a_NMRI: torch.Tensor, b_NRP: torch.Tensor) -> None:
+        """Take other matrices for the same layers."""
+        self.a_NMRI, self.b_NRP = a_NMRI, b_NRP
         self.__dict__.pop("weights", None)
 
     @cached_property
     def weights(self) -> Weights | None:
         """Weights of the layers, where a kernel computes their products as well."""
-        is_plain = all(type(module) is torch.nn.Linear and module.bias is None for module in self.modules)
-        fits = is_plain and self.a_NMRI.shape[2] <= MOST_RANKS and self.modules[0].weight.dtype == self.a_NMRI.dtype
+        fits = (
+            self._is_plain and self.a_NMRI.shape[2] <= MOST_RANKS and self.modules[0].weight.dtype == self.a_NMRI.dtype
+        )
         return weights_of([module.weight for module in self.modules]) if fits else None
+
+
+def is_plain_linear(module: Any) -> bool:
+    """Return whether a layer is x W^T with a tensor of numbers, and nothing wraps its forward."""
+    is_linear = type(module) is torch.nn.Linear and getattr(module, "bias", None) is None
+    return is_linear and "forward" not in module.__dict__ and type(module.weight.data) is torch.Tensor
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """Return the rows of a layer's input, each of them in one piece, [T, I]."""
+    x_TI = x.reshape(-1, x.shape[-1])
+    return x_TI if x_TI.stride(-1) == 1 else x_TI.contiguous()
 
 
 class _Layer:
@@ -237,9 +257,11 @@ class AdapterBank:
         return self._leaders.get(path, path)
 
     def _widen(self, rank: int) -> None:
-        more = rank - self._rank
-        for group in self._groups.values():
-            group.widen(more)
+        wider = [
+            group.widened(rank) for group in self._groups.values()
+        ]  # all before one is replaced: memory may be short
+        for group, both in zip(self._groups.values(), wider, strict=True):
+            group.replace(*both)
         self._rank = rank
         self.version += 1
 
@@ -247,10 +269,12 @@ class AdapterBank:
         """Return what a layer puts out, whose own forward is `own`."""
         group, number_B = layer.group, self._number_B
         rows = x.numel() // x.shape[-1]
-        if not self._by_kernels or number_B is None or rows > MOST_ROWS or group.weights is None:
+        if not self._by_kernels or number_B is None or not 0 < rows <= MOST_ROWS:
+            return self._added(layer, x, own(x))
+        if group.weights is None or x.dtype != self._dtype:
             return self._added(layer, x, own(x))
         if self._shared is None or not self._is_shared(group, x):  # the outputs of all its group at once
-            outputs = own_linear(x.reshape(rows, -1), group.weights, group.a_NMRI, group.b_NRP, number_B)
+            outputs = own_linear(rows_of(x), group.weights, group.a_NMRI, group.b_NRP, number_B)
             self._shared = group, x, outputs
         output: torch.Tensor = self._shared[2][layer.member]
         return output.view(*x.shape[:-1], -1)
@@ -282,7 +306,7 @@ class AdapterBank:
     def _projected(self, group: _Group, x: torch.Tensor) -> torch.Tensor:
         """Return the product of a tensor with a group's A matrices, which is computed once for all its layers."""
         if self._shared is None or not self._is_shared(group, x):
-            own_TI = x.to(self._dtype).reshape(-1, x.shape[-1])
+            own_TI = rows_of(x.to(self._dtype))
             if self._number_B is not None:
                 product = project_own(own_TI, group.a_NMRI, self._number_B)
             else:
