@@ -1,6 +1,7 @@
 """A server answers for many adapters at a time as plain PEFT does for each alone."""
 
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from starlette.testclient import TestClient
 
 from tests.support.adapters import save_adapter_of
@@ -97,6 +100,30 @@ def test_telling_while_the_next_step_is_computed_changes_no_answer(
     monkeypatch.setattr(service.scheduler, "_overlaps", True)
     with ThreadPoolExecutor(3 * len(asked)) as pool:  # more than there are slots
         assert list(pool.map(ask, 3 * asked)) == 3 * before
+
+
+def test_a_prompt_of_one_token_is_answered_as_any(client: TestClient) -> None:
+    def complete(prompts: list[list[int]]) -> list[str]:
+        asked = {"model": "lora", "prompt": prompts, "temperature": 0, "max_tokens": 8}
+        reply = client.post("/v1/completions", json=asked)
+        assert reply.status_code == 200, reply.text
+        return [choice["text"] for choice in reply.json()["choices"]]
+
+    one, long = [5], list(range(5, 60))
+    assert complete([one, one, long]) == [*complete([one]) * 2, *complete([long])]
+
+
+def test_an_adapter_that_is_not_finite_is_refused(folder: Path, client: TestClient) -> None:
+    """Its NaN, times 0, would reach the rows beside its own."""
+    broken = folder / "adapters" / "broken"
+    shutil.copytree(folder / "adapters" / "lora", broken)
+    weights = load_file(broken / "adapter_model.safetensors")
+    next(iter(weights.values()))[0, 0] = torch.nan
+    save_file(weights, broken / "adapter_model.safetensors", {"format": "pt"})
+    load = {"lora_name": "broken", "lora_path": str(broken)}
+    reply = client.post("/v1/load_lora_adapter", json=load)
+    assert reply.status_code == 400
+    assert "holds NaN or infinite numbers in float32" in reply.json()["error"]["message"]
 
 
 def test_a_stream_is_the_whole_answer_in_pieces(client: TestClient) -> None:

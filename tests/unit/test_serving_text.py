@@ -1,6 +1,7 @@
 """Tokens are chosen as asked for, and become text and calls that are never taken back."""
 
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -191,14 +192,46 @@ def test_layers_in_four_bits_are_dequantized_once_for_all_rows(monkeypatch: pyte
         bank.put(
             number, {path: Matrices(a[number], part) for path, part in zip(layers, torch.split(b[number], [64, 192]))}
         )
-    for tokens in (9, 70):
+    for tokens in (20, 70):
         x = torch.randn(3, tokens, 64)
         wanted = [row @ dense.T + (row @ a[n].T @ b[n].T if n else 0) for n, row in zip((2, 0, 1), x)]
         with torch.no_grad(), bank.rows([2, 0, 1], tokens):
             torch.testing.assert_close(base.run(x), torch.stack(wanted), atol=2e-5, rtol=1e-5)
     (group,) = bank._groups.values()
-    assert group.is_whole(16)
-    assert not group.is_whole(8)
+    assert group.is_whole(64)
+    assert not group.is_whole(32)
+
+
+def test_only_a_layer_as_it_was_made_is_computed_by_kernels() -> None:
+    layer, biased, wrapped = (torch.nn.Linear(4, 4, bias) for bias in (False, True, False))
+    wrapped.forward = partial(wrapped.forward)  # type: ignore[method-assign]
+    assert list(map(mixed.is_plain_linear, (layer, biased, wrapped))) == [True, False, False]
+
+
+def test_memory_that_is_short_leaves_a_bank_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.ModuleDict({"one": torch.nn.Linear(4, 4), "other": torch.nn.Linear(4, 4)})
+    monkeypatch.setattr(model, "get_input_embeddings", lambda: model["one"], raising=False)
+    bank = AdapterBank(model, 1, torch.float32)
+    bank.put(1, {path: Matrices(torch.ones(1, 4), torch.ones(4, 1)) for path in ("one", "other")})
+    pad, calls = torch.nn.functional.pad, []
+
+    def short(*given: Any) -> torch.Tensor:
+        calls.append(given)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError
+        return pad(*given)
+
+    before = [(group.a_NMRI, group.b_NRP) for group in bank._groups.values()]
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(torch.nn.functional, "pad", short)
+        bank.put(1, {"one": Matrices(torch.ones(9, 4), torch.ones(4, 9))})
+    assert all(
+        found is kept
+        for group, both in zip(bank._groups.values(), before)
+        for found, kept in zip((group.a_NMRI, group.b_NRP), both)
+    )
+    bank.put(1, {"one": Matrices(torch.ones(9, 4), torch.ones(4, 9))})
+    assert {group.a_NMRI.shape[2] for group in bank._groups.values()} == {16}
 
 
 def test_blocks_of_prompts_are_found_by_owner_and_tokens_and_the_oldest_go() -> None:

@@ -5,9 +5,9 @@ decoding is short: beside the products with the weights, launches of their own f
 they compute. So the first programs multiply x by the adapters' A matrices (D divided into parts, their sums float32).
 The others each multiply x by its columns of W, which takes longer, and then add the parts, times B.
 
-A program with columns of W waits until all parts are there. Those with parts wait for nothing, and a GPU begins
-programs in their order, so they are running by then. What they count is zero again at the end, for the next launch; so
-two launches with one count must not run at a time.
+A program with columns of W waits until all parts are there. Those with parts wait for nothing, and GPUs have always
+begun programs in their order, so they are running by then. What they count is zero again at the end, for the next
+launch; so two launches with one count must not run at a time.
 
 Shapes: T rows, T / B of each of B sequences; M layers, N adapters, R ranks, D inputs, F outputs of all layers.
 """
@@ -36,12 +36,19 @@ COLUMNS = 64  # ranks, of several adapters, that a program multiplies by
 TOGETHER = 64  # ranks, of several adapters, in one product with B
 
 
-def fits(weights: Sequence[torch.Tensor], ranks: int) -> bool:
-    """Return whether `own_linear` computes layers of these weights, with adapters of so many ranks."""
+def fits(weights: Sequence[torch.Tensor], ranks: int, dtype: torch.dtype | None = None) -> bool:
+    """Return whether `own_linear` computes layers of these weights, with adapters of so many ranks.
+
+    Args:
+        weights: [outputs, D] of each layer.
+        ranks: ranks of the adapters.
+        dtype: of the adapters; without it, it is the weights'.
+    """
     like = weights[0]
-    same = all((one.dtype, one.device, one.shape[1]) == (like.dtype, like.device, like.shape[1]) for one in weights)
+    dtype = dtype or like.dtype
+    same = all((one.dtype, one.device, one.shape[1]) == (dtype, like.device, like.shape[1]) for one in weights)
     divides = like.shape[1] % DIVISOR == 0 and all(len(one) % DIVISOR == 0 for one in weights)
-    lie_well = like.is_floating_point() and all(one.is_contiguous() for one in weights)
+    lie_well = dtype.is_floating_point and all(one.is_contiguous() for one in weights)
     return len(weights) <= MOST_LAYERS and ranks <= MOST_RANKS and same and divides and lie_well
 
 
@@ -64,6 +71,7 @@ def own_linear(
         counts: two zeros, int32, which are zeros again when the outputs are there.
     """
     T, D = x_TD.shape
+    assert 0 < T <= MOST_ROWS
     N, M, R, _ = a_NMRD.shape
     F = b_NRF.shape[2]
     tokens = T // len(number_B)
@@ -74,7 +82,9 @@ def own_linear(
         products = (x_TD.float() @ weight.float().T for weight in weights)
         return [(product + delta).to(x_TD.dtype) for product, delta in zip(products, deltas, strict=True)]
     block_t, block_r = min(MOST_ROWS, power_of_2(T)), power_of_2(R)
-    block_f = next((size for size in (128, 32) if all(width % size == 0 for width in widths) and F // size >= 192), 32)
+    # Programs with more columns read x less often, if there are enough of them; float32 does not fit their registers.
+    are_wide = x_TD.element_size() == 2 and F >= 192 * 128 and all(width % 128 == 0 for width in widths)
+    block_f = 128 if are_wide else 32
     processors, shared_bytes = _gpu(x_TD.device)
     warps = 4 if block_f == 32 and F // block_f > processors else 8
     column_bytes = (block_t + block_f) * x_TD.element_size()  # of inputs that are read at a time

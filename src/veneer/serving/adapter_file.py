@@ -54,7 +54,8 @@ def read_matrices(tuned: TunedModel, model: Any) -> dict[str, Matrices]:
         model: The base.
 
     Raises:
-        UserError: It is more than low-rank matrices, or belongs to a base of another shape.
+        UserError: It is more than low-rank matrices, belongs to a base of another shape, or holds NaN or infinite
+            numbers, which would spread to the rows beside its own.
     """
     if (more := more_than_low_rank(tuned)) is not None:
         raise UserError(
@@ -73,7 +74,14 @@ def read_matrices(tuned: TunedModel, model: Any) -> dict[str, Matrices]:
             raise UserError(f"{file}: {name} is no low-rank matrix of a linear layer", "merge it and serve that")
         halves.setdefault(name.removeprefix(PREFIX).removesuffix(end), {})[ENDS[end]] = weight
     layers = dict(model.named_modules())
-    return {path: _matrices(tuned, path, both, layers.get(path)) for path, both in halves.items()}
+    found = {path: _matrices(tuned, path, both, layers.get(path)) for path, both in halves.items()}
+    for path, matrices in found.items():
+        if not all(matrix.to(model.dtype).isfinite().all() for matrix in matrices):
+            raise UserError(
+                f"{tuned.name}: {path} holds NaN or infinite numbers in {str(model.dtype).removeprefix('torch.')}",
+                "restore it, or take an earlier checkpoint of its run",
+            )
+    return found
 
 
 def _matrices(tuned: TunedModel, path: str, both: dict[str, torch.Tensor], layer: Any) -> Matrices:

@@ -184,10 +184,9 @@ class SlotBatch:
         for row, (cache, number) in zip(generations, caches, strict=True):
             if row.is_over:
                 continue
-            known = row.cached // BLOCK
-            pairs = [(layer.keys[number], layer.values[number]) for layer in cache.layers] if cache.layers else []
-            if len(row.prompt) > BLOCK:
-                self._prefix.keep(row.cache_key, row.prompt, pairs, known)
+            if len(row.prompt) > BLOCK:  # of a prompt of one token nothing was read
+                pairs = [(layer.keys[number], layer.values[number]) for layer in cache.layers]
+                self._prefix.keep(row.cache_key, row.prompt, pairs, row.cached // BLOCK)
         if not held:
             return
         self._make_room(len(self.rows) + len(held), max(row.most_tokens for row in [*self.rows, *held]))

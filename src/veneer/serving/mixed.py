@@ -1,8 +1,8 @@
 """Low-rank deltas of many adapters in one batch: the base computes each linear layer once, and each row adds its own.
 
 The matrices of all adapters are stacked a layer, in the base's compute dtype, with LoRA's scale within B; number 0 is
-the base, whose matrices are zeros. Each adapted layer's forward adds scale * B A x to its output, so it is the base's
-own layer that computes W x, in whatever bits its weights are. Five ways compute the delta, by the batch:
+the base, whose matrices are zeros. Each adapted layer's forward adds scale * B A x to its output, in one of five ways,
+of which all but `whole` leave W x to the base's own layer, in whatever bits its weights are:
 
     one       all rows have one adapter: two products with its matrices as they lie
     whole     layers without bias where Triton compiles for the GPU, and more than a few rows of layers in 4 bits where
@@ -34,7 +34,7 @@ from veneer.kernels.own_adapter import add_own, own_deltas, project_own
 from veneer.kernels.own_linear import MOST_ROWS, fits, own_linear
 
 RANK_STEP = 8  # ranks are padded to a multiple of it
-FEW_ROWS = 8  # that are multiplied by 4-bit weights as they are
+FEW_ROWS = 32  # that are multiplied by 4-bit weights as they are
 
 
 class Matrices(NamedTuple):
@@ -50,72 +50,94 @@ class _Group:
     Attributes:
         a_NMRI: A matrices.
         b_NRP: B matrices, those of the layers beside each other.
-        modules: The layers.
     """
 
-    def __init__(self, a_NMRI: torch.Tensor, b_NRP: torch.Tensor, modules: list[Any]) -> None:
-        self.a_NMRI, self.b_NRP, self.modules = a_NMRI, b_NRP, modules
-        self.counts = torch.zeros(2, dtype=torch.int32, device=a_NMRI.device)  # for `own_linear`
+    def __init__(self, a_NMRI: torch.Tensor, b_NRP: torch.Tensor, module: Any) -> None:
+        self.a_NMRI, self.b_NRP, self._modules = a_NMRI, b_NRP, [module]
+        self._is_plain, self._is_packed = is_plain_linear(module), is_packed_linear(module, a_NMRI.dtype)
+        self._counts = torch.zeros(2, dtype=torch.int32, device=a_NMRI.device)  # for `own_linear`
+
+    def __len__(self) -> int:
+        return len(self._modules)
 
     def add(self, a_N1RI: torch.Tensor, b_NRO: torch.Tensor, module: Any) -> None:
         """Take another layer with its matrices."""
-        self.a_NMRI, self.b_NRP = torch.cat([self.a_NMRI, a_N1RI], 1), torch.cat([self.b_NRP, b_NRO], 2)
-        self.modules.append(module)
-        self.__dict__.pop("_has_whole", None)
+        self.replace(torch.cat([self.a_NMRI, a_N1RI], 1), torch.cat([self.b_NRP, b_NRO], 2))
+        self._modules.append(module)
+        self._is_plain = self._is_plain and is_plain_linear(module)
+        self._is_packed = self._is_packed and is_packed_linear(module, a_N1RI.dtype)
 
-    def widen(self, ranks: int) -> None:
-        """Make room for so many more ranks."""
-        self.a_NMRI, self.b_NRP = (
-            torch.nn.functional.pad(part, (0, 0, 0, ranks)) for part in (self.a_NMRI, self.b_NRP)
-        )
-        self.__dict__.pop("_has_whole", None)
+    def widened(self, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the matrices with room for so many ranks."""
+        missing = (0, 0, 0, ranks - self.a_NMRI.shape[2])
+        return torch.nn.functional.pad(self.a_NMRI, missing), torch.nn.functional.pad(self.b_NRP, missing)
+
+    def replace(self, a_NMRI: torch.Tensor, b_NRP: torch.Tensor) -> None:
+        """Take other matrices."""
+        self.a_NMRI, self.b_NRP = a_NMRI, b_NRP
+        self.__dict__.pop("_fits", None)
 
     def is_whole(self, rows: int) -> bool:
         """Return whether kernels compute the layers' products with their weights as well, for so many rows."""
-        return self._has_whole and (rows > FEW_ROWS or not self._is_packed)
+        return rows > (FEW_ROWS if self._is_packed else 0) and self._fits
 
-    def outputs(self, x_TI: torch.Tensor, number_B: torch.Tensor) -> list[torch.Tensor | None]:
-        """Return what the layers put out, for more than MOST_ROWS rows without the products with their weights."""
+    def outputs(self, x_TI: torch.Tensor, number_B: torch.Tensor) -> list[torch.Tensor]:
+        """Return what `finished` makes the outputs of the layers."""
         if len(x_TI) <= MOST_ROWS:
-            weights = [self.weight(member) for member in range(len(self.modules))]
-            return [*own_linear(x_TI, weights, self.a_NMRI, self.b_NRP, number_B, self.counts)]
+            weights = [self._weight(member) for member in range(len(self))]
+            return own_linear(x_TI, weights, self.a_NMRI, self.b_NRP, number_B, self._counts)
         h_PTK = project_own(x_TI, self.a_NMRI, number_B)
-        return [*own_deltas(h_PTK, self.b_NRP, [module.out_features for module in self.modules], number_B)]
+        return own_deltas(h_PTK, self.b_NRP, [module.out_features for module in self._modules], number_B)
 
-    def weight(self, member: int) -> torch.Tensor:
+    def finished(self, member: int, output_TO: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
+        """Return a layer's output: of more than MOST_ROWS rows, `outputs` has the deltas alone."""
+        return output_TO if len(x_TI) <= MOST_ROWS else output_TO.addmm_(x_TI, self._weight(member).T)
+
+    def _weight(self, member: int) -> torch.Tensor:
         """Return a layer's weight in the compute dtype, [O, I]."""
-        weight: torch.Tensor = self.modules[member].weight
+        weight: torch.Tensor = self._modules[member].weight
         if self._is_packed:
             from bitsandbytes.functional import dequantize_4bit
 
             weight = dequantize_4bit(weight, weight.quant_state)  # type: ignore[attr-defined]
         return weight
 
-    @property
-    def _is_packed(self) -> bool:
-        return all(type(module).__name__ == "Linear4bit" for module in self.modules)
-
     @cached_property
-    def _has_whole(self) -> bool:
-        dtype, device = self.a_NMRI.dtype, self.a_NMRI.device
-        if any(module.bias is not None for module in self.modules):
-            return False
+    def _fits(self) -> bool:
+        dtype, ranks = self.a_NMRI.dtype, self.a_NMRI.shape[2]
         if self._is_packed:
-            dtypes = {one for module in self.modules for one in (module.weight.quant_state.dtype, module.compute_dtype)}
-            dtypes -= {None}
-            shapes = [module.weight.quant_state.shape for module in self.modules]
+            shapes = [module.weight.quant_state.shape for module in self._modules]
             like = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
-            return dtypes == {dtype} and dequantizes(device) and fits(like, self.a_NMRI.shape[2])
-        is_plain = all(type(module) is torch.nn.Linear and module.weight.dtype == dtype for module in self.modules)
-        return is_plain and fits([module.weight for module in self.modules], self.a_NMRI.shape[2])
+            return dequantizes(self.a_NMRI.device) and fits(like, ranks)
+        return self._is_plain and fits([module.weight for module in self._modules], ranks, dtype)
+
+
+def is_plain_linear(module: Any) -> bool:
+    """Return whether a layer is x W^T with a tensor of numbers, and nothing wraps its forward."""
+    is_linear = type(module) is torch.nn.Linear and getattr(module, "bias", None) is None
+    return is_linear and "forward" not in module.__dict__ and type(module.weight.data) is torch.Tensor
+
+
+def is_packed_linear(module: Any, dtype: torch.dtype) -> bool:
+    """Return whether a layer is x W^T with W in bitsandbytes' 4 bits for that dtype, and nothing wraps its forward."""
+    if type(module).__name__ != "Linear4bit" or module.bias is not None or "forward" in module.__dict__:
+        return False
+    state = module.weight.quant_state
+    return state is not None and state.dtype == dtype and module.compute_dtype in (None, dtype)
 
 
 def dequantizes(device: torch.device) -> bool:
-    """Return whether a GPU multiplies more than FEW_ROWS rows faster by dequantized weights than by 4-bit ones.
+    """Return whether more than FEW_ROWS rows are multiplied faster by dequantized weights than by those in 4 bits.
 
-    So bitsandbytes 0.50 does (`_gemm_4bit_use_custom_cuda`) on Hopper and Blackwell, with weights of large models.
+    So bitsandbytes 0.50 does on Hopper and Blackwell, for the weights of 8B models (`_gemm_4bit_use_custom_cuda`).
     """
     return torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """Return the rows of a layer's input, each of them in one piece, [T, I]."""
+    x_TI = x.reshape(-1, x.shape[-1])
+    return x_TI if x_TI.stride(-1) == 1 else x_TI.contiguous()
 
 
 class _Layer:
@@ -265,9 +287,9 @@ class AdapterBank:
             group = self._groups[leader]
             group.add(a_N1RI, b_NRO, module)
         else:
-            group = self._groups[leader] = _Group(a_N1RI, b_NRO, [module])
+            group = self._groups[leader] = _Group(a_N1RI, b_NRO, module)
         outputs = slice(group.b_NRP.shape[2] - len(like.b_OR), group.b_NRP.shape[2])
-        self._layers[path] = layer = _Layer(group, len(group.modules) - 1, outputs)
+        self._layers[path] = layer = _Layer(group, len(group) - 1, outputs)
         module.forward = partial(self._forward, layer, module.forward)
         self.version += 1
 
@@ -280,26 +302,28 @@ class AdapterBank:
         return self._leaders.get(path, path)
 
     def _widen(self, rank: int) -> None:
-        more = rank - self._rank
-        for group in self._groups.values():
-            group.widen(more)
+        wider = [
+            group.widened(rank) for group in self._groups.values()
+        ]  # all before one is replaced: memory may be short
+        for group, both in zip(self._groups.values(), wider, strict=True):
+            group.replace(*both)
         self._rank = rank
         self.version += 1
 
     def _forward(self, layer: _Layer, own: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """Return what a layer puts out, whose own forward is `own`."""
         group, number_B = layer.group, self._number_B
-        x_TI = x.reshape(-1, x.shape[-1])
-        if not self._by_kernels or number_B is None or not group.is_whole(len(x_TI)):
+        if not self._by_kernels or number_B is None or x.dtype != self._dtype:
+            return self._added(layer, x, own(x))
+        x_TI = rows_of(x)
+        if not group.is_whole(len(x_TI)):
             return self._added(layer, x, own(x))
         if self._shared is None or not self._is_shared(group, x) or self._shared[2][layer.member] is None:
             self._shared = group, x, group.outputs(x_TI, number_B)
         outputs: list[Any] = self._shared[2]
-        output: torch.Tensor = outputs[layer.member]
-        outputs[layer.member] = None  # its buffer is the layer's output now
-        if len(x_TI) > MOST_ROWS:
-            output.addmm_(x_TI, group.weight(layer.member).T)
-        return output.view(*x.shape[:-1], -1)
+        output = group.finished(layer.member, outputs[layer.member], x_TI)
+        outputs[layer.member] = None  # which the model may change now
+        return output.view(*x.shape[:-1], output.shape[-1])
 
     def _added(self, layer: _Layer, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         if self._number == 0:
@@ -328,7 +352,7 @@ class AdapterBank:
     def _projected(self, group: _Group, x: torch.Tensor) -> torch.Tensor:
         """Return the product of a tensor with a group's A matrices, which is computed once for all its layers."""
         if self._shared is None or not self._is_shared(group, x):
-            own_TI = x.to(self._dtype).reshape(-1, x.shape[-1])
+            own_TI = rows_of(x.to(self._dtype))
             if self._number_B is not None:
                 product = project_own(own_TI, group.a_NMRI, self._number_B)
             else:
