@@ -334,14 +334,18 @@ def test_a_prompt_waits_some_steps_for_the_one_behind_it_where_slots_are_short()
 
         rows = ("an answer",)
 
+        def __init__(self, reads_together: bool) -> None:
+            self.reads_together = reads_together
+
         def fits(self, coming: list[str]) -> bool:
             return len(coming) <= 1 and "too long" not in coming
 
-    def held(*waiting: str) -> list[bool]:
-        scheduler = Scheduler(cast(Any, Slots()), 8, Metrics(), overlaps=True)
+    def held(*waiting: str, reads_together: bool = True) -> list[bool]:
+        scheduler = Scheduler(cast(Any, Slots(reads_together)), 8, Metrics(), overlaps=True)
         scheduler._waiting.extend(cast(Any, waiting))
         return [scheduler._holds() for _ in range(HELD_STEPS + 1)]
 
     assert held("one", "other") == [True] * HELD_STEPS + [False]
     assert not any(held("one", "too long")), "it may never have room"
     assert not any(held("one"))
+    assert not any(held("one", "other", reads_together=False)), "nothing is won by it"

@@ -50,10 +50,12 @@ class Batch(Protocol):
     Attributes:
         rows: The answers, in the order of the logits.
         most_tokens: Tokens that one prompt and its answer may have at most.
+        reads_together: Whether several prompts are read in one pass.
     """
 
     rows: list[Generation]
     most_tokens: int
+    reads_together: bool
 
     def fits(self, coming: Sequence[Generation]) -> bool:
         """Return whether there is room for these beside the rows."""
@@ -91,6 +93,8 @@ def power_of_2(number: int) -> int:
 
 class SlotBatch:
     """A batch in slots; see the module. Arguments of `make_batch`."""
+
+    reads_together = True
 
     def __init__(
         self, model: Any, bank: AdapterBank, slots: int, tokens: int, positions: int, prefix: PrefixCache
@@ -338,6 +342,8 @@ class SlotReading:
 
 class SingleBatch:
     """A batch of rows that are computed one by one; see the module. Arguments of `make_batch`."""
+
+    reads_together = False
 
     def __init__(self, model: Any, bank: AdapterBank, slots: int, tokens: int, positions: int) -> None:
         self._model, self._bank, self._most_rows, self._tokens = model, bank, slots, tokens

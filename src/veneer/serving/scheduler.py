@@ -137,7 +137,7 @@ class Scheduler:
         behind it does not fit beside the rows by itself, it is its tokens that have no room, and they may never have.
         """
         two = list(islice(self._waiting, 2))
-        is_behind = self._overlaps and bool(self.batch.rows) and len(two) == 2
+        is_behind = self._overlaps and self.batch.reads_together and bool(self.batch.rows) and len(two) == 2
         holds = is_behind and self.batch.fits(two[1:]) and not self.batch.fits(two)
         self._held = self._held + 1 if holds and self._held < HELD_STEPS else 0
         return self._held > 0
