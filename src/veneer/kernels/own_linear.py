@@ -6,8 +6,8 @@ they compute. So the first programs multiply x by the adapters' A matrices (D di
 then each multiplies x by its columns of W, which takes longer, and adds the parts, times B, when all have been written.
 
 A program waits for the first PROJECTING ones, which do their parts before they wait themselves. These are no more than
-the GPU has multiprocessors, and a GPU begins programs in their order, so all of them are running by then. What they
-count is zero again at the end, for the next launch; so two launches with one count must not run at a time.
+the GPU has multiprocessors, and GPUs have always begun programs in their order, so all of them are running by then.
+What they count is zero again at the end, for the next launch; so two launches with one count must not run at a time.
 
 Shapes: T rows, T / B of each of B sequences; M layers, N adapters, R ranks, D inputs, F outputs of all layers.
 """
@@ -88,7 +88,9 @@ def own_linear(
             outputs.append((x_TD.float() @ weight.float().T + own_TO).to(x_TD.dtype))
         return outputs
     block_t, block_r = min(MOST_ROWS, power_of_2(T)), power_of_2(R)
-    block_f = next((size for size in (128, 32) if all(width % size == 0 for width in widths) and F // size >= 192), 32)
+    # Programs with more columns read x less often, if there are enough of them; float32 does not fit their registers.
+    are_wide = x_TD.element_size() == 2 and F >= 192 * 128 and all(width % 128 == 0 for width in widths)
+    block_f = 128 if are_wide else 32
     programs = F // block_f
     processors, shared_bytes = _gpu(x_TD.device)
     warps = 4 if block_f == 32 and programs > processors else 8
@@ -120,6 +122,34 @@ def _gpu(device: torch.device) -> tuple[int, int]:
     return facts["multiprocessor_count"], facts["max_shared_mem"] - 2**12
 
 
+@triton.jit
+def _project(
+    task, rows, a, own, h, T, D, N, R, span,
+    MEMBERS: tl.constexpr, PARTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write a part of the products with A; columns c are the ranks of all adapters, one adapter after the other."""
+    columns = (N - 1) * R
+    part = task % PARTS
+    tiles = tl.cdiv(columns, BLOCK_C)
+    member = task // PARTS // tiles
+    t = tl.arange(0, BLOCK_T)
+    c = task // PARTS % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    n = 1 + c // R
+    is_own = (own[:, None] == n[None, :]) & (c < columns)[None, :]
+    is_read = tl.max(is_own.to(tl.int32), axis=0) > 0
+    if tl.max(is_read.to(tl.int32), axis=0) > 0:
+        ranks = a + ((n * MEMBERS + member) * R + c % R).to(tl.int64)[None, :] * D
+        products = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
+        for start in range(part * span, part * span + span, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            left = tl.load(rows + d[None, :], mask=(d < D)[None, :], other=0.0)
+            right = tl.load(ranks + d[:, None], mask=is_read[None, :] & (d < D)[:, None], other=0.0)
+            products = tl.dot(left, right, products, input_precision=PRECISION)
+        at = h + (part * T + t).to(tl.int64)[:, None] * (MEMBERS * R) + member * R + (c % R)[None, :]
+        tl.store(at, products, mask=is_own)
+
+
 @triton.jit(do_not_specialize=["T", "tokens"])
 def _own_linear(
     x, a, b, number, address, first, counts, h, out, T, tokens, D, F, N, R, span, x_t,
@@ -133,28 +163,10 @@ def _own_linear(
     own = tl.load(number + t // tokens, mask=t < T, other=0).to(tl.int32)
     rows = x + tl.minimum(t, T - 1).to(tl.int64)[:, None] * x_t
 
-    # Partial products with A; columns c are the ranks of all adapters, those of an adapter side by side.
-    columns = (N - 1) * R
-    tiles = tl.cdiv(columns, BLOCK_C)
-    tasks = MEMBERS * tiles * PARTS
+    tasks = MEMBERS * tl.cdiv((N - 1) * R, BLOCK_C) * PARTS
     if program < PROJECTING:
         for task in range(program, tasks, PROJECTING):
-            part = task % PARTS
-            member = task // PARTS // tiles
-            c = task // PARTS % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
-            n = 1 + c // R
-            is_own = (own[:, None] == n[None, :]) & (c < columns)[None, :]
-            is_read = tl.max(is_own.to(tl.int32), axis=0) > 0
-            if tl.max(is_read.to(tl.int32), axis=0) > 0:
-                ranks = a + ((n * MEMBERS + member) * R + c % R).to(tl.int64)[None, :] * D
-                products = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
-                for start in range(part * span, part * span + span, BLOCK_D):
-                    d = start + tl.arange(0, BLOCK_D)
-                    left = tl.load(rows + d[None, :], mask=(d < D)[None, :], other=0.0)
-                    right = tl.load(ranks + d[:, None], mask=is_read[None, :] & (d < D)[:, None], other=0.0)
-                    products = tl.dot(left, right, products, input_precision=PRECISION)
-                at = h + (part * T + t).to(tl.int64)[:, None] * K + member * R + (c % R)[None, :]
-                tl.store(at, products, mask=is_own)
+            _project(task, rows, a, own, h, T, D, N, R, span, MEMBERS, PARTS, BLOCK_T, BLOCK_D, BLOCK_C, PRECISION)
             tl.debug_barrier()
             tl.atomic_add(counts, 1, sem="release")
 

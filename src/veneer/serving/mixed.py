@@ -1,8 +1,8 @@
 """Low-rank deltas of many adapters in one batch: the base computes each linear layer once, and each row adds its own.
 
 The matrices of all adapters are stacked a layer, in the base's compute dtype, with LoRA's scale within B; number 0 is
-the base, whose matrices are zeros. Each adapted layer's forward adds scale * B A x to its output, so it is the base's
-own layer that computes W x, in whatever bits its weights are. Five ways compute the delta, by the batch:
+the base, whose matrices are zeros.Each adapted layer's forward adds scale * B A x to its output, in one of five ways,
+of which all but `whole` leave W x to the base's own layer, in whatever bits its weights are:
 
     one       all rows have one adapter: two products with its matrices as they lie
     whole     up to 64 rows of unquantized layers without bias, where Triton compiles for the GPU: kernels/own_linear.py
@@ -257,9 +257,8 @@ class AdapterBank:
         return self._leaders.get(path, path)
 
     def _widen(self, rank: int) -> None:
-        wider = [
-            group.widened(rank) for group in self._groups.values()
-        ]  # all before one is replaced: memory may be short
+        # All of them before one is replaced: memory may be short.
+        wider = [group.widened(rank) for group in self._groups.values()]
         for group, both in zip(self._groups.values(), wider, strict=True):
             group.replace(*both)
         self._rank = rank
@@ -273,10 +272,11 @@ class AdapterBank:
             return self._added(layer, x, own(x))
         if group.weights is None or x.dtype != self._dtype:
             return self._added(layer, x, own(x))
-        if self._shared is None or not self._is_shared(group, x):  # the outputs of all its group at once
+        outputs = self._shared_by(group, x)
+        if outputs is None:  # those of all its group at once
             outputs = own_linear(rows_of(x), group.weights, group.a_NMRI, group.b_NRP, number_B)
             self._shared = group, x, outputs
-        output: torch.Tensor = self._shared[2][layer.member]
+        output: torch.Tensor = outputs[layer.member]
         return output.view(*x.shape[:-1], -1)
 
     def _added(self, layer: _Layer, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
@@ -305,18 +305,21 @@ class AdapterBank:
 
     def _projected(self, group: _Group, x: torch.Tensor) -> torch.Tensor:
         """Return the product of a tensor with a group's A matrices, which is computed once for all its layers."""
-        if self._shared is None or not self._is_shared(group, x):
+        product: torch.Tensor | None = self._shared_by(group, x)
+        if product is None:
             own_TI = rows_of(x.to(self._dtype))
             if self._number_B is not None:
                 product = project_own(own_TI, group.a_NMRI, self._number_B)
             else:
                 product = own_TI @ group.a_NMRI[self._number].flatten(0, 1).T
             self._shared = group, x, product
-        shared: torch.Tensor = self._shared[2]
-        return shared
+        return product
 
-    def _is_shared(self, group: _Group, x: torch.Tensor) -> bool:
-        return self._shared is not None and self._shared[0] is group and self._shared[1] is x
+    def _shared_by(self, group: _Group, x: torch.Tensor) -> Any:
+        """Return what was computed last, if it was for this group and this very tensor."""
+        if self._shared is None or self._shared[0] is not group or self._shared[1] is not x:
+            return None
+        return self._shared[2]
 
 
 @torch.no_grad()
