@@ -302,9 +302,8 @@ class AdapterBank:
         return self._leaders.get(path, path)
 
     def _widen(self, rank: int) -> None:
-        wider = [
-            group.widened(rank) for group in self._groups.values()
-        ]  # all before one is replaced: memory may be short
+        # All of them before one is replaced: memory may be short.
+        wider = [group.widened(rank) for group in self._groups.values()]
         for group, both in zip(self._groups.values(), wider, strict=True):
             group.replace(*both)
         self._rank = rank
@@ -318,9 +317,10 @@ class AdapterBank:
         x_TI = rows_of(x)
         if not group.is_whole(len(x_TI)):
             return self._added(layer, x, own(x))
-        if self._shared is None or not self._is_shared(group, x) or self._shared[2][layer.member] is None:
-            self._shared = group, x, group.outputs(x_TI, number_B)
-        outputs: list[Any] = self._shared[2]
+        outputs: list[Any] | None = self._shared_by(group, x)
+        if outputs is None or outputs[layer.member] is None:
+            outputs = [*group.outputs(x_TI, number_B)]
+            self._shared = group, x, outputs
         output = group.finished(layer.member, outputs[layer.member], x_TI)
         outputs[layer.member] = None  # which the model may change now
         return output.view(*x.shape[:-1], output.shape[-1])
@@ -351,18 +351,21 @@ class AdapterBank:
 
     def _projected(self, group: _Group, x: torch.Tensor) -> torch.Tensor:
         """Return the product of a tensor with a group's A matrices, which is computed once for all its layers."""
-        if self._shared is None or not self._is_shared(group, x):
+        product: torch.Tensor | None = self._shared_by(group, x)
+        if product is None:
             own_TI = rows_of(x.to(self._dtype))
             if self._number_B is not None:
                 product = project_own(own_TI, group.a_NMRI, self._number_B)
             else:
                 product = own_TI @ group.a_NMRI[self._number].flatten(0, 1).T
             self._shared = group, x, product
-        shared: torch.Tensor = self._shared[2]
-        return shared
+        return product
 
-    def _is_shared(self, group: _Group, x: torch.Tensor) -> bool:
-        return self._shared is not None and self._shared[0] is group and self._shared[1] is x
+    def _shared_by(self, group: _Group, x: torch.Tensor) -> Any:
+        """Return what was computed last, if it was for this group and this very tensor."""
+        if self._shared is None or self._shared[0] is not group or self._shared[1] is not x:
+            return None
+        return self._shared[2]
 
 
 @torch.no_grad()

@@ -21,21 +21,21 @@ class Block(NamedTuple):
     """Keys and values of one block, in one tensor: as many small ones they would leave a heap in pieces.
 
     Attributes:
-        all: Keys and values of the first layer, of the second, and so on.
+        data: Keys and values of the first layer, of the second, and so on.
         shapes: [heads, BLOCK, width] of each of these.
     """
 
-    all: torch.Tensor
+    data: torch.Tensor
     shapes: tuple[torch.Size, ...]
 
     @property
     def bytes(self) -> int:
-        return self.all.numel() * self.all.element_size()
+        return self.data.numel() * self.data.element_size()
 
     def layers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return the keys and values of each layer."""
         sizes = [shape.numel() for shape in self.shapes]
-        parts = [part.view(shape) for part, shape in zip(torch.split(self.all, sizes), self.shapes, strict=True)]
+        parts = [part.view(shape) for part, shape in zip(torch.split(self.data, sizes), self.shapes, strict=True)]
         return list(zip(parts[::2], parts[1::2], strict=True))
 
 
