@@ -34,10 +34,10 @@ def test_recorded_steps_answer_as_launched_ones(tmp_path: Path, monkeypatch: pyt
             with ThreadPoolExecutor(len(asked)) as pool:
                 mixed = list(pool.map(ask, asked))
             assert isinstance(service.scheduler.batch, batch.SlotBatch)
-            assert bool(service.scheduler.batch._graphs) == (steps < 10**9)
+            assert bool(service.scheduler.batch.recorded_steps) == (steps < 10**9)
             prompts = service.scheduler.batch.recorded_prompts
             assert prompts is not None
-            assert bool(prompts._graphs) == (steps < 10**9)
+            assert bool(prompts.passes) == (steps < 10**9)
             same = sum(one == other for one, other in zip(mixed, alone, strict=True))
             assert same >= len(asked) - 1, "other numbers of rows round otherwise, which a random model may notice once"
             found.append(alone)

@@ -51,7 +51,13 @@ def test_attention_over_slots(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     ("rows", "tokens", "members", "rank", "width", "outputs"),
-    [(64, 1, 3, 16, 4096, 4096), (64, 1, 1, 16, 14336, 1024), (1, 1, 2, 8, 64, 128), (5, 77, 2, 72, 512, 14336)],
+    [
+        (64, 1, 3, 16, 4096, 4096),
+        (64, 1, 1, 16, 14336, 1024),
+        (1, 1, 2, 8, 64, 128),
+        (5, 77, 2, 72, 512, 14336),
+        (3, 128, 1, 16, 512, 4096),
+    ],
 )
 def test_each_row_gets_its_own_adapters_delta(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int, tokens: int, members: int, rank: int, width: int,
@@ -87,12 +93,14 @@ def test_layers_and_each_rows_own_adapter(
         weights = [torch.randn(size, width, device="cuda", dtype=dtype) * width**-0.5 for size in outputs]
         a = torch.randn(9, len(outputs), rank, width, device="cuda", dtype=dtype) * width**-0.5
         b = torch.randn(9, rank, sum(outputs), device="cuda", dtype=dtype) * rank**-0.5
-        layers = own_linear.weights_of(weights)
-        assert layers is not None
-        once = torch.cat(own_linear.own_linear(x, layers, a, b, number), 1)
+        assert own_linear.fits(weights, rank)
+        counts = own_linear.new_counts(sum(outputs), x.device)
+        once = torch.cat(own_linear.own_linear(x, weights, a, b, number, counts), 1)
         for _ in range(20):  # one after the other, as in a recorded step
-            assert torch.equal(torch.cat(own_linear.own_linear(x, layers, a, b, number), 1), once)
-        return once
+            assert torch.equal(torch.cat(own_linear.own_linear(x, weights, a, b, number, counts), 1), once)
+            assert not counts.any()
+        deltas = own_adapter.own_deltas(own_adapter.project_own(x, a, number), b, outputs, number)
+        return torch.cat([once, *deltas], 1)
 
     found, wanted = both(monkeypatch, compute)
     assert (found - wanted).abs().max() < (0.1 if dtype == torch.bfloat16 else 2e-4)

@@ -17,8 +17,8 @@ from veneer.kernels.gated_mlp import (
     gated_mlp_backward_adapters,
 )
 from veneer.kernels.low_rank import Dropout, Member
-from veneer.kernels.own_adapter import add_own, project_own
-from veneer.kernels.own_linear import own_linear, weights_of
+from veneer.kernels.own_adapter import add_own, own_deltas, project_own
+from veneer.kernels.own_linear import _shape, fits, new_counts, own_linear
 from veneer.kernels.rms_norm import normalize, rms_norm, rms_norm_backward
 from veneer.kernels.rope import HeadNorm, Heads, rope, rope_backward
 from veneer.kernels.update import OFF_GRID, Update
@@ -331,7 +331,8 @@ def test_a_slot_reads_its_own_keys_in_parts_or_whole(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    ("sequences", "tokens", "members", "adapters", "rank", "width"), [(70, 1, 1, 3, 72, 90), (3, 30, 3, 12, 8, 1100)]
+    ("sequences", "tokens", "members", "adapters", "rank", "width"),
+    [(70, 1, 1, 3, 72, 90), (3, 30, 3, 12, 8, 1100), (2, 64, 1, 5, 8, 96)],
 )
 def test_each_row_gets_its_own_adapters_delta(
     monkeypatch: pytest.MonkeyPatch, sequences: int, tokens: int, members: int, adapters: int, rank: int, width: int
@@ -350,24 +351,27 @@ def test_each_row_gets_its_own_adapters_delta(
 
 
 @pytest.mark.parametrize(
-    ("sequences", "tokens", "adapters", "rank", "width", "outputs"),
-    [(5, 1, 4, 8, 64, (64,)), (3, 20, 12, 24, 576, (64, 192, 64)), (64, 1, 9, 16, 64, (128, 64))],
+    ("sequences", "tokens", "adapters", "rank", "width", "outputs", "splits"),
+    [(5, 1, 4, 8, 64, (64,), 1), (3, 20, 12, 24, 576, (64, 192, 64), 4), (64, 1, 9, 16, 64, (128, 64), 1)],
 )
 def test_layers_and_each_rows_own_adapter(
     monkeypatch: pytest.MonkeyPatch, sequences: int, tokens: int, adapters: int, rank: int, width: int,
-    outputs: tuple[int, ...],
+    outputs: tuple[int, ...], splits: int,
 ) -> None:  # fmt: skip
+    monkeypatch.setattr("veneer.kernels.own_linear._shape", lambda *inputs: _shape(*inputs) | {"SPLITS": splits})
+
     def compute() -> Any:
         number = torch.randint(0, adapters, (sequences,))
         number[0] = 0
         x = apart(sequences * tokens, width)
-        layers = weights_of([torch.randn(size, width) / width**0.5 for size in outputs])
-        assert layers is not None
+        weights = [torch.randn(size, width) / width**0.5 for size in outputs]
+        assert fits(weights, rank)
         a = torch.randn(adapters, len(outputs), rank, width) / width**0.5
         b = torch.randn(adapters, rank, sum(outputs)) / rank**0.5
-        once = own_linear(x, layers, a, b, number)
-        assert layers.counts.tolist() == [0, 0], "the next launch begins as the first"
-        assert all(map(torch.equal, own_linear(x, layers, a, b, number), once))
-        return once
+        counts = new_counts(sum(outputs), torch.device("cpu"))
+        once = own_linear(x, weights, a, b, number, counts)
+        assert not counts.any(), "the next launch begins as the first"
+        assert all(map(torch.equal, own_linear(x, weights, a, b, number, counts), once))
+        return [*once, *own_deltas(project_own(x, a, number), b, outputs, number)]
 
     check(monkeypatch, compute)

@@ -7,6 +7,8 @@ from typing import Any, cast
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 
 from tests.support.adapters import save_adapter_of
 from tests.support.certified import make_base
@@ -158,7 +160,46 @@ def test_ways_to_add_deltas_agree(
             torch.testing.assert_close(base.run(x)[1], alone(x, 0)[1])
         torch.testing.assert_close(base.run(x)[1], alone(x, 0)[1])
     assert (len(bank._groups) == 2) == by_kernels, "two layers read one tensor"
-    assert all((group.weights is None) == bias for group in bank._groups.values()), "kernels multiply by plain weights"
+    assert all(group.is_whole(1) != bias for group in bank._groups.values()), "kernels multiply by plain weights"
+
+
+def test_layers_in_four_bits_are_dequantized_once_for_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Base(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = torch.nn.Embedding(2, 64)
+            self.one, self.other = (Linear4bit(64, size, False, torch.float32, quant_type="nf4") for size in (64, 192))
+
+        def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
+            return self.run(self.embedding(input_ids))
+
+        def run(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([self.one(x), self.other(x)], -1)
+
+        def get_input_embeddings(self) -> Any:
+            return self.embedding
+
+    torch.manual_seed(0)
+    monkeypatch.setattr(mixed, "compiles", lambda device: True)
+    monkeypatch.setattr(mixed, "dequantizes", lambda device: True)
+    base = Base().to("cpu")  # which quantizes
+    layers = {"one": base.one, "other": base.other}
+    dense = torch.cat([dequantize_4bit(layer.weight, layer.weight.quant_state) for layer in layers.values()])
+    bank = AdapterBank(base, 2, torch.float32)
+    a, b = torch.randn(3, 4, 64) / 64, torch.randn(3, 256, 4)
+    monkeypatch.setattr(bank, "_leaders", {"other": "one"})  # without a pass, which changes a CPU's packed weights
+    for number in (1, 2):
+        bank.put(
+            number, {path: Matrices(a[number], part) for path, part in zip(layers, torch.split(b[number], [64, 192]))}
+        )
+    for tokens in (20, 70):
+        x = torch.randn(3, tokens, 64)
+        wanted = [row @ dense.T + (row @ a[n].T @ b[n].T if n else 0) for n, row in zip((2, 0, 1), x)]
+        with torch.no_grad(), bank.rows([2, 0, 1], tokens):
+            torch.testing.assert_close(base.run(x), torch.stack(wanted), atol=2e-5, rtol=1e-5)
+    (group,) = bank._groups.values()
+    assert group.is_whole(64)
+    assert not group.is_whole(32)
 
 
 def test_only_a_layer_as_it_was_made_is_computed_by_kernels() -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from veneer.evaluation.prefill import ReadPrompt
+from veneer.evaluation.recordings import Recordings
 from veneer.evaluation.slot_attention import attends_slots, reads_own_keys, slot_mask
 from veneer.evaluation.slot_cache import SlotCache, SlotView
 from veneer.planning.held_out import slot_length
@@ -49,7 +50,7 @@ class SlotDecoder:
 
     Attributes:
         steps: Steps taken.
-        recorded: Recorded passes and their logits, by the positions that attention may read.
+        recorded: Recorded passes, by the positions that attention may read.
     """
 
     def __init__(
@@ -79,9 +80,8 @@ class SlotDecoder:
         self._busy: dict[int, int] = {}  # slots that answer, and the number of what
         self._counts = [0] * slots  # tokens generated; an answer that has ended since the last look counts on
         self._window = STEPS if device.type == "cuda" else 1
-        self.recorded: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self.recorded = Recordings(EAGER_STEPS)
         self.steps = 0
-        self._eager: dict[int, int] = {}
         self._reads_own_keys = reads_own_keys(model)
         self._records = graphs and device.type == "cuda" and can_record(model, device)
 
@@ -146,20 +146,7 @@ class SlotDecoder:
     def _logits(self, width: int) -> torch.Tensor:
         """Return logits [S, V] of the slots' tokens; what was returned before is overwritten."""
         self._view.width = width
-        if width in self.recorded:
-            graph, logits_SV = self.recorded[width]
-            graph.replay()
-            return logits_SV
-        self._eager[width] = self._eager.get(width, 0) + 1
-        if not self._records or self._eager[width] <= EAGER_STEPS:
-            return self._forward()
-        graph = torch.cuda.CUDAGraph()
-        pool = next((known.pool() for known, _ in self.recorded.values()), None)
-        with torch.cuda.graph(graph, pool=pool):
-            logits_SV = self._forward()
-        self.recorded[width] = graph, logits_SV
-        graph.replay()
-        return logits_SV
+        return self.recorded.run(width, self._forward) if self._records else self._forward()
 
     def _forward(self) -> torch.Tensor:
         assert self._cache is not None

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from transformers.cache_utils import DynamicCache
 
+from veneer.evaluation.recordings import Recordings
 from veneer.evaluation.slot_attention import attends_slots, reads_own_keys, slot_mask
 from veneer.evaluation.slot_cache import SlotCache, SlotLayer, SlotView, has_slots
 from veneer.evaluation.slots import can_record
@@ -115,8 +116,7 @@ class SlotBatch:
         self._cache: SlotCache | None = None
         self._firsts: dict[int, tuple[SlotCache, SlotView]] = {}
         # By rows, positions, and whether all rows are the base's.
-        self._graphs: dict[tuple[int, int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        self._eager: dict[tuple[int, int, bool], int] = {}
+        self.recorded_steps = Recordings(EAGER_STEPS)
         self._version = bank.version
         self.recorded_prompts = None
         is_sdpa = model.config.get_text_config()._attn_implementation == "sdpa"
@@ -226,12 +226,12 @@ class SlotBatch:
             slots, length = min(power_of_2(rows), max(rows, self._most_slots)), slot_length(tokens)
         if slots == self._slots and length == self._length:
             return
-        if self._graphs:
+        if len(self.recorded_steps):
             torch.cuda.synchronize(self._device)  # the last step may be under way in one of them
         view = SlotView(torch.zeros(slots, dtype=torch.int64, device=self._device))
         grown = SlotCache(self._like, 1, view)
         before = [] if self._cache is None else list(self._cache.layers)
-        self._graphs.clear()
+        self.recorded_steps.clear()
         self._firsts.clear()
         self._cache = None
         used, held = len(self.rows), max((row.position + 1 for row in self.rows), default=0)
@@ -246,22 +246,9 @@ class SlotBatch:
     def _recorded(self, rows: int, width: int, is_base: bool) -> torch.Tensor:
         """Return the logits of a step, which is recorded once libraries have set themselves up for its shapes."""
         if self._version != self._bank.version:
-            self._graphs.clear()
-            self._eager.clear()  # kernels for other ranks are compiled first
+            self.recorded_steps.clear()
             self._version = self._bank.version
-        key = (rows, width, is_base)
-        if key not in self._graphs:
-            self._eager[key] = self._eager.get(key, 0) + 1
-            if self._eager[key] <= EAGER_STEPS:
-                return self._launched(rows, is_base)
-            graph = torch.cuda.CUDAGraph()
-            pool = next((known.pool() for known, _ in self._graphs.values()), None)
-            with torch.cuda.graph(graph, pool=pool):
-                logits_SV = self._launched(rows, is_base)
-            self._graphs[key] = graph, logits_SV
-        graph, logits_SV = self._graphs[key]
-        graph.replay()
-        return logits_SV
+        return self.recorded_steps.run((rows, width, is_base), lambda: self._launched(rows, is_base))
 
     def _launched(self, rows: int, is_base: bool) -> torch.Tensor:
         """Return the logits of a step whose launches are the same whatever adapters its rows have."""

@@ -1,16 +1,17 @@
 """Low-rank deltas of many adapters in one batch: the base computes each linear layer once, and each row adds its own.
 
 The matrices of all adapters are stacked a layer, in the base's compute dtype, with LoRA's scale within B; number 0 is
-the base, whose matrices are zeros.Each adapted layer's forward adds scale * B A x to its output, in one of five ways,
+the base, whose matrices are zeros. Each adapted layer's forward adds scale * B A x to its output, in one of five ways,
 of which all but `whole` leave W x to the base's own layer, in whatever bits its weights are:
 
     one       all rows have one adapter: two products with its matrices as they lie
-    whole     up to 64 rows of unquantized layers without bias, where Triton compiles for the GPU: kernels/own_linear.py
-              computes W x as well, for all layers that read the very same tensor (q, k and v; gate and up), in a launch
-    kernels   otherwise where Triton compiles for the GPU: kernels/own_adapter.py adds to the output in place. Layers
-              that read the same tensor share the product with A. Here as above, programs find out which adapters
-              their rows have, so that the launches are the same for any mix and a CUDA graph can hold them, and read
-              the matrices of those alone
+    whole     layers without bias where Triton compiles for the GPU, and more than a few rows of layers in 4 bits where
+              these are dequantized: kernels/own_linear.py computes W x as well, for all layers that read the very
+              same tensor (q, k and v; gate and up), in a launch; for more than 64 rows, own_adapter.py computes their
+              deltas, and W x is added to these
+    kernels   other layers there: own_adapter.py adds to the output in place, with one product with A for the layers
+              that read one tensor. Here as above, programs find out which adapters their rows have, so that the
+              launches are the same for any mix and a CUDA graph can hold them, and read the matrices of those alone
     masked    a token a row: two products with the matrices of all adapters at once, and between them the ranks that
               are not a row's own are set to zero. The matrices are read once, whatever the number of rows, nothing is
               copied, and the launches are the same for any mix
@@ -29,10 +30,11 @@ from typing import Any, NamedTuple
 import torch
 
 from veneer.kernels.launch import compiles
-from veneer.kernels.own_adapter import add_own, project_own
-from veneer.kernels.own_linear import MOST_RANKS, MOST_ROWS, Weights, own_linear, weights_of
+from veneer.kernels.own_adapter import add_own, own_deltas, project_own
+from veneer.kernels.own_linear import MOST_ROWS, fits, new_counts, own_linear
 
 RANK_STEP = 8  # ranks are padded to a multiple of it
+FEW_ROWS = 32  # that are multiplied by 4-bit weights as they are
 
 
 class Matrices(NamedTuple):
@@ -48,45 +50,89 @@ class _Group:
     Attributes:
         a_NMRI: A matrices.
         b_NRP: B matrices, those of the layers beside each other.
-        modules: The layers.
     """
 
-    def __init__(self, a_NMRI: torch.Tensor, b_NRP: torch.Tensor, modules: list[Any]) -> None:
-        self.a_NMRI, self.b_NRP, self.modules = a_NMRI, b_NRP, modules
-        self._is_plain = all(map(is_plain_linear, modules))
+    def __init__(self, a_NMRI: torch.Tensor, b_NRP: torch.Tensor, module: Any) -> None:
+        self.a_NMRI, self.b_NRP, self._modules = a_NMRI, b_NRP, [module]
+        self._is_plain, self._is_packed = is_plain_linear(module), is_packed_linear(module, a_NMRI.dtype)
+        self._counts = new_counts(b_NRP.shape[2], b_NRP.device)
+
+    def __len__(self) -> int:
+        return len(self._modules)
 
     def add(self, a_N1RI: torch.Tensor, b_NRO: torch.Tensor, module: Any) -> None:
         """Take another layer with its matrices."""
-        self.a_NMRI, self.b_NRP = torch.cat([self.a_NMRI, a_N1RI], 1), torch.cat([self.b_NRP, b_NRO], 2)
-        self.modules.append(module)
+        self.replace(torch.cat([self.a_NMRI, a_N1RI], 1), torch.cat([self.b_NRP, b_NRO], 2))
+        self._modules.append(module)
+        self._counts = new_counts(self.b_NRP.shape[2], b_NRO.device)
         self._is_plain = self._is_plain and is_plain_linear(module)
-        self.__dict__.pop("weights", None)
+        self._is_packed = self._is_packed and is_packed_linear(module, a_N1RI.dtype)
 
     def widened(self, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the matrices with room for so many ranks."""
-        more = ranks - self.a_NMRI.shape[2]
-        return torch.nn.functional.pad(self.a_NMRI, (0, 0, 0, more)), torch.nn.functional.pad(
-            self.b_NRP, (0, 0, 0, more)
-        )
+        missing = (0, 0, 0, ranks - self.a_NMRI.shape[2])
+        return torch.nn.functional.pad(self.a_NMRI, missing), torch.nn.functional.pad(self.b_NRP, missing)
 
     def replace(self, a_NMRI: torch.Tensor, b_NRP: torch.Tensor) -> None:
-        """Take other matrices for the same layers."""
+        """Take other matrices."""
         self.a_NMRI, self.b_NRP = a_NMRI, b_NRP
-        self.__dict__.pop("weights", None)
+        self.__dict__.pop("_fits", None)
+
+    def is_whole(self, rows: int) -> bool:
+        """Return whether kernels compute the layers' products with their weights as well, for so many rows."""
+        return rows > (FEW_ROWS if self._is_packed else 0) and self._fits
+
+    def outputs(self, x_TI: torch.Tensor, number_B: torch.Tensor) -> list[torch.Tensor]:
+        """Return what `finished` makes the outputs of the layers."""
+        if len(x_TI) <= MOST_ROWS:
+            weights = [self._weight(member) for member in range(len(self))]
+            return own_linear(x_TI, weights, self.a_NMRI, self.b_NRP, number_B, self._counts)
+        h_PTK = project_own(x_TI, self.a_NMRI, number_B)
+        return own_deltas(h_PTK, self.b_NRP, [module.out_features for module in self._modules], number_B)
+
+    def finished(self, member: int, output_TO: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
+        """Return a layer's output: of more than MOST_ROWS rows, `outputs` has the deltas alone."""
+        return output_TO if len(x_TI) <= MOST_ROWS else output_TO.addmm_(x_TI, self._weight(member).T)
+
+    def _weight(self, member: int) -> torch.Tensor:
+        """Return a layer's weight in the compute dtype, [O, I]."""
+        weight: torch.Tensor = self._modules[member].weight
+        if self._is_packed:
+            from bitsandbytes.functional import dequantize_4bit
+
+            weight = dequantize_4bit(weight, weight.quant_state)  # type: ignore[attr-defined]
+        return weight
 
     @cached_property
-    def weights(self) -> Weights | None:
-        """Weights of the layers, where a kernel computes their products as well."""
-        fits = (
-            self._is_plain and self.a_NMRI.shape[2] <= MOST_RANKS and self.modules[0].weight.dtype == self.a_NMRI.dtype
-        )
-        return weights_of([module.weight for module in self.modules]) if fits else None
+    def _fits(self) -> bool:
+        dtype, ranks = self.a_NMRI.dtype, self.a_NMRI.shape[2]
+        if self._is_packed:
+            shapes = [module.weight.quant_state.shape for module in self._modules]
+            like = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
+            return dequantizes(self.a_NMRI.device) and fits(like, ranks)
+        return self._is_plain and fits([module.weight for module in self._modules], ranks, dtype)
 
 
 def is_plain_linear(module: Any) -> bool:
     """Return whether a layer is x W^T with a tensor of numbers, and nothing wraps its forward."""
     is_linear = type(module) is torch.nn.Linear and getattr(module, "bias", None) is None
     return is_linear and "forward" not in module.__dict__ and type(module.weight.data) is torch.Tensor
+
+
+def is_packed_linear(module: Any, dtype: torch.dtype) -> bool:
+    """Return whether a layer is x W^T with W in bitsandbytes' 4 bits for that dtype, and nothing wraps its forward."""
+    if type(module).__name__ != "Linear4bit" or module.bias is not None or "forward" in module.__dict__:
+        return False
+    state = module.weight.quant_state
+    return state is not None and state.dtype == dtype and module.compute_dtype in (None, dtype)
+
+
+def dequantizes(device: torch.device) -> bool:
+    """Return whether more than FEW_ROWS rows are multiplied faster by dequantized weights than by those in 4 bits.
+
+    So bitsandbytes 0.50 does on Hopper and Blackwell, for the weights of 8B models (`_gemm_4bit_use_custom_cuda`).
+    """
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
@@ -242,9 +288,9 @@ class AdapterBank:
             group = self._groups[leader]
             group.add(a_N1RI, b_NRO, module)
         else:
-            group = self._groups[leader] = _Group(a_N1RI, b_NRO, [module])
+            group = self._groups[leader] = _Group(a_N1RI, b_NRO, module)
         outputs = slice(group.b_NRP.shape[2] - len(like.b_OR), group.b_NRP.shape[2])
-        self._layers[path] = layer = _Layer(group, len(group.modules) - 1, outputs)
+        self._layers[path] = layer = _Layer(group, len(group) - 1, outputs)
         module.forward = partial(self._forward, layer, module.forward)
         self.version += 1
 
@@ -267,17 +313,18 @@ class AdapterBank:
     def _forward(self, layer: _Layer, own: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """Return what a layer puts out, whose own forward is `own`."""
         group, number_B = layer.group, self._number_B
-        rows = x.numel() // x.shape[-1]
-        if not self._by_kernels or number_B is None or not 0 < rows <= MOST_ROWS:
+        if not self._by_kernels or number_B is None or x.dtype != self._dtype:
             return self._added(layer, x, own(x))
-        if group.weights is None or x.dtype != self._dtype:
+        x_TI = rows_of(x)
+        if not group.is_whole(len(x_TI)):
             return self._added(layer, x, own(x))
-        outputs = self._shared_by(group, x)
-        if outputs is None:  # those of all its group at once
-            outputs = own_linear(rows_of(x), group.weights, group.a_NMRI, group.b_NRP, number_B)
+        outputs: list[Any] | None = self._shared_by(group, x)
+        if outputs is None or outputs[layer.member] is None:
+            outputs = [*group.outputs(x_TI, number_B)]
             self._shared = group, x, outputs
-        output: torch.Tensor = outputs[layer.member]
-        return output.view(*x.shape[:-1], -1)
+        output = group.finished(layer.member, outputs[layer.member], x_TI)
+        outputs[layer.member] = None  # which the model may change now
+        return output.view(*x.shape[:-1], output.shape[-1])
 
     def _added(self, layer: _Layer, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         if self._number == 0:

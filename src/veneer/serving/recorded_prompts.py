@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache
 
+from veneer.evaluation.recordings import Recordings
 from veneer.serving.mixed import AdapterBank
 
 STEP = 64
@@ -39,8 +40,7 @@ class RecordedPrompts:
         self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []  # by layer, [MOST, H, D] each
         self._ids_N = torch.zeros(MOST, dtype=torch.int64, device=self._device)
         self._adapters_R = torch.zeros(MOST // STEP, dtype=torch.int64, device=self._device)
-        self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
-        self._launched: dict[tuple[int, int, bool], int] = {}
+        self.passes = Recordings(LAUNCHED)
         self._version = bank.version
 
     @staticmethod
@@ -62,26 +62,14 @@ class RecordedPrompts:
         if not self._kept:
             self._kept = [(self._buffer(layer.keys), self._buffer(layer.values)) for layer in self._like.layers]
         if self._version != self._bank.version:
-            self._graphs.clear()
-            self._launched.clear()
+            self.passes.clear()
             self._version = self._bank.version
         padded = [[*some, *[0] * (tokens - len(some))] for some in ids] + [[0] * tokens] * (rows - len(ids))
         data = [token for some in padded for token in some], [*adapters, *[adapters[0]] * (rows - len(ids))]
         for buffer, values in zip((self._ids_N, self._adapters_R), data, strict=True):
             buffer[: len(values)].copy_(torch.tensor(values), non_blocking=True)
         key = rows, tokens, not any(adapters)
-        if key in self._graphs:
-            self._graphs[key].replay()
-        elif self._launched.setdefault(key, 0) < LAUNCHED:
-            self._launched[key] += 1
-            self._pass(*key)
-        else:
-            graph = torch.cuda.CUDAGraph()
-            pool = next((known.pool() for known in self._graphs.values()), None)
-            with torch.cuda.graph(graph, pool=pool):
-                self._pass(*key)
-            self._graphs[key] = graph
-            graph.replay()
+        self.passes.run(key, lambda: self._pass(*key))
         return SimpleNamespace(
             layers=[
                 SimpleNamespace(keys=self._rows(keys, rows, tokens), values=self._rows(values, rows, tokens))
