@@ -6,7 +6,7 @@ Microseconds of a block's linear layers (q, k and v; o; gate and up; down), reco
 that weights are read from memory. For steps of 64, 16 and 1 rows: cuBLAS without adapters; `own_linear`; and what it
 replaced, cuBLAS with launches of their own for A and B. For prompts, of one adapter each: cuBLAS without adapters; with
 deltas to which products are added, as the server does; with deltas added in place; and the parts of that. Each is the
-median of 7 measurements of 10 replays. Merges what it measured into bench/results/own_linear.json.
+median of 7 measurements of 10 replays. Writes bench/results/own_linear.json.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def ways(groups: list[Group], sequences: int, tokens: int) -> dict[str, Callable
     rows = sequences * tokens
     x = {width: torch.randn(rows, width, device="cuda", dtype=torch.bfloat16) for width in (4096, 14336)}
     number = torch.arange(sequences, device="cuda") % ADAPTERS + 1
-    projected = {len(one.outputs): project_own(x[one.width], one.a_NMRD, number) for one in groups}
+    projected = {one: project_own(x[one.width], one.a_NMRD, number) for one in groups}
 
     def cublas() -> None:
         for one in groups:
@@ -108,7 +108,7 @@ def ways(groups: list[Group], sequences: int, tokens: int) -> dict[str, Callable
 
     def deltas() -> None:
         for one in groups:
-            own_deltas(projected[len(one.outputs)], one.b_NRF, one.outputs, number)
+            own_deltas(projected[one], one.b_NRF, one.outputs, number)
 
     def add_products() -> None:
         for one in groups:

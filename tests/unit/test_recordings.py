@@ -20,12 +20,12 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def replay(self) -> None:
             log.append("replay")
 
-        def pool(self) -> str:
-            return "the pool"
+    class Stream:
+        device_index = 0
 
     @contextmanager
     def graph(graph: Any, pool: Any) -> Iterator[None]:
-        log.append(f"record in {pool}")
+        log.append(f"capture into {pool}")
         try:
             yield
         except ValueError:
@@ -33,8 +33,15 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", graph)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the stream")
-    monkeypatch.setattr(torch.cuda, "set_stream", log.append)
+
+    def end(device: int, pool: str) -> None:
+        log.append(f"end capture into {pool}")
+        raise RuntimeError("not currently recording")
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "the pool")
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: log.append("the stream"))
+    monkeypatch.setattr(torch.cuda.memory, "_cuda_endAllocateToPool", end)
     return log
 
 
@@ -47,12 +54,12 @@ def test_a_pass_is_launched_then_recorded_then_replayed(log: list[str]) -> None:
 
     for _ in range(4):
         assert recordings.run("one", launch) == "logits"
-    assert log == ["launch", "launch", "record in None", "launch", "replay", "replay"]
+    assert log == ["launch", "launch", "capture into the pool", "launch", "replay", "replay"]
     log.clear()
     for _ in range(3):
         recordings.run("other", launch)
-    assert log == ["launch", "launch", "record in the pool", "launch", "replay"]
-    assert len(recordings) == 2
+    assert log == ["launch", "launch", "capture into the pool", "launch", "replay"]
+    assert list(recordings) == ["one", "other"]
     recordings.clear()
     log.clear()
     recordings.run("one", launch)
@@ -72,4 +79,9 @@ def test_what_cannot_be_recorded_is_launched_each_time(log: list[str]) -> None:
     with notified("launched each time, which is slower: a value was read"):
         assert recordings.run("one", launch) == "logits"
     assert recordings.run("other", launch) == "logits"
-    assert log == ["record in None", "launch", "the stream", "launch", "launch"]
+    tried = ["capture into the pool", "launch", "the stream", "end capture into the pool", "launch"]
+    assert log == [*tried, "launch"]
+    recordings.clear()
+    log.clear()
+    assert recordings.run("one", launch) == "logits"
+    assert log == ["capture into the pool", "launch", "replay"], "what spoiled it may be over"

@@ -182,6 +182,7 @@ def test_layers_in_four_bits_are_dequantized_once_for_all_rows(monkeypatch: pyte
     torch.manual_seed(0)
     monkeypatch.setattr(mixed, "compiles", lambda device: True)
     monkeypatch.setattr(mixed, "dequantizes", lambda device: True)
+    monkeypatch.setattr(mixed, "few_rows", lambda shape: 32)
     base = Base().to("cpu")  # which quantizes
     layers = {"one": base.one, "other": base.other}
     dense = torch.cat([dequantize_4bit(layer.weight, layer.weight.quant_state) for layer in layers.values()])
@@ -200,6 +201,46 @@ def test_layers_in_four_bits_are_dequantized_once_for_all_rows(monkeypatch: pyte
     (group,) = bank._groups.values()
     assert group.is_whole(64)
     assert not group.is_whole(32)
+
+
+def test_four_bits_stay_where_bitsandbytes_keeps_them() -> None:
+    assert list(map(mixed.few_rows, [(3072, 1024), (4096, 4096), (28672, 8192)])) == [512, 32, 64]
+
+
+def test_what_layers_share_is_of_their_input_as_each_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Base(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = torch.nn.Embedding(2, 64)
+            self.readers: Any = torch.nn.ModuleList(torch.nn.Linear(64, 64, False) for _ in range(5))
+            self.added = 0.0
+
+        def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
+            return self.run(self.embedding(input_ids))
+
+        def run(self, x: torch.Tensor) -> torch.Tensor:
+            first = self.readers[0](x)
+            x += self.added
+            return torch.cat([first, *(layer(x) for layer in list(self.readers)[1:])], -1)
+
+        def get_input_embeddings(self) -> Any:
+            return self.embedding
+
+    torch.manual_seed(0)
+    monkeypatch.setattr(mixed, "compiles", lambda device: True)
+    base = Base()
+    bank = AdapterBank(base, 1, torch.float32)
+    a, b = torch.randn(4, 64) / 64, torch.randn(64, 4)
+    with torch.no_grad():
+        bank.put(1, {f"readers.{number}": Matrices(a, b) for number in range(5)})
+        assert [len(group) for group in bank._groups.values()] == [3, 2], "as many as a kernel takes"
+        base.added = 1.0
+        for tokens in (2, 70):
+            x = torch.randn(2, tokens, 64)
+            read = [x, *[x + 1] * 4]
+            wanted = [one @ layer.weight.T + one @ a.T @ b.T for one, layer in zip(read, base.readers, strict=True)]
+            with bank.device_rows(torch.ones(2, dtype=torch.int64)):
+                torch.testing.assert_close(base.run(x.clone()), torch.cat(wanted, -1), atol=2e-5, rtol=1e-5)
 
 
 def test_only_a_layer_as_it_was_made_is_computed_by_kernels() -> None:

@@ -96,7 +96,7 @@ def own_linear(
     h_PTK = torch.empty((parts, T, M * R), dtype=torch.float32, device=x_TD.device)
     sums_STF = torch.empty((splits if splits > 1 else 0, T, F), dtype=torch.float32, device=x_TD.device)
     out = torch.empty(T * F, dtype=x_TD.dtype, device=x_TD.device)
-    launch(_own_linear, (tasks + programs,), weights)(
+    launch(_own_linear, (tasks + programs,))(
         x_TD, *(weights[min(member, M - 1)] for member in range(MOST_LAYERS)), a_NMRD, b_NRF, number_B, counts, h_PTK,
         sums_STF, out, T, tokens, D, F, N, R, part_span, split_span, tasks, *ends_of(widths), x_TD.stride(0),
         MEMBERS=M, PARTS=parts, BITS=BITS, BLOCK_T=block_t, BLOCK_C=COLUMNS, BLOCK_R=block_r,

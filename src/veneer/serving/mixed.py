@@ -6,9 +6,9 @@ of which all but `whole` leave W x to the base's own layer, in whatever bits its
 
     one       all rows have one adapter: two products with its matrices as they lie
     whole     layers without bias where Triton compiles for the GPU, and more than a few rows of layers in 4 bits where
-              these are dequantized: kernels/own_linear.py computes W x as well, for all layers that read the very
-              same tensor (q, k and v; gate and up), in a launch; for more than 64 rows, own_adapter.py computes their
-              deltas, and W x is added to these
+              these are dequantized: kernels/own_linear.py computes W x as well, for up to three layers that read the
+              very same tensor (q, k and v; gate and up), in a launch; for more than 64 rows, own_adapter.py computes
+              their deltas, and W x is added to these. Widths are multiples of 64, and ranks at most 64
     kernels   other layers there: own_adapter.py adds to the output in place, with one product with A for the layers
               that read one tensor. Here as above, programs find out which adapters their rows have, so that the
               launches are the same for any mix and a CUDA graph can hold them, and read the matrices of those alone
@@ -25,16 +25,17 @@ N adapters, B rows, T tokens of a row, I inputs, O outputs, R ranks, K = N * R, 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from veneer.kernels.launch import compiles
-from veneer.kernels.own_adapter import add_own, own_deltas, project_own
+from veneer.kernels.own_adapter import MOST_LAYERS, add_own, own_deltas, project_own
 from veneer.kernels.own_linear import MOST_ROWS, fits, new_counts, own_linear
 
+T = TypeVar("T")
+
 RANK_STEP = 8  # ranks are padded to a multiple of it
-FEW_ROWS = 32  # that are multiplied by 4-bit weights as they are
 
 
 class Matrices(NamedTuple):
@@ -62,9 +63,10 @@ class _Group:
 
     def add(self, a_N1RI: torch.Tensor, b_NRO: torch.Tensor, module: Any) -> None:
         """Take another layer with its matrices."""
-        self.replace(torch.cat([self.a_NMRI, a_N1RI], 1), torch.cat([self.b_NRP, b_NRO], 2))
+        a_NMRI, b_NRP = torch.cat([self.a_NMRI, a_N1RI], 1), torch.cat([self.b_NRP, b_NRO], 2)
+        self._counts = new_counts(b_NRP.shape[2], b_NRP.device)  # before anything is replaced: memory may be short
+        self.replace(a_NMRI, b_NRP)
         self._modules.append(module)
-        self._counts = new_counts(self.b_NRP.shape[2], b_NRO.device)
         self._is_plain = self._is_plain and is_plain_linear(module)
         self._is_packed = self._is_packed and is_packed_linear(module, a_N1RI.dtype)
 
@@ -80,18 +82,18 @@ class _Group:
 
     def is_whole(self, rows: int) -> bool:
         """Return whether kernels compute the layers' products with their weights as well, for so many rows."""
-        return rows > (FEW_ROWS if self._is_packed else 0) and self._fits
+        return self._fits and rows > (max(map(few_rows, self._shapes)) if self._is_packed else 0)
 
-    def outputs(self, x_TI: torch.Tensor, number_B: torch.Tensor) -> list[torch.Tensor]:
-        """Return what `finished` makes the outputs of the layers."""
+    def start(self, x_TI: torch.Tensor, number_B: torch.Tensor) -> list[torch.Tensor]:
+        """Return the outputs of the layers; for more than MOST_ROWS rows only their deltas, which `finish` adds to."""
         if len(x_TI) <= MOST_ROWS:
             weights = [self._weight(member) for member in range(len(self))]
             return own_linear(x_TI, weights, self.a_NMRI, self.b_NRP, number_B, self._counts)
         h_PTK = project_own(x_TI, self.a_NMRI, number_B)
-        return own_deltas(h_PTK, self.b_NRP, [module.out_features for module in self._modules], number_B)
+        return own_deltas(h_PTK, self.b_NRP, [outputs for outputs, _ in self._shapes], number_B)
 
-    def finished(self, member: int, output_TO: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
-        """Return a layer's output: of more than MOST_ROWS rows, `outputs` has the deltas alone."""
+    def finish(self, member: int, output_TO: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
+        """Return a layer's output."""
         return output_TO if len(x_TI) <= MOST_ROWS else output_TO.addmm_(x_TI, self._weight(member).T)
 
     def _weight(self, member: int) -> torch.Tensor:
@@ -103,12 +105,16 @@ class _Group:
             weight = dequantize_4bit(weight, weight.quant_state)  # type: ignore[attr-defined]
         return weight
 
+    @property
+    def _shapes(self) -> list[tuple[int, int]]:
+        """Outputs and inputs of each layer."""
+        return [(module.out_features, module.in_features) for module in self._modules]
+
     @cached_property
     def _fits(self) -> bool:
         dtype, ranks = self.a_NMRI.dtype, self.a_NMRI.shape[2]
         if self._is_packed:
-            shapes = [module.weight.quant_state.shape for module in self._modules]
-            like = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
+            like = [torch.empty(shape, dtype=dtype, device="meta") for shape in self._shapes]
             return dequantizes(self.a_NMRI.device) and fits(like, ranks)
         return self._is_plain and fits([module.weight for module in self._modules], ranks, dtype)
 
@@ -128,11 +134,20 @@ def is_packed_linear(module: Any, dtype: torch.dtype) -> bool:
 
 
 def dequantizes(device: torch.device) -> bool:
-    """Return whether more than FEW_ROWS rows are multiplied faster by dequantized weights than by those in 4 bits.
-
-    So bitsandbytes 0.50 does on Hopper and Blackwell, for the weights of 8B models (`_gemm_4bit_use_custom_cuda`).
-    """
+    """Return whether many rows are multiplied faster by dequantized weights than by those in 4 bits: see `few_rows`."""
     return torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def few_rows(shape: tuple[int, int]) -> int:
+    """Return the rows up to which 4-bit weights [outputs, inputs] are faster as they are.
+
+    About as bitsandbytes 0.50 has it on Hopper (`_gemm_4bit_use_custom_cuda`), which decides for the layers' own
+    forward.
+    """
+    outputs, inputs = shape
+    if outputs * inputs < 2**22:
+        return 512
+    return 64 if outputs > 2**14 else 32
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
@@ -188,7 +203,7 @@ class AdapterBank:
         self._groups: dict[str, _Group] = {}
         self._leaders: dict[str, str] | None = None
         self._by_kernels = compiles(self._device)
-        self._shared: tuple[_Group, torch.Tensor, Any] | None = None
+        self._shared: tuple[_Group, torch.Tensor, int, Any] | None = None
         self._number: int | None = None
         self._number_B: torch.Tensor | None = None
         self._mask_BK: torch.Tensor | None = None
@@ -315,14 +330,14 @@ class AdapterBank:
         group, number_B = layer.group, self._number_B
         if not self._by_kernels or number_B is None or x.dtype != self._dtype:
             return self._added(layer, x, own(x))
-        x_TI = rows_of(x)
-        if not group.is_whole(len(x_TI)):
+        if not group.is_whole(x.numel() // x.shape[-1]):
             return self._added(layer, x, own(x))
-        outputs: list[Any] | None = self._shared_by(group, x)
-        if outputs is None or outputs[layer.member] is None:
-            outputs = [*group.outputs(x_TI, number_B)]
-            self._shared = group, x, outputs
-        output = group.finished(layer.member, outputs[layer.member], x_TI)
+        shared = self._shared_by(group, x)
+        if shared is None or shared[1][layer.member] is None:
+            x_TI = rows_of(x)
+            shared = self._share(group, x, (x_TI, [*group.start(x_TI, number_B)]))
+        x_TI, outputs = shared
+        output: torch.Tensor = group.finish(layer.member, outputs[layer.member], x_TI)
         outputs[layer.member] = None  # which the model may change now
         return output.view(*x.shape[:-1], output.shape[-1])
 
@@ -359,19 +374,26 @@ class AdapterBank:
                 product = project_own(own_TI, group.a_NMRI, self._number_B)
             else:
                 product = own_TI @ group.a_NMRI[self._number].flatten(0, 1).T
-            self._shared = group, x, product
+            self._share(group, x, product)
         return product
 
+    def _share(self, group: _Group, x: torch.Tensor, computed: T) -> T:
+        self._shared = group, x, x._version, computed
+        return computed
+
     def _shared_by(self, group: _Group, x: torch.Tensor) -> Any:
-        """Return what was computed last, if it was for this group and this very tensor."""
+        """Return what was computed last, if it was for this group and this very tensor, unchanged since."""
         if self._shared is None or self._shared[0] is not group or self._shared[1] is not x:
             return None
-        return self._shared[2]
+        return self._shared[3] if self._shared[2] == x._version else None
 
 
 @torch.no_grad()
 def first_readers(model: Any) -> dict[str, str]:
-    """Return for each layer the first of those that read the very same tensor, as a pass over one token shows it."""
+    """Return for each layer the first of those that read the very same tensor in a pass over a token.
+
+    Of more than MOST_LAYERS that read it, those beyond have a first one of their own.
+    """
     read: list[tuple[str, torch.Tensor]] = []
 
     def note(path: str) -> Any:
@@ -384,5 +406,11 @@ def first_readers(model: Any) -> dict[str, str]:
     finally:
         for hook in hooks:
             hook.remove()
-    first: dict[int, str] = {}
-    return {path: first.setdefault(id(tensor), path) for path, tensor in read}
+    found, latest = dict[str, str](), dict[int, list[str]]()
+    for path, tensor in read:
+        readers = latest.setdefault(id(tensor), [])
+        if len(readers) == MOST_LAYERS:
+            readers = latest[id(tensor)] = []
+        readers.append(path)
+        found[path] = readers[0]
+    return found
