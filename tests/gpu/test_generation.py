@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from tests.support.engines import model_of
+from tests.support.notices import notified
 from veneer.config.sampling import Sampling
 from veneer.evaluation.decoding import TokenChoice, draws_of
 from veneer.evaluation.prefill import read_prompts
 from veneer.evaluation.prefix import SharedPrefix
+from veneer.evaluation.recordings import Recordings
 from veneer.evaluation.slots import Row, SlotDecoder
 
 pytestmark = [
@@ -64,3 +66,19 @@ def test_recorded_steps_are_eager_steps_to_the_bit(kind: str, sampling: Sampling
     order = torch.randperm(len(rows), generator=draw).tolist()
     shuffled, _ = answers(model, [rows[n] for n in order], 4, sampling, graphs=True)
     assert [shuffled[order.index(n)] for n in range(len(rows))] == recorded
+
+
+def test_a_pass_that_reads_a_value_is_launched_and_others_are_still_captured() -> None:
+    x = torch.ones(2**20, device="cuda")
+
+    def reads() -> torch.Tensor:
+        return x * 2 if x.sum().item() > 0 else x
+
+    spoiled, sound = Recordings(1), Recordings(1)
+    with notified("launched each time"):
+        for _ in range(3):
+            assert torch.equal(spoiled.run("one", reads), x * 2)
+    torch.cuda.empty_cache()
+    for _ in range(3):
+        assert torch.equal(sound.run("one", lambda: x * 3), x * 3)
+    assert (list(spoiled), list(sound)) == ([], ["one"])
