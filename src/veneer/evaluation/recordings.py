@@ -46,7 +46,7 @@ class Recordings:
         """Return what a pass returns.
 
         Args:
-            key: What its launches depend on.
+            key: Facts that its launches depend on.
             launch: Function that launches it.
         """
         if key not in self._recorded:

@@ -45,7 +45,7 @@ def fits(weights: Sequence[torch.Tensor], ranks: int, dtype: torch.dtype | None 
     Args:
         weights: [outputs, D] of each layer.
         ranks: ranks of the adapters.
-        dtype: of the adapters; without it, it is the weights'.
+        dtype: dtype of the adapters; None: the weights'.
     """
     like = weights[0]
     dtype = dtype or like.dtype
