@@ -117,6 +117,12 @@ def test_a_chunk_of_the_loss_counts_for_all_that_are_alike(
     assert few == run_dry(make, 2, None, asked)
 
 
+def made(result: Any) -> list[Any]:
+    """Shape, strides, dtype and bytes of tensors."""
+    tensors = result if isinstance(result, tuple) else (result,)
+    return [t is None or (t.shape, t.stride(), t.dtype, t.untyped_storage().nbytes()) for t in tensors]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_layer_norm_makes_the_tensors_that_torch_makes(dtype: torch.dtype) -> None:
     x, weight = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((2, 3, 8), (8,)))
@@ -124,10 +130,48 @@ def test_a_layer_norm_makes_the_tensors_that_torch_makes(dtype: torch.dtype) -> 
     means, deviations = forward[0](*forward[1])[1:]
     given = (x, x, [8], means, deviations, weight, weight, [True, False, False])
     for function, operands in (forward, (torch.ops.aten.native_layer_norm_backward.default, given)):
-        ours, wanted = on_meta(function, operands, {}), function(*operands)
-        assert [t is None or (t.shape, t.stride(), t.dtype) for t in ours] == [
-            t is None or (t.shape, t.stride(), t.dtype) for t in wanted
-        ]
+        assert made(on_meta(function, operands, {})) == made(function(*operands))
+
+
+def of_shape(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        *(of_shape((4, 6, 8)), of_shape((4, 6, 8), torch.bfloat16), of_shape((6, 8)), of_shape((8,))),
+        *(of_shape((4, 8, 6)).mT, of_shape((4, 6, 16))[..., :8], of_shape((8,)).expand(4, 6, 8)),
+    ],
+    ids=["float32", "bfloat16", "matrix", "vector", "transposed", "apart", "expanded"],
+)
+def test_quick_operations_make_the_tensors_that_torch_makes(x: torch.Tensor) -> None:
+    aten, whole, row = torch.ops.aten, x.to(torch.int64), of_shape((8,), x.dtype)
+    others: list[tuple[Any, tuple[Any, ...]]] = [
+        *((function, (x,)) for function in (aten.neg.default, aten.rsqrt.default, aten.silu.default)),
+        *((function, (x,)) for function in (aten.empty_like.default, aten.zeros_like.default, aten.clone.default)),
+        *((function, (x, 2)) for function in (aten.mul.Scalar, aten.div.Scalar, aten.ge.Scalar, aten.lt.Scalar)),
+        *((function, (x, y)) for y in (x, row, 0.5) for function in (aten.add.Tensor, aten.sub.Tensor)),
+        *((function, (x, y)) for y in (x, row) for function in (aten.mul.Tensor, aten.div.Tensor)),
+        *((function, (x, [-1], keep)) for keep in (True, False) for function in (aten.mean.dim, aten.sum.dim_IntList)),
+        *((aten.cat.default, ([x, x], dim)) for dim in (0, -1)),
+        *((aten.masked_fill.Scalar, (x, y.bool(), 0.0)) for y in (x, row)),
+        *((aten.bitwise_and.Tensor, (y, y)) for y in (whole, whole.bool())),
+        (aten.new_empty.default, (x, [3, 4])),
+        (aten._softmax_backward_data.default, (x, x, -1, x.dtype)),
+    ]
+    for function, operands in others:
+        assert made(on_meta(function, operands, {})) == made(function(*operands)), function
+    named: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
+        *((aten._to_copy.default, (x,), {"dtype": dtype}) for dtype in (torch.float16, torch.int64)),
+        (aten._to_copy.default, (x,), {"dtype": torch.float16, "memory_format": torch.contiguous_format}),
+        (aten.sum.dim_IntList, (x, [0]), {"dtype": torch.float32}),
+        (aten.empty_like.default, (x,), {"dtype": torch.float16, "pin_memory": False}),
+        (aten.zeros.default, ([2, 3],), {"device": torch.device("meta"), "pin_memory": False}),
+        (aten.zeros.default, ([2, 3],), {"device": torch.device("meta"), "dtype": torch.int64}),
+    ]
+    for function, operands, names in named:
+        assert made(on_meta(function, operands, names)) == made(function(*operands, **names)), function
 
 
 def test_a_question_about_a_real_number_is_answered_truly() -> None:

@@ -14,7 +14,7 @@ name are traced as they are; their workspace is added here.
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import ceil
@@ -97,6 +97,11 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._contexts = ExitStack()
 
     @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Return whether torch keeps its compiler away from each operation, which takes as long as a view."""
+        return False
+
+    @classmethod
     def is_active(cls) -> bool:
         """Return whether a trace is active."""
         return bool(cls._active)
@@ -158,19 +163,20 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._follow(function, args, kwargs or {})
 
     def _follow(self, function: Any, args: Any, kwargs: Any) -> Any:
+        if is_view(function):
+            return function(*args, **kwargs)
         result = on_meta(function, args, kwargs)
         if result is True:
             return result
         results = [r for r in (result if isinstance(result, tuple | list) else (result,)) if torch.is_tensor(r)]
-        if not is_view(function):
-            self._count(function, args, results)
-            if function is _aten._flash_attention_backward.default:
-                self.hold("attention workspace", _flash_workspace(args[1], args[2], len(args[6]) - 1))
-            if _is_accumulation(function):
-                self._free(args[0].untyped_storage()._cdata)
-            if not function._schema.is_mutable:
-                for tensor in results:
-                    self._track(tensor)
+        self._count(function, args, results)
+        if function is _aten._flash_attention_backward.default:
+            self.hold("attention workspace", _flash_workspace(args[1], args[2], len(args[6]) - 1))
+        if _is_accumulation(function):
+            self._free(args[0].untyped_storage()._cdata)
+        if not function._schema.is_mutable:
+            for tensor in results:
+                self._track(tensor)
         self._update_peak()
         return result
 
@@ -215,7 +221,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def on_meta(function: Any, args: Any, kwargs: Any) -> Any:
     """Run an operation; on meta tensors, by a faster stand-in where there is one."""
-    is_meta = bool(args) and torch.is_tensor(args[0]) and args[0].is_meta
+    first = args[0][0] if function is _aten.cat.default else args[0] if args else None
+    is_meta = first.is_meta if torch.is_tensor(first) else kwargs.get("device") == _META
     if is_meta and function is torch.ops.aten._local_scalar_dense.default:
         # Code reads a tensor's value: whether all positions begin at 0 (they do), for one.
         return True
@@ -329,6 +336,7 @@ def _flash_workspace(query: torch.Tensor, key: torch.Tensor, documents: int) -> 
     return total
 
 
+_META = torch.device("meta")
 _aten = torch.ops.aten
 _PRODUCTS: dict[Any, Callable[[Any, list[torch.Tensor]], tuple[str, float]]] = {
     _aten.mm.default: _mm,
@@ -345,6 +353,48 @@ _PRODUCTS: dict[Any, Callable[[Any, list[torch.Tensor]], tuple[str, float]]] = {
 }
 
 
+def _new(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _like(x: torch.Tensor, dtype: torch.dtype | None = None, **options: Any) -> torch.Tensor:
+    """Return what torch.empty_like does, which takes 20 times as long on meta tensors."""
+    width = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size != 1 and stride != width:  # rows lie apart, or on one another
+            return torch.empty_like(x, dtype=dtype, **options)
+        width *= size
+    if any(options.values()):
+        return torch.empty_like(x, dtype=dtype, **options)
+    return torch.empty_strided(x.shape, x.stride(), dtype=dtype or x.dtype, device="meta")
+
+
+def _new_empty(x: torch.Tensor, shape: list[int], dtype: Any = None, **options: Any) -> torch.Tensor | None:
+    return None if any(options.values()) else _new(shape, dtype or x.dtype)
+
+
+def _copy(x: torch.Tensor, dtype: torch.dtype | None = None, **options: Any) -> torch.Tensor | None:
+    return None if any(options.values()) else _like(x, dtype)
+
+
+def _cat(tensors: list[torch.Tensor], dim: int = 0) -> torch.Tensor | None:
+    first = tensors[0]
+    if any(not x.is_contiguous() or x.dtype != first.dtype or x.dim() != first.dim() for x in tensors):
+        return None
+    shape = list(first.shape)
+    shape[dim] = sum(x.shape[dim] for x in tensors)
+    return _new(shape, first.dtype)
+
+
+def _reduced(x: torch.Tensor, dim: Any, keepdim: bool = False, dtype: Any = None) -> torch.Tensor | None:
+    """Return a sum or mean over dimensions; None: torch must decide."""
+    if not dim or not x.is_contiguous() or not x.is_floating_point():
+        return None
+    gone = {one % x.dim() for one in ([dim] if isinstance(dim, int) else dim)}
+    shape = [1 if n in gone else size for n, size in enumerate(x.shape) if keepdim or n not in gone]
+    return _new(shape, dtype or x.dtype)
+
+
 def _element_wise(*operands: Any, **_: Any) -> torch.Tensor | None:
     """Return a tensor of the largest operand's shape and the promoted dtype; None: torch must decide."""
     tensors = [x for x in operands if torch.is_tensor(x)]
@@ -352,7 +402,13 @@ def _element_wise(*operands: Any, **_: Any) -> torch.Tensor | None:
     dtype = torch.result_type(*operands) if len(operands) > 1 else largest.dtype
     if not dtype.is_floating_point or any(not _spreads(x.shape, largest.shape) for x in tensors):
         return None
-    return torch.empty_like(largest, dtype=dtype)
+    return _like(largest, dtype)
+
+
+def _of_first(x: torch.Tensor, other: Any, *_: Any) -> torch.Tensor | None:
+    """Return a tensor like the first, which is contiguous; None: another case."""
+    fits = other.dtype in (x.dtype, torch.bool) and _spreads(other.shape, x.shape)
+    return _like(x) if x.is_contiguous() and fits else None
 
 
 def _spreads(shape: torch.Size, over: torch.Size) -> bool:
@@ -367,28 +423,29 @@ def _grouped(a: torch.Tensor, b: torch.Tensor, offs: Any = None, *_: Any, **__: 
     """
     if a.dim() != 2 or offs is None:
         return None
-    return a.new_empty((len(a), b.shape[-1]) if b.dim() == 3 else (len(offs), len(a), b.shape[-1]))
+    return _new((len(a), b.shape[-1]) if b.dim() == 3 else (len(offs), len(a), b.shape[-1]), a.dtype)
 
 
 def _layer_norm(x: torch.Tensor, shape: list[int], *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the output, and the rows' float32 means and reciprocal deviations."""
     rows = (*x.shape[: -len(shape)], *[1] * len(shape))
-    means = x.new_empty(rows, dtype=torch.float32)
-    return torch.empty_like(x), means, torch.empty_like(means)
+    means = _new(rows, torch.float32)
+    return _like(x), means, _like(means)
 
 
 def _layer_norm_backward(
     grad: torch.Tensor, x: torch.Tensor, shape: Any, mean: Any, rstd: Any, weight: Any, bias: Any, wanted: list[bool]
 ) -> tuple[torch.Tensor, None, None] | None:
     """Return the input's gradient; None: weight or bias want one, too."""
-    return None if wanted != [True, False, False] else (torch.empty_like(x), None, None)
+    return None if wanted != [True, False, False] else (_like(x), None, None)
 
 
 # Torch's own meta kernels for these are slow, and they are called hundreds of times.
 _QUICK: dict[Any, Callable[..., Any]] = {
-    _aten._log_softmax.default: lambda x, dim, to_float: torch.empty_like(x, dtype=torch.float32 if to_float else None),
+    _aten._log_softmax.default: lambda x, dim, to_float: _like(x, torch.float32 if to_float else None),
     _aten.exp_.default: lambda x: x,
-    _aten.addmm.default: lambda _, a, b, **__: a.new_empty((len(a), b.shape[1])),
+    _aten.mm.default: lambda a, b: _new((a.shape[0], b.shape[1]), a.dtype),
+    _aten.addmm.default: lambda _, a, b, **__: _new((a.shape[0], b.shape[1]), a.dtype),
     _aten.addmm.out: lambda *_, out, **__: out,
     _aten.mm.out: lambda *_, out: out,
     _aten._grouped_mm.default: _grouped,
@@ -401,6 +458,24 @@ _QUICK: dict[Any, Callable[..., Any]] = {
     _aten.neg.default: _element_wise,
     _aten.rsqrt.default: _element_wise,
     _aten.silu.default: _element_wise,
+    _aten.mul.Scalar: _element_wise,
+    _aten.div.Scalar: _element_wise,
+    _aten.sub.Tensor: _element_wise,
+    _aten.add_.Tensor: lambda x, *_, **__: x,
+    _aten.masked_fill.Scalar: _of_first,
+    _aten.bitwise_and.Tensor: _of_first,
+    _aten.ge.Scalar: lambda x, _: _like(x, torch.bool),
+    _aten.lt.Scalar: lambda x, _: _like(x, torch.bool),
+    _aten.mean.dim: _reduced,
+    _aten.sum.dim_IntList: _reduced,
+    _aten._softmax_backward_data.default: lambda grad, _, __, dtype: _new(grad.shape, dtype),
+    _aten._to_copy.default: _copy,
+    _aten.empty_like.default: _like,
+    _aten.new_empty.default: _new_empty,
+    _aten.zeros.default: lambda shape, dtype=None, **_: _new(shape, dtype or torch.get_default_dtype()),
+    _aten.zeros_like.default: _like,
+    _aten.clone.default: _copy,
+    _aten.cat.default: _cat,
 }
 _FREE = {_aten.empty.memory_format, _aten.empty_like.default, _aten.empty_strided.default, _aten.new_empty.default}
 
