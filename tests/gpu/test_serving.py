@@ -20,9 +20,9 @@ def test_recorded_steps_answer_as_launched_ones(tmp_path: Path, monkeypatch: pyt
     paths = [str(save_adapter_of(kind, tmp_path / "base", tmp_path / kind)) for kind in KINDS]
     asked = [(model, text) for text in ("the cat", "what does the owl say") for model in ("base", *KINDS)]
     found = []
-    for steps, passes in ((10**9, 10**9), (batch.EAGER_STEPS, recorded_prompts.LAUNCHED)):
+    for steps, passes in ((10**9, 10**9), (batch.EAGER_STEPS, recorded_prompts.EAGER_PASSES)):
         monkeypatch.setattr(batch, "EAGER_STEPS", steps)
-        monkeypatch.setattr(recorded_prompts, "LAUNCHED", passes)
+        monkeypatch.setattr(recorded_prompts, "EAGER_PASSES", passes)
         with service_of(paths, limits=few(max_tokens=64)) as service, client_of(service) as client:
 
             def ask(one: tuple[str, str], client: Any = client) -> Any:

@@ -15,7 +15,7 @@ from veneer.config import Run, Train
 from veneer.data.batch import Batches, Example
 from veneer.engine.dry_run import Step, run_dry
 from veneer.engine.reference import padded_groups
-from veneer.engine.trace import Trace, on_meta, rounded
+from veneer.engine.trace import _QUICK, Trace, on_meta, rounded
 from veneer.kernels import linear_cross_entropy
 from veneer.model.shapes import Shapes, build, shapes_of
 from veneer.planning.batch_shapes import Lengths, rows_of
@@ -151,13 +151,18 @@ def test_quick_operations_make_the_tensors_that_torch_makes(x: torch.Tensor) -> 
         *((function, (x,)) for function in (aten.neg.default, aten.rsqrt.default, aten.silu.default)),
         *((function, (x,)) for function in (aten.empty_like.default, aten.zeros_like.default, aten.clone.default)),
         *((function, (x, 2)) for function in (aten.mul.Scalar, aten.div.Scalar, aten.ge.Scalar, aten.lt.Scalar)),
+        *((aten.pow.Tensor_Scalar, (x, power)) for power in (2, 0.5)),
         *((function, (x, y)) for y in (x, row, 0.5) for function in (aten.add.Tensor, aten.sub.Tensor)),
         *((function, (x, y)) for y in (x, row) for function in (aten.mul.Tensor, aten.div.Tensor)),
         *((function, (x, [-1], keep)) for keep in (True, False) for function in (aten.mean.dim, aten.sum.dim_IntList)),
         *((aten.cat.default, ([x, x], dim)) for dim in (0, -1)),
         *((aten.masked_fill.Scalar, (x, y.bool(), 0.0)) for y in (x, row)),
         *((aten.bitwise_and.Tensor, (y, y)) for y in (whole, whole.bool())),
+        *((aten.add_.Tensor, (x.clone(), y)) for y in (x, row)),
+        *((aten.mm.default, (y.flatten()[:8].expand(3, 8), y.flatten()[:8, None])) for y in (x, row)),
+        (aten.addmm.default, (row, row.expand(3, 8), row.expand(8, 8))),
         (aten.new_empty.default, (x, [3, 4])),
+        (aten._log_softmax.default, (x, -1, False)),
         (aten._softmax_backward_data.default, (x, x, -1, x.dtype)),
     ]
     for function, operands in others:
@@ -172,6 +177,9 @@ def test_quick_operations_make_the_tensors_that_torch_makes(x: torch.Tensor) -> 
     ]
     for function, operands, names in named:
         assert made(on_meta(function, operands, names)) == made(function(*operands, **names)), function
+    elsewhere = {aten.native_layer_norm.default, aten.native_layer_norm_backward.default, aten._grouped_mm.default}
+    in_place = {aten.exp_.default, aten.mm.out, aten.addmm.out}
+    assert _QUICK.keys() - elsewhere - in_place == {function for function, *_ in [*others, *named]}, "all are compared"
 
 
 def test_a_question_about_a_real_number_is_answered_truly() -> None:

@@ -14,7 +14,7 @@ from veneer.serving.recorded_prompts import RecordedPrompts
 @pytest.mark.parametrize("adapters", [[0, 0, 0], [2, 0, 1]])
 @torch.no_grad()
 def test_padding_changes_no_key_of_a_prompt(adapters: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorded_prompts, "LAUNCHED", 10**9)
+    monkeypatch.setattr(recorded_prompts, "EAGER_PASSES", 10**9)
     name, settings = FAMILIES["llama"]
     torch.manual_seed(0)
     config = getattr(transformers, name)(**settings)

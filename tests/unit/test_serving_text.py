@@ -98,6 +98,22 @@ def test_penalties_biases_masks_and_log_probabilities() -> None:
     assert set(draws) == {0}, "the runner-up has 0.98 of its probability at that temperature"
 
 
+class EmbeddedBase(torch.nn.Module):
+    """A base as a bank of adapters asks for it; what its layers compute is `run`."""
+
+    run: Any
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(2, width)
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> Any:
+        return self.run(self.embedding(input_ids))
+
+    def get_input_embeddings(self) -> Any:
+        return self.embedding
+
+
 @pytest.mark.parametrize(
     ("by_kernels", "width", "sizes", "bias"),
     [(False, 6, (10, 3), True), (True, 6, (10, 3), True), (True, 64, (128, 64), False)],
@@ -105,22 +121,15 @@ def test_penalties_biases_masks_and_log_probabilities() -> None:
 def test_ways_to_add_deltas_agree(
     by_kernels: bool, width: int, sizes: tuple[int, int], bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Base(torch.nn.Module):
+    class Base(EmbeddedBase):
         def __init__(self) -> None:
-            super().__init__()
-            self.embedding = torch.nn.Embedding(2, width)
+            super().__init__(width)
             self.first, self.second, self.last = (
                 torch.nn.Linear(width, size, bias) for size in (sizes[0], width, sizes[1])
             )
 
-        def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
-            return self.run(self.embedding(input_ids))[1]
-
         def run(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return self.first(x), self.last(self.second(x))
-
-        def get_input_embeddings(self) -> Any:
-            return self.embedding
 
     torch.manual_seed(0)
     monkeypatch.setattr(mixed, "compiles", lambda device: by_kernels)
@@ -164,20 +173,13 @@ def test_ways_to_add_deltas_agree(
 
 
 def test_layers_in_four_bits_are_dequantized_once_for_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Base(torch.nn.Module):
+    class Base(EmbeddedBase):
         def __init__(self) -> None:
-            super().__init__()
-            self.embedding = torch.nn.Embedding(2, 64)
+            super().__init__(64)
             self.one, self.other = (Linear4bit(64, size, False, torch.float32, quant_type="nf4") for size in (64, 192))
-
-        def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
-            return self.run(self.embedding(input_ids))
 
         def run(self, x: torch.Tensor) -> torch.Tensor:
             return torch.cat([self.one(x), self.other(x)], -1)
-
-        def get_input_embeddings(self) -> Any:
-            return self.embedding
 
     torch.manual_seed(0)
     monkeypatch.setattr(mixed, "compiles", lambda device: True)
@@ -208,23 +210,16 @@ def test_four_bits_stay_where_bitsandbytes_keeps_them() -> None:
 
 
 def test_what_layers_share_is_of_their_input_as_each_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Base(torch.nn.Module):
+    class Base(EmbeddedBase):
         def __init__(self) -> None:
-            super().__init__()
-            self.embedding = torch.nn.Embedding(2, 64)
+            super().__init__(64)
             self.readers: Any = torch.nn.ModuleList(torch.nn.Linear(64, 64, False) for _ in range(5))
             self.added = 0.0
-
-        def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
-            return self.run(self.embedding(input_ids))
 
         def run(self, x: torch.Tensor) -> torch.Tensor:
             first = self.readers[0](x)
             x += self.added
             return torch.cat([first, *(layer(x) for layer in list(self.readers)[1:])], -1)
-
-        def get_input_embeddings(self) -> Any:
-            return self.embedding
 
     torch.manual_seed(0)
     monkeypatch.setattr(mixed, "compiles", lambda device: True)

@@ -442,7 +442,7 @@ def _layer_norm_backward(
 
 # Torch's own meta kernels for these are slow, and they are called hundreds of times.
 _QUICK: dict[Any, Callable[..., Any]] = {
-    _aten._log_softmax.default: lambda x, dim, to_float: _like(x, torch.float32 if to_float else None),
+    _aten._log_softmax.default: lambda x, dim, to_float: _new(x.shape, torch.float32 if to_float else x.dtype),
     _aten.exp_.default: lambda x: x,
     _aten.mm.default: lambda a, b: _new((a.shape[0], b.shape[1]), a.dtype),
     _aten.addmm.default: lambda _, a, b, **__: _new((a.shape[0], b.shape[1]), a.dtype),

@@ -184,6 +184,15 @@ class _Layer:
         return torch.bmm(h_BTR, self.b[number_B])
 
 
+class _Shared(NamedTuple):
+    """What was computed last for layers of a group, from an input as it was then."""
+
+    group: _Group
+    x: torch.Tensor
+    version: int  # grows as the input is changed in place
+    computed: Any
+
+
 class AdapterBank:
     """The matrices of all adapters that are served, on the layers of one base.
 
@@ -203,7 +212,7 @@ class AdapterBank:
         self._groups: dict[str, _Group] = {}
         self._leaders: dict[str, str] | None = None
         self._by_kernels = compiles(self._device)
-        self._shared: tuple[_Group, torch.Tensor, int, Any] | None = None
+        self._shared: _Shared | None = None
         self._number: int | None = None
         self._number_B: torch.Tensor | None = None
         self._mask_BK: torch.Tensor | None = None
@@ -378,14 +387,14 @@ class AdapterBank:
         return product
 
     def _share(self, group: _Group, x: torch.Tensor, computed: T) -> T:
-        self._shared = group, x, x._version, computed
+        self._shared = _Shared(group, x, x._version, computed)
         return computed
 
     def _shared_by(self, group: _Group, x: torch.Tensor) -> Any:
         """Return what was computed last, if it was for this group and this very tensor, unchanged since."""
-        if self._shared is None or self._shared[0] is not group or self._shared[1] is not x:
-            return None
-        return self._shared[3] if self._shared[2] == x._version else None
+        last = self._shared
+        is_it = last is not None and last.group is group and last.x is x and last.version == x._version
+        return last.computed if last is not None and is_it else None
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from veneer.serving.mixed import AdapterBank
 
 STEP = 64
 MOST = 1024  # tokens of a pass, with padding; a longer one keeps the GPU busy while the host launches it
-LAUNCHED = 2  # passes of a shape before it is recorded, in which libraries set themselves up
+EAGER_PASSES = 2  # passes of a shape before it is recorded, in which libraries set themselves up
 
 
 class RecordedPrompts:
@@ -40,7 +40,7 @@ class RecordedPrompts:
         self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []  # by layer, [MOST, H, D] each
         self._ids_N = torch.zeros(MOST, dtype=torch.int64, device=self._device)
         self._adapters_R = torch.zeros(MOST // STEP, dtype=torch.int64, device=self._device)
-        self.passes = Recordings(LAUNCHED)
+        self.passes = Recordings(EAGER_PASSES)
         self._version = bank.version
 
     @staticmethod
